@@ -1,0 +1,7 @@
+"""Lightning callbacks: when to perturb."""
+
+from lightning_flatlora.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_flatlora.callbacks.efmlora import EFMLoRA
+from lightning_flatlora.callbacks.fmlora import FMLoRA
+
+__all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA"]

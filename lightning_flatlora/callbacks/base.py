@@ -1,0 +1,306 @@
+"""What EFMLoRA, FMLoRA and FMLoRAModule share: settings, the start, the step count, the end, and the state."""
+
+import math
+from typing import Any, ClassVar, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_radius
+
+
+class FlatLoRACallback(Callback):
+    """Base of the callbacks that perturb LoRA pairs: it knows what to perturb and at which step, they know when.
+
+    Attributes:
+        perturbation: set when training starts; it stays after the end, for checkpoints.
+        step: optimizer steps taken in this fit, from 0; steps that a loss scaler skipped count.
+        is_module_driver: whether it drives an FMLoRAModule, which then takes the passes itself.
+        averages: whether the perturbation lasts from step to step, so that a checkpoint must hold it.
+    """
+
+    is_module_driver: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        estimator: Estimator,
+        norm_scope: NormScope,
+        start_step: int,
+        every_n_steps: int,
+        adapter_name: str | None,
+        beta: float = 1.0,
+    ) -> None:
+        problems = _value_problems(rho, beta, estimator, norm_scope, start_step, every_n_steps, adapter_name)
+        if problems:
+            raise MisconfigurationException(_message(self, problems))
+        self.rho: RhoSchedule = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
+        self.beta = beta
+        self.estimator: Estimator = estimator
+        self.norm_scope: NormScope = norm_scope
+        self.start_step = start_step
+        self.every_n_steps = every_n_steps
+        self.adapter_name = adapter_name
+        self.perturbation: Perturbation | None = None
+        self.step = 0
+        self._horizon = math.inf
+        self._initial_lr: float | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    # -- the start: everything that is wrong, in one message, before anything is touched
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.uninstall()
+        self.step, self._initial_lr = 0, None
+        problems = self.configuration_problems(trainer, pl_module)
+        search = self._search(pl_module, problems)
+        if search:
+            problems += self._optimizer_problems(trainer, search)
+        if self.rho.needs_horizon:
+            self._horizon = self._estimated_steps(trainer)
+            if math.isinf(self._horizon) and getattr(self.rho, "total_steps", None) is None:
+                problems.append(
+                    f"rho={self.rho} spreads over the whole run, and this run has no end: "
+                    "set its total_steps, or the Trainer's max_steps or max_epochs"
+                )
+        if problems or not search:
+            raise MisconfigurationException(_message(self, problems))
+        if search.left_out:
+            rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(search.left_out))
+        if any(pair.B.dtype in (torch.bfloat16, torch.float16) for pair in search.pairs):
+            rank_zero_warn(
+                f"{type(self).__name__}: B is kept in {search.pairs[0].B.dtype}, so B + E is rounded to it and a small "
+                "rho may be lost. Keep the adapter in float32, as with precision='bf16-mixed'."
+            )
+        self.perturbation = Perturbation(search.pairs, self.estimator, self.norm_scope)
+        self.perturbation.install()
+
+    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """What about the trainer and its other callbacks can't work, one line each; subclasses add theirs."""
+        problems = _strategy_problems(trainer)
+        others = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, FlatLoRACallback) and callback is not self and not self.works_beside(callback)
+        ]
+        if others:
+            problems.append(
+                f"it perturbs the same weights as {', '.join(type(other).__name__ for other in others)} "
+                "in the Trainer's callbacks or in the module: keep one"
+            )
+        return problems
+
+    def works_beside(self, other: "FlatLoRACallback") -> bool:
+        """Whether another of these callbacks may run in the same trainer."""
+        return False
+
+    def _search(self, pl_module: LightningModule, problems: list[str]) -> PairSearch | None:
+        try:
+            return find_pairs(pl_module, self.adapter_name)
+        except (NoPairsError, ValueError) as error:
+            problems.append(str(error))
+            return None
+
+    def _optimizer_problems(self, trainer: Trainer, search: PairSearch) -> list[str]:
+        """The pairs must be learnt by one optimizer, and for a rho that follows it, under one learning rate."""
+        owners = [
+            {id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers
+        ]
+        factors = [p for pair in search.pairs for p in (pair.A, pair.B) if p.requires_grad]
+        used = {tuple(i for i, owner in enumerate(owners) if id(p) in owner) for p in factors}
+        problems = []
+        if () in used:
+            orphans = [pair.name for pair in search.pairs if not any(id(pair.B) in owner for owner in owners)]
+            example = f", as {orphans[0]}" if orphans else ""
+            problems.append(f"trainable LoRA factors are in no optimizer{example}: give them to it, or freeze them")
+        elif len(used) > 1 or any(len(where) > 1 for where in used):
+            problems.append(
+                f"the pairs are spread over optimizers {sorted({i for where in used for i in where})}: "
+                "one optimizer must hold A and B of all of them"
+            )
+        self._optimizer_index = min((i for where in used for i in where), default=0)
+        if self.rho.needs_learning_rate and len(self._groups_of(trainer, search)) > 1:
+            problems.append(
+                f"rho={self.rho} follows the learning rate, but the B factors are in several parameter groups: "
+                "put them into one, or choose another schedule"
+            )
+        return problems
+
+    def _groups_of(self, trainer: Trainer, search: PairSearch) -> list[dict[str, Any]]:
+        B = {id(pair.B) for pair in search.pairs}
+        groups = trainer.optimizers[self._optimizer_index].param_groups if trainer.optimizers else []
+        return [group for group in groups if any(id(p) in B for p in group["params"])]
+
+    def _estimated_steps(self, trainer: Trainer) -> float:
+        accumulated = getattr(trainer.lightning_module, "accumulate_grad_batches", 1)
+        return math.ceil(trainer.estimated_stepping_batches / accumulated) if _ends(trainer) else math.inf
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None:
+            self._restore(self._loaded)
+            self._loaded = None
+
+    # -- which steps, which rho
+
+    @property
+    def is_refresh_step(self) -> bool:
+        """Whether the coming optimizer step takes a fresh perturbation."""
+        return self.step >= self.start_step and (self.step - self.start_step) % self.every_n_steps == 0
+
+    def current_rho(self, trainer: Trainer) -> float:
+        """rho of the coming optimizer step."""
+        if not self.rho.needs_learning_rate:
+            return self.rho(self.step, self._horizon)
+        assert self.perturbation is not None
+        group = self._groups_of(trainer, PairSearch(self.perturbation.pairs, []))[0]
+        if self._initial_lr is None:
+            self._initial_lr = float(group.get("initial_lr", group["lr"]))
+        return self.rho(self.step, self._horizon, group["lr"] / self._initial_lr if self._initial_lr else 0.0)
+
+    def holds_pairs(self, trainer: Trainer, optimizer: Any) -> bool:
+        """Whether an optimizer, as a hook is given it, is the one that learns the pairs."""
+        return getattr(optimizer, "optimizer", optimizer) is trainer.optimizers[self._optimizer_index]
+
+    # -- the end
+
+    def uninstall(self) -> None:
+        """Give the layers their own classes back; the perturbation stays for checkpoints."""
+        if self.perturbation is not None:
+            self.perturbation.uninstall()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.uninstall()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.uninstall()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.uninstall()
+
+    # -- the state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded
+        state: dict[str, Any] = {
+            "step": self.step,
+            "initial_lr": self._initial_lr,
+            "settings": {"estimator": self.estimator, "norm_scope": self.norm_scope},
+        }
+        if self.perturbation is not None and self.averages:
+            state["perturbation"] = self.perturbation.state_dict()
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        own = {"estimator": self.estimator, "norm_scope": self.norm_scope}
+        problems = [
+            f"{name} must be {state['settings'][name]!r} as in the checkpoint, got {value!r}: "
+            "change it back, or start anew from the weights alone"
+            for name, value in own.items()
+            if state["settings"][name] != value
+        ]
+        if problems:
+            raise MisconfigurationException(_message(self, problems))
+        if self.perturbation is not None and "perturbation" in state:
+            try:
+                self.perturbation.load_state_dict(state["perturbation"])
+            except ValueError as error:
+                raise MisconfigurationException(_message(self, [str(error)])) from error
+        self.step = state["step"]
+        self._initial_lr = state["initial_lr"]
+
+
+def ends_window(trainer: Trainer, batch_idx: int, accumulate_grad_batches: int) -> bool:
+    """Whether a batch is the last of its accumulation window, the shorter one at the end of an epoch included."""
+    return (batch_idx + 1) % accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parameter]:
+    """The parameters whose overflow makes a loss scaler skip the step; none where there is no scaler."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return []
+    return [p for group in trainer.optimizers[optimizer_index].param_groups for p in group["params"]]
+
+
+def _value_problems(
+    rho: object,
+    beta: object,
+    estimator: object,
+    norm_scope: object,
+    start_step: object,
+    every_n_steps: object,
+    adapter_name: object,
+) -> list[str]:
+    problems = []
+    if not isinstance(rho, RhoSchedule) and not is_radius(rho):
+        problems.append(f"rho must be a finite number >= 0 or a RhoSchedule, got {rho!r}")
+    number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
+    if not (number and 0 < beta <= 1):  # type: ignore[operator]
+        problems.append(f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}")
+    for name, value, allowed in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("norm_scope", norm_scope, get_args(NormScope)),
+    ):
+        if value not in allowed:
+            problems.append(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    for name, value, least in (("start_step", start_step, 0), ("every_n_steps", every_n_steps, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            problems.append(f"{name} must be an integer >= {least}, got {value!r}")
+    if adapter_name is not None and not isinstance(adapter_name, str):
+        problems.append(
+            f"adapter_name must be the name of an adapter or None for the active ones, got {adapter_name!r}"
+        )
+    return problems
+
+
+def _strategy_problems(trainer: Trainer) -> list[str]:
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
+        if static_graph and _accumulates(trainer):
+            return [
+                "DDP's static_graph crashes together with gradient accumulation (pytorch#143580): "
+                "leave static_graph out, or accumulate over 1 batch"
+            ]
+        return []
+    kind = "shards or owns" if isinstance(strategy, ParallelStrategy) else "may own"
+    return [
+        f"the strategy {type(strategy).__name__} {kind} the parameters and gradients that the perturbation is made of, "
+        "which is not supported yet: use strategy='ddp' or a single device"
+    ]
+
+
+def _accumulates(trainer: Trainer) -> bool:
+    """Whether the trainer or the module accumulates gradients over several batches."""
+    return max(trainer.accumulate_grad_batches, getattr(trainer.lightning_module, "accumulate_grad_batches", 1)) > 1
+
+
+def _ends(trainer: Trainer) -> bool:
+    return trainer.max_steps != -1 or trainer.max_epochs != -1
+
+
+def _message(callback: object, problems: list[str]) -> str:
+    name = type(callback).__name__.removeprefix("_")
+    if len(problems) == 1:
+        return f"{name}: {problems[0]}"
+    return "\n".join([f"{name}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

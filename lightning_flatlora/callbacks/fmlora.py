@@ -1,0 +1,186 @@
+"""FMLoRA in automatic optimization: two passes a step, for any LightningModule."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window
+from lightning_flatlora.callbacks.two_passes import (
+    loss_of,
+    put_back_gradients,
+    random_state,
+    silenced_log,
+    take_gradients,
+)
+from lightning_flatlora.distributed import average_gradients
+from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.schedules import RhoSchedule
+
+
+class FMLoRA(FlatLoRACallback):
+    """Seek flat minima with a fresh perturbation at every step (Algorithm 1), in two passes.
+
+    The first pass's gradient gives E, the second is taken at B + E and is the one that the optimizer sees. Both passes
+    draw the same dropout masks; the loss is logged and returned from the first, the clean one. Hooks around backward
+    fire twice, and whatever a training_step updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both
+    passes. Under gradient accumulation each micro-batch has its own ascent.
+
+    Args:
+        rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
+        norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
+        start_step: optimizer steps of plain LoRA before the first ascent.
+        every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
+        adapter_name: the peft adapter to perturb; None takes the active ones.
+        sync_ascent: average the ascent's gradient over the ranks, so that all have one E; False leaves each rank its
+            own (m-sharpness) and sends nothing.
+
+    Raises:
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
+            start of fit, before the first step).
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[FMLoRA(rho=2.0)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        estimator: Estimator = "average",
+        norm_scope: NormScope = "global",
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
+        sync_ascent: bool = True,
+    ) -> None:
+        super().__init__(
+            rho,
+            estimator=estimator,
+            norm_scope=norm_scope,
+            start_step=start_step,
+            every_n_steps=every_n_steps,
+            adapter_name=adapter_name,
+        )
+        self.sync_ascent = sync_ascent
+        self._parameters: list[nn.Parameter] = []
+        self._in_second_pass = False
+        self._unsynchronised: DistributedDataParallel | None = None
+        self._step_arguments: tuple[Any, ...] | None = None
+        self._put_back_random_state: Callable[[], None] | None = None
+        self._taken: list[tuple[nn.Parameter, Tensor]] = []
+
+    @override
+    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        problems = super().configuration_problems(trainer, pl_module)
+        if not pl_module.automatic_optimization and not any(
+            isinstance(callback, FlatLoRACallback) and callback.is_module_driver
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ):
+            problems.append(
+                "a second pass can't be put into a training_step with manual optimization: "
+                "subclass FMLoRAModule instead, or use EFMLoRA"
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            problems.append(
+                "training_step(dataloader_iter) takes batches itself, so a batch can't be passed twice: "
+                "write training_step(batch, batch_idx), or use EFMLoRA"
+            )
+        return problems
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._parameters = list(pl_module.parameters())
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._forget_batch()
+        if self.is_refresh_step and self.current_rho(trainer) > 0:
+            takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+            self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
+            self._put_back_random_state = random_state(pl_module.device)
+            if not self.sync_ascent and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
+                self._keep_local(trainer)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        # Here and no earlier: Lightning clears the gradients of the last step after the forward pass.
+        if self._step_arguments is not None and not self._in_second_pass:
+            self._taken = take_gradients(self._parameters)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step_arguments is None or self._in_second_pass:
+            return
+        assert self.perturbation is not None
+        assert self._put_back_random_state is not None
+        if self.sync_ascent and not _synchronises(trainer):
+            average_gradients(p for pair in self.perturbation.pairs for p in (pair.A, pair.B) if p.requires_grad)
+        self.perturbation.assign(self.perturbation.ascend(self.current_rho(trainer), at_perturbed=False))
+        put_back_gradients(self._parameters, self._taken)
+        self._release()
+        self._put_back_random_state()
+        self._in_second_pass = True
+        try:
+            with self.perturbation.applied(), silenced_log(pl_module):
+                self._descend(trainer)
+        finally:
+            self._in_second_pass = False
+            self._forget_batch()
+
+    def _descend(self, trainer: Trainer) -> None:
+        """The second pass: the gradient at B + E, added to what was accumulated."""
+        assert self._step_arguments is not None
+        loss = loss_of(trainer.strategy.training_step(*self._step_arguments), "training_step")
+        if loss is None:
+            raise RuntimeError("training_step returned None in FMLoRA's second pass, but a loss in the first")
+        trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.holds_pairs(trainer, optimizer):
+            self.step += 1
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._release()
+        self._forget_batch()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        self._step_arguments = None
+        self._put_back_random_state = None
+        self._taken = []
+
+    def _keep_local(self, trainer: Trainer) -> None:
+        """Keep DDP from averaging a per-rank ascent in the batch that ends an accumulation window."""
+        model = trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
+            self._unsynchronised = model
+            model.require_backward_grad_sync = False
+
+    def _release(self) -> None:
+        if self._unsynchronised is not None:
+            self._unsynchronised.require_backward_grad_sync = True
+            self._unsynchronised = None
+
+
+def _synchronises(trainer: Trainer) -> bool:
+    """Whether the backward that just ended averaged the gradients over the ranks."""
+    return not isinstance(trainer.strategy, DDPStrategy) or bool(
+        getattr(trainer.strategy.model, "require_backward_grad_sync", True)
+    )

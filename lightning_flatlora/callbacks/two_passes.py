@@ -1,0 +1,88 @@
+"""The tools of a step with two passes: set gradients aside, draw the same dropout masks again, log once."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+
+def take_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Copy the gradients accumulated so far and clear them, so that the ascent's gradient stands alone.
+
+    Copies, because DDP's ``gradient_as_bucket_view`` lends the memory of ``p.grad`` to the next backward.
+    """
+    taken = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            taken.append((parameter, parameter.grad.clone()))
+            parameter.grad = None
+    return taken
+
+
+def put_back_gradients(parameters: Iterable[nn.Parameter], taken: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Drop the ascent's gradients and restore those set aside by :func:`take_gradients`."""
+    for parameter in parameters:
+        parameter.grad = None
+    for parameter, grad in taken:
+        parameter.grad = grad
+
+
+def random_state(device: torch.device) -> Callable[[], None]:
+    """Remember the random generators (Python, NumPy, PyTorch on the CPU and the device).
+
+    Returns:
+        A function that puts them back.
+
+    Example:
+        >>> put_back = random_state(torch.device("cpu"))
+        >>> first = torch.rand(3); put_back(); bool((torch.rand(3) == first).all())
+        True
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    own = accelerator.get_rng_state(device) if accelerator else None
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if accelerator:
+            accelerator.set_rng_state(own, device)
+
+    return put_back
+
+
+@contextmanager
+def silenced_log(pl_module: LightningModule) -> Iterator[None]:
+    """Inside, ``self.log`` and ``self.log_dict`` of the module do nothing: the clean pass has logged already."""
+    pl_module.__dict__["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del pl_module.__dict__["log"]
+
+
+def loss_of(output: Any, source: str) -> Tensor | None:
+    """The loss in what a step returned: a tensor, a mapping with "loss", or None for a skipped batch.
+
+    Args:
+        output: what the step returned.
+        source: the method's name, for the error.
+
+    Raises:
+        TypeError: anything else came.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None and not isinstance(output, Mapping):
+        return None
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{source} must return the loss as a tensor, a dict with the key 'loss', or None to skip the batch; "
+            f"got {type(output).__name__}"
+        )
+    return loss

@@ -1,0 +1,158 @@
+"""The paper's equations as pure functions: tensors in, tensors out, batched over layers of one shape.
+
+Notation (arXiv 2508.00522): a LoRA layer's weight is ``W = W0 + s B A`` with ``W0`` of shape (n, m), ``B`` (n, r),
+``A`` (r, m) and ``s`` the LoRA scaling. ``G = dL/dW`` is never formed: LoRA gives ``grad_B = s G A^T`` (n, r) and
+``grad_A = s B^T G`` (r, m), and everything below is written in those and in the r x r Gram matrices ``K_A = A A^T``,
+``K_B = B^T B``. Leading dimensions (written L) batch over layers. No function here makes an (n, m) tensor, moves data
+to the host, or keeps state.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["average", "projected"]
+NormScope = Literal["global", "layer"]
+
+DAMPING = 1e-6
+"""delta of :func:`damped_inverse_root`, relative to the trace."""
+
+
+class Ascent(NamedTuple):
+    """What one layer knows of the ascent before the norm of all layers is known.
+
+    Attributes:
+        direction: ``(1/s) G_hat A⁺``, shape (L, n, r); Eq. 15 without its factor rho / ||G_hat||.
+        squared_norm: ``||G_hat||_F^2`` of the estimated full gradient, shape (L,).
+    """
+
+    direction: Tensor
+    squared_norm: Tensor
+
+
+def damped_inverse_root(X: Tensor) -> Tensor:
+    r"""A square root of the damped inverse that stands for the pseudo-inverse of a factor's Gram matrix.
+
+    .. math:: K = X^\top X,\qquad K^+ = (K + \delta\,\mathrm{tr}(K)\,I)^{-1} = R^\top R,\qquad \delta = 10^{-6}
+
+    The paper's pseudo-inverse jumps where the rank changes, and Adam's first update makes the columns of B parallel, so
+    the literal definition would hang on rounding. The damped one is smooth. The damping is at least the smallest normal
+    number of the factor's dtype, so ``X = 0`` (B at the start) needs no branch: R is large but finite, and multiplied
+    by zeros wherever it is used. Applying R twice loses far less than applying K⁺ once in float32, and the Gram matrix
+    is taken in float64 where the device has it: together they keep float32 good to 1e-5 whatever
+    the factors' condition. Cholesky's error code is not read, so the host does not wait.
+
+    Args:
+        X: a factor with r columns, shape (..., k, r), float32 or float64.
+
+    Returns:
+        R, lower triangular, shape (..., r, r), float64 (float32 on a device without it).
+
+    Example:
+        >>> R = damped_inverse_root(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]))
+        >>> (R.mT @ R).round(decimals=3)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.2500]], dtype=torch.float64)
+    """
+    wide = X if X.device.type == "mps" else X.double()
+    gram = wide.mT @ wide
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    damping = (DAMPING * trace).clamp_min(torch.finfo(X.dtype).tiny)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor: Tensor = torch.linalg.cholesky_ex(gram + damping * identity).L
+    root: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(gram), upper=False)
+    return root
+
+
+def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
+    r"""The ascent from both of LoRA's gradients: the estimator ``"average"`` (Eqs. 10-12, 14).
+
+    .. math::
+        \bar G &= \tfrac{1}{2s}\left(G_B (A^\top)^+ + (B^\top)^+ G_A\right) = \tfrac12 (G P_A + P_B G) \\
+        \bar G A^+ &= \tfrac{1}{2s}\,(I + B K_B^+ B^\top)\,G_B K_A^+ \\
+        \|\bar G\|^2 &= \tfrac{1}{4s^2}\left[\langle G_B K_A^+, G_B\rangle + \langle K_B^+ G_A, G_A\rangle
+            + 2\,\langle B^\top G_B K_A^+,\; K_B^+ G_A A^\top\rangle\right]
+
+    The second line uses :math:`B^\top G_B = G_A A^\top`, which holds for gradients taken at this very A and B.
+
+    Args:
+        A: shape (L, r, m).
+        B: shape (L, n, r), the point at which the gradients were taken.
+        grad_A: shape (L, r, m).
+        grad_B: shape (L, n, r).
+        scaling: s of each layer, shape (L,).
+
+    Returns:
+        The :class:`Ascent` of each layer. Multiplying the loss by c multiplies ``direction`` by c.
+
+    Example:
+        >>> A, B = torch.eye(2, 3)[None], torch.zeros(1, 4, 2)
+        >>> grad_B = torch.ones(1, 4, 2)
+        >>> ascent_average(A, B, torch.zeros(1, 2, 3), grad_B, torch.ones(1)).squared_norm.round(decimals=3)
+        tensor([2.])
+    """
+    root_A, root_B = damped_inverse_root(A.mT), damped_inverse_root(B)
+    inverse_B = root_B.mT @ root_B
+    half = grad_B @ root_A.mT.to(B.dtype)
+    # The factor 1 / (2 s^2) goes into the small matrix: a pass over an (L, n, r) tensor less.
+    direction = half @ (root_A / (2 * scaling**2)[:, None, None]).to(B.dtype)  # G_B K_A⁺ / (2 s^2)
+    cross = (B.mT @ direction).to(root_B.dtype)
+    direction += B @ (inverse_B @ cross).to(B.dtype)
+    squared_norm = (_squared_norm(half) + _squared_norm(root_B.to(B.dtype) @ grad_A)) / (4 * scaling**2)
+    squared_norm += (cross * (inverse_B @ (grad_A @ A.mT).to(root_B.dtype))).sum((-2, -1)).to(B.dtype)
+    return Ascent(direction, squared_norm)
+
+
+def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
+    r"""The ascent from B's gradient alone: the estimator ``"projected"`` (first half of Eq. 10, 14).
+
+    .. math:: \hat G = \tfrac1s G_B (A^\top)^+ = G P_A,\qquad
+        \hat G A^+ = \tfrac1s G_B K_A^+,\qquad
+        \|\hat G\|^2 = \tfrac{1}{s^2} \langle G_B K_A^+, G_B\rangle
+
+    It is the exact solution of Eq. 14's inner problem among the perturbations that B can express, and the only estimate
+    there is where A is frozen (LoRA-FA).
+
+    Args:
+        A: shape (L, r, m).
+        grad_B: shape (L, n, r).
+        scaling: s of each layer, shape (L,).
+
+    Returns:
+        The :class:`Ascent` of each layer.
+
+    Example:
+        >>> A = torch.eye(2, 3)[None]
+        >>> ascent_projected(A, torch.ones(1, 4, 2), torch.tensor([2.0])).squared_norm.round(decimals=3)
+        tensor([2.])
+    """
+    root_A = damped_inverse_root(A.mT)
+    half = grad_B @ root_A.mT.to(grad_B.dtype)
+    direction = half @ (root_A / (scaling**2)[:, None, None]).to(grad_B.dtype)
+    return Ascent(direction, _squared_norm(half) / scaling**2)
+
+
+def perturbation_scale(squared_norm: Tensor, rho: float | Tensor) -> Tensor:
+    r"""The factor rho / ||G_hat|| of Eq. 13, zero where the gradient is zero.
+
+    The paper's Eqs. 9 and 13 carry a further factor sign(g), a misprint: Eqs. 3, 16, 27 and both proofs have none.
+
+    Args:
+        squared_norm: ``||G_hat||^2`` of the ball that shares rho: one layer or all of them, any shape.
+        rho: radius of the ball in the full weight space, in the units of the weights.
+
+    Returns:
+        The factor for :attr:`Ascent.direction`, shape of ``squared_norm``.
+
+    Example:
+        >>> perturbation_scale(torch.tensor([4.0, 0.0]), rho=0.5)
+        tensor([0.2500, 0.0000])
+    """
+    return torch.where(squared_norm > 0, rho * squared_norm.rsqrt(), torch.zeros_like(squared_norm))
+
+
+def _squared_norm(X: Tensor) -> Tensor:
+    """The squared Frobenius norm over the last two dimensions."""
+    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1))
+    return norm.square()

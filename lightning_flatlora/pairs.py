@@ -1,0 +1,185 @@
+"""The LoRA pairs (A, B) of a model, and how to find them."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraLinearVariant,
+)
+from torch import nn
+
+_EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
+_WRAPPER_NAMES = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+
+
+class NoPairsError(ValueError):
+    """The model holds nothing that can be perturbed; the message lists what it holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAPair:
+    """The two factors of one LoRA update s B A.
+
+    Attributes:
+        name: clean name of B's parameter, the same under every wrapper.
+        A: shape (r, m), or (r, m, *kernel) for a convolution.
+        B: shape (n, r), or (n, r, 1, ...) for a convolution.
+        scaling: s, alpha / r (or alpha / sqrt(r) with rsLoRA).
+        readers: the ``lora_B`` modules whose weight is B; several where the adapter is tied.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    readers: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def learns_A(self) -> bool:
+        """False for LoRA-FA, whose frozen A has no gradient."""
+        return self.A.requires_grad
+
+
+@dataclass(frozen=True)
+class PairSearch:
+    """What :func:`find_pairs` found.
+
+    Attributes:
+        pairs: in the order of the model's modules.
+        left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
+    """
+
+    pairs: list[LoRAPair]
+    left_out: list[str]
+
+
+def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
+    """Every pair whose B is trained and whose update is exactly s B A, each parameter once.
+
+    Args:
+        model: a module that contains peft LoRA layers at any depth.
+        adapter_name: the adapter to look at; None takes each layer's active ones.
+
+    Returns:
+        The pairs, and what was left out and why.
+
+    Raises:
+        ValueError: no LoRA layer has an adapter of that name; the message lists the known ones.
+        NoPairsError: no pair is left; the message lists the LoRA layers and module types that were seen.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> [(pair.name, pair.B.shape, pair.A.shape) for pair in find_pairs(model).pairs]
+        [('base_model.model.0.lora_B.default.weight', torch.Size([3, 2]), torch.Size([2, 4]))]
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    _check_adapter(layers, adapter_name)
+    pairs: dict[int, LoRAPair] = {}
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for layer_name, layer in layers:
+        for adapter in [adapter_name] if adapter_name is not None else layer.active_adapters:
+            reason = _why_not(layer, adapter)
+            if reason:
+                left_out[f"{type(layer).__name__}: {reason}"].append(clean_name(layer_name))
+            elif adapter in layer.lora_B and layer.lora_B[adapter].weight.requires_grad:
+                pair = _pair(layer_name, layer, adapter)
+                pairs.setdefault(id(pair.B), pair).readers.append(layer.lora_B[adapter])
+    for pair, reason in _badly_tied(layers, pairs):
+        left_out[reason].append(pair.name)
+        del pairs[id(pair.B)]
+    lines = [f"{kind} ({len(names)} in all, first {names[0]})" for kind, names in left_out.items()]
+    if not pairs:
+        raise NoPairsError(_nothing_found(model, layers, adapter_name, lines))
+    return PairSearch(list(pairs.values()), lines)
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what FSDP, torch.compile and activation checkpointing put in.
+
+    Example:
+        >>> clean_name("model._orig_mod.layer._checkpoint_wrapped_module.lora_B.default.weight")
+        'model.layer.lora_B.default.weight'
+    """
+    return _WRAPPER_NAMES.sub("", name).removeprefix(".")
+
+
+def _pair(layer_name: str, layer: LoraLayer, adapter: str) -> LoRAPair:
+    name = clean_name(f"{layer_name}.lora_B.{adapter}.weight".removeprefix("."))
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return LoRAPair(name, A, B, float(layer.scaling[adapter]))
+
+
+def _why_not(layer: LoraLayer, adapter: str) -> str | None:
+    """The reason for which a layer's update cannot be perturbed through B; None if it can."""
+    if isinstance(layer, Embedding) and adapter in layer.lora_embedding_B:
+        return "embedding LoRA keeps bare parameters, whose reading cannot be redirected"
+    if adapter not in layer.lora_B:
+        return None
+    if isinstance(layer, ParamWrapper):
+        return "LoRA on a bare parameter (as of experts) shares one pair among several products"
+    if isinstance(layer, LoraParallelLinear):
+        return "tensor-parallel LoRA keeps a slice of each factor"
+    if not type(layer).__module__.startswith("peft.tuners.lora."):
+        return "not one of peft's own LoRA layers, so the product of its factors is unknown"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
+        return f"the variant {type(variant).__name__} does not add exactly s B A"
+    return _why_not_factors(layer.lora_A[adapter], layer.lora_B[adapter])
+
+
+def _why_not_factors(lora_A: object, lora_B: object) -> str | None:
+    for factor in (lora_A, lora_B):
+        if isinstance(factor, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if factor.groups != 1:
+                return "a grouped convolution's update is not one product B A"
+        elif not isinstance(factor, nn.Linear):
+            return f"a factor is a {type(factor).__name__}, not a Linear or a convolution"
+    return None
+
+
+def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair]) -> list[tuple[LoRAPair, str]]:
+    """The pairs one of whose factors also serves in another product than s B A."""
+    products: dict[int, set[tuple[int, int, float]]] = defaultdict(set)
+    for _, layer in layers:
+        for adapter in layer.lora_B:
+            A, B = getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None)
+            for factor in (A, B):
+                products[id(factor)].add((id(A), id(B), float(layer.scaling[adapter])))
+    reason = "a factor is shared with another pair or scaling, so its gradient is of several products"
+    return [(p, reason) for p in pairs.values() if len(products[id(p.A)] | products[id(p.B)]) > 1]
+
+
+def _check_adapter(layers: Iterable[tuple[str, LoraLayer]], adapter_name: str | None) -> None:
+    known = {adapter for _, layer in layers for adapter in _adapters(layer)}
+    if adapter_name is not None and known and adapter_name not in known:
+        raise ValueError(f"adapter_name must be None or one of {sorted(known)}, got {adapter_name!r}")
+
+
+def _adapters(layer: LoraLayer) -> Iterator[str]:
+    yield from layer.lora_B
+    yield from layer.lora_embedding_B
+
+
+def _nothing_found(
+    model: nn.Module, layers: list[tuple[str, LoraLayer]], adapter_name: str | None, left_out: list[str]
+) -> str:
+    lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
+    if not layers:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        lines += [f"The model holds no LoRA layer, only {', '.join(kinds)}.", "Wrap it with peft.get_peft_model."]
+    else:
+        kinds = sorted({type(layer).__name__ for _, layer in layers})
+        active = sorted({adapter for _, layer in layers for adapter in layer.active_adapters})
+        lines.append(f"LoRA layers seen: {', '.join(kinds)}; adapter {adapter_name or active}.")
+        lines += [f"Left out: {line}." for line in left_out]
+        if not left_out:
+            lines.append("Every B is frozen: was the adapter loaded with is_trainable=False, or never activated?")
+    return " ".join(lines)

@@ -1,0 +1,260 @@
+"""The perturbation E of every pair of a model: from gradients, averaged over steps, and read through by the layers."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatlora import read_through
+from lightning_flatlora.functional import (
+    Ascent,
+    Estimator,
+    NormScope,
+    ascent_average,
+    ascent_projected,
+    perturbation_scale,
+)
+from lightning_flatlora.pairs import LoRAPair
+
+_LARGEST_STACK = 2**22
+"""Elements of B in one batched computation (16 MB of float32), which bounds the temporaries of a large model."""
+
+
+class FreshPerturbation(NamedTuple):
+    """E as one gradient gives it.
+
+    Attributes:
+        stacks: one (L, n, r) tensor for each group of equal layers; zeros where ``finite`` is false.
+        finite: whether every gradient was finite, a boolean on the device, shape ().
+        is_zero: rho was the number 0, so E is known to be zero without asking the device.
+    """
+
+    stacks: list[Tensor]
+    finite: Tensor
+    is_zero: bool
+
+
+class Perturbation:
+    """The perturbations E (n, r) of all pairs, kept in float32 (float64 where B is), and what the layers read.
+
+    E starts at zero. It is set by :meth:`assign` (FMLoRA) or moved by :meth:`average` (EFMLoRA), and enters the forward
+    pass between :meth:`on` and :meth:`off`, or inside :meth:`applied`. Nothing here waits for the device but
+    :meth:`state_dict`.
+
+    Attributes:
+        started: whether the average may be other than zero; while rho has always been 0 nothing needs to read it, and
+            the run is the base run bit for bit.
+
+    Args:
+        pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
+        estimator: "average" (Eq. 12) or "projected" (G P_A); pairs with a frozen A always take the latter.
+        norm_scope: "global", one ball of radius rho over all pairs, or "layer", one for each.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora.pairs import find_pairs
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> perturbation = Perturbation(find_pairs(model).pairs)
+        >>> perturbation.install()
+        >>> model(torch.ones(5, 4)).sum().backward()
+        >>> perturbation.assign(perturbation.ascend(rho=0.5, at_perturbed=False))
+        >>> with perturbation.applied():
+        ...     perturbed = model(torch.ones(5, 4)).sum()
+        >>> bool(perturbed > model(torch.ones(5, 4)).sum())
+        True
+        >>> perturbation.uninstall()
+    """
+
+    def __init__(
+        self, pairs: list[LoRAPair], estimator: Estimator = "average", norm_scope: NormScope = "global"
+    ) -> None:
+        self.pairs = pairs
+        self.norm_scope: NormScope = norm_scope
+        self.started = False
+        self._groups = [_Group(group, estimator) for group in _alike(pairs)]
+        self._averaged = torch.zeros((), dtype=torch.bool, device=self._groups[0].E.device)
+
+    def install(self) -> None:
+        """Make every reader able to read B + E; until :meth:`on` they read B."""
+        for pair in self.pairs:
+            for reader in pair.readers:
+                read_through.install(reader)
+
+    def uninstall(self) -> None:
+        """Give every reader its own class back; E stays, for :meth:`state_dict`."""
+        for pair in self.pairs:
+            for reader in pair.readers:
+                read_through.uninstall(reader)
+
+    def on(self, stacks: list[Tensor] | None = None) -> None:
+        """Let the layers read B + E.
+
+        Args:
+            stacks: E to read, as in :class:`FreshPerturbation`; None reads the kept one, and follows its updates.
+        """
+        for group, stack in zip(self._groups, stacks or [group.E for group in self._groups], strict=True):
+            group.show(stack)
+
+    def off(self) -> None:
+        """Let the layers read the clean B."""
+        for group in self._groups:
+            group.show(None)
+
+    @contextmanager
+    def applied(self, stacks: list[Tensor] | None = None) -> Iterator[None]:
+        """:meth:`on` inside, :meth:`off` after, whatever happens."""
+        self.on(stacks)
+        try:
+            yield
+        finally:
+            self.off()
+
+    def ascend(
+        self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[Tensor] = ()
+    ) -> FreshPerturbation:
+        """E of the gradients that the pairs hold now (Eqs. 10-15); a missing gradient counts as zero.
+
+        Args:
+            rho: radius of the ball.
+            at_perturbed: whether the gradients were taken at B + E (EFMLoRA, Algorithm 2) or at B (FMLoRA).
+            also_finite: parameters whose gradients decide ``finite`` too, as those that a loss scaler watches.
+
+        Returns:
+            E, on every rank the same where the gradients are.
+        """
+        ascents = [group.ascent(at_perturbed) for group in self._groups]
+        norms = [ascent.squared_norm for ascent in ascents]
+        finite = self._finite(norms, also_finite)
+        if self.norm_scope == "global":
+            total = torch.stack([norm.sum().to(norms[0].device, norms[0].dtype) for norm in norms]).sum()
+            norms = [total.to(norm.device, norm.dtype).expand_as(norm) for norm in norms]
+        stacks = []
+        for ascent, norm in zip(ascents, norms, strict=True):
+            scale = perturbation_scale(norm, rho)[:, None, None]
+            stacks.append(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0))
+        return FreshPerturbation(stacks, finite, isinstance(rho, float) and rho == 0)
+
+    def assign(self, fresh: FreshPerturbation) -> None:
+        """E := fresh (Algorithm 1)."""
+        for group, stack in zip(self._groups, fresh.stacks, strict=True):
+            group.E.copy_(stack)
+
+    def average(self, fresh: FreshPerturbation, beta: float) -> None:
+        """E := (1 - beta) E + beta fresh (Eq. 18); the first one is taken whole, one not finite leaves E as it is.
+
+        Args:
+            fresh: from :meth:`ascend`.
+            beta: weight of the fresh one, in (0, 1].
+        """
+        for group, stack in zip(self._groups, fresh.stacks, strict=True):
+            weight = torch.full((), beta, dtype=stack.dtype, device=self._averaged.device)
+            weight = torch.where(self._averaged, weight, 1.0) * fresh.finite
+            group.E.lerp_(stack, weight.to(stack.device))
+        self._averaged |= fresh.finite
+        self.started |= not fresh.is_zero
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
+        E = {pair.name: E.detach().cpu().clone() for group in self._groups for pair, E in group}
+        return {"started": self.started, "averaged": bool(self._averaged), "E": E}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a :meth:`state_dict` over.
+
+        Raises:
+            ValueError: the state is of other pairs; the message says which are missing, new or of another shape.
+        """
+        saved, own = state["E"], {pair.name: E for group in self._groups for pair, E in group}
+        problems = [f"{name} is not in the checkpoint" for name in own if name not in saved]
+        problems += [f"{name} is in the checkpoint but not in the model" for name in saved if name not in own]
+        problems += [
+            f"{name} has shape {tuple(E.shape)}, in the checkpoint {tuple(saved[name].shape)}"
+            for name, E in own.items()
+            if name in saved and saved[name].shape != E.shape
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError("the checkpoint's perturbation is of other pairs: " + "; ".join(problems[:3]) + more)
+        for name, E in own.items():
+            E.copy_(saved[name])
+        self.started = bool(state["started"])
+        self._averaged.fill_(bool(state["averaged"]))
+
+    def _finite(self, norms: list[Tensor], also_finite: Iterable[Tensor]) -> Tensor:
+        """Whether all gradients of the pairs and of ``also_finite`` are finite, shape ()."""
+        parameters = {id(p): p for pair in self.pairs for p in (pair.A, pair.B)} | {id(p): p for p in also_finite}
+        grads = [p.grad for p in parameters.values() if p.grad is not None]
+        largest = nn.utils.get_total_norm(grads, norm_type=torch.inf).to(self._averaged.device)
+        total = torch.stack([norm.sum().to(self._averaged.device, torch.float32) for norm in norms]).sum()
+        return torch.isfinite(largest) & torch.isfinite(total)
+
+
+class _Group:
+    """Pairs of one shape, dtype and device, whose algebra is one batched call.
+
+    Attributes:
+        E: their perturbations, shape (L, n, r).
+    """
+
+    def __init__(self, pairs: list[LoRAPair], estimator: Estimator) -> None:
+        B = pairs[0].B
+        self.pairs = pairs
+        self.projected = estimator == "projected" or not pairs[0].learns_A
+        self.dtype = torch.promote_types(B.dtype, torch.float32)
+        self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
+        self.E = torch.zeros(len(pairs), *B.flatten(1).shape, dtype=self.dtype, device=B.device)
+        self._views = self._sliced(self.E)
+
+    def __iter__(self) -> Iterator[tuple[LoRAPair, Tensor]]:
+        return iter(zip(self.pairs, self.E, strict=True))
+
+    def ascent(self, at_perturbed: bool) -> Ascent:
+        """The batched ascent of the group's layers, from the gradients they hold."""
+        A = self._stack(pair.A for pair in self.pairs)
+        grad_B = self._stack(_gradient(pair.B) for pair in self.pairs)
+        if self.projected:
+            return ascent_projected(A, grad_B, self.scaling)
+        B = self._stack(pair.B for pair in self.pairs)
+        if at_perturbed:
+            B = (B + self.E).to(self.pairs[0].B.dtype).to(self.dtype)
+        grad_A = self._stack(_gradient(pair.A) for pair in self.pairs)
+        return ascent_average(A, B, grad_A, grad_B, self.scaling)
+
+    def show(self, stack: Tensor | None) -> None:
+        """Let the group's readers add a stack's slices to their weight, or nothing."""
+        views: list[Tensor | None]
+        if stack is None:
+            views = [None] * len(self.pairs)
+        else:
+            views = list(self._views if stack is self.E else self._sliced(stack))
+        for pair, view in zip(self.pairs, views, strict=True):
+            for reader in pair.readers:
+                read_through.perturb(reader, view)
+
+    def _sliced(self, stack: Tensor) -> list[Tensor]:
+        return [E.view(pair.B.shape) for pair, E in zip(self.pairs, stack.unbind(), strict=True)]
+
+    def _stack(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Factors or gradients as (L, rows, columns), a kernel's dimensions among the columns, in the wide dtype."""
+        return torch.stack([tensor.detach().flatten(1) for tensor in tensors]).to(self.dtype)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _alike(pairs: Iterable[LoRAPair]) -> list[list[LoRAPair]]:
+    """Pairs that stack: same shapes, dtypes, device and trained factors; large groups in several parts."""
+    groups: dict[Any, list[LoRAPair]] = defaultdict(list)
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        key = (A.flatten(1).shape, B.flatten(1).shape, A.dtype, B.dtype, B.device, pair.learns_A)
+        groups[key].append(pair)
+    parts = []
+    for group in groups.values():
+        size = max(1, _LARGEST_STACK // group[0].B.numel())
+        parts += [group[start : start + size] for start in range(0, len(group), size)]
+    return parts

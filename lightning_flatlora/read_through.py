@@ -1,0 +1,79 @@
+"""Let a LoRA layer read B + E while the parameter B stays as it is.
+
+A ``lora_B`` module is given a subclass of its own class whose ``weight`` returns the perturbed value while a
+perturbation is set. Parameters, names and state dicts are untouched, so whoever looks at the stored weights, at any
+moment, sees the clean ones. (A ``forward`` override would be a silent no-op wherever peft reads ``lora_B.weight``
+itself: attention that merges, DoRA convolutions.)
+"""
+
+import copyreg
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _ReadsPerturbed:
+    """Mixin before a module's own class: ``weight`` is B, or B + E while E is set."""
+
+    _parameters: dict[str, nn.Parameter | None]
+    _plain_class: Any
+    _perturbation: Tensor | None
+
+    @property
+    def weight(self) -> Tensor | None:
+        weight = self._parameters["weight"]
+        if weight is None or self._perturbation is None:
+            return weight
+        return (weight + self._perturbation).to(weight.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
+        state = {key: value for key, value in self.__dict__.items() if key != "_perturbation"}
+        return copyreg.__newobj__, (self._plain_class,), state  # type: ignore[attr-defined]
+
+
+@cache
+def _reading_class(plain: Any) -> Any:
+    return type(f"Perturbed{plain.__name__}", (_ReadsPerturbed, plain), {"_plain_class": plain})
+
+
+def install(module: nn.Module) -> None:
+    """Make a module able to read a perturbed weight; it reads the clean one until :func:`perturb`.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> install(layer); perturb(layer, torch.ones(2, 2))
+        >>> bool((layer.weight == layer.state_dict()["weight"] + 1).all())
+        True
+        >>> uninstall(layer); type(layer).__name__
+        'Linear'
+    """
+    if not isinstance(module, _ReadsPerturbed):
+        plain: Any = type(module)
+        module.__dict__["_perturbation"] = None
+        module.__class__ = _reading_class(plain)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if isinstance(module, _ReadsPerturbed):
+        module.__class__ = module._plain_class
+        del module.__dict__["_perturbation"]
+
+
+def perturb(module: nn.Module, perturbation: Tensor | None) -> None:
+    """Set what an installed module adds to its weight.
+
+    Args:
+        module: a module after :func:`install`.
+        perturbation: E, of the weight's shape, any floating dtype (the sum is taken in the wider of the two and
+            rounded once); None for the clean weight.
+    """
+    module.__dict__["_perturbation"] = perturbation
+
+
+def is_installed(model: nn.Module) -> bool:
+    """Whether any module of a model still has a reading class."""
+    return any(isinstance(module, _ReadsPerturbed) for module in model.modules())

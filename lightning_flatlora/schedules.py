@@ -1,0 +1,158 @@
+"""The radius rho as a function of the optimizer step.
+
+A schedule is a pure function of the step, the horizon and the learning rate, so it needs no state in a checkpoint.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+
+class RhoSchedule(ABC):
+    """rho over time: subclass it and define :meth:`__call__` for a schedule of your own.
+
+    Attributes:
+        needs_horizon: the schedule spreads over the whole run, so training without an end is refused.
+        needs_learning_rate: the schedule follows the learning rate of the parameter group that holds the pairs.
+    """
+
+    needs_horizon: ClassVar[bool] = False
+    needs_learning_rate: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
+        """rho at one optimizer step.
+
+        Args:
+            step: optimizer steps taken so far, from 0; steps that a loss scaler skipped count.
+            horizon: optimizer steps of the whole run.
+            learning_rate: the group's learning rate divided by its initial value, no unit.
+
+        Returns:
+            The radius of the ball in the full weight space, >= 0.
+        """
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be a finite number >= 0, got {value!r}"
+            for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+            if name != "total_steps" and not is_radius(value)
+        ]
+        total = getattr(self, "total_steps", None)
+        if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+            problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {total!r}")
+        if problems:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+
+
+def is_radius(value: object) -> bool:
+    """Whether a value can be a radius: a finite number >= 0.
+
+    Example:
+        >>> is_radius(0.5), is_radius(-1), is_radius(float("nan")), is_radius(True), is_radius("1")
+        (True, False, False, False, False)
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+
+
+@dataclass(frozen=True)
+class ConstantRho(RhoSchedule):
+    """The same rho at every step; what a plain number means.
+
+    Example:
+        >>> ConstantRho(2.0)(step=100)
+        2.0
+    """
+
+    rho: float
+
+    def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
+        return self.rho
+
+
+@dataclass(frozen=True)
+class LinearRho(RhoSchedule):
+    """From ``start`` to ``end`` in a straight line.
+
+    Args:
+        start: rho at step 0.
+        end: rho at step ``total_steps`` and after.
+        total_steps: horizon in optimizer steps; None takes the trainer's estimate.
+
+    Example:
+        >>> LinearRho(2.0, 1.0, total_steps=10)(step=5)
+        1.5
+    """
+
+    start: float
+    end: float
+    total_steps: int | None = None
+    needs_horizon: ClassVar[bool] = True
+
+    def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
+        return self.start + (self.end - self.start) * _fraction(step, self.total_steps or horizon)
+
+
+@dataclass(frozen=True)
+class CosineRho(RhoSchedule):
+    """From ``start`` to ``end`` along half a cosine wave.
+
+    Args:
+        start: rho at step 0.
+        end: rho at step ``total_steps`` and after.
+        total_steps: horizon in optimizer steps; None takes the trainer's estimate.
+
+    Example:
+        >>> CosineRho(2.0, 0.0, total_steps=10)(step=5)
+        1.0
+    """
+
+    start: float
+    end: float
+    total_steps: int | None = None
+    needs_horizon: ClassVar[bool] = True
+
+    def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
+        wave = math.cos(math.pi * _fraction(step, self.total_steps or horizon))
+        return self.end + (self.start - self.end) * (1 + wave) / 2
+
+
+@dataclass(frozen=True)
+class InverseSqrtRho(RhoSchedule):
+    """rho / sqrt(step + 1), the schedule of Theorem 2, under which the EMA's gap to SAM shrinks.
+
+    Example:
+        >>> InverseSqrtRho(2.0)(step=3)
+        1.0
+    """
+
+    rho: float
+
+    def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
+        return self.rho / math.sqrt(step + 1)
+
+
+@dataclass(frozen=True)
+class LearningRateRho(RhoSchedule):
+    """rho in proportion to the learning rate of the group that holds the pairs, ``rho`` at its initial value.
+
+    The initial value is the group's ``initial_lr``, which every PyTorch scheduler sets (so warm-up starts small), or
+    the learning rate at the first step where there is no scheduler.
+
+    Example:
+        >>> LearningRateRho(2.0)(step=7, learning_rate=0.25)
+        0.5
+    """
+
+    rho: float
+    needs_learning_rate: ClassVar[bool] = True
+
+    def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
+        return self.rho * learning_rate
+
+
+def _fraction(step: int, horizon: float) -> float:
+    """How much of the run is over: 0 at step 0, 1 at step ``horizon`` and after, as PyTorch's schedulers count."""
+    return min(step / horizon, 1.0)

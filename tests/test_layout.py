@@ -1,0 +1,34 @@
+"""The direction of imports: equations know no state, no state knows Lightning, the library knows no recipe."""
+
+import ast
+from pathlib import Path
+
+import lightning_flatlora
+
+ROOT = Path(lightning_flatlora.__file__).parent
+TORCH_ONLY = ("functional.py", "pairs.py", "perturbation.py", "read_through.py", "schedules.py", "distributed.py")
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def test_the_engine_knows_no_lightning() -> None:
+    for name in TORCH_ONLY:
+        assert not any(module.split(".")[0] == "lightning" for module in imports(ROOT / name)), name
+
+
+def test_the_equations_know_nothing_but_torch() -> None:
+    assert imports(ROOT / "functional.py") <= {"typing", "torch"}
+
+
+def test_the_library_knows_no_recipe() -> None:
+    for path in ROOT.rglob("*.py"):
+        assert not any(module.startswith("recipes") for module in imports(path)), path
+
+
+def test_collectives_are_in_one_file() -> None:
+    users = [p.name for p in ROOT.rglob("*.py") if any(m.startswith("torch.distributed") for m in imports(p))]
+    assert users == ["distributed.py"]

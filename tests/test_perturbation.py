@@ -1,0 +1,364 @@
+"""The seven properties of the method (docs/method.md) on real peft layers, and what Perturbation itself promises."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lightning_flatlora import Perturbation, find_pairs, read_through
+from lightning_flatlora.pairs import LoRAPair
+
+RHO = 0.3
+
+
+class Net(nn.Module):
+    """A convolution and two Linear layers of one shape, so that there are two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(torch.tanh(self.conv(x)).mean((2, 3)))))
+
+
+def model_and_pairs(dtype: torch.dtype = torch.float64, dropout: float = 0.0, **config: object):  # type: ignore[no-untyped-def]
+    settings = {"r": 3, "lora_alpha": 4, "target_modules": ["conv", "one", "two"], "lora_dropout": dropout, **config}
+    model = get_peft_model(Net(), LoraConfig(**settings)).to(dtype)  # type: ignore[arg-type]
+    pairs = find_pairs(model).pairs
+    with torch.no_grad():
+        for pair in pairs:
+            pair.B.normal_(std=0.3)
+    return model, pairs
+
+
+def backward(model: nn.Module, scale: float = 1.0, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(16, 2, 5, 5, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randint(0, 6, (16,), generator=generator)
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def fresh(pairs: list[LoRAPair], at_perturbed: bool = False, **settings: object) -> dict[str, Tensor]:
+    perturbation = Perturbation(pairs, **settings)  # type: ignore[arg-type]
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=at_perturbed))
+    return perturbation.state_dict()["E"]
+
+
+def full(pair: LoRAPair, E: Tensor) -> Tensor:
+    """s E A, the perturbation in full weight space, (n, m)."""
+    return pair.scaling * E @ pair.A.detach().flatten(1)
+
+
+settings = pytest.mark.parametrize("estimator", ["average", "projected"])
+scopes = pytest.mark.parametrize("norm_scope", ["global", "layer"])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_1_both_gradients_agree(dropout: float, use_dora: bool) -> None:
+    """B^T G_B = G_A A^T, for every LoRA layer, dropout included."""
+    model, pairs = model_and_pairs(dropout=dropout, use_dora=use_dora)
+    backward(model)
+    for pair in pairs:
+        B, A, grad_B, grad_A = (t.flatten(1) for t in (pair.B.data, pair.A.data, pair.B.grad, pair.A.grad))
+        assert torch.allclose(B.T @ grad_B, grad_A @ A.T, atol=1e-13)
+        assert (grad_B != 0).any()
+
+
+@settings
+@scopes
+def test_2_the_loss_may_be_scaled(estimator: str, norm_scope: str) -> None:
+    """By a power of two bit for bit, in float32 as well: fp16's loss scale leaves E as it is."""
+    model, pairs = model_and_pairs(torch.float32)
+    backward(model)
+    one = fresh(pairs, estimator=estimator, norm_scope=norm_scope)
+    backward(model, scale=2.0**14)
+    other = fresh(pairs, estimator=estimator, norm_scope=norm_scope)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    backward(model, scale=3.7)
+    third = fresh(pairs, estimator=estimator, norm_scope=norm_scope)
+    assert all(torch.allclose(one[name], third[name], rtol=1e-4, atol=1e-6) for name in one)
+
+
+@settings
+@scopes
+def test_3_the_full_space_perturbation_does_not_depend_on_the_factors(estimator: str, norm_scope: str) -> None:
+    """(B M, M^-1 A) for M = c orthogonal, exactly; for a general M up to the damping."""
+    model, pairs = model_and_pairs()
+    backward(model)
+    before = {p.name: full(p, E) for p, E in zip(pairs, fresh(pairs, estimator=estimator).values(), strict=True)}
+    for M, tolerance in ((2.5 * torch.linalg.qr(torch.randn(3, 3).double())[0], 1e-10), (torch.randn(3, 3), 1e-2)):
+        other = copy.deepcopy(model)
+        moved = find_pairs(other).pairs
+        with torch.no_grad():
+            for pair in moved:
+                pair.B.copy_((pair.B.flatten(1) @ M.double()).view_as(pair.B))
+                pair.A.copy_((torch.linalg.inv(M.double()) @ pair.A.flatten(1)).view_as(pair.A))
+        backward(other)
+        for pair, E in zip(moved, fresh(moved, estimator=estimator).values(), strict=True):
+            error = (full(pair, E) - before[pair.name]).norm() / before[pair.name].norm()
+            assert error < tolerance
+
+
+@settings
+@scopes
+def test_4_it_is_an_ascent_direction(estimator: str, norm_scope: str) -> None:
+    """<G_B, E> >= 0 for each pair, and the loss at B + E is larger."""
+    model, pairs = model_and_pairs()
+    clean = backward(model)
+    perturbation = Perturbation(pairs, estimator=estimator, norm_scope=norm_scope)  # type: ignore[arg-type]
+    perturbation.install()
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    E = perturbation.state_dict()["E"]
+    assert all((pair.B.grad.flatten(1) * E[pair.name]).sum() > 0 for pair in pairs)
+    with perturbation.applied():
+        assert backward(model) > clean
+    assert backward(model) == clean
+
+
+@settings
+@scopes
+@pytest.mark.parametrize("at_start", [True, False])
+def test_5_the_realised_radius_is_at_most_rho(estimator: str, norm_scope: str, at_start: bool) -> None:
+    model, pairs = model_and_pairs()
+    if at_start:
+        for pair in pairs:
+            pair.B.data.zero_()
+    backward(model)
+    E = fresh(pairs, estimator=estimator, norm_scope=norm_scope)
+    norms = torch.stack([full(pair, E[pair.name]).norm() for pair in pairs])
+    radii = norms if norm_scope == "layer" else norms.norm()[None]
+    assert (radii <= RHO * (1 + 1e-9)).all()
+    if estimator == "projected" or at_start:
+        assert (radii > RHO * (1 - 1e-3)).all()
+    else:
+        assert (radii > RHO * 0.5).all()
+
+
+def test_6_rho_zero_is_nothing_and_rho_is_something() -> None:
+    model, pairs = model_and_pairs()
+    backward(model)
+    perturbation = Perturbation(pairs)
+    nothing = perturbation.ascend(0.0, at_perturbed=False)
+    assert nothing.is_zero
+    assert all((stack == 0).all() for stack in nothing.stacks)
+    something = perturbation.ascend(RHO, at_perturbed=False)
+    assert not something.is_zero
+    assert all((stack != 0).any() for stack in something.stacks)
+
+
+def test_7_beta_one_keeps_the_last_and_the_first_is_taken_whole() -> None:
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs)
+    backward(model, seed=1)
+    first = perturbation.ascend(RHO, at_perturbed=False)
+    perturbation.average(first, beta=0.25)
+    kept = perturbation.state_dict()["E"]
+    assert all(torch.equal(kept[p.name], E) for p, E in zip(pairs, _flat(first.stacks), strict=True))
+    backward(model, seed=2)
+    second = perturbation.ascend(RHO, at_perturbed=False)
+    perturbation.average(second, beta=0.25)
+    kept = perturbation.state_dict()["E"]
+    for pair, old, new in zip(pairs, _flat(first.stacks), _flat(second.stacks), strict=True):
+        assert torch.allclose(kept[pair.name], 0.75 * old + 0.25 * new, rtol=1e-12)
+    perturbation.average(first, beta=1.0)
+    kept = perturbation.state_dict()["E"]
+    assert all(torch.equal(kept[p.name], E) for p, E in zip(pairs, _flat(first.stacks), strict=True))
+
+
+def _flat(stacks: list[Tensor]) -> list[Tensor]:
+    """Slices of the stacks in the order of the pairs: the convolution's group comes first, as in the model."""
+    return [E for stack in stacks for E in stack]
+
+
+def test_gradients_taken_at_the_perturbed_point_use_that_point() -> None:
+    """EFMLoRA's E at B + Ê equals FMLoRA's E of a model whose B was really moved there."""
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    backward(model, seed=1)
+    perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
+    moved_model = copy.deepcopy(model)
+    moved = find_pairs(moved_model).pairs
+    E = perturbation.state_dict()["E"]
+    with torch.no_grad():
+        for pair in moved:
+            pair.B.add_(E[pair.name].view_as(pair.B))
+    with perturbation.applied():
+        backward(model, seed=2)
+    backward(moved_model, seed=2)
+    assert all(torch.allclose(p.B.grad, q.B.grad, rtol=1e-12) for p, q in zip(pairs, moved, strict=True))
+    at_perturbed = _flat(perturbation.ascend(RHO, at_perturbed=True).stacks)
+    expected = _flat(Perturbation(moved).ascend(RHO, at_perturbed=False).stacks)
+    assert all(torch.allclose(e, f, rtol=1e-10) for e, f in zip(at_perturbed, expected, strict=True))
+
+
+@pytest.mark.parametrize("which", ["A", "B"])
+@settings
+def test_a_gradient_that_is_not_finite_changes_nothing(which: str, estimator: str) -> None:
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs, estimator=estimator)  # type: ignore[arg-type]
+    backward(model)
+    perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
+    before = perturbation.state_dict()["E"]
+    getattr(pairs[1], which).grad[0, 0] = float("nan")
+    bad = perturbation.ascend(RHO, at_perturbed=True)
+    assert not bad.finite
+    assert all((stack == 0).all() for stack in bad.stacks)
+    perturbation.average(bad, beta=0.5)
+    after = perturbation.state_dict()["E"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_first_gradient_that_is_not_finite_leaves_the_next_one_to_be_the_first() -> None:
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs)
+    backward(model, scale=float("inf"))
+    perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.25)
+    backward(model)
+    good = perturbation.ascend(RHO, at_perturbed=True)
+    perturbation.average(good, beta=0.25)
+    kept = perturbation.state_dict()["E"]
+    assert all(torch.equal(kept[p.name], E) for p, E in zip(pairs, _flat(good.stacks), strict=True))
+
+
+@scopes
+def test_missing_gradients_count_as_zero(norm_scope: str) -> None:
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs, norm_scope=norm_scope)  # type: ignore[arg-type]
+    model.zero_grad()
+    assert all((stack == 0).all() for stack in perturbation.ascend(RHO, at_perturbed=False).stacks)
+    backward(model)
+    pairs[0].A.grad = pairs[0].B.grad = None
+    stacks = perturbation.ascend(RHO, at_perturbed=False).stacks
+    assert (stacks[0] == 0).all()
+    assert (stacks[1] != 0).any()
+
+
+def test_a_frozen_A_takes_the_estimate_from_B_alone() -> None:
+    model, pairs = model_and_pairs()
+    for pair in pairs:
+        pair.A.requires_grad_(False)
+    backward(model)
+    ours = fresh(pairs, estimator="average")
+    expected = fresh(pairs, estimator="projected")
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_the_state_goes_round_and_refuses_other_pairs() -> None:
+    model, pairs = model_and_pairs(torch.float32)
+    backward(model)
+    perturbation = Perturbation(pairs)
+    perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
+    state = perturbation.state_dict()
+    other = Perturbation(pairs)
+    other.load_state_dict(state)
+    assert other.started
+    assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
+    with pytest.raises(ValueError, match=r"conv\.lora_B\.default\.weight is in the checkpoint but not in the model"):
+        Perturbation(pairs[1:]).load_state_dict(state)
+    wrong = copy.deepcopy(state)
+    wrong["E"][pairs[0].name] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="has shape"):
+        Perturbation(pairs).load_state_dict(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_are_computed_in_float32(dtype: torch.dtype) -> None:
+    model, pairs = model_and_pairs(torch.float32)
+    backward(model)
+    exact = fresh(pairs)
+    low = copy.deepcopy(model).to(dtype)
+    low_pairs = find_pairs(low).pairs
+    for pair, source in zip(low_pairs, pairs, strict=True):
+        pair.A.grad, pair.B.grad = source.A.grad.to(dtype), source.B.grad.to(dtype)
+    ours = fresh(low_pairs)
+    for name, E in ours.items():
+        assert E.dtype == torch.float32
+        assert (E - exact[name]).norm() / exact[name].norm() < (2e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+def test_large_models_are_computed_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = model_and_pairs()
+    backward(model)
+    whole = fresh(pairs)
+    monkeypatch.setattr("lightning_flatlora.perturbation._LARGEST_STACK", 1)
+    parts = Perturbation(pairs).ascend(RHO, at_perturbed=False).stacks
+    assert [len(stack) for stack in parts] == [1, 1, 1]
+    assert all(torch.allclose(E, whole[p.name]) for p, E in zip(pairs, _flat(parts), strict=True))
+
+
+@pytest.mark.parametrize(
+    "kind", ["Linear", "DoRA", "Conv2d", "Conv1d", "DoRAConv", "MultiheadAttention", "GPT2", "rslora"]
+)
+def test_reading_b_plus_e_equals_moving_b(kind: str) -> None:
+    """Loss and gradients equal those of a copy whose B was really moved; switched off, the clean ones."""
+    model, run, tolerance = _layer(kind)
+    perturbation = Perturbation(find_pairs(model).pairs)
+    generator = torch.Generator().manual_seed(0)
+    for _, E in (entry for group in perturbation._groups for entry in group):
+        E.copy_(torch.randn(E.shape, generator=generator, dtype=E.dtype) * 0.1)
+    moved = copy.deepcopy(model)
+    E = perturbation.state_dict()["E"]
+    with torch.no_grad():
+        for pair in find_pairs(moved).pairs:
+            pair.B.add_(E[pair.name].view_as(pair.B))
+    keys, clean = list(model.state_dict()), run(model).detach()
+    perturbation.install()
+    assert torch.allclose(run(model).detach(), clean, atol=tolerance)
+    with perturbation.applied():
+        perturbed = run(model)
+        perturbed.backward()
+        assert list(model.state_dict()) == keys
+    expected = run(moved)
+    expected.backward()
+    assert torch.allclose(perturbed, expected, atol=tolerance)
+    assert abs(float(perturbed.detach() - clean)) > 1e-4
+    for pair, other in zip(find_pairs(model).pairs, find_pairs(moved).pairs, strict=True):
+        assert torch.allclose(pair.B.grad, other.B.grad, atol=tolerance)
+        assert torch.allclose(pair.A.grad, other.A.grad, atol=tolerance)
+    perturbation.uninstall()
+    assert not read_through.is_installed(model)
+    assert torch.allclose(run(model).detach(), clean, atol=tolerance)
+
+
+def _layer(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor], float]:
+    """A peft model of one kind of layer with random B, what to run, and the tolerance (0: bit for bit)."""
+    config = {"r": 3, "lora_alpha": 4, "target_modules": ["0"], "use_dora": kind.startswith("DoRA")}
+    tolerance = 0.0
+    base: nn.Module
+    if kind in ("Linear", "DoRA", "rslora"):
+        base, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(4, 6)
+        config["use_rslora"] = kind == "rslora"
+    elif kind in ("Conv2d", "DoRAConv"):
+        base, x = nn.Sequential(nn.Conv2d(2, 6, 3)), torch.randn(4, 2, 5, 5)
+    elif kind == "Conv1d":
+        base, x = nn.Sequential(nn.Conv1d(2, 6, 3)), torch.randn(4, 2, 8)
+    elif kind == "GPT2":
+        from transformers.pytorch_utils import Conv1D
+
+        base, x = nn.Sequential(Conv1D(5, 6)), torch.randn(4, 6)
+        config["fan_in_fan_out"] = True
+    else:
+        base, x = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True)), torch.randn(3, 4, 8)
+        tolerance = 1e-5  # peft merges and unmerges the base weight in each forward pass
+    model = get_peft_model(base, LoraConfig(**config))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for pair in find_pairs(model).pairs:
+            pair.B.normal_(std=0.3)
+
+    def run(net: nn.Module) -> Tensor:
+        if kind == "MultiheadAttention":
+            return net.base_model.model[0](x, x, x, need_weights=False)[0].square().mean()  # type: ignore[index, operator]
+        return net(x).square().mean()
+
+    return model, run, tolerance
