@@ -1,0 +1,1 @@
+"""Measurements of cost: ratios in one run, A and B alternating."""

@@ -1,0 +1,129 @@
+"""Checkpoints without the frozen base: small, complete for what learns, resumable, and loadable by peft itself."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import build, fit, make_loader, make_net, same, trainer_of, weights
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import nn
+
+from lightning_flatlora import AdapterCheckpoint
+
+
+class Wide(nn.Module):
+    """A frozen base much larger than the adapter, and a norm whose running statistics learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 400), nn.BatchNorm1d(400), nn.Linear(400, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def wide_net() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(Wide(), LoraConfig(r=2, target_modules=["first", "last"]))
+
+
+def checkpoint(tmp_path: Path, **kwargs: Any) -> AdapterCheckpoint:
+    settings = {"dirpath": tmp_path, "save_top_k": -1, "every_n_train_steps": 3, "filename": "{step}", **kwargs}
+    return AdapterCheckpoint(**settings)
+
+
+def test_holds_what_learns_and_nothing_of_the_base(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora", net=wide_net())
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    saved = torch.load(tmp_path / "step=12.ckpt", weights_only=True)
+    names = set(saved["state_dict"])
+    assert {name for name, p in module.named_parameters() if p.requires_grad} <= names
+    assert "net.base_model.model.norm.running_mean" in names
+    assert not any("base_layer" in name for name in names)
+    adapter = sum(p.numel() * 4 for p in module.parameters() if p.requires_grad)
+    # weights, AdamW's two moments and Ê are at most four copies; the running statistics and zip entries are the rest
+    assert sum(t.numel() * 4 for t in saved["state_dict"].values()) < 1.6 * adapter
+    assert saved["optimizer_states"]
+    assert any("EFMLoRA" in key for key in saved["callbacks"])
+
+
+def test_the_module_is_as_before_when_fit_is_over(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    keys = list(module.state_dict())
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    assert list(module.state_dict()) == keys
+    assert module.strict_loading
+    module.inside.append(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, [checkpoint(tmp_path, filename="again")])
+    assert list(module.state_dict()) == keys
+
+
+def test_peft_loads_the_folder_beside_each_checkpoint(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora", net=wide_net())
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    for step in (3, 6, 9, 12):
+        assert (tmp_path / f"step={step}.ckpt").exists()
+        assert {p.name for p in (tmp_path / f"step={step}").iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+    torch.manual_seed(0)
+    base = Wide()
+    base.norm.load_state_dict(module.net.base_model.model.norm.state_dict())
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "step=12")).eval()
+    x = torch.randn(5, 6)
+    assert torch.allclose(loaded(x), module.net.eval()(x), atol=1e-6)
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_folders_go_with_their_checkpoints(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path, save_top_k=1)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step=12", "step=12.ckpt"]
+
+
+def test_resumes_bit_for_bit_on_a_base_loaded_anew(tmp_path: Path) -> None:
+    whole, callbacks, _ = build("efmlora")
+    fit(tmp_path, whole, [*callbacks, checkpoint(tmp_path, every_n_train_steps=6)])
+    resumed, callbacks, _ = build("efmlora")
+    fit(tmp_path, resumed, [*callbacks, checkpoint(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
+    assert same(weights(whole), weights(resumed))
+
+
+def test_save_weights_only_is_small_too(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path, save_weights_only=True)])
+    saved = torch.load(tmp_path / "step=12.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    other = make_net()
+    other.base_model.model[2].base_layer.bias.requires_grad_(True)
+    module, callbacks, _ = build("plain", net=other)
+    with pytest.raises(MisconfigurationException, match=r"lacks 1 trainable weights, as .*2.base_layer.bias"):
+        fit(tmp_path, module, [checkpoint(tmp_path / "2")], ckpt_path=tmp_path / "step=3.ckpt")
+
+
+def test_a_module_without_peft_is_refused(tmp_path: Path) -> None:
+    class Plain(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(6, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.net(batch[0]).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(MisconfigurationException, match="holds no peft model"):
+        trainer_of(tmp_path, [checkpoint(tmp_path)]).fit(Plain(), make_loader())
