@@ -185,6 +185,7 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
         self.parameters: list[nn.Parameter] = []
         self._scheduler: EFMLoRA | None = None
         self._fresh: list[Tensor] | None = None
+        self._trainer: Trainer | None = None
 
     @override
     def works_beside(self, other: FlatLoRACallback) -> bool:
@@ -205,6 +206,15 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
         return problems
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._trainer = None
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.parameters = list(pl_module.parameters())
@@ -214,11 +224,14 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
 
     def ascends(self, trainer: Trainer) -> bool:
         """Whether the coming step has two passes; not while a tuner has put our callbacks away."""
+        if self._trainer is not trainer:
+            raise MisconfigurationException(
+                "FMLoRAModule was not set up, so nothing would be perturbed: where you override configure_callbacks, "
+                "return [*super().configure_callbacks(), ...]"
+            )
         source = self._scheduler or self
         if source not in trainer.callbacks:  # type: ignore[attr-defined]
             return False
-        if self.perturbation is None:
-            raise MisconfigurationException("FMLoRAModule was not started: it trains through Trainer.fit only")
         return source.is_refresh_step and source.current_rho(trainer) > 0
 
     def take_ascent(self, trainer: Trainer) -> None:

@@ -77,12 +77,13 @@ class Manual(_Learner, FMLoRAModule):
         return loss(self.net, batch)
 
 
-def fit(module: L.LightningModule, epochs: int, callbacks: list[L.Callback], **trainer: Any) -> None:
+def fit(
+    module: L.LightningModule, epochs: int, callbacks: list[L.Callback], loader: Any = None, **trainer: Any
+) -> None:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = {"enable_model_summary": False, "accelerator": "cpu", **quiet, **trainer}
-    L.Trainer(max_epochs=epochs, callbacks=callbacks, precision="64-true", **trainer).fit(
-        module, DataLoader(dataset(), batch_size=SIZE)
-    )
+    loader = DataLoader(dataset(), batch_size=SIZE) if loader is None else loader
+    L.Trainer(max_epochs=epochs, callbacks=callbacks, precision="64-true", **trainer).fit(module, loader)
 
 
 def reference(epochs: int, **settings: Any) -> nn.Module:

@@ -1,0 +1,184 @@
+"""One method of the demo, in a process of its own: train, test, measure sharpness, write result.json."""
+
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, Perturbation, find_pairs
+from recipes.instruction_tuning.data import InstructionData
+from recipes.instruction_tuning.model import model_source
+from recipes.instruction_tuning.module import InstructionTuning
+from recipes.random_state import RandomState
+
+METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a result; a folder's results are kept only while these stay the same.
+
+    Attributes:
+        dataset: the recipe's name of the data.
+        model: the recipe's name of the model.
+        rho: radius, chosen on the validation part (docs/recipes/instruction_tuning.md).
+        steps: optimizer steps of each method.
+        batch_size: conversations of a step.
+        learning_rate: AdamW's largest.
+        test_batches: held-out batches, of ``batch_size`` questions; None takes them all.
+        sharpness_batches: training batches on which sharpness is measured.
+        seed: of adapters, batches and dropout.
+    """
+
+    dataset: str = "packaged:commonsense_qa"
+    model: str = "packaged"
+    rho: float = 2.0
+    steps: int = 45
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    test_batches: int | None = 10
+    sharpness_batches: int = 4
+    seed: int = 0
+
+
+class StepTimes(L.Callback):
+    """Seconds from each batch's start to its end."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """Read the time."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the time since."""
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resumed run keeps what was measured before."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a checkpoint's measurements."""
+        self.seconds = list(state_dict["seconds"])
+
+
+def run(method: str, settings: Settings, folder: Path) -> dict[str, Any]:
+    """Train with one method from its last checkpoint, if there is one, and evaluate on held-out questions.
+
+    Args:
+        method: one of :data:`METHODS`; "untuned" only evaluates.
+        settings: of the demo.
+        folder: of this method: checkpoints, log and ``result.json``.
+
+    Returns:
+        What was written to ``result.json``.
+    """
+    L.seed_everything(settings.seed, verbose=False)
+    module = InstructionTuning(
+        model=settings.model, learning_rate=settings.learning_rate, dtype="bfloat16", warmup_steps=5
+    )
+    data = InstructionData(
+        settings.dataset, batch_size=settings.batch_size, seed=settings.seed, tokenizer=model_source(settings.model)
+    )
+    data.prepare_data()
+    data.setup("fit")
+    times = StepTimes()
+    epochs = math.ceil(settings.steps / len(data.train_dataloader()))
+    trainer = _trainer(method, settings, epochs, folder, times)
+    if method != "untuned":
+        last = folder / "last.ckpt"
+        trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    tested = trainer.test(module, data, verbose=False)[0]
+    result = {
+        "method": method,
+        "settings": asdict(settings),
+        "test_accuracy": tested.get("test_accuracy"),
+        "test_loss": tested["test_loss"],
+        "median_step_seconds": statistics.median(times.seconds) if times.seconds else None,
+        "peak_memory_mib": _peak_memory_mib(),
+    }
+    result |= sharpness(module, data, settings)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: StepTimes) -> L.Trainer:
+    flat: dict[str, Callable[[], list[L.Callback]]] = {
+        "EFMLoRA": lambda: [EFMLoRA(settings.rho)],
+        "FMLoRA": lambda: [FMLoRA(settings.rho)],
+    }
+    checkpoints = AdapterCheckpoint(dirpath=folder, every_n_train_steps=8, save_top_k=0, save_last=True)
+    return L.Trainer(
+        accelerator="auto",
+        devices=1,
+        precision="bf16-mixed",
+        max_epochs=epochs,
+        max_steps=settings.steps,
+        gradient_clip_val=1.0,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        limit_test_batches=settings.test_batches,
+        callbacks=[times, *flat.get(method, list)(), checkpoints, RandomState(), RichProgressBar()],
+        logger=CSVLogger(folder.parent, name=folder.name, version=""),
+        enable_model_summary=False,
+    )
+
+
+def sharpness(module: InstructionTuning, data: InstructionData, settings: Settings) -> dict[str, float]:
+    """SAM's sharpness L(w + E) - L(w) in full weight space, with the same rho for every method.
+
+    E is the perturbation (Eqs. 10-15) of the mean gradient over a few training batches; both losses are over the same
+    batches, without dropout.
+
+    Returns:
+        ``train_loss`` L(w) and ``sharpness``, in nats per answer token.
+    """
+    pairs = find_pairs(module).pairs
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    batches = [_on(module.device, batch) for batch in islice(data.train_dataloader(), settings.sharpness_batches)]
+    module.eval()
+
+    def mean_loss() -> torch.Tensor:
+        with torch.autocast(module.device.type, torch.bfloat16):
+            parts = [module.log_likelihood(batch) for batch in batches]
+        losses = [-log_likelihood.sum() / tokens.sum() for log_likelihood, tokens in parts]
+        return torch.stack(losses).mean()
+
+    try:
+        module.zero_grad()
+        clean = mean_loss()
+        torch.autograd.backward(clean)
+        perturbation.assign(perturbation.ascend(settings.rho, at_perturbed=False))
+        with torch.no_grad(), perturbation.applied():
+            perturbed = mean_loss()
+    finally:
+        perturbation.uninstall()
+    return {"train_loss": float(clean.detach()), "sharpness": float(perturbed - clean.detach())}
+
+
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def _peak_memory_mib() -> float:
+    """The process's largest resident memory, and on CUDA the largest allocation."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
