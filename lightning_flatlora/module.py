@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window
+from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window, watched_parameters
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.two_passes import (
     loss_of,
@@ -23,6 +24,8 @@ from lightning_flatlora.callbacks.two_passes import (
 )
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.manual_schedulers import ManualSchedulers
+from lightning_flatlora.perturbation import FreshPerturbation, all_gradients_finite
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -90,8 +93,9 @@ class FMLoRAModule(LightningModule):
             start_step=start_step,
             every_n_steps=every_n_steps,
             adapter_name=adapter_name,
+            more_problems=_step_problems(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm),
         )
-        _check_step_arguments(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
+        self._in_window = False
         self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
@@ -121,6 +125,7 @@ class FMLoRAModule(LightningModule):
         if batch_idx % self.accumulate_grad_batches == 0:
             optimizer.zero_grad()
         last = ends_window(self.trainer, batch_idx, self.accumulate_grad_batches)
+        self._in_window = not last
         if self._driver.ascends(self.trainer):
             output = self._two_passes(batch, batch_idx, last)
         else:
@@ -128,8 +133,16 @@ class FMLoRAModule(LightningModule):
                 output = self._one_pass(batch, batch_idx, sync=last)
         if last:
             optimizer.step()
-            self._step_schedulers(batch_idx)
+            self._driver.schedulers.step(self.trainer, "step", batch_idx)
+        if self.trainer.is_last_batch:
+            self._driver.schedulers.step(self.trainer, "epoch", self.current_epoch)
         return _detached(output)
+
+    @override
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of an open accumulation window, which Lightning does not know of."""
+        if not self._in_window:
+            super().on_validation_model_zero_grad()
 
     def _two_passes(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """The ascent at the clean B, then the descent's gradient at B + E; returns the clean pass's output."""
@@ -165,12 +178,6 @@ class FMLoRAModule(LightningModule):
         assert isinstance(optimizer, LightningOptimizer)  # checked in on_fit_start
         return optimizer
 
-    def _step_schedulers(self, batch_idx: int) -> None:
-        """Step the LR schedulers as automatic optimization would; plateau schedulers wait for their metric."""
-        self._driver.step_schedulers(self.trainer, "step", batch_idx, plateau=False)
-        if self.trainer.is_last_batch:
-            self._driver.step_schedulers(self.trainer, "epoch", self.current_epoch, plateau=False)
-
 
 class _FMLoRAModuleDriver(FlatLoRACallback):
     """The callback through which an FMLoRAModule starts, counts, clips and ends; hooks of the module stay the user's.
@@ -184,8 +191,9 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
         super().__init__(*args, **kwargs)
         self.parameters: list[nn.Parameter] = []
         self._scheduler: EFMLoRA | None = None
-        self._fresh: list[Tensor] | None = None
-        self._trainer: Trainer | None = None
+        self._fresh: list[FreshPerturbation] = []
+        self._is_set_up = False
+        self.schedulers = ManualSchedulers()
 
     @override
     def works_beside(self, other: FlatLoRACallback) -> bool:
@@ -194,10 +202,11 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         problems = super().configuration_problems(trainer, pl_module)
+        problems += self.schedulers.take_over(trainer, pl_module)
         if len(trainer.optimizers) != 1:
             problems.append(f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}")
         scheduler = _scheduler_of(trainer)
-        for name in ("rho", "estimator", "norm_scope") if scheduler else ():
+        for name in ("rho", "estimator", "norm_scope", "adapter_name") if scheduler else ():
             if getattr(self, name) != getattr(scheduler, name):
                 problems.append(
                     f"{name} must be the same in the module and in EFMLoRA beside it, "
@@ -207,24 +216,32 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._trainer = trainer
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._trainer = None
+        super().setup(trainer, pl_module, stage)
+        self._is_set_up = True
+        self._scheduler, self._fresh = None, []
+        if stage == "fit":
+            self.schedulers.listen(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.parameters = list(pl_module.parameters())
         self._scheduler = _scheduler_of(trainer)
-        if self._scheduler is not None:
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._scheduler is not None:  # not earlier: it may come after this one in the list of callbacks
             self.perturbation = self._scheduler.perturbation
+
+    @override
+    def uninstall(self) -> None:
+        super().uninstall()
+        self._is_set_up = False
 
     def ascends(self, trainer: Trainer) -> bool:
         """Whether the coming step has two passes; not while a tuner has put our callbacks away."""
-        if self._trainer is not trainer:
+        if not self._is_set_up:
             raise MisconfigurationException(
                 "FMLoRAModule was not set up, so nothing would be perturbed: where you override configure_callbacks, "
                 "return [*super().configure_callbacks(), ...]"
@@ -235,20 +252,18 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
         return source.is_refresh_step and source.current_rho(trainer) > 0
 
     def take_ascent(self, trainer: Trainer) -> None:
-        """E from the gradients that the pairs hold, and with EFMLoRA beside, Ê moved by it."""
+        """E from the gradients that the pairs hold; with EFMLoRA beside, Ê waits for the optimizer step."""
         assert self.perturbation is not None
         fresh = self.perturbation.ascend((self._scheduler or self).current_rho(trainer), at_perturbed=False)
         if self._scheduler is None:
             self.perturbation.assign(fresh)
         else:
-            self.perturbation.average(fresh, self._scheduler.beta)
-            self._fresh = fresh.stacks
+            self._fresh.append(fresh)
 
     def descending(self) -> Any:
         """Inside, the layers read B + E with the fresh E."""
         assert self.perturbation is not None
-        fresh, self._fresh = self._fresh, None
-        return self.perturbation.applied(fresh)
+        return self.perturbation.applied(self._fresh[-1].stacks if self._fresh else None)
 
     def between_ascents(self) -> Any:
         """Inside, the layers read B + Ê with EFMLoRA beside, else B."""
@@ -261,39 +276,34 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
         assert isinstance(pl_module, FMLoRAModule)
         if self._scheduler is None:
             self.step += 1
+        elif self._fresh:
+            self._average(trainer, self._scheduler.beta)
         if pl_module.gradient_clip_val is not None:
             pl_module.clip_gradients(optimizer, pl_module.gradient_clip_val, pl_module.gradient_clip_algorithm)
 
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, FMLoRAModule)
-        if ends_window(trainer, batch_idx, pl_module.accumulate_grad_batches):
-            self.step_schedulers(trainer, "step", batch_idx, plateau=True)
+    def _average(self, trainer: Trainer, beta: float) -> None:
+        """Move Ê once, by the mean E of the window's micro-batches, if the step itself is not going to be skipped."""
+        assert self.perturbation is not None
+        fresh, self._fresh = self._fresh, []
+        finite = all_gradients_finite(watched_parameters(trainer, optimizer_index=0)).to(fresh[0].finite.device)
+        for one in fresh:
+            finite = finite & one.finite
+        stacks = [torch.stack(parts).mean(0) for parts in zip(*(one.stacks for one in fresh), strict=True)]
+        self.perturbation.average(FreshPerturbation(stacks, finite, fresh[0].is_zero), beta)
+
+    # Plateau schedulers step when automatic optimization would: after the validation that follows their step or epoch.
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.step_schedulers(trainer, "epoch", trainer.current_epoch, plateau=True)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.schedulers.step_waiting(trainer)
 
-    def step_schedulers(self, trainer: Trainer, interval: str, index: int, plateau: bool) -> None:
-        """Step the schedulers of one interval that are due at a batch's or epoch's index."""
-        for config in trainer.lr_scheduler_configs:
-            due = config.interval == interval and (index + 1) % config.frequency == 0
-            if not due or config.reduce_on_plateau != plateau:
-                continue
-            metric = self._monitored(trainer, config) if plateau else None
-            if metric is not None or not plateau:
-                trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.schedulers.step_waiting(trainer)
 
-    def _monitored(self, trainer: Trainer, config: Any) -> Any:
-        metric = trainer.callback_metrics.get(config.monitor)
-        if metric is None and config.strict:
-            raise MisconfigurationException(
-                f"a plateau scheduler monitors {config.monitor!r}, which was not logged; "
-                f"logged: {sorted(trainer.callback_metrics)}. Log it, or set strict=False"
-            )
-        return metric
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.schedulers.step_waiting(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -310,7 +320,7 @@ def _scheduler_of(trainer: Trainer) -> EFMLoRA | None:
     return next((callback for callback in callbacks if isinstance(callback, EFMLoRA)), None)
 
 
-def _check_step_arguments(accumulate: object, clip_val: object, clip_algorithm: object) -> None:
+def _step_problems(accumulate: object, clip_val: object, clip_algorithm: object) -> list[str]:
     problems = []
     if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
         problems.append(f"accumulate_grad_batches must be an integer >= 1, got {accumulate!r}")
@@ -319,8 +329,7 @@ def _check_step_arguments(accumulate: object, clip_val: object, clip_algorithm: 
         problems.append(f"gradient_clip_val must be None or a number >= 0, got {clip_val!r}")
     if clip_algorithm not in ("norm", "value"):
         problems.append(f"gradient_clip_algorithm must be 'norm' or 'value', got {clip_algorithm!r}")
-    if problems:
-        raise MisconfigurationException("FMLoRAModule: " + "; ".join(problems))
+    return problems
 
 
 def _detached(output: Any) -> Any:

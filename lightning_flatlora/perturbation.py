@@ -113,7 +113,7 @@ class Perturbation:
             self.off()
 
     def ascend(
-        self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[Tensor] = ()
+        self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
     ) -> FreshPerturbation:
         """E of the gradients that the pairs hold now (Eqs. 10-15); a missing gradient counts as zero.
 
@@ -125,6 +125,12 @@ class Perturbation:
         Returns:
             E, on every rank the same where the gradients are.
         """
+        with torch.autocast(self._averaged.device.type, enabled=False):  # a manual training_step runs inside autocast
+            return self._ascend(rho, at_perturbed, also_finite)
+
+    def _ascend(
+        self, rho: float | Tensor, at_perturbed: bool, also_finite: Iterable[nn.Parameter]
+    ) -> FreshPerturbation:
         ascents = [group.ascent(at_perturbed) for group in self._groups]
         norms = [ascent.squared_norm for ascent in ascents]
         finite = self._finite(norms, also_finite)
@@ -183,13 +189,18 @@ class Perturbation:
         self.started = bool(state["started"])
         self._averaged.fill_(bool(state["averaged"]))
 
-    def _finite(self, norms: list[Tensor], also_finite: Iterable[Tensor]) -> Tensor:
-        """Whether all gradients of the pairs and of ``also_finite`` are finite, shape ()."""
-        parameters = {id(p): p for pair in self.pairs for p in (pair.A, pair.B)} | {id(p): p for p in also_finite}
-        grads = [p.grad for p in parameters.values() if p.grad is not None]
-        largest = nn.utils.get_total_norm(grads, norm_type=torch.inf).to(self._averaged.device)
+    def _finite(self, norms: list[Tensor], also_finite: Iterable[nn.Parameter]) -> Tensor:
+        """Whether all gradients of the pairs and of ``also_finite``, and the norms, are finite, shape ()."""
+        factors = [p for pair in self.pairs for p in (pair.A, pair.B)]
+        grads = all_gradients_finite([*factors, *also_finite]).to(self._averaged.device)
         total = torch.stack([norm.sum().to(self._averaged.device, torch.float32) for norm in norms]).sum()
-        return torch.isfinite(largest) & torch.isfinite(total)
+        return grads & torch.isfinite(total)
+
+
+def all_gradients_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Whether every gradient is finite, as a boolean on the device, shape (); true where there is none."""
+    grads = [p.grad for p in {id(p): p for p in parameters}.values() if p.grad is not None]
+    return torch.isfinite(nn.utils.get_total_norm(grads, norm_type=torch.inf))
 
 
 class _Group:

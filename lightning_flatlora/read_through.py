@@ -30,7 +30,7 @@ class _ReadsPerturbed:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
         state = {key: value for key, value in self.__dict__.items() if key != "_perturbation"}
-        return copyreg.__newobj__, (self._plain_class,), state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
 
 @cache
@@ -67,11 +67,12 @@ def perturb(module: nn.Module, perturbation: Tensor | None) -> None:
     """Set what an installed module adds to its weight.
 
     Args:
-        module: a module after :func:`install`.
+        module: a module after :func:`install`; any other is left as it is.
         perturbation: E, of the weight's shape, any floating dtype (the sum is taken in the wider of the two and
             rounded once); None for the clean weight.
     """
-    module.__dict__["_perturbation"] = perturbation
+    if isinstance(module, _ReadsPerturbed):
+        module.__dict__["_perturbation"] = perturbation
 
 
 def is_installed(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """What EFMLoRA, FMLoRA and FMLoRAModule share: settings, the start, the step count, the end, and the state."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -40,8 +41,10 @@ class FlatLoRACallback(Callback):
         every_n_steps: int,
         adapter_name: str | None,
         beta: float = 1.0,
+        more_problems: Sequence[str] = (),
     ) -> None:
         problems = _value_problems(rho, beta, estimator, norm_scope, start_step, every_n_steps, adapter_name)
+        problems += more_problems
         if problems:
             raise MisconfigurationException(_message(self, problems))
         self.rho: RhoSchedule = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
@@ -54,26 +57,26 @@ class FlatLoRACallback(Callback):
         self.perturbation: Perturbation | None = None
         self.step = 0
         self._horizon = math.inf
+        self._optimizer_index = 0
         self._initial_lr: float | None = None
         self._loaded: dict[str, Any] | None = None
 
     # -- the start: everything that is wrong, in one message, before anything is touched
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # a fit is a new run of the method, as of the optimizer; a checkpoint is loaded after this
+            self.uninstall()
+            self.perturbation, self.step, self._initial_lr, self._loaded = None, 0, None, None
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.uninstall()
-        self.step, self._initial_lr = 0, None
         problems = self.configuration_problems(trainer, pl_module)
         search = self._search(pl_module, problems)
         if search:
             problems += self._optimizer_problems(trainer, search)
-        if self.rho.needs_horizon:
-            self._horizon = self._estimated_steps(trainer)
-            if math.isinf(self._horizon) and getattr(self.rho, "total_steps", None) is None:
-                problems.append(
-                    f"rho={self.rho} spreads over the whole run, and this run has no end: "
-                    "set its total_steps, or the Trainer's max_steps or max_epochs"
-                )
+        if self._lacks_horizon and trainer.max_steps == -1 and trainer.max_epochs == -1:
+            problems.append(self._no_end())
         if problems or not search:
             raise MisconfigurationException(_message(self, problems))
         if search.left_out:
@@ -142,15 +145,24 @@ class FlatLoRACallback(Callback):
         groups = trainer.optimizers[self._optimizer_index].param_groups if trainer.optimizers else []
         return [group for group in groups if any(id(p) in B for p in group["params"])]
 
-    def _estimated_steps(self, trainer: Trainer) -> float:
-        accumulated = getattr(trainer.lightning_module, "accumulate_grad_batches", 1)
-        return math.ceil(trainer.estimated_stepping_batches / accumulated) if _ends(trainer) else math.inf
+    @property
+    def _lacks_horizon(self) -> bool:
+        return self.rho.needs_horizon and getattr(self.rho, "total_steps", None) is None
+
+    def _no_end(self) -> str:
+        return (
+            f"rho={self.rho} spreads over the whole run, and this run has no end: "
+            "set its total_steps, or the Trainer's max_steps, or max_epochs with a loader of known length"
+        )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._horizon = _optimizer_steps(trainer)
+        if self._lacks_horizon and math.isinf(self._horizon):
+            raise MisconfigurationException(_message(self, [self._no_end()]))
         if self._loaded is not None:
-            self._restore(self._loaded)
-            self._loaded = None
+            loaded, self._loaded = self._loaded, None
+            self._restore(loaded)
 
     # -- which steps, which rho
 
@@ -277,7 +289,7 @@ def _strategy_problems(trainer: Trainer) -> list[str]:
     strategy = trainer.strategy
     if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
-        if static_graph and _accumulates(trainer):
+        if static_graph and _window(trainer) > 1:
             return [
                 "DDP's static_graph crashes together with gradient accumulation (pytorch#143580): "
                 "leave static_graph out, or accumulate over 1 batch"
@@ -290,17 +302,25 @@ def _strategy_problems(trainer: Trainer) -> list[str]:
     ]
 
 
-def _accumulates(trainer: Trainer) -> bool:
-    """Whether the trainer or the module accumulates gradients over several batches."""
-    return max(trainer.accumulate_grad_batches, getattr(trainer.lightning_module, "accumulate_grad_batches", 1)) > 1
+def _window(trainer: Trainer) -> int:
+    """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
+    return max(trainer.accumulate_grad_batches, getattr(trainer.lightning_module, "accumulate_grad_batches", 1))
 
 
-def _ends(trainer: Trainer) -> bool:
-    return trainer.max_steps != -1 or trainer.max_epochs != -1
+def _optimizer_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole run, infinite where nothing ends it or a loader does not know its length.
+
+    Not ``trainer.estimated_stepping_batches``: before training it sets the loaders up too early for a resumed one to
+    take its state, and under manual optimization it counts batches.
+    """
+    steps = math.inf
+    if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
+        steps = math.ceil(trainer.num_training_batches / _window(trainer)) * max(trainer.max_epochs or 1, 1)
+    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
 
 
 def _message(callback: object, problems: list[str]) -> str:
-    name = type(callback).__name__.removeprefix("_")
+    name = type(callback).__name__.removeprefix("_").removesuffix("Driver")
     if len(problems) == 1:
         return f"{name}: {problems[0]}"
     return "\n".join([f"{name}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

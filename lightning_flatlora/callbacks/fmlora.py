@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window
 from lightning_flatlora.callbacks.two_passes import (
+    at_training_step,
     loss_of,
     put_back_gradients,
     random_state,
@@ -77,6 +78,7 @@ class FMLoRA(FlatLoRACallback):
         self._step_arguments: tuple[Any, ...] | None = None
         self._put_back_random_state: Callable[[], None] | None = None
         self._taken: list[tuple[nn.Parameter, Tensor]] = []
+        self._cancel: Callable[[], None] = _nothing
 
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -107,7 +109,7 @@ class FMLoRA(FlatLoRACallback):
         if self.is_refresh_step and self.current_rho(trainer) > 0:
             takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
             self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
-            self._put_back_random_state = random_state(pl_module.device)
+            self._cancel = at_training_step(pl_module, lambda: self._remember_random_state(pl_module))
             if not self.sync_ascent and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
                 self._keep_local(trainer)
 
@@ -161,7 +163,12 @@ class FMLoRA(FlatLoRACallback):
         self._release()
         self._forget_batch()
 
+    def _remember_random_state(self, pl_module: LightningModule) -> None:
+        self._put_back_random_state = random_state(pl_module.device)
+
     def _forget_batch(self) -> None:
+        self._cancel()
+        self._cancel = _nothing
         self._step_arguments = None
         self._put_back_random_state = None
         self._taken = []
@@ -177,6 +184,10 @@ class FMLoRA(FlatLoRACallback):
         if self._unsynchronised is not None:
             self._unsynchronised.require_backward_grad_sync = True
             self._unsynchronised = None
+
+
+def _nothing() -> None:
+    """No training_step is waited for."""
 
 
 def _synchronises(trainer: Trainer) -> bool:

@@ -1,5 +1,6 @@
 """The tools of a step with two passes: set gradients aside, draw the same dropout masks again, log once."""
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,27 @@ def random_state(device: torch.device) -> Callable[[], None]:
             accelerator.set_rng_state(own, device)
 
     return put_back
+
+
+def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> Callable[[], None]:
+    """Call an action once, when the module's next training_step starts: after every hook that may draw numbers.
+
+    Returns:
+        A function that cancels it, if it has not happened yet.
+    """
+    original = pl_module.training_step
+
+    def cancel() -> None:
+        pl_module.__dict__.pop("training_step", None)
+
+    @functools.wraps(original)
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        cancel()
+        action()
+        return original(*args, **kwargs)
+
+    pl_module.__dict__["training_step"] = training_step
+    return cancel
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     if options.only:
-        _quiet()
+        quiet()
         run(options.only, settings, options.folder / options.only)
         return 0
     _drop_other_settings(options.folder, settings)
@@ -68,7 +68,7 @@ def _drop_other_settings(folder: Path, settings: Settings) -> None:
     path.write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Only what matters here: Lightning's hints on workers and logging intervals do not."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (

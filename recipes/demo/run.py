@@ -88,6 +88,25 @@ def run(method: str, settings: Settings, folder: Path) -> dict[str, Any]:
     Returns:
         What was written to ``result.json``.
     """
+    trainer, module, data, times = train(method, settings, folder)
+    tested = trainer.test(module, data, verbose=False)[0]
+    result = {
+        "method": method,
+        "settings": asdict(settings),
+        "test_accuracy": tested.get("test_accuracy"),
+        "test_loss": tested["test_loss"],
+        "median_step_seconds": statistics.median(times.seconds) if times.seconds else None,
+        "peak_memory_mib": _peak_memory_mib(),
+    }
+    result |= sharpness(module, data, settings)
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def train(
+    method: str, settings: Settings, folder: Path
+) -> tuple[L.Trainer, InstructionTuning, InstructionData, StepTimes]:
+    """Model and data, after training with one method."""
     L.seed_everything(settings.seed, verbose=False)
     module = InstructionTuning(
         model=settings.model, learning_rate=settings.learning_rate, dtype="bfloat16", warmup_steps=5
@@ -103,18 +122,7 @@ def run(method: str, settings: Settings, folder: Path) -> dict[str, Any]:
     if method != "untuned":
         last = folder / "last.ckpt"
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-    tested = trainer.test(module, data, verbose=False)[0]
-    result = {
-        "method": method,
-        "settings": asdict(settings),
-        "test_accuracy": tested.get("test_accuracy"),
-        "test_loss": tested["test_loss"],
-        "median_step_seconds": statistics.median(times.seconds) if times.seconds else None,
-        "peak_memory_mib": _peak_memory_mib(),
-    }
-    result |= sharpness(module, data, settings)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    return trainer, module, data, times
 
 
 def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: StepTimes) -> L.Trainer:
@@ -131,8 +139,10 @@ def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: 
         max_steps=settings.steps,
         gradient_clip_val=1.0,
         log_every_n_steps=1,
-        limit_val_batches=0,
+        limit_val_batches=settings.test_batches,
         limit_test_batches=settings.test_batches,
+        check_val_every_n_epoch=epochs + 1,
+        num_sanity_val_steps=0,
         callbacks=[times, *flat.get(method, list)(), checkpoints, RandomState(), RichProgressBar()],
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_model_summary=False,

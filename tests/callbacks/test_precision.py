@@ -1,0 +1,238 @@
+"""Every precision trains, and a batch that overflows changes nothing but the loss scaler.
+
+Overflow is made in three places, in the whole loss, in one trained parameter that is no LoRA factor, and in the second
+pass alone; the run must go on, bit for bit, as one that never saw the batch, at the scale that the scaler fell to.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FRONT_ENDS,
+    Classifier,
+    E_hat,
+    build,
+    driver_of,
+    fit,
+    is_perturbed,
+    make_dataset,
+    make_loader,
+    same,
+    weights,
+)
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from torch.amp import GradScaler
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_flatlora import EFMLoRA, FMLoRA
+
+BATCHES, SIZE = 8, 4
+
+
+def half_precision() -> MixedPrecision:
+    """16-mixed on the CPU with a scaler that acts as on a GPU, at a scale where float16 loses nothing here."""
+    return MixedPrecision("16-mixed", "cpu", scaler=GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_every_precision_trains_flat(tmp_path, front_end, precision):
+    """Weights keep their dtype, E is in float32 or wider and inside the ball, and it is not the base run."""
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    ends = []
+    for front, rho in ((front_end, 0.5), ("plain", 0.5)):
+        kwargs: dict[str, Any] = {"plugins": half_precision()} if precision == "16-mixed" else {"precision": precision}
+        module, callbacks, more = build(front, rho=rho)
+        loader = make_loader(dtype=dtype)
+        trainer = fit(tmp_path, module, callbacks, loader, **kwargs, **more)
+        assert {p.dtype for p in module.parameters()} == {dtype}
+        assert all(torch.isfinite(w).all() for w in weights(module).values())
+        ends.append(weights(module))
+        if front != "plain":
+            perturbation = driver_of(trainer).perturbation
+            E = perturbation.state_dict()["E"]
+            assert {e.dtype for e in E.values()} == {dtype}
+            radius = sum((p.scaling * E[p.name] @ p.A.detach()).square().sum() for p in perturbation.pairs).sqrt()
+            assert 0.1 < radius <= 0.5 * 1.5
+    assert not same(*ends)
+
+
+class Watched(Callback):
+    """Calls a test's function around one method of the perturbation in use."""
+
+    def __init__(self, method: str, around: Any) -> None:
+        self.method, self.around = method, around
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        perturbation = driver_of(trainer).perturbation
+        original = getattr(perturbation, self.method)
+        setattr(perturbation, self.method, lambda *args, **kwargs: self.around(perturbation, original, *args, **kwargs))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "32-true"])
+@pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
+def test_average_is_taken_in_float64(tmp_path, front_end, precision):
+    """Eq. 18 in a float64 model, with a beta that was not rounded to float32 on its way."""
+    errors: list[torch.Tensor] = []
+
+    def average(perturbation: Any, original: Any, fresh: Any, beta: float) -> None:
+        old = [group.E.clone() for group in perturbation._groups]
+        original(fresh, beta)
+        for before, new, group in zip(old, fresh.stacks, perturbation._groups, strict=True):
+            if before.any():
+                errors.append((group.E - (0.1 * before + 0.9 * new)).abs().max())
+
+    module, callbacks, kwargs = build(front_end, beta=0.9)
+    module.double()
+    watch = Watched("average", average)
+    loader = make_loader(dtype=torch.float64)
+    fit(tmp_path, module, [*callbacks, watch], loader, precision=precision, **kwargs)
+    assert len(errors) > 10
+    assert max(errors) < 1e-14
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_algebra_is_outside_autocast(tmp_path, front_end, precision):
+    """E has the bits that the same gradients give in float32, though manual optimization steps inside autocast."""
+    fresh: list[Any] = []
+
+    def ascend(perturbation: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            expected = original(*args, **kwargs)
+        fresh.append(original(*args, **kwargs))
+        assert same(fresh[-1].stacks, expected.stacks)
+        assert fresh[-1].finite
+        return fresh[-1]
+
+    module, callbacks, kwargs = build(front_end)
+    plugin: dict[str, Any] = {"plugins": half_precision()} if precision == "16-mixed" else {"precision": precision}
+    fit(tmp_path, module, [*callbacks, Watched("ascend", ascend)], **plugin, **kwargs)
+    assert len(fresh) >= 6
+
+
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA])
+def test_bf16_true_warns(tmp_path, callback):
+    """A small E is lost where B is kept in bfloat16: said once at the start."""
+    with pytest.warns(UserWarning, match=r"B is kept in torch.bfloat16.*bf16-mixed"):
+        fit(tmp_path, Classifier(), [callback(0.5)], make_loader(dtype=torch.bfloat16), precision="bf16-true")
+
+
+# -- overflow under a loss scaler
+
+
+class Overflow(Callback):
+    """Makes one batch overflow, and records what was before and after the window that holds it."""
+
+    def __init__(self, where: str, bad: int, window: set[int]) -> None:
+        self.where, self.bad, self.window = where, bad, window
+        self.before: Any = None
+        self.after: Any = None
+        self.scales: list[float] = []
+        self.handle: Any = None
+
+    def inside(self, module: Any, batch_idx: int) -> None:
+        """Poison one gradient of this pass, where that is asked for."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+        poisoned = self.where == "other" or (self.where == "second" and is_perturbed(module))
+        if batch_idx == self.bad and poisoned:
+            bias = module.net.base_model.model[4].base_layer.bias
+            self.handle = bias.register_hook(lambda grad: grad * torch.inf)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == min(self.window):
+            self.before = snapshot(trainer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.scales.append(trainer.precision_plugin.scaler.get_scale())
+        if batch_idx == max(self.window):
+            self.after = snapshot(trainer)
+
+
+def snapshot(trainer: Any) -> tuple[Any, Any, Any]:
+    """Copies of the weights, of an average Ê, and of the optimizer's state."""
+    callback = driver_of(trainer)
+    optimizer = copy.deepcopy(trainer.optimizers[0].state_dict()["state"])
+    return weights(trainer.lightning_module), E_hat(callback) if isinstance(callback, EFMLoRA) else {}, optimizer
+
+
+class LowerScale(Callback):
+    """Halves the scale at one batch, as the scaler of the other run did when it met the overflow."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.index:
+            scaler = trainer.precision_plugin.scaler
+            scaler.scale(torch.ones(()))  # makes the scale, if no step has yet
+            scaler.update(scaler.get_scale() / 2)
+
+
+def overflowing(dataset: TensorDataset, batches: set[int]) -> TensorDataset:
+    factor = dataset.tensors[2].clone()
+    for index in batches:
+        factor[index * SIZE : (index + 1) * SIZE] = 1e30
+    return TensorDataset(*dataset.tensors[:2], factor)
+
+
+@pytest.mark.parametrize(("window", "bad"), [(1, 0), (1, 3), (2, 4), (2, 5)])
+@pytest.mark.parametrize("where", ["loss", "other", "second"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_overflow_changes_nothing_but_the_scaler(tmp_path, front_end, where, window, bad):
+    """Batch ``bad`` overflows: E, weights and Adam's state stay, and the run goes on as if its window was not there."""
+    if where == "second" and front_end == "efmlora":
+        pytest.skip("EFMLoRA has one pass")
+    every = {"every_n_steps": 1}  # a skipped step counts, so other intervals would shift against the shorter run
+    skipped = set(range(bad // window * window, bad // window * window + window))
+    dataset = make_dataset(BATCHES * SIZE)
+
+    module, callbacks, kwargs = build(front_end, accumulate=window, **every)
+    overflow = Overflow(where, bad, skipped)
+    module.inside.append(overflow.inside)
+    loader = DataLoader(overflowing(dataset, {bad} if where == "loss" else set()), batch_size=SIZE)
+    trainer = fit(tmp_path, module, [*callbacks, overflow], loader, max_epochs=1, plugins=half_precision(), **kwargs)
+    assert overflow.scales[max(skipped)] == overflow.scales[-1] == 2.0**9
+    assert same(overflow.before, overflow.after)
+
+    kept = [i for i in range(BATCHES * SIZE) if i // SIZE not in skipped]
+    reference, callbacks, kwargs = build(front_end, accumulate=window, **every)
+    lower = LowerScale(min(skipped))
+    loader = DataLoader(Subset(dataset, kept), batch_size=SIZE)
+    other = fit(tmp_path, reference, [*callbacks, lower], loader, max_epochs=1, plugins=half_precision(), **kwargs)
+    assert trainer.global_step == other.global_step + 1
+    assert same(snapshot(trainer), snapshot(other))
+    if front_end == "efmlora":
+        assert all(E.any() for E in E_hat(driver_of(trainer)).values())
+
+
+# -- no scaler
+
+
+@pytest.mark.parametrize("bad", [0, 3])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_gradient_that_is_not_finite_without_a_scaler(tmp_path, front_end, bad):
+    """E is 0 (FMLoRA) or stays as it was (EFMLoRA); what the optimizer makes of the batch is as in the base run."""
+    dataset = make_dataset(BATCHES * SIZE)
+    dataset.tensors[2][bad * SIZE : (bad + 1) * SIZE] = torch.inf
+    module, callbacks, kwargs = build(front_end, every_n_steps=1)
+    history: list[dict[str, torch.Tensor]] = []
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            history.append(E_hat(driver_of(trainer)))
+
+    fit(tmp_path, module, [*callbacks, Record()], DataLoader(dataset, batch_size=SIZE), max_epochs=1, **kwargs)
+    assert all(torch.isfinite(E).all() for state in history for E in state.values())
+    if "efmlora" in front_end:
+        before = history[bad - 1] if bad else {name: torch.zeros_like(E) for name, E in history[0].items()}
+        assert same(history[bad], before)
+        assert same(history[-1], before)
+    else:
+        assert not any(E.any() for E in history[bad].values())
+    assert not torch.isfinite(weights(module)["net.base_model.model.0.lora_B.default.weight"]).any()

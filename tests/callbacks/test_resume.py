@@ -1,0 +1,271 @@
+"""A run resumed from a file of an optimizer-step boundary ends in the bits of the run that was never interrupted.
+
+Files are ModelCheckpoint's, in the middle of an epoch and at its end. Settings that would change the meaning of the
+state are refused with the reason; the radius may change; a file without our state starts afresh.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FRONT_ENDS,
+    E_hat,
+    ResumableLoader,
+    assert_no_trace,
+    build,
+    driver_of,
+    fit,
+    make_loader,
+    make_net,
+    same,
+    weights,
+)
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.amp import GradScaler
+
+from lightning_flatlora import CosineRho, LearningRateRho
+
+BATCHES, EPOCHS = 5, 3
+
+
+class Generator(Callback):
+    """Saves PyTorch's generator, which Lightning does not, so that dropout goes on as it would have."""
+
+    def __init__(self) -> None:
+        self.loaded: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = state_dict["generator"]
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self.loaded is not None:
+            torch.set_rng_state(self.loaded)
+            self.loaded = None
+
+
+class RateByHand(Callback):
+    """Moves the learning rate where there is no scheduler, whose ``initial_lr`` would be in the optimizer's state."""
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] = 0.02 * 0.9**trainer.global_step
+
+
+class AtEnds(ModelCheckpoint):
+    """A second one, under a state key of its own."""
+
+
+def run(
+    path: Path,
+    front_end: str,
+    *,
+    resume: Path | None = None,
+    accumulate: int = 1,
+    precision: str = "32-true",
+    dropout: float = 0.0,
+    net: Any = None,
+    watch: Callback | None = None,
+    scheduled: bool = True,
+    **settings: Any,
+) -> Any:
+    """Train three epochs of five shuffled batches, save every step, and return the Trainer."""
+    settings = {"rho": CosineRho(1.0, 0.2)} | settings
+    net = make_net(dropout) if net is None else net
+    module, callbacks, kwargs = build(front_end, net=net, accumulate=accumulate, **settings)
+    if scheduled:
+        module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+    callbacks = [Generator() if scheduled else RateByHand(), *callbacks, *([watch] if watch else [])]
+    files = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
+    callbacks.append(ModelCheckpoint(path / "steps", every_n_train_steps=1, **files))
+    callbacks.append(AtEnds(path / "ends", every_n_epochs=1, **files))  # a resumed run adds "-v1" to its files' names
+    if precision == "16-mixed":
+        scaler = GradScaler("cpu", init_scale=2.0**8, growth_interval=4)
+        kwargs["plugins"] = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    else:
+        kwargs["precision"] = precision
+    loader = ResumableLoader(list(make_loader(BATCHES)))
+    return fit(path, module, callbacks, loader, ckpt_path=resume, max_epochs=EPOCHS, **kwargs)
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    """Everything that must be equal in the end."""
+    callback = driver_of(trainer)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return {
+        "weights": weights(trainer.lightning_module),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "scheduler": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "E": E_hat(callback),
+        "step": (callback.step, trainer.global_step, trainer.current_epoch),
+        "callback": callback.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+
+
+def assert_same_end(trainer: Any, other: Any) -> None:
+    left, right = state_of(trainer), state_of(other)
+    for name in left:
+        assert same(left[name], right[name]), name
+
+
+def resume_points(accumulate: int) -> list[str]:
+    """Mid-epoch in the second epoch, and the end of the first: files by optimizer step."""
+    per_epoch = -(-BATCHES // accumulate)
+    return [f"steps/{per_epoch + 2}", f"steps/{per_epoch}", f"ends/{per_epoch}"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_resumed_equals_uninterrupted(tmp_path, front_end, accumulate, precision):
+    settings = {"accumulate": accumulate, "precision": precision}
+    whole = run(tmp_path, front_end, **settings)
+    for point in resume_points(accumulate):
+        resumed = run(tmp_path, front_end, resume=tmp_path / f"{point}.ckpt", **settings)
+        assert_same_end(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rho": LearningRateRho(1.0)},
+        {"rho": 0.5, "norm_scope": "layer", "estimator": "projected"},
+        {"rho": 0.5, "start_step": 3, "every_n_steps": 3},
+        {"rho": CosineRho(1.0, 0.1, total_steps=9), "dropout": 0.3},
+    ],
+    ids=["learning-rate", "layer-projected", "intervals", "dropout"],
+)
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_resumed_with_other_settings(tmp_path, front_end, settings):
+    if front_end == "efmlora+module" and "start_step" in settings:
+        settings = {key: value for key, value in settings.items() if key != "start_step"}
+    whole = run(tmp_path, front_end, **settings)
+    for point in resume_points(1):
+        assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / f"{point}.ckpt", **settings))
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_the_initial_learning_rate_is_resumed(tmp_path, front_end):
+    """A radius in proportion to the learning rate counts from the first run's first step."""
+    settings = {"rho": LearningRateRho(1.0), "scheduled": False}
+    whole = run(tmp_path, front_end, **settings)
+    assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", **settings))
+
+
+class Start(Callback):
+    """What ours held when the first batch of a resumed run began."""
+
+    def __init__(self) -> None:
+        self.seen: Any = None
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if self.seen is None:
+            callback = driver_of(trainer)
+            self.seen = callback.step, E_hat(callback), callback.perturbation.started
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_rho_and_intervals_may_change(tmp_path, front_end):
+    """The step count and Ê are taken over as they are, and the new radius counts from there."""
+    run(tmp_path, front_end)
+    file = tmp_path / "steps" / "7.ckpt"
+    start = Start()
+    trainer = run(tmp_path, front_end, resume=file, rho=0.3, every_n_steps=4, watch=start)
+    step, E, started = start.seen
+    assert step == 7
+    assert driver_of(trainer).step == 15
+    if "efmlora" in front_end:
+        saved = torch.load(file, weights_only=True)["callbacks"]["EFMLoRA"]["perturbation"]
+        assert started
+        assert same(E, saved["E"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"estimator": "projected"}, r"estimator must be 'average' as in the checkpoint, got 'projected'"),
+        ({"norm_scope": "layer"}, r"norm_scope must be 'global' as in the checkpoint, got 'layer'"),
+        ({"estimator": "projected", "norm_scope": "layer"}, r"(?s)estimator must be.*norm_scope must be"),
+    ],
+)
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_changed_settings_are_refused(tmp_path, front_end, setting, message):
+    run(tmp_path, front_end)
+    net = make_net()
+    with pytest.raises(MisconfigurationException, match=message):
+        run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", net=net, **setting)
+    assert_no_trace(net)
+
+
+def two_adapters() -> Any:
+    from peft import LoraConfig
+
+    net = make_net()
+    net.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2", "4"]))
+    net.base_model.set_adapter(["default", "other"])
+    return net
+
+
+@pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
+def test_changed_pairs_are_refused(tmp_path, front_end):
+    """The message names a pair of the checkpoint and one of the model."""
+    run(tmp_path, front_end, net=two_adapters(), adapter_name="default")
+    net = two_adapters()
+    message = r"other pairs.*lora_B\.other\.weight is not in the checkpoint"
+    with pytest.raises(MisconfigurationException, match=message):
+        run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", net=net, adapter_name="other")
+    assert_no_trace(net)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end):
+    """The same objects can be trained without it afterwards, from the start."""
+    run(tmp_path, front_end)
+    module, callbacks, kwargs = build(front_end, estimator="projected")
+    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+    loader = ResumableLoader(list(make_loader(BATCHES)))
+    with pytest.raises(MisconfigurationException, match="estimator"):
+        fit(tmp_path, module, callbacks, loader, ckpt_path=tmp_path / "steps" / "7.ckpt", **kwargs)
+    trainer = fit(tmp_path, module, callbacks, make_loader(BATCHES), max_epochs=1, **kwargs)
+    assert driver_of(trainer).step == 5
+
+
+@pytest.mark.parametrize("front_end", ["efmlora", "fmlora"])
+def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path, front_end):
+    """Weights and optimizer go on, steps and Ê begin."""
+    net = make_net()
+    module, _, kwargs = build("plain", net=net)
+    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+    files = [ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="plain")]
+    loader = ResumableLoader(list(make_loader(BATCHES)))
+    fit(tmp_path, module, [Generator(), *files], loader, max_epochs=2, **kwargs)
+    start = Start()
+    trainer = run(tmp_path, front_end, resume=tmp_path / "plain.ckpt", watch=start)
+    step, E, started = start.seen
+    assert (step, started) == (0, False)
+    assert not any(e.any() for e in E.values())
+    assert (driver_of(trainer).step, trainer.global_step) == (8, 15)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_the_state_is_plain_and_small(tmp_path, front_end):
+    """torch.load(weights_only=True) reads it; E is kept for EFMLoRA alone, once, by clean names."""
+    run(tmp_path, front_end)
+    states = torch.load(tmp_path / "steps" / "7.ckpt", weights_only=True)["callbacks"]
+    ours = {key: state for key, state in states.items() if "LoRA" in key}
+    assert len(ours) == 1
+    (state,) = ours.values()
+    assert state["step"] == 7
+    if "efmlora" in front_end:
+        names = [f"net.base_model.model.{layer}.lora_B.default.weight" for layer in (0, 2, 4)]
+        assert sorted(state["perturbation"]["E"]) == names
+        assert all(E.dtype == torch.float32 and E.device.type == "cpu" for E in state["perturbation"]["E"].values())
+    else:
+        assert "perturbation" not in state

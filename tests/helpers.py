@@ -1,0 +1,258 @@
+"""A small LoRA classifier in the shapes that the callbacks and the module meet, and what the tests ask of it."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, read_through
+
+FEATURES, WIDTH, CLASSES = 6, 12, 3
+FRONT_ENDS = ("efmlora", "fmlora", "module", "efmlora+module")
+"""EFMLoRA and FMLoRA over automatic optimization, FMLoRAModule alone, and EFMLoRA beside FMLoRAModule."""
+
+
+def make_net(dropout: float = 0.0, seed: int = 0, rank: int = 2) -> nn.Module:
+    """Three linear layers under peft; the last keeps a trained bias, so that not all that learns is LoRA."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(FEATURES, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)]
+    config = LoraConfig(r=rank, lora_alpha=4, lora_dropout=dropout, target_modules=["0", "2", "4"])
+    net = get_peft_model(nn.Sequential(*layers), config)
+    net.base_model.model[4].base_layer.bias.requires_grad_(True)
+    return net
+
+
+def make_loader(batches: int = 6, batch_size: int = 4, seed: int = 1, dtype: torch.dtype = torch.float32) -> DataLoader:
+    return DataLoader(make_dataset(batches * batch_size, seed, dtype), batch_size=batch_size, shuffle=False)
+
+
+def make_dataset(samples: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> TensorDataset:
+    """Inputs, labels, and a third number of each sample that is 1: the loss's factor, for batches that overflow."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(samples, FEATURES, generator=generator, dtype=dtype)
+    labels = torch.randint(CLASSES, (samples,), generator=generator)
+    return TensorDataset(inputs, labels, torch.ones(samples))
+
+
+class Losses:
+    """What both modules compute: cross-entropy, times the batch's factor; hooks of the test run inside the step."""
+
+    net: nn.Module
+
+    def __init__(self, *args: Any, net: nn.Module | None = None, lr: float = 0.02, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.net = make_net() if net is None else net
+        self.lr = lr
+        self.batch_size = 4
+        self.scheduler: Callable[[Any], Any] | None = None
+        self.optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW
+        self.inside: list[Callable[[Any, int], Any]] = []
+
+    def loss(self, batch: Any, batch_idx: int) -> Tensor | None:
+        inputs, labels, factor = batch
+        loss = nn.functional.cross_entropy(self.net(inputs), labels) * factor[0]
+        for look in self.inside:
+            answer = look(self, batch_idx)
+            if answer == "skip":
+                return None
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch, batch_idx))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = self.optimizer_class(parameters, lr=self.lr)
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        config = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+class Classifier(Losses, LightningModule):
+    """Automatic optimization."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        return self.loss(batch, batch_idx)
+
+
+class TwoPassClassifier(Losses, FMLoRAModule):
+    """The same loss on FMLoRAModule."""
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Tensor | None:
+        return self.loss(batch, batch_idx)
+
+
+def build(
+    front_end: str,
+    rho: Any = 0.5,
+    *,
+    net: nn.Module | None = None,
+    lr: float = 0.02,
+    accumulate: int = 1,
+    classes: tuple[type[Any], type[Any]] = (Classifier, TwoPassClassifier),
+    every_n_steps: int | None = None,
+    **settings: Any,
+) -> tuple[Any, list[Callback], dict[str, Any]]:
+    """One front end.
+
+    Returns:
+        The module, its flatness callbacks, and what the Trainer needs beside (accumulation).
+    """
+    automatic, manual = classes
+    every = {} if every_n_steps is None else {"every_n_steps": every_n_steps}
+    if front_end in ("plain", "efmlora", "fmlora"):
+        module = automatic(net=net, lr=lr)
+        callback = {"plain": None, "efmlora": EFMLoRA, "fmlora": FMLoRA}[front_end]
+        callbacks = [] if callback is None else [callback(rho, **every, **settings)]
+        return module, callbacks, {"accumulate_grad_batches": accumulate}
+    shared = {name: value for name, value in settings.items() if name != "beta"}
+    module = manual(
+        rho, net=net, lr=lr, accumulate_grad_batches=accumulate, **(every if front_end == "module" else {}), **shared
+    )
+    if front_end == "module":
+        return module, [], {}
+    return module, [EFMLoRA(rho, **({"every_n_steps": 2} | every), **settings)], {}
+
+
+def trainer_of(tmp_path: Any, callbacks: list[Callback], **kwargs: Any) -> Trainer:
+    """A quiet Trainer on one CPU."""
+    defaults: dict[str, Any] = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": tmp_path,
+        "callbacks": callbacks,
+    }
+    return Trainer(**(defaults | kwargs))
+
+
+def fit(
+    tmp_path: Any,
+    module: LightningModule,
+    callbacks: list[Callback],
+    loader: Any = None,
+    *,
+    val: Any = None,
+    ckpt_path: Any = None,
+    seed: int = 3,
+    **kwargs: Any,
+) -> Trainer:
+    """Train from one seed and return the Trainer."""
+    torch.manual_seed(seed)
+    if val is None:
+        val, kwargs = make_loader(1), {"limit_val_batches": 0, **kwargs}
+    trainer = trainer_of(tmp_path, callbacks, **kwargs)
+    trainer.fit(module, make_loader() if loader is None else loader, val, ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all stored weights, by name."""
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two nested states hold the same bits."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return (
+            isinstance(left, Tensor)
+            and isinstance(right, Tensor)
+            and left.dtype == right.dtype
+            and left.shape == right.shape
+            and left.detach()
+            .contiguous()
+            .view(-1)
+            .view(torch.uint8)
+            .equal(right.detach().contiguous().view(-1).view(torch.uint8))
+        )
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def E_hat(callback: Any) -> dict[str, Tensor]:
+    """Copies of a callback's perturbations, by the name of B."""
+    return callback.perturbation.state_dict()["E"]
+
+
+def driver_of(trainer: Trainer) -> Any:
+    """The flatness callback that holds the perturbation in use: EFMLoRA, FMLoRA, or the module's own."""
+    found = [c for c in trainer.callbacks if hasattr(c, "perturbation")]
+    return found[0]
+
+
+def is_perturbed(module: nn.Module) -> bool:
+    """Whether any layer reads B + E at this moment."""
+    return any(m.__dict__.get("_perturbation") is not None for m in module.modules())
+
+
+def assert_no_trace(module: nn.Module) -> None:
+    """No reading class and no attribute of it is left in a module."""
+    assert not read_through.is_installed(module)
+    assert not [name for name, m in module.named_modules() if "_perturbation" in m.__dict__]
+
+
+def assert_copies_are_plain(net: nn.Module) -> None:
+    """Copies and pickles made now are of plain classes, with the stored weights and no trace of E."""
+    stored = net.state_dict()
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    copies = (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(buffer, weights_only=False))
+    for other in copies:
+        assert_no_trace(other)
+        assert same(other.state_dict(), stored)
+
+
+class ResumableLoader:
+    """A loader that shuffles by epoch and goes on where it was, as torchdata's StatefulDataLoader does.
+
+    Lightning restores its state in the middle of an epoch only; between epochs it tells samplers the epoch's number.
+    """
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+        self.epoch, self.position = 0, 0
+
+    @property
+    def sampler(self) -> "ResumableLoader":
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.position >= len(self.batches):
+            self.position = 0
+        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[order[self.position - 1]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
