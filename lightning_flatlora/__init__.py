@@ -2,8 +2,8 @@
 
 from lightning_flatlora.callbacks import AdapterCheckpoint, EFMLoRA, FMLoRA
 from lightning_flatlora.module import FMLoRAModule
-from lightning_flatlora.pairs import LoRAPair, find_pairs
-from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.pairs import LoRAPair, NoPairsError, PairSearch, find_pairs
+from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.schedules import (
     ConstantRho,
     CosineRho,
@@ -22,10 +22,13 @@ __all__ = [
     "EFMLoRA",
     "FMLoRA",
     "FMLoRAModule",
+    "FreshPerturbation",
     "InverseSqrtRho",
     "LearningRateRho",
     "LinearRho",
     "LoRAPair",
+    "NoPairsError",
+    "PairSearch",
     "Perturbation",
     "RhoSchedule",
     "find_pairs",

@@ -1,11 +1,14 @@
 """LR schedulers under manual optimization, stepped when automatic optimization would step them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_flatlora.callbacks.two_passes import put_on_instance
 
 _PLATEAU_KEYS = ("monitor", "strict", "reduce_on_plateau")
 
@@ -21,22 +24,24 @@ class ManualSchedulers:
     def __init__(self) -> None:
         self._plateau: dict[int, dict[str, Any]] = {}
         self._waiting: list[tuple[str, int]] = []
+        self._put_back: Callable[[], None] | None = None
 
     def listen(self, pl_module: LightningModule) -> None:
         """From now on, note the plateau keys of what ``configure_optimizers`` returns, and take them out."""
-        original = type(pl_module).configure_optimizers
+        original = pl_module.configure_optimizers  # the class's, or one that LightningCLI has set
         self._plateau = {}
         self._waiting = []
 
         @functools.wraps(original)
         def configure_optimizers() -> Any:
-            return self._without_plateau_keys(original(pl_module))
+            return self._without_plateau_keys(original())
 
-        pl_module.__dict__["configure_optimizers"] = configure_optimizers
+        self.release()
+        self._put_back = put_on_instance(pl_module, "configure_optimizers", configure_optimizers)
 
-    def take_over(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    def take_over(self, trainer: Trainer) -> list[str]:
         """Complete Lightning's scheduler configurations; returns what is wrong with them, one line each."""
-        self.release(pl_module)
+        self.release()
         problems = []
         for config in trainer.lr_scheduler_configs:
             for key, value in self._plateau.get(id(config.scheduler), {}).items():
@@ -50,10 +55,11 @@ class ManualSchedulers:
                 )
         return problems
 
-    @staticmethod
-    def release(pl_module: LightningModule) -> None:
+    def release(self) -> None:
         """Give the module its own ``configure_optimizers`` back."""
-        pl_module.__dict__.pop("configure_optimizers", None)
+        if self._put_back is not None:
+            self._put_back()
+            self._put_back = None
 
     def step(self, trainer: Trainer, interval: str, index: int) -> None:
         """Step what is due at a batch's or epoch's index; plateau schedulers wait for :meth:`step_waiting`.

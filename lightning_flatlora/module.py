@@ -93,6 +93,8 @@ class FMLoRAModule(LightningModule):
             start_step=start_step,
             every_n_steps=every_n_steps,
             adapter_name=adapter_name,
+            window=accumulate_grad_batches,
+            sync_ascent=sync_ascent,
             more_problems=_step_problems(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm),
         )
         self._in_window = False
@@ -124,6 +126,7 @@ class FMLoRAModule(LightningModule):
         optimizer = self._optimizer()
         if batch_idx % self.accumulate_grad_batches == 0:
             optimizer.zero_grad()
+            self._driver.open_window()
         last = ends_window(self.trainer, batch_idx, self.accumulate_grad_batches)
         self._in_window = not last
         if self._driver.ascends(self.trainer):
@@ -132,7 +135,10 @@ class FMLoRAModule(LightningModule):
             with self._driver.between_ascents():
                 output = self._one_pass(batch, batch_idx, sync=last)
         if last:
-            optimizer.step()
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                optimizer.step()
+            else:  # every batch was skipped, and a loss scaler would not know what to do
+                self._driver.count_step()
             self._driver.schedulers.step(self.trainer, "step", batch_idx)
         if self.trainer.is_last_batch:
             self._driver.schedulers.step(self.trainer, "epoch", self.current_epoch)
@@ -187,8 +193,10 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
 
     is_module_driver = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, window: int, sync_ascent: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.window = window
+        self.sync_ascent = sync_ascent
         self.parameters: list[nn.Parameter] = []
         self._scheduler: EFMLoRA | None = None
         self._fresh: list[FreshPerturbation] = []
@@ -202,7 +210,7 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         problems = super().configuration_problems(trainer, pl_module)
-        problems += self.schedulers.take_over(trainer, pl_module)
+        problems += self.schedulers.take_over(trainer)
         if len(trainer.optimizers) != 1:
             problems.append(f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}")
         scheduler = _scheduler_of(trainer)
@@ -232,6 +240,8 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self._scheduler is not None:  # not earlier: it may come after this one in the list of callbacks
+            assert self.perturbation is not None
+            self.perturbation.uninstall()
             self.perturbation = self._scheduler.perturbation
 
     @override
@@ -249,7 +259,19 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
         source = self._scheduler or self
         if source not in trainer.callbacks:  # type: ignore[attr-defined]
             return False
-        return source.is_refresh_step and source.current_rho(trainer) > 0
+        if not source.is_refresh_step:
+            return False
+        # With rho = 0 the step is plain, unless there is an average that a zero perturbation has to move.
+        started = self._scheduler is not None and self.perturbation is not None and self.perturbation.started
+        return started or source.current_rho(trainer) > 0
+
+    def open_window(self) -> None:
+        """Forget what a window that was cut short has left."""
+        self._fresh = []
+
+    def count_step(self) -> None:
+        """Count an optimizer step, with EFMLoRA beside in its count."""
+        (self._scheduler or self).step += 1
 
     def take_ascent(self, trainer: Trainer) -> None:
         """E from the gradients that the pairs hold; with EFMLoRA beside, Ê waits for the optimizer step."""
@@ -274,8 +296,8 @@ class _FMLoRAModuleDriver(FlatLoRACallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(pl_module, FMLoRAModule)
-        if self._scheduler is None:
-            self.step += 1
+        if self._scheduler is None:  # else EFMLoRA has counted it
+            self.count_step()
         elif self._fresh:
             self._average(trainer, self._scheduler.beta)
         if pl_module.gradient_clip_val is not None:

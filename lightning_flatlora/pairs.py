@@ -71,7 +71,7 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
         The pairs, and what was left out and why.
 
     Raises:
-        ValueError: no LoRA layer has an adapter of that name; the message lists the known ones.
+        ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others.
         NoPairsError: no pair is left; the message lists the LoRA layers and module types that were seen.
 
     Example:
@@ -161,6 +161,12 @@ def _check_adapter(layers: Iterable[tuple[str, LoraLayer]], adapter_name: str | 
     known = {adapter for _, layer in layers for adapter in _adapters(layer)}
     if adapter_name is not None and known and adapter_name not in known:
         raise ValueError(f"adapter_name must be None or one of {sorted(known)}, got {adapter_name!r}")
+    active = {adapter for _, layer in layers for adapter in layer.active_adapters}
+    if adapter_name is not None and known and adapter_name not in active:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not active, so it would not be trained; active: {sorted(active)}. "
+            "Call the model's set_adapter first"
+        )
 
 
 def _adapters(layer: LoraLayer) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lightning_flatlora.functional import (
 from lightning_flatlora.pairs import LoRAPair
 
 _LARGEST_STACK = 2**22
-"""Elements of B in one batched computation (16 MB of float32), which bounds the temporaries of a large model."""
+"""Elements of a stacked factor in one computation (16 MB of float32): bounds the temporaries of a large model."""
 
 
 class FreshPerturbation(NamedTuple):
@@ -71,23 +71,37 @@ class Perturbation:
     def __init__(
         self, pairs: list[LoRAPair], estimator: Estimator = "average", norm_scope: NormScope = "global"
     ) -> None:
+        for name, value, allowed in (
+            ("estimator", estimator, get_args(Estimator)),
+            ("norm_scope", norm_scope, get_args(NormScope)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+        if not pairs:
+            raise ValueError("pairs must hold at least one LoRAPair: see find_pairs")
         self.pairs = pairs
         self.norm_scope: NormScope = norm_scope
         self.started = False
         self._groups = [_Group(group, estimator) for group in _alike(pairs)]
+        self._installed = False
         self._averaged = torch.zeros((), dtype=torch.bool, device=self._groups[0].E.device)
 
     def install(self) -> None:
         """Make every reader able to read B + E; until :meth:`on` they read B."""
-        for pair in self.pairs:
-            for reader in pair.readers:
-                read_through.install(reader)
+        if not self._installed:
+            for pair in self.pairs:
+                for reader in pair.readers:
+                    read_through.install(reader)
+        self._installed = True
 
     def uninstall(self) -> None:
         """Give every reader its own class back; E stays, for :meth:`state_dict`."""
-        for pair in self.pairs:
-            for reader in pair.readers:
-                read_through.uninstall(reader)
+        if self._installed:
+            self.off()
+            for pair in self.pairs:
+                for reader in pair.readers:
+                    read_through.uninstall(reader)
+        self._installed = False
 
     def on(self, stacks: list[Tensor] | None = None) -> None:
         """Let the layers read B + E.
@@ -100,17 +114,20 @@ class Perturbation:
 
     def off(self) -> None:
         """Let the layers read the clean B."""
-        for group in self._groups:
-            group.show(None)
+        if self._installed:
+            for group in self._groups:
+                group.show(None)
 
     @contextmanager
     def applied(self, stacks: list[Tensor] | None = None) -> Iterator[None]:
-        """:meth:`on` inside, :meth:`off` after, whatever happens."""
+        """:meth:`on` inside; after it, whatever happens, the layers read what they read before."""
+        before = [(reader, read_through.shown(reader)) for pair in self.pairs for reader in pair.readers]
         self.on(stacks)
         try:
             yield
         finally:
-            self.off()
+            for reader, perturbation in before:
+                read_through.perturb(reader, perturbation)
 
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
@@ -141,7 +158,7 @@ class Perturbation:
         for ascent, norm in zip(ascents, norms, strict=True):
             scale = perturbation_scale(norm, rho)[:, None, None]
             stacks.append(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0))
-        return FreshPerturbation(stacks, finite, isinstance(rho, float) and rho == 0)
+        return FreshPerturbation(stacks, finite, not isinstance(rho, Tensor) and rho == 0)
 
     def assign(self, fresh: FreshPerturbation) -> None:
         """E := fresh (Algorithm 1)."""
@@ -161,6 +178,11 @@ class Perturbation:
             group.E.lerp_(stack, weight.to(stack.device))
         self._averaged |= fresh.finite
         self.started |= not fresh.is_zero
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any pair has a gradient at all, known to the host."""
+        return any(pair.B.grad is not None for pair in self.pairs)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
@@ -266,6 +288,6 @@ def _alike(pairs: Iterable[LoRAPair]) -> list[list[LoRAPair]]:
         groups[key].append(pair)
     parts = []
     for group in groups.values():
-        size = max(1, _LARGEST_STACK // group[0].B.numel())
+        size = max(1, _LARGEST_STACK // max(group[0].A.numel(), group[0].B.numel()))
         parts += [group[start : start + size] for start in range(0, len(group), size)]
     return parts

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_OWN = ("_perturbation", "_installs")
+
 
 class _ReadsPerturbed:
     """Mixin before a module's own class: ``weight`` is B, or B + E while E is set."""
@@ -19,6 +21,7 @@ class _ReadsPerturbed:
     _parameters: dict[str, nn.Parameter | None]
     _plain_class: Any
     _perturbation: Tensor | None
+    _installs: int
 
     @property
     def weight(self) -> Tensor | None:
@@ -29,7 +32,7 @@ class _ReadsPerturbed:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
-        state = {key: value for key, value in self.__dict__.items() if key != "_perturbation"}
+        state = {key: value for key, value in self.__dict__.items() if key not in _OWN}
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
 
@@ -52,27 +55,47 @@ def install(module: nn.Module) -> None:
     """
     if not isinstance(module, _ReadsPerturbed):
         plain: Any = type(module)
-        module.__dict__["_perturbation"] = None
+        module.__dict__["_perturbation"], module.__dict__["_installs"] = None, 0
         module.__class__ = _reading_class(plain)
+    module.__dict__["_installs"] += 1
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give a module its own class back."""
+    """Take one :func:`install` back; after the last one the module has its own class again."""
     if isinstance(module, _ReadsPerturbed):
-        module.__class__ = module._plain_class
-        del module.__dict__["_perturbation"]
+        module.__dict__["_installs"] -= 1
+        if module._installs == 0:
+            module.__class__ = module._plain_class
+            for name in _OWN:
+                del module.__dict__[name]
 
 
-def perturb(module: nn.Module, perturbation: Tensor | None) -> None:
+def perturb(module: nn.Module, perturbation: Tensor | None) -> Tensor | None:
     """Set what an installed module adds to its weight.
 
     Args:
-        module: a module after :func:`install`; any other is left as it is.
+        module: a module after :func:`install`.
         perturbation: E, of the weight's shape, any floating dtype (the sum is taken in the wider of the two and
             rounded once); None for the clean weight.
+
+    Returns:
+        What it added before.
+
+    Raises:
+        RuntimeError: the module is not installed, so that E would be ignored in silence.
     """
-    if isinstance(module, _ReadsPerturbed):
-        module.__dict__["_perturbation"] = perturbation
+    if not isinstance(module, _ReadsPerturbed):
+        if perturbation is None:
+            return None
+        raise RuntimeError(f"{type(module).__name__} can't read a perturbed weight: call install() first")
+    before = module._perturbation
+    module.__dict__["_perturbation"] = perturbation
+    return before
+
+
+def shown(module: nn.Module) -> Tensor | None:
+    """What a module adds to its weight now; None for the clean weight, and for one that is not installed."""
+    return module._perturbation if isinstance(module, _ReadsPerturbed) else None
 
 
 def is_installed(model: nn.Module) -> bool:

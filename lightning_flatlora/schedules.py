@@ -139,7 +139,8 @@ class LearningRateRho(RhoSchedule):
     """rho in proportion to the learning rate of the group that holds the pairs, ``rho`` at its initial value.
 
     The initial value is the group's ``initial_lr``, which every PyTorch scheduler sets (so warm-up starts small), or
-    the learning rate at the first step where there is no scheduler.
+    the first learning rate above 0 where there is no scheduler. OneCycleLR sets ``initial_lr`` to its lowest value, so
+    there rho is reached at the start and surpassed by ``div_factor`` at the top: divide rho by that.
 
     Example:
         >>> LearningRateRho(2.0)(step=7, learning_rate=0.25)

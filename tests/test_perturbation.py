@@ -362,3 +362,40 @@ def _layer(kind: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor], float]:
         return net(x).square().mean()
 
     return model, run, tolerance
+
+
+def test_two_perturbations_of_one_model_do_not_disturb_each_other() -> None:
+    """A measurement inside a training step may have its own; afterwards the first is read again."""
+    model, pairs = model_and_pairs()
+    backward(model)
+    first, second = Perturbation(pairs), Perturbation(pairs, norm_scope="layer")
+    first.install()
+    first.assign(first.ascend(RHO, at_perturbed=False))
+    with first.applied():
+        perturbed = backward(model)
+        second.install()
+        second.assign(second.ascend(2 * RHO, at_perturbed=False))
+        with second.applied():
+            assert backward(model) != perturbed
+        assert backward(model) == perturbed
+    second.uninstall()
+    with first.applied():
+        assert backward(model) == perturbed
+    first.uninstall()
+    assert not read_through.is_installed(model)
+
+
+def test_reading_without_install_is_refused() -> None:
+    _, pairs = model_and_pairs()
+    with pytest.raises(RuntimeError, match="call install"), Perturbation(pairs).applied():
+        pass
+
+
+def test_bad_arguments_are_named() -> None:
+    _, pairs = model_and_pairs()
+    with pytest.raises(ValueError, match="estimator must be 'average' or 'projected', got 'projectd'"):
+        Perturbation(pairs, estimator="projectd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="norm_scope must be"):
+        Perturbation(pairs, norm_scope="glob")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one LoRAPair"):
+        Perturbation([])

@@ -1,5 +1,6 @@
 """Checkpoints of the size of the adapter, each with a folder that peft can load."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,15 @@ class AdapterCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if "://" in str(self.dirpath or ""):
+            raise MisconfigurationException(
+                f"AdapterCheckpoint: dirpath must be a local folder, where peft can write beside the checkpoint, "
+                f"got {self.dirpath!r}"
+            )
         self._release(pl_module)
+        first = next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
+        if first is not self:  # several may save; one looks after the module
+            return
         self._was_strict = pl_module.strict_loading
         pl_module.strict_loading = False
         self._handle = pl_module.register_state_dict_post_hook(_keep_trainable)  # type: ignore[no-untyped-call]
@@ -89,16 +98,28 @@ class AdapterCheckpoint(ModelCheckpoint):
         super()._remove_checkpoint(trainer, filepath)
         _remove_folder(adapter_folder(filepath))
 
+    @staticmethod
+    @override
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+        if trainer.is_global_zero:
+            link, folder = adapter_folder(linkpath), adapter_folder(filepath)
+            link.unlink() if link.is_symlink() else shutil.rmtree(link, ignore_errors=True)
+            link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
+
     @rank_zero_only
     def _save_adapters(self, pl_module: LightningModule, folder: Path) -> None:
         """peft's own format, written aside and then renamed, so that a crash leaves no half-written folder."""
         models = _peft_models(pl_module)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         for name, model in models.items():
             model.save_pretrained(str(partial if len(models) == 1 else partial / name))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def adapter_folder(checkpoint: str | Path) -> Path:
@@ -127,20 +148,26 @@ def _peft_models(pl_module: nn.Module) -> dict[str, PeftModel]:
 
 
 def _trainable_names(module: nn.Module) -> set[str]:
-    """Names in the state dict of what training changes: trained parameters, and running statistics of norms."""
-    parameters = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    statistics = {
-        f"{name}.{buffer}".removeprefix(".")
-        for name, norm in module.named_modules(remove_duplicate=False)
-        if isinstance(norm, _NormBase)
-        for buffer, _ in norm.named_buffers(recurse=False)
-    }
-    return parameters | statistics
+    """Names of the trained parameters, each as often as the state dict has it."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
+    """Names in the state dict of the frozen base: frozen parameters, and buffers inside peft models.
+
+    Running statistics of norms stay in, since training changes them, and so do buffers outside of peft models.
+    """
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for outer, model in _peft_models(module).items():
+        for name, part in model.named_modules(remove_duplicate=False):
+            if not isinstance(part, _NormBase):
+                buffers = part.named_buffers(recurse=False)
+                frozen |= {".".join(filter(None, (outer, name, buffer))) for buffer, _ in buffers}
+    return frozen
 
 
 def _keep_trainable(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     if prefix:  # the module as a part of a larger one, whose state dict is not ours to cut
         return
-    keep = _trainable_names(module)
-    for name in [name for name in state_dict if name not in keep]:
-        del state_dict[name]
+    for name in _frozen_names(module):
+        state_dict.pop(name, None)

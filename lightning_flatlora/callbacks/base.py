@@ -6,10 +6,11 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
@@ -25,11 +26,15 @@ class FlatLoRACallback(Callback):
         perturbation: set when training starts; it stays after the end, for checkpoints.
         step: optimizer steps taken in this fit, from 0; steps that a loss scaler skipped count.
         is_module_driver: whether it drives an FMLoRAModule, which then takes the passes itself.
+        window: batches of an optimizer step where an FMLoRAModule accumulates them; None where the Trainer does.
+        sync_ascent: whether the ascent's gradient is averaged over the ranks.
         averages: whether the perturbation lasts from step to step, so that a checkpoint must hold it.
     """
 
     is_module_driver: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    window: int | None = None
+    sync_ascent: bool = True
 
     def __init__(
         self,
@@ -75,8 +80,8 @@ class FlatLoRACallback(Callback):
         search = self._search(pl_module, problems)
         if search:
             problems += self._optimizer_problems(trainer, search)
-        if self._lacks_horizon and trainer.max_steps == -1 and trainer.max_epochs == -1:
-            problems.append(self._no_end())
+        if self._lacks_horizon:
+            problems += self._horizon_problems(trainer, pl_module)
         if problems or not search:
             raise MisconfigurationException(_message(self, problems))
         if search.left_out:
@@ -91,7 +96,7 @@ class FlatLoRACallback(Callback):
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What about the trainer and its other callbacks can't work, one line each; subclasses add theirs."""
-        problems = _strategy_problems(trainer)
+        problems = _strategy_problems(trainer, self.sync_ascent)
         others = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -123,6 +128,8 @@ class FlatLoRACallback(Callback):
         factors = [p for pair in search.pairs for p in (pair.A, pair.B) if p.requires_grad]
         used = {tuple(i for i, owner in enumerate(owners) if id(p) in owner) for p in factors}
         problems = []
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            problems.append("LBFGS takes several gradients a step, the perturbation knows one: use AdamW or SGD")
         if () in used:
             orphans = [pair.name for pair in search.pairs if not any(id(pair.B) in owner for owner in owners)]
             example = f", as {orphans[0]}" if orphans else ""
@@ -133,7 +140,13 @@ class FlatLoRACallback(Callback):
                 "one optimizer must hold A and B of all of them"
             )
         self._optimizer_index = min((i for where in used for i in where), default=0)
-        if self.rho.needs_learning_rate and len(self._groups_of(trainer, search)) > 1:
+        groups = self._groups_of(trainer, search) if self.rho.needs_learning_rate else []
+        if any(isinstance(group["lr"], Tensor) for group in groups):
+            problems.append(
+                f"rho={self.rho} follows the learning rate, a tensor here: reading it would make the host wait. "
+                "Give the optimizer a float, or choose another schedule"
+            )
+        if len(groups) > 1:
             problems.append(
                 f"rho={self.rho} follows the learning rate, but the B factors are in several parameter groups: "
                 "put them into one, or choose another schedule"
@@ -148,6 +161,17 @@ class FlatLoRACallback(Callback):
     @property
     def _lacks_horizon(self) -> bool:
         return self.rho.needs_horizon and getattr(self.rho, "total_steps", None) is None
+
+    def _horizon_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Why the number of optimizer steps can't be foretold, as far as is known before the loaders are set up."""
+        if trainer.max_steps == -1 and trainer.max_epochs == -1:
+            return [self._no_end()]
+        own_steps = not pl_module.automatic_optimization and not _drivers(trainer)
+        changing = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if own_steps or changing:
+            cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
+            return [f"rho={self.rho} spreads over the run, whose steps are not known as {cause}: set its total_steps"]
+        return []
 
     def _no_end(self) -> str:
         return (
@@ -177,7 +201,7 @@ class FlatLoRACallback(Callback):
             return self.rho(self.step, self._horizon)
         assert self.perturbation is not None
         group = self._groups_of(trainer, PairSearch(self.perturbation.pairs, []))[0]
-        if self._initial_lr is None:
+        if not self._initial_lr:  # a warm-up written by hand may start at 0
             self._initial_lr = float(group.get("initial_lr", group["lr"]))
         return self.rho(self.step, self._horizon, group["lr"] / self._initial_lr if self._initial_lr else 0.0)
 
@@ -285,14 +309,14 @@ def _value_problems(
     return problems
 
 
-def _strategy_problems(trainer: Trainer) -> list[str]:
+def _strategy_problems(trainer: Trainer, sync_ascent: bool) -> list[str]:
     strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and "XLA" not in type(strategy).__name__:
         static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
-        if static_graph and _window(trainer) > 1:
+        if static_graph and (_window(trainer) > 1 or not sync_ascent):
             return [
-                "DDP's static_graph crashes together with gradient accumulation (pytorch#143580): "
-                "leave static_graph out, or accumulate over 1 batch"
+                "DDP's static_graph crashes where a backward does not synchronise, as under gradient accumulation "
+                "(pytorch#143580) or with sync_ascent=False: leave static_graph out"
             ]
         return []
     kind = "shards or owns" if isinstance(strategy, ParallelStrategy) else "may own"
@@ -304,7 +328,12 @@ def _strategy_problems(trainer: Trainer) -> list[str]:
 
 def _window(trainer: Trainer) -> int:
     """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
-    return max(trainer.accumulate_grad_batches, getattr(trainer.lightning_module, "accumulate_grad_batches", 1))
+    return next((driver.window for driver in _drivers(trainer) if driver.window), trainer.accumulate_grad_batches)
+
+
+def _drivers(trainer: Trainer) -> list[FlatLoRACallback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, FlatLoRACallback) and callback.is_module_driver]
 
 
 def _optimizer_steps(trainer: Trainer) -> float:

@@ -1,12 +1,15 @@
 """EFMLoRA: the perturbation is an average over past steps, so a step costs one pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters
+from lightning_flatlora.callbacks.two_passes import at_training_step
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.schedules import RhoSchedule
 
@@ -61,6 +64,7 @@ class EFMLoRA(FlatLoRACallback):
             beta=beta,
         )
         self._module_ascends = False
+        self._cancel: Callable[[], None] | None = None
 
     @override
     def works_beside(self, other: FlatLoRACallback) -> bool:
@@ -79,7 +83,7 @@ class EFMLoRA(FlatLoRACallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self.perturbation is not None
         if self.perturbation.started and not self._module_ascends:
-            self.perturbation.on()
+            self._cancel = at_training_step(pl_module, self.perturbation.on)  # no other hook before it sees B + Ê
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,6 +106,8 @@ class EFMLoRA(FlatLoRACallback):
     def _refresh(self, trainer: Trainer) -> None:
         """Ê from the gradient that this step is about to use, taken at B + Ê."""
         assert self.perturbation is not None
+        if not self.perturbation.has_gradient:
+            return  # the batch was skipped: there is no E_t
         rho = self.current_rho(trainer)
         watched = watched_parameters(trainer, self._optimizer_index)
         fresh = self.perturbation.ascend(rho, at_perturbed=True, also_finite=watched)
@@ -110,6 +116,9 @@ class EFMLoRA(FlatLoRACallback):
     # Wherever a step can end early, the layers go back to the clean weights.
 
     def _off(self) -> None:
+        if self._cancel is not None:
+            self._cancel()
+            self._cancel = None
         if self.perturbation is not None:
             self.perturbation.off()
 
@@ -120,6 +129,16 @@ class EFMLoRA(FlatLoRACallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._off()
+        if self.step == 0 and not pl_module.automatic_optimization:
+            rank_zero_warn(
+                "EFMLoRA saw no optimizer step in this epoch, so nothing was perturbed: step the optimizer that "
+                "self.optimizers() gives, not the one inside it"
+            )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._off()
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

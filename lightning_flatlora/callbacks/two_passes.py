@@ -58,16 +58,30 @@ def random_state(device: torch.device) -> Callable[[], None]:
     return put_back
 
 
+def put_on_instance(module: LightningModule, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Give one object a method of its own, over its class's or one that it had.
+
+    Returns:
+        A function that puts back what was there; calling it again does nothing.
+    """
+    had = {name: module.__dict__[name]} if name in module.__dict__ else {}
+    module.__dict__[name] = method
+
+    def put_back() -> None:
+        if module.__dict__.get(name) is method:
+            del module.__dict__[name]
+            module.__dict__.update(had)
+
+    return put_back
+
+
 def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> Callable[[], None]:
-    """Call an action once, when the module's next training_step starts: after every hook that may draw numbers.
+    """Call an action once, when the module's next training_step starts: after every hook before it.
 
     Returns:
         A function that cancels it, if it has not happened yet.
     """
     original = pl_module.training_step
-
-    def cancel() -> None:
-        pl_module.__dict__.pop("training_step", None)
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -75,18 +89,18 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
         action()
         return original(*args, **kwargs)
 
-    pl_module.__dict__["training_step"] = training_step
+    cancel = put_on_instance(pl_module, "training_step", training_step)
     return cancel
 
 
 @contextmanager
 def silenced_log(pl_module: LightningModule) -> Iterator[None]:
     """Inside, ``self.log`` and ``self.log_dict`` of the module do nothing: the clean pass has logged already."""
-    pl_module.__dict__["log"] = lambda *args, **kwargs: None
+    put_back = put_on_instance(pl_module, "log", lambda *args, **kwargs: None)
     try:
         yield
     finally:
-        del pl_module.__dict__["log"]
+        put_back()
 
 
 def loss_of(output: Any, source: str) -> Tensor | None:

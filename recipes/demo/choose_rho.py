@@ -1,6 +1,6 @@
 """How the demo's rho was chosen: a sweep judged on the validation part, which the demo's table never shows.
 
-python -m recipes.demo.choose_rho --rho 0.05 0.1 0.2 0.5
+python -m recipes.demo.choose_rho --rho 0.01 0.03 0.1 0.3
 """
 
 import argparse
@@ -18,7 +18,7 @@ from recipes.demo.run import Settings, train
 def main(arguments: list[str] | None = None) -> None:
     """Train what is not there yet, and print validation loss and accuracy for each method and rho."""
     parser = argparse.ArgumentParser(prog="python -m recipes.demo.choose_rho", description=__doc__)
-    parser.add_argument("--rho", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5], help="radii to try")
+    parser.add_argument("--rho", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="radii to try")
     parser.add_argument("--methods", nargs="+", choices=["EFMLoRA", "FMLoRA"], default=["EFMLoRA", "FMLoRA"])
     parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each run")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo-rho"), help="where the runs land")

@@ -66,10 +66,10 @@ def plot(results: dict[str, dict[str, Any]], folder: Path, path: Path) -> None:
         if steps:
             curves.plot(steps, losses, color=_COLOURS[method], alpha=0.25, linewidth=1)
             curves.plot(steps, _smoothed(losses), color=_COLOURS[method], label=method)
-    curves.set(xlabel="optimizer step", ylabel="training loss (nats per answer token)", title="training, clean weights")
+    curves.set(xlabel="optimizer step", ylabel="training loss (nats per answer token)", title="training")
     note = "thin: each step; thick: running mean.\nEFMLoRA's is at B + Ê, where its pass runs"
     curves.text(0.98, 0.98, note, transform=curves.transAxes, ha="right", va="top", fontsize=8)
-    curves.legend(loc="lower left")
+    curves.legend(loc="center right")
     accuracies = [result["test_accuracy"] or 0.0 for result in results.values()]
     drawn = bars.bar(list(results), accuracies, color=[_COLOURS[method] for method in results])
     bars.bar_label(
@@ -89,7 +89,7 @@ def _curve(path: Path) -> tuple[list[int], list[float]]:
     return [int(row["step"]) for row in rows], [float(row["train_loss"]) for row in rows]
 
 
-def _smoothed(values: list[float], decay: float = 0.8) -> list[float]:
+def _smoothed(values: list[float], decay: float = 0.5) -> list[float]:
     """An exponential running mean that starts at the first value."""
     mean, out = values[0], []
     for value in values:

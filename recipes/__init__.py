@@ -1,0 +1,1 @@
+"""Recipes: one folder a task, run from a clone."""

@@ -1,0 +1,1 @@
+"""Instruction tuning of a causal language model with LoRA, EFMLoRA and FMLoRA."""

@@ -1,0 +1,127 @@
+"""A pretrained causal language model with a LoRA adapter, and the likelihood it gives to answers."""
+
+import importlib.util
+import inspect
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from recipes import packaged
+from recipes.instruction_tuning.batches import Batch, pad
+from recipes.instruction_tuning.chat import IGNORED
+
+PACKAGED = "packaged"
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+Quantization = Literal["4bit", "8bit"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def model_source(name: str) -> str:
+    """What ``from_pretrained`` takes for a name; "packaged" is converted first if it must be."""
+    return str(packaged.smollm2()) if name == PACKAGED else name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model; see :func:`load_base` for the name."""
+    try:
+        return AutoTokenizer.from_pretrained(model_source(name))
+    except (OSError, ValueError) as error:
+        raise MisconfigurationException(_not_found(name, error)) from error
+
+
+def load_base(name: str, dtype: DType, quantization: Quantization | None) -> nn.Module:
+    """The pretrained model in training mode.
+
+    Args:
+        name: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
+        dtype: of the weights; "auto" takes what the checkpoint has.
+        quantization: load the weights in 4 or 8 bits through bitsandbytes.
+
+    Raises:
+        MisconfigurationException: there is no such model, or bitsandbytes is missing.
+    """
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MisconfigurationException(
+                f"quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes, or set it to null"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantization == "4bit",
+            load_in_8bit=quantization == "8bit",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_source(name), **options)
+    except (OSError, ValueError) as error:
+        raise MisconfigurationException(_not_found(name, error)) from error
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.train()  # from_pretrained gives it in eval mode, where LoRA's dropout would be off
+    return model  # type: ignore[no-any-return]
+
+
+def add_adapter(base: nn.Module, lora: dict[str, Any]) -> PeftModel:
+    """The model with a LoRA adapter in float32, all else frozen; ``lora`` holds the fields of peft's LoraConfig."""
+    try:
+        config = LoraConfig(task_type="CAUSAL_LM", **lora)
+        return get_peft_model(base, config)
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"lora={lora!r} can't be used: {error}") from error
+
+
+def answer_log_likelihood(net: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each row's answer.
+
+    Args:
+        net: the model.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (rows, T).
+
+    Returns:
+        Its sum over the answer's tokens in nats, float32, and the number of those tokens, each (rows,).
+    """
+    targets_nt = batch["labels"][:, 1:]
+    # Most positions are prompt: the head, a third of a small model's work, runs only where some row has an answer.
+    positions_k = (targets_nt != IGNORED).any(dim=0).nonzero().squeeze(1)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if _selects_logits(net.get_base_model()):
+        logits_nkv = net(**inputs, logits_to_keep=positions_k).logits
+    else:
+        logits_nkv = net(**inputs).logits[:, positions_k]
+    targets_nk = targets_nt[:, positions_k]
+    losses_nk = nn.functional.cross_entropy(
+        logits_nkv.flatten(0, 1).float(), targets_nk.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets_nk)
+    return -losses_nk.sum(dim=1), (targets_nk != IGNORED).sum(dim=1)
+
+
+@torch.no_grad()
+def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[str]:
+    """The model's most likely answers, token by token, to prompts that a chat template has opened."""
+    device = next(net.parameters()).device
+    pad_id = tokenizer.pad_token_id or 0
+    rows = [torch.tensor(ids) for ids in prompt_ids]
+    prompts = pad(rows, pad_id, side="left").to(device)
+    answers = net.generate(
+        input_ids=prompts,
+        attention_mask=pad([torch.ones_like(row) for row in rows], 0, side="left").to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad_id,
+    )[:, prompts.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _selects_logits(base: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def _not_found(name: str, error: Exception) -> str:
+    return (
+        f"model={name!r} can't be loaded: give the name of a causal language model on the Hub (reachable, or in the "
+        f"local cache), a local directory, or {PACKAGED!r} for SmolLM2-135M-Instruct. {type(error).__name__}: {error}"
+    )

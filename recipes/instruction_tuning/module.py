@@ -1,0 +1,253 @@
+"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from transformers import get_scheduler
+from typing_extensions import override
+
+from lightning_flatlora import FMLoRAModule
+from recipes.instruction_tuning.batches import Batch
+from recipes.instruction_tuning.model import (
+    DEFAULT_LORA,
+    DType,
+    Quantization,
+    add_adapter,
+    answer_log_likelihood,
+    generate_answers,
+    load_base,
+    load_tokenizer,
+    model_source,
+)
+from recipes.instruction_tuning.sources import normalised
+
+Schedule = Literal["linear", "cosine", "constant_with_warmup"]
+
+
+class LanguageModel(L.LightningModule):
+    """A causal language model with LoRA: what training by any method, evaluation and prediction have in common.
+
+    Args:
+        model: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
+        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on q_proj and v_proj.
+        dtype: of the frozen weights, "auto" as in the checkpoint; the adapter is always in float32.
+        quantization: hold the frozen weights in "4bit" or "8bit" (needs bitsandbytes).
+        learning_rate: AdamW's largest learning rate.
+        weight_decay: AdamW's, on the adapter.
+        schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        max_new_tokens: tokens of a generated answer.
+        exact_match_examples: free answers generated and compared in one evaluation; 0 generates none.
+        kwargs: of the next class, for FMLoRA's module its rho and others.
+    """
+
+    def __init__(
+        self,
+        model: str = "packaged",
+        lora: dict[str, Any] | None = None,
+        dtype: DType = "auto",
+        quantization: Quantization | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "linear",
+        warmup_steps: int = 0,
+        max_new_tokens: int = 64,
+        exact_match_examples: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_name = model
+        self.lora = DEFAULT_LORA if lora is None else lora
+        self.dtype_name = dtype
+        self.quantization = quantization
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.max_new_tokens = max_new_tokens
+        self.exact_match_examples = exact_match_examples
+        self.net: PeftModel | None = None
+        self.metrics = torch.nn.ModuleDict({stage: EvaluationMetrics() for stage in ("val", "test")})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; the data module takes it from here."""
+        return load_tokenizer(self.model_name)
+
+    @override
+    def prepare_data(self) -> None:
+        model_source(self.model_name)  # converts the packaged model on one process, before all load it
+
+    @override
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = add_adapter(load_base(self.model_name, self.dtype_name, self.quantization), self.lora)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self._optimizer_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer."""
+        batches = self.trainer.estimated_stepping_batches
+        if math.isinf(batches):
+            raise MisconfigurationException(
+                f"schedule={self.schedule!r} spreads over the run, and this one has no end: set max_steps or max_epochs"
+            )
+        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood per answer token, in nats; logged as ``train_loss``."""
+        log_likelihood, tokens = self.log_likelihood(batch)
+        loss = -log_likelihood.sum() / tokens.sum()
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["options"]))
+        return loss
+
+    def log_likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each row's answer: log-likelihood in nats and number of tokens, each (rows,)."""
+        assert self.net is not None  # configure_model comes first
+        return answer_log_likelihood(self.net, batch)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, EvaluationMetrics)
+        log_likelihood, tokens = self.log_likelihood(batch)
+        metrics.update_loss(log_likelihood[batch["gold"]], tokens[batch["gold"]])
+        metrics.update_choices(log_likelihood / tokens, batch)
+        self._compare_free_answers(metrics, batch)
+        for name, metric in metrics.used():
+            self.log(f"{stage}_{name}", metric, on_epoch=True, prog_bar=name != "perplexity", batch_size=1)
+
+    def _compare_free_answers(self, metrics: "EvaluationMetrics", batch: Batch) -> None:
+        left = self.exact_match_examples - metrics.compared
+        free = [(ids, answer) for ids, answer in zip(batch["prompt_ids"], batch["answers"], strict=True) if answer]
+        if free[: max(left, 0)]:
+            prompts, answers = zip(*free[:left], strict=True)
+            metrics.update_exact_match(self.generate(list(prompts)), list(answers))
+
+    def generate(self, prompt_ids: list[list[int]]) -> list[str]:
+        """Answers to encoded prompts, each token the most likely one."""
+        assert self.net is not None
+        return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        answers = self.generate(batch["prompt_ids"])
+        return [{"prompt": p, "answer": a} for p, a in zip(batch["prompt"], answers, strict=True)]
+
+    @override
+    def configure_callbacks(self) -> list[L.Callback]:
+        inherited = cast("Sequence[L.Callback]", super().configure_callbacks())  # FMLoRAModule has one
+        return [*inherited, AnswerWriter()]
+
+
+class InstructionTuning(LanguageModel):
+    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+class InstructionTuningFM(LanguageModel, FMLoRAModule):
+    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
+
+    @override
+    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+class Perplexity(MeanMetric):
+    """exp of the mean negative log-likelihood per token."""
+
+    @override
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class EvaluationMetrics(torch.nn.Module):
+    """Metrics of one evaluation: loss and perplexity per answer token, accuracy of choices or free answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.perplexity = Perplexity()
+        self.accuracy = MeanMetric()
+        self.exact_match = MeanMetric()
+
+    @property
+    def compared(self) -> int:
+        """Free answers compared so far."""
+        return int(self.exact_match.weight)
+
+    def used(self) -> list[tuple[str, Metric]]:
+        """Name and metric of those that this data has updated."""
+        return [(name, m) for name, m in self.named_children() if isinstance(m, Metric) and m.update_called]
+
+    def update_loss(self, log_likelihood: Tensor, tokens: Tensor) -> None:
+        """Take up right answers' log-likelihoods in nats and numbers of tokens, each (examples,)."""
+        for metric in (self.loss, self.perplexity):
+            metric.update(-log_likelihood / tokens, tokens)
+
+    def update_choices(self, scores: Tensor, batch: Batch) -> None:
+        """Take up whether each example's best option is the right one; scores (rows,) are mean log-likelihoods."""
+        first = 0
+        for count, gold in zip(batch["options"], batch["gold"].tolist(), strict=True):
+            if count > 1:
+                self.accuracy.update((scores[first : first + count].argmax() + first == gold).float())
+            first += count
+
+    def update_exact_match(self, answers: list[str], expected: list[str]) -> None:
+        """Take up whether answers equal the expected ones, but for case, punctuation and spaces."""
+        for answer, right in zip(answers, expected, strict=True):
+            self.exact_match.update(float(normalised(answer) == normalised(right)))
+
+
+class AnswerWriter(L.Callback):
+    """Print predicted answers, and write them as JSON lines into the run's folder."""
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if batch_idx else "w", encoding="utf-8") as lines:
+            for row in outputs:
+                print(f"> {row['prompt']}\n{row['answer']}\n")
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        print(f"Answers are in {self._path(trainer)}")
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        return Path(trainer.log_dir or trainer.default_root_dir) / f"answers{rank}.jsonl"

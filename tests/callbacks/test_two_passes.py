@@ -1,0 +1,123 @@
+"""What the callbacks put on a module for a moment is taken away again, and what was there comes back."""
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from helpers import Classifier, TwoPassClassifier, build, fit, make_loader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
+from lightning_flatlora.callbacks.two_passes import put_on_instance
+
+
+def test_put_on_instance_restores_what_was_there() -> None:
+    module = Classifier()
+    put_back = put_on_instance(module, "log", print)
+    assert module.log is print
+    put_back()
+    assert "log" not in module.__dict__
+    module.log = repr  # type: ignore[method-assign, assignment]
+    put_back = put_on_instance(module, "log", print)
+    put_back()
+    put_back()
+    assert module.log is repr
+
+
+@pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
+def test_an_instances_own_training_step_is_kept(tmp_path: Any, kind: Any) -> None:
+    module, calls = Classifier(), []
+
+    def own(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+        calls.append(batch_idx)
+        return self.loss(batch, batch_idx)
+
+    module.training_step = types.MethodType(own, module)  # type: ignore[method-assign]
+    fit(tmp_path, module, [kind(0.5)], max_epochs=1)
+    assert len(calls) == (6 if kind is EFMLoRA else 12)
+    assert module.training_step.__func__ is own  # type: ignore[attr-defined]
+
+
+def test_an_instances_own_configure_optimizers_is_kept(tmp_path: Any) -> None:
+    """As LightningCLI sets one for an optimizer in YAML."""
+    module = TwoPassClassifier(0.5)
+    own = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)  # noqa: E731
+    module.configure_optimizers = own  # type: ignore[method-assign]
+    trainer = fit(tmp_path, module, [], max_epochs=1)
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+    assert module.configure_optimizers is own
+
+
+def test_layers_read_clean_weights_until_the_step_starts(tmp_path: Any) -> None:
+    """Also through ``lora_B.weight``, in hooks after ours and in the module's own."""
+    import lightning as L
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            layer = pl_module.net.base_model.model[0].lora_B["default"]
+            assert layer.weight is layer._parameters["weight"]
+
+    fit(tmp_path, Classifier(), [EFMLoRA(0.5), Look()])
+
+
+def test_a_skipped_batch_leaves_the_average_as_it_is(tmp_path: Any) -> None:
+    import lightning as L
+
+    averages = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            averages.append(trainer.callbacks[0].perturbation.state_dict()["E"])
+
+    module = Classifier()
+    module.inside.append(lambda self, batch_idx: "skip" if batch_idx == 3 else None)
+    fit(tmp_path, module, [EFMLoRA(0.5), Look()], max_epochs=1)
+    assert all(torch.equal(averages[2][name], E) for name, E in averages[3].items())
+    assert any(not torch.equal(averages[3][name], E) for name, E in averages[4].items())
+
+
+def test_rho_that_falls_to_zero_lets_the_average_decay_beside_the_module(tmp_path: Any) -> None:
+    """A refresh step with rho = 0 moves the average by a zero perturbation, as EFMLoRA alone does."""
+    module, callbacks, more = build("efmlora+module", LinearRho(1.0, 0.0, total_steps=4), every_n_steps=1)
+    fit(tmp_path, module, callbacks, **more)
+    E = callbacks[0].perturbation.state_dict()["E"]  # type: ignore[attr-defined]
+    assert all(value.abs().max() < 1e-6 for value in E.values())
+
+
+def test_a_manual_module_that_passes_the_hooks_by_is_warned(tmp_path: Any) -> None:
+    class Inner(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch, batch_idx))
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="saw no optimizer step"):
+        fit(tmp_path, Inner(), [EFMLoRA(0.5)], max_epochs=1)
+
+
+def test_what_cannot_be_right_is_refused(tmp_path: Any) -> None:
+    module = Classifier()
+    module.optimizer_class = torch.optim.LBFGS
+    with pytest.raises(MisconfigurationException, match="LBFGS takes several gradients"):
+        fit(tmp_path, module, [EFMLoRA(0.5)])
+
+    class Tensored(torch.optim.AdamW):
+        def __init__(self, parameters: Any, lr: float) -> None:
+            super().__init__(parameters, lr=torch.tensor(lr), foreach=False, capturable=False)
+
+    module = Classifier()
+    module.optimizer_class = Tensored
+    with pytest.raises(MisconfigurationException, match="a tensor here"):
+        fit(tmp_path, module, [EFMLoRA(LearningRateRho(0.5))])
+
+
+def test_a_whole_window_of_skipped_batches_is_no_step(tmp_path: Any) -> None:
+    module = TwoPassClassifier(0.5, accumulate_grad_batches=2)
+    module.inside.append(lambda self, batch_idx: "skip" if batch_idx in (2, 3) else None)
+    trainer = fit(tmp_path, module, [], make_loader(6), max_epochs=1)
+    assert trainer.global_step == 2
+    assert module._driver.step == 3

@@ -1,0 +1,64 @@
+"""The demo from its command line, on a tiny model: it reports, keeps what is finished, and goes on after Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
+
+
+def command(folder: Path, model: str, *more: str) -> list[str]:
+    small = ("--dataset=packaged:commonsense_qa", "--batch_size=4", "--test_batches=2", "--sharpness_batches=2")
+    return [sys.executable, "-m", "recipes.demo", "--folder", str(folder), f"--model={model}", *small, *more]
+
+
+def run(folder: Path, model: str, *more: str) -> str:
+    done = subprocess.run(command(folder, model, *more), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(900)
+def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
+    folder = tmp_path / "demo"
+    interrupted = subprocess.Popen(
+        command(folder, tiny, "--steps=20"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    _wait_for(folder / "LoRA" / "last.ckpt", interrupted)
+    os.killpg(interrupted.pid, signal.SIGINT)  # Ctrl-C reaches the whole group, as in a terminal
+    said, _ = interrupted.communicate(timeout=120)
+    finished_early = (folder / "LoRA" / "result.json").exists()
+    assert finished_early or "goes on from its last checkpoint" in said
+    untuned = (folder / "untuned" / "result.json").stat().st_mtime_ns
+
+    out = run(folder, tiny, "--steps=20")
+    assert out.strip().endswith(str(folder))
+    assert (folder / "untuned" / "result.json").stat().st_mtime_ns == untuned
+    results = {method: json.loads((folder / method / "result.json").read_text()) for method in METHODS}
+    for method, result in results.items():
+        assert method in (folder / "table.txt").read_text()
+        assert 0 <= result["test_accuracy"] <= 1
+        assert result["sharpness"] != 0
+    assert len({result["test_loss"] for result in results.values()}) == 4  # every method did something of its own
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "EFMLoRA" / "last" / "adapter_model.safetensors").exists()
+
+    assert "[2/4]" not in run(folder, tiny, "--steps=20")  # nothing is trained again
+    run(folder, tiny, "--steps=2")
+    assert (tmp_path / "demo-1" / "table.txt").exists()  # results of other settings are set aside, not overwritten
+
+
+def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    for _ in range(1200):
+        if path.exists() or process.poll() is not None:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not appear")
