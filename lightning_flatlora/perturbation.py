@@ -142,7 +142,8 @@ class Perturbation:
         Returns:
             E, on every rank the same where the gradients are.
         """
-        with torch.autocast(self._averaged.device.type, enabled=False):  # a manual training_step runs inside autocast
+        # A manual training_step runs inside autocast.
+        with torch.no_grad(), torch.autocast(self._averaged.device.type, enabled=False):
             return self._ascend(rho, at_perturbed, also_finite)
 
     def _ascend(
@@ -212,11 +213,14 @@ class Perturbation:
         self._averaged.fill_(bool(state["averaged"]))
 
     def _finite(self, norms: list[Tensor], also_finite: Iterable[nn.Parameter]) -> Tensor:
-        """Whether all gradients of the pairs and of ``also_finite``, and the norms, are finite, shape ()."""
-        factors = [p for pair in self.pairs for p in (pair.A, pair.B)]
-        grads = all_gradients_finite([*factors, *also_finite]).to(self._averaged.device)
+        """Whether all gradients of the pairs and of ``also_finite`` are finite, shape ().
+
+        The norms tell for the pairs: every entry of a gradient enters them, but of A's where it is only projected.
+        """
+        unseen = [pair.A for group in self._groups if group.projected for pair in group.pairs]
+        rest = all_gradients_finite([*unseen, *also_finite]).to(self._averaged.device)
         total = torch.stack([norm.sum().to(self._averaged.device, torch.float32) for norm in norms]).sum()
-        return grads & torch.isfinite(total)
+        return rest & torch.isfinite(total)
 
 
 def all_gradients_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -252,7 +256,7 @@ class _Group:
             return ascent_projected(A, grad_B, self.scaling)
         B = self._stack(pair.B for pair in self.pairs)
         if at_perturbed:
-            B = (B + self.E).to(self.pairs[0].B.dtype).to(self.dtype)
+            B = B.add_(self.E).to(self.pairs[0].B.dtype).to(self.dtype)  # rounded as the layer reads it
         grad_A = self._stack(_gradient(pair.A) for pair in self.pairs)
         return ascent_average(A, B, grad_A, grad_B, self.scaling)
 
@@ -272,7 +276,7 @@ class _Group:
 
     def _stack(self, tensors: Iterable[Tensor]) -> Tensor:
         """Factors or gradients as (L, rows, columns), a kernel's dimensions among the columns, in the wide dtype."""
-        return torch.stack([tensor.detach().flatten(1) for tensor in tensors]).to(self.dtype)
+        return torch.stack([tensor.flatten(1) for tensor in tensors]).to(self.dtype)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
