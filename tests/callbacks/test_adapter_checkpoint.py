@@ -127,3 +127,36 @@ def test_a_module_without_peft_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="holds no peft model"):
         trainer_of(tmp_path, [checkpoint(tmp_path)]).fit(Plain(), make_loader())
+
+
+def test_two_of_them_leave_the_module_as_it_was(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    keys = list(module.state_dict())
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", every_n_train_steps=4)])
+    assert module.strict_loading
+    assert list(module.state_dict()) == keys
+    for path in (tmp_path / "a" / "step=12.ckpt", tmp_path / "b" / "step=12.ckpt"):
+        assert not any("base_layer.weight" in name for name in torch.load(path, weights_only=True)["state_dict"])
+
+
+def test_a_linked_last_checkpoint_has_a_folder_too(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path, save_last="link")])
+    assert (tmp_path / "last" / "adapter_model.safetensors").samefile(
+        tmp_path / "step=12" / "adapter_model.safetensors"
+    )
+
+
+def test_buffers_outside_of_the_base_are_kept(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    module.register_buffer("seen", torch.tensor(3.0))
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    assert torch.load(tmp_path / "step=12.ckpt", weights_only=True)["state_dict"]["seen"] == 3
+
+
+def test_a_remote_folder_is_refused(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    remote = checkpoint(tmp_path)
+    remote.dirpath = "memory://bucket"
+    with pytest.raises(MisconfigurationException, match="must be a local folder"):
+        fit(tmp_path, module, [*callbacks, remote])
