@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window, watched_parameters
-from lightning_flatlora.callbacks.efmlora import EFMLoRA
+from lightning_flatlora.callbacks.base import ends_window
+from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.two_passes import (
     loss_of,
     put_back_gradients,
@@ -24,8 +21,6 @@ from lightning_flatlora.callbacks.two_passes import (
 )
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.manual_schedulers import ManualSchedulers
-from lightning_flatlora.perturbation import FreshPerturbation, all_gradients_finite
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -86,7 +81,7 @@ class FMLoRAModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self._driver = _FMLoRAModuleDriver(
+        self._driver = FMLoRAModuleDriver(
             rho,
             estimator=estimator,
             norm_scope=norm_scope,
@@ -183,163 +178,6 @@ class FMLoRAModule(LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)  # checked in on_fit_start
         return optimizer
-
-
-class _FMLoRAModuleDriver(FlatLoRACallback):
-    """The callback through which an FMLoRAModule starts, counts, clips and ends; hooks of the module stay the user's.
-
-    Beside an EFMLoRA callback it takes steps, rho, perturbation and average from that one.
-    """
-
-    is_module_driver = True
-
-    def __init__(self, *args: Any, window: int, sync_ascent: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.window = window
-        self.sync_ascent = sync_ascent
-        self.parameters: list[nn.Parameter] = []
-        self._scheduler: EFMLoRA | None = None
-        self._fresh: list[FreshPerturbation] = []
-        self._is_set_up = False
-        self.schedulers = ManualSchedulers()
-
-    @override
-    def works_beside(self, other: FlatLoRACallback) -> bool:
-        return isinstance(other, EFMLoRA)
-
-    @override
-    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        problems = super().configuration_problems(trainer, pl_module)
-        problems += self.schedulers.take_over(trainer)
-        if len(trainer.optimizers) != 1:
-            problems.append(f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}")
-        scheduler = _scheduler_of(trainer)
-        for name in ("rho", "estimator", "norm_scope", "adapter_name") if scheduler else ():
-            if getattr(self, name) != getattr(scheduler, name):
-                problems.append(
-                    f"{name} must be the same in the module and in EFMLoRA beside it, "
-                    f"got {getattr(self, name)!r} and {getattr(scheduler, name)!r}"
-                )
-        return problems
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._is_set_up = True
-        self._scheduler, self._fresh = None, []
-        if stage == "fit":
-            self.schedulers.listen(pl_module)
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        self.parameters = list(pl_module.parameters())
-        self._scheduler = _scheduler_of(trainer)
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if self._scheduler is not None:  # not earlier: it may come after this one in the list of callbacks
-            assert self.perturbation is not None
-            self.perturbation.uninstall()
-            self.perturbation = self._scheduler.perturbation
-
-    @override
-    def uninstall(self) -> None:
-        super().uninstall()
-        self._is_set_up = False
-
-    def ascends(self, trainer: Trainer) -> bool:
-        """Whether the coming step has two passes; not while a tuner has put our callbacks away."""
-        if not self._is_set_up:
-            raise MisconfigurationException(
-                "FMLoRAModule was not set up, so nothing would be perturbed: where you override configure_callbacks, "
-                "return [*super().configure_callbacks(), ...]"
-            )
-        source = self._scheduler or self
-        if source not in trainer.callbacks:  # type: ignore[attr-defined]
-            return False
-        if not source.is_refresh_step:
-            return False
-        # With rho = 0 the step is plain, unless there is an average that a zero perturbation has to move.
-        started = self._scheduler is not None and self.perturbation is not None and self.perturbation.started
-        return started or source.current_rho(trainer) > 0
-
-    def open_window(self) -> None:
-        """Forget what a window that was cut short has left."""
-        self._fresh = []
-
-    def count_step(self) -> None:
-        """Count an optimizer step, with EFMLoRA beside in its count."""
-        (self._scheduler or self).step += 1
-
-    def take_ascent(self, trainer: Trainer) -> None:
-        """E from the gradients that the pairs hold; with EFMLoRA beside, Ê waits for the optimizer step."""
-        assert self.perturbation is not None
-        fresh = self.perturbation.ascend((self._scheduler or self).current_rho(trainer), at_perturbed=False)
-        if self._scheduler is None:
-            self.perturbation.assign(fresh)
-        else:
-            self._fresh.append(fresh)
-
-    def descending(self) -> Any:
-        """Inside, the layers read B + E with the fresh E."""
-        assert self.perturbation is not None
-        return self.perturbation.applied(self._fresh[-1].stacks if self._fresh else None)
-
-    def between_ascents(self) -> Any:
-        """Inside, the layers read B + Ê with EFMLoRA beside, else B."""
-        if self._scheduler is None or self.perturbation is None or not self.perturbation.started:
-            return nullcontext()
-        return self.perturbation.applied()
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        assert isinstance(pl_module, FMLoRAModule)
-        if self._scheduler is None:  # else EFMLoRA has counted it
-            self.count_step()
-        elif self._fresh:
-            self._average(trainer, self._scheduler.beta)
-        if pl_module.gradient_clip_val is not None:
-            pl_module.clip_gradients(optimizer, pl_module.gradient_clip_val, pl_module.gradient_clip_algorithm)
-
-    def _average(self, trainer: Trainer, beta: float) -> None:
-        """Move Ê once, by the mean E of the window's micro-batches, if the step itself is not going to be skipped."""
-        assert self.perturbation is not None
-        fresh, self._fresh = self._fresh, []
-        finite = all_gradients_finite(watched_parameters(trainer, optimizer_index=0)).to(fresh[0].finite.device)
-        for one in fresh:
-            finite = finite & one.finite
-        stacks = [torch.stack(parts).mean(0) for parts in zip(*(one.stacks for one in fresh), strict=True)]
-        self.perturbation.average(FreshPerturbation(stacks, finite, fresh[0].is_zero), beta)
-
-    # Plateau schedulers step when automatic optimization would: after the validation that follows their step or epoch.
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.schedulers.step_waiting(trainer)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self.schedulers.step_waiting(trainer)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.schedulers.step_waiting(trainer)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._scheduler is not None else super().state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            super().load_state_dict(state_dict)
-
-
-def _scheduler_of(trainer: Trainer) -> EFMLoRA | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, EFMLoRA)), None)
 
 
 def _step_problems(accumulate: object, clip_val: object, clip_algorithm: object) -> list[str]:

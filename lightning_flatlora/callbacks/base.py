@@ -2,21 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.checks import message, strategy_problems, value_problems
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_radius
+from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
 class FlatLoRACallback(Callback):
@@ -48,10 +48,10 @@ class FlatLoRACallback(Callback):
         beta: float = 1.0,
         more_problems: Sequence[str] = (),
     ) -> None:
-        problems = _value_problems(rho, beta, estimator, norm_scope, start_step, every_n_steps, adapter_name)
+        problems = value_problems(rho, beta, estimator, norm_scope, start_step, every_n_steps, adapter_name)
         problems += more_problems
         if problems:
-            raise MisconfigurationException(_message(self, problems))
+            raise MisconfigurationException(message(self, problems))
         self.rho: RhoSchedule = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
         self.beta = beta
         self.estimator: Estimator = estimator
@@ -83,7 +83,7 @@ class FlatLoRACallback(Callback):
         if self._lacks_horizon:
             problems += self._horizon_problems(trainer, pl_module)
         if problems or not search:
-            raise MisconfigurationException(_message(self, problems))
+            raise MisconfigurationException(message(self, problems))
         if search.left_out:
             rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(search.left_out))
         if any(pair.B.dtype in (torch.bfloat16, torch.float16) for pair in search.pairs):
@@ -96,7 +96,7 @@ class FlatLoRACallback(Callback):
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What about the trainer and its other callbacks can't work, one line each; subclasses add theirs."""
-        problems = _strategy_problems(trainer, self.sync_ascent)
+        problems = strategy_problems(trainer.strategy, _window(trainer), self.sync_ascent)
         others = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -183,7 +183,7 @@ class FlatLoRACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._horizon = _optimizer_steps(trainer)
         if self._lacks_horizon and math.isinf(self._horizon):
-            raise MisconfigurationException(_message(self, [self._no_end()]))
+            raise MisconfigurationException(message(self, [self._no_end()]))
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
             self._restore(loaded)
@@ -256,12 +256,12 @@ class FlatLoRACallback(Callback):
             if state["settings"][name] != value
         ]
         if problems:
-            raise MisconfigurationException(_message(self, problems))
+            raise MisconfigurationException(message(self, problems))
         if self.perturbation is not None and "perturbation" in state:
             try:
                 self.perturbation.load_state_dict(state["perturbation"])
             except ValueError as error:
-                raise MisconfigurationException(_message(self, [str(error)])) from error
+                raise MisconfigurationException(message(self, [str(error)])) from error
         self.step = state["step"]
         self._initial_lr = state["initial_lr"]
 
@@ -276,54 +276,6 @@ def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parame
     if getattr(trainer.precision_plugin, "scaler", None) is None:
         return []
     return [p for group in trainer.optimizers[optimizer_index].param_groups for p in group["params"]]
-
-
-def _value_problems(
-    rho: object,
-    beta: object,
-    estimator: object,
-    norm_scope: object,
-    start_step: object,
-    every_n_steps: object,
-    adapter_name: object,
-) -> list[str]:
-    problems = []
-    if not isinstance(rho, RhoSchedule) and not is_radius(rho):
-        problems.append(f"rho must be a finite number >= 0 or a RhoSchedule, got {rho!r}")
-    number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
-    if not (number and 0 < beta <= 1):  # type: ignore[operator]
-        problems.append(f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}")
-    for name, value, allowed in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("norm_scope", norm_scope, get_args(NormScope)),
-    ):
-        if value not in allowed:
-            problems.append(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-    for name, value, least in (("start_step", start_step, 0), ("every_n_steps", every_n_steps, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            problems.append(f"{name} must be an integer >= {least}, got {value!r}")
-    if adapter_name is not None and not isinstance(adapter_name, str):
-        problems.append(
-            f"adapter_name must be the name of an adapter or None for the active ones, got {adapter_name!r}"
-        )
-    return problems
-
-
-def _strategy_problems(trainer: Trainer, sync_ascent: bool) -> list[str]:
-    strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and "XLA" not in type(strategy).__name__:
-        static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
-        if static_graph and (_window(trainer) > 1 or not sync_ascent):
-            return [
-                "DDP's static_graph crashes where a backward does not synchronise, as under gradient accumulation "
-                "(pytorch#143580) or with sync_ascent=False: leave static_graph out"
-            ]
-        return []
-    kind = "shards or owns" if isinstance(strategy, ParallelStrategy) else "may own"
-    return [
-        f"the strategy {type(strategy).__name__} {kind} the parameters and gradients that the perturbation is made of, "
-        "which is not supported yet: use strategy='ddp' or a single device"
-    ]
 
 
 def _window(trainer: Trainer) -> int:
@@ -346,10 +298,3 @@ def _optimizer_steps(trainer: Trainer) -> float:
     if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
         steps = math.ceil(trainer.num_training_batches / _window(trainer)) * max(trainer.max_epochs or 1, 1)
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
-
-
-def _message(callback: object, problems: list[str]) -> str:
-    name = type(callback).__name__.removeprefix("_").removesuffix("Driver")
-    if len(problems) == 1:
-        return f"{name}: {problems[0]}"
-    return "\n".join([f"{name}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

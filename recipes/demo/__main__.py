@@ -75,6 +75,8 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
+        ".*is_gradient_checkpointing.*",
+        ".*set_vital.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

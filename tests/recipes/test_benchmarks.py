@@ -10,8 +10,6 @@ pytest.importorskip("rich", reason="the recipes' dependencies are not installed"
 from recipes.benchmarks.step import main
 
 
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:Warning")
-@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
 def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "step.json"
     sizes = ["--models", "tiny", "--rounds", "2", "--steps", "2", "--repeats", "2", "--layers", "3", "12", "16", "4"]

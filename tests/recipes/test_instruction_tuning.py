@@ -27,10 +27,6 @@ from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
 from recipes.random_state import RandomState, collect_random_state, restore_random_state  # noqa: E402
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:Warning"),  # Lightning on new PyTorch
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft on new transformers
-    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
     pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of two steps
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
