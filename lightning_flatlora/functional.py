@@ -72,9 +72,11 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
         \bar G &= \tfrac{1}{2s}\left(G_B (A^\top)^+ + (B^\top)^+ G_A\right) = \tfrac12 (G P_A + P_B G) \\
         \bar G A^+ &= \tfrac{1}{2s}\,(I + B K_B^+ B^\top)\,G_B K_A^+ \\
         \|\bar G\|^2 &= \tfrac{1}{4s^2}\left[\langle G_B K_A^+, G_B\rangle + \langle K_B^+ G_A, G_A\rangle
-            + 2\,\langle B^\top G_B K_A^+,\; K_B^+ G_A A^\top\rangle\right]
+            + 2\,\langle B^\top G_B K_A^+,\; K_B^+ G_A A^\top\rangle\right] \\
+            &= \tfrac{1}{4s^2}\left[\|G_B R_A^\top\|^2 + \|R_B G_A\|^2 + 2\,\|R_B B^\top G_B R_A^\top\|^2\right]
 
-    The second line uses :math:`B^\top G_B = G_A A^\top`, which holds for gradients taken at this very A and B.
+    with :math:`K^+ = R^\top R`. The second and the last line use :math:`B^\top G_B = G_A A^\top`, which holds for
+    gradients taken at this very A and B.
 
     Args:
         A: shape (L, r, m).
@@ -93,14 +95,15 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
         tensor([2.])
     """
     root_A, root_B = damped_inverse_root(A.mT), damped_inverse_root(B)
-    inverse_B = root_B.mT @ root_B
     half = grad_B @ root_A.mT.to(B.dtype)
-    # The factor 1 / (2 s^2) goes into the small matrix: a pass over an (L, n, r) tensor less.
-    direction = half @ (root_A / (2 * scaling**2)[:, None, None]).to(B.dtype)  # G_B K_A⁺ / (2 s^2)
-    cross = (B.mT @ direction).to(root_B.dtype)
-    direction += B @ (inverse_B @ cross).to(B.dtype)
-    squared_norm = (_squared_norm(half) + _squared_norm(root_B.to(B.dtype) @ grad_A)) / (4 * scaling**2)
-    squared_norm += (cross * (inverse_B @ (grad_A @ A.mT).to(root_B.dtype))).sum((-2, -1)).to(B.dtype)
+    cross = (B.mT @ half).to(root_B.dtype)
+    root_cross = root_B @ cross
+    # The factor 1 / (2 s^2) goes into the small matrices: a pass over an (L, n, r) tensor less.
+    scaled_root_A = root_A / (2 * scaling**2)[:, None, None]
+    direction = half @ scaled_root_A.to(B.dtype)  # G_B K_A⁺ / (2 s^2)
+    direction += B @ (root_B.mT @ root_cross @ scaled_root_A).to(B.dtype)
+    squares = _squared_norm(half) + _squared_norm(root_B.to(B.dtype) @ grad_A) + 2 * _squared_norm(root_cross)
+    squared_norm = (squares / (4 * scaling**2)).to(B.dtype)
     return Ascent(direction, squared_norm)
 
 

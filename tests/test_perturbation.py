@@ -1,12 +1,15 @@
 """The seven properties of the method (docs/method.md) on real peft layers, and what Perturbation itself promises."""
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import Perturbation, find_pairs, read_through
 from lightning_flatlora.pairs import LoRAPair
@@ -399,3 +402,47 @@ def test_bad_arguments_are_named() -> None:
         Perturbation(pairs, norm_scope="glob")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one LoRAPair"):
         Perturbation([])
+
+
+class PeakMemory(TorchDispatchMode):
+    """Largest number of bytes held at once by the tensors that were made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self._made += [weakref.ref(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        alive = [tensor for tensor in (ref() for ref in self._made) if tensor is not None]
+        self._made = [weakref.ref(tensor) for tensor in alive]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+        made_here = {pointer: size for pointer, size in storages.items() if pointer not in self._given}
+        self.peak = max(self.peak, sum(made_here.values()))
+        return out
+
+    def given(self, *tensors: Tensor) -> None:
+        """Tensors that were there before: views of them are no new memory."""
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average is one float32 copy of all B, a refresh makes one more, and the temporaries are of one stack."""
+    n, m, r, layers = 64, 48, 4, 40
+    pairs = [
+        LoRAPair(str(i), nn.Parameter(torch.randn(r, m)), nn.Parameter(torch.randn(n, r)), 2.0) for i in range(layers)
+    ]
+    for pair in pairs:
+        pair.A.grad, pair.B.grad = torch.randn(r, m), torch.randn(n, r)
+    monkeypatch.setattr("lightning_flatlora.perturbation._LARGEST_STACK", 2 * n * r)  # two layers in a stack
+    all_B = sum(pair.B.numel() * 4 for pair in pairs)
+    perturbation = Perturbation(pairs)
+    kept = sum(group.E.numel() * group.E.element_size() for group in perturbation._groups)
+    assert kept == all_B
+    watch = PeakMemory()
+    watch.given(*(t for p in pairs for t in (p.A, p.B, p.A.grad, p.B.grad)), *(g.E for g in perturbation._groups))
+    with watch:
+        perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.9)
+    one_stack = all_B * 2 // layers
+    assert all_B < watch.peak < all_B + 12 * one_stack

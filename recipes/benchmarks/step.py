@@ -227,8 +227,8 @@ def measure_engine(layers: int, n: int, m: int, rank: int, repeats: int, device:
         return {"closed_seconds": _median_cuda(closed, repeats), "engine_seconds": _median_cuda(engine, repeats)}
     times: dict[str, list[float]] = {"closed": [], "engine": [], "dense": []}
     for _ in track(range(repeats), description="engine"):
-        # Five of the one to one of the other, so that most find the allocator as they left it, as in training.
-        for name, compute in [("closed", closed)] * 5 + [("engine", engine)] * 5 + [("dense", dense)]:
+        # Ten of the quick ones to one of the slow, so that most find the allocator as they left it, as in training.
+        for name, compute in [("closed", closed)] * 10 + [("engine", engine)] * 10 + [("dense", dense)]:
             start = time.perf_counter()
             compute()
             times[name].append(time.perf_counter() - start)
