@@ -166,7 +166,7 @@ class FlatLoRACallback(Callback):
         """Why the number of optimizer steps can't be foretold, as far as is known before the loaders are set up."""
         if trainer.max_steps == -1 and trainer.max_epochs == -1:
             return [self._no_end()]
-        own_steps = not pl_module.automatic_optimization and not _drivers(trainer)
+        own_steps = not pl_module.automatic_optimization and not module_drivers(trainer)
         changing = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if own_steps or changing:
             cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
@@ -280,10 +280,11 @@ def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parame
 
 def _window(trainer: Trainer) -> int:
     """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
-    return next((driver.window for driver in _drivers(trainer) if driver.window), trainer.accumulate_grad_batches)
+    return next((driver.window for driver in module_drivers(trainer) if driver.window), trainer.accumulate_grad_batches)
 
 
-def _drivers(trainer: Trainer) -> list[FlatLoRACallback]:
+def module_drivers(trainer: Trainer) -> list[FlatLoRACallback]:
+    """The driver of an FMLoRAModule among the callbacks, if the model is one."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, FlatLoRACallback) and callback.is_module_driver]
 

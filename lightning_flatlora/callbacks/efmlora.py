@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters
+from lightning_flatlora.callbacks.base import FlatLoRACallback, module_drivers, watched_parameters
 from lightning_flatlora.callbacks.two_passes import at_training_step
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.schedules import RhoSchedule
@@ -73,11 +73,7 @@ class EFMLoRA(FlatLoRACallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._module_ascends = any(
-            callback.is_module_driver
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, FlatLoRACallback)
-        )
+        self._module_ascends = bool(module_drivers(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window
+from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window, module_drivers
 from lightning_flatlora.callbacks.two_passes import (
     at_training_step,
     loss_of,
@@ -83,10 +83,7 @@ class FMLoRA(FlatLoRACallback):
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         problems = super().configuration_problems(trainer, pl_module)
-        if not pl_module.automatic_optimization and not any(
-            isinstance(callback, FlatLoRACallback) and callback.is_module_driver
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-        ):
+        if not pl_module.automatic_optimization and not module_drivers(trainer):
             problems.append(
                 "a second pass can't be put into a training_step with manual optimization: "
                 "subclass FMLoRAModule instead, or use EFMLoRA"
@@ -105,7 +102,7 @@ class FMLoRA(FlatLoRACallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._forget_batch()
+        self._forget_batch()  # of a batch that the module's on_train_batch_start has called off
         if self.is_refresh_step and self.current_rho(trainer) > 0:
             takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
             self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
@@ -154,19 +151,22 @@ class FMLoRA(FlatLoRACallback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._release()
+        self._forget_batch()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget_batch()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._release()
         self._forget_batch()
 
     def _remember_random_state(self, pl_module: LightningModule) -> None:
         self._put_back_random_state = random_state(pl_module.device)
 
     def _forget_batch(self) -> None:
+        self._release()
         self._cancel()
         self._cancel = _nothing
         self._step_arguments = None

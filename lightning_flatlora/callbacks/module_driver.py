@@ -78,6 +78,7 @@ class FMLoRAModuleDriver(FlatLoRACallback):
     @override
     def uninstall(self) -> None:
         super().uninstall()
+        self.schedulers.release()
         self._is_set_up = False
 
     def ascends(self, trainer: Trainer) -> bool:

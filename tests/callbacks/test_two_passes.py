@@ -121,3 +121,16 @@ def test_a_whole_window_of_skipped_batches_is_no_step(tmp_path: Any) -> None:
     trainer = fit(tmp_path, module, [], make_loader(6), max_epochs=1)
     assert trainer.global_step == 2
     assert module._driver.step == 3
+
+
+def test_a_batch_called_off_leaves_nothing_behind(tmp_path: Any) -> None:
+    """on_train_batch_start returns -1: the step that was waited for never comes, and the module is as before."""
+
+    class CalledOff(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+    for kind in (EFMLoRA, FMLoRA):
+        module = CalledOff()
+        fit(tmp_path, module, [kind(0.5)], max_epochs=1)
+        assert "training_step" not in module.__dict__
