@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
@@ -151,11 +151,13 @@ class FMLoRAModule(LightningModule):
         assert perturbation is not None
         put_back_random_state = random_state(self.device)
         taken = take_gradients(parameters)
-        output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent)
+        # A backward that synchronises would make DDP forget which parameters the window has used so far.
+        averages = self.accumulate_grad_batches > 1 and isinstance(self.trainer.strategy, DDPStrategy)
+        output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent and not averages)
         if loss_of(output, "compute_loss") is None:
             put_back_gradients(parameters, taken)
             return output
-        if self.sync_ascent and not last:
+        if averages and self.sync_ascent:
             average_gradients(p for pair in perturbation.pairs for p in (pair.A, pair.B) if p.requires_grad)
         self._driver.take_ascent(self.trainer)
         put_back_gradients(parameters, taken)
@@ -168,6 +170,11 @@ class FMLoRAModule(LightningModule):
     def _one_pass(self, batch: Any, batch_idx: int, sync: bool) -> Any:
         output = self.compute_loss(batch, batch_idx)
         loss = loss_of(output, "compute_loss")
+        if loss is None and self.trainer.world_size > 1:
+            raise RuntimeError(
+                "compute_loss returned None on one of several ranks, and the others would wait for its gradient for "
+                "ever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
+            )
         if loss is not None:
             parallel = isinstance(self.trainer.strategy, ParallelStrategy)
             with nullcontext() if sync or not parallel else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]

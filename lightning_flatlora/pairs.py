@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
 from peft.tuners.lora.tp_layer import LoraParallelLinear
@@ -14,9 +15,11 @@ from peft.tuners.lora.variants import (
     DoraLinearVariant,
 )
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 _EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
-_WRAPPER_NAMES = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
 
 class NoPairsError(ValueError):
@@ -88,10 +91,10 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
         for adapter in [adapter_name] if adapter_name is not None else layer.active_adapters:
             reason = _why_not(layer, adapter)
             if reason:
-                left_out[f"{type(layer).__name__}: {reason}"].append(clean_name(layer_name))
-            elif adapter in layer.lora_B and layer.lora_B[adapter].weight.requires_grad:
+                left_out[f"{_kind(layer).__name__}: {reason}"].append(clean_name(layer_name))
+            elif adapter in layer.lora_B and _bare(layer.lora_B[adapter]).weight.requires_grad:
                 pair = _pair(layer_name, layer, adapter)
-                pairs.setdefault(id(pair.B), pair).readers.append(layer.lora_B[adapter])
+                pairs.setdefault(id(pair.B), pair).readers.append(_bare(layer.lora_B[adapter]))
     for pair, reason in _badly_tied(layers, pairs):
         left_out[reason].append(pair.name)
         del pairs[id(pair.B)]
@@ -111,9 +114,22 @@ def clean_name(name: str) -> str:
     return _WRAPPER_NAMES.sub("", name).removeprefix(".")
 
 
+def _bare(module: Any) -> Any:
+    """A factor's own module, without what a wrapping policy, compilation or checkpointing has put around it."""
+    while inner := next((module._modules[name] for name in _WRAPPED if name in module._modules), None):
+        module = inner
+    return module
+
+
+def _kind(layer: nn.Module) -> type[nn.Module]:
+    """A layer's own class; FSDP2 gives every unit a subclass of it."""
+    own: type[nn.Module] = type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
+    return own
+
+
 def _pair(layer_name: str, layer: LoraLayer, adapter: str) -> LoRAPair:
     name = clean_name(f"{layer_name}.lora_B.{adapter}.weight".removeprefix("."))
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    A, B = _bare(layer.lora_A[adapter]).weight, _bare(layer.lora_B[adapter]).weight
     return LoRAPair(name, A, B, float(layer.scaling[adapter]))
 
 
@@ -127,12 +143,12 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
         return "LoRA on a bare parameter (as of experts) shares one pair among several products"
     if isinstance(layer, LoraParallelLinear):
         return "tensor-parallel LoRA keeps a slice of each factor"
-    if not type(layer).__module__.startswith("peft.tuners.lora."):
+    if not _kind(layer).__module__.startswith("peft.tuners.lora."):
         return "not one of peft's own LoRA layers, so the product of its factors is unknown"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
         return f"the variant {type(variant).__name__} does not add exactly s B A"
-    return _why_not_factors(layer.lora_A[adapter], layer.lora_B[adapter])
+    return _why_not_factors(_bare(layer.lora_A[adapter]), _bare(layer.lora_B[adapter]))
 
 
 def _why_not_factors(lora_A: object, lora_B: object) -> str | None:
@@ -150,7 +166,7 @@ def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair])
     products: dict[int, set[tuple[int, int, float]]] = defaultdict(set)
     for _, layer in layers:
         for adapter in layer.lora_B:
-            A, B = getattr(layer.lora_A[adapter], "weight", None), getattr(layer.lora_B[adapter], "weight", None)
+            A, B = (getattr(_bare(f[adapter]), "weight", None) for f in (layer.lora_A, layer.lora_B))
             for factor in (A, B):
                 products[id(factor)].add((id(A), id(B), float(layer.scaling[adapter])))
     reason = "a factor is shared with another pair or scaling, so its gradient is of several products"
@@ -182,7 +198,7 @@ def _nothing_found(
         kinds = sorted({type(module).__name__ for module in model.modules()})
         lines += [f"The model holds no LoRA layer, only {', '.join(kinds)}.", "Wrap it with peft.get_peft_model."]
     else:
-        kinds = sorted({type(layer).__name__ for _, layer in layers})
+        kinds = sorted({_kind(layer).__name__ for _, layer in layers})
         active = sorted({adapter for _, layer in layers for adapter in layer.active_adapters})
         lines.append(f"LoRA layers seen: {', '.join(kinds)}; adapter {adapter_name or active}.")
         lines += [f"Left out: {line}." for line in left_out]

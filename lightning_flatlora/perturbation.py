@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
+from lightning_flatlora.distributed import Layout, matrix_shape
 from lightning_flatlora.functional import (
     Ascent,
     Estimator,
@@ -52,6 +53,7 @@ class Perturbation:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
         estimator: "average" (Eq. 12) or "projected" (G P_A); pairs with a frozen A always take the latter.
         norm_scope: "global", one ball of radius rho over all pairs, or "layer", one for each.
+        layout: how the ranks share the factors; None where each holds them whole, or as DTensors.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -69,7 +71,11 @@ class Perturbation:
     """
 
     def __init__(
-        self, pairs: list[LoRAPair], estimator: Estimator = "average", norm_scope: NormScope = "global"
+        self,
+        pairs: list[LoRAPair],
+        estimator: Estimator = "average",
+        norm_scope: NormScope = "global",
+        layout: Layout | None = None,
     ) -> None:
         for name, value, allowed in (
             ("estimator", estimator, get_args(Estimator)),
@@ -82,7 +88,8 @@ class Perturbation:
         self.pairs = pairs
         self.norm_scope: NormScope = norm_scope
         self.started = False
-        self._groups = [_Group(group, estimator) for group in _alike(pairs)]
+        self._layout = layout or Layout()
+        self._groups = [_Group(group, estimator, self._layout) for group in _alike(pairs, self._layout)]
         self._installed = False
         self._averaged = torch.zeros((), dtype=torch.bool, device=self._groups[0].E.device)
 
@@ -91,7 +98,7 @@ class Perturbation:
         if not self._installed:
             for pair in self.pairs:
                 for reader in pair.readers:
-                    read_through.install(reader)
+                    read_through.install(reader, self._layout.only_views)
         self._installed = True
 
     def uninstall(self) -> None:
@@ -183,7 +190,11 @@ class Perturbation:
     @property
     def has_gradient(self) -> bool:
         """Whether any pair has a gradient at all, known to the host."""
-        return any(pair.B.grad is not None for pair in self.pairs)
+        return self._layout.has_gradient(pair.B for pair in self.pairs)
+
+    def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
+        return self._layout.all_finite(parameters).to(self._averaged.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
@@ -218,15 +229,9 @@ class Perturbation:
         The norms tell for the pairs: every entry of a gradient enters them, but of A's where it is only projected.
         """
         unseen = [pair.A for group in self._groups if group.projected for pair in group.pairs]
-        rest = all_gradients_finite([*unseen, *also_finite]).to(self._averaged.device)
+        rest = self.all_finite([*unseen, *also_finite])
         total = torch.stack([norm.sum().to(self._averaged.device, torch.float32) for norm in norms]).sum()
         return rest & torch.isfinite(total)
-
-
-def all_gradients_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Whether every gradient is finite, as a boolean on the device, shape (); true where there is none."""
-    grads = [p.grad for p in {id(p): p for p in parameters}.values() if p.grad is not None]
-    return torch.isfinite(nn.utils.get_total_norm(grads, norm_type=torch.inf))
 
 
 class _Group:
@@ -236,13 +241,14 @@ class _Group:
         E: their perturbations, shape (L, n, r).
     """
 
-    def __init__(self, pairs: list[LoRAPair], estimator: Estimator) -> None:
+    def __init__(self, pairs: list[LoRAPair], estimator: Estimator, layout: Layout) -> None:
         B = pairs[0].B
         self.pairs = pairs
+        self._layout = layout
         self.projected = estimator == "projected" or not pairs[0].learns_A
         self.dtype = torch.promote_types(B.dtype, torch.float32)
         self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
-        self.E = torch.zeros(len(pairs), *B.flatten(1).shape, dtype=self.dtype, device=B.device)
+        self.E = torch.zeros(len(pairs), *matrix_shape(layout.shape(B)), dtype=self.dtype, device=B.device)
         self._views = self._sliced(self.E)
 
     def __iter__(self) -> Iterator[tuple[LoRAPair, Tensor]]:
@@ -250,14 +256,14 @@ class _Group:
 
     def ascent(self, at_perturbed: bool) -> Ascent:
         """The batched ascent of the group's layers, from the gradients they hold."""
-        A = self._stack(pair.A for pair in self.pairs)
-        grad_B = self._stack(_gradient(pair.B) for pair in self.pairs)
+        A = self._stack([pair.A for pair in self.pairs])
+        grad_B = self._stack([pair.B for pair in self.pairs], gradients=True)
         if self.projected:
             return ascent_projected(A, grad_B, self.scaling)
-        B = self._stack(pair.B for pair in self.pairs)
+        B = self._stack([pair.B for pair in self.pairs])
         if at_perturbed:
             B = B.add_(self.E).to(self.pairs[0].B.dtype).to(self.dtype)  # rounded as the layer reads it
-        grad_A = self._stack(_gradient(pair.A) for pair in self.pairs)
+        grad_A = self._stack([pair.A for pair in self.pairs], gradients=True)
         return ascent_average(A, B, grad_A, grad_B, self.scaling)
 
     def show(self, stack: Tensor | None) -> None:
@@ -272,26 +278,22 @@ class _Group:
                 read_through.perturb(reader, view)
 
     def _sliced(self, stack: Tensor) -> list[Tensor]:
-        return [E.view(pair.B.shape) for pair, E in zip(self.pairs, stack.unbind(), strict=True)]
+        return [E.view(self._layout.shape(pair.B)) for pair, E in zip(self.pairs, stack.unbind(), strict=True)]
 
-    def _stack(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Factors or gradients as (L, rows, columns), a kernel's dimensions among the columns, in the wide dtype."""
-        return torch.stack([tensor.flatten(1) for tensor in tensors]).to(self.dtype)
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    def _stack(self, parameters: list[nn.Parameter], gradients: bool = False) -> Tensor:
+        """Factors or their gradients as (L, rows, columns), in the wide dtype."""
+        return self._layout.stack(parameters, gradients=gradients).to(self.dtype)
 
 
-def _alike(pairs: Iterable[LoRAPair]) -> list[list[LoRAPair]]:
+def _alike(pairs: Iterable[LoRAPair], layout: Layout) -> list[list[LoRAPair]]:
     """Pairs that stack: same shapes, dtypes, device and trained factors; large groups in several parts."""
     groups: dict[Any, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
         A, B = pair.A, pair.B
-        key = (A.flatten(1).shape, B.flatten(1).shape, A.dtype, B.dtype, B.device, pair.learns_A)
+        key = (layout.shape(A), layout.shape(B), A.dtype, B.dtype, B.device, pair.learns_A)
         groups[key].append(pair)
     parts = []
-    for group in groups.values():
-        size = max(1, _LARGEST_STACK // max(group[0].A.numel(), group[0].B.numel()))
+    for (A_shape, B_shape, *_), group in groups.items():
+        size = max(1, _LARGEST_STACK // max(A_shape.numel(), B_shape.numel()))
         parts += [group[start : start + size] for start in range(0, len(group), size)]
     return parts

@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-_OWN = ("_perturbation", "_installs")
+_OWN = ("_perturbation", "_installs", "_only_views")
 
 
 class _ReadsPerturbed:
@@ -22,13 +23,29 @@ class _ReadsPerturbed:
     _plain_class: Any
     _perturbation: Tensor | None
     _installs: int
+    _only_views: bool
 
     @property
     def weight(self) -> Tensor | None:
-        weight = self._parameters["weight"]
+        # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
+        weight: Tensor | None = self.__dict__.get("weight")
+        if weight is None:
+            if "weight" not in self._parameters:
+                raise AttributeError("weight")
+            weight = self._parameters["weight"]
         if weight is None or self._perturbation is None:
             return weight
+        if isinstance(weight, DTensor) or (self._only_views and isinstance(weight, nn.Parameter)):
+            return weight  # FSDP2 or FSDP1 outside of forward
         return (weight + self._perturbation).to(weight.dtype)
+
+    @weight.setter
+    def weight(self, weight: Tensor | None) -> None:
+        self.__dict__["weight"] = weight
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
@@ -41,8 +58,13 @@ def _reading_class(plain: Any) -> Any:
     return type(f"Perturbed{plain.__name__}", (_ReadsPerturbed, plain), {"_plain_class": plain})
 
 
-def install(module: nn.Module) -> None:
+def install(module: nn.Module, only_views: bool = False) -> None:
     """Make a module able to read a perturbed weight; it reads the clean one until :func:`perturb`.
+
+    Args:
+        module: has a parameter called weight.
+        only_views: never perturb the parameter itself, only a tensor that has been put in its place: FSDP1 does so in
+            forward, and takes what it reads at other times for the parameter's new value.
 
     Example:
         >>> import torch
@@ -55,7 +77,7 @@ def install(module: nn.Module) -> None:
     """
     if not isinstance(module, _ReadsPerturbed):
         plain: Any = type(module)
-        module.__dict__["_perturbation"], module.__dict__["_installs"] = None, 0
+        module.__dict__.update({"_perturbation": None, "_installs": 0, "_only_views": only_views})
         module.__class__ = _reading_class(plain)
     module.__dict__["_installs"] += 1
 

@@ -35,8 +35,8 @@ def network() -> nn.Module:
 
 def dataset() -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(BATCHES * SIZE, 6, generator=generator, dtype=torch.float64)
-    return TensorDataset(x, torch.randint(0, 3, (BATCHES * SIZE,), generator=generator))
+    x = torch.randn(BATCHES * SIZE, 6, generator=generator)  # float32 values, as FSDP1's plugin casts what comes in
+    return TensorDataset(x.double(), torch.randint(0, 3, (BATCHES * SIZE,), generator=generator))
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -83,7 +83,7 @@ def fit(
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = {"enable_model_summary": False, "accelerator": "cpu", **quiet, **trainer}
     loader = DataLoader(dataset(), batch_size=SIZE) if loader is None else loader
-    L.Trainer(max_epochs=epochs, callbacks=callbacks, precision="64-true", **trainer).fit(module, loader)
+    L.Trainer(**{"max_epochs": epochs, "callbacks": callbacks, "precision": "64-true", **trainer}).fit(module, loader)
 
 
 def reference(epochs: int, **settings: Any) -> nn.Module:

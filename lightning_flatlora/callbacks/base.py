@@ -1,18 +1,22 @@
 """What EFMLoRA, FMLoRA and FMLoRAModule share: settings, the start, the step count, the end, and the state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.checks import message, strategy_problems, value_problems
+from lightning_flatlora.callbacks.checks import message, strategy_problems, value_problems, wrapping_problems
+from lightning_flatlora.callbacks.two_passes import nothing
+from lightning_flatlora.callbacks.value_clipping import skip_clipping_without_gradients
+from lightning_flatlora.distributed import layout_of
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
 from lightning_flatlora.perturbation import Perturbation
@@ -65,6 +69,7 @@ class FlatLoRACallback(Callback):
         self._optimizer_index = 0
         self._initial_lr: float | None = None
         self._loaded: dict[str, Any] | None = None
+        self._put_back_clipping: Callable[[], None] = nothing
 
     # -- the start: everything that is wrong, in one message, before anything is touched
 
@@ -73,6 +78,8 @@ class FlatLoRACallback(Callback):
         if stage == "fit":  # a fit is a new run of the method, as of the optimizer; a checkpoint is loaded after this
             self.uninstall()
             self.perturbation, self.step, self._initial_lr, self._loaded = None, 0, None, None
+            if problems := wrapping_problems(trainer):
+                raise MisconfigurationException(message(self, problems))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,12 +98,15 @@ class FlatLoRACallback(Callback):
                 f"{type(self).__name__}: B is kept in {search.pairs[0].B.dtype}, so B + E is rounded to it and a small "
                 "rho may be lost. Keep the adapter in float32, as with precision='bf16-mixed'."
             )
-        self.perturbation = Perturbation(search.pairs, self.estimator, self.norm_scope)
+        layout = layout_of(trainer.strategy.model, [factor for pair in search.pairs for factor in (pair.A, pair.B)])
+        self.perturbation = Perturbation(search.pairs, self.estimator, self.norm_scope, layout)
         self.perturbation.install()
+        if isinstance(trainer.strategy, FSDPStrategy):
+            self._put_back_clipping = skip_clipping_without_gradients(trainer)
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What about the trainer and its other callbacks can't work, one line each; subclasses add theirs."""
-        problems = strategy_problems(trainer.strategy, _window(trainer), self.sync_ascent)
+        problems = strategy_problems(trainer, _window(trainer), self.sync_ascent)
         others = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -215,6 +225,7 @@ class FlatLoRACallback(Callback):
         """Give the layers their own classes back; the perturbation stays for checkpoints."""
         if self.perturbation is not None:
             self.perturbation.uninstall()
+        self._put_back_clipping()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,19 @@
 
 from typing import get_args
 
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
+from torch import nn
+from torch.distributed.fsdp import ShardingStrategy
 
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.schedules import RhoSchedule, is_radius
@@ -40,27 +52,104 @@ def value_problems(
     return problems
 
 
-def strategy_problems(strategy: Strategy, window: int, sync_ascent: bool) -> list[str]:
-    """Why a strategy can't work, one line each.
+def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool) -> list[str]:
+    """Why the trainer's strategy can't work, one line each.
 
     Args:
-        strategy: the trainer's.
-        window: batches of an optimizer step.
+        trainer: after its strategy is set up.
+        window: batches of an optimizer step, as training starts.
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
     """
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and "XLA" not in type(strategy).__name__:
-        static_graph = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
-        if static_graph and (window > 1 or not sync_ascent):
-            return [
-                "DDP's static_graph crashes where a backward does not synchronise, as under gradient accumulation "
-                "(pytorch#143580) or with sync_ascent=False: leave static_graph out"
-            ]
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
+    if isinstance(strategy, XLAStrategy | SingleDeviceXLAStrategy):
+        return [
+            f"{type(strategy).__name__} trains on TPUs, where nothing of this has been tested: "
+            f"with accelerator='gpu' or 'cpu', {_USE}"
+        ]
+    if isinstance(strategy, FSDPStrategy):
+        return _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization, sync_ascent)
+    if isinstance(strategy, ModelParallelStrategy):
+        return _fsdp2_problems(strategy, trainer.lightning_module, sync_ascent)
+    if isinstance(strategy, DDPStrategy):
+        return _ddp_problems(strategy, _longest_window(trainer, window), sync_ascent)
+    if isinstance(strategy, SingleDeviceStrategy):
         return []
-    kind = "shards or owns" if isinstance(strategy, ParallelStrategy) else "may own"
-    return [
-        f"the strategy {type(strategy).__name__} {kind} the parameters and gradients that the perturbation is made of, "
-        "which is not supported yet: use strategy='ddp' or a single device"
+    return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
+
+
+def wrapping_problems(trainer: Trainer) -> list[str]:
+    """What must be said before the strategy wraps the model, where its own error would lead astray."""
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+        return [
+            "use_orig_params must be True, Lightning's default, got False: FSDP would make one parameter of several "
+            "factors. Leave it out"
+        ]
+    return []
+
+
+def _longest_window(trainer: Trainer, window: int) -> int:
+    """The most batches of an optimizer step, now or in a later epoch."""
+    schedules = [
+        callback.scheduling.values()
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler)
     ]
+    return max([window, *(size for sizes in schedules for size in sizes)])
+
+
+def _ddp_problems(strategy: DDPStrategy, window: int, sync_ascent: bool) -> list[str]:
+    came = [f"accumulate_grad_batches={window}"] if window > 1 else []
+    came += [] if sync_ascent else ["sync_ascent=False"]
+    if came and strategy._ddp_kwargs.get("static_graph", False):
+        return [
+            "DDP's static_graph=True crashes in a backward that does not synchronise (pytorch#143580), as with "
+            f"{' and '.join(came)}: leave static_graph out"
+        ]
+    return []
+
+
+def _fsdp1_problems(strategy: FSDPStrategy, automatic_optimization: bool, sync_ascent: bool) -> list[str]:
+    problems = []
+    if not automatic_optimization:
+        problems.append(
+            "manual optimization runs its backward inside FSDP's forward, which FSDP can't do (Lightning#19685): "
+            "use the FMLoRA or EFMLoRA callback with automatic optimization, or ModelParallelStrategy (FSDP2)"
+        )
+    if strategy.sharding_strategy is not ShardingStrategy.FULL_SHARD:
+        problems.append(
+            f"sharding_strategy must be 'FULL_SHARD', got {strategy.sharding_strategy.name!r}: SHARD_GRAD_OP checks "
+            "between the passes that no layer reads another weight, NO_SHARD is DDP (use strategy='ddp'), and the "
+            "hybrid ones are not tested"
+        )
+    if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
+        problems.append(f"cpu_offload must be False, got True: {_OFFLOAD}")
+    return problems + _sharded_problems(sync_ascent)
+
+
+def _fsdp2_problems(strategy: ModelParallelStrategy, model: nn.Module, sync_ascent: bool) -> list[str]:
+    problems = []
+    mesh = strategy.device_mesh["tensor_parallel"]
+    if mesh.size() > 1:
+        problems.append(
+            f"tensor_parallel_size must be 1, got {mesh.size()}: a factor split over the ranks of one product is not "
+            f"supported. Use ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1)"
+        )
+    if any(p.device.type != strategy.root_device.type for p in model.parameters()):
+        problems.append(f"fully_shard's offload_policy must be left out, got CPU offloading: {_OFFLOAD}")
+    return problems + _sharded_problems(sync_ascent)
+
+
+_OFFLOAD = "parameters would lie on the CPU, while E must be where the layers run"
+_USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
+
+
+def _sharded_problems(sync_ascent: bool) -> list[str]:
+    if sync_ascent:
+        return []
+    return ["sync_ascent=False needs each rank's own gradient, which FSDP does not keep: use sync_ascent=True, or DDP"]
 
 
 def message(callback: object, problems: list[str]) -> str:

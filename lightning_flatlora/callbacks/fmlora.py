@@ -1,13 +1,13 @@
 """FMLoRA in automatic optimization: two passes a step, for any LightningModule."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -15,6 +15,7 @@ from lightning_flatlora.callbacks.base import FlatLoRACallback, ends_window, mod
 from lightning_flatlora.callbacks.two_passes import (
     at_training_step,
     loss_of,
+    nothing,
     put_back_gradients,
     random_state,
     silenced_log,
@@ -74,11 +75,11 @@ class FMLoRA(FlatLoRACallback):
         self.sync_ascent = sync_ascent
         self._parameters: list[nn.Parameter] = []
         self._in_second_pass = False
-        self._unsynchronised: DistributedDataParallel | None = None
+        self._kept_local = ExitStack()
         self._step_arguments: tuple[Any, ...] | None = None
         self._put_back_random_state: Callable[[], None] | None = None
         self._taken: list[tuple[nn.Parameter, Tensor]] = []
-        self._cancel: Callable[[], None] = _nothing
+        self._cancel: Callable[[], None] = nothing
 
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -107,8 +108,8 @@ class FMLoRA(FlatLoRACallback):
             takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
             self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
             self._cancel = at_training_step(pl_module, lambda: self._remember_random_state(pl_module))
-            if not self.sync_ascent and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
-                self._keep_local(trainer)
+            if self._stays_local(trainer) and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
+                self._kept_local.enter_context(trainer.strategy.block_backward_sync())  # type: ignore[attr-defined]
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -168,26 +169,23 @@ class FMLoRA(FlatLoRACallback):
     def _forget_batch(self) -> None:
         self._release()
         self._cancel()
-        self._cancel = _nothing
+        self._cancel = nothing
         self._step_arguments = None
         self._put_back_random_state = None
         self._taken = []
 
-    def _keep_local(self, trainer: Trainer) -> None:
-        """Keep DDP from averaging a per-rank ascent in the batch that ends an accumulation window."""
-        model = trainer.strategy.model
-        if isinstance(model, DistributedDataParallel):
-            self._unsynchronised = model
-            model.require_backward_grad_sync = False
+    def _stays_local(self, trainer: Trainer) -> bool:
+        """Whether the ascent's backward must not average gradients even in the batch that ends an accumulation window.
+
+        One that synchronises would make FSDP1 turn the window's gradients, not reduced so far, into shards, and DDP
+        forget which parameters the window has used: with find_unused_parameters it would not reduce them all.
+        """
+        if not isinstance(trainer.strategy, DDPStrategy | FSDPStrategy):
+            return False
+        return trainer.accumulate_grad_batches > 1 or not self.sync_ascent
 
     def _release(self) -> None:
-        if self._unsynchronised is not None:
-            self._unsynchronised.require_backward_grad_sync = True
-            self._unsynchronised = None
-
-
-def _nothing() -> None:
-    """No training_step is waited for."""
+        self._kept_local.close()
 
 
 def _synchronises(trainer: Trainer) -> bool:

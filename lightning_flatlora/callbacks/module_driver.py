@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.manual_schedulers import ManualSchedulers
-from lightning_flatlora.perturbation import FreshPerturbation, all_gradients_finite
+from lightning_flatlora.perturbation import FreshPerturbation
 
 
 class FMLoRAModuleDriver(FlatLoRACallback):
@@ -139,7 +139,7 @@ class FMLoRAModuleDriver(FlatLoRACallback):
         """Move Ê once, by the mean E of the window's micro-batches, if the step itself is not going to be skipped."""
         assert self.perturbation is not None
         fresh, self._fresh = self._fresh, []
-        finite = all_gradients_finite(watched_parameters(trainer, optimizer_index=0)).to(fresh[0].finite.device)
+        finite = self.perturbation.all_finite(watched_parameters(trainer, optimizer_index=0))
         for one in fresh:
             finite = finite & one.finite
         stacks = [torch.stack(parts).mean(0) for parts in zip(*(one.stacks for one in fresh), strict=True)]

@@ -13,24 +13,28 @@ from torch import Tensor, nn
 
 
 def take_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Copy the gradients accumulated so far and clear them, so that the ascent's gradient stands alone.
+    """Copy the gradients accumulated so far and set them to zero, so that the ascent's gradient stands alone.
 
-    Copies, because DDP's ``gradient_as_bucket_view`` lends the memory of ``p.grad`` to the next backward.
+    In place: DDP's ``gradient_as_bucket_view`` and FSDP1 own the memory of ``p.grad``.
     """
     taken = []
     for parameter in parameters:
         if parameter.grad is not None:
             taken.append((parameter, parameter.grad.clone()))
-            parameter.grad = None
+            parameter.grad.zero_()
     return taken
 
 
 def put_back_gradients(parameters: Iterable[nn.Parameter], taken: list[tuple[nn.Parameter, Tensor]]) -> None:
     """Drop the ascent's gradients and restore those set aside by :func:`take_gradients`."""
+    accumulated = {id(parameter): grad for parameter, grad in taken}
     for parameter in parameters:
-        parameter.grad = None
-    for parameter, grad in taken:
-        parameter.grad = grad
+        if parameter.grad is None:
+            continue
+        if id(parameter) in accumulated:
+            parameter.grad.copy_(accumulated[id(parameter)])
+        else:
+            parameter.grad = None
 
 
 def random_state(device: torch.device) -> Callable[[], None]:
@@ -58,7 +62,7 @@ def random_state(device: torch.device) -> Callable[[], None]:
     return put_back
 
 
-def put_on_instance(module: LightningModule, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+def put_on_instance(module: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
     """Give one object a method of its own, over its class's or one that it had.
 
     Returns:
@@ -122,3 +126,7 @@ def loss_of(output: Any, source: str) -> Tensor | None:
             f"got {type(output).__name__}"
         )
     return loss
+
+
+def nothing() -> None:
+    """There is nothing to put back, or nothing is waited for."""

@@ -23,7 +23,15 @@ from helpers import (
     weights,
 )
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -373,25 +381,63 @@ def fake_trainer(strategy: Any, module: Any, callback: Any, accumulate: int = 1)
     )
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, TwoPassClassifier])
-def test_strategies_that_shard(strategy, callback):
-    """Not supported yet: named, with what to use."""
-    module = callback(1.0) if callback is TwoPassClassifier else Classifier()
-    callback = module._driver if isinstance(module, TwoPassClassifier) else callback(1.0)
-    (problem,) = callback.configuration_problems(fake_trainer(strategy(), module, callback), module)
-    assert strategy.__name__ in problem
-    assert "ddp" in problem
+def strategy_problems_of(strategy: Any, front_end: Any, accumulate: int = 1) -> list[str]:
+    module = front_end(1.0) if front_end is TwoPassClassifier else Classifier()
+    callback = module._driver if isinstance(module, TwoPassClassifier) else front_end(1.0)
+    return callback.configuration_problems(fake_trainer(strategy, module, callback, accumulate), module)
+
+
+def without_its_library(kind: type[Strategy]) -> Strategy:
+    """A strategy whose own constructor wants DeepSpeed or torch_xla."""
+    return kind.__new__(kind)
+
+
+class MyTPU(XLAStrategy):
+    """A user's own, under a name that does not tell."""
+
+
+class Homemade(Strategy):
+    """Neither of a known kind nor complete."""
+
+
+@pytest.mark.parametrize("front_end", [EFMLoRA, FMLoRA, TwoPassClassifier])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (DeepSpeedStrategy, ["DeepSpeed owns the gradients and gives them to no callback"]),
+        (XLAStrategy, ["XLAStrategy trains on TPUs", "accelerator='gpu' or 'cpu'"]),
+        (SingleDeviceXLAStrategy, ["SingleDeviceXLAStrategy trains on TPUs", "accelerator='gpu' or 'cpu'"]),
+        (MyTPU, ["MyTPU trains on TPUs", "accelerator='gpu' or 'cpu'"]),
+        (Homemade, ["the strategy Homemade has not been tested"]),
+    ],
+)
+def test_strategies_that_are_not_supported(monkeypatch, front_end, kind, words):
+    monkeypatch.setattr(kind, "__abstractmethods__", frozenset())
+    (problem,) = strategy_problems_of(without_its_library(kind), front_end)
+    for word in (*words, "use strategy='ddp'", "ModelParallelStrategy (FSDP2)", "strategy='fsdp'"):
+        assert word in problem
+
+
+@pytest.mark.parametrize("front_end", CALLBACKS)
+def test_strategies_that_are_supported(front_end):
+    """As they are by default; tests/distributed trains with each."""
+    for strategy in (SingleDeviceStrategy(), DDPStrategy(), FSDPStrategy()):
+        assert not strategy_problems_of(strategy, front_end, accumulate=2)
+
+
+def test_fsdp_with_manual_optimization():
+    (problem,) = strategy_problems_of(FSDPStrategy(), TwoPassClassifier)
+    for word in ("manual optimization", "FMLoRA or EFMLoRA callback", "ModelParallelStrategy (FSDP2)"):
+        assert word in problem
 
 
 @pytest.mark.parametrize("callback", CALLBACKS)
 def test_static_graph_with_accumulation(callback):
-    callback = callback(1.0)
-    module = Classifier()
     strategy = DDPStrategy(static_graph=True)
-    (problem,) = callback.configuration_problems(fake_trainer(strategy, module, callback, accumulate=2), module)
-    assert "static_graph" in problem
-    assert not callback.configuration_problems(fake_trainer(strategy, module, callback), module)
+    (problem,) = strategy_problems_of(strategy, callback, accumulate=2)
+    assert "static_graph=True" in problem
+    assert "accumulate_grad_batches=2" in problem
+    assert not strategy_problems_of(strategy, callback)
 
 
 # -- several at once

@@ -1,0 +1,45 @@
+"""Runs under torch.compile and DDP, and how many graphs they compiled by the end of each step."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from ddp_runs import on_two_ranks, trained
+from fits import parts
+from test_exactness import fit, network
+from torch._dynamo.utils import counters
+
+
+class CountsGraphs(L.Callback):
+    """How many graphs were compiled after each batch."""
+
+    def __init__(self) -> None:
+        self.graphs: list[int] = []
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.graphs.append(counters["stats"]["unique_graphs"])
+
+
+def train(
+    front_end: str, compiled: str | None = None, accumulate: int = 1, backend: str = "aot_eager"
+) -> dict[str, Any]:
+    """Train on this rank's half of each batch.
+
+    Args:
+        front_end: as in parts.
+        compiled: "net" for the network in the module, "module" for the LightningModule, None for neither.
+        accumulate: batches of a step.
+        backend: of torch.compile.
+    """
+    torch.compiler.reset()
+    counters.clear()
+    net = network()
+    module, callbacks, trainer = parts(front_end, net, accumulate)
+    if compiled == "net":
+        module.net = torch.compile(net, backend=backend)
+    count = CountsGraphs()
+    loader, ranks = on_two_ranks()
+    fitted = torch.compile(module, backend=backend) if compiled == "module" else module
+    fit(fitted, 1, [*callbacks, count], loader, **trainer, **ranks)
+    driver = callbacks[0] if callbacks else module._driver
+    return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"], "graphs": count.graphs}

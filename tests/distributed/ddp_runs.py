@@ -1,0 +1,147 @@
+"""Runs under DDP of networks and modules of their own; each also trains alone, on one process, to be compared with."""
+
+import os
+from typing import Any
+
+import lightning as L
+import torch
+from fits import Sharded, parts
+from strategies import strategy_of
+from test_exactness import BATCHES, RHO, SIZE, Automatic, Manual, dataset, fit, network
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_flatlora import EFMLoRA, FMLoRA
+
+
+def joint_batches() -> "DataLoader[Any]":
+    """What two ranks see together, in one batch."""
+    return DataLoader(dataset(), batch_size=SIZE)
+
+
+def turns() -> "DataLoader[Any]":
+    """What two ranks see, one rank's half of a batch after the other's."""
+    order = [start + i for start in range(0, BATCHES * SIZE, SIZE) for i in (0, 2, 1, 3)]
+    return DataLoader(dataset(), batch_size=SIZE // 2, sampler=order)  # type: ignore[arg-type]
+
+
+def train_alone(
+    front_end: str, accumulate: int = 1, clip: Any = None, epochs: int = 2, loader: Any = None, **settings: Any
+) -> dict[str, Any]:
+    """One process on the joint batches, or on a loader of its own."""
+    net = network()
+    module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
+    fit(module, epochs, callbacks, joint_batches() if loader is None else loader, **trainer)
+    driver = callbacks[0] if callbacks else module._driver
+    return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"]}
+
+
+def trained(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest in any tensor of the same name."""
+    assert one.keys() == other.keys()
+    return max(float((value - other[name]).abs().max()) for name, value in one.items())
+
+
+def on_two_ranks(**settings: Any) -> tuple[Any, dict[str, Any]]:
+    """A rank's half of each batch, and what its Trainer needs."""
+    loader = Sharded(dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    strategy = strategy_of("ddp", **settings)
+    return loader, {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+
+
+class Routed(nn.Module):
+    """The second layer sees some samples only, the third none of every third batch.
+
+    So a layer goes unused now on one rank, now on all, as with experts.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.batch_idx = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, second, _, third, _, last = self.net.base_model.model
+        hidden = torch.tanh(first(x))
+        chosen = x[:, 0] > 0.3
+        if chosen.any():
+            hidden = hidden.index_put((chosen,), torch.tanh(second(hidden[chosen])))
+        if self.batch_idx % 3 != 1:
+            hidden = torch.tanh(third(hidden))
+        return last(hidden)  # type: ignore[no-any-return]
+
+
+class _TellsBatch:
+    net: Any
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.net.batch_idx = batch_idx
+        return super().training_step(batch, batch_idx)  # type: ignore[misc]
+
+
+class RoutedAutomatic(_TellsBatch, Automatic):
+    """Automatic optimization."""
+
+
+class RoutedManual(_TellsBatch, Manual):
+    """FMLoRAModule."""
+
+
+def train_routed(front_end: str, accumulate: int, alone: bool = False) -> dict[str, Any]:
+    """Layers that some batches leave out, with find_unused_parameters."""
+    net = Routed(network())
+    step = {"accumulate_grad_batches": accumulate}
+    loader, trainer = (joint_batches(), {}) if alone else on_two_ranks(find_unused_parameters=True)
+    if front_end == "FMLoRAModule":
+        fit(RoutedManual(net, rho=RHO, **step), 1, [], loader, **trainer)
+    else:
+        callback = {"EFMLoRA": EFMLoRA, "FMLoRA": FMLoRA}[front_end](RHO)
+        fit(RoutedAutomatic(net), 1, [callback], loader, **step, **trainer)
+    return {"weights": trained(net.net)}
+
+
+class CalledOff(Automatic):
+    """Ends its first epoch at a batch."""
+
+    def __init__(self, net: nn.Module, at: int) -> None:
+        super().__init__(net)
+        self.at = at
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == self.at else None
+
+
+class Synchronises(L.Callback):
+    """Whether DDP would average the gradients of a backward, as each epoch ends."""
+
+    def __init__(self) -> None:
+        self.answers: list[bool] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.answers.append(getattr(trainer.strategy.model, "require_backward_grad_sync", True))
+
+
+def train_called_off(alone: bool = False) -> dict[str, Any]:
+    """FMLoRA with an ascent of each rank's own, which keeps DDP from synchronising it; and a batch called off."""
+    net, answers = network(), Synchronises()
+    loader, trainer = (turns(), {"accumulate_grad_batches": 2}) if alone else on_two_ranks()
+    callbacks = [FMLoRA(RHO, sync_ascent=alone), answers]
+    fit(CalledOff(net, at=6 if alone else 3), 2, callbacks, loader, **trainer)
+    return {"weights": trained(net), "synchronises": answers.answers}
+
+
+class Skips(Manual):
+    """Has no loss for its third batch."""
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == 2 else super().compute_loss(batch, batch_idx)
+
+
+def train_skipping() -> None:
+    """FMLoRAModule without a loss on any rank."""
+    loader, trainer = on_two_ranks()
+    fit(Skips(network(), rho=RHO), 1, [], loader, **trainer)

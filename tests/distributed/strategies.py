@@ -1,0 +1,89 @@
+"""The strategies under test on CPU processes, and what is sharded by each."""
+
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
+
+
+class FSDPOnCPU(FSDPStrategy):
+    """FSDP1 on CPU processes: Lightning refuses the class itself there, and wraps with a device index."""
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            model,
+            device_id=torch.device("cpu"),
+            sharding_strategy=self.sharding_strategy,
+            mixed_precision=self.mixed_precision_config,
+            **self.kwargs,
+        )
+
+
+class DoubleFSDP(FSDPPrecision):
+    """float64 under FSDP1, for which Lightning has no name."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+        self._desired_input_dtype = torch.float64
+
+    @property
+    @override
+    def mixed_precision_config(self) -> None:  # type: ignore[override]
+        return None
+
+
+WRAPPING = {
+    "root": None,  # one unit for all
+    "layers": ModuleWrapPolicy({LoraLayer}),
+    "linears": ModuleWrapPolicy({nn.Linear}),  # each factor alone, as peft's own policy does
+}
+
+
+def strategy_of(name: str, **settings: Any) -> Strategy:
+    """A strategy for two or more CPU processes.
+
+    Args:
+        name: "ddp", "fsdp2", or "fsdp1" with an optional policy of WRAPPING after a hyphen.
+        settings: of the strategy; ``double=True`` is float64 under FSDP1 (then the Trainer's precision is None).
+    """
+    kind, _, policy = name.partition("-")
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo", **settings)
+    if kind == "fsdp2":
+        settings = {"data_parallel_size": int(os.environ["WORLD_SIZE"]), "tensor_parallel_size": 1, **settings}
+        return ModelParallelStrategy(process_group_backend="gloo", **settings)
+    if settings.pop("double", False):
+        settings["precision_plugin"] = DoubleFSDP()
+    return FSDPOnCPU(process_group_backend="gloo", auto_wrap_policy=WRAPPING[policy or "layers"], **settings)
+
+
+def shard(module: LightningModule, net: nn.Module) -> None:
+    """What configure_model does under ModelParallelStrategy: every LoRA layer a unit, then the rest."""
+    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+    for layer in net.modules():
+        if isinstance(layer, LoraLayer):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def full_weights(strategy: Strategy, net: nn.Module) -> dict[str, Tensor]:
+    """Every trained weight, whole, by its plain name; a collective under FSDP."""
+    if isinstance(strategy.model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(strategy.model, writeback=False):
+            return {_plain(name): p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+    trained = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in trained.items()}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")

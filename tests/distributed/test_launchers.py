@@ -1,0 +1,48 @@
+"""Strategies that start processes of their own bring back to the main one what DDP under torchrun trains."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddp_runs import difference, train_alone
+from launch import HERE
+from launchers import RUNS
+from test_exactness import Manual, network
+
+from lightning_flatlora import EFMLoRA, FMLoRA
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with each run's weights, from one main process."""
+    folder = tmp_path_factory.mktemp("launchers")
+    with (folder / "output.txt").open("w") as output:
+        subprocess.run(
+            [sys.executable, "-W", "ignore", str(HERE / "launchers.py"), str(folder)],
+            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=280,
+        )
+    return folder
+
+
+@pytest.mark.parametrize(("strategy", "front_end"), RUNS)
+def test_the_main_process_has_the_weights_of_ddp(trained: Path, strategy: str, front_end: str) -> None:
+    """Those of one process on the joint batches, which test_ddp.py shows to be DDP's."""
+    file = trained / f"{strategy}-{front_end}.pt"
+    assert file.exists(), (trained / "output.txt").read_text()[-6000:]
+    expected = train_alone(front_end, accumulate=2, epochs=1)["weights"]
+    assert difference(torch.load(file, weights_only=True), expected) < 1e-10
+
+
+@pytest.mark.parametrize("front_end", [EFMLoRA, FMLoRA, Manual])
+def test_what_ddp_spawn_sends_to_its_processes_can_be_pickled(front_end: Any) -> None:
+    net = {"net": network()} if front_end is Manual else {}
+    copy = pickle.loads(pickle.dumps(front_end(rho=0.3, **net)))
+    assert (copy._driver if net else copy).rho(0, 1.0) == 0.3
