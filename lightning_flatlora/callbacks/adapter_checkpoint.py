@@ -2,27 +2,35 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from peft import PeftModel
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
+
+from lightning_flatlora.callbacks.adapter_state import peft_models, read_adapters, unwrapped, written_as_adapter
+from lightning_flatlora.distributed import is_sharded
 
 
 class AdapterCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint without the frozen base: trainable weights, optimizer, schedulers, callbacks.
 
-    Beside each ``NAME.ckpt`` lies a folder ``NAME`` that ``PeftModel.from_pretrained(base, folder)`` loads (with one
-    subfolder for each adapter that is not called "default", as peft writes them). It works with any LightningModule
-    that holds a peft model; while a Trainer runs, the module's ``state_dict()`` is the small one for every checkpoint
-    callback, and ``strict_loading`` is off. A checkpoint that lacks a trainable weight is refused on loading.
+    Its files are the same under every strategy: one ``NAME.ckpt``, whole values on the CPU, written by rank zero. So a
+    run may be resumed on another number of processes, or under another strategy, as long as its Trainer has an
+    AdapterCheckpoint too. The frozen base is neither saved nor gathered. Beside each file lies a folder ``NAME`` that
+    ``PeftModel.from_pretrained(base, folder)`` loads (with one subfolder for each adapter that is not called "default",
+    as peft writes them).
+
+    It works with any LightningModule that holds a peft model. A checkpoint that lacks a trainable weight is refused on
+    loading, and one that has others too (unless the module's ``strict_loading`` is off). Files appear whole or not at
+    all, the folder before the file, and a file is removed only after the next one is there; so a process killed at any
+    moment leaves a checkpoint to resume from. Rank zero writes directly, not through a CheckpointIO plugin. Other
+    checkpoint callbacks beside it write what they always do.
 
     Args:
         args: as for ModelCheckpoint.
@@ -35,8 +43,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._handle: RemovableHandle | None = None
-        self._was_strict = True
+        self._stop_reading: Callable[[], None] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -46,17 +53,14 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"AdapterCheckpoint: dirpath must be a local folder, where peft can write beside the checkpoint, "
                 f"got {self.dirpath!r}"
             )
-        self._release(pl_module)
+        self._release()
         first = next(c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint))  # type: ignore[attr-defined]
-        if first is not self:  # several may save; one looks after the module
-            return
-        self._was_strict = pl_module.strict_loading
-        pl_module.strict_loading = False
-        self._handle = pl_module.register_state_dict_post_hook(_keep_trainable)  # type: ignore[no-untyped-call]
+        if first is self:  # several may save; one looks after the loading
+            self._stop_reading = read_adapters(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not _peft_models(pl_module):
+        if not peft_models(pl_module):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: {type(pl_module).__name__} holds no peft model: "
                 "wrap its network with peft.get_peft_model, or use Lightning's ModelCheckpoint"
@@ -65,33 +69,29 @@ class AdapterCheckpoint(ModelCheckpoint):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._release(pl_module)
+        self._release()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._release(pl_module)
+        self._release()
 
-    def _release(self, pl_module: LightningModule) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-            pl_module.strict_loading = self._was_strict
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("state_dict", {})
-        lacking = [name for name in _trainable_names(pl_module) if name not in saved]
-        if saved and lacking:
-            raise MisconfigurationException(
-                f"AdapterCheckpoint: the checkpoint lacks {len(lacking)} trainable weights, as {lacking[0]}: "
-                "it is of another model or adapter"
-            )
+    def _release(self) -> None:
+        if self._stop_reading is not None:
+            self._stop_reading()
+            self._stop_reading = None
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        self._save_adapters(trainer.lightning_module, adapter_folder(filepath))
+        def write(checkpoint: dict[str, Any], path: Path) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save_adapters(trainer, checkpoint["state_dict"], path)
+            _save_file(checkpoint, path)
+
+        with written_as_adapter(trainer, write):
+            super()._save_checkpoint(trainer, filepath)
+        if self.save_last == "link" and self.last_model_path not in ("", filepath):
+            self._link_checkpoint(trainer, filepath, self.last_model_path)  # before its old target may be removed
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -101,25 +101,10 @@ class AdapterCheckpoint(ModelCheckpoint):
     @staticmethod
     @override
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
-        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
-        if trainer.is_global_zero:
-            link, folder = adapter_folder(linkpath), adapter_folder(filepath)
-            link.unlink() if link.is_symlink() else shutil.rmtree(link, ignore_errors=True)
-            link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
-
-    @rank_zero_only
-    def _save_adapters(self, pl_module: LightningModule, folder: Path) -> None:
-        """peft's own format, written aside and then renamed, so that a crash leaves no half-written folder."""
-        models = _peft_models(pl_module)
-        partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for name, model in models.items():
-            model.save_pretrained(str(partial if len(models) == 1 else partial / name))
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if trainer.is_global_zero and filepath != linkpath:
+            _link(adapter_folder(filepath), adapter_folder(linkpath))
+            _link(Path(filepath), Path(linkpath))
+        trainer.strategy.barrier()
 
 
 def adapter_folder(checkpoint: str | Path) -> Path:
@@ -135,39 +120,52 @@ def adapter_folder(checkpoint: str | Path) -> Path:
 
 @rank_zero_only
 def _remove_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
 
 
-def _peft_models(pl_module: nn.Module) -> dict[str, PeftModel]:
-    """The outermost peft models of a module, by the name of their place."""
-    found: dict[str, PeftModel] = {}
-    for name, module in pl_module.named_modules():
-        if isinstance(module, PeftModel) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return found
+def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Written aside in the same folder and then renamed (Lightning writes to another disk, maybe, and copies)."""
+    partial = _aside(path)
+    with partial.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
-def _trainable_names(module: nn.Module) -> set[str]:
-    """Names of the trained parameters, each as often as the state dict has it."""
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-
-def _frozen_names(module: nn.Module) -> set[str]:
-    """Names in the state dict of the frozen base: frozen parameters, and buffers inside peft models.
-
-    Running statistics of norms stay in, since training changes them, and so do buffers outside of peft models.
-    """
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    for outer, model in _peft_models(module).items():
-        for name, part in model.named_modules(remove_duplicate=False):
-            if not isinstance(part, _NormBase):
-                buffers = part.named_buffers(recurse=False)
-                frozen |= {".".join(filter(None, (outer, name, buffer))) for buffer, _ in buffers}
-    return frozen
-
-
-def _keep_trainable(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    if prefix:  # the module as a part of a larger one, whose state dict is not ours to cut
+def _save_adapters(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    """peft's own format, in the folder beside a checkpoint that is about to be written."""
+    folder, models = adapter_folder(path), peft_models(unwrapped(trainer.lightning_module))
+    partial = _aside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    sharded = is_sharded(trainer.strategy.model)
+    for name, model in models.items():
+        prefix = f"{name}." if name else ""
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        model.save_pretrained(str(partial if len(models) == 1 else partial / name), state_dict=own if sharded else None)
+    if folder.is_symlink():
+        folder.unlink()
+    elif not path.exists():  # of a run that was killed before it wrote the file
+        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        partial.rename(folder)
         return
-    for name in _frozen_names(module):
-        state_dict.pop(name, None)
+    for file in [each for each in partial.rglob("*") if each.is_file()]:
+        target = folder / file.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)  # one by one: the folder of a checkpoint that is overwritten never goes
+    shutil.rmtree(partial)
+
+
+def _link(target: Path, link: Path) -> None:
+    """Make or turn a link in one move, so that it always leads somewhere."""
+    aside = _aside(link)
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(target, link.parent), target_is_directory=target.is_dir())
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    aside.replace(link)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")

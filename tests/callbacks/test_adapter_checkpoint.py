@@ -7,11 +7,15 @@ import lightning as L
 import pytest
 import torch
 from helpers import build, fit, make_loader, make_net, same, trainer_of, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_flatlora import AdapterCheckpoint
+from lightning_flatlora.callbacks.adapter_state import unwrapped
 
 
 class Wide(nn.Module):
@@ -160,3 +164,95 @@ def test_a_remote_folder_is_refused(tmp_path: Path) -> None:
     remote.dirpath = "memory://bucket"
     with pytest.raises(MisconfigurationException, match="must be a local folder"):
         fit(tmp_path, module, [*callbacks, remote])
+
+
+def test_a_checkpoint_with_other_weights_is_refused_unless_loading_is_not_strict(tmp_path: Path) -> None:
+    other = make_net()
+    other.base_model.model[2].base_layer.bias.requires_grad_(True)
+    module, callbacks, _ = build("plain", net=other)
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path, save_weights_only=True)])
+    module, _, _ = build("plain")
+    loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
+    with pytest.raises(MisconfigurationException, match=r"has 1 trainable weights, as .*2.base_layer.bias"):
+        loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt")
+    module.strict_loading = False
+    loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+
+
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    module, callbacks, _ = build("efmlora", net=make_net(rank=3))
+    with pytest.raises(MisconfigurationException, match=r"shape \(3, 6\), in the checkpoint \(2, 6\)"):
+        fit(tmp_path, module, [*callbacks, checkpoint(tmp_path / "2")], ckpt_path=tmp_path / "step=3.ckpt")
+
+
+def test_evaluation_loads_the_adapter(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    (expected,) = trainer_of(tmp_path, []).validate(module, make_loader(), verbose=False)
+    fresh, _, _ = build("plain")
+    loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
+    (found,) = loads.validate(fresh, make_loader(), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)
+    assert found == expected
+    assert same(weights(fresh), weights(module))
+
+
+def test_lightning_s_own_checkpoints_beside_it_and_from_before_are_whole(tmp_path: Path) -> None:
+    """It resumes from a full checkpoint, and leaves the saving of others as it is."""
+    whole, callbacks, _ = build("efmlora")
+    plain = ModelCheckpoint(tmp_path / "full", save_top_k=-1, every_n_train_steps=6, filename="{step}")
+    fit(tmp_path, whole, [*callbacks, plain, checkpoint(tmp_path)])
+    assert "net.base_model.model.0.base_layer.weight" in torch.load(plain.best_model_path)["state_dict"]
+    resumed, callbacks, _ = build("efmlora")
+    fit(tmp_path, resumed, [*callbacks, checkpoint(tmp_path)], ckpt_path=tmp_path / "full" / "step=6.ckpt")
+    assert same(weights(whole), weights(resumed))
+
+
+def test_the_strategy_has_its_own_methods_back(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    trainer = fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    module.inside.append(lambda *_: 1 / 0)
+    failing = trainer_of(tmp_path, [checkpoint(tmp_path, save_on_exception=True)])
+    with pytest.raises(ZeroDivisionError):
+        failing.fit(module, make_loader(), make_loader(1))
+    for strategy in (trainer.strategy, failing.strategy):
+        assert not [name for name in vars(strategy) if "checkpoint" in name and callable(vars(strategy)[name])]
+        assert not {"lightning_module_state_dict", "optimizer_state", "load_model_state_dict"} & set(vars(strategy))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: Path) -> None:
+    """Activation checkpointing and compilation put modules between; files and folders don't tell."""
+    net = make_net()
+    names = [name for name, p in net.named_parameters() if p.requires_grad]
+    net.base_model.model[0] = checkpoint_wrapper(net.base_model.model[0])
+    module, callbacks, _ = build("efmlora", net=net)
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)], max_epochs=1)
+    assert list(torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]) == [f"net.{n}" for n in names]
+    assert [n for n, p in unwrapped(torch.compile(net)).named_parameters() if p.requires_grad] == names
+    saved = load_file(tmp_path / "step=6" / "adapter_model.safetensors")
+    assert sorted(saved) == sorted(
+        f"base_model.model.{layer}.lora_{factor}.weight" for layer in (0, 2, 4) for factor in "AB"
+    )
+
+
+def test_a_folder_left_by_a_killed_run_is_replaced(tmp_path: Path) -> None:
+    """The folder comes before the file: one without a file is of a run that was killed between the two."""
+    (tmp_path / "step=3" / "other").mkdir(parents=True)
+    (tmp_path / ".step=3.partial").mkdir()
+    (tmp_path / ".step=3.ckpt.partial").write_text("half")
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)], max_epochs=1)
+    assert not (tmp_path / "step=3" / "other").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_last_that_was_a_link_becomes_a_copy_and_back(tmp_path: Path) -> None:
+    module, callbacks, _ = build("efmlora")
+    for save_last in ("link", True, "link"):
+        saver = checkpoint(tmp_path, save_last=save_last, save_top_k=1, enable_version_counter=False)
+        fit(tmp_path, module, [*callbacks, saver], max_epochs=1)
+        assert (tmp_path / "last.ckpt").is_symlink() == (tmp_path / "last").is_symlink() == (save_last == "link")
+        assert (tmp_path / "last" / "adapter_model.safetensors").exists()
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6

@@ -1,0 +1,259 @@
+"""Runs on one or several processes that write and read checkpoints; each rank returns what it ends with."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from fits import ShardedAutomatic
+from helpers import ResumableLoader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, fsdp
+from peft import LoraConfig, get_peft_model
+from strategies import full_weights, strategy_of
+from test_exactness import BETA, RHO, dataset, network
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
+from lightning_flatlora.distributed import is_sharded, layout_of
+
+BATCHES, EPOCHS, EVERY = 6, 2, 3
+MIDDLE, END = 9, BATCHES * EPOCHS
+"""Optimizer steps: in the middle of the second epoch, and the last."""
+
+
+SAVERS = {"adapter": AdapterCheckpoint, "lightning": ModelCheckpoint}
+
+
+def full_state_on_cpu(module: Any, world_size: int, rank0_only: bool = True) -> Any:
+    """Lightning's context without offloading, which on the CPU gives views of memory that FSDP1 frees or uses again."""
+    choice = {"offload_to_cpu": False, "rank0_only": rank0_only}
+    configs = FullStateDictConfig(**choice), FullOptimStateDictConfig(**choice)
+    return FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, *configs)
+
+
+fsdp._get_full_state_dict_context = full_state_on_cpu  # type: ignore[attr-defined]
+
+
+def loader(size: int = 4) -> ResumableLoader:
+    """Shuffled batches; this rank's share of each."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    x, y = dataset().tensors
+    starts = range(0, BATCHES * size, size)
+    return ResumableLoader([tuple(t[start : start + size][rank::ranks] for t in (x, y)) for start in starts])
+
+
+def trainer_of(strategy: str, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
+    """A quiet Trainer; "single" is one process without a strategy."""
+    settings = {"max_epochs": EPOCHS, **settings}
+    if strategy != "single":
+        double = {"double": True} if strategy.startswith("fsdp1") else {}
+        kind = strategy_of(strategy, **double, **settings.pop("strategy_settings", {}))
+        settings |= {"strategy": kind, "devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
+    else:
+        settings |= {"devices": 1}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", callbacks=callbacks, **quiet, **settings)
+
+
+def train(
+    folder: str,
+    strategy: str,
+    resume: str | None = None,
+    saver: str = "adapter",
+    more: list[L.Callback] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train with EFMLoRA, save every step into a folder, and return everything that must be equal in the end."""
+    files = SAVERS[saver](folder, filename="{step}", save_top_k=-1, every_n_train_steps=EVERY)
+    driver = EFMLoRA(CosineRho(RHO, 0.1), beta=BETA)
+    trainer = trainer_of(strategy, [*(more or []), driver, files], **settings)
+    module = ShardedAutomatic(network())
+    trainer.fit(module, loader(), ckpt_path=resume)
+    return {
+        "weights": full_weights(trainer.strategy, module.net),
+        "optimizer": local_optimizer(trainer.optimizers[0]),
+        "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "driver": driver.state_dict(),
+        "steps": trainer.global_step,
+    }
+
+
+def local(value: Any) -> Any:
+    """What this rank alone holds."""
+    value = value.to_local() if isinstance(value, DTensor) else value
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def local_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """This rank's part of an optimizer's state, of parameters that it has a part of."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {str(i): optimizer.state.get(p, {}) for i, p in enumerate(parameters) if local(p).numel()}
+    return {f"{i}.{key}": local(value) for i, state in states.items() for key, value in state.items()}
+
+
+class Fill(L.Callback):
+    """At the first step, give every rank's part of whatever learns values of its own, -0.0 among them."""
+
+    def __init__(self) -> None:
+        self.filled: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        rank = 0 if isinstance(trainer.strategy, DDPStrategy) else trainer.global_rank
+        for number, (name, tensor) in enumerate(learning(trainer).items()):
+            values = torch.arange(tensor.numel(), dtype=tensor.dtype) + 1e3 * (rank + 1) + 1e5 * (number + 1)
+            values[:1] = -0.0
+            tensor.copy_(values.view(tensor.shape))
+            self.filled[name] = tensor.clone()
+
+
+class AtStart(L.Callback):
+    """What a resumed run begins with."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.seen = {name: tensor.clone() for name, tensor in learning(trainer).items()}
+
+
+def learning(trainer: L.Trainer) -> dict[str, Tensor]:
+    """This rank's part of every trained parameter and of AdamW's averages, to be read and written."""
+    found = {}
+    optimizer = trainer.optimizers[0]
+    for name, p in trainer.lightning_module.named_parameters():
+        if p.requires_grad:
+            tensors = {name: p, **{f"{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()}}
+            for each, value in tensors.items():
+                part = value.to_local() if isinstance(value, DTensor) else value
+                if not each.endswith(".step") and part.numel():
+                    found[each] = part.detach()
+    return found
+
+
+def parts_of_ranks(folder: str, strategy: str, **settings: Any) -> dict[str, Any]:
+    """Fill every rank's part with its own values, save, and resume with a model whose trained weights are zero."""
+    fill, start = Fill(), AtStart()
+    save = AdapterCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer_of(strategy, [fill, save], max_steps=1, **settings).fit(ShardedAutomatic(network()), loader())
+    net = network()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(not p.requires_grad)
+    save = AdapterCheckpoint(folder + "-2", filename="{step}")
+    trainer = trainer_of(strategy, [start, save], max_steps=2, **settings)
+    trainer.fit(ShardedAutomatic(net), loader(), ckpt_path=f"{folder}/step=1.ckpt")
+    return {"saved": fill.filled, "loaded": start.seen}
+
+
+class Traffic(TorchDispatchMode):
+    """The largest tensor and the sum of bytes in collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+            sizes = [t.numel() * t.element_size() for t in _tensors((args, result))]
+            self.total += max(sizes, default=0)
+            self.largest = max(self.largest, *sizes, 0)
+        return result
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for each in value for t in _tensors(each)] if isinstance(value, (list, tuple)) else []
+
+
+class Wide(nn.Module):
+    """A frozen base much larger than the adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 500), nn.Linear(500, 500)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))[:, :3]
+
+
+def traffic(folder: str, strategy: str, saver: str = "adapter", **settings: Any) -> dict[str, Any]:
+    """Bytes in the collectives while a checkpoint is saved, and while it is loaded; and the sizes of things."""
+    counts = {}
+
+    def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Traffic() as mode:
+                result = action(*args, **kwargs)
+            counts[name] = {"total": mode.total, "largest": mode.largest}
+            return result
+
+        return run
+
+    def trainer(where: str, steps: int) -> Any:
+        save = SAVERS[saver](where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        save._save_checkpoint = counted("save", save._save_checkpoint)  # type: ignore[attr-defined]
+        return trainer_of(strategy, [EFMLoRA(RHO), save], max_steps=steps, **settings)
+
+    first = wide_module()
+    sizes = {
+        "base": sum(p.numel() * 8 for p in first.parameters() if not p.requires_grad),
+        "adapter": sum(p.numel() * 8 for p in first.parameters() if p.requires_grad),
+        "factor": max(p.numel() * 8 for p in first.parameters() if p.requires_grad),
+    }
+    trainer(folder, 1).fit(first, loader())
+    resumed = trainer(folder + "-2", 2)
+    connector = resumed._checkpoint_connector
+    connector._restore_modules_and_callbacks = counted("load", connector._restore_modules_and_callbacks)
+    resumed.fit(wide_module(), loader(), ckpt_path=f"{folder}/step=1.ckpt")
+    return {**counts, **sizes}
+
+
+def wide_module() -> ShardedAutomatic:
+    torch.manual_seed(0)
+    net = get_peft_model(Wide(), LoraConfig(r=2, target_modules=["first", "last"])).double()
+    return ShardedAutomatic(net)
+
+
+def wrapped_inside() -> dict[str, Any]:
+    """A model of which only a part is under FSDP1, as a configure_model may have wrapped it."""
+    torch.manual_seed(0)
+    inner, scale = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), nn.Parameter(torch.ones(7))
+    expected = {name: p.detach().clone() for name, p in inner.named_parameters()}
+    unit = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    model = nn.ModuleDict({"unit": unit})
+    model.register_parameter("scale", scale)
+    layout = layout_of(model, model.parameters())
+    found = {name: layout.gather(p, p) for name, p in inner.named_parameters()}
+    parts = [torch.equal(layout.part(found[name], p), p) for name, p in inner.named_parameters()]
+    return {
+        "expected": expected,
+        "found": found,
+        "parts": all(parts),
+        "whole": torch.equal(layout.gather(scale, scale), scale) and not layout.splits(scale),
+        "sharded": is_sharded(model),
+    }
+
+
+def odd_optimizer(folder: str, strategy: str) -> dict[str, Any]:
+    """An optimizer that keeps something else than a number or the parameter's size of a sharded parameter."""
+
+    class Odd(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            for state in trainer.optimizers[0].state.values():
+                state["history"] = torch.zeros(1000)
+
+    save = AdapterCheckpoint(folder, every_n_train_steps=1)
+    trainer_of(strategy, [Odd(), save], max_steps=1).fit(ShardedAutomatic(network()), loader())
+    return {}

@@ -1,0 +1,192 @@
+"""Kill training processes at chosen moments, and resume from what they left.
+
+Processes are forked from this one, which has imported everything and computes nothing: they start at once.
+"""
+
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from checkpoint_runs import loader, trainer_of
+from fits import ShardedAutomatic
+from strategies import full_weights
+from test_exactness import BETA, RHO, network
+
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+
+STEPS, EVERY = 4, 2
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link"}
+
+
+class Saver(AdapterCheckpoint):
+    """Keeps the newest and the last, and notes outside of the folder which steps are completely saved."""
+
+    done: Path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        if trainer.global_step % EVERY == 0 and trainer.is_global_zero:
+            self.done.write_text(str(trainer.global_step))
+
+
+def train(folder: Path, strategy: str, save_last: Any, kill: dict[str, Any] | None, resume: bool) -> None:
+    """What a process does: train four steps, save every second, and die when it has to."""
+    torch.set_num_threads(1)
+    saver = Saver(folder, filename="{step}", save_top_k=1, save_last=save_last, every_n_train_steps=EVERY)
+    saver.done = folder.with_suffix(".saved")
+    driver, module = EFMLoRA(RHO, beta=BETA), ShardedAutomatic(network())
+    callbacks: list[L.Callback] = [driver, saver]
+    if kill and kill["rank"] in (None, int(os.environ.get("RANK", 0))):
+        callbacks += arm(kill, folder)
+    trainer = trainer_of(strategy, callbacks, max_steps=STEPS)
+    trainer.fit(module, loader(), ckpt_path="last" if resume else None)
+    result = {"weights": full_weights(trainer.strategy, module.net), "driver": driver.state_dict()}
+    if trainer.is_global_zero:
+        torch.save(result, folder.with_suffix(".end"))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
+    """Die at a "step", as "saving" begins, at an "event" (a change of the folder after a save), or half "written"."""
+    if kill["at"] == "step":
+        return [At(kill["step"])]
+    if kill["at"] == "saving":
+        save = Saver._save_checkpoint
+
+        def saving(self: Saver, trainer: L.Trainer, filepath: str) -> None:
+            if trainer.global_step == kill["step"]:
+                die()
+            save(self, trainer, filepath)
+
+        Saver._save_checkpoint = saving  # type: ignore[method-assign]
+    if kill["at"] == "written":
+        write, count = torch.save, iter(range(1000))
+
+        def half(state: Any, file: Any, **options: Any) -> None:
+            if not isinstance(file, io.BufferedWriter):
+                write(state, file, **options)
+                return
+            write(state, whole := io.BytesIO())
+            file.write(whole.getvalue()[: len(whole.getvalue()) // (2 if next(count) == kill["count"] else 1)])
+            file.flush()
+            if len(whole.getvalue()) != file.tell():
+                die()
+
+        torch.save = half
+    if kill["at"] == "event":
+        events = iter(range(1, 10000))
+
+        def hook(event: str, args: Any) -> None:
+            changes = event in CHANGES or (event == "open" and isinstance(args[1], str) and "w" in args[1])
+            ours = changes and str(folder) + "/" in f"{args[0]}/" and folder.with_suffix(".saved").exists()
+            if ours and next(events) == kill["event"]:
+                die()
+
+        sys.addaudithook(hook)
+    return []
+
+
+class At(L.Callback):
+    """Dies when a step begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            die()
+
+
+def fork(ranks: int, folder: Path, strategy: str, save_last: Any, kill: Any, resume: bool = False) -> list[int]:
+    """Train on forked processes, end the others soon after one has died, and return the signal that ended each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running: dict[int, int] = {}
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _be_child(rank, ranks, port, folder, (strategy, save_last, kill, resume))
+        running[pid] = rank
+    ends, deadline = [0] * ranks, time.monotonic() + 60
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            ends[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+            if status:
+                deadline = min(deadline, time.monotonic() + 1.0)  # as torchrun does, after a while
+        elif time.monotonic() > deadline:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            deadline += 60
+        else:
+            time.sleep(0.01)
+    return ends
+
+
+def _be_child(rank: int, ranks: int, port: int, folder: Path, how: tuple[Any, ...]) -> None:
+    code = 1
+    try:
+        if ranks > 1:
+            elastic = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "GROUP_RANK": 0,
+            }
+            elastic |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "crash"}
+            os.environ.update({key: str(value) for key, value in elastic.items()})
+        train(folder, *how)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder: Path) -> None:
+    ends: dict[str, Any] = {}
+    for name, (ranks, strategy, save_last, kill) in json.loads((folder / "plan.json").read_text()).items():
+        if kill and kill.get("event") == "each":
+            number = 0
+            while number == 0 or ends[f"{name}-{number}"][0] == -signal.SIGKILL:
+                number += 1
+                where = folder / f"{name}-{number}"
+                ends[where.name] = fork(ranks, where, strategy, save_last, {**kill, "event": number})
+            continue
+        ends[name] = fork(ranks, folder / name, strategy, save_last, kill)
+        if kill:
+            (folder / f"{name}.left").write_text(json.dumps(_listing(folder / name)))
+            ends[f"{name}-resumed"] = fork(ranks, folder / name, strategy, save_last, None, resume=True)
+    (folder / "ends.json").write_text(json.dumps(ends))
+
+
+def _listing(folder: Path) -> dict[str, int]:
+    """The step of each checkpoint in a folder, -1 if it can't be read, and the last step known to be saved."""
+    steps = {file.name: _step(file) for file in folder.glob("*.ckpt")}
+    return {**steps, "saved": int(folder.with_suffix(".saved").read_text())}
+
+
+def _step(file: Path) -> int:
+    try:
+        return int(torch.load(file, weights_only=True)["global_step"])
+    except Exception:
+        return -1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,177 @@
+"""Checkpoints under every strategy: complete for what learns, of one format, small, resumable on any number of ranks.
+
+All runs on two processes share one launch; those on one process run here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_runs import END, MIDDLE, train
+from helpers import same
+from launch import Results, launch
+from peft import PeftModel
+from torch import nn
+
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("ddp", {}),
+    "fsdp1-full": ("fsdp1-layers", {"state_dict_type": "full"}),
+    "fsdp1-sharded": ("fsdp1-root", {"state_dict_type": "sharded"}),
+    "fsdp1-linears": ("fsdp1-linears", {"state_dict_type": "full"}),
+    "fsdp2-full": ("fsdp2", {"save_distributed_checkpoint": False}),
+    "fsdp2-distributed": ("fsdp2", {"save_distributed_checkpoint": True}),
+}
+SHARDED = [name for name in STRATEGIES if name != "ddp"]
+
+
+class Runs:
+    """Results of the launch, and of the runs on one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.one = train(str(folder / "one"), "single")
+        self.two: Results = launch(folder, dict(self._planned()))
+
+    def file(self, run: str, step: int = MIDDLE) -> str:
+        return str(self.folder / run / f"step={step}.ckpt")
+
+    def _planned(self) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+        for name, (strategy, settings) in STRATEGIES.items():
+            common = {"strategy": strategy, "strategy_settings": settings}
+
+            def planned(run: str, name: str = name, common: Any = common, function: str = "train", **more: Any) -> Any:
+                run = f"{name}-{run}"
+                return run, (f"checkpoint_runs:{function}", {"folder": str(self.folder / run), **common, **more})
+
+            yield planned("whole")
+            yield planned("resumed", resume=self.file(f"{name}-whole"))
+            yield planned("lightning", saver="lightning")
+            yield planned("lightning-resumed", saver="lightning", resume=self.file(f"{name}-lightning"))
+            yield planned("from-one", resume=self.file("one"))
+            yield planned("parts", function="parts_of_ranks")
+            yield planned("traffic", function="traffic")
+            if name in ("fsdp1-full", "fsdp2-full"):
+                yield planned("lightning-traffic", function="traffic", saver="lightning")
+        yield "wrapped-inside", ("checkpoint_runs:wrapped_inside", {})
+        for strategy in ("fsdp1", "fsdp2"):
+            run = f"odd-{strategy}"
+            yield run, ("checkpoint_runs:odd_optimizer", {"folder": str(self.folder / run), "strategy": strategy})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("checkpoints"))
+
+
+def saved(runs: Runs, name: str, step: int = MIDDLE) -> dict[str, Any]:
+    return torch.load(runs.file(f"{name}-whole", step), weights_only=True)
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.allclose(torch.as_tensor(value).double(), torch.as_tensor(other[name]).double(), atol=1e-10), name
+
+
+@pytest.mark.parametrize("saver", ["", "lightning-"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_resumed_equals_uninterrupted_bit_for_bit(runs: Runs, name: str, saver: str) -> None:
+    """On the same layout, with our files and with Lightning's of both formats."""
+    whole = runs.two[f"{name}-{saver or 'whole'}".removesuffix("-")]
+    for rank, resumed in enumerate(runs.two[f"{name}-{saver}resumed"]):
+        for part, value in whole[rank].items():
+            assert same(value, resumed[part]), (rank, part)
+        assert resumed["steps"] == END
+        assert any(E.any() for E in resumed["driver"]["perturbation"]["E"].values())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_holds_every_ranks_part(runs: Runs, name: str) -> None:
+    """Each rank's values, of weights and of the optimizer, come back to it through a model that starts at zero."""
+    ranks = runs.two[f"{name}-parts"]
+    for rank in ranks:
+        assert same(rank["saved"], rank["loaded"])
+    assert sum(len(rank["saved"]) for rank in ranks) >= 24  # eight weights and their two averages
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_saved_on_two_ranks_resumed_on_one(runs: Runs, name: str, tmp_path: Path) -> None:
+    resumed = train(str(tmp_path), "single", resume=runs.file(f"{name}-whole"))
+    assert_close(resumed["weights"], runs.one["weights"])
+    assert_close(resumed["optimizer"], runs.one["optimizer"])
+    assert_close(*(each["driver"]["perturbation"]["E"] for each in (resumed, runs.one)))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_saved_on_one_resumed_on_two_ranks(runs: Runs, name: str) -> None:
+    for rank in runs.two[f"{name}-from-one"]:
+        assert_close(rank["weights"], runs.one["weights"])
+        assert_close(rank["driver"]["perturbation"]["E"], runs.one["driver"]["perturbation"]["E"])
+    resumed = torch.load(runs.file(f"{name}-from-one", END), weights_only=True)
+    expected = torch.load(runs.file("one", END), weights_only=True)
+    for index, state in expected["optimizer_states"][0]["state"].items():
+        assert_close(resumed["optimizer_states"][0]["state"][index], state)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_writes_the_file_of_one_process(runs: Runs, name: str) -> None:
+    """The same entries, shapes and dtypes, so nothing of the base and no wrapper's name in any of them."""
+    file, expected = saved(runs, name), torch.load(runs.file("one"), weights_only=True)
+    assert outline({**file, "callbacks": None, "loops": None}) == outline(
+        {**expected, "callbacks": None, "loops": None}
+    )
+    assert_close(file["state_dict"], expected["state_dict"])
+    E = file["callbacks"]["EFMLoRA"]["perturbation"]["E"]
+    assert sorted(E) == [f"net.base_model.model.{layer}.lora_B.default.weight" for layer in (0, 2, 4)]
+
+
+def outline(value: Any) -> Any:
+    """Keys, shapes and dtypes of nested states."""
+    if isinstance(value, dict):
+        return {key: outline(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [outline(each) for each in value]
+    return (value.shape, value.dtype, value.device) if isinstance(value, torch.Tensor) else type(value)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_peft_loads_the_folder(runs: Runs, name: str) -> None:
+    folder = Path(runs.file(f"{name}-whole", END)).with_suffix("")
+    loaded = PeftModel.from_pretrained(plain_base(), str(folder))
+    expected = runs.two[f"{name}-whole"][0]["weights"]
+    found = dict(loaded.named_parameters())
+    for key, value in expected.items():
+        assert same(found[key].detach(), value), key
+
+
+def plain_base() -> nn.Module:
+    layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_the_frozen_base_is_never_gathered(runs: Runs, name: str) -> None:
+    """No collective is larger than a factor, on saving and on loading; Lightning's full format gathers all."""
+    for rank in runs.two[f"{name}-traffic"]:
+        assert max(rank["save"]["largest"], rank["load"]["largest"]) <= rank["factor"]
+        assert rank["save"]["total"] <= 7 * rank["adapter"]
+    if name.endswith("full"):
+        assert all(rank["save"]["total"] > rank["base"] / 2 for rank in runs.two[f"{name}-lightning-traffic"])
+
+
+def test_any_trained_parameter_is_gathered_whatever_is_wrapped(runs: Runs) -> None:
+    """Biases and norms too, and where only a part of the model is under FSDP1, a parameter outside of it."""
+    for rank in runs.two["wrapped-inside"]:
+        assert same(rank["found"], rank["expected"])
+        assert rank["parts"]
+        assert rank["whole"]
+        assert rank["sharded"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_an_optimizer_that_cannot_be_made_whole_is_refused(runs: Runs, strategy: str) -> None:
+    for error in runs.two.error(f"odd-{strategy}"):
+        assert "the optimizer keeps 'history' of the shape (1000,)" in error

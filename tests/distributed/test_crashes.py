@@ -1,0 +1,85 @@
+"""Processes killed at any moment lose the steps since the last checkpoint and no more, and damage none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import same
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+KILLED = -signal.SIGKILL
+
+WHOLE: dict[str, Any] = {kind: (2, kind, True, None) for kind in ("ddp", "fsdp1-root", "fsdp2")}
+ONE_OR_ALL: dict[str, Any] = {
+    "one-between-steps": (2, "ddp", True, {"at": "step", "step": 3, "rank": 1}),
+    "first-between-steps": (2, "fsdp2", True, {"at": "step", "step": 3, "rank": 0}),
+    "all-between-steps": (2, "fsdp1-root", True, {"at": "step", "step": 3, "rank": None}),
+    "one-before-gathering": (2, "fsdp1-root", True, {"at": "saving", "step": 4, "rank": 1}),
+    "first-half-written": (2, "fsdp2", True, {"at": "written", "count": 2, "rank": 0}),
+    "first-half-written-last": (2, "ddp", True, {"at": "written", "count": 3, "rank": 0}),
+}
+EACH: dict[str, Any] = {
+    kind: (1, "single", last, {"at": "event", "event": "each", "rank": None})
+    for kind, last in (("link", "link"), ("copy", True))
+}
+
+
+@pytest.fixture(scope="module")
+def crashes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """The folder of all runs, and how each process of them ended."""
+    folder = tmp_path_factory.mktemp("crashes")
+    (folder / "plan.json").write_text(json.dumps({**WHOLE, **ONE_OR_ALL, **EACH}))
+    command = [sys.executable, "-W", "ignore", str(HERE / "crashes.py"), str(folder)]
+    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder, json.loads((folder / "ends.json").read_text())
+
+
+@pytest.mark.parametrize("name", ONE_OR_ALL)
+def test_a_killed_run_resumes_from_the_last_checkpoint(crashes: tuple[Path, Any], name: str) -> None:
+    """Every file can be read, the last is not older than the last complete save, and the resumed run ends as ever."""
+    folder, ends = crashes
+    strategy, killed = ONE_OR_ALL[name][1], ONE_OR_ALL[name][3]["rank"]
+    assert all(end == KILLED for rank, end in enumerate(ends[name]) if killed in (None, rank))
+    left = json.loads((folder / f"{name}.left").read_text())
+    assert min(left.values()) >= left["saved"] == 2
+    assert ends[f"{name}-resumed"] == [0, 0]
+    ended, expected = (torch.load(folder / f"{run}.end", weights_only=True) for run in (name, strategy))
+    assert same(ended, expected)
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_a_kill_before_any_change_of_the_folder_leaves_a_checkpoint(crashes: tuple[Path, Any], kind: str) -> None:
+    """Killed before each file operation of a save in turn: what is left is complete and of the uninterrupted run."""
+    folder, ends = crashes
+    moments = [name for name, (end, *_) in ends.items() if name.startswith(f"{kind}-") and end == KILLED]
+    assert len(moments) > 10
+    expected = {2: content(folder / f"{kind}-1" / "step=2.ckpt")}
+    expected[4] = content(folder / f"{kind}-{len(moments) + 1}" / "step=4.ckpt")
+    for name in moments:
+        files = list((folder / name).glob("*.ckpt"))
+        assert (folder / name / "last.ckpt").exists(), name
+        for file in files:
+            found = content(file)
+            assert same(found, expected[found["step"]]), (name, file.name)
+            adapter = load_file(file.with_suffix("") / "adapter_model.safetensors")
+            assert len(adapter) == len(found["weights"]), (name, file.name)
+
+
+def content(file: Path) -> dict[str, Any]:
+    checkpoint = torch.load(file, weights_only=True)
+    return {
+        "step": checkpoint["global_step"],
+        "weights": checkpoint["state_dict"],
+        "optimizer": checkpoint["optimizer_states"],
+        "driver": checkpoint["callbacks"]["EFMLoRA"],
+        "loops": checkpoint["loops"]["fit_loop"],
+    }
