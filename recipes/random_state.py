@@ -8,13 +8,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from recipes.ranks import gathered, rank
+
 
 class RandomState(Callback):
     """Save the states of Python's, NumPy's and PyTorch's generators in checkpoints and put them back on resume.
 
     Lightning does neither. With a data loader that can resume (torchdata's ``StatefulDataLoader``) and draws from a
     generator of its own, a run resumed in mid-epoch equals the uninterrupted one bit for bit, dropout included.
-    Under several processes all ranks get rank 0's state, as they all start from one seed.
+    Each process saves its own and gets it back; on another number of processes they share what there is.
     """
 
     def __init__(self) -> None:
@@ -22,11 +24,12 @@ class RandomState(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return collect_random_state()
+        return {"ranks": gathered(collect_random_state())}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        ranks = state_dict["ranks"]
+        self._loaded = ranks[rank() % len(ranks)]
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

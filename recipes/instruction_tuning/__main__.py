@@ -18,9 +18,9 @@ class RecipeCLI(LightningCLI):
         return trainer
 
 
-def main(args: ArgsType = None) -> None:
-    """Run the command line, or a list of arguments."""
-    RecipeCLI(
+def main(args: ArgsType = None) -> RecipeCLI:
+    """Run the command line, or a list of arguments; what it has built."""
+    return RecipeCLI(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+from typing_extensions import override
 
 from recipes.instruction_tuning.chat import IGNORED
 
@@ -18,7 +20,8 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
     """Batches of similar length in random order: a pure function of the seed and the epoch.
 
     A stateful loader resumes it by passing over the batches it has given. As a DistributedSampler it is left in place
-    by Lightning, which tells it the epoch; ranks take turns on the batches.
+    by Lightning, which tells it the epoch; ranks take turns on the batches. For each to have as many, training repeats
+    some batches; without shuffling some are divided instead, so that an evaluation sees each example once.
 
     Args:
         lengths: tokens of each example.
@@ -46,6 +49,8 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # A generator, so that the epoch is read with the first batch: a resuming trainer asks for the iterator earlier.
         batches = self._batches(self.epoch if self.shuffle else 0)
+        if not self.shuffle:
+            batches = divided(batches, self.total_size)
         padded = [batches[i % len(batches)] for i in range(self.total_size)]  # every rank takes as many
         yield from padded[self.rank :: self.num_replicas]
 
@@ -57,6 +62,17 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
         by_length = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
         batches = [by_length[i : i + self.batch_size].tolist() for i in range(0, len(by_length), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]
+
+
+class LateLoader(StatefulDataLoader):  # type: ignore[misc]
+    """A loader that starts with the first batch asked for, at the place that it has been given until then.
+
+    A trainer that builds its optimizer before it loads a checkpoint, as under FSDP, has asked for the iterator already.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
 
 
 class Collate:
@@ -88,6 +104,23 @@ class Collate:
             "prompt_ids": examples["prompt_ids"],
             "answers": examples["answer"],
         }
+
+
+def divided(batches: list[list[int]], number: int) -> list[list[int]]:
+    """As many batches as asked for, or as can be, with the same examples in the same order: the last long are halved.
+
+    Example:
+        >>> divided([[1, 2], [3, 4], [5]], 5)
+        [[1], [2], [3], [4], [5]]
+    """
+    batches = list(batches)
+    while len(batches) < number:
+        place = max(range(len(batches)), key=lambda i: (len(batches[i]), i))
+        halves = batches[place][: len(batches[place]) // 2], batches[place][len(batches[place]) // 2 :]
+        if not halves[0]:
+            break
+        batches[place : place + 1] = halves
+    return batches
 
 
 def pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:

@@ -9,14 +9,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer
 from typing_extensions import override
 
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.batches import Batch, Collate, LengthBatchSampler
+from recipes.instruction_tuning.batches import Batch, Collate, LateLoader, LengthBatchSampler
 from recipes.instruction_tuning.chat import IGNORED, ChatEncoder
 
 _PARTS = ("train", "validation", "test")
@@ -96,24 +95,25 @@ class InstructionData(L.LightningDataModule):
                 self.parts[part] = self._encoded(part)
 
     @override
-    def train_dataloader(self) -> StatefulDataLoader[Batch]:
+    def train_dataloader(self) -> LateLoader:
         loader = self._loader("train")
-        loader.sampler.set_epoch(self._place.get("epoch", 0))
-        loader.load_state_dict(self._place.get("train_loader", {}))
-        self._place = {}
+        self._go_on(loader)
         return loader
 
     @override
-    def val_dataloader(self) -> StatefulDataLoader[Batch] | list[Any]:
+    def val_dataloader(self) -> LateLoader | list[Any]:
         return self._loader("validation") if len(self.parts["validation"]) else []
 
     @override
-    def test_dataloader(self) -> StatefulDataLoader[Batch]:
+    def test_dataloader(self) -> LateLoader:
         return self._loader("test")
 
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.parts["predict"], batch_size=self.batch_size, collate_fn=_columns)
+        prompts = self.parts["predict"]
+        # As many for each, which FSDP needs.
+        sampler: Any = DistributedSampler(prompts, shuffle=False, **self._ranks())  # type: ignore[arg-type]
+        return DataLoader(prompts, batch_size=self.batch_size, sampler=sampler, collate_fn=_columns)
 
     # The place in the epoch. Lightning keeps it too, but does not put it back if anybody has asked for
     # `trainer.estimated_stepping_batches` before the loops' state is restored, as learning rate schedules do.
@@ -123,22 +123,36 @@ class InstructionData(L.LightningDataModule):
         loader = self.trainer.train_dataloader if self.trainer else None
         if loader is None:
             return {}
-        epoch = loader.sampler.epoch
+        place = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas}
         if self.trainer and self.trainer.is_last_batch:
-            return {"epoch": epoch + 1}
-        return {"epoch": epoch, "train_loader": loader.state_dict()}
+            return place | {"epoch": place["epoch"] + 1}
+        return place | {"train_loader": loader.state_dict()}  # each rank has given as many batches
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._place = state_dict
+        loader = self.trainer.train_dataloader if self.trainer else None
+        if loader is not None:  # FSDP builds the optimizer, whose schedule asks for the loader, before it loads
+            self._go_on(loader)
 
-    def _loader(self, part: str) -> StatefulDataLoader[Batch]:
+    def _go_on(self, loader: LateLoader) -> None:
+        """Put the loader at the place that a checkpoint has told, once."""
+        ranks = loader.sampler.num_replicas
+        if "train_loader" in self._place and self._place.get("ranks", 1) != ranks:
+            rank_zero_warn(
+                f"The checkpoint is of {self._place.get('ranks', 1)} devices and this run has {ranks}: the rest of its "
+                "epoch repeats examples and leaves others out"
+            )
+        loader.sampler.set_epoch(self._place.get("epoch", 0))
+        loader.load_state_dict(self._place.get("train_loader", {}))
+        self._place = {}
+
+    def _loader(self, part: str) -> LateLoader:
         encoded = self.parts[part]
-        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {}) if self.trainer else {}
         sampler = LengthBatchSampler(
-            encoded["length"], self.batch_size, seed=self.seed, shuffle=part == "train", **(ranks or {})
+            encoded["length"], self.batch_size, seed=self.seed, shuffle=part == "train", **self._ranks()
         )
-        return StatefulDataLoader(
+        return LateLoader(
             encoded,
             batch_size=None,  # the sampler gives whole batches
             sampler=sampler,
@@ -148,6 +162,11 @@ class InstructionData(L.LightningDataModule):
             # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _ranks(self) -> dict[str, int]:
+        """How many processes share the data, and which this one is."""
+        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
+        return ranks or {"num_replicas": 1, "rank": 0}
 
     def _tokenizer(self) -> Any:
         if self.tokenizer_name is not None:
@@ -194,7 +213,10 @@ class InstructionData(L.LightningDataModule):
         if not prompts:
             raise MisconfigurationException(f"prompts={self.prompts!r} holds no prompt: write one a line")
         encode = self.encoder.encode_prompt
-        return [{"prompt": p, "prompt_ids": encode([{"role": "user", "content": p}])} for p in prompts]
+        return [
+            {"line": line, "prompt": p, "prompt_ids": encode([{"role": "user", "content": p}])}
+            for line, p in enumerate(prompts)
+        ]
 
 
 def part_of(key: str, shares: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from recipes import packaged
 from recipes.instruction_tuning.batches import Batch, pad
 from recipes.instruction_tuning.chat import IGNORED
+from recipes.instruction_tuning.sharding import is_sharded
 
 PACKAGED = "packaged"
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -101,10 +102,16 @@ def answer_log_likelihood(net: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[str]:
-    """The model's most likely answers, token by token, to prompts that a chat template has opened."""
+    """The model's most likely answers, token by token, to prompts that a chat template has opened.
+
+    Where the model is sharded, every rank has to call it, and goes on until all have their answers.
+    """
+    synced = is_sharded(net)
+    if not prompt_ids and not synced:
+        return []
     device = next(net.parameters()).device
     pad_id = tokenizer.pad_token_id or 0
-    rows = [torch.tensor(ids) for ids in prompt_ids]
+    rows = [torch.tensor(ids) for ids in prompt_ids or [[pad_id]]]  # a rank without prompts helps the others
     prompts = pad(rows, pad_id, side="left").to(device)
     answers = net.generate(
         input_ids=prompts,
@@ -112,7 +119,8 @@ def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad_id,
-    )[:, prompts.shape[1] :]
+        synced_gpus=synced,
+    )[: len(prompt_ids), prompts.shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 

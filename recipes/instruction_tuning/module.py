@@ -1,10 +1,8 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
-import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -12,12 +10,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import get_scheduler
 from typing_extensions import override
 
 from lightning_flatlora import FMLoRAModule
 from recipes.instruction_tuning.batches import Batch
+from recipes.instruction_tuning.evaluation import AnswerWriter, EvaluationMetrics
 from recipes.instruction_tuning.model import (
     DEFAULT_LORA,
     DType,
@@ -29,7 +28,7 @@ from recipes.instruction_tuning.model import (
     load_tokenizer,
     model_source,
 )
-from recipes.instruction_tuning.sources import normalised
+from recipes.instruction_tuning.sharding import check_strategy, shard
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
@@ -90,8 +89,12 @@ class LanguageModel(L.LightningModule):
 
     @override
     def configure_model(self) -> None:
+        if self._trainer is not None:
+            check_strategy(self.trainer.strategy, self.quantization, self.lora)
         if self.net is None:
             self.net = add_adapter(load_base(self.model_name, self.dtype_name, self.quantization), self.lora)
+        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
+            shard(self.net, self.device_mesh["data_parallel"])
 
     @override
     def configure_optimizers(self) -> Any:
@@ -108,6 +111,19 @@ class LanguageModel(L.LightningModule):
                 f"schedule={self.schedule!r} spreads over the run, and this one has no end: set max_steps or max_epochs"
             )
         return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        model = self.trainer.strategy.model
+        if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
+            model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean negative log-likelihood per answer token, in nats; logged as ``train_loss``."""
@@ -130,21 +146,35 @@ class LanguageModel(L.LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
-        metrics = self.metrics[stage]
-        assert isinstance(metrics, EvaluationMetrics)
+        metrics = self._metrics(stage)
         log_likelihood, tokens = self.log_likelihood(batch)
         metrics.update_loss(log_likelihood[batch["gold"]], tokens[batch["gold"]])
         metrics.update_choices(log_likelihood / tokens, batch)
         self._compare_free_answers(metrics, batch)
-        for name, metric in metrics.used():
-            self.log(f"{stage}_{name}", metric, on_epoch=True, prog_bar=name != "perplexity", batch_size=1)
 
-    def _compare_free_answers(self, metrics: "EvaluationMetrics", batch: Batch) -> None:
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._metrics("val").log(self, "val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._metrics("test").log(self, "test")
+
+    def _metrics(self, stage: str) -> EvaluationMetrics:
+        return cast("EvaluationMetrics", self.metrics[stage])
+
+    def _compare_free_answers(self, metrics: EvaluationMetrics, batch: Batch) -> None:
+        """Generate, on all ranks or none, until the data's first ``exact_match_examples`` are done."""
         left = self.exact_match_examples - metrics.compared
+        if left <= 0:
+            return
         free = [(ids, answer) for ids, answer in zip(batch["prompt_ids"], batch["answers"], strict=True) if answer]
-        if free[: max(left, 0)]:
-            prompts, answers = zip(*free[:left], strict=True)
-            metrics.update_exact_match(self.generate(list(prompts)), list(answers))
+        counts = cast("Tensor", self.all_gather(torch.tensor(len(free), device=self.device))).flatten().tolist()
+        if sum(counts):
+            mine = free[: max(left - sum(counts[: self.global_rank]), 0)]
+            answers = self.generate([ids for ids, _ in mine])
+            metrics.update_exact_match(answers, [answer for _, answer in mine])
+            metrics.compared += sum(counts)
 
     def generate(self, prompt_ids: list[list[int]]) -> list[str]:
         """Answers to encoded prompts, each token the most likely one."""
@@ -176,78 +206,3 @@ class InstructionTuningFM(LanguageModel, FMLoRAModule):
     @override
     def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.loss(batch)
-
-
-class Perplexity(MeanMetric):
-    """exp of the mean negative log-likelihood per token."""
-
-    @override
-    def compute(self) -> Tensor:
-        return super().compute().exp()
-
-
-class EvaluationMetrics(torch.nn.Module):
-    """Metrics of one evaluation: loss and perplexity per answer token, accuracy of choices or free answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss = MeanMetric()
-        self.perplexity = Perplexity()
-        self.accuracy = MeanMetric()
-        self.exact_match = MeanMetric()
-
-    @property
-    def compared(self) -> int:
-        """Free answers compared so far."""
-        return int(self.exact_match.weight)
-
-    def used(self) -> list[tuple[str, Metric]]:
-        """Name and metric of those that this data has updated."""
-        return [(name, m) for name, m in self.named_children() if isinstance(m, Metric) and m.update_called]
-
-    def update_loss(self, log_likelihood: Tensor, tokens: Tensor) -> None:
-        """Take up right answers' log-likelihoods in nats and numbers of tokens, each (examples,)."""
-        for metric in (self.loss, self.perplexity):
-            metric.update(-log_likelihood / tokens, tokens)
-
-    def update_choices(self, scores: Tensor, batch: Batch) -> None:
-        """Take up whether each example's best option is the right one; scores (rows,) are mean log-likelihoods."""
-        first = 0
-        for count, gold in zip(batch["options"], batch["gold"].tolist(), strict=True):
-            if count > 1:
-                self.accuracy.update((scores[first : first + count].argmax() + first == gold).float())
-            first += count
-
-    def update_exact_match(self, answers: list[str], expected: list[str]) -> None:
-        """Take up whether answers equal the expected ones, but for case, punctuation and spaces."""
-        for answer, right in zip(answers, expected, strict=True):
-            self.exact_match.update(float(normalised(answer) == normalised(right)))
-
-
-class AnswerWriter(L.Callback):
-    """Print predicted answers, and write them as JSON lines into the run's folder."""
-
-    @override
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        path = self._path(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if batch_idx else "w", encoding="utf-8") as lines:
-            for row in outputs:
-                print(f"> {row['prompt']}\n{row['answer']}\n")
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    @override
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        print(f"Answers are in {self._path(trainer)}")
-
-    def _path(self, trainer: L.Trainer) -> Path:
-        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        return Path(trainer.log_dir or trainer.default_root_dir) / f"answers{rank}.jsonl"

@@ -1,0 +1,110 @@
+"""A language model sharded by its own transformer blocks: under FSDP2, and under FSDP1."""
+
+from typing import Any
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+_OVERLAYS = "recipes/instruction_tuning/configs/strategies"
+
+
+class FSDP2(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, over all devices of all nodes, whatever their number; one file a checkpoint.
+
+    ModelParallelStrategy's own defaults would split each layer over the devices of a node (tensor parallelism) instead.
+
+    Args:
+        process_group_backend: "nccl" or "gloo"; None takes the device's.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend
+        )
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+class BlocksAndFactors:
+    """FSDP1's ``auto_wrap_policy``: each transformer block is a unit, and each trained layer inside it another.
+
+    FSDP1 flattens a unit into one tensor: it has to be of one dtype, and where a part of it is trained, the frozen part
+    gets a gradient too. With the adapter's factors apart the frozen base keeps its own dtype, and no gradient.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: set[int] = set()
+
+    def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        """What FSDP asks on its way down from the root: whether to go on into a module, and whether to wrap it."""
+        if isinstance(module, PreTrainedModel):
+            self._blocks |= {id(block) for block in blocks(module)}
+        is_trained_layer = any(p.requires_grad for p in module.parameters(recurse=False))
+        return recurse or id(module) in self._blocks or is_trained_layer
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that a transformers model, or one inside, declares as not to be split: its transformer blocks."""
+    names = {n for m in model.modules() if isinstance(m, PreTrainedModel) for n in m._no_split_modules or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def shard(net: nn.Module, mesh: DeviceMesh) -> None:
+    """Apply FSDP2 in place, unless that has been done: each block a unit, and the rest another.
+
+    Args:
+        net: a peft model around a transformers model.
+        mesh: the ranks that share the parameters.
+    """
+    if isinstance(net, FSDPModule):
+        return
+    own = blocks(net)
+    if not own:
+        rank_zero_warn("The model names no blocks (_no_split_modules), so that it is gathered as a whole in each step")
+    for block in reversed(own):  # FSDP2 wants inner modules first
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    register_fsdp_forward_method(net, "generate")  # it goes past the forward of `net`, which gathers the embeddings
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether a forward of some part of the model needs all ranks."""
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in net.modules())
+
+
+def check_strategy(strategy: Strategy, quantization: str | None, lora: dict[str, Any]) -> None:
+    """Refuse what can't be sharded, before the model is loaded.
+
+    Raises:
+        MisconfigurationException: with the remedy.
+    """
+    if not isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        return
+    problem = None
+    if quantization is not None:
+        problem = f"quantization={quantization!r} is not tested with sharded weights: use ddp, or set it to null"
+    elif isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        problem = f"tensor parallelism is not supported: add --config {_OVERLAYS}/fsdp2.yaml"
+    elif isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("auto_wrap_policy"):
+        problem = (
+            "FSDP needs an auto_wrap_policy that keeps the float32 adapter apart from the frozen weights: "
+            f"add --config {_OVERLAYS}/fsdp1.yaml"
+        )
+    elif isinstance(strategy, FSDPStrategy) and lora.get("use_dora"):
+        problem = "DoRA reads weights of several FSDP1 units at once: use FSDP2 or ddp, or set use_dora to false"
+    if problem:
+        raise MisconfigurationException(problem)
