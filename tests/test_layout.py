@@ -7,6 +7,7 @@ import lightning_flatlora
 
 ROOT = Path(lightning_flatlora.__file__).parent
 TORCH_ONLY = ("functional.py", "pairs.py", "perturbation.py", "read_through.py", "schedules.py", "distributed.py")
+TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}
 
 
 def imports(path: Path) -> set[str]:
@@ -30,5 +31,8 @@ def test_the_library_knows_no_recipe() -> None:
 
 
 def test_collectives_are_in_one_file() -> None:
-    users = [p.name for p in ROOT.rglob("*.py") if any(m.startswith("torch.distributed") for m in imports(p))]
-    assert users == ["distributed.py"]
+    """Others may name the types of sharded tensors and modules, but not send or gather anything."""
+    for path in ROOT.rglob("*.py"):
+        sends = {module for module in imports(path) if module.startswith("torch.distributed")} - TYPES_ONLY
+        gathers = any(word in path.read_text() for word in (".full_tensor(", ".redistribute(", "summon_full_params"))
+        assert path.name == "distributed.py" or not (sends or gathers), path

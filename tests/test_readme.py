@@ -25,11 +25,22 @@ def test_commands_and_links_exist() -> None:
     for module in re.findall(r"python -m (recipes[\w.]*)", README):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
-    for config in re.findall(r"--config (\S+)", README):
-        assert (ROOT / config).exists(), config
-    for page in ("README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))):
-        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
-            assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text()
+        for variable, value in re.findall(r"^(\w+)=(.+)$", text, re.MULTILINE):
+            text = text.replace(f"${variable}", value.strip("\"'"))
+        for config in re.findall(r"--config[ =]([\w./]+/[\w./]+\.yaml)", text):
+            assert (ROOT / config).exists(), f"{page}: {config}"
+        for link, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", text):
+            target = page.parent / link
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{page}: {link}#{anchor}"
+
+
+def anchors(page: str) -> set[str]:
+    """Of each heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_method_page_names_functions_and_tests_that_exist() -> None:
