@@ -30,8 +30,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typing_extensions import override
 
 from recipes.benchmarks.step import METHODS, WORKLOADS, Learner
-from recipes.instruction_tuning.sharding import FSDP2, BlocksAndFactors, shard
 from recipes.ranks import gathered, rank
+from recipes.sharding import FSDP2, BlocksAndFactors, shard
 
 
 class ShardedLearner(Learner):
@@ -134,8 +134,9 @@ def start(options: argparse.Namespace, strategy: str, processes: int, method: st
     run += ["--strategies", strategy, "--processes", str(processes), "--methods", method]
     # What is freed goes back to the kernel at once, and is not counted.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+    part.unlink(missing_ok=True)
     done = subprocess.run(run, env=os.environ | settings, capture_output=True, text=True)
-    if done.returncode:
+    if not part.exists():  # PyTorch now and then aborts a process as it exits, with plain LoRA too
         raise RuntimeError(f"{strategy}, {processes} processes, {method}:\n{done.stderr[-3000:]}")
     measured: dict[str, Any] = json.loads(part.read_text())
     part.unlink()
@@ -150,8 +151,7 @@ def work(options: argparse.Namespace) -> None:
     if rank() == 0:
         options.output.write_text(json.dumps(measured))
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()  # at the interpreter's end gloo now and then aborts instead
+        dist.barrier()  # no process ends before the figures are written
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -169,9 +169,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for strategy in (options.strategies if processes > 1 else ["one"])
         for method in options.methods
     ]
-    result: dict[str, Any] = {"torch": torch.__version__, "model": options.model, "rows": []}
+    result = _begun(options)
     rows: list[dict[str, Any]] = result["rows"]
-    for each in track(runs, description="memory"):
+    measured = {(row["strategy"], row["processes"], row["method"]) for row in rows}
+    for each in track([each for each in runs if each not in measured], description="memory"):
         rows.append(start(options, *each))
         options.output.write_text(json.dumps(result, indent=2) + "\n")
     table = Table("strategy", "processes", "method", "between steps (MiB)", "peak (MiB)", title="each process")
@@ -181,6 +182,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     Console().print(table)
     print(f"written to {options.output}")
     return result
+
+
+def _begun(options: argparse.Namespace) -> dict[str, Any]:
+    """What an interrupted run of the same settings has left, or the start of a new result."""
+    settings = {"torch": torch.__version__, "model": options.model, "steps": options.steps}
+    if options.output.exists():
+        left: dict[str, Any] = json.loads(options.output.read_text())
+        if {name: value for name, value in left.items() if name != "rows"} == settings:
+            return left
+    return {**settings, "rows": []}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=several, help="of 2 and more")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=3, help="watched steps, after one of warm-up")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/memory.json"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/benchmarks/memory.json"), help="goes on with what it holds"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from recipes import packaged
 from recipes.instruction_tuning.batches import Batch, pad
 from recipes.instruction_tuning.chat import IGNORED
-from recipes.instruction_tuning.sharding import is_sharded
+from recipes.sharding import is_sharded
 
 PACKAGED = "packaged"
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}

@@ -28,7 +28,7 @@ from recipes.instruction_tuning.model import (
     load_tokenizer,
     model_source,
 )
-from recipes.instruction_tuning.sharding import check_strategy, shard
+from recipes.sharding import check_strategy, shard
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
@@ -94,7 +94,7 @@ class LanguageModel(L.LightningModule):
         if self.net is None:
             self.net = add_adapter(load_base(self.model_name, self.dtype_name, self.quantization), self.lora)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
-            shard(self.net, self.device_mesh["data_parallel"])
+            shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])
 
     @override
     def configure_optimizers(self) -> Any:

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from strategies import full_weights
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from recipes import sharding
 from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.__main__ import main
 
 CONFIGS = Path(sources.__file__).parent / "configs"
+STRATEGIES = Path(sharding.__file__).parent / "configs" / "strategies"
 
 
 def run(command: str, folder: str, method: str, strategy: str, options: list[str]) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
     if strategy == "one":
         arguments.append("--trainer.devices=1")
     else:
-        arguments += [f"--config={CONFIGS / 'strategies' / strategy}.yaml", f"--trainer.devices={dist_size()}"]
+        arguments += [f"--config={STRATEGIES / strategy}.yaml", f"--trainer.devices={dist_size()}"]
     if strategy == "fsdp1":
         arguments.append("--trainer.strategy.class_path=strategies.FSDPOnCPU")
     cli = main([*arguments, "--trainer.accelerator=cpu", *options])

@@ -15,7 +15,7 @@ from recipe_runs import run
 
 from recipes.instruction_tuning.batches import LengthBatchSampler
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.instruction_tuning.sharding import BlocksAndFactors, blocks, check_strategy
+from recipes.sharding import BlocksAndFactors, blocks, check_strategy
 
 HERE = Path(__file__).parent
 

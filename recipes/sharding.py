@@ -1,5 +1,6 @@
-"""A language model sharded by its own transformer blocks: under FSDP2, and under FSDP1."""
+"""A recipe's model sharded by its own transformer blocks: under FSDP2, and under FSDP1."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-_OVERLAYS = "recipes/instruction_tuning/configs/strategies"
+_OVERLAYS = "recipes/configs/strategies"
 
 
 class FSDP2(ModelParallelStrategy):
@@ -51,34 +52,37 @@ class BlocksAndFactors:
 
     def __call__(self, module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
         """What FSDP asks on its way down from the root: whether to go on into a module, and whether to wrap it."""
-        if isinstance(module, PreTrainedModel):
-            self._blocks |= {id(block) for block in blocks(module)}
+        self._blocks |= {id(block) for block in blocks(module)}
         is_trained_layer = any(p.requires_grad for p in module.parameters(recurse=False))
         return recurse or id(module) in self._blocks or is_trained_layer
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that a transformers model, or one inside, declares as not to be split: its transformer blocks."""
+    """The transformer blocks inside: what transformers declares as not to be split, open_clip's and timm's blocks."""
     names = {n for m in model.modules() if isinstance(m, PreTrainedModel) for n in m._no_split_modules or ()}
-    return [module for module in model.modules() if type(module).__name__ in names]
+    stacks = [getattr(m, name, None) for m in model.modules() for name in ("resblocks", "blocks")]
+    stacked = {id(block) for stack in stacks if isinstance(stack, nn.ModuleList | nn.Sequential) for block in stack}
+    return [module for module in model.modules() if type(module).__name__ in names or id(module) in stacked]
 
 
-def shard(net: nn.Module, mesh: DeviceMesh) -> None:
+def shard(net: nn.Module, mesh: DeviceMesh, methods: Sequence[str] = ()) -> None:
     """Apply FSDP2 in place, unless that has been done: each block a unit, and the rest another.
 
     Args:
-        net: a peft model around a transformers model.
+        net: a peft model around one of transformers or open_clip.
         mesh: the ranks that share the parameters.
+        methods: of ``net`` that are called beside its forward, as generate or encode_image.
     """
     if isinstance(net, FSDPModule):
         return
     own = blocks(net)
     if not own:
-        rank_zero_warn("The model names no blocks (_no_split_modules), so that it is gathered as a whole in each step")
+        rank_zero_warn("The model has no blocks that are known, so that it is gathered as a whole in each step")
     for block in reversed(own):  # FSDP2 wants inner modules first
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    register_fsdp_forward_method(net, "generate")  # it goes past the forward of `net`, which gathers the embeddings
+    for method in methods:  # they go past the forward of `net`, which gathers what is in no block, as embeddings
+        register_fsdp_forward_method(net, method)
 
 
 def is_sharded(net: nn.Module) -> bool:
@@ -86,7 +90,7 @@ def is_sharded(net: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in net.modules())
 
 
-def check_strategy(strategy: Strategy, quantization: str | None, lora: dict[str, Any]) -> None:
+def check_strategy(strategy: Strategy, quantization: str | None = None, lora: dict[str, Any] | None = None) -> None:
     """Refuse what can't be sharded, before the model is loaded.
 
     Raises:
@@ -104,7 +108,7 @@ def check_strategy(strategy: Strategy, quantization: str | None, lora: dict[str,
             "FSDP needs an auto_wrap_policy that keeps the float32 adapter apart from the frozen weights: "
             f"add --config {_OVERLAYS}/fsdp1.yaml"
         )
-    elif isinstance(strategy, FSDPStrategy) and lora.get("use_dora"):
+    elif isinstance(strategy, FSDPStrategy) and (lora or {}).get("use_dora"):
         problem = "DoRA reads weights of several FSDP1 units at once: use FSDP2 or ddp, or set use_dora to false"
     if problem:
         raise MisconfigurationException(problem)
