@@ -1,0 +1,151 @@
+"""An open_clip model with a LoRA adapter in its attention, its features, and the way back to plain open_clip."""
+
+import copy
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
+
+DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "lora_dropout": 0.25}
+"""CLIP-LoRA's adapter, on q, k and v in all blocks of both towers."""
+_PLACES = ("projections", "blocks", "towers")
+
+
+@dataclass
+class Clip:
+    """A pretrained model and what belongs to it.
+
+    Attributes:
+        net: an open_clip model with split attention, frozen, in training mode.
+        tokenizer: texts to token ids (n, context length).
+        preprocess_train: an image to (3, height, width), with random crops.
+        preprocess_val: the same without chance.
+    """
+
+    net: nn.Module
+    tokenizer: Callable[..., Tensor]
+    preprocess_train: Callable[..., Tensor]
+    preprocess_val: Callable[..., Tensor]
+
+
+def load_clip(model: str, pretrained: str | None = None) -> Clip:
+    """A model that open_clip knows, or can read.
+
+    Args:
+        model: a name of open_clip's, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or a .json file with a configuration.
+        pretrained: a tag of open_clip's, or a file with weights; None leaves a model by name at random weights, and is
+            right for hf-hub: and local-dir:, which bring their own.
+
+    Raises:
+        MisconfigurationException: there is no such model, tag or file, or the weights can't be had.
+    """
+    name = _known_name(model, pretrained)
+    try:
+        net, train, val = open_clip.create_model_and_transforms(name, pretrained)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"model={model!r}, pretrained={pretrained!r} can't be loaded: {error}"
+        ) from error
+    split_attention(net)
+    return Clip(net.requires_grad_(False).train(), tokenizer, train, val)
+
+
+def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
+    """The model with a LoRA adapter in float32, all else frozen.
+
+    Args:
+        net: of :func:`load_clip`.
+        lora: fields of peft's LoraConfig, and where the adapter goes: ``projections``, ``blocks`` and ``towers`` of
+            :func:`lightning_flatlora.clip.lora_targets`, or else peft's own ``target_modules``.
+
+    Raises:
+        MisconfigurationException: a setting is wrong, or the model has no layer there that LoRA could reach.
+    """
+    settings = dict(lora)
+    places = {name: settings.pop(name) for name in _PLACES if name in settings}
+    if places and "target_modules" in settings:
+        raise MisconfigurationException(
+            f"lora={lora!r} says twice where the adapter goes: give either target_modules or {', '.join(places)}"
+        )
+    try:
+        config = LoraConfig(**settings)
+        if "target_modules" not in settings:
+            config.target_modules = lora_targets(net, **places)
+            check_reached(net, config.target_modules, *_example(net))
+        return cast("PeftModel", get_peft_model(net, config))
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"lora={lora!r} can't be used: {error}") from error
+
+
+def image_features(net: Any, images: Tensor) -> Tensor:
+    """Normalised features (n, d) of preprocessed images (n, 3, height, width)."""
+    return cast("Tensor", net.encode_image(images, normalize=True))
+
+
+def text_features(net: Any, tokens: Tensor) -> Tensor:
+    """Normalised features (n, d) of token ids (n, context length)."""
+    return cast("Tensor", net.encode_text(tokens, normalize=True))
+
+
+def export_open_clip(net: nn.Module) -> dict[str, Tensor]:
+    """The weights under open_clip's names, with the adapter merged in; ``net`` itself stays as it is.
+
+    Args:
+        net: what :func:`load_clip` or :func:`add_lora` gave, not sharded.
+
+    Returns:
+        What an unmodified open_clip model of the same configuration loads with ``strict=True``.
+    """
+    copied = copy.deepcopy(net)
+    return joined_state_dict(copied.merge_and_unload() if isinstance(copied, PeftModel) else copied)
+
+
+def _known_name(model: str, pretrained: str | None) -> str:
+    """The name that open_clip takes, after a check of both names."""
+    if model.startswith(("hf-hub:", "local-dir:")):
+        if pretrained is not None:
+            raise MisconfigurationException(
+                f"model={model!r} brings its own weights: set pretrained to null, got {pretrained!r}"
+            )
+        return model
+    if model.endswith(".json"):
+        if not Path(model).is_file():
+            raise MisconfigurationException(f"model: there is no file {model}")
+        open_clip.add_model_config(Path(model))
+        model = Path(model).stem
+    if model not in open_clip.list_models():
+        raise MisconfigurationException(
+            f"model={model!r} is not one of open_clip's{_alike(model, open_clip.list_models())}; hf-hub:OWNER/NAME and "
+            "local-dir:FOLDER are possible too"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained is not None and pretrained not in tags and not Path(pretrained).is_file():
+        raise MisconfigurationException(
+            f"pretrained={pretrained!r} is neither a file nor a tag of {model}, whose tags are {tags}"
+        )
+    return model
+
+
+def _alike(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f", as {', '.join(close)}" if close else ""
+
+
+def _example(net: Any) -> tuple[Tensor, Tensor]:
+    """An image of zeros and a text of ones and zeros, of the shapes that the model takes."""
+    size = net.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    text = torch.zeros(1, net.context_length, dtype=torch.long)
+    text[0, :2] = 1
+    device = next(net.parameters()).device
+    return torch.zeros(1, 3, height, width, device=device), text.to(device)

@@ -1,0 +1,126 @@
+"""Loading an open_clip model, its adapter, and its export; a tiny random CLIP in a folder."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from clip_contrastive_runs import CLIP, save_model
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import nn
+
+from lightning_flatlora import find_pairs
+from recipes.clip.model import DEFAULT_LORA, add_lora, export_open_clip, image_features, load_clip, text_features
+from recipes.sharding import blocks
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("clip") / "model", CLIP)
+
+
+def test_the_model_is_frozen_with_split_attention_and_ready_to_train(name: str) -> None:
+    clip = load_clip(name)
+    assert not any(p.requires_grad for p in clip.net.parameters())
+    assert clip.net.training
+    assert not any(isinstance(module, nn.MultiheadAttention) for module in clip.net.modules())
+    assert clip.tokenizer(["a cat"]).shape == (1, clip.net.context_length)
+
+
+def test_it_has_the_weights_of_the_folder(name: str) -> None:
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randint(1, 40, (2, 16))
+    clip, plain = load_clip(name), open_clip.create_model(name)
+    tokens = clip.tokenizer(["a cat", "two dogs"])
+    assert torch.allclose(image_features(clip.net, images), plain.encode_image(images, normalize=True), atol=1e-6)
+    assert torch.allclose(text_features(clip.net, tokens), plain.encode_text(tokens, normalize=True), atol=1e-6)
+
+
+def test_a_configuration_file_gives_a_model_with_random_weights(tmp_path: Path) -> None:
+    (tmp_path / "my-tiny-clip.json").write_text(json.dumps(CLIP))
+    torch.manual_seed(0)
+    first = load_clip(str(tmp_path / "my-tiny-clip.json")).net
+    torch.manual_seed(1)
+    second = load_clip(str(tmp_path / "my-tiny-clip.json")).net
+    assert not torch.equal(first.visual.conv1.weight, second.visual.conv1.weight)
+    torch.save(export_open_clip(first), tmp_path / "weights.pt")
+    third = load_clip(str(tmp_path / "my-tiny-clip.json"), str(tmp_path / "weights.pt")).net
+    assert torch.equal(first.visual.conv1.weight, third.visual.conv1.weight)
+
+
+def test_the_default_adapter_is_of_clip_lora(name: str) -> None:
+    net = add_lora(load_clip(name).net, DEFAULT_LORA)
+    pairs = find_pairs(net).pairs
+    number = CLIP["vision_cfg"]["layers"] + CLIP["text_cfg"]["layers"]
+    assert len(pairs) == 3 * number
+    assert {(pair.A.shape[0], pair.scaling, pair.B.dtype) for pair in pairs} == {(2, 0.5, torch.float32)}
+    assert {p.p for n, p in net.named_modules() if "lora_dropout.default" in n} == {0.25}
+    assert sum(p.requires_grad for p in net.parameters()) == 2 * len(pairs)
+
+
+def test_the_adapter_goes_where_it_is_told(name: str) -> None:
+    net = add_lora(load_clip(name).net, {"r": 2, "projections": ["v"], "towers": "text", "blocks": 1})
+    (pair,) = find_pairs(net).pairs
+    assert re.search(r"model\.transformer\.resblocks\.\d\.attn\.v_proj", pair.name)
+    net = add_lora(load_clip(name).net, {"r": 2, "target_modules": ["c_fc"]})
+    assert all("c_fc" in pair.name for pair in find_pairs(net).pairs)
+
+
+def test_the_export_is_loaded_by_plain_open_clip_with_equal_features(name: str) -> None:
+    clip = load_clip(name)
+    net = add_lora(clip.net, DEFAULT_LORA).eval()
+    for pair in find_pairs(net).pairs:
+        nn.init.normal_(pair.B, std=0.2)
+    images, tokens = torch.randn(2, 3, 32, 32), clip.tokenizer(["a cat", "two dogs"])
+    before = copy.deepcopy(net.state_dict())
+    plain = open_clip.create_model(name).eval()
+    untrained = plain.encode_image(images, normalize=True)
+    plain.load_state_dict(export_open_clip(net), strict=True)
+    assert torch.allclose(plain.encode_image(images, normalize=True), image_features(net, images), atol=1e-5)
+    assert torch.allclose(plain.encode_text(tokens, normalize=True), text_features(net, tokens), atol=1e-5)
+    assert not torch.allclose(untrained, plain.encode_image(images, normalize=True), atol=1e-3)
+    assert isinstance(net, PeftModel)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_its_blocks_are_what_is_sharded(name: str) -> None:
+    net = add_lora(load_clip(name).net, DEFAULT_LORA)
+    number = CLIP["vision_cfg"]["layers"] + CLIP["text_cfg"]["layers"]
+    assert [type(block).__name__ for block in blocks(net)] == ["ResidualAttentionBlock"] * number
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ViT-B-33",), r"model='ViT-B-33' is not one of open_clip's, as ViT-B-32"),
+        (
+            ("ViT-B-32", "opnai"),
+            r"pretrained='opnai' is neither a file nor a tag of ViT-B-32, whose.* are \['openai'",
+        ),
+        (("local-dir:missing",), r"model='local-dir:missing', .* can't be loaded: .*not found"),
+        (("local-dir:missing", "openai"), "brings its own weights: set pretrained to null"),
+        (("missing.json",), r"model: there is no file missing.json"),
+    ],
+)
+def test_models_that_are_not_there(arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(MisconfigurationException, match=words):
+        load_clip(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"rank": 2}, r"lora={'rank': 2} can't be used: .*rank"),
+        ({"r": 0}, "can't be used"),
+        ({"towers": "image"}, "towers must be one of"),
+        ({"blocks": 9}, "a tower with 2 blocks has no"),
+        ({"towers": "text", "target_modules": ["c_fc"]}, "says twice where the adapter goes"),
+    ],
+)
+def test_adapters_that_cannot_be(name: str, lora: dict[str, Any], words: str) -> None:
+    with pytest.raises(MisconfigurationException, match=words):
+        add_lora(load_clip(name).net, lora)
