@@ -3,19 +3,13 @@
 The packages are installed without their dependencies and never imported or run: only the files inside them are read.
 """
 
-import base64
-import hashlib
 import importlib
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -23,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENTS = {
@@ -66,7 +59,6 @@ NPM = {
     # Fluent Emoji in 3D, MIT
     "emoji-fluent": NpmPackage("@lobehub/fluent-emoji-3d", "1.1", ("assets/*",)),
 }
-_REGISTRY = "https://registry.npmjs.org"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -110,8 +102,8 @@ def packaged_file(package: str, path: str) -> Path:
 def npm_folder(package: str) -> Path:
     """Where the files of a package of :data:`NPM` lie; fetched and extracted once, into :func:`cache_dir`.
 
-    ``npm pack`` fetches it, as the user has set up npm; without npm it is downloaded from npm's public registry. A
-    tarball that lies in the cache already, fetched by hand, is taken as it is.
+    ``npm pack`` fetches it, as the user has set up npm. A tarball that lies in the cache already, fetched by hand, is
+    taken as it is.
 
     Raises:
         RuntimeError: it could not be fetched or is not what it should be; the message holds the command to run by hand.
@@ -170,36 +162,11 @@ def _fetch_npm(package: NpmPackage, folder: Path) -> Path:
     _say(f"Fetching {package.requirement} from npm")
     npm = shutil.which("npm")
     if npm is None:
-        return _download(package, folder)
+        raise _not_fetched(package, "npm is not installed; it comes with Node.js")
     command = [npm, "pack", package.requirement, "--silent", "--pack-destination", str(folder)]
     if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode != 0:
         raise _not_fetched(package, "npm failed (its output is above)")
     return next(folder.glob("*.tgz"))
-
-
-def _download(package: NpmPackage, folder: Path) -> Path:
-    """The newest tarball of the wanted version from npm's public registry, checked against its published digest."""
-    try:
-        with urllib.request.urlopen(f"{_REGISTRY}/{urllib.parse.quote(package.name, safe='@')}", timeout=60) as reply:
-            versions = json.load(reply)["versions"]
-        fitting = [v for v in versions if v.startswith(f"{package.version}.") and v.replace(".", "").isdigit()]
-        if not fitting:
-            raise _not_fetched(package, "the registry has no such version")
-        newest = max(fitting, key=lambda version: [int(number) for number in version.split(".")])
-        source = versions[newest]["dist"]
-        target = folder / _tarball_name(package, newest)
-        with (
-            urllib.request.urlopen(source["tarball"], timeout=60) as reply,
-            tqdm.wrapattr(reply, "read", total=reply.length, desc=package.name) as shown,
-            target.open("wb") as file,
-        ):
-            shutil.copyfileobj(shown, file)
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise _not_fetched(package, f"npm is not installed, and the download failed ({error})") from error
-    digest = "sha512-" + base64.b64encode(hashlib.sha512(target.read_bytes()).digest()).decode()
-    if digest not in source["integrity"].split():
-        raise _not_fetched(package, "what was downloaded does not have the published digest")
-    return target
 
 
 def _extract(tarball: Path, package: NpmPackage, folder: Path) -> None:

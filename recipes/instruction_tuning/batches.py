@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
-from typing_extensions import override
 
 from recipes.instruction_tuning.chat import IGNORED
 
@@ -62,17 +60,6 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
         by_length = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
         batches = [by_length[i : i + self.batch_size].tolist() for i in range(0, len(by_length), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]
-
-
-class LateLoader(StatefulDataLoader):  # type: ignore[misc]
-    """A loader that starts with the first batch asked for, at the place that it has been given until then.
-
-    A trainer that builds its optimizer before it loads a checkpoint, as under FSDP, has asked for the iterator already.
-    """
-
-    @override
-    def __iter__(self) -> Iterator[Any]:
-        yield from super().__iter__()
 
 
 class Collate:

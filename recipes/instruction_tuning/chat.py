@@ -37,7 +37,7 @@ class ChatEncoder:
         self, tokenizer: Any, max_length: int, chat_template: str | None = None, system_prompt: str | None = None
     ) -> None:
         if chat_template is not None and "{" not in chat_template:  # a file name: no template lacks a brace
-            chat_template = _read_template(chat_template)
+            chat_template = read_template(chat_template)
         self.template = chat_template or tokenizer.chat_template
         if not isinstance(self.template, str):
             raise MisconfigurationException(
@@ -110,7 +110,8 @@ class ChatEncoder:
         return len(before), last + len(end_token) if last >= 0 else len(after)
 
 
-def _read_template(path: str) -> str:
+def read_template(path: str) -> str:
+    """The chat template in a file."""
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:

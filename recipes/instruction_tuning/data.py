@@ -6,22 +6,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoTokenizer
 from typing_extensions import override
 
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.batches import Batch, Collate, LateLoader, LengthBatchSampler
+from recipes.instruction_tuning.batches import Batch, Collate, LengthBatchSampler
 from recipes.instruction_tuning.chat import IGNORED, ChatEncoder
+from recipes.resumable import LateLoader, ResumableData
 
 _PARTS = ("train", "validation", "test")
 
 
-class InstructionData(L.LightningDataModule):
+class InstructionData(ResumableData):
     """Any instruction data set, or a packaged task, for a causal language model.
 
     A question's part (train, validation or held-out test) is read off a hash of its text, or of the film's name for
@@ -78,7 +78,6 @@ class InstructionData(L.LightningDataModule):
         self.parts: dict[str, Any] = {}
         self.reports: dict[str, str] = {}
         self._conversations: Any = None
-        self._place: dict[str, Any] = {}
 
     @override
     def prepare_data(self) -> None:
@@ -96,9 +95,7 @@ class InstructionData(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> LateLoader:
-        loader = self._loader("train")
-        self._go_on(loader)
-        return loader
+        return self.gone_on(self._loader("train"))
 
     @override
     def val_dataloader(self) -> LateLoader | list[Any]:
@@ -112,45 +109,13 @@ class InstructionData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         prompts = self.parts["predict"]
         # As many for each, which FSDP needs.
-        sampler: Any = DistributedSampler(prompts, shuffle=False, **self._ranks())  # type: ignore[arg-type]
+        sampler: Any = DistributedSampler(prompts, shuffle=False, **self.ranks())  # type: ignore[arg-type]
         return DataLoader(prompts, batch_size=self.batch_size, sampler=sampler, collate_fn=_columns)
-
-    # The place in the epoch. Lightning keeps it too, but does not put it back if anybody has asked for
-    # `trainer.estimated_stepping_batches` before the loops' state is restored, as learning rate schedules do.
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        loader = self.trainer.train_dataloader if self.trainer else None
-        if loader is None:
-            return {}
-        place = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas}
-        if self.trainer and self.trainer.is_last_batch:
-            return place | {"epoch": place["epoch"] + 1}
-        return place | {"train_loader": loader.state_dict()}  # each rank has given as many batches
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._place = state_dict
-        loader = self.trainer.train_dataloader if self.trainer else None
-        if loader is not None:  # FSDP builds the optimizer, whose schedule asks for the loader, before it loads
-            self._go_on(loader)
-
-    def _go_on(self, loader: LateLoader) -> None:
-        """Put the loader at the place that a checkpoint has told, once."""
-        ranks = loader.sampler.num_replicas
-        if "train_loader" in self._place and self._place.get("ranks", 1) != ranks:
-            rank_zero_warn(
-                f"The checkpoint is of {self._place.get('ranks', 1)} devices and this run has {ranks}: the rest of its "
-                "epoch repeats examples and leaves others out"
-            )
-        loader.sampler.set_epoch(self._place.get("epoch", 0))
-        loader.load_state_dict(self._place.get("train_loader", {}))
-        self._place = {}
 
     def _loader(self, part: str) -> LateLoader:
         encoded = self.parts[part]
         sampler = LengthBatchSampler(
-            encoded["length"], self.batch_size, seed=self.seed, shuffle=part == "train", **self._ranks()
+            encoded["length"], self.batch_size, seed=self.seed, shuffle=part == "train", **self.ranks()
         )
         return LateLoader(
             encoded,
@@ -162,11 +127,6 @@ class InstructionData(L.LightningDataModule):
             # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-    def _ranks(self) -> dict[str, int]:
-        """How many processes share the data, and which this one is."""
-        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
-        return ranks or {"num_replicas": 1, "rank": 0}
 
     def _tokenizer(self) -> Any:
         if self.tokenizer_name is not None:

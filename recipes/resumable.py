@@ -1,0 +1,69 @@
+"""A data module whose training loader goes on where a checkpoint has left it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torchdata.stateful_dataloader import StatefulDataLoader
+from typing_extensions import override
+
+
+class LateLoader(StatefulDataLoader):  # type: ignore[misc]
+    """A loader that starts with the first batch asked for, at the place that it has been given until then.
+
+    A trainer that builds its optimizer before it loads a checkpoint, as under FSDP, has asked for the iterator already.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+
+
+class ResumableData(L.LightningDataModule):
+    """Keeps the place in the epoch in checkpoints; ``train_dataloader`` has to pass its loader through ``gone_on``.
+
+    Lightning keeps it too, but does not put it back if anybody has asked for ``trainer.estimated_stepping_batches``
+    before the loops' state is restored, as learning rate schedules do.
+
+    The loader is a :class:`LateLoader` around a DistributedSampler, whose order is a function of the epoch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._place: dict[str, Any] = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        loader = self.trainer.train_dataloader if self.trainer else None
+        if loader is None:
+            return {}
+        place = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas}
+        if self.trainer and self.trainer.is_last_batch:
+            return place | {"epoch": place["epoch"] + 1}
+        return place | {"train_loader": loader.state_dict()}  # each rank has given as many batches
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._place = state_dict
+        loader = self.trainer.train_dataloader if self.trainer else None
+        if loader is not None:  # FSDP builds the optimizer, whose schedule asks for the loader, before it loads
+            self.gone_on(loader)
+
+    def gone_on(self, loader: LateLoader) -> LateLoader:
+        """The training loader, put at the place that a checkpoint has told, once."""
+        ranks = loader.sampler.num_replicas
+        if "train_loader" in self._place and self._place.get("ranks", 1) != ranks:
+            rank_zero_warn(
+                f"The checkpoint is of {self._place.get('ranks', 1)} devices and this run has {ranks}: the rest of its "
+                "epoch repeats examples and leaves others out"
+            )
+        loader.sampler.set_epoch(self._place.get("epoch", 0))
+        loader.load_state_dict(self._place.get("train_loader", {}))
+        self._place = {}
+        return loader
+
+    def ranks(self) -> dict[str, int]:
+        """How many processes share the data, and which this one is: arguments of a DistributedSampler."""
+        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None) if self.trainer else None
+        return ranks or {"num_replicas": 1, "rank": 0}
