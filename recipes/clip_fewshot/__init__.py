@@ -1,0 +1,1 @@
+"""Few-shot image classification with CLIP, by the protocol of CLIP-LoRA."""

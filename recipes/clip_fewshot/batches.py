@@ -1,0 +1,137 @@
+"""Batches of images: which, in which order, how augmented; on any number of ranks, and resumable."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+from torchvision import transforms
+from typing_extensions import override
+
+from recipes.clip.images import read_image
+from recipes.instruction_tuning.batches import divided
+
+Batch = dict[str, Any]
+Draw = tuple[int, int]  # an example, and the number of the draw, which decides its augmentation
+
+
+class Stream(DistributedSampler[list[Draw]]):
+    """One epoch of training: a given number of batches from an endless stream of shuffled passes over few examples.
+
+    All batches are full, and no example comes a second time before each has come once. Ranks take turns on the batches,
+    so that n ranks with batches of b see in a step what one rank with batches of n·b sees. The stream is a function of
+    the seed and the epoch; as a DistributedSampler it is left in place by Lightning, which tells it the epoch.
+
+    Args:
+        examples: their number.
+        batch_size: examples of a batch; fewer where the ranks would share too few examples for that.
+        batches: of each rank in an epoch.
+        seed: of the order.
+        num_replicas: ranks that share the batches.
+        rank: whose batches these are.
+    """
+
+    def __init__(
+        self, examples: int, batch_size: int, batches: int, seed: int = 0, num_replicas: int = 1, rank: int = 0
+    ) -> None:
+        steps = range(batches * num_replicas)
+        super().__init__(steps, num_replicas=num_replicas, rank=rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
+        self.examples = examples
+        self.batch_size = min(batch_size, -(-examples // num_replicas))
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        # A generator, so that the epoch is read with the first batch: a resuming trainer asks for the iterator earlier.
+        before = self.epoch * self.total_size * self.batch_size
+        draws: list[Draw] = []
+        for number, example in enumerate(self._shuffled(), before):
+            draws.append((example, number))
+            if len(draws) == self.batch_size * self.num_replicas:
+                yield draws[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+                draws = []
+
+    def _shuffled(self) -> Iterator[int]:
+        left = self.total_size * self.batch_size
+        for number in range(-(-left // self.examples)):
+            order = np.random.default_rng([self.seed, self.epoch, number]).permutation(self.examples)
+            yield from order[: left - number * self.examples].tolist()
+
+
+class InTurn(DistributedSampler[list[Draw]]):
+    """Batches in order for an evaluation: ranks have as many, and each example is seen once (if there is one a rank).
+
+    Args:
+        examples: their number.
+        batch_size: largest number of examples of a batch.
+        num_replicas: ranks that share the batches.
+        rank: whose batches these are.
+    """
+
+    def __init__(self, examples: int, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
+        places = list(range(examples))
+        batches = [places[i : i + batch_size] for i in range(0, examples, batch_size)]
+        super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.batches = divided(batches, self.total_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for i in range(self.rank, self.total_size, self.num_replicas):
+            yield [(place, 0) for place in self.batches[i % len(self.batches)]]
+
+
+class Images(Dataset[Batch]):
+    """Whole batches of images, read and transformed.
+
+    A batch holds ``images`` (n, 3, height, width), ``labels`` (n,), and ``places`` and ``paths``, lists of n.
+
+    Args:
+        examples: paths with labels.
+        transform: from an RGB image to a tensor.
+        seed: with the number of a draw it decides what the transform draws, in whichever process it runs.
+    """
+
+    def __init__(self, examples: Sequence[tuple[Path, int]], transform: Callable[[Any], Tensor], seed: int = 0) -> None:
+        self.examples = examples
+        self.transform = transform
+        self.seed = seed
+
+    @override
+    def __getitem__(self, draws: list[Draw]) -> Batch:
+        chosen = [self.examples[place] for place, _ in draws]
+        return {
+            "images": torch.stack(
+                [self._image(path, number) for (path, _), (_, number) in zip(chosen, draws, strict=True)]
+            ),
+            "labels": torch.tensor([label for _, label in chosen]),
+            "places": [place for place, _ in draws],
+            "paths": [str(path) for path, _ in chosen],
+        }
+
+    def _image(self, path: Path, number: int) -> Tensor:
+        image = read_image(path)
+        with torch.random.fork_rng(devices=[]):
+            state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would seed the GPUs too
+            return self.transform(image)
+
+
+def train_transform(cfg: PreprocessCfg, crop_scale: tuple[float, float], flip: float) -> Callable[[Any], Tensor]:
+    """open_clip's own augmentation for training, a random crop, with the protocol's scale and flips.
+
+    Args:
+        cfg: the model's size, mean and standard deviation.
+        crop_scale: smallest and largest share of the image's area that is kept.
+        flip: probability of a horizontal flip.
+    """
+    crop: Callable[[Any], Tensor] = image_transform_v2(cfg, is_train=True, aug_cfg={"scale": crop_scale})
+    composed: Callable[[Any], Tensor] = transforms.Compose([transforms.RandomHorizontalFlip(flip), crop])
+    return composed
+
+
+def eval_transform(cfg: PreprocessCfg) -> Callable[[Any], Tensor]:
+    """open_clip's preprocessing for evaluation."""
+    transform: Callable[[Any], Tensor] = image_transform_v2(cfg, is_train=False)
+    return transform

@@ -1,0 +1,165 @@
+"""What validation and test measure, the confusion matrix as a picture, and where predictions go."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+)
+from typing_extensions import override
+
+from recipes.ranks import gathered
+
+_ANNOTATED = 30  # classes up to which the picture has numbers in its cells
+_NAMED = 110  # classes up to which it has their names at its sides
+
+
+class Evaluation(MetricCollection):
+    """Metrics of one evaluation, each counting every example once on any number of ranks.
+
+    ``accuracy``; ``class_accuracy``, the mean of the classes' own accuracies; ``calibration_error``, the expected one
+    over 15 bins of confidence; ``confusion``, (classes, classes), how often the row's class was taken for the column's.
+
+    Args:
+        classes: their number.
+    """
+
+    def __init__(self, classes: int) -> None:
+        metrics = {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "class_accuracy": MulticlassAccuracy(classes, average="macro"),
+            "calibration_error": MulticlassCalibrationError(classes, n_bins=15, norm="l1"),
+            "confusion": MulticlassConfusionMatrix(classes),
+        }
+        super().__init__(metrics)  # type: ignore[arg-type]
+
+    def take(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The scalars by name, and the confusion matrix; forgets what it has seen. Every rank has to call it."""
+        values = self.compute()
+        self.reset()
+        confusion = values.pop("confusion")
+        return values, confusion
+
+
+def class_accuracies(confusion: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """Each class's accuracy, by name; classes without an example are left out.
+
+    Example:
+        >>> class_accuracies(torch.tensor([[3, 1], [0, 0]]), ["cat", "dog"])
+        {'cat': 0.75}
+    """
+    totals = confusion.sum(dim=1)
+    return {
+        name: round((confusion[i, i] / totals[i]).item(), 6) for i, name in enumerate(classes) if totals[i].item() > 0
+    }
+
+
+def plot_confusion(confusion: Tensor, classes: Sequence[str], path: Path, title: str) -> None:
+    """Write a confusion matrix as a PNG: each row is a class's images, as shares of them.
+
+    Args:
+        confusion: (classes, classes), counts.
+        classes: names.
+        path: of the picture.
+        title: above it.
+    """
+    shares = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).cpu().numpy()
+    number = len(classes)
+    size = min(max(4.5, 1.5 + 0.22 * number), 22)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, label="share of the class's images", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true class", title=title)
+    if number <= _NAMED:
+        font = 9 if number <= _ANNOTATED else 7
+        axes.set_xticks(range(number), classes, rotation=90, fontsize=font)
+        axes.set_yticks(range(number), classes, fontsize=font)
+    if number <= _ANNOTATED:
+        for row, column in confusion.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            count = int(confusion[row, column])
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run leaves its files. Every rank has to ask: they agree on it then."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def write_evaluation(
+    trainer: L.Trainer, name: str, values: Mapping[str, Tensor], confusion: Tensor, classes: Sequence[str]
+) -> None:
+    """Write ``NAME.json``, the metrics with each class's accuracy, and ``NAME_confusion.png`` into the run's folder.
+
+    Every rank has to call it.
+    """
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero:
+        return
+    plot_confusion(confusion, classes, folder / f"{name}_confusion.png", f"{name}: accuracy {values['accuracy']:.3f}")
+    told = {key: value.item() for key, value in values.items()}
+    each = class_accuracies(confusion, classes)
+    (folder / f"{name}.json").write_text(json.dumps({**told, "accuracy_of_class": each}, indent=2) + "\n")
+
+
+class PredictionWriter(L.Callback):
+    """Write each image's class and probability into the run's folder: all ranks' into one file, in the images' order.
+
+    Args:
+        name: of the file; .jsonl or .csv.
+
+    Raises:
+        MisconfigurationException: another ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        if not name.endswith((".jsonl", ".csv")):
+            raise MisconfigurationException(f"predictions must end in .jsonl or .csv, got {name!r}")
+        self.name = name
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._rows = {}
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for of_rank in gathered(dict(zip(batch["places"], outputs, strict=True))):
+            self._rows |= of_rank
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = run_folder(trainer) / self.name
+        if not trainer.is_global_zero:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row for _, row in sorted(self._rows.items())]
+        with path.open("w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                table = csv.DictWriter(file, fieldnames=list(rows[0]))
+                table.writeheader()
+                table.writerows(rows)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        print(f"Classes of {len(rows)} images are in {path}")

@@ -1,0 +1,243 @@
+"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from open_clip.transform import PreprocessCfg
+from peft import PeftModel
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_flatlora import FMLoRAModule
+from recipes.clip.model import DEFAULT_LORA, Clip, add_lora, image_features, load_clip, text_features
+from recipes.clip_fewshot.batches import Batch
+from recipes.clip_fewshot.data import FewShotData
+from recipes.clip_fewshot.evaluation import Evaluation, PredictionWriter, write_evaluation
+from recipes.clip_fewshot.prompts import tokenise
+from recipes.sharding import check_strategy, shard
+
+_CHUNK = 256  # texts that the text tower reads at once in evaluation
+
+
+class ClipClassifier(L.LightningModule):
+    """CLIP with LoRA as a classifier of images by texts: what all methods, evaluation and prediction have in common.
+
+    A class's features are, in evaluation, the mean of its texts' normalised features, normalised again; likewise in
+    training where the text tower is frozen (computed once). Where it is adapted, training encodes anew in every step
+    each class's first text. The logits are the cosine similarities times the model's own scale, which stays frozen.
+
+    Args:
+        model: an open_clip name, "hf-hub:..." or "local-dir:...".
+        pretrained: an open_clip tag or a file of weights; None for a model that brings its own.
+        lora: fields of peft's LoraConfig, and ``projections``, ``blocks`` and ``towers`` that choose what is adapted;
+            None is rank 2, alpha 1, dropout 0.25 on q, k, v of all blocks of both towers.
+        learning_rate: AdamW's at the start.
+        weight_decay: AdamW's, on the adapter.
+        min_learning_rate: at the end of the cosine schedule, which spans the run.
+        predictions: name of the file that `predict` writes, .jsonl or .csv.
+        kwargs: of the next class, for FMLoRA's module its rho and others.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-B-16",
+        pretrained: str | None = "openai",
+        lora: dict[str, Any] | None = None,
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.01,
+        min_learning_rate: float = 1e-6,
+        predictions: str = "predictions.jsonl",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_name = model
+        self.pretrained = pretrained
+        self.lora = DEFAULT_LORA if lora is None else lora
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.min_learning_rate = min_learning_rate
+        self.writer = PredictionWriter(predictions)
+        self.net: PeftModel | None = None
+        self.classes: list[str] = []
+        self.prompts: list[list[str]] = []
+        self.tokens: Tensor
+        self.metrics = nn.ModuleDict()
+        self._class_features: Tensor | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, FewShotData):
+            raise MisconfigurationException(
+                f"{type(self).__name__} takes its classes from FewShotData: pass one as the Trainer's datamodule"
+            )
+        self.classes, self.prompts = data.classes, data.prompts
+        self.metrics = nn.ModuleDict({name: Evaluation(len(self.classes)) for name in ("val", "test")})
+        self._class_features = None
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The pretrained model, tokenizer and preprocessing; the adapter goes into its ``net``."""
+        return load_clip(self.model_name, self.pretrained)
+
+    @property
+    def preprocess_cfg(self) -> PreprocessCfg:
+        """The model's image size, mean and standard deviation; the data module takes them from here."""
+        return PreprocessCfg(**cast("dict[str, Any]", self._base().visual.preprocess_cfg))
+
+    @override
+    def configure_model(self) -> None:
+        if self._trainer is not None:
+            check_strategy(self.trainer.strategy, None, self.lora)
+        if self.net is None:
+            scalars_as_buffers(self.clip.net)
+            self.net = add_lora(self.clip.net, self.lora)
+        if self.prompts:
+            self.register_buffer("tokens", self._tokens(), persistent=False)
+        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
+            shard(self.net, self.device_mesh["data_parallel"], methods=("encode_image", "encode_text"))
+
+    def _tokens(self) -> Tensor:
+        """The prompts' token ids (classes, templates, context)."""
+        texts = [text for of_class in self.prompts for text in of_class]
+        tokens = tokenise(texts, self.clip.tokenizer, self._base().context_length)
+        return tokens.view(len(self.prompts), -1, tokens.shape[1])
+
+    def _base(self) -> Any:
+        """The open_clip model inside."""
+        assert self.net is not None  # configure_model comes first
+        return self.net.get_base_model()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, self._optimizer_steps(), eta_min=self.min_learning_rate
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer."""
+        batches = self.trainer.estimated_stepping_batches
+        if math.isinf(batches):
+            raise MisconfigurationException(
+                "the learning rate falls over the run, and this one has no end: set max_epochs"
+            )
+        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross entropy of the classes, in nats; logged as ``train_loss``, beside ``train_accuracy``."""
+        features = self._encode_texts(self.tokens[:, 0]) if self._trains_text() else self.class_features()
+        logits = self._logits(batch["images"], features)
+        loss = nn.functional.cross_entropy(logits, batch["labels"])
+        accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()
+        shown = {"train_loss": loss.detach(), "train_accuracy": accuracy}
+        self.log_dict(shown, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of each class for each image, (n, classes), from all texts of the classes."""
+        return self._logits(images, self.class_features()).softmax(dim=1)
+
+    def class_features(self) -> Tensor:
+        """Every class's mean over its texts, normalised, (classes, d); kept until something changes it."""
+        if self._class_features is None:
+            # Not in inference mode, whose tensors training could not use: with a frozen text tower it takes them over.
+            with torch.inference_mode(False), torch.no_grad():
+                chunks = torch.split(self.tokens.flatten(0, 1), _CHUNK)
+                each = torch.cat([self._encode_texts(chunk) for chunk in chunks]).view(*self.tokens.shape[:2], -1)
+                self._class_features = nn.functional.normalize(each.mean(dim=1), dim=-1)
+        return self._class_features
+
+    def _logits(self, images: Tensor, features: Tensor) -> Tensor:
+        assert self.net is not None
+        encoded = image_features(self.net, images)
+        with torch.autocast(self.device.type, enabled=False):  # a scale of 100 would make bfloat16's rounding visible
+            return cast("Tensor", self._base().logit_scale.float().exp() * encoded.float() @ features.float().T)
+
+    def _encode_texts(self, tokens: Tensor) -> Tensor:
+        assert self.net is not None
+        return text_features(self.net, tokens).float()
+
+    def _trains_text(self) -> bool:
+        return self.lora.get("towers", "both") != "vision"
+
+    # -- evaluation
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self.forget_class_features()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self.forget_class_features()
+
+    def forget_class_features(self) -> None:
+        """Before and after an evaluation: training changes them, unless the text tower is frozen."""
+        if self._trains_text():
+            self._class_features = None
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluation("val").update(self.probabilities(batch["images"]), batch["labels"])
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluation("test").update(self.probabilities(batch["images"]), batch["labels"])
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        values, _ = self.evaluation("val").take()
+        self.log_dict({f"val_{name}": value for name, value in values.items()}, prog_bar=True)
+        self.forget_class_features()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        values, confusion = self.evaluation("test").take()
+        self.log_dict({f"test_{name}": value for name, value in values.items()})
+        write_evaluation(self.trainer, "test", values, confusion, self.classes)
+
+    def evaluation(self, stage: str) -> Evaluation:
+        """The metrics of "val" or "test"."""
+        return cast("Evaluation", self.metrics[stage])
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        probabilities, labels = self.probabilities(batch["images"]).max(dim=1)
+        found = zip(batch["paths"], labels.tolist(), probabilities.tolist(), strict=True)
+        return [{"image": path, "class": self.classes[label], "probability": p} for path, label, p in found]
+
+    @override
+    def configure_callbacks(self) -> list[L.Callback]:
+        inherited = cast("Sequence[L.Callback]", super().configure_callbacks())  # FMLoRAModule has one
+        return [*inherited, self.writer]
+
+
+def scalars_as_buffers(net: nn.Module) -> None:
+    """Turn frozen numbers, as the logit scale, into buffers of the same name: FSDP can't shard them as parameters."""
+    for name, parameter in list(net.named_parameters(recurse=False)):
+        if parameter.ndim == 0:
+            delattr(net, name)
+            net.register_buffer(name, parameter.detach())
+
+
+class FewShot(ClipClassifier):
+    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+class FewShotFM(ClipClassifier, FMLoRAModule):
+    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
+
+    @override
+    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)

@@ -1,0 +1,121 @@
+"""What surrounds training in the protocol: zero-shot accuracy before, the test after, and the cost of a step."""
+
+import json
+import statistics
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm import tqdm
+from typing_extensions import override
+
+from recipes.clip_fewshot.evaluation import run_folder, write_evaluation
+from recipes.clip_fewshot.module import ClipClassifier
+
+
+class Protocol(L.Callback):
+    """Test before the first step and after the last, inside of `fit`, where every strategy has its model in place.
+
+    Logs ``zero_shot_accuracy`` and the others, and ``test_...`` with the last step's weights; leaves in the run's
+    folder ``zero_shot.json``, ``test.json`` and their confusion matrices, and ``result.json``, which sums the run up. A
+    resumed run keeps what it has measured before.
+    """
+
+    def __init__(self) -> None:
+        self.zero_shot: dict[str, float] = {}
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.zero_shot = evaluated(trainer, "zero_shot")
+
+    @override
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._start = _now()
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(_now() - self._start)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        test = evaluated(trainer, "test")
+        metrics = trainer.callback_metrics.items()
+        result = {
+            **_settings(trainer),
+            "steps": trainer.global_step,
+            "seconds_per_step": statistics.median(self.seconds) if self.seconds else None,
+            "zero_shot": self.zero_shot,
+            "validation": {
+                name.removeprefix("val_"): value.item() for name, value in metrics if name.startswith("val_")
+            },
+            "test": test,
+        }
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        rank_zero_info(f"Accuracy {test['accuracy']:.4f}, zero-shot {self.zero_shot.get('accuracy', float('nan')):.4f}")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"zero_shot": self.zero_shot, "seconds": self.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.zero_shot = state_dict["zero_shot"]
+        self.seconds = list(state_dict["seconds"])
+
+
+def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
+    """Metrics of the test part with the weights of the moment; every rank has to call it, in training.
+
+    Args:
+        trainer: in whose `fit` this happens.
+        name: before the logged metrics' names, and of the files.
+    """
+    module, data, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
+    assert isinstance(module, ClipClassifier)
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    module.forget_class_features()
+    loader = data.test_dataloader()
+    with torch.no_grad():
+        for number, batch in enumerate(tqdm(loader, desc=name, disable=not trainer.is_global_zero, leave=False)):
+            strategy.test_step(strategy.batch_to_device(batch), number)
+    values, confusion = module.evaluation("test").take()
+    module.forget_class_features()
+    for part, mode in training.items():
+        part.training = mode
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{name}_{key}": value.item() for key, value in values.items()}, step=trainer.global_step)
+    write_evaluation(trainer, name, values, confusion, module.classes)
+    return {key: value.item() for key, value in values.items()}
+
+
+def _settings(trainer: L.Trainer) -> dict[str, Any]:
+    module: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    cuda = module.device.type == "cuda"
+    return {
+        "dataset": data.dataset,
+        "classes": len(data.classes),
+        "shots": data.shots,
+        "seed": data.seed,
+        "model": module.model_name,
+        "pretrained": module.pretrained,
+        "lora": module.lora,
+        "batch_size": data.batch_size,
+        "device": torch.cuda.get_device_name(module.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "devices": trainer.world_size,
+    }
+
+
+def _now() -> float:
+    """Seconds, after a GPU has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
