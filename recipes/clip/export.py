@@ -1,0 +1,133 @@
+"""``python -m recipes.clip.export RUN_CHECKPOINT FOLDER``: a plain open_clip model, with the adapter merged in."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import open_clip
+import torch
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transformer import QuickGELU
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from recipes.clip.model import export_open_clip, image_features, text_features
+
+_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_CLOSE = 1e-3  # of normalised features; a wrong weight changes them by more
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line, or a list of arguments."""
+    parser = argparse.ArgumentParser(
+        "python -m recipes.clip.export",
+        description="Write what a run of recipes.clip_fewshot or recipes.clip_contrastive has trained as a plain "
+        'open_clip model, with the adapter merged in. open_clip loads it as "local-dir:FOLDER".',
+    )
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt of the run")
+    parser.add_argument("folder", type=Path, help="to write, which must not hold a model yet")
+    parser.add_argument(
+        "--config", type=Path, help="the run's config.yaml; by default the one in the folder above the checkpoint's"
+    )
+    parsed = parser.parse_args(args)
+    try:
+        difference = export(parsed.checkpoint, parsed.folder, parsed.config)
+    except MisconfigurationException as error:
+        parser.error(str(error))
+    name = f"local-dir:{parsed.folder}"
+    print(
+        f"{parsed.folder} holds a plain open_clip model, whose features differ from the run's by {difference:.0e}.\n"
+        f"  model, _, preprocess = open_clip.create_model_and_transforms({name!r})\n"
+        f"  tokenizer = open_clip.get_tokenizer({name!r})"
+    )
+
+
+def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
+    """Write a run's model as a folder that open_clip loads.
+
+    Args:
+        checkpoint: of the run.
+        folder: to write.
+        config: the run's config.yaml; None takes the one in the folder above the checkpoint's.
+
+    Returns:
+        The largest difference between features of the run's model and of the written one, as open_clip loads it.
+
+    Raises:
+        MisconfigurationException: there is no such file, the two don't belong together, or the folder holds a model.
+    """
+    config = config or checkpoint.parent.parent / "config.yaml"
+    for file, argument in ((checkpoint, "checkpoint"), (config, "--config")):
+        if not file.is_file():
+            raise MisconfigurationException(f"{argument}: there is no file {file}")
+    if (folder / _CONFIG).exists():
+        raise MisconfigurationException(f"{folder} holds an open_clip model already: give another folder")
+    module = trained(checkpoint, config)
+    clip = module.clip
+    expected = features(module.net, clip.preprocess_val, clip.tokenizer)
+    write(module, folder)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    found = features(model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
+    difference = (found - expected).abs().max().item()
+    if difference > _CLOSE:
+        raise MisconfigurationException(
+            f"{folder} was written, but its features differ from the run's by {difference:.1e}: don't use it, and "
+            f"report that model={module.model_name!r}, pretrained={module.pretrained!r} can't be exported"
+        )
+    return difference
+
+
+def trained(checkpoint: Path, config: Path) -> Any:
+    """The LightningModule of a run with the weights of a checkpoint, in evaluation mode."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningModule, "model")
+    model = yaml.safe_load(config.read_text(encoding="utf-8")).get("model")
+    try:
+        module = parser.instantiate_classes(parser.parse_object({"model": model})).model
+    except (ArgumentError, TypeError) as error:
+        raise MisconfigurationException(f"{config} has no model that can be built: {error}") from error
+    module.configure_model()
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    missing = sorted({name for name, p in module.named_parameters() if p.requires_grad} & set(missing))
+    if missing or unexpected:
+        raise MisconfigurationException(
+            f"{checkpoint} is not of the model in {config}: it lacks {missing[:3]} and has {unexpected[:3]} besides; "
+            "give the run's own --config"
+        )
+    return module.eval()
+
+
+def write(module: Any, folder: Path) -> None:
+    """The model's configuration, weights, and tokenizer where it has files of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = module.open_clip_state() if hasattr(module, "open_clip_state") else export_open_clip(module.net)
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, folder / _WEIGHTS)
+    base = module.net.get_base_model() if hasattr(module.net, "get_base_model") else module.net
+    name = module.model_name
+    model_config = open_clip.get_model_config(Path(name).stem if name.endswith(".json") else name)
+    # A tag's weights may want another activation than the configuration of that name says.
+    model_config["quick_gelu"] = any(isinstance(part, QuickGELU) for part in base.modules())
+    if hasattr(module.clip.tokenizer, "save_pretrained"):
+        module.clip.tokenizer.save_pretrained(folder)
+    save_config_for_hf(base, folder / _CONFIG, model_config)  # last: with it the folder counts as a model
+
+
+@torch.no_grad()
+def features(net: nn.Module, preprocess: Callable[[Image.Image], Tensor], tokenizer: Callable[[str], Tensor]) -> Tensor:
+    """Normalised features of an image of noise and of a text, (2, D)."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    image = preprocess(Image.fromarray(noise))[None]
+    return torch.cat([image_features(net, image), text_features(net, tokenizer("a photo of a cat"))])
+
+
+if __name__ == "__main__":
+    main()

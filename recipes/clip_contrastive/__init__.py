@@ -1,0 +1,1 @@
+"""Contrastive fine-tuning of an open_clip model on images and their captions."""

@@ -1,0 +1,153 @@
+"""Batches of images and captions, each a pure function of seed, epoch and place in the data."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from recipes.clip.images import read_image
+from recipes.clip_contrastive.sources import Picture
+
+Batch = dict[str, Tensor]
+Transform = Callable[[Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+class Draw(NamedTuple):
+    """Pictures of one batch: which, in which epoch, and whether the batch only fills up the turns of the ranks."""
+
+    epoch: int
+    places: list[int]
+    repeats: bool = False
+
+
+class PictureBatchSampler(DistributedSampler[Draw]):
+    """Batches of pictures: a pure function of the seed and the epoch.
+
+    In training every rank takes ``batch_size`` pictures of each joint batch, in an order that is new in each epoch. As
+    the loss compares all pairs of a joint batch, all are full and what is left at the end of an epoch is left out; data
+    smaller than a joint batch are shared evenly. In evaluation each picture comes once, in the data's order, ranks take
+    turns on the batches, and those that fill up the last turn are marked as repeated.
+
+    A DistributedSampler is left in place by Lightning, which tells it the epoch.
+
+    Args:
+        size: number of pictures.
+        batch_size: pictures of a batch of one rank.
+        seed: of the order.
+        num_replicas: ranks that share the batches.
+        rank: whose batches these are.
+        shuffle: for training.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int = 0, num_replicas: int = 1, rank: int = 0, shuffle: bool = True
+    ) -> None:
+        share = min(batch_size, size // num_replicas) if shuffle else batch_size
+        batches = size // share if shuffle else -(-size // share)
+        super().__init__(
+            range(batches),  # type: ignore[arg-type]
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=shuffle,
+        )
+        self.size, self.share, self.batches = size, share, batches
+
+    def __iter__(self) -> Iterator[Draw]:
+        # A generator, so that the epoch is read with the first batch: a resuming trainer asks for the iterator earlier.
+        order = np.arange(self.size)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        for turn in range(len(self)):
+            number = turn * self.num_replicas + self.rank
+            start = number % self.batches * self.share
+            yield Draw(self.epoch, order[start : start + self.share].tolist(), repeats=number >= self.batches)
+
+    def __len__(self) -> int:
+        turns = self.batches / self.num_replicas
+        return int(np.floor(turns) if self.shuffle else np.ceil(turns))
+
+
+class PictureBatches(Dataset[Batch]):
+    """Whole batches of a part of the data.
+
+    Training draws one caption of each picture, and the augmentation, from a generator that is seeded by the picture's
+    place and the epoch. So neither the number of workers and ranks nor a stop in between changes what a run sees.
+
+    Args:
+        pictures: of this part.
+        transform: open_clip's preprocessing of an image into a tensor (3, H, W).
+        tokenizer: open_clip's, of texts into token ids (n, context length).
+        training: one caption for each picture; otherwise all of them.
+        seed: of captions and augmentation.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        transform: Transform,
+        tokenizer: Tokenizer,
+        training: bool,
+        seed: int = 0,
+    ) -> None:
+        self.pictures = pictures
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.training = training
+        self.seed = seed
+        texts = dict.fromkeys(caption for picture in pictures for caption in picture.captions) if not training else {}
+        self._text_ids = {text: place for place, text in enumerate(texts)}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        return self._drawn(draw) if self.training else self._whole(draw)
+
+    def _drawn(self, draw: Draw) -> Batch:
+        images, captions = [], []
+        with isolate_rng(include_cuda=False):  # dropout draws from these generators too
+            for place in draw.places:
+                _seed_all(self.seed, draw.epoch, place)
+                picture = self.pictures[place]
+                captions.append(random.choice(picture.captions))
+                images.append(self._image(picture))
+        return {"images": torch.stack(images), "tokens": self.tokenizer(captions)}
+
+    def _whole(self, draw: Draw) -> Batch:
+        """Images with all their captions, and where a picture's first one is among these."""
+        pictures = [self.pictures[place] for place in draw.places]
+        captions = [caption for picture in pictures for caption in picture.captions]
+        text_ids = torch.tensor([self._text_ids[caption] for caption in captions])
+        counts = torch.tensor([len(picture.captions) for picture in pictures])
+        image_ids = torch.tensor(draw.places)
+        return {
+            "images": torch.stack([self._image(picture) for picture in pictures]),
+            "tokens": self.tokenizer(captions),
+            "image_ids": image_ids,
+            "text_ids": text_ids,
+            "pairs": torch.stack([image_ids.repeat_interleave(counts), text_ids], dim=1),
+            "first_captions": counts.cumsum(0) - counts,
+            "weight": torch.tensor(0.0 if draw.repeats else float(len(pictures))),
+        }
+
+    def _image(self, picture: Picture) -> Tensor:
+        return self.transform(read_image(cast("Path", picture.file)))  # Pillow takes whatever can be read
+
+
+def _seed_all(*numbers: int) -> None:
+    """Python's, NumPy's and PyTorch's generators on the CPU: open_clip's transforms draw from any of them."""
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1).tolist()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)

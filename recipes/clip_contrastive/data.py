@@ -1,0 +1,234 @@
+"""ContrastiveData: images and captions, split without leaks, in batches that a stopped run takes up again."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm import tqdm
+from typing_extensions import override
+
+from recipes.clip.images import readable
+from recipes.clip_contrastive import sources
+from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
+from recipes.clip_contrastive.sources import Picture
+from recipes.ranks import rank
+from recipes.resumable import LateLoader, ResumableData
+
+_PARTS = ("train", "validation", "test")
+_CHUNK = 4096  # captions that are tokenised at once to learn their length
+
+
+class ContrastiveData(ResumableData):
+    """Images with captions for a contrastive model, whose tokenizer and preprocessing are used.
+
+    Validation and test are data sets of their own, or shares of the training data, chosen by a hash of the image's path
+    and the seed: with all its captions an image is in one part alone.
+
+    Args:
+        dataset: for training: a .csv or .tsv file; a folder of images with a .txt file beside each or a captions.csv;
+            webdataset shards as ``shards/{000..009}.tar``; or "packaged:emoji" (more in
+            the docs).
+        validation_dataset: likewise; None takes ``validation_share`` of the training data.
+        test_dataset: likewise; None takes ``test_share``.
+        validation_share: share of the images.
+        test_share: share of the images.
+        image_column: of a table, the images' paths, relative to the table's folder.
+        caption_column: of a table; an image with several captions has several lines.
+        batch_size: images of a batch on one device. The loss compares all pairs of all devices' batches.
+        eval_batch_size: images of a batch in evaluation, each with all its captions. The evaluation's loss is the mean
+            over such batches, on any number of devices.
+        refuse_long_captions: an error where captions don't fit into the model's context length; otherwise they are cut
+            there, as open_clip does, and counted.
+        check_images: decode every image once before training, to find broken ones.
+        skip_unreadable: leave out, and count, images that ``check_images`` finds broken, instead of an error.
+        seed: of the parts, of the order, and of the drawing of captions and crops.
+        num_workers: processes that load batches; 0 loads in the training process.
+
+    Raises:
+        MisconfigurationException: arguments out of range (here); data that can't be read or used (in `setup`, before
+            training).
+    """
+
+    def __init__(
+        self,
+        dataset: str = sources.PACKAGED[0],
+        validation_dataset: str | None = None,
+        test_dataset: str | None = None,
+        validation_share: float = 0.1,
+        test_share: float = 0.1,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+        refuse_long_captions: bool = False,
+        check_images: bool = True,
+        skip_unreadable: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        shares = {"validation_share": validation_share, "test_share": test_share}
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        _check(sizes, num_workers, shares, skip_unreadable and not check_images)
+        self.datasets = {"train": dataset, "validation": validation_dataset, "test": test_dataset}
+        self.shares = {
+            "validation": 0.0 if validation_dataset else validation_share,
+            "test": 0.0 if test_dataset else test_share,
+        }
+        self.columns = {"image_column": image_column, "caption_column": caption_column}
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.refuse_long_captions = refuse_long_captions
+        self.check_images = check_images
+        self.skip_unreadable = skip_unreadable
+        self.seed = seed
+        self.num_workers = num_workers
+        self.parts: dict[str, list[Picture]] = {}
+        self.reports: dict[str, str] = {}
+        self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the Trainer's module's
+
+    @override
+    def prepare_data(self) -> None:
+        for dataset in filter(None, self.datasets.values()):
+            sources.fetch(dataset)
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.clip is None:
+            if self.trainer is None:
+                raise MisconfigurationException(
+                    "ContrastiveData takes the model's tokenizer: set .clip, or use a Trainer"
+                )
+            self.clip = self.trainer.lightning_module.clip
+        for part in {"fit": _PARTS[:2], "validate": _PARTS[1:2], "test": _PARTS[2:]}[stage]:
+            if part not in self.parts:
+                self.parts[part] = self._checked(part, self._chosen(part))
+        if stage != "fit" and not self.parts[part]:
+            raise MisconfigurationException(f"nothing to evaluate: set {part}_dataset, or {part}_share above 0")
+
+    @override
+    def train_dataloader(self) -> LateLoader:
+        return self.gone_on(self._loader("train"))
+
+    @override
+    def val_dataloader(self) -> LateLoader | list[Any]:
+        return self._loader("validation") if self.parts["validation"] else []
+
+    @override
+    def test_dataloader(self) -> LateLoader:
+        return self._loader("test")
+
+    def _loader(self, part: str) -> LateLoader:
+        training, pictures, ranks = part == "train", self.parts[part], self.ranks()
+        if len(pictures) < ranks["num_replicas"]:
+            raise MisconfigurationException(
+                f"{part} has {len(pictures)} images for {ranks['num_replicas']} devices: each needs one at least"
+            )
+        transform = self.clip.preprocess_train if training else self.clip.preprocess_val
+        batch_size = self.batch_size if training else self.eval_batch_size
+        return LateLoader(
+            PictureBatches(pictures, transform, self.clip.tokenizer, training, self.seed),
+            batch_size=None,  # the sampler gives whole batches
+            sampler=PictureBatchSampler(len(pictures), batch_size, self.seed, shuffle=training, **ranks),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    # -- which pictures
+
+    def _chosen(self, part: str) -> list[Picture]:
+        """A part's pictures, in an order that has nothing to do with what they show."""
+        own = self.datasets[part]
+        pictures = sources.load(own or cast("str", self.datasets["train"]), **self.columns)
+        place = {key: place for place, key in enumerate(shuffled({picture.key for picture in pictures}, self.seed))}
+        pictures.sort(key=lambda picture: place[picture.key])
+        if own and part != "train":
+            return pictures
+        first, last = part_bounds(part, len(place), self.shares)
+        return [picture for picture in pictures if first <= place[picture.key] < last]
+
+    def _checked(self, part: str, pictures: list[Picture]) -> list[Picture]:
+        if part == "train" and not pictures:
+            raise MisconfigurationException(
+                f"{self.datasets['train']}: nothing is left to train on: lower validation_share and test_share, or "
+                "give more images"
+            )
+        if self.check_images and pictures:
+            files = [cast("Path", picture.file) for picture in pictures]  # Pillow takes whatever can be read
+            pictures = [pictures[place] for place in readable(files, self.skip_unreadable)]
+        captions = [caption for picture in pictures for caption in picture.captions]
+        report = (
+            f"{self.datasets[part] or self.datasets['train']}, {part}: {len(pictures)} images, {len(captions)} captions"
+        )
+        long = too_long(captions, self.clip.tokenizer)
+        if long:
+            length = self.clip.tokenizer.context_length
+            told = f"{len(long)} of them longer than the context_length of {length} tokens, such as {long[0]!r}"
+            if self.refuse_long_captions:
+                raise MisconfigurationException(
+                    f"{report}, {told}: shorten them, or set refuse_long_captions to false to have them cut"
+                )
+            report += f", {told}: cut there"
+        self.reports[part] = report
+        rank_zero_info(report)
+        return pictures
+
+
+def shuffled(keys: set[str], seed: int) -> list[str]:
+    """Keys in an order that is the same on every machine, whatever order the data are in.
+
+    Example:
+        >>> shuffled({"a", "b", "c"}, seed=0) == shuffled({"c", "b", "a"}, seed=0)
+        True
+    """
+    return sorted(keys, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+
+
+def part_bounds(part: str, size: int, shares: dict[str, float]) -> tuple[int, int]:
+    """Where a part begins and ends among shuffled keys; a share above 0 is one key at least.
+
+    Example:
+        >>> [part_bounds(part, 10, {"validation": 0.2, "test": 0.01}) for part in ("validation", "test", "train")]
+        [(0, 2), (2, 3), (3, 10)]
+    """
+    first = 0
+    for name, share in shares.items():
+        last = first + (max(1, round(share * size)) if share else 0)
+        if name == part:
+            return first, last
+        first = last
+    return first, size
+
+
+def too_long(captions: Sequence[str], tokenizer: Any) -> list[str]:
+    """The captions that a tokenizer cuts at its context length."""
+    length = tokenizer.context_length
+    padding = tokenizer([""], context_length=length + 1)[0, -1]
+    found = []
+    starts = range(0, len(captions), _CHUNK)
+    for start in tqdm(starts, "Tokenising", disable=len(starts) < 10 or rank() != 0):
+        chunk = list(captions[start : start + _CHUNK])
+        # With room for one token more a text that was cut goes on: by a word in place of its end, or by one token.
+        cut, longer = tokenizer(chunk, context_length=length), tokenizer(chunk, context_length=length + 1)
+        differs = (cut != longer[:, :length]).any(dim=1) | (longer[:, length] != padding)
+        found += [caption for caption, goes_on in zip(chunk, differs.tolist(), strict=True) if goes_on]
+    return found
+
+
+def _check(sizes: dict[str, int], num_workers: int, shares: dict[str, float], skips_blindly: bool) -> None:
+    problems = [f"{name} must be an integer >= 1, got {size!r}" for name, size in sizes.items() if size < 1]
+    if num_workers < 0:
+        problems.append(f"num_workers must be an integer >= 0, got {num_workers!r}")
+    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+        told = " and ".join(map(repr, shares.values()))
+        problems.append(f"{' and '.join(shares)} must be >= 0 and leave something to train on, got {told}")
+    if skips_blindly:
+        problems.append("skip_unreadable needs check_images, which finds what is to be skipped: set it to true")
+    if problems:
+        raise MisconfigurationException("ContrastiveData: " + "; ".join(problems))

@@ -1,0 +1,247 @@
+"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+
+import math
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torchmetrics import MeanMetric
+from transformers import get_scheduler
+from typing_extensions import override
+
+from lightning_flatlora import FMLoRAModule
+from recipes.clip.model import Clip, add_lora, export_open_clip, image_features, load_clip, text_features
+from recipes.clip_contrastive.batches import Batch
+from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
+from recipes.clip_contrastive.retrieval import Retrieval
+from recipes.sharding import check_strategy, shard
+
+Schedule = Literal["cosine", "linear", "constant_with_warmup"]
+
+
+class Evaluation(nn.Module):
+    """Metrics of one evaluation: the mean loss of an image among its batch, and recall both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.retrieval = Retrieval()
+
+
+class ContrastiveBase(L.LightningModule):
+    """An open_clip model on images and captions: what training by any method and evaluation have in common.
+
+    Args:
+        model: an open_clip name, or ``hf-hub:`` and a Hub name, or ``local-dir:`` and a folder.
+        pretrained: a tag of open_clip's, or a file with weights; None starts from random weights, unless ``model``
+            names a place that holds them.
+        lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter; None
+            trains all weights.
+        loss: "clip" or "siglip"; "auto" takes the one that the model was made for. CoCa models are trained as CLIP,
+            with their text decoder left as it is.
+        learn_logit_scale: train the scale of the similarities, and SigLIP's bias, too; None does where all weights are
+            trained. CLIP's scale is kept at 100 at most.
+        learning_rate: AdamW's largest learning rate.
+        weight_decay: AdamW's, of matrices; vectors, such as biases and norms, and the logit scale have none.
+        schedule: the learning rate after warm-up: "cosine" or "linear" to 0, or "constant_with_warmup".
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
+            batches in the same memory, for a third more time.
+        kwargs: of the next class, for FMLoRA's module its rho and others.
+    """
+
+    def __init__(
+        self,
+        model: str = "ViT-B-32",
+        pretrained: str | None = None,
+        lora: dict[str, Any] | None = None,
+        loss: Kind = "auto",
+        learn_logit_scale: bool | None = None,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.01,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        gradient_checkpointing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_name = model
+        self.pretrained = pretrained
+        self.lora = lora
+        self.loss_kind: Kind = loss
+        self.learn_logit_scale = lora is None if learn_logit_scale is None else learn_logit_scale
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.gradient_checkpointing = gradient_checkpointing
+        self.net: nn.Module | None = None
+        self.contrastive: ContrastiveLoss | None = None
+        self.evaluations = nn.ModuleDict({stage: Evaluation() for stage in ("val", "test")})
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The loaded model with its tokenizer and preprocessing; the data module takes these from here."""
+        return load_clip(self.model_name, self.pretrained)
+
+    @override
+    def configure_model(self) -> None:
+        if self._trainer is not None:
+            self._check_trainer(self.trainer)
+        if self.net is None:
+            base: Any = self.clip.net
+            self.contrastive = ContrastiveLoss(
+                base.logit_scale, getattr(base, "logit_bias", None), self.loss_kind, self.learn_logit_scale
+            )
+            for name in self.contrastive.state_dict():  # it has them now; and FSDP can't shard what has no dimension
+                base.register_parameter(name, None)
+            if self.gradient_checkpointing:
+                base.set_grad_checkpointing(True)
+            self.net = add_lora(base, self.lora) if self.lora is not None else unfrozen(base)
+            self._vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.net, mesh, methods=("encode_image", "encode_text"))
+            if not isinstance(self.contrastive, FSDPModule):
+                fully_shard(cast("ContrastiveLoss", self.contrastive), mesh=mesh)
+
+    def _check_trainer(self, trainer: L.Trainer) -> None:
+        """Refuse strategies and settings that can't work with this loss."""
+        check_strategy(trainer.strategy, None, self.lora)
+        if isinstance(trainer.strategy, FSDPStrategy) and self.lora is None:
+            raise MisconfigurationException("lora=None trains all weights, which FSDP1 can't here: use FSDP2 or ddp")
+        places = [self, *trainer.callbacks]  # type: ignore[attr-defined]
+        if trainer.world_size > 1 and any(getattr(place, "sync_ascent", True) is False for place in places):
+            raise MisconfigurationException(
+                "sync_ascent=False has no meaning here: the loss is that of all devices' joint batch; set it to true"
+            )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[name.replace("_fsdp_wrapped_module.", "") in self._vectors].append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": parameters, "weight_decay": 0.0 if vectors else self.weight_decay}
+                for vectors, parameters in groups.items()
+                if parameters
+            ],
+            lr=self.learning_rate,
+        )
+        scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self._optimizer_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer."""
+        batches = self.trainer.estimated_stepping_batches
+        if math.isinf(batches):
+            raise MisconfigurationException(
+                f"schedule={self.schedule!r} spreads over the run, and this one has no end: set max_steps or max_epochs"
+            )
+        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        model = self.trainer.strategy.model
+        if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
+            model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """This rank's share of the joint batch's loss, in nats; logged as ``train_loss``.
+
+        Args:
+            batch: ``images`` (b, 3, H, W) and ``tokens`` (b, context length), one caption for each image.
+        """
+        assert self.net is not None  # configure_model comes first
+        assert self.contrastive is not None
+        images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
+        loss = self.contrastive(images, texts)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(images), sync_dist=True)
+        return cast("Tensor", loss)
+
+    def open_clip_state(self) -> dict[str, Tensor]:
+        """All weights by their names in a plain open_clip model, with the adapter merged in and the scale as learnt."""
+        assert self.net is not None
+        assert self.contrastive is not None
+        return export_open_clip(self.net) | self.contrastive.open_clip_state()
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        assert self.contrastive is not None
+        self.contrastive.clamp()
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        """Take up images with all their captions; the loss is over each image's first one."""
+        assert self.net is not None
+        assert self.contrastive is not None
+        images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
+        evaluation = self._evaluation(stage)
+        loss = self.contrastive(images, texts[batch["first_captions"]], joint=False)
+        evaluation.loss.update(loss, batch["weight"])
+        evaluation.retrieval.update(images, batch["image_ids"], texts, batch["text_ids"], batch["pairs"])
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        evaluation = self._evaluation(stage)
+        self.log(f"{stage}_loss", evaluation.loss, prog_bar=True)
+        recalls = evaluation.retrieval.compute()  # of all ranks, and the same on each
+        evaluation.retrieval.reset()
+        self.log_dict({f"{stage}_{name}": recall for name, recall in recalls.items()}, sync_dist=True)
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        return cast("Evaluation", self.evaluations[stage])
+
+
+def unfrozen(base: nn.Module) -> nn.Module:
+    """The model with all weights trained that the contrastive loss reaches, in training mode.
+
+    CoCa's text decoder stays behind.
+    """
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(not name.startswith("text_decoder."))
+    return base.train()
+
+
+class ContrastiveModel(ContrastiveBase):
+    """Automatic optimization: all weights, plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+class ContrastiveModelFM(ContrastiveBase, FMLoRAModule):
+    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
+
+    @override
+    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)

@@ -1,0 +1,239 @@
+"""Images and their captions from a table, a folder, webdataset shards, or a package."""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from recipes.clip_demo import emoji
+
+PACKAGED = ("packaged:emoji", "packaged:emoji-held-out", "packaged:emoji-fluent", "packaged:emoji-fluent-held-out")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_CAPTION_FILES = ("captions.csv", "captions.tsv")
+_PREFIX = "packaged:"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """An image file in a column of a table; Pillow opens it as it opens a path.
+
+    Attributes:
+        name: for messages.
+        table: a ``datasets.Dataset``.
+        place: of its row.
+        columns: those that may hold it, undecoded.
+    """
+
+    name: str
+    table: Any = field(compare=False)
+    place: int
+    columns: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """The whole file."""
+        row = self.table[self.place]
+        return next((row[column]["bytes"] for column in self.columns if row[column] is not None), b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image and what is said of it.
+
+    Attributes:
+        file: of the image.
+        captions: at least one, none blank.
+        key: pictures with the same key never part between training and evaluation.
+    """
+
+    file: Path | StoredFile
+    captions: tuple[str, ...]
+    key: str
+
+
+def load(dataset: str, image_column: str = "image", caption_column: str = "caption") -> list[Picture]:
+    """The pictures of a data set, each with all its captions.
+
+    Args:
+        dataset: a .csv or .tsv file; a folder of images with a .txt file of the same name beside each, one caption a
+            line, or with a captions.csv or .tsv; webdataset shards, as ``shards/*.tar`` or ``shards/{000..009}.tar``;
+            or one of :data:`PACKAGED`.
+        image_column: of a table: paths, relative to the table's folder, or absolute.
+        caption_column: of a table.
+
+    Raises:
+        MisconfigurationException: there is no such file, folder, column or package; a caption or an image is missing.
+    """
+    if dataset.startswith(_PREFIX):
+        pictures = _packaged(dataset)
+    elif dataset.endswith(".tar"):
+        pictures = _shards(dataset)
+    else:
+        pictures = _local(dataset, image_column, caption_column)
+    if not pictures:
+        raise MisconfigurationException(f"dataset={dataset!r} holds no image with a caption")
+    return pictures
+
+
+def _local(dataset: str, image_column: str, caption_column: str) -> list[Picture]:
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        tables = [path / name for name in _CAPTION_FILES if (path / name).is_file()]
+        return _table(tables[0], image_column, caption_column) if tables else _folder(path)
+    if path.suffix.lower() not in _TABLES:
+        raise MisconfigurationException(
+            f"dataset={dataset!r} is not a folder, nor does it end in .csv, .tsv or .tar, nor is it one of "
+            f"{', '.join(PACKAGED)}"
+        )
+    if not path.is_file():
+        raise MisconfigurationException(f"dataset={dataset!r}: there is no such file")
+    return _table(path, image_column, caption_column)
+
+
+# -- tables and folders
+
+
+def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
+    captions: dict[str, list[str]] = {}
+    faults = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter=_TABLES[path.suffix.lower()], strict=True)
+            _check_columns(path, rows.fieldnames or (), image_column, caption_column)
+            for row in rows:
+                image, caption = (row[image_column] or "").strip(), (row[caption_column] or "").strip()
+                if image and caption:
+                    captions.setdefault(image, []).append(caption)
+                else:
+                    empty = caption_column if image else image_column
+                    faults.append(f"line {rows.line_num} has an empty {empty!r}")
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise MisconfigurationException(f"{path} can't be read as a table in UTF-8: {error}") from error
+    _refuse(path, faults)
+    files = {image: path.parent / Path(image).expanduser() for image in captions}
+    _refuse(path, [f"there is no {file}" for file in files.values() if not file.is_file()])
+    return [Picture(files[image], tuple(texts), image) for image, texts in captions.items()]
+
+
+def _check_columns(path: Path, found: Iterable[str], image_column: str, caption_column: str) -> None:
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    missing = [f"{argument}={name!r}" for argument, name in columns.items() if name not in found]
+    if missing:
+        raise MisconfigurationException(
+            f"{path} has the columns {list(found)}, but not {' nor '.join(missing)}: name the columns that hold the "
+            "image's path and its caption (a table needs a first line with the columns' names)"
+        )
+
+
+def _folder(folder: Path) -> list[Picture]:
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not images:
+        raise MisconfigurationException(f"{folder} holds no image ending in {', '.join(IMG_EXTENSIONS)}")
+    captions: dict[Path, tuple[str, ...]] = {}
+    faults = []
+    for image in images:
+        text = image.with_suffix(".txt")
+        try:
+            captions[image] = lines_of(text.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            faults.append(
+                f"{image.name} has neither a {text.name} beside it nor is there a {' or '.join(_CAPTION_FILES)}"
+            )
+        except UnicodeDecodeError as error:
+            faults.append(f"{text} is not UTF-8: {error}")
+        else:
+            faults += [] if captions[image] else [f"{text} is empty"]
+    _refuse(folder, faults)
+    return [Picture(image, captions[image], str(image.relative_to(folder))) for image in images]
+
+
+def lines_of(text: str) -> tuple[str, ...]:
+    """The lines of a text that are not blank.
+
+    Example:
+        >>> lines_of("a cat\\n\\n on a mat ")
+        ('a cat', 'on a mat')
+    """
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _refuse(path: Path | str, faults: list[str]) -> None:
+    if faults:
+        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise MisconfigurationException(f"{path}: {'; '.join(faults[:5])}{more}. Mend or remove them")
+
+
+# -- webdataset
+
+
+def _shards(pattern: str) -> list[Picture]:
+    """Pictures of webdataset shards; `datasets` copies them once into its cache, from where any one can be read."""
+    files = list(expanded(pattern))
+    try:
+        table: Any = datasets.load_dataset("webdataset", data_files=files, split="train")
+    except Exception as error:  # `datasets` raises a dozen types, from a missing file to a broken archive
+        raise MisconfigurationException(
+            f"dataset={pattern!r} can't be read as webdataset shards: {type(error).__name__}: {error}"
+        ) from error
+    columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if not columns or "txt" not in table.column_names:
+        raise MisconfigurationException(
+            f"dataset={pattern!r} has the parts {sorted(set(table.column_names) - {'__key__', '__url__'})}: each "
+            "sample needs an image, such as .jpg or .png, and its caption as .txt"
+        )
+    for column in columns:
+        table = table.cast_column(column, datasets.Image(decode=False))
+    names = [f"{Path(url).name}/{key}" for url, key in zip(table["__url__"], table["__key__"], strict=True)]
+    captions = [lines_of(text or "") for text in table["txt"]]
+    _refuse(pattern, [f"{name}.txt is empty" for name, texts in zip(names, captions, strict=True) if not texts])
+    return [
+        Picture(StoredFile(name, table, place, tuple(columns)), texts, name)
+        for place, (name, texts) in enumerate(zip(names, captions, strict=True))
+    ]
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    """A pattern with a range in braces, as webdataset's users write them, as one for each number.
+
+    Example:
+        >>> list(expanded("shards/{008..010}.tar"))
+        ['shards/008.tar', 'shards/009.tar', 'shards/010.tar']
+    """
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last = found.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from expanded(f"{pattern[: found.start()]}{number:0{len(first)}d}{pattern[found.end() :]}")
+
+
+# -- packages
+
+
+def fetch(dataset: str) -> None:
+    """Read what is copied or installed once, on one process, before the others look for it."""
+    if dataset.startswith(_PREFIX) or dataset.endswith(".tar"):
+        load(dataset)
+
+
+def _packaged(dataset: str) -> list[Picture]:
+    """Emoji; their captions are those of recipes.clip_demo. One emoji is in one part, in whatever style."""
+    if dataset not in PACKAGED:
+        raise MisconfigurationException(f"dataset: unknown package {dataset!r}, give one of {', '.join(PACKAGED)}")
+    folders, held_out = emoji.prepare(), dataset.endswith("held-out")
+    pairs = _table(folders.held_out_pairs if held_out else folders.pairs, "image", "caption")
+    codes = [Path(picture.key).stem for picture in pairs]  # the file's name is the emoji's code points, in every style
+    if "fluent" not in dataset:
+        return [Picture(picture.file, picture.captions, code) for picture, code in zip(pairs, codes, strict=True)]
+    captions = {code: picture.captions for picture, code in zip(pairs, codes, strict=True)}
+    images = sorted((folders.target / ("validation" if held_out else "train")).rglob("*.png"))
+    return [Picture(image, captions[image.stem], image.stem) for image in images if image.stem in captions]
