@@ -1,13 +1,14 @@
-# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`.
+# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`, `make clip-demo`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help test demo lint gpu-test benchmark clean
+.PHONY: help test demo clip-demo lint gpu-test benchmark clean
 
 help:
 	@echo "make demo       fine-tune a packaged language model with LoRA, EFMLoRA and FMLoRA, side by side"
+	@echo "make clip-demo  train a small CLIP on emoji, then adapt it with few images of a style it has never seen"
 	@echo "make test       lint, type check and all tests"
 	@echo "make gpu-test   the tests that need a CUDA device"
 	@echo "make benchmark  step time of every method relative to LoRA"
@@ -20,6 +21,9 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/python -m recipes.demo
+
+clip-demo: $(INSTALLED)
+	$(BIN)/python -m recipes.clip_demo
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
