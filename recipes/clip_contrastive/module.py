@@ -1,6 +1,5 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
-import math
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -9,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 from typing_extensions import override
@@ -20,6 +19,7 @@ from recipes.clip_contrastive.batches import Batch
 from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
 from recipes.clip_contrastive.retrieval import Retrieval
 from recipes.sharding import check_strategy, shard
+from recipes.training import RecipeModule
 
 Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 
@@ -33,7 +33,7 @@ class Evaluation(nn.Module):
         self.retrieval = Retrieval()
 
 
-class ContrastiveBase(L.LightningModule):
+class ContrastiveBase(RecipeModule):
     """An open_clip model on images and captions: what training by any method and evaluation have in common.
 
     Args:
@@ -135,30 +135,8 @@ class ContrastiveBase(L.LightningModule):
             ],
             lr=self.learning_rate,
         )
-        scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self._optimizer_steps())
+        scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.optimizer_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer."""
-        batches = self.trainer.estimated_stepping_batches
-        if math.isinf(batches):
-            raise MisconfigurationException(
-                f"schedule={self.schedule!r} spreads over the run, and this one has no end: set max_steps or max_epochs"
-            )
-        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        model = self.trainer.strategy.model
-        if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
-            model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def loss(self, batch: Batch) -> Tensor:
         """This rank's share of the joint batch's loss, in nats; logged as ``train_loss``.

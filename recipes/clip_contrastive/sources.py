@@ -2,16 +2,18 @@
 
 import csv
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
-from typing import Any
 
-import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
 
 from recipes.clip_demo import emoji
+from recipes.ranks import rank
 
 PACKAGED = ("packaged:emoji", "packaged:emoji-held-out", "packaged:emoji-fluent", "packaged:emoji-fluent-held-out")
 _TABLES = {".csv": ",", ".tsv": "\t"}
@@ -21,27 +23,28 @@ _PREFIX = "packaged:"
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """An image file in a column of a table; Pillow opens it as it opens a path.
+    """A file inside an uncompressed archive; Pillow opens it as it opens a path.
 
     Attributes:
-        name: for messages.
-        table: a ``datasets.Dataset``.
-        place: of its row.
-        columns: those that may hold it, undecoded.
+        archive: where it lies.
+        name: inside the archive.
+        offset: of its first byte, in bytes.
+        size: in bytes.
     """
 
+    archive: Path
     name: str
-    table: Any = field(compare=False)
-    place: int
-    columns: tuple[str, ...]
+    offset: int
+    size: int
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.archive}/{self.name}"
 
     def read(self) -> bytes:
         """The whole file."""
-        row = self.table[self.place]
-        return next((row[column]["bytes"] for column in self.columns if row[column] is not None), b"")
+        with self.archive.open("rb") as archive:
+            archive.seek(self.offset)
+            return archive.read(self.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,29 +178,39 @@ def _refuse(path: Path | str, faults: list[str]) -> None:
 
 
 def _shards(pattern: str) -> list[Picture]:
-    """Pictures of webdataset shards; `datasets` copies them once into its cache, from where any one can be read."""
-    files = list(expanded(pattern))
+    """Pictures of webdataset shards, found in one pass over the archives' headers."""
+    shards = [Path(file) for one in expanded(pattern) for file in sorted(glob(str(Path(one).expanduser()))) or [one]]
+    if missing := [str(shard) for shard in shards if not shard.is_file()]:
+        raise MisconfigurationException(f"dataset={pattern!r}: there is no {', '.join(missing[:5])}")
+    pictures, faults = [], []
+    for shard in tqdm(shards, "Reading shards", disable=len(shards) < 10 or rank() != 0):
+        images, captions = _members(shard)
+        faults += [f"{shard}: {key} has no .txt" for key in sorted(images.keys() - captions)]
+        faults += [f"{shard}: {key} has a .txt, but no image" for key in sorted(captions.keys() - images)]
+        faults += [f"{shard}: {key}.txt is empty" for key, texts in captions.items() if not texts]
+        pictures += [Picture(image, captions.get(key, ()), f"{shard.name}/{key}") for key, image in images.items()]
+    _refuse(pattern, faults)
+    return pictures
+
+
+def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, ...]]]:
+    """Images and captions of a shard by key, which is the name up to the first dot in its last part."""
+    images, captions = {}, {}
     try:
-        table: Any = datasets.load_dataset("webdataset", data_files=files, split="train")
-    except Exception as error:  # `datasets` raises a dozen types, from a missing file to a broken archive
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                base, _, suffix = name.partition(".")
+                key = f"{folder}/{base}" if folder else base
+                if f".{suffix.lower()}" in IMG_EXTENSIONS:
+                    images[key] = StoredFile(shard, member.name, member.offset_data, member.size)
+                elif suffix.lower() == "txt" and (file := archive.extractfile(member)):
+                    captions[key] = lines_of(file.read().decode("utf-8-sig"))
+    except (tarfile.TarError, UnicodeDecodeError) as error:
         raise MisconfigurationException(
-            f"dataset={pattern!r} can't be read as webdataset shards: {type(error).__name__}: {error}"
+            f"{shard} can't be read as an uncompressed .tar with texts in UTF-8: {error}"
         ) from error
-    columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if not columns or "txt" not in table.column_names:
-        raise MisconfigurationException(
-            f"dataset={pattern!r} has the parts {sorted(set(table.column_names) - {'__key__', '__url__'})}: each "
-            "sample needs an image, such as .jpg or .png, and its caption as .txt"
-        )
-    for column in columns:
-        table = table.cast_column(column, datasets.Image(decode=False))
-    names = [f"{Path(url).name}/{key}" for url, key in zip(table["__url__"], table["__key__"], strict=True)]
-    captions = [lines_of(text or "") for text in table["txt"]]
-    _refuse(pattern, [f"{name}.txt is empty" for name, texts in zip(names, captions, strict=True) if not texts])
-    return [
-        Picture(StoredFile(name, table, place, tuple(columns)), texts, name)
-        for place, (name, texts) in enumerate(zip(names, captions, strict=True))
-    ]
+    return images, captions
 
 
 def expanded(pattern: str) -> Iterator[str]:
@@ -220,8 +233,8 @@ def expanded(pattern: str) -> Iterator[str]:
 
 
 def fetch(dataset: str) -> None:
-    """Read what is copied or installed once, on one process, before the others look for it."""
-    if dataset.startswith(_PREFIX) or dataset.endswith(".tar"):
+    """Install what a packaged data set needs, on one process, before the others look for it."""
+    if dataset.startswith(_PREFIX):
         load(dataset)
 
 

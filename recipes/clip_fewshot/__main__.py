@@ -3,11 +3,10 @@
 import sys
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.cli import ArgsType
 
+from recipes.cli import RecipeCLI
 from recipes.clip_fewshot import sweep
-from recipes.instruction_tuning.__main__ import RecipeCLI
 
 
 def main(args: ArgsType = None) -> Any:
@@ -15,16 +14,8 @@ def main(args: ArgsType = None) -> Any:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list) and given[:1] == ["sweep"]:
         return sweep.main(given[1:])
-    return RecipeCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"epilog": "Beside these: sweep, over methods, shots and seeds (sweep --help)."},
-        args=args,
-    )
+    epilog = "Beside these: sweep, over methods, shots and seeds (sweep --help)."
+    return RecipeCLI(args, parser_kwargs={"epilog": epilog})
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def class_accuracies(confusion: Tensor, classes: Sequence[str]) -> dict[str, flo
     """Each class's accuracy, by name; classes without an example are left out.
 
     Example:
+        >>> import torch
         >>> class_accuracies(torch.tensor([[3, 1], [0, 0]]), ["cat", "dog"])
         {'cat': 0.75}
     """

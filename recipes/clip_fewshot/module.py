@@ -1,6 +1,5 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -20,11 +19,12 @@ from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, PredictionWriter, write_evaluation
 from recipes.clip_fewshot.prompts import tokenise
 from recipes.sharding import check_strategy, shard
+from recipes.training import RecipeModule
 
 _CHUNK = 256  # texts that the text tower reads at once in evaluation
 
 
-class ClipClassifier(L.LightningModule):
+class ClipClassifier(RecipeModule):
     """CLIP with LoRA as a classifier of images by texts: what all methods, evaluation and prediction have in common.
 
     A class's features are, in evaluation, the mean of its texts' normalised features, normalised again; likewise in
@@ -67,6 +67,7 @@ class ClipClassifier(L.LightningModule):
         self.prompts: list[list[str]] = []
         self.tokens: Tensor
         self.metrics = nn.ModuleDict()
+        self._trains_text = True
         self._class_features: Tensor | None = None
 
     @override
@@ -97,6 +98,9 @@ class ClipClassifier(L.LightningModule):
         if self.net is None:
             scalars_as_buffers(self.clip.net)
             self.net = add_lora(self.clip.net, self.lora)
+            self._trains_text = any(
+                p.requires_grad for name, p in self._base().named_parameters() if "visual" not in name
+            )
         if self.prompts:
             self.register_buffer("tokens", self._tokens(), persistent=False)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
@@ -118,22 +122,13 @@ class ClipClassifier(L.LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, self._optimizer_steps(), eta_min=self.min_learning_rate
+            optimizer, self.optimizer_steps(), eta_min=self.min_learning_rate
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer."""
-        batches = self.trainer.estimated_stepping_batches
-        if math.isinf(batches):
-            raise MisconfigurationException(
-                "the learning rate falls over the run, and this one has no end: set max_epochs"
-            )
-        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
-
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy of the classes, in nats; logged as ``train_loss``, beside ``train_accuracy``."""
-        features = self._encode_texts(self.tokens[:, 0]) if self._trains_text() else self.class_features()
+        features = self._encode_texts(self.tokens[:, 0]) if self._trains_text else self.class_features()
         logits = self._logits(batch["images"], features)
         loss = nn.functional.cross_entropy(logits, batch["labels"])
         accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()
@@ -165,9 +160,6 @@ class ClipClassifier(L.LightningModule):
         assert self.net is not None
         return text_features(self.net, tokens).float()
 
-    def _trains_text(self) -> bool:
-        return self.lora.get("towers", "both") != "vision"
-
     # -- evaluation
 
     @override
@@ -180,7 +172,7 @@ class ClipClassifier(L.LightningModule):
 
     def forget_class_features(self) -> None:
         """Before and after an evaluation: training changes them, unless the text tower is frozen."""
-        if self._trains_text():
+        if self._trains_text:
             self._class_features = None
 
     @override

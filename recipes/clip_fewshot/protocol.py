@@ -2,7 +2,9 @@
 
 import json
 import statistics
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -96,6 +98,16 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     return {key: value.item() for key, value in values.items()}
 
 
+def commit() -> str | None:
+    """The commit of this code, with a plus sign if files differ from it; None outside of a clone."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
 def _settings(trainer: L.Trainer) -> dict[str, Any]:
     module: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -111,6 +123,7 @@ def _settings(trainer: L.Trainer) -> dict[str, Any]:
         "batch_size": data.batch_size,
         "device": torch.cuda.get_device_name(module.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "devices": trainer.world_size,
+        "commit": commit(),
     }
 
 

@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [f"--config={Path(path).resolve()}" for path in options.config] + more
     _keep_settings(options.folder, given)
     runs = [
-        Run(method, rho, shots, seed)
-        for method, shots, seed in product(options.methods, options.shots, options.seeds)
+        Run(method, rho, shots, seed)  # methods side by side, as the machine's load may change
+        for shots, seed, method in product(options.shots, options.seeds, options.methods)
         for rho in ([None] if method == "lora" else options.rho or [None])
     ]
     for number, run in enumerate(runs, 1):
@@ -143,7 +143,7 @@ def table(found: Sequence[Result], part: str = "test") -> str:
     """
     shots = sorted({row["shots"] for row in found})
     base = _seconds([row for row in found if row["name"] == "LoRA"])
-    lines = [["method", *map(_counted, shots), "step time"], ["---"] * (len(shots) + 2)]
+    lines = [["method", *map(_counted, shots), "step time"]]
     if part == "test":
         zero_shot = f"{100 * statistics.mean(row['zero_shot']['accuracy'] for row in found):.1f}"
         lines.append(["zero-shot", *[zero_shot] * len(shots), ""])
@@ -152,7 +152,8 @@ def table(found: Sequence[Result], part: str = "test") -> str:
         cells = [_mean([100 * row[part]["accuracy"] for row in own if row["shots"] == number]) for number in shots]
         seconds = _seconds(own)
         lines.append([name, *cells, f"{seconds / base:.2f}" if seconds and base else "-"])
-    shown = ["|" + "|".join(f" {cell} " if cell.strip("-") else cell or " " for cell in line) + "|" for line in lines]
+    shown = ["|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines]
+    shown.insert(1, "|" + "---|" * len(lines[0]))
     note = f"Accuracy in % on the {part} part, mean ± standard error (seeds); step time relative to LoRA's."
     return "\n".join([*shown, "", note])
 
@@ -178,21 +179,11 @@ def _seconds(found: Sequence[Result]) -> float | None:
 def _report(runs: Sequence[Run], folder: Path, part: str) -> str:
     """Write results.jsonl and table.md anew from the finished runs; the table."""
     found = list(results(runs, folder))
-    lines = [json.dumps({**row, "commit": commit()}, ensure_ascii=False) + "\n" for row in found]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
     (folder / "results.jsonl").write_text("".join(lines), encoding="utf-8")
     shown = table(found, part)
     (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
     return shown
-
-
-def commit() -> str | None:
-    """The commit of this code, with a plus sign if files differ from it; None outside of a clone."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
 
 
 def _start(arguments: Sequence[str]) -> int:
@@ -219,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.clip_fewshot sweep",
         description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

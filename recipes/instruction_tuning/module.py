@@ -1,16 +1,13 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import get_scheduler
 from typing_extensions import override
 
@@ -29,11 +26,12 @@ from recipes.instruction_tuning.model import (
     model_source,
 )
 from recipes.sharding import check_strategy, shard
+from recipes.training import RecipeModule
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 
-class LanguageModel(L.LightningModule):
+class LanguageModel(RecipeModule):
     """A causal language model with LoRA: what training by any method, evaluation and prediction have in common.
 
     Args:
@@ -100,30 +98,8 @@ class LanguageModel(L.LightningModule):
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
-        scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self._optimizer_steps())
+        scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.optimizer_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer."""
-        batches = self.trainer.estimated_stepping_batches
-        if math.isinf(batches):
-            raise MisconfigurationException(
-                f"schedule={self.schedule!r} spreads over the run, and this one has no end: set max_steps or max_epochs"
-            )
-        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        model = self.trainer.strategy.model
-        if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
-            model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean negative log-likelihood per answer token, in nats; logged as ``train_loss``."""

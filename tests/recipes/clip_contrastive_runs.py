@@ -13,8 +13,8 @@ from strategies import FSDPOnCPU, full_weights
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA
+from recipes.cli import RecipeCLI
 from recipes.clip_contrastive import sources
-from recipes.clip_contrastive.__main__ import main
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModel, ContrastiveModelFM
 from recipes.random_state import RandomState
@@ -94,7 +94,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
         arguments += [f"--config={STRATEGIES / strategy}.yaml", f"--trainer.devices={os.environ['WORLD_SIZE']}"]
     if strategy == "fsdp1":
         arguments.append("--trainer.strategy.class_path=strategies.FSDPOnCPU")
-    cli = main([*arguments, "--trainer.accelerator=cpu", *options])
+    cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options])
     return {
         "weights": full_weights(cli.trainer.strategy, cli.model),
         "logged": {name: value.item() for name, value in cli.trainer.callback_metrics.items()},

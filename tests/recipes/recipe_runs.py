@@ -10,8 +10,8 @@ from strategies import full_weights
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from recipes import sharding
+from recipes.cli import RecipeCLI
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.__main__ import main
 
 CONFIGS = Path(sources.__file__).parent / "configs"
 STRATEGIES = Path(sharding.__file__).parent / "configs" / "strategies"
@@ -41,7 +41,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
         arguments += [f"--config={STRATEGIES / strategy}.yaml", f"--trainer.devices={dist_size()}"]
     if strategy == "fsdp1":
         arguments.append("--trainer.strategy.class_path=strategies.FSDPOnCPU")
-    cli = main([*arguments, "--trainer.accelerator=cpu", *options])
+    cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options])
     used = cli.trainer.strategy
     return {
         "weights": full_weights(used, cli.model.net),

@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 open_clip = pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 
 from clip_contrastive_runs import CLIP, COCA, CONFIGS, SIGLIP, run, save_model, save_pictures  # noqa: E402
 from torchmetrics.retrieval import RetrievalHitRate  # noqa: E402
@@ -50,14 +49,10 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 
 
 @pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +196,26 @@ def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable
                 for suffix in ("png", "txt"):
                     shard.add(Path(pictures) / f"{name}.{suffix}", f"{name}.{suffix}")
     shards = sources.load(str(tmp_path / "shard-{000..001}.tar"))
-    assert {str(p.file).split("/")[1]: p.captions for p in shards} == expected
+    assert {p.key.split("/")[1]: p.captions for p in shards} == expected
     assert shards[21].file.read() == (Path(pictures) / f"{names[21]}.png").read_bytes()
     assert sources.load(str(tmp_path / "shard-*.tar")) == shards
+
+
+def test_images_are_read_from_shards(clip: Any, pictures: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for name in ("blue-circle", "broken", "red-circle"):
+            image, text = tmp_path / f"{name}.png", tmp_path / f"{name}.txt"
+            text.write_text("a circle")
+            whole = (Path(pictures) / f"{name.replace('broken', 'red-circle')}.png").read_bytes()
+            image.write_bytes(whole[:60] if name == "broken" else whole)
+            shard.add(image, image.name)
+            shard.add(text, text.name)
+    with pytest.warns(UserWarning, match=r"1 of 3 images can't be read: shard.tar/broken.png .*left out"):
+        data = prepared(clip, "fit", "shard.tar", skip_unreadable=True, validation_share=0.0, test_share=0.0)
+    files = [str(picture.file) for picture in data.parts["train"]]
+    batch = data.train_dataloader().dataset[Draw(0, [files.index("shard.tar/blue-circle.png")])]
+    assert batch["images"].shape == (1, 3, 32, 32)
+    assert batch["images"][0, 2].mean() > batch["images"][0, 0].mean()
 
 
 def test_an_emoji_stays_in_one_part_in_all_styles(
@@ -255,12 +267,18 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
 
 
 def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"'no-\{0..1\}.tar' can't be read as webdataset shards"):
+    with pytest.raises(MisconfigurationException, match=r"'no-\{0..1\}.tar': there is no no-0.tar, no-1.tar"):
         sources.load("no-{0..1}.tar")
+    (tmp_path / "broken.tar").write_text("no archive")
+    with pytest.raises(MisconfigurationException, match=r"broken.tar can't be read as an uncompressed .tar"):
+        sources.load("broken.tar")
+    (tmp_path / "blank.txt").write_text(" ")
     with tarfile.open(tmp_path / "bare.tar", "w") as shard:
-        shard.add(Path(pictures) / "red-circle.png", "red-circle.png")
-    with pytest.raises(MisconfigurationException, match=r"bare.tar' has the parts \['png'\].*caption as .txt"):
-        sources.load(str(tmp_path / "bare.tar"))
+        shard.add(Path(pictures) / "red-circle.png", "some/red-circle.png")
+        shard.add(tmp_path / "blank.txt", "blank.txt")
+    message = r"some/red-circle has no .txt; .*blank has a .txt, but no image; .*blank.txt is empty"
+    with pytest.raises(MisconfigurationException, match=message):
+        sources.load("bare.tar")
 
 
 @pytest.mark.parametrize(

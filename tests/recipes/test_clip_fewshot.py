@@ -496,6 +496,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         assert all(torch.equal(one, other) for one, other in zip(weights, again, strict=True)), step
 
 
+def test_a_run_that_was_stopped_goes_on_from_its_last_validation(
+    tiny_clip: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("fit", "efmlora", tiny_clip, images)
+    runs = tmp_path / "runs" / "clip_fewshot" / "efmlora"
+    whole = json.loads((runs / "version_0" / "result.json").read_text())
+
+    def stop(self: Any, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 5:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomState, "on_train_batch_start", stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run("fit", "efmlora", tiny_clip, images)
+    last = runs / "version_1" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    run("fit", "efmlora", tiny_clip, images, f"--ckpt_path={last}")
+    resumed = json.loads((runs / "version_2" / "result.json").read_text())
+    assert resumed["test"] == whole["test"]
+    assert resumed["zero_shot"] == whole["zero_shot"]
+
+
 # -- what is refused
 
 

@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers", reason="the recipes' dependen
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA  # noqa: E402
 from recipes import packaged  # noqa: E402
+from recipes.cli import RecipeCLI  # noqa: E402
 from recipes.instruction_tuning import sources  # noqa: E402
-from recipes.instruction_tuning.__main__ import main  # noqa: E402
 from recipes.instruction_tuning.batches import Collate, LengthBatchSampler  # noqa: E402
 from recipes.instruction_tuning.chat import IGNORED, ChatEncoder  # noqa: E402
 from recipes.instruction_tuning.data import InstructionData, part_of  # noqa: E402
@@ -274,7 +274,7 @@ def test_free_answers_are_generated_and_compared(tiny: str, sums: str, tmp_path:
 
 
 def run(command: str, method: str, model: str, *options: str) -> None:
-    main(
+    RecipeCLI(
         [
             command,
             f"--config={CONFIGS / method}.yaml",

@@ -1,0 +1,127 @@
+"""The demo's table, its plot of accuracy against shots, and its picture of sample predictions."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from recipes.clip_demo.run import METHODS, ZERO_SHOT, Row
+
+_COLOURS = {"LoRA": "#4477aa", "EFMLoRA": "#ee7733", "FMLoRA": "#228833"}
+_RIGHT, _WRONG = "#117733", "#aa3311"
+_COLUMNS = 6  # images in a row of the picture
+
+
+def table(rows: Sequence[Row], classes: int) -> Table:
+    """A row for each method: accuracy in %, mean ± standard error over the seeds, and the cost of a step.
+
+    Args:
+        rows: of all runs.
+        classes: their number, for chance.
+    """
+    shots = sorted({row["shots"] for row in rows if row["shots"]})
+    seeds = len({row["seed"] for row in rows})
+    title = f"Accuracy in %, {classes} classes (chance {100 / classes:.1f}), {seeds} seeds"
+    shown = Table(title=title)
+    shown.add_column("method")
+    for column in [*(f"{number} shot{'s' * (number > 1)}" for number in shots), "step x LoRA"]:
+        shown.add_column(column, justify="right")
+    shown.add_row(ZERO_SHOT, *[f"{100 * _accuracies(rows, ZERO_SHOT, 0)[0]:.1f}"] * len(shots), "-")
+    for method in METHODS:
+        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(_accuracies(rows, method, number))) for number in shots]
+        shown.add_row(method, *cells, f"{_seconds(rows, method) / _seconds(rows, 'LoRA'):.2f}")
+    return shown
+
+
+def write_table(rows: Sequence[Row], classes: int, path: Path) -> None:
+    """Print the table, and write it to a file as it was printed."""
+    with path.open("w", encoding="utf-8") as file:
+        Console(file=file, width=110).print(table(rows, classes))
+    Console().print(table(rows, classes))
+
+
+def plot(rows: Sequence[Row], classes: int, path: Path) -> None:
+    """Accuracy against shots, one line for each method with standard errors, as a PNG."""
+    shots = sorted({row["shots"] for row in rows if row["shots"]})
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for place, method in enumerate(METHODS):
+        means, errors = zip(*(mean_and_error(_accuracies(rows, method, number)) for number in shots), strict=True)
+        shifted = [number * 1.04 ** (place - 1) for number in shots]  # so that error bars don't hide each other
+        axes.errorbar(shifted, means, yerr=errors, label=method, color=_COLOURS[method], marker="o", capsize=4)
+    zero_shot = 100 * _accuracies(rows, ZERO_SHOT, 0)[0]
+    axes.axhline(zero_shot, color="#666666", linestyle="--", label=f"{ZERO_SHOT}, {zero_shot:.1f} %")
+    axes.axhline(100 / classes, color="#aaaaaa", linestyle=":", label=f"chance, {100 / classes:.1f} %")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shots, [str(number) for number in shots])
+    axes.minorticks_off()
+    seeds = len({row["seed"] for row in rows})
+    axes.set(
+        xlabel="shots: images of each class to train on",
+        ylabel="test accuracy in %",
+        title=f"A small CLIP trained here, adapted to a new drawing style\n(mean ± standard error of {seeds} seeds)",
+        ylim=(0, None),
+    )
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def picture(
+    examples: Sequence[tuple[Path, int]], names: Sequence[str], given: dict[str, Sequence[int]], path: Path
+) -> None:
+    """The first test image of each class with what it is and what models call it, as a PNG.
+
+    Args:
+        examples: paths and labels of the test part.
+        names: of the classes.
+        given: of each model, by its name, the labels given to the examples.
+        path: of the picture.
+    """
+    firsts: dict[int, int] = {}
+    for place, (_, label) in enumerate(examples):
+        firsts.setdefault(label, place)
+    rows = -(-len(firsts) // _COLUMNS)
+    size = (2.2 * _COLUMNS, 2.1 * rows + 0.6)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1))
+    legend = "; ".join(f"line {line}: {name}" for line, name in enumerate(given, 1))
+    figure.suptitle(f"The first test image of each class, and what it is called\n{legend}; green is right", fontsize=12)
+    for axes in (drawn := figure.subplots(rows, _COLUMNS, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, place in zip(drawn.flat, firsts.values(), strict=False):
+        image, label = examples[place]
+        _show(axes, image, names[label], [names[of_model[place]] for of_model in given.values()])
+    figure.savefig(path, dpi=110)
+
+
+def _show(axes: Any, image: Path, name: str, answers: Sequence[str]) -> None:
+    with Image.open(image) as opened:
+        axes.imshow(opened)
+    axes.set_title(name, fontsize=9, fontweight="bold")
+    for line, answer in enumerate(answers):
+        axes.text(
+            0.5, -0.04 - 0.14 * line, answer, transform=axes.transAxes, ha="center", va="top", fontsize=8.5,
+            color=_RIGHT if answer == name else _WRONG,
+        )  # fmt: skip
+
+
+def _accuracies(rows: Sequence[Row], method: str, shots: int) -> list[float]:
+    return [row["accuracy"] for row in rows if (row["method"], row["shots"]) == (method, shots)]
+
+
+def mean_and_error(accuracies: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error, in %."""
+    error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else 0.0
+    return 100 * statistics.mean(accuracies), 100 * error
+
+
+def _seconds(rows: Sequence[Row], method: str) -> float:
+    """Median over the runs of a step's median time."""
+    seconds: list[float] = [row["seconds_per_step"] for row in rows if row["method"] == method]
+    return statistics.median(seconds)

@@ -1,0 +1,73 @@
+"""Images of a data set's rows: in files, or inside the data set."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL.Image import Image
+
+from recipes.clip.images import read_image, readable
+
+
+class Embedded:
+    """An image inside a data set, as a file for Pillow: its bytes are read when they are needed."""
+
+    def __init__(self, name: str, load: Callable[[], bytes]) -> None:
+        self.name, self.load = name, load
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """All of the file."""
+        return self.load()
+
+
+def open_image(image: dict[str, Any], name: str) -> Image:
+    """An image in RGB.
+
+    Args:
+        image: in the form of ``datasets``, with ``bytes`` or a ``path``.
+        name: for the error, where the image has no path.
+
+    Raises:
+        MisconfigurationException: it can't be read.
+    """
+    data = image["bytes"]
+    return read_image(image["path"] if data is None else cast("Any", Embedded(name, lambda: data)))
+
+
+def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
+    """Places of the rows whose image is there and can be read: each is decoded once.
+
+    Args:
+        table: with a column ``image`` in the form of ``datasets``, not decoded.
+        name: of the data set.
+        skip_unreadable: leave out rows without a readable image, instead of an error.
+
+    Raises:
+        MisconfigurationException: an image is missing or can't be read, and is not to be skipped, or none is left.
+    """
+    files: dict[Any, list[int]] = {}
+    missing = []
+    column = table.select_columns("image")
+    for place, row in enumerate(column):
+        image = row["image"]
+        if image is None or not (image["bytes"] or image["path"]):
+            missing.append(place)
+        elif image["bytes"]:
+            files[Embedded(f"{name}, row {place}", partial(_embedded, column, place))] = [place]
+        else:
+            files.setdefault(image["path"], []).append(place)
+    if missing and not (skip_unreadable and files):
+        raise MisconfigurationException(
+            f"{name}: {len(missing)} of {len(table)} questions have no image, the first in row {missing[0]}: "
+            "set skip_unreadable to leave such out"
+        )
+    distinct = list(files)
+    return sorted(place for i in readable(distinct, skip_unreadable) for place in files[distinct[i]])
+
+
+def _embedded(column: Any, place: int) -> bytes:
+    return cast("bytes", column[place]["image"]["bytes"])

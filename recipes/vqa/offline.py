@@ -1,0 +1,189 @@
+"""``python -m recipes.vqa.offline``: a small vision-language model, trained here on packaged data, without any hub.
+
+It is an Idefics3 (the class of SmolVLM) of a million parameters with random weights at the start, which learns to name
+the colours and shapes of easy-vqa and whether there is one. Questions with a negation it never sees: they are left for
+the recipe, which fine-tunes it on them. It knows nothing else.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities import disable_possible_user_warnings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    PreTrainedTokenizerFast,
+)
+
+from recipes.random_state import RandomState
+from recipes.vqa import sources
+from recipes.vqa.data import VQAData
+from recipes.vqa.model import packaged_model
+from recipes.vqa.module import VQA
+
+DATASET = "packaged:easy_vqa_plain"
+STEPS, BATCH, SAVE_EVERY = 3000, 32, 100
+_SIDE, _PATCH, _MERGED = 64, 8, 2  # pixels of an image and of a patch; patches side by side in a token
+_END = "<end_of_utterance>"
+_SPECIAL = ("<pad>", "<|im_start|>", _END, "<image>", "<fake_token_around_image>", "<global-img>")
+_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] | capitalize }}:"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}"
+    "{% endfor %}" + _END + "\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>Assistant:{% endif %}"
+)
+
+
+def build_processor(texts: Iterable[str]) -> Idefics3Processor:
+    """A processor for 64×64 pixels, with a byte-level BPE tokenizer learnt from texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=list(_SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_SPECIAL[0],
+        eos_token=_END,
+        extra_special_tokens={
+            "image_token": "<image>",
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+        },
+    )
+    size = {"longest_edge": _SIDE}
+    images = Idefics3ImageProcessor(size=size, max_image_size=size, do_image_splitting=False)
+    return Idefics3Processor(images, fast, image_seq_len=(_SIDE // _PATCH // _MERGED) ** 2, chat_template=_TEMPLATE)
+
+
+def build_model(
+    tokenizer: Any, width: int = 128, depth: int = 3, spread: float = 0.06
+) -> Idefics3ForConditionalGeneration:
+    """An Idefics3 with random weights for such a processor.
+
+    Args:
+        tokenizer: of the processor.
+        width: of its layers, in both towers.
+        depth: layers of the language model.
+        spread: standard deviation of the weights; with the usual 0.02 so narrow a model takes four times as many steps.
+    """
+    common = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 4,
+        "initializer_range": spread,
+    }
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    text = {"model_type": "llama", "vocab_size": len(tokenizer), "num_hidden_layers": depth, **common, **tokens}
+    config = Idefics3Config(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=_MERGED,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        vision_config={"image_size": _SIDE, "patch_size": _PATCH, "num_hidden_layers": 2, **common},
+        text_config={"max_position_embeddings": 1024, "tie_word_embeddings": True, **text},
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def save_untrained(folder: Path, dataset: str) -> None:
+    """The model and its processor as they are before training."""
+    table = sources.load(dataset, "train")
+    pairs = zip(table["question"], table["answers"], strict=True)
+    processor = build_processor(f"User: {question} Assistant: {answers[0]}" for question, answers in pairs)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        build_model(processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def train(work: Path, steps: int, dataset: str) -> VQA:
+    """Train all weights of the model in a folder, and test it; a run that was stopped goes on where it was.
+
+    Args:
+        work: holds "untrained" and the checkpoints.
+        steps: optimizer steps.
+        dataset: of the questions.
+    """
+    L.seed_everything(0, verbose=False)
+    module = VQA(
+        str(work / "untrained"), None, "float32", learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine",
+        warmup_steps=100, max_new_tokens=4, validation_answers=500,
+    )  # fmt: skip
+    saver = ModelCheckpoint(work, filename="last", every_n_train_steps=SAVE_EVERY, enable_version_counter=False)
+    common: dict[str, Any] = {"accelerator": "auto", "devices": 1, "logger": False}
+    trainer = L.Trainer(
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        callbacks=[saver, RandomState(), TQDMProgressBar(refresh_rate=10)],
+        enable_model_summary=False,
+        check_val_every_n_epoch=None,
+        val_check_interval=500,
+        **common,
+    )
+    last = work / "last.ckpt"
+    data = VQAData(dataset, test_split="test" if dataset == DATASET else None, test_share=0.1, batch_size=BATCH)
+    trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
+    L.Trainer(enable_checkpointing=False, **common).test(module, data)
+    return module
+
+
+def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
+    """The folder of the trained model, trained first if it must be."""
+    folder = packaged_model()
+    if folder.exists():
+        return folder
+    sources.fetch(dataset)
+    work = folder.with_name(f"{folder.name}.training")
+    if not (work / "untrained").exists():
+        _written(work / "untrained", partial(save_untrained, dataset=dataset))
+    module = train(work, steps, dataset)
+
+    def save(target: Path) -> None:
+        assert module.net is not None
+        module.net.save_pretrained(target)
+        module.processor.save_pretrained(target)
+
+    _written(folder, save)
+    shutil.rmtree(work)
+    return folder
+
+
+def _written(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder aside and move it into its place: it is there as a whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write(aside)
+        aside.chmod(0o755)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of {BATCH} questions")
+    arguments = parser.parse_args()
+    disable_possible_user_warnings()
+    print(f"The model is in {build(arguments.steps)}: give it to the recipe as --model.init_args.model packaged")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The CLIP demo on the real emoji, shortened: parts without leaks, training that resumes, a report that can be read."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
+
+from recipes.clip.model import load_clip, text_features
+from recipes.clip_contrastive.data import too_long
+from recipes.clip_contrastive.module import ContrastiveModel
+from recipes.clip_demo import emoji
+from recipes.clip_demo.__main__ import main
+from recipes.clip_demo.pretrain import Pretraining, pretrained
+from recipes.clip_demo.run import METHODS, ZERO_SHOT, Settings, append, finished, key
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def data() -> emoji.Folders:
+    return emoji.prepare()
+
+
+@pytest.fixture(scope="module")
+def cache(data: emoji.Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the emoji, but no model."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "emoji").symlink_to(data.pairs.parent)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATLORA_CACHE", str(cache))
+
+
+def codes(folder: Path) -> set[str]:
+    return {path.stem for path in folder.rglob("*.png")}
+
+
+def pairs(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# -- data
+
+
+def test_no_emoji_is_in_two_parts(data: emoji.Folders) -> None:
+    target = [{emoji.variants(code) for code in codes(data.target / part)} for part in PARTS]
+    trained = {emoji.variants(Path(row["image"]).stem) for row in pairs(data.pairs)}
+    held_out = {emoji.variants(Path(row["image"]).stem) for row in pairs(data.held_out_pairs)}
+    train, validation, test = target
+    assert len(train & trained) > 700  # keys that never meet would show nothing
+    assert not trained & (validation | test | held_out)
+    assert not test & (train | validation)
+    assert not train & validation
+    assert validation <= held_out
+
+
+def test_variants_of_an_emoji_are_one() -> None:
+    runners = ["1f3c3", "1f3c3-200d-2642-fe0f", "1f3c3-1f3fd-200d-2640-fe0f", "1f3c3-200d-27a1-fe0f"]
+    assert len({emoji.variants(code) for code in runners}) == 1
+    assert emoji.variants("1f469-200d-1f680") == emoji.variants("1f468-1f3ff-200d-1f680")  # astronauts
+    assert emoji.variants("1f469-200d-1f680") != emoji.variants("1f469-200d-1f692")  # and a firefighter
+
+
+def test_the_target_style_is_in_no_pair(data: emoji.Folders) -> None:
+    styles = {Path(row["image"]).parts[1] for row in pairs(data.pairs) + pairs(data.held_out_pairs)}
+    assert styles == set(emoji.STYLES) - {emoji.TARGET}
+
+
+def test_every_class_has_images_enough(data: emoji.Folders) -> None:
+    counts = {part: {path.name: len(list(path.iterdir())) for path in (data.target / part).iterdir()} for part in PARTS}
+    assert all(set(of_part) == set(emoji.CLASSES) for of_part in counts.values())
+    assert [min(counts[part].values()) for part in PARTS] == [16, 3, 8]  # 16 shots are possible
+    assert sum(counts["test"].values()) > 300
+
+
+def test_images_are_as_the_model_wants_them(data: emoji.Folders) -> None:
+    rows = pairs(data.pairs)[::500]
+    for path in [data.pairs.parent / row["image"] for row in rows] + list((data.target / "test" / "clock").iterdir()):
+        with Image.open(path) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB"), path
+    corner = Image.open(next((data.target / "test" / "clock").iterdir())).getpixel((0, 0))
+    assert corner == (255, 255, 255)  # what is transparent is white
+
+
+def test_captions_name_the_emoji_and_its_class(data: emoji.Folders) -> None:
+    captions = {row["caption"] for row in pairs(data.pairs) if row["image"] == "pairs/google/1f437.png"}
+    assert captions == {"mammal", "pig face", "pig", "pig face, mammal", "pig, mammal"}
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    every = sorted({row["caption"] for row in pairs(data.pairs)})
+    assert len(too_long(every, tokenizer)) < 0.02 * len(every)
+
+
+def test_licences_are_told(data: emoji.Folders) -> None:
+    told = (data.pairs.parent / "LICENCES.txt").read_text()
+    assert all(f"{name}: {style.licence}" in told for name, style in emoji.STYLES.items())
+
+
+# -- the model
+
+
+def test_a_stopped_training_goes_on(data: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Pretraining(steps=5, batch_size=4)
+    monkeypatch.setattr("recipes.clip_demo.pretrain._CHECKPOINT_STEPS", 2)
+    plain, steps = ContrastiveModel.training_step, []
+
+    def stopping(self: ContrastiveModel, batch: Any, batch_idx: int) -> torch.Tensor:
+        steps.append(self.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(ContrastiveModel, "training_step", stopping)
+    with pytest.raises(SystemExit):
+        pretrained(settings, data)
+    folder = pretrained(settings, data)
+    assert steps == [0, 1, 2, 3, 2, 3, 4]  # from the checkpoint of step 2
+
+    scores = json.loads((folder / "pretraining.json").read_text())
+    assert 0 <= scores["val_image_to_text_recall@1"] <= 1
+    assert not (folder / "training").exists()
+    assert pretrained(settings, data) == folder
+    assert len(steps) == 7  # nothing is trained again
+
+    ours = load_clip(f"local-dir:{folder}")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["dog, mammal"])
+    assert tokens.shape == (1, 16)
+    torch.testing.assert_close(text_features(ours.net.eval(), tokens), text_features(model.eval(), tokens))
+
+
+# -- the demo
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [
+        f"--folder={folder}", "--shots", "2", "--seeds", "0", "1", "--iterations_per_shot=2", "--rho=1",
+        "--pretraining_steps=2", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
+    given = [sys.executable, "-m", "recipes.clip_demo", *command(folder)]
+    interrupted = subprocess.Popen(
+        given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    _wait_for(lambda: results.exists() and results.read_text().count("\n") >= 2, interrupted)
+    os.killpg(interrupted.pid, signal.SIGINT)
+    said, _ = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 130
+    assert "The same command goes on" in said
+    before = results.read_text()
+
+    assert main(command(folder)) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert results.read_text().startswith(before)  # what was finished is kept
+    assert len(rows) == 1 + len(METHODS) * 2
+    assert f"[{before.count(chr(10)) + 1}/7]" in out
+    assert "[1/7]" not in out
+    assert "chance 4.3" in " ".join((folder / "table.txt").read_text().split())
+    for method in (ZERO_SHOT, *METHODS):
+        assert method in (folder / "table.txt").read_text()
+        assert all(0 <= row["accuracy"] <= 1 for row in rows if row["method"] == method)
+    for name in ("shots.png", "predictions.png"):
+        with Image.open(folder / name) as image:
+            assert min(image.size) > 400
+
+    def labels(method: str, shots: int, seed: int) -> Any:
+        (row,) = [r for r in rows if (r["method"], r["shots"], r["seed"]) == (method, shots, seed)]
+        return row["given"]
+
+    assert labels("LoRA", 2, 0) != labels("LoRA", 2, 1)  # a seed changes something
+    assert len({tuple(labels(method, 2, 0)) for method in METHODS}) == len(METHODS)  # and so does each method
+    assert main(command(folder)) == 0
+    assert "/7]" not in capsys.readouterr().out  # nothing is run again
+
+
+def _wait_for(there: Any, process: "subprocess.Popen[str]") -> None:
+    for _ in range(3000):
+        if there() or process.poll() is not None:
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come")
+
+
+def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
+    wanted = key("LoRA", 4, 0, Settings(), tmp_path)
+    whole = json.dumps({**wanted, "accuracy": 0.5})
+    path = tmp_path / "results.jsonl"
+    path.write_text(whole[:-5])
+    assert finished(path, wanted) is None
+    append(path, json.loads(whole))
+    assert finished(path, wanted) == json.loads(whole)
+    assert finished(path, key("LoRA", 4, 0, Settings(rho=0.5), tmp_path)) is None  # other settings
+    assert finished(path, key("LoRA", 4, 0, Settings(), tmp_path, "validation")) is None

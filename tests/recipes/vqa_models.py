@@ -1,0 +1,106 @@
+"""Tiny random vision-language models of three kinds, and drawn images with questions about their colour."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+from recipes.vqa import offline
+
+COLOURS = ("red", "green", "blue")
+
+
+def text_model(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "initializer_range": 0.3,
+    }
+
+
+def idefics3(processor: Any) -> Any:
+    return offline.build_model(processor.tokenizer, width=32, depth=2, spread=0.3), processor
+
+
+def llava(processor: Any) -> Any:
+    tokenizer = processor.tokenizer
+    images = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    template = processor.chat_template
+    own = transformers.LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="full", chat_template=template
+    )
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_use_head": False,
+    }
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config={"model_type": "llama", **text_model(tokenizer)},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_seq_length=16,
+    )
+    return transformers.LlavaForConditionalGeneration(config), own
+
+
+def qwen2_vl(processor: Any) -> Any:
+    """Images keep their size: the number of their tokens differs."""
+    tokenizer = processor.tokenizer
+    start, image, end, video = marks = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.image_token, tokenizer.video_token = image, video
+    images = transformers.Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    template = processor.chat_template.replace("<image>", start + image + end)
+    own = transformers.Qwen2VLProcessor(images, tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template)
+    config = transformers.Qwen2VLConfig(
+        text_config={**text_model(tokenizer), "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+        **{
+            f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark)
+            for name, mark in zip(("vision_start", "image", "vision_end", "video"), marks, strict=True)
+        },
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config), own
+
+
+KINDS = {"idefics3": idefics3, "llava": llava, "qwen2_vl": qwen2_vl}
+
+
+def save_model(kind: str, folder: Path) -> str:
+    """A random model of a kind, and its processor; the folder's name."""
+    processor = offline.build_processor([f"User: is it {colour}? Assistant: yes no" for colour in COLOURS])
+    torch.manual_seed(0)
+    model, processor = KINDS[kind](processor)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def draw(folder: Path, number: int = 24) -> list[dict[str, Any]]:
+    """Images of one colour and of different sizes, with two questions each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(number):
+        colour = COLOURS[i % 3]
+        Image.new("RGB", (28 + 14 * (i % 4), 28 + 14 * (i % 3)), colour).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": "what colour is it?", "answer": colour, "type": "colour"})
+        asked = COLOURS[i // 3 % 3]
+        answer = "yes" if asked == colour else "no"
+        rows.append({"image": f"{i}.png", "question": f"is it {asked}?", "answer": answer, "type": "yes/no"})
+    return rows
