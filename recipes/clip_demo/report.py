@@ -1,6 +1,7 @@
 """The demo's table, its plot of accuracy against shots, and its picture of sample predictions."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def table(rows: Sequence[Row], classes: int) -> Table:
     shown.add_row(ZERO_SHOT, *[f"{100 * _accuracies(rows, ZERO_SHOT, 0)[0]:.1f}"] * len(shots), "-")
     for method in METHODS:
         cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(_accuracies(rows, method, number))) for number in shots]
-        shown.add_row(method, *cells, f"{_seconds(rows, method) / _seconds(rows, 'LoRA'):.2f}")
+        shown.add_row(method, *cells, f"{_relative_cost(rows, method):.2f}")
     return shown
 
 
@@ -121,7 +122,9 @@ def mean_and_error(accuracies: Sequence[float]) -> tuple[float, float]:
     return 100 * statistics.mean(accuracies), 100 * error
 
 
-def _seconds(rows: Sequence[Row], method: str) -> float:
-    """Median over the runs of a step's median time."""
-    seconds: list[float] = [row["seconds_per_step"] for row in rows if row["method"] == method]
-    return statistics.median(seconds)
+def _relative_cost(rows: Sequence[Row], method: str) -> float:
+    """Median over shots and seeds of a step's time relative to LoRA's with the same shots and seed."""
+    seconds: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
+    for row in rows:
+        seconds[row["method"]][row["shots"], row["seed"]] = row["seconds_per_step"]
+    return statistics.median(own / seconds["LoRA"][run] for run, own in seconds[method].items())
