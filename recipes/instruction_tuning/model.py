@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from recipes import packaged
-from recipes.instruction_tuning.batches import Batch, pad
+from recipes.instruction_tuning.batches import pad
 from recipes.instruction_tuning.chat import IGNORED
 from recipes.sharding import is_sharded
 
@@ -75,24 +75,25 @@ def add_adapter(base: nn.Module, lora: dict[str, Any]) -> PeftModel:
         raise MisconfigurationException(f"lora={lora!r} can't be used: {error}") from error
 
 
-def answer_log_likelihood(net: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_log_likelihood(net: nn.Module, inputs: dict[str, Tensor], labels_nt: Tensor) -> tuple[Tensor, Tensor]:
     """Log-likelihood of each row's answer.
 
     Args:
         net: the model.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each (rows, T).
+        inputs: what it takes: ``input_ids`` and ``attention_mask`` (rows, T), and images where it sees some.
+        labels_nt: the tokens to be learnt, else -100, (rows, T).
 
     Returns:
         Its sum over the answer's tokens in nats, float32, and the number of those tokens, each (rows,).
     """
-    targets_nt = batch["labels"][:, 1:]
+    targets_nt = labels_nt[:, 1:]
     # Most positions are prompt: the head, a third of a small model's work, runs only where some row has an answer.
     positions_k = (targets_nt != IGNORED).any(dim=0).nonzero().squeeze(1)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if _selects_logits(net.get_base_model()):
-        logits_nkv = net(**inputs, logits_to_keep=positions_k).logits
+    base = net.get_base_model() if isinstance(net, PeftModel) else net
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        logits_nkv = net(**inputs, use_cache=False, logits_to_keep=positions_k).logits
     else:
-        logits_nkv = net(**inputs).logits[:, positions_k]
+        logits_nkv = net(**inputs, use_cache=False).logits[:, positions_k]
     targets_nk = targets_nt[:, positions_k]
     losses_nk = nn.functional.cross_entropy(
         logits_nkv.flatten(0, 1).float(), targets_nk.flatten(), ignore_index=IGNORED, reduction="none"
@@ -122,10 +123,6 @@ def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any
         synced_gpus=synced,
     )[: len(prompt_ids), prompts.shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-
-def _selects_logits(base: nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def _not_found(name: str, error: Exception) -> str:

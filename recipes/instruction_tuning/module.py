@@ -111,7 +111,8 @@ class LanguageModel(RecipeModule):
     def log_likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each row's answer: log-likelihood in nats and number of tokens, each (rows,)."""
         assert self.net is not None  # configure_model comes first
-        return answer_log_likelihood(self.net, batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return answer_log_likelihood(self.net, inputs, batch["labels"])
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,17 +1,14 @@
-"""A pretrained vision-language model, and the likelihood it gives to answers."""
+"""A pretrained vision-language model with its processor, and the answers that it generates."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes import packaged
-from recipes.instruction_tuning.chat import IGNORED
 from recipes.instruction_tuning.model import DType
 from recipes.sharding import is_sharded
 
@@ -69,32 +66,6 @@ def load_base(name: str, dtype: DType) -> nn.Module:
         raise MisconfigurationException(_not_found(name, error)) from error
     model.train()  # from_pretrained gives it in eval mode, where LoRA's dropout would be off
     return model  # type: ignore[no-any-return]
-
-
-def answer_log_likelihood(net: nn.Module, inputs: dict[str, Tensor], labels_nt: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of each row's answer.
-
-    Args:
-        net: the model.
-        inputs: what its processor gave: ``input_ids`` and ``attention_mask`` (rows, T), the images' pixels and sizes.
-        labels_nt: the tokens to be learnt, else -100, (rows, T).
-
-    Returns:
-        Its sum over the answer's tokens in nats, float32, and the number of those tokens, each (rows,).
-    """
-    targets_nt = labels_nt[:, 1:]
-    # Most positions are image or question: the head runs only where some row has an answer.
-    positions_k = (targets_nt != IGNORED).any(dim=0).nonzero().squeeze(1)
-    base = net.get_base_model() if isinstance(net, PeftModel) else net
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
-        logits_nkv = net(**inputs, use_cache=False, logits_to_keep=positions_k).logits
-    else:
-        logits_nkv = net(**inputs, use_cache=False).logits[:, positions_k]
-    targets_nk = targets_nt[:, positions_k]
-    losses_nk = nn.functional.cross_entropy(
-        logits_nkv.flatten(0, 1).float(), targets_nk.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(targets_nk)
-    return -losses_nk.sum(dim=1), (targets_nk != IGNORED).sum(dim=1)
 
 
 @torch.no_grad()

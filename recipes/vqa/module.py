@@ -10,11 +10,11 @@ from typing_extensions import override
 
 from lightning_flatlora import FMLoRAModule
 from recipes.instruction_tuning.batches import Batch
-from recipes.instruction_tuning.model import DType, add_adapter
+from recipes.instruction_tuning.model import DType, add_adapter, answer_log_likelihood
 from recipes.instruction_tuning.module import LanguageModel, Schedule
 from recipes.sharding import check_strategy, shard
 from recipes.vqa.metrics import AnswerMetrics
-from recipes.vqa.model import answer_log_likelihood, generate_answers, load_base, load_processor, model_source
+from recipes.vqa.model import generate_answers, load_base, load_processor, model_source
 
 
 class VisionLanguageModel(LanguageModel):

@@ -243,7 +243,9 @@ def test_selected_logits_give_the_gradients_of_all(tiny: str, tokenizer: Any, su
     batch = Collate(tokenizer.pad_token_id)(data.parts["train"][:8])
     module = InstructionTuning(model=tiny, lora=LORA | {"lora_dropout": 0.0})
     module.configure_model()
-    sum_, tokens = answer_log_likelihood(module.net, batch)
+    sum_, tokens = answer_log_likelihood(
+        module.net, {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["labels"]
+    )
     (-sum_.sum() / tokens.sum()).backward()
     grads = [p.grad.clone() for p in module.net.parameters() if p.requires_grad]
     module.zero_grad()
