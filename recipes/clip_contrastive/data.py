@@ -210,15 +210,16 @@ def too_long(captions: Sequence[str], tokenizer: Any) -> list[str]:
     """The captions that a tokenizer cuts at its context length."""
     length = tokenizer.context_length
     padding = tokenizer([""], context_length=length + 1)[0, -1]
-    found = []
-    starts = range(0, len(captions), _CHUNK)
+    distinct = list(dict.fromkeys(captions))
+    found: set[str] = set()
+    starts = range(0, len(distinct), _CHUNK)
     for start in tqdm(starts, "Tokenising", disable=len(starts) < 10 or rank() != 0):
-        chunk = list(captions[start : start + _CHUNK])
+        chunk = distinct[start : start + _CHUNK]
         # With room for one token more a text that was cut goes on: by a word in place of its end, or by one token.
         cut, longer = tokenizer(chunk, context_length=length), tokenizer(chunk, context_length=length + 1)
         differs = (cut != longer[:, :length]).any(dim=1) | (longer[:, length] != padding)
-        found += [caption for caption, goes_on in zip(chunk, differs.tolist(), strict=True) if goes_on]
-    return found
+        found |= {caption for caption, goes_on in zip(chunk, differs.tolist(), strict=True) if goes_on}
+    return [caption for caption in captions if caption in found]
 
 
 def _check(sizes: dict[str, int], num_workers: int, shares: dict[str, float], skips_blindly: bool) -> None:
