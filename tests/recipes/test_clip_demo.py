@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from interruptible import start_listening
 from PIL import Image
 
 pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
@@ -159,16 +160,10 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
     given = [sys.executable, "-m", "recipes.clip_demo", *command(folder)]
-    for _ in range(3):  # Python loses a KeyboardInterrupt that is raised in a destructor
-        results.unlink(missing_ok=True)
-        interrupted = subprocess.Popen(
-            given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-        )
-        _wait_for(lambda: results.exists() and results.read_text().count("\n") >= 2, interrupted)
-        os.killpg(interrupted.pid, signal.SIGINT)
-        said, _ = interrupted.communicate(timeout=120)
-        if interrupted.returncode != 0:
-            break
+    interrupted = start_listening(given, ROOT)
+    _wait_for(lambda: results.exists() and results.read_text().count("\n") >= 2, interrupted)
+    os.killpg(interrupted.pid, signal.SIGINT)
+    said, _ = interrupted.communicate(timeout=120)
     assert interrupted.returncode == 130
     assert "The same command goes on" in said
     before = results.read_text()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from interruptible import start_listening
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
@@ -28,10 +29,7 @@ def run(folder: Path, model: str, *more: str) -> str:
 @pytest.mark.timeout(900)
 def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
     folder = tmp_path / "demo"
-    interrupted = subprocess.Popen(
-        command(folder, tiny, "--steps=20"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    interrupted = start_listening(command(folder, tiny, "--steps=20"), ROOT)
     _wait_for(folder / "LoRA" / "last.ckpt", interrupted)
     os.killpg(interrupted.pid, signal.SIGINT)  # Ctrl-C reaches the whole group, as in a terminal
     said, _ = interrupted.communicate(timeout=120)
