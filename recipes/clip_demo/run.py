@@ -15,7 +15,7 @@ from lightning_flatlora import EFMLoRA, FMLoRA
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.module import FewShot
 from recipes.clip_fewshot.sources import load
-from recipes.demo.run import StepTimes
+from recipes.step_times import StepTimes
 
 METHODS = ("LoRA", "EFMLoRA", "FMLoRA")
 ZERO_SHOT = "zero-shot"

@@ -3,7 +3,6 @@
 import json
 import statistics
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from typing_extensions import override
 
 from recipes.clip_fewshot.evaluation import run_folder, write_evaluation
 from recipes.clip_fewshot.module import ClipClassifier
+from recipes.step_times import StepTimes
 
 
-class Protocol(L.Callback):
+class Protocol(StepTimes):
     """Test before the first step and after the last, inside of `fit`, where every strategy has its model in place.
 
     Logs ``zero_shot_accuracy`` and the others, and ``test_...`` with the last step's weights; leaves in the run's
@@ -26,22 +26,13 @@ class Protocol(L.Callback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.zero_shot: dict[str, float] = {}
-        self.seconds: list[float] = []
-        self._start = 0.0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0:
             self.zero_shot = evaluated(trainer, "zero_shot")
-
-    @override
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        self._start = _now()
-
-    @override
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(_now() - self._start)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,12 +55,12 @@ class Protocol(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"zero_shot": self.zero_shot, "seconds": self.seconds}
+        return {**super().state_dict(), "zero_shot": self.zero_shot}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.zero_shot = state_dict["zero_shot"]
-        self.seconds = list(state_dict["seconds"])
 
 
 def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
@@ -125,10 +116,3 @@ def _settings(trainer: L.Trainer) -> dict[str, Any]:
         "devices": trainer.world_size,
         "commit": commit(),
     }
-
-
-def _now() -> float:
-    """Seconds, after a GPU has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

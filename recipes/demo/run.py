@@ -5,7 +5,6 @@ import math
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,6 +21,7 @@ from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.model import model_source
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.random_state import RandomState
+from recipes.step_times import StepTimes
 
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
 
@@ -51,32 +51,6 @@ class Settings:
     test_batches: int | None = 20
     sharpness_batches: int = 4
     seed: int = 0
-
-
-class StepTimes(L.Callback):
-    """Seconds from each batch's start to its end."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """Read the time."""
-        _synchronize()
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time since."""
-        _synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
-
-    def state_dict(self) -> dict[str, Any]:
-        """A resumed run keeps what was measured before."""
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint's measurements."""
-        self.seconds = list(state_dict["seconds"])
 
 
 def run(method: str, settings: Settings, folder: Path) -> dict[str, Any]:
@@ -191,11 +165,6 @@ def sharpness(module: InstructionTuning, data: InstructionData, settings: Settin
 
 def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _peak_memory_mib() -> float:
