@@ -92,9 +92,9 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
             reason = _why_not(layer, adapter)
             if reason:
                 left_out[f"{_kind(layer).__name__}: {reason}"].append(clean_name(layer_name))
-            elif adapter in layer.lora_B and _bare(layer.lora_B[adapter]).weight.requires_grad:
+            elif adapter in layer.lora_B and bare(layer.lora_B[adapter]).weight.requires_grad:
                 pair = _pair(layer_name, layer, adapter)
-                pairs.setdefault(id(pair.B), pair).readers.append(_bare(layer.lora_B[adapter]))
+                pairs.setdefault(id(pair.B), pair).readers.append(bare(layer.lora_B[adapter]))
     for pair, reason in _badly_tied(layers, pairs):
         left_out[reason].append(pair.name)
         del pairs[id(pair.B)]
@@ -114,7 +114,7 @@ def clean_name(name: str) -> str:
     return _WRAPPER_NAMES.sub("", name).removeprefix(".")
 
 
-def _bare(module: Any) -> Any:
+def bare(module: Any) -> Any:
     """A factor's own module, without what a wrapping policy, compilation or checkpointing has put around it."""
     while inner := next((module._modules[name] for name in _WRAPPED if name in module._modules), None):
         module = inner
@@ -129,7 +129,7 @@ def _kind(layer: nn.Module) -> type[nn.Module]:
 
 def _pair(layer_name: str, layer: LoraLayer, adapter: str) -> LoRAPair:
     name = clean_name(f"{layer_name}.lora_B.{adapter}.weight".removeprefix("."))
-    A, B = _bare(layer.lora_A[adapter]).weight, _bare(layer.lora_B[adapter]).weight
+    A, B = bare(layer.lora_A[adapter]).weight, bare(layer.lora_B[adapter]).weight
     return LoRAPair(name, A, B, float(layer.scaling[adapter]))
 
 
@@ -148,7 +148,7 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
         return f"the variant {type(variant).__name__} does not add exactly s B A"
-    return _why_not_factors(_bare(layer.lora_A[adapter]), _bare(layer.lora_B[adapter]))
+    return _why_not_factors(bare(layer.lora_A[adapter]), bare(layer.lora_B[adapter]))
 
 
 def _why_not_factors(lora_A: object, lora_B: object) -> str | None:
@@ -166,7 +166,7 @@ def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair])
     products: dict[int, set[tuple[int, int, float]]] = defaultdict(set)
     for _, layer in layers:
         for adapter in layer.lora_B:
-            A, B = (getattr(_bare(f[adapter]), "weight", None) for f in (layer.lora_A, layer.lora_B))
+            A, B = (getattr(bare(f[adapter]), "weight", None) for f in (layer.lora_A, layer.lora_B))
             for factor in (A, B):
                 products[id(factor)].add((id(A), id(B), float(layer.scaling[adapter])))
     reason = "a factor is shared with another pair or scaling, so its gradient is of several products"

@@ -1,10 +1,12 @@
 """A data module whose training loader goes on where a checkpoint has left it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
@@ -26,8 +28,11 @@ class ResumableData(L.LightningDataModule):
     Lightning keeps it too, but does not put it back if anybody has asked for ``trainer.estimated_stepping_batches``
     before the loops' state is restored, as learning rate schedules do.
 
-    The loader is a :class:`LateLoader` around a DistributedSampler, whose order is a function of the epoch.
+    The loader is of ``whole_batches``, around a DistributedSampler whose order is a function of the epoch.
     """
+
+    num_workers: int
+    seed: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +67,21 @@ class ResumableData(L.LightningDataModule):
         loader.load_state_dict(self._place.get("train_loader", {}))
         self._place = {}
         return loader
+
+    def whole_batches(
+        self, rows: Any, sampler: DistributedSampler[Any], collate_fn: Callable[[Any], Any] | None = None
+    ) -> LateLoader:
+        """A loader of batches that the sampler gives whole."""
+        return LateLoader(
+            rows,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
     def ranks(self) -> dict[str, int]:
         """How many processes share the data, and which this one is: arguments of a DistributedSampler."""

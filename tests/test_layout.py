@@ -6,7 +6,15 @@ from pathlib import Path
 import lightning_flatlora
 
 ROOT = Path(lightning_flatlora.__file__).parent
-TORCH_ONLY = ("functional.py", "pairs.py", "perturbation.py", "read_through.py", "schedules.py", "distributed.py")
+TORCH_ONLY = (
+    "functional.py",
+    "pairs.py",
+    "perturbation.py",
+    "read_through.py",
+    "schedules.py",
+    "distributed.py",
+    "clip.py",
+)
 TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}
 
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_flatlora.callbacks.two_passes import put_on_instance
 from lightning_flatlora.distributed import Layout, layout_of
-from lightning_flatlora.pairs import _bare
+from lightning_flatlora.pairs import bare
 
 _MARK = "lightning_flatlora_adapter"
 
@@ -113,7 +113,7 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
-    module = _bare(module)
+    module = bare(module)
     if id(module) not in seen:
         twin: Any = object.__new__(type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module))
         seen[id(module)] = twin

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
@@ -130,15 +129,9 @@ class ContrastiveData(ResumableData):
             )
         transform = self.clip.preprocess_train if training else self.clip.preprocess_val
         batch_size = self.batch_size if training else self.eval_batch_size
-        return LateLoader(
-            PictureBatches(pictures, transform, self.clip.tokenizer, training, self.seed),
-            batch_size=None,  # the sampler gives whole batches
-            sampler=PictureBatchSampler(len(pictures), batch_size, self.seed, shuffle=training, **ranks),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        batches = PictureBatches(pictures, transform, self.clip.tokenizer, training, self.seed)
+        sampler = PictureBatchSampler(len(pictures), batch_size, self.seed, shuffle=training, **ranks)
+        return self.whole_batches(batches, sampler)
 
     # -- which pictures
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
@@ -152,15 +151,7 @@ class FewShotData(ResumableData):
         return self._loader(part, sampler, eval_transform(self._module().preprocess_cfg))
 
     def _loader(self, part: str, sampler: Any, transform: Any) -> LateLoader:
-        return LateLoader(
-            Images(self.parts[part], transform, self.seed),
-            batch_size=None,  # the sampler gives whole batches
-            sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self.whole_batches(Images(self.parts[part], transform, self.seed), sampler)
 
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:

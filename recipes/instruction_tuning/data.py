@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
@@ -117,16 +116,7 @@ class InstructionData(ResumableData):
         sampler = LengthBatchSampler(
             encoded["length"], self.batch_size, seed=self.seed, shuffle=part == "train", **self.ranks()
         )
-        return LateLoader(
-            encoded,
-            batch_size=None,  # the sampler gives whole batches
-            sampler=sampler,
-            collate_fn=Collate(self.encoder.tokenizer.pad_token_id or 0),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self.whole_batches(encoded, sampler, Collate(self.encoder.tokenizer.pad_token_id or 0))
 
     def _tokenizer(self) -> Any:
         if self.tokenizer_name is not None:

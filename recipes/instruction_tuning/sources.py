@@ -42,7 +42,7 @@ def load(name: str, split: str) -> Any:
     if name.startswith(_PREFIX):
         rows = list(_packaged_task(name.removeprefix(_PREFIX))())
         return datasets.Dataset.from_list(rows, features=FEATURES)
-    table = _read(name, split)
+    table = read_table(name, split, _task_names())
     if len(table) == 0:
         raise MisconfigurationException(f"dataset={name!r} has no rows")
     convert = _converter(name, table.column_names)
@@ -69,7 +69,17 @@ def normalised(text: str) -> str:
 # -- any data set
 
 
-def _read(name: str, split: str) -> Any:
+def read_table(name: str, split: str, tasks: str) -> Any:
+    """A local file or a Hub data set, as a ``datasets.Dataset``.
+
+    Args:
+        name: a Hub name, or a local .json, .jsonl or .parquet file.
+        split: to read from a Hub data set.
+        tasks: names of the packaged ones, for the message.
+
+    Raises:
+        MisconfigurationException: it can't be read.
+    """
     path = Path(name).expanduser()
     try:
         if path.suffix in _FORMATS:
@@ -82,7 +92,7 @@ def _read(name: str, split: str) -> Any:
     except Exception as error:  # `datasets` raises a dozen types, from a bad name to a network down or broken JSON
         raise MisconfigurationException(
             f"dataset={name!r}, split={split!r} can't be read: {type(error).__name__}: {error}. Give a Hub name, "
-            f"a file ending in {', '.join(_FORMATS)}, or one of {_task_names()}"
+            f"a file ending in {', '.join(_FORMATS)}, or one of {tasks}"
         ) from error
 
 

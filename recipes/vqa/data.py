@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
@@ -138,18 +137,8 @@ class VQAData(ResumableData):
 
     def _loader(self, part: str) -> LateLoader:
         rows, training = self.parts[part], part == "train"
-        return LateLoader(
-            rows,
-            batch_size=None,  # the sampler gives whole batches
-            sampler=LengthBatchSampler(
-                rows["length"], self.batch_size, seed=self.seed, shuffle=training, **self.ranks()
-            ),
-            collate_fn=Collate(self.encoder, with_prompts=not training),
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: a loader draws a seed whenever it starts, which a resumed run does at another moment.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        sampler = LengthBatchSampler(rows["length"], self.batch_size, seed=self.seed, shuffle=training, **self.ranks())
+        return self.whole_batches(rows, sampler, Collate(self.encoder, with_prompts=not training))
 
     def _processor(self) -> Any:
         if self.processor_name is not None:

@@ -13,6 +13,7 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes import packaged
+from recipes.instruction_tuning.sources import read_table
 
 Row = dict[str, Any]
 FEATURES = datasets.Features(
@@ -24,7 +25,6 @@ FEATURES = datasets.Features(
     }
 )
 TYPE_COLUMNS = ("type", "question_type", "answer_type", "category", "subject")
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _PREFIX = "packaged:"
 _PACKAGE = "easy-vqa"
 
@@ -45,7 +45,7 @@ def load(name: str, split: str, image_folder: str | None = None) -> Any:
     if name.startswith(_PREFIX):
         return _easy_vqa(name, split)
     name = name.replace("{split}", split)
-    table = _read(name, split)
+    table = read_table(name, split, _task_names())
     if len(table) == 0:
         raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
     _check_columns(name, table.column_names)
@@ -86,23 +86,6 @@ def read_json_lines(path: str, needs: str) -> list[Row]:
 
 
 # -- any data set
-
-
-def _read(name: str, split: str) -> Any:
-    path = Path(name).expanduser()
-    try:
-        if path.suffix in _FORMATS:
-            if not path.is_file():
-                raise MisconfigurationException(f"dataset={name!r}: there is no such file")
-            return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-        return datasets.load_dataset(name, split=split)
-    except MisconfigurationException:
-        raise
-    except Exception as error:  # `datasets` raises a dozen types, from a bad name to a network down or broken JSON
-        raise MisconfigurationException(
-            f"dataset={name!r}, split={split!r} can't be read: {type(error).__name__}: {error}. Give a Hub name, "
-            f"a file ending in {', '.join(_FORMATS)}, or one of {_task_names()}"
-        ) from error
 
 
 def _check_columns(name: str, columns: list[str]) -> None:
