@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
 
@@ -85,6 +86,17 @@ def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
         return cast("PeftModel", get_peft_model(net, config))
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"lora={lora!r} can't be used: {error}") from error
+
+
+def hold_statistics(net: nn.Module) -> None:
+    """Keep the running statistics of a frozen tower's batch norms, which normalise by them in training too.
+
+    To be called in ``on_train_start``: before, Lightning warns of modules in evaluation mode; after, it keeps each
+    one's mode.
+    """
+    for module in net.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 def image_features(net: Any, images: Tensor) -> Tensor:

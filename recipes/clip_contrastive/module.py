@@ -14,7 +14,15 @@ from transformers import get_scheduler
 from typing_extensions import override
 
 from lightning_flatlora import FMLoRAModule
-from recipes.clip.model import Clip, add_lora, export_open_clip, image_features, load_clip, text_features
+from recipes.clip.model import (
+    Clip,
+    add_lora,
+    export_open_clip,
+    hold_statistics,
+    image_features,
+    load_clip,
+    text_features,
+)
 from recipes.clip_contrastive.batches import Batch
 from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
 from recipes.clip_contrastive.retrieval import Retrieval
@@ -120,6 +128,10 @@ class ContrastiveBase(RecipeModule):
             raise MisconfigurationException(
                 "sync_ascent=False has no meaning here: the loss is that of all devices' joint batch; set it to true"
             )
+
+    @override
+    def on_train_start(self) -> None:
+        hold_statistics(self)
 
     @override
     def configure_optimizers(self) -> Any:

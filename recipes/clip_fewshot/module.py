@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora import FMLoRAModule
-from recipes.clip.model import DEFAULT_LORA, Clip, add_lora, image_features, load_clip, text_features
+from recipes.clip.model import DEFAULT_LORA, Clip, add_lora, hold_statistics, image_features, load_clip, text_features
 from recipes.clip_fewshot.batches import Batch
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, PredictionWriter, write_evaluation
@@ -116,6 +116,10 @@ class ClipClassifier(RecipeModule):
         """The open_clip model inside."""
         assert self.net is not None  # configure_model comes first
         return self.net.get_base_model()
+
+    @override
+    def on_train_start(self) -> None:
+        hold_statistics(self)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -12,11 +12,12 @@ import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
 
 import clip_fewshot_runs
+from clip_contrastive_runs import CLIP, save_model
 from clip_fewshot_runs import CONFIGS, filled, options_of, picture
 
 import recipes
@@ -329,6 +330,19 @@ def test_class_features_are_kept_only_where_training_leaves_them(
     assert during == ([6] if towers == "vision" else whole)
     trained = {name.split(".")[2] for name, p in module.net.named_parameters() if p.requires_grad}
     assert trained == {"vision": {"visual"}, "text": {"transformer"}, "both": {"visual", "transformer"}}[towers]
+
+
+def test_running_statistics_of_a_frozen_tower_stay(images: Path, tmp_path: Path) -> None:
+    resnet = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    tower = {"vision_cfg": resnet, "text_cfg": CLIP["text_cfg"] | {"context_length": 16}}
+    module = FewShot(save_model(tmp_path / "resnet", CLIP | tower), None, lora=LORA | {"towers": "text"})
+    trainer(tmp_path, val_check_interval=2).fit(module, data_of(images, iterations_per_shot=2))
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms
+    for norm in norms:
+        assert torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
+        assert int(norm.num_batches_tracked) == 0
+    assert module.net.training  # dropout is on
 
 
 def test_metrics_are_those_of_the_definitions() -> None:
