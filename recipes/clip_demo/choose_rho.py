@@ -1,6 +1,6 @@
 """How the demo's rho was chosen: a sweep judged on the validation part, which the demo's table never shows.
 
-python -m recipes.clip_demo.choose_rho --rho 0.03 0.1 0.3
+python -m recipes.clip_demo.choose_rho --rho 0.01 0.03 0.1
 """
 
 import argparse
@@ -20,7 +20,7 @@ from recipes.demo.__main__ import quiet
 def main(arguments: list[str] | None = None) -> None:
     """Train what is not there yet, and print the validation accuracy for each method and rho."""
     parser = argparse.ArgumentParser(prog="python -m recipes.clip_demo.choose_rho", description=__doc__)
-    parser.add_argument("--rho", type=float, nargs="+", default=[0.03, 0.1, 0.3], help="radii to try")
+    parser.add_argument("--rho", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3], help="radii to try")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="LoRA has no radius")
     parser.add_argument("--shots", type=int, default=4, help="images of each class to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of shots, adapter and batches")
