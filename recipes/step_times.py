@@ -1,10 +1,12 @@
 """How long each training step takes, without its data's loading."""
 
+import statistics
 import time
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
@@ -12,7 +14,7 @@ Mark = float | torch.cuda.Event
 
 
 class StepTimes(L.Callback):
-    """Seconds from each batch's start to its end, of the device that computes.
+    """Seconds from each batch's start to its end, of the device that computes; training ends with the median's line.
 
     A GPU notes the times itself, so that training never waits for it; they are read when ``seconds`` is asked for.
     """
@@ -40,6 +42,12 @@ class StepTimes(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         self._unread.append((self._start, _mark(pl_module.device)))
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.seconds:
+            milliseconds = 1e3 * statistics.median(self.seconds)
+            rank_zero_info(f"Median step: {milliseconds:.1f} ms, of {len(self.seconds)}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
