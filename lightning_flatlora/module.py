@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import ends_window
 from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.two_passes import (
+    ends_window,
     loss_of,
     put_back_gradients,
     random_state,

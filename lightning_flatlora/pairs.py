@@ -36,6 +36,7 @@ class LoRAPair:
         B: shape (n, r), or (n, r, 1, ...) for a convolution.
         scaling: s, alpha / r (or alpha / sqrt(r) with rsLoRA).
         readers: the ``lora_B`` modules whose weight is B; several where the adapter is tied.
+        A_readers: the ``lora_A`` modules whose weight is A.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LoRAPair:
     B: nn.Parameter
     scaling: float
     readers: list[nn.Module] = field(default_factory=list)
+    A_readers: list[nn.Module] = field(default_factory=list)
 
     @property
     def learns_A(self) -> bool:
@@ -93,8 +95,10 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
             if reason:
                 left_out[f"{_kind(layer).__name__}: {reason}"].append(clean_name(layer_name))
             elif adapter in layer.lora_B and bare(layer.lora_B[adapter]).weight.requires_grad:
-                pair = _pair(layer_name, layer, adapter)
-                pairs.setdefault(id(pair.B), pair).readers.append(bare(layer.lora_B[adapter]))
+                new = _pair(layer_name, layer, adapter)
+                pair = pairs.setdefault(id(new.B), new)
+                pair.readers.append(bare(layer.lora_B[adapter]))
+                pair.A_readers.append(bare(layer.lora_A[adapter]))
     for pair, reason in _badly_tied(layers, pairs):
         left_out[reason].append(pair.name)
         del pairs[id(pair.B)]

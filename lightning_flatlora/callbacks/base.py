@@ -1,4 +1,4 @@
-"""What EFMLoRA, FMLoRA and FMLoRAModule share: settings, the start, the step count, the end, and the state."""
+"""What all methods share, baselines too: settings, the start, the step count, the end, and the state."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,34 +9,36 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.checks import message, strategy_problems, value_problems, wrapping_problems
 from lightning_flatlora.callbacks.two_passes import nothing
 from lightning_flatlora.callbacks.value_clipping import skip_clipping_without_gradients
-from lightning_flatlora.distributed import layout_of
-from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
 class FlatLoRACallback(Callback):
-    """Base of the callbacks that perturb LoRA pairs: it knows what to perturb and at which step, they know when.
+    """Base of the callbacks that train LoRA pairs in a way of their own: it knows the pairs and the step, they the way.
 
     Attributes:
-        perturbation: set when training starts; it stays after the end, for checkpoints.
+        rho: the size that may change over the run, which some methods call otherwise.
+        size_name: what the method calls it.
+        search: the pairs, and what was left out, when training starts.
+        perturbation: of B, for the methods that keep one; it stays after the end, for checkpoints.
         step: optimizer steps taken in this fit, from 0; steps that a loss scaler skipped count.
         is_module_driver: whether it drives an FMLoRAModule, which then takes the passes itself.
         window: batches of an optimizer step where an FMLoRAModule accumulates them; None where the Trainer does.
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
-        averages: whether the perturbation lasts from step to step, so that a checkpoint must hold it.
+        works_sharded: whether it can work where each rank holds a part of a parameter (FSDP).
     """
 
+    size_name: ClassVar[str] = "rho"
     is_module_driver: ClassVar[bool] = False
-    averages: ClassVar[bool] = False
+    works_sharded: ClassVar[bool] = True
     window: int | None = None
     sync_ascent: bool = True
 
@@ -44,25 +46,20 @@ class FlatLoRACallback(Callback):
         self,
         rho: float | RhoSchedule,
         *,
-        estimator: Estimator,
-        norm_scope: NormScope,
-        start_step: int,
-        every_n_steps: int,
-        adapter_name: str | None,
-        beta: float = 1.0,
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
         more_problems: Sequence[str] = (),
     ) -> None:
-        problems = value_problems(rho, beta, estimator, norm_scope, start_step, every_n_steps, adapter_name)
+        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name)
         problems += more_problems
         if problems:
             raise MisconfigurationException(message(self, problems))
         self.rho: RhoSchedule = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
-        self.beta = beta
-        self.estimator: Estimator = estimator
-        self.norm_scope: NormScope = norm_scope
         self.start_step = start_step
         self.every_n_steps = every_n_steps
         self.adapter_name = adapter_name
+        self.search = PairSearch([], [])
         self.perturbation: Perturbation | None = None
         self.step = 0
         self._horizon = math.inf
@@ -77,71 +74,64 @@ class FlatLoRACallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # a fit is a new run of the method, as of the optimizer; a checkpoint is loaded after this
             self.uninstall()
-            self.perturbation, self.step, self._initial_lr, self._loaded = None, 0, None, None
+            self.search, self.perturbation = PairSearch([], []), None
+            self.step, self._initial_lr, self._loaded = 0, None, None
             if problems := wrapping_problems(trainer):
                 raise MisconfigurationException(message(self, problems))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         problems = self.configuration_problems(trainer, pl_module)
-        search = self._search(pl_module, problems)
-        if search:
-            problems += self._optimizer_problems(trainer, search)
+        problems += self.find(trainer, pl_module)
         if self._lacks_horizon:
             problems += self._horizon_problems(trainer, pl_module)
-        if problems or not search:
+        if problems:
             raise MisconfigurationException(message(self, problems))
-        if search.left_out:
-            rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(search.left_out))
-        if any(pair.B.dtype in (torch.bfloat16, torch.float16) for pair in search.pairs):
-            rank_zero_warn(
-                f"{type(self).__name__}: B is kept in {search.pairs[0].B.dtype}, so B + E is rounded to it and a small "
-                "rho may be lost. Keep the adapter in float32, as with precision='bf16-mixed'."
-            )
-        layout = layout_of(trainer.strategy.model, [factor for pair in search.pairs for factor in (pair.A, pair.B)])
-        self.perturbation = Perturbation(search.pairs, self.estimator, self.norm_scope, layout)
-        self.perturbation.install()
+        if self.search.left_out:
+            rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(self.search.left_out))
+        self.install(trainer, pl_module)
         if isinstance(trainer.strategy, FSDPStrategy):
             self._put_back_clipping = skip_clipping_without_gradients(trainer)
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What about the trainer and its other callbacks can't work, one line each; subclasses add theirs."""
-        problems = strategy_problems(trainer, _window(trainer), self.sync_ascent)
+        problems = strategy_problems(trainer, _window(trainer), self.sync_ascent, self.works_sharded)
         others = [
-            callback
+            type(callback).__name__
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, FlatLoRACallback) and callback is not self and not self.works_beside(callback)
         ]
         if others:
-            problems.append(
-                f"it perturbs the same weights as {', '.join(type(other).__name__ for other in others)} "
-                "in the Trainer's callbacks or in the module: keep one"
-            )
+            problems.append(f"it perturbs the same weights as {', '.join(others)} beside it: keep one")
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            problems.append("LBFGS takes several gradients a step, the perturbation knows one: use AdamW or SGD")
         return problems
 
     def works_beside(self, other: "FlatLoRACallback") -> bool:
         """Whether another of these callbacks may run in the same trainer."""
         return False
 
-    def _search(self, pl_module: LightningModule, problems: list[str]) -> PairSearch | None:
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Find what the method is about, and say what can't work with it, one line each."""
         try:
-            return find_pairs(pl_module, self.adapter_name)
+            self.search = find_pairs(pl_module, self.adapter_name)
         except (NoPairsError, ValueError) as error:
-            problems.append(str(error))
-            return None
+            return [str(error)]
+        return self._optimizer_problems(trainer) + self._rate_problems(trainer)
 
-    def _optimizer_problems(self, trainer: Trainer, search: PairSearch) -> list[str]:
-        """The pairs must be learnt by one optimizer, and for a rho that follows it, under one learning rate."""
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make ready what was found, after all checks and before the first step."""
+
+    def _optimizer_problems(self, trainer: Trainer) -> list[str]:
+        """The pairs must be learnt by one optimizer."""
         owners = [
             {id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers
         ]
-        factors = [p for pair in search.pairs for p in (pair.A, pair.B) if p.requires_grad]
+        factors = [p for pair in self.search.pairs for p in (pair.A, pair.B) if p.requires_grad]
         used = {tuple(i for i, owner in enumerate(owners) if id(p) in owner) for p in factors}
         problems = []
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            problems.append("LBFGS takes several gradients a step, the perturbation knows one: use AdamW or SGD")
         if () in used:
-            orphans = [pair.name for pair in search.pairs if not any(id(pair.B) in owner for owner in owners)]
+            orphans = [pair.name for pair in self.search.pairs if not any(id(pair.B) in owner for owner in owners)]
             example = f", as {orphans[0]}" if orphans else ""
             problems.append(f"trainable LoRA factors are in no optimizer{example}: give them to it, or freeze them")
         elif len(used) > 1 or any(len(where) > 1 for where in used):
@@ -150,23 +140,37 @@ class FlatLoRACallback(Callback):
                 "one optimizer must hold A and B of all of them"
             )
         self._optimizer_index = min((i for where in used for i in where), default=0)
-        groups = self._groups_of(trainer, search) if self.rho.needs_learning_rate else []
+        return problems
+
+    def _rate_problems(self, trainer: Trainer) -> list[str]:
+        """A size that follows the learning rate needs one, known to the host."""
+        groups = self._groups(trainer) if self.rho.needs_learning_rate else []
+        problems = []
         if any(isinstance(group["lr"], Tensor) for group in groups):
             problems.append(
-                f"rho={self.rho} follows the learning rate, a tensor here: reading it would make the host wait. "
+                f"{self._sized} follows the learning rate, a tensor here: reading it would make the host wait. "
                 "Give the optimizer a float, or choose another schedule"
             )
         if len(groups) > 1:
             problems.append(
-                f"rho={self.rho} follows the learning rate, but the B factors are in several parameter groups: "
-                "put them into one, or choose another schedule"
+                f"{self._sized} follows the learning rate, but what it moves is in several parameter groups: "
+                "put it into one, or choose another schedule"
             )
         return problems
 
-    def _groups_of(self, trainer: Trainer, search: PairSearch) -> list[dict[str, Any]]:
-        B = {id(pair.B) for pair in search.pairs}
+    @property
+    def followed(self) -> list[nn.Parameter]:
+        """The parameters whose learning rate a schedule may follow."""
+        return [pair.B for pair in self.search.pairs]
+
+    @property
+    def _sized(self) -> str:
+        return f"{self.size_name}={self.rho}"
+
+    def _groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+        followed = {id(p) for p in self.followed}
         groups = trainer.optimizers[self._optimizer_index].param_groups if trainer.optimizers else []
-        return [group for group in groups if any(id(p) in B for p in group["params"])]
+        return [group for group in groups if any(id(p) in followed for p in group["params"])]
 
     @property
     def _lacks_horizon(self) -> bool:
@@ -180,12 +184,12 @@ class FlatLoRACallback(Callback):
         changing = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if own_steps or changing:
             cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
-            return [f"rho={self.rho} spreads over the run, whose steps are not known as {cause}: set its total_steps"]
+            return [f"{self._sized} spreads over the run, whose steps are not known as {cause}: set its total_steps"]
         return []
 
     def _no_end(self) -> str:
         return (
-            f"rho={self.rho} spreads over the whole run, and this run has no end: "
+            f"{self._sized} spreads over the whole run, and this run has no end: "
             "set its total_steps, or the Trainer's max_steps, or max_epochs with a loader of known length"
         )
 
@@ -206,11 +210,10 @@ class FlatLoRACallback(Callback):
         return self.step >= self.start_step and (self.step - self.start_step) % self.every_n_steps == 0
 
     def current_rho(self, trainer: Trainer) -> float:
-        """rho of the coming optimizer step."""
+        """The size (rho, or what the method calls it) of the coming optimizer step."""
         if not self.rho.needs_learning_rate:
             return self.rho(self.step, self._horizon)
-        assert self.perturbation is not None
-        group = self._groups_of(trainer, PairSearch(self.perturbation.pairs, []))[0]
+        group = self._groups(trainer)[0]
         if not self._initial_lr:  # a warm-up written by hand may start at 0
             self._initial_lr = float(group.get("initial_lr", group["lr"]))
         return self.rho(self.step, self._horizon, group["lr"] / self._initial_lr if self._initial_lr else 0.0)
@@ -222,9 +225,7 @@ class FlatLoRACallback(Callback):
     # -- the end
 
     def uninstall(self) -> None:
-        """Give the layers their own classes back; the perturbation stays for checkpoints."""
-        if self.perturbation is not None:
-            self.perturbation.uninstall()
+        """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
         self._put_back_clipping()
 
     @override
@@ -245,41 +246,27 @@ class FlatLoRACallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._loaded is not None:
             return self._loaded
-        state: dict[str, Any] = {
-            "step": self.step,
-            "initial_lr": self._initial_lr,
-            "settings": {"estimator": self.estimator, "norm_scope": self.norm_scope},
-        }
-        if self.perturbation is not None and self.averages:
-            state["perturbation"] = self.perturbation.state_dict()
-        return state
+        return {"step": self.step, "initial_lr": self._initial_lr, "settings": self.settings()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
 
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must not change, as arguments by name."""
+        return {}
+
     def _restore(self, state: dict[str, Any]) -> None:
-        own = {"estimator": self.estimator, "norm_scope": self.norm_scope}
         problems = [
             f"{name} must be {state['settings'][name]!r} as in the checkpoint, got {value!r}: "
             "change it back, or start anew from the weights alone"
-            for name, value in own.items()
+            for name, value in self.settings().items()
             if state["settings"][name] != value
         ]
         if problems:
             raise MisconfigurationException(message(self, problems))
-        if self.perturbation is not None and "perturbation" in state:
-            try:
-                self.perturbation.load_state_dict(state["perturbation"])
-            except ValueError as error:
-                raise MisconfigurationException(message(self, [str(error)])) from error
         self.step = state["step"]
         self._initial_lr = state["initial_lr"]
-
-
-def ends_window(trainer: Trainer, batch_idx: int, accumulate_grad_batches: int) -> bool:
-    """Whether a batch is the last of its accumulation window, the shorter one at the end of an epoch included."""
-    return (batch_idx + 1) % accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
 def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parameter]:

@@ -1,7 +1,9 @@
 """What is refused before training: values out of range, strategies that can't work, and how it is said."""
 
-from typing import get_args
+from collections.abc import Iterable
+from typing import Any, get_args
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import (
@@ -13,6 +15,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceXLAStrategy,
     XLAStrategy,
 )
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 
@@ -21,27 +24,12 @@ from lightning_flatlora.schedules import RhoSchedule, is_radius
 
 
 def value_problems(
-    rho: object,
-    beta: object,
-    estimator: object,
-    norm_scope: object,
-    start_step: object,
-    every_n_steps: object,
-    adapter_name: object,
+    size_name: str, size: object, start_step: object, every_n_steps: object, adapter_name: object
 ) -> list[str]:
-    """What is wrong with the arguments of a front end, one line each: argument, what is allowed, what came."""
+    """What is wrong with the arguments of a method, one line each: argument, what is allowed, what came."""
     problems = []
-    if not isinstance(rho, RhoSchedule) and not is_radius(rho):
-        problems.append(f"rho must be a finite number >= 0 or a RhoSchedule, got {rho!r}")
-    number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
-    if not (number and 0 < beta <= 1):  # type: ignore[operator]
-        problems.append(f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}")
-    for name, value, allowed in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("norm_scope", norm_scope, get_args(NormScope)),
-    ):
-        if value not in allowed:
-            problems.append(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+    if not isinstance(size, RhoSchedule) and not is_radius(size):
+        problems.append(f"{size_name} must be a finite number >= 0 or a RhoSchedule, got {size!r}")
     for name, value, least in (("start_step", start_step, 0), ("every_n_steps", every_n_steps, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append(f"{name} must be an integer >= {least}, got {value!r}")
@@ -52,13 +40,33 @@ def value_problems(
     return problems
 
 
-def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool) -> list[str]:
+def perturbation_problems(beta: object, estimator: object, norm_scope: object) -> list[str]:
+    """What is wrong with the arguments of EFMLoRA and FMLoRA beyond those of every method."""
+    problems = []
+    number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
+    if not (number and 0 < beta <= 1):  # type: ignore[operator]
+        problems.append(f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}")
+    return (
+        problems
+        + choice_problems("estimator", estimator, Estimator)
+        + choice_problems("norm_scope", norm_scope, NormScope)
+    )
+
+
+def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
+    """What is wrong with an argument that must be one of a Literal's values."""
+    choices = get_args(allowed)
+    return [] if value in choices else [f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}"]
+
+
+def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sharded: bool = True) -> list[str]:
     """Why the trainer's strategy can't work, one line each.
 
     Args:
         trainer: after its strategy is set up.
         window: batches of an optimizer step, as training starts.
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
+        works_sharded: whether the method can work where each rank holds a part of a parameter.
     """
     strategy = trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy):
@@ -67,6 +75,11 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool) -> list[
         return [
             f"{type(strategy).__name__} trains on TPUs, where nothing of this has been tested: "
             f"with accelerator='gpu' or 'cpu', {_USE}"
+        ]
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not works_sharded:
+        return [
+            f"{type(strategy).__name__} leaves each rank a part of every weight, and this method needs them whole: "
+            "use strategy='ddp'"
         ]
     if isinstance(strategy, FSDPStrategy):
         return _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization, sync_ascent)
@@ -150,6 +163,16 @@ def _sharded_problems(sync_ascent: bool) -> list[str]:
     if sync_ascent:
         return []
     return ["sync_ascent=False needs each rank's own gradient, which FSDP does not keep: use sync_ascent=True, or DDP"]
+
+
+def warn_of_rounding(callback: object, what: str, parameters: Iterable[nn.Parameter]) -> None:
+    """Say, once, that a small perturbation of parameters kept in 16 bits may be lost."""
+    low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        rank_zero_warn(
+            f"{type(callback).__name__}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
+            "rho may be lost. Keep it in float32, as with precision='bf16-mixed'."
+        )
 
 
 def message(callback: object, problems: list[str]) -> str:

@@ -1,20 +1,16 @@
 """EFMLoRA: the perturbation is an average over past steps, so a step costs one pass."""
 
-from collections.abc import Callable
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback, module_drivers, watched_parameters
-from lightning_flatlora.callbacks.two_passes import at_training_step
+from lightning_flatlora.callbacks.one_pass import OnePass
+from lightning_flatlora.callbacks.perturbs_b import PerturbsB
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.schedules import RhoSchedule
 
 
-class EFMLoRA(FlatLoRACallback):
+class EFMLoRA(OnePass, PerturbsB):
     r"""Seek flat minima at LoRA's speed (Algorithm 2): each step's gradient is taken at B + Ê.
 
     .. math:: \hat E_1 = E_1, \qquad \hat E_t = (1-\beta)\,\hat E_{t-1} + \beta\,E_t \quad\text{(Eq. 18)}
@@ -64,7 +60,6 @@ class EFMLoRA(FlatLoRACallback):
             beta=beta,
         )
         self._module_ascends = False
-        self._cancel: Callable[[], None] | None = None
 
     @override
     def works_beside(self, other: FlatLoRACallback) -> bool:
@@ -76,66 +71,27 @@ class EFMLoRA(FlatLoRACallback):
         self._module_ascends = bool(module_drivers(trainer))
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def perturbs(self, trainer: Trainer) -> bool:
         assert self.perturbation is not None
-        if self.perturbation.started and not self._module_ascends:
-            self._cancel = at_training_step(pl_module, self.perturbation.on)  # no other hook before it sees B + Ê
+        return self.perturbation.started and not self._module_ascends
 
     @override
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if pl_module.automatic_optimization:
-            self._off()
+    def on(self, trainer: Trainer) -> None:
+        assert self.perturbation is not None
+        self.perturbation.on()
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        assert self.perturbation is not None
-        if not self.holds_pairs(trainer, optimizer):
-            return
-        if self.is_refresh_step and not self._module_ascends:
-            self._refresh(trainer)
-        if pl_module.automatic_optimization:
-            self._off()
-        elif self.perturbation.started and not self._module_ascends:
-            self.perturbation.on()  # a manual training_step may go on with another pass
-        self.step += 1
-
-    def _refresh(self, trainer: Trainer) -> None:
-        """Ê from the gradient that this step is about to use, taken at B + Ê."""
-        assert self.perturbation is not None
-        if not self.perturbation.has_gradient:
-            return  # the batch was skipped: there is no E_t
-        rho = self.current_rho(trainer)
-        watched = watched_parameters(trainer, self._optimizer_index)
-        fresh = self.perturbation.ascend(rho, at_perturbed=True, also_finite=watched)
-        self.perturbation.average(fresh, self.beta)
-
-    # Wherever a step can end early, the layers go back to the clean weights.
-
-    def _off(self) -> None:
-        if self._cancel is not None:
-            self._cancel()
-            self._cancel = None
+    def off(self) -> None:
         if self.perturbation is not None:
             self.perturbation.off()
 
     @override
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._off()
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._off()
-        if self.step == 0 and not pl_module.automatic_optimization:
-            rank_zero_warn(
-                "EFMLoRA saw no optimizer step in this epoch, so nothing was perturbed: step the optimizer that "
-                "self.optimizers() gives, not the one inside it"
-            )
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._off()
-        super().on_exception(trainer, pl_module, exception)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._off()
+    def before_optimizer_step(self, trainer: Trainer) -> None:
+        """Ê from the gradient that this step is about to use, taken at B + Ê."""
+        assert self.perturbation is not None
+        if self._module_ascends or not self.is_refresh_step or not self.perturbation.has_gradient:
+            return  # without a gradient the batch was skipped: there is no E_t
+        rho = self.current_rho(trainer)
+        watched = watched_parameters(trainer, self._optimizer_index)
+        fresh = self.perturbation.ascend(rho, at_perturbed=True, also_finite=watched)
+        self.perturbation.average(fresh, self.beta)

@@ -13,10 +13,11 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.manual_schedulers import ManualSchedulers
+from lightning_flatlora.callbacks.perturbs_b import PerturbsB
 from lightning_flatlora.perturbation import FreshPerturbation
 
 
-class FMLoRAModuleDriver(FlatLoRACallback):
+class FMLoRAModuleDriver(PerturbsB):
     """The callback through which an FMLoRAModule starts, counts, clips and ends; hooks of the module stay the user's.
 
     Beside an EFMLoRA callback it takes steps, rho, perturbation and average from that one.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 
@@ -126,6 +126,11 @@ def loss_of(output: Any, source: str) -> Tensor | None:
             f"got {type(output).__name__}"
         )
     return loss
+
+
+def ends_window(trainer: Trainer, batch_idx: int, accumulate_grad_batches: int) -> bool:
+    """Whether a batch is the last of its accumulation window, the shorter one at the end of an epoch included."""
+    return (batch_idx + 1) % accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
 def nothing() -> None:

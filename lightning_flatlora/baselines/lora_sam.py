@@ -1,0 +1,90 @@
+"""LoRA-SAM: SAM on A and B at once."""
+
+from contextlib import AbstractContextManager
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from typing_extensions import override
+
+from lightning_flatlora.baselines.joint_ascent import FactorPerturbation
+from lightning_flatlora.callbacks.checks import warn_of_rounding
+from lightning_flatlora.callbacks.two_pass_loop import TwoPasses
+from lightning_flatlora.distributed import layout_of
+from lightning_flatlora.schedules import RhoSchedule
+
+
+class LoRASAM(TwoPasses):
+    r"""Take each step's gradient where A and B are moved along their joint gradient (SAM in LoRA's space): two passes.
+
+    .. math:: (E_A, E_B) = \rho\, \frac{(G_A, G_B)}{\lVert (G_A, G_B) \rVert_F},
+        \qquad \text{gradient at } (A + E_A,\; B + E_B)
+
+    One norm over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is no ball of W: the perturbation
+    of W changes under (B M, M⁻¹ A). The layers read the moved factors through; the stored ones are clean at every
+    moment. For the rest (dropout, logging, accumulation, ranks) the passes are :class:`~lightning_flatlora.FMLoRA`'s.
+
+    Args:
+        rho: radius of the ball over all A and B, in the factors' units, >= 0; or a schedule over optimizer steps.
+        start_step: optimizer steps of plain LoRA before the first ascent.
+        every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
+        adapter_name: the peft adapter to perturb; None takes the active ones.
+        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
+
+    Raises:
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
+            start of fit, before the first step).
+
+    Source: Foret et al., arXiv 2010.01412; on LoRA, Eq. 7 of arXiv 2508.00522.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[LoRASAM(rho=0.1)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
+        sync_ascent: bool = True,
+    ) -> None:
+        super().__init__(
+            rho,
+            start_step=start_step,
+            every_n_steps=every_n_steps,
+            adapter_name=adapter_name,
+            sync_ascent=sync_ascent,
+        )
+        self._factors: FactorPerturbation | None = None
+
+    @override
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        factors = [factor for pair in self.search.pairs for factor in (pair.A, pair.B)]
+        warn_of_rounding(self, "B", [pair.B for pair in self.search.pairs])
+        self._factors = FactorPerturbation(self.search.pairs, layout_of(trainer.strategy.model, factors))
+        self._factors.install()
+
+    @override
+    def uninstall(self) -> None:
+        if self._factors is not None:
+            self._factors.uninstall()
+            self._factors = None
+        super().uninstall()
+
+    @property
+    @override
+    def ascending(self) -> list[nn.Parameter]:
+        assert self._factors is not None
+        return self._factors.factors
+
+    @override
+    def ascend(self, rho: float) -> None:
+        assert self._factors is not None
+        self._factors.ascend(rho)
+
+    @override
+    def perturbed(self) -> AbstractContextManager[None]:
+        assert self._factors is not None
+        return self._factors.applied()

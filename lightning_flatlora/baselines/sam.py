@@ -1,0 +1,102 @@
+"""SAM on every trained parameter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_flatlora.baselines.joint_ascent import joint_ascent
+from lightning_flatlora.callbacks.checks import warn_of_rounding
+from lightning_flatlora.callbacks.two_pass_loop import TwoPasses
+from lightning_flatlora.schedules import RhoSchedule
+
+
+class SAM(TwoPasses):
+    r"""Take each step's gradient where every trained parameter is moved along its gradient, in two passes.
+
+    .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
+
+    On full fine-tuning it is the ceiling that LoRA's methods are compared with; the model needs no LoRA layer. What is
+    trained is what the one optimizer holds, under LoRA heads and norms too. The weights are moved in place and restored
+    from copies, to the bit: in the second pass, and in the hooks that fire around its backward, the stored weights are
+    not clean. Memory: two copies of the trained weights. For the rest (dropout, logging, accumulation, ranks) the two
+    passes are :class:`~lightning_flatlora.FMLoRA`'s; under DDP with accumulation each ascent sends every gradient.
+
+    Args:
+        rho: radius of the ball over all trained parameters, in the weights' units, >= 0; or a schedule over optimizer
+            steps.
+        start_step: plain optimizer steps before the first ascent.
+        every_n_steps: optimizer steps between ascents; the others are plain steps.
+        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own e and sends nothing.
+
+    Raises:
+        MisconfigurationException: values out of range (here), or optimizers or a strategy that can't work, as FSDP (at
+            the start of fit, before the first step).
+
+    Source: Foret et al., arXiv 2010.01412, Algorithm 1 with p = 2.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[SAM(rho=0.05)], accelerator="cpu", logger=False)
+    """
+
+    works_sharded = False
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        sync_ascent: bool = True,
+    ) -> None:
+        super().__init__(rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent)
+        self._trained: list[nn.Parameter] = []
+        self._moves: list[tuple[nn.Parameter, Tensor]] = []
+
+    @override
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        if len(trainer.optimizers) != 1:
+            return [f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}"]
+        groups = trainer.optimizers[0].param_groups
+        self._trained = [p for group in groups for p in group["params"] if p.requires_grad]
+        if not self._trained:
+            return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
+        return self._rate_problems(trainer)
+
+    @override
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_of_rounding(self, "a weight", self._trained)
+
+    @property
+    @override
+    def followed(self) -> list[nn.Parameter]:
+        return self._trained
+
+    @property
+    @override
+    def ascending(self) -> list[nn.Parameter]:
+        return self._trained
+
+    @override
+    def ascend(self, rho: float) -> None:
+        moved = [p for p in self._trained if p.grad is not None]
+        self._moves = list(zip(moved, joint_ascent([p.grad for p in moved if p.grad is not None], rho), strict=True))
+
+    @override
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        moves, self._moves = self._moves, []
+        clean = [p.detach().clone() for p, _ in moves]
+        try:
+            with torch.no_grad():
+                for p, e in moves:
+                    p.add_(e)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(moves, clean, strict=True):
+                    p.copy_(value)

@@ -1,0 +1,76 @@
+"""What EFMLoRA, FMLoRA and FMLoRAModule share: the settings, the life and the state of the perturbation of B."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_flatlora.callbacks.base import FlatLoRACallback
+from lightning_flatlora.callbacks.checks import message, perturbation_problems, warn_of_rounding
+from lightning_flatlora.distributed import layout_of
+from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.schedules import RhoSchedule
+
+
+class PerturbsB(FlatLoRACallback):
+    """Base of the callbacks of the paper's method, which perturb B alone.
+
+    Attributes:
+        averages: whether the perturbation lasts from step to step, so that a checkpoint must hold it.
+    """
+
+    averages: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        estimator: Estimator,
+        norm_scope: NormScope,
+        beta: float = 1.0,
+        more_problems: Sequence[str] = (),
+        **settings: Any,
+    ) -> None:
+        problems = perturbation_problems(beta, estimator, norm_scope)
+        super().__init__(rho, more_problems=[*problems, *more_problems], **settings)
+        self.beta = beta
+        self.estimator: Estimator = estimator
+        self.norm_scope: NormScope = norm_scope
+
+    @override
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pairs = self.search.pairs
+        warn_of_rounding(self, "B", [pair.B for pair in pairs])
+        layout = layout_of(trainer.strategy.model, [factor for pair in pairs for factor in (pair.A, pair.B)])
+        self.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, layout)
+        self.perturbation.install()
+
+    @override
+    def uninstall(self) -> None:
+        """Give the layers their own classes back; the perturbation stays for checkpoints."""
+        if self.perturbation is not None:
+            self.perturbation.uninstall()
+        super().uninstall()
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"estimator": self.estimator, "norm_scope": self.norm_scope}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.perturbation is not None and self.averages and self._loaded is None:
+            state["perturbation"] = self.perturbation.state_dict()
+        return state
+
+    @override
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        if self.perturbation is not None and "perturbation" in state:
+            try:
+                self.perturbation.load_state_dict(state["perturbation"])
+            except ValueError as error:
+                raise MisconfigurationException(message(self, [str(error)])) from error

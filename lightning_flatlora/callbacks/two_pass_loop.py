@@ -1,0 +1,174 @@
+"""Two passes a step in automatic optimization, for any LightningModule."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_flatlora.callbacks.base import FlatLoRACallback, module_drivers
+from lightning_flatlora.callbacks.two_passes import (
+    at_training_step,
+    ends_window,
+    loss_of,
+    nothing,
+    put_back_gradients,
+    random_state,
+    silenced_log,
+    take_gradients,
+)
+from lightning_flatlora.distributed import average_gradients
+from lightning_flatlora.schedules import RhoSchedule
+
+
+class TwoPasses(FlatLoRACallback):
+    """Base of the callbacks that take a step's gradient a second time, at perturbed weights.
+
+    The first pass's gradient gives the perturbation, the second's is the one that the optimizer sees. Both passes draw
+    the same dropout masks; the loss is logged and returned from the first, the clean one. Hooks around backward fire
+    twice, and whatever a training_step updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes.
+    Under gradient accumulation each micro-batch has its own ascent. Subclasses say what is perturbed, and how.
+    """
+
+    def __init__(self, rho: float | RhoSchedule, *, sync_ascent: bool = True, **settings: Any) -> None:
+        super().__init__(rho, **settings)
+        self.sync_ascent = sync_ascent
+        self._parameters: list[nn.Parameter] = []
+        self._in_second_pass = False
+        self._kept_local = ExitStack()
+        self._step_arguments: tuple[Any, ...] | None = None
+        self._put_back_random_state: Callable[[], None] | None = None
+        self._taken: list[tuple[nn.Parameter, Tensor]] = []
+        self._cancel: Callable[[], None] = nothing
+
+    @property
+    @abstractmethod
+    def ascending(self) -> list[nn.Parameter]:
+        """The trained parameters whose gradients give the perturbation, in the same order on every rank."""
+
+    @abstractmethod
+    def ascend(self, rho: float) -> None:
+        """Take the perturbation of size rho from the gradients that the parameters hold now; 0 if one is not finite."""
+
+    @abstractmethod
+    def perturbed(self) -> AbstractContextManager[None]:
+        """Inside, the forward pass sees perturbed weights; after it, whatever happens, the clean ones to the bit."""
+
+    @override
+    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        problems = super().configuration_problems(trainer, pl_module)
+        if not pl_module.automatic_optimization and not module_drivers(trainer):
+            problems.append(
+                "a second pass can't be put into a training_step with manual optimization: "
+                "use automatic optimization, or subclass FMLoRAModule, or use EFMLoRA"
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            problems.append(
+                "training_step(dataloader_iter) takes batches itself, so a batch can't be passed twice: "
+                "write training_step(batch, batch_idx), or use EFMLoRA"
+            )
+        return problems
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._parameters = list(pl_module.parameters())
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._forget_batch()  # of a batch that the module's on_train_batch_start has called off
+        if self.is_refresh_step and self.current_rho(trainer) > 0:
+            takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+            self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
+            self._cancel = at_training_step(pl_module, lambda: self._remember_random_state(pl_module))
+            if self._stays_local(trainer) and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
+                self._kept_local.enter_context(trainer.strategy.block_backward_sync())  # type: ignore[attr-defined]
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        # Here and no earlier: Lightning clears the gradients of the last step after the forward pass.
+        if self._step_arguments is not None and not self._in_second_pass:
+            self._taken = take_gradients(self._parameters)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step_arguments is None or self._in_second_pass:
+            return
+        assert self._put_back_random_state is not None
+        if self.sync_ascent and not _synchronises(trainer):
+            average_gradients(self.ascending)
+        self.ascend(self.current_rho(trainer))
+        put_back_gradients(self._parameters, self._taken)
+        self._release()
+        self._put_back_random_state()
+        self._in_second_pass = True
+        try:
+            with self.perturbed(), silenced_log(pl_module):
+                self._descend(trainer)
+        finally:
+            self._in_second_pass = False
+            self._forget_batch()
+
+    def _descend(self, trainer: Trainer) -> None:
+        """The second pass: the gradient at the perturbed weights, added to what was accumulated."""
+        assert self._step_arguments is not None
+        loss = loss_of(trainer.strategy.training_step(*self._step_arguments), "training_step")
+        if loss is None:
+            name = type(self).__name__
+            raise RuntimeError(f"training_step returned None in {name}'s second pass, but a loss in the first")
+        trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.holds_pairs(trainer, optimizer):
+            self.step += 1
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._forget_batch()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget_batch()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._forget_batch()
+
+    def _remember_random_state(self, pl_module: LightningModule) -> None:
+        self._put_back_random_state = random_state(pl_module.device)
+
+    def _forget_batch(self) -> None:
+        self._release()
+        self._cancel()
+        self._cancel = nothing
+        self._step_arguments = None
+        self._put_back_random_state = None
+        self._taken = []
+
+    def _stays_local(self, trainer: Trainer) -> bool:
+        """Whether the ascent's backward must not average gradients even in the batch that ends an accumulation window.
+
+        One that synchronises would make FSDP1 turn the window's gradients, not reduced so far, into shards, and DDP
+        forget which parameters the window has used: with find_unused_parameters it would not reduce them all.
+        """
+        if not isinstance(trainer.strategy, DDPStrategy | FSDPStrategy):
+            return False
+        return trainer.accumulate_grad_batches > 1 or not self.sync_ascent
+
+    def _release(self) -> None:
+        self._kept_local.close()
+
+
+def _synchronises(trainer: Trainer) -> bool:
+    """Whether the backward that just ended averaged the gradients over the ranks."""
+    return not isinstance(trainer.strategy, DDPStrategy) or bool(
+        getattr(trainer.strategy.model, "require_backward_grad_sync", True)
+    )

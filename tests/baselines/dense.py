@@ -1,0 +1,135 @@
+"""The baselines written a second time: dense, float64, one pair after another, weights really moved and put back.
+
+Literal loops in plain PyTorch on the network, data and optimizer of test_exactness.py. From the package they take only
+which pairs there are and, for the noise, how a seed is derived.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from test_exactness import SIZE, dataset, loss, network, optimizer_of, scheduler_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_flatlora import LoRAPair, find_pairs
+from lightning_flatlora.weight_noise import derived_seed
+
+Size = Callable[[int], float]
+
+
+def plain_network() -> nn.Module:
+    """The network of test_exactness.py without an adapter, all of it trained."""
+    torch.manual_seed(1)
+    layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    return nn.Sequential(*layers).double()
+
+
+class Dense:
+    """A training loop whose subclasses say how a batch's gradient is taken and what precedes the update."""
+
+    def __init__(self, size: Size, model: nn.Module | None = None) -> None:
+        self.size = size
+        self.model = network() if model is None else model
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.step = 0
+
+    def run(self, epochs: int, accumulate: int = 1) -> nn.Module:
+        optimizer = optimizer_of(self.model)
+        scheduler = scheduler_of(optimizer)
+        batches = list(DataLoader(dataset(), batch_size=SIZE))
+        for _ in range(epochs):
+            for start in range(0, len(batches), accumulate):
+                window = [self.gradient(batch) for batch in batches[start : start + accumulate]]
+                for p, *grads in zip(self.trained, *window, strict=True):
+                    p.grad = sum(grads[1:], grads[0]) / accumulate
+                self.before_update(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                scheduler.step()
+                self.step += 1
+        return self.model
+
+    def gradient(self, batch: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(self.model, batch), self.trained)
+
+    def before_update(self, lr: float) -> None:
+        pass
+
+    @property
+    def pairs(self) -> list[LoRAPair]:
+        return find_pairs(self.model).pairs
+
+
+class DenseSAM(Dense):
+    """e = rho g / ||g|| on the moved parameters, whose norm is taken over them alone."""
+
+    def moved(self) -> list[nn.Parameter]:
+        return self.trained
+
+    def gradient(self, batch: Any) -> tuple[Tensor, ...]:
+        moved, clean = self.moved(), [p.data.clone() for p in self.moved()]
+        g = torch.autograd.grad(loss(self.model, batch), moved)
+        norm = sum(float((part**2).sum()) for part in g) ** 0.5
+        for p, part in zip(moved, g, strict=True):
+            p.data = p.data + self.size(self.step) * part / norm
+        descent = super().gradient(batch)
+        for p, value in zip(moved, clean, strict=True):
+            p.data = value
+        return descent
+
+
+class DenseLoRASAM(DenseSAM):
+    """The same on A and B alone."""
+
+    def moved(self) -> list[nn.Parameter]:
+        return [factor for pair in self.pairs for factor in (pair.A, pair.B)]
+
+
+class DenseBAR(Dense):
+    """Algorithms 2 and 3 of arXiv 2410.14802, x = B and y = A."""
+
+    kind = "nBAR"
+
+    def before_update(self, lr: float) -> None:
+        step = self.size(self.step) * lr
+        for pair in self.pairs:
+            x, y = pair.B, pair.A
+            if self.kind == "nBAR":
+                grows = float((x.grad**2).sum()) >= float((y.grad**2).sum())
+            else:
+                grows = not float((x.data**2).sum()) >= float((y.data**2).sum())
+            x.data = (1 + step if grows else 1 - step) * x.data
+            y.data = (1 - step if grows else 1 + step) * y.data
+
+
+class DenseOBAR(DenseBAR):
+    """Algorithm 3."""
+
+    kind = "oBAR"
+
+
+class DenseFlatLoRA(Dense):
+    """Eq. 7 of arXiv 2409.14396 on the merged weight, noise really added to the stored base."""
+
+    seed = 5
+
+    def gradient(self, batch: Any) -> tuple[Tensor, ...]:
+        layers = [self.model.base_model.model[i] for i in (0, 2, 4)]
+        clean = [layer.base_layer.weight.data for layer in layers]
+        for index, layer in enumerate(layers):
+            base = layer.base_layer.weight
+            B, A = layer.lora_B.default.weight, layer.lora_A.default.weight
+            merged = (base + layer.scaling["default"] * B @ A).detach()
+            base.data = base.data + dense_noise(merged, self.size(self.step), derived_seed(self.seed, self.step), index)
+        descent = super().gradient(batch)
+        for layer, value in zip(layers, clean, strict=True):
+            layer.base_layer.weight.data = value
+        return descent
+
+
+def dense_noise(merged: Tensor, sigma: float, seed: int, index: int) -> Tensor:
+    """Entry by entry sigma / sqrt(m) ||W'_i|| times a standard normal number."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, index))
+    normal = torch.randn(merged.shape, generator=generator, dtype=merged.dtype)
+    rows = merged.square().sum(1, keepdim=True).sqrt()
+    return sigma / merged.shape[1] ** 0.5 * rows * normal

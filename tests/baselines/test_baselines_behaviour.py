@@ -1,0 +1,413 @@
+"""The baselines in a real Trainer: size 0, resuming, what others see, steps that end early, and what is refused."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import (
+    Classifier,
+    ResumableLoader,
+    TwoPassClassifier,
+    assert_no_trace,
+    fit,
+    make_loader,
+    make_net,
+    same,
+    weights,
+)
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.callbacks.base import FlatLoRACallback
+
+BASELINES: dict[str, Any] = {
+    "SAM": SAM,
+    "LoRASAM": LoRASAM,
+    "nBAR": BalancednessRegularization,
+    "oBAR": lambda alpha, **settings: BalancednessRegularization(alpha, "oBAR", **settings),
+    "RandomPerturbation": RandomPerturbation,
+}
+TWO_PASSES = ("SAM", "LoRASAM")
+PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation")
+
+
+class Course(Callback):
+    """The weights and the loss after every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.seen.append((weights(pl_module), outputs["loss"]))
+
+
+def course(tmp_path: Path, callbacks: list[Callback], accumulate: int, precision: str) -> Any:
+    """Everything that a run with dropout, a scheduler and clipping leaves."""
+    module, seen = Classifier(net=make_net(0.3)), Course()
+    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
+    settings = {"accumulate_grad_batches": accumulate, "precision": precision, "gradient_clip_val": 0.5}
+    trainer = fit(tmp_path, module, [*callbacks, seen], make_loader(5), val=make_loader(2), **settings)
+    return seen.seen, trainer.optimizers[0].state_dict(), torch.get_rng_state()
+
+
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, "32-true"), (2, "32-true"), (1, "bf16-mixed")])
+@pytest.mark.parametrize("name", BASELINES)
+def test_size_zero_is_the_base_run_to_the_bit(tmp_path: Path, name: str, accumulate: int, precision: str) -> None:
+    base = course(tmp_path, [], accumulate, precision)
+    assert same(course(tmp_path, [BASELINES[name](0)], accumulate, precision), base)
+    assert not same(course(tmp_path, [BASELINES[name](0.5)], accumulate, precision), base)
+
+
+# -- resuming
+
+
+def run(path: Path, callback: Any, accumulate: int, resume: Path | None = None) -> Any:
+    module = Classifier()
+    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+    file = ModelCheckpoint(path, every_n_train_steps=1, save_top_k=-1, filename="{step}", auto_insert_metric_name=False)
+    loader = ResumableLoader(list(make_loader(6)))
+    settings = {"accumulate_grad_batches": accumulate, "max_epochs": 3, "ckpt_path": resume}
+    trainer = fit(path, module, [callback, file], loader, **settings)
+    return weights(module), trainer.optimizers[0].state_dict(), callback.state_dict()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", BASELINES)
+def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, accumulate: int) -> None:
+    """In the middle and at the end of an epoch, with a size that changes from step to step."""
+    per_epoch = 6 // accumulate
+    for schedule in (LinearRho(1.0, 0.1), LearningRateRho(0.5)):
+        whole = run(tmp_path / str(schedule), BASELINES[name](schedule), accumulate)
+        assert whole[2]["step"] == 3 * per_epoch
+        for step in (per_epoch, per_epoch + 1):
+            resume = tmp_path / str(schedule) / f"{step}.ckpt"
+            assert same(run(tmp_path / str(schedule), BASELINES[name](schedule), accumulate, resume), whole)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            RandomPerturbation(0.1, seed=1),
+            RandomPerturbation(0.1, seed=2),
+            "seed must be 1 as in the checkpoint, got 2",
+        ),
+        (
+            BalancednessRegularization(0.1),
+            BalancednessRegularization(0.1, "oBAR"),
+            "kind must be 'nBAR' as in the checkpoint, got 'oBAR'",
+        ),
+    ],
+)
+def test_settings_that_a_resumed_run_must_keep(tmp_path: Path, first: Any, second: Any, message: str) -> None:
+    run(tmp_path, first, 1)
+    with pytest.raises(MisconfigurationException, match=message):
+        run(tmp_path, second, 1, tmp_path / "4.ckpt")
+
+
+# -- what others see
+
+
+def outside_of_a_pass() -> list[str]:
+    return ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start"]
+
+
+@pytest.mark.parametrize("name", PERTURBING)
+def test_stored_and_read_weights_in_other_hooks(tmp_path: Path, name: str) -> None:
+    """Outside of a pass all see and compute with clean weights; inside they are stored clean but for SAM's."""
+    module, x = Classifier(), torch.ones(2, 6)
+    shadow = {"stored": weights(module)}
+    looks: list[str] = []
+
+    def look(where: str) -> None:
+        assert same(weights(module), shadow["stored"]), where
+        clean = copy.deepcopy(module.net)
+        assert_no_trace(clean)
+        if where not in ("step", "on_before_backward", "on_after_backward"):
+            mode = torch.get_rng_state()
+            assert torch.equal(module.net(x), clean(x)), where
+            assert torch.equal(mode, torch.get_rng_state())
+        looks.append(where)
+
+    class Shadowed(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            super().step()
+            shadow["stored"] = weights(module)
+            return loss
+
+    class Looks(Callback):
+        pass
+
+    hooks = outside_of_a_pass() + (["on_before_backward", "on_after_backward"] if name != "SAM" else [])
+    for hook in hooks:
+        setattr(Looks, hook, lambda *args, where=hook: look(where))
+    if name != "SAM":
+        module.inside.append(lambda *_: look("step") if module.trainer.training else None)
+    module.optimizer_class = Shadowed
+    late = type("Late", (Looks,), {})
+    fit(tmp_path, module, [Looks(), BASELINES[name](0.5), late()], val=make_loader(2))
+    assert set(hooks) <= set(looks)
+    assert_no_trace(module)
+    assert not any(m._forward_hooks for m in module.modules())
+
+
+def test_sam_moves_by_rho_in_its_second_pass_alone(tmp_path: Path) -> None:
+    module, before, moves = Classifier(), [], []
+
+    def look(module: Any, batch_idx: int) -> None:
+        flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+        before.append(flat)
+        if len(before) % 2 == 0:
+            moves.append((flat - before[-2]).norm())
+
+    module.inside.append(look)
+    fit(tmp_path, module, [SAM(0.5)])
+    torch.testing.assert_close(torch.stack(moves), torch.full((12,), 0.5), rtol=1e-4, atol=0)
+
+
+def test_validation_has_no_noise(tmp_path: Path) -> None:
+    module, losses = Classifier(lr=0.0), []
+    module.inside.append(lambda module, _: losses.append(module.trainer.training))
+
+    class Compares(Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            clean = [pl_module.loss(batch, 0) for batch in make_loader(2)]
+            torch.testing.assert_close(trainer.callback_metrics["val_loss"], sum(clean) / 2)
+            losses.append("compared")
+
+    fit(tmp_path, module, [RandomPerturbation(0.5), Compares()], val=make_loader(2))
+    assert losses.count("compared") == 2
+
+
+def test_noise_is_one_in_a_window_and_another_in_the_next(tmp_path: Path) -> None:
+    """On one input and a learning rate of 0, outputs are equal within a window and differ between two."""
+    module, outputs = Classifier(lr=0.0), []
+    module.optimizer_class = torch.optim.SGD
+    module.inside.append(lambda module, _: outputs.append(module.net(torch.ones(1, 6)).detach()))
+    fit(tmp_path, module, [RandomPerturbation(0.2)], make_loader(4), accumulate_grad_batches=2, max_epochs=1)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[2], outputs[3])
+    assert not torch.allclose(outputs[1], outputs[2])
+
+
+# -- steps that end early
+
+
+@pytest.mark.parametrize("name", PERTURBING)
+@pytest.mark.parametrize("pass_number", [1, 2])
+def test_an_exception_leaves_clean_weights(tmp_path: Path, name: str, pass_number: int) -> None:
+    module, stored, calls = Classifier(), {}, []
+
+    def interrupt(module: Any, batch_idx: int) -> None:
+        calls.append(batch_idx)
+        if calls.count(2) == 0 or (batch_idx == 2 and calls.count(2) == 1):
+            stored.update(weights(module))
+        if calls.count(2) == (pass_number if name in TWO_PASSES else 1):
+            raise RuntimeError("stop here")
+
+    module.inside.append(interrupt)
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(tmp_path, module, [BASELINES[name](0.5)])
+    assert same(weights(module), stored)
+    assert_no_trace(module)
+    assert not any(m._forward_hooks for m in module.modules())
+    assert "training_step" not in module.__dict__
+
+
+def overflowing() -> ResumableLoader:
+    """Six batches, the fourth of which has an infinite loss."""
+    batches = [list(batch) for batch in make_loader(6)]
+    batches[3][2] = torch.full((4,), torch.inf)
+    return ResumableLoader(batches)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_step_that_the_loss_scaler_skips_changes_nothing(tmp_path: Path, name: str) -> None:
+    module, seen = Classifier(), Course()
+    scaler = GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6)
+    plugins = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(tmp_path, module, [BASELINES[name](0.5), seen], overflowing(), plugins=plugins, max_epochs=1)
+    steps = [values for values, _ in seen.seen]
+    assert [same(one, other) for one, other in zip(steps[1:], steps, strict=False)].count(True) == 1
+    assert all(value.isfinite().all() for value in steps[5].values())
+
+
+# -- manual optimization
+
+
+class ByHand(Classifier):
+    """Two optimizer steps in one training_step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.outputs: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            self.outputs.append(self.net(torch.ones(1, 6)).detach())
+            self.manual_backward(self.loss(batch, batch_idx))
+            self.optimizers().step()
+
+
+@pytest.mark.parametrize("name", ["nBAR", "oBAR", "RandomPerturbation"])
+def test_manual_optimization(tmp_path: Path, name: str) -> None:
+    callback, module = BASELINES[name](0.3), ByHand()
+    module.lr, module.optimizer_class = 0.0, torch.optim.SGD
+    fit(tmp_path, module, [callback], make_loader(3), max_epochs=1)
+    assert callback.step == 6
+    if name == "RandomPerturbation":  # each step has its own
+        outputs = torch.cat(module.outputs)
+        assert (torch.cdist(outputs, outputs) + torch.eye(6) > 1e-4).all()
+    assert not any(m._forward_hooks for m in module.modules())
+
+
+# -- what is refused
+
+
+def refused(tmp_path: Path, module: Any, callbacks: list[Callback], **kwargs: Any) -> str:
+    before = weights(module)
+    with pytest.raises(MisconfigurationException) as error:
+        fit(tmp_path, module, callbacks, **kwargs)
+    assert same(weights(module), before)
+    assert_no_trace(module)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SAM(-1), "SAM: rho must be a finite number >= 0 or a RhoSchedule, got -1"),
+        (lambda: LoRASAM(0.1, every_n_steps=0), "LoRASAM: every_n_steps must be an integer >= 1, got 0"),
+        (lambda: RandomPerturbation("a"), "RandomPerturbation: sigma must be a finite number >= 0 or a RhoSchedule"),
+        (lambda: RandomPerturbation(0.1, seed=-1), "seed must be an integer >= 0, got -1"),
+        (lambda: BalancednessRegularization(None), "alpha must be a finite number >= 0 or a RhoSchedule, got None"),
+        (lambda: BalancednessRegularization(1, "xBAR"), "kind must be 'nBAR' or 'oBAR', got 'xBAR'"),
+        (lambda: BalancednessRegularization(-1, 3, adapter_name=2), "BalancednessRegularization: 3 problems"),
+    ],
+)
+def test_values(make: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", TWO_PASSES)
+def test_two_passes_need_automatic_optimization(tmp_path: Path, name: str) -> None:
+    assert "a second pass can't be put into a training_step" in refused(tmp_path, ByHand(), [BASELINES[name](0.1)])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_one_method_at_a_time(tmp_path: Path, name: str) -> None:
+    for other in (EFMLoRA, FMLoRA):
+        message = refused(tmp_path, Classifier(), [BASELINES[name](0.1), other(0.1)])
+        assert "keep one" in message
+        assert other.__name__ in message
+    assert "keep one" in refused(tmp_path, TwoPassClassifier(0.1), [BASELINES[name](0.1)])
+
+
+@pytest.mark.parametrize("name", ["LoRASAM", "nBAR", "RandomPerturbation"])
+def test_no_adapter(tmp_path: Path, name: str) -> None:
+    module = Classifier(net=nn.Sequential(nn.Linear(6, 3)))
+    assert "Wrap it with peft.get_peft_model" in refused(tmp_path, module, [BASELINES[name](0.1)])
+
+
+def test_sam_needs_one_optimizer_that_trains(tmp_path: Path) -> None:
+    class Two(ByHand):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD([p], 0.1) for p in self.parameters() if p.requires_grad][:2]
+
+    assert "must return one optimizer, got 2" in refused(tmp_path, Two(), [SAM(0.1)])
+
+    class Frozen(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if not p.requires_grad], 0.1)
+
+    assert "holds no parameter that is trained" in refused(tmp_path, Frozen(), [SAM(0.1)])
+
+
+def test_a_frozen_A_can_not_be_balanced(tmp_path: Path) -> None:
+    module = Classifier()
+    for name, p in module.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_A" not in name)
+    message = refused(tmp_path, module, [BalancednessRegularization(1.0)])
+    assert "A of 3 pairs is frozen, as beside net.base_model.model.0.lora_B.default.weight" in message
+
+
+def test_lora_sam_leaves_a_frozen_A(tmp_path: Path) -> None:
+    module = Classifier()
+    for name, p in module.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_A" not in name)
+    before = weights(module)
+    fit(tmp_path, module, [LoRASAM(0.5)])
+    assert all(same(v, before[n]) for n, v in weights(module).items() if "lora_A" in n)
+
+
+def test_no_layer_for_noise(tmp_path: Path) -> None:
+    module = Classifier()
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    module.net = get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
+    assert "no LoRA layer on a Linear" in refused(tmp_path, module, [RandomPerturbation(0.1)])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_lbfgs(tmp_path: Path, name: str) -> None:
+    module = Classifier()
+    module.optimizer_class = torch.optim.LBFGS
+    assert "LBFGS takes several gradients" in refused(tmp_path, module, [BASELINES[name](0.1)])
+
+
+@pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation"])
+def test_shards_are_refused(name: str) -> None:
+    callback = BASELINES[name](0.1)
+    assert not callback.works_sharded
+    assert LoRASAM(0.1).works_sharded
+
+    strategy = FSDPStrategy(accelerator=L.pytorch.accelerators.CPUAccelerator())
+    trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, callbacks=[], optimizers=[])
+    problems = FlatLoRACallback.configuration_problems(callback, trainer, Classifier())
+    assert problems == [
+        "FSDPStrategy leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"
+    ]
+
+
+@pytest.mark.parametrize("name", [*TWO_PASSES, "nBAR"])
+def test_sixteen_bits_are_warned_of(tmp_path: Path, name: str) -> None:
+    module = Classifier(net=make_net().bfloat16())
+    with pytest.warns(UserWarning, match=r"kept in torch.bfloat16.*bf16-mixed"):
+        fit(tmp_path, module, [BASELINES[name](0.5)], precision="bf16-true", max_epochs=1)
+
+
+# -- the YAML switch
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "expected"),
+    [
+        ("LoRASAM", {"rho": 0.1}, LoRASAM),
+        ("SAM", {"rho": {"class_path": "lightning_flatlora.LinearRho", "init_args": {"start": 1, "end": 0}}}, SAM),
+        ("RandomPerturbation", {"sigma": 0.05, "seed": 3}, RandomPerturbation),
+        ("BalancednessRegularization", {"alpha": 1, "kind": "oBAR"}, BalancednessRegularization),
+    ],
+)
+def test_yaml(name: str, init: dict[str, Any], expected: Any) -> None:
+    """As LightningCLI reads an entry of trainer.callbacks."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    entry = {"class_path": f"lightning_flatlora.baselines.{name}", "init_args": init}
+    assert type(parser.instantiate(parser.parse_object({"callback": entry})).callback) is expected

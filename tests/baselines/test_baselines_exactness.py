@@ -1,0 +1,74 @@
+"""Run for run, each baseline equals its literal loop in float64: 52 or more AdamW steps, differences below 1e-10."""
+
+import math
+from typing import Any
+
+import pytest
+from dense import (
+    Dense,
+    DenseBAR,
+    DenseFlatLoRA,
+    DenseLoRASAM,
+    DenseOBAR,
+    DenseSAM,
+    plain_network,
+)
+from test_exactness import Automatic, fit, network, worst_difference
+
+from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+
+BASELINES: dict[str, tuple[Any, Any, float]] = {  # the callback of a size, the literal loop, and the size
+    "SAM": (SAM, DenseSAM, 0.4),
+    "LoRASAM": (LoRASAM, DenseLoRASAM, 0.4),
+    "nBAR": (lambda alpha: BalancednessRegularization(alpha, "nBAR"), DenseBAR, 2.0),
+    "oBAR": (lambda alpha: BalancednessRegularization(alpha, "oBAR"), DenseOBAR, 2.0),
+    "RandomPerturbation": (lambda sigma: RandomPerturbation(sigma, seed=5), DenseFlatLoRA, 0.3),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("name", BASELINES)
+def test_equals_the_literal_loop(name: str, accumulate: int) -> None:
+    callback, literal, size = BASELINES[name]
+    epochs = {1: 2, 4: 8}[accumulate]
+    net = network()
+    fit(Automatic(net), epochs, [callback(size)], accumulate_grad_batches=accumulate)
+    loop = literal(lambda step: size)
+    assert worst_difference(net, loop.run(epochs, accumulate)) < 1e-10
+    assert loop.step >= 50
+    assert worst_difference(net, Dense(lambda step: 0.0).run(epochs, accumulate)) > 1e-5
+
+
+def test_sam_needs_no_adapter() -> None:
+    """Full fine-tuning, the reference ceiling."""
+    net = plain_network()
+    fit(Automatic(net), 2, [SAM(0.4)])
+    assert worst_difference(net, DenseSAM(lambda step: 0.4, plain_network()).run(2)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        (lambda size: LinearRho(size, 0.0), lambda step: 1 - step / 52),
+        (
+            lambda size: CosineRho(0.0, size, total_steps=40),
+            lambda step: (1 - math.cos(math.pi * min(step / 40, 1))) / 2,
+        ),
+        (LearningRateRho, lambda step: (1 + math.cos(math.pi * step / 200)) / 2),
+    ],
+    ids=["decreasing", "increasing", "with the learning rate"],
+)
+@pytest.mark.parametrize("name", BASELINES)
+def test_schedules_equal_the_literal_loop(name: str, schedule: Any, factor: Any) -> None:
+    callback, literal, size = BASELINES[name]
+    net = network()
+    fit(Automatic(net), 2, [callback(schedule(size))])
+    assert worst_difference(net, literal(lambda step: size * factor(step)).run(2)) < 1e-10
+
+
+def test_ascents_every_third_step_from_the_seventh() -> None:
+    net = network()
+    fit(Automatic(net), 2, [LoRASAM(0.4, start_step=7, every_n_steps=3)])
+    loop = DenseLoRASAM(lambda step: 0.4 if step >= 7 and (step - 7) % 3 == 0 else 0.0)
+    assert worst_difference(net, loop.run(2)) < 1e-10

@@ -1,0 +1,141 @@
+"""What defines each baseline: SAM's ball, LoRA-SAM's dependence on the factors, and the flows that BAR stands for."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from test_exactness import Automatic, dataset, fit, loss, network
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_flatlora import LoRAPair, Perturbation, find_pairs
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM
+from lightning_flatlora.baselines.joint_ascent import FactorPerturbation, joint_ascent
+from lightning_flatlora.distributed import Layout
+
+BATCH = next(iter(DataLoader(dataset(), batch_size=32)))
+LR = 1e-6
+
+
+class Descends(Automatic):
+    """One step of plain gradient descent, so short that it follows the gradient's flow."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=LR)
+
+
+def trained_network() -> nn.Module:
+    """B is not 0, but smaller than A in the first layer and larger in the last."""
+    net = network()
+    for pair, std in zip(find_pairs(net).pairs, (0.03, 0.3, 0.9), strict=True):
+        pair.B.data.normal_(std=std)
+    return net
+
+
+def balancedness(pair: LoRAPair) -> Tensor:
+    return (pair.B.square().sum() - pair.A.square().sum()).detach() / 2
+
+
+def one_step(callbacks: list[Any]) -> list[Tensor]:
+    """How fast a step moves the balancedness of each layer, per unit of the learning rate."""
+    net = trained_network()
+    pairs = find_pairs(net).pairs
+    before = [balancedness(pair) for pair in pairs]
+    fit(Descends(net), 1, callbacks, DataLoader(dataset(), batch_size=32), limit_train_batches=1)
+    return [(balancedness(pair) - old) / LR for pair, old in zip(pairs, before, strict=True)]
+
+
+def squared_norms() -> tuple[list[Tensor], list[Tensor]]:
+    """||G_B||^2 and ||G_A||^2 of each layer."""
+    net = trained_network()
+    loss(net, BATCH).backward()
+    pairs = find_pairs(net).pairs
+    return [pair.B.grad.square().sum() for pair in pairs], [pair.A.grad.square().sum() for pair in pairs]
+
+
+def test_lora_sams_flow_is_that_of_theorem_2_and_nbar_has_its_sign() -> None:
+    """arXiv 2410.14802: d/dt (||B||^2 - ||A||^2) / 2 = rho (||G_B||^2 - ||G_A||^2) / ||G||, layer by layer."""
+    rho = 1e-3
+    G_B, G_A = squared_norms()
+    total = sum(G_B + G_A).sqrt()
+    flow = [rho * (b - a) / total for b, a in zip(G_B, G_A, strict=True)]
+    assert {bool(rate > 0) for rate in flow} == {True, False}
+    plain, sam, bar = one_step([]), one_step([LoRASAM(rho)]), one_step([BalancednessRegularization(1.0)])
+    for expected, base, with_sam, with_bar in zip(flow, plain, sam, bar, strict=True):
+        torch.testing.assert_close(with_sam - base, expected, rtol=0.02, atol=1e-7)
+        assert torch.sign(with_bar - base) == torch.sign(expected)
+
+
+def test_obar_shrinks_the_balancedness_in_every_step_without_a_gradient() -> None:
+    class Still(Automatic):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen.append([balancedness(pair).abs() for pair in find_pairs(self.net).pairs])
+            return 0 * loss(self.net, batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
+
+    seen: list[list[Tensor]] = []
+    fit(Still(trained_network()), 1, [BalancednessRegularization(0.5, "oBAR")])
+    assert len(seen) == 26
+    assert all(new < old for before, after in pairwise(seen) for new, old in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float) -> None:
+    gradients = [torch.randn(3, 4), torch.randn(5), torch.zeros(2)]
+    E = joint_ascent([scale * g for g in gradients], 0.7)
+    flat, direction = (torch.cat([t.flatten() for t in tensors]) for tensors in (E, gradients))
+    torch.testing.assert_close(flat, 0.7 * direction / direction.norm())
+
+
+def test_no_gradient_or_one_that_is_not_finite_gives_zero() -> None:
+    for bad in (0.0, torch.inf, torch.nan):
+        E = joint_ascent([torch.tensor([bad, 0.0]), torch.full((2,), 0.0 if bad == 0 else 1.0)], 0.7)
+        assert all(torch.equal(e, torch.zeros(2)) for e in E)
+
+
+def moved_weights(of_factors: bool, refactor: bool) -> list[Tensor]:
+    """How LoRA-SAM or FMLoRA moves W, at (B, A) or at (B M, M⁻¹ A), the same W."""
+    net = trained_network()
+    pairs = find_pairs(net).pairs
+    M = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
+    for pair in pairs if refactor else []:
+        pair.B.data, pair.A.data = pair.B.data @ M, torch.linalg.inv(M) @ pair.A.data
+    loss(net, BATCH).backward()
+    before = [pair.scaling * pair.B @ pair.A for pair in pairs]
+    perturbation: Any = FactorPerturbation(pairs, Layout()) if of_factors else Perturbation(pairs)
+    perturbation.install()
+    if of_factors:
+        perturbation.ascend(0.1)
+    else:
+        perturbation.assign(perturbation.ascend(0.1, at_perturbed=False))
+    with perturbation.applied():
+        moved = [p.scaling * p.readers[0].weight @ p.A_readers[0].weight for p in pairs]
+    perturbation.uninstall()
+    return [(new - old).detach() for new, old in zip(moved, before, strict=True)]
+
+
+def test_lora_sam_depends_on_the_factors_and_fmlora_does_not() -> None:
+    for of_factors in (True, False):
+        one, other = moved_weights(of_factors, False), moved_weights(of_factors, True)
+        gap = max(float((x - y).norm() / x.norm()) for x, y in zip(one, other, strict=True))
+        assert gap > 0.1 if of_factors else gap < 1e-3
+
+
+def test_sam_perturbs_what_lora_does_not_hold() -> None:
+    """The head beside the adapters is in SAM's ball, and out of LoRA-SAM's."""
+    for callback, expected in ((SAM(0.5), True), (LoRASAM(0.5), False)):
+        net = network()
+        head = net.base_model.model[6].modules_to_save.default.weight
+        seen: list[Tensor] = []
+
+        class Looks(Automatic):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                seen.append(head.detach().clone())  # noqa: B023
+                return super().training_step(batch, batch_idx)
+
+        fit(Looks(net), 1, [callback], limit_train_batches=1)
+        assert len(seen) == 2
+        assert torch.equal(*seen) is not expected
