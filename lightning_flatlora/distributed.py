@@ -219,19 +219,40 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Args:
         parameters: the small factors whose gradients travel.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _has_ranks():
         return
-    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    grads = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        buckets.setdefault((parameter.dtype, parameter.device), []).append(parameter.grad)
-    for grads in buckets.values():
-        flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+        grads.append(parameter.grad)
+    average(grads)
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over the ranks, in one all-reduce for each dtype and device.
+
+    Every rank must call it with the same shapes in the same order; without a process group it does nothing.
+
+    Args:
+        tensors: floating, written to in place.
+    """
+    if not _has_ranks():
+        return
+    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        buckets.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for bucket in buckets.values():
+        flat = torch.cat([tensor.flatten() for tensor in bucket]) / dist.get_world_size()
         dist.all_reduce(flat)
-        means = torch.split(flat, [grad.numel() for grad in grads])
-        for grad, mean in zip(grads, means, strict=True):
-            grad.copy_(mean.view_as(grad))
+        means = torch.split(flat, [tensor.numel() for tensor in bucket])
+        for tensor, mean in zip(bucket, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def _has_ranks() -> bool:
+    """Whether there is more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _full_shapes(model: nn.Module) -> dict[int, torch.Size]:

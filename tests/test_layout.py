@@ -14,6 +14,9 @@ TORCH_ONLY = (
     "schedules.py",
     "distributed.py",
     "clip.py",
+    "weight_noise.py",
+    "baselines/joint_ascent.py",
+    *(f"flatness/{path.name}" for path in (ROOT / "flatness").glob("*.py")),
 )
 TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}
 
@@ -33,6 +36,12 @@ def test_the_equations_know_nothing_but_torch() -> None:
     assert imports(ROOT / "functional.py") <= {"typing", "torch"}
 
 
+def test_the_instruments_know_no_callback() -> None:
+    assert imports(ROOT / "flatness" / "factors.py") <= {"torch"}
+    for path in (ROOT / "flatness").glob("*.py"):
+        assert not any(module.startswith("lightning_flatlora.callbacks") for module in imports(path)), path
+
+
 def test_the_library_knows_no_recipe() -> None:
     for path in ROOT.rglob("*.py"):
         assert not any(module.startswith("recipes") for module in imports(path)), path
@@ -44,3 +53,10 @@ def test_collectives_are_in_one_file() -> None:
         sends = {module for module in imports(path) if module.startswith("torch.distributed")} - TYPES_ONLY
         gathers = any(word in path.read_text() for word in (".full_tensor(", ".redistribute(", "summon_full_params"))
         assert path.name == "distributed.py" or not (sends or gathers), path
+
+
+def test_the_method_knows_no_baseline() -> None:
+    """Baselines stand on the callbacks' base, and nothing of the method stands on them."""
+    for path in ROOT.rglob("*.py"):
+        used = any(module.startswith("lightning_flatlora.baselines") for module in imports(path))
+        assert path.parent.name == "baselines" or not used, path

@@ -2,6 +2,7 @@
 
 from lightning_flatlora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
+from lightning_flatlora.callbacks.flatness_monitor import FlatnessMonitor
 from lightning_flatlora.callbacks.fmlora import FMLoRA
 
-__all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA"]
+__all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA", "FlatnessMonitor"]

@@ -1,0 +1,59 @@
+"""Instruments of flatness: sharpness, curvature, and what the factors tell, on any model with LoRA layers.
+
+Where a process group runs (DDP), each rank gives the loss of its own batches, every rank calls the same functions in
+the same order, and all get the same numbers: losses, gradients and Hessian-vector products are means over the ranks.
+"""
+
+from lightning_flatlora.flatness.curvature import hessian_product, hessian_trace, top_eigenvalue
+from lightning_flatlora.flatness.factors import (
+    balancedness,
+    condition_number,
+    cosine,
+    gradient_identity_residual,
+    inner_product,
+    realised_radius,
+)
+from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, factors, slope
+from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, MEASURES, Point, measure
+from lightning_flatlora.flatness.metrics import Estimate, MeanWithError
+from lightning_flatlora.flatness.sharpness import (
+    EMASharpness,
+    ExpectedSharpness,
+    Sharpness,
+    ema_sharpness,
+    expected_sharpness,
+    fresh_perturbation,
+    lora_sharpness,
+    sam_sharpness,
+)
+
+__all__ = [
+    "DEFAULT_MEASURES",
+    "MEASURES",
+    "EMASharpness",
+    "Estimate",
+    "ExpectedSharpness",
+    "Loss",
+    "MeanLoss",
+    "MeanWithError",
+    "Point",
+    "Sharpness",
+    "Slope",
+    "balancedness",
+    "condition_number",
+    "cosine",
+    "ema_sharpness",
+    "expected_sharpness",
+    "factors",
+    "fresh_perturbation",
+    "gradient_identity_residual",
+    "hessian_product",
+    "hessian_trace",
+    "inner_product",
+    "lora_sharpness",
+    "measure",
+    "realised_radius",
+    "sam_sharpness",
+    "slope",
+    "top_eigenvalue",
+]

@@ -1,0 +1,154 @@
+"""Curvature of the loss over LoRA's factors: the Hessian's largest eigenvalue and trace, by products with vectors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_flatlora.distributed import average
+from lightning_flatlora.flatness.losses import Loss, parts
+from lightning_flatlora.flatness.metrics import Estimate, MeanWithError
+
+
+def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]) -> list[Tensor]:
+    r"""The product of the Hessian with a vector, by a backward pass through the backward pass.
+
+    .. math:: H v = \nabla_\theta \langle \nabla_\theta L,\; v\rangle
+
+    Attention runs in its plain form, as the fused kernels have no second derivative.
+
+    Args:
+        loss: of fixed batches, at the weights as the layers read them now.
+        parameters: theta, the factors A and B; see :func:`factors`.
+        vector: v, of the parameters' shapes.
+
+    Returns:
+        H v, of the parameters' shapes. Three passes: forward, and two backward, the second about twice as long.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> hessian_product(lambda: w.pow(3).sum(), [w], [torch.tensor([1.0, 0.0])])
+        [tensor([6., 0.])]
+    """
+    parameters = list(parameters)
+    product = [torch.zeros_like(parameter) for parameter in parameters]
+    losses = parts(loss)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for part in losses:
+            _add_product(part, parameters, vector, product)
+    torch._foreach_div_(product, len(losses))
+    average(product)
+    return product
+
+
+def _add_product(part: Loss, parameters: list[nn.Parameter], vector: Sequence[Tensor], product: list[Tensor]) -> None:
+    """Add one batch's H v; its graph ends with the call."""
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    gradients = torch.autograd.grad(part(), parameters, create_graph=True, **options)
+    along = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
+    if along.requires_grad:  # else the loss is linear
+        torch._foreach_add_(product, list(torch.autograd.grad(along, parameters, **options)))
+
+
+def top_eigenvalue(
+    loss: Loss, parameters: Sequence[nn.Parameter], tolerance: float = 1e-2, restarts: int = 10, seed: int = 0
+) -> Tensor:
+    r"""The largest eigenvalue of the Hessian over LoRA's factors: the sharpest direction's curvature.
+
+    .. math:: \lambda_{\max} = \max_{\|v\| = 1} v^\top H v
+
+    By Lanczos' method, restarted, of ARPACK in scipy.
+
+    Args:
+        loss: of fixed batches, at the weights as the layers read them now.
+        parameters: the factors A and B; see :func:`factors`. Two numbers at least in all.
+        tolerance: relative error of the eigenvalue.
+        restarts: of the method; each takes up to 19 Hessian-vector products, and the first 20.
+        seed: of the first vector; no global generator is used.
+
+    Returns:
+        Nats over squared units of the factors, shape (), float64; nan where it has not converged. Memory: 20 vectors of
+        the factors' size in float64 on the CPU. About 20 (restarts: up to 200) Hessian-vector products of three passes.
+
+    Raises:
+        ImportError: scipy is missing.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        >>> top_eigenvalue(lambda: (torch.tensor([1.0, 5.0, 2.0]) * w.square()).sum() / 2, [w]).round(decimals=3)
+        tensor(5., dtype=torch.float64)
+    """
+    linalg = _scipy_linalg()
+    parameters = list(parameters)
+    size = sum(parameter.numel() for parameter in parameters)
+
+    def matvec(x: Any) -> Any:
+        product = hessian_product(loss, parameters, _split(torch.as_tensor(x).flatten(), parameters))
+        return torch.cat([part.flatten().double().cpu() for part in product]).numpy()
+
+    start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+    operator = linalg.LinearOperator((size, size), matvec=matvec, dtype=start.dtype)
+    try:
+        found = linalg.eigsh(
+            operator,
+            k=1,
+            which="LA",
+            v0=start,
+            ncv=min(size, 20),
+            tol=tolerance,
+            maxiter=restarts,
+            return_eigenvectors=False,
+        )
+    except linalg.ArpackNoConvergence:
+        found = [torch.nan]
+    return torch.tensor(float(found[0]), dtype=torch.float64)
+
+
+def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int = 8, seed: int = 0) -> Estimate:
+    r"""The trace of the Hessian over LoRA's factors, the sum of all curvatures, by Hutchinson's estimator.
+
+    .. math:: \mathrm{tr}\,H = \mathbb E_v\,[v^\top H v], \qquad v_i = \pm 1 \text{ with equal chances}
+
+    Args:
+        loss: of fixed batches, at the weights as the layers read them now.
+        parameters: the factors A and B; see :func:`factors`.
+        samples: draws of v, at least 2 for a standard error.
+        seed: of the draws, the same on every device and rank; no global generator is used.
+
+    Returns:
+        Nats over squared units of the factors, float64, with the standard error of the mean. ``samples`` Hessian-vector
+        products of three passes.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> hessian_trace(lambda: w.square().sum(), [w], samples=4)  # exact where the Hessian is diagonal
+        Estimate(mean=tensor(4., dtype=torch.float64), standard_error=tensor(0., dtype=torch.float64))
+    """
+    parameters = list(parameters)
+    generator = torch.Generator().manual_seed(seed)
+    mean = MeanWithError(sync_on_compute=False)  # ranks have the same samples
+    size = sum(parameter.numel() for parameter in parameters)
+    for _ in range(samples):
+        vector = _split(torch.randint(0, 2, (size,), generator=generator) * 2 - 1, parameters)
+        product = hessian_product(loss, parameters, vector)
+        products = [(v.double() * p.double()).sum().cpu() for v, p in zip(vector, product, strict=True)]
+        mean.update(torch.stack(products).sum())
+    return mean.compute()
+
+
+def _split(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """A flat vector as tensors like the parameters."""
+    pieces = torch.split(flat, [parameter.numel() for parameter in parameters])
+    return [piece.view(p.shape).to(p.device, p.dtype) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+def _scipy_linalg() -> Any:
+    try:
+        from scipy.sparse import linalg
+    except ImportError as error:
+        raise ImportError(
+            "top_eigenvalue needs scipy: pip install 'lightning-flatlora[flatness]', or use hessian_trace"
+        ) from error
+    return linalg

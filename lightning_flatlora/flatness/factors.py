@@ -1,0 +1,161 @@
+"""What the factors of a LoRA layer tell about flatness: equations, tensors in, tensors out, batched over layers.
+
+Notation as in :mod:`lightning_flatlora.functional`: ``W = W0 + s B A`` with ``B`` (n, r), ``A`` (r, m); a perturbation
+``E`` of B, shape (n, r), moves W by ``s E A``. Leading dimensions (written L) batch over layers. Inner products of such
+n x m matrices go through r x r Gram matrices, in float64 where the device has it; no n x m matrix is formed.
+"""
+
+import torch
+from torch import Tensor
+
+
+def balancedness(A: Tensor, B: Tensor) -> Tensor:
+    r"""How much more of the update's size lies in B than in A (Theorem 1 of arXiv 2508.00522).
+
+    .. math:: \tfrac12\left(\|B\|_F^2 - \|A\|_F^2\right)
+
+    Gradient flow keeps it; a perturbed one moves it by at most rho / s times a ratio of norms, per unit of time.
+
+    Args:
+        A: shape (L, r, m).
+        B: shape (L, n, r).
+
+    Returns:
+        Squared units of the weights, shape (L,). No pass.
+
+    Example:
+        >>> balancedness(A=torch.eye(2, 3), B=torch.ones(4, 2))
+        tensor(3., dtype=torch.float64)
+    """
+    return (_wide(B).square().sum((-2, -1)) - _wide(A).square().sum((-2, -1))) / 2
+
+
+def condition_number(X: Tensor) -> Tensor:
+    r"""Largest over smallest singular value of a factor; the paper reports about 3 for A and B.
+
+    .. math:: \sigma_{\max}(X) / \sigma_{\min}(X)
+
+    Infinite where the rank is not full, which includes X = 0 (B at the start).
+
+    Args:
+        X: A or B, shape (L, rows, columns).
+
+    Returns:
+        A number >= 1 without unit, shape (L,). No pass.
+
+    Example:
+        >>> condition_number(torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]))
+        tensor([3., inf], dtype=torch.float64)
+    """
+    values = torch.linalg.svdvals(_wide(X))
+    smallest = values[..., -1]
+    return torch.where(smallest > 0, values[..., 0] / smallest, torch.inf)
+
+
+def inner_product(E1: Tensor, E2: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
+    r"""The inner product of two perturbations in full weight space.
+
+    .. math:: \langle s E_1 A,\; s E_2 A\rangle = s^2\,\mathrm{tr}\left(E_1^\top E_2\, A A^\top\right)
+
+    Args:
+        E1: shape (L, n, r).
+        E2: shape (L, n, r).
+        A: shape (L, r, m).
+        scaling: s, a number or of shape (L,).
+
+    Returns:
+        Squared units of the weights, shape (L,). No pass.
+
+    Example:
+        >>> inner_product(torch.ones(4, 2), torch.ones(4, 2), torch.eye(2, 3), scaling=2.0)
+        tensor(32., dtype=torch.float64)
+    """
+    E1, E2, A = _wide(E1), _wide(E2), _wide(A)
+    return scaling**2 * ((E1.mT @ E2) * (A @ A.mT)).sum((-2, -1))
+
+
+def realised_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
+    r"""How far a perturbation of B moves the full weight.
+
+    .. math:: \|s E A\|_F = s\,\sqrt{\mathrm{tr}\left(E^\top E\, A A^\top\right)}
+
+    At most rho, for one layer and, as the root of the sum of squares, for all of a global ball; rho is reached by the
+    "projected" estimator and where B = 0.
+
+    Args:
+        E: shape (L, n, r).
+        A: shape (L, r, m).
+        scaling: s, a number or of shape (L,).
+
+    Returns:
+        Units of the weights, shape (L,). No pass.
+
+    Example:
+        >>> realised_radius(torch.ones(4, 2), torch.eye(2, 3), scaling=2.0)
+        tensor(5.6569, dtype=torch.float64)
+    """
+    return inner_product(E, E, A, scaling).clamp_min(0).sqrt()
+
+
+def cosine(E1: Tensor, E2: Tensor, A: Tensor) -> Tensor:
+    r"""The cosine between two perturbations of one layer in full weight space, as of Ê and the fresh E (Theorem 2).
+
+    .. math:: \frac{\langle s E_1 A, s E_2 A\rangle}{\|s E_1 A\|_F\,\|s E_2 A\|_F}
+
+    0 where one of them is zero, as Ê is before the first refresh.
+
+    Args:
+        E1: shape (L, n, r).
+        E2: shape (L, n, r).
+        A: shape (L, r, m).
+
+    Returns:
+        A number in [-1, 1], shape (L,). No pass.
+
+    Example:
+        >>> cosine(torch.ones(4, 2), -torch.ones(4, 2), torch.eye(2, 3)).round(decimals=6)
+        tensor(-1., dtype=torch.float64)
+    """
+    return cosine_of(inner_product(E1, E2, A), inner_product(E1, E1, A), inner_product(E2, E2, A))
+
+
+def cosine_of(product: Tensor, square1: Tensor, square2: Tensor) -> Tensor:
+    """The cosine from an inner product and two squared norms, of any shape; 0 where a norm is.
+
+    Example:
+        >>> cosine_of(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]))
+        tensor([0.5000, 0.0000])
+    """
+    norms = square1.clamp_min(0).sqrt() * square2.clamp_min(0).sqrt()
+    return torch.where(norms > 0, product / norms, 0.0).clamp(-1, 1)
+
+
+def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> Tensor:
+    r"""How far the two gradients of a pair are from belonging to one product s B A.
+
+    .. math:: \frac{\|B^\top G_B - G_A A^\top\|_F}{\|B^\top G_B\|_F + \|G_A A^\top\|_F}
+
+    Both sides are :math:`s B^\top G A^\top`, so it is rounding alone, unless a factor is used in another product too or
+    the gradients were taken at other weights. 0 where both sides are (B = 0).
+
+    Args:
+        A: shape (L, r, m).
+        B: shape (L, n, r), the point at which the gradients were taken.
+        grad_A: shape (L, r, m).
+        grad_B: shape (L, n, r).
+
+    Returns:
+        A number in [0, 1], shape (L,). The gradients cost a forward and a backward pass.
+
+    Example:
+        >>> A, B, G = torch.ones(2, 3), torch.ones(4, 2), torch.ones(4, 3)
+        >>> gradient_identity_residual(A, B, grad_A=B.T @ G, grad_B=G @ A.T)
+        tensor(0., dtype=torch.float64)
+    """
+    left, right = _wide(B).mT @ _wide(grad_B), _wide(grad_A) @ _wide(A).mT
+    size = torch.linalg.matrix_norm(left) + torch.linalg.matrix_norm(right)
+    return torch.where(size > 0, torch.linalg.matrix_norm(left - right) / size, 0.0)
+
+
+def _wide(X: Tensor) -> Tensor:
+    return X.float() if X.device.type == "mps" else X.double()

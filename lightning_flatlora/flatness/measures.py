@@ -1,0 +1,201 @@
+"""Several instruments at one point, which share what they need: the loss and its gradient are taken once."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
+from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
+from lightning_flatlora.flatness.losses import Loss, Slope, factors, slope
+from lightning_flatlora.flatness.sharpness import (
+    clean,
+    ema_sharpness,
+    expected_sharpness,
+    fresh_perturbation,
+    lora_sharpness,
+    radii,
+    read,
+    sam_sharpness,
+)
+from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.weight_noise import WeightNoise
+
+Values = dict[str, Tensor]
+"""By name: a number, shape (), or one for each pair, shape (pairs,)."""
+
+
+@dataclass
+class Point:
+    """What is measured: a loss around the weights that a model has now, and with which settings.
+
+    Attributes:
+        loss: of fixed batches.
+        perturbation: which pairs, and how E is made.
+        rho: radius of E, in the weights' units; of the move in LoRA space, in the factors' units.
+        average: keeps Ê, as ``EFMLoRA.perturbation`` does; for "ema".
+        average_rho: radius of the fresh E beside Ê; None takes rho.
+        noise: for "expected_sharpness".
+        sigma: size of the noise relative to the rows' norms.
+        samples: draws of noise, and of vectors for "hessian_trace".
+        loss_scale: see :func:`slope`.
+    """
+
+    loss: Loss
+    perturbation: Perturbation
+    rho: float
+    average: Perturbation | None = None
+    average_rho: float | None = None
+    noise: WeightNoise | None = None
+    sigma: float = 0.05
+    samples: int = 8
+    loss_scale: float = 1.0
+
+    @property
+    def pairs(self) -> list[LoRAPair]:
+        """Of the perturbation."""
+        return self.perturbation.pairs
+
+    @cached_property
+    def slope(self) -> Slope:
+        """The loss and its gradient at the clean weights, taken where first asked for."""
+        return slope(self.loss, factors(self.pairs), self.loss_scale)
+
+
+def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> Values:
+    """What the named instruments tell at a point.
+
+    Gradients are taken once: "sharpness", "lora_sharpness" and "ema" cost a forward pass each (two for "ema") beyond
+    the forward and backward pass that they, "radius" and "gradient_residual" share. "expected_sharpness" costs 1 +
+    samples forward passes, "hessian_trace" samples and "top_eigenvalue" 20 to 200 Hessian-vector products of three
+    passes; "balancedness" and "condition" none.
+
+    Args:
+        point: the loss, the weights and the settings.
+        measures: names in :data:`MEASURES`.
+        per_layer: give what differs between layers for each pair too, under ``name/pair``.
+
+    Returns:
+        Numbers by name, shape (). Over the layers: the mean balancedness, the median condition numbers (a mean would be
+        infinite as soon as one is), and the largest residual.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
+        >>> point = Point(loss, Perturbation(find_pairs(model).pairs), rho=0.1)
+        >>> sorted(measure(point, ["sharpness", "condition", "radius"]))
+        ['condition_A', 'condition_B', 'loss', 'radius', 'sharpness']
+    """
+    result: Values = {}
+    with clean(point.pairs):
+        for name in measures:
+            result |= _reduced(MEASURES[name](point), point.pairs, per_layer)
+    return result
+
+
+def _reduced(values: Values, pairs: list[LoRAPair], per_layer: bool) -> Values:
+    result: Values = {}
+    for name, value in values.items():
+        if value.ndim == 0:
+            result[name] = value
+            continue
+        result[name] = _OVER_LAYERS[name](value)
+        if per_layer:
+            result |= {f"{name}/{pair.name}": one for pair, one in zip(pairs, value, strict=True)}
+    return result
+
+
+def _sharpness(point: Point) -> Values:
+    found = sam_sharpness(point.loss, point.perturbation, point.rho, point.slope)
+    return {"loss": found.loss, "sharpness": found.sharpness}
+
+
+def _lora_sharpness(point: Point) -> Values:
+    found = lora_sharpness(point.loss, point.pairs, point.rho, point.slope)
+    return {"loss": found.loss, "lora_sharpness": found.sharpness}
+
+
+def _ema(point: Point) -> Values:
+    if point.average is None:
+        raise ValueError("the measure 'ema' needs Point.average, a Perturbation that keeps Ê")
+    rho = point.rho if point.average_rho is None else point.average_rho
+    found = ema_sharpness(point.loss, point.average, rho, point.slope)
+    return {"ema_sharpness": found.ema, "ema_gap": found.gap, "ema_cosine": found.cosine}
+
+
+def _expected_sharpness(point: Point) -> Values:
+    if point.noise is None:
+        raise ValueError("the measure 'expected_sharpness' needs Point.noise, a WeightNoise")
+    found = expected_sharpness(point.loss, point.noise, point.sigma, point.samples)
+    return {"expected_sharpness": found.sharpness, "expected_sharpness_error": found.standard_error}
+
+
+def _balancedness(point: Point) -> Values:
+    return {"balancedness": torch.stack([balancedness(*_matrices(pair)) for pair in point.pairs])}
+
+
+def _condition(point: Point) -> Values:
+    numbers = [[condition_number(factor) for factor in _matrices(pair)] for pair in point.pairs]
+    A, B = (torch.stack(side) for side in zip(*numbers, strict=True))
+    return {"condition_A": A, "condition_B": B}
+
+
+def _radius(point: Point) -> Values:
+    fresh = fresh_perturbation(point.perturbation, point.rho, point.slope)
+    realised = radii(point.pairs, read(point.perturbation, fresh))
+    return {"radius": realised / point.rho if point.rho > 0 else realised}
+
+
+def _gradient_residual(point: Point) -> Values:
+    at = point.slope
+    residuals = [
+        gradient_identity_residual(*_matrices(pair), at.of(pair.A).flatten(1), at.of(pair.B).flatten(1))
+        if pair.learns_A
+        else torch.zeros((), dtype=torch.float64, device=pair.B.device)  # there is no second gradient to differ
+        for pair in point.pairs
+    ]
+    return {"gradient_residual": torch.stack(residuals)}
+
+
+def _top_eigenvalue(point: Point) -> Values:
+    return {"top_eigenvalue": top_eigenvalue(point.loss, factors(point.pairs))}
+
+
+def _hessian_trace(point: Point) -> Values:
+    found = hessian_trace(point.loss, factors(point.pairs), point.samples)
+    return {"hessian_trace": found.mean, "hessian_trace_error": found.standard_error}
+
+
+def _matrices(pair: LoRAPair) -> tuple[Tensor, Tensor]:
+    return pair.A.detach().flatten(1), pair.B.detach().flatten(1)
+
+
+MEASURES: dict[str, Callable[[Point], Values]] = {
+    "sharpness": _sharpness,
+    "lora_sharpness": _lora_sharpness,
+    "ema": _ema,
+    "expected_sharpness": _expected_sharpness,
+    "balancedness": _balancedness,
+    "condition": _condition,
+    "radius": _radius,
+    "gradient_residual": _gradient_residual,
+    "top_eigenvalue": _top_eigenvalue,
+    "hessian_trace": _hessian_trace,
+}
+"""What :func:`measure` can be asked for."""
+
+DEFAULT_MEASURES = ("sharpness", "lora_sharpness", "balancedness", "condition", "radius")
+"""Four passes in all: forward, backward, two forwards."""
+
+_OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "balancedness": torch.mean,
+    "condition_A": torch.median,
+    "condition_B": torch.median,
+    "radius": torch.linalg.vector_norm,
+    "gradient_residual": torch.amax,
+}

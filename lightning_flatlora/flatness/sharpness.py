@@ -1,0 +1,268 @@
+"""How much the loss rises around the weights: along the gradient, along the average Ê, and at random.
+
+Every function leaves weights, ``.grad`` and readers as they were, after an exception too. The rise is in the loss's own
+unit (nats for a cross-entropy).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_flatlora import read_through
+from lightning_flatlora.flatness.factors import cosine_of, inner_product, realised_radius
+from lightning_flatlora.flatness.losses import Loss, Slope, factors, slope, value
+from lightning_flatlora.flatness.metrics import MeanWithError
+from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
+from lightning_flatlora.weight_noise import WeightNoise
+
+
+class Sharpness(NamedTuple):
+    """The loss at the clean weights and at perturbed ones, in nats, shape ()."""
+
+    loss: Tensor
+    perturbed: Tensor
+
+    @property
+    def sharpness(self) -> Tensor:
+        """The rise of the loss."""
+        return self.perturbed - self.loss
+
+
+class EMASharpness(NamedTuple):
+    """What Theorem 2 compares.
+
+    Attributes:
+        loss: L(w), nats, shape ().
+        at_average: L(w + Ê).
+        at_fresh: L(w + E).
+        cosine: between Ê and E over all pairs in full weight space, in [-1, 1].
+    """
+
+    loss: Tensor
+    at_average: Tensor
+    at_fresh: Tensor
+    cosine: Tensor
+
+    @property
+    def ema(self) -> Tensor:
+        """S_EMA = L(w + Ê) - L(w)."""
+        return self.at_average - self.loss
+
+    @property
+    def sam(self) -> Tensor:
+        """S_SAM = L(w + E) - L(w)."""
+        return self.at_fresh - self.loss
+
+    @property
+    def gap(self) -> Tensor:
+        """|S_EMA - S_SAM|."""
+        return (self.at_average - self.at_fresh).abs()
+
+
+class ExpectedSharpness(NamedTuple):
+    """The loss at the clean weights and its mean under noise, in nats, shape ().
+
+    Attributes:
+        loss: L(w).
+        perturbed: mean of L(w + noise) over the samples.
+        standard_error: of that mean.
+    """
+
+    loss: Tensor
+    perturbed: Tensor
+    standard_error: Tensor
+
+    @property
+    def sharpness(self) -> Tensor:
+        """The mean rise of the loss."""
+        return self.perturbed - self.loss
+
+
+def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope | None = None) -> Sharpness:
+    r"""SAM sharpness in full weight space: the rise along the perturbation that FMLoRA would take (Eqs. 8, 10-15).
+
+    .. math:: S_{SAM} = L(W_0 + s (B + E) A) - L(W_0 + s B A), \qquad \|s E A\|_F \le \rho
+
+    Args:
+        loss: of fixed batches.
+        perturbation: says which pairs, estimator and norm scope; what it keeps stays as it is.
+        rho: radius of the ball in full weight space, in the weights' units.
+        at: the loss and gradient at the clean weights, where they are known already.
+
+    Returns:
+        :class:`Sharpness`; nan where the gradient is not finite. Three passes: forward, backward, forward.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
+        >>> bool(sam_sharpness(loss, Perturbation(find_pairs(model).pairs), rho=0.1).sharpness > 0)
+        True
+    """
+    with clean(perturbation.pairs):
+        at = at or slope(loss, factors(perturbation.pairs))
+        return Sharpness(at.loss, _at_fresh(loss, perturbation, fresh_perturbation(perturbation, rho, at)))
+
+
+def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope | None = None) -> Sharpness:
+    r"""Sharpness in LoRA's own space: the rise where A and B move along their joint gradient (Eq. 7, "LoRA-SAM").
+
+    .. math:: L(A + E_A, B + E_B) - L(A, B), \qquad (E_A, E_B) = \rho\,\frac{(G_A, G_B)}{\|(G_A, G_B)\|}
+
+    The norm is over all pairs. The number depends on how the update is factored: (B M, M⁻¹ A) has another one.
+
+    Args:
+        loss: of fixed batches.
+        pairs: frozen factors stay where they are.
+        rho: radius of the ball in (A, B), in the factors' units.
+        at: the loss and gradient at the clean weights, where they are known already.
+
+    Returns:
+        :class:`Sharpness`; nan where the gradient is not finite. Three passes: forward, backward, forward.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
+        >>> bool(lora_sharpness(loss, find_pairs(model).pairs, rho=0.1).sharpness > 0)
+        True
+    """
+    with clean(pairs):
+        at = at or slope(loss, factors(pairs))
+        norm = torch.nn.utils.get_total_norm(at.gradients)
+        with _moved(at, torch.where(norm > 0, rho / norm, 0.0)):
+            return Sharpness(at.loss, value(loss))
+
+
+def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope | None = None) -> EMASharpness:
+    r"""How far EFMLoRA's average Ê stands for the fresh perturbation E (Theorem 2, Figure 3).
+
+    .. math:: |S_{EMA} - S_{SAM}| = |L(w + \hat E) - L(w + E)|
+
+    Args:
+        loss: of fixed batches.
+        perturbation: keeps Ê, as ``EFMLoRA.perturbation`` does, and says how E is made.
+        rho: radius of the fresh E; the theorem means that of Ê.
+        at: the loss and gradient at the clean weights, where they are known already.
+
+    Returns:
+        :class:`EMASharpness`. Four passes: forward, backward, two forwards.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
+        >>> result = ema_sharpness(loss, Perturbation(find_pairs(model).pairs), rho=0.1)  # no step yet: Ê = 0
+        >>> float(result.ema), bool(result.gap == result.sam), float(result.cosine)
+        (0.0, True, 0.0)
+    """
+    with clean(perturbation.pairs):
+        at = at or slope(loss, factors(perturbation.pairs))
+        fresh = fresh_perturbation(perturbation, rho, at)
+        similarity = full_cosine(perturbation.pairs, read(perturbation), read(perturbation, fresh))
+        with perturbation.applied():
+            at_average = value(loss)
+        return EMASharpness(at.loss, at_average, _at_fresh(loss, perturbation, fresh), similarity)
+
+
+def expected_sharpness(
+    loss: Loss, noise: WeightNoise, sigma: float, samples: int = 8, seed: int = 0
+) -> ExpectedSharpness:
+    r"""The mean rise of the loss under Gaussian noise on the full weights (Flat-LoRA, arXiv 2409.14396, Eq. 7).
+
+    .. math:: \mathbb E_\varepsilon\,[L(W + \varepsilon)] - L(W), \qquad
+        \varepsilon_{ij} \sim \mathcal N\!\left(0, \tfrac{\sigma^2}{m} \|W_{i\cdot}\|^2\right)
+
+    Args:
+        loss: of fixed batches, read at the weights as they are.
+        noise: of the model; sample k draws from ``seed + k``, the same on every rank.
+        sigma: size of the noise relative to the rows' norms, no unit.
+        samples: draws, at least 2 for a standard error.
+        seed: of the first draw; no global generator is used.
+
+    Returns:
+        :class:`ExpectedSharpness`. 1 + samples passes, all forward.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora.weight_noise import WeightNoise
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> loss = lambda: model(torch.eye(4)).square().mean()  # convex: noise can only raise it on average
+        >>> bool(expected_sharpness(loss, WeightNoise(model), sigma=0.5, samples=64).sharpness > 0)
+        True
+    """
+    at_weights, mean = value(loss), MeanWithError(sync_on_compute=False)  # ranks have the same samples
+    for sample in range(samples):
+        with noise.applied(sigma, seed + sample):
+            mean.update(value(loss))
+    estimate = mean.compute()
+    return ExpectedSharpness(at_weights, estimate.mean.to(at_weights.dtype), estimate.standard_error)
+
+
+def fresh_perturbation(perturbation: Perturbation, rho: float, at: Slope) -> FreshPerturbation:
+    """E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes."""
+    with at.as_grad():
+        return perturbation.ascend(rho, at_perturbed=False)
+
+
+def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
+    """E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
+    with clean(perturbation.pairs), perturbation.applied(fresh and fresh.stacks):
+        shown = [read_through.shown(pair.readers[0]) for pair in perturbation.pairs]
+    return [E.flatten(1) for E in shown if E is not None]
+
+
+def radii(pairs: Sequence[LoRAPair], E: Sequence[Tensor]) -> Tensor:
+    """||s E A||_F of every pair; the radius of all together is its norm. Units of the weights, shape (pairs,)."""
+    return torch.stack([realised_radius(e, p.A.detach().flatten(1), p.scaling) for p, e in zip(pairs, E, strict=True)])
+
+
+def full_cosine(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
+    """The cosine between two perturbations of all pairs, as one vector of full weights, shape (); 0 where one is 0."""
+    products = [
+        torch.stack([inner_product(*two, pair.A.detach().flatten(1), pair.scaling) for two in ((a, b), (a, a), (b, b))])
+        for pair, a, b in zip(pairs, E1, E2, strict=True)
+    ]
+    return cosine_of(*torch.stack(products).sum(0))
+
+
+@contextmanager
+def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
+    """Inside, the layers read B, and can be made to read B + E; after it, they read what they read before."""
+    readers = [reader for pair in pairs for reader in pair.readers]
+    shown = [read_through.shown(reader) for reader in readers]
+    for reader in readers:
+        read_through.install(reader)
+        read_through.perturb(reader, None)
+    try:
+        yield
+    finally:
+        for reader, E in zip(readers, shown, strict=True):
+            read_through.perturb(reader, E)
+            read_through.uninstall(reader)
+
+
+def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) -> Tensor:
+    """L(w + E); nan where E is not known, rather than the loss at E = 0."""
+    with perturbation.applied(fresh.stacks):
+        return torch.where(fresh.finite, value(loss), torch.nan)
+
+
+@contextmanager
+def _moved(at: Slope, scale: Tensor) -> Iterator[None]:
+    """Inside, the parameters stand at w + scale * gradient; the stored values are put aside untouched."""
+    stored = [parameter.data for parameter in at.parameters]
+    try:
+        for parameter, gradient in zip(at.parameters, at.gradients, strict=True):
+            parameter.data = torch.add(parameter.data, gradient * scale.to(gradient.dtype))
+        yield
+    finally:
+        for parameter, data in zip(at.parameters, stored, strict=True):
+            parameter.data = data

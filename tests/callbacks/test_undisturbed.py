@@ -1,0 +1,105 @@
+"""Whatever a step writes on its modules, inside a measurement it writes on copies."""
+
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import same
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.aggregation import CatMetric
+
+from lightning_flatlora.callbacks.undisturbed import undisturbed
+
+CPU = torch.device("cpu")
+
+
+class Writes(LightningModule):
+    """A module whose pass leaves marks wherever it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.norm.requires_grad_(False)
+        self.frozen = nn.Dropout(0.5).eval()
+        self.metrics = MetricCollection({"mean": MeanMetric(), "all": CatMetric()})
+        self.register_buffer("queue", torch.zeros(3))
+        self.outputs: list[Any] = [torch.ones(2)]
+        self.table: dict[str, Any] = {"seen": torch.ones(1)}
+        self.recent: deque[int] = deque([1], maxlen=3)
+        self.calls = 0
+        self.last = torch.zeros(2)
+        self.generator = torch.Generator().manual_seed(1)
+        self.random = random.Random(1)
+        self.numpy = np.random.default_rng(1)
+
+    def write(self) -> None:
+        x = torch.randn(4, 3, generator=self.generator) + self.random.random() + self.numpy.random()
+        self.norm(x * torch.rand(4, 3) * random.random() * np.random.rand())
+        self.norm.running_mean.add_(1)  # in eval mode too
+        self.metrics.update(x.sum())
+        self.queue.copy_(x[0])
+        self.queue = torch.ones(3)
+        self.outputs[0].add_(1)
+        self.outputs.append(x)
+        self.table["seen"].add_(1)
+        self.table["new"] = x
+        self.recent.append(2)
+        self.calls += 1
+        self.last.add_(1)
+        self.fresh = x
+        self.frozen.train()
+        self.log("loss", x.sum())
+        self.log_dict({"other": x.sum()})
+
+    def state(self) -> Any:
+        """All that the pass writes, by value."""
+        streams = self.generator.get_state(), self.random.getstate(), str(self.numpy.bit_generator.state)
+        streams += torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        metrics = [{k: v for k, v in m.__dict__.items() if k[:2] != "__"} for m in self.metrics.values()]
+        values = [{k: v for k, v in m.items() if isinstance(v, (int, bool, torch.Tensor, list))} for m in metrics]
+        own = dict(self.named_buffers()), self.outputs, self.table, list(self.recent), self.calls, self.last
+        modes = [module.training for module in self.modules()]
+        return [_copy(part) for part in (streams, values, own, modes, hasattr(self, "fresh"))]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_that_a_pass_writes_is_left(fails: bool) -> None:
+    module = Writes()
+    module.metrics.update(torch.tensor(2.0))
+    objects = {name: id(value) for name, value in module.__dict__.items()}
+    before = module.state()
+    try:
+        with undisturbed(module):
+            assert not any(part.training for part in module.modules())
+            module.write()
+            module.write()
+            assert not same(module.state(), before)
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    assert same(module.state(), before)
+    assert {name: id(value) for name, value in module.__dict__.items()} == objects
+
+
+def test_the_pass_itself_does_leave_marks() -> None:
+    """Without the guard: what the test above looks at changes, part by part."""
+    module = Writes()
+    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    before = module.state()
+    module.write()
+    changed = [not same(left, right) for left, right in zip(module.state(), before, strict=True)]
+    assert changed == [True, True, True, True, True]

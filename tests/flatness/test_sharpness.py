@@ -1,0 +1,197 @@
+"""Sharpness against closed forms on quadratics, finite differences, and the dense reference of the method."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from quadratics import RHO, Quadratic, average_of, state_of
+from reference import ascent, perturbations
+from torch import Tensor
+
+from lightning_flatlora import Perturbation
+from lightning_flatlora.flatness import (
+    MeanLoss,
+    ema_sharpness,
+    expected_sharpness,
+    lora_sharpness,
+    sam_sharpness,
+    slope,
+)
+from lightning_flatlora.flatness.sharpness import read
+from lightning_flatlora.weight_noise import WeightNoise
+
+INSTRUMENTS = ("sam", "lora", "ema", "expected")
+
+
+def run(instrument: str, quadratic: Quadratic, perturbation: Perturbation, loss: Any) -> Any:
+    if instrument == "sam":
+        return sam_sharpness(loss, perturbation, RHO)
+    if instrument == "lora":
+        return lora_sharpness(loss, quadratic.pairs, RHO)
+    if instrument == "ema":
+        return ema_sharpness(loss, perturbation, RHO)
+    return expected_sharpness(loss, WeightNoise(quadratic.model), sigma=0.1, samples=3)
+
+
+def dense_moves(quadratic: Quadratic, norm_scope: str) -> list[Tensor]:
+    """s E A of each layer by the literal reference."""
+    ascents = []
+    for pair, G in zip(quadratic.pairs, quadratic.gradients(), strict=True):
+        A, B, s = pair.A.detach(), pair.B.detach(), pair.scaling
+        ascents.append(ascent(A, B, s * B.mT @ G, s * G @ A.mT, s, "average"))
+    E = perturbations(ascents, RHO, norm_scope)
+    return [pair.scaling * e @ pair.A.detach() for pair, e in zip(quadratic.pairs, E, strict=True)]
+
+
+@pytest.mark.parametrize("norm_scope", ["global", "layer"])
+def test_sam_sharpness_of_a_quadratic_is_slope_and_curvature_along_E(norm_scope: Any) -> None:
+    quadratic = Quadratic()
+    moves = dense_moves(quadratic, norm_scope)
+    along = sum((G * move).sum() for G, move in zip(quadratic.gradients(), moves, strict=True))
+    curved = sum(move.square().sum() / 2 for move in moves)
+    found = sam_sharpness(quadratic.loss, Perturbation(quadratic.pairs, norm_scope=norm_scope), RHO)
+    torch.testing.assert_close(found.sharpness, along + curved, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.loss, quadratic.dense_loss([0 * move for move in moves]))
+    torch.testing.assert_close(found.perturbed, quadratic.dense_loss(moves), rtol=1e-9, atol=0)
+
+
+def test_lora_sharpness_moves_both_factors_along_their_joint_gradient() -> None:
+    quadratic = Quadratic()
+    pairs, G = quadratic.pairs, quadratic.gradients()
+    grads = [(p.scaling * p.B.mT @ g, p.scaling * g @ p.A.mT) for p, g in zip(pairs, G, strict=True)]
+    norm = torch.stack([grad.square().sum() for both in grads for grad in both]).sum().sqrt()
+    moves = [
+        p.scaling * ((p.B + RHO * grad_B / norm) @ (p.A + RHO * grad_A / norm) - p.B @ p.A)
+        for p, (grad_A, grad_B) in zip(pairs, grads, strict=True)
+    ]
+    found = lora_sharpness(quadratic.loss, pairs, RHO)
+    torch.testing.assert_close(found.perturbed, quadratic.dense_loss(moves).detach(), rtol=1e-12, atol=0)
+    assert found.sharpness > 0
+
+
+def test_for_a_small_radius_sharpness_is_the_directional_derivative() -> None:
+    """Finite differences: S / rho goes to the gradient's product with the unit move, and its error with rho."""
+    quadratic = Quadratic()
+    perturbation = Perturbation(quadratic.pairs)
+    unit = [move / RHO for move in dense_moves(quadratic, "global")]
+    along = sum((G * move).sum() for G, move in zip(quadratic.gradients(), unit, strict=True))
+    at = slope(quadratic.loss, [factor for pair in quadratic.pairs for factor in (pair.A, pair.B)])
+    norm = torch.stack([grad.square().sum() for grad in at.gradients]).sum().sqrt()
+    rho = 1e-5
+    assert abs(sam_sharpness(quadratic.loss, perturbation, rho).sharpness / rho / along - 1) < 1e-5
+    assert abs(lora_sharpness(quadratic.loss, quadratic.pairs, rho).sharpness / rho / norm - 1) < 1e-5
+
+
+def test_the_ema_is_compared_with_the_fresh_perturbation() -> None:
+    quadratic = Quadratic()
+    perturbation = average_of(quadratic.pairs, quadratic.loss)
+    averages, fresh = read(perturbation), dense_moves(quadratic, "global")
+    average = [p.scaling * E @ p.A.detach() for p, E in zip(quadratic.pairs, averages, strict=True)]
+    found = ema_sharpness(quadratic.loss, perturbation, RHO)
+    clean = quadratic.dense_loss([0 * move for move in fresh])
+    torch.testing.assert_close(found.ema, quadratic.dense_loss(average) - clean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.sam, quadratic.dense_loss(fresh) - clean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.gap, (found.ema - found.sam).abs(), rtol=1e-9, atol=0)
+    flat = [torch.cat([move.flatten() for move in moves]) for moves in (average, fresh)]
+    expected = torch.nn.functional.cosine_similarity(*flat, dim=0)
+    torch.testing.assert_close(found.cosine, expected, rtol=1e-9, atol=0)
+    assert found.gap > 0
+    assert 0.1 < found.cosine < 0.999
+
+
+def test_an_average_that_is_the_fresh_perturbation_leaves_no_gap() -> None:
+    quadratic = Quadratic()
+    perturbation = Perturbation(quadratic.pairs)
+    quadratic.loss().backward()
+    perturbation.average(perturbation.ascend(RHO, at_perturbed=False), beta=0.5)
+    found = ema_sharpness(quadratic.loss, perturbation, RHO)
+    assert found.gap < 1e-12
+    assert found.cosine > 1 - 1e-12
+
+
+def test_expected_sharpness_of_a_quadratic_is_half_the_noises_size() -> None:
+    """E 1/2 ||eps||^2 = sigma^2 / 2 ||W||^2; the mean over samples is within its standard error."""
+    quadratic = Quadratic()
+    sigma = 0.2
+    found = expected_sharpness(quadratic.loss, WeightNoise(quadratic.model), sigma, samples=400, seed=5)
+    expected = sigma**2 / 2 * sum(W.square().sum() for W in quadratic.weights())
+    assert abs(found.sharpness - expected) < 3 * found.standard_error
+    assert 0 < found.standard_error < expected / 4
+
+
+def test_expected_sharpness_is_the_mean_over_its_seeds() -> None:
+    quadratic = Quadratic()
+    noise, losses = WeightNoise(quadratic.model), []
+    for seed in (7, 8, 9):
+        with noise.applied(0.2, seed):
+            losses.append(quadratic.loss().detach())
+    found = expected_sharpness(quadratic.loss, noise, 0.2, samples=3, seed=7)
+    torch.testing.assert_close(found.perturbed, torch.stack(losses).mean())
+    torch.testing.assert_close(found.standard_error, torch.stack(losses).std() / 3**0.5)
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+@pytest.mark.parametrize("fails_at", [None, 0, 1])
+def test_everything_is_left_as_it_was(instrument: str, fails_at: int | None) -> None:
+    """Gradients that are there, a reader that shows Ê, and a loss that raises in its first or second pass."""
+    quadratic = Quadratic()
+    perturbation = average_of(quadratic.pairs, quadratic.loss)
+    quadratic.loss().backward()
+    perturbation.install()
+    perturbation.on()
+    check, calls = state_of(quadratic.model, quadratic.pairs), []
+
+    def loss() -> Tensor:
+        calls.append(None)
+        if len(calls) - 1 == fails_at:
+            raise ZeroDivisionError
+        return quadratic.loss()
+
+    if fails_at is None:
+        run(instrument, quadratic, perturbation, loss)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            run(instrument, quadratic, perturbation, loss)
+    check()
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS[:3])
+def test_it_is_measured_from_the_clean_weights(instrument: str) -> None:
+    quadratic = Quadratic()
+    perturbation = average_of(quadratic.pairs, quadratic.loss)
+    expected = run(instrument, quadratic, perturbation, quadratic.loss)
+    perturbation.install()
+    perturbation.on()
+    assert run(instrument, quadratic, perturbation, quadratic.loss) == expected
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS[:3])
+def test_a_zero_gradient_has_no_sharpness_and_one_not_finite_has_nan(instrument: str) -> None:
+    quadratic = Quadratic()
+    perturbation = Perturbation(quadratic.pairs)
+    flat = run(instrument, quadratic, perturbation, lambda: 0 * quadratic.loss() + 1)
+    broken = run(instrument, quadratic, perturbation, lambda: quadratic.loss() * torch.inf)
+    assert getattr(flat, "sam" if instrument == "ema" else "sharpness") == 0
+    assert getattr(broken, "sam" if instrument == "ema" else "sharpness").isnan()
+
+
+def test_a_slope_by_batches_is_the_slope_of_the_mean() -> None:
+    """One batch's graph is gone before the next is made: its memory is one batch's."""
+    quadratic = Quadratic()
+    parameters = [factor for pair in quadratic.pairs for factor in (pair.A, pair.B)]
+    graphs = []
+
+    def part(weight: float) -> Tensor:
+        assert all(graph() is None for graph in graphs)
+        loss = weight * quadratic.loss()
+        graphs.append(weakref.ref(loss))
+        return loss
+
+    losses = MeanLoss([lambda: part(1.0), lambda: part(2.0), lambda: part(6.0)])
+    found, expected = slope(losses, parameters, scale=8.0), slope(lambda: 3 * quadratic.loss(), parameters)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.gradients, expected.gradients)
+    assert len(graphs) == 3
+    with pytest.raises(ValueError, match="at least one"):
+        MeanLoss([])
