@@ -1,4 +1,4 @@
-"""Memory that one process of several takes to train with LoRA, EFMLoRA and FMLoRA, whole or sharded. Linux, CPU.
+"""Memory that one process of several takes to train, by method, whole or sharded. Linux, CPU.
 
 python -m recipes.benchmarks.memory --help
 """
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typing_extensions import override
 
-from recipes.benchmarks.step import METHODS, WORKLOADS, Learner
+from recipes.benchmarks.methods import METHODS, OURS
+from recipes.benchmarks.workloads import WORKLOADS, Learner
 from recipes.ranks import gathered, rank
 from recipes.sharding import FSDP2, BlocksAndFactors, shard
 
@@ -105,21 +107,22 @@ def measure(model: str, strategy: str, method: str, processes: int, steps: int) 
         at the peak.
     """
     before = resident("VmRSS")
-    sizes, watch = WORKLOADS[model], Watch()
+    how, watch = METHODS[method], Watch()
+    sizes = replace(WORKLOADS[model], full=how.full)
     trainer = L.Trainer(
         max_steps=steps + 1,
         accelerator="cpu",
         devices=processes,
         strategy=STRATEGIES[strategy](),
-        callbacks=[watch, *METHODS[method]()],
+        callbacks=[watch, *how.callbacks()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = [torch.randint(5, 1000, (sizes.batch, sizes.length)) for _ in range((steps + 1) * processes)]
-    learner = sizes.module()
-    module = ShardedLearner(learner.network, learner.causal)
+    batches = [sizes.example() for _ in range((steps + 1) * processes)]
+    learner = ShardedLearner if processes > 1 else how.learner
+    module = learner(sizes.network(), sizes.causal)
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     held, peak = (max(gathered(bytes_ - before)) / 2**20 for bytes_ in (watch.held, watch.peak))
     return {"held_mib": held, "peak_mib": peak}
@@ -197,14 +200,14 @@ def _begun(options: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.benchmarks.memory",
-        description="Resident memory of one process of several in a step of LoRA, EFMLoRA and FMLoRA, on the CPU.",
+        description="Resident memory of one process of several in a step of each method, on the CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     several = [name for name in STRATEGIES if name != "one"]
     parser.add_argument("--model", choices=list(WORKLOADS), default="smollm2")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=several, help="of 2 and more")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(OURS))
     parser.add_argument("--steps", type=int, default=3, help="watched steps, after one of warm-up")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmarks/memory.json"), help="goes on with what it holds"

@@ -2,14 +2,24 @@
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 pytest.importorskip("rich", reason="the recipes' dependencies are not installed")
 
+from transformers import AutoModel
+
 from recipes.benchmarks import memory
+from recipes.benchmarks.methods import METHODS
 from recipes.benchmarks.step import main
+from recipes.benchmarks.workloads import WORKLOADS
+
+SIZES = [(name, work) for name, work in WORKLOADS.items() if name not in ("tiny", "llama-7b-layers")]
 
 
 def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,12 +27,52 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     sizes = ["--models", "tiny", "--rounds", "2", "--steps", "2", "--repeats", "2", "--layers", "3", "12", "16", "4"]
     main([*sizes, "--output", str(output)])
     result = json.loads(output.read_text())
-    methods = result["steps"]["tiny"]
+    methods = {row["method"]: row for row in result["steps"]}
     assert methods["LoRA"]["ratio_to_lora"] == 1.0
     assert set(methods) == {"LoRA", "EFMLoRA", "FMLoRA"}
     assert all(row["median_seconds"] > 0 for row in methods.values())
     assert result["engine"]["dense_over_closed"] > 0
     assert "EFMLoRA" in capsys.readouterr().out
+
+
+def test_every_method_and_peer_takes_steps_and_is_plotted_against_what_varies(tmp_path: Path) -> None:
+    output = tmp_path / "ranks.json"
+    sizes = ["--models", "tiny", "--methods", "all", "--vary", "rank", "2", "4", "--rounds", "1", "--steps", "2"]
+    result = main([*sizes, "--output", str(output)])
+    assert [(row["rank"], row["method"]) for row in result["steps"]] == [(r, m) for r in (2, 4) for m in METHODS]
+    assert output.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_each_method_trains_what_it_should(name: str) -> None:
+    work = replace(WORKLOADS["tiny"], full=METHODS[name].full)
+    learner = METHODS[name].learner(work.network(), work.causal)
+    before = {key: value.clone() for key, value in learner.state_dict().items()}
+    trainer = L.Trainer(
+        max_epochs=1, callbacks=METHODS[name].callbacks(), accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(learner, DataLoader([work.example() for _ in range(3)], batch_size=None))
+    changed = {key for key, value in learner.state_dict().items() if not torch.equal(value, before[key])}
+    trained = {key for key, parameter in learner.named_parameters() if parameter.requires_grad}
+    assert changed
+    assert changed <= trained
+    assert any("lora_" in key for key in trained) != METHODS[name].full
+
+
+@pytest.mark.parametrize("varied", ["rank 0", "depth 3", "rank"])
+def test_what_varies_is_checked(varied: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--models", "tiny", "--vary", *varied.split()])
+    assert "--vary takes rank, layers or batch, and the values to try, got " + varied in capsys.readouterr().err
+
+
+def test_workloads_are_of_the_sizes_they_are_named_after() -> None:
+    with torch.device("meta"):
+        sizes = {name: sum(p.numel() for p in AutoModel.from_config(w.config).parameters()) for name, w in SIZES}
+    assert {name: round(size / 1e6) for name, size in sizes.items()} == {
+        "minilm": 23, "smollm2": 135, "roberta-large": 355, "gpt2-medium": 355, "vit-b16": 86,
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")

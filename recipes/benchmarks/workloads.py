@@ -1,0 +1,136 @@
+"""What the benchmarks train: models of known sizes, random weights and data, since cost depends on sizes alone."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import lightning as L
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    RobertaConfig,
+    ViTConfig,
+)
+
+_CAUSAL = ("gpt2", "llama")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, where its adapter goes, and the size of a batch.
+
+    Attributes:
+        config: of transformers.
+        targets: the layers that get LoRA.
+        batch: sequences or images in a step.
+        length: tokens in a sequence; images have their own.
+        rank: of the adapter; alpha is twice as large.
+        full: train all weights, without an adapter.
+    """
+
+    config: PretrainedConfig
+    targets: tuple[str, ...]
+    batch: int
+    length: int
+    rank: int = 8
+    full: bool = False
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is a causal language model, which has a loss of its own."""
+        return self.config.model_type in _CAUSAL
+
+    def network(self) -> nn.Module:
+        """The model with its adapters."""
+        torch.manual_seed(0)
+        network: Any = (AutoModelForCausalLM if self.causal else AutoModel).from_config(self.config)
+        if not self.full:
+            linears = self.config.model_type != "gpt2"  # whose Conv1D keeps weights transposed
+            lora = LoraConfig(
+                r=self.rank, lora_alpha=2 * self.rank, target_modules=list(self.targets), fan_in_fan_out=not linears
+            )
+            network = get_peft_model(network, lora)
+        return cast("nn.Module", network)
+
+    def example(self) -> Tensor:
+        """One batch: token ids (batch, length), or images (batch, channels, height, width)."""
+        if self.config.model_type == "vit":
+            side = self.config.image_size
+            return torch.randn(self.batch, self.config.num_channels, side, side)
+        return torch.randint(5, 1000, (self.batch, self.length))
+
+    def varied(self, what: str, value: int) -> "Workload":
+        """The same work with another "rank", "batch" or number of "layers"."""
+        if what == "rank":
+            return replace(self, rank=value)
+        if what == "batch":
+            return replace(self, batch=value)
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = value
+        return replace(self, config=config)
+
+
+class Learner(L.LightningModule):
+    """Trains what is not frozen in a network with AdamW."""
+
+    def __init__(self, network: nn.Module, causal: bool) -> None:
+        super().__init__()
+        self.network = network.train()
+        self.causal = causal
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The language model's loss, or the mean square of an encoder's states."""
+        if self.causal:
+            loss: Tensor = self.network(input_ids=batch, labels=batch).loss
+        else:
+            loss = self.network(batch).last_hidden_state.square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW on what is trained."""
+        return torch.optim.AdamW(self.trained(), lr=1e-4)
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is not frozen."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def _bert(layers: int, width: int, heads: int) -> BertConfig:
+    return BertConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width
+    )
+
+
+def _llama(layers: int, width: int, heads: int, **other: Any) -> LlamaConfig:
+    return LlamaConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, **other)
+
+
+_QUERY_VALUE, _QKV_GPT2, _QV_LLAMA = ("query", "value"), ("c_attn",), ("q_proj", "v_proj")
+_ROBERTA: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+WORKLOADS: dict[str, Workload] = {
+    "minilm": Workload(_bert(6, 384, 12), _QUERY_VALUE, batch=16, length=40),
+    "smollm2": Workload(
+        _llama(30, 576, 9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True),
+        _QV_LLAMA,
+        batch=4,
+        length=25,
+    ),
+    "roberta-large": Workload(
+        RobertaConfig(**_ROBERTA, intermediate_size=4096, vocab_size=50265), _QUERY_VALUE, batch=8, length=64
+    ),
+    "gpt2-medium": Workload(GPT2Config(n_embd=1024, n_layer=24, n_head=16), _QKV_GPT2, batch=4, length=64),
+    "vit-b16": Workload(ViTConfig(), _QUERY_VALUE, batch=4, length=0),
+    # two layers of a 7B model's shapes: what a layer costs is what all cost
+    "llama-7b-layers": Workload(
+        _llama(2, 4096, 32, intermediate_size=11008, vocab_size=1024), _QV_LLAMA, batch=1, length=128
+    ),
+    "tiny": Workload(_bert(2, 32, 2), _QUERY_VALUE, batch=4, length=8),
+}
