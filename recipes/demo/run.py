@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, Perturbation, find_pairs
+from lightning_flatlora.flatness import MeanLoss, sam_sharpness
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.model import model_source
 from recipes.instruction_tuning.module import InstructionTuning
@@ -139,28 +141,17 @@ def sharpness(module: InstructionTuning, data: InstructionData, settings: Settin
     Returns:
         ``train_loss`` L(w) and ``sharpness``, in nats per answer token.
     """
-    pairs = find_pairs(module).pairs
-    perturbation = Perturbation(pairs)
-    perturbation.install()
     batches = [_on(module.device, batch) for batch in islice(data.train_dataloader(), settings.sharpness_batches)]
     module.eval()
+    loss = MeanLoss([partial(_loss, module, batch) for batch in batches])
+    found = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), settings.rho)
+    return {"train_loss": float(found.loss), "sharpness": float(found.sharpness)}
 
-    def mean_loss() -> torch.Tensor:
-        with torch.autocast(module.device.type, torch.bfloat16):
-            parts = [module.log_likelihood(batch) for batch in batches]
-        losses = [-log_likelihood.sum() / tokens.sum() for log_likelihood, tokens in parts]
-        return torch.stack(losses).mean()
 
-    try:
-        module.zero_grad()
-        clean = mean_loss()
-        torch.autograd.backward(clean)
-        perturbation.assign(perturbation.ascend(settings.rho, at_perturbed=False))
-        with torch.no_grad(), perturbation.applied():
-            perturbed = mean_loss()
-    finally:
-        perturbation.uninstall()
-    return {"train_loss": float(clean.detach()), "sharpness": float(perturbed - clean.detach())}
+def _loss(module: InstructionTuning, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.autocast(module.device.type, torch.bfloat16):
+        log_likelihood, tokens = module.log_likelihood(batch)
+    return -log_likelihood.sum() / tokens.sum()
 
 
 def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""All methods on the same real tasks, with error bars."""

@@ -1,0 +1,134 @@
+"""All methods on the same real tasks: every method tuned alike, then run with many seeds and judged on test examples.
+
+`run` does the runs and keeps a line of JSON for each; `table` and `plot` show what is there so far. Ctrl-C and start
+again goes on; started twice on one folder, the two processes share the runs.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from recipes.clip_demo.run import Row
+from recipes.comparison.methods import ALL, METHODS, VARIANTS
+from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan, read
+from recipes.comparison.plot import plot
+from recipes.comparison.run import Run, perform
+from recipes.comparison.table import tables
+from recipes.comparison.tasks import TASKS
+from recipes.demo.__main__ import quiet
+
+_WIDTH = 140
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do one of the commands; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    status: int = options.command(options)
+    return status
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what is not done yet."""
+    _quiet()
+    torch.set_num_threads(1)  # a run repeats bit for bit, and a second process has the next core
+    options.folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan(options.folder, [TASKS[name] for name in options.tasks], options.methods, options.seeds)
+    shown = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*shown, TextColumn("{task.description}"), speed_estimate_period=600) as progress:
+        bar = progress.add_task("", total=None)
+
+        def tell(run: Run | None) -> None:
+            done, total = plan.done_and_total
+            progress.update(bar, completed=done, total=total, description=str(run or ""))
+
+        try:
+            tell(None)
+            plan.work(perform, tell)
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
+            print("Stopped. The same command goes on: what is finished is kept")
+            return 130
+    print(
+        f"{options.folder / RESULTS} holds all runs; now: python -m recipes.comparison table --folder {options.folder}"
+    )
+    return 0
+
+
+def table(options: argparse.Namespace) -> int:
+    """Print the tables, and write them as Markdown."""
+    found = tables(_rows(options))
+    console = Console(width=max(_WIDTH, Console().width))  # elsewhere than in a terminal it takes 80
+    for each in found:
+        each.show(console)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "table.md").write_text("\n".join(each.markdown() for each in found), encoding="utf-8")
+    print(f"Written to {options.folder / 'table.md'}")
+    return 0
+
+
+def pictures(options: argparse.Namespace) -> int:
+    """Draw the pictures."""
+    rows = _rows(options)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(f"Written: {', '.join(map(str, plot(rows, options.folder)))}")
+    return 0
+
+
+def _rows(options: argparse.Namespace) -> list[Row]:
+    path = options.file or options.folder / RESULTS
+    rows = read(path)
+    if not rows:
+        raise SystemExit(f"{path} holds no run: start python -m recipes.comparison run, or name a file with --from")
+    return rows
+
+
+def _quiet() -> None:
+    quiet()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m recipes.comparison", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="{run,table,plot}")
+    doing = _command(commands, "run", run, "do the runs that are not done yet")
+    doing.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=_of(TASKS))
+    doing.add_argument(
+        "--methods", nargs="+", choices=ALL, default=list(METHODS), metavar="METHOD",
+        help=f"{_of(METHODS)}; only when named: {', '.join(VARIANTS)}",
+    )  # fmt: skip
+    doing.add_argument("--seeds", type=_seed, nargs="+", default=list(range(5)), help="of the runs on test (0 1 2 3 4)")
+    for name, function, told in (("table", table, "print and write the tables"), ("plot", pictures, "draw PNGs")):
+        showing = _command(commands, name, function, told)
+        showing.add_argument("--from", type=Path, dest="file", metavar="FILE", help="rows to show, not the folder's")
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, told: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=told, description=told)
+    parser.set_defaults(command=function)
+    parser.add_argument("--folder", type=Path, default=Path("runs/comparison"), help="default runs/comparison")
+    return parser
+
+
+def _seed(text: str) -> int:
+    if int(text) in TUNING_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is one of the seeds {TUNING_SEEDS} that choose configurations")
+    return int(text)
+
+
+def _of(names: Any) -> str:
+    return f"all of them if left out: {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Texts in classes by a small sentence encoder, with LoRA on its queries and values and a new head."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoTokenizer, get_scheduler
+from typing_extensions import override
+
+from recipes import packaged
+from recipes.comparison import texts
+from recipes.comparison.task import Batch, Config, Judged, Task, train_everything
+from recipes.comparison.texts import Example
+from recipes.instruction_tuning.batches import pad
+from recipes.training import RecipeModule
+
+_EVAL_BATCH = 64
+
+
+class TextClassifier(RecipeModule):
+    """all-MiniLM-L6-v2 with a head for the classes; LoRA of rank 8, alpha 16 on query and value, or all weights.
+
+    Args:
+        classes: their number.
+        config: ``learning_rate`` (AdamW's at the start, linear to 0), ``weight_decay`` and ``dropout`` (the adapter's).
+        full: train all weights, and no adapter.
+    """
+
+    def __init__(self, classes: int, config: Config, full: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        base = AutoModel.from_pretrained(packaged.minilm(), add_pooling_layer=False)
+        base.train()  # from_pretrained gives it in eval mode, where dropout would be off
+        dropout = config.get("dropout", 0.0)
+        lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=["query", "value"])
+        self.net = get_peft_model(base, lora)
+        self.head = nn.Linear(base.config.hidden_size, classes)
+        if full:
+            train_everything(self.net)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.logits(batch), batch["labels"])
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Of the classes, from the mean over the tokens for which the encoder was made; float32, (n, classes)."""
+        mask = batch["attention_mask"]
+        hidden = self.net(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state.float()
+        mean = (hidden * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        logits: Tensor = self.head(mean)
+        return logits.float()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        decay = self.config.get("weight_decay", 0.0)
+        optimizer = torch.optim.AdamW(trained, lr=self.config["learning_rate"], weight_decay=decay, fused=True)
+        scheduler = get_scheduler("linear", optimizer, 0, self.optimizer_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class FewTexts(L.LightningDataModule):
+    """The texts that a seed draws, in shuffled batches."""
+
+    def __init__(self, examples: Sequence[Example], encode: Any, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.examples = examples
+        self.encode = encode
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        order = torch.Generator().manual_seed(self.seed)
+        return DataLoader(
+            self.examples,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            generator=order,
+            collate_fn=self.encode,
+        )
+
+
+class TextTask(Task):
+    """One of the tasks of :mod:`recipes.comparison.texts`.
+
+    Its settings: ``examples`` to train on, ``length``, tokens kept of a text, ``epochs``, ``batch_size``, and
+    ``validation`` and ``test``, the largest number of examples of these parts.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._tokenizer: Any = None
+        self._ids: dict[str, Tensor] = {}
+
+    @override
+    def module(self, config: Config, full: bool) -> TextClassifier:
+        return TextClassifier(len(texts.TASKS[self.name].classes), config, full)
+
+    @override
+    def data(self, seed: int) -> FewTexts:
+        examples = texts.few_shots(self.name, self.settings["examples"], seed)
+        return FewTexts(examples, self._encode, self.settings["batch_size"], seed)
+
+    @override
+    def read(self, trainer: L.Trainer, part: str) -> list[Batch]:
+        if part == "train":
+            return self._sorted(trainer.datamodule.examples)  # type: ignore[attr-defined]
+        return self._sorted(texts.parts(self.name)[part][: self.settings[part]])
+
+    @override
+    def loss(self, module: TextClassifier, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(module.logits(batch), batch["labels"])
+
+    @override
+    def judge(self, module: TextClassifier, batch: Batch) -> Judged:
+        logits, labels = module.logits(batch), batch["labels"]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(dim=1) == labels).sum()
+        return Judged(correct, loss, torch.tensor(len(labels)), len(labels))
+
+    def _sorted(self, examples: Sequence[Example]) -> list[Batch]:
+        """Batches of similar length, as long as their longest."""
+        by_length = sorted(examples, key=lambda example: len(self._tokens(example.text)))
+        starts = range(0, len(by_length), _EVAL_BATCH)
+        return [self._encode(by_length[start : start + _EVAL_BATCH]) for start in starts]
+
+    def _encode(self, examples: Sequence[Example]) -> Batch:
+        ids = [self._tokens(example.text) for example in examples]
+        labels = torch.tensor([example.label for example in examples])
+        mask = pad([torch.ones_like(row) for row in ids], 0)
+        return {"input_ids": pad(ids, 0), "attention_mask": mask, "labels": labels}
+
+    def _tokens(self, text: str) -> Tensor:
+        """Token ids of a text; each text is tokenised once in a process."""
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(packaged.minilm())
+        if text not in self._ids:
+            cut = self._tokenizer(text, truncation=True, max_length=self.settings["length"])
+            self._ids[text] = torch.tensor(cut["input_ids"])
+        return self._ids[text]

@@ -1,0 +1,66 @@
+"""The CLIP demo's few-shot task: a small CLIP that is trained here, and a style of drawing that it has never seen."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_flatlora.callbacks.two_passes import silenced_log
+from recipes.clip_demo import emoji
+from recipes.clip_demo.pretrain import Pretraining, pretrained
+from recipes.clip_demo.run import Settings, examples
+from recipes.clip_fewshot.data import FewShotData
+from recipes.clip_fewshot.module import FewShot
+from recipes.comparison.task import Batch, Config, Judged, Task, with_network
+
+
+class EmojiTask(Task):
+    """Emoji in 23 classes; settings: ``shots`` of each class, ``steps_per_shot``, ``epochs`` (1) and ``batch_size``."""
+
+    pretraining = Pretraining()
+
+    @override
+    def module(self, config: Config, full: bool) -> FewShot:
+        module = FewShot(
+            model=f"local-dir:{pretrained(self.pretraining, emoji.prepare())}",
+            pretrained=None,
+            lora={"r": 2, "lora_alpha": 1, "lora_dropout": config.get("dropout", Settings.dropout)},
+            learning_rate=config["learning_rate"],
+            weight_decay=config.get("weight_decay", 0.01),
+        )
+        ready: FewShot = with_network(module, full)
+        return ready
+
+    @override
+    def data(self, seed: int) -> FewShotData:
+        return FewShotData(
+            dataset=str(emoji.prepare().target),
+            shots=self.settings["shots"],
+            validation_shots=0,
+            seed=seed,
+            batch_size=self.settings["batch_size"],
+            iterations_per_shot=self.settings["steps_per_shot"],
+            templates=["{}"],  # as in the captions
+            crop_scale=(0.6, 1.0),
+            flip=0.0,  # letters, arrows and clocks
+        )
+
+    @override
+    def read(self, trainer: L.Trainer, part: str) -> list[Batch]:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.parts["test"] = data.parts["train"] if part == "train" else examples(emoji.prepare().target, part)
+        return list(data.test_dataloader())  # which does not augment
+
+    @override
+    def loss(self, module: FewShot, batch: Batch) -> Tensor:
+        with silenced_log(module):
+            return module.loss(batch)
+
+    @override
+    def judge(self, module: FewShot, batch: Batch) -> Judged:
+        probabilities, labels = module.probabilities(batch["images"]), batch["labels"]
+        loss = nn.functional.nll_loss(probabilities.log(), labels, reduction="sum")
+        correct = (probabilities.argmax(dim=1) == labels).sum()
+        return Judged(correct, loss, torch.tensor(len(labels)), len(labels))

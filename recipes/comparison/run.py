@@ -1,0 +1,177 @@
+"""One run: a task's model trained by one method, judged on a part it has not seen, and measured."""
+
+import gc
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import lightning as L
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lightning_flatlora import Perturbation, find_pairs
+from lightning_flatlora.flatness import MeanLoss, expected_sharpness, sam_sharpness, slope
+from lightning_flatlora.weight_noise import WeightNoise
+from recipes.benchmarks.memory import Watch
+from recipes.clip_demo.run import Row
+from recipes.clip_fewshot.protocol import commit
+from recipes.comparison.methods import ALL
+from recipes.comparison.task import Batch, Config, Task
+from recipes.step_times import StepTimes
+
+_NOISE_SAMPLES = 2
+_commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a run that one, and no other.
+
+    Attributes:
+        task: to train and to be judged on.
+        method: a name of the methods.
+        config: its configuration.
+        seed: of the examples, of new weights, of the batches and of dropout.
+        part: to be judged on, "validation" to choose a configuration, "test" with the chosen one.
+    """
+
+    task: Task
+    method: str
+    config: Config
+    seed: int
+    part: str
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.config.items())
+        return f"{self.task.name}, {self.method}, {chosen}, seed {self.seed}, {self.part}"
+
+    def key(self) -> Row:
+        """The first entries of its JSON line."""
+        row = {"task": self.task.name, "method": self.method, "config": self.config, "seed": self.seed}
+        return {**row, "part": self.part, "settings": self.task.settings}
+
+
+def perform(run: Run) -> Row:
+    """Train, judge and measure.
+
+    Returns:
+        A JSON line: the run's key, and what was found: ``accuracy``, ``correct``, ``examples`` and ``loss`` (nats) on
+        the part; ``seconds`` of the whole run, ``seconds_per_step`` (median), ``processor_seconds_per_step`` (of all
+        training, which other processes disturb less), ``peak_mib``; with the part "test" also what :func:`flatness`
+        measures.
+    """
+    gc.collect()  # the last run's model: its parts point at each other
+    L.seed_everything(run.seed, verbose=False)
+    method = ALL[run.method]
+    began, processor = time.perf_counter(), time.process_time()
+    module = run.task.module(run.config, method.full)
+    times, watch = StepTimes(), Watch()
+    memory: list[L.Callback] = [watch] if platform.system() == "Linux" else []
+    trainer = _trainer(run.task.settings["epochs"], [times, *memory, *method.callbacks(run.config)])
+    trainer.fit(module, datamodule=run.task.data(run.seed))
+    processor = time.process_time() - processor
+    module.eval()
+    row = run.key() | _judged(run.task, module, trainer, run.part)
+    if run.part == "test":
+        row |= flatness(run.task, module, run.task.batches(trainer, "train"), method.full)
+    return row | {
+        "seconds": time.perf_counter() - began,
+        "seconds_per_step": statistics.median(times.seconds),
+        "processor_seconds_per_step": processor / trainer.global_step,
+        "peak_mib": round(watch.peak / 2**20) or None,  # resident, of a process that has done other runs before
+        "device": torch.cuda.get_device_name() if module.device.type == "cuda" else f"{platform.machine()} CPU",
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+    return L.Trainer(
+        accelerator="auto",
+        devices=1,
+        precision="bf16-mixed",
+        max_epochs=epochs,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+
+
+@torch.no_grad()
+def _judged(task: Task, module: L.LightningModule, trainer: L.Trainer, part: str) -> Row:
+    with torch.autocast(module.device.type, torch.bfloat16):
+        judged = [task.judge(module, _on(module, batch)) for batch in task.batches(trainer, part)]
+    examples = sum(each.examples for each in judged)
+    correct, loss, terms = (float(sum(each)) for each in list(zip(*judged, strict=True))[:3])
+    return {"accuracy": correct / examples, "correct": int(correct), "examples": examples, "loss": loss / terms}
+
+
+def flatness(task: Task, module: Any, batches: Sequence[Batch], full: bool) -> Row:
+    """How flat the loss of the training examples is around the trained weights, without dropout.
+
+    Args:
+        task: which gives the radius, the same for every method.
+        module: trained, in evaluation mode.
+        batches: the training examples.
+        full: whether all weights were trained.
+
+    Returns:
+        ``train_loss`` L(w) in nats, and what two kinds of perturbation add to it. Where an adapter was trained:
+        ``sharpness``, by E of Eqs. 10-15 over the adapted layers, ``expected_sharpness`` by filter-wise noise on them,
+        and ``adapted_norm``, the Frobenius norm of their frozen weights. Full fine-tuning has no pairs: there it is
+        ``full_sharpness`` by SAM's perturbation of all weights, which must not be compared with the others.
+    """
+    loss = MeanLoss([_loss_of(task, module, _on(module, batch)) for batch in batches])
+    rho = task.settings["sharpness_rho"]
+    if full:
+        clean, perturbed = sam_loss(loss, [p for p in module.parameters() if p.requires_grad], rho)
+        return {"train_loss": clean, "full_sharpness": perturbed - clean}
+    sharp = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), rho)
+    noisy = expected_sharpness(loss, WeightNoise(module), task.settings["noise"], samples=_NOISE_SAMPLES)
+    return {
+        "train_loss": float(sharp.loss),
+        "sharpness": float(sharp.sharpness),
+        "expected_sharpness": float(noisy.sharpness),
+        "adapted_norm": _adapted_norm(module),
+    }
+
+
+def _adapted_norm(module: nn.Module) -> float:
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    return math.sqrt(sum(float(layer.get_base_layer().weight.detach().float().square().sum()) for layer in layers))
+
+
+def _loss_of(task: Task, module: Any, batch: Batch) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        with torch.autocast(module.device.type, torch.bfloat16):  # as in training
+            return task.loss(module, batch)
+
+    return loss
+
+
+def sam_loss(loss: MeanLoss, parameters: list[nn.Parameter], rho: float) -> tuple[float, float]:
+    """L(w) and L(w + rho g / ||g||) of SAM over all these parameters (arXiv 2010.01412)."""
+    at = slope(loss, parameters)
+    scale = rho / torch.nn.utils.get_total_norm(at.gradients)
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, at.gradients, strict=True):
+            parameter.add_(scale * gradient)
+        perturbed = loss()
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(old)
+    return float(at.loss), float(perturbed)
+
+
+def _on(module: L.LightningModule, batch: Batch) -> Batch:
+    return {name: v.to(module.device) if isinstance(v, Tensor) else v for name, v in batch.items()}

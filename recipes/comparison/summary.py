@@ -1,0 +1,169 @@
+"""What the rows of all runs say: accuracy with its error, differences to LoRA with a paired test, cost, correlation."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+from recipes.clip_demo.run import Row
+from recipes.comparison.methods import ALL
+from recipes.comparison.plan import choose
+from recipes.comparison.task import Config
+
+BASELINE = "lora"
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error; nan where there are too few values."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method with its chosen configuration has reached on a task, over the seeds.
+
+    Attributes:
+        method: its name.
+        config: the chosen configuration.
+        edge: "lowest" or "highest" where the chosen value is at that end of its grid, so that a better one may lie
+            beyond; else empty.
+        runs: the rows that were judged on the test part, by seed.
+        accuracy: in percent.
+        gain: accuracy minus LoRA's with the same seed, in percentage points; None for LoRA itself and without it.
+        p: of a paired t-test over the seeds that the gain is not 0, two-sided, corrected by Holm over the task's
+            methods; None where there is no gain or only one seed.
+        cost: processor time of a training step (on a GPU, its time), relative to LoRA's; None without LoRA.
+    """
+
+    method: str
+    config: Config
+    edge: str
+    runs: dict[int, Row]
+    accuracy: Estimate
+    gain: Estimate | None = None
+    p: float | None = None
+    cost: float | None = None
+
+    def mean(self, name: str) -> float | None:
+        """Mean over the seeds of an entry of the rows; None where they don't have it."""
+        values = [row[name] for row in self.runs.values() if name in row]
+        return statistics.mean(values) if values else None
+
+
+def outcomes(rows: Sequence[Row], task: str) -> list[Outcome]:
+    """All methods of a task that have been judged on the test part, in the order of the methods.
+
+    Rows of other settings than the task's last one are left out.
+    """
+    own = of_task(rows, task)
+    found = {name: _outcome(own, name) for name in ALL}
+    done = {name: outcome for name, outcome in found.items() if outcome}
+    if BASELINE not in done:
+        return list(done.values())
+    base = done[BASELINE].runs
+    tested = {name: _p_value(outcome.runs, base) for name, outcome in done.items() if name != BASELINE}
+    corrected = holm({name: p for name, p in tested.items() if p is not None})
+    return [_compared(outcome, base, corrected.get(name)) for name, outcome in done.items()]
+
+
+def of_task(rows: Sequence[Row], task: str) -> list[Row]:
+    """The rows of a task that have the settings of its last one."""
+    own = [row for row in rows if row["task"] == task]
+    return [row for row in own if row["settings"] == own[-1]["settings"]]
+
+
+def tuning(rows: Sequence[Row], method: str) -> list[tuple[Config, Estimate]]:
+    """Of one task, the validation accuracy in percent of each configuration of a method, by its own parameter."""
+    own = [row for row in rows if (row["method"], row["part"]) == (method, "validation")]
+    configs = sorted((dict(c) for c in {tuple(row["config"].items()) for row in own}), key=lambda c: list(c.values()))
+    return [(config, estimate([100 * r["accuracy"] for r in own if r["config"] == config])) for config in configs]
+
+
+def sharpness_correlation(outcomes: Sequence[Outcome], name: str = "sharpness") -> tuple[float, float]:
+    """Spearman's rank correlation of a sharpness with the test error over all runs of a task, and its p-value.
+
+    Runs of one method are not independent, so that p is too small rather than too large.
+    """
+    pairs = [(row[name], 1 - row["accuracy"]) for o in outcomes for row in o.runs.values() if name in row]
+    if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
+        return math.nan, math.nan
+    found = stats.spearmanr(*zip(*pairs, strict=True))
+    return float(found.statistic), float(found.pvalue)
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Holm's correction for testing several hypotheses (Scandinavian Journal of Statistics 6, 1979).
+
+    Example:
+        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+        {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    corrected, largest = {}, 0.0
+    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p))
+        corrected[name] = largest
+    return corrected
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard error.
+
+    Example:
+        >>> estimate([1.0, 3.0])
+        Estimate(mean=2.0, error=1.0)
+    """
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(statistics.mean(values), error)
+
+
+def _outcome(rows: Sequence[Row], method: str) -> Outcome | None:
+    own = [row for row in rows if row["method"] == method]
+    validated = [row for row in own if row["part"] == "validation"]
+    if not validated:
+        return None
+    config = choose(validated)
+    runs = {row["seed"]: row for row in own if row["part"] == "test" and row["config"] == config}
+    if not runs:
+        return None
+    accuracies = [100 * row["accuracy"] for row in runs.values()]
+    return Outcome(method, config, _edge(method, config, validated), runs, estimate(accuracies))
+
+
+def _edge(method: str, config: Config, validated: Sequence[Row]) -> str:
+    """The end of the grid at which the chosen value lies; nothing where two hyper-parameters are chosen at once."""
+    parameter = ALL[method].parameter
+    values = sorted({row["config"][parameter] for row in validated})
+    if len(values) < 2 or len(values) < len({tuple(row["config"].items()) for row in validated}):
+        return ""
+    return {values[0]: "lowest", values[-1]: "highest"}.get(config[parameter], "")
+
+
+def _compared(outcome: Outcome, base: dict[int, Row], p: float | None) -> Outcome:
+    seeds = sorted(outcome.runs.keys() & base.keys())
+    if not seeds:
+        return outcome
+    cost = statistics.median(_step(outcome.runs[seed]) / _step(base[seed]) for seed in seeds)
+    changed: dict[str, Any] = {"cost": cost}
+    if outcome.method != BASELINE:
+        gains = [100 * (outcome.runs[seed]["accuracy"] - base[seed]["accuracy"]) for seed in seeds]
+        changed |= {"gain": estimate(gains), "p": p}
+    return replace(outcome, **changed)
+
+
+def _step(row: Row) -> float:
+    return float(row["processor_seconds_per_step" if row["device"].endswith("CPU") else "seconds_per_step"])
+
+
+def _p_value(runs: dict[int, Row], base: dict[int, Row]) -> float | None:
+    seeds = sorted(runs.keys() & base.keys())
+    if len(seeds) < 2:
+        return None
+    pairs = [(runs[seed]["accuracy"], base[seed]["accuracy"]) for seed in seeds]
+    if len({own - other for own, other in pairs}) == 1:  # no spread: the statistic is 0 / 0 or infinite
+        return 1.0 if pairs[0][0] == pairs[0][1] else 0.0
+    return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)

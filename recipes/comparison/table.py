@@ -1,0 +1,117 @@
+"""The comparison's tables: one for each task, one over all tasks; in the terminal and as Markdown."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import rich.table
+from rich.console import Console
+
+from recipes.clip_demo.run import Row
+from recipes.comparison.methods import ALL
+from recipes.comparison.summary import BASELINE, Estimate, Outcome, outcomes, sharpness_correlation
+
+_COLUMNS = (
+    "method", "chosen", "accuracy in %", "gain over LoRA", "p (Holm)", "test loss", "train loss", "sharpness",
+    "step x LoRA",
+)  # fmt: skip
+_SHORT = {"learning_rate": "rate", "weight_decay": "decay"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be shown in two ways.
+
+    Attributes:
+        title: above it.
+        columns: their names.
+        rows: the cells.
+        notes: below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """For a document."""
+        lines = [f"### {self.title}", "", _line(self.columns), _line(["---", *["---:"] * (len(self.columns) - 1)])]
+        return "\n".join([*lines, *map(_line, self.rows), "", *(f"- {note}" for note in self.notes), ""])
+
+    def show(self, console: Console) -> None:
+        """In the terminal."""
+        shown = rich.table.Table(title=self.title)
+        for place, column in enumerate(self.columns):
+            shown.add_column(column, justify="right" if place else "left", no_wrap=True)
+        for row in self.rows:
+            shown.add_row(*row)
+        console.print(shown, *self.notes, "", sep="\n")
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Of each task in the order in which they were begun, and one over all of them."""
+    found = {task: outcomes(rows, task) for task in dict.fromkeys(row["task"] for row in rows)}
+    done = {task: own for task, own in found.items() if own}
+    return [*(_of_task(task, own) for task, own in done.items()), _over_all(done)]
+
+
+def _of_task(task: str, found: Sequence[Outcome]) -> Table:
+    seeds = {len(outcome.runs) for outcome in found}
+    notes = [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in found if o.edge]
+    for name in ("sharpness", "expected_sharpness"):
+        correlation, p = sharpness_correlation(found, name)
+        if not math.isnan(correlation):
+            told = f"{name.replace('_', ' ')} and test error over all runs"
+            notes.append(f"{told}: Spearman's rank correlation {correlation:.2f} (p {p:.2g})")
+    title = f"{task}, {'-'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds"
+    return Table(title, _COLUMNS, [_cells(outcome) for outcome in found], notes)
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    inherited = {"learning_rate"} if ALL[outcome.method].start else set()
+    own = {_SHORT.get(name, name): value for name, value in outcome.config.items() if name not in inherited}
+    chosen = ", ".join(f"{name} {value:g}" for name, value in own.items())
+    losses = [outcome.mean(name) for name in ("loss", "train_loss")]
+    sharpness = [outcome.mean("sharpness"), outcome.mean("full_sharpness")]
+    return [
+        outcome.method,
+        chosen + " (edge)" * bool(outcome.edge),
+        _with_error(outcome.accuracy),
+        _with_error(outcome.gain, sign="+"),
+        "" if outcome.p is None else f"{outcome.p:.3f}",
+        *("" if loss is None else f"{loss:.3f}" for loss in losses),
+        next((f"{value:.3f}{mark}" for value, mark in zip(sharpness, ("", "*"), strict=True) if value is not None), ""),
+        "" if outcome.cost is None else f"{outcome.cost:.2f}",
+    ]
+
+
+def _over_all(done: dict[str, list[Outcome]]) -> Table:
+    """Means over the tasks that have both the method and LoRA."""
+    by_method = defaultdict(list)
+    for of_task in done.values():
+        for outcome in of_task:
+            if outcome.gain or outcome.method == BASELINE:
+                by_method[outcome.method].append(outcome)
+    rows = []
+    for method, own in by_method.items():
+        gains = [outcome.gain.mean for outcome in own if outcome.gain]
+        cost = statistics.geometric_mean([outcome.cost for outcome in own if outcome.cost])
+        accuracy = f"{statistics.mean(outcome.accuracy.mean for outcome in own):.1f}"
+        gain = f"{statistics.mean(gains):+.2f}" if gains else ""
+        better = f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else ""
+        rows.append([method, str(len(own)), accuracy, gain, better, f"{cost:.2f}"])
+    columns = ("method", "tasks", "mean accuracy in %", "mean gain over LoRA", "better than LoRA", "step x LoRA")
+    return Table("all tasks", columns, rows)
+
+
+def _with_error(value: Estimate | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:{sign}.1f}" + ("" if math.isnan(value.error) else f" ± {value.error:.1f}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

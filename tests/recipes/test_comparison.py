@@ -1,0 +1,299 @@
+"""The comparison end to end on shortened tasks: what it runs, keeps, never repeats, and shows."""
+
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("peft", reason="the recipes' dependencies are not installed")
+
+from lightning_flatlora import ConstantRho, CosineRho
+from recipes.clip_demo import emoji
+from recipes.clip_demo.pretrain import Pretraining
+from recipes.comparison import __main__ as command
+from recipes.comparison import plan as planning
+from recipes.comparison.__main__ import main
+from recipes.comparison.classification import TextTask
+from recipes.comparison.commonsense import CommonsenseTask
+from recipes.comparison.emoji import EmojiTask
+from recipes.comparison.methods import ALL, METHODS, VARIANTS
+from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan, read
+from recipes.comparison.run import Row, Run, perform
+from recipes.comparison.task import Config
+from recipes.comparison.tasks import TASKS
+
+FLATNESS = {"sharpness_rho": 1.0, "noise": 0.5}
+SETTINGS = {"examples": 16, "length": 16, "epochs": 1, "batch_size": 8, "validation": 20, "test": 20, **FLATNESS}
+GRIDS = {"learning_rate": (1e-3, 1e-2), "full_learning_rate": (1e-4, 1e-3), "rho": (0.5, 2.0), "sam_rho": (0.01, 0.1)}
+
+
+@pytest.fixture(scope="module")
+def task() -> TextTask:
+    return TextTask("sentiment", SETTINGS, GRIDS)
+
+
+@pytest.fixture
+def only_this(task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "TASKS", {"sentiment": task})
+    monkeypatch.setattr(planning, "_WAIT", 0.01)
+
+
+# -- methods
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if ALL[name].parameter in ("rho", "sigma", "alpha")])
+def test_the_hyper_parameter_arrives_in_the_callback(name: str) -> None:
+    method = ALL[name]
+    (callback,) = method.callbacks({"learning_rate": 1.0, method.parameter: 0.7})
+    assert callback.rho in (ConstantRho(0.7), CosineRho(0.7, 0.0), CosineRho(0.0, 0.7))  # type: ignore[attr-defined]
+    assert isinstance(callback.rho, ConstantRho) == (method.parameter == "rho")  # type: ignore[attr-defined]
+
+
+def test_variants_differ_from_their_method() -> None:
+    def settings(name: str) -> dict[str, Any]:
+        (callback,) = ALL[name].callbacks({"rho": 0.7})
+        return {key: getattr(callback, key) for key in ("estimator", "norm_scope", "every_n_steps")} | {
+            "type": type(callback).__name__
+        }
+
+    for name in VARIANTS:
+        plain, own = settings(name.split("_")[0]), settings(name)
+        assert sum(plain[key] != own[key] for key in plain) == 1, name
+
+
+def test_every_method_has_as_many_configurations_to_choose_from() -> None:
+    for each in TASKS.values():
+        assert {len(method.configurations(each.grids, 1.0)) for method in ALL.values()} == {4}, each.name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_methods_start_from_the_learning_rate_of_their_kind(name: str) -> None:
+    method = ALL[name]
+    for config in method.configurations(TASKS["sentiment"].grids, None if method.start is None else 0.123):
+        assert (config["learning_rate"] == 0.123) == (method.start is not None)
+    assert method.start is None or ALL[method.start].full == method.full
+
+
+def test_weight_decay_and_dropout_reach_optimizer_and_adapter(task: TextTask) -> None:
+    module: Any = task.module({"learning_rate": 1e-3, "weight_decay": 0.3, "dropout": 0.2}, full=False)
+    module.optimizer_steps = lambda: 10
+    (group,) = module.configure_optimizers()["optimizer"].param_groups
+    assert group["weight_decay"] == 0.3
+    dropouts = [layer.p for name, layer in module.named_modules() if name.endswith("lora_dropout.default")]
+    assert set(dropouts) == {0.2}
+
+
+def test_full_fine_tuning_trains_all_weights_and_no_adapter(task: TextTask) -> None:
+    module: Any = task.module({"learning_rate": 1e-3}, full=True)
+    batch = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+    module.eval()
+    before = module.logits(batch)
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == ("lora_" not in name), name
+        if "lora_" in name:
+            parameter.data.add_(1.0)
+    torch.testing.assert_close(module.logits(batch), before, rtol=0, atol=0)
+
+
+# -- the plan
+
+
+class Fake:
+    """Stands in for training: the second configuration of every method is the best."""
+
+    def __init__(self, task: TextTask, barrier: threading.Barrier | None = None) -> None:
+        self.done: list[str] = []
+        self.task = task
+        self.barrier = barrier
+
+    def __call__(self, run: Run) -> Row:
+        if self.barrier is not None and not self.done:
+            self.barrier.wait(timeout=60)  # both are at work, on runs of their own
+        self.done.append(str(run))
+        grid = ALL[run.method].grid
+        assert isinstance(grid, str)
+        return run.key() | {"accuracy": float(run.config[ALL[run.method].parameter] == GRIDS[grid][1]), "loss": 1.0}
+
+
+def planned(folder: Path, task: TextTask) -> Plan:
+    return Plan(folder, [task], ["efmlora", "full_sam"], [0, 1, 2])
+
+
+def test_the_order_of_a_plan(tmp_path: Path, task: TextTask) -> None:
+    fake, plan = Fake(task), planned(tmp_path, task)
+    plan.work(fake, lambda run: None)
+    assert len(fake.done) == len(set(fake.done)) == 4 * 4 + 2 * 3  # of LoRA and full fine-tuning only the choice
+    assert plan.done_and_total == (22, 22)
+    rows = read(tmp_path / RESULTS)
+    tests = [row for row in rows if row["part"] == "test"]
+    assert {(row["method"], row["seed"]) for row in tests} == {(m, s) for m in plan.methods for s in (0, 1, 2)}
+    configs: dict[str, Config] = {row["method"]: row["config"] for row in tests}
+    assert configs["efmlora"] == {"learning_rate": 1e-2, "rho": 2.0}
+    assert configs["full_sam"] == {"learning_rate": 1e-3, "rho": 0.1}
+    assert {row["seed"] for row in rows if row["part"] == "validation"} == set(TUNING_SEEDS)
+
+
+def test_two_processes_share_the_runs(tmp_path: Path, task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_WAIT", 0.01)
+    barrier = threading.Barrier(2)
+    fakes = [Fake(task, barrier), Fake(task, barrier)]
+    workers = [
+        threading.Thread(target=planned(tmp_path, task).work, args=(fake, lambda run: None), daemon=True)
+        for fake in fakes
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    done = fakes[0].done + fakes[1].done
+    assert len(done) == len(set(done)) == len(read(tmp_path / RESULTS)) == 22
+    assert min(len(fake.done) for fake in fakes) > 0
+
+
+def test_a_run_that_failed_is_free_again(tmp_path: Path, task: TextTask) -> None:
+    def failing(run: Run) -> Row:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        planned(tmp_path, task).work(failing, lambda run: None)
+    fake = Fake(task)
+    planned(tmp_path, task).work(fake, lambda run: None)
+    assert len(fake.done) == 22
+
+
+# -- real runs
+
+
+@pytest.mark.usefixtures("only_this")
+def test_runs_through_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["run", "--methods", "lora", "efmlora", "--seeds", "0", "1", f"--folder={tmp_path}"]
+    assert main(given) == 0
+    rows = read(tmp_path / RESULTS)
+    assert len(rows) == 4 + 2 + 4 + 2
+    for row in rows:
+        assert row["examples"] == 20
+        assert row["accuracy"] == row["correct"] / 20
+        assert all(math.isfinite(row[name]) for name in ("loss", "seconds_per_step", "processor_seconds_per_step"))
+        assert ("sharpness" in row) == (row["part"] == "test")
+        assert len(json.dumps(row)) < 1000  # small enough to be committed
+    test = {(row["method"], row["seed"]): row for row in rows if row["part"] == "test"}
+    assert test["lora", 0]["sharpness"] > 0
+    assert test["lora", 0]["adapted_norm"] == test["efmlora", 1]["adapted_norm"] > 0
+    assert len({row["train_loss"] for row in test.values()}) == 4  # seeds and methods do something of their own
+
+    for name in ("table", "plot"):
+        assert main([name, f"--folder={tmp_path}"]) == 0
+    assert "| efmlora | rho" in (tmp_path / "table.md").read_text()
+    for name in ("gain", "sharpness", "tuning", "cost"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert min(image.size) > 400
+
+    lines = (tmp_path / RESULTS).read_text().splitlines(keepends=True)
+    (tmp_path / RESULTS).write_text("".join(lines[:-1]) + lines[-1][:-20])  # the last line was cut off
+    done: list[str] = []
+    monkeypatch.setattr(command, "perform", lambda run: [done.append(str(run)), perform(run)][1])
+    assert main(given) == 0
+    assert len(done) == 1  # what is finished is not run again
+    again = read(tmp_path / RESULTS)[-1]
+    cost = {"seconds", "seconds_per_step", "processor_seconds_per_step", "peak_mib"}
+    assert {k: v for k, v in again.items() if k not in cost} == {k: v for k, v in rows[-1].items() if k not in cost}
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "efmlora")])
+def test_every_method_runs(task: TextTask, name: str) -> None:
+    method = ALL[name]
+    own = {"weight_decay": 0.1, "dropout": 0.1} if name == "lora_regularised" else {method.parameter: 0.05}
+    row = perform(Run(task, name, {"learning_rate": 1e-3} | own, 0, "test"))
+    assert math.isfinite(row["loss"])
+    assert ("full_sharpness" in row) == method.full  # two measures that must not be mixed up
+    assert ("sharpness" in row) != method.full
+
+
+@pytest.mark.usefixtures("only_this")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--tasks", "nonsense"], "invalid choice: 'nonsense'"),
+        (["run", "--methods", "nonsense"], "invalid choice: 'nonsense'"),
+        (["run", "--seeds", "100"], "one of the seeds"),
+        (["table", "--folder", "nowhere"], "holds no run: start"),
+    ],
+)
+def test_errors_are_clear(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert said in f"{capsys.readouterr().err} {stopped.value}"
+
+
+@pytest.mark.usefixtures("only_this")
+def test_a_stop_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopping(run: Run) -> Row:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "perform", stopping)
+    assert main(["run", "--methods", "lora", f"--folder={tmp_path}"]) == 130
+    assert "The same command goes on" in capsys.readouterr().out
+
+
+# -- the tasks of other models
+
+
+@pytest.fixture
+def questions(tiny: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> CommonsenseTask:
+    """CommonsenseQA by a random model."""
+    monkeypatch.setattr(CommonsenseTask, "model", tiny)
+    return CommonsenseTask("commonsense", {"examples": 8, "epochs": 1, "batch_size": 4} | FLATNESS, GRIDS)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
+    """The emoji by a model of two steps, in a cache of its own."""
+    (tmp_path / "emoji").symlink_to(emoji.prepare().pairs.parent)
+    monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(EmojiTask, "pretraining", Pretraining(steps=2, batch_size=4))
+    return EmojiTask("emoji", {"shots": 1, "steps_per_shot": 2, "epochs": 1, "batch_size": 32} | FLATNESS, GRIDS)
+
+
+@pytest.mark.parametrize("name", ["questions", "pictures"])
+def test_other_models_run_too(name: str, request: pytest.FixtureRequest) -> None:
+    task = request.getfixturevalue(name)
+    flat = perform(Run(task, "efmlora", {"learning_rate": 1e-3, "rho": 0.1}, 0, "test"))
+    full = perform(Run(task, "full", {"learning_rate": 1e-4}, 0, "test"))
+    assert flat["examples"] == full["examples"] >= 300
+    for entry in ("loss", "train_loss", "sharpness", "expected_sharpness", "adapted_norm"):
+        assert math.isfinite(flat[entry]), entry
+    assert math.isfinite(full["full_sharpness"])
+    assert flat["train_loss"] != full["train_loss"]
+
+
+def test_answers_are_judged_as_in_their_own_recipe(questions: CommonsenseTask) -> None:
+    module: Any = questions.module({"learning_rate": 1e-3}, full=False)
+    data = questions.data(seed=0)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        limit_test_batches=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    (expected,) = trainer.test(module, datamodule=data, verbose=False)
+    module.eval()
+    with torch.no_grad():
+        judged = [questions.judge(module, batch) for batch in questions.batches(trainer, "test")[:3]]
+    correct, loss, terms = (float(sum(each)) for each in list(zip(*judged, strict=True))[:3])
+    assert correct / 12 == pytest.approx(expected["test_accuracy"])
+    assert loss / terms == pytest.approx(expected["test_loss"], rel=1e-3)  # of weights in bfloat16
+    assert sum(len(batch["options"]) for batch in questions.batches(trainer, "train")) == 8
