@@ -12,8 +12,10 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.amp import GradScaler
 
-from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
 from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.weight_noise import WeightNoise
 
 DEVICE = "cuda"
 pytestmark = [
@@ -104,7 +106,9 @@ def test_the_engine_never_waits_for_the_device(estimator: Any, norm_scope: Any) 
     perturbation.uninstall()
 
 
-@pytest.mark.parametrize("callback_class", [EFMLoRA, FMLoRA])
+@pytest.mark.parametrize(
+    "callback_class", [EFMLoRA, FMLoRA, LoRASAM, SAM, RandomPerturbation, BalancednessRegularization]
+)
 def test_the_hooks_of_a_step_never_wait_for_the_device(tmp_path: Path, callback_class: Any) -> None:
     steps = 0
 
@@ -122,6 +126,29 @@ def test_the_hooks_of_a_step_never_wait_for_the_device(tmp_path: Path, callback_
     module, _, more = build("plain")
     fit(tmp_path, module, [Watched(0.5)], make_loader(), accelerator=DEVICE, **more)
     assert steps > 5
+
+
+def test_noise_is_the_same_in_both_directions_and_is_not_waited_for() -> None:
+    net = make_net().double().to(DEVICE)
+    noise, inputs = WeightNoise(net), torch.randn(4, 6, device=DEVICE, dtype=torch.float64)
+    net(inputs)
+    torch.cuda.synchronize()
+    with no_waiting():
+        noise.on(0.5, seed=3)
+        noise.off()
+    with noise.applied(0.5, seed=3):
+        assert torch.autograd.gradcheck(net, inputs.requires_grad_())  # fails if backward drew another noise
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_monitor_leaves_a_run_as_it_is(tmp_path: Path, front_end: str) -> None:
+    ends = []
+    for monitors in ([], [FlatnessMonitor(0.5, every_n_steps=3)]):
+        module, callbacks, more = build(front_end, net=make_net(dropout=0.5))
+        trainer = fit(tmp_path, module, [*callbacks, *monitors], make_loader(), accelerator=DEVICE, **more)
+        ends.append(weights(module))
+    assert same(*ends)
+    assert trainer.callback_metrics["flatness/sharpness"].isfinite()
 
 
 def test_both_passes_draw_the_same_dropout_masks(tmp_path: Path) -> None:
