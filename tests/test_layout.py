@@ -60,3 +60,15 @@ def test_the_method_knows_no_baseline() -> None:
     for path in ROOT.rglob("*.py"):
         used = any(module.startswith("lightning_flatlora.baselines") for module in imports(path))
         assert path.parent.name == "baselines" or not used, path
+
+
+def test_only_the_report_needs_its_libraries() -> None:
+    """Nobody else imports the report, nor, outside of it, what its extra installs."""
+    extra = {"datasets", "matplotlib", "rich", "transformers"}
+    for path in ROOT.rglob("*.py"):
+        if path.parent.name != "report":
+            found = imports(path)
+            assert not any(module.startswith("lightning_flatlora.report") for module in found), path
+            assert not extra & {module.split(".")[0] for module in found}, path
+    for path in (ROOT / "report").glob("*.py"):
+        assert not any(module.split(".")[0] == "lightning" for module in imports(path)), path

@@ -16,11 +16,13 @@ from recipes.clip_demo.report import mean_and_error
 from recipes.clip_demo.run import METHODS, Settings, append, finished, key, run
 from recipes.demo.__main__ import quiet
 
+RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is not there yet, and print the validation accuracy for each method and rho."""
     parser = argparse.ArgumentParser(prog="python -m recipes.clip_demo.choose_rho", description=__doc__)
-    parser.add_argument("--rho", type=float, nargs="+", default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3], help="radii to try")
+    parser.add_argument("--rho", type=float, nargs="+", default=RADII, help="to try")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="LoRA has no radius")
     parser.add_argument("--shots", type=int, default=4, help="images of each class to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of shots, adapter and batches")

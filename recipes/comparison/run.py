@@ -1,7 +1,6 @@
 """One run: a task's model trained by one method, judged on a part it has not seen, and measured."""
 
 import gc
-import math
 import platform
 import statistics
 import time
@@ -12,11 +11,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import MeanLoss, expected_sharpness, sam_sharpness, slope
+from lightning_flatlora.report.directions import base_norm
 from lightning_flatlora.weight_noise import WeightNoise
 from recipes.benchmarks.memory import Watch
 from recipes.clip_demo.run import Row
@@ -136,19 +135,15 @@ def flatness(task: Task, module: Any, batches: Sequence[Batch], full: bool) -> R
     if full:
         clean, perturbed = sam_loss(loss, [p for p in module.parameters() if p.requires_grad], rho)
         return {"train_loss": clean, "full_sharpness": perturbed - clean}
-    sharp = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), rho)
+    pairs = find_pairs(module).pairs
+    sharp = sam_sharpness(loss, Perturbation(pairs), rho)
     noisy = expected_sharpness(loss, WeightNoise(module), task.settings["noise"], samples=_NOISE_SAMPLES)
     return {
         "train_loss": float(sharp.loss),
         "sharpness": float(sharp.sharpness),
         "expected_sharpness": float(noisy.sharpness),
-        "adapted_norm": _adapted_norm(module),
+        "adapted_norm": base_norm(module, pairs),
     }
-
-
-def _adapted_norm(module: nn.Module) -> float:
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
-    return math.sqrt(sum(float(layer.get_base_layer().weight.detach().float().square().sum()) for layer in layers))
 
 
 def _loss_of(task: Task, module: Any, batch: Batch) -> Callable[[], Tensor]:

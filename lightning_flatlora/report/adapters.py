@@ -1,0 +1,163 @@
+"""A base model with a finished adapter, loaded whole or not at all."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+from lightning_flatlora.report.options import DTYPES, AdapterFolder, Options, ReportError
+
+_MODELS = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model that is ready to be measured: in evaluation mode, its factors trainable.
+
+    Attributes:
+        label: of the adapter.
+        base: name or folder of the base model.
+        task: as peft calls it.
+        model: base and adapter.
+        tokenizer: the adapter's own, where its folder holds one, else the base's.
+    """
+
+    label: str
+    base: str
+    task: str
+    model: PeftModel
+    tokenizer: Any
+
+
+def load(folder: AdapterFolder, options: Options) -> Adapted:
+    """The base with one adapter on it; the adapter's folder is only read.
+
+    Args:
+        folder: the adapter's.
+        options: name of the base, dtype and device.
+
+    Returns:
+        The model, of the class that the adapter's task asks for.
+
+    Raises:
+        ReportError: the task can't be measured, a file is missing, or the adapter is of another base.
+    """
+    base, task = base_of(folder, options), task_of(folder)
+    where = f"--adapter {folder.path} on --base {base}"
+    try:
+        with quiet():
+            saved = load_peft_weights(str(folder.path), device="cpu")
+            tokenizer = _tokenizer(folder, base)
+            model = _base_model(base, task, saved, options, tokenizer)
+            model = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True)
+    except ReportError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ReportError(f"{where}: can't be loaded ({first_line(error)})") from error
+    _check_whole(where, saved, model)
+    model.to(options.torch_device).eval()
+    return Adapted(folder.label, base, task, model, tokenizer)
+
+
+def base_of(folder: AdapterFolder, options: Options) -> str:
+    """Name or folder of an adapter's base."""
+    base = options.base or folder.config.get("base_model_name_or_path")
+    if not base:
+        raise ReportError(f"--adapter {folder.path} names no base model: say --base")
+    return str(base)
+
+
+def task_of(folder: AdapterFolder) -> str:
+    """An adapter's task, one of those that can be measured."""
+    task = folder.config.get("task_type")
+    if task not in _MODELS:
+        raise ReportError(
+            f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured"
+        )
+    return str(task)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; libraries write pages.
+
+    Example:
+        >>> first_line(ValueError("no such file\\nDid you mean ..."))
+        'ValueError: no such file'
+    """
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers and peft tell neither progress nor which weights are still lacking: that is checked here."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _tokenizer(folder: AdapterFolder, base: str) -> Any:
+    own = (folder.path / "tokenizer_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if own else base)
+    if not tokenizer.is_fast:
+        raise ReportError(
+            f"--base {base}: its tokenizer is no fast one, which alone tells where a token lies in the text"
+        )
+    return tokenizer
+
+
+def _base_model(base: str, task: str, saved: Weights, options: Options, tokenizer: Any) -> Any:
+    extra: dict[str, Any] = {}
+    if task == "SEQ_CLS" and (labels := _labels(saved)):
+        extra["num_labels"] = labels
+    model, info = _MODELS[task].from_pretrained(base, dtype=DTYPES[options.dtype], output_loading_info=True, **extra)
+    own = {name.removeprefix("base_model.model.") for name in saved}
+    if missing := sorted(set(info["missing_keys"]) - own):
+        raise ReportError(
+            f"--base {base}: neither it nor the adapter holds {', '.join(missing[:3])}, which {task} needs"
+        )
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # as peft's AutoPeftModel does
+        model.resize_token_embeddings(len(tokenizer))
+    if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token that is not padding
+        model.config.pad_token_id = padding(tokenizer)
+    return model
+
+
+def padding(tokenizer: Any) -> int:
+    """The token that fills up short rows."""
+    return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
+
+
+def _labels(saved: Weights) -> int | None:
+    """Number of classes of the head that an adapter brings: nothing else in it has so few rows."""
+    rows = [weight.shape[0] for name, weight in saved.items() if "lora_" not in name and weight.ndim == 2]
+    return min(rows, default=None)
+
+
+def _check_whole(where: str, saved: Weights, model: PeftModel) -> None:
+    """Both hold the same factors; peft lets an adapter of a deeper or a shallower model pass."""
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    theirs, ours = ({name for name in names if "lora_" in name} for names in (saved, own))
+    if theirs != ours:
+        raise ReportError(
+            f"{where}: trained on another base, {len(theirs - ours)} of its factors have no place in this one and "
+            f"{len(ours - theirs)} places have no factors"
+        )

@@ -1,0 +1,112 @@
+"""Directions in full weight space that B can express, and the loss along them.
+
+A direction D holds one (n, r) matrix for each pair; a step x along it moves every adapted weight by ``x s D A``. All
+directions have ``||s D A||_F = 1`` over all pairs, so x is a distance in the weights' units, whatever the adapter.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from lightning_flatlora import read_through
+from lightning_flatlora.flatness import Loss, Slope, fresh_perturbation, inner_product
+from lightning_flatlora.flatness.losses import value
+from lightning_flatlora.flatness.sharpness import clean, read
+from lightning_flatlora.functional import damped_inverse_root
+from lightning_flatlora.pairs import LoRAPair, bare
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.weight_noise import derived_seed
+
+Direction = list[Tensor]
+
+
+def adversarial_direction(perturbation: Perturbation, at: Slope) -> Direction:
+    r"""SAM's perturbation E of a gradient (Eqs. 10-15), scaled to length one.
+
+    .. math:: D = E / \|s E A\|_F
+
+    Args:
+        perturbation: which pairs, and how E is made.
+        at: the loss and its gradient at the clean weights.
+
+    Returns:
+        One (n, r) matrix for each pair; zeros where the gradient is zero. No pass.
+    """
+    return normalised(perturbation.pairs, read(perturbation, fresh_perturbation(perturbation, 1.0, at)))
+
+
+def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
+    r"""A direction drawn evenly from all that B can express: uniform on the sphere in full weight space.
+
+    .. math:: D = \tfrac1s Z R,\quad R^\top R = (A A^\top)^{-1},\quad Z_{ij} \sim \mathcal N(0, 1)
+
+    then scaled to length one. The rows of R A are orthonormal, so the draw does not depend on how the update is
+    factored into B and A.
+
+    Args:
+        pairs: the layers.
+        seed: of the draw, the same on every device; no global generator is used.
+
+    Returns:
+        One (n, r) matrix for each pair. No pass.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    direction = []
+    for pair in pairs:
+        A, B = pair.A.detach().flatten(1), pair.B.detach().flatten(1)
+        wide = torch.promote_types(B.dtype, torch.float32)
+        root = damped_inverse_root(A.mT.to(wide)) / pair.scaling
+        normal = torch.randn(B.shape, generator=generator, dtype=torch.float64)
+        direction.append((normal.to(root) @ root).to(wide))
+    return normalised(pairs, direction)
+
+
+def orthogonal(pairs: Sequence[LoRAPair], direction: Direction, to: Direction) -> Direction:
+    """What of a direction is orthogonal in full weight space to another one of length one, scaled to length one."""
+    along = overlap(pairs, direction, to)
+    return normalised(pairs, [own - along.to(own) * other for own, other in zip(direction, to, strict=True)])
+
+
+def overlap(pairs: Sequence[LoRAPair], D1: Direction, D2: Direction) -> Tensor:
+    """The inner product of two directions in full weight space, over all pairs: squared weights' units, shape ()."""
+    products = [
+        inner_product(one, other, pair.A.detach().flatten(1), pair.scaling)
+        for one, other, pair in zip(D1, D2, pairs, strict=True)
+    ]
+    return torch.stack([product.to(products[0].device) for product in products]).sum()
+
+
+def normalised(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
+    """A direction scaled to ``||s D A||_F = 1`` over all pairs; zeros stay zeros."""
+    norm = overlap(pairs, direction, direction).clamp_min(0).sqrt()
+    scale = torch.where(norm > 0, 1 / norm, 0.0)
+    return [part * scale.to(part) for part in direction]
+
+
+def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Direction]) -> Tensor:
+    """The loss after steps from the weights, each so far along a direction: shape (), one forward pass."""
+    with clean(pairs):
+        for index, pair in enumerate(pairs):
+            E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
+            for reader in pair.readers:
+                read_through.perturb(reader, E.view_as(pair.B))
+        return value(loss)
+
+
+def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
+    """``||W0||_F`` of all layers that the pairs adapt, in the weights' units: what a step is small against."""
+    readers = {id(reader) for pair in pairs for reader in pair.readers}
+    norms = [
+        torch.linalg.vector_norm(dequantize_module_weight(layer.get_base_layer()).detach().double()).cpu()
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer) and any(id(bare(factor)) in readers for factor in layer.lora_B.values())
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def seeds(seed: int, number: int) -> list[int]:
+    """A seed for each of several random directions."""
+    return [derived_seed(seed, index) for index in range(number)]

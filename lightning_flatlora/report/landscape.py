@@ -1,0 +1,111 @@
+"""The loss around an adapter: along lines in the weights, and on a plane through them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_flatlora.flatness import Loss
+from lightning_flatlora.flatness.losses import value
+from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.report.directions import Direction, loss_at, orthogonal, random_direction, seeds
+from lightning_flatlora.report.options import Options
+from lightning_flatlora.weight_noise import WeightNoise
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Losses in the loss's unit, float64 on the CPU.
+
+    Attributes:
+        steps: distances along the adversarial direction in the weights' units, from -radius to radius, shape (points,).
+        adversarial: there, shape (points,).
+        shares: distances along random directions, from -sigma to sigma of ``||W0||_F``, shape (points,). At the
+            adversarial distances one would see nothing: hardly any part of a random direction matters.
+        random: there, shape (directions, points).
+        sigmas: sizes of the noise, relative to the rows' norms, from 0 to 2 sigma, shape (sizes,).
+        noise: under noise on the full weights, shape (directions, sizes); None where no layer can have it.
+        surface: rows along a random direction, columns along the adversarial one, shape (points, points); or None.
+    """
+
+    steps: Tensor
+    adversarial: Tensor
+    shares: Tensor
+    random: Tensor
+    sigmas: Tensor
+    noise: Tensor | None
+    surface: Tensor | None
+
+
+def measure_landscape(
+    loss: Loss,
+    pairs: Sequence[LoRAPair],
+    adversarial: Direction,
+    norm: float,
+    noise: WeightNoise | None,
+    options: Options,
+) -> Landscape:
+    """The losses along all lines and on the plane.
+
+    Args:
+        loss: of fixed batches.
+        pairs: the layers.
+        adversarial: from :func:`adversarial_direction`.
+        norm: from :func:`base_norm`.
+        noise: on the full weights; None leaves its lines out.
+        options: how far, how many and which draws.
+
+    Returns:
+        The :class:`Landscape`, after one forward pass for each of its numbers (see :func:`passes`).
+    """
+    steps = torch.linspace(-options.reach, options.reach, options.points, dtype=torch.float64)
+    shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
+    sigmas = 2 * shares[options.points // 2 :]
+    drawn = seeds(options.seed, options.directions)
+    across = orthogonal(pairs, random_direction(pairs, drawn[0]), adversarial)
+    return Landscape(
+        steps,
+        _curve(loss, pairs, adversarial, steps),
+        shares,
+        torch.stack([_curve(loss, pairs, random_direction(pairs, seed), norm * shares) for seed in drawn]),
+        sigmas,
+        None if noise is None else torch.stack([_noise_curve(loss, noise, seed, sigmas) for seed in drawn]),
+        _surface(loss, pairs, (adversarial, steps), (across, norm * shares)) if options.surface else None,
+    )
+
+
+def passes(options: Options) -> int:
+    """Forward passes that a landscape takes.
+
+    Example:
+        >>> from unittest.mock import Mock
+        >>> passes(Mock(points=11, directions=5, surface=False))
+        96
+    """
+    lines = options.points * (1 + options.directions) + (options.points // 2 + 1) * options.directions
+    return lines + (options.points**2 if options.surface else 0)
+
+
+def _curve(loss: Loss, pairs: Sequence[LoRAPair], direction: Direction, steps: Tensor) -> Tensor:
+    return _together([loss_at(loss, pairs, (x, direction)) for x in steps.tolist()])
+
+
+def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> Tensor:
+    losses = []
+    for sigma in sigmas.tolist():
+        with noise.applied(sigma, seed):
+            losses.append(value(loss))
+    return _together(losses)
+
+
+def _surface(
+    loss: Loss, pairs: Sequence[LoRAPair], columns: tuple[Direction, Tensor], rows: tuple[Direction, Tensor]
+) -> Tensor:
+    (along, xs), (across, ys) = columns, rows
+    lines = [[loss_at(loss, pairs, (x, along), (y, across)) for x in xs.tolist()] for y in ys.tolist()]
+    return torch.stack([_together(line) for line in lines])
+
+
+def _together(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).cpu().double()

@@ -1,0 +1,113 @@
+"""From a command line to a report."""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lightning_flatlora.flatness import Loss, MeanLoss, factors, slope
+from lightning_flatlora.pairs import NoPairsError, find_pairs
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.report import landscape, numbers
+from lightning_flatlora.report.adapters import Adapted, base_of, load, task_of
+from lightning_flatlora.report.data import Row, columns_for, mean_loss, read_rows
+from lightning_flatlora.report.directions import adversarial_direction, base_norm
+from lightning_flatlora.report.document import write
+from lightning_flatlora.report.options import AdapterFolder, Options, ReportError, parse
+from lightning_flatlora.report.result import UNITS, Measured
+from lightning_flatlora.weight_noise import WeightNoise
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report that a command line asks for; mistakes end it in one line, before anything is written.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+    """
+    command = ["python", "-m", "lightning_flatlora.report", *(sys.argv[1:] if arguments is None else arguments)]
+    try:
+        options = parse(arguments)
+        write(measure(options), options, shlex.join(command))
+    except ReportError as error:
+        sys.exit(f"error: {error}")
+    Console(stderr=True).print(f"Wrote {options.output / 'report.md'}")
+
+
+def measure(options: Options) -> list[Measured]:
+    """Every adapter's numbers and landscape; one model at a time is in memory.
+
+    Raises:
+        ReportError: an adapter or the data can't be used; what can be told without a model is told first.
+    """
+    rows = read_rows(options)
+    for folder in options.adapter:
+        base_of(folder, options)
+        columns_for(task_of(folder), rows)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars = [progress.add_task(folder.label, total=None, start=False) for folder in options.adapter]
+        return [_measure_one(*one, rows, options, progress) for one in zip(options.adapter, bars, strict=True)]
+
+
+def _measure_one(folder: AdapterFolder, bar: TaskID, rows: list[Row], options: Options, progress: Progress) -> Measured:
+    adapted = load(folder, options)
+    loss, terms = mean_loss(adapted, rows, options)
+    progress.start_task(bar)
+    progress.update(bar, total=(numbers.passes(options) + landscape.passes(options)) * len(loss.losses))
+    try:
+        measured = _measured(adapted, folder, _counted(loss, lambda: progress.advance(bar)), terms, options)
+    except NoPairsError as error:
+        raise ReportError(f"--adapter {folder.path}: {error}") from error
+    progress.update(bar, total=1, completed=1)  # how many products an eigenvalue takes is known only now
+    return measured
+
+
+def _measured(adapted: Adapted, folder: AdapterFolder, loss: MeanLoss, terms: int, options: Options) -> Measured:
+    search = find_pairs(adapted.model)
+    noise, left_out = _noise(adapted.model, search.left_out)
+    pairs, perturbation, unit = search.pairs, Perturbation(search.pairs), UNITS[adapted.task]
+    at = slope(loss, factors(pairs))
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (at.loss, *at.gradients)):
+        raise ReportError(f"--adapter {folder.path}: the loss or its gradient is not finite: try --dtype float32")
+    quantities = numbers.measure_numbers(loss, perturbation, noise, at, unit, options)
+    norm = base_norm(adapted.model, pairs)
+    around = landscape.measure_landscape(loss, pairs, adversarial_direction(perturbation, at), norm, noise, options)
+    return Measured(
+        label=adapted.label,
+        folder=str(folder.path),
+        base=adapted.base,
+        task=adapted.task,
+        ranks=tuple(sorted({pair.A.shape[0] for pair in pairs})),
+        pairs=len(pairs),
+        parameters=sum(factor.numel() for factor in factors(pairs)),
+        terms=terms,
+        quantities=[*quantities, numbers.Quantity(numbers.NORM, "weight", norm)],
+        landscape=around,
+        left_out=left_out,
+    )
+
+
+def _noise(model: PeftModel, left_out: list[str]) -> tuple[WeightNoise | None, list[str]]:
+    """Noise on the full weights, where a layer can have it, and which can't."""
+    try:
+        noise = WeightNoise(model)
+    except NoPairsError as error:
+        return None, [*left_out, str(error)]
+    return noise, noise.left_out
+
+
+def _counted(loss: MeanLoss, tick: Callable[[], None]) -> MeanLoss:
+    """The same loss; every batch that it computes is told."""
+
+    def counting(part: Loss) -> Loss:
+        def call() -> torch.Tensor:
+            tick()
+            return part()
+
+        return call
+
+    return MeanLoss([counting(part) for part in loss.losses])

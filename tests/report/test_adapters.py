@@ -1,0 +1,109 @@
+"""A base and its adapter are loaded whole, or the user is told what does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from report_models import save_adapter, save_base, write_rows
+
+from lightning_flatlora.report.adapters import Adapted, load
+from lightning_flatlora.report.options import AdapterFolder, Options, ReportError
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "data.jsonl", [{"text": "a"}])
+
+
+def loaded(adapter: Path, data: Path, **options: Any) -> Adapted:
+    folder = AdapterFolder(adapter.name, adapter)
+    return load(folder, Options([folder], data, **options))
+
+
+def changed(adapter: Path, to: Path, **config: Any) -> Path:
+    """A copy with another configuration."""
+    shutil.copytree(adapter, to)
+    path = to / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return to
+
+
+def test_the_base_is_what_the_adapter_names_or_the_user(adapters: tuple[Path, Path], base: Path, data: Path) -> None:
+    own, given = loaded(adapters[0], data), loaded(adapters[0], data, base=str(base))
+    assert (own.base, own.task, own.label) == (str(base), "CAUSAL_LM", "small")
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(own.model(tokens).logits, given.model(tokens).logits)
+
+
+def test_it_is_ready_to_be_measured(adapters: tuple[Path, Path], data: Path) -> None:
+    model = loaded(adapters[0], data, dtype="float64").model
+    assert not any(module.training for module in model.modules())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_classifier_has_the_adapters_head(classifiers: tuple[Path, Path], data: Path) -> None:
+    model = loaded(classifiers[0], data).model
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
+    again = loaded(classifiers[0], data).model  # a random head would differ
+    assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, again(torch.tensor([[5, 6, 7]])).logits)
+
+
+def test_a_classifier_without_a_head_is_refused(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    headless = changed(adapters[0], tmp_path / "headless", task_type="SEQ_CLS")
+    with pytest.raises(ReportError, match=r"neither it nor the adapter holds score.weight, which SEQ_CLS needs"):
+        loaded(headless, data)
+
+
+def test_tasks_that_can_not_be_measured(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    other = changed(adapters[0], tmp_path / "other", task_type=None)
+    with pytest.raises(ReportError, match="task_type None: only CAUSAL_LM and SEQ_CLS can be measured"):
+        loaded(other, data)
+
+
+def test_no_base_is_named(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    nameless = changed(adapters[0], tmp_path / "nameless", base_model_name_or_path=None)
+    with pytest.raises(ReportError, match="names no base model: say --base"):
+        loaded(nameless, data)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"layers": 1}, "trained on another base, 6 of its factors have no place in this one and 0 places"),
+        ({"layers": 3}, "trained on another base, 0 of its factors have no place in this one and 6 places"),
+        ({"width": 32}, "can't be loaded"),
+    ],
+)
+def test_an_adapter_of_another_base(
+    config: dict[str, int], says: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path
+) -> None:
+    other = save_base(tmp_path / "base", **config)
+    with pytest.raises(ReportError, match=says) as raised:
+        loaded(adapters[0], data, base=str(other))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_base_that_is_not_there(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    with pytest.raises(ReportError, match=r"small on --base .*nowhere: can't be loaded \("):
+        loaded(adapters[0], data, base=str(tmp_path / "nowhere"))
+
+
+def test_an_adapter_without_weights(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    empty = changed(adapters[0], tmp_path / "empty")
+    (empty / "adapter_model.safetensors").unlink()
+    with pytest.raises(ReportError, match="can't be loaded"):
+        loaded(empty, data)
+
+
+def test_an_adapter_with_its_own_tokenizer(base: Path, tmp_path: Path, data: Path) -> None:
+    adapter = save_adapter(tmp_path / "own", base)
+    tokenizer = loaded(adapter, data).tokenizer
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(adapter)
+    assert "new" in loaded(adapter, data).tokenizer.get_vocab()
