@@ -82,7 +82,10 @@ def _sharpness(axes: Any, task: str, found: Sequence[Outcome]) -> None:
         xlabel=f"sharpness on the training examples, nats\n(in full weight space, rho {radius:g})",
         ylabel="test error in %",
     )
-    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.set_xscale("symlog", linthresh=1e-3, subs=(2, 5))
+    for axis_format in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis_format("{x:g}")
+    axes.tick_params(axis="x", which="both", labelrotation=45)
     axes.grid(alpha=0.3)
 
 
