@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from recipes import packaged
 from recipes.comparison import texts
-from recipes.comparison.task import Batch, Config, Judged, Task, train_everything
+from recipes.comparison.task import Batch, Config, Grids, Judged, Task, train_everything
 from recipes.comparison.texts import Example
 from recipes.instruction_tuning.batches import pad
 from recipes.training import RecipeModule
@@ -87,31 +87,38 @@ class FewTexts(L.LightningDataModule):
 
 
 class TextTask(Task):
-    """One of the tasks of :mod:`recipes.comparison.texts`.
+    """Texts in classes.
+
+    Args:
+        name: of the task.
+        settings: see below.
+        grids: see :class:`Task`.
+        data: a key of :data:`texts.TASKS`, several tasks' perhaps.
 
     Its settings: ``examples`` to train on, ``length``, tokens kept of a text, ``epochs``, ``batch_size``, and
     ``validation`` and ``test``, the largest number of examples of these parts.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    def __init__(self, name: str, settings: dict[str, Any], grids: Grids, data: str) -> None:
+        super().__init__(name, settings, grids)
+        self.source = data
         self._tokenizer: Any = None
         self._ids: dict[str, Tensor] = {}
 
     @override
     def module(self, config: Config, full: bool) -> TextClassifier:
-        return TextClassifier(len(texts.TASKS[self.name].classes), config, full)
+        return TextClassifier(len(texts.TASKS[self.source].classes), config, full)
 
     @override
     def data(self, seed: int) -> FewTexts:
-        examples = texts.few_shots(self.name, self.settings["examples"], seed)
+        examples = texts.few_shots(self.source, self.settings["examples"], seed)
         return FewTexts(examples, self._encode, self.settings["batch_size"], seed)
 
     @override
     def read(self, trainer: L.Trainer, part: str) -> list[Batch]:
         if part == "train":
             return self._sorted(trainer.datamodule.examples)  # type: ignore[attr-defined]
-        return self._sorted(texts.parts(self.name)[part][: self.settings[part]])
+        return self._sorted(texts.parts(self.source)[part][: self.settings[part]])
 
     @override
     def loss(self, module: TextClassifier, batch: Batch) -> Tensor:

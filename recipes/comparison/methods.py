@@ -66,6 +66,7 @@ VARIANTS: dict[str, Method] = {
     "efmlora_projected": Method("rho", "rho", lambda config: [EFMLoRA(config["rho"], estimator="projected")]),
     "fmlora_projected": Method("rho", "rho", lambda config: [FMLoRA(config["rho"], estimator="projected")]),
     "efmlora_layer": Method("rho", "layer_rho", lambda config: [EFMLoRA(config["rho"], norm_scope="layer")]),
+    "efmlora_beta01": Method("rho", "rho", lambda config: [EFMLoRA(config["rho"], beta=0.1)]),
     "efmlora_every5": Method("rho", "rho", lambda config: [EFMLoRA(config["rho"], every_n_steps=5)]),
     "fmlora_every5": Method("rho", "rho", lambda config: [FMLoRA(config["rho"], every_n_steps=5)]),
     "fmlora_tangent": Method("rho", "rho", lambda config: [TangentFMLoRA(config["rho"])]),

@@ -22,12 +22,13 @@ _EMOJI_GRIDS: Grids = {
     "layer_rho": (0.003, 0.01, 0.03, 0.1),
 }
 _COMMONSENSE_GRIDS: Grids = {**_TEXT_GRIDS, "rho": (0.03, 0.1, 0.3, 1.0), "layer_rho": (0.01, 0.03, 0.1, 0.3)}
+_LONG_GRIDS: Grids = {**_TEXT_GRIDS, "rho": (1.0, 2.0, 4.0, 8.0), "layer_rho": (0.3, 0.6, 1.2, 2.4)}
 
 
-def _text(name: str, length: int, examples: int, epochs: int) -> Task:
+def _text(name: str, length: int, examples: int, epochs: int, data: str = "", grids: Grids = _TEXT_GRIDS) -> Task:
     sizes = {"examples": examples, "length": length, "epochs": epochs, "batch_size": 8}
     held_out = {"validation": 400, "test": 1000, "sharpness_rho": 1.0, "noise": 0.5}
-    return TextTask(name, sizes | held_out | {"model": "all-MiniLM-L6-v2"}, _TEXT_GRIDS)
+    return TextTask(name, sizes | held_out | {"model": "all-MiniLM-L6-v2"}, grids, data or name)
 
 
 def _emoji() -> Task:
@@ -46,6 +47,7 @@ TASKS: dict[str, Task] = {
         _text("sentiment", length=32, examples=128, epochs=6),
         _text("spam", length=48, examples=64, epochs=10),
         _text("subject", length=32, examples=128, epochs=6),
+        _text("subject_long", length=32, examples=128, epochs=18, data="subject", grids=_LONG_GRIDS),
         _emoji(),
         _commonsense(),
     )
