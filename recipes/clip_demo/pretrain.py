@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import open_clip
 import torch
+from filelock import FileLock
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision import transforms
@@ -68,14 +69,17 @@ def pretrained(settings: Pretraining, data: Folders) -> Path:
     """
     told = json.dumps([asdict(settings), json.loads(CONFIG.read_text())], sort_keys=True)
     folder = cache_dir() / f"emoji-clip-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-    if not (folder / _SCORES).exists():
-        training = folder / "training"
-        trainer, module, loaded = _train(settings, data, training)
-        scores = trainer.validate(module, loaded, verbose=False)[0]
-        write(module, folder)
-        shown = json.dumps({"settings": asdict(settings), **scores}, indent=2)
-        (folder / _SCORES).write_text(shown + "\n")  # last: with it the folder counts as a model
-        shutil.rmtree(training)
+    if (folder / _SCORES).exists():
+        return folder
+    with FileLock(f"{folder}.lock"):  # a second process waits for what the first one trains
+        if not (folder / _SCORES).exists():
+            training = folder / "training"
+            trainer, module, loaded = _train(settings, data, training)
+            scores = trainer.validate(module, loaded, verbose=False)[0]
+            write(module, folder)
+            shown = json.dumps({"settings": asdict(settings), **scores}, indent=2)
+            (folder / _SCORES).write_text(shown + "\n")  # last: with it the folder counts as a model
+            shutil.rmtree(training)
     return folder
 
 

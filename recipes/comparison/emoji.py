@@ -22,6 +22,10 @@ class EmojiTask(Task):
     pretraining = Pretraining()
 
     @override
+    def prepare(self) -> None:
+        pretrained(self.pretraining, emoji.prepare())
+
+    @override
     def module(self, config: Config, full: bool) -> FewShot:
         module = FewShot(
             model=f"local-dir:{pretrained(self.pretraining, emoji.prepare())}",

@@ -23,7 +23,7 @@ class Method:
     Attributes:
         parameter: its own hyper-parameter, the one that is chosen.
         grid: the values to choose from: a name in the task's grids, or the configurations themselves.
-        callbacks: for the Trainer, of a configuration.
+        callbacks: for the Trainer, of a configuration with the run's "seed".
         start: the method whose learning rate it takes; None for those that have their learning rate chosen.
         full: all weights are trained, and no adapter.
     """
@@ -49,6 +49,10 @@ def _balancedness(config: Config, kind: Literal["nBAR", "oBAR"]) -> L.Callback:
     return BalancednessRegularization(CosineRho(config["alpha"], 0.0), kind)
 
 
+def _noise(config: Config) -> list[L.Callback]:
+    return [RandomPerturbation(CosineRho(0.0, config["sigma"]), seed=int(config["seed"]))]
+
+
 _REGULARISED = tuple({"weight_decay": decay, "dropout": dropout} for decay in (0.1, 1.0) for dropout in (0.1, 0.3))
 METHODS: dict[str, Method] = {
     "lora": Method("learning_rate", "learning_rate", start=None),
@@ -56,7 +60,7 @@ METHODS: dict[str, Method] = {
     "efmlora": Method("rho", "rho", lambda config: [EFMLoRA(config["rho"])]),
     "fmlora": Method("rho", "rho", lambda config: [FMLoRA(config["rho"])]),
     "lora_sam": Method("rho", "lora_rho", lambda config: [LoRASAM(config["rho"])]),
-    "flat_lora": Method("sigma", "sigma", lambda config: [RandomPerturbation(CosineRho(0.0, config["sigma"]))]),
+    "flat_lora": Method("sigma", "sigma", _noise),
     "nbar": Method("alpha", "alpha", lambda config: [_balancedness(config, "nBAR")]),
     "obar": Method("alpha", "alpha", lambda config: [_balancedness(config, "oBAR")]),
     "full": Method("learning_rate", "full_learning_rate", start=None, full=True),

@@ -1,6 +1,5 @@
 """Which runs there are, which are done, and which may start now; several processes may work in one folder."""
 
-import fcntl
 import hashlib
 import json
 import time
@@ -9,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
+
+from filelock import FileLock, Timeout
 
 from recipes.clip_demo.run import Row, append
 from recipes.comparison.methods import ALL
@@ -113,14 +114,17 @@ class Plan:
         """Whether this process is the one that does a run; the lock goes with the process, however it ends."""
         claims = self.folder / "claims"
         claims.mkdir(exist_ok=True)
-        with (claims / hashlib.sha256(_name(run.key()).encode()).hexdigest()[:16]).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
+        lock = FileLock(claims / hashlib.sha256(_name(run.key()).encode()).hexdigest()[:16], blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
             self.reload()
             yield _name(run.key()) not in self._rows  # another one may have done it since this one looked
+        finally:
+            lock.release()
 
 
 def choose(rows: Iterable[Row]) -> Config:

@@ -1,5 +1,6 @@
 """The comparison's pictures: gains, sharpness against error, cost against gain, and the curves of the choices."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from recipes.comparison.methods import ALL
 from recipes.comparison.summary import BASELINE, Outcome, of_task, outcomes, sharpness_correlation, tuning
 
 _COLOURS = {name: matplotlib.colormaps["tab20"](place) for place, name in enumerate(ALL)}
-_MARKERS = dict(zip(ALL, "osD^v<>PX*hpd8H", strict=False))
+_MARKERS = dict(zip(ALL, itertools.cycle("osD^v<>PX*hpd8H"), strict=False))
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ class Run:
         task: to train and to be judged on.
         method: a name of the methods.
         config: its configuration.
-        seed: of the examples, of new weights, of the batches and of dropout.
+        seed: of the examples, of new weights, of the batches, of dropout and of a method's own noise.
         part: to be judged on, "validation" to choose a configuration, "test" with the chosen one.
     """
 
@@ -66,13 +66,15 @@ def perform(run: Run) -> Row:
         measures.
     """
     gc.collect()  # the last run's model: its parts point at each other
+    run.task.prepare()
     L.seed_everything(run.seed, verbose=False)
     method = ALL[run.method]
     began, processor = time.perf_counter(), time.process_time()
     module = run.task.module(run.config, method.full)
     times, watch = StepTimes(), Watch()
     memory: list[L.Callback] = [watch] if platform.system() == "Linux" else []
-    trainer = _trainer(run.task.settings["epochs"], [times, *memory, *method.callbacks(run.config)])
+    own = method.callbacks({**run.config, "seed": run.seed})
+    trainer = _trainer(run.task.settings["epochs"], [times, *memory, *own])
     trainer.fit(module, datamodule=run.task.data(run.seed))
     processor = time.process_time() - processor
     module.eval()

@@ -10,7 +10,6 @@ from scipy import stats
 
 from recipes.clip_demo.run import Row
 from recipes.comparison.methods import ALL
-from recipes.comparison.plan import choose
 from recipes.comparison.task import Config
 
 BASELINE = "lora"
@@ -36,7 +35,7 @@ class Outcome:
         accuracy: in percent.
         gain: accuracy minus LoRA's with the same seed, in percentage points; None for LoRA itself and without it.
         p: of a paired t-test over the seeds that the gain is not 0, two-sided, corrected by Holm over the task's
-            methods; None where there is no gain or only one seed.
+            methods; None where there is no gain, only one seed, or the same gain with all seeds.
         cost: processor time of a training step (on a GPU, its time), relative to LoRA's; None without LoRA.
     """
 
@@ -79,7 +78,8 @@ def of_task(rows: Sequence[Row], task: str) -> list[Row]:
 
 def tuning(rows: Sequence[Row], method: str) -> list[tuple[Config, Estimate]]:
     """Of one task, the validation accuracy in percent of each configuration of a method, by its own parameter."""
-    own = [row for row in rows if (row["method"], row["part"]) == (method, "validation")]
+    tried = [row for row in rows if (row["method"], row["part"]) == (method, "validation")]
+    own = _validated(tried, method, tried[-1]["config"]) if tried else []
     configs = sorted((dict(c) for c in {tuple(row["config"].items()) for row in own}), key=lambda c: list(c.values()))
     return [(config, estimate([100 * r["accuracy"] for r in own if r["config"] == config])) for config in configs]
 
@@ -122,25 +122,32 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def _outcome(rows: Sequence[Row], method: str) -> Outcome | None:
+    """With the configuration that the last run on the test part had: what the plan had chosen by then."""
     own = [row for row in rows if row["method"] == method]
-    validated = [row for row in own if row["part"] == "validation"]
-    if not validated:
+    tested = [row for row in own if row["part"] == "test"]
+    if not tested:
         return None
-    config = choose(validated)
-    runs = {row["seed"]: row for row in own if row["part"] == "test" and row["config"] == config}
-    if not runs:
-        return None
+    config = tested[-1]["config"]
+    runs = {row["seed"]: row for row in tested if row["config"] == config}
     accuracies = [100 * row["accuracy"] for row in runs.values()]
-    return Outcome(method, config, _edge(method, config, validated), runs, estimate(accuracies))
+    return Outcome(method, config, _edge(own, method, config), runs, estimate(accuracies))
 
 
-def _edge(method: str, config: Config, validated: Sequence[Row]) -> str:
+def _edge(rows: Sequence[Row], method: str, config: Config) -> str:
     """The end of the grid at which the chosen value lies; nothing where two hyper-parameters are chosen at once."""
-    parameter = ALL[method].parameter
+    parameter, validated = ALL[method].parameter, _validated(rows, method, config)
     values = sorted({row["config"][parameter] for row in validated})
     if len(values) < 2 or len(values) < len({tuple(row["config"].items()) for row in validated}):
         return ""
     return {values[0]: "lowest", values[-1]: "highest"}.get(config[parameter], "")
+
+
+def _validated(rows: Sequence[Row], method: str, config: Config) -> list[Row]:
+    """What a configuration was chosen among, all at one learning rate where the method takes it from another one."""
+    own = [row for row in rows if (row["method"], row["part"]) == (method, "validation")]
+    if ALL[method].start is None:
+        return own
+    return [row for row in own if row["config"].get("learning_rate") == config.get("learning_rate")]
 
 
 def _compared(outcome: Outcome, base: dict[int, Row], p: float | None) -> Outcome:
@@ -164,6 +171,6 @@ def _p_value(runs: dict[int, Row], base: dict[int, Row]) -> float | None:
     if len(seeds) < 2:
         return None
     pairs = [(runs[seed]["accuracy"], base[seed]["accuracy"]) for seed in seeds]
-    if len({own - other for own, other in pairs}) == 1:  # no spread: the statistic is 0 / 0 or infinite
-        return 1.0 if pairs[0][0] == pairs[0][1] else 0.0
+    if len({round(own - other, 9) for own, other in pairs}) == 1:  # no spread, so the statistic says nothing
+        return 1.0 if pairs[0][0] == pairs[0][1] else None
     return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)

@@ -56,6 +56,9 @@ class Task(ABC):
             self._held_out[part] = self.read(trainer, part)
         return self._held_out[part]
 
+    def prepare(self) -> None:  # noqa: B027 - most tasks have nothing to make
+        """Make, once, what a run needs beside its data, before the run's seed is set."""
+
     @abstractmethod
     def module(self, config: Config, full: bool) -> RecipeModule:
         """The module with its network inside, ready to train.

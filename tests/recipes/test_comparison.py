@@ -18,6 +18,7 @@ from recipes.clip_demo import emoji
 from recipes.clip_demo.pretrain import Pretraining
 from recipes.comparison import __main__ as command
 from recipes.comparison import plan as planning
+from recipes.comparison import plot as plotting
 from recipes.comparison.__main__ import main
 from recipes.comparison.classification import TextTask
 from recipes.comparison.commonsense import CommonsenseTask
@@ -50,9 +51,18 @@ def only_this(task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [name for name in ALL if ALL[name].parameter in ("rho", "sigma", "alpha")])
 def test_the_hyper_parameter_arrives_in_the_callback(name: str) -> None:
     method = ALL[name]
-    (callback,) = method.callbacks({"learning_rate": 1.0, method.parameter: 0.7})
+    (callback,) = method.callbacks({"learning_rate": 1.0, method.parameter: 0.7, "seed": 3})
     assert callback.rho in (ConstantRho(0.7), CosineRho(0.7, 0.0), CosineRho(0.0, 0.7))  # type: ignore[attr-defined]
     assert isinstance(callback.rho, ConstantRho) == (method.parameter == "rho")  # type: ignore[attr-defined]
+
+
+def test_random_noise_follows_the_seed_of_the_run() -> None:
+    (callback,) = ALL["flat_lora"].callbacks({"sigma": 0.1, "seed": 3})
+    assert callback.seed == 3  # type: ignore[attr-defined]
+
+
+def test_every_method_has_a_marker_and_a_colour() -> None:
+    assert set(plotting._MARKERS) == set(plotting._COLOURS) == set(ALL)
 
 
 def test_variants_differ_from_their_method() -> None:
@@ -273,6 +283,11 @@ def test_other_models_run_too(name: str, request: pytest.FixtureRequest) -> None
         assert math.isfinite(flat[entry]), entry
     assert math.isfinite(full["full_sharpness"])
     assert flat["train_loss"] != full["train_loss"]
+
+
+def test_the_run_that_trains_the_model_first_is_the_run_that_finds_it(pictures: EmojiTask) -> None:
+    run = Run(pictures, "lora", {"learning_rate": 1e-2}, 3, "validation")
+    assert perform(run)["loss"] == perform(run)["loss"]
 
 
 def test_answers_are_judged_as_in_their_own_recipe(questions: CommonsenseTask) -> None:

@@ -112,6 +112,26 @@ def test_equal_runs_are_no_difference(rows: list[Row]) -> None:
     assert by_name(same)["full"].p == 1.0
 
 
+def test_equal_gains_with_all_seeds_have_no_spread_to_test_with(rows: list[Row]) -> None:
+    shifted = [{**r, "method": "full", "accuracy": r["accuracy"] + 0.001} for r in rows if r["method"] == "lora"]
+    outcome = by_name([r for r in rows if r["method"] == "lora"] + shifted)["full"]
+    assert outcome.gain.mean == pytest.approx(0.1)
+    assert outcome.p is None
+
+
+def test_a_method_tuned_again_at_a_new_learning_rate_is_compared_with_that_one(rows: list[Row]) -> None:
+    rate = 4e-3  # LoRA's grid was extended, and the methods that take its rate over are tuned again, worse than before
+    own = [row("lora", {"learning_rate": rate}, s, 0.9) for s in (100, 101)]
+    own += [row("lora", {"learning_rate": rate}, s, a) for s, a in enumerate(LORA)]
+    own += [row("efmlora", {"learning_rate": rate, "rho": r}, s, 0.3 * r) for r in (0.5, 1.0) for s in (100, 101)]
+    own += [row("efmlora", {"learning_rate": rate, "rho": 1.0}, s, a) for s, a in enumerate(EFMLORA)]
+    found = by_name(rows + own)
+    assert found["lora"].config == {"learning_rate": rate}
+    assert found["efmlora"].config == {"learning_rate": rate, "rho": 1.0}
+    assert found["efmlora"].edge == "highest"
+    assert [config["learning_rate"] for config, _ in tuning(rows + own, "efmlora")] == [rate, rate]
+
+
 def test_edges_of_the_grid_are_told(rows: list[Row]) -> None:
     found = by_name(rows)
     assert found["lora"].edge == ""
