@@ -14,6 +14,7 @@ from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.two_passes import (
     ends_window,
     loss_of,
+    own_containers,
     put_back_gradients,
     random_state,
     silenced_log,
@@ -149,7 +150,7 @@ class FMLoRAModule(LightningModule):
         """The ascent at the clean B, then the descent's gradient at B + E; returns the clean pass's output."""
         perturbation, parameters = self._driver.perturbation, self._driver.parameters
         assert perturbation is not None
-        put_back_random_state = random_state(self.device)
+        put_back_random_state, kept = random_state(self.device), own_containers(batch)
         taken = take_gradients(parameters)
         # A backward that synchronises would make DDP forget which parameters the window has used so far.
         averages = self.accumulate_grad_batches > 1 and isinstance(self.trainer.strategy, DDPStrategy)
@@ -163,7 +164,7 @@ class FMLoRAModule(LightningModule):
         put_back_gradients(parameters, taken)
         put_back_random_state()
         with self._driver.descending(), silenced_log(self):
-            if loss_of(self._one_pass(batch, batch_idx, sync=last), "compute_loss") is None:
+            if loss_of(self._one_pass(kept, batch_idx, sync=last), "compute_loss") is None:
                 raise RuntimeError("compute_loss returned None in the second pass, but a loss in the first")
         return output
 

@@ -18,6 +18,7 @@ from lightning_flatlora.callbacks.two_passes import (
     ends_window,
     loss_of,
     nothing,
+    own_containers,
     put_back_gradients,
     random_state,
     silenced_log,
@@ -31,9 +32,10 @@ class TwoPasses(FlatLoRACallback):
     """Base of the callbacks that take a step's gradient a second time, at perturbed weights.
 
     The first pass's gradient gives the perturbation, the second's is the one that the optimizer sees. Both passes draw
-    the same dropout masks; the loss is logged and returned from the first, the clean one. Hooks around backward fire
-    twice, and whatever a training_step updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes.
-    Under gradient accumulation each micro-batch has its own ascent. Subclasses say what is perturbed, and how.
+    the same dropout masks and see the same batch, but for what the first writes into its tensors; the loss is logged
+    and returned from the first, the clean one. Hooks around backward fire twice, and whatever a training_step updates
+    beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes. Under gradient accumulation each micro-batch
+    has its own ascent. Subclasses say what is perturbed, and how.
     """
 
     def __init__(self, rho: float | RhoSchedule, *, sync_ascent: bool = True, **settings: Any) -> None:
@@ -86,7 +88,7 @@ class TwoPasses(FlatLoRACallback):
         if self.is_refresh_step and self.current_rho(trainer) > 0:
             takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
             self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
-            self._cancel = at_training_step(pl_module, lambda: self._remember_random_state(pl_module))
+            self._cancel = at_training_step(pl_module, lambda: self._remember_step(pl_module))
             if self._stays_local(trainer) and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
                 self._kept_local.enter_context(trainer.strategy.block_backward_sync())  # type: ignore[attr-defined]
 
@@ -142,7 +144,8 @@ class TwoPasses(FlatLoRACallback):
         super().on_exception(trainer, pl_module, exception)
         self._forget_batch()
 
-    def _remember_random_state(self, pl_module: LightningModule) -> None:
+    def _remember_step(self, pl_module: LightningModule) -> None:
+        self._step_arguments = own_containers(self._step_arguments)
         self._put_back_random_state = random_state(pl_module.device)
 
     def _forget_batch(self) -> None:

@@ -1,8 +1,9 @@
 """The tools of a step with two passes: set gradients aside, draw the same dropout masks again, log once."""
 
+import copy
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +36,24 @@ def put_back_gradients(parameters: Iterable[nn.Parameter], taken: list[tuple[nn.
             parameter.grad.copy_(accumulated[id(parameter)])
         else:
             parameter.grad = None
+
+
+def own_containers(batch: Any) -> Any:
+    """The same tensors in dicts, lists and tuples of its own: a pass that pops a key takes nothing from the next one.
+
+    What a pass writes into a tensor, the next one sees.
+
+    Example:
+        >>> batch = {"x": 1, "more": [2]}
+        >>> own = own_containers(batch)
+        >>> batch.pop("x"), batch["more"].pop(), own
+        (1, 2, {'x': 1, 'more': [2]})
+    """
+    if type(batch) in (list, tuple):
+        return type(batch)(map(own_containers, batch))
+    if type(batch) is dict:
+        return {key: own_containers(value) for key, value in batch.items()}
+    return copy.copy(batch) if isinstance(batch, MutableMapping) else batch  # as transformers' BatchEncoding
 
 
 def random_state(device: torch.device) -> Callable[[], None]:

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, TwoPassClassifier, build, fit, make_loader
+from helpers import Classifier, TwoPassClassifier, build, fit, make_dataset, make_loader, make_net
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, default_collate
+from transformers import BatchEncoding
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
+from lightning_flatlora.baselines import LoRASAM
 from lightning_flatlora.callbacks.two_passes import put_on_instance
 
 
@@ -23,6 +26,50 @@ def test_put_on_instance_restores_what_was_there() -> None:
     put_back()
     put_back()
     assert module.log is repr
+
+
+def taking(kind: str) -> Any:
+    """A batch of the kind that a training_step takes apart."""
+
+    def collate(samples: Any) -> Any:
+        inputs, labels, factor = default_collate(samples)
+        if kind == "dict":
+            return {"inputs": inputs, "labels": labels, "factor": factor}
+        if kind == "nested":
+            return {"inputs": inputs}, [factor, labels]
+        return BatchEncoding({"inputs": inputs, "labels": labels, "factor": factor})
+
+    return collate
+
+
+def emptied(batch: Any) -> Any:
+    """The inputs, labels and factors, popped out of the batch."""
+    if isinstance(batch, tuple):
+        labels, factor = batch[1].pop(), batch[1].pop()
+        return batch[0].pop("inputs"), labels, factor
+    return tuple(batch.pop(name) for name in ("inputs", "labels", "factor"))
+
+
+@pytest.mark.parametrize("kind", ["dict", "nested", "encoding"])
+@pytest.mark.parametrize("front_end", ["fmlora", "module", "lora_sam"])
+def test_a_step_may_take_its_batch_apart(tmp_path: Any, front_end: str, kind: str) -> None:
+    class Popping(Classifier):
+        def loss(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+            return super().loss(emptied(batch), batch_idx)
+
+    class TwoPassPopping(TwoPassClassifier):
+        def loss(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+            return super().loss(emptied(batch), batch_idx)
+
+    trained = []
+    for classes, collate in (((Classifier, TwoPassClassifier), None), ((Popping, TwoPassPopping), taking(kind))):
+        name = "plain" if front_end == "lora_sam" else front_end
+        module, callbacks, more = build(name, net=make_net(), classes=classes)
+        callbacks += [LoRASAM(0.5)] * (front_end == "lora_sam")
+        loader = DataLoader(make_dataset(16), batch_size=4, collate_fn=collate)
+        fit(tmp_path, module, callbacks, loader=loader, **more)
+        trained.append([parameter.detach().clone() for parameter in module.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
 
 
 @pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
