@@ -1,6 +1,7 @@
 """Curvature of the loss over LoRA's factors: the Hessian's largest eigenvalue and trace, by products with vectors."""
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -69,8 +70,9 @@ def top_eigenvalue(
         seed: of the first vector; no global generator is used.
 
     Returns:
-        Nats over squared units of the factors, shape (), float64; nan where it has not converged. Memory: 20 vectors of
-        the factors' size in float64 on the CPU. About 20 (restarts: up to 200) Hessian-vector products of three passes.
+        Nats over squared units of the factors, shape (), float64; nan where it has not converged or a product with the
+        Hessian is not finite. Memory: 20 vectors of the factors' size in float64 on the CPU. About 20 (restarts: up to
+        200) Hessian-vector products of three passes.
 
     Raises:
         ImportError: scipy is missing.
@@ -83,10 +85,15 @@ def top_eigenvalue(
     linalg = _scipy_linalg()
     parameters = list(parameters)
     size = sum(parameter.numel() for parameter in parameters)
+    norms: list[float] = []
 
     def matvec(x: Any) -> Any:
         product = hessian_product(loss, parameters, _split(torch.as_tensor(x).flatten(), parameters))
-        return torch.cat([part.flatten().double().cpu() for part in product]).numpy()
+        flat = torch.cat([part.flatten().double().cpu() for part in product])
+        norms.append(float(flat.norm()))
+        if not isfinite(norms[-1]):  # what ARPACK itself would say, after lines of LAPACK on the screen
+            raise linalg.ArpackError(-9999)
+        return flat.numpy()
 
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
     operator = linalg.LinearOperator((size, size), matvec=matvec, dtype=start.dtype)
@@ -101,8 +108,8 @@ def top_eigenvalue(
             maxiter=restarts,
             return_eigenvectors=False,
         )
-    except linalg.ArpackNoConvergence:
-        found = [torch.nan]
+    except linalg.ArpackError:  # it needs a product that is not zero
+        found = [0.0 if set(norms) == {0.0} else torch.nan]
     return torch.tensor(float(found[0]), dtype=torch.float64)
 
 

@@ -35,7 +35,9 @@ def condition_number(X: Tensor) -> Tensor:
 
     .. math:: \sigma_{\max}(X) / \sigma_{\min}(X)
 
-    Infinite where the rank is not full, which includes X = 0 (B at the start).
+    Infinite where the rank is not full but for the rounding of X's entries, which includes X = 0 (B at the start):
+    where :math:`\sigma_{\min} \le \epsilon\,\sqrt{\min(\text{rows}, \text{columns})}\,\sigma_{\max}`, epsilon that of
+    X's dtype. nan where X is not finite.
 
     Args:
         X: A or B, shape (L, rows, columns).
@@ -47,9 +49,11 @@ def condition_number(X: Tensor) -> Tensor:
         >>> condition_number(torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]))
         tensor([3., inf], dtype=torch.float64)
     """
-    values = torch.linalg.svdvals(_wide(X))
-    smallest = values[..., -1]
-    return torch.where(smallest > 0, values[..., 0] / smallest, torch.inf)
+    finite = X.isfinite().all(-1).all(-1)
+    values = torch.linalg.svdvals(_wide(X).where(finite[..., None, None], 0.0))  # it raises on what is not finite
+    largest, smallest = values[..., 0], values[..., -1]
+    rounding = torch.finfo(X.dtype).eps * min(X.shape[-2:]) ** 0.5 * largest
+    return torch.where(smallest > rounding, largest / smallest, torch.inf).where(finite, torch.nan)
 
 
 def inner_product(E1: Tensor, E2: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
@@ -102,7 +106,7 @@ def cosine(E1: Tensor, E2: Tensor, A: Tensor) -> Tensor:
 
     .. math:: \frac{\langle s E_1 A, s E_2 A\rangle}{\|s E_1 A\|_F\,\|s E_2 A\|_F}
 
-    0 where one of them is zero, as Ê is before the first refresh.
+    0 where one of them is zero, as Ê is before the first refresh; nan where one is not finite.
 
     Args:
         E1: shape (L, n, r).
@@ -127,7 +131,7 @@ def cosine_of(product: Tensor, square1: Tensor, square2: Tensor) -> Tensor:
         tensor([0.5000, 0.0000])
     """
     norms = square1.clamp_min(0).sqrt() * square2.clamp_min(0).sqrt()
-    return torch.where(norms > 0, product / norms, 0.0).clamp(-1, 1)
+    return torch.where(norms == 0, 0.0, product / norms).clamp(-1, 1)
 
 
 def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> Tensor:
@@ -136,7 +140,7 @@ def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Ten
     .. math:: \frac{\|B^\top G_B - G_A A^\top\|_F}{\|B^\top G_B\|_F + \|G_A A^\top\|_F}
 
     Both sides are :math:`s B^\top G A^\top`, so it is rounding alone, unless a factor is used in another product too or
-    the gradients were taken at other weights. 0 where both sides are (B = 0).
+    the gradients were taken at other weights. 0 where both sides are (B = 0), nan where a gradient is not finite.
 
     Args:
         A: shape (L, r, m).
@@ -154,7 +158,7 @@ def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Ten
     """
     left, right = _wide(B).mT @ _wide(grad_B), _wide(grad_A) @ _wide(A).mT
     size = torch.linalg.matrix_norm(left) + torch.linalg.matrix_norm(right)
-    return torch.where(size > 0, torch.linalg.matrix_norm(left - right) / size, 0.0)
+    return torch.where(size == 0, 0.0, torch.linalg.matrix_norm(left - right) / size)
 
 
 def _wide(X: Tensor) -> Tensor:

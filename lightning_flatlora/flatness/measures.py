@@ -147,7 +147,7 @@ def _condition(point: Point) -> Values:
 
 def _radius(point: Point) -> Values:
     fresh = fresh_perturbation(point.perturbation, point.rho, point.slope)
-    realised = radii(point.pairs, read(point.perturbation, fresh))
+    realised = radii(point.pairs, read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
     return {"radius": realised / point.rho if point.rho > 0 else realised}
 
 

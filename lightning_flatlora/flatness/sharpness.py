@@ -136,7 +136,7 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope 
     with clean(pairs):
         at = at or slope(loss, factors(pairs))
         norm = torch.nn.utils.get_total_norm(at.gradients)
-        with _moved(at, torch.where(norm > 0, rho / norm, 0.0)):
+        with _moved(at, torch.where(norm == 0, 0.0, rho / norm)):
             return Sharpness(at.loss, value(loss))
 
 
@@ -152,7 +152,8 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope 
         at: the loss and gradient at the clean weights, where they are known already.
 
     Returns:
-        :class:`EMASharpness`. Four passes: forward, backward, two forwards.
+        :class:`EMASharpness`; nan in what E enters where the gradient is not finite. Four passes: forward, backward,
+        two forwards.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -167,6 +168,7 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope 
         at = at or slope(loss, factors(perturbation.pairs))
         fresh = fresh_perturbation(perturbation, rho, at)
         similarity = full_cosine(perturbation.pairs, read(perturbation), read(perturbation, fresh))
+        similarity = similarity.where(fresh.finite, torch.nan)
         with perturbation.applied():
             at_average = value(loss)
         return EMASharpness(at.loss, at_average, _at_fresh(loss, perturbation, fresh), similarity)

@@ -136,8 +136,8 @@ def _base_model(base: str, task: str, saved: Weights, options: Options, tokenize
         )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # as peft's AutoPeftModel does
         model.resize_token_embeddings(len(tokenizer))
-    if model.config.pad_token_id is None:  # a decoder that classifies looks for the last token that is not padding
-        model.config.pad_token_id = padding(tokenizer)
+    # A decoder that classifies looks for the last token that is not padding, of which rows get the tokenizer's.
+    model.config.get_text_config().pad_token_id = padding(tokenizer)
     return model
 
 

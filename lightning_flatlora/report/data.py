@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
     for number, row in enumerate(rows):
         try:
             examples.append(encode(*(row[column] for column in columns)))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
             raise ReportError(f"--data: example {number} of those drawn: {first_line(error)}") from error
     examples = [example for example in examples if example.terms]
     if not examples:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_flatlora.flatness import Loss, MeanLoss, factors, slope
-from lightning_flatlora.pairs import NoPairsError, find_pairs
+from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.report import landscape, numbers
 from lightning_flatlora.report.adapters import Adapted, base_of, load, task_of
@@ -41,7 +41,8 @@ def measure(options: Options) -> list[Measured]:
     """Every adapter's numbers and landscape; one model at a time is in memory.
 
     Raises:
-        ReportError: an adapter or the data can't be used; what can be told without a model is told first.
+        ReportError: an adapter or the data can't be used, which is told before the first is measured, and what can be
+            told without a model before that; or a loss is not finite.
     """
     rows = read_rows(options)
     for folder in options.adapter:
@@ -50,24 +51,33 @@ def measure(options: Options) -> list[Measured]:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bars = [progress.add_task(folder.label, total=None, start=False) for folder in options.adapter]
+        for folder in options.adapter[1:]:  # whether they fit; the first is loaded before all measuring anyway
+            _load(folder, rows, options)
         return [_measure_one(*one, rows, options, progress) for one in zip(options.adapter, bars, strict=True)]
 
 
 def _measure_one(folder: AdapterFolder, bar: TaskID, rows: list[Row], options: Options, progress: Progress) -> Measured:
-    adapted = load(folder, options)
-    loss, terms = mean_loss(adapted, rows, options)
+    adapted, search, loss, terms = _load(folder, rows, options)
     progress.start_task(bar)
     progress.update(bar, total=(numbers.passes(options) + landscape.passes(options)) * len(loss.losses))
-    try:
-        measured = _measured(adapted, folder, _counted(loss, lambda: progress.advance(bar)), terms, options)
-    except NoPairsError as error:
-        raise ReportError(f"--adapter {folder.path}: {error}") from error
+    measured = _measured(adapted, search, folder, _counted(loss, lambda: progress.advance(bar)), terms, options)
     progress.update(bar, total=1, completed=1)  # how many products an eigenvalue takes is known only now
     return measured
 
 
-def _measured(adapted: Adapted, folder: AdapterFolder, loss: MeanLoss, terms: int, options: Options) -> Measured:
-    search = find_pairs(adapted.model)
+def _load(folder: AdapterFolder, rows: list[Row], options: Options) -> tuple[Adapted, PairSearch, MeanLoss, int]:
+    """An adapter, its pairs, its loss and over how many terms that is; here it is told that they don't fit."""
+    adapted = load(folder, options)
+    try:
+        search = find_pairs(adapted.model)
+    except NoPairsError as error:
+        raise ReportError(f"--adapter {folder.path}: {error}") from error
+    return adapted, search, *mean_loss(adapted, rows, options)
+
+
+def _measured(
+    adapted: Adapted, search: PairSearch, folder: AdapterFolder, loss: MeanLoss, terms: int, options: Options
+) -> Measured:
     noise, left_out = _noise(adapted.model, search.left_out)
     pairs, perturbation, unit = search.pairs, Perturbation(search.pairs), UNITS[adapted.task]
     at = slope(loss, factors(pairs))

@@ -193,6 +193,22 @@ def test_gradients_and_weights_are_the_same_tensors(tmp_path: Any, front_end: st
     assert any(grad is not None for grad in before.seen[0][3])
 
 
+@pytest.mark.parametrize("measures", [None, ALL_BUT_EMA], ids=["default", "all"])
+def test_a_run_whose_loss_turns_nan_ends_as_it_does_without_it(tmp_path: Any, measures: list[str] | None) -> None:
+    class Diverges(Classifier):
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            return super().loss(batch, batch_idx) * (1.0 if self.global_step < 3 else math.nan)
+
+    ends, logger = [], Recorder()
+    for monitors in ([], [FlatnessMonitor(rho=0.1, every_n_steps=1, measures=measures, samples=2)]):
+        module = Diverges()
+        trainer = fit(tmp_path, module, monitors, max_epochs=1, logger=logger, log_every_n_steps=1)
+        ends.append((trainer.global_step, weights(module), torch.get_rng_state()))
+    assert same(*ends)
+    assert len(logger.measured) == 6
+    assert all(math.isnan(value) for value in logger.measured[-1].values())
+
+
 # -- what it logs
 
 

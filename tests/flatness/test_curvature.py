@@ -83,6 +83,19 @@ def test_an_eigenvalue_that_does_not_converge_is_nan() -> None:
     assert found.isnan()
 
 
+def test_a_hessian_of_zeros_has_the_eigenvalue_zero() -> None:
+    w = nn.Parameter(torch.zeros(30))
+    assert top_eigenvalue(lambda: w.sum(), [w]) == 0
+    assert top_eigenvalue(lambda: (w - 1).relu().square().sum(), [w]) == 0, "saturated"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_hessian_that_is_not_finite_has_no_eigenvalue(value: float, capfd: pytest.CaptureFixture[str]) -> None:
+    w = nn.Parameter(torch.ones(30))
+    assert top_eigenvalue(lambda: w[1:].square().sum() + value * w[0].square(), [w]).isnan()
+    assert capfd.readouterr() == ("", ""), "LAPACK complains of nan on the screen"
+
+
 def test_the_trace_is_within_its_standard_error() -> None:
     quadratic = Quadratic()
     parameters = factors(quadratic.pairs)

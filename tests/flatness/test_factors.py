@@ -57,6 +57,38 @@ def test_conditions_as_bad_as_adams_first_update_are_seen() -> None:
     assert condition_number(torch.zeros(N, R)) == torch.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_rank_that_is_full_by_rounding_alone_is_not_full(dtype: torch.dtype) -> None:
+    deficient = (random(64, 2) @ random(2, 4)).to(dtype)
+    assert torch.linalg.svdvals(deficient.double())[-1] > 0
+    assert condition_number(deficient) == torch.inf
+    assert condition_number(deficient.mT) == torch.inf
+    wide = random(4, 1024).to(dtype)
+    torch.testing.assert_close(condition_number(wide), torch.linalg.cond(wide.double()))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_factor_that_is_not_finite_has_no_condition(value: float) -> None:
+    X = random(L, N, R)
+    expected = condition_number(X)
+    X[1, 2, 1] = value
+    expected[1] = torch.nan
+    torch.testing.assert_close(condition_number(X), expected, rtol=0, atol=0, equal_nan=True)
+    assert condition_number(X[1]).isnan()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_has_neither_a_cosine_nor_a_residual(value: float) -> None:
+    E, A, B, G = random(L, N, R), random(L, R, M), random(L, N, R), random(L, N, M)
+    broken, grad_A, grad_B = E.clone(), B.mT @ G, G @ A.mT
+    broken[1, 2, 1] = grad_B[1, 2, 1] = value
+    expected = [False, True, False]
+    for other in (E, broken, torch.zeros_like(E)):
+        assert cosine(broken, other, A).isnan().tolist() == expected
+        assert cosine(other, broken, A).isnan().tolist() == expected
+    assert gradient_identity_residual(A, B, grad_A, grad_B).isnan().tolist() == expected
+
+
 def test_the_gradients_of_one_product_agree_and_others_do_not() -> None:
     A, B, G = random(L, R, M), random(L, N, R), random(L, N, M)
     grad_A, grad_B = B.mT @ G, G @ A.mT

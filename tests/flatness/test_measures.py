@@ -95,6 +95,17 @@ def test_frozen_factors_are_left_alone() -> None:
     assert found["lora_sharpness"] > 0
 
 
+def test_what_needs_a_gradient_is_nan_where_that_is_not_finite() -> None:
+    """Of a loss that is finite itself, whose rise along E = 0 would be 0."""
+    quadratic = Quadratic()
+    point = point_of(quadratic, lambda: quadratic.loss() + (0 * quadratic.loss()).sqrt())
+    found = measure(point, MEASURES, per_layer=True)
+    without = {"loss", "ema_sharpness", "expected_sharpness", "expected_sharpness_error"}
+    of_factors = ("balancedness", "condition")
+    for name, value in found.items():
+        assert value.isnan() != (name in without or name.startswith(of_factors)), name
+
+
 def test_all_of_them_leave_everything_as_it_was() -> None:
     quadratic = Quadratic()
     point = point_of(quadratic)

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from report_models import make_tokenizer, write_rows
+from report_models import make_tokenizer, save_adapter, save_base, write_rows
 from torch.nn.functional import cross_entropy
 
 from lightning_flatlora.report.adapters import Adapted, load
@@ -104,6 +104,20 @@ def test_classes_by_number_and_by_name(classifiers: tuple[Path, Path], texts: Pa
     assert mean_loss(adapted, named, settings)[0]().item() == loss().item()
 
 
+def test_a_classifiers_rows_are_padded_with_what_it_takes_for_padding(texts: Path, tmp_path: Path) -> None:
+    """The base's configuration names another token, as where a user has set the tokenizer's."""
+    base = save_base(tmp_path / "base")
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "<unk>"
+    tokenizer.save_pretrained(base)
+    adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS"), texts)
+    rows = read_rows(options(tmp_path / "adapter", texts))
+    alone, together = (
+        mean_loss(adapted, rows, options(tmp_path / "adapter", texts, batch_size=size))[0]().item() for size in (1, 4)
+    )
+    assert together == pytest.approx(alone, rel=1e-10)
+
+
 def test_what_is_too_long_is_cut_and_what_counts_no_token_left_out(
     adapted: Adapted, adapters: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -149,6 +163,18 @@ def test_a_template_that_rewrites_and_one_that_is_missing(
     adapted.tokenizer.chat_template = None
     with pytest.raises(ReportError, match="has no chat template"):
         mean_loss(adapted, [{"messages": messages}], options(adapters[0], texts))
+
+
+def test_a_template_that_refuses_a_conversation(adapted: Adapted, adapters: tuple[Path, Path], texts: Path) -> None:
+    adapted.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
+    answer = {"role": "assistant", "content": "c"}
+    rows = [{"messages": [user, answer]}, {"messages": [system, user, answer]}]
+    with pytest.raises(ReportError, match=r"^--data: example 1 of those drawn: TemplateError: System role"):
+        mean_loss(adapted, rows, options(adapters[0], texts))
 
 
 def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The command from beginning to end: the files it writes, the numbers in them, and what it leaves alone."""
 
 import hashlib
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from report_models import save_adapter
+from report_models import save_adapter, save_base
 from safetensors.torch import load_file, save_file
 
 from lightning_flatlora import Perturbation, find_pairs
@@ -17,6 +19,7 @@ from lightning_flatlora.flatness import (
     sam_sharpness,
     top_eigenvalue,
 )
+from lightning_flatlora.report import numbers
 from lightning_flatlora.report.adapters import load
 from lightning_flatlora.report.data import mean_loss, read_rows
 from lightning_flatlora.report.directions import loss_at, random_direction, seeds
@@ -177,6 +180,48 @@ def test_columns_are_checked_before_a_model_is_loaded(adapters: tuple[Path, Path
     data.write_text('{"question": "a"}\n')
     with pytest.raises(SystemExit, match="--data has the columns question; a CAUSAL_LM adapter needs"):
         main(arguments(adapters, data, "--base", str(tmp_path / "nowhere")))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    ("layers", "more", "says"),
+    [
+        (2, {"classes": 2}, "label must be a number from 0 to 1"),
+        (3, {}, "trained on another base"),
+        (2, {"target_modules": ["embed_tokens"]}, "no LoRA pair to perturb"),
+    ],
+    ids=["other classes", "other base", "no pairs"],
+)
+def test_all_adapters_are_checked_before_the_first_is_measured(
+    layers: int,
+    more: dict[str, Any],
+    says: str,
+    classifiers: tuple[Path, Path],
+    base: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    second = save_adapter(tmp_path / "second", save_base(tmp_path / "base", layers=layers), task="SEQ_CLS", **more)
+    monkeypatch.setattr(numbers, "measure_numbers", lambda *args: pytest.fail("the first was measured"))
+    with pytest.raises(SystemExit, match=f"error: .*{says}"):
+        main(arguments((classifiers[0], second), texts, "--base", str(base), "--output", str(tmp_path / "report")))
+
+
+def test_one_model_at_a_time_is_in_memory(
+    adapters: tuple[Path, Path], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+
+    def watched(*args: Any) -> Any:
+        assert not any(model() for model in models)
+        adapted = load(*args)
+        models.append(weakref.ref(adapted.model))
+        return adapted
+
+    monkeypatch.setattr("lightning_flatlora.report.run.load", watched)
+    assert len(measure(parse(arguments(adapters, texts, "--no-curvature", "--no-surface")))) == 2
+    assert len(models) >= 2
 
 
 def test_an_output_that_can_not_be_written(adapters: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
