@@ -105,7 +105,7 @@ def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print tables, write JSON and a plot, and return what was written."""
     options = _options(arguments)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     device = "cuda" if options.accelerator == "cuda" else "cpu"

@@ -112,6 +112,7 @@ def _llama(layers: int, width: int, heads: int, **other: Any) -> LlamaConfig:
     return LlamaConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, **other)
 
 
+_QV_VIT = ("q_proj", "v_proj", "query", "value")  # as transformers names them now and did before
 _QUERY_VALUE, _QKV_GPT2, _QV_LLAMA = ("query", "value"), ("c_attn",), ("q_proj", "v_proj")
 _ROBERTA: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
@@ -127,7 +128,7 @@ WORKLOADS: dict[str, Workload] = {
         RobertaConfig(**_ROBERTA, intermediate_size=4096, vocab_size=50265), _QUERY_VALUE, batch=8, length=64
     ),
     "gpt2-medium": Workload(GPT2Config(n_embd=1024, n_layer=24, n_head=16), _QKV_GPT2, batch=4, length=64),
-    "vit-b16": Workload(ViTConfig(), _QUERY_VALUE, batch=4, length=0),
+    "vit-b16": Workload(ViTConfig(), _QV_VIT, batch=4, length=0),
     # two layers of a 7B model's shapes: what a layer costs is what all cost
     "llama-7b-layers": Workload(
         _llama(2, 4096, 32, intermediate_size=11008, vocab_size=1024), _QV_LLAMA, batch=1, length=128

@@ -14,6 +14,7 @@ pytest.importorskip("rich", reason="the recipes' dependencies are not installed"
 
 from transformers import AutoModel
 
+from lightning_flatlora import find_pairs
 from recipes.benchmarks import memory
 from recipes.benchmarks.methods import METHODS
 from recipes.benchmarks.step import main
@@ -73,6 +74,13 @@ def test_workloads_are_of_the_sizes_they_are_named_after() -> None:
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {
         "minilm": 23, "smollm2": 135, "roberta-large": 355, "gpt2-medium": 355, "vit-b16": 86,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
+    with torch.device("meta"):
+        pairs = find_pairs(WORKLOADS[name].varied("layers", 2).network()).pairs
+    assert len(pairs) == 2 * (1 if name == "gpt2-medium" else 2)  # GPT-2 has q, k and v in one
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
