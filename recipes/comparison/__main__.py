@@ -25,7 +25,7 @@ from recipes.comparison.table import tables
 from recipes.comparison.tasks import TASKS
 from recipes.demo.__main__ import quiet
 
-_WIDTH = 140
+_WIDTH = 180
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,10 +16,16 @@ BASELINE = "lora"
 
 
 class Estimate(NamedTuple):
-    """A mean and its standard error; nan where there are too few values."""
+    """A mean of some values and its standard error, nan where there is but one."""
 
     mean: float
     error: float
+    values: int
+
+    @property
+    def interval(self) -> float:
+        """Half the width of the 95 % confidence interval, by Student's t."""
+        return float(self.error * stats.t.ppf(0.975, self.values - 1)) if self.values > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Outcome:
         p: of a paired t-test over the seeds that the gain is not 0, two-sided, corrected by Holm over the task's
             methods; None where there is no gain, only one seed, or the same gain with all seeds.
         cost: processor time of a training step (on a GPU, its time), relative to LoRA's; None without LoRA.
+        sharpness_ratios: sharpness relative to LoRA's with the same seed, sorted; empty without LoRA's or its own.
     """
 
     method: str
@@ -47,6 +54,7 @@ class Outcome:
     gain: Estimate | None = None
     p: float | None = None
     cost: float | None = None
+    sharpness_ratios: Sequence[float] = ()
 
     def mean(self, name: str) -> float | None:
         """Mean over the seeds of an entry of the rows; None where they don't have it."""
@@ -84,16 +92,54 @@ def tuning(rows: Sequence[Row], method: str) -> list[tuple[Config, Estimate]]:
     return [(config, estimate([100 * r["accuracy"] for r in own if r["config"] == config])) for config in configs]
 
 
-def sharpness_correlation(outcomes: Sequence[Outcome], name: str = "sharpness") -> tuple[float, float]:
-    """Spearman's rank correlation of a sharpness with the test error over all runs of a task, and its p-value.
+class Deviation(NamedTuple):
+    """How a run differs from what all methods reach on average with its seed.
 
-    Runs of one method are not independent, so that p is too small rather than too large.
+    Attributes:
+        method: its name.
+        sharpness: relative to the mean of the seed.
+        error: on the test part, minus the mean of the seed, in percentage points.
     """
-    pairs = [(row[name], 1 - row["accuracy"]) for o in outcomes for row in o.runs.values() if name in row]
+
+    method: str
+    sharpness: float
+    error: float
+
+
+def within_seeds(outcomes: Sequence[Outcome], name: str = "sharpness") -> list[Deviation]:
+    """What is left of sharpness and test error when the seed's own part, the training examples above all, is taken out.
+
+    Args:
+        outcomes: of one task; those without that sharpness, or without all seeds, are left out.
+        name: "sharpness" or "expected_sharpness".
+    """
+    having = [o for o in outcomes if all(name in row for row in o.runs.values())]
+    seeds = max((o.runs.keys() for o in having), key=len, default={}.keys())
+    complete = [o for o in having if o.runs.keys() == seeds]
+    found = []
+    for seed in seeds:
+        sharpness = statistics.mean(o.runs[seed][name] for o in complete)
+        accuracy = statistics.mean(o.runs[seed]["accuracy"] for o in complete)
+        for o in complete:
+            row = o.runs[seed]
+            found.append(Deviation(o.method, row[name] / sharpness, 100 * (accuracy - row["accuracy"])))
+    return found
+
+
+def sharpness_correlation(outcomes: Sequence[Outcome], name: str = "sharpness") -> float:
+    """Spearman's rank correlation of a sharpness with the test error over :func:`within_seeds`.
+
+    Without a p-value: runs of one method are alike, so that they count for less than their number.
+    """
+    pairs = [deviation[1:] for deviation in within_seeds(outcomes, name)]
     if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
-        return math.nan, math.nan
-    found = stats.spearmanr(*zip(*pairs, strict=True))
-    return float(found.statistic), float(found.pvalue)
+        return math.nan
+    return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+def told_seeds(outcome: Outcome, seeds: int) -> str:
+    """A method's name, with the number of its seeds where it has not all of them."""
+    return outcome.method if len(outcome.runs) == seeds else f"{outcome.method} ({len(outcome.runs)} seeds)"
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -115,10 +161,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
     Example:
         >>> estimate([1.0, 3.0])
-        Estimate(mean=2.0, error=1.0)
+        Estimate(mean=2.0, error=1.0, values=2)
     """
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Estimate(statistics.mean(values), error)
+    return Estimate(statistics.mean(values), error, len(values))
 
 
 def _outcome(rows: Sequence[Row], method: str) -> Outcome | None:
@@ -155,11 +201,17 @@ def _compared(outcome: Outcome, base: dict[int, Row], p: float | None) -> Outcom
     if not seeds:
         return outcome
     cost = statistics.median(_step(outcome.runs[seed]) / _step(base[seed]) for seed in seeds)
-    changed: dict[str, Any] = {"cost": cost}
+    changed: dict[str, Any] = {"cost": cost, "sharpness_ratios": _sharpness_ratios(outcome.runs, base)}
     if outcome.method != BASELINE:
         gains = [100 * (outcome.runs[seed]["accuracy"] - base[seed]["accuracy"]) for seed in seeds]
         changed |= {"gain": estimate(gains), "p": p}
     return replace(outcome, **changed)
+
+
+def _sharpness_ratios(runs: dict[int, Row], base: dict[int, Row]) -> list[float]:
+    both = [(runs[seed], base[seed]) for seed in runs.keys() & base.keys()]
+    found = [(own.get("sharpness"), other.get("sharpness")) for own, other in both]
+    return sorted(own / other for own, other in found if own is not None and other)
 
 
 def _step(row: Row) -> float:

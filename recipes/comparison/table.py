@@ -11,11 +11,11 @@ from rich.console import Console
 
 from recipes.clip_demo.run import Row
 from recipes.comparison.methods import ALL
-from recipes.comparison.summary import BASELINE, Estimate, Outcome, outcomes, sharpness_correlation
+from recipes.comparison.summary import BASELINE, Estimate, Outcome, outcomes, sharpness_correlation, told_seeds
 
 _COLUMNS = (
     "method", "chosen", "accuracy in %", "gain over LoRA", "p (Holm)", "test loss", "train loss", "sharpness",
-    "step x LoRA",
+    "sharpness x LoRA", "step x LoRA",
 )  # fmt: skip
 _SHORT = {"learning_rate": "rate", "weight_decay": "decay"}
 
@@ -59,33 +59,41 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _of_task(task: str, found: Sequence[Outcome]) -> Table:
-    seeds = {len(outcome.runs) for outcome in found}
+    seeds = max(len(outcome.runs) for outcome in found)
     notes = [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in found if o.edge]
     for name in ("sharpness", "expected_sharpness"):
-        correlation, p = sharpness_correlation(found, name)
+        correlation = sharpness_correlation(found, name)
         if not math.isnan(correlation):
-            told = f"{name.replace('_', ' ')} and test error over all runs"
-            notes.append(f"{told}: Spearman's rank correlation {correlation:.2f} (p {p:.2g})")
-    title = f"{task}, {'-'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds"
-    return Table(title, _COLUMNS, [_cells(outcome) for outcome in found], notes)
+            told = f"{name.replace('_', ' ')} and test error within the seeds"
+            notes.append(f"{told}: Spearman's rank correlation {correlation:.2f}")
+    return Table(f"{task}, {seeds} seeds", _COLUMNS, [_cells(outcome, seeds) for outcome in found], notes)
 
 
-def _cells(outcome: Outcome) -> list[str]:
+def _cells(outcome: Outcome, seeds: int) -> list[str]:
     inherited = {"learning_rate"} if ALL[outcome.method].start else set()
     own = {_SHORT.get(name, name): value for name, value in outcome.config.items() if name not in inherited}
     chosen = ", ".join(f"{name} {value:g}" for name, value in own.items())
     losses = [outcome.mean(name) for name in ("loss", "train_loss")]
     sharpness = [outcome.mean("sharpness"), outcome.mean("full_sharpness")]
     return [
-        outcome.method,
+        told_seeds(outcome, seeds),
         chosen + " (edge)" * bool(outcome.edge),
         _with_error(outcome.accuracy),
         _with_error(outcome.gain, sign="+"),
         "" if outcome.p is None else f"{outcome.p:.3f}",
         *("" if loss is None else f"{loss:.3f}" for loss in losses),
         next((f"{value:.3f}{mark}" for value, mark in zip(sharpness, ("", "*"), strict=True) if value is not None), ""),
+        _sharpness_ratio(outcome),
         "" if outcome.cost is None else f"{outcome.cost:.2f}",
     ]
+
+
+def _sharpness_ratio(outcome: Outcome) -> str:
+    """Median and range over the seeds."""
+    ratios = outcome.sharpness_ratios
+    if not ratios or outcome.method == BASELINE:
+        return ""
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def _over_all(done: dict[str, list[Outcome]]) -> Table:
@@ -95,11 +103,11 @@ def _over_all(done: dict[str, list[Outcome]]) -> Table:
         for outcome in of_task:
             if outcome.gain or outcome.method == BASELINE:
                 by_method[outcome.method].append(outcome)
-    rows = []
+    rows, tasks = [], max(map(len, by_method.values()), default=0)
     for method, own in by_method.items():
         gains = [outcome.gain.mean for outcome in own if outcome.gain]
         cost = statistics.geometric_mean([outcome.cost for outcome in own if outcome.cost])
-        accuracy = f"{statistics.mean(outcome.accuracy.mean for outcome in own):.1f}"
+        accuracy = f"{statistics.mean(outcome.accuracy.mean for outcome in own):.1f}" if len(own) == tasks else ""
         gain = f"{statistics.mean(gains):+.2f}" if gains else ""
         better = f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else ""
         rows.append([method, str(len(own)), accuracy, gain, better, f"{cost:.2f}"])
