@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback
@@ -54,7 +55,8 @@ class FlatnessMonitor(Callback):
             under the global norm, so that runs of different methods can be compared. None takes rho, estimator and norm
             scope of the EFMLoRA, FMLoRA or FMLoRAModule beside it, at every moment.
         every_n_steps: optimizer steps between measurements; None measures by epochs.
-        every_n_epochs: epochs between measurements, at their ends; None, without every_n_steps, means 1.
+        every_n_epochs: epochs between measurements, at their ends; None, without every_n_steps, means 1. A run that is
+            too short for one measurement ends with a warning.
         batches: how many batches are held on each rank, the same at every measurement: the first that a copy of the
             loader gives as training starts (where it shuffles, in an order of the copy's own).
         data: "train" or "val", the loader that gives them; a validation batch has to be of the form that training_step
@@ -105,6 +107,7 @@ class FlatnessMonitor(Callback):
         self._perturbation: Perturbation | None = None
         self._noise: WeightNoise | None = None
         self._measured_at = 0
+        self._measured = False
 
     # -- the start
 
@@ -136,7 +139,7 @@ class FlatnessMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measured_at = trainer.global_step
+        self._measured_at, self._measured = self._count(trainer), False
         assert self._step is not None
         self._held = HeldBatches(trainer, pl_module, self._step, self.data, self.batches)
         if not self._held:
@@ -152,20 +155,36 @@ class FlatnessMonitor(Callback):
         # step % every == 0 would hold in every batch of an accumulation window, and several optimizers skip numbers.
         if every is not None and step // every > self._measured_at // every:
             self._measured_at = step
-            self._measure(trainer, pl_module)
+            self._measure(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._measure(trainer, pl_module)
+            self._measure(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self._measured or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            unit, every = ("epoch", self.every_n_epochs) if self.every_n_steps is None else ("step", self.every_n_steps)
+            course = f"training went from {unit} {self._measured_at} to {self._count(trainer)}"
+            rank_zero_warn(message(self, [f"nothing was measured: every_n_{unit}s is {every}, and {course}"]))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._held, self._step, self._perturbation, self._noise = None, None, None, None
 
+    def _count(self, trainer: Trainer) -> int:
+        """How many steps or epochs training is old, whichever measurements go by."""
+        return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
+
     # -- what
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Log what is measured at the step that Lightning gives to what self.log got.
+
+        It counts batches that stepped, less one at the end of an epoch; global_step counts each optimizer of several.
+        """
+        self._measured = True
         driver = _driver(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, OnePass):
@@ -177,8 +196,7 @@ class FlatnessMonitor(Callback):
         trainer._logger_connector._callback_metrics.update(values)
         for logger in trainer.loggers:
             scalars = {name: float(value) for name, value in values.items()}
-            # where Lightning puts what self.log gives it; global_step counts each optimizer of several
-            logger.log_metrics(scalars, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(scalars, step=step)
 
     def _measures(self, driver: FlatLoRACallback | None) -> Sequence[str]:
         if self.measures is not None:

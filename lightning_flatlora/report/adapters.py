@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
     except ReportError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ReportError(f"{where}: can't be loaded ({first_line(error)})") from error
+        sought = "" if Path(base).is_dir() else " (no folder here, so looked for on the Hub)"
+        raise ReportError(f"{where}{sought}: can't be loaded ({first_line(error)})") from error
     _check_whole(where, saved, model)
     model.to(options.torch_device).eval()
     return Adapted(folder.label, base, task, model, tokenizer)
@@ -80,20 +82,25 @@ def task_of(folder: AdapterFolder) -> str:
     """An adapter's task, one of those that can be measured."""
     task = folder.config.get("task_type")
     if task not in _MODELS:
+        way_out = "" if task else '; for a language model write "task_type": "CAUSAL_LM" into its adapter_config.json'
         raise ReportError(
-            f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured"
+            f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured{way_out}"
         )
     return str(task)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first; libraries write pages.
+def first_line(error: BaseException) -> str:
+    """What an error says first, with the first of a list that it opens; libraries write pages.
 
     Example:
         >>> first_line(ValueError("no such file\\nDid you mean ..."))
         'ValueError: no such file'
+        >>> first_line(ValueError("3 shapes differ:\\n  that of A\\n  that of B ..."))
+        'ValueError: 3 shapes differ: that of A'
     """
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    first, *rest = str(error).strip().splitlines() or [""]
+    opened = f" {rest[0].strip()}" if rest and first.endswith(":") else ""
+    return f"{type(error).__name__}: {first}{opened}"
 
 
 @contextmanager

@@ -56,8 +56,10 @@ def read_rows(options: Options) -> list[Row]:
         raise ReportError(f"--data {path}: its name must end in {', '.join(_FORMATS)}")
     try:
         rows = _drawn(path, options.examples, options.seed)
+    except StopIteration:  # the JSON reader's, of a file without a byte
+        rows = []
     except Exception as error:  # the readers of four formats raise what they like
-        raise ReportError(f"--data {path} can't be read ({first_line(error)})") from error
+        raise ReportError(f"--data {path} can't be read ({first_line(error.__cause__ or error)})") from error
     if not rows:
         raise ReportError(f"--data {path} is empty")
     return rows

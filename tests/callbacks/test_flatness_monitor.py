@@ -312,11 +312,60 @@ def test_when(tmp_path: Any) -> None:
         batches: list[int] = []
 
         class Watched(FlatnessMonitor):
-            def _measure(self, trainer: Any, pl_module: Any, batches: list[int] = batches) -> None:
+            def _point(self, trainer: Any, *args: Any, batches: list[int] = batches) -> Point:
                 batches.append(trainer.current_epoch * 6 + trainer.fit_loop.epoch_loop.batch_idx)
+                return super()._point(trainer, *args)
 
         fit(tmp_path, Classifier(), [Watched(1.0, **settings)], accumulate_grad_batches=accumulate)
         assert batches == expected, settings
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("settings", "beside"), [({}, {"train_loss_epoch", "val_loss"}), ({"every_n_steps": 2}, {"train_loss_step"})]
+)
+def test_it_logs_at_the_steps_of_what_the_module_logs(
+    tmp_path: Any, settings: dict[str, int], beside: set[str], accumulate: int
+) -> None:
+    class Logs(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch, batch_idx)
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+    logger = Recorder()
+    trained = {"logger": logger, "log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+    fit(tmp_path, Logs(), [FlatnessMonitor(0.5, **settings)], val=make_loader(2), **trained)
+    steps = {
+        name: [step for step, row in logger.rows if name in row] for name in ("flatness/sharpness", *sorted(beside))
+    }
+    assert len(steps["flatness/sharpness"]) >= 2
+    assert all(at == steps["flatness/sharpness"] for at in steps.values()), steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"every_n_steps": 20}, "every_n_steps is 20, and training went from step 0 to 12"),
+        ({"every_n_epochs": 3}, "every_n_epochs is 3, and training went from epoch 0 to 2"),
+    ],
+)
+def test_a_run_that_is_too_short_to_be_measured_is_told(tmp_path: Any, settings: dict[str, int], says: str) -> None:
+    with pytest.warns(UserWarning, match=f"FlatnessMonitor: nothing was measured: {says}"):
+        fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)])
+    fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], fast_dev_run=True)
+    fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=4)
+
+
+def test_a_resumed_run_that_is_too_short_is_told_from_where_it_went_on(tmp_path: Any) -> None:
+    checkpoint = tmp_path / "two.ckpt"
+    fit(tmp_path, Classifier(), []).save_checkpoint(checkpoint)
+    for settings, says in (
+        ({"every_n_steps": 10}, "every_n_steps is 10, and training went from step 12 to 18"),
+        ({"every_n_epochs": 2}, "every_n_epochs is 2, and training went from epoch 2 to 3"),
+    ):
+        with pytest.warns(UserWarning, match=says):
+            fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=3, ckpt_path=checkpoint)
 
 
 def test_validation_batches_are_held_before_the_first_validation(tmp_path: Any) -> None:

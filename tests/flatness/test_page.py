@@ -1,6 +1,7 @@
 """What docs/flatness.md says works: the snippets run, functions, measures and tests exist."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, flatness
+from recipes.cli import RecipeCLI
 
 HERE = Path(__file__).parent
-PAGE = (HERE.parent.parent / "docs" / "flatness.md").read_text()
+ROOT = HERE.parent.parent
+PAGE = (ROOT / "docs" / "flatness.md").read_text()
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")][1:]
 
 
@@ -34,7 +37,41 @@ def test_the_configuration_makes_the_callbacks(monkeypatch: pytest.MonkeyPatch) 
     ).trainer.callbacks
     ema, monitor = [callback for callback in made if isinstance(callback, EFMLoRA | FlatnessMonitor)]
     assert isinstance(ema, EFMLoRA)
-    assert (monitor.rho, monitor.every_n_steps, monitor.batches) == (0.5, 200, 4)
+    assert (monitor.rho, monitor.every_n_steps, monitor.batches) == (0.1, 20, 4)
+
+
+def test_the_configuration_suits_the_recipe_that_it_can_be_pasted_into() -> None:
+    recipe = yaml.safe_load((ROOT / "recipes/instruction_tuning/configs/efmlora.yaml").read_text())
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    pasted, monitor = yaml.safe_load(text)["trainer"]["callbacks"]
+    ema, *_ = recipe["trainer"]["callbacks"]
+    assert pasted["class_path"] == ema["class_path"]
+    assert pasted["init_args"]["rho"] == ema["init_args"]["rho"]
+    data = recipe["data"]["init_args"]
+    questions = 1221 * (1 - data["validation_share"] - data["test_share"])  # of packaged:commonsense_qa
+    steps = recipe["trainer"]["max_epochs"] * questions / data["batch_size"]
+    assert 2 <= steps // monitor["init_args"]["every_n_steps"] <= 10
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["flatness.md", "baselines.md", "recipes/instruction_tuning.md"])
+def test_callbacks_that_a_command_adds_leave_the_configurations(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / name).read_text().replace("\\\n", "")
+    for variable, value in re.findall(r"^(\w+)=(.+)$", text, re.MULTILINE):
+        text = text.replace(f"${variable}", value.strip("\"'"))
+    (command,) = re.findall(r"python -m recipes.instruction_tuning (fit .*callbacks\+=[^`\n]*)", text)
+    arguments = shlex.split(command, comments=True)
+    with pytest.raises(SystemExit):
+        RecipeCLI(args=[*arguments, "--print_config"])
+    made = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    configuration = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
+    kept = configuration["trainer"]["callbacks"]
+    assert [one["class_path"] for one in made[: len(kept)]] == [one["class_path"] for one in kept]
+    added = re.findall(r"callbacks\+=(?:\w+\.)*(\w+) --trainer.callbacks.rho=(\S+)", command)
+    assert [(one["class_path"].split(".")[-1], str(one["init_args"]["rho"])) for one in made[len(kept) :]] == added
 
 
 def test_the_table_names_what_exists_and_all_of_it() -> None:

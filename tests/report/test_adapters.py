@@ -62,8 +62,15 @@ def test_a_classifier_without_a_head_is_refused(adapters: tuple[Path, Path], tmp
 
 def test_tasks_that_can_not_be_measured(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
     other = changed(adapters[0], tmp_path / "other", task_type=None)
-    with pytest.raises(ReportError, match="task_type None: only CAUSAL_LM and SEQ_CLS can be measured"):
+    with pytest.raises(ReportError, match="task_type None: only CAUSAL_LM and SEQ_CLS can be measured") as raised:
         loaded(other, data)
+    assert 'write "task_type": "CAUSAL_LM" into its adapter_config.json' in str(raised.value)
+    tokens = torch.tensor([[5, 6, 7]])
+    named = loaded(changed(other, tmp_path / "named", task_type="CAUSAL_LM"), data).model(tokens).logits
+    assert torch.equal(named, loaded(adapters[0], data).model(tokens).logits)
+    translates = changed(adapters[0], tmp_path / "translates", task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(ReportError, match=r"task_type 'SEQ_2_SEQ_LM': only CAUSAL_LM and SEQ_CLS can be measured$"):
+        loaded(translates, data)
 
 
 def test_no_base_is_named(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
@@ -77,7 +84,7 @@ def test_no_base_is_named(adapters: tuple[Path, Path], tmp_path: Path, data: Pat
     [
         ({"layers": 1}, "trained on another base, 6 of its factors have no place in this one and 0 places"),
         ({"layers": 3}, "trained on another base, 0 of its factors have no place in this one and 6 places"),
-        ({"width": 32}, "can't be loaded"),
+        ({"width": 32}, r"can't be loaded \(RuntimeError: Error.*: size mismatch for .*lora_A.*\[2, 16\].*\[2, 32\]"),
     ],
 )
 def test_an_adapter_of_another_base(
@@ -89,15 +96,20 @@ def test_an_adapter_of_another_base(
     assert "\n" not in str(raised.value)
 
 
-def test_a_base_that_is_not_there(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
-    with pytest.raises(ReportError, match=r"small on --base .*nowhere: can't be loaded \("):
-        loaded(adapters[0], data, base=str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere", "runs/nowhere"])
+def test_a_base_that_is_not_there(
+    name: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    says = r"small on --base .*nowhere \(no folder here, so looked for on the Hub\): can't be loaded \("
+    with pytest.raises(ReportError, match=says):
+        loaded(adapters[0], data, base=name.format(tmp_path))
 
 
 def test_an_adapter_without_weights(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
     empty = changed(adapters[0], tmp_path / "empty")
     (empty / "adapter_model.safetensors").unlink()
-    with pytest.raises(ReportError, match="can't be loaded"):
+    with pytest.raises(ReportError, match=r"base: can't be loaded \("):
         loaded(empty, data)
 
 

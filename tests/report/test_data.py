@@ -181,9 +181,19 @@ def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path)
     (tmp_path / "data.txt").write_text("a")
     with pytest.raises(ReportError, match=r"its name must end in .jsonl, .json, .csv, .parquet"):
         read_rows(options(adapters[0], tmp_path / "data.txt"))
-    (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(ReportError, match="can't be read"):
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ReportError, match=r"broken.jsonl can't be read \(.*JSON parse error: Invalid value. in row 1"):
         read_rows(options(adapters[0], tmp_path / "broken.jsonl"))
+    (tmp_path / "broken.csv").write_text('text,label\n"a\n')
+    with pytest.raises(ReportError, match=r"broken.csv can't be read \(.*Error tokenizing data"):
+        read_rows(options(adapters[0], tmp_path / "broken.csv"))
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(ReportError, match=r"is empty|corresponds to no data"):
         read_rows(options(adapters[0], tmp_path / "empty.parquet"))
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json"])
+def test_an_empty_file(name: str, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ReportError, match=f"{name} is empty$"):
+        read_rows(options(adapters[0], tmp_path / name))
