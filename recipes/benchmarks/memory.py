@@ -110,7 +110,7 @@ def measure(model: str, strategy: str, method: str, processes: int, steps: int) 
     how, watch = METHODS[method], Watch()
     sizes = replace(WORKLOADS[model], full=how.full)
     trainer = L.Trainer(
-        max_steps=steps + 1,
+        max_epochs=1,  # not max_steps, which does not count the steps of a peer's own optimizer
         accelerator="cpu",
         devices=processes,
         strategy=STRATEGIES[strategy](),

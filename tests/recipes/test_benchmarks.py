@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
 from recipes.benchmarks import memory
-from recipes.benchmarks.methods import METHODS
+from recipes.benchmarks.methods import METHODS, Peer
 from recipes.benchmarks.step import main
 from recipes.benchmarks.workloads import WORKLOADS
 
@@ -93,3 +93,15 @@ def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert 0 < row["held_mib"] <= row["peak_mib"]
     assert [path.name for path in output.parent.iterdir()] == ["memory.json"]
     assert "between steps" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_memory_of_a_peer_is_measured_in_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its optimizer is not Lightning's, which counts none of its steps."""
+    seen: list[int] = []
+    step = Peer.training_step
+    monkeypatch.setattr(
+        Peer, "training_step", lambda self, batch, index: [seen.append(index), step(self, batch, index)][1]
+    )
+    memory.measure("tiny", "one", "SAM of pytorch_optimizer", processes=1, steps=2)
+    assert seen == [0, 1, 2]
