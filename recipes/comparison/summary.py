@@ -110,17 +110,15 @@ def within_seeds(outcomes: Sequence[Outcome], name: str = "sharpness") -> list[D
     """What is left of sharpness and test error when the seed's own part, the training examples above all, is taken out.
 
     Args:
-        outcomes: of one task; those without that sharpness, or without all seeds, are left out.
+        outcomes: of one task; those without that sharpness are left out, as are seeds that one of the others lacks.
         name: "sharpness" or "expected_sharpness".
     """
     having = [o for o in outcomes if all(name in row for row in o.runs.values())]
-    seeds = max((o.runs.keys() for o in having), key=len, default={}.keys())
-    complete = [o for o in having if o.runs.keys() == seeds]
     found = []
-    for seed in seeds:
-        sharpness = statistics.mean(o.runs[seed][name] for o in complete)
-        accuracy = statistics.mean(o.runs[seed]["accuracy"] for o in complete)
-        for o in complete:
+    for seed in sorted(set.intersection(*(set(o.runs) for o in having)) if having else ()):
+        sharpness = statistics.mean(o.runs[seed][name] for o in having)
+        accuracy = statistics.mean(o.runs[seed]["accuracy"] for o in having)
+        for o in having:
             row = o.runs[seed]
             found.append(Deviation(o.method, row[name] / sharpness, 100 * (accuracy - row["accuracy"])))
     return found

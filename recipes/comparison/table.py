@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,22 +96,30 @@ def _sharpness_ratio(outcome: Outcome) -> str:
 
 
 def _over_all(done: dict[str, list[Outcome]]) -> Table:
-    """Means over the tasks that have both the method and LoRA."""
-    by_method = defaultdict(list)
-    for of_task in done.values():
-        for outcome in of_task:
-            if outcome.gain or outcome.method == BASELINE:
-                by_method[outcome.method].append(outcome)
-    rows, tasks = [], max(map(len, by_method.values()), default=0)
-    for method, own in by_method.items():
+    """LoRA's accuracy and the other methods' gains, a column for each task; means over all tasks."""
+    compared = {task: {o.method: o for o in own if o.gain or o.method == BASELINE} for task, own in done.items()}
+    rows = []
+    for method in ALL:
+        own = [found[method] for found in compared.values() if method in found]
+        if not own:
+            continue
+        cells = [_gain(found.get(method)) for found in compared.values()]
         gains = [outcome.gain.mean for outcome in own if outcome.gain]
+        mean = f"{statistics.mean(gains):+.2f}" if gains and len(own) == len(compared) else ""
         cost = statistics.geometric_mean([outcome.cost for outcome in own if outcome.cost])
-        accuracy = f"{statistics.mean(outcome.accuracy.mean for outcome in own):.1f}" if len(own) == tasks else ""
-        gain = f"{statistics.mean(gains):+.2f}" if gains else ""
-        better = f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else ""
-        rows.append([method, str(len(own)), accuracy, gain, better, f"{cost:.2f}"])
-    columns = ("method", "tasks", "mean accuracy in %", "mean gain over LoRA", "better than LoRA", "step x LoRA")
-    return Table("all tasks", columns, rows)
+        rows.append([method, *cells, mean, f"{cost:.2f}"])
+    columns = ("method", *compared, "mean gain", "step x LoRA")
+    notes = ["lora: accuracy in %; the others: gain over LoRA in percentage points, in brackets where p (Holm) < 0.05"]
+    return Table("all tasks", columns, rows, notes)
+
+
+def _gain(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return ""
+    if outcome.gain is None:
+        return _with_error(outcome.accuracy)
+    gain = _with_error(outcome.gain, sign="+")
+    return f"[{gain}]" if outcome.p is not None and outcome.p < 0.05 else gain
 
 
 def _with_error(value: Estimate | None, sign: str = "") -> str:

@@ -190,8 +190,8 @@ def test_methods_with_fewer_seeds_or_tasks_are_marked(rows: list[Row]) -> None:
     of_task, _, over_all = (each.markdown() for each in tables(fewer + other))
     assert "toy, 5 seeds" in of_task
     assert "| efmlora (2 seeds) |" in of_task
-    assert "| lora | 2 | 71.4 |" in over_all
-    assert "| efmlora | 1 |  | +2.50 |" in over_all
+    assert "| lora | 71.4 ± 1.0 | 71.4 ± 1.0 |  | 1.00 |" in over_all
+    assert "| efmlora | +2.5 ± 0.5 |  |  | 1.05 |" in over_all
 
 
 def test_rows_of_older_settings_are_left_out(rows: list[Row]) -> None:
@@ -217,7 +217,7 @@ def test_tables_say_what_was_found(rows: list[Row]) -> None:
     assert "| efmlora | rho 2 (edge) | 73.6 ± 1.0 | +2.2 ± 0.7 |" in told
     assert "- efmlora: the chosen value is the highest of its grid" in told
     assert "Spearman's rank correlation 0.9" in told
-    assert "| efmlora | 1 | 73.6 | +2.20 | 1 of 1 | 1.10 |" in over_all.markdown()
+    assert "| efmlora | +2.2 ± 0.7 | +2.20 | 1.10 |" in over_all.markdown()
 
 
 def test_pictures_are_drawn_of_what_is_there(rows: list[Row], tmp_path: Path) -> None:
