@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from recipes.clip_demo.run import Row
-from recipes.comparison.methods import ALL
+from recipes.comparison.methods import ALL, METHODS, VARIANTS
 from recipes.comparison.task import Config
 
 BASELINE = "lora"
@@ -41,7 +41,7 @@ class Outcome:
         accuracy: in percent.
         gain: accuracy minus LoRA's with the same seed, in percentage points; None for LoRA itself and without it.
         p: of a paired t-test over the seeds that the gain is not 0, two-sided, corrected by Holm over the task's
-            methods; None where there is no gain, only one seed, or the same gain with all seeds.
+            methods, and over its variants; None where there is no gain, only one seed, or the same gain with all seeds.
         cost: processor time of a training step (on a GPU, its time), relative to LoRA's; None without LoRA.
         sharpness_ratios: sharpness relative to LoRA's with the same seed, sorted; empty without LoRA's or its own.
     """
@@ -74,7 +74,9 @@ def outcomes(rows: Sequence[Row], task: str) -> list[Outcome]:
         return list(done.values())
     base = done[BASELINE].runs
     tested = {name: _p_value(outcome.runs, base) for name, outcome in done.items() if name != BASELINE}
-    corrected = holm({name: p for name, p in tested.items() if p is not None})
+    corrected = {}
+    for family in (METHODS, VARIANTS):  # what is tried beyond the question does not weaken the answer
+        corrected |= holm({name: p for name, p in tested.items() if name in family and p is not None})
     return [_compared(outcome, base, corrected.get(name)) for name, outcome in done.items()]
 
 

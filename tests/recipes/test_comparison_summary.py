@@ -96,6 +96,14 @@ def test_holm_is_what_scipy_would_reject() -> None:
     assert holm({}) == {}
 
 
+def test_variants_are_a_family_of_tests_of_their_own(rows: list[Row]) -> None:
+    variants = [
+        {**r, "method": name} for r in rows if r["method"] == "efmlora" for name in ("efmlora_layer", "fmlora_half")
+    ]
+    before, after = by_name(rows), by_name(rows + variants)
+    assert after["efmlora"].p == before["efmlora"].p == after["efmlora_layer"].p
+
+
 def test_seeds_that_one_method_lacks_are_left_out_of_the_comparison(rows: list[Row]) -> None:
     fewer = [r for r in rows if not (r["method"] == "efmlora" and r["part"] == "test" and r["seed"] > 1)]
     outcome = by_name(fewer)["efmlora"]
