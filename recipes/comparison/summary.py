@@ -74,7 +74,7 @@ def outcomes(rows: Sequence[Row], task: str) -> list[Outcome]:
         return list(done.values())
     base = done[BASELINE].runs
     tested = {name: _p_value(outcome.runs, base) for name, outcome in done.items() if name != BASELINE}
-    corrected = {}
+    corrected: dict[str, float] = {}
     for family in (METHODS, VARIANTS):  # what is tried beyond the question does not weaken the answer
         corrected |= holm({name: p for name, p in tested.items() if name in family and p is not None})
     return [_compared(outcome, base, corrected.get(name)) for name, outcome in done.items()]
