@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from recipes.clip_demo.run import Row
-from recipes.comparison.methods import ALL
+from recipes.comparison.methods import ALL, METHODS
 from recipes.comparison.summary import (
     BASELINE,
     Estimate,
@@ -142,10 +142,10 @@ def _curves(axes: Any, curves: Mapping[str, Sequence[tuple[Config, Estimate]]]) 
 
 
 def _cost(found: Found) -> Figure:
-    """What a step costs against what the method gains, means over the tasks."""
+    """What a step costs against what the method gains, means over the tasks; variants have too few of them."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    for name in ALL:
+    for name in METHODS:
         own = [outcome for done in found.values() for outcome in done if outcome.method == name]
         points = [(outcome.cost, outcome.gain.mean) for outcome in own if outcome.gain and outcome.cost]
         if points:
