@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,19 @@ def test_licences_are_told(data: emoji.Folders) -> None:
 
 
 # -- the model
+
+
+def test_what_another_process_trains_is_waited_for(data: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def after_another(lock: str) -> Iterator[None]:
+        folder = Path(lock).with_suffix("")
+        folder.mkdir()
+        (folder / "pretraining.json").write_text("{}")
+        yield
+
+    monkeypatch.setattr("recipes.clip_demo.pretrain.FileLock", after_another)
+    folder = pretrained(Pretraining(steps=1, batch_size=4, seed=7), data)
+    assert [path.name for path in folder.iterdir()] == ["pretraining.json"]  # nothing was trained here
 
 
 def test_a_stopped_training_goes_on(data: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
