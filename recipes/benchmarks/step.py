@@ -131,28 +131,46 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {options.output}")
-    if options.varied:
-        plot(rows, options.varied, options.output.with_suffix(".png"))
+    plot(rows, options.varied, options.output.with_suffix(".png"))
     return result
 
 
-def plot(rows: list[Row], varied: str, path: Path) -> None:
-    """Step time relative to LoRA against what was varied, a panel for each model."""
+def plot(rows: list[Row], varied: str | None, path: Path) -> None:
+    """Step time relative to LoRA by method, or against what was varied; a panel for each model."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(6 * len(models), 4), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    figure = Figure(figsize=((6 if varied else 3) * len(models) + (0 if varied else 2), 4), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(panels, models, strict=True):
         own = [row for row in rows if row["model"] == model]
-        for method in dict.fromkeys(row["method"] for row in own):
-            points = [(row[varied], row["ratio_to_lora"]) for row in own if row["method"] == method]
-            axes.plot(*zip(*points, strict=True), marker="o", label=method)
-        axes.set(title=model, xlabel=varied, ylabel="step time relative to LoRA", xscale="log", ylim=(0, None))
-        axes.set_xticks([row[varied] for row in own], [str(row[varied]) for row in own], minor=False)
-        axes.minorticks_off()
-        axes.legend()
+        axes.set_title(model)
+        if varied:
+            _plot_growth(axes, own, varied)
+        else:
+            _plot_methods(axes, own)
     figure.savefig(path, dpi=150)
     print(f"plotted in {path}")
+
+
+def _plot_methods(axes: Any, rows: list[Row]) -> None:
+    bars = axes.barh([row["method"] for row in rows], [row["ratio_to_lora"] for row in rows])
+    axes.bar_label(bars, fmt="%.2f", padding=2)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="step time relative to LoRA")
+    axes.margins(x=0.2)
+    if not axes.yaxis_inverted():  # once for all panels, which share it
+        axes.invert_yaxis()
+
+
+def _plot_growth(axes: Any, rows: list[Row], varied: str) -> None:
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = [(row[varied], row["ratio_to_lora"]) for row in rows if row["method"] == method]
+        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.set(xlabel=varied, ylabel="step time relative to LoRA", xscale="log", ylim=(0, None))
+    axes.set_xticks([row[varied] for row in rows], [str(row[varied]) for row in rows], minor=False)
+    axes.minorticks_off()
+    axes.legend()
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(row["median_seconds"] > 0 for row in methods.values())
     assert result["engine"]["dense_over_closed"] > 0
     assert "EFMLoRA" in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 0
 
 
 def test_every_method_and_peer_takes_steps_and_is_plotted_against_what_varies(tmp_path: Path) -> None:
