@@ -31,9 +31,10 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
     """
     put_back_random_state = random_state(pl_module.device)
     kept = [(module, dict(module.__dict__)) for module in pl_module.modules()]
+    copies: dict[int, Any] = {}
     try:
         for module, attributes in kept:
-            module.__dict__.update({name: _copied(value) for name, value in attributes.items()})
+            module.__dict__.update({name: _copied(value, copies) for name, value in attributes.items()})
             module.__dict__["training"] = False  # not eval(), which a module may have overridden
         with silenced_log(pl_module):
             yield
@@ -44,19 +45,26 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
         put_back_random_state()
 
 
-def _copied(value: Any) -> Any:
-    """What a step may write into, as an object of its own; anything else as it is."""
-    if type(value) in _CONTAINERS:
-        own = copy.copy(value)
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """What a step may write into, as an object of its own, however deep it lies; anything else as it is.
+
+    Args:
+        value: a module's attribute, or something in it.
+        copies: what was copied so far, by the identity of the original: shared things stay shared, and cycles end.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        copies[id(value)] = value.clone()
+    elif isinstance(value, _GENERATORS):
+        copies[id(value)] = copy.deepcopy(value)
+    elif type(value) in _CONTAINERS:
+        own = copies[id(value)] = copy.copy(value)
         if isinstance(own, dict):
-            own.update({key: _copied_tensor(item) for key, item in own.items()})
-        elif isinstance(own, list):
-            own[:] = [_copied_tensor(item) for item in own]
-        return own
-    if isinstance(value, _GENERATORS):
-        return copy.deepcopy(value)
-    return _copied_tensor(value)
-
-
-def _copied_tensor(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+            own.update({key: _copied(item, copies) for key, item in value.items()})
+        elif isinstance(own, (list, deque)):
+            for place, item in enumerate(value):
+                own[place] = _copied(item, copies)
+    elif type(value) is tuple:
+        return tuple(_copied(item, copies) for item in value)
+    return copies.get(id(value), value)

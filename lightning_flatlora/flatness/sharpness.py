@@ -264,7 +264,9 @@ def _moved(at: Slope, scale: Tensor) -> Iterator[None]:
     try:
         for parameter, gradient in zip(at.parameters, at.gradients, strict=True):
             parameter.data = torch.add(parameter.data, gradient * scale.to(gradient.dtype))
+        torch.clear_autocast_cache()  # of an autocast around this: its low-precision copies are of the values before
         yield
     finally:
         for parameter, data in zip(at.parameters, stored, strict=True):
             parameter.data = data
+        torch.clear_autocast_cache()

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,8 +112,12 @@ class Options:
             lines.append(f"--adapter: labels must differ, got {', '.join(labels)}: write LABEL=FOLDER")
         if not self.data.is_file():
             lines.append(f"--data {self.data} is no file")
+        output = self.output.resolve()
+        there = next(folder for folder in (output, *output.parents) if os.path.exists(folder))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            lines.append(f"--output {self.output} can't be written: {there} is no folder that can be written to")
         for adapter in self.adapter:
-            if self.output.resolve().is_relative_to(adapter.path.resolve()):
+            if output.is_relative_to(adapter.path.resolve()):
                 lines.append(f"--output {self.output} lies in the adapter's folder {adapter.path}: take another")
         return lines + self._bad_numbers()
 
@@ -131,8 +136,8 @@ class Options:
         if self.points < 3 or self.points % 2 == 0:
             lines.append(f"--points must be odd, so that one is the adapter itself, and 3 or more, got {self.points}")
         try:
-            torch.empty(0, device=self.torch_device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(0, device=self.torch_device).cpu()  # "meta" holds nothing that could be read
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             lines.append(f"--device {self.device} can't be used here: {str(error).splitlines()[0]}")
         return lines
 

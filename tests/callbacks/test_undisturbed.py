@@ -30,7 +30,10 @@ class Writes(LightningModule):
         self.register_buffer("queue", torch.zeros(3))
         self.outputs: list[Any] = [torch.ones(2)]
         self.table: dict[str, Any] = {"seen": torch.ones(1)}
-        self.recent: deque[int] = deque([1], maxlen=3)
+        self.nested: dict[str, Any] = {"train": [torch.ones(1)], "val": ({"seen": torch.ones(1)},)}
+        self.nested["itself"] = self.nested
+        self.alias = self.nested["train"]
+        self.recent: deque[Any] = deque([1, [1]], maxlen=3)
         self.calls = 0
         self.last = torch.zeros(2)
         self.generator = torch.Generator().manual_seed(1)
@@ -48,6 +51,11 @@ class Writes(LightningModule):
         self.outputs.append(x)
         self.table["seen"].add_(1)
         self.table["new"] = x
+        self.nested["train"][0].add_(1)
+        self.alias.append(x)
+        assert self.nested["train"] is self.alias
+        self.nested["val"][0]["seen"].add_(1)
+        self.recent[1].append(2)
         self.recent.append(2)
         self.calls += 1
         self.last.add_(1)
@@ -62,7 +70,8 @@ class Writes(LightningModule):
         streams += torch.get_rng_state(), random.getstate(), str(np.random.get_state())
         metrics = [{k: v for k, v in m.__dict__.items() if k[:2] != "__"} for m in self.metrics.values()]
         values = [{k: v for k, v in m.items() if isinstance(v, (int, bool, torch.Tensor, list))} for m in metrics]
-        own = dict(self.named_buffers()), self.outputs, self.table, list(self.recent), self.calls, self.last
+        own: Any = dict(self.named_buffers()), self.outputs, self.table, list(self.recent), self.calls, self.last
+        own += self.nested["train"], self.nested["val"]
         modes = [module.training for module in self.modules()]
         return [_copy(part) for part in (streams, values, own, modes, hasattr(self, "fresh"))]
 

@@ -166,6 +166,33 @@ def test_it_is_measured_from_the_clean_weights(instrument: str) -> None:
     assert run(instrument, quadratic, perturbation, quadratic.loss) == expected
 
 
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+def test_autocast_around_a_measurement_is_autocast_inside_the_loss(instrument: str) -> None:
+    """Autocast keeps the bf16 copies of parameters: outside, those from before a move would be read after it."""
+    quadratic = Quadratic()
+    quadratic.model.float()
+
+    def loss() -> Tensor:
+        return torch.stack(
+            [layer(torch.eye(layer.in_features)).float().square().sum() for layer in quadratic.layers]
+        ).sum()
+
+    def inside() -> Tensor:
+        with autocast():
+            return loss()
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    perturbation = average_of(quadratic.pairs, inside)
+    expected = run(instrument, quadratic, perturbation, inside)
+    with autocast():
+        found = run(instrument, quadratic, perturbation, loss)
+        after = loss()
+    assert all(map(torch.equal, found, expected))
+    assert after == inside()
+
+
 @pytest.mark.parametrize("instrument", INSTRUMENTS[:3])
 def test_a_zero_gradient_has_no_sharpness_and_one_not_finite_has_nan(instrument: str) -> None:
     quadratic = Quadratic()

@@ -58,6 +58,7 @@ def test_the_defaults_and_how_far_curves_go(adapter: Path, data: Path) -> None:
         (["--max_length", "1"], "--max_length must be 2 or more, got 1"),
         (["--seed", "-1"], "--seed must be 0 or more, got -1"),
         (["--device", "nonsense"], "--device nonsense can't be used here"),
+        (["--device", "meta"], "--device meta can't be used here"),
     ],
 )
 def test_numbers_out_of_range(given: list[str], says: str, adapter: Path, data: Path) -> None:
@@ -103,6 +104,19 @@ def test_nothing_is_written_into_an_adapter(adapter: Path, data: Path) -> None:
     for output in (adapter, adapter / "report"):
         with pytest.raises(ReportError, match="lies in the adapter's folder"):
             parse(["--adapter", str(adapter), "--data", str(data), "--output", str(output)])
+
+
+def test_a_report_that_can_not_be_written_is_told_before_anything_is_computed(
+    adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--adapter", str(adapter), "--data", str(data)]
+    for output in (data, data / "report"):
+        with pytest.raises(ReportError, match=rf"--output {output} can't be written: {data} is no folder"):
+            parse([*given, "--output", str(output)])
+    assert parse([*given, "--output", str(tmp_path / "new" / "report")])
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ReportError, match=rf"can't be written: {tmp_path} is no folder that can be written to"):
+        parse([*given, "--output", str(tmp_path / "new" / "report")])
 
 
 def test_the_command_ends_in_one_line(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command from beginning to end: the files it writes, the numbers in them, and what it leaves alone."""
 
+import errno
 import hashlib
 import weakref
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning_flatlora.report import numbers
 from lightning_flatlora.report.adapters import load
 from lightning_flatlora.report.data import mean_loss, read_rows
 from lightning_flatlora.report.directions import loss_at, random_direction, seeds
+from lightning_flatlora.report.document import write
 from lightning_flatlora.report.numbers import LOSS, NORM, RADIUS, sam_name
 from lightning_flatlora.report.options import AdapterFolder, Options, ReportError, parse
 from lightning_flatlora.report.result import Measured
@@ -224,8 +226,12 @@ def test_one_model_at_a_time_is_in_memory(
     assert len(models) >= 2
 
 
-def test_an_output_that_can_not_be_written(adapters: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    more = ["--output", str(tmp_path / "file"), "--no-curvature", "--no-surface"]
-    with pytest.raises(SystemExit, match=r"--output .* can't be written"):
-        main(arguments(adapters[:1], texts, *more))
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "report.md").write_text("old")
+    monkeypatch.setattr("lightning_flatlora.report.document.draw_curves", full)
+    with pytest.raises(ReportError, match=r"--output .* can't be written: No space left on device"):
+        write([], Options(adapter=[], data=Path(__file__), output=tmp_path), "command")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "old")]
