@@ -59,8 +59,8 @@ def measure_steps(work: Workload, methods: list[str], options: argparse.Namespac
         options: of the command line: rounds, steps, accelerator and precision.
 
     Returns:
-        A row for each method: median step in seconds, median over rounds of its ratio to LoRA's turn of the same
-        round, and on CUDA the peak memory in MiB.
+        A row for each method: median step in seconds, its ratio to LoRA's turn of the same round for each round and
+        their median, and on CUDA the peak memory in MiB.
     """
     batches = [work.example() for _ in range(options.steps + 3)]
     networks = {full: replace(work, full=full).network() for full in {METHODS[name].full for name in methods}}
@@ -73,15 +73,12 @@ def measure_steps(work: Workload, methods: list[str], options: argparse.Namespac
             turns[name].append(_turn(METHODS[name], networks[METHODS[name].full], work.causal, batches, options))
             if options.accelerator == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-    return [
-        {
-            "method": name,
-            "median_seconds": statistics.median(own),
-            "ratio_to_lora": statistics.median(a / b for a, b in zip(own, turns["LoRA"], strict=True)),
-            **({"peak_mib": peaks[name]} if peaks else {}),
-        }
-        for name, own in turns.items()
-    ]
+    rows: list[Row] = []
+    for name, own in turns.items():
+        ratios = [a / b for a, b in zip(own, turns["LoRA"], strict=True)]
+        row = {"method": name, "median_seconds": statistics.median(own), "ratio_to_lora": statistics.median(ratios)}
+        rows.append({**row, "ratios": ratios, **({"peak_mib": peaks[name]} if peaks else {})})
+    return rows
 
 
 def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], options: argparse.Namespace) -> float:
@@ -178,13 +175,14 @@ def _print(result: dict[str, Any]) -> None:
     if "engine" in result:
         _print_engine(result["engine"], console)
     table = Table(
-        "model", "rank", "layers", "batch", "method", "step (ms)", "x LoRA", "peak (MiB)",
+        "model", "rank", "layers", "batch", "method", "step (ms)", "x LoRA (rounds)", "peak (MiB)",
         title=f"{result['device']}, medians",
     )  # fmt: skip
     for row in result["steps"]:
         sizes = (str(row[name]) for name in ("rank", "layers", "batch"))
         peak = f"{row['peak_mib']:.1f}" if "peak_mib" in row else "-"
-        times = (f"{row['median_seconds'] * 1e3:.1f}", f"{row['ratio_to_lora']:.3f}")
+        spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
+        times = (f"{row['median_seconds'] * 1e3:.1f}", f"{row['ratio_to_lora']:.2f} ({spread})")
         table.add_row(row["model"], *sizes, row["method"], *times, peak)
     console.print(table)
 

@@ -4,6 +4,7 @@ import json
 import platform
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import lightning as L
 import pytest
@@ -32,6 +33,8 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert methods["LoRA"]["ratio_to_lora"] == 1.0
     assert set(methods) == {"LoRA", "EFMLoRA", "FMLoRA"}
     assert all(row["median_seconds"] > 0 for row in methods.values())
+    assert all(row["ratio_to_lora"] == median(row["ratios"]) for row in methods.values())
+    assert [len(row["ratios"]) for row in methods.values()] == [2, 2, 2]
     assert result["engine"]["dense_over_closed"] > 0
     assert "EFMLoRA" in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 0
