@@ -29,8 +29,9 @@ Found = Mapping[str, Sequence[Outcome]]
 _COLOURS = {name: matplotlib.colormaps["tab10"](place % 10) for place, name in enumerate(ALL)}
 _MARKERS = dict(zip(ALL, itertools.cycle("osD^v<>PX*hpd8H"), strict=False))
 _TUNED = {  # by the names of the grids
-    "rho, in full weight space": ("rho", "layer_rho"),
-    "rho, in the factors' space": ("lora_rho",),
+    "learning rate": ("learning_rate", "full_learning_rate"),
+    "rho, in full weight space": ("rho",),
+    "rho, in the space of the trained weights": ("lora_rho", "sam_rho"),
     "sigma": ("sigma",),
     "alpha": ("alpha",),
 }
@@ -113,15 +114,15 @@ def _sharpness(axes: Any, task: str, found: Sequence[Outcome]) -> None:
 
 
 def _tuning(rows: Mapping[str, Sequence[Row]]) -> Figure:
-    """Validation accuracy against each method's own hyper-parameter, beside what LoRA's best learning rate reaches."""
+    """Validation accuracy against each method's one hyper-parameter, beside what LoRA's best learning rate reaches."""
     figure = Figure(figsize=(4.2 * len(_TUNED) + 2, 3.4 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(_TUNED), squeeze=False, sharey="row")
     for line, (task, own) in zip(grid, rows.items(), strict=True):
         for axes, (parameter, grids) in zip(line, _TUNED.items(), strict=True):
             axes.set(title=task, xlabel=parameter, xscale="log")
-            _curves(axes, {name: tuning(own, name) for name, method in ALL.items() if method.grid in grids})
+            _curves(axes, {name: tuning(own, name) for name, method in METHODS.items() if method.grid in grids})
             if base := [accuracy for _, accuracy in tuning(own, BASELINE)]:
-                axes.axhline(max(base).mean, color="black", linestyle="--", label="LoRA")
+                axes.axhline(max(base).mean, color="black", linestyle="--", label="best LoRA")
             axes.grid(alpha=0.3)
         line[0].set_ylabel("validation accuracy in %,\nmean and range of two seeds")
     _one_legend(figure)
@@ -142,21 +143,20 @@ def _curves(axes: Any, curves: Mapping[str, Sequence[tuple[Config, Estimate]]]) 
 
 
 def _cost(found: Found) -> Figure:
-    """What a step costs against what the method gains, means over the tasks; variants have too few of them."""
+    """What a step costs against what the method gains, means over all tasks: of methods that have been run on all."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     for name in METHODS:
         own = [outcome for done in found.values() for outcome in done if outcome.method == name]
         points = [(outcome.cost, outcome.gain.mean) for outcome in own if outcome.gain and outcome.cost]
-        if points:
+        if len(points) == len(found):
             costs, gains = zip(*points, strict=True)
-            label = f"{name} ({len(points)} task{'s' * (len(points) > 1)})"
             place = (statistics.geometric_mean(costs), statistics.mean(gains))
-            axes.scatter(*place, s=60, label=label, color=_COLOURS[name], marker=_MARKERS[name])
+            axes.scatter(*place, s=60, label=name, color=_COLOURS[name], marker=_MARKERS[name])
     axes.axhline(0, color="#888888", linewidth=1)
     axes.axvline(1, color="#888888", linewidth=1)
     axes.set(
-        title="Cost against gain",
+        title=f"Cost against gain, {len(found)} task{'s' * (len(found) > 1)}",
         xlabel="time of a training step relative to LoRA's (mean over tasks)",
         ylabel="gain in test accuracy over LoRA,\npercentage points (mean over tasks)",
     )

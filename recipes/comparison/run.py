@@ -25,6 +25,7 @@ from recipes.comparison.task import Batch, Config, Task
 from recipes.step_times import StepTimes
 
 _NOISE_SAMPLES = 2
+_WARM_UP = 2  # steps
 _commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
 
 
@@ -61,8 +62,9 @@ def perform(run: Run) -> Row:
 
     Returns:
         A JSON line: the run's key, and what was found: ``accuracy``, ``correct``, ``examples`` and ``loss`` (nats) on
-        the part; ``seconds`` of the whole run, ``seconds_per_step`` (median), ``processor_seconds_per_step`` (of all
-        training, which other processes disturb less), ``peak_mib``; with the part "test" also what :func:`flatness`
+        the part; ``seconds`` of the whole run, ``seconds_per_step`` (mean, as a method may take longer in some of its
+        steps; without two of warm-up), ``processor_seconds_per_step`` (of all training, which other processes disturb
+        less), ``peak_mib``; with the part "test" also what :func:`flatness`
         measures.
     """
     gc.collect()  # the last run's model: its parts point at each other
@@ -83,7 +85,7 @@ def perform(run: Run) -> Row:
         row |= flatness(run.task, module, run.task.batches(trainer, "train"), method.full)
     return row | {
         "seconds": time.perf_counter() - began,
-        "seconds_per_step": statistics.median(times.seconds),
+        "seconds_per_step": statistics.mean(times.seconds[_WARM_UP:] or times.seconds),
         "processor_seconds_per_step": processor / trainer.global_step,
         "peak_mib": round(watch.peak / 2**20) or None,  # resident, of a process that has done other runs before
         "device": torch.cuda.get_device_name() if module.device.type == "cuda" else f"{platform.machine()} CPU",

@@ -2,9 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from scipy import stats
 
@@ -13,6 +13,7 @@ from recipes.comparison.methods import ALL, METHODS, VARIANTS
 from recipes.comparison.task import Config
 
 BASELINE = "lora"
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Estimate(NamedTuple):
@@ -40,8 +41,10 @@ class Outcome:
         runs: the rows that were judged on the test part, by seed.
         accuracy: in percent.
         gain: accuracy minus LoRA's with the same seed, in percentage points; None for LoRA itself and without it.
-        p: of a paired t-test over the seeds that the gain is not 0, two-sided, corrected by Holm over the task's
-            methods, and over its variants; None where there is no gain, only one seed, or the same gain with all seeds.
+        p: of a paired t-test over the seeds that the gain is not 0, two-sided; None where there is no gain, only one
+            seed, or the same gain with all seeds.
+        p_holm: the same, corrected by Holm over the task's methods, or over its variants.
+        excess_loss: loss on the test part minus LoRA's with the same seed, in nats; None for LoRA and without it.
         cost: processor time of a training step (on a GPU, its time), relative to LoRA's; None without LoRA.
         sharpness_ratios: sharpness relative to LoRA's with the same seed, sorted; empty without LoRA's or its own.
     """
@@ -53,6 +56,8 @@ class Outcome:
     accuracy: Estimate
     gain: Estimate | None = None
     p: float | None = None
+    p_holm: float | None = None
+    excess_loss: Estimate | None = None
     cost: float | None = None
     sharpness_ratios: Sequence[float] = ()
 
@@ -73,11 +78,18 @@ def outcomes(rows: Sequence[Row], task: str) -> list[Outcome]:
     if BASELINE not in done:
         return list(done.values())
     base = done[BASELINE].runs
-    tested = {name: _p_value(outcome.runs, base) for name, outcome in done.items() if name != BASELINE}
-    corrected: dict[str, float] = {}
+    compared = [_compared(outcome, base) for outcome in done.values()]
+    corrected = corrected_p_values({task: compared})
+    return [replace(outcome, p_holm=corrected.get((task, outcome.method))) for outcome in compared]
+
+
+def corrected_p_values(found: Mapping[str, Sequence[Outcome]]) -> dict[tuple[str, str], float]:
+    """Holm's correction over all methods of all these tasks, and over all variants, by task and method."""
+    tested = {(task, o.method): o.p for task, own in found.items() for o in own if o.p is not None}
+    corrected: dict[tuple[str, str], float] = {}
     for family in (METHODS, VARIANTS):  # what is tried beyond the question does not weaken the answer
-        corrected |= holm({name: p for name, p in tested.items() if name in family and p is not None})
-    return [_compared(outcome, base, corrected.get(name)) for name, outcome in done.items()]
+        corrected |= holm({key: p for key, p in tested.items() if key[1] in family})
+    return corrected
 
 
 def of_task(rows: Sequence[Row], task: str) -> list[Row]:
@@ -112,10 +124,11 @@ def within_seeds(outcomes: Sequence[Outcome], name: str = "sharpness") -> list[D
     """What is left of sharpness and test error when the seed's own part, the training examples above all, is taken out.
 
     Args:
-        outcomes: of one task; those without that sharpness are left out, as are seeds that one of the others lacks.
+        outcomes: of one task; variants, which not every task has, and those without that sharpness are left out, as
+            are seeds that one of the others lacks.
         name: "sharpness" or "expected_sharpness".
     """
-    having = [o for o in outcomes if all(name in row for row in o.runs.values())]
+    having = [o for o in outcomes if o.method in METHODS and all(name in row for row in o.runs.values())]
     found = []
     for seed in sorted(set.intersection(*(set(o.runs) for o in having)) if having else ()):
         sharpness = statistics.mean(o.runs[seed][name] for o in having)
@@ -142,14 +155,15 @@ def told_seeds(outcome: Outcome, seeds: int) -> str:
     return outcome.method if len(outcome.runs) == seeds else f"{outcome.method} ({len(outcome.runs)} seeds)"
 
 
-def holm(p_values: dict[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     """Holm's correction for testing several hypotheses (Scandinavian Journal of Statistics 6, 1979).
 
     Example:
         >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
         {'a': 0.03, 'c': 0.06, 'b': 0.06}
     """
-    corrected, largest = {}, 0.0
+    corrected: dict[Key, float] = {}
+    largest = 0.0
     for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, (len(p_values) - place) * p))
         corrected[name] = largest
@@ -196,7 +210,7 @@ def _validated(rows: Sequence[Row], method: str, config: Config) -> list[Row]:
     return [row for row in own if row["config"].get("learning_rate") == config.get("learning_rate")]
 
 
-def _compared(outcome: Outcome, base: dict[int, Row], p: float | None) -> Outcome:
+def _compared(outcome: Outcome, base: dict[int, Row]) -> Outcome:
     seeds = sorted(outcome.runs.keys() & base.keys())
     if not seeds:
         return outcome
@@ -204,7 +218,8 @@ def _compared(outcome: Outcome, base: dict[int, Row], p: float | None) -> Outcom
     changed: dict[str, Any] = {"cost": cost, "sharpness_ratios": _sharpness_ratios(outcome.runs, base)}
     if outcome.method != BASELINE:
         gains = [100 * (outcome.runs[seed]["accuracy"] - base[seed]["accuracy"]) for seed in seeds]
-        changed |= {"gain": estimate(gains), "p": p}
+        losses = [outcome.runs[seed]["loss"] - base[seed]["loss"] for seed in seeds]
+        changed |= {"gain": estimate(gains), "excess_loss": estimate(losses), "p": _p_value(outcome.runs, base)}
     return replace(outcome, **changed)
 
 

@@ -14,7 +14,15 @@ from lightning_flatlora.flatness import MeanLoss
 from recipes.comparison.plan import choose
 from recipes.comparison.plot import plot
 from recipes.comparison.run import Row, sam_loss
-from recipes.comparison.summary import estimate, holm, outcomes, sharpness_correlation, tuning, within_seeds
+from recipes.comparison.summary import (
+    corrected_p_values,
+    estimate,
+    holm,
+    outcomes,
+    sharpness_correlation,
+    tuning,
+    within_seeds,
+)
 from recipes.comparison.table import tables
 
 LORA = (0.70, 0.72, 0.71, 0.75, 0.69)
@@ -83,8 +91,9 @@ def test_the_paired_test_is_students_with_holms_correction(rows: list[Row]) -> N
 
     first, second = p(EFMLORA), p(FULL)
     assert first < second
-    assert found["efmlora"].p == pytest.approx(2 * first)
-    assert found["full"].p == pytest.approx(max(second, 2 * first))
+    assert [found[name].p for name in ("efmlora", "full")] == pytest.approx([first, second])
+    assert found["efmlora"].p_holm == pytest.approx(2 * first)
+    assert found["full"].p_holm == pytest.approx(max(second, 2 * first))
     unpaired = stats.ttest_ind(EFMLORA, LORA).pvalue
     assert abs(unpaired - first) > 0.05  # the pairing matters here
 
@@ -101,7 +110,29 @@ def test_variants_are_a_family_of_tests_of_their_own(rows: list[Row]) -> None:
         {**r, "method": name} for r in rows if r["method"] == "efmlora" for name in ("efmlora_layer", "fmlora_half")
     ]
     before, after = by_name(rows), by_name(rows + variants)
-    assert after["efmlora"].p == before["efmlora"].p == after["efmlora_layer"].p
+    assert after["efmlora"].p_holm == before["efmlora"].p_holm == after["efmlora_layer"].p_holm
+
+
+def test_the_table_over_all_tasks_corrects_for_all_its_tests(rows: list[Row]) -> None:
+    own = [r for r in rows if r["method"] != "full"]
+    one, two = own, own + [{**r, "task": "other"} for r in own]
+    p = by_name(own)["efmlora"].p
+    assert 0.025 < p < 0.05
+    assert "| efmlora | [+2.2 ± 0.7] | +2.20 |" in tables(one)[-1].markdown()
+    assert "| efmlora | +2.2 ± 0.7 | +2.2 ± 0.7 | +2.20 |" in tables(two)[-1].markdown()
+    found = {task: outcomes(two, task) for task in ("toy", "other")}
+    assert set(corrected_p_values(found).values()) == {2 * p}
+
+
+def test_the_loss_is_compared_seed_by_seed(rows: list[Row]) -> None:
+    own = [{**r, "loss": 2.0 + r["seed"] - 0.1 * r["accuracy"] * (r["method"] == "efmlora")} for r in rows]
+    found = by_name(own)
+    assert found["lora"].excess_loss is None
+    assert found["efmlora"].excess_loss.mean == pytest.approx(-0.1 * statistics.mean(EFMLORA))
+    assert found["efmlora"].excess_loss.error == pytest.approx(0.1 * statistics.stdev(EFMLORA) / math.sqrt(5))
+    told = tables(own)[-2].markdown()
+    assert "| lora | 4.000 |  | 1.00 |" in told
+    assert "| efmlora | -0.074 ± 0.001 | -0.074 | 1.10 |" in told
 
 
 def test_seeds_that_one_method_lacks_are_left_out_of_the_comparison(rows: list[Row]) -> None:
@@ -160,6 +191,8 @@ def test_the_correlation_is_over_the_runs_that_have_that_sharpness(rows: list[Ro
     assert {deviation.method for deviation in within_seeds(found)} == {"lora", "efmlora"}  # full has another measure
     assert sharpness_correlation(found) > 0.9
     assert math.isnan(sharpness_correlation(found, "expected_sharpness"))
+    variant = [{**r, "method": "efmlora_layer", "accuracy": 0.1} for r in rows if r["method"] == "efmlora"]
+    assert sharpness_correlation(outcomes(rows + variant, "toy")) == sharpness_correlation(found)
 
 
 def test_what_the_seeds_do_to_sharpness_and_error_is_no_correlation(rows: list[Row]) -> None:
@@ -195,7 +228,7 @@ def test_the_interval_is_students() -> None:
 def test_methods_with_fewer_seeds_or_tasks_are_marked(rows: list[Row]) -> None:
     fewer = [r for r in rows if not (r["method"] == "efmlora" and r["part"] == "test" and r["seed"] > 1)]
     other = [{**r, "task": "other"} for r in rows if r["method"] == "lora"]
-    of_task, _, over_all = (each.markdown() for each in tables(fewer + other))
+    of_task, _, _, over_all = (each.markdown() for each in tables(fewer + other))
     assert "toy, 5 seeds" in of_task
     assert "| efmlora (2 seeds) |" in of_task
     assert "| lora | 71.4 ± 1.0 | 71.4 ± 1.0 |  | 1.00 |" in over_all
@@ -219,7 +252,7 @@ def test_an_estimate_of_one_value_has_no_error() -> None:
 
 
 def test_tables_say_what_was_found(rows: list[Row]) -> None:
-    of_task, over_all = tables(rows)
+    of_task, _, over_all = tables(rows)
     told = of_task.markdown()
     assert "| lora | rate 0.002 | 71.4 ± 1.0 |  |  |" in told
     assert "| efmlora | rho 2 (edge) | 73.6 ± 1.0 | +2.2 ± 0.7 |" in told
