@@ -59,12 +59,15 @@ class Layout:
         """Whether any of them has a gradient at all, known to the host."""
         return any(parameter.grad is not None for parameter in parameters)
 
-    def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Whether every gradient is finite, as a boolean on the device, shape (); true where there is none."""
+    def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+        """Whether every gradient is finite, as a boolean on a device, shape (); true where there is none.
+
+        The host does not wait.
+        """
         grads = [p.grad for p in {id(p): p for p in parameters}.values() if p.grad is not None]
         kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
         norms = [whole(nn.utils.get_total_norm(kind, norm_type=torch.inf)) for kind in kinds if kind]
-        return torch.isfinite(sum(norms, start=torch.zeros(())))
+        return torch.isfinite(sum((norm.to(device) for norm in norms), start=torch.zeros((), device=device)))
 
 
 class FlatShards(Layout):
@@ -153,12 +156,12 @@ class FlatShards(Layout):
         return self._group.size() > 1 or super().has_gradient(parameters)
 
     @override
-    def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+    def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
         parameters = list(parameters)
-        finite = super().all_finite(parameters)
+        finite = super().all_finite(parameters, device)
         if not parameters:
             return finite
-        flag = finite.to(parameters[0].device, torch.float32)
+        flag = finite.to(torch.float32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
         return flag > 0
 

@@ -170,11 +170,16 @@ def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair])
     products: dict[int, set[tuple[int, int, float]]] = defaultdict(set)
     for _, layer in layers:
         for adapter in layer.lora_B:
-            A, B = (getattr(bare(f[adapter]), "weight", None) for f in (layer.lora_A, layer.lora_B))
+            A, B = (_factor(factors[adapter]) for factors in (layer.lora_A, layer.lora_B))
             for factor in (A, B):
                 products[id(factor)].add((id(A), id(B), float(layer.scaling[adapter])))
     reason = "a factor is shared with another pair or scaling, so its gradient is of several products"
     return [(p, reason) for p in pairs.values() if len(products[id(p.A)] | products[id(p.B)]) > 1]
+
+
+def _factor(factor: Any) -> Any:
+    """The parameter of a factor, which AdaLoRA keeps without a module around it."""
+    return getattr(bare(factor), "weight", None) if isinstance(factor, nn.Module) else factor
 
 
 def _check_adapter(layers: Iterable[tuple[str, LoraLayer]], adapter_name: str | None) -> None:

@@ -194,7 +194,7 @@ class Perturbation:
 
     def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
-        return self._layout.all_finite(parameters).to(self._averaged.device)
+        return self._layout.all_finite(parameters, self._averaged.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""

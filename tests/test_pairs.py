@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 
@@ -43,6 +43,12 @@ def test_leaves_out_by_name_what_is_not_one_product() -> None:
     assert "Embedding" in text
     assert "embed" in text
     assert "grouped convolution" in text
+
+
+def test_leaves_out_adalora_whose_factors_are_no_modules() -> None:
+    config = AdaLoraConfig(init_r=3, target_r=2, total_step=10, tinit=1, tfinal=1, deltaT=1, target_modules=["one"])
+    with pytest.raises(NoPairsError, match="SVDLinear"):
+        find_pairs(get_peft_model(Net(), config))
 
 
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported:UserWarning")

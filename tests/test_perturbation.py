@@ -446,3 +446,31 @@ def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.Monke
         perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.9)
     one_stack = all_B * 2 // layers
     assert all_B < watch.peak < all_B + 12 * one_stack
+
+
+class Copies(TorchDispatchMode):
+    """Between two devices, during everything inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        kinds = {t.device.type for t in pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        if len(kinds) > 1:
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_a_step_copies_nothing_between_host_and_device(also: bool) -> None:
+    """Such a copy would make the host wait. Here the device is one that holds shapes alone, and refuses to be read."""
+    A, B = (nn.Parameter(torch.zeros(shape, device="meta")) for shape in ((2, 5), (4, 2)))
+    perturbation = Perturbation([LoRAPair("B", A, B, 2.0)])
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    with Copies() as copies, torch.no_grad():  # not ascend(), as it knows no autocast
+        fresh = perturbation._ascend(RHO, at_perturbed=True, also_finite=[A, B] if also else [])
+        perturbation.average(fresh, beta=0.9)
+        perturbation.assign(fresh)
+    assert not copies.seen

@@ -98,7 +98,7 @@ class BalancednessRegularization(FlatLoRACallback):
         pairs = [pair for pair in self.search.pairs if pair.A.grad is not None and pair.B.grad is not None]
         signs = self._signs([pair.A for pair in pairs], [pair.B for pair in pairs])
         if watched := watched_parameters(trainer, self._optimizer_index):
-            happens = Layout().all_finite(watched)
+            happens = Layout().all_finite(watched, watched[0].device)
             signs = [sign * happens.to(sign.device) for sign in signs]
         for pair, sign in zip(pairs, signs, strict=True):
             pair.B.mul_(1 + strength[id(pair.B)] * sign)

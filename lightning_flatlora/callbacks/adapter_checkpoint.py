@@ -18,7 +18,7 @@ from lightning_flatlora.distributed import is_sharded
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint without the frozen base: trainable weights, optimizer, schedulers, callbacks.
+    """Lightning's ModelCheckpoint without the frozen base: adapters, trained weights, optimizer, schedulers, callbacks.
 
     Its files are the same under every strategy: one ``NAME.ckpt``, whole values on the CPU, written by rank zero. So a
     run may be resumed on another number of processes, or under another strategy, as long as its Trainer has an
@@ -26,8 +26,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     ``PeftModel.from_pretrained(base, folder)`` loads (with one subfolder for each adapter that is not called "default",
     as peft writes them).
 
-    It works with any LightningModule that holds a peft model. A checkpoint that lacks a trainable weight is refused on
-    loading, and one that has others too (unless the module's ``strict_loading`` is off). Files appear whole or not at
+    It works with any LightningModule that holds a peft model. A checkpoint that lacks an adapter's weight, frozen ones
+    as LoRA-FA's A included, or a trained one is refused on loading, and one that has others too (unless the module's
+    ``strict_loading`` is off). Files appear whole or not at
     all, the folder before the file, and a file is removed only after the next one is there; so a process killed at any
     moment leaves a checkpoint to resume from. Rank zero writes directly, not through a CheckpointIO plugin. Other
     checkpoint callbacks beside it write what they always do.

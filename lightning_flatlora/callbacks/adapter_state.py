@@ -1,6 +1,6 @@
 """What learns in a model, whole, under every strategy: gathered for a checkpoint, and given back to every rank.
 
-The frozen base is never gathered: only trained parameters, and what the optimizer keeps of them, travel.
+The frozen base is never gathered: only adapters and trained parameters, and what the optimizer keeps of them, travel.
 """
 
 import zipfile
@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
@@ -135,15 +137,32 @@ def peft_models(module: nn.Module) -> dict[str, PeftModel]:
 def _learning(module: nn.Module) -> dict[str, Any]:
     """The entries of an unwrapped module's state dict that training changes, parameters as they are on this rank.
 
-    Frozen parameters are left out, and buffers inside peft models but for the running statistics of norms.
+    Frozen parameters of the base are left out, and buffers inside peft models but for the running statistics of norms.
+    Those of adapters are drawn anew in another process, as LoRA-FA's A, so they stay.
     """
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    of_adapters = {id(p) for part in module.modules() for p in _adapter_parameters(part)}
+    frozen = {
+        name
+        for name, p in module.named_parameters(remove_duplicate=False)
+        if not p.requires_grad and id(p) not in of_adapters
+    }
     for outer, model in peft_models(module).items():
         for name, part in model.named_modules(remove_duplicate=False):
             if not isinstance(part, _NormBase):
                 buffers = part.named_buffers(recurse=False)
                 frozen |= {".".join(filter(None, (outer, name, buffer))) for buffer, _ in buffers}
     return {name: value for name, value in module.state_dict(keep_vars=True).items() if name not in frozen}
+
+
+def _adapter_parameters(part: nn.Module) -> Iterator[nn.Parameter]:
+    """What adapters, active or not, have put into one of peft's layers."""
+    if isinstance(part, BaseTunerLayer):
+        for name in part.adapter_layer_names:
+            held = getattr(part, name, None)
+            if isinstance(held, nn.Module):
+                yield from held.parameters()
+    elif isinstance(part, ModulesToSaveWrapper):
+        yield from part.modules_to_save.parameters()
 
 
 def _layout(trainer: Trainer, entries: dict[str, Any]) -> Layout:
@@ -168,7 +187,7 @@ def _load_weights(trainer: Trainer, state: dict[str, Any], strict: bool) -> None
     for names, which in ((lacking, "lacks"), (surplus, "has")):
         if names:
             raise MisconfigurationException(
-                f"AdapterCheckpoint: the checkpoint {which} {len(names)} trainable weights, as {names[0]}: "
+                f"AdapterCheckpoint: the checkpoint {which} {len(names)} adapter or trained weights, as {names[0]}: "
                 "it is of another model or adapter"
             )
     layout = _layout(trainer, entries)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -66,6 +67,7 @@ class FlatLoRACallback(Callback):
         self._optimizer_index = 0
         self._initial_lr: float | None = None
         self._loaded: dict[str, Any] | None = None
+        self._is_training = False
         self._put_back_clipping: Callable[[], None] = nothing
 
     # -- the start: everything that is wrong, in one message, before anything is touched
@@ -201,6 +203,7 @@ class FlatLoRACallback(Callback):
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
             self._restore(loaded)
+        self._is_training = True
 
     # -- which steps, which rho
 
@@ -212,20 +215,31 @@ class FlatLoRACallback(Callback):
     def current_rho(self, trainer: Trainer) -> float:
         """The size (rho, or what the method calls it) of the coming optimizer step."""
         if not self.rho.needs_learning_rate:
-            return self.rho(self.step, self._horizon)
+            return self._checked(self.rho(self.step, self._horizon))
         group = self._groups(trainer)[0]
         if not self._initial_lr:  # a warm-up written by hand may start at 0
             self._initial_lr = float(group.get("initial_lr", group["lr"]))
-        return self.rho(self.step, self._horizon, group["lr"] / self._initial_lr if self._initial_lr else 0.0)
+        share = group["lr"] / self._initial_lr if self._initial_lr else 0.0
+        return self._checked(self.rho(self.step, self._horizon, share))
+
+    def _checked(self, rho: float) -> float:
+        if not 0 <= rho < math.inf:  # a schedule of the user's own
+            raise MisconfigurationException(
+                message(self, [f"{self._sized} must give a finite number >= 0, and gave {rho} at step {self.step}"])
+            )
+        return rho
 
     def holds_pairs(self, trainer: Trainer, optimizer: Any) -> bool:
         """Whether an optimizer, as a hook is given it, is the one that learns the pairs."""
-        return getattr(optimizer, "optimizer", optimizer) is trainer.optimizers[self._optimizer_index]
+        if isinstance(optimizer, LightningOptimizer):  # others that keep one inside are themselves what is stepped
+            optimizer = optimizer.optimizer
+        return optimizer is trainer.optimizers[self._optimizer_index]
 
     # -- the end
 
     def uninstall(self) -> None:
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
+        self._is_training = False
         self._put_back_clipping()
 
     @override
@@ -250,7 +264,10 @@ class FlatLoRACallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        if self._is_training:  # a tuner goes back to where it began, in the middle of a fit
+            self._restore(state_dict)
+        else:  # the pairs are not known yet
+            self._loaded = state_dict
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must not change, as arguments by name."""

@@ -16,9 +16,9 @@ class FMLoRA(TwoPasses, PerturbsB):
 
     The first pass's gradient gives E, the second is taken at B + E and is the one that the optimizer sees. Both passes
     draw the same dropout masks and see the same batch, but for what the first writes into its tensors; the loss is
-    logged and returned from the first, the clean one. Hooks around backward fire twice, and whatever a training_step
-    updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes. Under gradient accumulation each
-    micro-batch has its own ascent.
+    logged and returned from the first, the clean one. Hooks around backward fire in each pass, with its gradient, and
+    whatever a training_step updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes. Under
+    gradient accumulation each micro-batch has its own ascent.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.

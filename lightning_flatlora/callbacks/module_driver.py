@@ -31,7 +31,9 @@ class FMLoRAModuleDriver(PerturbsB):
         self.sync_ascent = sync_ascent
         self.parameters: list[nn.Parameter] = []
         self._scheduler: EFMLoRA | None = None
-        self._fresh: list[FreshPerturbation] = []
+        self._fresh: FreshPerturbation | None = None
+        self._sum: FreshPerturbation | None = None
+        self._ascents = 0
         self._is_set_up = False
         self.schedulers = ManualSchedulers()
 
@@ -52,13 +54,21 @@ class FMLoRAModuleDriver(PerturbsB):
                     f"{name} must be the same in the module and in EFMLoRA beside it, "
                     f"got {getattr(self, name)!r} and {getattr(scheduler, name)!r}"
                 )
+        if scheduler and (self.start_step, self.every_n_steps) != (0, 1):
+            problems.append("EFMLoRA beside the module schedules the passes: give start_step and every_n_steps to it")
+        if scheduler and not self.sync_ascent and trainer.world_size > 1:
+            problems.append(
+                "sync_ascent=False leaves each rank its own E, and EFMLoRA beside it keeps one average for all: "
+                "leave it True"
+            )
         return problems
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._is_set_up = True
-        self._scheduler, self._fresh = None, []
+        self._scheduler = None
+        self.open_window()
         if stage == "fit":
             self.schedulers.listen(pl_module)
 
@@ -100,7 +110,7 @@ class FMLoRAModuleDriver(PerturbsB):
 
     def open_window(self) -> None:
         """Forget what a window that was cut short has left."""
-        self._fresh = []
+        self._fresh, self._sum, self._ascents = None, None, 0
 
     def count_step(self) -> None:
         """Count an optimizer step, with EFMLoRA beside in its count."""
@@ -112,13 +122,17 @@ class FMLoRAModuleDriver(PerturbsB):
         fresh = self.perturbation.ascend((self._scheduler or self).current_rho(trainer), at_perturbed=False)
         if self._scheduler is None:
             self.perturbation.assign(fresh)
-        else:
-            self._fresh.append(fresh)
+            return
+        self._fresh = total = fresh
+        if self._sum is not None:
+            stacks = list(torch._foreach_add(self._sum.stacks, fresh.stacks))
+            total = FreshPerturbation(stacks, self._sum.finite & fresh.finite, fresh.is_zero)
+        self._sum, self._ascents = total, self._ascents + 1
 
     def descending(self) -> Any:
         """Inside, the layers read B + E with the fresh E."""
         assert self.perturbation is not None
-        return self.perturbation.applied(self._fresh[-1].stacks if self._fresh else None)
+        return self.perturbation.applied(self._fresh.stacks if self._fresh else None)
 
     def between_ascents(self) -> Any:
         """Inside, the layers read B + Ê with EFMLoRA beside, else B."""
@@ -130,21 +144,19 @@ class FMLoRAModuleDriver(PerturbsB):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._scheduler is None:  # else EFMLoRA has counted it
             self.count_step()
-        elif self._fresh:
-            self._average(trainer, self._scheduler.beta)
+        elif self._sum is not None:
+            self._average(trainer, self._sum, self._scheduler.beta)
         module: Any = pl_module  # an FMLoRAModule
         if module.gradient_clip_val is not None:
             module.clip_gradients(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)
 
-    def _average(self, trainer: Trainer, beta: float) -> None:
+    def _average(self, trainer: Trainer, total: FreshPerturbation, beta: float) -> None:
         """Move Ê once, by the mean E of the window's micro-batches, if the step itself is not going to be skipped."""
         assert self.perturbation is not None
-        fresh, self._fresh = self._fresh, []
-        finite = self.perturbation.all_finite(watched_parameters(trainer, optimizer_index=0))
-        for one in fresh:
-            finite = finite & one.finite
-        stacks = [torch.stack(parts).mean(0) for parts in zip(*(one.stacks for one in fresh), strict=True)]
-        self.perturbation.average(FreshPerturbation(stacks, finite, fresh[0].is_zero), beta)
+        finite = self.perturbation.all_finite(watched_parameters(trainer, optimizer_index=0)) & total.finite
+        stacks = list(torch._foreach_div(total.stacks, self._ascents))
+        self.perturbation.average(FreshPerturbation(stacks, finite, total.is_zero), beta)
+        self.open_window()
 
     # Plateau schedulers step when automatic optimization would: after the validation that follows their step or epoch.
 

@@ -1,5 +1,6 @@
 """Two passes a step in automatic optimization, for any LightningModule."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -20,6 +21,7 @@ from lightning_flatlora.callbacks.two_passes import (
     nothing,
     own_containers,
     put_back_gradients,
+    put_on_instance,
     random_state,
     silenced_log,
     take_gradients,
@@ -33,21 +35,19 @@ class TwoPasses(FlatLoRACallback):
 
     The first pass's gradient gives the perturbation, the second's is the one that the optimizer sees. Both passes draw
     the same dropout masks and see the same batch, but for what the first writes into its tensors; the loss is logged
-    and returned from the first, the clean one. Hooks around backward fire twice, and whatever a training_step updates
-    beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes. Under gradient accumulation each micro-batch
-    has its own ascent. Subclasses say what is perturbed, and how.
+    and returned from the first, the clean one. Hooks around backward fire in each pass, with its gradient, and whatever
+    a training_step updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes. Under gradient
+    accumulation each micro-batch has its own ascent. Subclasses say what is perturbed, and how.
     """
 
     def __init__(self, rho: float | RhoSchedule, *, sync_ascent: bool = True, **settings: Any) -> None:
         super().__init__(rho, **settings)
         self.sync_ascent = sync_ascent
         self._parameters: list[nn.Parameter] = []
-        self._in_second_pass = False
         self._kept_local = ExitStack()
-        self._step_arguments: tuple[Any, ...] | None = None
-        self._put_back_random_state: Callable[[], None] | None = None
-        self._taken: list[tuple[nn.Parameter, Tensor]] = []
-        self._cancel: Callable[[], None] = nothing
+        self._waiting = ExitStack()
+        self._step_arguments: tuple[Any, ...] = ()
+        self._put_back_random_state: Callable[[], None] = nothing
 
     @property
     @abstractmethod
@@ -88,38 +88,33 @@ class TwoPasses(FlatLoRACallback):
         if self.is_refresh_step and self.current_rho(trainer) > 0:
             takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
             self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
-            self._cancel = at_training_step(pl_module, lambda: self._remember_step(pl_module))
+            self._waiting.callback(at_training_step(pl_module, lambda: self._remember_step(pl_module)))
+            two_passes = functools.partial(self._two_passes, trainer, pl_module)
+            self._waiting.callback(put_on_instance(trainer.strategy, "backward", two_passes))
             if self._stays_local(trainer) and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
                 self._kept_local.enter_context(trainer.strategy.block_backward_sync())  # type: ignore[attr-defined]
 
-    @override
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def _two_passes(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In place of the strategy's backward: the ascent's, and when all its hooks are through, the descent."""
+        self._waiting.close()
         # Here and no earlier: Lightning clears the gradients of the last step after the forward pass.
-        if self._step_arguments is not None and not self._in_second_pass:
-            self._taken = take_gradients(self._parameters)
-
-    @override
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._step_arguments is None or self._in_second_pass:
-            return
-        assert self._put_back_random_state is not None
+        taken = take_gradients(self._parameters)
+        loss = trainer.strategy.backward(loss, *args, **kwargs)
         if self.sync_ascent and not _synchronises(trainer):
             average_gradients(self.ascending)
         self.ascend(self.current_rho(trainer))
-        put_back_gradients(self._parameters, self._taken)
-        self._release()
+        put_back_gradients(self._parameters, taken)
+        self._kept_local.close()
         self._put_back_random_state()
-        self._in_second_pass = True
-        try:
-            with self.perturbed(), silenced_log(pl_module):
-                self._descend(trainer)
-        finally:
-            self._in_second_pass = False
-            self._forget_batch()
+        with self.perturbed(), silenced_log(pl_module):
+            self._descend(trainer)
+        self._forget_batch()
+        return loss
 
     def _descend(self, trainer: Trainer) -> None:
         """The second pass: the gradient at the perturbed weights, added to what was accumulated."""
-        assert self._step_arguments is not None
         loss = loss_of(trainer.strategy.training_step(*self._step_arguments), "training_step")
         if loss is None:
             name = type(self).__name__
@@ -149,12 +144,9 @@ class TwoPasses(FlatLoRACallback):
         self._put_back_random_state = random_state(pl_module.device)
 
     def _forget_batch(self) -> None:
-        self._release()
-        self._cancel()
-        self._cancel = nothing
-        self._step_arguments = None
-        self._put_back_random_state = None
-        self._taken = []
+        self._waiting.close()
+        self._kept_local.close()
+        self._step_arguments, self._put_back_random_state = (), nothing
 
     def _stays_local(self, trainer: Trainer) -> bool:
         """Whether the ascent's backward must not average gradients even in the batch that ends an accumulation window.
@@ -165,9 +157,6 @@ class TwoPasses(FlatLoRACallback):
         if not isinstance(trainer.strategy, DDPStrategy | FSDPStrategy):
             return False
         return trainer.accumulate_grad_batches > 1 or not self.sync_ascent
-
-    def _release(self) -> None:
-        self._kept_local.close()
 
 
 def _synchronises(trainer: Trainer) -> bool:

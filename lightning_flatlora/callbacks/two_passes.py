@@ -112,6 +112,8 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
         action()
         return original(*args, **kwargs)
 
+    # Lightning looks one layer below a decorator for the arguments: there must be as many as in the original.
+    training_step.__wrapped__ = getattr(original, "__wrapped__", original)
     cancel = put_on_instance(pl_module, "training_step", training_step)
     return cancel
 

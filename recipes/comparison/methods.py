@@ -8,7 +8,6 @@ import lightning as L
 
 from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
-from recipes.comparison.experiments import PartialFMLoRA
 from recipes.comparison.task import Config, Grids
 
 
@@ -73,7 +72,6 @@ VARIANTS: dict[str, Method] = {
     "efmlora_beta01": Method("rho", "rho", lambda config: [EFMLoRA(config["rho"], beta=0.1)]),
     "efmlora_every5": Method("rho", "rho", lambda config: [EFMLoRA(config["rho"], every_n_steps=5)]),
     "fmlora_every5": Method("rho", "rho", lambda config: [FMLoRA(config["rho"], every_n_steps=5)]),
-    "fmlora_half": Method("rho", "rho", lambda config: [PartialFMLoRA(config["rho"], 0.5)]),
 }
 """Beyond the paper; run only when they are named."""
 

@@ -9,7 +9,7 @@ import torch
 from helpers import build, fit, make_loader, make_net, same, trainer_of, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -30,8 +30,6 @@ class Wide(nn.Module):
 
 
 def wide_net() -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
     return get_peft_model(Wide(), LoraConfig(r=2, target_modules=["first", "last"]))
 
@@ -100,6 +98,49 @@ def test_resumes_bit_for_bit_on_a_base_loaded_anew(tmp_path: Path) -> None:
     assert same(weights(whole), weights(resumed))
 
 
+def frozen_A(seed: int) -> nn.Module:
+    """LoRA-FA: A is drawn and stays; another process draws another one."""
+    net = make_net()
+    torch.manual_seed(seed)
+    for name, p in net.named_parameters():
+        if "lora_A" in name:
+            nn.init.normal_(p)
+            p.requires_grad_(False)
+    return net
+
+
+def test_a_frozen_A_is_saved_with_its_B(tmp_path: Path) -> None:
+    whole, callbacks, _ = build("efmlora", net=frozen_A(1))
+    fit(tmp_path, whole, [*callbacks, checkpoint(tmp_path, every_n_train_steps=6)])
+    resumed, callbacks, _ = build("efmlora", net=frozen_A(2))
+    fit(tmp_path, resumed, [*callbacks, checkpoint(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
+    assert same(weights(whole), weights(resumed))
+    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    saved["state_dict"] = {name: value for name, value in saved["state_dict"].items() if "lora_A" not in name}
+    torch.save(saved, tmp_path / "old.ckpt")
+    module, callbacks, _ = build("efmlora", net=frozen_A(2))
+    with pytest.raises(MisconfigurationException, match=r"lacks 3 adapter or trained weights, as .*lora_A"):
+        fit(tmp_path, module, [*callbacks, checkpoint(tmp_path / "3")], ckpt_path=tmp_path / "old.ckpt")
+
+
+def test_an_adapter_that_is_not_active_is_saved_too(tmp_path: Path) -> None:
+    def net(seed: int) -> nn.Module:
+        made: Any = make_net()
+        torch.manual_seed(seed)
+        made.add_adapter("reference", LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+        return made
+
+    module, callbacks, _ = build("efmlora", net=net(1))
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
+    other, _, _ = build("plain", net=net(2))
+    trainer_of(tmp_path, [checkpoint(tmp_path)]).validate(
+        other, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", weights_only=True, verbose=False
+    )
+    own = {name: value for name, value in weights(module).items() if "reference" in name}
+    assert len(own) == 2
+    assert same(own, {name: value for name, value in weights(other).items() if name in own})
+
+
 def test_save_weights_only_is_small_too(tmp_path: Path) -> None:
     module, callbacks, _ = build("efmlora")
     fit(tmp_path, module, [*callbacks, checkpoint(tmp_path, save_weights_only=True)])
@@ -113,7 +154,7 @@ def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(tmp_path: Path) -> 
     other = make_net()
     other.base_model.model[2].base_layer.bias.requires_grad_(True)
     module, callbacks, _ = build("plain", net=other)
-    with pytest.raises(MisconfigurationException, match=r"lacks 1 trainable weights, as .*2.base_layer.bias"):
+    with pytest.raises(MisconfigurationException, match=r"lacks 1 adapter or trained weights, as .*2.base_layer.bias"):
         fit(tmp_path, module, [checkpoint(tmp_path / "2")], ckpt_path=tmp_path / "step=3.ckpt")
 
 
@@ -173,7 +214,7 @@ def test_a_checkpoint_with_other_weights_is_refused_unless_loading_is_not_strict
     fit(tmp_path, module, [*callbacks, checkpoint(tmp_path, save_weights_only=True)])
     module, _, _ = build("plain")
     loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
-    with pytest.raises(MisconfigurationException, match=r"has 1 trainable weights, as .*2.base_layer.bias"):
+    with pytest.raises(MisconfigurationException, match=r"has 1 adapter or trained weights, as .*2.base_layer.bias"):
         loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt")
     module.strict_loading = False
     loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)

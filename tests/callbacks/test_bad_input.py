@@ -233,6 +233,22 @@ def test_efmlora_beside_a_module_with_other_settings(tmp_path):
         assert other in line
 
 
+def test_efmlora_beside_a_module_that_would_schedule_too(tmp_path):
+    message = refused(tmp_path, TwoPassClassifier(1.0, every_n_steps=2), [EFMLoRA(1.0)])
+    assert "give start_step and every_n_steps to it" in message
+
+
+def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
+    trainer = trainer_of(".", [EFMLoRA(1.0)])
+    module = TwoPassClassifier(1.0, sync_ascent=False)
+    trainer.strategy.connect(module)
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    problems = module._driver.configuration_problems(trainer, module)
+    assert any("sync_ascent=False leaves each rank its own E" in problem for problem in problems)
+    monkeypatch.setattr(type(trainer), "world_size", 1)
+    assert not any("sync_ascent" in problem for problem in module._driver.configuration_problems(trainer, module))
+
+
 class ByHand(Classifier):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

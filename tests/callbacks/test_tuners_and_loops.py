@@ -177,6 +177,33 @@ def test_learning_rate_finder_between_two_fits(tmp_path, front_end):
     assert_same_run(trainer, train(tmp_path, fresh, fresh_callbacks, kwargs))
 
 
+class FinderInBetween(LearningRateFinder):
+    """At the start of the second epoch again, as Lightning's documentation shows."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_learning_rate_finder_in_the_middle_of_a_fit(tmp_path, front_end):
+    """The run goes on as if it had not been there, and later checkpoints hold the state of their own step."""
+    module, callbacks, kwargs, _ = searched(front_end)
+    finder = FinderInBetween(num_training_steps=20, update_attr=False)
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    trainer = train(tmp_path, module, [*callbacks, finder, saving], kwargs | {"enable_checkpointing": True})
+    assert finder.optimal_lr is not None
+    assert_same_run(trainer, plain_fit(tmp_path, front_end))
+    saved = torch.load(saving.best_model_path, weights_only=True)["callbacks"]
+    states = [state for state in saved.values() if "perturbation" in state or "initial_lr" in state]
+    assert [state["step"] for state in states] == [driver_of(trainer).step]
+    if callbacks and isinstance(callbacks[0], EFMLoRA):
+        assert same(states[0]["perturbation"]["E"], E_hat(driver_of(trainer)))
+
+
 # -- evaluation, and fitting again
 
 

@@ -1,17 +1,30 @@
 """What the callbacks put on a module for a moment is taken away again, and what was there comes back."""
 
+import functools
 import types
 from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, TwoPassClassifier, build, fit, make_dataset, make_loader, make_net
+from helpers import (
+    FRONT_ENDS,
+    Classifier,
+    TwoPassClassifier,
+    build,
+    driver_of,
+    fit,
+    make_dataset,
+    make_loader,
+    make_net,
+    same,
+    weights,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, default_collate
 from transformers import BatchEncoding
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
-from lightning_flatlora.baselines import LoRASAM
+from lightning_flatlora.baselines import SAM, LoRASAM
 from lightning_flatlora.callbacks.two_passes import put_on_instance
 
 
@@ -162,6 +175,93 @@ def test_what_cannot_be_right_is_refused(tmp_path: Any) -> None:
         fit(tmp_path, module, [EFMLoRA(LearningRateRho(0.5))])
 
 
+HALVES = (EFMLoRA(1e-6), FMLoRA(1e-6), LoRASAM(1e-6), SAM(1e-6))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("callback", HALVES, ids=lambda callback: type(callback).__name__)
+def test_a_modules_own_hook_changes_each_gradient_once(tmp_path: Any, callback: Any, accumulate: int) -> None:
+    """At rho near 0 the step is plain LoRA's, whatever the hooks around backward do to its gradient."""
+
+    class Halving(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms: list[torch.Tensor] = []
+
+        def on_after_backward(self) -> None:
+            for p in self.parameters():
+                if p.grad is not None:
+                    p.grad *= 0.5
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            self.norms.append(torch.nn.utils.get_total_norm(grads))
+
+    norms = []
+    for callbacks in ([], [callback]):
+        module = Halving()
+        module.optimizer_class = torch.optim.SGD  # Adam would make steps of 1e-6's gradients, too
+        fit(tmp_path, module, callbacks, max_epochs=1, accumulate_grad_batches=accumulate)
+        norms.append(torch.stack(module.norms))
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
+
+
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
+def test_a_decorated_step_is_given_what_it_takes(tmp_path: Any, kind: Any) -> None:
+    class Decorated(Classifier):
+        @decorated
+        def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+            return self.loss(batch, 0)
+
+    trained = []
+    for module in (Classifier(), Decorated()):
+        fit(tmp_path, module, [kind(0.5)], max_epochs=1)
+        trained.append(weights(module))
+    assert same(*trained)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """An optimizer around another one, as Lookahead is."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr)
+        super().__init__(self.optimizer.param_groups, {})
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_an_optimizer_around_another_one_takes_the_same_steps(tmp_path: Any, front_end: str) -> None:
+    runs = []
+    for optimizer in (torch.optim.AdamW, Wrapping):
+        module, callbacks, more = build(front_end, LinearRho(0.5, 0.1))
+        module.optimizer_class = optimizer
+        trainer = fit(tmp_path, module, callbacks, **more)
+        runs.append((driver_of(trainer).step, weights(module)))
+    assert runs[0][0] == 12
+    assert same(*runs)
+
+
+def test_a_schedule_that_gives_no_radius_stops_the_run(tmp_path: Any) -> None:
+    class Falling(LinearRho):
+        def __call__(self, step: int, horizon: float, *more: Any) -> float:
+            return 1.0 - step
+
+    for kind in (EFMLoRA, FMLoRA):
+        with pytest.raises(MisconfigurationException, match=r"must give a finite number >= 0, and gave -1.0 at step 2"):
+            fit(tmp_path, Classifier(), [kind(Falling(1.0, 0.0))])
+
+
 def test_a_whole_window_of_skipped_batches_is_no_step(tmp_path: Any) -> None:
     module = TwoPassClassifier(0.5, accumulate_grad_batches=2)
     module.inside.append(lambda self, batch_idx: "skip" if batch_idx in (2, 3) else None)
@@ -179,5 +279,6 @@ def test_a_batch_called_off_leaves_nothing_behind(tmp_path: Any) -> None:
 
     for kind in (EFMLoRA, FMLoRA):
         module = CalledOff()
-        fit(tmp_path, module, [kind(0.5)], max_epochs=1)
+        trainer = fit(tmp_path, module, [kind(0.5)], max_epochs=1)
         assert "training_step" not in module.__dict__
+        assert "backward" not in trainer.strategy.__dict__

@@ -20,7 +20,7 @@ from recipes.comparison import __main__ as command
 from recipes.comparison import plan as planning
 from recipes.comparison import plot as plotting
 from recipes.comparison.__main__ import main
-from recipes.comparison.classification import TextClassifier, TextTask
+from recipes.comparison.classification import TextTask
 from recipes.comparison.commonsense import CommonsenseTask
 from recipes.comparison.emoji import EmojiTask
 from recipes.comparison.methods import ALL, METHODS, VARIANTS
@@ -178,20 +178,6 @@ def test_a_run_that_failed_is_free_again(tmp_path: Path, task: TextTask) -> None
 
 
 # -- real runs
-
-
-def test_half_of_a_batch_can_give_the_perturbation(task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    step = TextClassifier.training_step
-
-    def counted(self: TextClassifier, batch: Any, batch_idx: int) -> Any:
-        sizes.append(len(batch["labels"]))
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(TextClassifier, "training_step", counted)
-    perform(Run(task, "fmlora_half", {"learning_rate": 1e-3, "rho": 0.1}, 0, "validation"))
-    whole = SETTINGS["batch_size"]
-    assert sizes[:4] == [whole // 2, whole, whole // 2, whole]
 
 
 @pytest.mark.usefixtures("only_this")

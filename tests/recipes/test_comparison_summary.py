@@ -107,7 +107,7 @@ def test_holm_is_what_scipy_would_reject() -> None:
 
 def test_variants_are_a_family_of_tests_of_their_own(rows: list[Row]) -> None:
     variants = [
-        {**r, "method": name} for r in rows if r["method"] == "efmlora" for name in ("efmlora_layer", "fmlora_half")
+        {**r, "method": name} for r in rows if r["method"] == "efmlora" for name in ("efmlora_layer", "fmlora_every5")
     ]
     before, after = by_name(rows), by_name(rows + variants)
     assert after["efmlora"].p_holm == before["efmlora"].p_holm == after["efmlora_layer"].p_holm
