@@ -71,13 +71,20 @@ def train(
     resume: str | None = None,
     saver: str = "adapter",
     more: list[L.Callback] | None = None,
+    frozen_A: float | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train with EFMLoRA, save every step into a folder, and return everything that must be equal in the end."""
+    """Train with EFMLoRA, save every step into a folder, and return everything that must be equal in the end.
+
+    With ``frozen_A`` the A factors stay at that number times what they were drawn at.
+    """
     files = SAVERS[saver](folder, filename="{step}", save_top_k=-1, every_n_train_steps=EVERY)
     driver = EFMLoRA(CosineRho(RHO, 0.1), beta=BETA)
     trainer = trainer_of(strategy, [*(more or []), driver, files], **settings)
     module = ShardedAutomatic(network())
+    for name, p in module.named_parameters() if frozen_A is not None else ():
+        if "lora_A" in name:
+            p.requires_grad_(False).mul_(frozen_A)
     trainer.fit(module, loader(), ckpt_path=resume)
     return {
         "weights": full_weights(trainer.strategy, module.net),

@@ -13,6 +13,7 @@ from checkpoint_runs import END, MIDDLE, train
 from helpers import same
 from launch import Results, launch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2-distributed": ("fsdp2", {"save_distributed_checkpoint": True}),
 }
 SHARDED = [name for name in STRATEGIES if name != "ddp"]
+FROZEN_A = ("ddp", "fsdp1-full", "fsdp1-linears", "fsdp2-full")
 
 
 class Runs:
@@ -52,6 +54,9 @@ class Runs:
             yield planned("from-one", resume=self.file("one"))
             yield planned("parts", function="parts_of_ranks")
             yield planned("traffic", function="traffic")
+            if name in FROZEN_A:
+                yield planned("frozen", frozen_A=1.0)
+                yield planned("frozen-resumed", frozen_A=2.0, resume=self.file(f"{name}-frozen"))
             if name in ("fsdp1-full", "fsdp2-full"):
                 yield planned("lightning-traffic", function="traffic", saver="lightning")
         yield "wrapped-inside", ("checkpoint_runs:wrapped_inside", {})
@@ -175,3 +180,16 @@ def test_any_trained_parameter_is_gathered_whatever_is_wrapped(runs: Runs) -> No
 def test_an_optimizer_that_cannot_be_made_whole_is_refused(runs: Runs, strategy: str) -> None:
     for error in runs.two.error(f"odd-{strategy}"):
         assert "the optimizer keeps 'history' of the shape (1000,)" in error
+
+
+@pytest.mark.parametrize("name", FROZEN_A)
+def test_a_frozen_A_is_saved_with_its_B(runs: Runs, name: str) -> None:
+    """LoRA-FA: each process draws its own A, and goes on with that of the checkpoint."""
+    whole, resumed = runs.two[f"{name}-frozen"], runs.two[f"{name}-frozen-resumed"]
+    for one, other in zip(whole, resumed, strict=True):
+        assert same(one["weights"], other["weights"])
+    folder = Path(runs.file(f"{name}-frozen")).with_suffix("")
+    factors = load_file(folder / "adapter_model.safetensors")
+    assert {key for key in factors if "lora_A" in key} == {
+        key.replace("lora_B", "lora_A") for key in factors if "lora_B" in key
+    }
