@@ -160,6 +160,8 @@ def work(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, write JSON, and return what was written."""
     options = _parser().parse_args(arguments)
+    if "all" in options.methods:
+        options.methods = list(METHODS)
     if options.worker:
         work(options)
         return {}
@@ -207,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=list(WORKLOADS), default="smollm2")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=several, help="of 2 and more")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(OURS))
+    parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=list(OURS))
     parser.add_argument("--steps", type=int, default=3, help="watched steps, after one of warm-up")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/benchmarks/memory.json"), help="goes on with what it holds"
