@@ -138,7 +138,7 @@ def _curves(axes: Any, curves: Mapping[str, Sequence[tuple[Config, Estimate]]]) 
         means, errors, _ = zip(*(accuracy for _, accuracy in curve), strict=True)
         style = {"color": _COLOURS[name], "marker": _MARKERS[name], "capsize": 3}
         axes.errorbar([value * 1.03**place for value in values], means, yerr=errors, label=name, **style)
-    axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
+    axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)], rotation=45)
     axes.minorticks_off()
 
 
