@@ -6,6 +6,7 @@ python -m recipes.benchmarks.step --models minilm --vary rank 4 16 64 256    # h
 """
 
 import argparse
+import gc
 import json
 import logging
 import platform
@@ -83,6 +84,7 @@ def measure_steps(work: Workload, methods: list[str], options: argparse.Namespac
 
 def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], options: argparse.Namespace) -> float:
     """Median seconds of a step, after two of warm-up."""
+    gc.collect()  # the last turn's trainer and optimizer, whose parts point at each other
     clock = Clock()
     trainer = L.Trainer(
         max_epochs=1,
@@ -96,6 +98,7 @@ def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], 
         enable_model_summary=False,
     )
     trainer.fit(method.learner(network, causal), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    network.zero_grad()
     return statistics.median(clock.seconds[2:])
 
 
@@ -106,12 +109,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     device = "cuda" if options.accelerator == "cuda" else "cpu"
-    rows = []
-    for model in options.models:
-        for value in options.values:
-            work = WORKLOADS[model].varied(options.varied, value) if options.varied else WORKLOADS[model]
-            told = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.config.num_hidden_layers}
-            rows += [told | row for row in measure_steps(work, options.methods, options)]
+    rows: list[Row] = []
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
         "threads": options.threads,
@@ -119,17 +117,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "precision": options.precision,
         "steps": rows,
     }
+    for model in options.models:
+        for value in options.values:
+            work = WORKLOADS[model].varied(options.varied, value) if options.varied else WORKLOADS[model]
+            told = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.config.num_hidden_layers}
+            rows += [told | row for row in measure_steps(work, options.methods, options)]
+            _write(result, options.output)  # what is measured so far stays, whatever happens to the rest
     if not options.varied:
         # The engine after the steps: training has brought the C allocator into the state in which the engine runs.
         layers, n, m, rank = options.layers
         shape = {"layers": layers, "n": n, "m": m, "rank": rank}
         result["engine"] = shape | measure_engine(layers, n, m, rank, options.repeats, device)
     _print(result)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    _write(result, options.output)
     print(f"written to {options.output}")
     plot(rows, options.varied, options.output.with_suffix(".png"))
     return result
+
+
+def _write(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def plot(rows: list[Row], varied: str | None, path: Path) -> None:

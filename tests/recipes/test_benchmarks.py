@@ -5,6 +5,7 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import lightning as L
 import pytest
@@ -16,10 +17,10 @@ pytest.importorskip("rich", reason="the recipes' dependencies are not installed"
 from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
-from recipes.benchmarks import memory
+from recipes.benchmarks import memory, step
 from recipes.benchmarks.methods import METHODS, Peer
 from recipes.benchmarks.step import main
-from recipes.benchmarks.workloads import WORKLOADS
+from recipes.benchmarks.workloads import WORKLOADS, Workload
 
 SIZES = [(name, work) for name, work in WORKLOADS.items() if name not in ("tiny", "llama-7b-layers")]
 
@@ -46,6 +47,19 @@ def test_every_method_and_peer_takes_steps_and_is_plotted_against_what_varies(tm
     result = main([*sizes, "--output", str(output)])
     assert [(row["rank"], row["method"]) for row in result["steps"]] == [(r, m) for r in (2, 4) for m in METHODS]
     assert output.with_suffix(".png").stat().st_size > 0
+
+
+def test_what_is_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = step.measure_steps
+
+    def failing(work: Workload, *rest: Any) -> Any:
+        return measured(work, *rest) if work.rank == 2 else 1 / 0
+
+    monkeypatch.setattr(step, "measure_steps", failing)
+    output = tmp_path / "ranks.json"
+    with pytest.raises(ZeroDivisionError):
+        main(["--models", "tiny", "--vary", "rank", "2", "4", "--rounds", "1", "--output", str(output)])
+    assert {row["rank"] for row in json.loads(output.read_text())["steps"]} == {2}
 
 
 @pytest.mark.parametrize("name", list(METHODS))
