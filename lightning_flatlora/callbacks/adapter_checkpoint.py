@@ -28,10 +28,9 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     It works with any LightningModule that holds a peft model. A checkpoint that lacks an adapter's weight, frozen ones
     as LoRA-FA's A included, or a trained one is refused on loading, and one that has others too (unless the module's
-    ``strict_loading`` is off). Files appear whole or not at
-    all, the folder before the file, and a file is removed only after the next one is there; so a process killed at any
-    moment leaves a checkpoint to resume from. Rank zero writes directly, not through a CheckpointIO plugin. Other
-    checkpoint callbacks beside it write what they always do.
+    ``strict_loading`` is off). Files appear whole or not at all, the folder before the file, and a file is removed only
+    after the next one is there; so a process killed at any moment leaves a checkpoint to resume from. Rank zero writes
+    directly, not through a CheckpointIO plugin. Other checkpoint callbacks beside it write what they always do.
 
     Args:
         args: as for ModelCheckpoint.

@@ -145,7 +145,8 @@ def plot(rows: list[Row], varied: str | None, path: Path) -> None:
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=((6 if varied else 3) * len(models) + (0 if varied else 2), 4), layout="constrained")
+    width = 6 * len(models) if varied else 2 + 3 * len(models)  # bars are named once, at the left
+    figure = Figure(figsize=(width, 4), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axes, model in zip(panels, models, strict=True):
         own = [row for row in rows if row["model"] == model]

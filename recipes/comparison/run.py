@@ -64,8 +64,7 @@ def perform(run: Run) -> Row:
         A JSON line: the run's key, and what was found: ``accuracy``, ``correct``, ``examples`` and ``loss`` (nats) on
         the part; ``seconds`` of the whole run, ``seconds_per_step`` (mean, as a method may take longer in some of its
         steps; without two of warm-up), ``processor_seconds_per_step`` (of all training, which other processes disturb
-        less), ``peak_mib``; with the part "test" also what :func:`flatness`
-        measures.
+        less), ``peak_mib``; with the part "test" also what :func:`flatness` measures.
     """
     gc.collect()  # the last run's model: its parts point at each other
     run.task.prepare()
