@@ -22,6 +22,7 @@ from lightning_flatlora.callbacks.two_passes import (
 )
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.lightning_names import is_lightning
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -153,7 +154,7 @@ class FMLoRAModule(LightningModule):
         put_back_random_state, kept = random_state(self.device), own_containers(batch)
         taken = take_gradients(parameters)
         # A backward that synchronises would make DDP forget which parameters the window has used so far.
-        averages = self.accumulate_grad_batches > 1 and isinstance(self.trainer.strategy, DDPStrategy)
+        averages = self.accumulate_grad_batches > 1 and is_lightning(self.trainer.strategy, DDPStrategy)
         output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent and not averages)
         if loss_of(output, "compute_loss") is None:
             put_back_gradients(parameters, taken)
@@ -177,14 +178,14 @@ class FMLoRAModule(LightningModule):
                 "ever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
             )
         if loss is not None:
-            parallel = isinstance(self.trainer.strategy, ParallelStrategy)
+            parallel = is_lightning(self.trainer.strategy, ParallelStrategy)  # type: ignore[type-abstract]
             with nullcontext() if sync or not parallel else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                 self.manual_backward(loss / self.accumulate_grad_batches)
         return output
 
     def _optimizer(self) -> LightningOptimizer:
         optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)  # checked in on_fit_start
+        assert is_lightning(optimizer, LightningOptimizer)  # checked in on_fit_start
         return optimizer
 
 

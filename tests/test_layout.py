@@ -29,7 +29,32 @@ def imports(path: Path) -> set[str]:
 
 def test_the_engine_knows_no_lightning() -> None:
     for name in TORCH_ONLY:
-        assert not any(module.split(".")[0] == "lightning" for module in imports(ROOT / name)), name
+        found = imports(ROOT / name)
+        assert not any(module.split(".")[0] == "lightning" for module in found), name
+        assert "lightning_flatlora.lightning_names" not in found, name
+
+
+def test_the_other_name_of_lightning_is_imported_for_its_users_alone() -> None:
+    for path in ROOT.rglob("*.py"):
+        libraries = {module.split(".")[0] for module in imports(path)}
+        assert path == ROOT / "pytorch_lightning.py" or not {"pytorch_lightning", "lightning_fabric"} & libraries, path
+
+
+def test_objects_of_lightning_are_told_apart_under_both_of_its_names() -> None:
+    """An isinstance, and an except, with a class of lightning.pytorch would miss pytorch_lightning's of that name."""
+    for path in ROOT.rglob("*.py"):
+        if path.name == "lightning_names.py":
+            continue
+        tree = ast.parse(path.read_text())
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        lightnings = [node for node in froms if (node.module or "").split(".")[0] == "lightning"]
+        classes = {alias.asname or alias.name for node in lightnings for alias in node.names}
+        assert "MisconfigurationException" not in classes, path
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "issubclass"):
+                named = {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)}
+                assert not named & classes, f"{path}:{call.lineno}"
 
 
 def test_the_equations_know_nothing_but_torch() -> None:

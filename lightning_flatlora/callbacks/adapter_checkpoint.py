@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.adapter_state import peft_models, read_adapters, unwrapped, written_as_adapter
 from lightning_flatlora.distributed import is_sharded
+from lightning_flatlora.lightning_names import MisconfigurationException
 
 
 class AdapterCheckpoint(ModelCheckpoint):

@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -24,6 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_flatlora.callbacks.two_passes import put_on_instance
 from lightning_flatlora.distributed import Layout, layout_of
+from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.pairs import bare
 
 _MARK = "lightning_flatlora_adapter"

@@ -9,7 +9,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
@@ -17,6 +16,7 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.checks import message, strategy_problems, value_problems, wrapping_problems
 from lightning_flatlora.callbacks.two_passes import nothing
 from lightning_flatlora.callbacks.value_clipping import skip_clipping_without_gradients
+from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
 from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
@@ -92,7 +92,7 @@ class FlatLoRACallback(Callback):
         if self.search.left_out:
             rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(self.search.left_out))
         self.install(trainer, pl_module)
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if is_lightning(trainer.strategy, FSDPStrategy):
             self._put_back_clipping = skip_clipping_without_gradients(trainer)
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -183,7 +183,7 @@ class FlatLoRACallback(Callback):
         if trainer.max_steps == -1 and trainer.max_epochs == -1:
             return [self._no_end()]
         own_steps = not pl_module.automatic_optimization and not module_drivers(trainer)
-        changing = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        changing = any(is_lightning(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
         if own_steps or changing:
             cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
             return [f"{self._sized} spreads over the run, whose steps are not known as {cause}: set its total_steps"]
@@ -231,7 +231,7 @@ class FlatLoRACallback(Callback):
 
     def holds_pairs(self, trainer: Trainer, optimizer: Any) -> bool:
         """Whether an optimizer, as a hook is given it, is the one that learns the pairs."""
-        if isinstance(optimizer, LightningOptimizer):  # others that keep one inside are themselves what is stepped
+        if is_lightning(optimizer, LightningOptimizer):  # others that keep one inside are themselves what is stepped
             optimizer = optimizer.optimizer
         return optimizer is trainer.optimizers[self._optimizer_index]
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 
 from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.lightning_names import is_lightning
 from lightning_flatlora.schedules import RhoSchedule, is_radius
 
 
@@ -69,25 +70,25 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
         works_sharded: whether the method can work where each rank holds a part of a parameter.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy):
+    if is_lightning(strategy, DeepSpeedStrategy):
         return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
-    if isinstance(strategy, XLAStrategy | SingleDeviceXLAStrategy):
+    if is_lightning(strategy, XLAStrategy, SingleDeviceXLAStrategy):
         return [
             f"{type(strategy).__name__} trains on TPUs, where nothing of this has been tested: "
             f"with accelerator='gpu' or 'cpu', {_USE}"
         ]
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not works_sharded:
+    if is_lightning(strategy, FSDPStrategy, ModelParallelStrategy) and not works_sharded:
         return [
             f"{type(strategy).__name__} leaves each rank a part of every weight, and this method needs them whole: "
             "use strategy='ddp'"
         ]
-    if isinstance(strategy, FSDPStrategy):
+    if is_lightning(strategy, FSDPStrategy):
         return _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization, sync_ascent)
-    if isinstance(strategy, ModelParallelStrategy):
+    if is_lightning(strategy, ModelParallelStrategy):
         return _fsdp2_problems(strategy, trainer.lightning_module, sync_ascent)
-    if isinstance(strategy, DDPStrategy):
+    if is_lightning(strategy, DDPStrategy):
         return _ddp_problems(strategy, _longest_window(trainer, window), sync_ascent)
-    if isinstance(strategy, SingleDeviceStrategy):
+    if is_lightning(strategy, SingleDeviceStrategy):
         return []
     return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
 
@@ -95,7 +96,7 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
 def wrapping_problems(trainer: Trainer) -> list[str]:
     """What must be said before the strategy wraps the model, where its own error would lead astray."""
     strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+    if is_lightning(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         return [
             "use_orig_params must be True, Lightning's default, got False: FSDP would make one parameter of several "
             "factors. Leave it out"
@@ -108,7 +109,7 @@ def _longest_window(trainer: Trainer, window: int) -> int:
     schedules = [
         callback.scheduling.values()
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler)
+        if is_lightning(callback, GradientAccumulationScheduler)
     ]
     return max([window, *(size for sizes in schedules for size in sizes)])
 

@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import (
     SingleDeviceXLAStrategy,
     XLAStrategy,
 )
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
@@ -25,6 +24,7 @@ from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.one_pass import OnePass
 from lightning_flatlora.callbacks.undisturbed import undisturbed
 from lightning_flatlora.flatness import DEFAULT_MEASURES, MEASURES, Point, measure
+from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
 from lightning_flatlora.pairs import NoPairsError, find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import is_radius
@@ -238,8 +238,8 @@ def _driver(trainer: Trainer) -> FlatLoRACallback | None:
 
 def _strategy_problems(trainer: Trainer) -> list[str]:
     strategy = trainer.strategy
-    untested = isinstance(strategy, DeepSpeedStrategy | SingleDeviceXLAStrategy | XLAStrategy)
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not untested:
+    untested = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+    if is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not untested:
         return []
     return [
         f"the strategy {type(strategy).__name__} is not supported, as one that shards a model has no whole weights to "

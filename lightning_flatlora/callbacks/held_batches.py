@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_flatlora.callbacks.two_passes import loss_of, random_state
 from lightning_flatlora.flatness import MeanLoss
+from lightning_flatlora.lightning_names import MisconfigurationException
 
 
 class HeldBatches:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_flatlora.callbacks.two_passes import put_on_instance
+from lightning_flatlora.lightning_names import MisconfigurationException
 
 _PLATEAU_KEYS = ("monitor", "strict", "reduce_on_plateau")
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -14,6 +13,7 @@ from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_paramete
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.manual_schedulers import ManualSchedulers
 from lightning_flatlora.callbacks.perturbs_b import PerturbsB
+from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.perturbation import FreshPerturbation
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback
 from lightning_flatlora.callbacks.checks import message, perturbation_problems, warn_of_rounding
 from lightning_flatlora.distributed import layout_of
 from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 

@@ -27,6 +27,7 @@ from lightning_flatlora.callbacks.two_passes import (
     take_gradients,
 )
 from lightning_flatlora.distributed import average_gradients
+from lightning_flatlora.lightning_names import is_lightning
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -154,13 +155,13 @@ class TwoPasses(FlatLoRACallback):
         One that synchronises would make FSDP1 turn the window's gradients, not reduced so far, into shards, and DDP
         forget which parameters the window has used: with find_unused_parameters it would not reduce them all.
         """
-        if not isinstance(trainer.strategy, DDPStrategy | FSDPStrategy):
+        if not is_lightning(trainer.strategy, DDPStrategy, FSDPStrategy):
             return False
         return trainer.accumulate_grad_batches > 1 or not self.sync_ascent
 
 
 def _synchronises(trainer: Trainer) -> bool:
     """Whether the backward that just ended averaged the gradients over the ranks."""
-    return not isinstance(trainer.strategy, DDPStrategy) or bool(
+    return not is_lightning(trainer.strategy, DDPStrategy) or bool(
         getattr(trainer.strategy.model, "require_backward_grad_sync", True)
     )
