@@ -1,14 +1,36 @@
 """The command line that all recipes share."""
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import ArgsType, LightningCLI
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
 from typing_extensions import override
+
+from recipes.training import RecipeModule
+
+_SWITCHES = {
+    "enable_progress_bar": ProgressBar,
+    "enable_checkpointing": Checkpoint,
+    "enable_model_summary": ModelSummary,
+}
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI for any module and data module, whose loggers write into one folder a run."""
+    """LightningCLI for any module and data module, whose loggers write into one folder a run.
+
+    ``--optimizer`` and ``--lr_scheduler`` each replace their own part of what the recipe trains with. ``--ckpt_path
+    last`` is the newest last checkpoint of the runs that log into the same folder, and an error if there is none.
+    Switching the progress bar, the checkpoints or the model summary off drops the callbacks that the configuration
+    lists for them.
+    """
 
     def __init__(self, args: ArgsType = None, **settings: Any) -> None:
         super().__init__(
@@ -18,13 +40,141 @@ class RecipeCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
             args=args,
             **settings,
         )
 
     @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_optimizer_args((Optimizer,))
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is None:
+            self.config = parser.parse_args(with_torch_optimizers(sys.argv[1:]))
+        else:
+            super().parse_arguments(parser, with_torch_optimizers(args) if isinstance(args, list) else args)
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
+        settings = self._get(self.config_init, "trainer")
+        trainer = super().instantiate_trainer(**{"callbacks": wanted_callbacks(settings), **kwargs})
         for logger in trainer.loggers:
             _ = logger.version  # fixed at first sight: all must look before the first has made its folder
+        if settings.fast_dev_run:
+            for saver in _savers(trainer):
+                saver.save_last = None  # Lightning suppresses every other file, but not the one at the end of training
         return trainer
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        optimizer, scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))
+        if not (optimizer or scheduler):
+            return
+        if not isinstance(self.model, RecipeModule):
+            raise MisconfigurationException(
+                f"--optimizer and --lr_scheduler are for the recipes' modules, and {type(self.model).__name__} is "
+                "another one: set both in its configure_optimizers"
+            )
+        self.model.chosen_optimizer = optimizer
+        self.model.chosen_scheduler = scheduler
+
+    def before_fit(self) -> None:
+        """Called by LightningCLI before ``trainer.fit``."""
+        self._find_checkpoint()
+
+    def before_validate(self) -> None:
+        """Called by LightningCLI before ``trainer.validate``."""
+        self._find_checkpoint()
+
+    def before_test(self) -> None:
+        """Called by LightningCLI before ``trainer.test``."""
+        self._find_checkpoint()
+
+    def before_predict(self) -> None:
+        """Called by LightningCLI before ``trainer.predict``."""
+        self._find_checkpoint()
+
+    def _find_checkpoint(self) -> None:
+        """Put a file in the place of "last", for which Lightning looks in this run's folder alone, a new one."""
+        settings = self.config_init[self.subcommand]
+        if settings.ckpt_path == "last":
+            settings.ckpt_path = str(last_checkpoint(self.trainer))
+        elif settings.ckpt_path == "best":
+            raise MisconfigurationException(
+                "--ckpt_path best: which checkpoint is the best is known only to the run that has saved it. Give the "
+                "file; its name tells the step"
+            )
+        if settings.ckpt_path and settings.trainer.enable_checkpointing is False:
+            raise MisconfigurationException(
+                "--trainer.enable_checkpointing=false: without the configuration's AdapterCheckpoint no --ckpt_path "
+                "can be read, as it lacks the frozen weights. Leave one of the two out"
+            )
+
+
+def with_torch_optimizers(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which an optimizer's bare name is PyTorch's, whoever else has one of that name.
+
+    Example:
+        >>> with_torch_optimizers(["fit", "--optimizer=SGD", "--optimizer", "Adam", "--optimizer.lr=1"])
+        ['fit', '--optimizer=torch.optim.SGD', '--optimizer', 'torch.optim.Adam', '--optimizer.lr=1']
+    """
+    arguments = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, name = argument.rpartition("=")
+        previous = arguments[place - 1] if place else ""
+        is_choice = option == "--optimizer" if equals else previous == "--optimizer"
+        if is_choice and name in torch.optim.__all__:
+            arguments[place] = f"{option}{equals}torch.optim.{name}"
+    return arguments
+
+
+def wanted_callbacks(settings: Any) -> list[L.Callback]:
+    """The callbacks of the Trainer's settings, without those that another setting switches off.
+
+    Of several progress bars the last one stays, so that one may be added to a configuration that lists another.
+    """
+    callbacks = settings.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    off = tuple(kind for name, kind in _SWITCHES.items() if settings[name] is False)
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    return [
+        callback
+        for callback in callbacks
+        if not isinstance(callback, off) and (callback not in bars or callback is bars[-1])
+    ]
+
+
+def last_checkpoint(trainer: L.Trainer) -> Path:
+    """The newest last checkpoint of the runs that log into the same folder as this one.
+
+    Raises:
+        MisconfigurationException: there is none.
+    """
+    searched = []
+    for saver in _savers(trainer):
+        pattern = f"{saver.CHECKPOINT_NAME_LAST}*{saver.FILE_EXTENSION}"
+        if saver.dirpath is not None:
+            searched.append((Path(saver.dirpath), pattern))
+        elif trainer.loggers:
+            logger = trainer.loggers[0]
+            runs = Path(logger.save_dir or trainer.default_root_dir, str(logger.name))
+            searched.append((runs, f"*/checkpoints/{pattern}"))
+        else:
+            searched.append((Path(trainer.default_root_dir, "checkpoints"), pattern))
+    found = [path for folder, pattern in searched for path in folder.glob(pattern)]
+    if not found:
+        places = " and ".join(str(folder / pattern) for folder, pattern in searched) or "nowhere: nothing saves any"
+        raise MisconfigurationException(
+            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start anew, or "
+            "give a file"
+        )
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    rank_zero_info(f"--ckpt_path last is {newest}")
+    return newest
+
+
+def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:
+    return [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]

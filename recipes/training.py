@@ -1,16 +1,55 @@
 """What the LightningModules of all recipes do alike."""
 
 import math
+from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 
 class RecipeModule(L.LightningModule):
-    """Counts the steps that a learning rate schedule spreads over, and clips by norm under FSDP1 too."""
+    """Trains with AdamW and a schedule that spans the run, or what was chosen instead; clips by norm under FSDP1 too.
+
+    Attributes:
+        chosen_optimizer: in place of AdamW, as LightningCLI gives it: ``class_path`` and ``init_args``. It gets the
+            same parameters; ``learning_rate`` and ``weight_decay`` have no effect then.
+        chosen_scheduler: in place of the recipe's schedule, likewise; stepped once an epoch, as LightningCLI does.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    chosen_optimizer: Any = None
+    chosen_scheduler: Any = None
+
+    def own_schedule(self, optimizer: Optimizer) -> LRScheduler:
+        """The recipe's schedule, which is stepped with every optimizer step."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer gets: trained parameters, or groups of them."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @override
+    def configure_optimizers(self) -> Any:
+        groups = self.parameter_groups()
+        if self.chosen_optimizer:
+            optimizer = instantiate_class(groups, self.chosen_optimizer)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if not self.chosen_scheduler:
+            config = {"scheduler": self.own_schedule(optimizer), "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+        scheduler = instantiate_class(optimizer, self.chosen_scheduler)
+        config = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer.

@@ -4,11 +4,12 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 from typing_extensions import override
@@ -134,21 +135,20 @@ class ContrastiveBase(RecipeModule):
         hold_statistics(self)
 
     @override
-    def configure_optimizers(self) -> Any:
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        vectors: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups[name.replace("_fsdp_wrapped_module.", "") in self._vectors].append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "weight_decay": 0.0 if vectors else self.weight_decay}
-                for vectors, parameters in groups.items()
-                if parameters
-            ],
-            lr=self.learning_rate,
-        )
+                is_vector = name.replace("_fsdp_wrapped_module.", "") in self._vectors
+                (vectors if is_vector else matrices).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
+        return [group for group in groups if group["params"]]
+
+    @override
+    def own_schedule(self, optimizer: Optimizer) -> LRScheduler:
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.optimizer_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return cast("LRScheduler", scheduler)
 
     def loss(self, batch: Batch) -> Tensor:
         """This rank's share of the joint batch's loss, in nats; logged as ``train_loss``.

@@ -10,6 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from open_clip.transform import PreprocessCfg
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from typing_extensions import override
 
 from lightning_flatlora import FMLoRAModule
@@ -122,13 +124,8 @@ class ClipClassifier(RecipeModule):
         hold_statistics(self)
 
     @override
-    def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, self.optimizer_steps(), eta_min=self.min_learning_rate
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def own_schedule(self, optimizer: Optimizer) -> LRScheduler:
+        return CosineAnnealingLR(optimizer, self.optimizer_steps(), eta_min=self.min_learning_rate)
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy of the classes, in nats; logged as ``train_loss``, beside ``train_accuracy``."""

@@ -8,6 +8,8 @@ import lightning as L
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from typing_extensions import override
 
@@ -95,11 +97,9 @@ class LanguageModel(RecipeModule):
             shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])
 
     @override
-    def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+    def own_schedule(self, optimizer: Optimizer) -> LRScheduler:
         scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.optimizer_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return cast("LRScheduler", scheduler)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean negative log-likelihood per answer token, in nats; logged as ``train_loss``."""

@@ -1,0 +1,250 @@
+"""The command line of the recipes: options of Lightning's that a configuration must not get in the way of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+import recipes
+from lightning_flatlora import FMLoRAModule
+from recipes.cli import RecipeCLI
+from recipes.training import RecipeModule
+
+RECIPES = ("clip_contrastive", "clip_fewshot", "instruction_tuning", "vqa")
+FOLDER = Path(recipes.__file__).parent
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+
+
+class Tiny(RecipeModule):
+    """Learns a sum of three numbers with LoRA; its parameters are made late, as in the recipes."""
+
+    def __init__(self, learning_rate: float = 0.1, weight_decay: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.net: Any = None
+        self.rates: list[float] = []
+
+    @override
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = get_peft_model(nn.Sequential(nn.Linear(3, 1)), LoraConfig(r=1, target_modules=["0"]))
+
+    @override
+    def own_schedule(self, optimizer: Any) -> LRScheduler:
+        return LambdaLR(optimizer, lambda step: 1 - step / self.optimizer_steps())
+
+    def squared(self, batch: Tensor) -> Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return (self.net(batch).squeeze(1) - batch.sum(1)).square().mean()
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.squared(batch)
+
+    @override
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", (self.net(batch).squeeze(1) - batch.sum(1)).square().mean())
+
+    test_step = validation_step
+
+
+class TinyFM(Tiny, FMLoRAModule):
+    """The same in manual optimization."""
+
+    training_step = FMLoRAModule.training_step  # type: ignore[assignment]
+
+    @override
+    def compute_loss(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.squared(batch)
+
+
+class Numbers(L.LightningDataModule):
+    """Eight rows in four batches."""
+
+    @override
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.arange(24.0).view(8, 3) / 24, batch_size=2)  # type: ignore[arg-type]
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """A configuration with what the recipes' have."""
+    saver = {"class_path": "lightning_flatlora.AdapterCheckpoint", "init_args": {"save_last": True}}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
+    trainer = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "callbacks": [saver, {"class_path": "lightning.pytorch.callbacks.RichProgressBar"}],
+        "logger": [logger],
+    }
+    path = tmp_path / "tiny.yaml"  # JSON is YAML
+    path.write_text(json.dumps({"trainer": trainer, "data": f"{__name__}.Numbers"}))
+    return str(path)
+
+
+def run(command: str, config: str, *options: str, module: str = "Tiny") -> RecipeCLI:
+    arguments = [command, f"--config={config}", f"--model={__name__}.{module}", "--trainer.enable_progress_bar=false"]
+    arguments += ["--model.init_args.rho=0.1"] if module == "TinyFM" else []
+    return RecipeCLI([*arguments, *options])
+
+
+# -- every recipe's parser
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("method", ["lora", "fmlora_manual"])
+def test_every_configuration_takes_lightnings_usual_options(recipe: str, method: str) -> None:
+    options = [
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.logger=false",
+        "--trainer.callbacks+=EarlyStopping",
+        "--trainer.callbacks.monitor=val_loss",
+        "--trainer.max_steps=3",
+        "--seed_everything=5",
+        "--optimizer=SGD",  # bitsandbytes has one too
+        "--optimizer.lr=0.5",
+        "--lr_scheduler=ExponentialLR",
+        "--lr_scheduler.gamma=0.5",
+    ]
+    cli = RecipeCLI([f"--config={FOLDER / recipe / 'configs' / method}.yaml", *options], run=False)
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
+    assert not [callback for callback in callbacks if isinstance(callback, Checkpoint | ProgressBar)]
+    assert any(isinstance(callback, EarlyStopping) for callback in callbacks)
+    cli.model.weight = nn.Parameter(torch.zeros(2, 2))
+    cli.model._vectors = set()  # of clip_contrastive, whose configure_model has not been called
+    configured = cli.model.configure_optimizers()
+    assert type(configured["optimizer"]) is torch.optim.SGD
+    assert configured["optimizer"].param_groups[0]["params"] == [cli.model.weight]
+    assert configured["lr_scheduler"]["scheduler"].gamma == 0.5
+    assert configured["lr_scheduler"]["interval"] == "epoch"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_progress_bar_may_take_the_place_of_the_listed_one(recipe: str) -> None:
+    options = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.callbacks+=TQDMProgressBar"]
+    cli = RecipeCLI([f"--config={FOLDER / recipe / 'configs' / 'efmlora'}.yaml", *options], run=False)
+    bars = [c for c in cli.trainer.callbacks if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
+    assert [type(bar) for bar in bars] == [TQDMProgressBar]
+
+
+# -- the optimizer and the schedule
+
+
+def test_without_a_choice_the_recipe_trains_with_its_own(config: str) -> None:
+    cli = run("fit", config)
+    assert type(cli.trainer.optimizers[0]) is torch.optim.AdamW
+    assert cli.model.rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
+@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
+def test_the_chosen_optimizer_keeps_the_recipes_schedule(config: str, module: str) -> None:
+    cli = run("fit", config, "--optimizer=torch.optim.SGD", "--optimizer.lr=0.2", module=module)
+    assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
+    assert sorted(set(cli.model.rates), reverse=True) == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    moved = [p for name, p in cli.model.named_parameters() if "lora_B" in name]
+    assert all(p.abs().sum() > 0 for p in moved)
+
+
+@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
+def test_the_chosen_schedule_is_stepped_once_an_epoch(config: str, module: str) -> None:
+    chosen = ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5", "--trainer.max_epochs=2"]
+    cli = run("fit", config, *chosen, module=module)
+    assert type(cli.trainer.optimizers[0]) is torch.optim.AdamW
+    rates = cli.model.rates
+    assert rates == pytest.approx([0.1] * (len(rates) // 2) + [0.05] * (len(rates) // 2))
+
+
+def test_a_plateau_schedule_watches_its_metric(config: str) -> None:
+    chosen = ["--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val_loss", "--lr_scheduler.patience=0"]
+    chosen += ["--lr_scheduler.threshold=1e9", "--lr_scheduler.factor=0.5", "--trainer.max_epochs=3"]
+    cli = run("fit", config, *chosen)
+    assert cli.model.rates == pytest.approx([0.1] * 4 + [0.05] * 4 + [0.025] * 4)
+
+
+def test_a_module_of_another_kind_chooses_itself(config: str) -> None:
+    model = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
+    with pytest.raises(MisconfigurationException, match=r"BoringModel is another one: set both in its configure_opti"):
+        RecipeCLI(["fit", f"--config={config}", model, "--optimizer=SGD", "--optimizer.lr=1"])
+
+
+# -- checkpoints by name
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"no last checkpoint, searched for in runs/tiny/\*/checkpo"):
+        run("fit", config, "--ckpt_path=last")
+    first = run("fit", config)
+    assert first.trainer.global_step == 4
+    second = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert len(second.model.rates) == 8  # steps 5 to 12
+    assert [path.parent.parent.name for path in sorted(tmp_path.glob("runs/tiny/*/checkpoints/last.ckpt"))] == [
+        "version_0",
+        "version_1",
+    ]
+    third = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=3")  # the second's, which is at its end
+    assert third.model.rates == []
+    tested = run("test", config, "--ckpt_path=last")
+    trained = second.trainer.lightning_module.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in tested.model.state_dict().items() if "lora" in name)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
+def test_last_is_found_without_a_logger(config: str) -> None:
+    run("fit", config, "--trainer.logger=false")
+    again = run("fit", config, "--trainer.logger=false", "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert len(again.model.rates) == 4
+
+
+def test_last_without_checkpoints_and_best_are_refused(config: str) -> None:
+    with pytest.raises(MisconfigurationException, match="searched for in nowhere: nothing saves any"):
+        run("fit", config, "--ckpt_path=last", "--trainer.enable_checkpointing=false")
+    with pytest.raises(MisconfigurationException, match="without the configuration's AdapterCheckpoint no --ckpt_path"):
+        run("test", config, "--ckpt_path=some.ckpt", "--trainer.enable_checkpointing=false")
+    with pytest.raises(MisconfigurationException, match="best is known only to the run that has saved it"):
+        run("test", config, "--ckpt_path=best")
+
+
+# -- others
+
+
+def test_fast_dev_run_leaves_no_file(config: str, tmp_path: Path) -> None:
+    run("fit", config, "--trainer.fast_dev_run=true")
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.yaml"}
+
+
+def test_the_runs_configuration_repeats_it(config: str, tmp_path: Path) -> None:
+    first = run("fit", config, "--optimizer=SGD", "--optimizer.lr=0.2", "--seed_everything=3")
+    again = RecipeCLI(["fit", f"--config={tmp_path / 'runs/tiny/version_0/config.yaml'}"])
+    ours, theirs = (cli.model.state_dict() for cli in (first, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
