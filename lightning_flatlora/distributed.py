@@ -59,6 +59,10 @@ class Layout:
         """Whether any of them has a gradient at all, known to the host."""
         return any(parameter.grad is not None for parameter in parameters)
 
+    def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
+        """Which of them have a gradient, known to the host, the same on every rank."""
+        return [parameter.grad is not None for parameter in parameters]
+
     def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
         """Whether every gradient is finite, as a boolean on a device, shape (); true where there is none.
 
@@ -154,6 +158,13 @@ class FlatShards(Layout):
     def has_gradient(self, parameters: Iterable[nn.Parameter]) -> bool:
         """True where other ranks may have one: Lightning lets no rank skip a batch of several."""
         return self._group.size() > 1 or super().has_gradient(parameters)
+
+    @override
+    def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
+        """A rank without a part of one can't tell, so all that are trained count."""
+        if self._group.size() == 1:
+            return super().have_gradients(parameters)
+        return [parameter.requires_grad for parameter in parameters]
 
     @override
     def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """The perturbation E of every pair of a model: from gradients, averaged over steps, and read through by the layers."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
@@ -44,6 +44,9 @@ class Perturbation:
     E starts at zero. It is set by :meth:`assign` (FMLoRA) or moved by :meth:`average` (EFMLoRA), and enters the forward
     pass between :meth:`on` and :meth:`off`, or inside :meth:`applied`. Nothing here waits for the device but
     :meth:`state_dict`.
+
+    A pair learns while its B is trained. One whose B is frozen reads the clean B and keeps its E until it is trained
+    again; one that had no gradient in a whole step starts anew, see :meth:`forget_missing`.
 
     Attributes:
         started: whether the average may be other than zero; while rho has always been 0 nothing needs to read it, and
@@ -88,10 +91,48 @@ class Perturbation:
         self.pairs = pairs
         self.norm_scope: NormScope = norm_scope
         self.started = False
+        self._estimator: Estimator = estimator
         self._layout = layout or Layout()
-        self._groups = [_Group(group, estimator, self._layout) for group in _alike(pairs, self._layout)]
+        self._groups = self._grouped(pairs)
         self._installed = False
-        self._averaged = torch.zeros((), dtype=torch.bool, device=self._groups[0].E.device)
+        self._forgotten = {id(pair.B) for pair in pairs}
+        self._expected: dict[str, tuple[Tensor, bool]] = {}
+
+    def _grouped(self, pairs: list[LoRAPair]) -> list["_Group"]:
+        return [_Group(group, self._estimator, self._layout) for group in _alike(pairs, self._layout)]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._groups[0].E.device
+
+    def follow(self, pairs: list[LoRAPair], layout: Layout | None = None) -> None:
+        """Go on with the pairs that the model has now: E of those that stay is kept, of new ones it is zero.
+
+        Where a pair's scaling s has changed, s E stays what it was, and with it the perturbation of the full weight.
+        The layers read the clean B until the next :meth:`on`.
+
+        Args:
+            pairs: at least one, from another search of the same model.
+            layout: how the ranks share their factors; None where each holds them whole, or as DTensors.
+        """
+        installed = self._installed
+        self.uninstall()
+        before = {id(pair.B): (pair, E, averaged) for group in self._groups for pair, E, averaged in group.rows()}
+        self.pairs, self._layout = pairs, layout or Layout()
+        self._groups = self._grouped(pairs)
+        for group in self._groups:
+            for pair, E, averaged in group.rows():
+                if id(pair.B) in before:
+                    old, old_E, old_averaged = before[id(pair.B)]
+                    E.copy_(old_E).mul_(old.scaling / pair.scaling)
+                    averaged.copy_(old_averaged)
+                elif pair.name in self._expected:
+                    saved, was_averaged = self._expected.pop(pair.name)
+                    E.copy_(saved)
+                    averaged.fill_(was_averaged)
+        self._forgotten = {id(p.B) for p in pairs if id(p.B) not in before or id(p.B) in self._forgotten}
+        if installed:
+            self.install()
 
     def install(self) -> None:
         """Make every reader able to read B + E; until :meth:`on` they read B."""
@@ -150,7 +191,7 @@ class Perturbation:
             E, on every rank the same where the gradients are.
         """
         # A manual training_step runs inside autocast.
-        with torch.no_grad(), torch.autocast(self._averaged.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self._ascend(rho, at_perturbed, also_finite)
 
     def _ascend(
@@ -181,11 +222,41 @@ class Perturbation:
             beta: weight of the fresh one, in (0, 1].
         """
         for group, stack in zip(self._groups, fresh.stacks, strict=True):
-            weight = torch.full((), beta, dtype=stack.dtype, device=self._averaged.device)
-            weight = torch.where(self._averaged, weight, 1.0) * fresh.finite
-            group.E.lerp_(stack, weight.to(stack.device))
-        self._averaged |= fresh.finite
-        self.started |= not fresh.is_zero
+            finite, here = fresh.finite.to(stack.device), group.here
+            weight = torch.full((len(stack),), beta, dtype=stack.dtype, device=stack.device)
+            weight = torch.where(group.averaged, weight, 1.0) * finite
+            taken = finite
+            if here is not None:  # a frozen B is not read, so that its E rests
+                weight, taken = weight * here, here & finite
+            group.E.lerp_(stack, weight[:, None, None])
+            group.averaged |= taken
+        if not fresh.is_zero:
+            self.started = True
+            if self._forgotten:
+                self._forgotten -= {id(pair.B) for group in self._groups for pair in group.pairs_here}
+
+    def forget_missing(self) -> None:
+        """E := 0 for every trained pair that the coming step has no gradient for; its next E is taken whole again.
+
+        It has stopped learning, though nobody has frozen it: its layer is out of use, its adapter switched off. Frozen
+        pairs need nothing, as their layers read the clean B. Known to the host; under FSDP1, where it is not, a missing
+        gradient counts as zero and the average fades.
+        """
+        for group in self._groups:
+            here = self._layout.have_gradients([pair.B for pair in group.pairs])
+            if all(here):
+                continue
+            for (pair, E, averaged), has in zip(group.rows(), here, strict=True):
+                if not has and pair.B.requires_grad and id(pair.B) not in self._forgotten:
+                    E.zero_()
+                    averaged.zero_()
+                    self._forgotten.add(id(pair.B))
+        self.started &= len(self._forgotten) < len(self.pairs)
+
+    @property
+    def learns(self) -> bool:
+        """Whether any pair's B is trained now."""
+        return any(pair.B.requires_grad for pair in self.pairs)
 
     @property
     def has_gradient(self) -> bool:
@@ -194,34 +265,51 @@ class Perturbation:
 
     def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
-        return self._layout.all_finite(parameters, self._averaged.device)
+        return self._layout.all_finite(parameters, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
-        E = {pair.name: E.detach().cpu().clone() for group in self._groups for pair, E in group}
-        return {"started": self.started, "averaged": bool(self._averaged), "E": E}
+        E = {name: saved for name, (saved, _) in self._expected.items()}
+        averaged = {name: was for name, (_, was) in self._expected.items()}
+        for group in self._groups:
+            E |= {pair.name: row.detach().cpu().clone() for pair, row in group}
+            averaged |= dict(zip((pair.name for pair in group.pairs), group.averaged.tolist(), strict=True))
+        return {"started": self.started, "averaged": averaged, "E": E}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], may_come: Collection[str] = ()) -> None:
         """Take a :meth:`state_dict` over.
+
+        Args:
+            state: also one of an older version, where ``averaged`` is one boolean for all pairs.
+            may_come: names of pairs that the model has and does not train yet; theirs waits for :meth:`follow`.
 
         Raises:
             ValueError: the state is of other pairs; the message says which are missing, new or of another shape.
         """
-        saved, own = state["E"], {pair.name: E for group in self._groups for pair, E in group}
+        saved, own = state["E"], {pair.name: (pair, E, a) for group in self._groups for pair, E, a in group.rows()}
         problems = [f"{name} is not in the checkpoint" for name in own if name not in saved]
-        problems += [f"{name} is in the checkpoint but not in the model" for name in saved if name not in own]
+        problems += [
+            f"{name} is in the checkpoint but not in the model"
+            for name in saved
+            if name not in own and name not in may_come
+        ]
         problems += [
             f"{name} has shape {tuple(E.shape)}, in the checkpoint {tuple(saved[name].shape)}"
-            for name, E in own.items()
+            for name, (_, E, _) in own.items()
             if name in saved and saved[name].shape != E.shape
         ]
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise ValueError("the checkpoint's perturbation is of other pairs: " + "; ".join(problems[:3]) + more)
-        for name, E in own.items():
+        averaged = state["averaged"]
+        if not isinstance(averaged, dict):
+            averaged = dict.fromkeys(saved, bool(averaged))
+        for name, (_, E, own_averaged) in own.items():
             E.copy_(saved[name])
+            own_averaged.fill_(averaged[name])
         self.started = bool(state["started"])
-        self._averaged.fill_(bool(state["averaged"]))
+        self._expected = {name: (saved[name], averaged[name]) for name in saved if name not in own}
+        self._forgotten = {id(pair.B) for name, (pair, _, _) in own.items() if not averaged[name]}
 
     def _finite(self, norms: list[Tensor], also_finite: Iterable[nn.Parameter]) -> Tensor:
         """Whether all gradients of the pairs and of ``also_finite`` are finite, shape ().
@@ -230,7 +318,7 @@ class Perturbation:
         """
         unseen = [pair.A for group in self._groups if group.projected for pair in group.pairs]
         rest = self.all_finite([*unseen, *also_finite])
-        total = torch.stack([norm.sum().to(self._averaged.device, torch.float32) for norm in norms]).sum()
+        total = torch.stack([norm.sum().to(self._device, torch.float32) for norm in norms]).sum()
         return rest & torch.isfinite(total)
 
 
@@ -239,6 +327,8 @@ class _Group:
 
     Attributes:
         E: their perturbations, shape (L, n, r).
+        averaged: whether the average of each has begun, booleans, shape (L,).
+        here: whose B had a gradient in the last ascent, booleans, shape (L,); None where all had.
     """
 
     def __init__(self, pairs: list[LoRAPair], estimator: Estimator, layout: Layout) -> None:
@@ -249,13 +339,37 @@ class _Group:
         self.dtype = torch.promote_types(B.dtype, torch.float32)
         self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
         self.E = torch.zeros(len(pairs), *matrix_shape(layout.shape(B)), dtype=self.dtype, device=B.device)
+        self.averaged = torch.zeros(len(pairs), dtype=torch.bool, device=B.device)
         self._views = self._sliced(self.E)
+        self.here: Tensor | None = None
+        self._rows_here = [True] * len(pairs)
 
     def __iter__(self) -> Iterator[tuple[LoRAPair, Tensor]]:
         return iter(zip(self.pairs, self.E, strict=True))
 
+    def rows(self) -> Iterator[tuple[LoRAPair, Tensor, Tensor]]:
+        """Each pair, its E, and whether its average has begun."""
+        return iter(zip(self.pairs, self.E, self.averaged, strict=True))
+
+    @property
+    def pairs_here(self) -> list[LoRAPair]:
+        """The pairs whose B had a gradient in the last ascent."""
+        return [pair for pair, has in zip(self.pairs, self._rows_here, strict=True) if has]
+
+    def _look_who_is_here(self) -> None:
+        """Note whose B has a gradient; the mask is filled on the device, where it has changed: nothing is copied."""
+        rows = self._layout.have_gradients([pair.B for pair in self.pairs])
+        if rows != self._rows_here:
+            self._rows_here = rows
+            mask = torch.ones_like(self.averaged)
+            for row, has in zip(mask, rows, strict=True):
+                if not has:
+                    row.zero_()
+            self.here = None if all(rows) else mask
+
     def ascent(self, at_perturbed: bool) -> Ascent:
         """The batched ascent of the group's layers, from the gradients they hold."""
+        self._look_who_is_here()
         A = self._stack([pair.A for pair in self.pairs])
         grad_B = self._stack([pair.B for pair in self.pairs], gradients=True)
         if self.projected:
@@ -264,6 +378,8 @@ class _Group:
         if at_perturbed:
             B = B.add_(self.E).to(self.pairs[0].B.dtype).to(self.dtype)  # rounded as the layer reads it
         grad_A = self._stack([pair.A for pair in self.pairs], gradients=True)
+        if self.here is not None:  # a trained A beside a frozen B would enter the norm of what B can't have
+            grad_A.masked_fill_(~self.here[:, None, None], 0.0)
         return ascent_average(A, B, grad_A, grad_B, self.scaling)
 
     def show(self, stack: Tensor | None) -> None:

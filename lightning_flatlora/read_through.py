@@ -37,6 +37,8 @@ class _ReadsPerturbed:
             return weight
         if isinstance(weight, DTensor) or (self._only_views and isinstance(weight, nn.Parameter)):
             return weight  # FSDP2 or FSDP1 outside of forward
+        if isinstance(weight, nn.Parameter) and not weight.requires_grad:
+            return weight  # frozen, maybe for one pass alone, as toggle_optimizer does: it is not what is being learnt
         return (weight + self._perturbation).to(weight.dtype)
 
     @weight.setter

@@ -1,6 +1,7 @@
 """The seven properties of the method (docs/method.md) on real peft layers, and what Perturbation itself promises."""
 
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable
 
@@ -474,3 +475,99 @@ def test_a_step_copies_nothing_between_host_and_device(also: bool) -> None:
         perturbation.average(fresh, beta=0.9)
         perturbation.assign(fresh)
     assert not copies.seen
+
+
+# -- pairs that stop or start to learn, and scalings that change
+
+
+def averaged_once(pairs: list[LoRAPair], model: nn.Module, **settings: object) -> Perturbation:
+    perturbation = Perturbation(pairs, **settings)  # type: ignore[arg-type]
+    perturbation.install()
+    backward(model)
+    perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
+    return perturbation
+
+
+def test_a_frozen_B_is_read_clean_and_its_E_rests() -> None:
+    """Also where A is still trained: its gradient does not enter the norm of the others' perturbation."""
+    model, pairs = model_and_pairs()
+    perturbation = averaged_once(pairs, model)
+    before = perturbation.state_dict()["E"]
+    frozen = pairs[0]
+    frozen.B.requires_grad_(False)
+    with perturbation.applied():
+        assert frozen.readers[0].weight is frozen.B
+        assert not torch.equal(pairs[1].readers[0].weight, pairs[1].B)
+    model.zero_grad()
+    backward(model)
+    assert frozen.A.grad is not None
+    fresh_E = perturbation.ascend(RHO, at_perturbed=True)
+    perturbation.average(fresh_E, beta=0.5)
+    assert torch.equal(perturbation.state_dict()["E"][frozen.name], before[frozen.name])
+    perturbation.uninstall()
+    together, alone = fresh(pairs), fresh(pairs[1:])
+    for pair in pairs[1:]:
+        torch.testing.assert_close(together[pair.name], alone[pair.name])
+
+
+def test_a_pair_without_a_gradient_in_a_step_starts_anew() -> None:
+    model, pairs = model_and_pairs()
+    perturbation = averaged_once(pairs, model)
+    pairs[0].A.grad = pairs[0].B.grad = None
+    perturbation.forget_missing()
+    E = perturbation.state_dict()["E"]
+    assert not E[pairs[0].name].any()
+    assert E[pairs[1].name].any()
+    assert perturbation.started
+    model.zero_grad()
+    backward(model)
+    fresh_E = perturbation.ascend(RHO, at_perturbed=True)
+    perturbation.average(fresh_E, beta=0.25)
+    assert torch.equal(perturbation.state_dict()["E"][pairs[0].name], _flat(fresh_E.stacks)[0])
+    model.zero_grad()
+    perturbation.forget_missing()
+    assert not perturbation.started
+
+
+def test_following_keeps_what_is_known() -> None:
+    """A new pair's first E is taken whole, the others go on; s E stays where a scaling changes."""
+    model, pairs = model_and_pairs()
+    perturbation = averaged_once(pairs[1:], model)
+    before = perturbation.state_dict()["E"]
+    rescaled = dataclasses.replace(pairs[1], scaling=10 * pairs[1].scaling)
+    now = [pairs[0], rescaled, *pairs[2:]]
+    perturbation.follow(now)
+    E = perturbation.state_dict()["E"]
+    assert not E[pairs[0].name].any()
+    torch.testing.assert_close(E[rescaled.name] * 10, before[rescaled.name])
+    assert torch.equal(E[pairs[2].name], before[pairs[2].name])
+    fresh_E = perturbation.ascend(RHO, at_perturbed=True)
+    perturbation.average(fresh_E, beta=0.25)
+    kept = perturbation.state_dict()["E"]
+    first, second, third = _flat(fresh_E.stacks)
+    assert torch.equal(kept[pairs[0].name], first)
+    torch.testing.assert_close(kept[rescaled.name], 0.75 * E[rescaled.name] + 0.25 * second)
+    torch.testing.assert_close(kept[pairs[2].name], 0.75 * E[pairs[2].name] + 0.25 * third)
+    perturbation.follow(pairs[:1])
+    assert not read_through.is_installed(pairs[1].readers[0])
+    perturbation.uninstall()
+    assert not read_through.is_installed(model)
+
+
+def test_a_state_waits_for_pairs_that_come_later() -> None:
+    model, pairs = model_and_pairs()
+    state = averaged_once(pairs, model).state_dict()
+    other = Perturbation(pairs[1:])
+    other.load_state_dict(state, may_come=[pairs[0].name])
+    assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
+    other.follow(pairs)
+    assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
+
+
+def test_a_state_of_an_older_version_loads() -> None:
+    """There one boolean said for all pairs whether the average had begun."""
+    model, pairs = model_and_pairs()
+    state = averaged_once(pairs, model).state_dict()
+    other = Perturbation(pairs)
+    other.load_state_dict(state | {"averaged": True})
+    assert other.state_dict()["averaged"] == state["averaged"]
