@@ -9,11 +9,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from recipes.precision import fast_precision
 from recipes.training import RecipeModule
 
 _SWITCHES = {
@@ -30,6 +32,9 @@ class RecipeCLI(LightningCLI):
     last`` is the newest last checkpoint of the runs that log into the same folder, and an error if there is none.
     Switching the progress bar, the checkpoints or the model summary off drops the callbacks that the configuration
     lists for them.
+
+    ``trainer.precision: null`` is what the device computes fast (:func:`recipes.precision.fast_precision`). What was
+    chosen is printed, and stands in the run's ``config.yaml``: a run that goes on with that file keeps it.
     """
 
     def __init__(self, args: ArgsType = None, **settings: Any) -> None:
@@ -59,6 +64,7 @@ class RecipeCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self._choose_precision()
         settings = self._get(self.config_init, "trainer")
         trainer = super().instantiate_trainer(**{"callbacks": wanted_callbacks(settings), **kwargs})
         for logger in trainer.loggers:
@@ -67,6 +73,16 @@ class RecipeCLI(LightningCLI):
             for saver in _savers(trainer):
                 saver.save_last = None  # Lightning suppresses every other file, but not the one at the end of training
         return trainer
+
+    def _choose_precision(self) -> None:
+        settings = self._get(self.config_init, "trainer")
+        plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
+        if settings.precision is not None or any(isinstance(plugin, Precision) for plugin in plugins):
+            return
+        chosen = fast_precision(settings.accelerator if isinstance(settings.accelerator, str) else "auto")
+        for config in (self.config_init, self.config):  # of the trainer, and of the file that the run leaves
+            self._get(config, "trainer").precision = chosen
+        rank_zero_info(f"Precision {chosen}, which this device computes fast; --trainer.precision takes another")
 
     @override
     def after_instantiate_classes(self) -> None:

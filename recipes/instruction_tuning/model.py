@@ -19,6 +19,7 @@ PACKAGED = "packaged"
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 Quantization = Literal["4bit", "8bit"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPES: dict[str, DType] = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}
 
 
 def model_source(name: str) -> str:
@@ -32,6 +33,14 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(model_source(name))
     except (OSError, ValueError) as error:
         raise MisconfigurationException(_not_found(name, error)) from error
+
+
+def weights_dtype(precision: str | None) -> DType:
+    """Which dtype frozen weights need with a Trainer's precision, so that no step casts them.
+
+    With "16-mixed" they stay in float32: a model that was trained in bfloat16 may leave float16's range.
+    """
+    return _DTYPES.get(str(precision), "float32")
 
 
 def load_base(name: str, dtype: DType, quantization: Quantization | None) -> nn.Module:
@@ -54,7 +63,7 @@ def load_base(name: str, dtype: DType, quantization: Quantization | None) -> nn.
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantization == "4bit",
             load_in_8bit=quantization == "8bit",
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(model_source(name), **options)

@@ -26,6 +26,7 @@ from recipes.instruction_tuning.model import (
     load_base,
     load_tokenizer,
     model_source,
+    weights_dtype,
 )
 from recipes.sharding import check_strategy, shard
 from recipes.training import RecipeModule
@@ -39,7 +40,8 @@ class LanguageModel(RecipeModule):
     Args:
         model: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
         lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on q_proj and v_proj.
-        dtype: of the frozen weights, "auto" as in the checkpoint; the adapter is always in float32.
+        dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
+            "bf16-mixed", else float32. The adapter is always in float32.
         quantization: hold the frozen weights in "4bit" or "8bit" (needs bitsandbytes).
         learning_rate: AdamW's largest learning rate.
         weight_decay: AdamW's, on the adapter.
@@ -54,7 +56,7 @@ class LanguageModel(RecipeModule):
         self,
         model: str = "packaged",
         lora: dict[str, Any] | None = None,
-        dtype: DType = "auto",
+        dtype: DType | None = None,
         quantization: Quantization | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
@@ -92,9 +94,15 @@ class LanguageModel(RecipeModule):
         if self._trainer is not None:
             check_strategy(self.trainer.strategy, self.quantization, self.lora)
         if self.net is None:
-            self.net = add_adapter(load_base(self.model_name, self.dtype_name, self.quantization), self.lora)
+            self.net = add_adapter(load_base(self.model_name, self.weights_dtype(), self.quantization), self.lora)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
             shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])
+
+    def weights_dtype(self) -> DType:
+        """Of the frozen weights: as given, or as the Trainer computes."""
+        if self.dtype_name is not None:
+            return self.dtype_name
+        return weights_dtype(None if self._trainer is None else self.trainer.precision)
 
     @override
     def own_schedule(self, optimizer: Optimizer) -> LRScheduler:

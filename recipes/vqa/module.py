@@ -22,8 +22,9 @@ class VisionLanguageModel(LanguageModel):
 
     Args:
         model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``.
-        lora: fields of peft's LoraConfig; None trains all weights, which needs dtype float32.
-        dtype: of the frozen weights, "auto" as in the checkpoint; the adapter is always in float32.
+        lora: fields of peft's LoraConfig; None trains all weights, which are then in float32.
+        dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
+            "bf16-mixed", else float32. The adapter is always in float32.
         learning_rate: AdamW's largest learning rate.
         weight_decay: AdamW's, on what is trained.
         schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
@@ -41,7 +42,7 @@ class VisionLanguageModel(LanguageModel):
         self,
         model: str = "packaged",
         lora: dict[str, Any] | None = None,
-        dtype: DType = "auto",
+        dtype: DType | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: Schedule = "linear",
@@ -53,7 +54,7 @@ class VisionLanguageModel(LanguageModel):
         super().__init__(
             model=model,
             lora=lora,
-            dtype=dtype,
+            dtype="float32" if lora is None and dtype is None else dtype,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             schedule=schedule,
@@ -61,9 +62,9 @@ class VisionLanguageModel(LanguageModel):
             max_new_tokens=max_new_tokens,
             **kwargs,
         )
-        if lora is None and dtype != "float32":
+        if lora is None and dtype not in (None, "float32"):
             raise MisconfigurationException(
-                f"lora=null trains all weights, which needs dtype='float32', got {dtype!r}: set it, or give lora"
+                f"lora=null trains all weights, which needs dtype='float32', got {dtype!r}: leave it out, or give lora"
             )
         self.trains_all = lora is None
         self.validation_answers = validation_answers
@@ -83,7 +84,7 @@ class VisionLanguageModel(LanguageModel):
         if self._trainer is not None:
             check_strategy(self.trainer.strategy, lora=self.lora)
         if self.net is None:
-            base = load_base(self.model_name, self.dtype_name)
+            base = load_base(self.model_name, self.weights_dtype())
             self.net = cast("Any", base) if self.trains_all else add_adapter(base, self.lora)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
             shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])

@@ -1,0 +1,127 @@
+"""The precision that a device computes fast: what is chosen, what overrides it, and that a run's file keeps it."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+pytest.importorskip("jsonargparse", reason="the recipes' dependencies are not installed")
+
+from lightning.pytorch.cli import SaveConfigCallback
+
+from recipes import precision
+from recipes.cli import RecipeCLI
+from recipes.instruction_tuning.module import InstructionTuning
+from recipes.precision import fast_precision
+
+
+@pytest.fixture(autouse=True)
+def _ask_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device but the CPU, no setting, and nothing measured yet."""
+    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+    monkeypatch.delenv(precision.SETTING, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    precision._has_fast_bfloat16.cache_clear()
+
+
+@pytest.fixture
+def slow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: False)
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: True)
+
+
+# -- what is chosen
+
+
+@pytest.mark.parametrize(("of_float32", "of_bfloat16", "chosen"), [(2, 1, "bf16-mixed"), (1, 3, "32-true")])
+def test_a_cpu_is_timed_once(
+    of_float32: float, of_bfloat16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.dtype] = []
+
+    def seconds(inputs: torch.Tensor, weight: torch.Tensor) -> float:
+        asked.append(inputs.dtype)
+        return of_float32 if inputs.dtype == torch.float32 else of_bfloat16
+
+    monkeypatch.setattr(precision, "_product_seconds", seconds)
+    assert fast_precision() == chosen
+    count = len(asked)
+    assert fast_precision("cpu") == chosen
+    assert len(asked) == count
+    assert set(asked) == {torch.float32, torch.bfloat16}
+
+
+def test_timing_changes_neither_threads_nor_random_state() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    assert fast_precision() in ("32-true", "bf16-mixed")
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "capability", "chosen"),
+    [(True, (8, 0), "bf16-mixed"), (False, (7, 5), "16-mixed"), (False, (6, 1), "32-true")],
+)
+def test_a_gpu_is_asked(
+    bfloat16: bool, capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch, slow_bfloat16: None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert fast_precision("auto") == fast_precision("gpu") == chosen
+    assert fast_precision("cpu") == "32-true"  # whatever else there is
+
+
+def test_the_setting_overrides(monkeypatch: pytest.MonkeyPatch, slow_bfloat16: None) -> None:
+    monkeypatch.setenv(precision.SETTING, "bf16-mixed")
+    assert fast_precision() == "bf16-mixed"
+    monkeypatch.setenv(precision.SETTING, "float7")
+    with pytest.raises(ValueError, match=r"FLATLORA_PRECISION must be one of 32-true, .*got 'float7'"):
+        fast_precision()
+
+
+# -- recipes
+
+
+def cli(*more: str) -> RecipeCLI:
+    boring = "lightning.pytorch.demos.boring_classes"
+    given = [f"--model={boring}.BoringModel", f"--data={boring}.BoringDataModule", "--trainer.accelerator=cpu"]
+    return RecipeCLI([*given, "--trainer.logger=false", *more], run=False)
+
+
+def test_null_is_filled_in_and_kept(fast_bfloat16: None) -> None:
+    chosen = cli("--trainer.precision=null")
+    assert chosen.trainer.precision == "bf16-mixed"
+    (saver,) = [each for each in chosen.trainer.callbacks if isinstance(each, SaveConfigCallback)]  # type: ignore[attr-defined]
+    assert saver.config.trainer.precision == "bf16-mixed"  # a run that goes on with its config.yaml keeps it
+    assert cli("--trainer.precision=32-true").trainer.precision == "32-true"
+    plugin = "lightning.pytorch.plugins.DoublePrecision"
+    assert cli(f"--trainer.plugins=[{{class_path: {plugin}}}]").trainer.precision == "64-true"
+
+
+def test_the_shipped_configurations_leave_it_open() -> None:
+    shipped = sorted(Path(precision.__file__).parent.glob("*/configs/*.yaml"))
+    told = [line for path in shipped for line in path.read_text().splitlines() if line.startswith("  precision:")]
+    assert len(told) > 15
+    assert {line.partition("#")[0].strip() for line in told} == {"precision: null"}
+
+
+@pytest.mark.parametrize(("trained_in", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_frozen_weights_are_as_the_trainer_computes(tiny: str, trained_in: Any, dtype: torch.dtype) -> None:
+    trainer = L.Trainer(accelerator="cpu", precision=trained_in, logger=False, enable_checkpointing=False)
+    for given, expected in ((None, dtype), ("float16", torch.float16)):
+        module = InstructionTuning(tiny, dtype=given)
+        module.trainer = trainer
+        module.configure_model()
+        frozen = {parameter.dtype for parameter in module.parameters() if not parameter.requires_grad}
+        trained = {parameter.dtype for parameter in module.parameters() if parameter.requires_grad}
+        assert frozen == {expected}
+        assert trained == {torch.float32}
