@@ -203,8 +203,8 @@ class VQAData(ResumableData):
 class Collate:
     """Rows of the encoded data as one batch.
 
-    It holds ``inputs`` (of the model, padded on the right) and ``labels`` (rows, T), the annotators' ``answers`` and
-    the questions' ``types``, and in evaluation ``prompts``: inputs without the answers, padded on the left.
+    It holds ``inputs`` (of the model, padded on the right) and ``labels`` (rows, T), the annotators' ``answers``, the
+    questions' ``types`` and ``choices``, and in evaluation ``prompts``: inputs without the answers, padded on the left.
 
     Args:
         encoder: of the model.
@@ -223,6 +223,7 @@ class Collate:
         inputs = self.encoder(rows["text"], images, padding_side="right")
         labels = answer_labels(inputs, rows["learnt"], rows["rest"])
         batch = {"inputs": inputs, "labels": labels, "answers": rows["answers"], "types": rows["type"]}
+        batch["choices"] = rows["choices"]
         return batch | (
             {"prompts": self.encoder(rows["prompt"], images, padding_side="left")} if self.with_prompts else {}
         )

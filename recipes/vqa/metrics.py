@@ -8,22 +8,65 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from recipes.ranks import gathered
+from recipes.vqa.choices import chosen_letter
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
-_AGREEING = 3  # annotators who make an answer fully right
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_CONTRACTED = {
+    "n't": "ai are ca could did do does had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it she someone something there they where who you",
+    "'d've": "he it she somebody someone something there they we who you",
+    "'ll": "how it somebody someone something they what who why you",
+    "'s": "he how let she somebody someone that there what when where who why",
+    "'re": "there they what why you",
+}
+_WHOLE = ("ma'am", "o'clock", "'twas", "'ow's'at", "y'all", "y'all'll", "y'all'd've")
+_AGREEING = 3  # people who make an answer fully right
+_PEOPLE = 4  # fewest answers of which so many are left when one is set aside
+
+
+def _contractions() -> dict[str, str]:
+    """From a contraction without its apostrophes to the whole."""
+    spelt = [stem + ending for ending, stems in _CONTRACTED.items() for stem in stems.split()]
+    return {word.replace("'", ""): word for word in (*spelt, *_WHOLE)}
+
+
+_APOSTROPHES = _contractions()
 
 
 def normalised(answer: str) -> str:
-    """An answer without case, punctuation and articles, numbers up to ten in digits.
+    """An answer as the VQA challenges' script compares it.
+
+    Lower case; without punctuation and articles; numbers up to ten in digits; contractions with their apostrophes. A
+    mark of punctuation between letters separates words, unless there are others beside a space. Unlike in that script,
+    an answer of articles alone stays as it is: else "A" would be equal to no answer at all.
+
+    Args:
+        answer: of a person or of a model.
 
     Example:
-        >>> normalised("The two Cats.")
-        '2 cats'
+        >>> normalised("The two Cats, dont know.")
+        "2 cats don't know"
+        >>> normalised("A")
+        'a'
     """
-    words = re.findall(r"\w+(?:[.']\w+)*", answer.casefold())
-    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
+    text = " ".join(answer.split())
+    words = [_DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
+    kept = [word for word in words if word not in _ARTICLES] or words
+    return " ".join(_APOSTROPHES.get(word.replace("'", ""), word) for word in kept)
+
+
+def _without_punctuation(text: str) -> str:
+    has_thousands = re.search(r"\d,\d", text) is not None
+    changed = text
+    for mark in _PUNCTUATION:
+        is_beside_space = f"{mark} " in text or f" {mark}" in text
+        changed = changed.replace(mark, "" if is_beside_space or has_thousands else " ")
+    return re.sub(r"\.(?!\d)", "", changed)  # but not the point of a decimal number
 
 
 def expected_answer(answers: list[str]) -> str:
@@ -38,14 +81,37 @@ def expected_answer(answers: list[str]) -> str:
 
 
 def vqa_accuracy(answer: str, answers: list[str]) -> float:
-    """min(n / 3, 1), where n annotators gave the answer.
+    """The VQA challenges' accuracy: each person is set aside in turn, and the mean taken of min(n / 3, 1).
+
+    n is how many of the other people gave the answer. With ten people 1, 2, 3 and 4 equal answers count .3, .6, .9
+    and 1.
+
+    Args:
+        answer: as generated.
+        answers: of four people or more; of fewer, three can't be left.
 
     Example:
-        >>> vqa_accuracy("dog", ["dog", "a dog", "cat", "puppy"])
-        0.6666666666666666
+        >>> [round(vqa_accuracy("dog", ["dog"] * n + ["cat"] * (10 - n)), 3) for n in range(5)]
+        [0.0, 0.3, 0.6, 0.9, 1.0]
     """
-    agreeing = sum(normalised(other) == normalised(answer) for other in answers)
-    return min(agreeing / _AGREEING, 1.0)
+    given = normalised(answer)
+    agrees = [given != "" and normalised(other) == given for other in answers]
+    agreeing = sum(agrees)
+    shares = [min((agreeing - aside) / _AGREEING, 1.0) for aside in agrees]
+    return sum(shares) / len(shares)
+
+
+def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
+    """Whether an answer is the expected one, or names the expected option where there are choices; none is wrong.
+
+    Example:
+        >>> is_right("B. Louisiana", ["B"], ["Texas", "Louisiana"]), is_right("", ["A"], ["Texas", "Louisiana"])
+        (True, False)
+    """
+    if choices:
+        return chosen_letter(answer, choices) == expected_answer(expected)
+    given = normalised(answer)
+    return given != "" and given == normalised(expected_answer(expected))
 
 
 class AnswerMetrics(nn.Module):
@@ -67,15 +133,24 @@ class AnswerMetrics(nn.Module):
         """Take up the expected answers' log-likelihoods in nats and numbers of tokens, each (examples,)."""
         self.loss.update(-log_likelihood / tokens, tokens)
 
-    def update_answers(self, given: list[str], answers: list[list[str]], types: list[str]) -> None:
-        """Take up generated answers, what annotators answered, and the questions' types ("" for none)."""
-        for answer, expected, kind in zip(given, answers, types, strict=True):
-            is_right = float(normalised(answer) == normalised(expected_answer(expected)))
-            self.exact_match.update(is_right)
-            if len(expected) >= _AGREEING:
+    def update_answers(
+        self, given: list[str], answers: list[list[str]], types: list[str], choices: list[list[str]]
+    ) -> None:
+        """Take up generated answers.
+
+        Args:
+            given: by the model.
+            answers: of one or several people to each question.
+            types: of the questions, "" for none.
+            choices: of each question the options, none if it is answered freely.
+        """
+        for answer, expected, kind, options in zip(given, answers, types, choices, strict=True):
+            right = float(is_right(answer, expected, options))
+            self.exact_match.update(right)
+            if len(expected) >= _PEOPLE:
                 self.vqa_accuracy.update(vqa_accuracy(answer, expected))
             if kind:
-                self._of_type(kind).update(is_right)
+                self._of_type(kind).update(right)
 
     def log(self, module: L.LightningModule, stage: str) -> None:
         """Log those that some rank's data has updated, at the end of an evaluation; every rank has to call it."""

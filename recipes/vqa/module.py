@@ -117,7 +117,8 @@ class VisionLanguageModel(LanguageModel):
         before = int(counts[: self.global_rank].sum())
         first = None if left is None else max(left - before, 0)
         given = self.answers(batch["prompts"])
-        metrics.update_answers(given[:first], batch["answers"][:first], batch["types"][:first])
+        asked = (batch[name][:first] for name in ("answers", "types", "choices"))
+        metrics.update_answers(given[:first], *asked)
         metrics.compared += int(counts.sum())
 
     @override

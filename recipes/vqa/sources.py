@@ -1,7 +1,8 @@
 """Where questions about images come from: any data set that ``datasets`` reads, and a packaged one.
 
-Every source gives rows of four columns: ``image`` (bytes, or a path), ``question``, ``answers`` (of one or several
-people) and ``type`` (of the question, "" where the data don't tell).
+Every source gives rows of five columns: ``image`` (bytes, or a path), ``question``, ``answers`` (of one or several
+people), ``choices`` (options' texts; none where the answer is free) and ``type`` (of the question, "" where the data
+don't tell).
 """
 
 import json
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes import packaged
 from recipes.instruction_tuning.sources import read_table
+from recipes.vqa.choices import letter
 
 Row = dict[str, Any]
 FEATURES = datasets.Features(
@@ -21,6 +23,7 @@ FEATURES = datasets.Features(
         "image": datasets.Image(decode=False),
         "question": datasets.Value("string"),
         "answers": [datasets.Value("string")],
+        "choices": [datasets.Value("string")],
         "type": datasets.Value("string"),
     }
 )
@@ -109,14 +112,17 @@ class _Converter:
     def __call__(self, row: Row, index: int) -> Row:
         where = f"dataset={self.name!r}, row {index}"
         question, answers = (row["question"] or "").strip(), _answers(row)
+        choices = [str(choice) for choice in row.get("choices") or []]
         if not question:
             raise MisconfigurationException(f"{where} has no question")
         if not answers:
             raise MisconfigurationException(f"{where} has no answer (its question: {question!r})")
-        if row.get("choices"):
-            question = _with_choices(question, row["choices"], row.get("hint"))
+        if choices:
+            question = _with_choices(question, choices, row.get("hint"))
+            answers = [_letter_of(row.get("answer"), choices, where)]
         kind = row[self.type_column] if self.type_column else None
-        return {"image": self._image(row["image"]), "question": question, "answers": answers, "type": kind or ""}
+        image = self._image(row["image"])
+        return {"image": image, "question": question, "answers": answers, "choices": choices, "type": kind or ""}
 
     def _image(self, image: Any) -> Any:
         if isinstance(image, dict):  # datasets' own form
@@ -125,24 +131,32 @@ class _Converter:
 
 
 def _answers(row: Row) -> list[str]:
-    """The answers of a row: texts, texts in the form of the VQA challenges, or the number of a choice."""
+    """The answers of a row: texts, or texts in the form of the VQA challenges."""
     found = row.get("answers") or row.get("answer")
-    if row.get("choices") and isinstance(row.get("answer"), int):
-        return [_letter(row["answer"])]
     found = found if isinstance(found, list) else [found]
     texts = [(answer["answer"] if isinstance(answer, dict) else answer) for answer in found]
     return [str(text).strip() for text in texts if text is not None and str(text).strip()]
 
 
+def _letter_of(answer: Any, choices: list[str], where: str) -> str:
+    """The letter of the right choice, which the data give as its number from 0, its letter or its text."""
+    letters = [letter(number) for number in range(len(choices))]
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        return letters[answer]
+    if str(answer) in letters:
+        return str(answer)
+    if str(answer) in choices:
+        return letters[choices.index(str(answer))]
+    raise MisconfigurationException(
+        f"{where}: answer={answer!r} is no choice: give the number from 0, the letter or the text of one of {choices}"
+    )
+
+
 def _with_choices(question: str, choices: list[str], hint: str | None) -> str:
     """A multiple-choice question in one text; the answer is a letter."""
-    options = [f"{_letter(number)}. {choice}" for number, choice in enumerate(choices)]
+    options = [f"{letter(number)}. {choice}" for number, choice in enumerate(choices)]
     context = [hint.strip()] if hint and hint.strip() else []
     return "\n".join([*context, question, *options, "Answer with the letter of the right choice."])
-
-
-def _letter(number: int) -> str:
-    return chr(ord("A") + number)
 
 
 # -- the packaged data
@@ -198,7 +212,8 @@ def _easy_vqa(name: str, split: str) -> Any:
         if answer == task.thinned and frequent % _EVERY:
             continue
         file = {"bytes": None, "path": str(folder / "images" / f"{image}.png")}
-        rows.append({"image": file, "question": question, "answers": [answer], "type": _type_of(question)})
+        kind = _type_of(question)
+        rows.append({"image": file, "question": question, "answers": [answer], "choices": [], "type": kind})
     return datasets.Dataset.from_list(rows, features=FEATURES)
 
 

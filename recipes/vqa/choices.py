@@ -1,0 +1,63 @@
+"""Multiple-choice questions: their options as letters, and which one a generated answer names."""
+
+import re
+import string
+from collections.abc import Sequence
+
+_OPENS, _CLOSES = r"[(\[*\"']*", r"[)\]*\"']*"
+# The answer is a letter and no more: "B", "b.", "(B)", "**B**".
+_ALONE = re.compile(rf"{_OPENS}([a-z]){_CLOSES}[.:,)]?{_CLOSES}", re.IGNORECASE)
+# It begins with a letter that punctuation sets apart: "B. Louisiana", "(B) Louisiana", "b: it lies in the south".
+_FIRST = re.compile(r"(?:[(\[*]+([a-z])[.:,]?[)\]*]+[.:,)]?|([a-z])[.:)])(?=\s)", re.IGNORECASE)
+# It says so: "The answer is B.", "Answer: (B)", "option B because". A capital, for "the answer is a boat" is a text.
+_NAMED = re.compile(
+    rf"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?\s*:?\s*{_OPENS}([A-Z])"
+    r"(?=\s*$|\s*[)\].:,;*\"']|\s+(?:because|since|as)\b)"
+)
+_ANNOUNCED = re.compile(r"^(?:the\s+)?(?:correct\s+|right\s+)?answer(?:\s+is\s*:?|\s*:)\s*", re.IGNORECASE)
+
+
+def letter(number: int) -> str:
+    """The letter of an option, counted from 0.
+
+    Example:
+        >>> letter(1)
+        'B'
+    """
+    return string.ascii_uppercase[number]
+
+
+def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter of the option that an answer names; None where it names none, or several.
+
+    lmms-eval's rule for ScienceQA takes a letter alone, and one at the beginning that a full stop follows. Here the
+    other usual spellings count too: a letter in brackets, one that the answer announces, and an option's own text.
+
+    Args:
+        answer: as generated.
+        choices: the options' texts.
+
+    Example:
+        >>> [chosen_letter(answer, ["Texas", "Louisiana"]) for answer in ("B. Louisiana", "The answer is A.", "b", "")]
+        ['B', 'A', 'B', None]
+    """
+    text = answer.strip()
+    allowed = string.ascii_uppercase[: len(choices)]
+    alone, first = _ALONE.fullmatch(text), _FIRST.match(text)
+    if alone is not None:
+        named = {alone[1].upper()}
+    elif first is not None:
+        named = {(first[1] or first[2]).upper()}
+    else:
+        named = set(_NAMED.findall(text)) or _letters_of_text(text, choices)
+    return named.pop() if len(named) == 1 and named <= set(allowed) else None
+
+
+def _letters_of_text(text: str, choices: Sequence[str]) -> set[str]:
+    """The letters of the options whose text this is."""
+    said = _plain(_ANNOUNCED.sub("", text))
+    return {letter(number) for number, choice in enumerate(choices) if said and _plain(choice) == said}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(string.punctuation + " ")

@@ -1,0 +1,130 @@
+"""How answers to questions about images are judged: against the VQA challenges' rules, written out."""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from recipes.vqa import sources
+from recipes.vqa.choices import chosen_letter
+from recipes.vqa.metrics import AnswerMetrics, is_right, normalised, vqa_accuracy
+
+STATES = ("Texas", "Louisiana", "New York")
+
+
+def accuracy_by_the_letter(answer: str, answers: Sequence[str]) -> float:
+    """Each person's answer is set aside, and the rest counted."""
+    scores = []
+    for aside in range(len(answers)):
+        others = [other for place, other in enumerate(answers) if place != aside]
+        matching = [other for other in others if other == answer]
+        scores.append(min(1.0, len(matching) / 3))
+    return sum(scores) / len(scores)
+
+
+def test_the_accuracy_is_the_mean_over_people_set_aside() -> None:
+    for people, agreeing in product((4, 5, 10), range(11)):
+        answers = (["dog"] * agreeing + ["cat", "fox"] * 10)[:people]
+        assert vqa_accuracy("dog", answers) == pytest.approx(accuracy_by_the_letter("dog", answers)), answers
+
+
+def test_ten_people_give_the_official_steps() -> None:
+    found = [vqa_accuracy("dog", ["dog"] * n + ["cat"] * (10 - n)) for n in range(11)]
+    assert found == pytest.approx([0, 0.3, 0.6, 0.9] + [1.0] * 7)
+
+
+def test_three_people_are_too_few_for_it() -> None:
+    metrics = AnswerMetrics()
+    metrics.update_answers(["dog"], [["dog"] * 3], [""], [[]])
+    assert not metrics.vqa_accuracy.update_called
+    metrics.update_answers(["dog"], [["dog"] * 4], [""], [[]])
+    assert metrics.vqa_accuracy.compute() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "compared"),
+    [
+        ("Yes.", "yes"),
+        ("The  red\ncar", "red car"),
+        ("none", "0"),
+        ("Ten dogs", "10 dogs"),
+        ("dont know", "don't know"),
+        ("couldn'tve", "couldn't've"),
+        ("its", "its"),  # a pronoun, and no contraction
+        ("women's", "women's"),
+        ("black/white", "black white"),
+        ("black, white", "black white"),
+        ("well-known", "well known"),
+        ("well - known", "well known"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("u.s.a.", "usa"),
+        ("5.", "5"),
+        ("what?!", "what"),
+        ("", ""),
+        ("A", "a"),  # no article here, but all there is
+    ],
+)
+def test_texts_are_compared_as_in_the_challenges(answer: str, compared: str) -> None:
+    assert normalised(answer) == compared
+
+
+SPELLINGS = {
+    "A": ("The answer is A", "A. Louisiana", "Texas"),  # the letter counts, as in lmms-eval
+    "B": (
+        *("B", "b", "B.", "(B)", "(b).", " B\n", "**B**", "[B]", "'B'", "B)", "B:"),
+        *("B. Louisiana", "(B) Louisiana", "b) louisiana", "B: it is in the south", "**B.** so"),
+        *("The answer is B", "The answer is B.", "answer: (B)", "The correct option is B because"),
+        *("Louisiana", "louisiana.", "The answer is Louisiana.", "Answer: **Louisiana**"),
+    ),
+    "C": ("New York",),
+    None: (
+        *("", " ", ".", "?", "D", "D. Ohio", "Ohio", "A boat", "a.m.", "The answer is a boat", "Bananas", "AB"),
+        *("The answer is A. No, the answer is B.", "Texas or Louisiana", "answer"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("answer", "named"), [(text, name) for name, texts in SPELLINGS.items() for text in texts])
+def test_the_option_that_an_answer_names(answer: str, named: str | None) -> None:
+    assert chosen_letter(answer, STATES) == named
+    assert is_right(answer, ["B"], list(STATES)) == (named == "B")
+
+
+def test_two_options_of_one_text_are_told_apart_by_letters_alone() -> None:
+    assert chosen_letter("Texas", ["Texas", "texas"]) is None
+    assert chosen_letter("B", ["Texas", "texas"]) == "B"
+
+
+def test_no_answer_is_never_right() -> None:
+    assert not is_right("", ["A"], ["one", "two"])
+    assert not is_right("", ["A"], [])
+    assert not is_right("?", ["!"], [])
+    assert vqa_accuracy("", ["the"] * 10) == 0.0
+
+
+def test_choices_count_as_exact_matches_and_by_type() -> None:
+    metrics = AnswerMetrics()
+    given = ["B. Louisiana", "", "Texas"]
+    metrics.update_answers(given, [["B"], ["A"], ["A"]], ["geography"] * 3, [list(STATES)] * 3)
+    assert metrics.exact_match.compute() == pytest.approx(2 / 3)
+    assert metrics.per_type["geography"].compute() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("answer", [1, "B", "Louisiana"])
+def test_data_give_the_right_choice_by_number_letter_or_text(answer: object) -> None:
+    row = {"image": None, "question": "Where?", "choices": list(STATES), "answer": answer}
+    found = sources._Converter("data", Path(), list(row))(row, 0)
+    assert (found["answers"], found["choices"]) == (["B"], list(STATES))
+    assert found["question"].startswith("Where?\nA. Texas\nB. Louisiana\nC. New York\n")
+
+
+@pytest.mark.parametrize("answer", [3, -1, "D", "Ohio"])
+def test_data_that_give_no_choice_are_refused(answer: object) -> None:
+    row = {"image": None, "question": "Where?", "choices": list(STATES), "answer": answer}
+    with pytest.raises(MisconfigurationException, match=r"'data', row 4: answer=.* is no choice: give the number from"):
+        sources._Converter("data", Path(), list(row))(row, 4)
