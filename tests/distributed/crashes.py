@@ -186,7 +186,3 @@ def _step(file: Path) -> int:
         return int(torch.load(file, weights_only=True)["global_step"])
     except Exception:
         return -1
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

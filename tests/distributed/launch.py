@@ -1,12 +1,16 @@
-"""Run functions on several processes, as torchrun does, and bring back what each rank returns."""
+"""Run functions on several processes, in the environment that torchrun gives them, and bring back what each returns."""
 
 import json
-import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import worker
+from processes import start
+from torch.distributed import TCPStore
 
 HERE = Path(__file__).parent
 
@@ -23,18 +27,49 @@ def launch(
         timeout: seconds after which all are killed: something hangs.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            [*torchrun(ranks), str(HERE / "worker.py"), str(folder)], cwd=HERE, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pass  # the runs that are missing tell
-        finally:
-            process.terminate()  # torchrun ends its workers, each in a session of its own
-            process.wait()
-    return Results(folder, ranks)
+    run_on(ranks, worker.main, folder, output=folder / "output.txt", timeout=timeout)
+    return Results(folder, ranks)  # of which those that are missing tell of a run that hung
+
+
+def run_on(
+    ranks: int, function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 280
+) -> list[int | None]:
+    """Call a function on several processes at once, and kill them all when one has failed, as torchrun does.
+
+    Returns:
+        The exit code of each that ended by itself.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(ranks):
+        variables = _of_torchrun(rank, ranks, store.port)
+        processes.append(start(function, *arguments, output=output, environment=variables))
+    deadline = time.monotonic() + timeout
+    codes: list[int | None] = [None]
+    while None in codes and not any(codes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def _of_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets; the store is this process's, as there it is torchrun's own."""
+    variables: dict[str, Any] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "tests",
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
+    return {name: str(value) for name, value in variables.items()}
 
 
 def torchrun(ranks: int) -> list[str]:

@@ -1,6 +1,5 @@
-"""A script that trains under the strategies that start processes of their own, and keeps what the main one has then."""
+"""Training under the strategies that start processes of their own; what the main one has then is kept."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,3 @@ def main(folder: Path) -> None:
         fit(module, 1, callbacks, Halves(), **trainer)
         assert_no_trace(module)
         torch.save(trained(net), folder / f"{strategy}-{front_end}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

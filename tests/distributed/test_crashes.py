@@ -1,19 +1,17 @@
 """Processes killed at any moment lose the steps since the last checkpoint and no more, and damage none."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crashes import main
 from helpers import same
+from processes import run
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
 KILLED = -signal.SIGKILL
 
 WHOLE: dict[str, Any] = {kind: (2, kind, True, None) for kind in ("ddp", "fsdp1-root", "fsdp2")}
@@ -36,10 +34,8 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     """The folder of all runs, and how each process of them ended."""
     folder = tmp_path_factory.mktemp("crashes")
     (folder / "plan.json").write_text(json.dumps({**WHOLE, **ONE_OR_ALL, **EACH}))
-    command = [sys.executable, "-W", "ignore", str(HERE / "crashes.py"), str(folder)]
-    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
+    output = folder / "output.txt"
+    assert run(main, folder, output=output) == 0, output.read_text()[-3000:]
     return folder, json.loads((folder / "ends.json").read_text())
 
 

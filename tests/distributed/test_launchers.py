@@ -1,17 +1,14 @@
 """Strategies that start processes of their own bring back to the main one what DDP under torchrun trains."""
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ddp_runs import difference, train_alone
-from launch import HERE
-from launchers import RUNS
+from launchers import RUNS, main
+from processes import run
 from test_exactness import Manual, network
 
 from lightning_flatlora import EFMLoRA, FMLoRA
@@ -21,14 +18,7 @@ from lightning_flatlora import EFMLoRA, FMLoRA
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with each run's weights, from one main process."""
     folder = tmp_path_factory.mktemp("launchers")
-    with (folder / "output.txt").open("w") as output:
-        subprocess.run(
-            [sys.executable, "-W", "ignore", str(HERE / "launchers.py"), str(folder)],
-            env=os.environ | {"PYTHONPATH": str(HERE.parent)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=280,
-        )
+    run(main, folder, output=folder / "output.txt")
     return folder
 
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -11,9 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
 
 
 def main(folder: Path) -> None:
@@ -39,7 +35,3 @@ def _all_ended(folder: Path, name: str) -> bool:
     while time.monotonic() < deadline and not all(file.exists() for file in files):
         time.sleep(0.1)
     return all(file.exists() for file in files)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -11,8 +11,6 @@ pytest.importorskip("open_clip", reason="the recipes' dependencies are not insta
 
 from clip_contrastive_runs import CLIP, SIGLIP, fit, run, save_model, save_pictures
 
-HERE = Path(__file__).parent
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
@@ -81,7 +79,6 @@ def results(place: Path, inputs: dict[str, str]) -> Results:
             {"folder": str(place / f"{strategy}:yaml"), **arguments},
         )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{HERE}:{HERE.parent.parent}")
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
         return launch(place, found)
 

@@ -12,7 +12,6 @@ pytest.importorskip("open_clip", reason="the recipes' dependencies are not insta
 
 from clip_fewshot_runs import filled, options_of, run, tiny_clip
 
-HERE = Path(__file__).parent
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
@@ -64,7 +63,6 @@ def results(place: Path, common: list[str]) -> Results:
         folder = f"--data.init_args.predict_folder={place / 'images'}"
         add(f"{strategy}:predict", "predict", "lora", strategy, [folder])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{HERE}:{HERE.parent.parent}")
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
         return launch(place, cases)
 

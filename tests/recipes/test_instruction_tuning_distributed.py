@@ -17,8 +17,6 @@ from recipes.instruction_tuning.batches import LengthBatchSampler
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.sharding import BlocksAndFactors, blocks, check_strategy
 
-HERE = Path(__file__).parent
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
@@ -125,7 +123,6 @@ def saved(folder: Path, name: str) -> Path:
 @pytest.fixture(scope="module")
 def results(place: Path, common: list[str]) -> Results:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{HERE}:{HERE.parent.parent}")
         patch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
         return launch(place, cases(place, common))

@@ -19,7 +19,6 @@ from recipes.vqa.metrics import normalised
 from recipes.vqa.model import DEFAULT_LORA
 from recipes.vqa.module import VQA
 
-HERE = Path(__file__).parent
 CONFIGS = Path(sources.__file__).parent / "configs"
 
 pytestmark = [
@@ -106,7 +105,6 @@ def cases(place: Path, common: list[str]) -> dict[str, tuple[str, dict[str, Any]
 @pytest.fixture(scope="module")
 def results(place: Path, common: list[str]) -> Results:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{HERE}:{HERE.parent.parent}")
         patch.setenv("HF_DATASETS_CACHE", str(place / "datasets"))
         patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
         return launch(place, cases(place, common))

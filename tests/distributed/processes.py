@@ -1,0 +1,74 @@
+"""Processes forked from one that has imported the libraries: to import them takes longer than most tests' work.
+
+That one is multiprocessing's fork server, which imports them once for all tests of a session and computes nothing.
+"""
+
+import multiprocessing
+import os
+import pickle
+import runpy
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ["lightning.pytorch.cli", "open_clip", "peft", "torch.distributed.fsdp"]
+"""What is missing is left out; nothing that reads variables which tests set, as datasets does."""
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(LIBRARIES)
+
+
+def start(
+    function: Callable[..., Any], *arguments: Any, output: Path, environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """Call a function of a module in a process of its own, which leads a group as one started from a terminal does.
+
+    Args:
+        function: what the process does; its path, working directory and environment are those of this process now.
+        arguments: of the function.
+        output: the file for what the process writes.
+        environment: variables to set in addition.
+    """
+    variables = {**os.environ, **(environment or {})}
+    work = pickle.dumps((function, arguments))  # unpickled, and its module imported, where the variables are set
+    process = _SERVER.Process(target=_call, args=(str(output), variables, work))
+    process.start()
+    return process
+
+
+def run(function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 280) -> int | None:
+    """Call a function in a process of its own; its exit code, or None if it was killed after so many seconds."""
+    process = start(function, *arguments, output=output)
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def run_module(name: str, arguments: Sequence[str]) -> None:
+    """What ``python -m name arguments`` does."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def run_code(code: str) -> None:
+    """What ``python -c code`` does."""
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+
+def _call(output: str, variables: dict[str, str], work: bytes) -> None:
+    os.setpgid(0, 0)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ.clear()
+    os.environ.update(variables)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
+    warnings.simplefilter("ignore")
+    function, arguments = pickle.loads(work)
+    function(*arguments)
