@@ -95,6 +95,7 @@ class Perturbation:
         self._layout = layout or Layout()
         self._groups = self._grouped(pairs)
         self._installed = False
+        self._switch = read_through.Switch()
         self._forgotten = {id(pair.B) for pair in pairs}
         self._expected: dict[str, tuple[Tensor, bool]] = {}
 
@@ -146,36 +147,41 @@ class Perturbation:
         """Give every reader its own class back; E stays, for :meth:`state_dict`."""
         if self._installed:
             self.off()
+            self._switch = read_through.Switch()  # readers that somebody else keeps installed listen to the old one
             for pair in self.pairs:
                 for reader in pair.readers:
                     read_through.uninstall(reader)
         self._installed = False
 
-    def on(self, stacks: list[Tensor] | None = None) -> None:
-        """Let the layers read B + E.
+    def on(self) -> None:
+        """Let the layers read B + E, with the kept E, whose updates they follow."""
+        if not self._switch.is_connected:
+            self._connect([group.E for group in self._groups], self._switch)
+            self._switch.is_connected = True
+        self._switch.is_on = True
+
+    def off(self) -> None:
+        """Let the layers read the clean B."""
+        self._switch.is_on = False
+
+    @contextmanager
+    def applied(self, stacks: list[Tensor] | None = None) -> Iterator[None]:
+        """The layers read B + E inside; after it, whatever happens, they read what they read before.
 
         Args:
             stacks: E to read, as in :class:`FreshPerturbation`; None reads the kept one, and follows its updates.
         """
-        for group, stack in zip(self._groups, stacks or [group.E for group in self._groups], strict=True):
-            group.show(stack)
-
-    def off(self) -> None:
-        """Let the layers read the clean B."""
-        if self._installed:
-            for group in self._groups:
-                group.show(None)
-
-    @contextmanager
-    def applied(self, stacks: list[Tensor] | None = None) -> Iterator[None]:
-        """:meth:`on` inside; after it, whatever happens, the layers read what they read before."""
-        before = [(reader, read_through.shown(reader)) for pair in self.pairs for reader in pair.readers]
-        self.on(stacks)
-        try:
+        with read_through.restored(reader for pair in self.pairs for reader in pair.readers):
+            self._connect(stacks or [group.E for group in self._groups], read_through.Switch(is_on=True))
             yield
-        finally:
-            for reader, perturbation in before:
-                read_through.perturb(reader, perturbation)
+
+    def _connect(self, stacks: list[Tensor], switch: read_through.Switch) -> None:
+        """Give every reader its slice of the stacks, to add while a switch is on."""
+        for group, stack in zip(self._groups, stacks, strict=True):
+            for pair, E in zip(group.pairs, stack.unbind(), strict=True):
+                view = E.view(self._layout.shape(pair.B))
+                for reader in pair.readers:
+                    read_through.perturb(reader, view, switch)
 
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
@@ -340,7 +346,6 @@ class _Group:
         self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
         self.E = torch.zeros(len(pairs), *matrix_shape(layout.shape(B)), dtype=self.dtype, device=B.device)
         self.averaged = torch.zeros(len(pairs), dtype=torch.bool, device=B.device)
-        self._views = self._sliced(self.E)
         self.here: Tensor | None = None
         self._rows_here = [True] * len(pairs)
 
@@ -381,20 +386,6 @@ class _Group:
         if self.here is not None:  # a trained A beside a frozen B would enter the norm of what B can't have
             grad_A.masked_fill_(~self.here[:, None, None], 0.0)
         return ascent_average(A, B, grad_A, grad_B, self.scaling)
-
-    def show(self, stack: Tensor | None) -> None:
-        """Let the group's readers add a stack's slices to their weight, or nothing."""
-        views: list[Tensor | None]
-        if stack is None:
-            views = [None] * len(self.pairs)
-        else:
-            views = list(self._views if stack is self.E else self._sliced(stack))
-        for pair, view in zip(self.pairs, views, strict=True):
-            for reader in pair.readers:
-                read_through.perturb(reader, view)
-
-    def _sliced(self, stack: Tensor) -> list[Tensor]:
-        return [E.view(self._layout.shape(pair.B)) for pair, E in zip(self.pairs, stack.unbind(), strict=True)]
 
     def _stack(self, parameters: list[nn.Parameter], gradients: bool = False) -> Tensor:
         """Factors or their gradients as (L, rows, columns), in the wide dtype."""

@@ -202,7 +202,7 @@ def driver_of(trainer: Trainer) -> Any:
 
 def is_perturbed(module: nn.Module) -> bool:
     """Whether any layer reads B + E at this moment."""
-    return any(m.__dict__.get("_perturbation") is not None for m in module.modules())
+    return any(read_through.shown(m) is not None for m in module.modules())
 
 
 def assert_no_trace(module: nn.Module) -> None:

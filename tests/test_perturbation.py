@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import Perturbation, find_pairs, read_through
+from lightning_flatlora.flatness.sharpness import clean
 from lightning_flatlora.pairs import LoRAPair
 
 RHO = 0.3
@@ -387,6 +388,66 @@ def test_two_perturbations_of_one_model_do_not_disturb_each_other() -> None:
         assert backward(model) == perturbed
     first.uninstall()
     assert not read_through.is_installed(model)
+
+
+def test_after_anothers_turn_the_own_average_is_read_again() -> None:
+    """The one switch must not be trusted where somebody else has given the readers another perturbation."""
+    model, pairs = model_and_pairs()
+    clean_loss = backward(model)
+    first, second = Perturbation(pairs), Perturbation(pairs)
+    first.install()
+    second.install()
+    first.assign(first.ascend(RHO, at_perturbed=False))
+    second.assign(second.ascend(2 * RHO, at_perturbed=False))
+    first.on()
+    perturbed = backward(model)
+    assert perturbed != clean_loss
+    second.on()
+    assert backward(model) not in (perturbed, clean_loss)
+    first.on()
+    assert backward(model) == perturbed
+    with pytest.raises(ZeroDivisionError), clean(pairs), second.applied():
+        raise ZeroDivisionError
+    assert backward(model) == perturbed
+    first.off()
+    assert backward(model) == clean_loss
+    first.uninstall()
+    second.uninstall()
+    assert not read_through.is_installed(model)
+
+
+def test_on_and_off_are_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are called several times in every step, so they must not walk over all layers."""
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    clean_loss = backward(model)
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    perturbation.on()
+    given: list[nn.Module] = []
+    monkeypatch.setattr(read_through, "perturb", lambda module, *rest: given.append(module))
+    for _ in range(2):
+        perturbation.off()
+        assert backward(model) == clean_loss
+        perturbation.on()
+        assert backward(model) != clean_loss
+    assert not given
+
+
+def test_a_pair_that_has_left_reads_clean_while_somebody_else_keeps_its_reader() -> None:
+    _, pairs = model_and_pairs()
+    for pair in pairs:
+        pair.B.grad = torch.ones_like(pair.B)
+    perturbation = Perturbation(pairs, "projected")
+    perturbation.install()
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    perturbation.on()
+    gone, stays = pairs[0].readers[0], pairs[1].readers[0]
+    read_through.install(gone)
+    perturbation.follow(pairs[1:])
+    perturbation.on()
+    assert read_through.shown(gone) is None
+    assert read_through.shown(stays) is not None
 
 
 def test_reading_without_install_is_refused() -> None:

@@ -239,16 +239,15 @@ def full_cosine(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Te
 def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
     """Inside, the layers read B, and can be made to read B + E; after it, they read what they read before."""
     readers = [reader for pair in pairs for reader in pair.readers]
-    shown = [read_through.shown(reader) for reader in readers]
-    for reader in readers:
-        read_through.install(reader)
-        read_through.perturb(reader, None)
-    try:
-        yield
-    finally:
-        for reader, E in zip(readers, shown, strict=True):
-            read_through.perturb(reader, E)
-            read_through.uninstall(reader)
+    with read_through.restored(readers):
+        for reader in readers:
+            read_through.install(reader)
+            read_through.perturb(reader, None)
+        try:
+            yield
+        finally:
+            for reader in readers:
+                read_through.uninstall(reader)
 
 
 def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) -> Tensor:

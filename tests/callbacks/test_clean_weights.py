@@ -208,7 +208,7 @@ def test_the_step_sees_the_loss_of_moved_weights(tmp_path, front_end):
 
 def shown(net: nn.Module) -> dict[str, torch.Tensor]:
     """The E that each reader adds now, by module name."""
-    E = {name: m.__dict__.get("_perturbation") for name, m in net.named_modules()}
+    E = {name: read_through.shown(module) for name, module in net.named_modules()}
     return {name: tensor.clone() for name, tensor in E.items() if tensor is not None}
 
 
