@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -25,47 +25,14 @@ from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import is_lightning
 from lightning_flatlora.schedules import RhoSchedule
 
+if TYPE_CHECKING:
+    _Base = LightningModule
+else:
+    _Base = object  # the LightningModule comes with the classes that users subclass
 
-class FMLoRAModule(LightningModule):
-    """A LightningModule that takes FMLoRA's two passes itself: perturb, project into B, step (Algorithm 1).
 
-    Subclass it, call ``super().__init__(rho=...)``, and write ``compute_loss`` and ``configure_optimizers`` (one
-    optimizer); ``training_step`` is taken. What the Trainer refuses under manual optimization is here: gradient
-    accumulation, clipping, and stepping of LR schedulers (their interval, frequency and monitor are honoured). An
-    :class:`~lightning_flatlora.EFMLoRA` callback beside it schedules the two passes (cost 1 + 1/every_n_steps), with
-    Ê in between.
-
-    Args:
-        rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
-        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
-        norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
-        start_step: optimizer steps of plain LoRA before the first ascent.
-        every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
-        adapter_name: the peft adapter to perturb; None takes the active ones.
-        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
-        accumulate_grad_batches: batches of one optimizer step.
-        gradient_clip_val: largest norm, or absolute value, of the gradient; None does not clip.
-        gradient_clip_algorithm: "norm" or "value".
-
-    Raises:
-        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
-            start of fit, before the first step).
-
-    Example:
-        >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> class Regression(FMLoRAModule):
-        ...     def __init__(self):
-        ...         super().__init__(rho=0.1)
-        ...         net = torch.nn.Sequential(torch.nn.Linear(4, 3))
-        ...         self.net = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
-        ...     def compute_loss(self, batch, batch_idx):
-        ...         return self.net(batch).square().mean()
-        ...     def configure_optimizers(self):
-        ...         return torch.optim.AdamW(self.parameters(), lr=1e-3)
-        >>> Regression().automatic_optimization
-        False
-    """
+class FMLoRASteps(_Base):
+    """What an FMLoRAModule does, over the LightningModule of either name of Lightning; see :class:`FMLoRAModule`."""
 
     def __init__(
         self,
@@ -187,6 +154,48 @@ class FMLoRAModule(LightningModule):
         optimizer = self.optimizers()
         assert is_lightning(optimizer, LightningOptimizer)  # checked in on_fit_start
         return optimizer
+
+
+class FMLoRAModule(FMLoRASteps, LightningModule):
+    """A LightningModule that takes FMLoRA's two passes itself: perturb, project into B, step (Algorithm 1).
+
+    Subclass it, call ``super().__init__(rho=...)``, and write ``compute_loss`` and ``configure_optimizers`` (one
+    optimizer); ``training_step`` is taken. What the Trainer refuses under manual optimization is here: gradient
+    accumulation, clipping, and stepping of LR schedulers (their interval, frequency and monitor are honoured). An
+    :class:`~lightning_flatlora.EFMLoRA` callback beside it schedules the two passes (cost 1 + 1/every_n_steps), with
+    Ê in between.
+
+    Args:
+        rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
+        norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
+        start_step: optimizer steps of plain LoRA before the first ascent.
+        every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
+        adapter_name: the peft adapter to perturb; None takes the active ones.
+        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
+        accumulate_grad_batches: batches of one optimizer step.
+        gradient_clip_val: largest norm, or absolute value, of the gradient; None does not clip.
+        gradient_clip_algorithm: "norm" or "value".
+
+    Raises:
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
+            start of fit, before the first step).
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> class Regression(FMLoRAModule):
+        ...     def __init__(self):
+        ...         super().__init__(rho=0.1)
+        ...         net = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        ...         self.net = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+        ...     def compute_loss(self, batch, batch_idx):
+        ...         return self.net(batch).square().mean()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        >>> Regression().automatic_optimization
+        False
+    """
 
 
 def _step_problems(accumulate: object, clip_val: object, clip_algorithm: object) -> list[str]:

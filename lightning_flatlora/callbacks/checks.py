@@ -18,9 +18,10 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lightning_names import is_lightning
+from lightning_flatlora.lightning_names import is_defined_by_lightning, is_lightning
 from lightning_flatlora.schedules import RhoSchedule, is_radius
 
 
@@ -87,10 +88,33 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
     if is_lightning(strategy, ModelParallelStrategy):
         return _fsdp2_problems(strategy, trainer.lightning_module, sync_ascent)
     if is_lightning(strategy, DDPStrategy):
-        return _ddp_problems(strategy, _longest_window(trainer, window), sync_ascent)
+        return foreign_problems(strategy) or _ddp_problems(strategy, _longest_window(trainer, window), sync_ascent)
     if is_lightning(strategy, SingleDeviceStrategy):
         return []
     return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
+
+
+def foreign_problems(strategy: DDPStrategy) -> list[str]:
+    """Why somebody else's subclass of DDPStrategy is none in what matters, as NeMo's for Megatron; one line each.
+
+    Args:
+        strategy: after it is set up.
+    """
+    model = strategy.model
+    if is_defined_by_lightning(strategy) or model is None or model is strategy.lightning_module:
+        return []
+    name = type(strategy).__name__
+    if not isinstance(model, DistributedDataParallel):
+        return [
+            f"the strategy {name} is a DDPStrategy whose model is a {type(model).__name__} and not PyTorch's "
+            f"DistributedDataParallel, so it may share parameters and gradients among the ranks otherwise: {_USE}"
+        ]
+    if model.process_group.size() != strategy.world_size:
+        return [
+            f"the strategy {name} averages gradients over {model.process_group.size()} of {strategy.world_size} ranks, "
+            f"so the ranks may hold parts of the model, which has not been tested: {_USE}"
+        ]
+    return []
 
 
 def wrapping_problems(trainer: Trainer) -> list[str]:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback
-from lightning_flatlora.callbacks.checks import message
+from lightning_flatlora.callbacks.checks import foreign_problems, message
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.fmlora import FMLoRA
 from lightning_flatlora.callbacks.held_batches import HeldBatches, loss_method
@@ -239,7 +239,9 @@ def _driver(trainer: Trainer) -> FlatLoRACallback | None:
 def _strategy_problems(trainer: Trainer) -> list[str]:
     strategy = trainer.strategy
     untested = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
-    if is_lightning(strategy, SingleDeviceStrategy, DDPStrategy) and not untested:
+    if is_lightning(strategy, DDPStrategy) and not untested:
+        return foreign_problems(strategy)
+    if is_lightning(strategy, SingleDeviceStrategy) and not untested:
         return []
     return [
         f"the strategy {type(strategy).__name__} is not supported, as one that shards a model has no whole weights to "

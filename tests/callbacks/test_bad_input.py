@@ -23,6 +23,7 @@ from helpers import (
     weights,
 )
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -454,6 +455,40 @@ def test_static_graph_with_accumulation(callback):
     assert "static_graph=True" in problem
     assert "accumulate_grad_batches=2" in problem
     assert not strategy_problems_of(strategy, callback)
+
+
+class Megatron(DDPStrategy):
+    """As NeMo's: a DDPStrategy by its class alone."""
+
+
+class OwnDDP(DDPStrategy):
+    """A user's own, which wraps as Lightning's does."""
+
+
+@pytest.fixture
+def one_process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_subclass_of_ddp_that_keeps_its_parameters_otherwise(one_process_group):
+    strategy = Megatron(cluster_environment=LightningEnvironment())
+    strategy._model = nn.Sequential(nn.Linear(2, 2))
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    for word in ("the strategy Megatron is a DDPStrategy", "whose model is a Sequential", "use strategy='ddp'"):
+        assert word in problem
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    strategy.cluster_environment.set_world_size(2)  # of which the group holds one
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    assert "the strategy Megatron averages gradients over 1 of 2 ranks" in problem
+
+
+def test_a_subclass_of_ddp_that_wraps_as_ddp_does(one_process_group):
+    strategy = OwnDDP(cluster_environment=LightningEnvironment())
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    assert not strategy_problems_of(strategy, EFMLoRA)
 
 
 # -- several at once

@@ -4,13 +4,15 @@ import os
 from typing import Any
 
 import lightning as L
+import pytorch_lightning
 import torch
 from fits import Sharded, parts
 from strategies import strategy_of
-from test_exactness import BATCHES, RHO, SIZE, Automatic, Manual, dataset, fit, network
+from test_exactness import BATCHES, RHO, SIZE, Automatic, Manual, dataset, fit, loss, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import lightning_flatlora.pytorch_lightning
 from lightning_flatlora import EFMLoRA, FMLoRA
 
 
@@ -145,3 +147,37 @@ def train_skipping() -> None:
     """FMLoRAModule without a loss on any rank."""
     loader, trainer = on_two_ranks()
     fit(Skips(network(), rho=RHO), 1, [], loader, **trainer)
+
+
+class UnderTheOtherName(pytorch_lightning.LightningModule):
+    """Automatic optimization, and the Trainer of pytorch_lightning."""
+
+    configure_optimizers = Automatic.configure_optimizers
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return loss(self.net, batch)
+
+
+def train_under_the_other_name(front_end: str) -> dict[str, Any]:
+    """As fits:train on two ranks, with a strategy, a Trainer and a callback of pytorch_lightning."""
+    net, callback = network(), getattr(lightning_flatlora.pytorch_lightning, front_end)(RHO)
+    loader = Sharded(dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    strategy = pytorch_lightning.strategies.DDPStrategy(process_group_backend="gloo")
+    trainer = pytorch_lightning.Trainer(
+        max_epochs=2,
+        callbacks=[callback],
+        precision="64-true",
+        accelerator="cpu",
+        strategy=strategy,
+        devices=2,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        **quiet,
+    )
+    trainer.fit(UnderTheOtherName(net), loader)
+    return {"weights": trained(net), "E": callback.perturbation.state_dict()["E"]}

@@ -47,6 +47,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for front_end in FRONT_ENDS[:3]:
             routed = {"front_end": front_end, "accumulate": accumulate}
             runs[name_of(front_end, "routed", accumulate)] = "ddp_runs:train_routed", routed
+    for front_end in FRONT_ENDS[:2]:
+        runs[name_of(front_end, "other name")] = "ddp_runs:train_under_the_other_name", {"front_end": front_end}
     runs["called off"] = "ddp_runs:train_called_off", {}
     runs["skipping"] = "ddp_runs:train_skipping", {}
     return launch(tmp_path_factory.mktemp("ddp"), runs)
@@ -111,3 +113,11 @@ def test_a_batch_without_a_loss_is_an_error_of_every_rank(results: Results) -> N
     for error in results.error("skipping"):
         assert "RuntimeError: compute_loss returned None on one of several ranks" in error
         assert "0 * output.sum()" in error
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS[:2])
+def test_pytorch_lightning_trains_the_same(results: Results, front_end: str) -> None:
+    there, here = results[name_of(front_end, "other name")], results[name_of(front_end, STEPS[0])]
+    for one, other in zip(there, here, strict=True):
+        assert difference(one["weights"], other["weights"]) == 0
+        assert difference(one["E"], other["E"]) == 0

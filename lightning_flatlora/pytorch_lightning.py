@@ -1,0 +1,58 @@
+"""For projects that import ``pytorch_lightning``: FMLoRAModule and all callbacks, as subclasses of that library's.
+
+The two names of Lightning have classes of their own, and a Trainer takes only a LightningModule of its own name. What
+is here is the same otherwise, checkpoints included: a run can go on under the other name.
+
+Example:
+    >>> import pytorch_lightning as pl
+    >>> from lightning_flatlora.pytorch_lightning import EFMLoRA
+    >>> trainer = pl.Trainer(callbacks=[EFMLoRA(rho=2.0)], accelerator="cpu", logger=False)
+"""
+
+from pytorch_lightning import Callback, LightningModule
+
+from lightning_flatlora import baselines, callbacks
+from lightning_flatlora.module import FMLoRASteps
+
+__all__ = [
+    "SAM",
+    "BalancednessRegularization",
+    "EFMLoRA",
+    "FMLoRA",
+    "FMLoRAModule",
+    "FlatnessMonitor",
+    "LoRASAM",
+    "RandomPerturbation",
+]
+
+
+class FMLoRAModule(FMLoRASteps, LightningModule):
+    """:class:`lightning_flatlora.FMLoRAModule` over ``pytorch_lightning.LightningModule``."""
+
+
+class EFMLoRA(callbacks.EFMLoRA, Callback):
+    """:class:`lightning_flatlora.EFMLoRA`."""
+
+
+class FMLoRA(callbacks.FMLoRA, Callback):
+    """:class:`lightning_flatlora.FMLoRA`."""
+
+
+class FlatnessMonitor(callbacks.FlatnessMonitor, Callback):
+    """:class:`lightning_flatlora.FlatnessMonitor`."""
+
+
+class LoRASAM(baselines.LoRASAM, Callback):
+    """:class:`lightning_flatlora.baselines.LoRASAM`."""
+
+
+class SAM(baselines.SAM, Callback):
+    """:class:`lightning_flatlora.baselines.SAM`."""
+
+
+class RandomPerturbation(baselines.RandomPerturbation, Callback):
+    """:class:`lightning_flatlora.baselines.RandomPerturbation`."""
+
+
+class BalancednessRegularization(baselines.BalancednessRegularization, Callback):
+    """:class:`lightning_flatlora.baselines.BalancednessRegularization`."""

@@ -1,0 +1,141 @@
+"""Under ``pytorch_lightning`` everything is as under ``lightning.pytorch``, to the bit."""
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning
+import torch
+from helpers import Classifier, Losses, TwoPassClassifier, make_loader, same, weights
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+import lightning_flatlora
+import lightning_flatlora.pytorch_lightning as flatlora
+from lightning_flatlora import CosineRho, baselines
+
+STEPS = 20
+
+
+class OtherClassifier(Losses, pytorch_lightning.LightningModule):
+    """Automatic optimization, under the other name."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch, batch_idx)
+
+
+class OtherTwoPassClassifier(Losses, flatlora.FMLoRAModule):
+    """The same loss on that FMLoRAModule."""
+
+    def compute_loss(self, batch, batch_idx):
+        return self.loss(batch, batch_idx)
+
+
+def train(library, module, callbacks, tmp_path, ckpt_path=None, **settings):
+    torch.manual_seed(3)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    settings = {"max_steps": STEPS, "enable_checkpointing": False, "default_root_dir": tmp_path, **quiet, **settings}
+    trainer = library.Trainer(accelerator="cpu", callbacks=callbacks, **settings)
+    trainer.fit(module, make_loader(), make_loader(1), ckpt_path=ckpt_path)
+    assert trainer.global_step == STEPS
+    return trainer
+
+
+METHODS = {
+    "EFMLoRA": lambda ours, others: ours.EFMLoRA(0.5),
+    "FMLoRA": lambda ours, others: ours.FMLoRA(0.5),
+    "LoRASAM": lambda ours, others: others.LoRASAM(0.1),
+    "SAM": lambda ours, others: others.SAM(0.1),
+    "RandomPerturbation": lambda ours, others: others.RandomPerturbation(0.3),
+    "BalancednessRegularization": lambda ours, others: others.BalancednessRegularization(1.0),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_callbacks(tmp_path, method, accumulate):
+    """Of that library's classes; and those of lightning.pytorch's, whose hooks run there as well."""
+    build, step = METHODS[method], {"accumulate_grad_batches": accumulate}
+    module = Classifier()
+    train(lightning.pytorch, module, [build(lightning_flatlora, baselines)], tmp_path, **step)
+    for ours, others in ((flatlora, flatlora), (lightning_flatlora, baselines)):
+        other = OtherClassifier()
+        train(pytorch_lightning, other, [build(ours, others)], tmp_path, **step)
+        assert same(weights(other), weights(module))
+    plain = OtherClassifier()
+    train(pytorch_lightning, plain, [], tmp_path, **step)
+    assert not same(weights(other), weights(plain))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_module(tmp_path, beside):
+    """Accumulation, clipping and schedulers are the module's own; EFMLoRA beside it schedules the passes."""
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+    found = []
+    for library, kind, callback in (
+        (lightning.pytorch, TwoPassClassifier, lightning_flatlora.EFMLoRA),
+        (pytorch_lightning, OtherTwoPassClassifier, flatlora.EFMLoRA),
+        (pytorch_lightning, OtherTwoPassClassifier, lightning_flatlora.EFMLoRA),
+    ):
+        module = kind(0.5, **settings)
+        module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=3)
+        train(library, module, [callback(0.5, every_n_steps=2)] if beside else [], tmp_path)
+        found.append(weights(module))
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
+def test_the_monitor(tmp_path):
+    found = []
+    for library, kind, ours in (
+        (lightning.pytorch, Classifier, lightning_flatlora),
+        (pytorch_lightning, OtherClassifier, flatlora),
+        (pytorch_lightning, OtherClassifier, lightning_flatlora),
+    ):
+        callbacks = [ours.EFMLoRA(0.5), ours.FlatnessMonitor(every_n_steps=5, batches=2)]
+        trainer = train(library, kind(), callbacks, tmp_path)
+        found.append({name: value for name, value in trainer.callback_metrics.items() if name.startswith("flatness/")})
+    assert "flatness/sharpness" in found[0]
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
+@pytest.mark.parametrize("method", ["EFMLoRA", "module"])
+def test_a_run_goes_on_under_the_other_name(tmp_path, method):
+    def parts(automatic, manual, ours):
+        if method == "module":
+            return manual(0.5), [ours.EFMLoRA(0.5, every_n_steps=2)]
+        return automatic(), [ours.EFMLoRA(0.5)]
+
+    whole, callbacks = parts(OtherClassifier, OtherTwoPassClassifier, flatlora)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    train(pytorch_lightning, whole, [*callbacks, saver], tmp_path, enable_checkpointing=True)
+    for library, kinds in (
+        (pytorch_lightning, (OtherClassifier, OtherTwoPassClassifier, flatlora)),
+        (lightning.pytorch, (Classifier, TwoPassClassifier, lightning_flatlora)),
+    ):
+        resumed, callbacks = parts(*kinds)
+        train(library, resumed, callbacks, tmp_path, ckpt_path=tmp_path / "step=12.ckpt")
+        assert same(weights(resumed), weights(whole))
+
+
+def test_one_callback_without_a_list(tmp_path):
+    trainer = train(pytorch_lightning, OtherClassifier(), flatlora.EFMLoRA(0.5), tmp_path)
+    assert trainer.callbacks[0].step == STEPS
+
+
+def test_callbacks_named_in_yaml(monkeypatch):
+    """The command line takes only callbacks of its own library."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    entry = {"class_path": "lightning_flatlora.pytorch_lightning.EFMLoRA", "init_args": {"rho": 2.0}}
+    arguments = {"trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False}}
+    cli = LightningCLI(OtherClassifier, run=False, args=arguments, seed_everything_default=False)
+    assert any(isinstance(callback, lightning_flatlora.EFMLoRA) for callback in cli.trainer.callbacks)
+
+
+def test_what_can_not_work_is_refused_there_too(tmp_path):
+    callbacks = [flatlora.EFMLoRA(CosineRho(1, 0)), GradientAccumulationScheduler({0: 2})]
+    with pytest.raises(MisconfigurationException, match="the accumulation changes: set its total_steps"):
+        train(pytorch_lightning, OtherClassifier(), callbacks, tmp_path)
+    callbacks = [lightning_flatlora.FMLoRA(1.0), flatlora.EFMLoRA(1.0)]
+    with pytest.raises(MisconfigurationException, match="it perturbs the same weights as EFMLoRA beside it"):
+        train(pytorch_lightning, OtherClassifier(), callbacks, tmp_path)
