@@ -14,6 +14,8 @@ from peft.tuners.lora.variants import (
     DoraConv3dVariant,
     DoraLinearVariant,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -147,6 +149,8 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
         return "LoRA on a bare parameter (as of experts) shares one pair among several products"
     if isinstance(layer, LoraParallelLinear):
         return "tensor-parallel LoRA keeps a slice of each factor"
+    if isinstance(getattr(vars(layer).get("forward"), "__self__", None), XLoraLayer):  # put over the layer's own
+        return "X-LoRA weighs the adapters by a router, so the update is s B A times something that changes"
     if not _kind(layer).__module__.startswith("peft.tuners.lora."):
         return "not one of peft's own LoRA layers, so the product of its factors is unknown"
     variant = layer.lora_variant.get(adapter)
@@ -194,6 +198,14 @@ def _check_adapter(layers: Iterable[tuple[str, LoraLayer]], adapter_name: str | 
         )
 
 
+def _looks_like_lora(module: nn.Module) -> bool:
+    """Whether a layer has LoRA's names without being peft's, as in litgpt, torchtune, loralib and NeMo."""
+    if isinstance(module, BaseTunerLayer | LoraLayer):
+        return False
+    own = {name.lower() for name, _ in (*module.named_parameters(recurse=False), *module.named_children())}
+    return {"lora_a", "lora_b"} <= own or {"linear_in", "linear_out"} <= own
+
+
 def _adapters(layer: LoraLayer) -> Iterator[str]:
     yield from layer.lora_B
     yield from layer.lora_embedding_B
@@ -203,7 +215,15 @@ def _nothing_found(
     model: nn.Module, layers: list[tuple[str, LoraLayer]], adapter_name: str | None, left_out: list[str]
 ) -> str:
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
-    if not layers:
+    others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
+    if not layers and others:
+        lines += [
+            f"The model holds layers that look like another library's LoRA, {', '.join(others)}; only peft's are "
+            "supported so far.",
+            "Build the network without them and wrap it with peft.get_peft_model; factors that were trained already "
+            "can be copied into peft's lora_A and lora_B of the same layers, with r and lora_alpha as they were.",
+        ]
+    elif not layers:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         lines += [f"The model holds no LoRA layer, only {', '.join(kinds)}.", "Wrap it with peft.get_peft_model."]
     else:

@@ -1,11 +1,14 @@
 """Which factors are found, under which names, and that everything else is left out by name."""
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, LoraRuntimeConfig, XLoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from peft.tuners.xlora.model import convert_layers_to_xlora
 from torch import nn
 
 from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs
@@ -80,6 +83,62 @@ def test_every_variant_that_peft_knows_is_either_exact_or_left_out() -> None:
     assert {v.__name__ for v in known if issubclass(v, _EXACT_VARIANTS)} == {"DoraLinearVariant"}
 
 
+def test_leaves_out_xlora_whose_router_weighs_the_adapters() -> None:
+    model = peft(["one", "conv"])
+    xlora = XLoraConfig(hidden_size=8, adapters={"default": ""}, use_trainable_adapters=True)
+    convert_layers_to_xlora(model, SimpleNamespace(disabled=False), xlora)  # type: ignore[arg-type]
+    search = find_pairs(model)
+    assert names(model) == ["conv.lora_B.default.weight"]  # which X-LoRA leaves alone
+    assert "Linear: X-LoRA weighs the adapters by a router" in search.left_out[0]
+
+
+EXACT = [
+    {},
+    {"use_rslora": True},
+    {"lora_bias": True},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_2"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "gaussian"},
+    {"rank_pattern": {"one": 4}, "alpha_pattern": {"one": 5}},
+    {"layers_to_transform": [0], "layers_pattern": "layers"},
+    {"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)},
+]
+
+
+class Layered(nn.Module):
+    """Where options that go by a layer's number can be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Net(), Net()])
+
+
+@pytest.mark.parametrize("config", EXACT, ids=str)
+def test_what_is_found_is_exactly_one_product(config: dict[str, Any]) -> None:
+    """Moving B by E moves what the layer computes by s E A x, whatever its options are."""
+    targets = ["one", "two", "conv"] if config.get("init_lora_weights", True) is True else ["one", "two"]
+    model = get_peft_model(Layered(), LoraConfig(r=2, lora_alpha=6, target_modules=targets, **config)).double()
+    search = find_pairs(model)
+    assert not search.left_out
+    layers = {f"{name}.lora_B.default.weight": layer for name, layer in model.named_modules()}
+    for pair in search.pairs:
+        layer = layers[pair.name]
+        x = torch.randn(3, 8, 5 if pair.A.ndim == 3 else 8, dtype=torch.float64)
+        E = torch.randn_like(pair.B)
+        before = layer(x)
+        with torch.no_grad():
+            pair.B.add_(E)
+        moved = layer(x) - before
+        A, E = pair.A.flatten(1), E.flatten(1)
+        if pair.A.ndim == 3:
+            expected = nn.functional.conv1d(x, (pair.scaling * E @ A).view(-1, *pair.A.shape[1:]))
+        else:
+            expected = x @ (pair.scaling * E @ A).mT
+        torch.testing.assert_close(moved, expected)
+
+
 def test_tied_adapters_are_found_once_and_all_their_readers() -> None:
     model = peft(["one", "two"])
     net = model.base_model.model
@@ -133,3 +192,40 @@ def test_names_are_the_same_under_wrappers() -> None:
     wrapped = nn.ModuleDict({"net": torch.compile(copy.deepcopy(model), backend="eager")})
     assert find_pairs(wrapped).pairs[0].name == "net." + find_pairs(model).pairs[0].name
     assert clean_name("_orig_mod.a._fsdp_wrapped_module.b.weight") == "a.b.weight"
+
+
+class LoRALinear(nn.Module):
+    """As litgpt's and loralib's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.lora_A, self.lora_B = nn.Parameter(torch.zeros(2, 8)), nn.Parameter(torch.zeros(8, 2))
+
+
+class ModulesOfTorchtune(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_a, self.lora_b = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+
+class AdapterOfNeMo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_in, self.linear_out = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, ModulesOfTorchtune, AdapterOfNeMo])
+def test_the_lora_of_another_library_is_named_and_no_second_one_advised(kind: type[nn.Module]) -> None:
+    with pytest.raises(NoPairsError) as caught:
+        find_pairs(nn.Sequential(nn.Linear(8, 8), kind()))
+    message = str(caught.value)
+    assert f"look like another library's LoRA, {kind.__name__}; only peft's are supported so far" in message
+    assert "Build the network without them and wrap it with peft.get_peft_model" in message
+    assert "no LoRA layer" not in message
+
+
+def test_peft_tuners_that_are_not_lora_are_no_other_library() -> None:
+    model = get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"]))
+    with pytest.raises(NoPairsError, match="no LoRA layer, only"):
+        find_pairs(model)

