@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_flatlora.flatness import Loss, MeanLoss
 from lightning_flatlora.report.adapters import Adapted, first_line, padding
+from lightning_flatlora.report.conversation import answer_spans
 from lightning_flatlora.report.options import Options, ReportError
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
@@ -171,19 +172,10 @@ def _encoder(adapted: Adapted, columns: tuple[str, ...], max_length: int) -> Cal
 def chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
     """A conversation through the chat template, and where in it the assistant's answers lie, with their end tokens."""
 
-    def render(number: int, opened: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=opened))
+    def render(some: Sequence[dict[str, str]], opened: bool) -> str:
+        return str(tokenizer.apply_chat_template(list(some), tokenize=False, add_generation_prompt=opened))
 
-    text, spans = render(len(messages)), []
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(place, opened=True), render(place + 1)
-            if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError("the chat template rewrites earlier messages, so answers can't be located")
-            end = tokenizer.eos_token
-            last = after.rfind(end, len(before)) if end else -1
-            spans.append((len(before), last + len(end) if last >= 0 else len(after)))
-    return text, spans
+    return answer_spans(render, messages, tokenizer.eos_token)
 
 
 def _located(tokenizer: Any, text: str, spans: list[tuple[int, int]], max_length: int, special: bool = True) -> Encoded:

@@ -1,15 +1,23 @@
 """From messages to tokens through the model's own chat template, with labels on the answers alone."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_flatlora.report.conversation import HiddenAnswerError, Message, Render, answer_opening, answer_spans
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-
-Message = dict[str, str]
+_PROBE = "5d1system5d1"  # a text that no template holds
+_REMEDY = (
+    "Set template_arguments so that both agree (as enable_thinking: false does for some templates), or chat_template "
+    "to one with {% generation %} blocks around the answers, or use single-turn data"
+)
 
 
 class Encoded(NamedTuple):
@@ -23,18 +31,28 @@ class Encoded(NamedTuple):
 class ChatEncoder:
     """Encode conversations with a chat template.
 
+    A template that takes no system message gets it at the head of the first question instead. What a template writes
+    before an answer, and not in its generation prompt, is not learnt and stands in prompts too.
+
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         max_length: tokens kept of a conversation.
         chat_template: a Jinja template, or a file with one; None takes the tokenizer's own.
         system_prompt: a system message for conversations that have none; None leaves that to the template.
+        template_arguments: variables of the template, as ``{"enable_thinking": False}`` for Qwen3.
 
     Raises:
-        MisconfigurationException: there is no chat template, or the tokenizer can't tell where its tokens lie.
+        MisconfigurationException: there is no chat template or it can't be used, or the tokenizer can't tell where its
+            tokens lie.
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int, chat_template: str | None = None, system_prompt: str | None = None
+        self,
+        tokenizer: Any,
+        max_length: int,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
     ) -> None:
         if chat_template is not None and "{" not in chat_template:  # a file name: no template lacks a brace
             chat_template = read_template(chat_template)
@@ -52,8 +70,11 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.system_prompt = system_prompt
+        self.arguments = template_arguments or {}
         # Templates with this block mark the answers themselves.
         self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        self._takes_system = takes_system(self._render)
+        self._opening = opening_of(self._render, must_agree=not self._marks_answers)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Tokens and labels of a conversation, cut at ``max_length`` tokens."""
@@ -67,47 +88,134 @@ class ChatEncoder:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of messages without an answer, with the template's opening of one."""
-        text = self._render(self._with_system(messages), opens_answer=True)
+        return self._prompt(self._with_system(messages))
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        text = self._render(messages, True) + self._opening
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
-        if self.system_prompt is None or (messages and messages[0]["role"] == "system"):
-            return list(messages)
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+        messages = list(messages)
+        if self.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return messages if self._takes_system else without_system(messages)
 
-    def _render(self, messages: list[Message], opens_answer: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=opens_answer
+    def _render(self, messages: Sequence[Message], opens_answer: bool) -> str:
+        with template_errors():
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages),
+                    chat_template=self.template,
+                    tokenize=False,
+                    add_generation_prompt=opens_answer,
+                    **self.arguments,
+                )
             )
-        )
 
     def _marked(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        encoded = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+        with template_errors():
+            encoded = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **self.arguments,
+            )
+        ids, mask = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+        prompt = self._prompt(messages[:-1]) if len(messages) > 1 else []
+        if ids[: len(prompt)] == prompt:
+            forget_prompt(mask, len(prompt))
+        return ids, mask
 
     def _located(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        text = self._render(messages, opens_answer=False)
-        spans = [self._answer_span(text, messages, i) for i, m in enumerate(messages) if m["role"] == "assistant"]
+        try:
+            text, spans = answer_spans(self._render, messages, self.tokenizer.eos_token)
+        except HiddenAnswerError as error:
+            raise MisconfigurationException(f"{error}. {_REMEDY}") from error
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         mask = [any(a < end and start < b for a, b in spans) for start, end in encoded["offset_mapping"]]
         return encoded["input_ids"], mask
 
-    def _answer_span(self, text: str, messages: list[Message], index: int) -> tuple[int, int]:
-        """Characters of one answer and its end token: what rendering one message more adds to the opened prompt."""
-        before = self._render(messages[:index], opens_answer=True)
-        after = self._render(messages[: index + 1], opens_answer=False)
-        if not (text.startswith(after) and after.startswith(before)):
-            raise MisconfigurationException(
-                f"the chat template rewrites earlier messages, so answer {index} can't be located: "
-                "set chat_template to one with {% generation %} blocks around the answers, or use single-turn data"
-            )
-        end_token = self.tokenizer.eos_token
-        last = after.rfind(end_token, len(before)) if end_token else -1
-        # What follows the end token, a newline as a rule, opens the next message: nobody has to learn it.
-        return len(before), last + len(end_token) if last >= 0 else len(after)
+
+def forget_prompt(mask: list[bool], prompt: int) -> None:
+    """Take the last answer's marks off the prompt's tokens, in place.
+
+    Example:
+        >>> mask = [False, True, False, True, True, False]
+        >>> forget_prompt(mask, 4)
+        >>> mask
+        [False, True, False, False, True, False]
+    """
+    place = len(mask) - 1
+    while place >= 0 and not mask[place]:
+        place -= 1
+    while place >= 0 and mask[place]:
+        mask[place] = place >= prompt
+        place -= 1
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """What a template objects to, as a message about it, instead of a traceback through Jinja."""
+    try:
+        yield
+    except TemplateError as error:
+        raise MisconfigurationException(
+            f"the model's chat template can't render a conversation: {type(error).__name__}: {error}. Mend the data "
+            "(many templates want user and assistant in turns), or set chat_template to another one"
+        ) from error
+
+
+def takes_system(render: Render) -> bool:
+    """Whether a template writes a system message, rather than refuse it or pass over it; what is done then is said."""
+    asked, system = {"role": "user", "content": "Why?"}, {"role": "system", "content": _PROBE}
+    render([asked], True)  # what is wrong with the template otherwise is told here
+    try:
+        if _PROBE in render([system, asked], True):
+            return True
+    except MisconfigurationException:
+        pass
+    return False
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The same messages with a system message at the head of the first question.
+
+    Example:
+        >>> without_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
+        [{'role': 'user', 'content': 'Be brief.\\n\\nWhy?'}]
+    """
+    if not messages or messages[0]["role"] != "system":
+        return list(messages)
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        return [{"role": "user", "content": system["content"]}, *rest]
+    return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+def opening_of(render: Render, must_agree: bool) -> str:
+    """What prompts need beyond the template's generation prompt, which is told; "" for most templates.
+
+    Args:
+        render: of the template.
+        must_agree: whether a template whose generation prompt no answer follows is an error.
+
+    Raises:
+        MisconfigurationException: it is one.
+    """
+    try:
+        opening = answer_opening(render, [{"role": "user", "content": "Why?"}])
+    except HiddenAnswerError as error:
+        if must_agree:
+            raise MisconfigurationException(f"{error}. {_REMEDY}") from error
+        return ""
+    if opening:
+        rank_zero_info(
+            f"The chat template writes {opening!r} before an answer, which its generation prompt lacks: prompts get it "
+            "too, and it is not learnt. Use the model with a prompt that ends with it; for Qwen3, template_arguments "
+            '{"enable_thinking": false} says the same'
+        )
+    return opening
 
 
 def read_template(path: str) -> str:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.batches import Batch, Collate, LengthBatchSampler
 from recipes.instruction_tuning.chat import IGNORED, ChatEncoder
+from recipes.instruction_tuning.model import padding_id
 from recipes.resumable import LateLoader, ResumableData
 
 _PARTS = ("train", "validation", "test")
@@ -34,7 +35,9 @@ class InstructionData(ResumableData):
         batch_size: conversations of a batch.
         max_length: tokens kept of a conversation; what was cut or dropped is printed.
         chat_template: a Jinja template or a file with one; None takes the tokenizer's own.
-        system_prompt: a system message for conversations that have none; None leaves that to the template.
+        system_prompt: a system message for conversations that have none; None leaves that to the template. Where the
+            template takes none, it stands at the head of the first question.
+        template_arguments: variables of the chat template, as {"enable_thinking": false} for Qwen3.
         validation_share: share of the questions for validation.
         test_share: share of the questions held out for `test`.
         seed: of the order of the batches.
@@ -55,6 +58,7 @@ class InstructionData(ResumableData):
         max_length: int = 512,
         chat_template: str | None = None,
         system_prompt: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
         validation_share: float = 0.15,
         test_share: float = 0.25,
         seed: int = 0,
@@ -70,6 +74,7 @@ class InstructionData(ResumableData):
         self.max_length = max_length
         self.chat_template = chat_template
         self.system_prompt = system_prompt
+        self.template_arguments = template_arguments
         self.shares = {"validation": validation_share, "test": test_share}
         self.seed = seed
         self.num_workers = num_workers
@@ -84,7 +89,9 @@ class InstructionData(ResumableData):
 
     @override
     def setup(self, stage: str) -> None:
-        self.encoder = ChatEncoder(self._tokenizer(), self.max_length, self.chat_template, self.system_prompt)
+        self.encoder = ChatEncoder(
+            self._tokenizer(), self.max_length, self.chat_template, self.system_prompt, self.template_arguments
+        )
         if stage == "predict":
             self.parts["predict"] = self._read_prompts()
             return
@@ -116,7 +123,7 @@ class InstructionData(ResumableData):
         sampler = LengthBatchSampler(
             encoded["length"], self.batch_size, seed=self.seed, shuffle=part == "train", **self.ranks()
         )
-        return self.whole_batches(encoded, sampler, Collate(self.encoder.tokenizer.pad_token_id or 0))
+        return self.whole_batches(encoded, sampler, Collate(padding_id(self.encoder.tokenizer)))
 
     def _tokenizer(self) -> Any:
         if self.tokenizer_name is not None:

@@ -60,11 +60,7 @@ def load_base(name: str, dtype: DType, quantization: Quantization | None) -> nn.
             raise MisconfigurationException(
                 f"quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes, or set it to null"
             )
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=quantization == "4bit",
-            load_in_8bit=quantization == "8bit",
-            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
-        )
+        options["quantization_config"] = quantization_config(quantization, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_source(name), **options)
     except (OSError, ValueError) as error:
@@ -73,6 +69,27 @@ def load_base(name: str, dtype: DType, quantization: Quantization | None) -> nn.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.train()  # from_pretrained gives it in eval mode, where LoRA's dropout would be off
     return model  # type: ignore[no-any-return]
+
+
+def quantization_config(quantization: Quantization, dtype: DType) -> BitsAndBytesConfig:
+    """bitsandbytes' settings: "4bit" is QLoRA's NF4 with quantised scales, "8bit" is LLM.int8().
+
+    Args:
+        quantization: of the frozen weights.
+        dtype: that 4-bit weights are computed in; "auto" is bfloat16.
+
+    Example:
+        >>> quantization_config("4bit", "float32").bnb_4bit_quant_type
+        'nf4'
+    """
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",  # bitsandbytes' own default is fp4
+        bnb_4bit_use_double_quant=True,  # the scales are quantised too: 0.4 bits a weight less
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+    )
 
 
 def add_adapter(base: nn.Module, lora: dict[str, Any]) -> PeftModel:
@@ -110,6 +127,31 @@ def answer_log_likelihood(net: nn.Module, inputs: dict[str, Tensor], labels_nt: 
     return -losses_nk.sum(dim=1), (targets_nk != IGNORED).sum(dim=1)
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up rows: the end token where the tokenizer has none for that, as Llama's and GPT-2's.
+
+    Labels and attention masks go by places and not by tokens, so that end tokens are learnt all the same.
+
+    Raises:
+        MisconfigurationException: there is neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise MisconfigurationException(
+        f"the tokenizer of {tokenizer.name_or_path!r} has neither a pad token nor an end token: set its eos_token, "
+        "save it, and give the folder as tokenizer"
+    )
+
+
+def stop_ids(net: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: those of the model's generation settings, and the tokenizer's end token."""
+    settings = getattr(net, "generation_config", None)
+    own = settings.eos_token_id if settings is not None else None
+    found = own if isinstance(own, list) else [own]
+    return sorted({int(token) for token in [*found, tokenizer.eos_token_id] if token is not None})
+
+
 @torch.no_grad()
 def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[str]:
     """The model's most likely answers, token by token, to prompts that a chat template has opened.
@@ -120,7 +162,7 @@ def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any
     if not prompt_ids and not synced:
         return []
     device = next(net.parameters()).device
-    pad_id = tokenizer.pad_token_id or 0
+    pad_id = padding_id(tokenizer)
     rows = [torch.tensor(ids) for ids in prompt_ids or [[pad_id]]]  # a rank without prompts helps the others
     prompts = pad(rows, pad_id, side="left").to(device)
     answers = net.generate(
@@ -129,6 +171,7 @@ def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad_id,
+        eos_token_id=stop_ids(net, tokenizer) or None,
         synced_gpus=synced,
     )[: len(prompt_ids), prompts.shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]

@@ -41,7 +41,13 @@ class VQAData(ResumableData):
         batch_size: questions of a batch.
         max_length: tokens of question and answer; longer ones are left out, and counted.
         chat_template: a Jinja template or a file with one; None takes the processor's own.
-        system_prompt: a system message; None leaves that to the template.
+        system_prompt: a system message; None leaves that to the template. Where the template takes none, it stands at
+            the head of the question.
+        template_arguments: variables of the chat template, as {"enable_thinking": false}.
+        max_pixels: largest number of pixels of an image; larger ones are scaled down, in their proportions. For models
+            whose images keep their size, as Qwen2-VL's, it bounds their tokens: 28 x 28 pixels are one. None leaves
+            that to the processor.
+        min_pixels: smallest number of pixels, likewise; smaller ones are scaled up.
         validation_share: share of the images for validation.
         test_share: share of the images held out for `test`.
         check_images: decode every image once before training, to find broken ones.
@@ -67,6 +73,9 @@ class VQAData(ResumableData):
         max_length: int = 512,
         chat_template: str | None = None,
         system_prompt: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
+        max_pixels: int | None = 1280 * 28 * 28,
+        min_pixels: int | None = None,
         validation_share: float = 0.1,
         test_share: float = 0.0,
         check_images: bool = True,
@@ -81,6 +90,7 @@ class VQAData(ResumableData):
             "test": 0.0 if test_split else test_share,
         }
         _check(batch_size, max_length, num_workers, shares, skip_unreadable and not check_images)
+        _check_pixels(max_pixels, min_pixels)
         self.dataset = dataset
         self.splits = {"train": split, "validation": validation_split, "test": test_split}
         self.shares = shares
@@ -90,6 +100,8 @@ class VQAData(ResumableData):
         self.max_length = max_length
         self.chat_template = chat_template
         self.system_prompt = system_prompt
+        self.template_arguments = template_arguments
+        self.max_pixels, self.min_pixels = max_pixels, min_pixels
         self.check_images = check_images
         self.skip_unreadable = skip_unreadable
         self.seed = seed
@@ -104,7 +116,14 @@ class VQAData(ResumableData):
 
     @override
     def setup(self, stage: str) -> None:
-        self.encoder = QuestionEncoder(self._processor(), self.chat_template, self.system_prompt)
+        self.encoder = QuestionEncoder(
+            self._processor(),
+            self.chat_template,
+            self.system_prompt,
+            self.template_arguments,
+            self.max_pixels,
+            self.min_pixels,
+        )
         if stage == "predict":
             self.parts["predict"] = self._read_questions()
             return
@@ -269,3 +288,13 @@ def _check(batch_size: int, max_length: int, num_workers: int, shares: dict[str,
         problems.append("skip_unreadable needs check_images, which finds what is to be skipped: set it to true")
     if problems:
         raise MisconfigurationException("VQAData: " + "; ".join(problems))
+
+
+def _check_pixels(max_pixels: int | None, min_pixels: int | None) -> None:
+    for name, value in (("max_pixels", max_pixels), ("min_pixels", min_pixels)):
+        if value is not None and value < 1:
+            raise MisconfigurationException(f"VQAData: {name} must be an integer >= 1 or null, got {value!r}")
+    if max_pixels is not None and min_pixels is not None and min_pixels > max_pixels:
+        raise MisconfigurationException(
+            f"VQAData: min_pixels must not exceed max_pixels, got {min_pixels!r} and {max_pixels!r}"
+        )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes import packaged
-from recipes.instruction_tuning.model import DType
+from recipes.instruction_tuning.model import DType, padding_id, stop_ids
 from recipes.sharding import is_sharded
 
 PACKAGED = "packaged"
@@ -79,7 +79,8 @@ def generate_answers(net: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, 
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_id(tokenizer),
+        eos_token_id=stop_ids(net, tokenizer),
         synced_gpus=is_sharded(net),
     )[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -158,7 +158,7 @@ def test_a_template_that_rewrites_and_one_that_is_missing(
 ) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     adapted.tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ReportError, match="rewrites earlier messages, so answers can't be located"):
+    with pytest.raises(ReportError, match=r"rewrites earlier messages, .* so answer 1 can't be located"):
         mean_loss(adapted, [{"messages": messages}], options(adapters[0], texts))
     adapted.tokenizer.chat_template = None
     with pytest.raises(ReportError, match="has no chat template"):

@@ -1,0 +1,76 @@
+"""Tokenizers of single bytes, and chat templates built like those of well-known models."""
+
+from typing import Any
+
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+# Writes thoughts before the last answer, an empty block if there are none; its generation prompt has them only if
+# enable_thinking is false.
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "{% set parts = m.content.split('</think>') %}"
+    "{% set thoughts = parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' %}"
+    "{{ '<think>\n' + thoughts + '\n</think>\n\n' + parts[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content.split('</think>')[-1].lstrip('\n') }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|end|>\n\n' + m.content | trim + '<|eot|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
+)
+# Refuses a system message; its end of turn is not the tokenizer's end token.
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}"
+)
+# Passes over a system message in silence, and ends an answer with nothing.
+BARE = (
+    "{% for m in messages if m.role != 'system' %}{{ 'Q: ' if m.role == 'user' else 'A:' }}"
+    "{{ m.content if m.role == 'user' else ' ' + m.content }}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+# Asks with an opened block of thoughts, and writes answers without one.
+R1 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<think>\n' }}{% endif %}"
+)
+_SPECIAL = (
+    *("<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<bos>", "<eos>", "<start_of_turn>"),
+    *("<end_of_turn>", "[INST]", "[/INST]", "<image>"),
+)
+_ENDS = {QWEN3: "<|im_end|>", LLAMA3: "<|eot|>"}
+
+
+def tokenizer(template: str, pad_token: str | None = None) -> Any:
+    """Its token 0 is "!", as Llama 3's and GPT-2's; without a pad token unless one is given."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    own = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own.decoder = decoders.ByteLevel()
+    own.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=own,
+        bos_token="<bos>",
+        eos_token=_ENDS.get(template, "<eos>"),
+        pad_token=pad_token,
+        chat_template=template,
+    )
+    assert made.convert_tokens_to_ids("!") == 0
+    return made
+
+
+def messages(*turns: str) -> list[dict[str, str]]:
+    """Turns of user and assistant, the user's first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]

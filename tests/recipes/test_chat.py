@@ -1,0 +1,254 @@
+"""Conversations as tokens and labels, with templates built like those of well-known models."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from chat_templates import BARE, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, messages, tokenizer  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from lightning_flatlora.report.data import chat  # noqa: E402
+from recipes.instruction_tuning.batches import Collate  # noqa: E402
+from recipes.instruction_tuning.chat import IGNORED, ChatEncoder  # noqa: E402
+from recipes.instruction_tuning.model import (  # noqa: E402
+    answer_log_likelihood,
+    generate_answers,
+    padding_id,
+    quantization_config,
+    stop_ids,
+)
+from recipes.vqa.conversation import QuestionEncoder, sized  # noqa: E402
+
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+ANSWERED = {  # what a last answer "so" is learnt as
+    QWEN3: "so<|im_end|>",
+    LLAMA3: "so<|eot|>",
+    GEMMA: "so<end_of_turn>",
+    MISTRAL: " so<eos>",
+    BARE: " so<eos>",
+}
+TEMPLATES = pytest.mark.parametrize("template", list(ANSWERED), ids=["qwen3", "llama3", "gemma", "mistral", "bare"])
+
+
+def learnt(encoder: ChatEncoder, *turns: str) -> str:
+    return str(encoder.tokenizer.decode([label for label in encoder.encode(messages(*turns)).labels if label >= 0]))
+
+
+# -- what is learnt, and what is asked
+
+
+@TEMPLATES
+def test_a_prompt_and_what_is_learnt_are_the_whole_conversation(template: str) -> None:
+    encoder = ChatEncoder(tokenizer(template), 1000)
+    ids, labels, _ = encoder.encode(messages("why?", "so"))
+    prompt = encoder.encode_prompt(messages("why?"))
+    answer = [label for label in labels if label != IGNORED]
+    assert encoder.tokenizer.decode(answer) == ANSWERED[template]
+    assert ids[: len(prompt) + len(answer)] == prompt + answer
+    assert labels[: len(prompt)] == [IGNORED] * len(prompt)
+    assert encoder.tokenizer.decode(ids[len(prompt) + len(answer) :]).strip() == ""
+
+
+@pytest.mark.parametrize("arguments", [None, {"enable_thinking": False}])
+def test_an_empty_block_of_thoughts_belongs_to_the_prompt(arguments: dict[str, Any] | None) -> None:
+    encoder = ChatEncoder(tokenizer(QWEN3), 1000, template_arguments=arguments)
+    prompt = encoder.tokenizer.decode(encoder.encode_prompt(messages("why?")))
+    assert prompt == f"<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n{NO_THOUGHTS}"
+    assert learnt(encoder, "why?", "so") == "so<|im_end|>"
+    # An answer whose text stands in the block too, and one before the last question, which has no block.
+    assert learnt(encoder, "a?", "a!", "b?", "think") == "a!<|im_end|>think<|im_end|>"
+
+
+def test_thoughts_in_the_data_are_learnt() -> None:
+    encoder = ChatEncoder(tokenizer(QWEN3), 1000)
+    assert learnt(encoder, "why?", "<think>hm</think>so") == "<think>\nhm\n</think>\n\nso<|im_end|>"
+
+
+def test_marks_of_a_template_leave_the_prompt_out() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ '<think></think>' + m.content }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ 'Q:' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:<think></think>{% endif %}"
+    )
+    encoder = ChatEncoder(tokenizer(template), 1000)
+    assert learnt(encoder, "why?", "so") == "so<eos>"
+
+
+def test_a_generation_prompt_that_no_answer_follows_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"asks for an answer with .*<think>.* Set template_arguments"):
+        ChatEncoder(tokenizer(R1), 1000)
+
+
+def test_a_conversation_that_an_answer_begins_is_read() -> None:
+    encoder = ChatEncoder(tokenizer(LLAMA3), 1000)
+    turns = [{"role": "assistant", "content": "hello"}, *messages("why?", "so")]
+    labels = encoder.encode(turns).labels
+    assert encoder.tokenizer.decode([label for label in labels if label != IGNORED]) == "hello<|eot|>so<|eot|>"
+
+
+@TEMPLATES
+def test_the_report_counts_the_same_tokens(template: str) -> None:
+    text, ((start, end),) = chat(tokenizer(template), messages("why?", "so"))
+    assert text[start:end] == ANSWERED[template]
+
+
+# -- system messages
+
+
+@pytest.mark.parametrize("template", [GEMMA, MISTRAL, BARE], ids=["gemma", "mistral", "bare"])
+def test_a_system_message_that_a_template_takes_not_heads_the_question(template: str) -> None:
+    encoder = ChatEncoder(tokenizer(template), 1000, system_prompt="Be brief.")
+    assert "Be brief.\n\nwhy?" in encoder.tokenizer.decode(encoder.encode_prompt(messages("why?")))
+    own = [{"role": "system", "content": "Be long."}, *messages("why?", "so")]
+    encoded = encoder.encode(own)
+    assert "Be long.\n\nwhy?" in encoder.tokenizer.decode(encoded.input_ids)
+    assert "Be brief." not in encoder.tokenizer.decode(encoded.input_ids)
+
+
+def test_a_template_that_takes_one_gets_it() -> None:
+    encoder = ChatEncoder(tokenizer(LLAMA3), 1000, system_prompt="Be brief.")
+    text = encoder.tokenizer.decode(encoder.encode_prompt(messages("why?")))
+    assert text.startswith("<bos><|start|>system<|end|>\n\nBe brief.<|eot|><|start|>user")
+
+
+def test_what_a_template_refuses_is_no_traceback_of_jinja() -> None:
+    encoder = ChatEncoder(tokenizer(MISTRAL), 1000)
+    turns = [*messages("a?"), *messages("b?", "c")]
+    with pytest.raises(
+        MisconfigurationException, match=r"can't render a conversation: TemplateError: Conversation roles"
+    ):
+        encoder.encode(turns)
+    with pytest.raises(MisconfigurationException, match=r"can't render a conversation: TemplateSyntaxError"):
+        ChatEncoder(tokenizer(MISTRAL), 1000, "{% for %}")
+
+
+# -- padding, and where answers end
+
+
+@pytest.mark.parametrize(("template", "pad"), [(QWEN3, "<eos>"), (LLAMA3, None)], ids=["qwen3", "llama3"])
+def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: str, pad: str | None) -> None:
+    encoder = ChatEncoder(tokenizer(template, pad), 1000)
+    examples = {"a?": "no", "bb?": "yes, of course"}
+    encoded = [encoder.encode(messages(*turn)) for turn in examples.items()]
+    rows = {name: [[getattr(e, name)] for e in encoded] for name in ("input_ids", "labels")}
+    rest: dict[str, list[Any]] = {"gold": [0, 0], "prompt_ids": [[], []], "answer": ["", ""]}
+    batch = Collate(padding_id(encoder.tokenizer))({**rows, **rest})
+    lengths = [len(e.input_ids) for e in encoded]
+    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    for row, length in enumerate(lengths):
+        assert (batch["input_ids"][row, length:] != 0).all()
+        assert (batch["labels"][row, length:] == IGNORED).all()
+        ends = batch["labels"][row] == encoder.tokenizer.eos_token_id
+        assert ends.sum() == 1
+    net = trained(encoder.tokenizer, batch)
+    prompts = [encoder.encode_prompt(messages(question)) for question in examples]
+    assert generate_answers(net, prompts, encoder.tokenizer, 20) == list(examples.values())
+
+
+def trained(tokenizer: Any, batch: dict[str, Any]) -> Any:
+    """A tiny Llama that knows one batch by heart."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    net = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(60):
+        log_likelihood, tokens = answer_log_likelihood(
+            net, {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["labels"]
+        )
+        optimizer.zero_grad()
+        (-log_likelihood.sum() / tokens.sum()).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def test_a_tokenizer_that_could_neither_pad_nor_end_is_refused() -> None:
+    own = tokenizer(LLAMA3)
+    assert padding_id(own) == own.eos_token_id
+    own.eos_token = None
+    with pytest.raises(MisconfigurationException, match="neither a pad token nor an end token"):
+        padding_id(own)
+
+
+def test_an_answer_ends_at_any_of_the_models_end_tokens() -> None:
+    own = tokenizer(GEMMA)
+    settings = SimpleNamespace(eos_token_id=own.convert_tokens_to_ids("<end_of_turn>"))
+    net = SimpleNamespace(generation_config=settings)
+    assert stop_ids(net, own) == sorted(own.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
+
+
+def test_four_bits_are_those_of_qlora() -> None:
+    config = quantization_config("4bit", "float16")
+    assert config.load_in_4bit
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert config.bnb_4bit_compute_dtype == torch.float16
+    assert quantization_config("4bit", "auto").bnb_4bit_compute_dtype == torch.bfloat16
+    eight = quantization_config("8bit", "float16")
+    assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
+
+
+# -- questions about images
+
+
+class Processor:
+    """What a vision-language model's processor does with text: an image is one mark before the rest."""
+
+    image_token = "<image>"
+    chat_template = None
+
+    def __init__(self, template: str) -> None:
+        self.tokenizer = tokenizer(template)
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> str:
+        marked = {"image": "<image>"}
+        flat = [
+            {**m, "content": "".join(marked.get(part["type"]) or part["text"] for part in m["content"])}
+            for m in conversation
+        ]
+        return str(self.tokenizer.apply_chat_template(flat, **options))
+
+
+@TEMPLATES
+def test_a_question_and_its_answer(template: str) -> None:
+    encoder = QuestionEncoder(Processor(template))
+    rendered = encoder.render("why?", "so")
+    ids = encoder.tokenizer(rendered.text)["input_ids"]
+    last = len(ids) - rendered.rest
+    assert encoder.tokenizer.decode(ids[last - rendered.learnt : last]) == ANSWERED[template]
+    assert rendered.text.startswith(rendered.prompt)
+    assert encoder.tokenizer.decode(ids[: last - rendered.learnt]) == rendered.prompt == encoder.prompt("why?")
+    assert encoder.tokenizer.pad_token is not None
+
+
+def test_a_question_bears_what_the_template_refuses() -> None:
+    encoder = QuestionEncoder(Processor(GEMMA), system_prompt="Be brief.")
+    assert "<start_of_turn>user\n<image>Be brief.\n\nwhy?<end_of_turn>" in encoder.prompt("why?")
+
+
+def test_a_photo_of_eight_megapixels_is_scaled_down() -> None:
+    photo = Image.new("RGB", (2448, 3264))
+    smaller = sized(photo, 1280 * 28 * 28, None)
+    inputs = transformers.Qwen2VLImageProcessor()(images=[smaller], return_tensors="pt")
+    assert 1200 < inputs["image_grid_thw"].prod().item() // 4 < 1330  # 10,179 for the photo itself
+    assert smaller.width / smaller.height == pytest.approx(2448 / 3264, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("size", "largest", "smallest", "expected"),
+    [
+        ((100, 50), None, None, (100, 50)),
+        ((100, 50), 5000, 5000, (100, 50)),
+        ((100, 50), 1250, None, (50, 25)),
+        ((100, 50), None, 20000, (200, 100)),
+        ((10000, 1), 100, None, (1000, 1)),
+    ],
+)
+def test_sizes(size: tuple[int, int], largest: int | None, smallest: int | None, expected: tuple[int, int]) -> None:
+    assert sized(Image.new("RGB", size), largest, smallest).size == expected
