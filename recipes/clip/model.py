@@ -10,14 +10,15 @@ from typing import Any, cast
 import open_clip
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
 
-DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "lora_dropout": 0.25}
-"""CLIP-LoRA's adapter, on q, k and v in all blocks of both towers."""
+DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "use_rslora": True, "lora_dropout": 0.25}
+"""CLIP-LoRA's adapter, on q, k and v in all blocks of both towers; its scaling is alpha / sqrt(r), 0.71."""
 _PLACES = ("projections", "blocks", "towers")
 
 
@@ -38,20 +39,27 @@ class Clip:
     preprocess_val: Callable[..., Tensor]
 
 
-def load_clip(model: str, pretrained: str | None = None) -> Clip:
+def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None = None) -> Clip:
     """A model that open_clip knows, or can read.
+
+    Weights that were trained with QuickGELU, as OpenAI's, are run with it, whatever the name's configuration says:
+    open_clip's own list tells which tags these are, and open_clip itself warns, and runs them with GELU.
 
     Args:
         model: a name of open_clip's, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or a .json file with a configuration.
         pretrained: a tag of open_clip's, or a file with weights; None leaves a model by name at random weights, and is
             right for hf-hub: and local-dir:, which bring their own.
+        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
+            configuration, says.
 
     Raises:
         MisconfigurationException: there is no such model, tag or file, or the weights can't be had.
     """
     name = _known_name(model, pretrained)
+    quick = wants_quick_gelu(name, pretrained) if quick_gelu is None else quick_gelu
+    other = {"quick_gelu": False} if quick_gelu is False else {}
     try:
-        net, train, val = open_clip.create_model_and_transforms(name, pretrained)
+        net, train, val = open_clip.create_model_and_transforms(name, pretrained, force_quick_gelu=quick, **other)
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:
         raise MisconfigurationException(
@@ -59,6 +67,28 @@ def load_clip(model: str, pretrained: str | None = None) -> Clip:
         ) from error
     split_attention(net)
     return Clip(net.requires_grad_(False).train(), tokenizer, train, val)
+
+
+def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Whether a tag's weights were trained with QuickGELU, and the model's configuration may lack it.
+
+    A file of weights does not tell; that it is run as the configuration says is then said.
+
+    Example:
+        >>> wants_quick_gelu("ViT-B-16", "openai"), wants_quick_gelu("ViT-B-16", "laion2b_s34b_b88k")
+        (True, False)
+    """
+    if pretrained is None:
+        return False
+    if not open_clip.is_pretrained_cfg(model, pretrained):
+        config = open_clip.get_model_config(model) or {}
+        used = "QuickGELU" if config.get("quick_gelu", False) else "GELU"
+        rank_zero_info(
+            f"The weights in {pretrained} are run with {used}, as the configuration of {model} says. Were they trained "
+            "otherwise (OpenAI's with QuickGELU), set quick_gelu"
+        )
+        return False
+    return bool(open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False))
 
 
 def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:

@@ -49,6 +49,8 @@ class ContrastiveBase(RecipeModule):
         model: an open_clip name, or ``hf-hub:`` and a Hub name, or ``local-dir:`` and a folder.
         pretrained: a tag of open_clip's, or a file with weights; None starts from random weights, unless ``model``
             names a place that holds them.
+        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
+            configuration, says. A file of OpenAI's weights needs true.
         lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter; None
             trains all weights.
         loss: "clip" or "siglip"; "auto" takes the one that the model was made for. CoCa models are trained as CLIP,
@@ -68,6 +70,7 @@ class ContrastiveBase(RecipeModule):
         self,
         model: str = "ViT-B-32",
         pretrained: str | None = None,
+        quick_gelu: bool | None = None,
         lora: dict[str, Any] | None = None,
         loss: Kind = "auto",
         learn_logit_scale: bool | None = None,
@@ -81,6 +84,7 @@ class ContrastiveBase(RecipeModule):
         super().__init__(**kwargs)
         self.model_name = model
         self.pretrained = pretrained
+        self.quick_gelu = quick_gelu
         self.lora = lora
         self.loss_kind: Kind = loss
         self.learn_logit_scale = lora is None if learn_logit_scale is None else learn_logit_scale
@@ -96,7 +100,7 @@ class ContrastiveBase(RecipeModule):
     @cached_property
     def clip(self) -> Clip:
         """The loaded model with its tokenizer and preprocessing; the data module takes these from here."""
-        return load_clip(self.model_name, self.pretrained)
+        return load_clip(self.model_name, self.pretrained, self.quick_gelu)
 
     @override
     def configure_model(self) -> None:

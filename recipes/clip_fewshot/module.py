@@ -36,8 +36,10 @@ class ClipClassifier(RecipeModule):
     Args:
         model: an open_clip name, "hf-hub:..." or "local-dir:...".
         pretrained: an open_clip tag or a file of weights; None for a model that brings its own.
+        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
+            configuration, says. A file of OpenAI's weights needs true.
         lora: fields of peft's LoraConfig, and ``projections``, ``blocks`` and ``towers`` that choose what is adapted;
-            None is rank 2, alpha 1, dropout 0.25 on q, k, v of all blocks of both towers.
+            None is rank 2, alpha 1, scaling 1 / sqrt(2), dropout 0.25 on q, k, v of all blocks of both towers.
         learning_rate: AdamW's at the start.
         weight_decay: AdamW's, on the adapter.
         min_learning_rate: at the end of the cosine schedule, which spans the run.
@@ -49,6 +51,7 @@ class ClipClassifier(RecipeModule):
         self,
         model: str = "ViT-B-16",
         pretrained: str | None = "openai",
+        quick_gelu: bool | None = None,
         lora: dict[str, Any] | None = None,
         learning_rate: float = 2e-4,
         weight_decay: float = 0.01,
@@ -59,6 +62,7 @@ class ClipClassifier(RecipeModule):
         super().__init__(**kwargs)
         self.model_name = model
         self.pretrained = pretrained
+        self.quick_gelu = quick_gelu
         self.lora = DEFAULT_LORA if lora is None else lora
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -86,7 +90,7 @@ class ClipClassifier(RecipeModule):
     @cached_property
     def clip(self) -> Clip:
         """The pretrained model, tokenizer and preprocessing; the adapter goes into its ``net``."""
-        return load_clip(self.model_name, self.pretrained)
+        return load_clip(self.model_name, self.pretrained, self.quick_gelu)
 
     @property
     def preprocess_cfg(self) -> PreprocessCfg:

@@ -6,20 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
-
-# The first template of a data set is the one that training uses.
+DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP-LoRA's, for every data set
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "eurosat": (
-        "a centered satellite photo of {}.",
-        "a centered satellite photo of a {}.",
-        "a centered satellite photo of the {}.",
-    ),
-    "dtd": ("{} texture.", "a photo of a {} texture.", "a photo of a {} pattern.", "a photo of a {} surface."),
-    "flowers102": ("a photo of a {}, a type of flower.",),
-    "oxford_pets": ("a photo of a {}, a type of pet.",),
     "packaged:emoji": ("{}",),  # as the captions of the model that recipes.clip_demo trains
-    "caltech101": ("a photo of a {}.", "a drawing of a {}.", "a painting of a {}."),
 }
 
 # Names that folders abbreviate, as written out by CoOp (arXiv 2109.01134), whose protocol CLIP-LoRA follows.

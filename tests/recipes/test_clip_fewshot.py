@@ -178,7 +178,7 @@ def test_dtd(tmp_path: Path) -> None:
             picture(base / "images" / name, (9, 9, 9), 0)
     source = sources.load("dtd", str(tmp_path))
     assert [len(source.parts[part]) for part in sources.PARTS] == [2, 4, 6]
-    assert source.templates[0] == "{} texture."
+    assert list(source.templates) == ["a photo of a {}."]  # CLIP-LoRA's for all sets
     assert source.parts["test"][3] == (base / "images" / "dotted" / "dotted_test0.jpg", 1)
 
 

@@ -11,11 +11,20 @@ import pytest
 import torch
 from clip_contrastive_runs import CLIP, save_model
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from open_clip.transformer import QuickGELU
 from peft import PeftModel
 from torch import nn
 
 from lightning_flatlora import find_pairs
-from recipes.clip.model import DEFAULT_LORA, add_lora, export_open_clip, image_features, load_clip, text_features
+from recipes.clip.model import (
+    DEFAULT_LORA,
+    add_lora,
+    export_open_clip,
+    image_features,
+    load_clip,
+    text_features,
+    wants_quick_gelu,
+)
 from recipes.sharding import blocks
 
 
@@ -52,12 +61,79 @@ def test_a_configuration_file_gives_a_model_with_random_weights(tmp_path: Path) 
     assert torch.equal(first.visual.conv1.weight, third.visual.conv1.weight)
 
 
+# -- the activation
+
+
+def activations(net: nn.Module) -> dict[str, set[type]]:
+    """Of each tower, the classes of its blocks' activations."""
+    found: dict[str, set[type]] = {"visual": set(), "text": set()}
+    for name, module in net.named_modules():
+        if name.endswith("mlp.gelu"):
+            found["visual" if "visual" in name else "text"].add(type(module))
+    return found
+
+
+@pytest.fixture
+def tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A configuration without QuickGELU, of whose tags "quick" was trained with it, and "plain" was not."""
+    path = tmp_path / "my-tagged-clip.json"
+    path.write_text(json.dumps(CLIP))
+    torch.manual_seed(0)
+    torch.save(export_open_clip(load_clip(str(path)).net), tmp_path / "weights.pt")
+    tags = {tag: {"url": "nowhere", "quick_gelu": tag == "quick"} for tag in ("quick", "plain")}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, path.stem, tags)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda cfg, **_: str(tmp_path / "weights.pt"))
+    return str(path)
+
+
+def test_a_tags_weights_run_with_the_activation_they_were_trained_with(tagged: str) -> None:
+    assert activations(load_clip(tagged, "quick").net) == {"visual": {QuickGELU}, "text": {QuickGELU}}
+    assert activations(load_clip(tagged, "plain").net) == {"visual": {nn.GELU}, "text": {nn.GELU}}
+    with pytest.warns(UserWarning, match="QuickGELU mismatch"):  # of open_clip's, since that was asked for
+        assert activations(load_clip(tagged, "plain", True).net) == {"visual": {QuickGELU}, "text": {QuickGELU}}
+    with pytest.warns(UserWarning, match="QuickGELU mismatch"):
+        assert activations(load_clip(tagged, "quick", False).net) == {"visual": {nn.GELU}, "text": {nn.GELU}}
+
+
+def test_split_and_merged_it_keeps_that_activation(tagged: str) -> None:
+    """Against plain open_clip with QuickGELU, whose own attention is not split."""
+    torch.manual_seed(0)
+    images, net = torch.randn(2, 3, 32, 32), load_clip(tagged, "quick").net.eval()
+    plain = open_clip.create_model(Path(tagged).stem, "quick", force_quick_gelu=True).eval()
+    other = open_clip.create_model(Path(tagged).stem).eval()
+    other.load_state_dict(plain.state_dict())
+    assert torch.allclose(image_features(net, images), plain.encode_image(images, normalize=True), atol=1e-6)
+    assert not torch.allclose(image_features(net, images), other.encode_image(images, normalize=True), atol=1e-4)
+    adapted = add_lora(net, DEFAULT_LORA).eval()
+    for pair in find_pairs(adapted).pairs:
+        nn.init.normal_(pair.B, std=0.2)
+    plain.load_state_dict(export_open_clip(adapted), strict=True)
+    assert torch.allclose(image_features(adapted, images), plain.encode_image(images, normalize=True), atol=1e-5)
+
+
+def test_a_file_of_weights_runs_as_it_is_told(tagged: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "weights.pt")
+    assert activations(load_clip(tagged, file).net)["text"] == {nn.GELU}
+    assert activations(load_clip(tagged, file, True).net)["text"] == {QuickGELU}
+
+
+def test_every_tag_of_open_clips_list_is_obeyed() -> None:
+    listed = open_clip.list_pretrained()
+    quick = {(model, tag) for model, tag in listed if wants_quick_gelu(model, tag)}
+    assert {("ViT-B-16", "openai"), ("ViT-B-16", "dfn2b"), ("ViT-L-14", "metaclip_400m"), ("RN50", "openai")} <= quick
+    assert ("ViT-B-16", "laion2b_s34b_b88k") not in quick
+    assert 20 < len(quick) < len(listed) / 2
+
+
+# -- the adapter
+
+
 def test_the_default_adapter_is_of_clip_lora(name: str) -> None:
     net = add_lora(load_clip(name).net, DEFAULT_LORA)
     pairs = find_pairs(net).pairs
     number = CLIP["vision_cfg"]["layers"] + CLIP["text_cfg"]["layers"]
     assert len(pairs) == 3 * number
-    assert {(pair.A.shape[0], pair.scaling, pair.B.dtype) for pair in pairs} == {(2, 0.5, torch.float32)}
+    assert {(pair.A.shape[0], pair.scaling, pair.B.dtype) for pair in pairs} == {(2, 1 / 2**0.5, torch.float32)}
     assert {p.p for n, p in net.named_modules() if "lora_dropout.default" in n} == {0.25}
     assert sum(p.requires_grad for p in net.parameters()) == 2 * len(pairs)
 
