@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -71,7 +72,16 @@ class ResumableData(L.LightningDataModule):
     def whole_batches(
         self, rows: Any, sampler: DistributedSampler[Any], collate_fn: Callable[[Any], Any] | None = None
     ) -> LateLoader:
-        """A loader of batches that the sampler gives whole."""
+        """A loader of batches that the sampler gives whole.
+
+        Raises:
+            MisconfigurationException: the Trainer is to overfit some batches, for which it replaces samplers.
+        """
+        if getattr(self.trainer, "overfit_batches", False):
+            raise MisconfigurationException(
+                "overfit_batches puts another sampler in the place of this data's, which gives whole batches: set "
+                "limit_train_batches instead, or give a dataset of a few rows"
+            )
         return LateLoader(
             rows,
             batch_size=None,

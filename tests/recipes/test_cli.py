@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
 pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
@@ -20,6 +21,7 @@ pytest.importorskip("transformers", reason="the recipes' dependencies are not in
 import recipes
 from lightning_flatlora import FMLoRAModule
 from recipes.cli import RecipeCLI
+from recipes.resumable import ResumableData
 from recipes.training import RecipeModule
 
 RECIPES = ("clip_contrastive", "clip_fewshot", "instruction_tuning", "vqa")
@@ -236,6 +238,13 @@ def test_last_without_checkpoints_and_best_are_refused(config: str) -> None:
 
 
 # -- others
+
+
+def test_overfitting_some_batches_is_refused_with_the_remedy() -> None:
+    data = ResumableData()
+    data.trainer = SimpleNamespace(overfit_batches=1)  # type: ignore[assignment]
+    with pytest.raises(MisconfigurationException, match=r"overfit_batches.*set limit_train_batches instead"):
+        data.whole_batches([], DistributedSampler([], num_replicas=1, rank=0))
 
 
 def test_fast_dev_run_leaves_no_file(config: str, tmp_path: Path) -> None:
