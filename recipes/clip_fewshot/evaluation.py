@@ -105,10 +105,10 @@ def write_evaluation(
 ) -> None:
     """Write ``NAME.json``, the metrics with each class's accuracy, and ``NAME_confusion.png`` into the run's folder.
 
-    Every rank has to call it.
+    Every rank has to call it. A fast_dev_run leaves no files.
     """
     folder = run_folder(trainer)
-    if not trainer.is_global_zero:
+    if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
         return
     plot_confusion(confusion, classes, folder / f"{name}_confusion.png", f"{name}: accuracy {values['accuracy']:.3f}")
     told = {key: value.item() for key, value in values.items()}

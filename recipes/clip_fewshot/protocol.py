@@ -3,6 +3,7 @@
 import json
 import statistics
 import subprocess
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Protocol(StepTimes):
             "test": test,
         }
         folder = run_folder(trainer)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         rank_zero_info(f"Accuracy {test['accuracy']:.4f}, zero-shot {self.zero_shot.get('accuracy', float('nan')):.4f}")
 
@@ -66,6 +67,8 @@ class Protocol(StepTimes):
 def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     """Metrics of the test part with the weights of the moment; every rank has to call it, in training.
 
+    A fast_dev_run takes as few batches as it takes of all else.
+
     Args:
         trainer: in whose `fit` this happens.
         name: before the logged metrics' names, and of the files.
@@ -76,8 +79,10 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     module.eval()
     module.forget_class_features()
     loader = data.test_dataloader()
+    total = getattr(trainer, "fast_dev_run", 0) or len(loader)
+    shown = tqdm(islice(loader, total), desc=name, total=total, disable=not trainer.is_global_zero, leave=False)
     with torch.no_grad():
-        for number, batch in enumerate(tqdm(loader, desc=name, disable=not trainer.is_global_zero, leave=False)):
+        for number, batch in enumerate(shown):
             strategy.test_step(strategy.batch_to_device(batch), number)
     values, confusion = module.evaluation("test").take()
     module.forget_class_features()

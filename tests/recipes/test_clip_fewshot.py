@@ -398,6 +398,22 @@ def test_every_configuration_follows_the_protocol(method: str, tiny_clip: str, i
     assert untuned["test_calibration_error"].item() == pytest.approx(result["zero_shot"]["calibration_error"], rel=1e-5)
 
 
+def test_a_fast_dev_run_takes_few_batches_and_leaves_no_file(
+    tiny_clip: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[int] = []
+    step = FewShot.test_step
+
+    def counted(module: FewShot, batch: Any, number: int) -> None:
+        tested.append(number)
+        step(module, batch, number)
+
+    monkeypatch.setattr(FewShot, "test_step", counted)
+    run("fit", "lora", tiny_clip, images, "--data.init_args.eval_batch_size=2", "--trainer.fast_dev_run=1")
+    assert tested == [0, 0]  # before and after training
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["classes.csv", "classes.jsonl"])
 def test_predict_gives_each_image_of_a_folder_a_class(name: str, tiny_clip: str, images: Path, tmp_path: Path) -> None:
     options = [f"--data.init_args.predict_folder={images}", f"--model.init_args.predictions={name}"]
