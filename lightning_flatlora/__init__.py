@@ -1,6 +1,6 @@
 """Flat minima for LoRA fine-tuning in PyTorch Lightning: FMLoRA and EFMLoRA (arXiv 2508.00522)."""
 
-from lightning_flatlora.callbacks import AdapterCheckpoint, EFMLoRA, FlatnessMonitor, FMLoRA
+from lightning_flatlora.callbacks import AdapterCheckpoint, EFMLoRA, FlatnessMonitor, FMLoRA, load_adapter_checkpoint
 from lightning_flatlora.module import FMLoRAModule
 from lightning_flatlora.pairs import LoRAPair, NoPairsError, PairSearch, find_pairs
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
@@ -33,4 +33,5 @@ __all__ = [
     "Perturbation",
     "RhoSchedule",
     "find_pairs",
+    "load_adapter_checkpoint",
 ]

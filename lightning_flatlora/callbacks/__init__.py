@@ -1,8 +1,8 @@
 """Lightning callbacks: when to perturb."""
 
-from lightning_flatlora.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lightning_flatlora.callbacks.checkpoint import AdapterCheckpoint, load_adapter_checkpoint
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.flatness_monitor import FlatnessMonitor
 from lightning_flatlora.callbacks.fmlora import FMLoRA
 
-__all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA", "FlatnessMonitor"]
+__all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA", "FlatnessMonitor", "load_adapter_checkpoint"]

@@ -1,5 +1,6 @@
 """Checkpoints without the frozen base: small, complete for what learns, resumable, and loadable by peft itself."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_flatlora import AdapterCheckpoint
-from lightning_flatlora.callbacks.adapter_state import unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import unwrapped
 
 
 class Wide(nn.Module):
@@ -148,14 +149,16 @@ def test_save_weights_only_is_small_too(tmp_path: Path) -> None:
     assert set(saved["state_dict"]) == {name for name, p in module.named_parameters() if p.requires_grad}
 
 
-def test_a_checkpoint_that_lacks_a_trained_weight_is_refused(tmp_path: Path) -> None:
+def test_a_weight_that_was_left_out_and_is_trained_now_is_not_missed(tmp_path: Path) -> None:
+    """It has the value of the base, as in the run that was saved."""
     module, callbacks, _ = build("efmlora")
     fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)])
     other = make_net()
     other.base_model.model[2].base_layer.bias.requires_grad_(True)
     module, callbacks, _ = build("plain", net=other)
-    with pytest.raises(MisconfigurationException, match=r"lacks 1 adapter or trained weights, as .*2.base_layer.bias"):
-        fit(tmp_path, module, [checkpoint(tmp_path / "2")], ckpt_path=tmp_path / "step=3.ckpt")
+    loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
+    loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+    assert module.net.base_model.model[2].lora_B.default.weight.any()
 
 
 def test_a_module_without_peft_is_refused(tmp_path: Path) -> None:
@@ -208,16 +211,29 @@ def test_a_remote_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_other_weights_is_refused_unless_loading_is_not_strict(tmp_path: Path) -> None:
-    other = make_net()
-    other.base_model.model[2].base_layer.bias.requires_grad_(True)
-    module, callbacks, _ = build("plain", net=other)
-    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path, save_weights_only=True)])
+    module, _, _ = build("plain")
+    module.head = nn.Linear(2, 2)
+    fit(tmp_path, module, [checkpoint(tmp_path, save_weights_only=True)])
     module, _, _ = build("plain")
     loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
-    with pytest.raises(MisconfigurationException, match=r"has 1 adapter or trained weights, as .*2.base_layer.bias"):
+    with pytest.raises(MisconfigurationException, match=r"has 2 adapter or trained weights, as head.weight"):
         loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt")
     module.strict_loading = False
-    loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match=r"has 2 adapter or trained weights"):
+        loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+
+
+def test_weights_that_a_file_knows_nothing_of_are_refused(tmp_path: Path) -> None:
+    module, _, _ = build("plain")
+    fit(tmp_path, module, [checkpoint(tmp_path, save_weights_only=True)])
+    module, _, _ = build("plain")
+    module.head = nn.Linear(2, 2)
+    loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
+    with pytest.raises(MisconfigurationException, match=r"lacks 2 adapter or trained weights, as head.weight"):
+        loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt")
+    module.strict_loading = False
+    with pytest.warns(UserWarning, match=r"lacks 2 adapter or trained weights"):
+        loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
@@ -280,12 +296,19 @@ def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: 
 
 def test_a_folder_left_by_a_killed_run_is_replaced(tmp_path: Path) -> None:
     """The folder comes before the file: one without a file is of a run that was killed between the two."""
-    (tmp_path / "step=3" / "other").mkdir(parents=True)
+    module, callbacks, _ = build("efmlora")
+    fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)], max_epochs=1)
+    (tmp_path / "step=3.ckpt").unlink()
+    list_of_files = tmp_path / "step=3" / ".adapter_checkpoint.json"
+    listed = json.loads(list_of_files.read_text())
+    list_of_files.write_text(json.dumps({**listed, "files": [*listed["files"], "old/file"]}))
+    (tmp_path / "step=3" / "old").mkdir()
+    (tmp_path / "step=3" / "old" / "file").write_text("of a checkpoint that never came")
     (tmp_path / ".step=3.partial").mkdir()
     (tmp_path / ".step=3.ckpt.partial").write_text("half")
     module, callbacks, _ = build("efmlora")
     fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)], max_epochs=1)
-    assert not (tmp_path / "step=3" / "other").exists()
+    assert not (tmp_path / "step=3" / "old").exists()
     assert not list(tmp_path.glob(".*"))
 
 

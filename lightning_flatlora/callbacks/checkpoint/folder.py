@@ -1,0 +1,177 @@
+"""The peft folder beside a checkpoint: what is in it, and which files on the disk are ours.
+
+Each folder holds a small list of the files that were written into it. Nothing else is ever deleted, and a folder that
+somebody else has made stays as it is: ours then gets another name.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_flatlora.callbacks.checkpoint.loading import is_ours
+
+LIST = ".adapter_checkpoint.json"
+"""In each folder: the name of its checkpoint, and its files."""
+_PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
+
+
+def adapter_folder(checkpoint: str | Path, extension: str = ".ckpt") -> Path:
+    """The peft folder of a checkpoint: the one that is there, or else the one that will be.
+
+    It has the name of the file without its extension, or, where somebody else's file or folder has that name, the same
+    with "-adapter" behind it.
+
+    Args:
+        checkpoint: the file.
+        extension: what to take off its name.
+
+    Example:
+        >>> adapter_folder("runs/epoch=0-step=10.ckpt").name
+        'epoch=0-step=10'
+    """
+    path = Path(checkpoint)
+    for folder in _possible_names(path, extension):
+        if is_free(folder) or belongs_to(folder, path):
+            return folder
+    raise AssertionError("there is always another number")
+
+
+def wanted_folder(checkpoint: str | Path, extension: str = ".ckpt") -> Path:
+    """The name that a checkpoint's folder has if nothing else has it."""
+    return next(_possible_names(Path(checkpoint), extension))
+
+
+def _possible_names(path: Path, extension: str) -> Iterator[Path]:
+    bare = path.name.removesuffix(extension) if extension else path.name
+    if bare and bare != path.name:
+        yield path.with_name(bare)
+    yield path.with_name(f"{bare or path.name}-adapter")
+    number = 1
+    while True:
+        number += 1
+        yield path.with_name(f"{bare or path.name}-adapter-{number}")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    if folder.is_symlink():
+        return False
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def belongs_to(folder: Path, checkpoint: Path) -> bool:
+    """Whether we wrote a folder for a checkpoint, or turned it into a link to another of ours."""
+    if folder.is_symlink():
+        target = Path(os.readlink(folder))
+        if len(target.parts) != 1:
+            return False
+        return checkpoint.is_symlink() or (folder / LIST).exists()
+    if (folder / LIST).is_file():
+        return bool(_listed(folder)["checkpoint"] == checkpoint.name)
+    return folder.is_dir() and _is_of_old_file(folder, checkpoint)
+
+
+def _is_of_old_file(folder: Path, checkpoint: Path) -> bool:
+    """Whether a folder without a list is of a release that wrote none."""
+    own_names = all(file.name in _PEFT_FILES for file in _files_in(folder))
+    return own_names and checkpoint.is_file() and is_ours(checkpoint)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [each for each in folder.rglob("*") if not each.is_dir()]
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """A folder's list; of an old one, all that is in it."""
+    if (folder / LIST).is_file():
+        found: dict[str, Any] = json.loads((folder / LIST).read_text())
+        return found
+    return {"checkpoint": "", "files": [str(file.relative_to(folder)) for file in _files_in(folder)]}
+
+
+def begin_folder(folder: Path) -> Path:
+    """An empty hidden folder beside the one that is going to be written, so that this appears at once."""
+    partial = aside(folder)
+    if (partial / LIST).exists():  # of a run that was killed
+        shutil.rmtree(partial)
+    number = 1
+    while not is_free(partial):
+        number += 1
+        partial = folder.with_name(f".{folder.name}.{number}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / LIST).write_text(json.dumps({"checkpoint": "", "files": []}))
+    return partial
+
+
+def put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
+    """Move a written folder to its place; files of ours that are there already are replaced one by one.
+
+    Args:
+        partial: what :func:`begin_folder` gave, filled.
+        folder: the place, of ours or free.
+        checkpoint: the file that it belongs to, which is written after it.
+    """
+    files = [str(file.relative_to(partial)) for file in _files_in(partial) if file.name != LIST]
+    if folder.is_symlink():
+        folder.unlink()
+    before = _listed(folder)["files"] if folder.is_dir() else []
+    if before and not checkpoint.exists():  # of a run that was killed before it wrote the file
+        remove_folder(folder)
+        before = []
+    old = [name for name in before if name not in files]
+    # What is listed and not there is no harm; what is there and not listed would never go again.
+    _write_list(partial, checkpoint, [*files, *old])
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    for name in [LIST, *files]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).replace(folder / name)  # one by one: the folder of a checkpoint that is overwritten never goes
+    _unlink(folder, old)
+    shutil.rmtree(partial)
+
+
+def _write_list(folder: Path, checkpoint: Path, files: list[str]) -> None:
+    (folder / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": files}, indent=1))
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete what we wrote, and the folder if nothing else is in it."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        files = _listed(folder)["files"]
+        _unlink(folder, files)
+        (folder / LIST).unlink(missing_ok=True)
+        _remove_if_empty(folder)
+
+
+def _unlink(folder: Path, files: list[str]) -> None:
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
+    inner = {parent for name in files for parent in Path(name).parents if parent.parts}
+    for parent in sorted(inner, key=lambda each: len(each.parts), reverse=True):
+        _remove_if_empty(folder / parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def link(target: Path, place: Path) -> None:
+    """Make or turn a link in one move, so that it always leads somewhere."""
+    new = aside(place)
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(target, place.parent), target_is_directory=target.is_dir())
+    if place.is_dir() and not place.is_symlink():
+        remove_folder(place)
+    new.replace(place)
+
+
+def aside(path: Path) -> Path:
+    """A hidden name beside a file or folder, for what is not whole yet."""
+    return path.with_name(f".{path.name}.partial")

@@ -1,0 +1,237 @@
+"""Give a model, under any strategy, what a checkpoint of adapters holds, and compare its base with the one that was."""
+
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, Print, differing, listed, prints_of, record_of
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, unwrapped
+from lightning_flatlora.callbacks.checkpoint.saving import MARK, is_split, layout_for, parameters_of, put_on
+from lightning_flatlora.distributed import Layout
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.pairs import clean_name
+
+
+def load_adapter_checkpoint(
+    module: nn.Module, path: str | Path | IO[bytes], strict: bool = True, weights_only: bool = True
+) -> nn.Module:
+    """Load the weights of a checkpoint that AdapterCheckpoint has written, without a Trainer.
+
+    Lightning's ``load_from_checkpoint`` and a Trainer without an AdapterCheckpoint expect the frozen base in the file.
+    Here the module has its base already, from where it had it in the training.
+
+    Args:
+        module: the LightningModule, or a part of it with the same names, with the base and the adapter in place.
+        path: the file, or its name; one of Lightning's own is loaded too.
+        strict: refuse a file that lacks an adapter's weight or has one that the module doesn't know.
+        weights_only: let the file build tensors and plain values alone. Turn it off for a file that you trust and
+            whose hyper-parameters are of other classes.
+
+    Returns:
+        The module.
+
+    Raises:
+        MisconfigurationException: the file is of another model or adapter.
+
+    Example:
+        >>> from io import BytesIO
+        >>> file = BytesIO()
+        >>> torch.save({"state_dict": {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}}, file)
+        >>> load_adapter_checkpoint(nn.Linear(2, 1), BytesIO(file.getvalue())).weight.data
+        tensor([[1., 1.]])
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    if MARK not in checkpoint:
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        return module
+    load_weights(module, checkpoint, strict)
+    compare_base(record_of(module), prints_of(_base_of(module)), refuse=False)
+    return module
+
+
+def _base_of(module: nn.Module) -> dict[str, Tensor]:
+    entries = entries_of(unwrapped(module))
+    return {name: entry.value for name, entry in entries.items() if entry.kind is Kind.BASE}
+
+
+def read_adapters(trainer: Trainer) -> Callable[[], None]:
+    """Let a trainer's strategy load such checkpoints too; others are loaded as ever.
+
+    Returns:
+        A function that undoes it.
+    """
+    strategy = trainer.strategy
+    load_checkpoint, load_model_state_dict = strategy.load_checkpoint, strategy.load_model_state_dict
+
+    def load(checkpoint_path: Any, **options: Any) -> dict[str, Any]:
+        # A strategy that restores after its setup would load the file into a gathered model at once.
+        if strategy.restore_checkpoint_after_setup and is_ours(checkpoint_path):
+            return strategy.checkpoint_io.load_checkpoint(checkpoint_path, **options)
+        return load_checkpoint(checkpoint_path, **options)
+
+    def load_state(checkpoint: dict[str, Any], strict: bool = True) -> None:
+        module = trainer.lightning_module
+        record, after_setup = record_of(module), strategy.restore_checkpoint_after_setup
+        if MARK not in checkpoint:
+            if after_setup or not hosts(module):
+                load_model_state_dict(checkpoint, strict=strict)
+                return
+            with record.compared(entries_of(unwrapped(module))):
+                load_model_state_dict(checkpoint, strict=strict)
+            return
+        load_weights(module, checkpoint, strict, trainer)
+        _complete(module, checkpoint)
+        if after_setup:
+            record.expected = {}  # ranks hold parts, which can't be compared with the whole
+        elif trainer.state.fn != "fit":
+            compare_base(record, prints_of(_base_of(module)), refuse=False)
+        if not strategy.lightning_restore_optimizer and trainer.state.fn == "fit":
+            _load_optimizers(trainer, checkpoint)
+
+    return put_on(strategy, {"load_checkpoint": load, "load_model_state_dict": load_state})
+
+
+def is_ours(path: Any) -> bool:
+    """Whether a file has our mark, without unpickling what may be of anybody, or as large as a model."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        return any(MARK.encode() in archive.read(name) for name in pickles)
+
+
+def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, trainer: Trainer | None = None) -> None:
+    """Copy a file's weights into a module, whatever of them is trained at the moment.
+
+    Lightning calls this before ``configure_optimizers`` and ``on_fit_start``, where a module may freeze and unfreeze.
+
+    Args:
+        module: a LightningModule, or a part of one.
+        checkpoint: with our mark.
+        strict: whether what is missing or unknown is an error.
+        trainer: whose strategy may have split the parameters.
+    """
+    twin, state, mark = unwrapped(module), checkpoint["state_dict"], checkpoint[MARK]
+    entries = entries_of(twin)
+    left_out: dict[str, Print] | None = mark["left_out"] if isinstance(mark, dict) else None
+    _check_names(entries, state, left_out, strict)
+    known = {name: value for name, value in state.items() if name in entries}
+    parameters = [p for name in known if isinstance(p := entries[name].value, nn.Parameter)]
+    layout = layout_for(trainer, parameters) if trainer is not None else Layout()
+    parts = {}
+    for name, value in known.items():
+        held = entries[name].value
+        if isinstance(held, nn.Parameter):
+            if value.shape != layout.shape(held):
+                raise MisconfigurationException(
+                    f"AdapterCheckpoint: {name} has the shape {tuple(layout.shape(held))}, "
+                    f"in the checkpoint {tuple(value.shape)}: it is of another model or adapter"
+                )
+            value = layout.part(value, held)
+        parts[name] = value
+    twin.load_state_dict(parts, strict=False)
+    record = record_of(module)
+    record.changed.update(name for name in known if entries[name].kind is Kind.BASE)
+    record.expected = left_out or {}
+
+
+def _check_names(
+    entries: Mapping[str, Entry], state: Mapping[str, Any], left_out: Mapping[str, Print] | None, strict: bool
+) -> None:
+    """Refuse a file without something that the module can't have from elsewhere, or with something that it has not."""
+    lacking = []
+    for name, entry in entries.items():
+        if left_out is None:  # an old file, which doesn't tell what was left out of it
+            needed = entry.kind is Kind.ADAPTER and isinstance(entry.value, nn.Parameter)
+        else:
+            needed = entry.kind in (Kind.ADAPTER, Kind.OWN) and name not in left_out
+        if needed and name not in state:
+            lacking.append(name)
+    surplus = [name for name in state if name not in entries]
+    for names, which in ((lacking, "lacks"), (surplus, "has")):
+        if not names:
+            continue
+        text = f"AdapterCheckpoint: the checkpoint {which} {len(names)} adapter or trained weights, as {names[0]}: "
+        if strict:
+            raise MisconfigurationException(
+                f"{text}it is of another model or adapter. To load what fits, set the module's strict_loading to False"
+            )
+        rank_zero_warn(f"{text}they are left as they are")
+
+
+def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -> None:
+    """Tell the user if the base is not the one of the run that was saved.
+
+    A run that goes on upon another base isn't the same run, so that is refused. An evaluation upon a base that was
+    quantized, or is newer, may be meant, and the file can't know: there it is a warning.
+
+    Args:
+        record: of the module, with what the loaded file expects.
+        found: the base as it is.
+        refuse: raise an error if tensors are others altogether.
+    """
+    expected, record.expected = record.expected, {}
+    if not expected:
+        return
+    left = {name: each for name, each in found.items() if name in expected or name not in record.changed}
+    others, nearly = differing(expected, left)
+    if others:
+        text = (
+            f"AdapterCheckpoint: {len(others)} tensors of the base, which the checkpoint leaves out, are not those of "
+            f"the run that was saved: {listed(others)}. Was it another base, or is this a layer that its loader draws "
+            "at random? "
+        )
+        if refuse:
+            raise MisconfigurationException(
+                f"{text}Load the same base (and save such a layer by training it or by peft's modules_to_save), or set "
+                "the module's strict_loading to False to go on with this one"
+            )
+        rank_zero_warn(f"{text}What follows is of the base that the module has now")
+    elif nearly:
+        rank_zero_warn(
+            f"AdapterCheckpoint: {len(nearly)} tensors of the base differ a little from those of the run that was "
+            f"saved, as {listed(nearly)}: results will not be equal to the last bit"
+        )
+
+
+def _complete(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """WeightAveraging loads its averages and the current weights by itself, strictly: let it find the base in them."""
+    if "current_model_state" not in checkpoint:
+        return
+    own = module.state_dict()
+    for key in ("state_dict", "current_model_state"):
+        saved = checkpoint[key]
+        checkpoint[key] = {name: saved.get(clean_name(name), value) for name, value in own.items()}
+
+
+def _load_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Give the optimizers of a sharded model the parts of their states; the others are loaded by Lightning."""
+    if "optimizer_states" not in checkpoint:  # weights alone, which Lightning refuses or not as it likes
+        return
+    optimizers, states = trainer.strategy.optimizers, checkpoint["optimizer_states"]
+    if len(optimizers) != len(states):
+        raise MisconfigurationException(
+            f"AdapterCheckpoint: the checkpoint has {len(states)} optimizers, the module {len(optimizers)}"
+        )
+    for optimizer, saved in zip(optimizers, states, strict=True):
+        layout = layout_for(trainer, parameters_of(optimizer))
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        parameters = dict(zip(numbers, parameters_of(optimizer), strict=False))
+        state = {}
+        for number, values in saved["state"].items():
+            parameter = parameters.get(number)
+            if parameter is None:
+                state[number] = values
+            elif parameter.numel():  # no part, no state: it would keep its old step
+                state[number] = {key: _part(layout, key, value, parameter) for key, value in values.items()}
+        optimizer.load_state_dict({**saved, "state": state})
+
+
+def _part(layout: Layout, key: str, value: Any, parameter: nn.Parameter) -> Any:
+    return layout.part(value, parameter) if is_split(key, value, layout.shape(parameter)) else value

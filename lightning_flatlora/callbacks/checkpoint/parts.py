@@ -1,0 +1,155 @@
+"""What a model consists of as a checkpoint sees it: adapters, the bases under them, and everything else."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_flatlora.pairs import bare
+
+
+class Kind(Enum):
+    """Where an entry of a state dict belongs."""
+
+    ADAPTER = "adapter"
+    """What peft has put in: always saved."""
+    BASE = "base"
+    """A parameter or buffer that its own loader gives again: saved once something has changed it."""
+    DERIVED = "derived"
+    """What a quantized layer of a base writes beside its weight: made again with the weight, never saved."""
+    OWN = "own"
+    """Everything else: always saved, as Lightning does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One entry of a state dict; the value is the parameter or buffer itself, as this rank holds it."""
+
+    value: Any
+    kind: Kind
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """A second set of modules around the same parameters, without those that wrappers have put in between.
+
+    Its names are clean, peft finds its layers by them, and FSDP1's hooks, which would gather the model, are not on it.
+
+    Example:
+        >>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+        >>> model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)))
+        >>> list(dict(unwrapped(model).named_parameters()))
+        ['0.weight', '0.bias']
+    """
+    return _unwrapped(module, {})
+
+
+def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
+    module = bare(module)
+    if id(module) not in seen:
+        twin: Any = object.__new__(type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module))
+        seen[id(module)] = twin
+        vars(twin).update(vars(module))
+        children = module._modules.items()
+        vars(twin)["_modules"] = {name: child if child is None else _unwrapped(child, seen) for name, child in children}
+    return seen[id(module)]
+
+
+def hosts(module: nn.Module) -> dict[str, nn.Module]:
+    """The outermost modules that hold adapters, by the name of their place.
+
+    These are peft models, and modules into which ``add_adapter`` of transformers or diffusers, or
+    ``peft.inject_adapter_in_model``, has put peft's layers.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> list(hosts(nn.ModuleDict({"net": net, "head": nn.Linear(3, 2)})))
+        ['net']
+    """
+    found: dict[str, nn.Module] = {}
+    for name, part in module.named_modules():
+        inside_another = any(name.startswith(prefix_of(outer)) for outer in found)
+        if not inside_another and (isinstance(part, PeftModel) or _is_injected(part)):
+            found[name] = part
+    return found
+
+
+def prefix_of(name: str) -> str:
+    """What the names of a module's parts begin with.
+
+    Example:
+        >>> prefix_of("net"), prefix_of("")
+        ('net.', '')
+    """
+    return f"{name}." if name else ""
+
+
+def _is_injected(part: nn.Module) -> bool:
+    configs = vars(part).get("peft_config")
+    if not isinstance(configs, dict) or not configs:
+        return False
+    return any(isinstance(layer, BaseTunerLayer) for layer in part.modules())
+
+
+def entries_of(module: nn.Module) -> dict[str, Entry]:
+    """Every entry of an unwrapped module's state dict, by its name.
+
+    Args:
+        module: what :func:`unwrapped` gives.
+    """
+    state = module.state_dict(keep_vars=True)  # first: under FSDP2 it brings back the sharded parameters
+    adapters = {id(tensor) for part in module.modules() for tensor in _of_adapters(part)}
+    roots = {**hosts(module), **_with_a_loader(module)}
+    base = {id(tensor) for root in roots.values() for tensor in _tensors((root,))} - adapters
+    known = {id(tensor) for tensor in _tensors((module,))}
+    prefixes = tuple(prefix_of(name) for name in roots)
+    entries = {}
+    for name, value in state.items():
+        kind = Kind.OWN
+        if id(value) in adapters:
+            kind = Kind.ADAPTER
+        elif id(value) in base:
+            kind = Kind.BASE
+        elif id(value) not in known and name.startswith(prefixes) and not name.endswith("_extra_state"):
+            kind = Kind.DERIVED
+        entries[name] = Entry(value, kind)
+    return entries
+
+
+def _with_a_loader(module: nn.Module) -> dict[str, nn.Module]:
+    """Modules that ``from_pretrained`` gave and that know from where, as those of transformers and diffusers do."""
+    found = {}
+    for name, part in module.named_modules():
+        if name and callable(getattr(type(part), "from_pretrained", None)):
+            config = getattr(part, "config", None)
+            sources = (vars(part).get("name_or_path"), getattr(config, "_name_or_path", None))
+            if any(isinstance(source, str) and source for source in sources):
+                found[name] = part
+    return found
+
+
+def _of_adapters(part: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers that adapters, active or not, have put into a layer or a prompt encoder."""
+    names: Iterable[str] = ()
+    if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        names = (*part.adapter_layer_names, *part.other_param_names)
+    elif isinstance(part, PeftModel):
+        names = ("prompt_encoder",)
+    for name in names:
+        held = getattr(part, name, None)
+        if isinstance(held, nn.Module):
+            yield from _tensors((held,))
+        elif isinstance(held, Tensor):
+            yield held
+
+
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        yield from chain(module.parameters(), module.buffers())

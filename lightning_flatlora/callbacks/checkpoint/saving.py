@@ -1,0 +1,229 @@
+"""What goes into a checkpoint, whole and on the CPU, under every strategy.
+
+What a base's own loader gives again is never gathered: only what learns, and what the optimizer keeps of it, travels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_flatlora.callbacks.checkpoint.changes import Print, record_of
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, unwrapped
+from lightning_flatlora.callbacks.two_passes import put_on_instance
+from lightning_flatlora.distributed import Layout, is_sharded, layout_of
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.pairs import clean_name
+
+MARK = "lightning_flatlora_adapter"
+"""The key of a checkpoint under which it says that it is one of ours: 1 in old files, a dictionary since."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a checkpoint holds of a module.
+
+    Attributes:
+        entries: of the unwrapped module, all of them.
+        saved: those that go into the file.
+        left_out: the others of the base, described.
+        new: names of the base that differ since the last look.
+    """
+
+    entries: dict[str, Entry]
+    saved: dict[str, Entry]
+    left_out: dict[str, Print]
+    new: list[str]
+
+
+def select(trainer: Trainer) -> Selection:
+    """Look at the module; every rank has to.
+
+    Args:
+        trainer: in a fit, after the strategy's setup.
+    """
+    module = trainer.lightning_module
+    record, entries = record_of(module), entries_of(unwrapped(module))
+    sharded = is_sharded(trainer.strategy.model)
+    if not record.prints:  # saved before the fit has begun, after an error
+        record.start(entries, whole=not sharded)
+    new = record.look(entries, _union_over_ranks(trainer) if sharded else _as_it_is)
+    saved, left_out = {}, {}
+    for name, entry in entries.items():
+        if record.saves(name, entry):
+            saved[name] = entry
+        elif entry.kind is Kind.BASE:
+            unread = {"sum": None} if sharded else {}  # a part's sum tells nothing to other ranks
+            left_out[name] = {**record.prints[name], **unread}
+    return Selection(entries, saved, left_out, new)
+
+
+def _as_it_is(answers: list[bool]) -> list[bool]:
+    return answers
+
+
+def _union_over_ranks(trainer: Trainer) -> Callable[[list[bool]], list[bool]]:
+    """Each rank sees its own parts alone: what differs on one of them is gathered by all."""
+
+    def agree(answers: list[bool]) -> list[bool]:
+        flags = torch.tensor(answers, dtype=torch.int32, device=trainer.strategy.root_device)
+        return [bool(flag) for flag in trainer.strategy.reduce(flags, reduce_op="sum").tolist()]
+
+    return agree
+
+
+@contextmanager
+def written_as_adapter(trainer: Trainer, write: Callable[[dict[str, Any], Path], None]) -> Iterator[Selection]:
+    """Inside, a checkpoint that the trainer saves holds whole values of what learns, whatever the strategy.
+
+    Args:
+        trainer: in a fit.
+        write: is given the checkpoint and its path on rank zero alone; every rank takes part in the gathering.
+    """
+    strategy, selection = trainer.strategy, select(trainer)
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
+        if strategy.is_global_zero:
+            write(_of_selection(checkpoint, selection), Path(filepath))
+
+    methods: dict[str, Any] = {
+        "lightning_module_state_dict": lambda: _weights(trainer, selection),
+        "save_checkpoint": save_checkpoint,
+    }
+    if is_sharded(strategy.model):
+        methods["optimizer_state"] = lambda optimizer: optimizer_state(trainer, optimizer)
+    put_back = put_on(strategy, methods)
+    try:
+        yield selection
+    finally:
+        put_back()
+
+
+def put_on(strategy: Strategy, methods: dict[str, Any]) -> Callable[[], None]:
+    """Give a strategy methods of its own.
+
+    Returns:
+        A function that takes them off again.
+    """
+    puts_back = [put_on_instance(cast(Any, strategy), name, method) for name, method in methods.items()]
+
+    def put_back() -> None:
+        for each in puts_back:
+            each()
+
+    return put_back
+
+
+def _weights(trainer: Trainer, selection: Selection) -> dict[str, Any]:
+    """The selected entries, whole, by clean names; tensors that have two names stay one."""
+    values = {name: entry.value for name, entry in selection.saved.items()}
+    layout = layout_for(trainer, [value for value in values.values() if isinstance(value, nn.Parameter)])
+    whole: dict[int, Any] = {}
+    for value in values.values():
+        if id(value) not in whole:
+            gathered = layout.gather(value, value) if isinstance(value, Tensor) else value  # type: ignore[arg-type]
+            whole[id(value)] = gathered
+    return {name: whole[id(value)] for name, value in values.items()}
+
+
+def _of_selection(checkpoint: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """A checkpoint on the CPU, without what is left out and with our mark.
+
+    Callbacks may have put other weights into it, as WeightAveraging does: its averages take the place of the state
+    dict, whole and by the names of wrapped modules, and the state dict moves to "current_model_state".
+    """
+    left_out = set(selection.entries) - set(selection.saved)
+    slim = {**checkpoint, MARK: {"version": 2, "left_out": selection.left_out}}
+    for key in ("state_dict", "current_model_state"):
+        if key in slim:
+            named = {clean_name(name): value for name, value in slim[key].items()}
+            slim[key] = {name: value for name, value in named.items() if name not in left_out}
+    return cast(dict[str, Any], on_cpu(slim, {}))
+
+
+def on_cpu(value: Any, seen: dict[int, Tensor]) -> Any:
+    """Nested plain containers with their tensors on the CPU; one tensor in two places stays one."""
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = value.detach().cpu()
+        return seen[id(value)]
+    if type(value) is dict:
+        return {key: on_cpu(each, seen) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(on_cpu(each, seen) for each in value)
+    return value
+
+
+def layout_for(trainer: Trainer, parameters: list[nn.Parameter]) -> Layout:
+    """How the ranks share these parameters."""
+    return layout_of(trainer.strategy.model, parameters) if parameters else Layout()
+
+
+def optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
+    """A sharded optimizer's state in its own format, with whole values on the CPU."""
+    parameters = parameters_of(optimizer)
+    layout = layout_for(trainer, parameters)
+    packed = optimizer.state_dict()
+    if set(packed) != {"state", "param_groups"}:
+        raise MisconfigurationException(
+            f"AdapterCheckpoint: the state of {type(optimizer).__name__} has the entries {sorted(map(str, packed))}, "
+            "and nothing tells which of them are split over the ranks: use an optimizer that keeps its state as "
+            "PyTorch's do, or train on one device or under DDP"
+        )
+    own = {(index, key): value for index, state in packed["state"].items() for key, value in state.items()}
+    outline = {}
+    for (index, key), value in own.items():
+        parameter = parameters[index] if index in range(len(parameters)) else None
+        if parameter is None or parameter.numel():
+            outline[index, key] = _outlined(key, value, parameter, layout)
+    # Under FSDP1 a rank without a part of a parameter has no state for it: all ranks agree on what there is.
+    table = layout.merged(outline)
+    _refuse_odd(table)
+    whole: dict[Any, dict[str, Any]] = {}
+    for (index, key), value in table.items():
+        if isinstance(value, torch.dtype):
+            parameter = parameters[index]
+            mine = own.get((index, key), parameter.detach().new_empty(0, dtype=value))
+            value = layout.gather(mine, parameter).cpu()
+        whole.setdefault(index, {})[key] = value
+    return {**packed, "state": whole}
+
+
+def _refuse_odd(table: dict[tuple[Any, str], Any]) -> None:
+    """Raise on every rank, so that none waits for another, if a value is split and not as its parameter is."""
+    for (_, key), value in table.items():
+        if isinstance(value, torch.Size):
+            raise MisconfigurationException(
+                f"AdapterCheckpoint: the optimizer keeps {key!r} of the shape {tuple(value)} for a parameter that is "
+                "sharded, and nothing tells how to make it whole: use another optimizer, or Lightning's ModelCheckpoint"
+            )
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """An optimizer's parameters in the order of its state's numbers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def is_split(key: str, value: Any, shape: torch.Size) -> bool:
+    """Whether an optimizer's value is as large as the parameter, and split as it is."""
+    return isinstance(value, Tensor) and key != "step" and value.shape == shape
+
+
+def _outlined(key: str, value: Any, parameter: nn.Parameter | None, layout: Layout) -> Any:
+    """The dtype of a value that is split as the parameter is, the shape of one split in another way, or the value.
+
+    The optimizer may keep states of its own, of no parameter: nothing tells how a tensor of those is split.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if parameter is not None and is_split(key, value, parameter.shape):
+        return value.dtype
+    split = parameter is None or layout.splits(parameter)
+    return value.shape if value.numel() > 1 and split else value.cpu()
