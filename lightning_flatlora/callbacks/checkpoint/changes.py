@@ -23,7 +23,10 @@ _SAMPLES = 8
 _WORD = 8
 """Bytes that are read as one integer."""
 Print = dict[str, Any]
-"""A tensor of the base as a checkpoint describes it: "shape", "dtype", "sum" of its bits, and a "sample" of it."""
+"""A tensor of the base as a checkpoint describes it: "shape", "dtype", "sum" of its bits, and a "sample" of it.
+
+All of them are None where ranks hold parts.
+"""
 
 
 class BaseRecord:

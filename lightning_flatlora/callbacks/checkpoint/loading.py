@@ -1,5 +1,6 @@
 """Give a model, under any strategy, what a checkpoint of adapters holds, and compare its base with the one that was."""
 
+import json
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -119,7 +120,7 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, tr
     """
     twin, state, mark = unwrapped(module), checkpoint["state_dict"], checkpoint[MARK]
     entries = entries_of(twin)
-    left_out: dict[str, Print] | None = mark["left_out"] if isinstance(mark, dict) else None
+    left_out: dict[str, Print] | None = json.loads(mark["left_out"]) if isinstance(mark, dict) else None
     _check_names(entries, state, left_out, strict)
     known = {name: value for name, value in state.items() if name in entries}
     parameters = [p for name in known if isinstance(p := entries[name].value, nn.Parameter)]

@@ -105,22 +105,45 @@ def entries_of(module: nn.Module) -> dict[str, Entry]:
         module: what :func:`unwrapped` gives.
     """
     state = module.state_dict(keep_vars=True)  # first: under FSDP2 it brings back the sharded parameters
-    adapters = {id(tensor) for part in module.modules() for tensor in _of_adapters(part)}
-    roots = {**hosts(module), **_with_a_loader(module)}
-    base = {id(tensor) for root in roots.values() for tensor in _tensors((root,))} - adapters
-    known = {id(tensor) for tensor in _tensors((module,))}
-    prefixes = tuple(prefix_of(name) for name in roots)
+    adapters = _Group(_of_adapters(module))
+    base = _Group(_of_bases(module))
+    tensors = {name for name, _ in _named_tensors("", module)}
+    prefixes = tuple(prefix_of(name) for name in _bases(module))
     entries = {}
     for name, value in state.items():
         kind = Kind.OWN
-        if id(value) in adapters:
+        if adapters.has(name, value):
             kind = Kind.ADAPTER
-        elif id(value) in base:
+        elif base.has(name, value):
             kind = Kind.BASE
-        elif id(value) not in known and name.startswith(prefixes) and not name.endswith("_extra_state"):
+        elif name not in tensors and name.startswith(prefixes) and not name.endswith("_extra_state"):
             kind = Kind.DERIVED
         entries[name] = Entry(value, kind)
     return entries
+
+
+class _Group:
+    """Named tensors, which are known by their names or, where they are tied to others, by themselves.
+
+    The names go first: peft's attention makes its parameters anew each time that somebody walks through the modules.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        held = dict(named)
+        self._names, self._tensors = set(held), list(held.values())  # kept, so that no other gets the id of one
+        self._ids = {id(tensor) for tensor in self._tensors}
+
+    def has(self, name: str, value: Any) -> bool:
+        return name in self._names or id(value) in self._ids
+
+
+def _bases(module: nn.Module) -> dict[str, nn.Module]:
+    return {**hosts(module), **_with_a_loader(module)}
+
+
+def _of_bases(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, root in _bases(module).items():
+        yield from _named_tensors(name, root)
 
 
 def _with_a_loader(module: nn.Module) -> dict[str, nn.Module]:
@@ -135,21 +158,25 @@ def _with_a_loader(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _of_adapters(part: nn.Module) -> Iterator[Tensor]:
-    """The parameters and buffers that adapters, active or not, have put into a layer or a prompt encoder."""
-    names: Iterable[str] = ()
-    if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        names = (*part.adapter_layer_names, *part.other_param_names)
-    elif isinstance(part, PeftModel):
-        names = ("prompt_encoder",)
-    for name in names:
-        held = getattr(part, name, None)
-        if isinstance(held, nn.Module):
-            yield from _tensors((held,))
-        elif isinstance(held, Tensor):
-            yield held
+def _of_adapters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers that adapters, active or not, have put into layers, and those of prompt encoders."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        attributes: Iterable[str] = ()
+        if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            attributes = (*part.adapter_layer_names, *part.other_param_names)
+        elif isinstance(part, PeftModel):
+            attributes = ("prompt_encoder",)
+        for attribute in attributes:
+            held = getattr(part, attribute, None)
+            own_name = f"{prefix_of(name)}{attribute}"
+            if isinstance(held, nn.Module):
+                yield from _named_tensors(own_name, held)
+            elif isinstance(held, Tensor):
+                yield own_name, held
 
 
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    for module in modules:
-        yield from chain(module.parameters(), module.buffers())
+def _named_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    prefix = prefix_of(name)
+    both = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    for inner, tensor in both:
+        yield f"{prefix}{inner}", tensor

@@ -3,6 +3,7 @@
 What a base's own loader gives again is never gathered: only what learns, and what the optimizer keeps of it, travels.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,11 @@ from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.pairs import clean_name
 
 MARK = "lightning_flatlora_adapter"
-"""The key of a checkpoint under which it says that it is one of ours: 1 in old files, a dictionary since."""
+"""The key of a checkpoint under which it says that it is one of ours.
+
+In old files the value is 1, and since then a dictionary with the "version" of the format, 2, and under "left_out" the
+prints of the tensors that are not in the file, by name, as JSON.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ def select(trainer: Trainer) -> Selection:
         if record.saves(name, entry):
             saved[name] = entry
         elif entry.kind is Kind.BASE:
-            unread = {"sum": None} if sharded else {}  # a part's sum tells nothing to other ranks
-            left_out[name] = {**record.prints[name], **unread}
+            # What a rank reads of its own part tells nothing to the others.
+            left_out[name] = dict.fromkeys(record.prints[name]) if sharded else record.prints[name]
     return Selection(entries, saved, left_out, new)
 
 
@@ -140,7 +145,7 @@ def _of_selection(checkpoint: dict[str, Any], selection: Selection) -> dict[str,
     dict, whole and by the names of wrapped modules, and the state dict moves to "current_model_state".
     """
     left_out = set(selection.entries) - set(selection.saved)
-    slim = {**checkpoint, MARK: {"version": 2, "left_out": selection.left_out}}
+    slim = {**checkpoint, MARK: {"version": 2, "left_out": json.dumps(selection.left_out)}}
     for key in ("state_dict", "current_model_state"):
         if key in slim:
             named = {clean_name(name): value for name, value in slim[key].items()}

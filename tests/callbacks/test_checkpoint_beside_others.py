@@ -1,0 +1,239 @@
+"""Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import CLASSES, FEATURES, Classifier, build, fit, make_loader, make_net, same, trainer_of, weights
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.optimizers import create_lorafa_optimizer
+from pytorch_optimizer import Lookahead
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, load_adapter_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+BASE = "net.base_model.model.0.base_layer.weight"
+
+
+def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
+    settings = {"save_top_k": -1, "every_n_train_steps": 3, "filename": "{step}", **kwargs}
+    return AdapterCheckpoint(folder, **settings)
+
+
+@pytest.mark.parametrize("first", ["averaging", "saver"])
+@pytest.mark.parametrize("kind", ["mean", "ema"])
+def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, kind: str, first: str) -> None:
+    def callbacks(where: str) -> list[L.Callback]:
+        averaging = WeightAveraging() if kind == "mean" else EMAWeightAveraging(decay=0.5)
+        both: list[L.Callback] = [averaging, saver(tmp_path / where)]
+        return [EFMLoRA(0.1), *(both if first == "averaging" else both[::-1])]
+
+    whole, _, _ = build("plain")
+    fit(tmp_path, whole, callbacks("1"))
+    file = torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)
+    averages, current = file["state_dict"], file["current_model_state"]
+    assert averages.keys() == current.keys()
+    assert BASE not in averages
+    assert not same(averages, current)
+    found = load_file(tmp_path / "1" / "step=6" / "adapter_model.safetensors")
+    assert len(found) == 6
+    for name, value in found.items():
+        assert same(value, averages[f"net.{name.removesuffix('weight')}default.weight"])
+    resumed, _, _ = build("plain")
+    fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+    ends = [torch.load(tmp_path / run / "step=12.ckpt", weights_only=True) for run in ("1", "2")]
+    for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        assert same(ends[0][part], ends[1][part])
+
+
+@pytest.mark.parametrize("kind", ["lorafa", "lookahead"])
+def test_optimizers_that_key_their_state_in_another_way(tmp_path: Path, kind: str) -> None:
+    class Module(Classifier):
+        def configure_optimizers(self) -> Any:
+            if kind == "lorafa":
+                return create_lorafa_optimizer(self.net, r=2, lora_alpha=4, lr=0.01)
+            return Lookahead(torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01), k=2)
+
+    whole, resumed = Module(), Module()
+    fit(tmp_path, whole, [saver(tmp_path / "1")])
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+
+
+class ListOfAnotherKind(Sequence[Any]):
+    """As OmegaConf's: not a list, and unknown to JSON."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[index]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class DictOfAnotherKind(Mapping[str, Any]):
+    def __init__(self, **values: Any) -> None:
+        self.values_ = values
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+
+def test_configs_of_other_containers_are_written(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+    config = LoraConfig(r=2, target_modules=ListOfAnotherKind("0", "2"), rank_pattern=DictOfAnotherKind(**{"0": 3}))
+    net: Any = get_peft_model(base, config)
+    fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
+    saved = LoraConfig.from_pretrained(str(tmp_path / "step=12"))
+    assert set(saved.target_modules) == {"0", "2"}
+    assert saved.rank_pattern == {"0": 3}
+    assert isinstance(net.peft_config["default"].target_modules, ListOfAnotherKind)
+
+
+def never(*args: Any) -> Any:
+    raise AssertionError("the first step was taken")
+
+
+class Unpicklable(L.Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"fine": 1, "stream": (number for number in ())}
+
+
+def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) -> None:
+    module, _, _ = build("plain")
+    module.inside.append(never)
+    with pytest.raises(MisconfigurationException, match=r"state of Unpicklable \('stream'\) can't be pickled"):
+        fit(tmp_path, module, [Unpicklable(), saver(tmp_path / "new" / "folder")])
+    module.net.peft_config["default"].revision = object()
+    with pytest.raises(MisconfigurationException, match=r"config of adapter 'default', as its revision is <object"):
+        fit(tmp_path, module, [saver(tmp_path / "new" / "folder")])
+    module.net.peft_config["default"].revision = None
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MisconfigurationException, match=r"saving into .*/file/folder would fail: NotADirectoryError"):
+        fit(tmp_path, module, [saver(tmp_path / "file" / "folder")])
+
+
+def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
+    seen: list[list[Path]] = []
+    module, _, _ = build("plain")
+    module.inside.append(lambda *_: seen.append(list((tmp_path / "a").rglob("*"))))
+    (tmp_path / "a").mkdir()
+    fit(tmp_path, module, [saver(tmp_path / "a" / "b", save_last="link")])
+    assert seen[0] == []
+    assert not list((tmp_path / "a").rglob(".trial*"))
+
+
+class Injected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(FEATURES, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*adapter.*")
+def test_adapters_without_a_peft_model(tmp_path: Path) -> None:
+    """As diffusers' add_adapter makes them; the folder loads into a peft model."""
+
+    def module(seed: int) -> Classifier:
+        torch.manual_seed(0)
+        base = Injected()
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["first"], modules_to_save=["last"], init_lora_weights=False)
+        return Classifier(net=inject_adapter_in_model(config, base))
+
+    whole, resumed = module(1), module(2)
+    fit(tmp_path, whole, [EFMLoRA(0.1), saver(tmp_path / "1")])
+    saved = torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)["state_dict"]
+    assert "net.first.base_layer.weight" not in saved
+    fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Injected(), str(tmp_path / "1" / "step=12"))
+    x = torch.randn(5, FEATURES)
+    assert torch.allclose(loaded(x), whole.net(x))
+
+
+class Language(L.LightningModule):
+    """A tiny transformers model with an adapter of its own, on one batch."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        no_dropout = {f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")}
+        size = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, **no_dropout)
+        self.model = GPT2LMHeadModel(size)
+        torch.manual_seed(seed)
+        self.model.add_adapter(LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*loss_type")
+def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **kwargs: None)
+    batches = DataLoader(torch.arange(8).repeat(6, 1), batch_size=1)
+    batch = torch.arange(8).unsqueeze(0)
+    whole, resumed = Language(1), Language(2)
+    fit(tmp_path, whole, [saver(tmp_path / "1")], batches)
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], batches, ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+    names = set(torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)["state_dict"])
+    assert len(names) == 2
+    torch.manual_seed(0)
+    plain = GPT2LMHeadModel(whole.model.config)
+    plain.load_adapter(str(tmp_path / "1" / "step=12"))
+    assert torch.equal(plain(batch).logits, whole.model.eval()(batch).logits)
+
+
+def test_without_a_trainer(tmp_path: Path) -> None:
+    module, _, _ = build("plain")
+    fit(tmp_path, module, [saver(tmp_path)])
+    other = Classifier(net=make_net())
+    assert load_adapter_checkpoint(other, tmp_path / "step=12.ckpt") is other
+    assert same(weights(other), weights(module))
+    with pytest.warns(UserWarning, match=r"tensors of the base.*are not those"):
+        load_adapter_checkpoint(Classifier(net=make_net(seed=1)), tmp_path / "step=12.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"shape \(3, 6\), in the checkpoint \(2, 6\)"):
+        load_adapter_checkpoint(Classifier(net=make_net(rank=3)), tmp_path / "step=12.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model")
+def test_load_from_checkpoint_is_not_strict(tmp_path: Path) -> None:
+    """What the page on checkpoints says of Lightning's own way."""
+    module, _, _ = build("plain")
+    fit(tmp_path, module, [saver(tmp_path)])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt", weights_only=True)
+    loaded = Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt", strict=False, weights_only=True)
+    assert same(weights(loaded), weights(module))
+    trainer = trainer_of(tmp_path, [])
+    loaded.strict_loading = False
+    trainer.validate(loaded, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", weights_only=True, verbose=False)

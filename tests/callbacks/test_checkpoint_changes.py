@@ -1,0 +1,325 @@
+"""What a checkpoint holds beside adapters: everything that differs from what the base's own loader gives again."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, make_loader, same, trainer_of, weights
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+HEAD = "net.base_model.model.head.weight"
+
+
+class Base(nn.Module):
+    """A body that LoRA adapts, and a head that it doesn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(FEATURES, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("ema", torch.zeros(3000))
+        self.register_buffer("codes", torch.zeros(4))
+        self.register_buffer("never", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count += 1
+            self.ema.data[2000] += 1
+            self.codes = self.codes + 1
+        return self.head(torch.tanh(self.first(x)))
+
+
+def network(head_seed: int = 0) -> Any:
+    torch.manual_seed(0)
+    base = Base()
+    torch.manual_seed(head_seed)
+    nn.init.normal_(base.head.weight)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+
+
+def module_of(head_seed: int = 0, **kwargs: Any) -> Classifier:
+    return Classifier(net=network(head_seed), **kwargs)
+
+
+def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
+    settings = {"save_top_k": -1, "every_n_train_steps": 3, "filename": "{step}", **kwargs}
+    return AdapterCheckpoint(folder, **settings)
+
+
+def epochs(folder: Path) -> AdapterCheckpoint:
+    """Saves when an epoch has ended, so that a resumed run begins with a whole one."""
+    return saver(folder, every_n_train_steps=None, every_n_epochs=1, filename="{epoch}")
+
+
+def state(file: Path) -> dict[str, Any]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+class TrainsHeadInFirstEpoch(Classifier):
+    """One optimizer for all; the head of the base is frozen when the second epoch starts."""
+
+    def configure_optimizers(self) -> Any:
+        self.net.base_model.model.head.requires_grad_(True)
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        self.net.base_model.model.head.requires_grad_(self.current_epoch == 0)
+
+
+def test_a_head_that_was_trained_and_frozen_is_in_the_file(tmp_path: Path) -> None:
+    whole = TrainsHeadInFirstEpoch(net=network())
+    fit(tmp_path, whole, [epochs(tmp_path / "1")], max_epochs=3)
+    for epoch in (0, 1, 2):
+        assert HEAD in state(tmp_path / "1" / f"epoch={epoch}.ckpt")
+    assert same(state(tmp_path / "1" / "epoch=2.ckpt")[HEAD], whole.net.base_model.model.head.weight.detach())
+    resumed = TrainsHeadInFirstEpoch(net=network())
+    fit(tmp_path, resumed, [epochs(tmp_path / "2")], ckpt_path=tmp_path / "1" / "epoch=1.ckpt", max_epochs=3)
+    assert same(weights(resumed), weights(whole))
+    plain = module_of()
+    fit(tmp_path, plain, [saver(tmp_path / "3")])
+    assert HEAD not in state(tmp_path / "3" / "step=12.ckpt")
+
+
+def test_what_a_loaded_file_held_stays_in_the_next_one(tmp_path: Path) -> None:
+    first = TrainsHeadInFirstEpoch(net=network())
+    fit(tmp_path, first, [saver(tmp_path / "1", save_weights_only=True)], max_epochs=1)
+    second = module_of()
+    trainer_of(tmp_path, [saver(tmp_path / "2")]).validate(
+        second, make_loader(1), ckpt_path=tmp_path / "1" / "step=6.ckpt", verbose=False
+    )
+    fit(tmp_path, second, [saver(tmp_path / "2")])
+    assert same(state(tmp_path / "2" / "step=12.ckpt")[HEAD], first.net.base_model.model.head.weight.detach())
+
+
+class FreezesInOnFitStart(Classifier):
+    """As NeMo's modules do: which parts learn is known after the weights are restored."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.head = nn.Linear(CLASSES, CLASSES)
+
+    def on_fit_start(self) -> None:
+        self.head.requires_grad_(False)
+        self.net.base_model.model.head.requires_grad_(True)
+
+
+class FreezesInConfigureOptimizers(Classifier):
+    def configure_optimizers(self) -> Any:
+        self.net.base_model.model.first.lora_A.requires_grad_(False)
+        self.net.base_model.model.head.bias.requires_grad_(True)
+        return super().configure_optimizers()
+
+
+class Unfreezes(BaseFinetuning):
+    """Gradual unfreezing."""
+
+    def freeze_before_training(self, pl_module: L.LightningModule) -> None:
+        self.freeze(pl_module.net.base_model.model.first.lora_A)
+
+    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.base_model.model.first.lora_A, optimizer)
+        if epoch == 2:  # Lightning gives a resumed run the parameter groups back, but leaves them frozen
+            self.make_trainable(pl_module.net.base_model.model.first.lora_A)
+
+
+@pytest.mark.parametrize("case", [FreezesInOnFitStart, FreezesInConfigureOptimizers, Unfreezes])
+def test_freezing_at_any_moment_can_be_resumed(tmp_path: Path, case: Any) -> None:
+    def parts() -> tuple[Classifier, list[L.Callback]]:
+        torch.manual_seed(5)
+        return (module_of(), [case()]) if case is Unfreezes else (case(net=network()), [])
+
+    whole, callbacks = parts()
+    fit(tmp_path, whole, [*callbacks, epochs(tmp_path / "1")], max_epochs=3)
+    resumed, callbacks = parts()
+    fit(tmp_path, resumed, [*callbacks, epochs(tmp_path / "2")], ckpt_path=tmp_path / "1/epoch=1.ckpt", max_epochs=3)
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_frozen_model_is_tested(tmp_path: Path) -> None:
+    module = module_of()
+    fit(tmp_path, module, [saver(tmp_path)])
+    (expected,) = trainer_of(tmp_path, []).test(module, make_loader(), verbose=False)
+    other = module_of()
+    other.freeze()
+    loads = trainer_of(tmp_path, [saver(tmp_path)])
+    (found,) = loads.test(other, make_loader(), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)
+    assert found == expected
+
+
+def test_buffers_that_change_are_saved_however_they_do(tmp_path: Path) -> None:
+    """Counted in place, written through .data in one element of many, and replaced."""
+    module = module_of()
+    fit(tmp_path, module, [saver(tmp_path)])
+    saved = state(tmp_path / "step=6.ckpt")
+    base = "net.base_model.model."
+    assert saved[f"{base}count"] == saved[f"{base}ema"][2000] == saved[f"{base}codes"][0] == 6
+    assert f"{base}never" not in saved
+    resumed = module_of()
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
+    assert same(resumed.state_dict(), module.state_dict())
+
+
+def test_weights_that_are_written_to_and_stay_equal_are_left_out(tmp_path: Path) -> None:
+    """As averaging callbacks and tuners do, which copy a whole model back."""
+
+    class CopiesBack(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            pl_module.load_state_dict({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+    fit(tmp_path, module_of(), [CopiesBack(), saver(tmp_path)])
+    assert HEAD not in state(tmp_path / "step=12.ckpt")
+
+
+def test_what_is_outside_of_the_base_is_saved_though_frozen(tmp_path: Path) -> None:
+    def module(seed: int) -> Classifier:
+        made = module_of()
+        torch.manual_seed(seed)
+        made.random_head = nn.Linear(3, 3).requires_grad_(False)
+        return made
+
+    first, other = module(1), module(2)
+    fit(tmp_path, first, [saver(tmp_path)])
+    trainer_of(tmp_path, [saver(tmp_path)]).validate(
+        other, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", verbose=False
+    )
+    assert same(other.random_head.state_dict(), first.random_head.state_dict())
+
+
+class Pretrained(nn.Linear):
+    """Knows where it is from, as models of transformers and diffusers do."""
+
+    name_or_path = ""
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "Pretrained":
+        torch.manual_seed(0)
+        made = cls(5, 5)
+        made.name_or_path = name
+        return made
+
+
+def test_a_frozen_model_that_knows_its_source_is_left_out(tmp_path: Path) -> None:
+    module = module_of()
+    module.teacher = Pretrained.from_pretrained("a/teacher").requires_grad_(False)
+    module.teacher.bias.requires_grad_(True)
+    module.nameless = Pretrained(5, 5).requires_grad_(False)
+    fit(tmp_path, module, [saver(tmp_path)])
+    saved = state(tmp_path / "step=12.ckpt")
+    assert "teacher.weight" not in saved
+    assert {"teacher.bias", "nameless.weight", "nameless.bias"} <= set(saved)
+
+
+def test_another_base_is_noticed(tmp_path: Path) -> None:
+    """A head that the loader draws anew: no resumed run, and an evaluation with a warning."""
+    fit(tmp_path, module_of(head_seed=1), [saver(tmp_path / "1")])
+    file = tmp_path / "1" / "step=6.ckpt"
+    with pytest.raises(MisconfigurationException, match=r"1 tensors of the base.*base_model.model.head.weight.*strict"):
+        fit(tmp_path, module_of(head_seed=2), [saver(tmp_path / "2")], ckpt_path=file)
+    loads = trainer_of(tmp_path, [saver(tmp_path / "2")])
+    with pytest.warns(UserWarning, match=r"1 tensors of the base.*base_model.model.head.weight"):
+        loads.validate(module_of(head_seed=2), make_loader(1), ckpt_path=file, verbose=False)
+    lenient = module_of(head_seed=2)
+    lenient.strict_loading = False
+    with pytest.warns(UserWarning, match=r"1 tensors of the base.*base_model.model.head.weight"):
+        fit(tmp_path, lenient, [saver(tmp_path / "2")], ckpt_path=file)
+
+
+def test_a_base_that_differs_in_one_element_is_told_of(tmp_path: Path) -> None:
+    fit(tmp_path, module_of(), [saver(tmp_path / "1")])
+    other = module_of()
+    other.net.base_model.model.head.weight.data[1, 1] += 1
+    with pytest.warns(UserWarning, match=r"1 tensors of the base differ a little.*head.weight"):
+        fit(tmp_path, other, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_base_of_another_precision_is_the_same_base(tmp_path: Path, dtype: torch.dtype) -> None:
+    """pytest turns warnings into errors."""
+    fit(tmp_path, module_of(), [saver(tmp_path)])
+    other = module_of().to(dtype)
+    trainer_of(tmp_path, [saver(tmp_path)]).validate(
+        other, make_loader(1, dtype=dtype), ckpt_path=tmp_path / "step=3.ckpt", verbose=False
+    )
+
+
+def test_a_full_checkpoint_of_another_base_is_not_forgotten(tmp_path: Path) -> None:
+    """Only what it changes of the base is saved with the adapter."""
+    full = ModelCheckpoint(tmp_path / "full", filename="{step}", every_n_train_steps=3)
+    fit(tmp_path, module_of(head_seed=1), [full], max_epochs=1)
+    fit(tmp_path, module_of(head_seed=2), [saver(tmp_path / "2")], ckpt_path=full.best_model_path)
+    saved = state(tmp_path / "2" / "step=12.ckpt")
+    assert HEAD in saved
+    assert "net.base_model.model.first.base_layer.weight" not in saved
+
+
+def test_a_second_fit_remembers_what_changed_between(tmp_path: Path) -> None:
+    module = module_of()
+    fit(tmp_path, module, [saver(tmp_path / "1")])
+    with torch.no_grad():
+        module.net.base_model.model.head.weight.add_(1)
+    fit(tmp_path, module, [saver(tmp_path / "2")])
+    assert same(state(tmp_path / "2" / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
+
+
+def test_a_file_of_the_first_release_is_loaded(tmp_path: Path) -> None:
+    """It doesn't tell what it leaves out: frozen weights outside of the base too."""
+    module = module_of()
+    module.frozen = nn.Linear(2, 2).requires_grad_(False)
+    fit(tmp_path, module, [saver(tmp_path)])
+    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    saved["lightning_flatlora_adapter"] = 1
+    saved["state_dict"] = {name: value for name, value in saved["state_dict"].items() if "frozen" not in name}
+    torch.save(saved, tmp_path / "old.ckpt")
+    resumed = module_of()
+    resumed.frozen = module.frozen
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "old.ckpt")
+    assert same(weights(resumed), weights(module))
+
+
+class Attends(nn.Module):
+    """Attention of PyTorch's, whose weights peft merges and takes apart in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(FEATURES, 2), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed, _ = self.attention(x, x, x)
+        return self.head(x + mixed)
+
+
+def test_attention_that_drifts_in_each_forward_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def module() -> Classifier:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False)
+        return Classifier(net=get_peft_model(Attends(), config), lr=0.1)
+
+    drifts = "net.base_model.model.attention.base_layer.in_proj_weight"
+    fresh, whole = module(), module()
+    fit(tmp_path, whole, [EFMLoRA(0.1), saver(tmp_path / "1")])
+    assert not torch.equal(whole.state_dict()[drifts], fresh.state_dict()[drifts])
+    resumed = module()
+    fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(resumed.state_dict(), whole.state_dict())
+
+
+def test_the_user_is_told_what_is_in_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = module_of()
+    module.head = nn.Linear(50, 50)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, module, [saver(tmp_path)])
+    told = [record.message for record in caplog.records if "AdapterCheckpoint" in record.message]
+    assert "the adapters (2 tensors" in told[0]
+    assert "head.weight" in told[0]
+    assert "base are left out as long as nothing changes them" in told[0]
+    assert "count" in told[1]
+    assert len(told) == 2

@@ -1,0 +1,136 @@
+"""The peft folder beside a checkpoint: what stands in its place stays, and only what was written is deleted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import build, fit, same, weights
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
+
+from lightning_flatlora import AdapterCheckpoint
+from lightning_flatlora.callbacks.checkpoint.folder import LIST, adapter_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+WEIGHTS = "adapter_model.safetensors"
+
+
+def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
+    settings = {"save_top_k": -1, "every_n_train_steps": 3, "filename": "{step}", **kwargs}
+    return AdapterCheckpoint(folder, **settings)
+
+
+def train(folder: Path, *callbacks: L.Callback, **kwargs: Any) -> Any:
+    module, _, _ = build("plain")
+    fit(folder, module, [*callbacks], **kwargs)
+    return module
+
+
+def source_code(folder: Path) -> dict[str, str]:
+    """A user's own folder: peft's names among others, to make it hard."""
+    (folder / "layers").mkdir(parents=True)
+    files = {"train.py": "print()", "layers/lora.py": "", "README.md": "mine", "adapter_config.json": "{}"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return files
+
+
+def assert_untouched(folder: Path, files: dict[str, str]) -> None:
+    assert {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()} == files
+
+
+@pytest.mark.parametrize("counter", [True, False])
+def test_a_users_folder_of_the_checkpoints_name_stays(
+    tmp_path: Path, counter: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Overwritten, removed or kept: the adapter goes elsewhere, and the user is told of it once."""
+    files = source_code(tmp_path / "model")
+    save = saver(tmp_path, filename="model", save_top_k=1, enable_version_counter=counter)
+    with caplog.at_level("INFO"):
+        train(tmp_path, save)
+    assert_untouched(tmp_path / "model", files)
+    assert len([r for r in caplog.records if "model is not of AdapterCheckpoint and stays" in r.message]) == 1
+    folder = adapter_folder(save.best_model_path)
+    assert folder.name in ("model-adapter", "model-v1")
+    saved = torch.load(save.best_model_path, weights_only=True)["state_dict"]
+    found = load_file(folder / WEIGHTS)
+    name = "base_model.model.0.lora_A.weight"
+    assert same(found[name], saved[f"net.{name.replace('lora_A', 'lora_A.default')}"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", folder.name, Path(save.best_model_path).name])
+
+
+@pytest.mark.parametrize("save_last", ["link", True])
+def test_a_users_folder_called_last_stays(tmp_path: Path, save_last: Any) -> None:
+    files = source_code(tmp_path / "last")
+    train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1))
+    train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1, enable_version_counter=False))
+    assert_untouched(tmp_path / "last", files)
+    assert (tmp_path / "last-adapter").is_symlink() == (save_last == "link")
+    assert (tmp_path / "last-adapter" / WEIGHTS).exists()
+
+
+def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step=3").symlink_to("elsewhere")
+    (tmp_path / "step=6").write_text("a file")
+    train(tmp_path, saver(tmp_path), max_epochs=1)
+    assert (tmp_path / "step=3").is_symlink()
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "step=6").read_text() == "a file"
+    assert (tmp_path / "step=3-adapter" / WEIGHTS).exists()
+    assert (tmp_path / "step=6-adapter" / WEIGHTS).exists()
+
+
+def test_a_loggers_folder_keeps_its_rows(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name=None, version="run")
+    logger.log_metrics({"before": 1.0})
+    logger.save()
+    train(tmp_path, saver(tmp_path, filename="run"), logger=logger, log_every_n_steps=1)
+    assert "before" in (tmp_path / "run" / "metrics.csv").read_text()
+
+
+def test_a_users_file_in_our_folder_outlives_the_checkpoint(tmp_path: Path) -> None:
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if (tmp_path / "step=3").exists():
+                (tmp_path / "step=3" / "notes.txt").write_text("good run")
+
+    train(tmp_path, Notes(), saver(tmp_path, save_top_k=1))
+    assert [p.name for p in (tmp_path / "step=3").iterdir()] == ["notes.txt"]
+    assert (tmp_path / "step=12" / WEIGHTS).exists()
+
+
+def test_a_folder_without_list_is_ours_if_its_file_is(tmp_path: Path) -> None:
+    """As the first release wrote them; with a file of somebody else it is a folder of somebody else."""
+    train(tmp_path, saver(tmp_path), max_epochs=1)
+    for step in (3, 6):
+        (tmp_path / f"step={step}" / LIST).unlink()
+    torch.save({"state_dict": {}}, tmp_path / "step=3.ckpt")
+    assert adapter_folder(tmp_path / "step=3.ckpt").name == "step=3-adapter"
+    assert adapter_folder(tmp_path / "step=6.ckpt").name == "step=6"
+    train(tmp_path, saver(tmp_path, enable_version_counter=False), max_epochs=1)
+    assert json.loads((tmp_path / "step=6" / LIST).read_text())["checkpoint"] == "step=6.ckpt"
+
+
+@pytest.mark.parametrize("extension", [".pt", "", ".adapter.ckpt"])
+def test_any_extension(tmp_path: Path, extension: str) -> None:
+    class Other(AdapterCheckpoint):
+        FILE_EXTENSION = extension
+
+    def save(where: str) -> AdapterCheckpoint:
+        return Other(tmp_path / where, filename="{step}", save_top_k=1, every_n_train_steps=6, save_last="link")
+
+    whole = train(tmp_path, save("a"))
+    folder = "step=12" if extension else "step=12-adapter"
+    last = "last" if extension else "last-adapter"
+    expected = {f"step=12{extension}", folder, f"last{extension}", last}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == expected
+    assert (tmp_path / "a" / last / WEIGHTS).samefile(tmp_path / "a" / folder / WEIGHTS)
+    resumed = train(tmp_path, save("b"), ckpt_path=tmp_path / "a" / f"last{extension}", max_epochs=3)
+    again, _, _ = build("plain")
+    fit(tmp_path, again, [save("c")], max_epochs=3)
+    assert same(weights(resumed), weights(again))
+    assert not same(weights(resumed), weights(whole))
