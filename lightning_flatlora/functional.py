@@ -71,12 +71,19 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
     .. math::
         \bar G &= \tfrac{1}{2s}\left(G_B (A^\top)^+ + (B^\top)^+ G_A\right) = \tfrac12 (G P_A + P_B G) \\
         \bar G A^+ &= \tfrac{1}{2s}\,(I + B K_B^+ B^\top)\,G_B K_A^+ \\
-        \|\bar G\|^2 &= \tfrac{1}{4s^2}\left[\langle G_B K_A^+, G_B\rangle + \langle K_B^+ G_A, G_A\rangle
-            + 2\,\langle B^\top G_B K_A^+,\; K_B^+ G_A A^\top\rangle\right] \\
-            &= \tfrac{1}{4s^2}\left[\|G_B R_A^\top\|^2 + \|R_B G_A\|^2 + 2\,\|R_B B^\top G_B R_A^\top\|^2\right]
+        \|\bar G\|^2 &= \tfrac{1}{4s^2}\left[\|G_B R_A^\top\|^2 + 3\,\|R_B C R_A^\top\|^2
+            + w \left(\|R_B G_A\|^2 - \|R_B C_A R_A^\top\|^2\right)\right]
 
-    with :math:`K^+ = R^\top R`. The second and the last line use :math:`B^\top G_B = G_A A^\top`, which holds for
-    gradients taken at this very A and B.
+    with :math:`K^+ = R^\top R`, :math:`C = B^\top G_B`, :math:`C_A = G_A A^\top` and
+
+    .. math::
+        w = \frac{\|R_B C R_A^\top\|^2}{\|R_B C R_A^\top\|^2 + \|R_B (C - C_A) R_A^\top\|^2}
+
+    Gradients of a loss that knows A and B through W alone have :math:`C = C_A`, at the very A and B at which they were
+    taken. Then w = 1 and this is Eq. 12. A penalty on a factor breaks the equality, and in the square brackets the
+    gradient of A counts for less: the part of it in A's row space is known from B's gradient, and the rest is
+    believed as far as the two agree. Where B is near zero an honest :math:`G_A` is near zero with it, and a penalty's
+    share, of the size of :math:`G_A / B`, would be all of the norm. The direction is B's gradient's alone.
 
     Args:
         A: shape (L, r, m).
@@ -96,15 +103,25 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
     """
     root_A, root_B = damped_inverse_root(A.mT), damped_inverse_root(B)
     half = grad_B @ root_A.mT.to(B.dtype)
-    cross = (B.mT @ half).to(root_B.dtype)
-    root_cross = root_B @ cross
+    from_B = root_B @ (B.mT @ half).to(root_B.dtype)
+    from_A = root_B @ (grad_A @ A.mT).to(root_B.dtype) @ root_A.mT
     # The factor 1 / (2 s^2) goes into the small matrices: a pass over an (L, n, r) tensor less.
     scaled_root_A = root_A / (2 * scaling**2)[:, None, None]
     direction = half @ scaled_root_A.to(B.dtype)  # G_B K_A⁺ / (2 s^2)
-    direction += B @ (root_B.mT @ root_cross @ scaled_root_A).to(B.dtype)
-    squares = _squared_norm(half) + _squared_norm(root_B.to(B.dtype) @ grad_A) + 2 * _squared_norm(root_cross)
+    direction += B @ (root_B.mT @ from_B @ scaled_root_A).to(B.dtype)
+    # sqrt(w) goes into R_B, not into the norm: at B = 0, R_B is so large that the norm of a penalty would overflow.
+    agreement = _agreement(from_B, from_A)[:, None, None]
+    beyond_A = _squared_norm((agreement * root_B).to(B.dtype) @ grad_A) - _squared_norm(agreement * from_A)
+    squares = _squared_norm(half) + 3 * _squared_norm(from_B) + beyond_A
     squared_norm = (squares / (4 * scaling**2)).to(B.dtype)
     return Ascent(direction, squared_norm)
+
+
+def _agreement(one: Tensor, other: Tensor) -> Tensor:
+    """``||X|| / sqrt(||X||^2 + ||X - Y||^2)`` over the last two dimensions; 0 for X = 0, and nan is not lost."""
+    size = torch.linalg.vector_norm(one, dim=(-2, -1))
+    whole = torch.hypot(size, torch.linalg.vector_norm(one - other, dim=(-2, -1)))
+    return size / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
 
 def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:

@@ -21,13 +21,22 @@ def pinv_of_gram(K: Tensor) -> Tensor:
 
 
 def ascent(A: Tensor, B: Tensor, G_A: Tensor | None, G_B: Tensor, s: float, estimator: str) -> tuple[Tensor, Tensor]:
-    """(1/s) G_hat A⁺ and ||G_hat||^2 of one pair; all matrices two-dimensional."""
+    """(1/s) G_hat A⁺ and ||G_hat||^2 of one pair; all matrices two-dimensional.
+
+    What A's gradient adds beyond A's row space counts as far as B^T G_B and G_A A^T, equal without penalties, agree.
+    """
     X = G_B @ pinv_of_gram(A @ A.T)
     if estimator == "projected" or G_A is None:
         return X / s**2, (X * G_B).sum() / s**2
-    K_B = pinv_of_gram(B.T @ B)
+    K_A, K_B = pinv_of_gram(A @ A.T), pinv_of_gram(B.T @ B)
     direction = (torch.eye(len(B), dtype=B.dtype) + B @ K_B @ B.T) @ X / (2 * s**2)
-    norm = (X * G_B).sum() + ((K_B @ G_A) * G_A).sum() + 2 * ((B.T @ X) * (K_B @ G_A @ A.T)).sum()
+    C, C_A = B.T @ G_B, G_A @ A.T
+    agreeing = (C * (K_B @ C @ K_A)).sum()
+    differing = ((C - C_A) * (K_B @ (C - C_A) @ K_A)).sum()
+    norm = (X * G_B).sum() + 3 * agreeing
+    if agreeing > 0:
+        beyond_A = G_A @ (torch.eye(A.shape[1], dtype=A.dtype) - A.T @ K_A @ A)
+        norm = norm + agreeing / (agreeing + differing) * (G_A * (K_B @ beyond_A)).sum()
     return direction, norm / (4 * s**2)
 
 

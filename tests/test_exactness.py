@@ -90,8 +90,8 @@ def reference(epochs: int, **settings: Any) -> nn.Module:
     model = network()
     optimizer = optimizer_of(model)
     pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(model).pairs]
-    settings = {"rho": lambda step: RHO, "scheduler": scheduler_of(optimizer), **settings}
-    run = Reference(model, pairs, loss, optimizer, **settings)
+    settings = {"loss": loss, "rho": lambda step: RHO, "scheduler": scheduler_of(optimizer), **settings}
+    run = Reference(model, pairs, optimizer=optimizer, **settings)
     batches = list(DataLoader(dataset(), batch_size=SIZE))
     for _ in range(epochs):
         run.train(batches)
@@ -140,6 +140,32 @@ def test_100_steps_equal_the_literal_algorithm(front_end: str, case: dict[str, A
         fit(Automatic(net), epochs, [callback], accumulate_grad_batches=accumulate, **clip)
     assert worst_difference(net, expected) < 1e-10
     assert worst_difference(net, reference(epochs, **{**case, **algorithm, "rho": lambda step: 0.0})) > 1e-4
+
+
+def penalised(model: nn.Module, batch: Any) -> torch.Tensor:
+    """A penalty on A, which one optimizer step sees in its gradient and E must not."""
+    sizes = [p.square().sum() + p.abs().sum() for name, p in model.named_parameters() if "lora_A" in name]
+    return loss(model, batch) + 0.01 * sum(sizes)
+
+
+class PenalisedAutomatic(Automatic):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return penalised(self.net, batch)
+
+
+class PenalisedManual(Manual):
+    def compute_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return penalised(self.net, batch)
+
+
+@pytest.mark.parametrize("front_end", ["EFMLoRA", "FMLoRA", "FMLoRAModule"])
+def test_a_penalised_run_equals_the_literal_algorithm(front_end: str) -> None:
+    net, algorithm = network(), {"beta": BETA} if front_end == "EFMLoRA" else {}
+    if front_end == "FMLoRAModule":
+        fit(PenalisedManual(net, rho=RHO), 4, [])
+    else:
+        fit(PenalisedAutomatic(net), 4, [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)])
+    assert worst_difference(net, reference(4, loss=penalised, **algorithm)) < 1e-10
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The closed forms equal the dense definitions, and have the properties that define them (docs/method.md)."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from reference import ascent
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora.functional import (
@@ -101,6 +103,81 @@ def test_a_batch_of_layers_is_the_layers_one_by_one() -> None:
         alone = ascent_average(*batch(*layers[i]), torch.tensor([s]).double())
         assert torch.allclose(together.direction[i], alone.direction[0], rtol=1e-12)
         assert torch.allclose(together.squared_norm[i], alone.squared_norm[0], rtol=1e-12)
+
+
+def test_gradients_of_one_loss_give_the_literal_norm() -> None:
+    """Eq. 12's norm with both gradients as they are, which the two agree on."""
+    A, B, grad_A, grad_B = factors()
+    R_A, R_B = damped_inverse_root(A.mT), damped_inverse_root(B)
+    K_A, K_B = R_A.mT @ R_A, R_B.mT @ R_B
+    cross = (B.mT @ grad_B @ K_A) * (K_B @ grad_A @ A.mT)
+    literal = ((grad_B @ K_A) * grad_B).sum() + ((K_B @ grad_A) * grad_A).sum() + 2 * cross.sum()
+    ours = ascent_average(*batch(A, B, grad_A, grad_B), scaling()).squared_norm[0]
+    assert relative_error(ours, literal / (4 * S**2)) < 1e-12
+
+
+PENALTIES = {"L1": lambda factor: factor.abs().sum(), "L2": lambda factor: factor.square().sum()}
+
+
+def penalised_steps(penalty: str, on: str, strength: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    """A, B, their gradients, and B's without the penalty, in ten steps of AdamW on a regression, from B = 0."""
+    generator = torch.Generator().manual_seed(0)
+    A = nn.Parameter((torch.rand(R, 40, generator=generator, dtype=dtype) * 2 - 1) / 40**0.5)
+    B = nn.Parameter(torch.zeros(24, R, dtype=dtype))
+    target = torch.randn(24, 40, generator=generator, dtype=dtype) / 40**0.5
+    optimizer = torch.optim.AdamW([A, B], lr=1e-2)
+    for _ in range(10):
+        x = torch.randn(16, 40, generator=generator, dtype=dtype)
+        loss = (x @ (S * B @ A - target).mT).square().mean()
+        (free_grad_B,) = torch.autograd.grad(loss, B, retain_graph=True)
+        penalties = [PENALTIES[penalty](factor) for name, factor in (("A", A), ("B", B)) if name in on]
+        optimizer.zero_grad()
+        (loss + strength * sum(penalties)).backward()
+        assert A.grad is not None
+        assert B.grad is not None
+        yield A.detach(), B.detach(), A.grad, B.grad, free_grad_B
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("on", ["A", "B", "AB"])
+@pytest.mark.parametrize("penalty", ["L1", "L2"])
+def test_a_penalty_on_a_factor_leaves_the_radius_what_it_is(penalty: str, on: str, dtype: torch.dtype) -> None:
+    """Its gradient over B, which is zero or small, must not pass for the size of the full gradient."""
+    for strength in (0.0, 1e-6, 1e-4, 1e-2, 1.0, 10.0):
+        for A, B, grad_A, grad_B, free_grad_B in penalised_steps(penalty, on, strength, dtype):
+            ours = ascent_average(*batch(A, B, grad_A, grad_B), scaling(dtype))
+            E = ours.direction[0] * perturbation_scale(ours.squared_norm, 1.0)
+            assert 0.5 <= (S * E @ A).norm() <= 1 + 1e-5
+            assert (E * grad_B).sum() > 0
+            if on == "A":
+                assert (E * free_grad_B).sum() > 0
+
+
+@pytest.mark.parametrize("of_B", [0.0, 1e-3])
+def test_a_penalty_is_weighed_as_in_the_dense_definition(of_B: float) -> None:
+    A, B, grad_A, grad_B = factors()
+    grad_A, grad_B = grad_A + 0.3 * A.sign(), grad_B + of_B * B
+    direction, squared_norm = ascent(A, B, grad_A, grad_B, S, "average")
+    ours = ascent_average(*batch(A, B, grad_A, grad_B), scaling())
+    assert relative_error(ours.direction[0], direction) < 1e-12
+    assert relative_error(ours.squared_norm[0], squared_norm) < 1e-12
+    without = ascent_average(*batch(A, B, S * B.mT @ torch.ones(N, M).double(), grad_B), scaling())
+    assert relative_error(without.squared_norm[0], squared_norm) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_zero_B_the_gradient_of_A_says_nothing(dtype: torch.dtype) -> None:
+    """No loss of the weight has a gradient there; and one that is not finite is still seen."""
+    A, B, grad_A, grad_B = factors(dtype)
+    B = torch.zeros_like(B)
+    plain = ascent_average(*batch(A, B, torch.zeros_like(grad_A), grad_B), scaling(dtype))
+    penalised = ascent_average(*batch(A, B, 1e3 * grad_A, grad_B), scaling(dtype))
+    assert torch.equal(penalised.direction, plain.direction)
+    assert torch.equal(penalised.squared_norm, plain.squared_norm)
+    for bad in (torch.nan, torch.inf):
+        grad_A[1, 2] = bad
+        assert not torch.isfinite(ascent_average(*batch(A, B, grad_A, grad_B), scaling(dtype)).squared_norm).any()
 
 
 def test_the_scale_is_rho_over_the_norm_and_zero_without_a_gradient() -> None:
