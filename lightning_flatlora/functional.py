@@ -121,7 +121,8 @@ def _agreement(one: Tensor, other: Tensor) -> Tensor:
     """``||X|| / sqrt(||X||^2 + ||X - Y||^2)`` over the last two dimensions; 0 for X = 0, and nan is not lost."""
     size = torch.linalg.vector_norm(one, dim=(-2, -1))
     whole = torch.hypot(size, torch.linalg.vector_norm(one - other, dim=(-2, -1)))
-    return size / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    share: Tensor = size / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    return share
 
 
 def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
