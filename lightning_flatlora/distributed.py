@@ -33,8 +33,9 @@ class Layout:
         Returns:
             Shape (L, rows, columns), a kernel's dimensions among the columns; dtype of the parameters; a copy.
         """
-        tensors = [_gradient(parameter) if gradients else parameter.detach() for parameter in parameters]
-        return whole(torch.stack([tensor.flatten(1) for tensor in tensors]))
+        tensors = [_gradient(parameter) for parameter in parameters] if gradients else parameters
+        with torch.no_grad():  # once, not a detach() for each of them
+            return whole(torch.stack([tensor.flatten(1) for tensor in tensors]))
 
     def gather(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
         """What is split as a parameter is (itself, or an optimizer's average of it), whole, to the bit."""

@@ -18,6 +18,9 @@ NormScope = Literal["global", "layer"]
 DAMPING = 1e-6
 """delta of :func:`damped_inverse_root`, relative to the trace."""
 
+_BLOCK = 64
+"""Columns that go through one product where half of an r x r matrix is known, by symmetry or as it is triangular."""
+
 
 class Ascent(NamedTuple):
     """What one layer knows of the ascent before the norm of all layers is known.
@@ -39,30 +42,55 @@ def damped_inverse_root(X: Tensor) -> Tensor:
     The paper's pseudo-inverse jumps where the rank changes, and Adam's first update makes the columns of B parallel, so
     the literal definition would hang on rounding. The damped one is smooth. The damping is at least the smallest normal
     number of the factor's dtype, so ``X = 0`` (B at the start) needs no branch: R is large but finite, and multiplied
-    by zeros wherever it is used. Applying R twice loses far less than applying K⁺ once in float32, and the Gram matrix
-    is taken in float64 where the device has it: together they keep float32 good to 1e-5 whatever
-    the factors' condition. Cholesky's error code is not read, so the host does not wait.
+    by zeros wherever it is used. Applying R twice loses far less than applying K⁺ once in float32, and the Gram matrix,
+    its Cholesky factor and the factor's inverse are taken in float64 where the device has it: together they keep
+    float32 good to 1e-5 whatever the condition of B. Cholesky's error code is not read, so the host does not wait.
 
     Args:
         X: a factor with r columns, shape (..., k, r), float32 or float64.
 
     Returns:
-        R, lower triangular, shape (..., r, r), float64 (float32 on a device without it).
+        R, lower triangular, shape (..., r, r), in the dtype of X.
 
     Example:
         >>> R = damped_inverse_root(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]))
         >>> (R.mT @ R).round(decimals=3)
         tensor([[0.5000, 0.0000],
-                [0.0000, 0.2500]], dtype=torch.float64)
+                [0.0000, 0.2500]])
     """
-    wide = X if X.device.type == "mps" else X.double()
-    gram = wide.mT @ wide
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    damping = (DAMPING * trace).clamp_min(torch.finfo(X.dtype).tiny)
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor: Tensor = torch.linalg.cholesky_ex(gram + damping * identity).L
-    root: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(gram), upper=False)
-    return root
+    gram = _lower_gram(X if X.device.type == "mps" else X.double())
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += (DAMPING * diagonal.sum(-1, keepdim=True)).clamp_min(torch.finfo(X.dtype).tiny)
+    return _inverse(torch.linalg.cholesky_ex(gram).L).to(X.dtype)
+
+
+def _lower_gram(X: Tensor) -> Tensor:
+    """``X^T X``, shape (..., r, r); above the diagonal's blocks zeros, as Cholesky's factorisation reads none of it."""
+    r = X.shape[-1]
+    if r <= _BLOCK:
+        return X.mT @ X
+    gram = X.new_zeros(*X.shape[:-2], r, r)
+    for start in range(0, r, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        known = slice(0, start + _BLOCK)
+        gram[..., rows, known] = X[..., rows].mT @ X[..., known]
+    return gram
+
+
+def _inverse(L: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, shape (..., r, r), large ones by halves: products are faster."""
+    r = L.shape[-1]
+    if r <= _BLOCK:
+        identity = torch.eye(r, dtype=L.dtype, device=L.device)
+        inverse: Tensor = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
+        return inverse
+    first, second = slice(0, r // 2), slice(r // 2, r)
+    inverse = torch.zeros_like(L)
+    inverse[..., first, first] = _inverse(L[..., first, first])
+    inverse[..., second, second] = _inverse(L[..., second, second])
+    corner = inverse[..., second, second] @ L[..., second, first] @ inverse[..., first, first]
+    inverse[..., second, first] = -corner
+    return inverse
 
 
 def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
@@ -102,19 +130,15 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
         tensor([2.])
     """
     root_A, root_B = damped_inverse_root(A.mT), damped_inverse_root(B)
-    half = grad_B @ root_A.mT.to(B.dtype)
-    from_B = root_B @ (B.mT @ half).to(root_B.dtype)
-    from_A = root_B @ (grad_A @ A.mT).to(root_B.dtype) @ root_A.mT
-    # The factor 1 / (2 s^2) goes into the small matrices: a pass over an (L, n, r) tensor less.
-    scaled_root_A = root_A / (2 * scaling**2)[:, None, None]
-    direction = half @ scaled_root_A.to(B.dtype)  # G_B K_A⁺ / (2 s^2)
-    direction += B @ (root_B.mT @ from_B @ scaled_root_A).to(B.dtype)
-    # sqrt(w) goes into R_B, not into the norm: at B = 0, R_B is so large that the norm of a penalty would overflow.
+    half, seen_A = grad_B @ root_A.mT, root_B @ grad_A
+    from_B, from_A = root_B @ (B.mT @ half), seen_A @ A.mT @ root_A.mT
+    # sqrt(w) goes into R_B G_A, not into its norm: at B = 0, R_B is so large that the norm of a penalty would overflow.
     agreement = _agreement(from_B, from_A)[:, None, None]
-    beyond_A = _squared_norm((agreement * root_B).to(B.dtype) @ grad_A) - _squared_norm(agreement * from_A)
+    beyond_A = _squared_norm(seen_A.mul_(agreement)) - _squared_norm(agreement * from_A)
     squares = _squared_norm(half) + 3 * _squared_norm(from_B) + beyond_A
-    squared_norm = (squares / (4 * scaling**2)).to(B.dtype)
-    return Ascent(direction, squared_norm)
+    half.baddbmm_(B, root_B.mT @ from_B)  # (I + B K_B⁺ B^T) G_B R_A^T, in place: these are the largest tensors here
+    direction = half @ (root_A / (2 * scaling**2)[:, None, None])
+    return Ascent(direction, squares / (4 * scaling**2))
 
 
 def _agreement(one: Tensor, other: Tensor) -> Tensor:
@@ -149,8 +173,8 @@ def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
         tensor([2.])
     """
     root_A = damped_inverse_root(A.mT)
-    half = grad_B @ root_A.mT.to(grad_B.dtype)
-    direction = half @ (root_A / (scaling**2)[:, None, None]).to(grad_B.dtype)
+    half = grad_B @ root_A.mT
+    direction = half @ (root_A / (scaling**2)[:, None, None])
     return Ascent(direction, _squared_norm(half) / scaling**2)
 
 

@@ -20,8 +20,8 @@ from lightning_flatlora.functional import (
 )
 from lightning_flatlora.pairs import LoRAPair
 
-_LARGEST_STACK = 2**22
-"""Elements of a stacked factor in one computation (16 MB of float32): bounds the temporaries of a large model."""
+_LARGEST_STACK = 2**21
+"""Elements of a stacked factor in one computation (8 MB of float32): bounds the temporaries of a large model."""
 
 
 class FreshPerturbation(NamedTuple):

@@ -83,16 +83,47 @@ def test_zero_factors_give_zeros_not_nan(dtype: torch.dtype) -> None:
     assert (nothing.direction == 0).all()
 
 
-def test_the_damped_inverse_is_its_definition_and_tends_to_the_pseudo_inverse() -> None:
-    X = torch.randn(3, N, R, dtype=torch.float64)
+@pytest.mark.parametrize("rank", [1, R, 64, 65, 150, 256])
+def test_the_damped_inverse_is_its_definition_and_tends_to_the_pseudo_inverse(rank: int) -> None:
+    """Large ranks go through it in blocks, of which the last one may be smaller."""
+    X = torch.randn(3, 3 * rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     K = X.mT @ X
     trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     root = damped_inverse_root(X)
+    assert root.equal(root.tril())
     inverse = root.mT @ root
-    expected = torch.linalg.inv(K + DAMPING * trace * torch.eye(R, dtype=torch.float64))
+    expected = torch.linalg.inv(K + DAMPING * trace * torch.eye(rank, dtype=torch.float64))
     assert relative_error(inverse, expected) < 1e-12
-    assert relative_error(inverse, torch.linalg.pinv(K)) < 1e-3
-    assert torch.isfinite(damped_inverse_root(torch.zeros(N, R)).float()).all()
+    assert relative_error(inverse, torch.linalg.pinv(K)) < 5e-3
+    assert relative_error(damped_inverse_root(X.float()).double(), root) < 1e-6
+    assert torch.isfinite(damped_inverse_root(torch.zeros(3 * rank, rank))).all()
+
+
+@pytest.mark.parametrize("parallel", [1.0, 1e-2, 1e-8])
+def test_float32_is_as_good_at_a_rank_that_goes_in_blocks(parallel: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rank, n, m = 150, 320, 256
+    A, B, G = (torch.randn(*shape, generator=generator).double() for shape in ((rank, m), (n, rank), (n, m)))
+    B = B[:, :1] + parallel * B
+    narrow = [tensor.float() for tensor in (A, B, S * B.T @ G, S * G @ A.T)]
+    exact = ascent_average(*batch(*(t.double() for t in narrow)), scaling())
+    ours = ascent_average(*batch(*narrow), scaling(torch.float32))
+    assert relative_error(ours.direction, exact.direction) < 1e-5
+    assert relative_error(ours.squared_norm, exact.squared_norm) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6, 1e12])
+def test_float32_is_as_good_for_tiny_and_huge_gradients_and_factors(size: float) -> None:
+    """Of rank 3 in 4 columns; the direction scales with the gradient and against the factors."""
+    A, B, _, _ = factors()
+    B = B[:, :-1] @ torch.randn(R - 1, R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    G = torch.randn(N, M, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for of_B, of_G in ((size, 1.0), (1.0, size)):
+        narrow = [tensor.float() for tensor in (A, of_B * B, S * of_B * of_G * B.T @ G, S * of_G * G @ A.T)]
+        exact = ascent_average(*batch(*(t.double() for t in narrow)), scaling())
+        ours = ascent_average(*batch(*narrow), scaling(torch.float32))
+        assert relative_error(ours.direction, exact.direction) < 1e-5
+        assert relative_error(ours.squared_norm, exact.squared_norm) < 1e-5
 
 
 def test_a_batch_of_layers_is_the_layers_one_by_one() -> None:
