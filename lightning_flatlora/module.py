@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.horizon import takes_no_step
 from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.two_passes import (
     ends_window,
@@ -87,10 +88,12 @@ class FMLoRASteps(_Base):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
+        if takes_no_step(self.trainer):
+            return _detached(self.compute_loss(batch, batch_idx))
         optimizer = self._optimizer()
         if batch_idx % self.accumulate_grad_batches == 0:
             optimizer.zero_grad()
-            self._driver.open_window()
+            self._driver.begin_window(self.trainer, self)
         last = ends_window(self.trainer, batch_idx, self.accumulate_grad_batches)
         self._in_window = not last
         if self._driver.ascends(self.trainer):

@@ -61,10 +61,12 @@ class PairSearch:
     Attributes:
         pairs: in the order of the model's modules.
         left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
+        resting: names of the pairs that could be perturbed, but whose B is not trained now.
     """
 
     pairs: list[LoRAPair]
     left_out: list[str]
+    resting: list[str] = field(default_factory=list)
 
 
 def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
@@ -87,17 +89,36 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
         >>> [(pair.name, pair.B.shape, pair.A.shape) for pair in find_pairs(model).pairs]
         [('base_model.model.0.lora_B.default.weight', torch.Size([3, 2]), torch.Size([2, 4]))]
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    _check_adapter(layers, adapter_name)
+    layers = lora_layers(model)
+    check_adapter(layers, adapter_name)
+    search = search_layers(layers, adapter_name)
+    if not search.pairs:
+        raise NoPairsError(nothing_found(model, layers, adapter_name, search.left_out))
+    return search
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Every peft LoRA layer of a model, with its name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def search_layers(layers: list[tuple[str, LoraLayer]], adapter_name: str | None) -> PairSearch:
+    """What :func:`find_pairs` gives, from the layers themselves; it may be nothing."""
     pairs: dict[int, LoRAPair] = {}
     left_out: dict[str, list[str]] = defaultdict(list)
+    resting: dict[str, None] = {}
     for layer_name, layer in layers:
-        for adapter in [adapter_name] if adapter_name is not None else layer.active_adapters:
+        for adapter in _adapters(layer) if adapter_name is None else [adapter_name]:
+            is_active = adapter in layer.active_adapters
             reason = _why_not(layer, adapter)
             if reason:
-                left_out[f"{_kind(layer).__name__}: {reason}"].append(clean_name(layer_name))
-            elif adapter in layer.lora_B and bare(layer.lora_B[adapter]).weight.requires_grad:
+                if is_active:
+                    left_out[f"{_kind(layer).__name__}: {reason}"].append(clean_name(layer_name))
+            elif adapter in layer.lora_B:
                 new = _pair(layer_name, layer, adapter)
+                if not (is_active and new.B.requires_grad):
+                    resting[new.name] = None
+                    continue
                 pair = pairs.setdefault(id(new.B), new)
                 pair.readers.append(bare(layer.lora_B[adapter]))
                 pair.A_readers.append(bare(layer.lora_A[adapter]))
@@ -105,9 +126,7 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
         left_out[reason].append(pair.name)
         del pairs[id(pair.B)]
     lines = [f"{kind} ({len(names)} in all, first {names[0]})" for kind, names in left_out.items()]
-    if not pairs:
-        raise NoPairsError(_nothing_found(model, layers, adapter_name, lines))
-    return PairSearch(list(pairs.values()), lines)
+    return PairSearch(list(pairs.values()), lines, list(resting))
 
 
 def clean_name(name: str) -> str:
@@ -156,6 +175,8 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
         return f"the variant {type(variant).__name__} does not add exactly s B A"
+    if layer.scaling[adapter] == 0:
+        return "its scaling is 0, so that no perturbation of B moves its weight"
     return _why_not_factors(bare(layer.lora_A[adapter]), bare(layer.lora_B[adapter]))
 
 
@@ -174,27 +195,35 @@ def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair])
     products: dict[int, set[tuple[int, int, float]]] = defaultdict(set)
     for _, layer in layers:
         for adapter in layer.lora_B:
-            A, B = (_factor(factors[adapter]) for factors in (layer.lora_A, layer.lora_B))
+            A, B = factors_of(layer, adapter)
             for factor in (A, B):
                 products[id(factor)].add((id(A), id(B), float(layer.scaling[adapter])))
     reason = "a factor is shared with another pair or scaling, so its gradient is of several products"
     return [(p, reason) for p in pairs.values() if len(products[id(p.A)] | products[id(p.B)]) > 1]
 
 
-def _factor(factor: Any) -> Any:
-    """The parameter of a factor, which AdaLoRA keeps without a module around it."""
-    return getattr(bare(factor), "weight", None) if isinstance(factor, nn.Module) else factor
+def factors_of(layer: LoraLayer, adapter: str) -> list[Any]:
+    """The parameters A and B of an adapter, which AdaLoRA keeps without a module around them."""
+    factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
+    return [getattr(bare(each), "weight", None) if isinstance(each, nn.Module) else each for each in factors]
 
 
-def _check_adapter(layers: Iterable[tuple[str, LoraLayer]], adapter_name: str | None) -> None:
+def check_adapter(
+    layers: Iterable[tuple[str, LoraLayer]], adapter_name: str | None, *, must_be_active: bool = True
+) -> None:
+    """Whether an adapter can be the one to perturb.
+
+    Raises:
+        ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others.
+    """
     known = {adapter for _, layer in layers for adapter in _adapters(layer)}
     if adapter_name is not None and known and adapter_name not in known:
         raise ValueError(f"adapter_name must be None or one of {sorted(known)}, got {adapter_name!r}")
     active = {adapter for _, layer in layers for adapter in layer.active_adapters}
-    if adapter_name is not None and known and adapter_name not in active:
+    if must_be_active and adapter_name is not None and known and adapter_name not in active:
         raise ValueError(
             f"adapter_name={adapter_name!r} is not active, so it would not be trained; active: {sorted(active)}. "
-            "Call the model's set_adapter first"
+            "Call the model's set_adapter first, or leave adapter_name out, which takes the active ones"
         )
 
 
@@ -211,9 +240,10 @@ def _adapters(layer: LoraLayer) -> Iterator[str]:
     yield from layer.lora_embedding_B
 
 
-def _nothing_found(
+def nothing_found(
     model: nn.Module, layers: list[tuple[str, LoraLayer]], adapter_name: str | None, left_out: list[str]
 ) -> str:
+    """Why a model has no pair to perturb, with the LoRA layers and module types that were seen."""
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
     others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
     if not layers and others:
@@ -232,5 +262,8 @@ def _nothing_found(
         lines.append(f"LoRA layers seen: {', '.join(kinds)}; adapter {adapter_name or active}.")
         lines += [f"Left out: {line}." for line in left_out]
         if not left_out:
-            lines.append("Every B is frozen: was the adapter loaded with is_trainable=False, or never activated?")
+            lines.append(
+                "Every B is frozen: was the adapter loaded with is_trainable=False, or never activated? Where it is "
+                "unfrozen later in the fit, let a BaseFinetuning callback do it"
+            )
     return " ".join(lines)

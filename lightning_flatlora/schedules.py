@@ -6,11 +6,19 @@ A schedule is a pure function of the step, the horizon and the learning rate, so
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 
 class RhoSchedule(ABC):
     """rho over time: subclass it and define :meth:`__call__` for a schedule of your own.
+
+    A schedule may be among the hyper-parameters that a module saves (``save_hyperparameters()``), and so in its
+    checkpoints. ``torch.load`` makes objects from a file only where their class is known to it: every subclass of
+    RhoSchedule is, from its definition on. So import the module that defines yours before you load such a file, keep
+    the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts of them; a
+    frozen dataclass is a good form.
 
     Attributes:
         needs_horizon: the schedule spreads over the whole run, so training without an end is refused.
@@ -19,6 +27,10 @@ class RhoSchedule(ABC):
 
     needs_horizon: ClassVar[bool] = False
     needs_learning_rate: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        torch.serialization.add_safe_globals([cls])
 
     @abstractmethod
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:

@@ -84,6 +84,7 @@ class BalancednessRegularization(FlatLoRACallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.follow(trainer, pl_module)
         if not self.holds_pairs(trainer, optimizer):
             return
         alpha = self.current_rho(trainer)
@@ -93,11 +94,11 @@ class BalancednessRegularization(FlatLoRACallback):
 
     @torch.no_grad()
     def _rescale(self, trainer: Trainer, alpha: float) -> None:
-        groups = trainer.optimizers[self._optimizer_index].param_groups
+        groups = trainer.optimizers[self.main.index].param_groups
         strength = {id(p): alpha * group["lr"] for group in groups for p in group["params"]}
         pairs = [pair for pair in self.search.pairs if pair.A.grad is not None and pair.B.grad is not None]
         signs = self._signs([pair.A for pair in pairs], [pair.B for pair in pairs])
-        if watched := watched_parameters(trainer, self._optimizer_index):
+        if watched := watched_parameters(trainer, self.main.index):
             happens = Layout().all_finite(watched, watched[0].device)
             signs = [sign * happens.to(sign.device) for sign in signs]
         for pair, sign in zip(pairs, signs, strict=True):

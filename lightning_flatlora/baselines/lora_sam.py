@@ -57,27 +57,37 @@ class LoRASAM(TwoPasses):
             adapter_name=adapter_name,
             sync_ascent=sync_ascent,
         )
+
+    @override
+    def begin(self) -> None:
+        super().begin()
         self._factors: FactorPerturbation | None = None
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        factors = [factor for pair in self.search.pairs for factor in (pair.A, pair.B)]
-        warn_of_rounding(self, "B", [pair.B for pair in self.search.pairs])
-        self._factors = FactorPerturbation(self.search.pairs, layout_of(trainer.strategy.model, factors))
-        self._factors.install()
+        pairs = self.main.pairs
+        self._leave()
+        if pairs:
+            if not self._is_training:
+                warn_of_rounding(self, "B", [pair.B for pair in pairs])
+            factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+            self._factors = FactorPerturbation(pairs, layout_of(trainer.strategy.model, factors))
+            self._factors.install()
 
     @override
     def uninstall(self) -> None:
+        self._leave()
+        super().uninstall()
+
+    def _leave(self) -> None:
         if self._factors is not None:
             self._factors.uninstall()
             self._factors = None
-        super().uninstall()
 
     @property
     @override
     def ascending(self) -> list[nn.Parameter]:
-        assert self._factors is not None
-        return self._factors.factors
+        return self._factors.factors if self._factors is not None else []
 
     @override
     def ascend(self, rho: float) -> None:

@@ -48,6 +48,10 @@ class RandomPerturbation(OnePass):
         problems = [] if is_seed(seed) else [f"seed must be an integer >= 0, got {seed!r}"]
         super().__init__(sigma, adapter_name=adapter_name, more_problems=problems)
         self.seed = seed
+
+    @override
+    def begin(self) -> None:
+        super().begin()
         self.noise: WeightNoise | None = None
 
     @override
@@ -59,15 +63,23 @@ class RandomPerturbation(OnePass):
         if problems := super().find(trainer, pl_module):
             return problems
         try:
-            self.noise = WeightNoise(pl_module, self.adapter_name)
+            self.install(trainer, pl_module)
         except (NoPairsError, ValueError) as error:
             return [str(error)]
-        self.search = PairSearch(self.search.pairs, self.noise.left_out)
         return []
 
     @override
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put noise on the layers of the pairs that are trained now; none where none is."""
+        self.off()
+        self.noise = None
+        if any(pair.B.requires_grad for pair in self.main.pairs):
+            self.noise = WeightNoise(pl_module, self.adapter_name)
+            self.search = PairSearch(self.search.pairs, self.noise.left_out)
+
+    @override
     def perturbs(self, trainer: Trainer) -> bool:
-        return self.current_rho(trainer) > 0
+        return self.noise is not None and self.current_rho(trainer) > 0
 
     @override
     def on(self, trainer: Trainer) -> None:

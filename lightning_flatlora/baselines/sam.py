@@ -54,6 +54,10 @@ class SAM(TwoPasses):
         sync_ascent: bool = True,
     ) -> None:
         super().__init__(rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent)
+
+    @override
+    def begin(self) -> None:
+        super().begin()
         self._trained: list[nn.Parameter] = []
         self._moves: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -65,7 +69,7 @@ class SAM(TwoPasses):
         self._trained = [p for group in groups for p in group["params"] if p.requires_grad]
         if not self._trained:
             return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
-        return self._rate_problems(trainer)
+        return self.rate_problems(trainer)
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:

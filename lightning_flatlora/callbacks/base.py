@@ -1,36 +1,35 @@
 """What all methods share, baselines too: settings, the start, the step count, the end, and the state."""
 
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.checks import message, strategy_problems, value_problems, wrapping_problems
-from lightning_flatlora.callbacks.two_passes import nothing
+from lightning_flatlora.callbacks.courses import Course
+from lightning_flatlora.callbacks.finds_pairs import FindsPairs, callbacks_of
+from lightning_flatlora.callbacks.hidden_steps import refuse_hidden_steps
+from lightning_flatlora.callbacks.horizon import horizon_problems, no_end, optimizer_steps
 from lightning_flatlora.callbacks.value_clipping import skip_clipping_without_gradients
+from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
-from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
-from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
-class FlatLoRACallback(Callback):
+class FlatLoRACallback(FindsPairs):
     """Base of the callbacks that train LoRA pairs in a way of their own: it knows the pairs and the step, they the way.
 
     Attributes:
         rho: the size that may change over the run, which some methods call otherwise.
         size_name: what the method calls it.
-        search: the pairs, and what was left out, when training starts.
-        perturbation: of B, for the methods that keep one; it stays after the end, for checkpoints.
-        step: optimizer steps taken in this fit, from 0; steps that a loss scaler skipped count.
         is_module_driver: whether it drives an FMLoRAModule, which then takes the passes itself.
         window: batches of an optimizer step where an FMLoRAModule accumulates them; None where the Trainer does.
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
@@ -60,44 +59,67 @@ class FlatLoRACallback(Callback):
         self.start_step = start_step
         self.every_n_steps = every_n_steps
         self.adapter_name = adapter_name
-        self.search = PairSearch([], [])
-        self.perturbation: Perturbation | None = None
-        self.step = 0
+        self._is_alone: bool | None = None
+        self._last_trainer: weakref.ref[Trainer] | None = None
+        self.begin()
+
+    @override
+    def begin(self) -> None:
+        super().begin()
         self._horizon = math.inf
-        self._optimizer_index = 0
-        self._initial_lr: float | None = None
         self._loaded: dict[str, Any] | None = None
         self._is_training = False
-        self._put_back_clipping: Callable[[], None] = nothing
+        self._running = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings and state: a copy or pickle that is made in the middle of a fit has no part in that fit."""
+        blank = object.__new__(type(self))
+        blank.__dict__.update(self.__dict__)
+        blank.begin()
+        blank._loaded, blank._last_trainer = self.state_dict(), None
+        return without_logging(blank)
 
     # -- the start: everything that is wrong, in one message, before anything is touched
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # a fit is a new run of the method, as of the optimizer; a checkpoint is loaded after this
-            self.uninstall()
-            self.search, self.perturbation = PairSearch([], []), None
-            self.step, self._initial_lr, self._loaded = 0, None, None
-            if problems := wrapping_problems(trainer):
-                raise MisconfigurationException(message(self, problems))
+        self._is_alone = not any(type(other) is type(self) and other is not self for other in callbacks_of(trainer))
+        if stage != "fit":
+            return
+        self.uninstall()
+        before = self.courses
+        self.begin()
+        if self._goes_on(trainer):  # the optimizers are new, and Ê with them; the count is not
+            self.courses = [Course(each.index, each.step, each.initial_lr) for each in before]
+        if problems := wrapping_problems(trainer):
+            raise MisconfigurationException(message(self, problems))
+
+    def _goes_on(self, trainer: Trainer) -> bool:
+        """Whether this fit goes on where the last one of the same Trainer ended; a checkpoint brings its own count."""
+        last = self._last_trainer() if self._last_trainer else None
+        return last is trainer and trainer.global_step > 0 and trainer.ckpt_path is None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        known = {course.index: course for course in self.courses}
+        self.courses = [known.get(i, Course(i)) for i in range(max(len(trainer.optimizers), 1))]
+        self._is_sharded = is_sharded(trainer.strategy.model)
         problems = self.configuration_problems(trainer, pl_module)
         problems += self.find(trainer, pl_module)
         if self._lacks_horizon:
-            problems += self._horizon_problems(trainer, pl_module)
+            problems += horizon_problems(self._sized, trainer, pl_module, bool(module_drivers(trainer)))
         if problems:
             raise MisconfigurationException(message(self, problems))
         if self.search.left_out:
             rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(self.search.left_out))
         self.install(trainer, pl_module)
+        self._running.push(refuse_hidden_steps(trainer, trainer.optimizers, lambda o: self.refuse_step(trainer, o)))
         if is_lightning(trainer.strategy, FSDPStrategy):
-            self._put_back_clipping = skip_clipping_without_gradients(trainer)
+            self._running.callback(skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What about the trainer and its other callbacks can't work, one line each; subclasses add theirs."""
-        problems = strategy_problems(trainer, _window(trainer), self.sync_ascent, self.works_sharded)
+        problems = strategy_problems(trainer, window_of(trainer), self.sync_ascent, self.works_sharded)
         others = [
             type(callback).__name__
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -113,51 +135,22 @@ class FlatLoRACallback(Callback):
         """Whether another of these callbacks may run in the same trainer."""
         return False
 
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Find what the method is about, and say what can't work with it, one line each."""
-        try:
-            self.search = find_pairs(pl_module, self.adapter_name)
-        except (NoPairsError, ValueError) as error:
-            return [str(error)]
-        return self._optimizer_problems(trainer) + self._rate_problems(trainer)
-
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make ready what was found, after all checks and before the first step."""
-
-    def _optimizer_problems(self, trainer: Trainer) -> list[str]:
-        """The pairs must be learnt by one optimizer."""
-        owners = [
-            {id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers
-        ]
-        factors = [p for pair in self.search.pairs for p in (pair.A, pair.B) if p.requires_grad]
-        used = {tuple(i for i, owner in enumerate(owners) if id(p) in owner) for p in factors}
-        problems = []
-        if () in used:
-            orphans = [pair.name for pair in self.search.pairs if not any(id(pair.B) in owner for owner in owners)]
-            example = f", as {orphans[0]}" if orphans else ""
-            problems.append(f"trainable LoRA factors are in no optimizer{example}: give them to it, or freeze them")
-        elif len(used) > 1 or any(len(where) > 1 for where in used):
-            problems.append(
-                f"the pairs are spread over optimizers {sorted({i for where in used for i in where})}: "
-                "one optimizer must hold A and B of all of them"
-            )
-        self._optimizer_index = min((i for where in used for i in where), default=0)
-        return problems
-
-    def _rate_problems(self, trainer: Trainer) -> list[str]:
+    @override
+    def rate_problems(self, trainer: Trainer) -> list[str]:
         """A size that follows the learning rate needs one, known to the host."""
-        groups = self._groups(trainer) if self.rho.needs_learning_rate else []
         problems = []
-        if any(isinstance(group["lr"], Tensor) for group in groups):
-            problems.append(
-                f"{self._sized} follows the learning rate, a tensor here: reading it would make the host wait. "
-                "Give the optimizer a float, or choose another schedule"
-            )
-        if len(groups) > 1:
-            problems.append(
-                f"{self._sized} follows the learning rate, but what it moves is in several parameter groups: "
-                "put it into one, or choose another schedule"
-            )
+        for course in self.courses if self.rho.needs_learning_rate else []:
+            groups = self._groups(trainer, course)
+            if any(isinstance(group["lr"], Tensor) for group in groups):
+                problems.append(
+                    f"{self._sized} follows the learning rate, a tensor here: reading it would make the host wait. "
+                    "Give the optimizer a float, or choose another schedule"
+                )
+            if len(groups) > 1:
+                problems.append(
+                    f"{self._sized} follows the learning rate, but what it moves is in several parameter groups: "
+                    "put it into one, or choose another schedule"
+                )
         return problems
 
     @property
@@ -169,58 +162,48 @@ class FlatLoRACallback(Callback):
     def _sized(self) -> str:
         return f"{self.size_name}={self.rho}"
 
-    def _groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+    def _groups(self, trainer: Trainer, course: Course) -> list[dict[str, Any]]:
         followed = {id(p) for p in self.followed}
-        groups = trainer.optimizers[self._optimizer_index].param_groups if trainer.optimizers else []
+        groups = trainer.optimizers[course.index].param_groups if trainer.optimizers else []
         return [group for group in groups if any(id(p) in followed for p in group["params"])]
 
     @property
     def _lacks_horizon(self) -> bool:
         return self.rho.needs_horizon and getattr(self.rho, "total_steps", None) is None
 
-    def _horizon_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Why the number of optimizer steps can't be foretold, as far as is known before the loaders are set up."""
-        if trainer.max_steps == -1 and trainer.max_epochs == -1:
-            return [self._no_end()]
-        own_steps = not pl_module.automatic_optimization and not module_drivers(trainer)
-        changing = any(is_lightning(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if own_steps or changing:
-            cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
-            return [f"{self._sized} spreads over the run, whose steps are not known as {cause}: set its total_steps"]
-        return []
-
-    def _no_end(self) -> str:
-        return (
-            f"{self._sized} spreads over the whole run, and this run has no end: "
-            "set its total_steps, or the Trainer's max_steps, or max_epochs with a loader of known length"
-        )
-
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._horizon = _optimizer_steps(trainer)
+        self._horizon = optimizer_steps(trainer, window_of(trainer))
         if self._lacks_horizon and math.isinf(self._horizon):
-            raise MisconfigurationException(message(self, [self._no_end()]))
+            raise MisconfigurationException(message(self, [no_end(self._sized)]))
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
             self._restore(loaded)
         self._is_training = True
+        self._last_trainer = weakref.ref(trainer)
 
     # -- which steps, which rho
 
     @property
     def is_refresh_step(self) -> bool:
-        """Whether the coming optimizer step takes a fresh perturbation."""
-        return self.step >= self.start_step and (self.step - self.start_step) % self.every_n_steps == 0
+        """Whether the coming step of the main course takes a fresh perturbation."""
+        return self.refreshes(self.main)
 
-    def current_rho(self, trainer: Trainer) -> float:
-        """The size (rho, or what the method calls it) of the coming optimizer step."""
-        if not self.rho.needs_learning_rate:
-            return self._checked(self.rho(self.step, self._horizon))
-        group = self._groups(trainer)[0]
-        if not self._initial_lr:  # a warm-up written by hand may start at 0
-            self._initial_lr = float(group.get("initial_lr", group["lr"]))
-        share = group["lr"] / self._initial_lr if self._initial_lr else 0.0
-        return self._checked(self.rho(self.step, self._horizon, share))
+    def refreshes(self, course: Course) -> bool:
+        """Whether the coming step of a course takes a fresh perturbation."""
+        return course.step >= self.start_step and (course.step - self.start_step) % self.every_n_steps == 0
+
+    def current_rho(self, trainer: Trainer, course: Course | None = None) -> float:
+        """The size (rho, or what the method calls it) of the coming step of a course; None takes the main one."""
+        course = course or self.main
+        groups = self._groups(trainer, course) if self.rho.needs_learning_rate else []
+        if not groups:
+            return self._checked(self.rho(course.step, self._horizon))
+        group = groups[0]
+        if not course.initial_lr:  # a warm-up written by hand may start at 0
+            course.initial_lr = float(group.get("initial_lr", group["lr"]))
+        share = group["lr"] / course.initial_lr if course.initial_lr else 0.0
+        return self._checked(self.rho(course.step, self._horizon, share))
 
     def _checked(self, rho: float) -> float:
         if not 0 <= rho < math.inf:  # a schedule of the user's own
@@ -229,18 +212,12 @@ class FlatLoRACallback(Callback):
             )
         return rho
 
-    def holds_pairs(self, trainer: Trainer, optimizer: Any) -> bool:
-        """Whether an optimizer, as a hook is given it, is the one that learns the pairs."""
-        if is_lightning(optimizer, LightningOptimizer):  # others that keep one inside are themselves what is stepped
-            optimizer = optimizer.optimizer
-        return optimizer is trainer.optimizers[self._optimizer_index]
-
     # -- the end
 
     def uninstall(self) -> None:
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
         self._is_training = False
-        self._put_back_clipping()
+        self._running.close()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -256,11 +233,23 @@ class FlatLoRACallback(Callback):
 
     # -- the state
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """The class's name; with the adapter's where callbacks of one class share a Trainer, an adapter each."""
+        if self.adapter_name is None or self._is_alone:
+            return type(self).__qualname__
+        return self._generate_state_key(adapter_name=self.adapter_name)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._loaded is not None:
             return self._loaded
-        return {"step": self.step, "initial_lr": self._initial_lr, "settings": self.settings()}
+        several = len(self.courses) > 1
+        state = self.main.state_dict(self._keeps_perturbation and not several) | {"settings": self.settings()}
+        if several:
+            state["optimizers"] = [course.state_dict(self._keeps_perturbation) for course in self.courses]
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,6 +262,11 @@ class FlatLoRACallback(Callback):
         """What a resumed run must not change, as arguments by name."""
         return {}
 
+    @property
+    def _keeps_perturbation(self) -> bool:
+        """Whether a resumed run needs the perturbation."""
+        return False
+
     def _restore(self, state: dict[str, Any]) -> None:
         problems = [
             f"{name} must be {state['settings'][name]!r} as in the checkpoint, got {value!r}: "
@@ -282,8 +276,16 @@ class FlatLoRACallback(Callback):
         ]
         if problems:
             raise MisconfigurationException(message(self, problems))
-        self.step = state["step"]
-        self._initial_lr = state["initial_lr"]
+        resting = self._watch.resting if self._watch is not None else []
+        states = state.get("optimizers", [])
+        try:
+            if len(states) == len(self.courses):
+                for course, each in zip(self.courses, states, strict=True):
+                    course.load_state_dict(each, resting)
+            else:
+                self.main.load_state_dict(state, resting)
+        except ValueError as error:
+            raise MisconfigurationException(message(self, [str(error)])) from error
 
 
 def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parameter]:
@@ -293,7 +295,7 @@ def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parame
     return [p for group in trainer.optimizers[optimizer_index].param_groups for p in group["params"]]
 
 
-def _window(trainer: Trainer) -> int:
+def window_of(trainer: Trainer) -> int:
     """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
     return next((driver.window for driver in module_drivers(trainer) if driver.window), trainer.accumulate_grad_batches)
 
@@ -304,13 +306,6 @@ def module_drivers(trainer: Trainer) -> list[FlatLoRACallback]:
     return [callback for callback in callbacks if isinstance(callback, FlatLoRACallback) and callback.is_module_driver]
 
 
-def _optimizer_steps(trainer: Trainer) -> float:
-    """Optimizer steps of the whole run, infinite where nothing ends it or a loader does not know its length.
-
-    Not ``trainer.estimated_stepping_batches``: before training it sets the loaders up too early for a resumed one to
-    take its state, and under manual optimization it counts batches.
-    """
-    steps = math.inf
-    if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
-        steps = math.ceil(trainer.num_training_batches / _window(trainer)) * max(trainer.max_epochs or 1, 1)
-    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+def without_logging(callback: Callback) -> dict[str, Any]:
+    """A callback's attributes without the methods that Lightning lends it for a fit, which hold the whole module."""
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}

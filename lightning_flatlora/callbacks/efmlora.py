@@ -4,9 +4,11 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback, module_drivers, watched_parameters
+from lightning_flatlora.callbacks.courses import Course
 from lightning_flatlora.callbacks.one_pass import OnePass
 from lightning_flatlora.callbacks.perturbs_b import PerturbsB
 from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -38,6 +40,7 @@ class EFMLoRA(OnePass, PerturbsB):
     """
 
     averages = True
+    takes_several_optimizers = True
 
     def __init__(
         self,
@@ -59,11 +62,17 @@ class EFMLoRA(OnePass, PerturbsB):
             adapter_name=adapter_name,
             beta=beta,
         )
+
+    @override
+    def begin(self) -> None:
+        super().begin()
         self._module_ascends = False
 
     @override
     def works_beside(self, other: FlatLoRACallback) -> bool:
-        return other.is_module_driver
+        """An FMLoRAModule, whose passes it schedules, or another EFMLoRA with an adapter of its own."""
+        names = {self.adapter_name, other.adapter_name}
+        return other.is_module_driver or (isinstance(other, EFMLoRA) and None not in names and len(names) == 2)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,26 +81,40 @@ class EFMLoRA(OnePass, PerturbsB):
 
     @override
     def perturbs(self, trainer: Trainer) -> bool:
-        assert self.perturbation is not None
-        return self.perturbation.started and not self._module_ascends
+        return bool(self._perturbed()) and not self._module_ascends
+
+    def _perturbed(self) -> list[Perturbation]:
+        """Those of the optimizers whose pairs have an average and are trained now."""
+        perturbations = [course.perturbation for course in self.courses]
+        return [each for each in perturbations if each is not None and each.started and each.learns]
 
     @override
     def on(self, trainer: Trainer) -> None:
-        assert self.perturbation is not None
-        self.perturbation.on()
+        for perturbation in self._perturbed():
+            perturbation.on()
 
     @override
     def off(self) -> None:
-        if self.perturbation is not None:
-            self.perturbation.off()
+        for course in self.courses:
+            if course.perturbation is not None:
+                course.perturbation.off()
 
     @override
-    def before_optimizer_step(self, trainer: Trainer) -> None:
+    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, course: Course) -> None:
         """Ê from the gradient that this step is about to use, taken at B + Ê."""
-        assert self.perturbation is not None
-        if self._module_ascends or not self.is_refresh_step or not self.perturbation.has_gradient:
-            return  # without a gradient the batch was skipped: there is no E_t
-        rho = self.current_rho(trainer)
-        watched = watched_parameters(trainer, self._optimizer_index)
-        fresh = self.perturbation.ascend(rho, at_perturbed=True, also_finite=watched)
-        self.perturbation.average(fresh, self.beta)
+        perturbation = course.perturbation
+        if perturbation is None or self._module_ascends:
+            return
+        if not perturbation.has_gradient:
+            groups = trainer.optimizers[course.index].param_groups
+            if any(p.grad is not None for group in groups for p in group["params"]):
+                perturbation.forget_missing()
+            return  # a step without any gradient is of batches that were skipped: there is no E_t
+        perturbation.forget_missing()
+        if not self.refreshes(course):
+            return
+        self.follow_scaling(trainer, pl_module)
+        rho = self.current_rho(trainer, course)
+        watched = watched_parameters(trainer, course.index)
+        fresh = perturbation.ascend(rho, at_perturbed=True, also_finite=watched)
+        perturbation.average(fresh, self.beta)

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback
+from lightning_flatlora.callbacks.base import FlatLoRACallback, without_logging
 from lightning_flatlora.callbacks.checks import foreign_problems, message
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.fmlora import FMLoRA
@@ -102,12 +102,23 @@ class FlatnessMonitor(Callback):
         self.per_layer = per_layer
         self.sigma = sigma
         self.samples = samples
+        self.begin()
+
+    def begin(self) -> None:
+        """Set all that belongs to one fit to what it is before the fit."""
         self._held: HeldBatches | None = None
         self._step: Callable[..., Any] | None = None
         self._perturbation: Perturbation | None = None
         self._noise: WeightNoise | None = None
         self._measured_at = 0
         self._measured = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings: a copy or pickle that is made in the middle of a fit has no part in that fit."""
+        blank = object.__new__(type(self))
+        blank.__dict__.update(self.__dict__)
+        blank.begin()
+        return without_logging(blank)
 
     # -- the start
 
@@ -171,7 +182,7 @@ class FlatnessMonitor(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._held, self._step, self._perturbation, self._noise = None, None, None, None
+        self.begin()
 
     def _count(self, trainer: Trainer) -> int:
         """How many steps or epochs training is old, whichever measurements go by."""

@@ -63,7 +63,7 @@ class FMLoRA(TwoPasses, PerturbsB):
     @property
     @override
     def ascending(self) -> list[nn.Parameter]:
-        return [p for pair in self.search.pairs for p in (pair.A, pair.B) if p.requires_grad]
+        return [p for pair in self.main.pairs for p in (pair.A, pair.B) if p.requires_grad]
 
     @override
     def ascend(self, rho: float) -> None:

@@ -9,12 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters
+from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters, window_of
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.manual_schedulers import ManualSchedulers
 from lightning_flatlora.callbacks.perturbs_b import PerturbsB
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.perturbation import FreshPerturbation
+from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 
 
 class FMLoRAModuleDriver(PerturbsB):
@@ -29,6 +29,10 @@ class FMLoRAModuleDriver(PerturbsB):
         super().__init__(*args, **kwargs)
         self.window = window
         self.sync_ascent = sync_ascent
+
+    @override
+    def begin(self) -> None:
+        super().begin()
         self.parameters: list[nn.Parameter] = []
         self._scheduler: EFMLoRA | None = None
         self._fresh: FreshPerturbation | None = None
@@ -36,6 +40,12 @@ class FMLoRAModuleDriver(PerturbsB):
         self._ascents = 0
         self._is_set_up = False
         self.schedulers = ManualSchedulers()
+
+    @property
+    @override
+    def perturbation(self) -> Perturbation | None:
+        """EFMLoRA's, beside one: it may come later than this, or not before pairs do."""
+        return super().perturbation if self._scheduler is None else self._scheduler.perturbation
 
     @override
     def works_beside(self, other: FlatLoRACallback) -> bool:
@@ -46,8 +56,13 @@ class FMLoRAModuleDriver(PerturbsB):
         problems = super().configuration_problems(trainer, pl_module)
         problems += self.schedulers.take_over(trainer)
         if len(trainer.optimizers) != 1:
-            problems.append(f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}")
+            problems.append(
+                f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}: for several, use "
+                "manual optimization and the EFMLoRA callback"
+            )
         scheduler = _scheduler_of(trainer)
+        if sum(isinstance(callback, EFMLoRA) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            problems.append("one EFMLoRA can schedule the module's passes: keep one")
         for name in ("rho", "estimator", "norm_scope", "adapter_name") if scheduler else ():
             if getattr(self, name) != getattr(scheduler, name):
                 problems.append(
@@ -79,12 +94,9 @@ class FMLoRAModuleDriver(PerturbsB):
         self._scheduler = _scheduler_of(trainer)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if self._scheduler is not None:  # not earlier: it may come after this one in the list of callbacks
-            assert self.perturbation is not None
-            self.perturbation.uninstall()
-            self.perturbation = self._scheduler.perturbation
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _scheduler_of(trainer) is None:  # else the perturbation is that one's
+            super().install(trainer, pl_module)
 
     @override
     def uninstall(self) -> None:
@@ -102,11 +114,17 @@ class FMLoRAModuleDriver(PerturbsB):
         source = self._scheduler or self
         if source not in trainer.callbacks:  # type: ignore[attr-defined]
             return False
-        if not source.is_refresh_step:
+        if self.perturbation is None or not source.is_refresh_step:
             return False
         # With rho = 0 the step is plain, unless there is an average that a zero perturbation has to move.
-        started = self._scheduler is not None and self.perturbation is not None and self.perturbation.started
+        started = self._scheduler is not None and self.perturbation.started
         return started or source.current_rho(trainer) > 0
+
+    def begin_window(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over what has changed about the model, and forget what a window that was cut short has left."""
+        if not self._is_sharded:  # else it was done before the forward, inside which other parameters are shown
+            self.follow(trainer, pl_module)
+        self.open_window()
 
     def open_window(self) -> None:
         """Forget what a window that was cut short has left."""
@@ -162,11 +180,14 @@ class FMLoRAModuleDriver(PerturbsB):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self.schedulers.step_waiting(trainer)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.schedulers.step_waiting(trainer)
+        if self._is_sharded and batch_idx % window_of(trainer) == 0:
+            self.follow(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback
+from lightning_flatlora.callbacks.base import FlatLoRACallback, window_of
+from lightning_flatlora.callbacks.courses import Course
+from lightning_flatlora.callbacks.horizon import takes_no_step
 from lightning_flatlora.callbacks.two_passes import at_training_step, nothing
 
 
@@ -20,8 +22,9 @@ class OnePass(FlatLoRACallback):
     step. Subclasses say what is switched on and off.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    @override
+    def begin(self) -> None:
+        super().begin()
         self._cancel: Callable[[], None] = nothing
 
     @abstractmethod
@@ -36,13 +39,24 @@ class OnePass(FlatLoRACallback):
     def off(self) -> None:
         """Let it see the clean ones."""
 
-    def before_optimizer_step(self, trainer: Trainer) -> None:
-        """What the gradients of the coming optimizer step are needed for, before it is counted."""
+    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, course: Course) -> None:
+        """What the gradients of a course's coming step are needed for, before it is counted."""
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.perturbs(trainer):
-            self._cancel = at_training_step(pl_module, lambda: self.on(trainer))  # no other hook before it sees them
+        if takes_no_step(trainer):
+            return
+        begins_window = batch_idx % window_of(trainer) == 0
+        if begins_window and self._is_sharded:  # inside its forward a sharded model shows other parameters
+            self.follow(trainer, pl_module)
+
+        def begin_pass() -> None:
+            if begins_window and not self._is_sharded:
+                self.follow(trainer, pl_module)
+            if self.perturbs(trainer):
+                self.on(trainer)
+
+        self._cancel = at_training_step(pl_module, begin_pass)  # after every hook that may change the model
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,10 +65,12 @@ class OnePass(FlatLoRACallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self.holds_pairs(trainer, optimizer):
+        course = self.course_of(trainer, optimizer)
+        if course is None:
             return
-        self.before_optimizer_step(trainer)
-        self.step += 1
+        if course.pairs:
+            self.before_optimizer_step(trainer, pl_module, course)
+        course.step += 1
         if pl_module.automatic_optimization:
             self._end_pass()
         elif self.perturbs(trainer):
@@ -74,7 +90,8 @@ class OnePass(FlatLoRACallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_pass()
-        if self.step == 0 and not pl_module.automatic_optimization:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.step == 0 and self.main.pairs and not pl_module.automatic_optimization:
             rank_zero_warn(
                 f"{type(self).__name__} saw no optimizer step in this epoch, so nothing was perturbed: step the "
                 "optimizer that self.optimizers() gives, not the one inside it"

@@ -7,10 +7,9 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback
-from lightning_flatlora.callbacks.checks import message, perturbation_problems, warn_of_rounding
+from lightning_flatlora.callbacks.checks import perturbation_problems, warn_of_rounding
 from lightning_flatlora.distributed import layout_of
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 
@@ -42,35 +41,39 @@ class PerturbsB(FlatLoRACallback):
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pairs = self.search.pairs
-        warn_of_rounding(self, "B", [pair.B for pair in pairs])
-        layout = layout_of(trainer.strategy.model, [factor for pair in pairs for factor in (pair.A, pair.B)])
-        self.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, layout)
-        self.perturbation.install()
+        """Give each optimizer's pairs a perturbation, or let the one that they have follow the pairs."""
+        for course in self.courses:
+            pairs, perturbation = course.pairs, course.perturbation
+            if not pairs:
+                if perturbation is not None:
+                    perturbation.uninstall()
+                course.perturbation = None
+                continue
+            layout = layout_of(trainer.strategy.model, [factor for pair in pairs for factor in (pair.A, pair.B)])
+            if perturbation is not None:
+                perturbation.follow(pairs, layout)
+                continue
+            warn_of_rounding(self, "B", [pair.B for pair in pairs])
+            course.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, layout)
+            course.perturbation.install()
+            if course.awaited is not None:
+                resting = set(course.awaited["E"]) - {pair.name for pair in pairs}
+                course.perturbation.load_state_dict(course.awaited, resting)
+                course.awaited = None
 
     @override
     def uninstall(self) -> None:
         """Give the layers their own classes back; the perturbation stays for checkpoints."""
-        if self.perturbation is not None:
-            self.perturbation.uninstall()
+        for course in self.courses:
+            if course.perturbation is not None:
+                course.perturbation.uninstall()
         super().uninstall()
 
     @override
     def settings(self) -> dict[str, Any]:
         return {"estimator": self.estimator, "norm_scope": self.norm_scope}
 
+    @property
     @override
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.perturbation is not None and self.averages and self._loaded is None:
-            state["perturbation"] = self.perturbation.state_dict()
-        return state
-
-    @override
-    def _restore(self, state: dict[str, Any]) -> None:
-        super()._restore(state)
-        if self.perturbation is not None and "perturbation" in state:
-            try:
-                self.perturbation.load_state_dict(state["perturbation"])
-            except ValueError as error:
-                raise MisconfigurationException(message(self, [str(error)])) from error
+    def _keeps_perturbation(self) -> bool:
+        return self.averages

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback, module_drivers
+from lightning_flatlora.callbacks.horizon import takes_no_step
 from lightning_flatlora.callbacks.two_passes import (
     at_training_step,
     ends_window,
@@ -44,6 +45,10 @@ class TwoPasses(FlatLoRACallback):
     def __init__(self, rho: float | RhoSchedule, *, sync_ascent: bool = True, **settings: Any) -> None:
         super().__init__(rho, **settings)
         self.sync_ascent = sync_ascent
+
+    @override
+    def begin(self) -> None:
+        super().begin()
         self._parameters: list[nn.Parameter] = []
         self._kept_local = ExitStack()
         self._waiting = ExitStack()
@@ -86,10 +91,14 @@ class TwoPasses(FlatLoRACallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._forget_batch()  # of a batch that the module's on_train_batch_start has called off
+        if takes_no_step(trainer):
+            return
+        if self._is_sharded:  # inside its forward a sharded model shows other parameters
+            self.follow(trainer, pl_module)
         if self.is_refresh_step and self.current_rho(trainer) > 0:
             takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
             self._step_arguments = (batch, batch_idx) if takes_index else (batch,)
-            self._waiting.callback(at_training_step(pl_module, lambda: self._remember_step(pl_module)))
+            self._waiting.callback(at_training_step(pl_module, lambda: self._begin_passes(trainer, pl_module)))
             two_passes = functools.partial(self._two_passes, trainer, pl_module)
             self._waiting.callback(put_on_instance(trainer.strategy, "backward", two_passes))
             if self._stays_local(trainer) and ends_window(trainer, batch_idx, trainer.accumulate_grad_batches):
@@ -100,6 +109,9 @@ class TwoPasses(FlatLoRACallback):
     ) -> Tensor:
         """In place of the strategy's backward: the ascent's, and when all its hooks are through, the descent."""
         self._waiting.close()
+        if not self.ascending:  # nothing that it perturbs is trained yet
+            self._kept_local.close()
+            return trainer.strategy.backward(loss, *args, **kwargs)
         # Here and no earlier: Lightning clears the gradients of the last step after the forward pass.
         taken = take_gradients(self._parameters)
         loss = trainer.strategy.backward(loss, *args, **kwargs)
@@ -134,13 +146,16 @@ class TwoPasses(FlatLoRACallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget_batch()
+        super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._forget_batch()
 
-    def _remember_step(self, pl_module: LightningModule) -> None:
+    def _begin_passes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_sharded:
+            self.follow(trainer, pl_module)
         self._step_arguments = own_containers(self._step_arguments)
         self._put_back_random_state = random_state(pl_module.device)
 

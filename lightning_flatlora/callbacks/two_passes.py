@@ -81,19 +81,39 @@ def random_state(device: torch.device) -> Callable[[], None]:
     return put_back
 
 
+class _OnInstance:
+    """A method that one object has for a while; copies and pickles of the object have their class's own."""
+
+    def __init__(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
+        self.owner, self.name, self.method = owner, name, method
+        self.beneath = owner.__dict__.get(name)
+        self.is_over = False
+        if hasattr(method, "__wrapped__"):
+            self.__wrapped__ = method.__wrapped__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.method(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)  # of the copy, which has no attributes of its own at that moment
+
+
 def put_on_instance(module: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
     """Give one object a method of its own, over its class's or one that it had.
 
     Returns:
-        A function that puts back what was there; calling it again does nothing.
+        A function that puts back what was there; calling it again does nothing. Where another method has been put over
+        this one, that happens when the other goes.
     """
-    had = {name: module.__dict__[name]} if name in module.__dict__ else {}
-    module.__dict__[name] = method
+    own = module.__dict__
+    put = own[name] = _OnInstance(module, name, method)
 
     def put_back() -> None:
-        if module.__dict__.get(name) is method:
-            del module.__dict__[name]
-            module.__dict__.update(had)
+        put.is_over = True
+        while isinstance(top := own.get(name), _OnInstance) and top.is_over:
+            del own[name]
+            if top.beneath is not None:
+                own[name] = top.beneath
 
     return put_back
 
@@ -105,16 +125,24 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
         A function that cancels it, if it has not happened yet.
     """
     original = pl_module.training_step
+    waiting = [action]
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Any:
+        due = list(waiting)
         cancel()
-        action()
+        for each in due:
+            each()
         return original(*args, **kwargs)
 
     # Lightning looks one layer below a decorator for the arguments: there must be as many as in the original.
     training_step.__wrapped__ = getattr(original, "__wrapped__", original)
-    cancel = put_on_instance(pl_module, "training_step", training_step)
+    put_back = put_on_instance(pl_module, "training_step", training_step)
+
+    def cancel() -> None:
+        waiting.clear()
+        put_back()
+
     return cancel
 
 

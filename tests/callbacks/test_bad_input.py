@@ -263,16 +263,6 @@ def test_fmlora_with_manual_optimization(tmp_path):
     assert "EFMLoRA" in message
 
 
-class Spread(ByHand):
-    """An optimizer for the first layer's factors and one for the rest."""
-
-    def configure_optimizers(self) -> Any:
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        first = [p for name, p in trained.items() if ".0." in name]
-        rest = [p for name, p in trained.items() if ".0." not in name]
-        return [torch.optim.SGD(first, lr=0.1), torch.optim.SGD(rest, lr=0.1)]
-
-
 class AFromB(ByHand):
     """An optimizer for the A factors and one for the rest."""
 
@@ -291,7 +281,7 @@ class Twice(ByHand):
         return [torch.optim.SGD(trained, lr=0.1), torch.optim.SGD(trained, lr=0.1)]
 
 
-@pytest.mark.parametrize("module", [Spread, AFromB, Twice])
+@pytest.mark.parametrize("module", [AFromB, Twice])
 def test_pairs_spread_over_optimizers(tmp_path, module):
     message = refused(tmp_path, module(), [EFMLoRA(1.0)])
     assert "spread over optimizers [0, 1]" in message

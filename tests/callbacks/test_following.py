@@ -1,0 +1,266 @@
+"""The model may change in mid-fit: what stops learning is read clean, what starts is perturbed, scalings count."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Classifier,
+    E_hat,
+    TwoPassClassifier,
+    assert_no_trace,
+    fit,
+    make_net,
+    same,
+    weights,
+)
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora.baselines import BalancednessRegularization, LoRASAM, RandomPerturbation
+
+
+class At(Callback):
+    """Changes the model at the start of one batch, counted over the whole fit."""
+
+    def __init__(self, step: int, change: Any) -> None:
+        self.step, self.change, self.seen = step, change, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if self.seen == self.step:
+            self.change(pl_module)
+        self.seen += 1
+
+
+def moved(module: nn.Module) -> list[str]:
+    """The adapters and layers that read another weight than the stored one at this moment."""
+    names = []
+    for name, part in module.named_modules():
+        if ".lora_B." in name and not torch.equal(part.weight, part._parameters["weight"]):
+            names.append(".".join(name.split(".")[-3::2]))
+    return names
+
+
+class Watching:
+    """Notes what reads another weight in every training_step."""
+
+    def __init__(self, module: Any) -> None:
+        self.moved: list[list[str]] = []
+        module.inside.append(lambda module, _: self.moved.append(moved(module)))
+
+
+def freeze(module: Any, trained: bool = False, layers: str = "") -> None:
+    for name, p in module.named_parameters():
+        if "lora" in name and layers in name:
+            p.requires_grad_(trained)
+            p.grad = None
+
+
+ALL = ["0.default", "2.default", "4.default"]
+
+
+@pytest.mark.parametrize("how", ["frozen", "cut"])
+def test_pairs_that_stop_learning_are_read_clean(tmp_path, how):
+    """Frozen, or cut off from the loss: from then on the run is plain LoRA's, and when they learn again it is not."""
+    module, callback = Classifier(), EFMLoRA(0.5)
+    watching = Watching(module)
+    if how == "frozen":
+        changes = [At(3, freeze), At(8, lambda module: freeze(module, True))]
+        clean = slice(3, 9)
+    else:
+        head = module.net.base_model.model[4].base_layer
+        cut = {"on": False}
+        loss = module.loss
+
+        def loss_of_head(batch: Any, batch_idx: int) -> Tensor:
+            whole = loss(batch, batch_idx)
+            return head.bias.square().sum() + 0 * whole.detach() if cut["on"] else whole
+
+        module.loss = loss_of_head
+        changes = [At(3, lambda _: cut.update(on=True)), At(8, lambda _: cut.update(on=False))]
+        clean = slice(4, 9)  # the first step without a gradient tells
+    fit(tmp_path, module, [callback, *changes])
+    if how == "frozen":  # what was known before is read at once
+        assert watching.moved[8] == ALL
+        clean = slice(3, 8)
+    assert watching.moved[:3] == [[], ALL, ALL]
+    assert not any(watching.moved[clean])
+    assert watching.moved[9:] == [ALL] * 3
+    assert_no_trace(module)
+
+
+def test_a_frozen_layer_is_read_clean_and_the_others_are_not(tmp_path):
+    module = Classifier()
+    watching = Watching(module)
+    fit(tmp_path, module, [EFMLoRA(0.5), At(3, lambda module: freeze(module, layers=".2."))], max_epochs=1)
+    assert watching.moved == [[], ALL, ALL, *[["0.default", "4.default"]] * 3]
+
+
+def two_adapters() -> Any:
+    net = make_net()
+    net.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2", "4"]))
+    return net
+
+
+class AllInOptimizer(Classifier):
+    """The optimizer holds all factors, also those of adapters that come to be active later."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for n, p in self.named_parameters() if "lora" in n or p.requires_grad], lr=0.02)
+
+
+@pytest.mark.parametrize("in_hook_of", ["callback", "module"])
+def test_an_adapter_made_active_in_mid_fit_is_perturbed(tmp_path, in_hook_of):
+    module, callback = AllInOptimizer(net=two_adapters()), EFMLoRA(0.5)
+    watching = Watching(module)
+
+    def change(module: Any) -> None:
+        module.net.base_model.set_adapter("other")
+
+    change_at = At(3, change)
+    if in_hook_of == "module":  # its hooks come after the callbacks'
+        module.on_train_batch_start = lambda batch, batch_idx: change_at.on_train_batch_start(None, module)
+    fit(tmp_path, module, [callback, *([change_at] if in_hook_of == "callback" else [])], max_epochs=1)
+    others = [name.replace("default", "other") for name in ALL]
+    assert watching.moved == [[], ALL, ALL, [], others, others]
+    assert len(E_hat(callback)) == 6
+    assert_no_trace(module)
+
+
+def test_adapters_that_take_turns_keep_their_perturbations(tmp_path):
+    module = AllInOptimizer(net=two_adapters())
+    watching = Watching(module)
+    turns = [
+        At(i, lambda module, name=name: module.net.set_adapter(name)) for i, name in enumerate(["other", "default"] * 3)
+    ]
+    fit(tmp_path, module, [EFMLoRA(0.5), *turns], max_epochs=1)
+    others = [name.replace("default", "other") for name in ALL]
+    assert watching.moved == [[], [], others, ALL, others, ALL]
+
+
+def test_an_adapter_added_in_mid_fit_is_perturbed(tmp_path):
+    """With a parameter group of its own; the walk at an epoch's start finds new layers, too."""
+    module, callback = Classifier(), EFMLoRA(0.5)
+    watching = Watching(module)
+
+    class Add(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.net.add_adapter("other", LoraConfig(r=3, target_modules=["0"]))
+                pl_module.net.base_model.set_adapter(["default", "other"])
+                new = [p for n, p in pl_module.named_parameters() if ".other." in n]
+                trainer.optimizers[0].add_param_group({"params": new})
+
+    fit(tmp_path, module, [callback, Add()])
+    assert watching.moved[6:] == [ALL, *[["0.default", "0.other", "2.default", "4.default"]] * 5]
+
+
+class Unfreeze(BaseFinetuning):
+    """As Lightning's documentation shows: all of LoRA is frozen for an epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        freeze(pl_module)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            freeze(pl_module, True)
+            optimizer.add_param_group({"params": [p for n, p in pl_module.named_parameters() if "lora" in n]})
+
+
+class TrainedOnly(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, RandomPerturbation, BalancednessRegularization])
+def test_finetuning_that_unfreezes_later(tmp_path, callback):
+    """It starts, says at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
+    runs = []
+    for callbacks in ([callback(0.5)], []):
+        module = TrainedOnly()
+        if callbacks:
+            with pytest.warns(UserWarning, match="no pair has been trained so far") as warned:
+                fit(tmp_path, module, [*callbacks, Unfreeze()])
+            assert len([each for each in warned if "no pair" in str(each.message)]) == 1
+            assert callbacks[0].step == 12
+        else:
+            fit(tmp_path, module, [Unfreeze()])
+        assert_no_trace(module)
+        runs.append(weights(module))
+    assert not same(*runs)
+
+
+def test_finetuning_that_unfreezes_in_the_second_epoch_equals_a_start_there(tmp_path):
+    """The pairs' first E is taken whole, as in a run that begins with the unfreezing; the step count is the fit's."""
+    module, callback = TrainedOnly(), EFMLoRA(0.5)
+    watching = Watching(module)
+    with pytest.warns(UserWarning, match="no pair has been trained so far"):
+        fit(tmp_path, module, [callback, Unfreeze()])
+    assert watching.moved == [*[[]] * 7, *[ALL] * 5]
+
+
+class Never(Unfreeze):
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        pass
+
+
+def test_pairs_that_never_come_are_said_once(tmp_path):
+    with pytest.warns(UserWarning, match="EFMLoRA: no pair has been trained so far") as warned:
+        fit(tmp_path, TrainedOnly(), [EFMLoRA(0.5), Never()])
+    assert len([each for each in warned if "no pair" in str(each.message)]) == 1
+
+
+# -- scaling
+
+
+class Radius(Callback):
+    """The radius of the fresh perturbation in full weight space at each step; beta=1 keeps it alone."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.radii = callback, []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        scaling = {n: m.scaling["default"] for n, m in pl_module.named_modules() if hasattr(m, "scaling")}
+        total = torch.zeros(())
+        for pair in self.callback.search.pairs:
+            E = E_hat(self.callback)[pair.name]
+            total += (scaling[pair.name.removesuffix(".lora_B.default.weight")] * E @ pair.A).detach().square().sum()
+        self.radii.append(float(total.sqrt()))
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_scaling_changed_in_mid_fit_leaves_the_radius(tmp_path, in_step):
+    module = Classifier()
+    callback = EFMLoRA(0.5, beta=1.0, estimator="projected")
+    radius = Radius(callback)
+
+    def change(module: Any, *_: Any) -> None:
+        for part in module.modules():
+            if hasattr(part, "set_scale"):
+                part.set_scale("default", 10.0)
+
+    if in_step:
+        module.inside.append(lambda module, batch_idx: change(module) if batch_idx == 3 else None)
+    fit(tmp_path, module, [callback, radius, *([] if in_step else [At(3, change)])], max_epochs=1)
+    assert radius.radii == pytest.approx([0.5] * 6, rel=1e-3)
+
+
+@pytest.mark.parametrize("callback", [FMLoRA, EFMLoRA])
+def test_a_scaling_of_zero_leaves_its_layer_out(tmp_path, callback):
+    """One layer that is switched off so must not make every perturbation vanish."""
+    module, ours = Classifier(), callback(0.5)
+    change = At(2, lambda module: module.net.base_model.model[2].set_scale("default", 0.0))
+    fit(tmp_path, module, [ours, change], max_epochs=1)
+    assert len(E_hat(ours)) == 2
+    assert all(E.any() and E.isfinite().all() for E in E_hat(ours).values())
+
+
+def test_a_changed_scaling_reaches_a_module_of_two_passes(tmp_path):
+    module = TwoPassClassifier(0.5)
+    fit(
+        tmp_path, module, [At(2, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))], max_epochs=1
+    )
+    assert sorted(pair.scaling for pair in module._driver.perturbation.pairs) == [2.0, 2.0, 6.0]
