@@ -14,8 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
 from safetensors.torch import load_file
+from test_quantized import BASES
+from test_quantized import network as quantized_network
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, load_adapter_checkpoint
@@ -211,6 +213,33 @@ def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.Monk
     plain = GPT2LMHeadModel(whole.model.config)
     plain.load_adapter(str(tmp_path / "1" / "step=12"))
     assert torch.equal(plain(batch).logits, whole.model.eval()(batch).logits)
+
+
+@pytest.mark.parametrize("quantize", BASES)
+def test_a_quantized_base_is_not_saved_and_may_be_exchanged(tmp_path: Path, quantize: Any) -> None:
+    """Trained on packed weights, resumed and tested on these and tested on those in float32, without a warning."""
+
+    def module(seed: int, packed: bool = True) -> Classifier:
+        net = quantized_network(quantize if packed else lambda layer: layer)
+        torch.manual_seed(seed)
+        for name, p in net.named_parameters():
+            if "lora" in name:
+                nn.init.normal_(p)
+        return Classifier(net=net)
+
+    def batches() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(2)
+        data = torch.randn(24, 32, generator=generator), torch.randint(3, (24,), generator=generator), torch.ones(24)
+        return DataLoader(TensorDataset(*data), batch_size=4)
+
+    whole, resumed = module(1), module(2)
+    fit(tmp_path, whole, [saver(tmp_path / "1")], batches())
+    names = set(torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)["state_dict"])
+    assert not [name for name in names if "base_layer" in name]
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], batches(), ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(whole.state_dict(), resumed.state_dict())
+    loads = trainer_of(tmp_path, [saver(tmp_path / "2")])
+    loads.validate(module(3, packed=False), batches(), ckpt_path=tmp_path / "1" / "step=6.ckpt", verbose=False)
 
 
 def test_without_a_trainer(tmp_path: Path) -> None:

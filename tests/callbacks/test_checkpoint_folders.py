@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from lightning_flatlora import AdapterCheckpoint
-from lightning_flatlora.callbacks.checkpoint.folder import LIST, adapter_folder
+from lightning_flatlora.callbacks.checkpoint.folder import LIST, adapter_folder, remove_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 WEIGHTS = "adapter_model.safetensors"
@@ -70,6 +70,25 @@ def test_a_users_folder_called_last_stays(tmp_path: Path, save_last: Any) -> Non
     assert_untouched(tmp_path / "last", files)
     assert (tmp_path / "last-adapter").is_symlink() == (save_last == "link")
     assert (tmp_path / "last-adapter" / WEIGHTS).exists()
+
+
+def test_a_users_folder_in_the_place_of_a_link_to_a_file_stays(tmp_path: Path) -> None:
+    files = source_code(tmp_path / "last.ckpt")
+    with pytest.raises(OSError, match=r"last\.ckpt"):
+        train(tmp_path, saver(tmp_path, save_last="link", enable_version_counter=False))
+    assert_untouched(tmp_path / "last.ckpt", files)
+    train(tmp_path, saver(tmp_path, save_last="link"))
+    assert_untouched(tmp_path / "last.ckpt", files)
+    assert (tmp_path / "last-v1.ckpt").is_symlink()
+
+
+def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "ours").mkdir()
+    names = ["../mine.txt", str(tmp_path / "mine.txt"), "a"]
+    (tmp_path / "ours" / LIST).write_text(json.dumps({"checkpoint": "ours.ckpt", "files": names}))
+    remove_folder(tmp_path / "ours")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lightning_flatlora.callbacks.checkpoint.folder import (
     adapter_folder,
     aside,
     begin_folder,
+    existing_folder,
     link,
     put_in_place,
     remove_folder,
@@ -136,9 +137,9 @@ class SavesAdapters(_Base):
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        folder = adapter_folder(filepath, self.FILE_EXTENSION)  # as long as the file tells that it is ours
+        folder = existing_folder(Path(filepath), self.FILE_EXTENSION)  # as long as the file tells that it is ours
         super()._remove_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
+        if folder is not None and trainer.is_global_zero:
             remove_folder(folder)
 
     @override

@@ -33,10 +33,20 @@ def adapter_folder(checkpoint: str | Path, extension: str = ".ckpt") -> Path:
         'epoch=0-step=10'
     """
     path = Path(checkpoint)
-    for folder in _possible_names(path, extension):
-        if is_free(folder) or belongs_to(folder, path):
+    there = existing_folder(path, extension)
+    if there is not None:
+        return there
+    return next(folder for folder in _possible_names(path, extension) if is_free(folder))
+
+
+def existing_folder(checkpoint: Path, extension: str = ".ckpt") -> Path | None:
+    """The peft folder that we wrote for a checkpoint, if there is one."""
+    for folder in _possible_names(checkpoint, extension):
+        if belongs_to(folder, checkpoint):
             return folder
-    raise AssertionError("there is always another number")
+        if not folder.exists() and not folder.is_symlink():
+            return None
+    return None
 
 
 def wanted_folder(checkpoint: str | Path, extension: str = ".ckpt") -> Path:
@@ -139,19 +149,23 @@ def _write_list(folder: Path, checkpoint: Path, files: list[str]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete what we wrote, and the folder if nothing else is in it."""
+    """Delete what we wrote, and the folder if nothing else is in it.
+
+    Args:
+        folder: of ours, see :func:`belongs_to`; or empty.
+    """
     if folder.is_symlink():
         folder.unlink()
     elif folder.is_dir():
-        files = _listed(folder)["files"]
-        _unlink(folder, files)
+        _unlink(folder, _listed(folder)["files"])
         (folder / LIST).unlink(missing_ok=True)
         _remove_if_empty(folder)
 
 
 def _unlink(folder: Path, files: list[str]) -> None:
     for name in files:
-        (folder / name).unlink(missing_ok=True)
+        if ".." not in Path(name).parts and not Path(name).is_absolute():
+            (folder / name).unlink(missing_ok=True)
     inner = {parent for name in files for parent in Path(name).parents if parent.parts}
     for parent in sorted(inner, key=lambda each: len(each.parts), reverse=True):
         _remove_if_empty(folder / parent)
@@ -163,11 +177,19 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def link(target: Path, place: Path) -> None:
-    """Make or turn a link in one move, so that it always leads somewhere."""
+    """Make or turn a link in one move, so that it always leads somewhere.
+
+    Args:
+        target: of the link.
+        place: a link, a file, or a folder of ours; it makes way for the link.
+
+    Raises:
+        OSError: it is a folder of somebody else.
+    """
     new = aside(place)
     new.unlink(missing_ok=True)
     new.symlink_to(os.path.relpath(target, place.parent), target_is_directory=target.is_dir())
-    if place.is_dir() and not place.is_symlink():
+    if place.is_dir() and not place.is_symlink() and (is_free(place) or (place / LIST).exists()):
         remove_folder(place)
     new.replace(place)
 
