@@ -146,13 +146,18 @@ def choose(rows: Iterable[Row]) -> Config:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines; a line that a stop has cut off counts for nothing."""
-    rows = []
+    """The rows of a file of JSON lines; a line that a stop has cut off counts for nothing.
+
+    Rows of before there was a choice of precision are of bf16-mixed.
+    """
+    rows: list[Row] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        row["settings"].setdefault("precision", "bf16-mixed")
+        rows.append(row)
     return rows
 
 

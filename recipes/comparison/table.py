@@ -67,7 +67,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _of_task(task: str, found: Sequence[Outcome]) -> Table:
     seeds = max(len(outcome.runs) for outcome in found)
-    notes = [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in found if o.edge]
+    precisions = {row["settings"]["precision"] for outcome in found for row in outcome.runs.values()}
+    notes = [f"computed in {', '.join(sorted(precisions))}"]
+    notes += [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in found if o.edge]
     for name in ("sharpness", "expected_sharpness"):
         correlation = sharpness_correlation(found, name)
         if not math.isnan(correlation):

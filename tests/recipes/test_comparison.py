@@ -15,7 +15,6 @@ pytest.importorskip("peft", reason="the recipes' dependencies are not installed"
 
 from lightning_flatlora import ConstantRho, CosineRho
 from recipes.clip_demo import emoji
-from recipes.clip_demo.pretrain import Pretraining
 from recipes.comparison import __main__ as command
 from recipes.comparison import plan as planning
 from recipes.comparison import plot as plotting
@@ -269,7 +268,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
     """The emoji by a model of two steps, in a cache of its own."""
     (tmp_path / "emoji").symlink_to(emoji.prepare().pairs.parent)
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(EmojiTask, "pretraining", Pretraining(steps=2, batch_size=4))
+    monkeypatch.setattr(EmojiTask, "pretraining", {"steps": 2, "batch_size": 4})
     return EmojiTask("emoji", {"shots": 1, "steps_per_shot": 2, "epochs": 1, "batch_size": 32} | FLATNESS, GRIDS)
 
 

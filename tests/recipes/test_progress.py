@@ -1,0 +1,84 @@
+"""What a log shows of long work: that it has begun, how far it is, and that it is done."""
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the recipes' dependencies are not installed")
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from recipes import progress as progress_module
+from recipes.progress import Lines, ProgressLines, progress, progress_bar
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that goes on by four seconds with every look."""
+    now = [0.0]
+
+    def look() -> float:
+        now[0] += 4.0
+        return now[0]
+
+    monkeypatch.setattr(progress_module.time, "monotonic", look)
+    return now
+
+
+def test_a_line_every_ten_seconds(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines("Work", total=8, done=1)
+    for _ in range(7):
+        lines.advance("loss 0.5")
+    told = [
+        "Work: 1 of 8",
+        "Work: 4 of 8, 12 s, about 16 s left, loss 0.5",
+        "Work: 7 of 8, 24 s, about 4 s left, loss 0.5",
+    ]
+    assert capsys.readouterr().out.splitlines() == [*told, "Work: 8 of 8, 28 s, loss 0.5"]
+
+
+def test_a_log_gets_lines_and_a_terminal_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(progress_bar("LoRA"), ProgressLines)
+    with progress("Work", 1) as advance:
+        advance()
+    assert capsys.readouterr().out.splitlines() == ["Work: 0 of 1", "Work: 1 of 1, 0 s"]
+    monkeypatch.setattr(progress_module, "_is_live", lambda: True)
+    assert isinstance(progress_bar("LoRA"), RichProgressBar)
+    with progress("Work", 1) as advance:
+        advance()
+    assert "1/1" in capsys.readouterr().out
+
+
+class TwoStages(BoringModel):
+    """Two batches a step."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = self.step(batch)
+        self.log("train_loss", 0.25, prog_bar=True)
+        return loss
+
+
+def test_training_and_tests_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+        limit_test_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[ProgressLines("LoRA")],
+    )
+    module = TwoStages()
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+    assert [line.partition(",")[2] for line in capsys.readouterr().out.splitlines()] == [
+        " training steps: 0 of 3",
+        " training steps: 3 of 3, 0 s, loss 0.250",
+        " test batches: 0 of 2",
+        " test batches: 2 of 2, 0 s",
+    ]
