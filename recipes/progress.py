@@ -1,8 +1,8 @@
 """How far long work has got: a bar in a terminal, and in a log a line every ten seconds."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 import lightning as L
@@ -59,13 +59,13 @@ class Lines:
         self.what = what
         self.total = total
         self.done = self._first = done
-        self._began = self._told = time.monotonic()
+        self._began = self._told = monotonic()
         self._tell("")
 
     def advance(self, note: str = "") -> None:
         """A step is done; the note, if there is one, ends the line."""
         self.done += 1
-        now = time.monotonic()
+        now = monotonic()
         if self.done != self.total and now - self._told < _SECONDS:
             return
         self._told = now

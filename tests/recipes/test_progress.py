@@ -22,8 +22,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now[0] += 4.0
         return now[0]
 
-    monkeypatch.setattr(progress_module.time, "monotonic", look)
+    monkeypatch.setattr(progress_module, "monotonic", look)
     return now
+
+
+@pytest.fixture
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "monotonic", lambda: 0.0)
 
 
 def test_a_line_every_ten_seconds(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +43,7 @@ def test_a_line_every_ten_seconds(clock: list[float], capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines() == [*told, "Work: 8 of 8, 28 s, loss 0.5"]
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_a_log_gets_lines_and_a_terminal_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +67,7 @@ class TwoStages(BoringModel):
         return loss
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_training_and_tests_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
