@@ -1,8 +1,10 @@
 """Gaussian noise on the full weight of every adapted layer, drawn wherever it is read and kept nowhere."""
 
+import copyreg
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,6 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.pairs import NoPairsError, bare, clean_name, find_pairs
@@ -119,23 +120,23 @@ class WeightNoise:
 
 
 class _NoisyLayer:
-    """One peft Linear: its base's row norms, and the hook that adds noise to the base's output."""
+    """One peft Linear: its base's row norms, and the noise that the base adds to its output."""
 
     def __init__(self, layer: Any, adapters: list[str], index: int) -> None:
         self._layer, self._adapters, self._index = layer, adapters, index
-        self._handle: RemovableHandle | None = None
+        self._noise: _Noise | None = None
         self._base_squared = self._base_weight().square().sum(1)
 
     def on(self, sigma: float, seed: int) -> None:
         columns = self._layer.in_features
         deviations = sigma * (self._squared_norms() / columns).sqrt()
-        hook = _AddsNoise(self._layer, deviations, derived_seed(seed, self._index))
-        self._handle = self._layer.get_base_layer().register_forward_hook(hook)
+        self._noise = _Noise(self._layer, deviations, derived_seed(seed, self._index))
+        _add(self._layer.get_base_layer(), self._noise)
 
     def off(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._noise is not None:
+            _remove(self._layer.get_base_layer(), self._noise)
+            self._noise = None
 
     @torch.no_grad()
     def _squared_norms(self) -> Tensor:
@@ -161,36 +162,88 @@ class _NoisyLayer:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-class _AddsNoise:
-    """A forward hook of a base layer: its output plus noise times its input, in the dtype that it computed in."""
+class _Noise:
+    """What a base layer adds to its output: noise times its input, in the dtype that it computed in."""
 
-    def __init__(self, layer: Any = None, deviations: Tensor | None = None, seed: int = 0) -> None:
-        self._layer, self._deviations, self._seed = layer, deviations, seed
+    def __init__(self, layer: Any, deviations: Tensor, seed: int) -> None:
+        self._layer, self._deviations = layer, deviations
+        self._seed = torch.tensor(np.array(seed, np.uint64).astype(np.int64))  # a number would be compiled in
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._deviations is None or self._layer.disable_adapters:
-            return None
-        noisy: Tensor = _NoiseProduct.apply(inputs[0].to(output.dtype), self._deviations, self._seed)  # type: ignore[no-untyped-call]
+    def added(self, x: Tensor, output: Tensor) -> Tensor:
+        if self._layer.disable_adapters:
+            return output
+        noisy: Tensor = _noise_product(x.to(output.dtype), self._deviations, self._seed, x.shape[-1], False)
         return output + noisy
 
-    def __reduce__(self) -> tuple[Any, ...]:
+
+class _AddsNoise:
+    """Mixin before a base layer's own class while there is noise on it.
+
+    A compiled network has one graph for each class of a module, and makes one where it meets a new class. A hook that
+    comes after the first call it would ignore, and what a hook holds it would keep for ever.
+    """
+
+    _noises: list[_Noise]
+    _plain_class: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        for noise in self._noises:
+            output = noise.added(x, output)
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A copy of the model adds nothing."""
-        return _AddsNoise, ()
+        state = {key: value for key, value in self.__dict__.items() if key != "_noises"}
+        return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
 
-class _NoiseProduct(torch.autograd.Function):
-    """x times the transposed noise, which is drawn again for the gradient of x."""
+@cache
+def _noisy_class(plain: Any) -> Any:
+    return type(f"Noisy{plain.__name__}", (_AddsNoise, plain), {"_plain_class": plain})
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-        ctx.save_for_backward(deviations)
-        ctx.columns, ctx.seed = x.shape[-1], seed
-        return x @ _noise(deviations, ctx.columns, seed).to(x.dtype).mT
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (deviations,) = ctx.saved_tensors
-        return grad @ _noise(deviations, ctx.columns, ctx.seed).to(grad.dtype), None, None
+def _add(module: Any, noise: _Noise) -> None:
+    if not isinstance(module, _AddsNoise):
+        module.__dict__["_noises"] = []
+        plain: Any = type(module)
+        module.__class__ = _noisy_class(plain)
+    module._noises.append(noise)
+
+
+def _remove(module: Any, noise: _Noise) -> None:
+    module._noises.remove(noise)
+    if not module._noises:
+        module.__class__ = module._plain_class
+        del module.__dict__["_noises"]
+
+
+@torch.library.custom_op("lightning_flatlora::noise_product", mutates_args=())
+def _noise_product(x: Tensor, deviations: Tensor, seed: Tensor, columns: int, transposed: bool) -> Tensor:
+    """x (..., m) times the transposed noise, or x (..., n) times the noise, which is drawn again at every call.
+
+    One operator, whose inside a compiler does not see: it draws from a generator.
+    """
+    noise = _noise(deviations, columns, int(seed) % 2**64).to(x.dtype)
+    return x @ (noise if transposed else noise.mT)
+
+
+@_noise_product.register_fake
+def _(x: Tensor, deviations: Tensor, seed: Tensor, columns: int, transposed: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns if transposed else deviations.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, deviations, seed, ctx.columns, ctx.transposed = inputs
+    ctx.save_for_backward(deviations, seed)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    deviations, seed = ctx.saved_tensors
+    return _noise_product(grad, deviations, seed, ctx.columns, not ctx.transposed), None, None, None, None
+
+
+_noise_product.register_autograd(_gradient, setup_context=_save)
 
 
 def _noise(deviations: Tensor, columns: int, seed: int) -> Tensor:
@@ -237,6 +290,8 @@ def _why_not(layer: Any, adapters: list[str], in_attention: bool) -> str | None:
         return "its base is quantised"
     if any(layer.lora_variant.get(name) is not None for name in adapters):
         return "a variant of LoRA (as DoRA) reads the base weight itself"
+    if "forward" in vars(base):
+        return "its base's forward was replaced (as by accelerate)"
     if in_attention:
         return "nn.MultiheadAttention reads the weight itself"
     return None

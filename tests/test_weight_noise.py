@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -132,7 +133,8 @@ def test_no_drift_no_random_number_and_no_trace() -> None:
     assert torch.equal(generator, torch.get_rng_state())
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in stored.items())
     assert torch.equal(net(x), clean)
-    assert not any(module._forward_hooks for module in net.modules())
+    assert all(type(layer.base_layer) is nn.Linear for layer in layers_of(net))
+    assert not any("_noises" in vars(module) for module in net.modules())
 
 
 def test_nothing_of_full_size_is_kept_for_the_backward() -> None:
@@ -164,6 +166,32 @@ def test_copies_and_disabled_adapters_have_no_noise() -> None:
         assert torch.equal(pickle.loads(pickle.dumps(net))(x), clean)
         with net.disable_adapter():
             assert torch.equal(net(x), base)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_network_sees_the_noise_of_every_step(backend: str) -> None:
+    """Though it was compiled without any, and neither size nor seed is that of the first step that has some."""
+    net, x = make_net(), torch.randn(3, 9, dtype=torch.float64)
+    noise = WeightNoise(net)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend=backend)
+    assert torch.equal(compiled(x), net(x))
+    graphs = []
+    for seed, sigma in enumerate((0.1, 0.2, 0.0, 0.3, 0.4)):
+        with noise.applied(sigma, seed):
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(compiled(x), net(x), rtol=1e-12, atol=1e-12)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1  # one compilation with noise and one without
+
+
+def test_two_noises_add_up() -> None:
+    net, x = make_net(), torch.randn(3, 9, dtype=torch.float64)
+    layer = layers_of(net)[0]
+    one, other = WeightNoise(net), WeightNoise(net)
+    expected = layer(x) + sum(x @ noise_of(one, layer, seed=seed).mT for seed in (1, 2))
+    with one.applied(SIGMA, 1), other.applied(SIGMA, 2):
+        torch.testing.assert_close(layer(x), expected)
 
 
 def test_autocast_computes_in_the_base_layers_dtype() -> None:

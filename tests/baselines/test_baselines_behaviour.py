@@ -411,3 +411,26 @@ def test_yaml(name: str, init: dict[str, Any], expected: Any) -> None:
     parser.add_subclass_arguments(Callback, "callback")
     entry = {"class_path": f"lightning_flatlora.baselines.{name}", "init_args": init}
     assert type(parser.instantiate(parser.parse_object({"callback": entry})).callback) is expected
+
+
+# -- compiled networks
+
+
+@pytest.mark.parametrize("name", [*BASELINES, "EFMLoRA", "FMLoRA"])
+def test_a_size_that_rises_from_zero_on_a_compiled_network(tmp_path: Path, name: str) -> None:
+    """Compiled before the fit, by an evaluation, and in its first steps without any perturbation."""
+    method = {**BASELINES, "EFMLoRA": EFMLoRA, "FMLoRA": FMLoRA}[name]
+    found = []
+    for compiled in (False, True):
+        net = make_net()
+        module = Classifier(net=net)
+        if compiled:
+            torch.compiler.reset()
+            module.net = torch.compile(net, backend="eager")
+            module.net(next(iter(make_loader()))[0])
+        fit(tmp_path, module, [method(LinearRho(0.0, 0.5))], max_epochs=1)
+        found.append(weights(net))
+    assert same(*found)
+    plain = Classifier()
+    fit(tmp_path, plain, [], max_epochs=1)
+    assert not same(weights(plain.net), found[1])
