@@ -67,6 +67,18 @@ def test_the_instruments_know_no_callback() -> None:
         assert not any(module.startswith("lightning_flatlora.callbacks") for module in imports(path)), path
 
 
+def test_no_function_hides_a_module() -> None:
+    """``import lightning_flatlora.flatness.factors as f`` gives the module and not a function of that name."""
+    for path in ROOT.rglob("__init__.py"):
+        tree = ast.parse(path.read_text())
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names = {alias.asname or alias.name for node in froms for alias in node.names}
+        modules = {each.stem for each in path.parent.glob("*.py")} | {
+            each.parent.name for each in path.parent.glob("*/*.py")
+        }
+        assert not names & modules, path
+
+
 def test_the_library_knows_no_recipe() -> None:
     for path in ROOT.rglob("*.py"):
         assert not any(module.startswith("recipes") for module in imports(path)), path

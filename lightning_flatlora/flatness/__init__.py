@@ -13,7 +13,7 @@ from lightning_flatlora.flatness.factors import (
     inner_product,
     realised_radius,
 )
-from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, factors, slope
+from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, slope, trained_factors
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, MEASURES, Point, measure
 from lightning_flatlora.flatness.metrics import Estimate, MeanWithError
 from lightning_flatlora.flatness.sharpness import (
@@ -44,7 +44,6 @@ __all__ = [
     "cosine",
     "ema_sharpness",
     "expected_sharpness",
-    "factors",
     "fresh_perturbation",
     "gradient_identity_residual",
     "hessian_product",
@@ -56,4 +55,5 @@ __all__ = [
     "sam_sharpness",
     "slope",
     "top_eigenvalue",
+    "trained_factors",
 ]

@@ -22,7 +22,7 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
 
     Args:
         loss: of fixed batches, at the weights as the layers read them now.
-        parameters: theta, the factors A and B; see :func:`factors`.
+        parameters: theta, the factors A and B; see :func:`trained_factors`.
         vector: v, of the parameters' shapes.
 
     Returns:
@@ -64,7 +64,7 @@ def top_eigenvalue(
 
     Args:
         loss: of fixed batches, at the weights as the layers read them now.
-        parameters: the factors A and B; see :func:`factors`. Two numbers at least in all.
+        parameters: the factors A and B; see :func:`trained_factors`. Two numbers at least in all.
         tolerance: relative error of the eigenvalue.
         restarts: of the method; each takes up to 19 Hessian-vector products, and the first 20.
         seed: of the first vector; no global generator is used.
@@ -120,7 +120,7 @@ def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int =
 
     Args:
         loss: of fixed batches, at the weights as the layers read them now.
-        parameters: the factors A and B; see :func:`factors`.
+        parameters: the factors A and B; see :func:`trained_factors`.
         samples: draws of v, at least 2 for a standard error.
         seed: of the draws, the same on every device and rank; no global generator is used.
 

@@ -122,7 +122,7 @@ def parts(loss: Loss) -> Sequence[Loss]:
     return loss.losses if isinstance(loss, MeanLoss) else [loss]
 
 
-def factors(pairs: Sequence[LoRAPair]) -> list[nn.Parameter]:
+def trained_factors(pairs: Sequence[LoRAPair]) -> list[nn.Parameter]:
     """The trained factors of pairs, A before B."""
     return [factor for pair in pairs for factor in (pair.A, pair.B) if factor.requires_grad]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
 from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
-from lightning_flatlora.flatness.losses import Loss, Slope, factors, slope
+from lightning_flatlora.flatness.losses import Loss, Slope, slope, trained_factors
 from lightning_flatlora.flatness.sharpness import (
     clean,
     ema_sharpness,
@@ -62,7 +62,7 @@ class Point:
     @cached_property
     def slope(self) -> Slope:
         """The loss and its gradient at the clean weights, taken where first asked for."""
-        return slope(self.loss, factors(self.pairs), self.loss_scale)
+        return slope(self.loss, trained_factors(self.pairs), self.loss_scale)
 
 
 def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> Values:
@@ -163,11 +163,11 @@ def _gradient_residual(point: Point) -> Values:
 
 
 def _top_eigenvalue(point: Point) -> Values:
-    return {"top_eigenvalue": top_eigenvalue(point.loss, factors(point.pairs))}
+    return {"top_eigenvalue": top_eigenvalue(point.loss, trained_factors(point.pairs))}
 
 
 def _hessian_trace(point: Point) -> Values:
-    found = hessian_trace(point.loss, factors(point.pairs), point.samples)
+    found = hessian_trace(point.loss, trained_factors(point.pairs), point.samples)
     return {"hessian_trace": found.mean, "hessian_trace_error": found.standard_error}
 
 

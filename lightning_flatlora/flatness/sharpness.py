@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_flatlora import read_through
 from lightning_flatlora.flatness.factors import cosine_of, inner_product, realised_radius
-from lightning_flatlora.flatness.losses import Loss, Slope, factors, slope, value
+from lightning_flatlora.flatness.losses import Loss, Slope, slope, trained_factors, value
 from lightning_flatlora.flatness.metrics import MeanWithError
 from lightning_flatlora.pairs import LoRAPair
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
@@ -105,7 +105,7 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope 
         True
     """
     with clean(perturbation.pairs):
-        at = at or slope(loss, factors(perturbation.pairs))
+        at = at or slope(loss, trained_factors(perturbation.pairs))
         return Sharpness(at.loss, _at_fresh(loss, perturbation, fresh_perturbation(perturbation, rho, at)))
 
 
@@ -134,7 +134,7 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope 
         True
     """
     with clean(pairs):
-        at = at or slope(loss, factors(pairs))
+        at = at or slope(loss, trained_factors(pairs))
         norm = torch.nn.utils.get_total_norm(at.gradients)
         with _moved(at, torch.where(norm == 0, 0.0, rho / norm)):
             return Sharpness(at.loss, value(loss))
@@ -165,7 +165,7 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope 
         (0.0, True, 0.0)
     """
     with clean(perturbation.pairs):
-        at = at or slope(loss, factors(perturbation.pairs))
+        at = at or slope(loss, trained_factors(perturbation.pairs))
         fresh = fresh_perturbation(perturbation, rho, at)
         similarity = full_cosine(perturbation.pairs, read(perturbation), read(perturbation, fresh))
         similarity = similarity.where(fresh.finite, torch.nan)

@@ -12,12 +12,12 @@ from lightning_flatlora.flatness import (
     balancedness,
     condition_number,
     expected_sharpness,
-    factors,
     fresh_perturbation,
     hessian_trace,
     lora_sharpness,
     sam_sharpness,
     top_eigenvalue,
+    trained_factors,
 )
 from lightning_flatlora.flatness.sharpness import radii, read
 from lightning_flatlora.pairs import LoRAPair
@@ -97,8 +97,8 @@ def measure_numbers(
         name = f"expected sharpness, sigma {options.sigma:g}"
         found.append(Quantity(name, unit, float(expected.sharpness), error=float(expected.standard_error)))
     if options.curvature:
-        top = top_eigenvalue(loss, factors(pairs), seed=options.seed)
-        trace = hessian_trace(loss, factors(pairs), options.samples, options.seed)
+        top = top_eigenvalue(loss, trained_factors(pairs), seed=options.seed)
+        trace = hessian_trace(loss, trained_factors(pairs), options.samples, options.seed)
         found.append(Quantity("largest Hessian eigenvalue", f"{unit} / factor²", float(top)))
         found.append(
             Quantity("Hessian trace", f"{unit} / factor²", float(trace.mean), error=float(trace.standard_error))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_flatlora.flatness import Loss, MeanLoss, factors, slope
+from lightning_flatlora.flatness import Loss, MeanLoss, slope, trained_factors
 from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.report import landscape, numbers
@@ -80,7 +80,7 @@ def _measured(
 ) -> Measured:
     noise, left_out = _noise(adapted.model, search.left_out)
     pairs, perturbation, unit = search.pairs, Perturbation(search.pairs), UNITS[adapted.task]
-    at = slope(loss, factors(pairs))
+    at = slope(loss, trained_factors(pairs))
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (at.loss, *at.gradients)):
         raise ReportError(f"--adapter {folder.path}: the loss or its gradient is not finite: try --dtype float32")
     quantities = numbers.measure_numbers(loss, perturbation, noise, at, unit, options)
@@ -93,7 +93,7 @@ def _measured(
         task=adapted.task,
         ranks=tuple(sorted({pair.A.shape[0] for pair in pairs})),
         pairs=len(pairs),
-        parameters=sum(factor.numel() for factor in factors(pairs)),
+        parameters=sum(factor.numel() for factor in trained_factors(pairs)),
         terms=terms,
         quantities=[*quantities, numbers.Quantity(numbers.NORM, "weight", norm)],
         landscape=around,

@@ -9,7 +9,7 @@ import torch
 from quadratics import Quadratic, state_of
 from torch import Tensor, nn
 
-from lightning_flatlora.flatness import MeanLoss, factors, hessian_product, hessian_trace, slope, top_eigenvalue
+from lightning_flatlora.flatness import MeanLoss, hessian_product, hessian_trace, slope, top_eigenvalue, trained_factors
 
 
 def dense_hessian(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Tensor:
@@ -30,7 +30,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 def test_products_are_those_of_the_dense_hessian() -> None:
     quadratic = Quadratic()
-    parameters = factors(quadratic.pairs)
+    parameters = trained_factors(quadratic.pairs)
     vector = random_like(parameters)
     expected = dense_hessian(quadratic.loss, parameters) @ flat(vector)
     torch.testing.assert_close(flat(hessian_product(quadratic.loss, parameters, vector)), expected)
@@ -40,7 +40,7 @@ def test_products_are_those_of_the_dense_hessian() -> None:
 
 def test_products_are_the_finite_differences_of_the_gradient() -> None:
     quadratic = Quadratic()
-    parameters = factors(quadratic.pairs)
+    parameters = trained_factors(quadratic.pairs)
     vector, step, sides = random_like(parameters), 1e-5, []
     for sign in (1, -1):
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_a_linear_loss_has_no_curvature() -> None:
 
 def test_the_top_eigenvalue_is_that_of_the_dense_hessian() -> None:
     quadratic = Quadratic()
-    parameters = factors(quadratic.pairs)
+    parameters = trained_factors(quadratic.pairs)
     values = torch.linalg.eigvalsh(dense_hessian(quadratic.loss, parameters))
     assert values[0] < 0 < values[-1], "indefinite: the largest, not the largest in size"
     found = top_eigenvalue(quadratic.loss, parameters, tolerance=1e-10, restarts=100)
@@ -98,7 +98,7 @@ def test_a_hessian_that_is_not_finite_has_no_eigenvalue(value: float, capfd: pyt
 
 def test_the_trace_is_within_its_standard_error() -> None:
     quadratic = Quadratic()
-    parameters = factors(quadratic.pairs)
+    parameters = trained_factors(quadratic.pairs)
     hessian = dense_hessian(quadratic.loss, parameters)
     found = hessian_trace(quadratic.loss, parameters, samples=300, seed=2)
     assert abs(found.mean - hessian.trace()) < 3 * found.standard_error
@@ -147,9 +147,9 @@ def test_everything_is_left_as_it_was(instrument: Any, fails: bool) -> None:
 
     if fails:
         with pytest.raises(ZeroDivisionError):
-            instrument(loss, factors(quadratic.pairs))
+            instrument(loss, trained_factors(quadratic.pairs))
     else:
-        instrument(loss, factors(quadratic.pairs))
+        instrument(loss, trained_factors(quadratic.pairs))
     check()
 
 
