@@ -1,7 +1,7 @@
 """The batches on which flatness is measured, and a module's loss of them."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_flatlora.callbacks.two_passes import loss_of, random_state
+from lightning_flatlora.callbacks.undisturbed import read_without_trace
 from lightning_flatlora.flatness import MeanLoss
 from lightning_flatlora.lightning_names import MisconfigurationException
 
@@ -37,7 +38,8 @@ class HeldBatches:
         self._trainer, self._pl_module, self._step = trainer, pl_module, step
         self._same_draws = random_state(pl_module.device)
         loader = trainer.fit_loop._combined_loader if data == "train" else _validation_loader(trainer)
-        self._batches = first_batches(loader, count, pl_module.device) if loader is not None else []
+        training = [*pl_module.modules(), trainer, trainer.datamodule]  # type: ignore[attr-defined]
+        self._batches = first_batches(loader, count, pl_module.device, training) if loader is not None else []
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -80,27 +82,31 @@ def loss_method(pl_module: LightningModule) -> tuple[Callable[..., Any], list[st
     return pl_module.training_step, []
 
 
-def first_batches(loader: CombinedLoader, count: int, device: torch.device) -> list[Any]:
+def first_batches(loader: CombinedLoader, count: int, device: torch.device, shared: Sequence[object] = ()) -> list[Any]:
     """The first batches of a loader, as it gives them; the loader and the random generators stay as they are.
 
-    They come from a copy of the loader, its sampler and generator, which shares a map-style dataset.
+    They come from a copy of the loader, its sampler and generator. It shares a map-style dataset and what collates the
+    samples, which are put back as they were: their random generators, and what else they count.
 
     Args:
         loader: of the trainer.
         count: of batches; fewer where the loader has fewer.
         device: whose random generator is put back too.
+        shared: what a copy must not copy, though a data set or a sampler may know of it.
 
     Raises:
         MisconfigurationException: the loader can't be copied, as a generator can't.
     """
     put_back_random_state = random_state(device)
+    sources = [source for one in loader.flattened for source in _sources(one)]
     try:
-        copied = copy.copy(loader)
-        copied.flattened = [_copied_loader(one) for one in loader.flattened]
-        try:
-            return [batch for batch, *_ in islice(iter(copied), count)]
-        finally:
-            copied.reset()
+        with read_without_trace(*sources):
+            copied = copy.copy(loader)
+            copied.flattened = [_copied_loader(one, [*sources, *shared]) for one in loader.flattened]
+            try:
+                return [batch for batch, *_ in islice(iter(copied), count)]
+            finally:
+                copied.reset()
     finally:
         put_back_random_state()
 
@@ -115,12 +121,17 @@ def _validation_loader(trainer: Trainer) -> Any:
     return loop._combined_loader
 
 
-def _copied_loader(loader: Any) -> Any:
-    memo: dict[int, Any] = {}
+def _sources(loader: Any) -> list[Any]:
+    """What a loader reads with, and a copy of it shares: a stream keeps its place in itself, so it is not shared."""
+    names = ("dataset", "collate_fn", "worker_init_fn")
+    found = [getattr(loader, name, None) for name in names]
+    return [source for source in found if source is not None and not isinstance(source, IterableDataset)]
+
+
+def _copied_loader(loader: Any, shared: Sequence[object]) -> Any:
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
     if isinstance(loader, DataLoader):
         memo[id(loader._iterator)] = None  # its workers stay its own
-        if not isinstance(loader.dataset, IterableDataset):
-            memo[id(loader.dataset)] = loader.dataset
     try:
         return copy.deepcopy(loader, memo)
     except Exception as error:

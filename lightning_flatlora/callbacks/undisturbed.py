@@ -1,70 +1,225 @@
 """Run a module's passes beside training, and leave training as it was to the bit."""
 
 import copy
+import dataclasses
+import functools
+import inspect
 import random
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_flatlora.callbacks.two_passes import random_state, silenced_log
 
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator)
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_flatlora", *sys.stdlib_module_names}
+_LARGE = 10_000
+"""Entries, or numbers, from which what a data set holds is taken for its data, which nobody writes to."""
+_TRAINING = {"lightning", "pytorch_lightning", "lightning_flatlora"}
+"""A trainer, from which all of the training could be reached, and what belongs to one."""
 
 
 @contextmanager
 def undisturbed(pl_module: LightningModule) -> Iterator[None]:
     """Inside, a module is in eval mode, logs nothing, and works on copies of all that its parts keep but parameters.
 
-    So buffers (BatchNorm's), torchmetrics' states, modes, and lists or counters that a step keeps on any of its modules
-    are afterwards the very objects that they were, whatever happens inside; the random generators (Python, NumPy,
-    PyTorch on the CPU and the module's device) are put back. Memory: a copy of the buffers.
+    So buffers (BatchNorm's), torchmetrics' states, modes, and lists, counters or arrays that a step keeps on any of its
+    modules, or on objects of the project's own classes there, are afterwards the very objects that they were, whatever
+    happens inside; the random generators (Python, NumPy, PyTorch on the CPU and the module's device) are put back.
+    Memory: a copy of the buffers.
 
     Args:
         pl_module: the module, not what a strategy has wrapped around it.
     """
     put_back_random_state = random_state(pl_module.device)
-    kept = [(module, dict(module.__dict__)) for module in pl_module.modules()]
-    copies: dict[int, Any] = {}
+    copies = _Copies(_packages([pl_module]))
     try:
-        for module, attributes in kept:
-            module.__dict__.update({name: _copied(value, copies) for name, value in attributes.items()})
+        for module in pl_module.modules():
+            copies.enter(module)
             module.__dict__["training"] = False  # not eval(), which a module may have overridden
         with silenced_log(pl_module):
             yield
     finally:
-        for module, attributes in kept:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        copies.put_back()
         put_back_random_state()
 
 
-def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    """What a step may write into, as an object of its own, however deep it lies; anything else as it is.
+@contextmanager
+def read_without_trace(*sources: Any) -> Iterator[None]:
+    """Inside, data sets and what collates their samples may be read; afterwards they are as if nobody had.
+
+    Random generators that can be reached from them, at any depth, go back to where they were, and so do the attributes
+    of data sets and of the project's own classes. Nothing large is copied: it is taken for data.
 
     Args:
-        value: a module's attribute, or something in it.
-        copies: what was copied so far, by the identity of the original: shared things stay shared, and cycles end.
+        sources: data sets, functions, bound methods; anything else will do.
     """
-    if id(value) in copies:
-        return copies[id(value)]
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        copies[id(value)] = value.clone()
-    elif isinstance(value, _GENERATORS):
-        copies[id(value)] = copy.deepcopy(value)
-    elif type(value) in _CONTAINERS:
-        own = copies[id(value)] = copy.copy(value)
+    put_back = [_state_of(generator) for generator in _generators_in(sources)]
+    copies = _Copies(_packages(sources), largest=_LARGE)
+    try:
+        for source in sources:
+            copies.copied(source)
+        yield
+    finally:
+        copies.put_back()
+        for generator, state in put_back:
+            _set_state(generator, state)
+
+
+class _Copies:
+    """Objects that work on copies of what their attributes hold, until they get their own attributes back.
+
+    Args:
+        packages: whose classes' objects are entered where an attribute holds one; those of others stay as they are, as
+            their state may be a whole programme's (a logger, a thread).
+        largest: entries or numbers of what is copied.
+    """
+
+    def __init__(self, packages: set[str], largest: float = float("inf")) -> None:
+        self._packages, self._largest = packages, largest
+        self._copies: dict[int, Any] = {}  # by the identity of the original: shared things stay shared, cycles end
+        self._kept: list[tuple[Any, dict[str, Any]]] = []
+        self._entered: set[int] = set()
+
+    def enter(self, thing: Any) -> None:
+        """Replace an object's attributes by copies."""
+        if id(thing) in self._entered:
+            return
+        self._entered.add(id(thing))
+        attributes = dict(vars(thing))
+        self._kept.append((thing, attributes))
+        for name, value in attributes.items():
+            vars(thing)[name] = self.copied(value)
+
+    def put_back(self) -> None:
+        """Give all objects their own attributes back."""
+        for thing, attributes in self._kept:
+            vars(thing).clear()
+            vars(thing).update(attributes)
+
+    def copied(self, value: Any) -> Any:
+        """What may be written into, as an object of its own, however deep it lies; anything else as it is."""
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            if value.numel() <= self._largest:
+                self._copies[id(value)] = value.clone()
+        elif isinstance(value, np.ndarray):
+            if value.size <= self._largest:
+                self._copies[id(value)] = value.copy()
+        elif isinstance(value, _GENERATORS):
+            self._copies[id(value)] = copy.deepcopy(value)
+        elif type(value) in _CONTAINERS:
+            if len(value) <= self._largest:
+                self._copy_container(value)
+        elif type(value) is tuple:
+            if len(value) <= self._largest:
+                return tuple(self.copied(item) for item in value)
+        elif isinstance(value, MethodType):
+            self.copied(value.__self__)
+        elif isinstance(value, functools.partial):
+            self.copied([value.func, *value.args, *value.keywords.values()])
+        elif self._is_entered(value):
+            self.enter(value)
+        return self._copies.get(id(value), value)
+
+    def _copy_container(self, value: Any) -> None:
+        own = self._copies[id(value)] = copy.copy(value)
         if isinstance(own, dict):
-            own.update({key: _copied(item, copies) for key, item in value.items()})
+            for key, item in value.items():
+                dict.__setitem__(own, key, self.copied(item))
         elif isinstance(own, (list, deque)):
             for place, item in enumerate(value):
-                own[place] = _copied(item, copies)
-    elif type(value) is tuple:
-        return tuple(_copied(item, copies) for item in value)
-    return copies.get(id(value), value)
+                own[place] = self.copied(item)
+
+    def _is_entered(self, value: Any) -> bool:
+        if isinstance(value, type) or not hasattr(value, "__dict__"):
+            return False
+        if isinstance(value, Dataset):  # a library's may hold the project's own, as a Subset does
+            self._packages |= _packages([value])
+            return True
+        if isinstance(value, (nn.Module, SimpleNamespace)) or dataclasses.is_dataclass(value):
+            return True
+        packages = {_package(kind) for kind in type(value).__mro__}
+        return bool(packages & self._packages) and packages <= self._packages | set(sys.stdlib_module_names)
+
+
+def _packages(things: Iterable[Any]) -> set[str]:
+    """The packages that the classes of some objects are from, libraries apart."""
+    owners = [getattr(thing, "__self__", thing) for thing in things]
+    return {_package(kind) for owner in owners for kind in type(owner).__mro__} - _LIBRARIES
+
+
+def _package(kind: type[Any]) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _generators_in(sources: Iterable[Any]) -> list[Any]:
+    """Every random generator that can be reached, without asking any object for more than its attributes."""
+    found, seen, waiting = [], set(), list(sources)
+    kept = []  # whose identities must not be given to others meanwhile
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        kept.append(value)
+        if isinstance(value, _GENERATORS):
+            found.append(value)
+        else:
+            waiting += _parts(value)
+    return found
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, (dict, list, tuple, set, deque)):
+        if len(value) > _LARGE:
+            return []
+        return list(value.values()) if isinstance(value, dict) else list(value)
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, FunctionType):
+        return _variables_of(value)
+    if isinstance(value, (type, ModuleType, Tensor, np.ndarray)) or not hasattr(value, "__dict__"):
+        return []
+    if not isinstance(value, nn.Module) and {_package(kind) for kind in type(value).__mro__} & _TRAINING:
+        return []
+    return list(vars(value).values())
+
+
+def _variables_of(function: FunctionType) -> list[Any]:
+    """What a function finds outside of itself."""
+    try:
+        outside = inspect.getclosurevars(function)
+    except ValueError:  # a variable that is not there yet
+        return []
+    return [*outside.nonlocals.values(), *outside.globals.values()]
+
+
+def _state_of(generator: Any) -> tuple[Any, Any]:
+    if isinstance(generator, random.Random):
+        return generator, generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return generator, generator.bit_generator.state
+    return generator, generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)

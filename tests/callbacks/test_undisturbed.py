@@ -1,7 +1,9 @@
 """Whatever a step writes on its modules, inside a measurement it writes on copies."""
 
 import random
-from collections import deque
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,26 @@ from torchmetrics.aggregation import CatMetric
 from lightning_flatlora.callbacks.undisturbed import undisturbed
 
 CPU = torch.device("cpu")
+
+
+@dataclass
+class Seen:
+    """What a dataclass keeps."""
+
+    batches: int = 0
+    sizes: list[int] = field(default_factory=list)
+
+
+class Meter:
+    """An object of the project's own, which is no module."""
+
+    def __init__(self) -> None:
+        self.total, self.seen, self.itself = np.zeros(2), Counter(a=1), self
+
+    def add(self, x: float) -> None:
+        self.total += x
+        self.seen["a"] += 1
+        self.new = x
 
 
 class Writes(LightningModule):
@@ -39,9 +61,25 @@ class Writes(LightningModule):
         self.generator = torch.Generator().manual_seed(1)
         self.random = random.Random(1)
         self.numpy = np.random.default_rng(1)
+        self.old_numpy = np.random.RandomState(1)
+        self.counts: Counter[str] = Counter(a=1)
+        self.array = np.zeros(3)
+        self.seen, self.meters, self.space = Seen(), [Meter()], SimpleNamespace(calls=0, more=[1])
+        self.hidden = [nn.BatchNorm1d(3)]  # of no parent's modules
 
     def write(self) -> None:
         x = torch.randn(4, 3, generator=self.generator) + self.random.random() + self.numpy.random()
+        x = x + self.old_numpy.rand()
+        self.counts["a"] += 1
+        self.counts["b"] += 1
+        self.array += 1
+        self.seen.batches += 1
+        self.seen.sizes.append(4)
+        self.meters[0].add(1.0)
+        assert self.meters[0].itself is self.meters[0]
+        self.space.calls += 1
+        self.space.more.append(2)
+        self.hidden[0](x)
         self.norm(x * torch.rand(4, 3) * random.random() * np.random.rand())
         self.norm.running_mean.add_(1)  # in eval mode too
         self.metrics.update(x.sum())
@@ -67,13 +105,18 @@ class Writes(LightningModule):
     def state(self) -> Any:
         """All that the pass writes, by value."""
         streams = self.generator.get_state(), self.random.getstate(), str(self.numpy.bit_generator.state)
+        streams += (str(self.old_numpy.get_state()),)
         streams += torch.get_rng_state(), random.getstate(), str(np.random.get_state())
         metrics = [{k: v for k, v in m.__dict__.items() if k[:2] != "__"} for m in self.metrics.values()]
         values = [{k: v for k, v in m.items() if isinstance(v, (int, bool, torch.Tensor, list))} for m in metrics]
         own: Any = dict(self.named_buffers()), self.outputs, self.table, list(self.recent), self.calls, self.last
         own += self.nested["train"], self.nested["val"]
+        meter, space = vars(self.meters[0]), vars(self.space)
+        kept = {name: str(meter[name]) for name in sorted(meter) if name != "itself"}
+        objects: Any = dict(self.counts), self.array.tolist(), vars(self.seen), kept, space
+        objects += (dict(self.hidden[0].named_buffers()),)
         modes = [module.training for module in self.modules()]
-        return [_copy(part) for part in (streams, values, own, modes, hasattr(self, "fresh"))]
+        return [_copy(part) for part in (streams, values, own, objects, modes, hasattr(self, "fresh"))]
 
 
 def _copy(value: Any) -> Any:
@@ -111,4 +154,15 @@ def test_the_pass_itself_does_leave_marks() -> None:
     before = module.state()
     module.write()
     changed = [not same(left, right) for left, right in zip(module.state(), before, strict=True)]
-    assert changed == [True, True, True, True, True]
+    assert changed == [True] * 6
+
+
+def test_objects_of_other_libraries_are_left_alone() -> None:
+    """A logger's connection, a registry, a trainer: what they write meanwhile stays."""
+    foreign = type("Run", (), {"__module__": "elsewhere.sdk"})()
+    foreign.lines = []
+    module = Writes()
+    module.run = foreign
+    with undisturbed(module):
+        foreign.lines.append("line")
+    assert foreign.lines == ["line"]
