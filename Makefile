@@ -2,9 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is installed: for the demos the recipes' dependencies, for lint and tests the tools too.
-RECIPES := $(VENV)/.recipes
-DEV := $(VENV)/.dev
+INSTALLED := $(VENV)/.installed
 
 .PHONY: help test demo clip-demo lint gpu-test benchmark clean
 
@@ -15,25 +13,19 @@ help:
 	@echo "make gpu-test   the tests that need a CUDA device"
 	@echo "make benchmark  step time of every method relative to LoRA"
 
-$(RECIPES): EXTRAS := recipes
-$(DEV): EXTRAS := recipes,dev
-
-$(RECIPES) $(DEV): pyproject.toml
-	@echo "Installing the package with [$(EXTRAS)] into $(VENV), once: PyTorch, transformers and others, about 0.7 GB to"
-	@echo "fetch and 2 GB on the disk. On Linux pip may take PyTorch's CUDA build, which is 3 GB more; PyTorch's CPU build,"
-	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes."
+$(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[recipes,dev]'
 	@touch $@
 
-demo: $(RECIPES)
+demo: $(INSTALLED)
 	$(BIN)/python -m recipes.demo
 
-clip-demo: $(RECIPES)
+clip-demo: $(INSTALLED)
 	$(BIN)/python -m recipes.clip_demo
 
-lint: $(DEV)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -41,10 +33,10 @@ lint: $(DEV)
 test: lint
 	$(BIN)/python -m pytest
 
-gpu-test: $(DEV)
+gpu-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
-benchmark: $(RECIPES)
+benchmark: $(INSTALLED)
 	$(BIN)/python -m recipes.benchmarks.step
 
 clean:

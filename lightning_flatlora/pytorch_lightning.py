@@ -10,12 +10,15 @@ Example:
 """
 
 from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_flatlora import baselines, callbacks
+from lightning_flatlora.callbacks.checkpoint import SavesAdapters
 from lightning_flatlora.module import FMLoRASteps
 
 __all__ = [
     "SAM",
+    "AdapterCheckpoint",
     "BalancednessRegularization",
     "EFMLoRA",
     "FMLoRA",
@@ -28,6 +31,10 @@ __all__ = [
 
 class FMLoRAModule(FMLoRASteps, LightningModule):
     """:class:`lightning_flatlora.FMLoRAModule` over ``pytorch_lightning.LightningModule``."""
+
+
+class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
+    """:class:`lightning_flatlora.AdapterCheckpoint` over ``pytorch_lightning``'s ModelCheckpoint."""
 
 
 class EFMLoRA(callbacks.EFMLoRA, Callback):

@@ -117,6 +117,35 @@ def test_a_run_goes_on_under_the_other_name(tmp_path, method):
         assert same(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("method", ["EFMLoRA", "module"])
+def test_checkpoints_of_the_adapter(tmp_path, method):
+    """Its place is the last in the list, and its files serve both names."""
+
+    def parts(automatic, manual, ours):
+        return (manual(0.5), []) if method == "module" else (automatic(), [ours.EFMLoRA(0.5)])
+
+    there = OtherClassifier, OtherTwoPassClassifier, flatlora
+    here = Classifier, TwoPassClassifier, lightning_flatlora
+    whole, callbacks = parts(*there)
+    saver = flatlora.AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    trainer = train(pytorch_lightning, whole, [saver, *callbacks], tmp_path, enable_checkpointing=True)
+    assert trainer.checkpoint_callback is saver
+    assert trainer.callbacks[-1] is saver
+    assert (tmp_path / "step=12" / "adapter_config.json").exists()
+    for library, kinds in ((pytorch_lightning, there), (lightning.pytorch, here)):
+        resumed, callbacks = parts(*kinds)
+        callbacks.append(kinds[2].AdapterCheckpoint(tmp_path / "more", save_top_k=0))
+        path = tmp_path / "step=12.ckpt"
+        train(library, resumed, callbacks, tmp_path, ckpt_path=path, enable_checkpointing=True)
+        assert same(weights(resumed), weights(whole))
+
+
+def test_the_other_librarys_checkpoint_callback_is_refused(tmp_path):
+    callbacks = [lightning_flatlora.AdapterCheckpoint(tmp_path)]
+    with pytest.raises(MisconfigurationException, match=r"from lightning_flatlora\.pytorch_lightning"):
+        train(pytorch_lightning, OtherClassifier(), callbacks, tmp_path)
+
+
 def test_one_callback_without_a_list(tmp_path):
     trainer = train(pytorch_lightning, OtherClassifier(), flatlora.EFMLoRA(0.5), tmp_path)
     assert trainer.callbacks[0].step == STEPS

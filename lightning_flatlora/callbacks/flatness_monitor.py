@@ -39,9 +39,9 @@ class FlatnessMonitor(Callback):
     The loss is the module's own ``training_step`` (``compute_loss`` of an :class:`~lightning_flatlora.FMLoRAModule`) in
     eval mode, at the clean weights, with the same random draws in every pass. Weights, gradients, random generators,
     modes, buffers, torchmetrics objects and what ``self.log`` collects stay as they are, to the bit; so does what a
-    step keeps in attributes of its modules (tensors, arrays, numbers, counters, containers of them, dataclasses, objects
-    of the module's own package), but not what it writes elsewhere, as into a logger's experiment or a file. The numbers
-    go to every logger of the trainer and into ``trainer.callback_metrics`` as ``flatness/sharpness`` and so on;
+    step keeps in attributes of its modules (tensors, arrays, numbers, counters, containers of them, dataclasses, and
+    objects of the module's own package), but not what it writes elsewhere, as into a logger's experiment or a file. The
+    numbers go to every logger of the trainer and into ``trainer.callback_metrics`` as ``flatness/sharpness`` and so on;
     docs/flatness.md lists them.
 
     It works alone under plain LoRA, and beside EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its own

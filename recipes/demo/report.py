@@ -18,8 +18,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         results: each method's result.json.
     """
     settings = next(iter(results.values()))["settings"]
-    told = f"{settings['dataset']}, {settings['steps']} steps of {settings['batch_size']}, {settings['precision']}"
-    shown = Table(title=told)
+    shown = Table(title=f"{settings['dataset']}, {settings['steps']} steps of {settings['batch_size']}")
     for column in (
         "method",
         "held-out accuracy",

@@ -45,6 +45,11 @@ class SavesAdapters(_Base):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not any(callback is self for callback in trainer.checkpoint_callbacks):
+            raise MisconfigurationException(
+                "AdapterCheckpoint: this Trainer is of pytorch_lightning, which takes it for no checkpoint callback: "
+                "import AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
+            )
         super().setup(trainer, pl_module, stage)
         if "://" in str(self.dirpath or ""):
             raise MisconfigurationException(
