@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+# What is installed: for the demos the recipes' dependencies, for lint and tests the tools too.
+RECIPES := $(VENV)/.recipes
+DEV := $(VENV)/.dev
 
 .PHONY: help test demo clip-demo lint gpu-test benchmark clean
 
@@ -13,19 +15,25 @@ help:
 	@echo "make gpu-test   the tests that need a CUDA device"
 	@echo "make benchmark  step time of every method relative to LoRA"
 
-$(INSTALLED): pyproject.toml
+$(RECIPES): EXTRAS := recipes
+$(DEV): EXTRAS := recipes,dev
+
+$(RECIPES) $(DEV): pyproject.toml
+	@echo "Installing the package with [$(EXTRAS)] into $(VENV), once: PyTorch, transformers and others, about 0.7 GB to"
+	@echo "fetch and 2 GB on the disk. On Linux pip may take PyTorch's CUDA build, which is 3 GB more; PyTorch's CPU build,"
+	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[recipes,dev]'
+	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(INSTALLED)
+demo: $(RECIPES)
 	$(BIN)/python -m recipes.demo
 
-clip-demo: $(INSTALLED)
+clip-demo: $(RECIPES)
 	$(BIN)/python -m recipes.clip_demo
 
-lint: $(INSTALLED)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -33,10 +41,10 @@ lint: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest
 
-gpu-test: $(INSTALLED)
+gpu-test: $(DEV)
 	$(BIN)/python -m pytest -m gpu
 
-benchmark: $(INSTALLED)
+benchmark: $(RECIPES)
 	$(BIN)/python -m recipes.benchmarks.step
 
 clean:

@@ -3,6 +3,7 @@
 import os
 import time
 from functools import cache
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -47,15 +48,42 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     """
     told = os.environ.get(SETTING)
     if told:
-        for precision in get_args(Precision):
-            if told == precision:
-                return precision  # type: ignore[no-any-return]
-        raise ValueError(f"{SETTING} must be one of {', '.join(get_args(Precision))}, or unset, got {told!r}")
+        return _checked(told, SETTING)
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return _of_gpu()
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return "32-true"
     return "bf16-mixed" if _has_fast_bfloat16() else "32-true"
+
+
+def precision_of_runs(folder: Path, told: Precision | None = None) -> Precision:
+    """One precision for all runs whose results land in a folder, which are compared with each other.
+
+    Args:
+        folder: of the runs; the precision is written into its ``precision.txt``.
+        told: by the user; None is what the folder began with, and at first :func:`fast_precision`. The environment
+            variable overrides what the folder began with, too.
+
+    Returns:
+        The precision.
+
+    Raises:
+        ValueError: ``precision.txt`` or the environment variable holds something else.
+    """
+    path = folder / "precision.txt"
+    if told is None and SETTING not in os.environ and path.exists():
+        return _checked(path.read_text().strip(), str(path))
+    chosen = told or fast_precision()
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{chosen}\n")
+    return chosen
+
+
+def _checked(told: str, where: str) -> Precision:
+    for precision in get_args(Precision):
+        if told == precision:
+            return precision  # type: ignore[no-any-return]
+    raise ValueError(f"{where} must hold one of {', '.join(get_args(Precision))}, or not be there, got {told!r}")
 
 
 def _of_gpu() -> Precision:

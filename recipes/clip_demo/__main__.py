@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 from recipes.clip_demo import emoji, report
 from recipes.clip_demo.pretrain import Pretraining, pretrained
 from recipes.clip_demo.run import METHODS, ZERO_SHOT, Row, Settings, append, examples, finished, key, run
 from recipes.demo.__main__ import quiet
+from recipes.precision import Precision, precision_of_runs
 
 _SHOWN = "EFMLoRA"  # beside zero-shot in the picture, with the most shots and the first seed
 
@@ -25,9 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     quiet()
     options.folder.mkdir(parents=True, exist_ok=True)
     data = emoji.prepare()
-    settings = Settings(rho=options.rho, iterations_per_shot=options.iterations_per_shot)
+    precision = precision_of_runs(options.folder, options.precision)
+    print(f"Precision: {precision}; --precision takes another", flush=True)
+    settings = Settings(rho=options.rho, iterations_per_shot=options.iterations_per_shot, precision=precision)
     try:
-        model = pretrained(Pretraining(steps=options.pretraining_steps), data)
+        model = pretrained(Pretraining(steps=options.pretraining_steps, precision=precision), data)
         rows = list(_runs(options, settings, model, data.target))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
         print("Stopped. The same command goes on: what is finished is kept, the model's training from its checkpoint")
@@ -78,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--pretraining_steps", type=int, default=Pretraining.steps, help="optimizer steps of the small model's training"
     )
+    told = "of all training; left out, what the folder began with, and at first what this device computes fast"
+    add("--precision", choices=get_args(Precision), help=told)
     return parser
 
 

@@ -4,7 +4,6 @@ python -m recipes.clip_demo.choose_rho --rho 0.01 0.03 0.1
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from recipes.clip_demo.pretrain import Pretraining, pretrained
 from recipes.clip_demo.report import mean_and_error
 from recipes.clip_demo.run import METHODS, Settings, append, finished, key, run
 from recipes.demo.__main__ import quiet
+from recipes.precision import precision_of_runs
 
 RADII = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
@@ -32,11 +32,12 @@ def main(arguments: list[str] | None = None) -> None:
     quiet()
     options.folder.mkdir(parents=True, exist_ok=True)
     data = emoji.prepare()
-    model = pretrained(Pretraining(), data)
+    precision = precision_of_runs(options.folder)
+    model = pretrained(Pretraining(precision=precision), data)
     table = Table("method", "rho", "validation accuracy in %")
     tried = [(method, rho) for method in options.methods for rho in (options.rho if method != "LoRA" else [0.0])]
     for method, rho in tried:
-        settings = replace(Settings(), rho=rho, learning_rate=options.learning_rate)
+        settings = Settings(rho=rho, learning_rate=options.learning_rate, precision=precision)
         accuracies = [_accuracy(method, options, seed, settings, model, data.target) for seed in options.seeds]
         table.add_row(method, f"{rho:g}", "{:.1f} ± {:.1f}".format(*mean_and_error(accuracies)))
         Console().print(table)

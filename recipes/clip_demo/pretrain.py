@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import lightning as L
 import open_clip
 import torch
 from filelock import FileLock
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision import transforms
 
@@ -22,6 +22,8 @@ from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModel
 from recipes.clip_demo.emoji import Folders
 from recipes.packaged import cache_dir
+from recipes.precision import Precision, fast_precision
+from recipes.progress import progress_bar
 from recipes.random_state import RandomState
 
 MODEL = "emoji-ViT-8-64"
@@ -44,6 +46,7 @@ class Pretraining:
         colour_jitter: largest relative change of brightness, contrast and saturation.
         grey_share: share of the images that lose their colours.
         seed: of weights, order, captions and augmentation.
+        precision: of training; by default what the device computes fast.
     """
 
     steps: int = 600
@@ -55,6 +58,7 @@ class Pretraining:
     colour_jitter: float = 0.4
     grey_share: float = 0.1
     seed: int = 0
+    precision: Precision = field(default_factory=fast_precision)
 
 
 def pretrained(settings: Pretraining, data: Folders) -> Path:
@@ -109,7 +113,7 @@ def _train(
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed",
+        precision=settings.precision,
         max_steps=settings.steps,
         max_epochs=-(-settings.steps // len(data.train_dataloader())),
         check_val_every_n_epoch=10**6,  # only when told
@@ -118,7 +122,7 @@ def _train(
         callbacks=[
             ModelCheckpoint(folder, every_n_train_steps=_CHECKPOINT_STEPS, save_top_k=0, save_last=True),
             RandomState(),
-            RichProgressBar(),
+            progress_bar("the small CLIP"),
         ],
         logger=False,
         enable_model_summary=False,

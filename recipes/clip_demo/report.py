@@ -28,7 +28,8 @@ def table(rows: Sequence[Row], classes: int) -> Table:
     """
     shots = sorted({row["shots"] for row in rows if row["shots"]})
     seeds = len({row["seed"] for row in rows})
-    title = f"Accuracy in %, {classes} classes (chance {100 / classes:.1f}), {seeds} seeds"
+    precision = rows[0]["settings"]["precision"]
+    title = f"Accuracy in %, {classes} classes (chance {100 / classes:.1f}), {seeds} seeds, {precision}"
     shown = Table(title=title)
     shown.add_column("method")
     for column in [*(f"{number} shot{'s' * (number > 1)}" for number in shots), "step x LoRA"]:

@@ -3,18 +3,19 @@
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.module import FewShot
 from recipes.clip_fewshot.sources import load
+from recipes.precision import Precision, fast_precision
+from recipes.progress import progress_bar
 from recipes.step_times import StepTimes
 
 METHODS = ("LoRA", "EFMLoRA", "FMLoRA")
@@ -34,6 +35,7 @@ class Settings:
         alpha: the adapter is scaled by alpha / rank.
         dropout: on the adapter's input.
         rho: radius of the perturbation, chosen on the validation part (docs/recipes/clip_demo.md).
+        precision: of training; by default what the device computes fast.
     """
 
     iterations_per_shot: int = 10
@@ -43,6 +45,7 @@ class Settings:
     alpha: float = 1.0
     dropout: float = 0.25
     rho: float = 0.03
+    precision: Precision = field(default_factory=fast_precision)
 
 
 def run(method: str, shots: int, seed: int, settings: Settings, model: Path, images: Path, part: str = "test") -> Row:
@@ -127,12 +130,12 @@ def _trainer(method: str, settings: Settings, times: StepTimes) -> L.Trainer:
     return L.Trainer(
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed",
+        precision=settings.precision,
         max_epochs=1,
         max_steps=0 if method == ZERO_SHOT else -1,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[times, *flat.get(method, list)(), RichProgressBar()],
+        callbacks=[times, *flat.get(method, list)(), progress_bar(method)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import torch
@@ -24,6 +24,7 @@ from recipes.comparison.run import Run, perform
 from recipes.comparison.table import tables
 from recipes.comparison.tasks import TASKS
 from recipes.demo.__main__ import quiet
+from recipes.precision import Precision, precision_of_runs
 
 _WIDTH = 180
 
@@ -40,7 +41,10 @@ def run(options: argparse.Namespace) -> int:
     _quiet()
     torch.set_num_threads(1)  # a run repeats bit for bit, and a second process has the next core
     options.folder.mkdir(parents=True, exist_ok=True)
-    plan = Plan(options.folder, [TASKS[name] for name in options.tasks], options.methods, options.seeds)
+    precision = precision_of_runs(options.folder, options.precision)
+    print(f"Precision: {precision}; --precision takes another", flush=True)
+    tasks = [TASKS[name].computed_in(precision) for name in options.tasks]
+    plan = Plan(options.folder, tasks, options.methods, options.seeds)
     shown = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     with Progress(*shown, TextColumn("{task.description}"), speed_estimate_period=600) as progress:
         bar = progress.add_task("", total=None)
@@ -48,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
         def tell(run: Run | None) -> None:
             done, total = plan.done_and_total
             progress.update(bar, completed=done, total=total, description=str(run or ""))
+            if run is not None and not progress.console.is_terminal:  # where the bar shows at the end alone
+                print(f"{done} of {total} done; {run}", flush=True)
 
         try:
             tell(None)
@@ -107,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{_of(METHODS)}; only when named: {', '.join(VARIANTS)}",
     )  # fmt: skip
     doing.add_argument("--seeds", type=_seed, nargs="+", default=list(range(5)), help="of the runs on test (0 1 2 3 4)")
+    told = "of all computation; left out, what the folder began with, and at first what this device computes fast"
+    doing.add_argument("--precision", choices=get_args(Precision), help=told)
     for name, function, told in (("table", table, "print and write the tables"), ("plot", pictures, "draw PNGs")):
         showing = _command(commands, name, function, told)
         showing.add_argument("--from", type=Path, dest="file", metavar="FILE", help="rows to show, not the folder's")

@@ -9,12 +9,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from recipes.comparison.task import Batch, Config, Judged, Task, with_network
+from recipes.instruction_tuning.chat import PLAIN_TEMPLATE
 from recipes.instruction_tuning.data import InstructionData
-from recipes.instruction_tuning.model import DEFAULT_LORA, PACKAGED, model_source
+from recipes.instruction_tuning.model import DEFAULT_LORA, PACKAGED, model_source, weights_dtype
 from recipes.instruction_tuning.module import InstructionTuning
-
-_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ '\n' if message['role'] == 'user' }}{% endfor %}"
-"""The question on a line, the answer on the next: half of the tokens of the model's own template."""
 
 
 class CommonsenseTask(Task):
@@ -31,7 +29,7 @@ class CommonsenseTask(Task):
         module = InstructionTuning(
             model=self.model,
             lora={**DEFAULT_LORA, "lora_dropout": config.get("dropout", 0.0)},
-            dtype="float32" if full else "bfloat16",  # of the base: what is trained is in float32
+            dtype="float32" if full else weights_dtype(self.precision),  # of the base: what is trained is in float32
             learning_rate=config["learning_rate"],
             weight_decay=config.get("weight_decay", 0.0),
         )
@@ -44,7 +42,7 @@ class CommonsenseTask(Task):
             "packaged:commonsense_qa",
             tokenizer=model_source(self.model),
             batch_size=self.settings["batch_size"],
-            chat_template=_TEMPLATE,
+            chat_template=PLAIN_TEMPLATE,
             seed=seed,
         )
         data.parts = dict(self._tokenised(data))

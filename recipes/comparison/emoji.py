@@ -1,5 +1,7 @@
 """The CLIP demo's few-shot task: a small CLIP that is trained here, and a style of drawing that it has never seen."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,16 +21,21 @@ from recipes.comparison.task import Batch, Config, Judged, Task, with_network
 class EmojiTask(Task):
     """Emoji in 23 classes; settings: ``shots`` of each class, ``steps_per_shot``, ``epochs`` (1) and ``batch_size``."""
 
-    pretraining = Pretraining()
+    pretraining: Mapping[str, Any] = {}
+    """What the small CLIP's training has other than usual."""
 
     @override
     def prepare(self) -> None:
-        pretrained(self.pretraining, emoji.prepare())
+        self._model()
+
+    def _model(self) -> Path:
+        """Folder of the small CLIP, trained in the precision of the runs."""
+        return pretrained(Pretraining(**self.pretraining, precision=self.precision), emoji.prepare())
 
     @override
     def module(self, config: Config, full: bool) -> FewShot:
         module = FewShot(
-            model=f"local-dir:{pretrained(self.pretraining, emoji.prepare())}",
+            model=f"local-dir:{self._model()}",
             pretrained=None,
             lora={"r": 2, "lora_alpha": 1, "lora_dropout": config.get("dropout", Settings.dropout)},
             learning_rate=config["learning_rate"],

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from recipes.clip_demo.run import Row, append
 from recipes.comparison.methods import ALL
 from recipes.comparison.run import Run
-from recipes.comparison.task import Config, Task
+from recipes.comparison.task import Config, Task, all_settings
 
 RESULTS = "results.jsonl"
 TUNING_SEEDS = (100, 101)  # none of the seeds of the test
@@ -78,12 +78,12 @@ class Plan:
         tuned = {*self.methods, *(start for name in self.methods if (start := ALL[name].start))}
         configs = [ALL[name].configurations(task.grids, None) for task in self.tasks for name in tuned]
         total = len(TUNING_SEEDS) * sum(map(len, configs)) + len(self.tasks) * len(self.methods) * len(self.seeds)
-        settings = {task.name: task.settings for task in self.tasks}
+        settings = {task.name: all_settings(task.settings) for task in self.tasks}
         wanted = {"validation": (tuned, TUNING_SEEDS), "test": (set(self.methods), self.seeds)}
         done = 0
         for row in self._rows.values():
             methods, seeds = wanted[row["part"]]
-            is_of_task = row["settings"] == settings.get(row["task"])
+            is_of_task = all_settings(row["settings"]) == settings.get(row["task"])
             done += is_of_task and row["method"] in methods and row["seed"] in seeds
         return min(done, total), total  # a folder may hold more, of a grid that has changed since
 
@@ -147,7 +147,7 @@ def choose(rows: Iterable[Row]) -> Config:
 
 def read(path: Path) -> list[Row]:
     """The rows of a file of JSON lines; a line that a stop has cut off counts for nothing."""
-    rows = []
+    rows: list[Row] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
@@ -158,5 +158,5 @@ def read(path: Path) -> list[Row]:
 
 def _name(row: Row) -> str:
     """What makes a run that one, as text."""
-    parts = ("task", "method", "config", "seed", "part", "settings")
-    return json.dumps({part: row[part] for part in parts}, sort_keys=True)
+    parts = {part: row[part] for part in ("task", "method", "config", "seed", "part")}
+    return json.dumps({**parts, "settings": all_settings(row["settings"])}, sort_keys=True)

@@ -75,7 +75,7 @@ def perform(run: Run) -> Row:
     times, watch = StepTimes(), Watch()
     memory: list[L.Callback] = [watch] if platform.system() == "Linux" else []
     own = method.callbacks({**run.config, "seed": run.seed})
-    trainer = _trainer(run.task.settings["epochs"], [times, *memory, *own])
+    trainer = _trainer(run.task, [times, *memory, *own])
     trainer.fit(module, datamodule=run.task.data(run.seed))
     processor = time.process_time() - processor
     module.eval()
@@ -93,12 +93,12 @@ def perform(run: Run) -> Row:
     }
 
 
-def _trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(task: Task, callbacks: list[L.Callback]) -> L.Trainer:
     return L.Trainer(
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed",
-        max_epochs=epochs,
+        precision=task.precision,
+        max_epochs=task.settings["epochs"],
         num_sanity_val_steps=0,
         limit_val_batches=0,
         callbacks=callbacks,
@@ -111,7 +111,7 @@ def _trainer(epochs: int, callbacks: list[L.Callback]) -> L.Trainer:
 
 @torch.no_grad()
 def _judged(task: Task, module: L.LightningModule, trainer: L.Trainer, part: str) -> Row:
-    with torch.autocast(module.device.type, torch.bfloat16):
+    with trainer.precision_plugin.forward_context():
         judged = [task.judge(module, _on(module, batch)) for batch in task.batches(trainer, part)]
     examples = sum(each.examples for each in judged)
     correct, loss, terms = (float(sum(each)) for each in list(zip(*judged, strict=True))[:3])
@@ -151,7 +151,7 @@ def flatness(task: Task, module: Any, batches: Sequence[Batch], full: bool) -> R
 
 def _loss_of(task: Task, module: Any, batch: Batch) -> Callable[[], Tensor]:
     def loss() -> Tensor:
-        with torch.autocast(module.device.type, torch.bfloat16):  # as in training
+        with module.trainer.precision_plugin.forward_context():  # as in training
             return task.loss(module, batch)
 
     return loss

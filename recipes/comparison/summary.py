@@ -10,7 +10,7 @@ from scipy import stats
 
 from recipes.clip_demo.run import Row
 from recipes.comparison.methods import ALL, METHODS, VARIANTS
-from recipes.comparison.task import Config
+from recipes.comparison.task import Config, all_settings
 
 BASELINE = "lora"
 Key = TypeVar("Key", bound=Hashable)
@@ -95,7 +95,7 @@ def corrected_p_values(found: Mapping[str, Sequence[Outcome]]) -> dict[tuple[str
 def of_task(rows: Sequence[Row], task: str) -> list[Row]:
     """The rows of a task that have the settings of its last one."""
     own = [row for row in rows if row["task"] == task]
-    return [row for row in own if row["settings"] == own[-1]["settings"]]
+    return [row for row in own if all_settings(row["settings"]) == all_settings(own[-1]["settings"])]
 
 
 def tuning(rows: Sequence[Row], method: str) -> list[tuple[Config, Estimate]]:

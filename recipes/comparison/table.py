@@ -19,6 +19,7 @@ from recipes.comparison.summary import (
     sharpness_correlation,
     told_seeds,
 )
+from recipes.comparison.task import all_settings
 
 _COLUMNS = (
     "method", "chosen", "accuracy in %", "gain over LoRA", "p (Holm)", "test loss", "test loss - LoRA's", "train loss",
@@ -67,7 +68,9 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _of_task(task: str, found: Sequence[Outcome]) -> Table:
     seeds = max(len(outcome.runs) for outcome in found)
-    notes = [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in found if o.edge]
+    settings = all_settings(next(iter(found[0].runs.values()))["settings"])  # the same of all runs
+    notes = [f"computed in {settings['precision']}"]
+    notes += [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in found if o.edge]
     for name in ("sharpness", "expected_sharpness"):
         correlation = sharpness_correlation(found, name)
         if not math.isnan(correlation):

@@ -1,5 +1,6 @@
 """What a run asks of a task, whatever its model and data are."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import lightning as L
 from peft import PeftModel
 from torch import Tensor
 
+from recipes.precision import Precision, fast_precision
 from recipes.training import RecipeModule
 
 Batch = dict[str, Any]
@@ -38,7 +40,7 @@ class Task(ABC):
         name: of the task.
         settings: all that decides a result beside the method, its configuration and the seed; told in every row.
             ``epochs``, ``sharpness_rho`` and ``noise`` (sigma), at which every method's sharpness and expected
-            sharpness are measured, are always among them; the others are the task's own.
+            sharpness are measured, are always among them; ``precision`` may be; the others are the task's own.
         grids: values to choose from on the validation part, by the names that :mod:`recipes.comparison.methods` gives.
     """
 
@@ -47,6 +49,18 @@ class Task(ABC):
         self.settings = settings
         self.grids = grids
         self._held_out: dict[str, Sequence[Batch]] = {}
+
+    @property
+    def precision(self) -> Precision:
+        """In which its runs are computed: as its settings tell, else what the device computes fast."""
+        told: Precision = self.settings.get("precision") or fast_precision()
+        return told
+
+    def computed_in(self, precision: Precision) -> "Task":
+        """The same task, whose settings tell a precision."""
+        task = copy.copy(self)
+        task.settings = {**self.settings, "precision": precision}
+        return task
 
     def batches(self, trainer: L.Trainer, part: str) -> Sequence[Batch]:
         """All examples of a part, once, without augmentation; "train" is what the trainer has trained on."""
@@ -83,6 +97,11 @@ class Task(ABC):
     @abstractmethod
     def judge(self, module: Any, batch: Batch) -> Judged:
         """What the model makes of examples of "validation" or "test"."""
+
+
+def all_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """A task's settings with their precision: rows of before there was a choice tell none, and are of bf16-mixed."""
+    return {"precision": "bf16-mixed", **settings}
 
 
 def with_network(module: Any, full: bool) -> Any:

@@ -5,7 +5,6 @@ python -m recipes.demo.choose_rho --rho 0.01 0.03 0.1 0.3
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from recipes.demo.__main__ import quiet
 from recipes.demo.run import Settings, train
+from recipes.precision import precision_of_runs
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,11 +24,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo-rho"), help="where the runs land")
     options = parser.parse_args(arguments)
     quiet()
+    precision = precision_of_runs(options.folder)
     table = Table("method", "rho", "validation loss", "validation accuracy")
     runs = [("LoRA", 0.0), *((method, rho) for method in options.methods for rho in options.rho)]
     for method, rho in runs:
         folder = options.folder / f"{method}-{rho:g}-{options.steps}"
-        row = _validated(method, replace(Settings(), rho=rho, steps=options.steps), folder)
+        row = _validated(method, Settings(rho=rho, steps=options.steps, precision=precision), folder)
         table.add_row(method, f"{rho:g}", f"{row['val_loss']:.3f}", f"{row['val_accuracy']:.3f}")
         Console().print(table)
 

@@ -18,7 +18,8 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         results: each method's result.json.
     """
     settings = next(iter(results.values()))["settings"]
-    shown = Table(title=f"{settings['dataset']}, {settings['steps']} steps of {settings['batch_size']}")
+    told = f"{settings['dataset']}, {settings['steps']} steps of {settings['batch_size']}, {settings['precision']}"
+    shown = Table(title=told)
     for column in (
         "method",
         "held-out accuracy",

@@ -6,26 +6,30 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, Perturbation, find_pairs
 from lightning_flatlora.flatness import MeanLoss, sam_sharpness
+from recipes.instruction_tuning.chat import PLAIN_TEMPLATE
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.model import model_source
 from recipes.instruction_tuning.module import InstructionTuning
+from recipes.precision import Precision, fast_precision
+from recipes.progress import progress, progress_bar
 from recipes.random_state import RandomState
 from recipes.step_times import StepTimes
 
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,25 @@ class Settings:
         rho: radius, chosen on the validation part (docs/recipes/instruction_tuning.md).
         steps: optimizer steps of each method.
         batch_size: conversations of a step.
+        max_length: tokens of the longest conversations; longer ones are left out, for the sake of slow machines.
         learning_rate: AdamW's largest.
         test_batches: held-out batches, of ``batch_size`` questions; None takes them all.
         sharpness_batches: training batches on which sharpness is measured.
         seed: of adapters, batches and dropout.
+        precision: of training and evaluation; by default what the device computes fast.
     """
 
     dataset: str = "packaged:sentiment"
     model: str = "packaged"
     rho: float = 0.03
-    steps: int = 40
-    batch_size: int = 16
+    steps: int = 32
+    batch_size: int = 8
+    max_length: int = 36
     learning_rate: float = 1e-3
     test_batches: int | None = 20
     sharpness_batches: int = 4
     seed: int = 0
+    precision: Precision = field(default_factory=fast_precision)
 
 
 def run(method: str, settings: Settings, folder: Path) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def run(method: str, settings: Settings, folder: Path) -> dict[str, Any]:
         "median_step_seconds": statistics.median(times.seconds) if times.seconds else None,
         "peak_memory_mib": _peak_memory_mib(),
     }
-    result |= sharpness(module, data, settings)
+    result |= sharpness(method, module, data, settings)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -86,16 +94,10 @@ def train(
 ) -> tuple[L.Trainer, InstructionTuning, InstructionData, StepTimes]:
     """Model and data, after training with one method."""
     L.seed_everything(settings.seed, verbose=False)
-    module = InstructionTuning(
-        model=settings.model, learning_rate=settings.learning_rate, dtype="bfloat16", warmup_steps=5
-    )
-    data = InstructionData(
-        settings.dataset,
-        batch_size=settings.batch_size,
-        system_prompt="Answer briefly.",
-        seed=settings.seed,
-        tokenizer=model_source(settings.model),
-    )
+    data = _data(settings)
+    if (folder.parent / TOKENS).exists():
+        data.parts = _without_validation(dict(datasets.load_from_disk(folder.parent / TOKENS)))
+    module = InstructionTuning(model=settings.model, learning_rate=settings.learning_rate, warmup_steps=5)
     data.prepare_data()
     data.setup("fit")
     times = StepTimes()
@@ -107,6 +109,42 @@ def train(
     return trainer, module, data, times
 
 
+def tokenise(settings: Settings, folder: Path) -> None:
+    """Tokenise the reviews to train and to test on, once for all methods; a folder that is there stays as it is.
+
+    Args:
+        settings: of the demo.
+        folder: of all methods; the tokens land in its folder :data:`TOKENS`.
+    """
+    if (folder / TOKENS).exists():
+        return
+    data = _data(settings)
+    data.parts = _without_validation({})
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    partial_folder = folder / f"{TOKENS}.partial"
+    tables = datasets.DatasetDict({part: data.parts[part] for part in ("train", "test")})
+    tables.save_to_disk(partial_folder)
+    partial_folder.rename(folder / TOKENS)
+
+
+def _data(settings: Settings) -> InstructionData:
+    return InstructionData(
+        settings.dataset,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        chat_template=PLAIN_TEMPLATE,
+        seed=settings.seed,
+        tokenizer=model_source(settings.model),
+    )
+
+
+def _without_validation(parts: dict[str, Any]) -> dict[str, Any]:
+    """With an empty validation part, which is for choosing rho and not for the demo: it need not be tokenised."""
+    return {**parts, "validation": []}
+
+
 def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: StepTimes) -> L.Trainer:
     flat: dict[str, Callable[[], list[L.Callback]]] = {
         "EFMLoRA": lambda: [EFMLoRA(settings.rho)],
@@ -116,7 +154,7 @@ def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: 
     return L.Trainer(
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed",
+        precision=settings.precision,
         max_epochs=epochs,
         limit_train_batches=settings.steps if epochs == 1 else None,  # so that the bar ends where training does
         max_steps=settings.steps,
@@ -126,13 +164,13 @@ def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: 
         limit_test_batches=settings.test_batches,
         check_val_every_n_epoch=epochs + 1,
         num_sanity_val_steps=0,
-        callbacks=[times, *flat.get(method, list)(), checkpoints, RandomState(), RichProgressBar()],
+        callbacks=[times, *flat.get(method, list)(), checkpoints, RandomState(), progress_bar(method)],
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_model_summary=False,
     )
 
 
-def sharpness(module: InstructionTuning, data: InstructionData, settings: Settings) -> dict[str, float]:
+def sharpness(method: str, module: InstructionTuning, data: InstructionData, settings: Settings) -> dict[str, float]:
     """SAM's sharpness L(w + E) - L(w) in full weight space, with the same rho for every method.
 
     E is the perturbation (Eqs. 10-15) of the mean gradient over a few training batches; both losses are over the same
@@ -143,14 +181,17 @@ def sharpness(module: InstructionTuning, data: InstructionData, settings: Settin
     """
     batches = [_on(module.device, batch) for batch in islice(data.train_dataloader(), settings.sharpness_batches)]
     module.eval()
-    loss = MeanLoss([partial(_loss, module, batch) for batch in batches])
-    found = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), settings.rho)
+    # Each batch is read twice: for loss and gradient at the weights, and for the loss at the perturbed ones.
+    with progress(f"{method}, sharpness, batches", 2 * len(batches)) as advance:
+        loss = MeanLoss([partial(_loss, module, batch, advance) for batch in batches])
+        found = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), settings.rho)
     return {"train_loss": float(found.loss), "sharpness": float(found.sharpness)}
 
 
-def _loss(module: InstructionTuning, batch: dict[str, Any]) -> torch.Tensor:
-    with torch.autocast(module.device.type, torch.bfloat16):
+def _loss(module: InstructionTuning, batch: dict[str, Any], done: Callable[[], None]) -> torch.Tensor:
+    with module.trainer.precision_plugin.forward_context():  # as in training
         log_likelihood, tokens = module.log_likelihood(batch)
+    done()
     return -log_likelihood.sum() / tokens.sum()
 
 

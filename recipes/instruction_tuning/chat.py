@@ -13,6 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_flatlora.report.conversation import HiddenAnswerError, Message, Render, answer_opening, answer_spans
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{{ '\n' if message['role'] == 'user' }}{% endfor %}"
+)
+"""The question on a line, the answer on the next: half of the tokens of most models' own templates."""
 _PROBE = "5d1system5d1"  # a text that no template holds
 _REMEDY = (
     "Set template_arguments so that both agree (as enable_thinking: false does for some templates), or chat_template "

@@ -15,7 +15,6 @@ pytest.importorskip("peft", reason="the recipes' dependencies are not installed"
 
 from lightning_flatlora import ConstantRho, CosineRho
 from recipes.clip_demo import emoji
-from recipes.clip_demo.pretrain import Pretraining
 from recipes.comparison import __main__ as command
 from recipes.comparison import plan as planning
 from recipes.comparison import plot as plotting
@@ -177,6 +176,14 @@ def test_a_run_that_failed_is_free_again(tmp_path: Path, task: TextTask) -> None
     assert len(fake.done) == 22
 
 
+def test_runs_of_before_there_was_a_choice_of_precision_are_done(tmp_path: Path, task: TextTask) -> None:
+    planned(tmp_path, task).work(Fake(task), lambda run: None)  # whose settings tell no precision
+    for precision, left in (("bf16-mixed", False), ("32-true", True)):
+        plan = Plan(tmp_path, [task.computed_in(precision)], ["efmlora", "full_sam"], [0, 1, 2])  # type: ignore[arg-type]
+        assert bool(plan.open_runs()) == left
+        assert (plan.done_and_total == (22, 22)) != left
+
+
 # -- real runs
 
 
@@ -190,6 +197,7 @@ def test_runs_through_the_command_line(
     assert len(rows) == 4 + 2 + 4 + 2
     for row in rows:
         assert row["examples"] == 20
+        assert row["settings"]["precision"] in ("bf16-mixed", "32-true")
         assert row["accuracy"] == row["correct"] / 20
         assert all(math.isfinite(row[name]) for name in ("loss", "seconds_per_step", "processor_seconds_per_step"))
         assert ("sharpness" in row) == (row["part"] == "test")
@@ -202,6 +210,7 @@ def test_runs_through_the_command_line(
     for name in ("table", "plot"):
         assert main([name, f"--folder={tmp_path}"]) == 0
     assert "| efmlora | rho" in (tmp_path / "table.md").read_text()
+    assert f"computed in {rows[0]['settings']['precision']}" in (tmp_path / "table.md").read_text()
     for name in ("gain", "sharpness", "tuning", "cost"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 400
@@ -269,7 +278,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
     """The emoji by a model of two steps, in a cache of its own."""
     (tmp_path / "emoji").symlink_to(emoji.prepare().pairs.parent)
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(EmojiTask, "pretraining", Pretraining(steps=2, batch_size=4))
+    monkeypatch.setattr(EmojiTask, "pretraining", {"steps": 2, "batch_size": 4})
     return EmojiTask("emoji", {"shots": 1, "steps_per_shot": 2, "epochs": 1, "batch_size": 32} | FLATNESS, GRIDS)
 
 

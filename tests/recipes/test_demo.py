@@ -16,8 +16,18 @@ METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
 
 
 def command(folder: Path, model: str, *more: str) -> list[str]:
-    small = ("--dataset=packaged:commonsense_qa", "--batch_size=4", "--test_batches=2", "--sharpness_batches=2")
-    return [sys.executable, "-m", "recipes.demo", "--folder", str(folder), f"--model={model}", *small, *more]
+    small = ("--dataset=packaged:commonsense_qa", "--max_length=256", "--batch_size=4", "--test_batches=2")
+    return [
+        sys.executable,
+        "-m",
+        "recipes.demo",
+        "--folder",
+        str(folder),
+        f"--model={model}",
+        *small,
+        "--sharpness_batches=2",
+        *more,
+    ]
 
 
 def run(folder: Path, model: str, *more: str) -> str:
@@ -39,6 +49,16 @@ def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
 
     out = run(folder, tiny, "--steps=20")
     assert out.strip().endswith(str(folder))
+    for line in (
+        "LoRA, training steps: 20 of 20",
+        "FMLoRA, test batches: 2 of 2",
+        "FMLoRA, sharpness, batches: 4 of 4",
+    ):
+        assert line in out  # not at a terminal, but not silent
+    assert "untuned, test batches: 2 of 2" in said
+    assert "Precision: " in said
+    kept = json.loads((folder / "settings.json").read_text())["precision"]
+    assert kept in (folder / "table.txt").read_text()
     assert (folder / "untuned" / "result.json").stat().st_mtime_ns == untuned
     results = {method: json.loads((folder / method / "result.json").read_text()) for method in METHODS}
     for method, result in results.items():

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from recipes import precision
 from recipes.cli import RecipeCLI
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.precision import fast_precision
+from recipes.precision import fast_precision, precision_of_runs
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +84,25 @@ def test_the_setting_overrides(monkeypatch: pytest.MonkeyPatch, slow_bfloat16: N
     monkeypatch.setenv(precision.SETTING, "bf16-mixed")
     assert fast_precision() == "bf16-mixed"
     monkeypatch.setenv(precision.SETTING, "float7")
-    with pytest.raises(ValueError, match=r"FLATLORA_PRECISION must be one of 32-true, .*got 'float7'"):
+    with pytest.raises(ValueError, match=r"FLATLORA_PRECISION must hold one of 32-true, .*got 'float7'"):
         fast_precision()
+
+
+def test_runs_of_a_folder_keep_their_precision(
+    tmp_path: Path, fast_bfloat16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs"
+    assert precision_of_runs(folder) == "bf16-mixed"
+    monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: False)  # another machine goes on
+    assert precision_of_runs(folder) == "bf16-mixed"
+    assert precision_of_runs(folder, "32-true") == "32-true"
+    assert precision_of_runs(folder) == "32-true"
+    monkeypatch.setenv(precision.SETTING, "bf16-mixed")
+    assert precision_of_runs(folder) == "bf16-mixed"
+    monkeypatch.delenv(precision.SETTING)
+    (folder / "precision.txt").write_text("float7")
+    with pytest.raises(ValueError, match=r"precision\.txt must hold one of 32-true"):
+        precision_of_runs(folder)
 
 
 # -- recipes
