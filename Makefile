@@ -39,7 +39,7 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 gpu-test: $(DEV)
 	$(BIN)/python -m pytest -m gpu

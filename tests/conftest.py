@@ -1,9 +1,31 @@
-"""Every test is deterministic and takes one thread, so that two cores give the same answer as sixty-four."""
+"""Every test is deterministic and takes one thread, so that two cores give the same answer as sixty-four.
 
+`make test` shares the files among two processes: a file's tests run in one of them, one after another, and share what
+its fixtures of wider scope hold. Starting Python with all libraries takes about ten seconds, more than most tests:
+`launch.launch` runs many cases on a few ranks, and `processes.start` starts a process that has imported them already.
+"""
+
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+SLOW = ("test_comparison", "test_demo", "test_clip_demo", "test_fsdp", "_distributed", "distributed/", "test_wheel")
+"""Parts of the names of files that take longest; they go first, lest one of them be all that is left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((i for i, part in enumerate(SLOW) if part in item.nodeid.partition("::")[0]), len(SLOW))
+
+    items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the libraries' million objects, which stay to the end, out of every garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

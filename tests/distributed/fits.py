@@ -68,9 +68,10 @@ def train(
     dtype: str = "float64",
     strategy_settings: dict[str, Any] | None = None,
     epochs: int = 2,
+    batches: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on this rank's half of each batch; the trained weights and E, whole."""
+    """Train on this rank's half of each batch, or of an epoch's first ones; the trained weights and E, whole."""
     wide = getattr(torch, dtype)
     net = network().to(wide)
     module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
@@ -81,6 +82,7 @@ def train(
         strategy_settings = {**double, **(strategy_settings or {})}
     used = strategy_of(strategy, **(strategy_settings or {}))
     devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
+    devices["limit_train_batches"] = batches
     fit(module, epochs, callbacks, loader, strategy=used, precision=precision, **devices, **trainer)
     driver = callbacks[0] if callbacks else getattr(module, "_driver", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}

@@ -98,11 +98,11 @@ class Recorder(L.Callback):
         self.E.append(torch.cat(stacks).clone())
 
 
-def train(strategy: str, front_end: str, net: str, accumulate: int = 1) -> dict[str, Any]:
-    """Train one of NETWORKS in float64; the trained weights and E, whole."""
+def train(strategy: str, front_end: str, net: str, batches: int) -> dict[str, Any]:
+    """Train one of NETWORKS in float64 for some batches; the trained weights and E, whole."""
     model = NETWORKS[net]()
-    module, callbacks, trainer = parts(front_end, model, accumulate)
-    used = _fit(strategy, module, callbacks, **trainer)
+    module, callbacks, trainer = parts(front_end, model, accumulate=1)
+    used = _fit(strategy, module, callbacks, limit_train_batches=batches, **trainer)
     return {"weights": full_weights(used, model), "E": callbacks[0].perturbation.state_dict()["E"]}
 
 

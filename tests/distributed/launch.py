@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def launch(
-    folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], ranks: int = 2, timeout: float = 280
+    folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], ranks: int = 2, timeout: float = 500
 ) -> "Results":
     """Run several functions one after another in the same processes: starting these takes longer than most runs.
 
@@ -32,7 +32,7 @@ def launch(
 
 
 def run_on(
-    ranks: int, function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 280
+    ranks: int, function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 500
 ) -> list[int | None]:
     """Call a function on several processes at once, and kill them all when one has failed, as torchrun does.
 

@@ -22,7 +22,10 @@ _SERVER.set_forkserver_preload(LIBRARIES)
 
 
 def start(
-    function: Callable[..., Any], *arguments: Any, output: Path, environment: dict[str, str] | None = None
+    function: Callable[..., Any],
+    *arguments: Any,
+    output: Path,
+    environment: dict[str, str] | None = None,
 ) -> BaseProcess:
     """Call a function of a module in a process of its own, which leads a group as one started from a terminal does.
 
@@ -39,7 +42,7 @@ def start(
     return process
 
 
-def run(function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 280) -> int | None:
+def run(function: Callable[..., Any], *arguments: Any, output: Path, timeout: float = 500) -> int | None:
     """Call a function in a process of its own; its exit code, or None if it was killed after so many seconds."""
     process = start(function, *arguments, output=output)
     process.join(timeout)

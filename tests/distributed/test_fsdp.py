@@ -8,6 +8,7 @@ from launch import Results, launch
 
 FRONT_ENDS = {"fsdp2": ("EFMLoRA", "FMLoRA", "FMLoRAModule"), "fsdp1": ("EFMLoRA", "FMLoRA")}
 POLICIES = ("fsdp1-layers", "fsdp1-root", "fsdp1-linears")
+BATCHES = 9  # odd: the last window of two is shorter
 CLIPS = {"norm": [0.05, "norm"], "value": [1e-3, "value"]}
 
 
@@ -22,7 +23,7 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
     for front_end in FRONT_ENDS["fsdp2"]:
         fsdp1 = list(POLICIES) if front_end in FRONT_ENDS["fsdp1"] else []
         for count in (1, 2):
-            common = {"front_end": front_end, "accumulate": count, "epochs": 1}
+            common = {"front_end": front_end, "accumulate": count, "epochs": 1, "batches": BATCHES}
             add(f"{front_end}:{count}", ["fsdp2", *fsdp1], **common)
             add(f"{front_end}:{count}:norm", ["fsdp2"], clip=CLIPS["norm"], **common)
             add(f"{front_end}:{count}:value", ["fsdp2", *fsdp1[:1]], clip=CLIPS["value"], **common)
@@ -30,7 +31,14 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
             add(f"{front_end}:{count}:bf16-mixed", ["fsdp2", *fsdp1[:1]], **common, **mixed)
     for net in ("convolution", "dora", "checkpointed", "checkpointed, reentrant"):
         for front_end in FRONT_ENDS["fsdp1"]:
-            add(f"{front_end}:{net}", ["fsdp2", "fsdp1-layers"], "fsdp_runs:train", front_end=front_end, net=net)
+            add(
+                f"{front_end}:{net}",
+                ["fsdp2", "fsdp1-layers"],
+                "fsdp_runs:train",
+                front_end=front_end,
+                net=net,
+                batches=BATCHES,
+            )
     return found
 
 

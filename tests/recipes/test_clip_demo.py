@@ -4,18 +4,17 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import processes
 import pytest
 import torch
-from interruptible import start_listening
 from PIL import Image
 
 pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
@@ -28,7 +27,6 @@ from recipes.clip_demo.__main__ import main
 from recipes.clip_demo.pretrain import Pretraining, pretrained
 from recipes.clip_demo.run import METHODS, ZERO_SHOT, Settings, append, finished, key
 
-ROOT = Path(__file__).parents[2]
 PARTS = ("train", "validation", "test")
 
 
@@ -174,13 +172,13 @@ def command(folder: Path, *more: str) -> list[str]:
 @pytest.mark.timeout(600)
 def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
-    given = [sys.executable, "-m", "recipes.clip_demo", *command(folder)]
-    interrupted = start_listening(given, ROOT)
+    output = tmp_path / "interrupted.txt"
+    interrupted = processes.start(processes.run_module, "recipes.clip_demo", command(folder), output=output)
     _wait_for(lambda: results.exists() and results.read_text().count("\n") >= 2, interrupted)
     os.killpg(interrupted.pid, signal.SIGINT)
-    said, _ = interrupted.communicate(timeout=120)
-    assert interrupted.returncode == 130
-    assert "The same command goes on" in said
+    interrupted.join(timeout=120)
+    assert interrupted.exitcode == 130
+    assert "The same command goes on" in output.read_text()
     before = results.read_text()
 
     assert main(command(folder)) == 0
@@ -208,9 +206,9 @@ def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.Captu
     assert "/7]" not in capsys.readouterr().out  # nothing is run again
 
 
-def _wait_for(there: Any, process: "subprocess.Popen[str]") -> None:
+def _wait_for(there: Any, process: BaseProcess) -> None:
     for _ in range(3000):
-        if there() or process.poll() is not None:
+        if there() or process.exitcode is not None:
             return
         time.sleep(0.1)
     raise AssertionError("it did not come")

@@ -3,46 +3,40 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import demo_runs
+import processes
 import pytest
-from interruptible import start_listening
 
-ROOT = Path(__file__).parents[2]
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
 
 
 def command(folder: Path, model: str, *more: str) -> list[str]:
     small = ("--dataset=packaged:commonsense_qa", "--max_length=256", "--batch_size=4", "--test_batches=2")
-    return [
-        sys.executable,
-        "-m",
-        "recipes.demo",
-        "--folder",
-        str(folder),
-        f"--model={model}",
-        *small,
-        "--sharpness_batches=2",
-        *more,
-    ]
+    return [f"--folder={folder}", f"--model={model}", *small, "--sharpness_batches=2", *more]
 
 
 def run(folder: Path, model: str, *more: str) -> str:
-    done = subprocess.run(command(folder, model, *more), cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """The demo to its end; what it says."""
+    output = folder.with_suffix(f".{time.monotonic_ns()}.txt")
+    code = processes.run(demo_runs.main, command(folder, model, *more), output=output)
+    said = output.read_text()
+    assert code == 0, said[-3000:]
+    return said
 
 
 @pytest.mark.timeout(900)
 def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
     folder = tmp_path / "demo"
-    interrupted = start_listening(command(folder, tiny, "--steps=20"), ROOT)
+    output = tmp_path / "interrupted.txt"
+    interrupted = processes.start(demo_runs.main, command(folder, tiny, "--steps=20"), output=output)
     _wait_for(folder / "LoRA" / "last.ckpt", interrupted)
     os.killpg(interrupted.pid, signal.SIGINT)  # Ctrl-C reaches the whole group, as in a terminal
-    said, _ = interrupted.communicate(timeout=120)
+    interrupted.join(timeout=120)
+    said = output.read_text()
     finished_early = (folder / "LoRA" / "result.json").exists()
     assert finished_early or "goes on from its last checkpoint" in said
     untuned = (folder / "untuned" / "result.json").stat().st_mtime_ns
@@ -74,9 +68,9 @@ def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
     assert (tmp_path / "demo-1" / "table.txt").exists()  # results of other settings are set aside, not overwritten
 
 
-def _wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+def _wait_for(path: Path, process: BaseProcess) -> None:
     for _ in range(1200):
-        if path.exists() or process.poll() is not None:
+        if path.exists() or process.exitcode is not None:
             return
         time.sleep(0.1)
     raise AssertionError(f"{path} did not appear")

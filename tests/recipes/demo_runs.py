@@ -1,0 +1,36 @@
+"""The demo in a process whose methods run in forks of it, which need not import the libraries again."""
+
+import multiprocessing
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from recipes.demo import __main__ as demo
+
+_STARTED = [sys.executable, "-m", "recipes.demo"]
+_FORK: Any = multiprocessing.get_context("fork")
+
+
+def main(arguments: list[str]) -> None:
+    """What ``python -m recipes.demo`` does."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the tokenizer don't survive a fork
+    demo.subprocess = SimpleNamespace(run=_run)
+    sys.exit(demo.main(arguments))
+
+
+def _run(command: list[str], check: bool) -> Any:
+    """What subprocess.run does with the command of one method; Ctrl-C reaches both, as members of one group."""
+    assert command[: len(_STARTED)] == _STARTED
+    process = _FORK.Process(target=_one_method, args=(command[len(_STARTED) :],))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.join()
+        raise
+    return SimpleNamespace(returncode=process.exitcode)
+
+
+def _one_method(arguments: list[str]) -> None:
+    sys.exit(demo.main(arguments))
