@@ -69,7 +69,7 @@ def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
 
 
 def _wait_for(path: Path, process: BaseProcess) -> None:
-    for _ in range(1200):
+    for _ in range(3000):
         if path.exists() or process.exitcode is not None:
             return
         time.sleep(0.1)
