@@ -36,6 +36,18 @@ def answer_opening(render: Render, context: Sequence[Message]) -> str:
     return opening if opening.strip() else ""  # a space is learnt: often it is the first token's own
 
 
+def answer_end(render: Render, context: Sequence[Message], end_token: str | None) -> str:
+    """What a template ends an answer with, if it is not the tokenizer's end token: "" for most.
+
+    Args:
+        render: of the template.
+        context: messages that an answer may follow.
+        end_token: the tokenizer's.
+    """
+    after = render([*context, {"role": "assistant", "content": _MARK}], False).partition(_MARK)[2]
+    return "" if end_token and end_token in after else after.strip()
+
+
 def answer_spans(render: Render, messages: Sequence[Message], end_token: str | None) -> tuple[str, list[Span]]:
     """A conversation's text, and where in it each of the assistant's answers lies, with its end token.
 

@@ -10,13 +10,21 @@ from jinja2 import TemplateError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_flatlora.report.conversation import HiddenAnswerError, Message, Render, answer_opening, answer_spans
+from lightning_flatlora.report.conversation import (
+    HiddenAnswerError,
+    Message,
+    Render,
+    answer_end,
+    answer_opening,
+    answer_spans,
+)
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}{{ '\n' if message['role'] == 'user' }}{% endfor %}"
 )
 """The question on a line, the answer on the next: half of the tokens of most models' own templates."""
+ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
 _PROBE = "5d1system5d1"  # a text that no template holds
 _REMEDY = (
     "Set template_arguments so that both agree (as enable_thinking: false does for some templates), or chat_template "
@@ -37,6 +45,9 @@ class ChatEncoder:
 
     A template that takes no system message gets it at the head of the first question instead. What a template writes
     before an answer, and not in its generation prompt, is not learnt and stands in prompts too.
+
+    Attributes:
+        answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -79,6 +90,7 @@ class ChatEncoder:
         self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         self._takes_system = takes_system(self._render)
         self._opening = opening_of(self._render, must_agree=not self._marks_answers)
+        self.answer_end = answer_end(self._render, ASKED, tokenizer.eos_token)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Tokens and labels of a conversation, cut at ``max_length`` tokens."""
@@ -172,14 +184,11 @@ def template_errors() -> Iterator[None]:
 
 def takes_system(render: Render) -> bool:
     """Whether a template writes a system message, rather than refuse it or pass over it; what is done then is said."""
-    asked, system = {"role": "user", "content": "Why?"}, {"role": "system", "content": _PROBE}
-    render([asked], True)  # what is wrong with the template otherwise is told here
+    render(ASKED, True)  # what is wrong with the template otherwise is told here
     try:
-        if _PROBE in render([system, asked], True):
-            return True
+        return _PROBE in render([{"role": "system", "content": _PROBE}, *ASKED], True)
     except MisconfigurationException:
-        pass
-    return False
+        return False
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
@@ -208,7 +217,7 @@ def opening_of(render: Render, must_agree: bool) -> str:
         MisconfigurationException: it is one.
     """
     try:
-        opening = answer_opening(render, [{"role": "user", "content": "Why?"}])
+        opening = answer_opening(render, ASKED)
     except HiddenAnswerError as error:
         if must_agree:
             raise MisconfigurationException(f"{error}. {_REMEDY}") from error

@@ -62,7 +62,19 @@ class EvaluationMetrics(nn.Module):
     def update_exact_match(self, answers: list[str], expected: list[str]) -> None:
         """Take up whether answers equal the expected ones, but for case, punctuation and spaces."""
         for answer, right in zip(answers, expected, strict=True):
-            self.exact_match.update(float(normalised(answer) == normalised(right)))
+            self.exact_match.update(float(is_same(answer, right)))
+
+
+def is_same(answer: str, right: str) -> bool:
+    """Whether two texts are equal but for case, punctuation and spaces; of punctuation alone, whether they are equal.
+
+    Example:
+        >>> is_same("it is 7", "It is 7."), is_same("", "+"), is_same("-", "+")
+        (True, False, False)
+    """
+    if normalised(right):
+        return normalised(answer) == normalised(right)
+    return answer.strip() == right.strip()
 
 
 class AnswerWriter(L.Callback):

@@ -144,17 +144,41 @@ def padding_id(tokenizer: Any) -> int:
     )
 
 
-def stop_ids(net: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: those of the model's generation settings, and the tokenizer's end token."""
+def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
+    """Arguments of ``generate`` that say where an answer ends.
+
+    It ends at the tokens of the model's generation settings, at the tokenizer's end token, and where the chat template
+    would end it.
+
+    Args:
+        net: the model.
+        tokenizer: its own.
+        answer_end: what the template ends an answer with, a token or a text; "" if it is one of those tokens.
+    """
     settings = getattr(net, "generation_config", None)
     own = settings.eos_token_id if settings is not None else None
-    found = own if isinstance(own, list) else [own]
-    return sorted({int(token) for token in [*found, tokenizer.eos_token_id] if token is not None})
+    tokens = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    told = tokenizer(answer_end, add_special_tokens=False)["input_ids"] if answer_end else []
+    if len(told) == 1:
+        tokens += told
+    stops = sorted({int(token) for token in tokens if token is not None})
+    options: dict[str, Any] = {"eos_token_id": stops or None}
+    return options | {"stop_strings": [answer_end], "tokenizer": tokenizer} if len(told) > 1 else options
+
+
+def decoded(tokens: Tensor, tokenizer: Any, answer_end: str) -> list[str]:
+    """Generated tokens (rows, T) as texts, up to where the chat template would end each."""
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [(text.partition(answer_end)[0] if answer_end else text).strip() for text in texts]
 
 
 @torch.no_grad()
-def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any, max_new_tokens: int) -> list[str]:
+def generate_answers(
+    net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any, max_new_tokens: int, answer_end: str = ""
+) -> list[str]:
     """The model's most likely answers, token by token, to prompts that a chat template has opened.
+
+    They end where the template would end them, see :func:`ending`.
 
     Where the model is sharded, every rank has to call it, and goes on until all have their answers.
     """
@@ -171,10 +195,10 @@ def generate_answers(net: PeftModel, prompt_ids: list[list[int]], tokenizer: Any
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad_id,
-        eos_token_id=stop_ids(net, tokenizer) or None,
         synced_gpus=synced,
+        **ending(net, tokenizer, answer_end),
     )[: len(prompt_ids), prompts.shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return decoded(answers, tokenizer, answer_end)
 
 
 def _not_found(name: str, error: Exception) -> str:

@@ -161,10 +161,15 @@ class LanguageModel(RecipeModule):
             metrics.update_exact_match(answers, [answer for _, answer in mine])
             metrics.compared += sum(counts)
 
+    def answer_end(self) -> str:
+        """What the data's chat template ends an answer with, if it is not the tokenizer's end token; else ""."""
+        data = getattr(self._trainer, "datamodule", None)
+        return str(getattr(getattr(data, "encoder", None), "answer_end", ""))
+
     def generate(self, prompt_ids: list[list[int]]) -> list[str]:
         """Answers to encoded prompts, each token the most likely one."""
         assert self.net is not None
-        return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens)
+        return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, self.answer_end())
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:

@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
-from lightning_flatlora.report.conversation import HiddenAnswerError, Message, answer_spans
+from lightning_flatlora.report.conversation import HiddenAnswerError, Message, answer_end, answer_spans
 from recipes.instruction_tuning.chat import (
+    ASKED,
     IGNORED,
     opening_of,
     read_template,
@@ -43,6 +44,9 @@ class QuestionEncoder:
 
     A template that takes no system message gets it at the head of the question instead. What a template writes before
     an answer, and not in its generation prompt, is not learnt and stands in prompts too.
+
+    Attributes:
+        answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
 
     Args:
         processor: of a vision-language model, with a fast tokenizer, whose end token also pads if no other does.
@@ -89,6 +93,7 @@ class QuestionEncoder:
         self.system_prompt = system_prompt
         self._takes_system = takes_system(self._render)
         self._opening = opening_of(self._render, must_agree=True)
+        self.answer_end = answer_end(self._render, ASKED, self.tokenizer.eos_token)
 
     def render(self, question: str, answer: str) -> Rendered:
         """A question and its answer as text, and which of its tokens are the answer's.

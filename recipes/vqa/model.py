@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from recipes import packaged
-from recipes.instruction_tuning.model import DType, padding_id, stop_ids
+from recipes.instruction_tuning.model import DType, decoded, ending, padding_id
 from recipes.sharding import is_sharded
 
 PACKAGED = "packaged"
@@ -69,8 +69,12 @@ def load_base(name: str, dtype: DType) -> nn.Module:
 
 
 @torch.no_grad()
-def generate_answers(net: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, max_new_tokens: int) -> list[str]:
+def generate_answers(
+    net: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, max_new_tokens: int, answer_end: str = ""
+) -> list[str]:
     """The model's most likely answers, token by token, to prompts padded on the left.
+
+    They end where the chat template would end them, see :func:`recipes.instruction_tuning.model.ending`.
 
     Where the model is sharded, every rank has to call it, and goes on until all have their answers.
     """
@@ -80,10 +84,10 @@ def generate_answers(net: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, 
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=padding_id(tokenizer),
-        eos_token_id=stop_ids(net, tokenizer),
         synced_gpus=is_sharded(net),
+        **ending(net, tokenizer, answer_end),
     )[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return decoded(tokens, tokenizer, answer_end)
 
 
 def _not_found(name: str, error: Exception) -> str:

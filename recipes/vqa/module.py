@@ -128,7 +128,7 @@ class VisionLanguageModel(LanguageModel):
     def answers(self, prompts: dict[str, Tensor]) -> list[str]:
         """Answers to encoded prompts, each token the most likely one."""
         assert self.net is not None
-        return generate_answers(self.net, prompts, self.processor.tokenizer, self.max_new_tokens)
+        return generate_answers(self.net, prompts, self.processor.tokenizer, self.max_new_tokens, self.answer_end())
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:

@@ -46,6 +46,11 @@ R1 = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<think>\n' }}{% endif %}"
 )
+# Ends an answer with another model's mark, which is a mere text to this tokenizer.
+FOREIGN = (
+    "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<|end_of_message|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 _SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<bos>", "<eos>", "<start_of_turn>"),
     *("<end_of_turn>", "[INST]", "[/INST]", "<image>"),

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 
-from chat_templates import BARE, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, messages, tokenizer  # noqa: E402
+from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, messages, tokenizer  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from lightning_flatlora.report.data import chat  # noqa: E402
@@ -18,10 +18,10 @@ from recipes.instruction_tuning.batches import Collate  # noqa: E402
 from recipes.instruction_tuning.chat import IGNORED, ChatEncoder  # noqa: E402
 from recipes.instruction_tuning.model import (  # noqa: E402
     answer_log_likelihood,
+    ending,
     generate_answers,
     padding_id,
     quantization_config,
-    stop_ids,
 )
 from recipes.vqa.conversation import QuestionEncoder, sized  # noqa: E402
 
@@ -131,7 +131,11 @@ def test_what_a_template_refuses_is_no_traceback_of_jinja() -> None:
 # -- padding, and where answers end
 
 
-@pytest.mark.parametrize(("template", "pad"), [(QWEN3, "<eos>"), (LLAMA3, None)], ids=["qwen3", "llama3"])
+@pytest.mark.parametrize(
+    ("template", "pad"),
+    [(QWEN3, "<eos>"), (LLAMA3, None), (GEMMA, None), (FOREIGN, None)],
+    ids=["qwen3", "llama3", "gemma", "foreign"],
+)
 def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: str, pad: str | None) -> None:
     encoder = ChatEncoder(tokenizer(template, pad), 1000)
     examples = {"a?": "no", "bb?": "yes, of course"}
@@ -144,11 +148,11 @@ def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: 
     for row, length in enumerate(lengths):
         assert (batch["input_ids"][row, length:] != 0).all()
         assert (batch["labels"][row, length:] == IGNORED).all()
-        ends = batch["labels"][row] == encoder.tokenizer.eos_token_id
-        assert ends.sum() == 1
+        learnt_ids = batch["labels"][row][batch["labels"][row] != IGNORED]
+        assert encoder.tokenizer.decode(learnt_ids).endswith(encoder.answer_end or encoder.tokenizer.eos_token)
     net = trained(encoder.tokenizer, batch)
     prompts = [encoder.encode_prompt(messages(question)) for question in examples]
-    assert generate_answers(net, prompts, encoder.tokenizer, 20) == list(examples.values())
+    assert generate_answers(net, prompts, encoder.tokenizer, 40, encoder.answer_end) == list(examples.values())
 
 
 def trained(tokenizer: Any, batch: dict[str, Any]) -> Any:
@@ -177,11 +181,23 @@ def test_a_tokenizer_that_could_neither_pad_nor_end_is_refused() -> None:
         padding_id(own)
 
 
-def test_an_answer_ends_at_any_of_the_models_end_tokens() -> None:
+def test_an_answer_ends_at_any_of_the_models_end_tokens_and_where_the_template_ends_it() -> None:
     own = tokenizer(GEMMA)
-    settings = SimpleNamespace(eos_token_id=own.convert_tokens_to_ids("<end_of_turn>"))
-    net = SimpleNamespace(generation_config=settings)
-    assert stop_ids(net, own) == sorted(own.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
+    net = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[3, 5]))
+    assert ending(net, own, "") == {"eos_token_id": [3, 5, own.eos_token_id]}
+    end = ChatEncoder(own, 1000).answer_end
+    assert end == "<end_of_turn>"
+    assert ending(SimpleNamespace(), own, end) == {
+        "eos_token_id": sorted(own.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
+    }
+    assert ending(net, own, "###") == {
+        "eos_token_id": [3, 5, own.eos_token_id],
+        "stop_strings": ["###"],
+        "tokenizer": own,
+    }
+    assert [ChatEncoder(tokenizer(template), 1000).answer_end for template in (QWEN3, LLAMA3, MISTRAL, BARE)] == [
+        ""
+    ] * 4
 
 
 def test_four_bits_are_those_of_qlora() -> None:
