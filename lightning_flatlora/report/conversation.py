@@ -48,16 +48,19 @@ def answer_end(render: Render, context: Sequence[Message], end_token: str | None
     return "" if end_token and end_token in after else after.strip()
 
 
-def answer_spans(render: Render, messages: Sequence[Message], end_token: str | None) -> tuple[str, list[Span]]:
+def answer_spans(
+    render: Render, messages: Sequence[Message], end_token: str | None, ends: bool = True
+) -> tuple[str, list[Span]]:
     """A conversation's text, and where in it each of the assistant's answers lies, with its end token.
 
     What the template writes before an answer belongs to the prompt, and what it writes after an answer's end to the
-    next message. A last answer that nothing ends gets the end token: else nobody would learn to stop.
+    next message.
 
     Args:
         render: of the template.
         messages: with ``role`` and ``content``.
         end_token: the tokenizer's.
+        ends: give the end token to a last answer that the template ends with nothing: else nobody would learn to stop.
 
     Returns:
         The text, and for each answer the numbers of its first character and of the one after its last.
@@ -69,13 +72,13 @@ def answer_spans(render: Render, messages: Sequence[Message], end_token: str | N
     spans = []
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
-            text, span = _answer(render, messages, place, text, end_token)
+            text, span = _answer(render, messages, place, text, end_token, ends)
             spans.append(span)
     return text, spans
 
 
 def _answer(
-    render: Render, messages: Sequence[Message], place: int, text: str, end_token: str | None
+    render: Render, messages: Sequence[Message], place: int, text: str, end_token: str | None, ends: bool
 ) -> tuple[str, Span]:
     """One answer's place, by what stands there when a mark takes its place; and the text, perhaps with an end token."""
     context, later = messages[:place], messages[place + 1 :]
@@ -96,7 +99,7 @@ def _answer(
     own = _shared(after, render([*context, mark], False).partition(_MARK)[2]) if later else after
     if end_token and end_token in own:
         return text, (start, end + own.index(end_token) + len(end_token))
-    if end_token and not later and not own.strip():
+    if ends and end_token and not later and not own.strip():
         text = text[:end].rstrip() + end_token
         return text, (start, len(text))
     return text, (start, end + len(own.rstrip()))

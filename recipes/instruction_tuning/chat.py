@@ -92,13 +92,18 @@ class ChatEncoder:
         self._opening = opening_of(self._render, must_agree=not self._marks_answers)
         self.answer_end = answer_end(self._render, ASKED, tokenizer.eos_token)
 
-    def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Tokens and labels of a conversation, cut at ``max_length`` tokens."""
+    def encode(self, messages: Sequence[Message], ends: bool = True) -> Encoded:
+        """Tokens and labels of a conversation, cut at ``max_length`` tokens.
+
+        Args:
+            messages: the answer last.
+            ends: give the end token to an answer that the template ends with nothing, for who generates some.
+        """
         messages = self._with_system(messages)
         if self._marks_answers:
             ids, mask = self._marked(messages)
         else:
-            ids, mask = self._located(messages)
+            ids, mask = self._located(messages, ends)
         labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
         return Encoded(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
 
@@ -143,9 +148,9 @@ class ChatEncoder:
             forget_prompt(mask, len(prompt))
         return ids, mask
 
-    def _located(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def _located(self, messages: list[Message], ends: bool) -> tuple[list[int], list[bool]]:
         try:
-            text, spans = answer_spans(self._render, messages, self.tokenizer.eos_token)
+            text, spans = answer_spans(self._render, messages, self.tokenizer.eos_token, ends)
         except HiddenAnswerError as error:
             raise MisconfigurationException(f"{error}. {_REMEDY}") from error
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

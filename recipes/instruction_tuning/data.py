@@ -193,11 +193,13 @@ def part_of(key: str, shares: dict[str, float]) -> str:
 
 def _encode(row: dict[str, Any], encoder: ChatEncoder, with_options: bool) -> dict[str, Any]:
     """Token ids of a conversation, once for each option if they are to be ranked, and what became of it."""
-    context, answer = row["messages"][:-1], row["messages"][-1]["content"] if row["messages"] else ""
-    options = (row["options"] if with_options else None) or [answer]
+    context, right = row["messages"][:-1], row["messages"][-1]["content"] if row["messages"] else ""
+    options = (row["options"] if with_options else None) or [right]
     is_free = with_options and not row["options"]
-    usable = bool(answer.strip())
-    encoded = [encoder.encode([*context, {"role": "assistant", "content": o}]) for o in options] if usable else []
+    usable = bool(right.strip())
+    ends = not row["options"]  # options are ranked by their own tokens, and nobody generates them
+    answers = [{"role": "assistant", "content": option} for option in options]
+    encoded = [encoder.encode([*context, answer], ends) for answer in answers] if usable else []
     status = "cut" if any(e.cut for e in encoded) else "kept"
     if any(all(label == IGNORED for label in e.labels) for e in encoded):
         status = "too long"
@@ -205,8 +207,8 @@ def _encode(row: dict[str, Any], encoder: ChatEncoder, with_options: bool) -> di
         "input_ids": [e.input_ids for e in encoded],
         "labels": [e.labels for e in encoded],
         "length": max((len(e.input_ids) for e in encoded), default=0),
-        "gold": options.index(answer),
-        "answer": answer if is_free else "",
+        "gold": options.index(right),
+        "answer": right if is_free else "",
         "prompt_ids": encoder.encode_prompt(context) if is_free and usable else [],
         "status": status if usable else "no answer",
     }

@@ -111,6 +111,15 @@ def test_a_system_message_that_a_template_takes_not_heads_the_question(template:
     assert "Be brief." not in encoder.tokenizer.decode(encoded.input_ids)
 
 
+def test_an_option_gets_no_end_that_the_template_does_not_give_it() -> None:
+    """It is ranked by its own tokens."""
+    for template, answer in ANSWERED.items():
+        encoder = ChatEncoder(tokenizer(template), 1000)
+        labels = encoder.encode(messages("why?", "so"), ends=False).labels
+        learnt_text = encoder.tokenizer.decode([label for label in labels if label != IGNORED])
+        assert learnt_text == (" so" if template == BARE else answer)
+
+
 def test_a_template_that_takes_one_gets_it() -> None:
     encoder = ChatEncoder(tokenizer(LLAMA3), 1000, system_prompt="Be brief.")
     text = encoder.tokenizer.decode(encoder.encode_prompt(messages("why?")))
