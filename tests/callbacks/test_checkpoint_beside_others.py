@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import CLASSES, FEATURES, Classifier, build, fit, make_loader, make_net, same, trainer_of, weights
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.optimizers import create_lorafa_optimizer
@@ -56,6 +56,25 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, kind
     ends = [torch.load(tmp_path / run / "step=12.ckpt", weights_only=True) for run in ("1", "2")]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert same(ends[0][part], ends[1][part])
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler", "ignore:SWA is currently only supported every epoch")
+def test_stochastic_weight_averaging_does_not_bring_the_base(tmp_path: Path) -> None:
+    """It keeps a copy of the whole model in its state."""
+
+    def callbacks(where: str) -> list[L.Callback]:
+        averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
+        save = saver(tmp_path / where, every_n_train_steps=None, every_n_epochs=1, filename="{epoch}")
+        return [averaging, save]
+
+    whole, resumed = Classifier(net=make_net()), Classifier(net=make_net())
+    fit(tmp_path, whole, callbacks("1"), max_epochs=4)
+    file = torch.load(tmp_path / "1" / "epoch=2.ckpt", weights_only=False)
+    averages = file["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
+    assert averages.keys() == file["state_dict"].keys()
+    assert BASE not in averages
+    fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "epoch=1.ckpt", max_epochs=4)
+    assert same(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("kind", ["lorafa", "lookahead"])

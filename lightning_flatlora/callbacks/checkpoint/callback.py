@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
@@ -29,7 +30,7 @@ from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_o
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
 from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
 from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
 
 if TYPE_CHECKING:
     _Base = ModelCheckpoint
@@ -71,6 +72,11 @@ class SavesAdapters(_Base):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: {type(pl_module).__name__} holds no peft model: wrap its network with "
                 "peft.get_peft_model or give it an adapter with add_adapter, or use Lightning's ModelCheckpoint"
+            )
+        if is_lightning(trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                "AdapterCheckpoint: DeepSpeed keeps weights and optimizer in a form of its own: use Lightning's "
+                "ModelCheckpoint, or train under DDP or FSDP"
             )
         if self._is_first(trainer):
             record = record_of(pl_module)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, Print, differing, listed, prints_of, record_of
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, unwrapped
-from lightning_flatlora.callbacks.checkpoint.saving import MARK, is_split, layout_for, parameters_of, put_on
+from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at, is_split, layout_for, parameters_of, put_on
 from lightning_flatlora.distributed import Layout
 from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.pairs import clean_name
@@ -202,13 +202,18 @@ def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -
 
 
 def _complete(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """WeightAveraging loads its averages and the current weights by itself, strictly: let it find the base in them."""
-    if "current_model_state" not in checkpoint:
-        return
-    own = module.state_dict()
-    for key in ("state_dict", "current_model_state"):
-        saved = checkpoint[key]
-        checkpoint[key] = {name: saved.get(clean_name(name), value) for name, value in own.items()}
+    """Callbacks that average weights load whole state dicts by themselves, strictly: let these hold the base."""
+    mark = checkpoint[MARK]
+    places: list[list[Any]] = list(mark["shortened"]) if isinstance(mark, dict) else []
+    if "current_model_state" in checkpoint:
+        places.append(["current_model_state"])
+    own = module.state_dict() if places else {}
+
+    def completed(saved: dict[str, Any]) -> dict[str, Any]:
+        return {name: saved.get(clean_name(name), value) for name, value in own.items()}
+
+    for place in places:
+        checkpoint[place[0]] = changed_at(checkpoint, place, completed)[place[0]]
 
 
 def _load_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ What a base's own loader gives again is never gathered: only what learns, and wh
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.checkpoint.changes import Print, record_of
+from lightning_flatlora.callbacks.checkpoint.changes import Print, record_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, unwrapped
 from lightning_flatlora.callbacks.two_passes import put_on_instance
 from lightning_flatlora.distributed import Layout, is_sharded, layout_of
@@ -27,7 +27,8 @@ MARK = "lightning_flatlora_adapter"
 """The key of a checkpoint under which it says that it is one of ours.
 
 In old files the value is 1, and since then a dictionary with the "version" of the format, 2, and under "left_out" the
-prints of the tensors that are not in the file, by name, as JSON.
+prints of the tensors that are not in the file, by name, as JSON. "shortened" lists the places of state dicts that were
+whole, beside Lightning's own, until the same tensors were taken out.
 """
 
 
@@ -141,16 +142,56 @@ def _weights(trainer: Trainer, selection: Selection) -> dict[str, Any]:
 def _of_selection(checkpoint: dict[str, Any], selection: Selection) -> dict[str, Any]:
     """A checkpoint on the CPU, without what is left out and with our mark.
 
-    Callbacks may have put other weights into it, as WeightAveraging does: its averages take the place of the state
-    dict, whole and by the names of wrapped modules, and the state dict moves to "current_model_state".
+    Callbacks may have put whole state dicts into it. WeightAveraging puts its averages into the place of the state dict
+    and moves that to "current_model_state"; StochasticWeightAveraging has its averages in its own state.
     """
-    left_out = set(selection.entries) - set(selection.saved)
-    slim = {**checkpoint, MARK: {"version": 2, "left_out": json.dumps(selection.left_out)}}
-    for key in ("state_dict", "current_model_state"):
-        if key in slim:
-            named = {clean_name(name): value for name, value in slim[key].items()}
-            slim[key] = {name: value for name, value in named.items() if name not in left_out}
+    mark: dict[str, Any] = {"version": 2, "left_out": json.dumps(selection.left_out), "shortened": []}
+    slim = {**checkpoint, MARK: mark}
+    for path in list(_whole_states(checkpoint, selection)):
+        slim = changed_at(slim, path, lambda state: _shortened(state, selection))
+        mark["shortened"].append(list(path))
     return cast(dict[str, Any], on_cpu(slim, {}))
+
+
+def _whole_states(value: Any, selection: Selection, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where nested dictionaries hold all entries of the module."""
+    if not isinstance(value, dict):
+        return
+    if len(value) >= len(selection.saved) + len(selection.left_out) and selection.left_out:
+        names = {clean_name(name) for name in value if isinstance(name, str)}
+        if names >= set(selection.saved) and names >= set(selection.left_out):
+            yield path
+            return
+    for key, inner in value.items():
+        yield from _whole_states(inner, selection, (*path, key))
+
+
+def _shortened(state: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """A state dict by clean names, without what equals the base to the bit."""
+    named = {clean_name(name): value for name, value in state.items()}
+    sums = sums_of({name: named[name] for name in selection.left_out if isinstance(named[name], Tensor)})
+    for name, sum_of_bits in sums.items():
+        if sum_of_bits == selection.left_out[name]["sum"]:
+            del named[name]
+    return {
+        name: value
+        for name, value in named.items()
+        if name not in selection.entries or selection.entries[name].kind is not Kind.DERIVED
+    }
+
+
+def changed_at(tree: dict[Any, Any], path: Sequence[Any], change: Callable[[Any], Any]) -> dict[Any, Any]:
+    """A copy of nested dictionaries with another value in one place; what it shares with the old ones stays as it is.
+
+    Example:
+        >>> changed_at({"a": {"b": 1}, "c": 2}, ("a", "b"), lambda value: value + 5)
+        {'a': {'b': 6}, 'c': 2}
+    """
+    if not path:
+        return cast(dict[Any, Any], change(tree))
+    key, *rest = path
+    inner = changed_at(tree[key], rest, change) if rest else change(tree[key])
+    return {**tree, key: inner}
 
 
 def on_cpu(value: Any, seen: dict[int, Tensor]) -> Any:
@@ -176,12 +217,7 @@ def optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
     parameters = parameters_of(optimizer)
     layout = layout_for(trainer, parameters)
     packed = optimizer.state_dict()
-    if set(packed) != {"state", "param_groups"}:
-        raise MisconfigurationException(
-            f"AdapterCheckpoint: the state of {type(optimizer).__name__} has the entries {sorted(map(str, packed))}, "
-            "and nothing tells which of them are split over the ranks: use an optimizer that keeps its state as "
-            "PyTorch's do, or train on one device or under DDP"
-        )
+    check_form(optimizer, packed)
     own = {(index, key): value for index, state in packed["state"].items() for key, value in state.items()}
     outline = {}
     for (index, key), value in own.items():
@@ -199,6 +235,16 @@ def optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
             value = layout.gather(mine, parameter).cpu()
         whole.setdefault(index, {})[key] = value
     return {**packed, "state": whole}
+
+
+def check_form(optimizer: Optimizer, packed: dict[str, Any]) -> None:
+    """Raise an error if the state of a sharded optimizer isn't of the form that PyTorch's optimizers have."""
+    if set(packed) != {"state", "param_groups"}:
+        raise MisconfigurationException(
+            f"AdapterCheckpoint: the state of {type(optimizer).__name__} has the entries {sorted(map(str, packed))}, "
+            "and nothing tells which of them are split over the ranks: use an optimizer that keeps its state as "
+            "PyTorch's do, or train on one device or under DDP"
+        )
 
 
 def _refuse_odd(table: dict[tuple[Any, str], Any]) -> None:

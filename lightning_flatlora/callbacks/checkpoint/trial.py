@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.checkpoint.export import check_configs, save_adapters
 from lightning_flatlora.callbacks.checkpoint.parts import Kind, unwrapped
-from lightning_flatlora.callbacks.checkpoint.saving import Selection
+from lightning_flatlora.callbacks.checkpoint.saving import Selection, check_form
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException
 
@@ -64,8 +64,10 @@ def _states(trainer: Trainer) -> list[tuple[str, Any]]:
         found.append((f"the state of {type(datamodule).__name__}", datamodule.state_dict()))
     for config in trainer.lr_scheduler_configs:
         found.append((f"the state of {type(config.scheduler).__name__}", config.scheduler.state_dict()))
-    if not is_sharded(trainer.strategy.model):
-        for optimizer in trainer.optimizers:
+    for optimizer in trainer.optimizers:
+        if is_sharded(trainer.strategy.model):
+            check_form(optimizer, optimizer.state_dict())  # to gather it would take long
+        else:
             found.append((f"the state of {type(optimizer).__name__}", trainer.strategy.optimizer_state(optimizer)))
     return found
 
