@@ -113,7 +113,6 @@ class FlatLoRACallback(FindsPairs):
         if self.search.left_out:
             rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(self.search.left_out))
         self.install(trainer, pl_module)
-        self._running.push(refuse_hidden_steps(trainer, trainer.optimizers, lambda o: self.refuse_step(trainer, o)))
         if is_lightning(trainer.strategy, FSDPStrategy):
             self._running.callback(skip_clipping_without_gradients(trainer))
 
@@ -179,6 +178,8 @@ class FlatLoRACallback(FindsPairs):
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
             self._restore(loaded)
+        # Not before: to restore an optimizer of FSDP2, PyTorch takes a step without a change.
+        self._running.push(refuse_hidden_steps(trainer, trainer.optimizers, lambda o: self.refuse_step(trainer, o)))
         self._is_training = True
         self._last_trainer = weakref.ref(trainer)
 
