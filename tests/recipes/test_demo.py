@@ -44,7 +44,7 @@ def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
     out = run(folder, tiny, "--steps=20")
     assert out.strip().endswith(str(folder))
     for line in (
-        "LoRA, training steps: 20 of 20",
+        "EFMLoRA, training steps: 20 of 20",
         "FMLoRA, test batches: 2 of 2",
         "FMLoRA, sharpness, batches: 4 of 4",
     ):
