@@ -65,11 +65,16 @@ class SAM(TwoPasses):
     def find(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         if len(trainer.optimizers) != 1:
             return [f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}"]
-        groups = trainer.optimizers[0].param_groups
-        self._trained = [p for group in groups for p in group["params"] if p.requires_grad]
+        self.follow(trainer, pl_module)
         if not self._trained:
             return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
         return self.rate_problems(trainer)
+
+    @override
+    def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what the optimizer trains now: parameters may join it, and freeze, in the middle of a fit."""
+        groups = trainer.optimizers[0].param_groups
+        self._trained = [p for group in groups for p in group["params"] if p.requires_grad]
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,10 @@ class EFMLoRA(OnePass, PerturbsB):
     stored weights stay clean at every moment. Beside an :class:`~lightning_flatlora.FMLoRAModule` it schedules the
     module's two passes instead: a fresh E on refresh steps, Ê and one pass on the others.
 
+    It perturbs the pairs that the model trains at the moment, whatever is frozen, activated, added or scaled in the
+    middle of a fit. Under manual optimization the pairs of each of several optimizers have a ball, an average and a
+    step count of their own.
+
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
         beta: weight of the fresh perturbation in the average, in (0, 1]; 1 keeps only the last.
@@ -28,7 +32,8 @@ class EFMLoRA(OnePass, PerturbsB):
         norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
         start_step: optimizer steps of plain LoRA before the first refresh.
         every_n_steps: optimizer steps between refreshes; Ê is stale in between.
-        adapter_name: the peft adapter to perturb; None takes the active ones.
+        adapter_name: the peft adapter to perturb; None takes the active ones. Callbacks with an adapter each may stand
+            side by side.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the

@@ -98,8 +98,8 @@ class FindsPairs(Callback):
 
     def _may_come(self, trainer: Trainer) -> bool:
         """Whether somebody is there whose task it is to unfreeze or activate pairs later."""
-        others = [each for each in callbacks_of(trainer) if each is not self]
-        return any(type(each) is type(self) or is_lightning(each, BaseFinetuning) for each in others)
+        beside = any(type(each) is type(self) and each is not self for each in callbacks_of(trainer))
+        return beside or unfreezes_later(trainer)
 
     def _assign(self, trainer: Trainer) -> Owners:
         """Give each course the pairs whose factors its optimizer holds."""
@@ -181,6 +181,11 @@ class FindsPairs(Callback):
                     ],
                 )
             )
+
+
+def unfreezes_later(trainer: Trainer) -> bool:
+    """Whether a callback is there whose task it is to unfreeze parameters in the middle of a fit."""
+    return any(is_lightning(each, BaseFinetuning) for each in callbacks_of(trainer))
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

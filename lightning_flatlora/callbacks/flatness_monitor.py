@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.base import FlatLoRACallback, without_logging
 from lightning_flatlora.callbacks.checks import foreign_problems, message
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
+from lightning_flatlora.callbacks.finds_pairs import unfreezes_later
 from lightning_flatlora.callbacks.fmlora import FMLoRA
 from lightning_flatlora.callbacks.held_batches import HeldBatches, loss_method
 from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
@@ -25,6 +26,7 @@ from lightning_flatlora.callbacks.one_pass import OnePass
 from lightning_flatlora.callbacks.undisturbed import undisturbed
 from lightning_flatlora.flatness import DEFAULT_MEASURES, MEASURES, Point, measure
 from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
+from lightning_flatlora.pair_watch import PairWatch
 from lightning_flatlora.pairs import NoPairsError, find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import is_radius
@@ -109,6 +111,7 @@ class FlatnessMonitor(Callback):
         """Set all that belongs to one fit to what it is before the fit."""
         self._held: HeldBatches | None = None
         self._step: Callable[..., Any] | None = None
+        self._watch: PairWatch | None = None
         self._perturbation: Perturbation | None = None
         self._noise: WeightNoise | None = None
         self._measured_at = 0
@@ -141,13 +144,25 @@ class FlatnessMonitor(Callback):
             problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
         # Bound here, before the other callbacks put their own methods in its place for a step.
         self._step, step_problems = loss_method(pl_module)
-        adapter_name = driver.adapter_name if driver else None
-        try:
-            self._perturbation = Perturbation(find_pairs(pl_module, adapter_name).pairs)
-            self._noise = WeightNoise(pl_module, adapter_name) if "expected_sharpness" in named else None
-        except (NoPairsError, ValueError) as error:
-            problems.append(str(error))
+        nothing_found = self._find(pl_module, driver)
+        if not unfreezes_later(trainer):
+            problems += nothing_found
         return problems + step_problems
+
+    def _find(self, pl_module: LightningModule, driver: FlatLoRACallback | None) -> list[str]:
+        """Take the pairs as the model trains them now; says why there is none."""
+        adapter_name = driver.adapter_name if driver else None
+        self._perturbation, self._noise = None, None
+        try:
+            self._watch = PairWatch(pl_module, adapter_name)
+            self._watch.search([])
+            perturbation = Perturbation(find_pairs(pl_module, adapter_name).pairs)
+            if "expected_sharpness" in (self.measures or ()):
+                self._noise = WeightNoise(pl_module, adapter_name)
+        except (NoPairsError, ValueError) as error:
+            return [str(error)]
+        self._perturbation = perturbation
+        return []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,8 +211,12 @@ class FlatnessMonitor(Callback):
 
         It counts batches that stepped, less one at the end of an epoch; global_step counts each optimizer of several.
         """
-        self._measured = True
         driver = _driver(trainer)
+        if self._watch is None or self._watch.changed([]):
+            self._find(pl_module, driver)
+        if self._perturbation is None or (driver is not None and driver.perturbation is None):
+            return  # no pair is trained yet
+        self._measured = True
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, OnePass):
                 callback.off()  # as its own hook does, whichever of the two comes first

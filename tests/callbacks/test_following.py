@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lightning_flatlora import EFMLoRA, FMLoRA
-from lightning_flatlora.baselines import BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
 
 
 class At(Callback):
@@ -264,3 +264,32 @@ def test_a_changed_scaling_reaches_a_module_of_two_passes(tmp_path):
         tmp_path, module, [At(2, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))], max_epochs=1
     )
     assert sorted(pair.scaling for pair in module._driver.perturbation.pairs) == [2.0, 2.0, 6.0]
+
+
+# -- beside other callbacks
+
+
+class Measured(Callback):
+    """The scalings that a monitor before it has measured with, by the step."""
+
+    def __init__(self, monitor: Any) -> None:
+        self.monitor, self.scalings = monitor, {}
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if self.monitor._measured and trainer.global_step % 3 == 0:
+            self.scalings[trainer.global_step] = sorted(pair.scaling for pair in self.monitor._perturbation.pairs)
+
+
+def test_the_monitor_follows_too(tmp_path):
+    """It measures as soon as there is a pair, with the scaling of the moment."""
+    module, monitor = TrainedOnly(), FlatnessMonitor(rho=0.5, every_n_steps=3)
+    measured = Measured(monitor)
+    scale = At(10, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))
+    fit(tmp_path, module, [monitor, measured, Unfreeze(), scale])
+    assert measured.scalings == {9: [2.0, 2.0, 2.0], 12: [2.0, 2.0, 6.0]}
+
+
+def test_sam_moves_what_joins_the_optimizer_later(tmp_path):
+    module, sam = TrainedOnly(), SAM(0.1)
+    fit(tmp_path, module, [sam, Unfreeze()])
+    assert len(sam._trained) == 7
