@@ -90,13 +90,17 @@ class PairWatch:
         """Whether a scaling is other than at the last search."""
         return self._scalings() != self._seen_scalings
 
+    def scalings(self) -> dict[int, float]:
+        """The scaling of every pair of the model now, by the identity of B."""
+        return {id(B): float(s) for B, s in zip(self._Bs, self._scalings(), strict=True) if s is not None}
+
     def search(self, optimizers: Sequence[Optimizer]) -> PairSearch:
         """The pairs as they are now: those known before whose B rests come after those that are trained."""
         self.walk()
         self._seen, self._seen_scalings = self._state(optimizers), self._scalings()
         search = search_layers(self._layers, self._adapter_name)
         trained = {id(pair.B) for pair in search.pairs}
-        scalings = {id(B): float(scaling) for B, scaling in zip(self._Bs, self._scalings(), strict=True)}
+        scalings = self.scalings()
         resting = [
             dataclasses.replace(pair, scaling=scalings[id(pair.B)])
             for pair in self.pairs

@@ -1,7 +1,8 @@
 """The perturbation E of every pair of a model: from gradients, averaged over steps, and read through by the layers."""
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
@@ -135,6 +136,21 @@ class Perturbation:
         if installed:
             self.install()
 
+    def rescale(self, scalings: Mapping[int, float]) -> None:
+        """Take over scalings that have changed, and nothing else: s E stays what it was, as in :meth:`follow`.
+
+        Args:
+            scalings: s by the identity of B; a pair whose s is missing or 0 is left as it is.
+        """
+        for group in self._groups:
+            for i, (pair, E) in enumerate(group):
+                scaling = scalings.get(id(pair.B))
+                if scaling and scaling != pair.scaling:
+                    E.mul_(pair.scaling / scaling)
+                    group.scaling[i].fill_(scaling)
+                    group.pairs[i] = dataclasses.replace(pair, scaling=scaling)
+        self.pairs = [pair for group in self._groups for pair in group.pairs]
+
     def install(self) -> None:
         """Make every reader able to read B + E; until :meth:`on` they read B."""
         if not self._installed:
@@ -253,7 +269,8 @@ class Perturbation:
             if all(here):
                 continue
             for (pair, E, averaged), has in zip(group.rows(), here, strict=True):
-                if not has and pair.B.requires_grad and id(pair.B) not in self._forgotten:
+                is_read = pair.B.requires_grad or self._layout.splits(pair.B)  # sharded, a frozen B is read as before
+                if not has and is_read and id(pair.B) not in self._forgotten:
                     E.zero_()
                     averaged.zero_()
                     self._forgotten.add(id(pair.B))

@@ -118,7 +118,7 @@ class EFMLoRA(OnePass, PerturbsB):
         perturbation.forget_missing()
         if not self.refreshes(course):
             return
-        self.follow_scaling(trainer, pl_module)
+        self.follow_scaling()
         rho = self.current_rho(trainer, course)
         watched = watched_parameters(trainer, course.index)
         fresh = perturbation.ascend(rho, at_perturbed=True, also_finite=watched)

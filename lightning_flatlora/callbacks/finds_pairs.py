@@ -143,10 +143,13 @@ class FindsPairs(Callback):
             self._warn_once(f"{problem}. Until then the first group's is followed")
         self.install(trainer, pl_module)
 
-    def follow_scaling(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """:meth:`follow` where the scaling has changed since, as a training_step may do it."""
-        if self._watch is not None and self._watch.rescaled() and not self._is_sharded:
-            self.follow(trainer, pl_module)
+    def follow_scaling(self) -> None:
+        """Take over scalings alone, which needs no search: at any moment, inside a sharded forward as well."""
+        if self._watch is not None and self._watch.rescaled():
+            scalings = self._watch.scalings()
+            for course in self.courses:
+                if course.perturbation is not None:
+                    course.perturbation.rescale(scalings)
 
     def _warn_once(self, problem: str) -> None:
         if problem not in self._warned:

@@ -124,6 +124,7 @@ class FMLoRAModuleDriver(PerturbsB):
         """Take over what has changed about the model, and forget what a window that was cut short has left."""
         if not self._is_sharded:  # else it was done before the forward, inside which other parameters are shown
             self.follow(trainer, pl_module)
+        self.follow_scaling()
         self.open_window()
 
     def open_window(self) -> None:

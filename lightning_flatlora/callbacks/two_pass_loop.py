@@ -156,6 +156,7 @@ class TwoPasses(FlatLoRACallback):
     def _begin_passes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_sharded:
             self.follow(trainer, pl_module)
+        self.follow_scaling()
         self._step_arguments = own_containers(self._step_arguments)
         self._put_back_random_state = random_state(pl_module.device)
 

@@ -29,6 +29,9 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
             add(f"{front_end}:{count}:value", ["fsdp2", *fsdp1[:1]], clip=CLIPS["value"], **common)
             mixed = {"precision": "bf16-mixed", "dtype": "float32"}
             add(f"{front_end}:{count}:bf16-mixed", ["fsdp2", *fsdp1[:1]], **common, **mixed)
+    for front_end in FRONT_ENDS["fsdp2"]:
+        fsdp1 = ["fsdp1-layers"] if front_end in FRONT_ENDS["fsdp1"] else []
+        add(f"{front_end}:rescaled", ["fsdp2", *fsdp1], front_end=front_end, epochs=1, rescales=True)
     for net in ("convolution", "dora", "checkpointed", "checkpointed, reentrant"):
         for front_end in FRONT_ENDS["fsdp1"]:
             add(
