@@ -71,6 +71,9 @@ class FMLoRASteps(_Base):
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor | Mapping[str, Any] | None:
         """The loss of one batch: yours to write. It is called twice in a step with an ascent; log as in training_step.
 
+        Logging, buffers and torchmetrics count the first call alone. Other attributes see both: count in
+        on_train_batch_end.
+
         Args:
             batch: from the training dataloader.
             batch_idx: its index in the epoch.
@@ -80,6 +83,25 @@ class FMLoRASteps(_Base):
         """
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(batch, batch_idx)")
 
+    @property
+    def _overrides_step(self) -> bool:
+        return _defines(self, "training_step")
+
+    def _subclass_problems(self) -> list[str]:
+        """What about a subclass can't work, one line each; the driver asks as fit starts."""
+        name, problems = type(self).__name__, []
+        if self.automatic_optimization:
+            problems.append(
+                "automatic_optimization must be False, as FMLoRAModule sets it, got True: it takes its optimizer steps "
+                "itself. Leave it alone, or subclass LightningModule and use the FMLoRA callback"
+            )
+        if self._overrides_step and not _defines(self, "compute_loss"):
+            problems.append(
+                f"{name} defines training_step, in place of FMLoRAModule's, which takes the two passes and the "
+                "optimizer step, so nothing would be trained: rename it to compute_loss, and let it return the loss"
+            )
+        return problems
+
     @override
     def configure_callbacks(self) -> list[Callback]:
         """The driver of the perturbation; when you override this, keep ``super().configure_callbacks()``."""
@@ -88,6 +110,7 @@ class FMLoRASteps(_Base):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
+        self._driver.reached = True
         if takes_no_step(self.trainer):
             return _detached(self.compute_loss(batch, batch_idx))
         optimizer = self._optimizer()
@@ -119,22 +142,25 @@ class FMLoRASteps(_Base):
 
     def _two_passes(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """The ascent at the clean B, then the descent's gradient at B + E; returns the clean pass's output."""
-        perturbation, parameters = self._driver.perturbation, self._driver.parameters
+        driver = self._driver
+        perturbation, counted = driver.perturbation, driver.counted
         assert perturbation is not None
+        assert counted is not None
         put_back_random_state, kept = random_state(self.device), own_containers(batch)
-        taken = take_gradients(parameters)
+        counted.first_pass_starts()
+        taken = take_gradients(driver.gradient_holders(self.trainer))
         # A backward that synchronises would make DDP forget which parameters the window has used so far.
         averages = self.accumulate_grad_batches > 1 and is_lightning(self.trainer.strategy, DDPStrategy)
         output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent and not averages)
         if loss_of(output, "compute_loss") is None:
-            put_back_gradients(parameters, taken)
+            put_back_gradients(driver.gradient_holders(self.trainer), taken)
             return output
         if averages and self.sync_ascent:
             average_gradients(p for pair in perturbation.pairs for p in (pair.A, pair.B) if p.requires_grad)
-        self._driver.take_ascent(self.trainer)
-        put_back_gradients(parameters, taken)
+        driver.take_ascent(self.trainer)
+        put_back_gradients(driver.gradient_holders(self.trainer), taken)
         put_back_random_state()
-        with self._driver.descending(), silenced_log(self):
+        with driver.descending(), silenced_log(self), counted.second_pass():
             if loss_of(self._one_pass(kept, batch_idx, sync=last), "compute_loss") is None:
                 raise RuntimeError("compute_loss returned None in the second pass, but a loss in the first")
         return output
@@ -163,10 +189,10 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
     """A LightningModule that takes FMLoRA's two passes itself: perturb, project into B, step (Algorithm 1).
 
     Subclass it, call ``super().__init__(rho=...)``, and write ``compute_loss`` and ``configure_optimizers`` (one
-    optimizer); ``training_step`` is taken. What the Trainer refuses under manual optimization is here: gradient
-    accumulation, clipping, and stepping of LR schedulers (their interval, frequency and monitor are honoured). An
-    :class:`~lightning_flatlora.EFMLoRA` callback beside it schedules the two passes (cost 1 + 1/every_n_steps), with
-    Ê in between.
+    optimizer); ``training_step`` is taken: one of your own must call ``super().training_step(batch, batch_idx)``. What
+    the Trainer refuses under manual optimization is here: gradient accumulation, clipping, and stepping of LR
+    schedulers (their interval, frequency and monitor are honoured). An :class:`~lightning_flatlora.EFMLoRA` callback
+    beside it schedules the two passes (cost 1 + 1/every_n_steps), with Ê in between.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
@@ -199,6 +225,11 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
         >>> Regression().automatic_optimization
         False
     """
+
+
+def _defines(module: FMLoRASteps, name: str) -> bool:
+    """Whether a subclass, or the instance, has a method of its own in place of FMLoRAModule's."""
+    return name in vars(module) or getattr(type(module), name) is not getattr(FMLoRASteps, name)
 
 
 def _step_problems(accumulate: object, clip_val: object, clip_algorithm: object) -> list[str]:

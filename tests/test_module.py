@@ -12,7 +12,9 @@ import torch
 from helpers import (
     Classifier,
     E_hat,
+    Losses,
     TwoPassClassifier,
+    assert_no_trace,
     build,
     driver_of,
     fit,
@@ -23,6 +25,7 @@ from helpers import (
     weights,
 )
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from reference import ascent, perturbations
 from torch import nn
 from torch.optim import lr_scheduler
@@ -471,3 +474,53 @@ def test_accumulation_divides_by_the_window(tmp_path):
             p.data -= 0.5 * grad
     for left, right in zip(module.net.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-14)
+
+
+# -- what a subclass may not do
+
+
+class Unreached(TwoPassClassifier):
+    """A training_step of its own, beside compute_loss, that takes no pass of FMLoRAModule's."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch, batch_idx)
+
+
+class OwnStep(Losses, FMLoRAModule):
+    """A training_step that was kept when the base class changed."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch, batch_idx)
+
+
+def test_a_training_step_in_place_of_compute_loss_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"OwnStep defines training_step.*rename it to compute_loss"):
+        fit(tmp_path, OwnStep(0.5), [])
+
+
+def test_a_training_step_that_takes_no_pass_is_an_error(tmp_path):
+    def by_hand(module: Any, batch: Any, batch_idx: int) -> None:
+        module.manual_backward(module.loss(batch, batch_idx))
+        module.optimizers().step()
+
+    for step in (Unreached.training_step, by_hand, lambda *_: None):
+        module = type("Unreached", (TwoPassClassifier,), {"training_step": step})(0.5)
+        with pytest.raises(MisconfigurationException, match=r"does not call super\(\)\.training_step"):
+            fit(tmp_path, module, [], max_epochs=1)
+        assert_no_trace(module)
+
+
+def test_a_training_step_around_ours_is_welcome(tmp_path):
+    class Around(TwoPassClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    module = Around(0.5)
+    assert fit(tmp_path, module, [], max_epochs=1).global_step == 5
+
+
+def test_automatic_optimization_is_refused(tmp_path):
+    module = TwoPassClassifier(0.5)
+    module.automatic_optimization = True
+    with pytest.raises(MisconfigurationException, match="automatic_optimization must be False"):
+        fit(tmp_path, module, [])

@@ -16,9 +16,10 @@ class FMLoRA(TwoPasses, PerturbsB):
 
     The first pass's gradient gives E, the second is taken at B + E and is the one that the optimizer sees. Both passes
     draw the same dropout masks and see the same batch, but for what the first writes into its tensors; the loss is
-    logged and returned from the first, the clean one. Hooks around backward fire in each pass, with its gradient, and
-    whatever a training_step updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes. Under
-    gradient accumulation each micro-batch has its own ascent.
+    logged and returned from the first, the clean one, and buffers (BatchNorm's statistics) and torchmetrics are as the
+    first has left them. Hooks around backward fire in each pass, with its gradient, and other attributes that a
+    training_step changes see both passes: count in on_train_batch_end. Under gradient accumulation each micro-batch has
+    its own ascent.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.

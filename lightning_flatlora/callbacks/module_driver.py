@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters, window_of
+from lightning_flatlora.callbacks.counted_once import CountedOnce
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.manual_schedulers import ManualSchedulers
 from lightning_flatlora.callbacks.perturbs_b import PerturbsB
+from lightning_flatlora.callbacks.two_passes import gradient_holders
 from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 
@@ -33,7 +35,9 @@ class FMLoRAModuleDriver(PerturbsB):
     @override
     def begin(self) -> None:
         super().begin()
-        self.parameters: list[nn.Parameter] = []
+        self.counted: CountedOnce | None = None
+        self.reached = True
+        self._parameters: list[nn.Parameter] = []
         self._scheduler: EFMLoRA | None = None
         self._fresh: FreshPerturbation | None = None
         self._sum: FreshPerturbation | None = None
@@ -54,6 +58,8 @@ class FMLoRAModuleDriver(PerturbsB):
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         problems = super().configuration_problems(trainer, pl_module)
+        module: Any = pl_module  # an FMLoRAModule
+        problems += module._subclass_problems()
         problems += self.schedulers.take_over(trainer)
         if len(trainer.optimizers) != 1:
             problems.append(
@@ -90,7 +96,10 @@ class FMLoRAModuleDriver(PerturbsB):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.parameters = list(pl_module.parameters())
+        self._parameters = list(pl_module.parameters())
+        self.counted = CountedOnce(pl_module)
+        module: Any = pl_module  # an FMLoRAModule
+        self.reached = not module._overrides_step
         self._scheduler = _scheduler_of(trainer)
 
     @override
@@ -103,6 +112,7 @@ class FMLoRAModuleDriver(PerturbsB):
         super().uninstall()
         self.schedulers.release()
         self._is_set_up = False
+        self._parameters, self.counted = [], None
 
     def ascends(self, trainer: Trainer) -> bool:
         """Whether the coming step has two passes; not while a tuner has put our callbacks away."""
@@ -126,6 +136,10 @@ class FMLoRAModuleDriver(PerturbsB):
             self.follow(trainer, pl_module)
         self.follow_scaling()
         self.open_window()
+
+    def gradient_holders(self, trainer: Trainer) -> list[nn.Parameter]:
+        """The parameters whose gradients a pass may change at this moment."""
+        return gradient_holders(self._parameters, trainer.optimizers)
 
     def open_window(self) -> None:
         """Forget what a window that was cut short has left."""
@@ -161,6 +175,7 @@ class FMLoRAModuleDriver(PerturbsB):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._check_reached(pl_module)
         if self._scheduler is None:  # else EFMLoRA has counted it
             self.count_step()
         elif self._sum is not None:
@@ -168,6 +183,15 @@ class FMLoRAModuleDriver(PerturbsB):
         module: Any = pl_module  # an FMLoRAModule
         if module.gradient_clip_val is not None:
             module.clip_gradients(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)
+
+    def _check_reached(self, pl_module: LightningModule) -> None:
+        """A training_step of a subclass has to come to FMLoRAModule's, which takes the passes."""
+        if not self.reached:
+            name = type(pl_module).__name__
+            raise MisconfigurationException(
+                f"{name}.training_step does not call super().training_step(batch, batch_idx), which takes the two "
+                "passes and the optimizer step, so nothing would be perturbed or trained: remove it, or call super()"
+            )
 
     def _average(self, trainer: Trainer, total: FreshPerturbation, beta: float) -> None:
         """Move Ê once, by the mean E of the window's micro-batches, if the step itself is not going to be skipped."""
@@ -183,6 +207,19 @@ class FMLoRAModuleDriver(PerturbsB):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         self.schedulers.step_waiting(trainer)
+        if self.counted is not None:
+            self.counted.look_again()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, *args)
+        if outputs:  # a step that returns nothing may have skipped its batch before it came to ours
+            self._check_reached(pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._check_reached(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import FlatLoRACallback, module_drivers
+from lightning_flatlora.callbacks.counted_once import CountedOnce
 from lightning_flatlora.callbacks.horizon import takes_no_step
 from lightning_flatlora.callbacks.two_passes import (
     at_training_step,
     ends_window,
+    gradient_holders,
     loss_of,
     nothing,
     own_containers,
@@ -37,9 +39,10 @@ class TwoPasses(FlatLoRACallback):
 
     The first pass's gradient gives the perturbation, the second's is the one that the optimizer sees. Both passes draw
     the same dropout masks and see the same batch, but for what the first writes into its tensors; the loss is logged
-    and returned from the first, the clean one. Hooks around backward fire in each pass, with its gradient, and whatever
-    a training_step updates beyond ``self.log`` (torchmetrics objects, BatchNorm) sees both passes. Under gradient
-    accumulation each micro-batch has its own ascent. Subclasses say what is perturbed, and how.
+    and returned from the first, the clean one, and buffers (BatchNorm's statistics) and torchmetrics are as the first
+    has left them. Hooks around backward fire in each pass, with its gradient, and other attributes that a training_step
+    changes see both passes. Under gradient accumulation each micro-batch has its own ascent. Subclasses say what is
+    perturbed, and how.
     """
 
     def __init__(self, rho: float | RhoSchedule, *, sync_ascent: bool = True, **settings: Any) -> None:
@@ -50,6 +53,7 @@ class TwoPasses(FlatLoRACallback):
     def begin(self) -> None:
         super().begin()
         self._parameters: list[nn.Parameter] = []
+        self._counted: CountedOnce | None = None
         self._kept_local = ExitStack()
         self._waiting = ExitStack()
         self._step_arguments: tuple[Any, ...] = ()
@@ -87,6 +91,13 @@ class TwoPasses(FlatLoRACallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._parameters = list(pl_module.parameters())
+        self._counted = CountedOnce(pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._counted is not None:
+            self._counted.look_again()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -113,15 +124,16 @@ class TwoPasses(FlatLoRACallback):
             self._kept_local.close()
             return trainer.strategy.backward(loss, *args, **kwargs)
         # Here and no earlier: Lightning clears the gradients of the last step after the forward pass.
-        taken = take_gradients(self._parameters)
+        taken = take_gradients(gradient_holders(self._parameters, trainer.optimizers))
         loss = trainer.strategy.backward(loss, *args, **kwargs)
         if self.sync_ascent and not _synchronises(trainer):
             average_gradients(self.ascending)
         self.ascend(self.current_rho(trainer))
-        put_back_gradients(self._parameters, taken)
+        put_back_gradients(gradient_holders(self._parameters, trainer.optimizers), taken)
         self._kept_local.close()
         self._put_back_random_state()
-        with self.perturbed(), silenced_log(pl_module):
+        assert self._counted is not None
+        with self.perturbed(), silenced_log(pl_module), self._counted.second_pass():
             self._descend(trainer)
         self._forget_batch()
         return loss
@@ -153,12 +165,19 @@ class TwoPasses(FlatLoRACallback):
         super().on_exception(trainer, pl_module, exception)
         self._forget_batch()
 
+    @override
+    def uninstall(self) -> None:
+        super().uninstall()
+        self._parameters, self._counted = [], None
+
     def _begin_passes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_sharded:
             self.follow(trainer, pl_module)
         self.follow_scaling()
         self._step_arguments = own_containers(self._step_arguments)
         self._put_back_random_state = random_state(pl_module.device)
+        assert self._counted is not None
+        self._counted.first_pass_starts()
 
     def _forget_batch(self) -> None:
         self._waiting.close()

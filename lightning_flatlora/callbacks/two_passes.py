@@ -11,6 +11,22 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def gradient_holders(parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """The parameters whose gradients a pass may change and a step may read, each once, as they are at this moment.
+
+    Args:
+        parameters: the module's, as the fit started: FSDP shows stand-ins for them between forward and backward.
+        optimizers: the trainer's. They also hold what the module's own list lacks: parameters in a plain list or a loss
+            object, and those that have joined in mid-fit.
+    """
+    holders = dict.fromkeys(parameters)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            holders.update(dict.fromkeys(group["params"]))
+    return list(holders)
 
 
 def take_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:

@@ -148,6 +148,7 @@ def run(
     return course, module, logger
 
 
+@pytest.mark.filterwarnings("ignore:.* counts each batch twice")
 @pytest.mark.parametrize(("accumulate", "first"), [(1, True), (2, False)], ids=["before others", "after, accumulating"])
 @pytest.mark.parametrize("front_end", ["plain", *FRONT_ENDS])
 def test_a_run_with_it_is_the_run_without_it(tmp_path: Any, front_end: str, accumulate: int, first: bool) -> None:

@@ -21,6 +21,8 @@ from helpers import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, default_collate
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.aggregation import CatMetric
 from transformers import BatchEncoding
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
@@ -282,3 +284,133 @@ def test_a_batch_called_off_leaves_nothing_behind(tmp_path: Any) -> None:
         trainer = fit(tmp_path, module, [kind(0.5)], max_epochs=1)
         assert "training_step" not in module.__dict__
         assert "backward" not in trainer.strategy.__dict__
+
+
+TWO_PASSES = ("fmlora", "module", "lora_sam", "sam")
+
+
+def two_passes(kind: str, own: type[Any], rho: float = 0.5, **kwargs: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+    """A front end with two passes, whose module has the methods of a class of the test's own."""
+    classes = type("Own", (own, Classifier), {}), type("Own", (own, TwoPassClassifier), {})
+    front_end = kind if kind in FRONT_ENDS else "plain"
+    module, callbacks, more = build(front_end, rho, classes=classes, **kwargs)
+    if kind in ("lora_sam", "sam"):
+        callbacks.append(LoRASAM(rho) if kind == "lora_sam" else SAM(rho))
+    return module, callbacks, more
+
+
+class FreeWeights:
+    """Loss weights in a plain list, which no module lists as parameters; one joins the optimizer in mid-fit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.free = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64))]
+        self.seen: list[list[torch.Tensor]] = []
+
+    def loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        weighted = sum((weight * batch_idx).sum() for weight in self.free)
+        return super().loss(batch, batch_idx) + weighted  # type: ignore[misc, no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()  # type: ignore[misc]
+        optimizer.add_param_group({"params": self.free[:]})
+        return optimizer
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.net.late = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))  # type: ignore[attr-defined]
+            self.free.append(self.net.late)  # type: ignore[attr-defined]
+            self.trainer.optimizers[0].add_param_group({"params": [self.free[-1]]})  # type: ignore[attr-defined]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append([weight.grad.clone() for weight in self.free if weight.grad is not None])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_parameters_outside_the_module_have_one_gradient(tmp_path: Any, kind: str, accumulate: int) -> None:
+    module, callbacks, more = two_passes(kind, FreeWeights, net=make_net().double(), accumulate=accumulate)
+    fit(tmp_path, module, callbacks, make_loader(4, dtype=torch.float64), max_epochs=1, **more)
+    means = [0.0, 1.0, 2.0, 3.0] if accumulate == 1 else [0.5, 2.5]
+    for step, (mean, grads) in enumerate(zip(means, module.seen, strict=True)):
+        assert len(grads) == (2 if step * accumulate >= 2 else 1)
+        for grad in grads:
+            torch.testing.assert_close(grad, torch.full_like(grad, mean))
+
+
+def test_sam_moves_what_is_unfrozen_in_mid_fit(tmp_path: Any) -> None:
+    moved = []
+
+    class Thawing(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.bias.requires_grad_(batch_idx >= 1)
+
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            moved.append(self.bias.detach().clone())
+            return super().loss(batch, batch_idx)
+
+    module = Thawing(lr=0.0)
+    module.bias = module.net.base_model.model[4].base_layer.bias
+    module.bias.requires_grad_(True)
+    module.configure_optimizers = lambda: torch.optim.SGD(  # type: ignore[method-assign]
+        [p for p in module.parameters() if p.requires_grad], lr=0.0
+    )
+    frozen = SAM(0.5)
+    module.on_fit_start = lambda: module.bias.requires_grad_(False)  # type: ignore[method-assign]
+    fit(tmp_path, module, [frozen], make_loader(2), max_epochs=1)
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[2], moved[3])
+
+
+class Counting:
+    """BatchNorm, torchmetrics and a buffer that is replaced: all that a step counts in."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = torch.nn.BatchNorm1d(6)
+        self.other = torch.nn.InstanceNorm1d(3, track_running_stats=True)  # whose kernel leaves no mark on its buffers
+        self.accuracy = MetricCollection([MeanMetric(), CatMetric()])
+        self.register_buffer("queue", torch.zeros(0))  # type: ignore[attr-defined]
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        inputs = self.other(self.norm(batch[0]).view(-1, 3, 2)).view(-1, 6)
+        loss = super().loss((inputs, *batch[1:]), batch_idx)  # type: ignore[misc]
+        self.accuracy.update(loss.detach())
+        self.log("mean", self.accuracy["MeanMetric"], on_epoch=True, on_step=False)  # type: ignore[attr-defined]
+        self.queue = torch.cat([self.queue, loss.detach()[None]])
+        return loss
+
+
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_a_module_counts_each_batch_once(tmp_path: Any, kind: str) -> None:
+    """As a plain run does, whose losses at rate 0 are those of the clean passes."""
+    states = []
+    for each in ("plain", kind):
+        module, callbacks, more = two_passes(each, Counting, lr=0.0)
+        module.optimizer_class = torch.optim.SGD
+        norm = module.norm.running_mean
+        trainer = fit(tmp_path, module, callbacks, max_epochs=1, **more)
+        assert module.norm.running_mean is norm
+        counted = module.accuracy["CatMetric"]
+        assert counted.update_count == module.norm.num_batches_tracked == len(module.queue) == 6
+        states.append([counted.compute(), trainer.callback_metrics["mean"], dict(module.named_buffers())])
+    assert same(*states)
+
+
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_a_count_that_sees_both_passes_is_said(tmp_path: Any, kind: str) -> None:
+    class Counts:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.steps, self.last, self.losses = 0, 0.0, []
+
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().loss(batch, batch_idx)  # type: ignore[misc]
+            self.steps, self.last = self.steps + 1, loss.item()
+            self.losses.append(self.last)
+            return loss
+
+    module, callbacks, more = two_passes(kind, Counts)
+    with pytest.warns(UserWarning, match=r"twice in self.steps, self.losses, which.*on_train_batch_end") as said:
+        fit(tmp_path, module, callbacks, max_epochs=1, **more)
+    assert len([warning for warning in said if "twice" in str(warning.message)]) == 1
