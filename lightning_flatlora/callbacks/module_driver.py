@@ -218,8 +218,8 @@ class FMLoRAModuleDriver(PerturbsB):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
         self._check_reached(pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
