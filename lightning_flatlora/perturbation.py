@@ -22,7 +22,10 @@ from lightning_flatlora.functional import (
 from lightning_flatlora.pairs import LoRAPair
 
 _LARGEST_STACK = 2**21
-"""Elements of a stacked factor in one computation (8 MB of float32): bounds the temporaries of a large model."""
+"""Elements of a stacked factor in one computation (8 MB of float32): bounds the temporaries of a large model.
+
+Four times as many on an accelerator, where the launch of a kernel costs more than a large allocation does.
+"""
 
 
 class FreshPerturbation(NamedTuple):
@@ -418,6 +421,7 @@ def _alike(pairs: Iterable[LoRAPair], layout: Layout) -> list[list[LoRAPair]]:
         groups[key].append(pair)
     parts = []
     for (A_shape, B_shape, *_), group in groups.items():
-        size = max(1, _LARGEST_STACK // max(A_shape.numel(), B_shape.numel()))
+        largest = _LARGEST_STACK if group[0].B.device.type == "cpu" else 4 * _LARGEST_STACK
+        size = max(1, largest // max(A_shape.numel(), B_shape.numel()))
         parts += [group[start : start + size] for start in range(0, len(group), size)]
     return parts

@@ -3,6 +3,7 @@
 python -m recipes.benchmarks.step                                            # LoRA, EFMLoRA, FMLoRA
 python -m recipes.benchmarks.step --models roberta-large --methods all       # baselines and peers too
 python -m recipes.benchmarks.step --models minilm --vary rank 4 16 64 256    # how it grows; or layers, or batch
+python -m recipes.benchmarks.step --models small-layers --time processor --repeats 0
 """
 
 import argparse
@@ -13,6 +14,7 @@ import platform
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,23 @@ from torch.utils.data import DataLoader
 
 from recipes.benchmarks.engine import measure_engine
 from recipes.benchmarks.methods import METHODS, OURS, Method
-from recipes.benchmarks.workloads import WORKLOADS, Workload
+from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 
 Row = dict[str, Any]
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+
 
 class Clock(L.Callback):
-    """Seconds from one batch's start to the next one's: the whole step, hooks and loop included."""
+    """Seconds from one batch's start to the next one's: the whole step, hooks and loop included.
 
-    def __init__(self) -> None:
+    Args:
+        now: the clock that is read.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
         self.seconds: list[float] = []
+        self._now = now
         self._last: float | None = None
 
     def on_train_batch_start(
@@ -45,13 +54,13 @@ class Clock(L.Callback):
         """Read the time when the device is idle."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        now = time.perf_counter()
+        now = self._now()
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
 
 
-def measure_steps(work: Workload, methods: list[str], options: argparse.Namespace) -> list[Row]:
+def measure_steps(work: Workload | Stack, methods: list[str], options: argparse.Namespace) -> list[Row]:
     """Step time of each method, in turns: a noisy machine disturbs all alike.
 
     Args:
@@ -85,7 +94,7 @@ def measure_steps(work: Workload, methods: list[str], options: argparse.Namespac
 def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], options: argparse.Namespace) -> float:
     """Median seconds of a step, after two of warm-up."""
     gc.collect()  # the last turn's trainer and optimizer, whose parts point at each other
-    clock = Clock()
+    clock = Clock(CLOCKS[options.time])
     trainer = L.Trainer(
         max_epochs=1,
         accelerator=options.accelerator,
@@ -115,15 +124,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "threads": options.threads,
         "torch": torch.__version__,
         "precision": options.precision,
+        "time": options.time,
         "steps": rows,
     }
     for model in options.models:
         for value in options.values:
             work = WORKLOADS[model].varied(options.varied, value) if options.varied else WORKLOADS[model]
-            told = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.config.num_hidden_layers}
+            told = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.layers}
             rows += [told | row for row in measure_steps(work, options.methods, options)]
             _write(result, options.output)  # what is measured so far stays, whatever happens to the rest
-    if not options.varied:
+    if not options.varied and options.repeats:
         # The engine after the steps: training has brought the C allocator into the state in which the engine runs.
         layers, n, m, rank = options.layers
         shape = {"layers": layers, "n": n, "m": m, "rank": rank}
@@ -235,12 +245,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=10, help="turns of each method")
     parser.add_argument("--steps", type=int, default=8, help="measured steps in a turn")
-    parser.add_argument("--repeats", type=int, default=15, help="measurements of the engine")
+    parser.add_argument("--repeats", type=int, default=15, help="measurements of the engine; 0 for none")
     parser.add_argument(
         "--layers", nargs=4, type=int, metavar=("L", "N", "M", "R"), default=[96, 768, 1024, 8], help="engine's shapes"
     )
     parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", default="32-true", help="Lightning's precision")
+    parser.add_argument(
+        "--time",
+        choices=list(CLOCKS),
+        default="wall",
+        help="the processor's time leaves out what else the machine does",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/step.json"))
     return parser

@@ -18,6 +18,7 @@ from transformers import (
     RobertaConfig,
     ViTConfig,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 _CAUSAL = ("gpt2", "llama")
 
@@ -66,6 +67,11 @@ class Workload:
             return torch.randn(self.batch, self.config.num_channels, side, side)
         return torch.randint(5, 1000, (self.batch, self.length))
 
+    @property
+    def layers(self) -> int:
+        """Blocks of the model."""
+        return int(self.config.num_hidden_layers)
+
     def varied(self, what: str, value: int) -> "Workload":
         """The same work with another "rank", "batch" or number of "layers"."""
         if what == "rank":
@@ -75,6 +81,53 @@ class Workload:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = value
         return replace(self, config=config)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Square Linear layers one after the other, each with an adapter: what a layer costs beside its arithmetic.
+
+    Attributes:
+        layers: how many.
+        width: rows and columns of each.
+        batch: samples in a step.
+        rank: of the adapter; alpha is twice as large.
+        full: train all weights, without an adapter.
+    """
+
+    layers: int
+    width: int
+    batch: int
+    rank: int = 8
+    full: bool = False
+    causal: bool = False
+
+    def network(self) -> nn.Module:
+        """The model with its adapters."""
+        torch.manual_seed(0)
+        network: Any = Linears(*(nn.Linear(self.width, self.width) for _ in range(self.layers)))
+        if not self.full:
+            names = [name for name, _ in network.named_children()]
+            network = get_peft_model(network, LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=names))
+        return cast("nn.Module", network)
+
+    def example(self) -> Tensor:
+        """One batch, shape (batch, width)."""
+        return torch.randn(self.batch, self.width)
+
+    def varied(self, what: str, value: int) -> "Stack":
+        """The same work with another "rank", "batch" or number of "layers"."""
+        changed: dict[str, Any] = {what: value}
+        return replace(self, **changed)
+
+
+class Linears(nn.Sequential):
+    """Layers whose output is given as an encoder of transformers gives its states."""
+
+    def forward(self, x: Tensor) -> BaseModelOutput:
+        """The last layer's states."""
+        states: Any = super().forward(x)  # type: ignore[no-untyped-call]
+        return BaseModelOutput(last_hidden_state=states)
 
 
 class Learner(L.LightningModule):
@@ -116,7 +169,7 @@ _QV_VIT = ("q_proj", "v_proj", "query", "value")  # as transformers names them n
 _QUERY_VALUE, _QKV_GPT2, _QV_LLAMA = ("query", "value"), ("c_attn",), ("q_proj", "v_proj")
 _ROBERTA: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
-WORKLOADS: dict[str, Workload] = {
+WORKLOADS: dict[str, Workload | Stack] = {
     "minilm": Workload(_bert(6, 384, 12), _QUERY_VALUE, batch=16, length=40),
     "smollm2": Workload(
         _llama(30, 576, 9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True),
@@ -133,5 +186,16 @@ WORKLOADS: dict[str, Workload] = {
     "llama-7b-layers": Workload(
         _llama(2, 4096, 32, intermediate_size=11008, vocab_size=1024), _QV_LLAMA, batch=1, length=128
     ),
+    # two blocks of a given width and 512 tokens, for the engine's share at high ranks
+    **{
+        f"width-{width}": Workload(
+            _llama(2, width, width // 64, vocab_size=1024, intermediate_size=8 * width // 3),
+            _QV_LLAMA,
+            batch=4,
+            length=128,
+        )
+        for width in (768, 1024, 2048, 4096)
+    },
+    "small-layers": Stack(layers=600, width=64, batch=16),
     "tiny": Workload(_bert(2, 32, 2), _QUERY_VALUE, batch=4, length=8),
 }

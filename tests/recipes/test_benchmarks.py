@@ -17,12 +17,12 @@ pytest.importorskip("rich", reason="the recipes' dependencies are not installed"
 from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
-from recipes.benchmarks import memory, step
+from recipes.benchmarks import estimate, memory, step
 from recipes.benchmarks.methods import METHODS, Peer
 from recipes.benchmarks.step import main
-from recipes.benchmarks.workloads import WORKLOADS, Workload
+from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 
-SIZES = [(name, work) for name, work in WORKLOADS.items() if name not in ("tiny", "llama-7b-layers")]
+SIZES = [(name, WORKLOADS[name]) for name in ("minilm", "smollm2", "roberta-large", "gpt2-medium", "vit-b16")]
 
 
 def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +98,51 @@ def test_workloads_are_of_the_sizes_they_are_named_after() -> None:
 def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
     with torch.device("meta"):
         pairs = find_pairs(WORKLOADS[name].varied("layers", 2).network()).pairs
-    assert len(pairs) == 2 * (1 if name == "gpt2-medium" else 2)  # GPT-2 has q, k and v in one
+    alone = name in ("gpt2-medium", "small-layers")  # GPT-2 has q, k and v in one
+    assert len(pairs) == 2 * (1 if alone else 2)
+
+
+def test_a_stack_of_linears_is_measured_by_the_processors_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORKLOADS, "small-layers", Stack(layers=3, width=8, batch=2))
+    seen: list[float] = []
+    monkeypatch.setitem(step.CLOCKS, "processor", lambda: seen.append(1.0) or float(len(seen)))
+    options = ["--methods", "EFMLoRA", "--time", "processor", "--repeats", "0", "--rounds", "1", "--steps", "1"]
+    result = main(["--models", "small-layers", *options, "--output", str(tmp_path / "stack.json")])
+    assert [(row["layers"], row["median_seconds"]) for row in result["steps"]] == [(3, 1.0)] * 2
+    assert result["time"] == "processor"
+    assert "engine" not in result
+
+
+def test_an_estimate_counts_kernels_bytes_and_operations() -> None:
+    a, b = torch.zeros(4, 8, device="meta"), torch.zeros(16, 8, device="meta", dtype=torch.float32)
+    K = torch.zeros(3, 6, 6, device="meta", dtype=torch.float64)
+    with estimate.Kernels() as kernels:
+        a.view(8, 4)
+        a @ b.mT
+        torch.linalg.cholesky_ex(K)
+    product, factorisation = kernels.seen
+    assert (product.operations, product.bytes) == (2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16))
+    assert (factorisation.operations, factorisation.dtype, factorisation.columns) == (3 * 6**3 / 3, torch.float64, 6)
+    assert product.seconds(estimate.CARDS["H100 SXM"]) == estimate.LAUNCH
+    large = replace(product, operations=1e12)
+    assert large.seconds(estimate.CARDS["RTX 4090"]) == 1e12 / 82.6e12
+    assert replace(large, dtype=torch.float64).seconds(estimate.CARDS["RTX 4090"]) == 64 * 1e12 / 82.6e12
+
+
+def test_an_estimate_is_of_lora_and_of_what_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A refresh launches as many kernels whatever the number of layers; reading B + E takes one for each."""
+    monkeypatch.setattr(estimate, "works", lambda tokens: {"tiny": WORKLOADS["tiny"]})
+    (row,) = estimate.main(["--tokens", "32", "--output", str(tmp_path / "new" / "estimate.json")])
+    assert json.loads((tmp_path / "new" / "estimate.json").read_text()) == [row]
+    assert "float64_operations" in row["engine"]
+    assert "float64_operations" not in row["step"]
+    for times in row["seconds"].values():
+        assert times["ratio"] == 1 + times["engine"] / times["step"]
+    deeper = estimate.count_engine(WORKLOADS["tiny"].varied("layers", 4)).total()
+    assert deeper["kernels"] == row["engine"]["kernels"] + 4
+    assert "Estimates, not measurements" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
