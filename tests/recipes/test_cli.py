@@ -98,6 +98,7 @@ def config(tmp_path: Path) -> str:
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "tiny"}}
     trainer = {
         "accelerator": "cpu",
+        "precision": "32-true",
         "max_epochs": 1,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
