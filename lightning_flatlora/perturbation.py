@@ -302,18 +302,21 @@ class Perturbation:
             averaged |= dict(zip((pair.name for pair in group.pairs), group.averaged.tolist(), strict=True))
         return {"started": self.started, "averaged": averaged, "E": E}
 
-    def load_state_dict(self, state: dict[str, Any], may_come: Collection[str] = ()) -> None:
+    def load_state_dict(
+        self, state: dict[str, Any], may_come: Collection[str] = (), *, may_be_new: bool = False
+    ) -> None:
         """Take a :meth:`state_dict` over.
 
         Args:
             state: also one of an older version, where ``averaged`` is one boolean for all pairs.
             may_come: names of pairs that the model has and does not train yet; theirs waits for :meth:`follow`.
+            may_be_new: whether pairs that the state does not know keep what they have.
 
         Raises:
             ValueError: the state is of other pairs; the message says which are missing, new or of another shape.
         """
         saved, own = state["E"], {pair.name: (pair, E, a) for group in self._groups for pair, E, a in group.rows()}
-        problems = [f"{name} is not in the checkpoint" for name in own if name not in saved]
+        problems = [f"{name} is not in the checkpoint" for name in own if name not in saved and not may_be_new]
         problems += [
             f"{name} is in the checkpoint but not in the model"
             for name in saved
@@ -330,12 +333,13 @@ class Perturbation:
         averaged = state["averaged"]
         if not isinstance(averaged, dict):
             averaged = dict.fromkeys(saved, bool(averaged))
-        for name, (_, E, own_averaged) in own.items():
+        known = {name: own[name] for name in own if name in saved}
+        for name, (_, E, own_averaged) in known.items():
             E.copy_(saved[name])
             own_averaged.fill_(averaged[name])
-        self.started = bool(state["started"])
+        self.started |= bool(state["started"])
         self._expected = {name: (saved[name], averaged[name]) for name in saved if name not in own}
-        self._forgotten = {id(pair.B) for name, (pair, _, _) in own.items() if not averaged[name]}
+        self._forgotten = {id(pair.B) for name, (pair, _, _) in own.items() if not averaged.get(name, False)}
 
     def _finite(self, norms: list[Tensor], also_finite: Iterable[nn.Parameter]) -> Tensor:
         """Whether all gradients of the pairs and of ``also_finite`` are finite, shape ().

@@ -14,7 +14,7 @@ from lightning_flatlora.callbacks.courses import Course, Owners, owners_of
 from lightning_flatlora.callbacks.horizon import takes_no_step
 from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
 from lightning_flatlora.pair_watch import PairWatch
-from lightning_flatlora.pairs import PairSearch
+from lightning_flatlora.pairs import LoRAPair, PairSearch
 from lightning_flatlora.perturbation import Perturbation
 
 
@@ -38,6 +38,7 @@ class FindsPairs(Callback):
         self.search = PairSearch([], [])
         self.courses = [Course(0)]
         self._watch: PairWatch | None = None
+        self._orphans: list[LoRAPair] = []
         self._is_sharded = False
         self._warned: set[str] = set()
 
@@ -104,6 +105,7 @@ class FindsPairs(Callback):
     def _assign(self, trainer: Trainer) -> Owners:
         """Give each course the pairs whose factors its optimizer holds."""
         owners = owners_of(self.search.pairs, trainer.optimizers)
+        self._orphans = owners.orphans
         for course in self.courses:
             course.pairs = owners.pairs[course.index] if owners.pairs else []
         return owners
@@ -137,7 +139,7 @@ class FindsPairs(Callback):
             return
         self.search = self._watch.search(trainer.optimizers)
         owners = self._assign(trainer)
-        for problem in self._owner_problems(owners, may_come=True):
+        for problem in self._owner_problems(owners, self._may_come(trainer)):
             self._warn_once(f"{problem}. Until then these pairs are not perturbed")
         for problem in self.rate_problems(trainer):
             self._warn_once(f"{problem}. Until then the first group's is followed")
@@ -168,6 +170,12 @@ class FindsPairs(Callback):
                 "no pair has been trained so far, so nothing was perturbed: every B is frozen or in no optimizer. "
                 "Those that are unfrozen and given to an optimizer later are perturbed from then on"
             )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        left = [pair.name for pair in self._orphans if pair.B.requires_grad and self._may_come(trainer)]
+        if left and any(course.pairs for course in self.courses):
+            self._warn_once(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def refuse_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Refuse a step of the pairs' optimizer that no hook announces."""

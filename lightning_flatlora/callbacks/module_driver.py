@@ -229,6 +229,7 @@ class FMLoRAModuleDriver(PerturbsB):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         self.schedulers.step_waiting(trainer)
 
     @override

@@ -53,7 +53,8 @@ class OnePass(FlatLoRACallback):
         def begin_pass() -> None:
             if begins_window and not self._is_sharded:
                 self.follow(trainer, pl_module)
-            self.follow_scaling()
+            else:
+                self.follow_scaling()
             if self.perturbs(trainer):
                 self.on(trainer)
 

@@ -57,8 +57,7 @@ class PerturbsB(FlatLoRACallback):
             course.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, layout)
             course.perturbation.install()
             if course.awaited is not None:
-                resting = set(course.awaited["E"]) - {pair.name for pair in pairs}
-                course.perturbation.load_state_dict(course.awaited, resting)
+                course.perturbation.load_state_dict(course.awaited, course.awaited["E"], may_be_new=True)
                 course.awaited = None
 
     @override

@@ -1,5 +1,6 @@
 """The model may change in mid-fit: what stops learning is read clean, what starts is perturbed, scalings count."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from helpers import (
     weights,
 )
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -200,6 +201,65 @@ def test_finetuning_that_unfreezes_in_the_second_epoch_equals_a_start_there(tmp_
     with pytest.warns(UserWarning, match="no pair has been trained so far"):
         fit(tmp_path, module, [callback, Unfreeze()])
     assert watching.moved == [*[[]] * 7, *[ALL] * 5]
+
+
+class Joins(BaseFinetuning):
+    """Nothing is frozen; LoRA joins the optimizer in the second epoch, or a part of it."""
+
+    def __init__(self, part: str = "") -> None:
+        super().__init__()
+        self.part = part
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pass
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            new = [p for name, p in pl_module.named_parameters() if "lora" in name and self.part in name]
+            optimizer.add_param_group({"params": new})
+
+
+class HeadOnly(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and "lora" not in n])
+
+
+@pytest.mark.parametrize("part", ["", ".2."])
+def test_factors_that_join_the_optimizer_later(tmp_path, part):
+    """What never joins is said at the end."""
+    module = HeadOnly()
+    watching = Watching(module)
+    with pytest.warns(UserWarning, match="EFMLoRA") as warned:
+        fit(tmp_path, module, [EFMLoRA(0.5), Joins(part)])
+    assert watching.moved == [*[[]] * 7, *[["2.default"] if part else ALL] * 5]
+    assert len([each for each in warned if "2 pairs" in str(each.message)]) == bool(part)
+
+
+def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
+    change = At(3, lambda module: module.net.set_adapter("other"))
+    with pytest.warns(UserWarning, match="in no optimizer, as .*other.* Until then these pairs are not perturbed"):
+        fit(tmp_path, TrainedOnly(net=two_adapters()), [EFMLoRA(0.5), change], max_epochs=1)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
+    """From before and after: the average waits in the file, and in the callback, until its pairs are trained."""
+
+    class UnfreezeFrom(Unfreeze):
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            super().finetune_function(pl_module, epoch, optimizer)
+            if epoch > 1:  # Lightning freezes again when it resumes
+                freeze(pl_module, True)
+
+    def run(ckpt_path: Any = None) -> Any:
+        module, callback = TrainedOnly(), EFMLoRA(0.5)
+        saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no pair has been trained")
+            fit(tmp_path, module, [callback, UnfreezeFrom(), saving], max_epochs=3, ckpt_path=ckpt_path)
+        return weights(module), E_hat(callback), callback.step
+
+    assert same(run(), run(tmp_path / f"epoch={epoch}.ckpt"))
 
 
 class Never(Unfreeze):
