@@ -510,6 +510,19 @@ def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.Monke
     assert all_B < watch.peak < all_B + 12 * one_stack
 
 
+@pytest.mark.parametrize(("device", "groups"), [("cpu", 5), ("meta", 2)])
+def test_an_accelerator_takes_four_times_as_many_layers_at_once(
+    monkeypatch: pytest.MonkeyPatch, device: str, groups: int
+) -> None:
+    """There the launches count, on a CPU the size of what is allocated."""
+    monkeypatch.setattr("lightning_flatlora.perturbation._LARGEST_STACK", 8)
+    pairs = []
+    for i in range(5):
+        A, B = (nn.Parameter(torch.zeros(shape, device=device)) for shape in ((2, 4), (4, 2)))
+        pairs.append(LoRAPair(str(i), A, B, 2.0))
+    assert len(Perturbation(pairs)._groups) == groups
+
+
 class Copies(TorchDispatchMode):
     """Between two devices, during everything inside."""
 
