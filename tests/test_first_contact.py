@@ -1,0 +1,247 @@
+"""Modules as other people write them train, save and resume unchanged.
+
+Each class below imitates the structure of a kind of public project with peft and Lightning: where it freezes, how many
+optimizers it has, who injects LoRA, which Lightning it imports. Each is trained in one go, and again from the file of
+its first epoch, in a module built anew as another process would build it. Both must end in the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import pytorch_lightning
+import torch
+from helpers import ResumableLoader, assert_no_trace, make_loader, make_net, same, weights
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import BertConfig, BertForSequenceClassification
+
+import lightning_flatlora.pytorch_lightning as flatlora_of_pytorch_lightning
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA
+
+EPOCHS = 3
+
+
+class Plain(L.LightningModule):
+    """A LoRA classifier as in the quick start of every project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels, _ = batch
+        return nn.functional.cross_entropy(self.net(inputs), labels)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+class FreezesInConfigureOptimizers(Plain):
+    """Decides there, and not earlier, what is trained, as NeMo's speech language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 6)  # drawn at random, frozen below, and so in no loader's gift
+        self.net.requires_grad_(True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels, factor = batch
+        return super().training_step((self.encoder(inputs), labels, factor), batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        self.encoder.requires_grad_(False)
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return super().configure_optimizers()
+
+
+class Adversaries(L.LightningModule):
+    """A generator and a discriminator, a LoRA and an optimizer each, stepped in turn by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = make_net(seed=0)
+        self.discriminator = make_net(seed=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, labels, _ = batch
+        for optimizer, net in zip(self.optimizers(), (self.generator, self.discriminator), strict=True):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(net(inputs), labels))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        nets = (self.generator, self.discriminator)
+        return [torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.02) for net in nets]
+
+
+class AddsAdapter(Plain):
+    """LoRA by transformers' own add_adapter, without a PeftModel; the new head trains too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        self.net = BertForSequenceClassification(BertConfig(vocab_size=16, num_labels=3, **sizes))
+        self.net.add_adapter(LoraConfig(r=2, target_modules=["query", "value"]))
+        self.net.classifier.requires_grad_(True)
+        self.net.train()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels, _ = batch
+        torch.manual_seed(batch_idx)  # Lightning restores no generator, and this network has dropout
+        return self.net(input_ids=(inputs.abs() * 5).long().clamp(max=15), labels=labels).loss
+
+
+class FromHydra(Plain):
+    """Its LoraConfig holds the lists of a configuration library, which are not Python's lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        node = OmegaConf.create({"r": 2, "target_modules": ["0", "2"], "rank_pattern": {"0": 3}})
+        net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+        self.net = get_peft_model(net, LoraConfig(**node))
+
+
+class CountsItself(Plain):
+    """Keeps torchmetrics, and counters and a moving average as buffers inside and outside of the base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(num_classes=3)
+        self.register_buffer("mean_loss", torch.zeros(()))
+        self.net.base_model.model.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels, _ = batch
+        logits = self.net(inputs)
+        self.accuracy(logits, labels)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.mean_loss.lerp_(loss.detach(), 0.1)
+        self.net.base_model.model.seen += len(labels)
+        return loss
+
+
+class WithHead(Plain):
+    """A head that a callback unfreezes later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels, _ = batch
+        return nn.functional.cross_entropy(self.head(self.net(inputs)), labels)
+
+
+class UnfreezesLater(BaseFinetuning):
+    """The head learns from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pl_module.head.requires_grad_(False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.head, optimizer, lr=0.01)
+
+
+class OfPytorchLightning(pytorch_lightning.LightningModule):
+    """The library under its other name."""
+
+    training_step = Plain.training_step
+    configure_optimizers = Plain.configure_optimizers
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+
+@dataclass
+class Project:
+    """What a project brings to the Trainer.
+
+    Attributes:
+        module: makes it anew, as another process would.
+        callbacks: makes its own callbacks.
+        methods: the callbacks of this package that work there.
+        checkpoint: the AdapterCheckpoint of the Lightning that it imports.
+        trainer: that Lightning's Trainer.
+    """
+
+    module: Callable[[], Any]
+    callbacks: Callable[[], list[Any]] = list
+    methods: Sequence[Any] = (EFMLoRA, FMLoRA)
+    checkpoint: Any = AdapterCheckpoint
+    trainer: Any = L.Trainer
+
+
+PROJECTS = {
+    "freezes in configure_optimizers": Project(FreezesInConfigureOptimizers),
+    "two optimizers": Project(Adversaries, methods=(EFMLoRA,)),
+    "add_adapter": Project(AddsAdapter),
+    "Hydra": Project(FromHydra),
+    "metrics and buffers": Project(CountsItself, methods=(EFMLoRA,)),
+    "gradual unfreezing": Project(WithHead, callbacks=lambda: [UnfreezesLater()]),
+    "moving average of weights": Project(Plain, callbacks=lambda: [EMAWeightAveraging(decay=0.5)]),
+    "pytorch_lightning": Project(
+        OfPytorchLightning,
+        methods=(flatlora_of_pytorch_lightning.EFMLoRA, flatlora_of_pytorch_lightning.FMLoRA),
+        checkpoint=flatlora_of_pytorch_lightning.AdapterCheckpoint,
+        trainer=pytorch_lightning.Trainer,
+    ),
+}
+CASES = []
+for title, each in PROJECTS.items():
+    for kind in each.methods:
+        CASES.append(pytest.param(each, kind, id=f"{title}, {kind.__name__}"))
+
+
+def train(project: Project, method: Any, path: Path, name: str, resume: Path | None = None) -> Any:
+    """Fit a project's module, save under a name after each epoch, and return the Trainer."""
+    torch.manual_seed(0)
+    module = project.module()
+    files = {"save_top_k": -1, "filename": f"{name}-{{epoch}}", "auto_insert_metric_name": False}
+    callbacks = [method, *project.callbacks(), project.checkpoint(path, **files)]
+    trainer = project.trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=path,
+        callbacks=callbacks,
+    )
+    trainer.fit(module, ResumableLoader(list(make_loader(4))), ckpt_path=resume)
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def _unreleased_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' add_adapter may ask for a peft that is newer than the newest release."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **settings: None)
+
+
+@pytest.mark.parametrize(("project", "method"), CASES)
+def test_a_public_project_trains_saves_and_resumes_unchanged(project: Project, method: Any, tmp_path: Path) -> None:
+    whole = train(project, method(0.5), tmp_path, "whole")
+    resumed = train(project, method(0.5), tmp_path, "resumed", resume=tmp_path / "whole-0.ckpt")
+    assert resumed.global_step == whole.global_step > 0
+    state, resumed_state = whole.lightning_module.state_dict(), resumed.lightning_module.state_dict()
+    assert state.keys() == resumed_state.keys()
+    assert [name for name in state if not same(state[name], resumed_state[name])] == []
+    assert_no_trace(whole.lightning_module)
+    plain = train(project, method(0.0), tmp_path, "plain")
+    assert not same(weights(whole.lightning_module), weights(plain.lightning_module))  # the method did something
