@@ -15,9 +15,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 LIBRARIES = ["lightning.pytorch.cli", "open_clip", "peft", "torch.distributed.fsdp"]
 """What is missing is left out; nothing that reads variables which tests set, as datasets does."""
-_SERVER = multiprocessing.get_context("forkserver")
+CAN_FORK = not torch.cuda.is_available()
+"""CUDA, which bitsandbytes starts as it is imported, does not survive a fork: with a GPU processes start anew."""
+_SERVER: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
 _SERVER.set_forkserver_preload(LIBRARIES)
 
 

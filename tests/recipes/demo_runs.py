@@ -6,10 +6,12 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from processes import CAN_FORK
+
 from recipes.demo import __main__ as demo
 
 _STARTED = [sys.executable, "-m", "recipes.demo"]
-_FORK: Any = multiprocessing.get_context("fork")
+_CONTEXT: Any = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
 
 
 def main(arguments: list[str]) -> None:
@@ -22,7 +24,7 @@ def main(arguments: list[str]) -> None:
 def _run(command: list[str], check: bool) -> Any:
     """What subprocess.run does with the command of one method; Ctrl-C reaches both, as members of one group."""
     assert command[: len(_STARTED)] == _STARTED
-    process = _FORK.Process(target=_one_method, args=(command[len(_STARTED) :],))
+    process = _CONTEXT.Process(target=_one_method, args=(command[len(_STARTED) :],))
     process.start()
     try:
         process.join()
