@@ -62,7 +62,7 @@ class Owners(NamedTuple):
 
     Attributes:
         pairs: for each optimizer those whose trained factors it holds.
-        orphans: pairs of which a trained factor is in no optimizer, and none is in several.
+        orphans: pairs with a trained B of which a trained factor is in no optimizer, and none is in several.
         spread: pairs whose factors are in several optimizers.
         places: the optimizers that the spread ones are in, as indices.
     """
@@ -85,7 +85,8 @@ def owners_of(pairs: Sequence[LoRAPair], optimizers: Sequence[Optimizer]) -> Own
             owners.spread.append(pair)
             owners.places.extend(places)
         elif [] in where:
-            owners.orphans.append(pair)
+            if pair.B.requires_grad:
+                owners.orphans.append(pair)
         else:
             owners.pairs[places[0]].append(pair)
     return owners

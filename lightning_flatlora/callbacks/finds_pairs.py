@@ -165,6 +165,7 @@ class FindsPairs(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.follow(trainer, pl_module)
         if self._watch is not None and not any(course.pairs for course in self.courses):
             self._warn_once(
                 "no pair has been trained so far, so nothing was perturbed: every B is frozen or in no optimizer. "
@@ -173,8 +174,8 @@ class FindsPairs(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        left = [pair.name for pair in self._orphans if pair.B.requires_grad and self._may_come(trainer)]
-        if left and any(course.pairs for course in self.courses):
+        left = [pair.name for pair in self._orphans]
+        if left and self._may_come(trainer) and any(course.pairs for course in self.courses):
             self._warn_once(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def refuse_step(self, trainer: Trainer, optimizer: Optimizer) -> None:

@@ -29,7 +29,15 @@ from peft import LoraConfig, get_peft_model
 from test_following import moved
 from torch import Tensor, nn
 
-from lightning_flatlora import CosineRho, EFMLoRA, FlatnessMonitor, FMLoRA, LearningRateRho, LinearRho
+from lightning_flatlora import (
+    AdapterCheckpoint,
+    CosineRho,
+    EFMLoRA,
+    FlatnessMonitor,
+    FMLoRA,
+    LearningRateRho,
+    LinearRho,
+)
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
 
 # -- a second fit
@@ -350,9 +358,10 @@ class Copying(Callback):
         lambda: [LoRASAM(0.1)],
         lambda: [RandomPerturbation(0.1)],
         lambda: [BalancednessRegularization(0.1)],
+        lambda: [AdapterCheckpoint()],
         list,
     ],
-    ids=["EFMLoRA", "FMLoRA", "SAM", "LoRASAM", "RandomPerturbation", "BalancednessRegularization", "FMLoRAModule"],
+    ids=lambda make: type(make()[0]).__name__ if make is not list else "FMLoRAModule",
 )
 def test_callbacks_are_copied_and_pickled_in_mid_fit(tmp_path, make):
     """With their state, without any part in the fit; and the fit is what it is without the copying."""

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.base import without_logging
 from lightning_flatlora.callbacks.checkpoint.changes import listed, record_of
 from lightning_flatlora.callbacks.checkpoint.export import save_adapters
 from lightning_flatlora.callbacks.checkpoint.folder import (
@@ -43,6 +44,10 @@ class SavesAdapters(_Base):
 
     _stop_reading: Callable[[], None] | None = None
     _has_told_of_other_folder = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What Lightning's own has: a copy or pickle that is made in the middle of a fit has no part in that fit."""
+        return without_logging(self) | {"_stop_reading": None}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
