@@ -353,3 +353,10 @@ def test_sam_moves_what_joins_the_optimizer_later(tmp_path):
     module, sam = TrainedOnly(), SAM(0.1)
     fit(tmp_path, module, [sam, Unfreeze()])
     assert len(sam._trained) == 7
+
+
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM])
+def test_pairs_that_came_before_the_first_refresh_are_not_missed(tmp_path, callback):
+    """No warning: they were unfrozen, though no step has perturbed them yet."""
+    unfreeze = At(2, lambda module: freeze(module, True))
+    fit(tmp_path, AllInOptimizer(), [callback(0.5, start_step=100), Never(), unfreeze], max_epochs=1)
