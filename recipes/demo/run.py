@@ -174,13 +174,14 @@ def sharpness(method: str, module: InstructionTuning, data: InstructionData, set
     """SAM's sharpness L(w + E) - L(w) in full weight space, with the same rho for every method.
 
     E is the perturbation (Eqs. 10-15) of the mean gradient over a few training batches; both losses are over the same
-    batches, without dropout.
+    batches, without dropout, and in float32 whatever the training's precision: bfloat16's rounding is larger than the
+    rise. The module is left in float32.
 
     Returns:
         ``train_loss`` L(w) and ``sharpness``, in nats per answer token.
     """
     batches = [_on(module.device, batch) for batch in islice(data.train_dataloader(), settings.sharpness_batches)]
-    module.eval()
+    module.eval().float()
     # Each batch is read twice: for loss and gradient at the weights, and for the loss at the perturbed ones.
     with progress(f"{method}, sharpness, batches", 2 * len(batches)) as advance:
         loss = MeanLoss([partial(_loss, module, batch, advance) for batch in batches])
@@ -189,8 +190,7 @@ def sharpness(method: str, module: InstructionTuning, data: InstructionData, set
 
 
 def _loss(module: InstructionTuning, batch: dict[str, Any], done: Callable[[], None]) -> torch.Tensor:
-    with module.trainer.precision_plugin.forward_context():  # as in training
-        log_likelihood, tokens = module.log_likelihood(batch)
+    log_likelihood, tokens = module.log_likelihood(batch)
     done()
     return -log_likelihood.sum() / tokens.sum()
 
