@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 # What is installed: for the demos the recipes' dependencies, for lint and tests the tools too.
 RECIPES := $(VENV)/.recipes
 DEV := $(VENV)/.dev
+# An environment with the oldest releases that are supported.
+OLDEST := .venv-oldest
 
-.PHONY: help test demo clip-demo lint gpu-test benchmark clean
+.PHONY: help test test-oldest demo clip-demo lint gpu-test benchmark clean
 
 help:
 	@echo "make demo       fine-tune a packaged language model with LoRA, EFMLoRA and FMLoRA, side by side"
 	@echo "make clip-demo  train a small CLIP on emoji, then adapt it with few images of a style it has never seen"
 	@echo "make test       lint, type check and all tests"
+	@echo "make test-oldest  the package's tests with the oldest supported Lightning, peft and torchmetrics"
 	@echo "make gpu-test   the tests that need a CUDA device"
 	@echo "make benchmark  step time of every method relative to LoRA"
 
@@ -42,6 +45,16 @@ lint: $(DEV)
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+$(OLDEST)/.installed: pyproject.toml tests/oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --progress-bar=on -c tests/oldest.txt -e '.[recipes,dev]'
+	@touch $@
+
+# Lightning 2.4 itself calls jsonargparse as was usual then.
+test-oldest: $(OLDEST)/.installed
+	JSONARGPARSE_DEPRECATION_WARNINGS=off $(OLDEST)/bin/python -m pytest lightning_flatlora tests --ignore=tests/recipes --ignore=tests/distributed
+
 gpu-test: $(DEV)
 	$(BIN)/python -m pytest -m gpu
 
@@ -49,4 +62,4 @@ benchmark: $(RECIPES)
 	$(BIN)/python -m recipes.benchmarks.step
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

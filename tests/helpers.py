@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, get_peft_model
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, read_through
+
+needs_weight_averaging = pytest.mark.skipif(
+    not hasattr(L.pytorch.callbacks, "WeightAveraging"), reason="WeightAveraging came with Lightning 2.6"
+)
 
 FEATURES, WIDTH, CLASSES = 6, 12, 3
 FRONT_ENDS = ("efmlora", "fmlora", "module", "efmlora+module")

@@ -112,7 +112,7 @@ class Layered(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Net(), Net()])
+        self.decoder = nn.ModuleDict({"layers": nn.ModuleList([Net(), Net()])})
 
 
 @pytest.mark.parametrize("config", EXACT, ids=str)

@@ -7,8 +7,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, FEATURES, Classifier, build, fit, make_loader, make_net, same, trainer_of, weights
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from helpers import (
+    CLASSES,
+    FEATURES,
+    Classifier,
+    build,
+    fit,
+    make_loader,
+    make_net,
+    needs_weight_averaging,
+    same,
+    trainer_of,
+    weights,
+)
+from lightning.pytorch import callbacks as lightnings
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.optimizers import create_lorafa_optimizer
@@ -31,11 +44,12 @@ def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
     return AdapterCheckpoint(folder, **settings)
 
 
+@needs_weight_averaging
 @pytest.mark.parametrize("first", ["averaging", "saver"])
 @pytest.mark.parametrize("kind", ["mean", "ema"])
 def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, kind: str, first: str) -> None:
     def callbacks(where: str) -> list[L.Callback]:
-        averaging = WeightAveraging() if kind == "mean" else EMAWeightAveraging(decay=0.5)
+        averaging = lightnings.WeightAveraging() if kind == "mean" else lightnings.EMAWeightAveraging(decay=0.5)
         both: list[L.Callback] = [averaging, saver(tmp_path / where)]
         return [EFMLoRA(0.1), *(both if first == "averaging" else both[::-1])]
 
