@@ -51,7 +51,7 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --progress-bar=on -c tests/oldest.txt -e '.[recipes,dev]'
 	@touch $@
 
-# Lightning 2.4 itself calls jsonargparse as was usual then.
+# Lightning 2.5 itself calls jsonargparse as was usual then.
 test-oldest: $(OLDEST)/.installed
 	JSONARGPARSE_DEPRECATION_WARNINGS=off $(OLDEST)/bin/python -m pytest lightning_flatlora tests --ignore=tests/recipes --ignore=tests/distributed
 
