@@ -36,7 +36,7 @@ from lightning_flatlora.lightning_names import MisconfigurationException, is_lig
 if TYPE_CHECKING:
     _Base = ModelCheckpoint
 else:
-    _Base = object
+    _Base = object  # the ModelCheckpoint may be of either of Lightning's names
 
 
 class SavesAdapters(_Base):

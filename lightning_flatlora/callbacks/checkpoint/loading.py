@@ -28,7 +28,7 @@ def load_adapter_checkpoint(
     Here the module has its base already, from where it had it in the training.
 
     Args:
-        module: the LightningModule, or a part of it with the same names, with the base and the adapter in place.
+        module: the LightningModule, with the base and the adapter in place.
         path: the file, or its name; one of Lightning's own is loaded too.
         strict: refuse a file that lacks an adapter's weight or has one that the module doesn't know.
         weights_only: let the file build tensors and plain values alone. Turn it off for a file that you trust and
