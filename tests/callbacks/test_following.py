@@ -194,8 +194,8 @@ def test_finetuning_that_unfreezes_later(tmp_path, callback):
     assert not same(*runs)
 
 
-def test_finetuning_that_unfreezes_in_the_second_epoch_equals_a_start_there(tmp_path):
-    """The pairs' first E is taken whole, as in a run that begins with the unfreezing; the step count is the fit's."""
+def test_unfrozen_pairs_are_perturbed_from_their_first_refresh_on(tmp_path):
+    """It is the step that they are first trained in; the next one reads them perturbed."""
     module, callback = TrainedOnly(), EFMLoRA(0.5)
     watching = Watching(module)
     with pytest.warns(UserWarning, match="no pair has been trained so far"):

@@ -259,9 +259,12 @@ def test_one_callback_follows_the_pairs_of_each_optimizer(tmp_path, toggle):
     fit(tmp_path, module, [callback], max_epochs=1)
     assert [course.step for course in callback.courses] == [3, 6]
     assert [len(course.pairs) for course in callback.courses] == [1, 1]
-    for course in callback.courses:  # one ball for the pairs of each optimizer
+    for course in callback.courses:
+        (pair,) = course.pairs
         (E,) = course.perturbation.state_dict()["E"].values()
-        assert E.any()
+        assert (
+            0 < float((pair.scaling * E @ pair.A).norm()) < 0.11
+        )  # a ball of rho=0.1 for each, at an A of one step ago
     both = ["generator", "critic"]
     if toggle:
         assert module.reads[:5] == [[], [], ["critic"], ["generator"], ["critic"]]
