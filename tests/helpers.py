@@ -10,15 +10,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, read_through
 
-needs_weight_averaging = pytest.mark.skipif(
-    not hasattr(L.pytorch.callbacks, "WeightAveraging"), reason="WeightAveraging came with Lightning 2.6"
-)
+
+def since_lightning(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skips where Lightning is older, for a reason of Lightning's own."""
+    return pytest.mark.skipif(Version(L.__version__) < Version(version), reason=reason)
+
+
+needs_weight_averaging = since_lightning("2.6.0", "WeightAveraging came with Lightning 2.6")
 
 FEATURES, WIDTH, CLASSES = 6, 12, 3
 FRONT_ENDS = ("efmlora", "fmlora", "module", "efmlora+module")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from baselines.ranks import BASELINES, train
 from ddp_runs import difference, turns
+from helpers import since_lightning
 from launch import Results, launch
 
 DDP = [(name, accumulate) for name in BASELINES for accumulate in (1, 2)]
@@ -34,6 +35,7 @@ def test_two_ranks_equal_one_process_on_the_joint_batch(results: Results, name: 
     assert_equal_to_one_process(results[f"{name} {accumulate}"], train(name, accumulate=accumulate))
 
 
+@since_lightning("2.6.0", "FSDP without mixed precision, as in float64 here, fails in Lightning 2.5")
 @pytest.mark.parametrize(("strategy", "accumulate"), SHARDED)
 def test_lora_sam_sharded_equals_one_process(results: Results, strategy: str, accumulate: int) -> None:
     assert_equal_to_one_process(results[f"{strategy} {accumulate}"], train("LoRASAM", accumulate=accumulate))

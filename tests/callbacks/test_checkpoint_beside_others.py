@@ -67,7 +67,7 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, kind
     resumed, _, _ = build("plain")
     fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "step=6.ckpt")
     assert same(weights(resumed), weights(whole))
-    ends = [torch.load(tmp_path / run / "step=12.ckpt", weights_only=True) for run in ("1", "2")]
+    ends = [torch.load(tmp_path / run / "step=12.ckpt") for run in ("1", "2")]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert same(ends[0][part], ends[1][part])
 
@@ -233,6 +233,7 @@ class Language(L.LightningModule):
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*loss_type")
 def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft.utils.transformers_weight_conversion", reason="transformers 5 loads adapters by it")
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **kwargs: None)
     batches = DataLoader(torch.arange(8).repeat(6, 1), batch_size=1)
     batch = torch.arange(8).unsqueeze(0)
@@ -293,9 +294,9 @@ def test_load_from_checkpoint_is_not_strict(tmp_path: Path) -> None:
     module, _, _ = build("plain")
     fit(tmp_path, module, [saver(tmp_path)])
     with pytest.raises(RuntimeError, match="Missing key"):
-        Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt", weights_only=True)
-    loaded = Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt", strict=False, weights_only=True)
+        Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt")
+    loaded = Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt", strict=False)
     assert same(weights(loaded), weights(module))
     trainer = trainer_of(tmp_path, [])
     loaded.strict_loading = False
-    trainer.validate(loaded, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", weights_only=True, verbose=False)
+    trainer.validate(loaded, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 import processes
 import pytest
 import yaml
+from helpers import since_lightning
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -55,6 +56,7 @@ def test_the_configuration_suits_the_recipe_that_it_can_be_pasted_into() -> None
     assert 2 <= steps // monitor["init_args"]["every_n_steps"] <= 10
 
 
+@since_lightning("2.6.0", "Lightning 2.5.0 prints no configuration with the jsonargparse of today")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["flatness.md", "baselines.md", "recipes/instruction_tuning.md"])
 def test_callbacks_that_a_command_adds_leave_the_configurations(

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import (
     expected_sharpness,
-    factors,
     hessian_trace,
     lora_sharpness,
     sam_sharpness,
     top_eigenvalue,
+    trained_factors,
 )
 from lightning_flatlora.report import numbers
 from lightning_flatlora.report.adapters import load
@@ -82,13 +82,13 @@ def test_the_table_holds_what_the_instruments_say(options: Options, results: lis
     pairs = find_pairs(adapted.model).pairs
     perturbation, noise = Perturbation(pairs), WeightNoise(adapted.model)
     expected = expected_sharpness(loss, noise, options.sigma, samples=2, seed=0)
-    trace = hessian_trace(loss, factors(pairs), samples=2, seed=0)
+    trace = hessian_trace(loss, trained_factors(pairs), samples=2, seed=0)
     wanted = {
         "loss": loss(),
         **{sam_name(rho): sam_sharpness(loss, perturbation, rho).sharpness for rho in (0.2, 0.5)},
         **{f"LoRA-space sharpness, rho {rho}": lora_sharpness(loss, pairs, rho).sharpness for rho in (0.2, 0.5)},
         "expected sharpness, sigma 0.05": expected.sharpness,
-        "largest Hessian eigenvalue": top_eigenvalue(loss, factors(pairs), seed=0),
+        "largest Hessian eigenvalue": top_eigenvalue(loss, trained_factors(pairs), seed=0),
         "Hessian trace": trace.mean,
     }
     result = results[1]
