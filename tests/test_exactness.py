@@ -175,7 +175,7 @@ def test_a_penalised_run_equals_the_literal_algorithm(front_end: str) -> None:
         (LinearRho(0.0, RHO, total_steps=50), lambda step: RHO * min(step / 50, 1)),
         (CosineRho(RHO, 0.0), lambda step: RHO * (1 + math.cos(math.pi * step / 104)) / 2),
     ],
-    ids=str,
+    ids=["inverse square root", "linear", "cosine"],
 )
 @pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
 def test_rho_schedules_equal_the_literal_algorithm(kind: Any, schedule: Any, rho: Any) -> None:
