@@ -17,8 +17,8 @@ class RhoSchedule(ABC):
     A schedule may be among the hyper-parameters that a module saves (``save_hyperparameters()``), and so in its
     checkpoints. ``torch.load`` makes objects from a file only where their class is known to it: every subclass of
     RhoSchedule is, from its definition on. So import the module that defines yours before you load such a file, keep
-    the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts of them; a
-    frozen dataclass is a good form.
+    the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts of them. A
+    dataclass is a good form, but not a frozen one: where omegaconf is installed, Lightning's loggers refuse those.
 
     Attributes:
         needs_horizon: the schedule spreads over the whole run, so training without an end is refused.
@@ -69,7 +69,7 @@ def is_radius(value: object) -> bool:
     return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class ConstantRho(RhoSchedule):
     """The same rho at every step; what a plain number means.
 
@@ -84,7 +84,7 @@ class ConstantRho(RhoSchedule):
         return self.rho
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LinearRho(RhoSchedule):
     """From ``start`` to ``end`` in a straight line.
 
@@ -107,7 +107,7 @@ class LinearRho(RhoSchedule):
         return self.start + (self.end - self.start) * _fraction(step, self.total_steps or horizon)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class CosineRho(RhoSchedule):
     """From ``start`` to ``end`` along half a cosine wave.
 
@@ -131,7 +131,7 @@ class CosineRho(RhoSchedule):
         return self.end + (self.start - self.end) * (1 + wave) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class InverseSqrtRho(RhoSchedule):
     """rho / sqrt(step + 1), the schedule of Theorem 2, under which the EMA's gap to SAM shrinks.
 
@@ -146,7 +146,7 @@ class InverseSqrtRho(RhoSchedule):
         return self.rho / math.sqrt(step + 1)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LearningRateRho(RhoSchedule):
     """rho in proportion to the learning rate of the group that holds the pairs, ``rho`` at its initial value.
 

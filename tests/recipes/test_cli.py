@@ -49,8 +49,11 @@ class Tiny(RecipeModule):
     def own_schedule(self, optimizer: Any) -> LRScheduler:
         return LambdaLR(optimizer, lambda step: 1 - step / self.optimizer_steps())
 
-    def squared(self, batch: Tensor) -> Tensor:
+    @override
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def squared(self, batch: Tensor) -> Tensor:
         return (self.net(batch).squeeze(1) - batch.sum(1)).square().mean()
 
     @override
