@@ -300,3 +300,42 @@ def test_load_from_checkpoint_is_not_strict(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, [])
     loaded.strict_loading = False
     trainer.validate(loaded, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)
+
+
+class TakesWeightsOut(Classifier):
+    """Makes its files small in its own way."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]
+
+
+class KeepsLoraAlone(Classifier):
+    """As TakesWeightsOut, but for the adapter."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
+
+
+@pytest.mark.parametrize("kind", [TakesWeightsOut, KeepsLoraAlone])
+def test_a_module_that_takes_weights_out_of_its_checkpoints_resumes(tmp_path: Path, kind: Any) -> None:
+    whole, resumed = kind(net=make_net()), kind(net=make_net())
+    fit(tmp_path, whole, [EFMLoRA(0.1), saver(tmp_path / "1")])
+    fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+    assert load_file(tmp_path / "1" / "step=6" / "adapter_model.safetensors")
+
+
+class CompletesItsState(Classifier):
+    """Puts the weights that a file lacks into it, so that Lightning finds all of them."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+
+def test_a_module_that_completes_a_file_does_not_bring_the_base_into_the_next(tmp_path: Path) -> None:
+    whole, resumed = CompletesItsState(net=make_net()), CompletesItsState(net=make_net())
+    fit(tmp_path, whole, [saver(tmp_path / "1")])
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+    assert BASE not in torch.load(tmp_path / "2" / "step=12.ckpt", weights_only=True)["state_dict"]

@@ -138,8 +138,11 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, tr
         parts[name] = value
     twin.load_state_dict(parts, strict=False)
     record = record_of(module)
-    record.changed.update(name for name in known if entries[name].kind is Kind.BASE)
-    record.expected = left_out or {}
+    not_in_the_file = left_out or {}  # a module's on_load_checkpoint may have completed the state dict by itself
+    for name in known:
+        if entries[name].kind is Kind.BASE and name not in not_in_the_file:
+            record.changed.add(name)
+    record.expected = not_in_the_file
 
 
 def _check_names(

@@ -94,13 +94,18 @@ def written_as_adapter(trainer: Trainer, write: Callable[[dict[str, Any], Path],
         write: is given the checkpoint and its path on rank zero alone; every rank takes part in the gathering.
     """
     strategy, selection = trainer.strategy, select(trainer)
+    selected: dict[str, Any] = {}
+
+    def lightning_module_state_dict() -> dict[str, Any]:
+        selected.update(_weights(trainer, selection))
+        return dict(selected)
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         if strategy.is_global_zero:
-            write(_of_selection(checkpoint, selection), Path(filepath))
+            write(_with_all_weights(_of_selection(checkpoint, selection), selected), Path(filepath))
 
     methods: dict[str, Any] = {
-        "lightning_module_state_dict": lambda: _weights(trainer, selection),
+        "lightning_module_state_dict": lightning_module_state_dict,
         "save_checkpoint": save_checkpoint,
     }
     if is_sharded(strategy.model):
@@ -151,6 +156,19 @@ def _of_selection(checkpoint: dict[str, Any], selection: Selection) -> dict[str,
         slim = changed_at(slim, path, lambda state: _shortened(state, selection))
         mark["shortened"].append(list(path))
     return cast(dict[str, Any], on_cpu(slim, {}))
+
+
+def _with_all_weights(checkpoint: dict[str, Any], selected: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint whose state dict holds every selected entry.
+
+    A module or callback may take weights out in its ``on_save_checkpoint``, to make Lightning's own file smaller. Here
+    it is small already, and without them no run could be resumed from it. Values that were replaced stay as they are.
+    """
+    state = checkpoint.get("state_dict", {})
+    lost = {name: value for name, value in selected.items() if name not in state}
+    if not lost:
+        return checkpoint
+    return {**checkpoint, "state_dict": {**on_cpu(lost, {}), **state}}
 
 
 def _whole_states(value: Any, selection: Selection, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
