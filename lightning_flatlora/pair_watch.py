@@ -25,7 +25,8 @@ class PairWatch:
     the whole model, for layers that were put in or replaced.
 
     Attributes:
-        pairs: all that were found so far and are still in the model, frozen ones too: they may come back.
+        pairs: all that were found so far and are still in the model, also those that are frozen or whose scaling is 0:
+            they may come back.
         resting: names of the others that could be perturbed, but are not trained now.
         is_stale: set it where layers may have been put in or replaced; the next question then begins with a walk.
 
@@ -87,25 +88,27 @@ class PairWatch:
         return bool(self._state(optimizers) != self._seen)
 
     def rescaled(self) -> bool:
-        """Whether a scaling is other than at the last search."""
-        return self._scalings() != self._seen_scalings
+        """Whether a scaling is other than when this was last asked, or at the last search if that was later."""
+        before, self._seen_scalings = self._seen_scalings, self._scalings()
+        return self._seen_scalings != before
 
     def scalings(self) -> dict[int, float]:
         """The scaling of every pair of the model now, by the identity of B."""
         return {id(B): float(s) for B, s in zip(self._Bs, self._scalings(), strict=True) if s is not None}
 
     def search(self, optimizers: Sequence[Optimizer]) -> PairSearch:
-        """The pairs as they are now: those known before whose B rests come after those that are trained."""
+        """The pairs as they are now: those known before that rest come after those that are trained."""
         self.walk()
         self._seen, self._seen_scalings = self._state(optimizers), self._scalings()
         search = search_layers(self._layers, self._adapter_name)
         trained = {id(pair.B) for pair in search.pairs}
         scalings = self.scalings()
-        resting = [
-            dataclasses.replace(pair, scaling=scalings[id(pair.B)])
-            for pair in self.pairs
-            if id(pair.B) not in trained and scalings.get(id(pair.B))
-        ]
+        resting = []
+        for pair in self.pairs:
+            scaling = scalings.get(id(pair.B))
+            if id(pair.B) not in trained and scaling is not None:
+                # By a scaling of 0 nothing can be divided: the last other one says what E stands for.
+                resting.append(dataclasses.replace(pair, scaling=scaling or pair.scaling, is_off=scaling == 0))
         self.pairs = search.pairs + resting
         known = {pair.name for pair in self.pairs}
         self.resting = [name for name in search.resting if name not in known]

@@ -24,6 +24,9 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
 
+_OFF = "its scaling is 0, so that no perturbation of B moves its weight"
+
+
 class NoPairsError(ValueError):
     """The model holds nothing that can be perturbed; the message lists what it holds."""
 
@@ -39,6 +42,8 @@ class LoRAPair:
         scaling: s, alpha / r (or alpha / sqrt(r) with rsLoRA).
         readers: the ``lora_B`` modules whose weight is B; several where the adapter is tied.
         A_readers: the ``lora_A`` modules whose weight is A.
+        is_off: whether the layer's scaling is 0 at the moment, so that no perturbation of B moves its weight; the
+            pair's own scaling is then the last one that was not.
     """
 
     name: str
@@ -47,6 +52,7 @@ class LoRAPair:
     scaling: float
     readers: list[nn.Module] = field(default_factory=list)
     A_readers: list[nn.Module] = field(default_factory=list)
+    is_off: bool = False
 
     @property
     def learns_A(self) -> bool:
@@ -61,7 +67,7 @@ class PairSearch:
     Attributes:
         pairs: in the order of the model's modules.
         left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
-        resting: names of the pairs that could be perturbed, but whose B is not trained now.
+        resting: names of the pairs that could be perturbed, but whose B is not trained now, or whose scaling is 0.
     """
 
     pairs: list[LoRAPair]
@@ -116,7 +122,9 @@ def search_layers(layers: list[tuple[str, LoraLayer]], adapter_name: str | None)
                     left_out[f"{_kind(layer).__name__}: {reason}"].append(clean_name(layer_name))
             elif adapter in layer.lora_B:
                 new = _pair(layer_name, layer, adapter)
-                if not (is_active and new.B.requires_grad):
+                if is_active and new.scaling == 0:
+                    left_out[f"{_kind(layer).__name__}: {_OFF}"].append(clean_name(layer_name))
+                if not (is_active and new.B.requires_grad and new.scaling != 0):
                     resting[new.name] = None
                     continue
                 pair = pairs.setdefault(id(new.B), new)
@@ -175,8 +183,6 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
         return f"the variant {type(variant).__name__} does not add exactly s B A"
-    if layer.scaling[adapter] == 0:
-        return "its scaling is 0, so that no perturbation of B moves its weight"
     return _why_not_factors(bare(layer.lora_A[adapter]), bare(layer.lora_B[adapter]))
 
 

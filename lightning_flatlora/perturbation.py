@@ -1,6 +1,7 @@
 """The perturbation E of every pair of a model: from gradients, averaged over steps, and read through by the layers."""
 
 import dataclasses
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,14 @@ Four times as many on an accelerator, where the launch of a kernel costs more th
 """
 
 
+_LONGEST_REST = 100
+"""Optimizer steps in a row without a gradient after which a pair's E is forgotten.
+
+Experts, dropped layers and tasks that take turns miss some steps and come back: their E has to last until then. A layer
+that is out of use for good must not be read perturbed for ever.
+"""
+
+
 class FreshPerturbation(NamedTuple):
     """E as one gradient gives it.
 
@@ -50,7 +59,8 @@ class Perturbation:
     :meth:`state_dict`.
 
     A pair learns while its B is trained. One whose B is frozen reads the clean B and keeps its E until it is trained
-    again; one that had no gradient in a whole step starts anew, see :meth:`forget_missing`.
+    again. One that has no gradient in a step keeps its E as well, and starts anew after 100 such steps in a row: see
+    :meth:`forget_missing`.
 
     Attributes:
         started: whether the average may be other than zero; while rho has always been 0 nothing needs to read it, and
@@ -101,7 +111,8 @@ class Perturbation:
         self._installed = False
         self._switch = read_through.Switch()
         self._forgotten = {id(pair.B) for pair in pairs}
-        self._expected: dict[str, tuple[Tensor, bool]] = {}
+        self._missed: dict[int, int] = {}  # steps in a row without a gradient, by the identity of B
+        self._expected: dict[str, _Saved] = {}
 
     def _grouped(self, pairs: list[LoRAPair]) -> list["_Group"]:
         return [_Group(group, self._estimator, self._layout) for group in _alike(pairs, self._layout)]
@@ -125,17 +136,34 @@ class Perturbation:
         before = {id(pair.B): (pair, E, averaged) for group in self._groups for pair, E, averaged in group.rows()}
         self.pairs, self._layout = pairs, layout or Layout()
         self._groups = self._grouped(pairs)
+        forgotten, missed = set(), {}
+        reshaped = []
         for group in self._groups:
             for pair, E, averaged in group.rows():
-                if id(pair.B) in before:
-                    old, old_E, old_averaged = before[id(pair.B)]
+                key = id(pair.B)
+                if key in before:
+                    old, old_E, old_averaged = before[key]
                     E.copy_(old_E).mul_(old.scaling / pair.scaling)
                     averaged.copy_(old_averaged)
-                elif pair.name in self._expected:
-                    saved, was_averaged = self._expected.pop(pair.name)
-                    E.copy_(saved)
-                    averaged.fill_(was_averaged)
-        self._forgotten = {id(p.B) for p in pairs if id(p.B) not in before or id(p.B) in self._forgotten}
+                    if key in self._forgotten:
+                        forgotten.add(key)
+                    if key in self._missed:
+                        missed[key] = self._missed[key]
+                    continue
+                saved = self._expected.pop(pair.name, None)
+                if saved is not None and saved.E.shape != E.shape:
+                    reshaped.append(f"{pair.name} has shape {tuple(E.shape)}, in the checkpoint {tuple(saved.E.shape)}")
+                    saved = None
+                if saved is None or not saved.averaged:
+                    forgotten.add(key)
+                if saved is not None:
+                    E.copy_(saved.E)
+                    averaged.fill_(saved.averaged)
+                    missed |= {key: saved.missed} if saved.missed else {}
+        self._forgotten, self._missed = forgotten, missed
+        if reshaped:
+            more = f" (and {len(reshaped) - 1} more)" if len(reshaped) > 1 else ""
+            warnings.warn(f"a perturbation starts anew, as it is of another shape: {reshaped[0]}{more}", stacklevel=2)
         if installed:
             self.install()
 
@@ -143,11 +171,13 @@ class Perturbation:
         """Take over scalings that have changed, and nothing else: s E stays what it was, as in :meth:`follow`.
 
         Args:
-            scalings: s by the identity of B; a pair whose s is missing or 0 is left as it is.
+            scalings: s by the identity of B; a pair whose s is missing is left as it is, and one whose s is 0 rests.
         """
         for group in self._groups:
             for i, (pair, E) in enumerate(group):
                 scaling = scalings.get(id(pair.B))
+                if scaling is not None and pair.is_off != (scaling == 0):
+                    pair = group.pairs[i] = dataclasses.replace(pair, is_off=scaling == 0)
                 if scaling and scaling != pair.scaling:
                     E.mul_(pair.scaling / scaling)
                     group.scaling[i].fill_(scaling)
@@ -251,7 +281,7 @@ class Perturbation:
             weight = torch.full((len(stack),), beta, dtype=stack.dtype, device=stack.device)
             weight = torch.where(group.averaged, weight, 1.0) * finite
             taken = finite
-            if here is not None:  # a frozen B is not read, so that its E rests
+            if here is not None:  # what has no gradient now keeps its E
                 weight, taken = weight * here, here & finite
             group.E.lerp_(stack, weight[:, None, None])
             group.averaged |= taken
@@ -261,22 +291,32 @@ class Perturbation:
                 self._forgotten -= {id(pair.B) for group in self._groups for pair in group.pairs_here}
 
     def forget_missing(self) -> None:
-        """E := 0 for every trained pair that the coming step has no gradient for; its next E is taken whole again.
+        """Count the steps that each pair misses; after 100 in a row, E := 0, and its next E is taken whole again.
 
-        It has stopped learning, though nobody has frozen it: its layer is out of use, its adapter switched off. Frozen
-        pairs need nothing, as their layers read the clean B. Known to the host; under FSDP1, where it is not, a missing
-        gradient counts as zero and the average fades.
+        To be called once for each optimizer step, while the gradients are there. A pair without one rests: it may be an
+        expert that no sample went to, a layer that was dropped, or of a task whose turn it is not. After 100 steps its
+        layer is taken to be out of use, or its adapter to be switched off. Frozen pairs are not counted, as their
+        layers read the clean B, nor are those whose scaling is 0. All this is known to the host; under FSDP1, where it
+        is not, a missing gradient counts as zero and the average fades.
         """
         for group in self._groups:
             here = self._layout.have_gradients([pair.B for pair in group.pairs])
-            if all(here):
+            if all(here) and not self._missed:
                 continue
-            for (pair, E, averaged), has in zip(group.rows(), here, strict=True):
+            for i, (pair, has) in enumerate(zip(group.pairs, here, strict=True)):
+                key = id(pair.B)
+                if has:
+                    self._missed.pop(key, None)
+                    continue
                 is_read = pair.B.requires_grad or self._layout.splits(pair.B)  # sharded, a frozen B is read as before
-                if not has and is_read and id(pair.B) not in self._forgotten:
-                    E.zero_()
-                    averaged.zero_()
-                    self._forgotten.add(id(pair.B))
+                if pair.is_off or not is_read or key in self._forgotten:
+                    continue
+                self._missed[key] = self._missed.get(key, 0) + 1
+                if self._missed[key] >= _LONGEST_REST:
+                    group.E[i].zero_()
+                    group.averaged[i].zero_()
+                    self._forgotten.add(key)
+                    del self._missed[key]
         self.started &= len(self._forgotten) < len(self.pairs)
 
     @property
@@ -295,12 +335,14 @@ class Perturbation:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
-        E = {name: saved for name, (saved, _) in self._expected.items()}
-        averaged = {name: was for name, (_, was) in self._expected.items()}
+        E = {name: saved.E for name, saved in self._expected.items()}
+        averaged = {name: saved.averaged for name, saved in self._expected.items()}
+        missed = {name: saved.missed for name, saved in self._expected.items() if saved.missed}
         for group in self._groups:
             E |= {pair.name: row.detach().cpu().clone() for pair, row in group}
             averaged |= dict(zip((pair.name for pair in group.pairs), group.averaged.tolist(), strict=True))
-        return {"started": self.started, "averaged": averaged, "E": E}
+        missed |= {pair.name: self._missed[id(pair.B)] for pair in self.pairs if id(pair.B) in self._missed}
+        return {"started": self.started, "averaged": averaged, "missed": missed, "E": E}
 
     def load_state_dict(
         self, state: dict[str, Any], may_come: Collection[str] = (), *, may_be_new: bool = False
@@ -308,7 +350,8 @@ class Perturbation:
         """Take a :meth:`state_dict` over.
 
         Args:
-            state: also one of an older version, where ``averaged`` is one boolean for all pairs.
+            state: also one of an older version, where ``averaged`` is one boolean for all pairs, and ``missed`` is
+                not there: the steps without a gradient are then counted from 0.
             may_come: names of pairs that the model has and does not train yet; theirs waits for :meth:`follow`.
             may_be_new: whether pairs that the state does not know keep what they have.
 
@@ -333,12 +376,16 @@ class Perturbation:
         averaged = state["averaged"]
         if not isinstance(averaged, dict):
             averaged = dict.fromkeys(saved, bool(averaged))
+        missed = state.get("missed", {})
         known = {name: own[name] for name in own if name in saved}
         for name, (_, E, own_averaged) in known.items():
             E.copy_(saved[name])
             own_averaged.fill_(averaged[name])
         self.started |= bool(state["started"])
-        self._expected = {name: (saved[name], averaged[name]) for name in saved if name not in own}
+        self._expected = {
+            name: _Saved(saved[name], averaged[name], missed.get(name, 0)) for name in saved if name not in own
+        }
+        self._missed = {id(pair.B): missed[name] for name, (pair, _, _) in own.items() if name in missed}
         self._forgotten = {id(pair.B) for name, (pair, _, _) in own.items() if not averaged.get(name, False)}
 
     def _finite(self, norms: list[Tensor], also_finite: Iterable[nn.Parameter]) -> Tensor:
@@ -352,13 +399,22 @@ class Perturbation:
         return rest & torch.isfinite(total)
 
 
+class _Saved(NamedTuple):
+    """What a checkpoint holds of a pair that the model does not train yet."""
+
+    E: Tensor
+    averaged: bool
+    missed: int
+
+
 class _Group:
     """Pairs of one shape, dtype and device, whose algebra is one batched call.
 
     Attributes:
         E: their perturbations, shape (L, n, r).
         averaged: whether the average of each has begun, booleans, shape (L,).
-        here: whose B had a gradient in the last ascent, booleans, shape (L,); None where all had.
+        here: whose B had a gradient in the last ascent, booleans, shape (L,); None where all had. Where a scaling is 0,
+            no gradient of B says anything.
     """
 
     def __init__(self, pairs: list[LoRAPair], estimator: Estimator, layout: Layout) -> None:
@@ -387,7 +443,8 @@ class _Group:
 
     def _look_who_is_here(self) -> None:
         """Note whose B has a gradient; the mask is filled on the device, where it has changed: nothing is copied."""
-        rows = self._layout.have_gradients([pair.B for pair in self.pairs])
+        have = self._layout.have_gradients([pair.B for pair in self.pairs])
+        rows = [has and not pair.is_off for pair, has in zip(self.pairs, have, strict=True)]
         if rows != self._rows_here:
             self._rows_here = rows
             mask = torch.ones_like(self.averaged)
@@ -401,6 +458,8 @@ class _Group:
         self._look_who_is_here()
         A = self._stack([pair.A for pair in self.pairs])
         grad_B = self._stack([pair.B for pair in self.pairs], gradients=True)
+        if self.here is not None:  # a window in which a scaling became 0 still has a gradient from before
+            grad_B.masked_fill_(~self.here[:, None, None], 0.0)
         if self.projected:
             return ascent_projected(A, grad_B, self.scaling)
         B = self._stack([pair.B for pair in self.pairs])

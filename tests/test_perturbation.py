@@ -584,10 +584,36 @@ def test_a_frozen_B_is_read_clean_and_its_E_rests() -> None:
         torch.testing.assert_close(together[pair.name], alone[pair.name])
 
 
-def test_a_pair_without_a_gradient_in_a_step_starts_anew() -> None:
+def test_a_pair_that_misses_some_steps_keeps_its_E() -> None:
+    """An expert, a dropped layer: what it missed does not enter its average."""
     model, pairs = model_and_pairs()
     perturbation = averaged_once(pairs, model)
+    before = perturbation.state_dict()
     pairs[0].A.grad = pairs[0].B.grad = None
+    for _ in range(3):
+        perturbation.forget_missing()
+        perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
+    state = perturbation.state_dict()
+    assert torch.equal(state["E"][pairs[0].name], before["E"][pairs[0].name])
+    assert not torch.equal(state["E"][pairs[1].name], before["E"][pairs[1].name])
+    assert state["missed"] == {pairs[0].name: 3}
+    backward(model)
+    perturbation.forget_missing()
+    assert perturbation.state_dict()["missed"] == {}
+
+
+def test_a_pair_that_misses_many_steps_in_a_row_starts_anew() -> None:
+    """The count is part of the state: here a second one goes on with it, and forgets at the same step."""
+    model, pairs = model_and_pairs()
+    first = averaged_once(pairs, model)
+    pairs[0].A.grad = pairs[0].B.grad = None
+    for _ in range(60):
+        first.forget_missing()
+    perturbation = Perturbation(pairs)
+    perturbation.load_state_dict(first.state_dict())
+    for _ in range(39):
+        perturbation.forget_missing()
+    assert perturbation.state_dict()["E"][pairs[0].name].any()
     perturbation.forget_missing()
     E = perturbation.state_dict()["E"]
     assert not E[pairs[0].name].any()
@@ -599,6 +625,9 @@ def test_a_pair_without_a_gradient_in_a_step_starts_anew() -> None:
     perturbation.average(fresh_E, beta=0.25)
     assert torch.equal(perturbation.state_dict()["E"][pairs[0].name], _flat(fresh_E.stacks)[0])
     model.zero_grad()
+    for _ in range(99):
+        perturbation.forget_missing()
+    assert perturbation.started
     perturbation.forget_missing()
     assert not perturbation.started
 
@@ -630,12 +659,14 @@ def test_following_keeps_what_is_known() -> None:
 
 def test_a_state_waits_for_pairs_that_come_later() -> None:
     model, pairs = model_and_pairs()
-    state = averaged_once(pairs, model).state_dict()
+    state = averaged_once(pairs, model).state_dict() | {"missed": {pairs[0].name: 7}}
     other = Perturbation(pairs[1:])
     other.load_state_dict(state, may_come=[pairs[0].name])
     assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
+    assert other.state_dict()["missed"] == state["missed"]
     other.follow(pairs)
     assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
+    assert other.state_dict()["missed"] == state["missed"]
 
 
 def test_a_state_of_an_older_version_loads() -> None:
@@ -643,5 +674,22 @@ def test_a_state_of_an_older_version_loads() -> None:
     model, pairs = model_and_pairs()
     state = averaged_once(pairs, model).state_dict()
     other = Perturbation(pairs)
+    del state["missed"]
     other.load_state_dict(state | {"averaged": True})
+    assert other.state_dict()["missed"] == {}
     assert other.state_dict()["averaged"] == state["averaged"]
+
+
+def test_a_state_that_waits_and_is_of_another_shape_starts_anew() -> None:
+    """(6, 1) would be broadcast into (6, 3) without a word."""
+    model, pairs = model_and_pairs()
+    state = averaged_once(pairs, model).state_dict()
+    state["E"][pairs[1].name] = state["E"][pairs[1].name][:, :1]
+    other = Perturbation(pairs[:1])
+    other.load_state_dict(state, may_come=[pair.name for pair in pairs[1:]])
+    with pytest.warns(UserWarning, match=r"starts anew.*one\S* has shape \(6, 3\), in the checkpoint \(6, 1\)"):
+        other.follow(pairs)
+    E = other.state_dict()["E"]
+    assert not E[pairs[1].name].any()
+    assert torch.equal(E[pairs[2].name], state["E"][pairs[2].name])
+    assert other.state_dict()["averaged"] == state["averaged"] | {pairs[1].name: False}

@@ -96,7 +96,8 @@ class BalancednessRegularization(FlatLoRACallback):
     def _rescale(self, trainer: Trainer, alpha: float) -> None:
         groups = trainer.optimizers[self.main.index].param_groups
         strength = {id(p): alpha * group["lr"] for group in groups for p in group["params"]}
-        pairs = [pair for pair in self.search.pairs if pair.A.grad is not None and pair.B.grad is not None]
+        learning = [pair for pair in self.search.pairs if not pair.is_off]
+        pairs = [pair for pair in learning if pair.A.grad is not None and pair.B.grad is not None]
         signs = self._signs([pair.A for pair in pairs], [pair.B for pair in pairs])
         if watched := watched_parameters(trainer, self.main.index):
             happens = Layout().all_finite(watched, watched[0].device)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    CLASSES,
+    FEATURES,
     Classifier,
     E_hat,
     TwoPassClassifier,
@@ -17,7 +19,7 @@ from helpers import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
@@ -64,8 +66,9 @@ ALL = ["0.default", "2.default", "4.default"]
 
 
 @pytest.mark.parametrize("how", ["frozen", "cut"])
-def test_pairs_that_stop_learning_are_read_clean(tmp_path, how):
-    """Frozen, or cut off from the loss: from then on the run is plain LoRA's, and when they learn again it is not."""
+def test_pairs_that_stop_learning_are_read_clean(tmp_path, how, monkeypatch):
+    """Frozen, or cut off from the loss for long: the run is then plain LoRA's, and when they learn again it is not."""
+    monkeypatch.setattr("lightning_flatlora.perturbation._LONGEST_REST", 2)
     module, callback = Classifier(), EFMLoRA(0.5)
     watching = Watching(module)
     if how == "frozen":
@@ -82,7 +85,7 @@ def test_pairs_that_stop_learning_are_read_clean(tmp_path, how):
 
         module.loss = loss_of_head
         changes = [At(3, lambda _: cut.update(on=True)), At(8, lambda _: cut.update(on=False))]
-        clean = slice(4, 9)  # the first step without a gradient tells
+        clean = slice(5, 9)  # the second step without a gradient tells
     fit(tmp_path, module, [callback, *changes])
     if how == "frozen":  # what was known before is read at once
         assert watching.moved[8] == ALL
@@ -314,8 +317,77 @@ def test_a_scaling_of_zero_leaves_its_layer_out(tmp_path, callback):
     module, ours = Classifier(), callback(0.5)
     change = At(2, lambda module: module.net.base_model.model[2].set_scale("default", 0.0))
     fit(tmp_path, module, [ours, change], max_epochs=1)
-    assert len(E_hat(ours)) == 2
-    assert all(E.any() and E.isfinite().all() for E in E_hat(ours).values())
+    assert all(E.isfinite().all() for E in E_hat(ours).values())
+    assert sum(bool(E.any()) for name, E in E_hat(ours).items() if ".2." not in name) == 2
+
+
+class Averages(Callback):
+    """Ê of every pair after each batch."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.seen = callback, []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen.append(E_hat(self.callback))
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("layers", [[2], [0, 2, 4]])
+def test_a_scaling_of_zero_lets_a_pair_rest(tmp_path, layers, in_step):
+    """One pair, or all of them: Ê stays until the scaling comes back, and then counts with the new one."""
+    module, ours = Classifier(), EFMLoRA(0.5)
+    averages = Averages(ours)
+
+    def change(module: Any, batch_idx: int) -> None:
+        scaling = {2: 0.0, 4: 2.0}.get(batch_idx)
+        for layer in layers if scaling is not None else []:
+            module.net.base_model.model[layer].set_scale("default", scaling)
+
+    if in_step:
+        loss = module.loss
+
+        def loss_after_change(batch: Any, batch_idx: int) -> Tensor:
+            change(module, batch_idx)
+            return loss(batch, batch_idx)
+
+        module.loss = loss_after_change
+    else:
+        module.on_train_batch_start = lambda batch, batch_idx: change(module, batch_idx)
+    fit(tmp_path, module, [ours, averages], max_epochs=1)
+    names = [f"net.base_model.model.{layer}.lora_B.default.weight" for layer in layers]
+    for name in names:
+        assert averages.seen[1][name].any()
+        assert torch.equal(averages.seen[3][name], averages.seen[1][name])
+        assert not torch.equal(averages.seen[4][name], averages.seen[3][name])
+    assert_no_trace(module)
+
+
+class Experts(nn.Module):
+    """Two layers that take turns, as experts of a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(FEATURES, CLASSES) for _ in range(2)])
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn += 1
+        return self.experts[self.turn % 2](x)
+
+
+def test_layers_that_are_used_in_turn_are_perturbed(tmp_path):
+    """Each is read perturbed from its second turn on, and keeps its average while the other one learns."""
+    torch.manual_seed(0)
+    net = get_peft_model(Experts(), LoraConfig(r=2, target_modules=["0", "1"]))
+    module, ours = Classifier(net=net), EFMLoRA(0.5)
+    watching, averages = Watching(module), Averages(ours)
+    fit(tmp_path, module, [ours, averages], max_epochs=1)
+    assert watching.moved == [[], ["1.default"], *[["0.default", "1.default"]] * 4]
+    first, second = sorted(averages.seen[0])
+    for step in range(2, 6):
+        rests, moves = (second, first) if step % 2 else (first, second)
+        assert torch.equal(averages.seen[step][rests], averages.seen[step - 1][rests])
+        assert not torch.equal(averages.seen[step][moves], averages.seen[step - 1][moves])
 
 
 def test_a_changed_scaling_reaches_a_module_of_two_passes(tmp_path):
