@@ -56,6 +56,7 @@ class PairWatch:
         self.resting: list[str] = []
         self.is_stale = False
         self._seen: Any = None
+        self._seen_scalings: list[Any] = []
         self.walk()
         check_adapter(self._layers, adapter_name, must_be_active=must_be_active)
 
@@ -89,8 +90,11 @@ class PairWatch:
 
     def rescaled(self) -> bool:
         """Whether a scaling is other than when this was last asked, or at the last search if that was later."""
-        before, self._seen_scalings = self._seen_scalings, self._scalings()
-        return self._seen_scalings != before
+        now = self._scalings()
+        if now == self._seen_scalings:
+            return False
+        self._seen_scalings = now
+        return True
 
     def scalings(self) -> dict[int, float]:
         """The scaling of every pair of the model now, by the identity of B."""

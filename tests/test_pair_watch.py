@@ -76,3 +76,22 @@ def test_a_named_adapter_may_be_one_that_is_activated_later() -> None:
     net.set_adapter("other")
     assert watch.changed([])
     assert len(watch.search([]).pairs) == 1
+
+
+def test_a_scaling_is_told_once_and_the_next_search_is_still_due() -> None:
+    net, watch, optimizers = watched()
+    assert not watch.rescaled()
+    net.base_model.model[2].set_scale("default", 2.0)
+    assert [watch.rescaled(), watch.rescaled()] == [True, False]
+    assert watch.changed(optimizers)
+
+
+def test_a_pair_whose_scaling_is_zero_rests_with_its_last_one() -> None:
+    net, watch, optimizers = watched()
+    net.base_model.model[2].set_scale("default", 0.0)
+    search = watch.search(optimizers)
+    assert [(pair.scaling, pair.is_off) for pair in search.pairs] == [(2.0, False), (2.0, False), (2.0, True)]
+    assert search.pairs[2].name == "base_model.model.2.lora_B.default.weight"
+    assert "its scaling is 0" in search.left_out[0]
+    net.base_model.model[2].set_scale("default", 1.0)
+    assert [pair.is_off for pair in watch.search(optimizers).pairs] == [False] * 3
