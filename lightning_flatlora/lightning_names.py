@@ -64,7 +64,7 @@ class MisconfigurationException(exceptions.MisconfigurationException):
     """
 
     def __new__(cls, *args: object) -> "MisconfigurationException":  # noqa: D102
-        # Who has not imported the other library can't name its exception either, and need not wait for the import.
+        # Code that has not imported the other library can't catch its exception, so it is not imported here.
         other = sys.modules.get("lightning_fabric.utilities.exceptions")
         kind = _under_both_names(other.MisconfigurationException) if other else cls
         return super().__new__(kind, *args)

@@ -179,8 +179,8 @@ class _Noise:
 class _AddsNoise:
     """Mixin before a base layer's own class while there is noise on it.
 
-    A compiled network has one graph for each class of a module, and makes one where it meets a new class. A hook that
-    comes after the first call it would ignore, and what a hook holds it would keep for ever.
+    A compiled network has one graph for each class of a module, and makes one where it meets a new class. It
+    would ignore a hook added after the first call, and would keep for ever what an earlier hook refers to.
     """
 
     _noises: list[_Noise]

@@ -53,6 +53,7 @@ class RandomPerturbation(OnePass):
     def begin(self) -> None:
         super().begin()
         self.noise: WeightNoise | None = None
+        self._is_found = False
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -66,11 +67,15 @@ class RandomPerturbation(OnePass):
             self.install(trainer, pl_module)
         except (NoPairsError, ValueError) as error:
             return [str(error)]
+        self._is_found = True
         return []
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put noise on the layers of the pairs that are trained now; none where none is."""
+        if self._is_found:  # the start has just made it, and W0's norms take a pass over the whole base
+            self._is_found = False
+            return
         self.off()
         self.noise = None
         if any(pair.B.requires_grad for pair in self.main.pairs):

@@ -28,8 +28,8 @@ class FlatLoRACallback(FindsPairs):
     """Base of the callbacks that train LoRA pairs in a way of their own: it knows the pairs and the step, they the way.
 
     Attributes:
-        rho: the size that may change over the run, which some methods call otherwise.
-        size_name: what the method calls it.
+        rho: the size of the perturbation, constant or scheduled; ``size_name`` is the method's own word for it.
+        size_name: the word that arguments and messages use for it.
         is_module_driver: whether it drives an FMLoRAModule, which then takes the passes itself.
         window: batches of an optimizer step where an FMLoRAModule accumulates them; None where the Trainer does.
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
@@ -76,14 +76,14 @@ class FlatLoRACallback(FindsPairs):
         blank = object.__new__(type(self))
         blank.__dict__.update(self.__dict__)
         blank.begin()
-        blank._loaded, blank._last_trainer = self.state_dict(), None
+        blank._loaded, blank._last_trainer, blank._is_alone = self.state_dict(), None, None
         return without_logging(blank)
 
     # -- the start: everything that is wrong, in one message, before anything is touched
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._is_alone = not any(type(other) is type(self) and other is not self for other in callbacks_of(trainer))
+        self._is_alone = self._is_alone_in(trainer)
         if stage != "fit":
             return
         self.uninstall()
@@ -93,6 +93,10 @@ class FlatLoRACallback(FindsPairs):
             self.courses = [Course(each.index, each.step, each.initial_lr) for each in before]
         if problems := wrapping_problems(trainer):
             raise MisconfigurationException(message(self, problems))
+
+    def _is_alone_in(self, trainer: Trainer) -> bool:
+        """Whether no other callback of this class is in a Trainer."""
+        return not any(type(other) is type(self) and other is not self for other in callbacks_of(trainer))
 
     def _goes_on(self, trainer: Trainer) -> bool:
         """Whether this fit goes on where the last one of the same Trainer ended; a checkpoint brings its own count."""
@@ -227,10 +231,12 @@ class FlatLoRACallback(FindsPairs):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.uninstall()
+        self._is_alone = None
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.uninstall()
+        self._is_alone = None  # the next Trainer asks for the key before it calls any hook
 
     # -- the state
 
@@ -241,6 +247,13 @@ class FlatLoRACallback(FindsPairs):
         if self.adapter_name is None or self._is_alone:
             return type(self).__qualname__
         return self._generate_state_key(adapter_name=self.adapter_name)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What is saved after the fit lies under the key that it has during the fit, which a resumed run looks for."""
+        states = checkpoint.get("callbacks", {})
+        if self._is_alone is None and self.state_key in states and self._is_alone_in(trainer):
+            states[type(self).__qualname__] = states.pop(self.state_key)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -275,12 +288,17 @@ class FlatLoRACallback(FindsPairs):
             for name, value in self.settings().items()
             if state["settings"][name] != value
         ]
+        states = state.get("optimizers", [])
+        if len(states) not in (0, len(self.courses)):
+            problems.append(
+                f"the checkpoint holds the state of {len(states)} optimizers, and this run has {len(self.courses)}: "
+                "configure as many as it had, or start anew from the weights alone"
+            )
         if problems:
             raise MisconfigurationException(message(self, problems))
         resting = self._watch.resting if self._watch is not None else []
-        states = state.get("optimizers", [])
         try:
-            if len(states) == len(self.courses):
+            if states:
                 for course, each in zip(self.courses, states, strict=True):
                     course.load_state_dict(each, resting)
             else:

@@ -95,7 +95,7 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
 
 
 def foreign_problems(strategy: DDPStrategy) -> list[str]:
-    """Why somebody else's subclass of DDPStrategy is none in what matters, as NeMo's for Megatron; one line each.
+    """Why a third-party subclass of DDPStrategy does not behave as DDP does, as NeMo's for Megatron; one line each.
 
     Args:
         strategy: after it is set up.

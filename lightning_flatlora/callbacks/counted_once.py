@@ -18,7 +18,7 @@ class CountedOnce:
 
     The first pass shows which of them a step writes (BatchNorm's statistics, a queue, an accuracy), and only these are
     copied. Numbers and collections that a step keeps on the module itself may belong to a single pass, so they are left
-    alone; where both passes count in one, a warning names it, once.
+    alone; if both passes change one of them, a warning says so once.
 
     Args:
         pl_module: the module, not what a strategy has wrapped around it.

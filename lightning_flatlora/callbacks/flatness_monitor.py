@@ -177,6 +177,11 @@ class FlatnessMonitor(Callback):
     # -- when
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._watch is not None:
+            self._watch.is_stale = True  # layers may have been put in
+
+    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         every, step = self.every_n_steps, trainer.global_step
         # step % every == 0 would hold in every batch of an accumulation window, and several optimizers skip numbers.

@@ -32,6 +32,7 @@ from torch.amp import GradScaler
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
 from lightning_flatlora.callbacks.base import FlatLoRACallback
+from lightning_flatlora.weight_noise import WeightNoise
 
 BASELINES: dict[str, Any] = {
     "SAM": SAM,
@@ -203,6 +204,20 @@ def test_noise_is_one_in_a_window_and_another_in_the_next(tmp_path: Path) -> Non
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[2], outputs[3])
     assert not torch.allclose(outputs[1], outputs[2])
+
+
+def test_the_norms_of_the_base_are_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a pass over all of its weights."""
+    made = []
+
+    class Counted(WeightNoise):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr("lightning_flatlora.baselines.random_perturbation.WeightNoise", Counted)
+    fit(tmp_path, Classifier(), [RandomPerturbation(0.2)], max_epochs=1)
+    assert len(made) == 1
 
 
 # -- steps that end early

@@ -421,6 +421,22 @@ def test_the_monitor_follows_too(tmp_path):
     assert measured.scalings == {9: [2.0, 2.0, 2.0], 12: [2.0, 2.0, 6.0]}
 
 
+def test_the_monitor_sees_a_layer_that_was_put_in(tmp_path):
+    """LoRA that comes at an epoch's start is measured in that epoch."""
+
+    class PutsIn(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                net = nn.Sequential(nn.Linear(CLASSES, CLASSES))
+                layers = pl_module.net.base_model.model
+                layers.append(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])))
+
+    monitor = FlatnessMonitor(rho=0.5, every_n_steps=3)
+    measured = Measured(monitor)
+    fit(tmp_path, Classifier(), [PutsIn(), monitor, measured])
+    assert [len(scalings) for scalings in measured.scalings.values()] == [3, 3, 4, 4]
+
+
 def test_sam_moves_what_joins_the_optimizer_later(tmp_path):
     module, sam = TrainedOnly(), SAM(0.1)
     fit(tmp_path, module, [sam, Unfreeze()])

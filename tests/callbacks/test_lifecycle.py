@@ -324,6 +324,52 @@ def test_a_named_adapter_alone_keeps_the_key_of_older_files(tmp_path):
     assert "EFMLoRA" in torch.load(tmp_path / "file.ckpt", weights_only=True)["callbacks"]
 
 
+def test_two_that_each_ran_alone_run_together(tmp_path):
+    ours = [EFMLoRA(0.5, adapter_name=name) for name in ("gen", "crit")]
+    for name, callback in zip(("gen", "crit"), ours, strict=True):
+        trainer = fit(tmp_path, Classifier(net=one_adapter(name)), [callback], max_epochs=1)
+        trainer.save_checkpoint(tmp_path / "file.ckpt")
+    assert len({pickle.loads(pickle.dumps(callback)).state_key for callback in ours}) == 2
+    fit(tmp_path, Pair(adapters=("gen", "crit")), ours, max_epochs=1)
+    assert [callback.step for callback in ours] == [3, 6]
+
+
+def one_adapter(name: str) -> nn.Module:
+    net = nn.Sequential(nn.Linear(6, 3))
+    return get_peft_model(net, LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+
+
+class OneForBoth(Pair):
+    """The same networks, in one optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.nets["critic"](self.nets["generator"](batch[0])).square().mean())
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "message"),
+    [
+        (Pair, OneForBoth, "state of 2 optimizers, and this run has 1"),
+        (OneForBoth, Pair, "checkpoint but not in the model"),
+    ],
+)
+def test_another_number_of_optimizers_is_refused(tmp_path, saved, resumed, message):
+    """Lightning hands the optimizers' states out as far as they go, and ours would be lost without a word."""
+    file = tmp_path / "file.ckpt"
+    fit(tmp_path, saved(), [EFMLoRA(0.5)], max_epochs=1).save_checkpoint(file)
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["optimizer_states"] = []
+    torch.save(checkpoint, file)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, resumed(), [EFMLoRA(0.5)], ckpt_path=file)
+
+
 # -- copies
 
 
