@@ -1,9 +1,10 @@
 """Checkpoints without the frozen base: small, complete for what learns, resumable, and loadable by peft itself."""
 
+import gc
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -123,7 +124,7 @@ def test_a_frozen_A_is_saved_with_its_B(tmp_path: Path) -> None:
     saved["state_dict"] = {name: value for name, value in saved["state_dict"].items() if "lora_A" not in name}
     torch.save(saved, tmp_path / "old.ckpt")
     module, callbacks, _ = build("efmlora", net=frozen_A(2))
-    with pytest.raises(MisconfigurationException, match=r"lacks 3 adapter or trained weights, as .*lora_A"):
+    with pytest.raises(MisconfigurationException, match=r"lacks 3 weights that the module has, such as .*lora_A"):
         fit(tmp_path, module, [*callbacks, checkpoint(tmp_path / "3")], ckpt_path=tmp_path / "old.ckpt")
 
 
@@ -219,10 +220,10 @@ def test_a_checkpoint_with_other_weights_is_refused_unless_loading_is_not_strict
     fit(tmp_path, module, [checkpoint(tmp_path, save_weights_only=True)])
     module, _, _ = build("plain")
     loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
-    with pytest.raises(MisconfigurationException, match=r"has 2 adapter or trained weights, as head.weight"):
+    with pytest.raises(MisconfigurationException, match=r"has 2 weights that the module lacks, such as head.weight"):
         loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt")
     module.strict_loading = False
-    with pytest.warns(UserWarning, match=r"has 2 adapter or trained weights"):
+    with pytest.warns(UserWarning, match=r"has 2 weights that the module lacks"):
         loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
 
 
@@ -232,10 +233,10 @@ def test_weights_that_a_file_knows_nothing_of_are_refused(tmp_path: Path) -> Non
     module, _, _ = build("plain")
     module.head = nn.Linear(2, 2)
     loads = trainer_of(tmp_path, [checkpoint(tmp_path)])
-    with pytest.raises(MisconfigurationException, match=r"lacks 2 adapter or trained weights, as head.weight"):
+    with pytest.raises(MisconfigurationException, match=r"lacks 2 weights that the module has, such as head.weight"):
         loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt")
     module.strict_loading = False
-    with pytest.warns(UserWarning, match=r"lacks 2 adapter or trained weights"):
+    with pytest.warns(UserWarning, match=r"lacks 2 weights that the module has"):
         loads.validate(module, make_loader(), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
 
 
@@ -296,6 +297,27 @@ def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: 
     assert sorted(saved) == sorted(
         f"base_model.model.{layer}.lora_{factor}.weight" for layer in (0, 2, 4) for factor in "AB"
     )
+
+
+class Closes(nn.Linear):
+    """Lets go of something when it is no longer needed."""
+
+    closed: ClassVar[list[int]] = []
+
+    def __del__(self) -> None:
+        self.closed.append(1)
+
+
+def test_a_twin_that_goes_does_not_close_what_the_module_holds() -> None:
+    module = nn.Sequential(Closes(2, 2))
+    twin = unwrapped(module)
+    assert isinstance(twin[0], Closes)
+    del twin
+    gc.collect()
+    assert not Closes.closed
+    del module
+    gc.collect()
+    assert Closes.closed == [1]
 
 
 def test_a_folder_left_by_a_killed_run_is_replaced(tmp_path: Path) -> None:

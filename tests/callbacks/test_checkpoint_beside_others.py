@@ -31,6 +31,7 @@ from test_quantized import BASES
 from test_quantized import network as quantized_network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, load_adapter_checkpoint
@@ -165,6 +166,49 @@ def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(MisconfigurationException, match=r"saving into .*/file/folder would fail: NotADirectoryError"):
         fit(tmp_path, module, [saver(tmp_path / "file" / "folder")])
+
+
+class FailsToTellItsState(L.Callback):
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError("not yet")
+
+
+def test_a_callback_that_fails_to_tell_its_state_is_told_of_at_the_start(tmp_path: Path) -> None:
+    module, _, _ = build("plain")
+    with pytest.raises(MisconfigurationException, match=r"would fail: RuntimeError: not yet"):
+        fit(tmp_path, module, [FailsToTellItsState(), saver(tmp_path)])
+
+
+class Remembers(Classifier):
+    """Keeps a count in its extra state, and a metric whose state is in the checkpoint; neither is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(net=make_net())
+        self.seen = 0
+        self.average = MeanMetric()
+        self.average.persistent(True)
+
+    def on_train_batch_start(self, *args: Any) -> None:  # the files are written before the end's
+        self.seen += 1
+        self.average.update(float(self.seen))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_what_a_module_keeps_outside_of_its_tensors_is_resumed(tmp_path: Path) -> None:
+    whole = Remembers()
+    fit(tmp_path, whole, [saver(tmp_path / "1")])
+    resumed = Remembers()
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert resumed.seen == whole.seen == 12
+    assert same(resumed.average.metric_state, whole.average.metric_state)
+    loaded = load_adapter_checkpoint(Remembers(), tmp_path / "1" / "step=12.ckpt")
+    assert loaded.seen == 12
+    assert same(loaded.average.metric_state, whole.average.metric_state)
 
 
 def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, differing, prints_of, sums_of
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 HEAD = "net.base_model.model.head.weight"
@@ -268,6 +270,102 @@ def test_a_second_fit_remembers_what_changed_between(tmp_path: Path) -> None:
         module.net.base_model.model.head.weight.add_(1)
     fit(tmp_path, module, [saver(tmp_path / "2")])
     assert same(state(tmp_path / "2" / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
+
+
+class AddsAnAdapter(L.Callback):
+    """Its targets are others, so that peft puts a layer around the head in the middle of the fit."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.net.add_adapter("second", LoraConfig(r=2, target_modules=["head"]))
+
+
+def test_a_layer_that_gets_an_adapter_in_the_middle_has_not_changed(tmp_path: Path) -> None:
+    fit(tmp_path, module_of(), [AddsAnAdapter(), saver(tmp_path)])
+    saved = state(tmp_path / "step=12.ckpt")
+    assert HEAD.replace("weight", "lora_A.second.weight") in saved
+    assert HEAD.replace("weight", "base_layer.weight") not in saved
+    trained = TrainsHeadInFirstEpoch(net=network())
+    fit(tmp_path, trained, [AddsAnAdapter(), saver(tmp_path / "2")])
+    assert HEAD.replace("weight", "base_layer.weight") in state(tmp_path / "2" / "step=12.ckpt")
+
+
+def test_a_loaded_head_that_gets_an_adapter_before_the_fit_stays_in_the_file(tmp_path: Path) -> None:
+    fit(tmp_path, TrainsHeadInFirstEpoch(net=network()), [saver(tmp_path / "1")], max_epochs=1)
+    module = module_of()
+    trainer_of(tmp_path, [saver(tmp_path / "2")]).validate(
+        module, make_loader(1), ckpt_path=tmp_path / "1" / "step=6.ckpt", verbose=False
+    )
+    module.net.add_adapter("second", LoraConfig(r=2, target_modules=["head"]))
+    fit(tmp_path, module, [saver(tmp_path / "2")], max_epochs=1)
+    assert HEAD.replace("weight", "base_layer.weight") in state(tmp_path / "2" / "step=6.ckpt")
+
+
+def base_of(tensor: Tensor) -> dict[str, Entry]:
+    return {"w": Entry(tensor, Kind.BASE)}
+
+
+def test_ranks_agree_on_what_changed_between_two_fits() -> None:
+    """Each sees its own part alone, and a set that differs would let the gathering wait for ever."""
+    ranks = [(BaseRecord(), base_of(torch.zeros(4))) for _ in range(2)]
+    for record, entries in ranks:
+        record.start(entries, whole=False)
+    ranks[0][1]["w"].value.add_(1)
+    for record, entries in ranks:
+        record.start(entries, whole=False)
+    answers: list[list[bool]] = []
+    for record, entries in ranks:
+        record.look(entries, lambda mine: answers.append(mine) or [False])  # type: ignore[func-returns-value]
+    agreed = [any(each) for each in zip(*answers, strict=True)]
+    for record, entries in ranks:
+        record.look(entries, lambda mine: agreed)
+    assert ranks[0][0].changed == ranks[1][0].changed == {"w"}
+
+
+def test_the_parts_of_a_second_fit_are_not_compared_with_the_whole_of_the_first() -> None:
+    record = BaseRecord()
+    record.start(base_of(torch.zeros(4)), whole=True)
+    record.start(base_of(torch.ones(4)), whole=False)
+    assert not record.changed
+    record.start(base_of(torch.zeros(4)), whole=False)
+    assert record.changed == {"w"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("factor", [-1, 4, 0.5])
+def test_a_sum_tells_of_one_bit_and_of_all(dtype: torch.dtype, factor: float) -> None:
+    tensor = torch.ones(8, 1021, dtype=dtype)
+    tensors = {"before": tensor, "all": tensor * factor}
+    for place in range(9):
+        tensors[f"{place}"] = tensor.clone()
+        tensors[f"{place}"].view(-1)[place] *= factor
+    sums = sums_of(tensors)
+    assert len(set(sums.values())) == len(sums)
+
+
+def test_a_sum_tells_words_from_their_complements() -> None:
+    words = torch.arange(8 * 1021)
+    sums = sums_of({"words": words, "complements": ~words})
+    assert sums["words"] != sums["complements"]
+
+
+def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no tensor that can't be read: its changes would be missed from then on."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "arange", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        sums_of({"w": torch.ones(4)})
+
+
+def test_another_base_of_half_precision_is_not_taken_for_rounding() -> None:
+    """A chat model's weights are within the rounding of bfloat16 of those that it was trained from."""
+    weight = 1 + torch.rand(40)
+    half, chat = prints_of({"w": weight.bfloat16()}), prints_of({"w": (weight * 1.004).bfloat16()})
+    assert differing(half, chat) == (["w"], [])
+    assert differing(half, prints_of({"w": weight})) == ([], [])
 
 
 def test_a_file_of_the_first_release_is_loaded(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ again. What has differed once is in every file from then on, also after it was f
 held.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
 
@@ -22,6 +23,9 @@ _WIDTH = 1021
 _SAMPLES = 8
 _WORD = 8
 """Bytes that are read as one integer."""
+_ROWS = {"cpu": 256}
+_ROWS_ELSEWHERE = 2**14
+"""Rows of words that are read at once: 2 MB, which stay in a CPU's cache, or 134 MB, for a GPU few kernels."""
 Print = dict[str, Any]
 """A tensor of the base as a checkpoint describes it: "shape", "dtype", "sum" of its bits, and a "sample" of it.
 
@@ -42,6 +46,9 @@ class BaseRecord:
         self.changed: set[str] = set()
         self.prints: dict[str, Print] = {}
         self.expected: dict[str, Print] = {}
+        self._whole = True
+        self._local_shapes: dict[str, torch.Size] = {}
+        self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
 
     def start(self, entries: Mapping[str, Entry], whole: bool) -> None:
         """Take the prints; what differs from those of an earlier fit counts as changed.
@@ -50,10 +57,39 @@ class BaseRecord:
             entries: of the unwrapped module.
             whole: whether this rank holds whole tensors. If not, the prints tell changes of its part, and no more.
         """
-        before, self.prints = self.prints, prints_of(_base(entries), whole)
+        base = _base(entries)
+        self._follow(base)
+        shapes = {name: _local(tensor).shape for name, tensor in base.items()}
+        before, self.prints = self.prints, prints_of(base, whole)
         for name, old in before.items():
             new = self.prints.get(name)
-            if new and old["dtype"] == new["dtype"] and old["shape"] == new["shape"] and old["sum"] != new["sum"]:
+            # A part's sum tells nothing of the whole's, nor of a part that begins elsewhere.
+            comparable = whole == self._whole and shapes.get(name) == self._local_shapes.get(name)
+            if new and comparable and old["dtype"] == new["dtype"] and old["sum"] != new["sum"]:
+                self.changed.add(name)
+        self._whole, self._local_shapes = whole, shapes
+
+    def add(self, names: Iterable[str], entries: Mapping[str, Entry]) -> None:
+        """Count tensors as changed, whatever they are called later.
+
+        Args:
+            names: of tensors of the base.
+            entries: of the unwrapped module.
+        """
+        self._follow(_base(entries))
+        self.changed.update(names)
+
+    def _follow(self, base: Mapping[str, Tensor]) -> None:
+        """An adapter that is added later renames what it wraps: what is known of a tensor goes to its new name."""
+        for name, tensor in base.items():
+            old = self._names.get(tensor)
+            self._names[tensor] = name
+            if old in (None, name) or name in self.prints:
+                continue
+            if old in self.prints:
+                self.prints[name] = self.prints[old]
+                self._local_shapes[name] = self._local_shapes[old]
+            if old in self.changed:
                 self.changed.add(name)
 
     def look(self, entries: Mapping[str, Entry], agree: Callable[[list[bool]], list[bool]]) -> list[str]:
@@ -67,11 +103,14 @@ class BaseRecord:
             The names that are new among the changed ones.
         """
         base = _base(entries)
+        self._follow(base)
         sums = sums_of(base)
         differs = []
         for name, tensor in base.items():
             known = self.prints.get(name)
-            differs.append(tensor.requires_grad or known is None or known["sum"] != sums[name])
+            has_changed = known is None or known["sum"] != sums[name]
+            # What a rank has found before is asked for again: the others may not know of it.
+            differs.append(has_changed or tensor.requires_grad or name in self.changed)
         found = [name for name, changed in zip(base, agree(differs), strict=True) if changed]
         new = [name for name in found if name not in self.changed]
         self.changed.update(new)
@@ -84,13 +123,13 @@ class BaseRecord:
         return entry.kind is not Kind.DERIVED
 
     @contextmanager
-    def compared(self, entries: Mapping[str, Entry]) -> Any:
+    def compared(self, entries: Mapping[str, Entry]) -> Iterator[None]:
         """What somebody else's checkpoint changes, loaded inside, counts as changed."""
         base = _base(entries)
         before = sums_of(base)
         yield
         after = sums_of(base)
-        self.changed.update(name for name in base if before[name] != after[name])
+        self.add([name for name in base if before[name] != after[name]], entries)
 
 
 _RECORDS: "WeakKeyDictionary[nn.Module, BaseRecord]" = WeakKeyDictionary()
@@ -141,7 +180,7 @@ def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
 
 
 def _sum(tensor: Tensor) -> Tensor | None:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor)
     if local.is_meta:
         return None
     try:
@@ -149,12 +188,26 @@ def _sum(tensor: Tensor) -> Tensor | None:
         if octets.storage_offset() % _WORD:  # a slice of another tensor, which can't be read in words where it lies
             octets = octets.clone()
         inside = octets.numel() // (_WORD * _WIDTH) * (_WORD * _WIDTH)
-        weights = torch.arange(1, _WORD * _WIDTH + 1, device=octets.device)
-        body = octets[:inside].view(torch.int64).view(-1, _WIDTH).sum(0)
+        # Odd ones alone: a product with an even one, which wraps around, would lose the highest bits of a change.
+        weights = 2 * torch.arange(_WORD * _WIDTH, device=octets.device) + 1
+        body = torch.zeros(_WIDTH, dtype=torch.int64, device=octets.device)
+        rows = _ROWS.get(octets.device.type, _ROWS_ELSEWHERE)
+        for words in torch.split(octets[:inside].view(torch.int64).view(-1, _WIDTH), rows):
+            # The upper half once more at the bottom: changes of an even number of highest bits would add up to nothing.
+            # Three times, because once would undo what a change of both halves' signs does.
+            upper = words >> 32
+            body += torch.add(words, upper, alpha=3, out=upper).sum(0)
         tail = octets[inside:].to(torch.int64)
         return (body * weights[:_WIDTH]).sum() + 31 * (tail * weights[: tail.numel()]).sum()
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError, TypeError):
         return None  # a tensor of a kind of its own, as packed weights of a quantizer: nothing writes to them
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sample(tensor: Tensor) -> Tensor | None:
@@ -165,6 +218,8 @@ def _sample(tensor: Tensor) -> Tensor | None:
     places = torch.tensor([i * last // (_SAMPLES - 1) for i in range(_SAMPLES)], device=tensor.device)
     try:
         return tensor.detach().reshape(-1)[places].to(torch.float32)
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError, TypeError):
         return None
 
@@ -185,8 +240,8 @@ def _fetched(results: Mapping[str, Tensor | None]) -> dict[str, Any]:
 def differing(expected: Mapping[str, Print], found: Mapping[str, Print]) -> tuple[list[str], list[str]]:
     """The tensors of a base that are not as a checkpoint describes them.
 
-    A tensor of another dtype may differ by its rounding, and one that is packed in few bits, there or here, is not
-    compared at all.
+    A tensor of another dtype may differ by its rounding, and one that is quantized, in the file or in the model, is not
+    compared.
 
     Returns:
         Names of tensors that are others altogether, and of those that differ in few bits or few elements.
@@ -206,11 +261,17 @@ def differing(expected: Mapping[str, Print], found: Mapping[str, Print]) -> tupl
 
 
 def _close(old: Print, new: Print) -> bool:
-    """Whether two samples are equal up to rounding to the coarser dtype, or to what another machine computes."""
-    eps = max(torch.finfo(getattr(torch, each["dtype"])).eps for each in (old, new))
+    """Whether two samples are equal up to rounding to the coarser of two dtypes, or to what another machine computes.
+
+    What is frozen isn't rounded anew. So in one dtype the next number of bfloat16 is another value: a chat model's
+    weights differ so from those of its base.
+    """
+    tolerance = 1e-4
+    if old["dtype"] != new["dtype"]:
+        eps = max(torch.finfo(getattr(torch, each["dtype"])).eps for each in (old, new))
+        tolerance = max(tolerance, eps)
     one, other = torch.tensor(old["sample"]), torch.tensor(new["sample"])
     size = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
-    tolerance = max(eps, 1e-4)
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
 

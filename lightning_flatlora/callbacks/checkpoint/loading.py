@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, Print, differing, listed, prints_of, record_of
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, kept_attributes, unwrapped
 from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at, is_split, layout_for, parameters_of, put_on
 from lightning_flatlora.distributed import Layout
 from lightning_flatlora.lightning_names import MisconfigurationException
@@ -100,11 +100,21 @@ def read_adapters(trainer: Trainer) -> Callable[[], None]:
 
 def is_ours(path: Any) -> bool:
     """Whether a file has our mark, without unpickling what may be of anybody, or as large as a model."""
+    return MARK.encode() in _pickled(path)
+
+
+def is_of_first_release(path: Any) -> bool:
+    """Whether a file has our mark, and not what files hold since they tell what is left out of them."""
+    pickled = _pickled(path)
+    return MARK.encode() in pickled and b"left_out" not in pickled
+
+
+def _pickled(path: Any) -> bytes:
+    """A file of torch.save without the values of its tensors; nothing if it is another file."""
     if not zipfile.is_zipfile(path):
-        return False
+        return b""
     with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        return any(MARK.encode() in archive.read(name) for name in pickles)
+        return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
 
 
 def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, trainer: Trainer | None = None) -> None:
@@ -136,12 +146,12 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, tr
                 )
             value = layout.part(value, held)
         parts[name] = value
-    twin.load_state_dict(parts, strict=False)
+    with kept_attributes(module, twin):
+        twin.load_state_dict(parts, strict=False)
     record = record_of(module)
     not_in_the_file = left_out or {}  # a module's on_load_checkpoint may have completed the state dict by itself
-    for name in known:
-        if entries[name].kind is Kind.BASE and name not in not_in_the_file:
-            record.changed.add(name)
+    of_base = [name for name in known if entries[name].kind is Kind.BASE]
+    record.add([name for name in of_base if name not in not_in_the_file], entries)
     record.expected = not_in_the_file
 
 
@@ -158,10 +168,14 @@ def _check_names(
         if needed and name not in state:
             lacking.append(name)
     surplus = [name for name in state if name not in entries]
-    for names, which in ((lacking, "lacks"), (surplus, "has")):
+    cases = (
+        (lacking, f"lacks {len(lacking)} weights that the module has"),
+        (surplus, f"has {len(surplus)} weights that the module lacks"),
+    )
+    for names, what in cases:
         if not names:
             continue
-        text = f"AdapterCheckpoint: the checkpoint {which} {len(names)} adapter or trained weights, as {names[0]}: "
+        text = f"AdapterCheckpoint: the checkpoint {what}, such as {names[0]}: "
         if strict:
             raise MisconfigurationException(
                 f"{text}it is of another model or adapter. To load what fits, set the module's strict_loading to False"
@@ -178,7 +192,7 @@ def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -
     Args:
         record: of the module, with what the loaded file expects.
         found: the base as it is.
-        refuse: raise an error if tensors are others altogether.
+        refuse: raise an error if tensors differ by more than rounding.
     """
     expected, record.expected = record.expected, {}
     if not expected:
@@ -188,13 +202,13 @@ def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -
     if others:
         text = (
             f"AdapterCheckpoint: {len(others)} tensors of the base, which the checkpoint leaves out, are not those of "
-            f"the run that was saved: {listed(others)}. Was it another base, or is this a layer that its loader draws "
-            "at random? "
+            f"the run that was saved: {listed(others)}. Was it another base, or are these layers that are initialised "
+            "at random each time the base is loaded? "
         )
         if refuse:
             raise MisconfigurationException(
-                f"{text}Load the same base (and save such a layer by training it or by peft's modules_to_save), or set "
-                "the module's strict_loading to False to go on with this one"
+                f"{text}Load the same base (and save such layers by training them or by peft's modules_to_save), or "
+                "set the module's strict_loading to False to go on with this one"
             )
         rank_zero_warn(f"{text}What follows is of the base that the module has now")
     elif nearly:

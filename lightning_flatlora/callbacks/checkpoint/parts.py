@@ -1,8 +1,10 @@
 """What a model consists of as a checkpoint sees it: adapters, the bases under them, and everything else."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -53,12 +55,51 @@ def unwrapped(module: nn.Module) -> Any:
 def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     module = bare(module)
     if id(module) not in seen:
-        twin: Any = object.__new__(type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module))
+        kind = type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module)
+        twin: Any = object.__new__(_without_end(kind))
         seen[id(module)] = twin
         vars(twin).update(vars(module))
         children = module._modules.items()
         vars(twin)["_modules"] = {name: child if child is None else _unwrapped(child, seen) for name, child in children}
     return seen[id(module)]
+
+
+@cache
+def _without_end(kind: type) -> type:
+    """A module's class, whose ``__del__`` does nothing: a twin that goes must not close what the module holds."""
+    if not hasattr(kind, "__del__"):
+        return kind
+    names = {"__del__": lambda self: None, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), names)
+
+
+@contextmanager
+def kept_attributes(module: nn.Module, twin: nn.Module) -> Iterator[None]:
+    """Give a module what is set as an attribute of its twin inside, as extra state and a metric's values are.
+
+    Args:
+        module: as it is.
+        twin: what :func:`unwrapped` gave for it. Parameters and buffers are the module's own anyway.
+    """
+    before = [(own, other, dict(vars(other))) for own, other in _pairs_with_twins(module, twin, set())]
+    yield
+    for own, other, attributes in before:
+        for name, value in vars(other).items():
+            is_new = name not in attributes or value is not attributes[name]
+            if is_new and name != "_modules":
+                vars(own)[name] = value
+
+
+def _pairs_with_twins(module: nn.Module, twin: nn.Module, seen: set[int]) -> Iterator[tuple[nn.Module, nn.Module]]:
+    module = bare(module)
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield module, twin
+    for name, child in module._modules.items():
+        other = twin._modules[name]
+        if child is not None and other is not None:
+            yield from _pairs_with_twins(child, other, seen)
 
 
 def hosts(module: nn.Module) -> dict[str, nn.Module]:

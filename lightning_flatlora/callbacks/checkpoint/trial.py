@@ -35,21 +35,25 @@ def try_to_save(trainer: Trainer, folder: Path, selection: Selection, linked: bo
     Raises:
         MisconfigurationException: on every rank, whatever one of them couldn't write.
     """
-    states = _states(trainer)  # ranks may have to speak with each other for these
-    problem = None
-    if trainer.is_global_zero:
-        try:
+    problem: str | None = None
+    cause: Exception | None = None
+    try:
+        states = _states(trainer)  # ranks may have to speak with each other for these
+        if trainer.is_global_zero:
             for name, state in states:
                 _try_to_pickle(name, state)
             check_configs(unwrapped(trainer.lightning_module))
             _try_the_disk(trainer, folder, selection, linked)
-        except MisconfigurationException as error:
-            problem = str(error)
-        except Exception as error:
-            problem = f"AdapterCheckpoint: saving into {folder} would fail: {type(error).__name__}: {error}"
-    problem = trainer.strategy.broadcast(problem)
-    if problem is not None:
-        raise MisconfigurationException(problem)
+    except MisconfigurationException as error:
+        problem, cause = str(error), error
+    except Exception as error:
+        problem, cause = f"AdapterCheckpoint: saving into {folder} would fail: {type(error).__name__}: {error}", error
+    # A rank that fails alone, as a callback's state may, ends the others too: they would wait for it.
+    fails = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+    of_rank_zero = trainer.strategy.broadcast(problem)
+    if fails:
+        elsewhere = f"AdapterCheckpoint: saving into {folder} would fail on another rank, which tells why"
+        raise MisconfigurationException(problem or of_rank_zero or elsewhere) from cause
 
 
 def _states(trainer: Trainer) -> list[tuple[str, Any]]:
