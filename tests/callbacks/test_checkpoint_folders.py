@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lightning_flatlora import AdapterCheckpoint
 from lightning_flatlora.callbacks.checkpoint.folder import LIST, adapter_folder, remove_folder
+from lightning_flatlora.callbacks.checkpoint.saving import MARK
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 WEIGHTS = "adapter_model.safetensors"
@@ -62,6 +63,17 @@ def test_a_users_folder_of_the_checkpoints_name_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", folder.name, Path(save.best_model_path).name])
 
 
+def test_a_users_own_adapter_of_the_checkpoints_name_stays(tmp_path: Path) -> None:
+    """It holds nothing but peft's files, and lies beside a checkpoint of ours from the second save on."""
+    (tmp_path / "best").mkdir()
+    files = {"README.md": "the user's own", "adapter_config.json": "{}"}
+    for name, text in files.items():
+        (tmp_path / "best" / name).write_text(text)
+    train(tmp_path, saver(tmp_path, filename="best", save_top_k=1, enable_version_counter=False))
+    assert_untouched(tmp_path / "best", files)
+    assert (tmp_path / "best-adapter" / WEIGHTS).exists()
+
+
 @pytest.mark.parametrize("save_last", ["link", True])
 def test_a_users_folder_called_last_stays(tmp_path: Path, save_last: Any) -> None:
     files = source_code(tmp_path / "last")
@@ -80,6 +92,15 @@ def test_a_users_folder_in_the_place_of_a_link_to_a_file_stays(tmp_path: Path) -
     train(tmp_path, saver(tmp_path, save_last="link"))
     assert_untouched(tmp_path / "last.ckpt", files)
     assert (tmp_path / "last-v1.ckpt").is_symlink()
+
+
+def test_a_users_file_in_a_last_that_becomes_a_link_stays(tmp_path: Path) -> None:
+    train(tmp_path, saver(tmp_path, save_last=True), max_epochs=1)
+    (tmp_path / "last" / "notes.txt").write_text("good run")
+    train(tmp_path, saver(tmp_path, save_last="link", enable_version_counter=False), max_epochs=1)
+    assert_untouched(tmp_path / "last", {"notes.txt": "good run"})
+    assert (tmp_path / "last.ckpt").is_symlink()
+    assert (tmp_path / "last-adapter" / WEIGHTS).samefile(tmp_path / "step=6" / WEIGHTS)
 
 
 def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> None:
@@ -127,6 +148,8 @@ def test_a_folder_without_list_is_ours_if_its_file_is(tmp_path: Path) -> None:
     train(tmp_path, saver(tmp_path), max_epochs=1)
     for step in (3, 6):
         (tmp_path / f"step={step}" / LIST).unlink()
+    old = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    torch.save({**old, MARK: 1}, tmp_path / "step=6.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "step=3.ckpt")
     assert adapter_folder(tmp_path / "step=3.ckpt").name == "step=3-adapter"
     assert adapter_folder(tmp_path / "step=6.ckpt").name == "step=6"

@@ -40,7 +40,7 @@ else:
 
 
 class SavesAdapters(_Base):
-    """What AdapterCheckpoint does more and otherwise than the ModelCheckpoint that stands behind it in the bases."""
+    """What AdapterCheckpoint adds to, or changes in, ModelCheckpoint, which comes after it among the base classes."""
 
     _stop_reading: Callable[[], None] | None = None
     _has_told_of_other_folder = False
@@ -153,15 +153,20 @@ class SavesAdapters(_Base):
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        folder = existing_folder(Path(filepath), self.FILE_EXTENSION)  # as long as the file tells that it is ours
+        folder = None
+        if trainer.is_global_zero:  # alone: for a slower rank the folder would vanish while it looks
+            folder = existing_folder(Path(filepath), self.FILE_EXTENSION)  # as long as the file tells that it is ours
         super()._remove_checkpoint(trainer, filepath)
-        if folder is not None and trainer.is_global_zero:
+        if folder is not None:
             remove_folder(folder)
 
     @override
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
         if trainer.is_global_zero and filepath != linkpath:
-            link(adapter_folder(filepath, self.FILE_EXTENSION), self._folder(Path(linkpath)))
+            target, place = adapter_folder(filepath, self.FILE_EXTENSION), self._folder(Path(linkpath))
+            if not place.is_symlink():  # a link is turned in one move
+                remove_folder(place)
+            link(target, self._folder(Path(linkpath)))  # elsewhere, if a user's file is left in the place
             link(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 

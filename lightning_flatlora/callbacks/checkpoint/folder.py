@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_flatlora.callbacks.checkpoint.loading import is_ours
+from lightning_flatlora.callbacks.checkpoint.loading import is_of_first_release
 
 LIST = ".adapter_checkpoint.json"
 """In each folder: the name of its checkpoint, and its files."""
@@ -85,9 +85,10 @@ def belongs_to(folder: Path, checkpoint: Path) -> bool:
 
 
 def _is_of_old_file(folder: Path, checkpoint: Path) -> bool:
-    """Whether a folder without a list is of a release that wrote none."""
-    own_names = all(file.name in _PEFT_FILES for file in _files_in(folder))
-    return own_names and checkpoint.is_file() and is_ours(checkpoint)
+    """Whether a folder without a list is of the release that wrote none; beside a newer file it is somebody else's."""
+    files = _files_in(folder)
+    own_names = bool(files) and all(file.name in _PEFT_FILES for file in files)
+    return own_names and checkpoint.is_file() and is_of_first_release(checkpoint)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -181,16 +182,16 @@ def link(target: Path, place: Path) -> None:
 
     Args:
         target: of the link.
-        place: a link, a file, or a folder of ours; it makes way for the link.
+        place: free, or a link, a file, or an empty folder that makes way for the link.
 
     Raises:
-        OSError: it is a folder of somebody else.
+        OSError: it is a folder with something in it.
     """
     new = aside(place)
     new.unlink(missing_ok=True)
     new.symlink_to(os.path.relpath(target, place.parent), target_is_directory=target.is_dir())
-    if place.is_dir() and not place.is_symlink() and (is_free(place) or (place / LIST).exists()):
-        remove_folder(place)
+    if place.is_dir() and is_free(place):
+        place.rmdir()
     new.replace(place)
 
 
