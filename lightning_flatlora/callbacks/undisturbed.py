@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -23,8 +25,13 @@ from lightning_flatlora.callbacks.two_passes import random_state, silenced_log
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_flatlora", *sys.stdlib_module_names}
+_PLAIN = {int, float, complex, bool, str, bytes, type(None)}
 _LARGE = 10_000
-"""Entries, or numbers, from which what a data set holds is taken for its data, which nobody writes to."""
+"""Entries and numbers, in all, from which what an attribute of a data set holds is taken for data, not written to."""
+_MUCH = 100_000
+"""Entries, in all, from which of what an attribute of a module holds the outermost container alone is copied."""
+_MOST = 100_000
+"""Things that are looked at, the nearest first, in search of random generators."""
 _TRAINING = {"lightning", "pytorch_lightning", "lightning_flatlora"}
 """A trainer, from which all of the training could be reached, and what belongs to one."""
 
@@ -35,14 +42,16 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
 
     So buffers (BatchNorm's), torchmetrics' states, modes, and lists, counters or arrays that a step keeps on any of its
     modules, or on objects of the project's own classes there, are afterwards the very objects that they were, whatever
-    happens inside; the random generators (Python, NumPy, PyTorch on the CPU and the module's device) are put back.
+    happens inside; the random generators (Python, NumPy, PyTorch on the CPU and the module's device) are put back. Of a
+    container that holds more than 100,000 entries in all, as a data set's samples, only the container itself is copied:
+    what is written into its entries stays.
     Memory: a copy of the buffers.
 
     Args:
         pl_module: the module, not what a strategy has wrapped around it.
     """
     put_back_random_state = random_state(pl_module.device)
-    copies = _Copies(_packages([pl_module]))
+    copies = _Copies(_packages([pl_module]), _MUCH)
     try:
         for module in pl_module.modules():
             copies.enter(module)
@@ -59,13 +68,14 @@ def read_without_trace(*sources: Any) -> Iterator[None]:
     """Inside, data sets and what collates their samples may be read; afterwards they are as if nobody had.
 
     Random generators that can be reached from them, at any depth, go back to where they were, and so do the attributes
-    of data sets and of the project's own classes. Nothing large is copied: it is taken for data.
+    of data sets and of the project's own classes. Nothing large is copied: it is taken for data. The search for
+    generators ends after 100,000 things.
 
     Args:
         sources: data sets, functions, bound methods; anything else will do.
     """
     put_back = [_state_of(generator) for generator in _generators_in(sources)]
-    copies = _Copies(_packages(sources), largest=_LARGE)
+    copies = _Copies(_packages(sources), _LARGE, of_data=True)
     try:
         for source in sources:
             copies.copied(source)
@@ -82,11 +92,15 @@ class _Copies:
     Args:
         packages: whose classes' objects are entered where an attribute holds one; those of others stay as they are, as
             their state may be a whole programme's (a logger, a thread).
-        largest: entries or numbers of what is copied.
+        largest: entries, in all, of a container that is copied with all that it holds; of a larger one only the
+            outermost container is.
+        of_data: whether it is data sets that are read: numbers of tensors and arrays then count as entries, what is
+            larger is left as it is, and so is the rest after ten times as many entries.
     """
 
-    def __init__(self, packages: set[str], largest: float = float("inf")) -> None:
-        self._packages, self._largest = packages, largest
+    def __init__(self, packages: set[str], largest: int, *, of_data: bool = False) -> None:
+        self._packages, self._largest, self._of_data = packages, largest, of_data
+        self._left: float = 10 * largest if of_data else math.inf
         self._copies: dict[int, Any] = {}  # by the identity of the original: shared things stay shared, cycles end
         self._kept: list[tuple[Any, dict[str, Any]]] = []
         self._entered: set[int] = set()
@@ -109,22 +123,44 @@ class _Copies:
 
     def copied(self, value: Any) -> Any:
         """What may be written into, as an object of its own, however deep it lies; anything else as it is."""
+        if id(value) in self._copies or not self._is_large(value):
+            return self._copied(value)
+        if not self._of_data and type(value) in _CONTAINERS:
+            self._copies[id(value)] = copy.copy(value)
+        return self._copies.get(id(value), value)
+
+    def _is_large(self, value: Any) -> bool:
+        """Whether what a container or tensor holds is too much to be copied; nothing inside of objects is counted."""
+        entries, waiting, seen = 0, [value], set()
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, Tensor):
+                entries += each.numel() if self._of_data else 0
+            elif isinstance(each, np.ndarray):
+                entries += each.size if self._of_data else 0
+            elif (type(each) in _CONTAINERS or type(each) is tuple) and id(each) not in seen:
+                seen.add(id(each))
+                entries += len(each)
+                if entries <= self._largest and not _is_plain(each):
+                    waiting += _entries(each)
+            if entries > min(self._largest, self._left):
+                return True
+        self._left -= entries
+        return False
+
+    def _copied(self, value: Any) -> Any:
         if id(value) in self._copies:
             return self._copies[id(value)]
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            if value.numel() <= self._largest:
-                self._copies[id(value)] = value.clone()
+            self._copies[id(value)] = value.clone()
         elif isinstance(value, np.ndarray):
-            if value.size <= self._largest:
-                self._copies[id(value)] = value.copy()
+            self._copies[id(value)] = value.copy()
         elif isinstance(value, _GENERATORS):
             self._copies[id(value)] = copy.deepcopy(value)
         elif type(value) in _CONTAINERS:
-            if len(value) <= self._largest:
-                self._copy_container(value)
+            self._copy_container(value)
         elif type(value) is tuple:
-            if len(value) <= self._largest:
-                return tuple(self.copied(item) for item in value)
+            return tuple(self._copied(item) for item in value)
         elif isinstance(value, MethodType):
             self.copied(value.__self__)
         elif isinstance(value, functools.partial):
@@ -135,12 +171,14 @@ class _Copies:
 
     def _copy_container(self, value: Any) -> None:
         own = self._copies[id(value)] = copy.copy(value)
+        if _is_plain(value):
+            return
         if isinstance(own, dict):
             for key, item in value.items():
-                dict.__setitem__(own, key, self.copied(item))
+                dict.__setitem__(own, key, self._copied(item))
         elif isinstance(own, (list, deque)):
             for place, item in enumerate(value):
-                own[place] = self.copied(item)
+                own[place] = self._copied(item)
 
     def _is_entered(self, value: Any) -> bool:
         if isinstance(value, type) or not hasattr(value, "__dict__"):
@@ -166,10 +204,10 @@ def _package(kind: type[Any]) -> str:
 
 def _generators_in(sources: Iterable[Any]) -> list[Any]:
     """Every random generator that can be reached, without asking any object for more than its attributes."""
-    found, seen, waiting = [], set(), list(sources)
+    found, seen, waiting = [], set(), deque(sources)
     kept = []  # whose identities must not be given to others meanwhile
     while waiting:
-        value = waiting.pop()
+        value = waiting.popleft()
         if id(value) in seen:
             continue
         seen.add(id(value))
@@ -177,15 +215,14 @@ def _generators_in(sources: Iterable[Any]) -> list[Any]:
         if isinstance(value, _GENERATORS):
             found.append(value)
         else:
-            waiting += _parts(value)
+            room = _MOST - len(seen) - len(waiting)
+            waiting.extend(islice(_parts(value), max(room, 0)))
     return found
 
 
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, (dict, list, tuple, set, deque)):
-        if len(value) > _LARGE:
-            return []
-        return list(value.values()) if isinstance(value, dict) else list(value)
+        return [] if len(value) > _LARGE or _is_plain(value) else _entries(value)
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, functools.partial):
@@ -197,6 +234,16 @@ def _parts(value: Any) -> list[Any]:
     if not isinstance(value, nn.Module) and {_package(kind) for kind in type(value).__mro__} & _TRAINING:
         return []
     return list(vars(value).values())
+
+
+def _entries(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _is_plain(container: Any) -> bool:
+    """Whether all entries of a container are numbers or strings, which nobody can write into."""
+    entries = container.values() if isinstance(container, dict) else container
+    return _PLAIN.issuperset(map(type, entries))
 
 
 def _variables_of(function: FunctionType) -> list[Any]:

@@ -12,10 +12,12 @@ import torch
 from helpers import same
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import Dataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 
-from lightning_flatlora.callbacks.undisturbed import undisturbed
+import lightning_flatlora.callbacks.undisturbed as undisturbed_module
+from lightning_flatlora.callbacks.undisturbed import read_without_trace, undisturbed
 
 CPU = torch.device("cpu")
 
@@ -166,3 +168,70 @@ def test_objects_of_other_libraries_are_left_alone() -> None:
     with undisturbed(module):
         foreign.lines.append("line")
     assert foreign.lines == ["line"]
+
+
+# -- data sets, which may hold a lot
+
+
+class Tokens(Dataset):  # type: ignore[type-arg]
+    """A list of samples, as instruction tuning holds them, and what it counts while it is read."""
+
+    def __init__(self, samples: int, length: int) -> None:
+        self.samples = [
+            {"ids": [1000 + i] * length, "labels": list(range(1000, 1000 + length))} for i in range(samples)
+        ]
+        self.generator = random.Random(1)
+        self.counts = {"reads": [0]}
+
+
+def test_numbers_of_a_data_set_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for generators, nor to copy them: a data set that is small enough to be copied has its lists copied."""
+    looked_at = []
+    parts = undisturbed_module._parts
+    monkeypatch.setattr(undisturbed_module, "_parts", lambda value: looked_at.append(value) or parts(value))
+    copied = undisturbed_module._Copies._copied
+    monkeypatch.setattr(
+        undisturbed_module._Copies, "_copied", lambda self, value: looked_at.append(value) or copied(self, value)
+    )
+    data = Tokens(samples=10, length=100)
+    with read_without_trace(data):
+        data.samples[3]["ids"].append(7)
+        data.generator.random()
+    assert len(data.samples[3]["ids"]) == 100
+    assert data.generator.random() == random.Random(1).random()
+    assert len(looked_at) < 200
+
+
+def test_what_a_data_set_holds_in_all_is_data() -> None:
+    """No container of it is long, and it is left as it is; what it counts beside is put back."""
+    data = Tokens(samples=50, length=300)
+    own = data.samples
+    with read_without_trace(data):
+        assert data.samples is own
+        assert data.samples[0]["ids"] is own[0]["ids"]
+        data.counts["reads"][0] += 1
+        data.generator.random()
+    assert data.counts == {"reads": [0]}
+    assert data.generator.random() == random.Random(1).random()
+
+
+def test_generators_near_by_are_found_where_much_is_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search ends at some time, and begins with what is nearest."""
+    monkeypatch.setattr(undisturbed_module, "_MOST", 100)
+    data = Tokens(samples=200, length=1)
+    data.far = [[[[[[[[random.Random(2)]]]]]]]]  # type: ignore[attr-defined]
+    found = undisturbed_module._generators_in([data])
+    assert found == [data.generator]
+
+
+def test_of_much_data_on_a_module_the_list_alone_is_copied() -> None:
+    """At every measurement: what is appended is taken back, and the samples are not copied."""
+    module = Writes()
+    module.samples = [{"ids": [i, [i]]} for i in range(30_000)]
+    own = module.samples
+    with undisturbed(module):
+        assert module.samples is not own
+        assert module.samples[0] is own[0]
+        module.samples.append({})
+    assert module.samples is own
+    assert len(own) == 30_000
