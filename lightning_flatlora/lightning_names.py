@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from typing import Any, TypeGuard, TypeVar
 
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import exceptions
 
 _NAMES = {
@@ -41,6 +42,11 @@ def is_lightning(value: object, *kinds: type[T]) -> TypeGuard[T]:
 def is_defined_by_lightning(value: object) -> bool:
     """Whether an object's own class, and not only one that it inherits from, is of Lightning."""
     return _name(type(value))[0] in _NAMES.values()
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a trainer, which Lightning's types do not tell."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def _name(kind: type[Any]) -> tuple[str, str]:

@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.checks import message, strategy_problems, value_problems, wrapping_problems
 from lightning_flatlora.callbacks.courses import Course
-from lightning_flatlora.callbacks.finds_pairs import FindsPairs, callbacks_of
+from lightning_flatlora.callbacks.finds_pairs import FindsPairs
 from lightning_flatlora.callbacks.hidden_steps import refuse_hidden_steps
 from lightning_flatlora.callbacks.horizon import horizon_problems, no_end, optimizer_steps
 from lightning_flatlora.callbacks.value_clipping import skip_clipping_without_gradients
 from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
+from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of, is_lightning
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
@@ -125,7 +125,7 @@ class FlatLoRACallback(FindsPairs):
         problems = strategy_problems(trainer, window_of(trainer), self.sync_ascent, self.works_sharded)
         others = [
             type(callback).__name__
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            for callback in callbacks_of(trainer)
             if isinstance(callback, FlatLoRACallback) and callback is not self and not self.works_beside(callback)
         ]
         if others:
@@ -321,8 +321,8 @@ def window_of(trainer: Trainer) -> int:
 
 def module_drivers(trainer: Trainer) -> list[FlatLoRACallback]:
     """The driver of an FMLoRAModule among the callbacks, if the model is one."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, FlatLoRACallback) and callback.is_module_driver]
+    ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, FlatLoRACallback)]
+    return [callback for callback in ours if callback.is_module_driver]
 
 
 def without_logging(callback: Callback) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lightning_names import is_defined_by_lightning, is_lightning
+from lightning_flatlora.lightning_names import callbacks_of, is_defined_by_lightning, is_lightning
 from lightning_flatlora.schedules import RhoSchedule, is_radius
 
 
@@ -132,7 +132,7 @@ def _longest_window(trainer: Trainer, window: int) -> int:
     """The most batches of an optimizer step, now or in a later epoch."""
     schedules = [
         callback.scheduling.values()
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer)
         if is_lightning(callback, GradientAccumulationScheduler)
     ]
     return max([window, *(size for sizes in schedules for size in sizes)])

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.checks import message
 from lightning_flatlora.callbacks.courses import Course, Owners, owners_of
 from lightning_flatlora.callbacks.horizon import takes_no_step
-from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
+from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of, is_lightning
 from lightning_flatlora.pair_watch import PairWatch
 from lightning_flatlora.pairs import LoRAPair, PairSearch
 from lightning_flatlora.perturbation import Perturbation
@@ -198,8 +198,3 @@ class FindsPairs(Callback):
 def unfreezes_later(trainer: Trainer) -> bool:
     """Whether a callback is there whose task it is to unfreeze parameters in the middle of a fit."""
     return any(is_lightning(each, BaseFinetuning) for each in callbacks_of(trainer))
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a trainer, as a type checker does not know them."""
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]

@@ -25,7 +25,7 @@ from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.one_pass import OnePass
 from lightning_flatlora.callbacks.undisturbed import undisturbed
 from lightning_flatlora.flatness import DEFAULT_MEASURES, MEASURES, Point, measure
-from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
+from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of, is_lightning
 from lightning_flatlora.pair_watch import PairWatch
 from lightning_flatlora.pairs import NoPairsError, find_pairs
 from lightning_flatlora.perturbation import Perturbation
@@ -41,10 +41,10 @@ class FlatnessMonitor(Callback):
     The loss is the module's own ``training_step`` (``compute_loss`` of an :class:`~lightning_flatlora.FMLoRAModule`) in
     eval mode, at the clean weights, with the same random draws in every pass. Weights, gradients, random generators,
     modes, buffers, torchmetrics objects and what ``self.log`` collects stay as they are, to the bit; so does what a
-    step keeps in attributes of its modules (tensors, arrays, numbers, counters, containers of them, dataclasses, and
-    objects of the module's own package), but not what it writes elsewhere, as into a logger's experiment or a file. The
-    numbers go to every logger of the trainer and into ``trainer.callback_metrics`` as ``flatness/sharpness`` and so on;
-    docs/flatness.md lists them.
+    step keeps in attributes of its modules (tensors, arrays, numbers, counters, containers of up to 100,000 of them,
+    dataclasses, and objects of the module's own package), but not what it writes elsewhere, as into a logger's
+    experiment or a file. The numbers go to every logger of the trainer and into ``trainer.callback_metrics`` as
+    ``flatness/sharpness`` and so on; docs/flatness.md lists them.
 
     It works alone under plain LoRA, and beside EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its own
     batches; losses and gradients are averaged, so that all ranks log the same.
@@ -222,7 +222,7 @@ class FlatnessMonitor(Callback):
         if self._perturbation is None or (driver is not None and driver.perturbation is None):
             return  # no pair is trained yet
         self._measured = True
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, OnePass):
                 callback.off()  # as its own hook does, whichever of the two comes first
         with undisturbed(pl_module):
@@ -264,9 +264,8 @@ class FlatnessMonitor(Callback):
 
 def _driver(trainer: Trainer) -> FlatLoRACallback | None:
     """The front end that this trainer has: EFMLoRA, which also schedules an FMLoRAModule, before others."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for kind in (EFMLoRA, FMLoRA, FMLoRAModuleDriver):
-        for callback in callbacks:
+        for callback in callbacks_of(trainer):
             if isinstance(callback, kind):
                 return callback
     return None

@@ -1,12 +1,11 @@
 """How many optimizer steps a run takes, as far as it can be foretold."""
 
 import math
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
-from lightning_flatlora.lightning_names import is_lightning
+from lightning_flatlora.lightning_names import callbacks_of, is_lightning
 
 
 def horizon_problems(sized: str, trainer: Trainer, pl_module: LightningModule, is_driven: bool) -> list[str]:
@@ -21,7 +20,7 @@ def horizon_problems(sized: str, trainer: Trainer, pl_module: LightningModule, i
     if trainer.max_steps == -1 and trainer.max_epochs == -1:
         return [no_end(sized)]
     own_steps = not pl_module.automatic_optimization and not is_driven
-    changing = any(is_lightning(each, GradientAccumulationScheduler) for each in _callbacks(trainer))
+    changing = any(is_lightning(each, GradientAccumulationScheduler) for each in callbacks_of(trainer))
     if own_steps or changing:
         cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
         return [f"{sized} spreads over the run, whose steps are not known as {cause}: set its total_steps"]
@@ -60,11 +59,7 @@ def takes_no_step(trainer: Trainer) -> bool:
 def _epochs(trainer: Trainer) -> int:
     """Epochs that train: without the one in which weight averaging refreshes BatchNorm's statistics."""
     epochs = trainer.max_epochs or 1
-    for each in _callbacks(trainer):
+    for each in callbacks_of(trainer):
         if is_lightning(each, StochasticWeightAveraging):
             epochs = min(epochs, each.swa_end + 1)
     return max(epochs, 1)
-
-
-def _callbacks(trainer: Trainer) -> list[Any]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -15,7 +15,7 @@ from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.manual_schedulers import ManualSchedulers
 from lightning_flatlora.callbacks.perturbs_b import PerturbsB
 from lightning_flatlora.callbacks.two_passes import gradient_holders
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 
 
@@ -67,7 +67,7 @@ class FMLoRAModuleDriver(PerturbsB):
                 "manual optimization and the EFMLoRA callback"
             )
         scheduler = _scheduler_of(trainer)
-        if sum(isinstance(callback, EFMLoRA) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        if sum(isinstance(callback, EFMLoRA) for callback in callbacks_of(trainer)) > 1:
             problems.append("one EFMLoRA can schedule the module's passes: keep one")
         for name in ("rho", "estimator", "norm_scope", "adapter_name") if scheduler else ():
             if getattr(self, name) != getattr(scheduler, name):
@@ -122,7 +122,7 @@ class FMLoRAModuleDriver(PerturbsB):
                 "return [*super().configure_callbacks(), ...]"
             )
         source = self._scheduler or self
-        if source not in trainer.callbacks:  # type: ignore[attr-defined]
+        if source not in callbacks_of(trainer):
             return False
         if self.perturbation is None or not source.is_refresh_step:
             return False
@@ -243,5 +243,4 @@ class FMLoRAModuleDriver(PerturbsB):
 
 
 def _scheduler_of(trainer: Trainer) -> EFMLoRA | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, EFMLoRA)), None)
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, EFMLoRA)), None)

@@ -31,7 +31,7 @@ from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_o
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
 from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
 from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
+from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of, is_lightning
 
 if TYPE_CHECKING:
     _Base = ModelCheckpoint
@@ -67,7 +67,7 @@ class SavesAdapters(_Base):
             self._stop_reading = read_adapters(trainer)
 
     def _is_first(self, trainer: Trainer) -> bool:
-        ours = [callback for callback in trainer.callbacks if isinstance(callback, SavesAdapters)]  # type: ignore[attr-defined]
+        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, SavesAdapters)]
         return bool(ours and ours[0] is self)
 
     @override

@@ -17,7 +17,7 @@ from lightning_flatlora.callbacks.checkpoint.export import check_configs, save_a
 from lightning_flatlora.callbacks.checkpoint.parts import Kind, unwrapped
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, check_form
 from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of
 
 _MOST_BYTES = 2**27
 """Adapters up to this size are written for the trial; of larger ones the configs are."""
@@ -58,8 +58,7 @@ def try_to_save(trainer: Trainer, folder: Path, selection: Selection, linked: bo
 
 def _states(trainer: Trainer) -> list[tuple[str, Any]]:
     """What Lightning puts into a checkpoint beside the weights, by a name for it."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [(f"the state of {type(callback).__name__}", callback.state_dict()) for callback in callbacks]
+    found = [(f"the state of {type(each).__name__}", each.state_dict()) for each in callbacks_of(trainer)]
     datamodule = getattr(trainer, "datamodule", None)
     for owner in (trainer.lightning_module, datamodule):
         if owner is not None and owner.hparams:
