@@ -22,6 +22,7 @@ from helpers import (
 )
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.optimizers import create_lorafa_optimizer
@@ -177,6 +178,18 @@ def test_a_callback_that_fails_to_tell_its_state_is_told_of_at_the_start(tmp_pat
     module, _, _ = build("plain")
     with pytest.raises(MisconfigurationException, match=r"would fail: RuntimeError: not yet"):
         fit(tmp_path, module, [FailsToTellItsState(), saver(tmp_path)])
+
+
+def test_a_problem_of_another_rank_ends_this_one_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callbacks may have a state of their own that fails; this rank would wait for it."""
+
+    def decide(strategy: SingleDeviceStrategy, decision: bool, all: bool = True) -> bool:
+        return decision if all else True
+
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", decide)
+    module, _, _ = build("plain")
+    with pytest.raises(MisconfigurationException, match=r"would fail on another rank"):
+        fit(tmp_path, module, [saver(tmp_path)])
 
 
 class Remembers(Classifier):

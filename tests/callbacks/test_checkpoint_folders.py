@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from lightning_flatlora import AdapterCheckpoint
+from lightning_flatlora.callbacks.checkpoint import callback
 from lightning_flatlora.callbacks.checkpoint.folder import LIST, adapter_folder, remove_folder
 from lightning_flatlora.callbacks.checkpoint.saving import MARK
 
@@ -101,6 +103,17 @@ def test_a_users_file_in_a_last_that_becomes_a_link_stays(tmp_path: Path) -> Non
     assert_untouched(tmp_path / "last", {"notes.txt": "good run"})
     assert (tmp_path / "last.ckpt").is_symlink()
     assert (tmp_path / "last-adapter" / WEIGHTS).samefile(tmp_path / "step=6" / WEIGHTS)
+
+
+def test_rank_zero_alone_looks_at_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a slower rank the files would vanish while it reads them."""
+    looks: list[Any] = []
+    monkeypatch.setattr(callback, "existing_folder", lambda *args: looks.append(args))
+    strategy = SimpleNamespace(remove_checkpoint=lambda path: None)
+    for is_global_zero in (False, True):
+        trainer: Any = SimpleNamespace(is_global_zero=is_global_zero, strategy=strategy)
+        saver(tmp_path)._remove_checkpoint(trainer, str(tmp_path / "step=3.ckpt"))
+        assert len(looks) == is_global_zero
 
 
 def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> None:
