@@ -5,15 +5,18 @@ BIN := $(VENV)/bin
 # What is installed: for the demos the recipes' dependencies, for lint and tests the tools too.
 RECIPES := $(VENV)/.recipes
 DEV := $(VENV)/.dev
+# Whose layers the tests train, and whose bounds on its dependencies exclude transformers 5.
+LITGPT := 0.5.13
 # An environment with the oldest releases that are supported.
 OLDEST := .venv-oldest
 
-.PHONY: help test test-oldest demo clip-demo lint gpu-test benchmark clean
+.PHONY: help test test-oldest demo clip-demo lint docs gpu-test benchmark clean
 
 help:
 	@echo "make demo       fine-tune a packaged language model with LoRA, EFMLoRA and FMLoRA, side by side"
 	@echo "make clip-demo  train a small CLIP on emoji, then adapt it with few images of a style it has never seen"
-	@echo "make test       lint, type check and all tests"
+	@echo "make test       lint, type check, the site and all tests"
+	@echo "make docs       the site, in docs/_build/html"
 	@echo "make test-oldest  the package's tests with the oldest supported Lightning, peft and torchmetrics"
 	@echo "make gpu-test   the tests that need a CUDA device"
 	@echo "make benchmark  step time of every method relative to LoRA"
@@ -29,6 +32,7 @@ $(RECIPES) $(DEV): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[$(EXTRAS)]'
+	if test $@ = $(DEV); then $(BIN)/python -m pip install --quiet --no-deps litgpt==$(LITGPT); fi
 	@touch $@
 
 demo: $(RECIPES)
@@ -42,7 +46,11 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# DOCS_LINKS=1 links to the documentation of PyTorch and Lightning, which needs a network.
+docs: $(DEV)
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+test: lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
@@ -62,4 +70,4 @@ benchmark: $(RECIPES)
 	$(BIN)/python -m recipes.benchmarks.step
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache

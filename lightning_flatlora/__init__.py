@@ -1,9 +1,11 @@
 """Flat minima for LoRA fine-tuning in PyTorch Lightning: FMLoRA and EFMLoRA (arXiv 2508.00522)."""
 
 from lightning_flatlora.callbacks import AdapterCheckpoint, EFMLoRA, FlatnessMonitor, FMLoRA, load_adapter_checkpoint
+from lightning_flatlora.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.module import FMLoRAModule
-from lightning_flatlora.pairs import LoRAPair, NoPairsError, PairSearch, find_pairs
+from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
+from lightning_flatlora.read_through import Reader
 from lightning_flatlora.schedules import (
     ConstantRho,
     CosineRho,
@@ -22,6 +24,7 @@ __all__ = [
     "EFMLoRA",
     "FMLoRA",
     "FMLoRAModule",
+    "Finder",
     "FlatnessMonitor",
     "FreshPerturbation",
     "InverseSqrtRho",
@@ -31,6 +34,7 @@ __all__ = [
     "NoPairsError",
     "PairSearch",
     "Perturbation",
+    "Reader",
     "RhoSchedule",
     "find_pairs",
     "load_adapter_checkpoint",

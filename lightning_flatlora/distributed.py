@@ -1,4 +1,4 @@
-"""How the ranks share factors and gradients, and what makes them whole again: all collectives of the package."""
+"""How the ranks share factors and gradients, and how these are made whole again: all collectives of the package."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from typing_extensions import override
 class Layout:
     """Factors that each rank holds whole (one device, DDP), or as DTensors (FSDP2).
 
-    What it returns is the same on every rank, and never read from a local shard. Its methods communicate under FSDP, so
-    every rank has to call them in one order.
+    What its methods return is the same on every rank, and never read from a local shard. Under FSDP the methods
+    communicate, so every rank must call them in the same order.
 
     Attributes:
         only_views: whether layers compute with views of the parameters, see :func:`read_through.install`.
@@ -31,19 +31,23 @@ class Layout:
         """Parameters of one shape, or their gradients (zero where one is missing), as a plain tensor.
 
         Returns:
-            Shape (L, rows, columns), a kernel's dimensions among the columns; dtype of the parameters; a copy.
+            Shape (L, rows, columns), a kernel's dimensions among the columns; dtype of the parameters; for a single
+            parameter it may share its memory, as a copy of a large factor costs as much as a product with it.
         """
         tensors = [_gradient(parameter) for parameter in parameters] if gradients else parameters
-        with torch.no_grad():  # once, not a detach() for each of them
+        with torch.no_grad():  # faster than a detach() for each tensor
+            if len(tensors) == 1:
+                return whole(tensors[0].flatten(1).unsqueeze(0))
             return whole(torch.stack([tensor.flatten(1) for tensor in tensors]))
 
     def gather(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-        """What is split as a parameter is (itself, or an optimizer's average of it), whole, to the bit."""
+        """The exact whole of a tensor split as a parameter is: of the parameter, or an optimizer's average of it."""
         tensor = tensor.detach()
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # not a sum, which turns -0.0 into 0.0
+        # Not whole(), whose sum over the ranks may turn -0.0 into 0.0.
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def part(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """What a rank keeps of a whole value, every rank having the same; undoes :meth:`gather`."""
+        """What this rank keeps of a whole value, which is the same on every rank; the inverse of :meth:`gather`."""
         if isinstance(parameter, DTensor):
             return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
         return value
@@ -53,15 +57,15 @@ class Layout:
         return isinstance(parameter, DTensor)
 
     def merged(self, table: dict[Any, Any]) -> dict[Any, Any]:
-        """A small table as all ranks know it together, in one order; the first rank that has an entry decides it."""
+        """The union of all ranks' small tables, in the same order everywhere; the first rank with an entry decides."""
         return table
 
     def has_gradient(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether any of them has a gradient at all, known to the host."""
+        """Whether any parameter has a gradient at all, known to the host."""
         return any(parameter.grad is not None for parameter in parameters)
 
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """Which of them have a gradient, known to the host, the same on every rank."""
+        """Which parameters have a gradient, known to the host, the same on every rank."""
         return [parameter.grad is not None for parameter in parameters]
 
     def all_finite(self, parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
@@ -69,44 +73,43 @@ class Layout:
 
         The host does not wait.
         """
-        grads = [p.grad for p in {id(p): p for p in parameters}.values() if p.grad is not None]
-        kinds = ([g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)])
-        norms = [whole(nn.utils.get_total_norm(kind, norm_type=torch.inf)) for kind in kinds if kind]
-        return torch.isfinite(sum((norm.to(device) for norm in norms), start=torch.zeros((), device=device)))
+        sharded, plain = [], []
+        for parameter in dict.fromkeys(parameters):
+            if isinstance(parameter.grad, DTensor):
+                sharded.append(parameter.grad)
+            elif parameter.grad is not None:
+                plain.append(parameter.grad)
+        total = torch.zeros((), device=device)
+        # PyTorch takes no norm over both kinds at once.
+        for gradients in (sharded, plain):
+            if gradients:
+                total = total + whole(nn.utils.get_total_norm(gradients, norm_type=torch.inf)).to(device)
+        return torch.isfinite(total)
 
 
 class FlatShards(Layout):
     """Factors of which each rank holds a part of the flattened values, maybe none (FSDP1 between its passes).
 
-    Ranks write what they have into a tensor of zeros and add these up: exact, in one all-reduce a stack, whatever the
-    wrapping policy has put where.
+    Ranks write what they have into a tensor of zeros and add these up. This is exact and takes one all-reduce for each
+    stack, whatever the wrapping policy has put where.
 
     Args:
         model: its FSDP units hold the parameters.
-        parameters: what is going to be asked for, in the same order on every rank; any trained parameters will do.
         group: the ranks over which the model is sharded.
-
-    Raises:
-        ValueError: the parts of a parameter don't add up to it.
     """
 
     only_views = True
 
-    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], group: Any) -> None:
-        parameters = list({id(p): p for p in parameters}.values())
-        shapes = _full_shapes(model)
-        parameters = [p for p in parameters if id(p) in shapes]
+    def __init__(self, model: nn.Module, group: Any) -> None:
         self._group = group
-        self._shapes = {id(p): shapes[id(p)] for p in parameters}
-        sizes = torch.tensor([p.numel() for p in parameters], device=parameters[0].device)
-        of_ranks = [torch.zeros_like(sizes) for _ in range(group.size())]
-        dist.all_gather(of_ranks, sizes, group=group)
-        table = torch.stack(of_ranks)
-        totals = table.sum(0).tolist()
-        if any(self._shapes[id(p)].numel() != total for p, total in zip(parameters, totals, strict=True)):
-            raise ValueError("the ranks' parts of a parameter don't add up to it: it is not sharded flat")
-        offsets = table[: group.rank()].sum(0).tolist()
-        self._offsets = {id(p): int(offset) for p, offset in zip(parameters, offsets, strict=True)}
+        self._shapes: dict[int, torch.Size] = {}
+        self._offsets: dict[int, int] = {}
+        handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
+        for flat in [handle.flat_param for handle in handles if handle is not None]:
+            # FSDP's own record, as nothing public says where the part of each rank begins.
+            for parameter, shape, part in zip(flat._params or [], flat._shapes, flat._shard_param_infos, strict=False):
+                self._shapes[id(parameter)] = shape
+                self._offsets[id(parameter)] = part.intra_param_start_idx or 0  # None where the rank has no part
 
     @override
     def shape(self, parameter: nn.Parameter) -> torch.Size:
@@ -120,7 +123,8 @@ class FlatShards(Layout):
             tensor = parameter.grad if gradients else parameter.detach()
             if tensor is None:
                 continue
-            if tensor.ndim > 1:  # a gradient in FSDP's no_sync: whole, of this rank's samples alone
+            # A gradient in FSDP's no_sync is whole, and of this rank's samples alone.
+            if tensor.ndim > 1:
                 row.copy_(tensor.flatten()).div_(self._group.size())
             else:
                 offset = self._offsets[id(parameter)]
@@ -135,7 +139,8 @@ class FlatShards(Layout):
         full = torch.zeros(self.shape(parameter).numel(), dtype=tensor.dtype, device=tensor.device)
         offset = self._offsets[id(parameter)]
         full[offset : offset + tensor.numel()].copy_(tensor.detach().flatten())
-        dist.all_reduce(full.view(torch.uint8), group=self._group)  # as bytes: a sum of floats turns -0.0 into 0.0
+        # Added up as bytes, because a sum of floats would turn -0.0 into 0.0.
+        dist.all_reduce(full.view(torch.uint8), group=self._group)
         return full.view(self.shape(parameter))
 
     @override
@@ -153,16 +158,20 @@ class FlatShards(Layout):
     def merged(self, table: dict[Any, Any]) -> dict[Any, Any]:
         tables: list[dict[Any, Any]] = [{} for _ in range(self._group.size())]
         dist.all_gather_object(tables, table, group=self._group)
-        return {key: value for table in reversed(tables) for key, value in table.items()}
+        merged = {}
+        # The first rank last, so that its entries decide.
+        for of_rank in reversed(tables):
+            merged.update(of_rank)
+        return merged
 
     @override
     def has_gradient(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """True where other ranks may have one: Lightning lets no rank skip a batch of several."""
+        """True where other ranks may have one, since Lightning lets no single rank of several skip a batch."""
         return self._group.size() > 1 or super().has_gradient(parameters)
 
     @override
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
-        """A rank without a part of one can't tell, so all that are trained count."""
+        """All that are trained count, since a rank without a part of a parameter can't know of its gradient."""
         if self._group.size() == 1:
             return super().have_gradients(parameters)
         return [parameter.requires_grad for parameter in parameters]
@@ -178,16 +187,11 @@ class FlatShards(Layout):
         return flag > 0
 
 
-def layout_of(model: nn.Module | None, factors: Iterable[nn.Parameter]) -> Layout:
-    """How the ranks share a model's factors.
-
-    Args:
-        model: as the strategy has wrapped it.
-        factors: the A and B, or other trained parameters, that are going to be asked for.
-    """
+def layout_of(model: nn.Module | None) -> Layout:
+    """How the ranks share the parameters of a model, as the strategy has wrapped it."""
     units = FullyShardedDataParallel.fsdp_modules(model) if model is not None else []
-    if units:  # the model itself, or modules that its configure_model has wrapped
-        return FlatShards(model, factors, units[0].process_group)  # type: ignore[arg-type]
+    if units:  # the model itself, or modules that its configure_model wrapped
+        return FlatShards(model, units[0].process_group)  # type: ignore[arg-type]
     return Layout()
 
 
@@ -209,16 +213,18 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     mesh, placement = tensor.device_mesh, tensor.placements[0]
+    # full_tensor pads uneven shards, which for a factor of few rows sends several times its size.
     if mesh.ndim == 1 and isinstance(placement, Shard) and tensor.shape[placement.dim] % mesh.size():
         return _sum_of_shards(tensor, placement.dim)
     return tensor.full_tensor()
 
 
 def _sum_of_shards(tensor: DTensor, dim: int) -> Tensor:
-    """What full_tensor gives, without padding every rank's shard to the largest: a factor may have few rows."""
+    """What full_tensor gives, without its padding."""
     group, rows = tensor.device_mesh.get_group(), tensor.shape[dim]
     local = tensor.to_local()
     full = local.new_zeros(tensor.shape)
+    # As torch.chunk cuts: pieces of the same size, rounded up, except that the last ones are shorter or empty.
     start = min(-(-rows // group.size()) * group.rank(), rows)
     full.narrow(dim, start, local.shape[dim]).copy_(local)
     dist.all_reduce(full, group=group)
@@ -230,9 +236,6 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     A missing gradient counts as zero and stays missing only where no process group is running. Every rank must call it
     with the same parameters in the same order.
-
-    Args:
-        parameters: the small factors whose gradients travel.
     """
     if not _has_ranks():
         return
@@ -245,12 +248,9 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over the ranks, in one all-reduce for each dtype and device.
+    """Replace each floating tensor by its mean over the ranks, in place, in one all-reduce for each dtype and device.
 
     Every rank must call it with the same shapes in the same order; without a process group it does nothing.
-
-    Args:
-        tensors: floating, written to in place.
     """
     if not _has_ranks():
         return
@@ -266,15 +266,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 
 def _has_ranks() -> bool:
-    """Whether there is more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _full_shapes(model: nn.Module) -> dict[int, torch.Size]:
-    """The shape of every parameter that FSDP1 has flattened, by its id: FSDP's own record, as nothing public has it."""
-    handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
-    flat = [handle.flat_param for handle in handles if handle is not None]
-    return {id(p): shape for each in flat for p, shape in zip(each._params or [], each._shapes, strict=False)}
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

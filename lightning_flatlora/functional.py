@@ -93,6 +93,40 @@ def _inverse(L: Tensor) -> Tensor:
     return inverse
 
 
+def _times_root(X: Tensor, R: Tensor) -> Tensor:
+    """``X R`` for a lower triangular R, leaving out most of its zeros where that saves time."""
+    if not _blocks_are_faster(R):
+        return X @ R
+    product = torch.empty_like(X)
+    for start in range(0, R.shape[-1], _BLOCK):
+        columns = slice(start, start + _BLOCK)
+        rows = slice(start, None)
+        product[..., columns] = X[..., rows] @ R[..., rows, columns]
+    return product
+
+
+def _times_transposed_root(X: Tensor, R: Tensor) -> Tensor:
+    """``X R^T`` for a lower triangular R, leaving out most of its zeros where that saves time."""
+    if not _blocks_are_faster(R):
+        return X @ R.mT
+    product = torch.empty_like(X)
+    for start in range(0, R.shape[-1], _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        columns = slice(0, start + _BLOCK)
+        product[..., rows] = X[..., columns] @ R[..., rows, columns].mT
+    return product
+
+
+def _root_times(R: Tensor, X: Tensor) -> Tensor:
+    """``R X`` for a lower triangular R, leaving out most of its zeros where that saves time."""
+    return _times_transposed_root(X.mT, R).mT if _blocks_are_faster(R) else R @ X
+
+
+def _blocks_are_faster(R: Tensor) -> bool:
+    """On a CPU operations count; on an accelerator several small kernels cost more than one with many zeros."""
+    return R.is_cpu and R.shape[-1] > _BLOCK
+
+
 def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
     r"""The ascent from both of LoRA's gradients: the estimator ``"average"`` (Eqs. 10-12, 14).
 
@@ -130,14 +164,16 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
         tensor([2.])
     """
     root_A, root_B = damped_inverse_root(A.mT), damped_inverse_root(B)
-    half, seen_A = grad_B @ root_A.mT, root_B @ grad_A
-    from_B, from_A = root_B @ (B.mT @ half), seen_A @ A.mT @ root_A.mT
+    half = _times_transposed_root(grad_B, root_A)
+    seen_A = _root_times(root_B, grad_A)
+    from_B = root_B @ (B.mT @ half)
+    from_A = seen_A @ A.mT @ root_A.mT
     # sqrt(w) goes into R_B G_A, not into its norm: at B = 0, R_B is so large that the norm of a penalty would overflow.
     agreement = _agreement(from_B, from_A)[:, None, None]
     beyond_A = _squared_norm(seen_A.mul_(agreement)) - _squared_norm(agreement * from_A)
     squares = _squared_norm(half) + 3 * _squared_norm(from_B) + beyond_A
     half.baddbmm_(B, root_B.mT @ from_B)  # (I + B K_B⁺ B^T) G_B R_A^T, in place: these are the largest tensors here
-    direction = half @ (root_A / (2 * scaling**2)[:, None, None])
+    direction = _times_root(half, root_A / (2 * scaling**2)[:, None, None])
     return Ascent(direction, squares / (4 * scaling**2))
 
 
@@ -173,8 +209,8 @@ def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
         tensor([2.])
     """
     root_A = damped_inverse_root(A.mT)
-    half = grad_B @ root_A.mT
-    direction = half @ (root_A / (scaling**2)[:, None, None])
+    half = _times_transposed_root(grad_B, root_A)
+    direction = _times_root(half, root_A / (scaling**2)[:, None, None])
     return Ascent(direction, _squared_norm(half) / scaling**2)
 
 
@@ -194,6 +230,7 @@ def perturbation_scale(squared_norm: Tensor, rho: float | Tensor) -> Tensor:
         >>> perturbation_scale(torch.tensor([4.0, 0.0]), rho=0.5)
         tensor([0.2500, 0.0000])
     """
+    # Where the norm is 0, rsqrt gives inf, which is never chosen.
     return torch.where(squared_norm > 0, rho * squared_norm.rsqrt(), torch.zeros_like(squared_norm))
 
 

@@ -1,7 +1,7 @@
 """Lightning has two names, ``lightning.pytorch`` and ``pytorch_lightning``: the same code, but classes of their own.
 
-The package imports the first alone. What a user's Trainer brings may be of either, so objects of Lightning are told
-apart here by the names of their classes, without importing a library that the user has not.
+The package imports only the first. The objects of a user's Trainer may come from either, so objects of Lightning are
+recognised here by the names of their classes, without an import of a library that the user does not have.
 """
 
 import sys
@@ -45,8 +45,13 @@ def is_defined_by_lightning(value: object) -> bool:
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a trainer, which Lightning's types do not tell."""
+    """The callbacks of a trainer, an attribute that Lightning's types do not declare."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def callback_of(trainer: Trainer, kind: type[T]) -> T | None:
+    """The first callback of a kind among those of a trainer."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def _name(kind: type[Any]) -> tuple[str, str]:
@@ -76,6 +81,7 @@ class MisconfigurationException(exceptions.MisconfigurationException):
         return super().__new__(kind, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # The class under both names is created at run time, so pickle could not find it.
         return MisconfigurationException, self.args
 
 

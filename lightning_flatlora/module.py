@@ -6,30 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.utilities.memory import recursive_detach
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.horizon import takes_no_step
-from lightning_flatlora.callbacks.module_driver import FMLoRAModuleDriver
-from lightning_flatlora.callbacks.two_passes import (
-    ends_window,
-    loss_of,
-    own_containers,
-    put_back_gradients,
-    random_state,
-    silenced_log,
-    take_gradients,
-)
+from lightning_flatlora.callbacks.methods.checks import integer_problems, is_number
+from lightning_flatlora.callbacks.methods.gradients import has_gradient, set_aside
+from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, own_containers, takes_no_step
+from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
+from lightning_flatlora.callbacks.patches import silenced_log
+from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import is_lightning
+from lightning_flatlora.lora_pair import Finder, trained_factors
 from lightning_flatlora.schedules import RhoSchedule
 
 if TYPE_CHECKING:
     _Base = LightningModule
 else:
-    _Base = object  # the LightningModule comes with the classes that users subclass
+    # The LightningModule comes with the classes that users subclass.
+    _Base = object
 
 
 class FMLoRASteps(_Base):
@@ -44,6 +41,7 @@ class FMLoRASteps(_Base):
         start_step: int = 0,
         every_n_steps: int = 1,
         adapter_name: str | None = None,
+        finder: Finder | None = None,
         sync_ascent: bool = True,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -58,9 +56,10 @@ class FMLoRASteps(_Base):
             start_step=start_step,
             every_n_steps=every_n_steps,
             adapter_name=adapter_name,
+            finder=finder,
             window=accumulate_grad_batches,
             sync_ascent=sync_ascent,
-            more_problems=_step_problems(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm),
+            step_problems=_step_problems(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm),
         )
         self._in_window = False
         self.sync_ascent = sync_ascent
@@ -69,10 +68,10 @@ class FMLoRASteps(_Base):
         self.gradient_clip_algorithm = gradient_clip_algorithm
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor | Mapping[str, Any] | None:
-        """The loss of one batch: yours to write. It is called twice in a step with an ascent; log as in training_step.
+        """Compute the loss of one batch: this method is yours to write, and may log as training_step does.
 
-        Logging, buffers and torchmetrics count the first call alone. Other attributes see both: count in
-        on_train_batch_end.
+        A step with an ascent calls it twice. Logging, buffers and torchmetrics count the first call alone. Other
+        attributes see both: count in on_train_batch_end.
 
         Args:
             batch: from the training dataloader.
@@ -88,8 +87,9 @@ class FMLoRASteps(_Base):
         return _defines(self, "training_step")
 
     def _subclass_problems(self) -> list[str]:
-        """What about a subclass can't work, one line each; the driver asks as fit starts."""
-        name, problems = type(self).__name__, []
+        """What can't work about a subclass, one line for each problem."""
+        name = type(self).__name__
+        problems = []
         if self.automatic_optimization:
             problems.append(
                 "automatic_optimization must be False, as FMLoRAModule sets it, got True: it takes its optimizer steps "
@@ -110,11 +110,14 @@ class FMLoRASteps(_Base):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
-        self._driver.reached = True
+        self._driver.has_reached_step = True
+        # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
         if takes_no_step(self.trainer):
-            return _detached(self.compute_loss(batch, batch_idx))
-        optimizer = self._optimizer()
+            return recursive_detach(self.compute_loss(batch, batch_idx))
+        optimizer = self.optimizers()
+        assert is_lightning(optimizer, LightningOptimizer)  # checked in on_fit_start
         if batch_idx % self.accumulate_grad_batches == 0:
+            # At the start of a window and not after the step, as Lightning does: hooks may read the last gradients.
             optimizer.zero_grad()
             self._driver.begin_window(self.trainer, self)
         last = ends_window(self.trainer, batch_idx, self.accumulate_grad_batches)
@@ -125,14 +128,15 @@ class FMLoRASteps(_Base):
             with self._driver.between_ascents():
                 output = self._one_pass(batch, batch_idx, sync=last)
         if last:
-            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            if has_gradient(optimizer.optimizer):
                 optimizer.step()
-            else:  # every batch was skipped, and a loss scaler would not know what to do
+            else:
+                # Every batch of the window was skipped, and a loss scaler refuses a step without gradients.
                 self._driver.count_step()
-            self._driver.schedulers.step(self.trainer, "step", batch_idx)
+            self._driver.lr_schedulers.step(self.trainer, "step", batch_idx)
         if self.trainer.is_last_batch:
-            self._driver.schedulers.step(self.trainer, "epoch", self.current_epoch)
-        return _detached(output)
+            self._driver.lr_schedulers.step(self.trainer, "epoch", self.current_epoch)
+        return recursive_detach(output)
 
     @override
     def on_validation_model_zero_grad(self) -> None:
@@ -143,25 +147,22 @@ class FMLoRASteps(_Base):
     def _two_passes(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """The ascent at the clean B, then the descent's gradient at B + E; returns the clean pass's output."""
         driver = self._driver
-        perturbation, counted = driver.perturbation, driver.counted
+        perturbation, second_pass = driver.perturbation, driver.second_pass
         assert perturbation is not None
-        assert counted is not None
-        put_back_random_state, kept = random_state(self.device), own_containers(batch)
-        counted.first_pass_starts()
-        taken = take_gradients(driver.gradient_holders(self.trainer))
-        # A backward that synchronises would make DDP forget which parameters the window has used so far.
-        averages = self.accumulate_grad_batches > 1 and is_lightning(self.trainer.strategy, DDPStrategy)
-        output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent and not averages)
-        if loss_of(output, "compute_loss") is None:
-            put_back_gradients(driver.gradient_holders(self.trainer), taken)
-            return output
-        if averages and self.sync_ascent:
-            average_gradients(p for pair in perturbation.pairs for p in (pair.A, pair.B) if p.requires_grad)
-        driver.take_ascent(self.trainer)
-        put_back_gradients(driver.gradient_holders(self.trainer), taken)
-        put_back_random_state()
-        with driver.descending(), silenced_log(self), counted.second_pass():
-            if loss_of(self._one_pass(kept, batch_idx, sync=last), "compute_loss") is None:
+        batch_of_second_pass = own_containers(batch)
+        second_pass.first_pass_starts(self.device)
+        # E is of this micro-batch alone, so what the window has accumulated is set aside.
+        with set_aside(second_pass.parameters, self.trainer.optimizers):
+            averages = averages_window_itself(self.trainer.strategy, self.accumulate_grad_batches)
+            output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent and not averages)
+            if loss_of(output, "compute_loss") is None:
+                # The batch is skipped, and the window continues with what it had.
+                return output
+            if averages and self.sync_ascent:
+                average_gradients(trained_factors(perturbation.pairs))
+            at_perturbed_weights = driver.ascend(self.trainer)
+        with at_perturbed_weights, silenced_log(self), second_pass.running():
+            if loss_of(self._one_pass(batch_of_second_pass, batch_idx, sync=last), "compute_loss") is None:
                 raise RuntimeError("compute_loss returned None in the second pass, but a loss in the first")
         return output
 
@@ -174,25 +175,20 @@ class FMLoRASteps(_Base):
                 "ever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
             )
         if loss is not None:
-            parallel = is_lightning(self.trainer.strategy, ParallelStrategy)  # type: ignore[type-abstract]
-            with nullcontext() if sync or not parallel else self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+            with nullcontext() if sync else backward_without_sync(self.trainer.strategy):
                 self.manual_backward(loss / self.accumulate_grad_batches)
         return output
-
-    def _optimizer(self) -> LightningOptimizer:
-        optimizer = self.optimizers()
-        assert is_lightning(optimizer, LightningOptimizer)  # checked in on_fit_start
-        return optimizer
 
 
 class FMLoRAModule(FMLoRASteps, LightningModule):
     """A LightningModule that takes FMLoRA's two passes itself: perturb, project into B, step (Algorithm 1).
 
     Subclass it, call ``super().__init__(rho=...)``, and write ``compute_loss`` and ``configure_optimizers`` (one
-    optimizer); ``training_step`` is taken: one of your own must call ``super().training_step(batch, batch_idx)``. What
-    the Trainer refuses under manual optimization is here: gradient accumulation, clipping, and stepping of LR
-    schedulers (their interval, frequency and monitor are honoured). An :class:`~lightning_flatlora.EFMLoRA` callback
-    beside it schedules the two passes (cost 1 + 1/every_n_steps), with Ê in between.
+    optimizer). ``training_step`` is defined already: one of your own must call
+    ``super().training_step(batch, batch_idx)``. The module itself does what the Trainer refuses under manual
+    optimization: gradient accumulation, clipping, and stepping of LR schedulers (their interval, frequency and monitor
+    are honoured). An :class:`~lightning_flatlora.EFMLoRA` callback beside it schedules the two passes (cost
+    1 + 1/every_n_steps) and perturbs by Ê in between.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
@@ -201,6 +197,7 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
+        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
         sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
         accumulate_grad_batches: batches of one optimizer step.
         gradient_clip_val: largest norm, or absolute value, of the gradient; None does not clip.
@@ -228,24 +225,14 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
 
 
 def _defines(module: FMLoRASteps, name: str) -> bool:
-    """Whether a subclass, or the instance, has a method of its own in place of FMLoRAModule's."""
+    """Whether a subclass, or the instance, replaces a method of FMLoRAModule."""
     return name in vars(module) or getattr(type(module), name) is not getattr(FMLoRASteps, name)
 
 
 def _step_problems(accumulate: object, clip_val: object, clip_algorithm: object) -> list[str]:
-    problems = []
-    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
-        problems.append(f"accumulate_grad_batches must be an integer >= 1, got {accumulate!r}")
-    number = isinstance(clip_val, (int, float)) and not isinstance(clip_val, bool)
-    if clip_val is not None and not (number and clip_val >= 0):  # type: ignore[operator]
+    problems = integer_problems("accumulate_grad_batches", accumulate, least=1)
+    if clip_val is not None and not (is_number(clip_val) and clip_val >= 0):  # type: ignore[operator]
         problems.append(f"gradient_clip_val must be None or a number >= 0, got {clip_val!r}")
     if clip_algorithm not in ("norm", "value"):
         problems.append(f"gradient_clip_algorithm must be 'norm' or 'value', got {clip_algorithm!r}")
     return problems
-
-
-def _detached(output: Any) -> Any:
-    """A step's output without its graph, for the hooks that see it."""
-    if isinstance(output, Mapping):
-        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
-    return output.detach() if isinstance(output, Tensor) else output

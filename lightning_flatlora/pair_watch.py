@@ -1,17 +1,17 @@
-"""The pairs that a model trains, followed while it trains: freezing, adapters, scalings and new layers may change."""
+"""The pairs that a model trains, followed while it trains: freezing, adapters, scalings and layers may change."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_flatlora.lora_pair import Finder, LoRAPair, PairSearch, pairs_from, search_found
 from lightning_flatlora.pairs import (
-    LoRAPair,
-    PairSearch,
     check_adapter,
     factors_of,
+    finder_found_nothing,
     lora_layers,
     nothing_found,
     search_layers,
@@ -19,20 +19,22 @@ from lightning_flatlora.pairs import (
 
 
 class PairWatch:
-    """Finds a model's pairs, and tells at every batch whether they have to be searched for again.
+    """Finds a model's pairs, and knows at every batch whether they must be searched for again.
 
-    To ask costs a few reads of each LoRA layer (a fifth of a millisecond for 600 pairs). Only :meth:`walk` goes over
-    the whole model, for layers that were put in or replaced.
+    To find out costs a few reads of each LoRA layer (a fifth of a millisecond for 600 pairs). Only :meth:`walk` goes
+    over the whole model, to find layers that were put in or replaced.
 
     Attributes:
-        pairs: all that were found so far and are still in the model, also those that are frozen or whose scaling is 0:
-            they may come back.
+        pairs: all that were found so far and are still in the model. Those that are frozen or whose scaling is 0 are
+            included, since they may be trained again.
         resting: names of the others that could be perturbed, but are not trained now.
-        is_stale: set it where layers may have been put in or replaced; the next question then begins with a walk.
+        is_stale: to be set where layers may have been put in or replaced; :meth:`changed` then begins with a walk.
 
     Args:
-        model: a module that contains peft LoRA layers at any depth.
-        adapter_name: the adapter to look at; None takes each layer's active ones.
+        model: a module that contains LoRA layers at any depth.
+        adapter_name: the adapter of peft to look at; None takes each layer's active ones.
+        finder: says what the pairs are where the layers are not peft's. Scalings that change are then seen by the next
+            walk, and not at every batch.
         must_be_active: whether a named adapter that is not active yet is refused.
 
     Raises:
@@ -49,9 +51,17 @@ class PairWatch:
         (True, 40.0)
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str | None = None, *, must_be_active: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+        *,
+        must_be_active: bool = True,
+    ) -> None:
         self._model = model
         self._adapter_name = adapter_name
+        self._finder = finder
         self.pairs: list[LoRAPair] = []
         self.resting: list[str] = []
         self.is_stale = False
@@ -61,25 +71,35 @@ class PairWatch:
         check_adapter(self._layers, adapter_name, must_be_active=must_be_active)
 
     def walk(self) -> None:
-        """Look for the LoRA layers anew."""
+        """Find the LoRA layers again."""
         self.is_stale = False
-        self._layers = lora_layers(self._model)
+        self._found = pairs_from(self._finder, self._model) if self._finder is not None else []
+        self._layers = lora_layers(self._model) if self._finder is None else []
         self._scaled: list[tuple[dict[str, float], str]] = []
         self._As: list[nn.Parameter] = []
         self._Bs: list[nn.Parameter] = []
+        self._keys: list[Hashable] = []
+        for pair in self._found:
+            self._see({pair.name: pair.scaling}, pair.name, pair.A, pair.B, pair.key)
         for _, layer in self._layers:
             for adapter in layer.lora_B:
                 A, B = factors_of(layer, adapter)
                 if A is not None and B is not None:
-                    self._scaled.append((layer.scaling, adapter))
-                    self._As.append(A)
-                    self._Bs.append(B)
+                    self._see(layer.scaling, adapter, A, B, id(B))
+        # By identity, since a B that was replaced may have the name, the shape and the flags of the old one.
         self._Bs_seen = [id(B) for B in self._Bs]
-        # Asking a module for a submodule takes too long for every batch: its own table of them is looked at instead.
+        # Looking up a submodule as an attribute takes too long for every batch, so the modules' own tables are kept.
         self._tables = [layer.lora_B._modules for _, layer in self._layers]
 
+    def _see(self, scalings: dict[str, float], name: str, A: nn.Parameter, B: nn.Parameter, key: Hashable) -> None:
+        """Note what decides about one pair; its scaling is an entry of a dictionary that the layer may change."""
+        self._scaled.append((scalings, name))
+        self._As.append(A)
+        self._Bs.append(B)
+        self._keys.append(key)
+
     def changed(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether anything that decides about the pairs is other than at the last search.
+        """Whether anything that decides about the pairs has changed since the last search.
 
         Args:
             optimizers: those that may hold the factors.
@@ -89,29 +109,30 @@ class PairWatch:
         return bool(self._state(optimizers) != self._seen)
 
     def rescaled(self) -> bool:
-        """Whether a scaling is other than when this was last asked, or at the last search if that was later."""
+        """Whether a scaling has changed since the last call, or since the last search if that was later."""
         now = self._scalings()
         if now == self._seen_scalings:
             return False
         self._seen_scalings = now
         return True
 
-    def scalings(self) -> dict[int, float]:
-        """The scaling of every pair of the model now, by the identity of B."""
-        return {id(B): float(s) for B, s in zip(self._Bs, self._scalings(), strict=True) if s is not None}
+    def scalings(self) -> dict[Hashable, float]:
+        """The scaling of every pair of the model now, by the pair's key."""
+        return {key: float(s) for key, s in zip(self._keys, self._scalings(), strict=True) if s is not None}
 
     def search(self, optimizers: Sequence[Optimizer]) -> PairSearch:
-        """The pairs as they are now: those known before that rest come after those that are trained."""
+        """The pairs as they are now: first those that are trained, then known ones that are not trained now."""
         self.walk()
         self._seen, self._seen_scalings = self._state(optimizers), self._scalings()
-        search = search_layers(self._layers, self._adapter_name)
-        trained = {id(pair.B) for pair in search.pairs}
+        of_peft = self._finder is None
+        search = search_layers(self._layers, self._adapter_name) if of_peft else search_found(self._found)
+        trained = {pair.key for pair in search.pairs}
         scalings = self.scalings()
         resting = []
         for pair in self.pairs:
-            scaling = scalings.get(id(pair.B))
-            if id(pair.B) not in trained and scaling is not None:
-                # By a scaling of 0 nothing can be divided: the last other one says what E stands for.
+            scaling = scalings.get(pair.key)
+            if pair.key not in trained and scaling is not None:
+                # E is defined by a division by the scaling. Where that is 0, the last other value takes its place.
                 resting.append(dataclasses.replace(pair, scaling=scaling or pair.scaling, is_off=scaling == 0))
         self.pairs = search.pairs + resting
         known = {pair.name for pair in self.pairs}
@@ -119,16 +140,23 @@ class PairWatch:
         return PairSearch(self.pairs, search.left_out, self.resting)
 
     def refusal(self, search: PairSearch) -> str:
-        """Why a search that has found nothing did so."""
+        """Why a search found nothing."""
+        if self._finder is not None:
+            return finder_found_nothing(self._model, self._finder, search)
         return nothing_found(self._model, self._layers, self._adapter_name, search.left_out)
 
     def _scalings(self) -> list[Any]:
         return [scaling.get(adapter) for scaling, adapter in self._scaled]
 
     def _state(self, optimizers: Sequence[Optimizer]) -> Any:
-        """All that decides about the pairs: lists rather than one tuple a pair, which would take twice as long."""
-        held = [(id(each), [len(group["params"]) for group in each.param_groups]) for each in optimizers]
+        """Everything that decides about the pairs, in lists: one tuple for each pair would take twice as long."""
+        held = [(id(optimizer), _group_sizes(optimizer)) for optimizer in optimizers]
         active = [layer.active_adapter for _, layer in self._layers]
         adapters = [len(table) for table in self._tables]
         trained = [p.requires_grad for p in self._Bs], [p.requires_grad for p in self._As]
         return held, active, adapters, trained, self._scalings(), self._Bs_seen
+
+
+def _group_sizes(optimizer: Optimizer) -> list[int]:
+    # Enough to see parameters join and leave, and cheap enough for every batch.
+    return [len(param_group["params"]) for param_group in optimizer.param_groups]

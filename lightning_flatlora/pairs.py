@@ -1,9 +1,9 @@
-"""The LoRA pairs (A, B) of a model, and how to find them."""
+"""The LoRA pairs (A, B) of a model: how they are found in peft's layers, or by a finder in others."""
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
@@ -19,74 +19,36 @@ from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_flatlora.lora_pair import (
+    IS_SHARED,
+    SCALING_IS_0,
+    Finder,
+    LoRAPair,
+    NoPairsError,
+    PairSearch,
+    pairs_from,
+    search_found,
+)
+
 _EXACT_VARIANTS = (DoraLinearVariant, DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant)
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
 
-_OFF = "its scaling is 0, so that no perturbation of B moves its weight"
-
-
-class NoPairsError(ValueError):
-    """The model holds nothing that can be perturbed; the message lists what it holds."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoRAPair:
-    """The two factors of one LoRA update s B A.
-
-    Attributes:
-        name: clean name of B's parameter, the same under every wrapper.
-        A: shape (r, m), or (r, m, *kernel) for a convolution.
-        B: shape (n, r), or (n, r, 1, ...) for a convolution.
-        scaling: s, alpha / r (or alpha / sqrt(r) with rsLoRA).
-        readers: the ``lora_B`` modules whose weight is B; several where the adapter is tied.
-        A_readers: the ``lora_A`` modules whose weight is A.
-        is_off: whether the layer's scaling is 0 at the moment, so that no perturbation of B moves its weight; the
-            pair's own scaling is then the last one that was not.
-    """
-
-    name: str
-    A: nn.Parameter
-    B: nn.Parameter
-    scaling: float
-    readers: list[nn.Module] = field(default_factory=list)
-    A_readers: list[nn.Module] = field(default_factory=list)
-    is_off: bool = False
-
-    @property
-    def learns_A(self) -> bool:
-        """False for LoRA-FA, whose frozen A has no gradient."""
-        return self.A.requires_grad
-
-
-@dataclass(frozen=True)
-class PairSearch:
-    """What :func:`find_pairs` found.
-
-    Attributes:
-        pairs: in the order of the model's modules.
-        left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
-        resting: names of the pairs that could be perturbed, but whose B is not trained now, or whose scaling is 0.
-    """
-
-    pairs: list[LoRAPair]
-    left_out: list[str]
-    resting: list[str] = field(default_factory=list)
-
-
-def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
+def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Finder | None = None) -> PairSearch:
     """Every pair whose B is trained and whose update is exactly s B A, each parameter once.
 
     Args:
-        model: a module that contains peft LoRA layers at any depth.
-        adapter_name: the adapter to look at; None takes each layer's active ones.
+        model: a module that contains LoRA layers at any depth.
+        adapter_name: the adapter of peft to look at; None takes each layer's active ones.
+        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
 
     Returns:
         The pairs, and what was left out and why.
 
     Raises:
-        ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others.
+        ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others. Or
+            the finder gave something that is no pair.
         NoPairsError: no pair is left; the message lists the LoRA layers and module types that were seen.
 
     Example:
@@ -95,6 +57,11 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None) -> PairSearch:
         >>> [(pair.name, pair.B.shape, pair.A.shape) for pair in find_pairs(model).pairs]
         [('base_model.model.0.lora_B.default.weight', torch.Size([3, 2]), torch.Size([2, 4]))]
     """
+    if finder is not None:
+        search = search_found(pairs_from(finder, model))
+        if not search.pairs:
+            raise NoPairsError(finder_found_nothing(model, finder, search))
+        return search
     layers = lora_layers(model)
     check_adapter(layers, adapter_name)
     search = search_layers(layers, adapter_name)
@@ -118,15 +85,18 @@ def search_layers(layers: list[tuple[str, LoraLayer]], adapter_name: str | None)
             is_active = adapter in layer.active_adapters
             reason = _why_not(layer, adapter)
             if reason:
+                # Only an active adapter is missed. An inactive one is not trained in any case.
                 if is_active:
                     left_out[f"{_kind(layer).__name__}: {reason}"].append(clean_name(layer_name))
             elif adapter in layer.lora_B:
                 new = _pair(layer_name, layer, adapter)
                 if is_active and new.scaling == 0:
-                    left_out[f"{_kind(layer).__name__}: {_OFF}"].append(clean_name(layer_name))
+                    left_out[f"{_kind(layer).__name__}: {SCALING_IS_0}"].append(clean_name(layer_name))
                 if not (is_active and new.B.requires_grad and new.scaling != 0):
+                    # A dict and not a set, so that the names keep their order.
                     resting[new.name] = None
                     continue
+                # A tied adapter is met once for each layer that reads it, and is still one pair.
                 pair = pairs.setdefault(id(new.B), new)
                 pair.readers.append(bare(layer.lora_B[adapter]))
                 pair.A_readers.append(bare(layer.lora_A[adapter]))
@@ -149,15 +119,16 @@ def clean_name(name: str) -> str:
 
 def bare(module: Any) -> Any:
     """A factor's own module, without what a wrapping policy, compilation or checkpointing has put around it."""
-    while inner := next((module._modules[name] for name in _WRAPPED if name in module._modules), None):
+    while True:
+        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+        if not inner:
+            return module
         module = inner
-    return module
 
 
 def _kind(layer: nn.Module) -> type[nn.Module]:
     """A layer's own class; FSDP2 gives every unit a subclass of it."""
-    own: type[nn.Module] = type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
-    return own
+    return type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
 
 
 def _pair(layer_name: str, layer: LoraLayer, adapter: str) -> LoRAPair:
@@ -173,13 +144,15 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
     if adapter not in layer.lora_B:
         return None
     if isinstance(layer, ParamWrapper):
-        return "LoRA on a bare parameter (as of experts) shares one pair among several products"
+        return "LoRA on a bare parameter (such as those of experts) shares one pair among several products"
     if isinstance(layer, LoraParallelLinear):
         return "tensor-parallel LoRA keeps a slice of each factor"
-    if isinstance(getattr(vars(layer).get("forward"), "__self__", None), XLoraLayer):  # put over the layer's own
+    # X-LoRA replaces the forward of each layer by a method of its own.
+    if isinstance(getattr(vars(layer).get("forward"), "__self__", None), XLoraLayer):
         return "X-LoRA weighs the adapters by a router, so the update is s B A times something that changes"
     if not _kind(layer).__module__.startswith("peft.tuners.lora."):
         return "not one of peft's own LoRA layers, so the product of its factors is unknown"
+    # A variant changes what the layer computes. Only those of which s B A is known to be a term are allowed.
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
         return f"the variant {type(variant).__name__} does not add exactly s B A"
@@ -204,29 +177,33 @@ def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair])
             A, B = factors_of(layer, adapter)
             for factor in (A, B):
                 products[id(factor)].add((id(A), id(B), float(layer.scaling[adapter])))
-    reason = "a factor is shared with another pair or scaling, so its gradient is of several products"
-    return [(p, reason) for p in pairs.values() if len(products[id(p.A)] | products[id(p.B)]) > 1]
+    return [(p, IS_SHARED) for p in pairs.values() if len(products[id(p.A)] | products[id(p.B)]) > 1]
 
 
 def factors_of(layer: LoraLayer, adapter: str) -> list[Any]:
-    """The parameters A and B of an adapter, which AdaLoRA keeps without a module around them."""
-    factors = [layer.lora_A[adapter], layer.lora_B[adapter]]
-    return [getattr(bare(each), "weight", None) if isinstance(each, nn.Module) else each for each in factors]
+    """The parameters A and B of an adapter."""
+    factors = []
+    # AdaLoRA keeps them as parameters, without a module around them.
+    for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+        factors.append(getattr(bare(factor), "weight", None) if isinstance(factor, nn.Module) else factor)
+    return factors
 
 
 def check_adapter(
-    layers: Iterable[tuple[str, LoraLayer]], adapter_name: str | None, *, must_be_active: bool = True
+    layers: Sequence[tuple[str, LoraLayer]], adapter_name: str | None, *, must_be_active: bool = True
 ) -> None:
-    """Whether an adapter can be the one to perturb.
+    """Check that an adapter can be the one to perturb.
 
     Raises:
         ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others.
     """
-    known = {adapter for _, layer in layers for adapter in _adapters(layer)}
-    if adapter_name is not None and known and adapter_name not in known:
+    known = set(chain.from_iterable(_adapters(layer) for _, layer in layers))
+    active = _active_adapters(layers)
+    if adapter_name is None or not known:
+        return
+    if adapter_name not in known:
         raise ValueError(f"adapter_name must be None or one of {sorted(known)}, got {adapter_name!r}")
-    active = {adapter for _, layer in layers for adapter in layer.active_adapters}
-    if must_be_active and adapter_name is not None and known and adapter_name not in active:
+    if must_be_active and adapter_name not in active:
         raise ValueError(
             f"adapter_name={adapter_name!r} is not active, so it would not be trained; active: {sorted(active)}. "
             "Call the model's set_adapter first, or leave adapter_name out, which takes the active ones"
@@ -234,11 +211,16 @@ def check_adapter(
 
 
 def _looks_like_lora(module: nn.Module) -> bool:
-    """Whether a layer has LoRA's names without being peft's, as in litgpt, torchtune, loralib and NeMo."""
+    """Whether a layer has LoRA's names but is not peft's, such as those of litgpt, torchtune, loralib and NeMo."""
     if isinstance(module, BaseTunerLayer | LoraLayer):
         return False
-    own = {name.lower() for name, _ in (*module.named_parameters(recurse=False), *module.named_children())}
-    return {"lora_a", "lora_b"} <= own or {"linear_in", "linear_out"} <= own
+    held = (*module.named_parameters(recurse=False), *module.named_children())
+    names = {name.lower() for name, _ in held}
+    return {"lora_a", "lora_b"} <= names or {"linear_in", "linear_out"} <= names
+
+
+def _active_adapters(layers: Iterable[tuple[str, LoraLayer]]) -> set[str]:
+    return set(chain.from_iterable(layer.active_adapters for _, layer in layers))
 
 
 def _adapters(layer: LoraLayer) -> Iterator[str]:
@@ -254,22 +236,34 @@ def nothing_found(
     others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
     if not layers and others:
         lines += [
-            f"The model holds layers that look like another library's LoRA, {', '.join(others)}; only peft's are "
-            "supported so far.",
-            "Build the network without them and wrap it with peft.get_peft_model; factors that were trained already "
-            "can be copied into peft's lora_A and lora_B of the same layers, with r and lora_alpha as they were.",
+            f"The model holds layers that look like another library's LoRA, {', '.join(others)}; without a finder only "
+            "peft's are found.",
+            "Give one, such as finder=lightning_flatlora.finders.litgpt_pairs, torchtune_pairs, nemo_pairs, or "
+            'PairsByName(a="lora_A", b="lora_B", scaling="scaling") with the names that the layers have.',
         ]
     elif not layers:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         lines += [f"The model holds no LoRA layer, only {', '.join(kinds)}.", "Wrap it with peft.get_peft_model."]
     else:
         kinds = sorted({_kind(layer).__name__ for _, layer in layers})
-        active = sorted({adapter for _, layer in layers for adapter in layer.active_adapters})
-        lines.append(f"LoRA layers seen: {', '.join(kinds)}; adapter {adapter_name or active}.")
+        adapters = adapter_name or sorted(_active_adapters(layers))
+        lines.append(f"LoRA layers seen: {', '.join(kinds)}; adapter {adapters}.")
         lines += [f"Left out: {line}." for line in left_out]
         if not left_out:
             lines.append(
                 "Every B is frozen: was the adapter loaded with is_trainable=False, or never activated? Where it is "
                 "unfrozen later in the fit, let a BaseFinetuning callback do it"
             )
+    return " ".join(lines)
+
+
+def finder_found_nothing(model: nn.Module, finder: Finder, search: PairSearch) -> str:
+    """Why a finder gave no pair to perturb."""
+    lines = [f"no LoRA pair to perturb: {getattr(finder, '__name__', finder)} found none whose B is trained."]
+    lines += [f"Left out: {line}." for line in search.left_out]
+    if search.resting:
+        lines.append(f"{len(search.resting)} are not trained, {search.resting[0]} among them: unfreeze their B.")
+    if not search.left_out and not search.resting:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        lines.append(f"The model holds {', '.join(kinds)}: does the finder know these layers?")
     return " ".join(lines)

@@ -1,7 +1,7 @@
 """For projects that import ``pytorch_lightning``: FMLoRAModule and all callbacks, as subclasses of that library's.
 
-The two names of Lightning have classes of their own, and a Trainer takes only a LightningModule of its own name. What
-is here is the same otherwise, checkpoints included: a run can go on under the other name.
+Each of Lightning's two names has classes of its own, and a Trainer accepts only a LightningModule of its own name.
+Otherwise everything here is the same, checkpoints included: a run can be resumed under the other name.
 
 Example:
     >>> import pytorch_lightning as pl

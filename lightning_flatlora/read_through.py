@@ -1,30 +1,31 @@
 """Let a LoRA layer read B + E while the parameter B stays as it is.
 
-A ``lora_B`` module is given a subclass of its own class whose ``weight`` returns the perturbed value while a
-perturbation is set. Parameters, names and state dicts are untouched, so whoever looks at the stored weights, at any
-moment, sees the clean ones. (A ``forward`` override would be a silent no-op wherever peft reads ``lora_B.weight``
-itself: attention that merges, DoRA convolutions.)
+The module that holds B is given a subclass of its own class, in which the attribute that is B (``weight`` of a
+``lora_B`` module, or a bare parameter ``lora_B`` of the layer) returns the perturbed value while a perturbation is set.
+Parameters, names and state dicts are untouched, so the stored weights are the clean ones at every moment. (A
+``forward`` override would be a silent no-op wherever peft reads ``lora_B.weight`` itself: attention that merges, DoRA
+convolutions.)
 """
 
 import copyreg
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-_OWN = ("_perturbation", "_switch", "_installs", "_only_views")
+from torch.nn import functional as F
 
 
 class Switch:
-    """One flag for all readers of one owner, so that it need not walk over them twice in every step.
+    """One flag for all readers of one owner, which need not walk over them twice in every step.
 
     Attributes:
         is_on: whether the readers that listen to it add their perturbation.
-        is_connected: for its owner, who sets it after connecting the readers; false again as soon as one of them was
-            given to somebody else.
+        is_connected: set by the owner after connecting the readers; false again as soon as one of them gets another
+            owner.
     """
 
     def __init__(self, is_on: bool = False) -> None:
@@ -32,63 +33,112 @@ class Switch:
         self.is_connected = False
 
 
+# For readers without an owner that switches them.
 _ALWAYS_ON = Switch(is_on=True)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Where a layer reads a factor: an attribute of a module, or some rows of it.
+
+    Attributes:
+        module: has the factor as its own parameter.
+        attribute: the parameter's name in the module.
+        rows: those of the factor, where several are stacked in one parameter; None for the whole parameter.
+    """
+
+    module: nn.Module
+    attribute: str = "weight"
+    rows: range | None = None
+
+
+AnyReader = Reader | nn.Module
+"""A reader; a module stands for its weight."""
+
+
+class _Reading:
+    """What one attribute of a module adds to the parameter."""
+
+    def __init__(self, only_views: bool) -> None:
+        self.only_views = only_views
+        self.switch = _ALWAYS_ON
+        self.installs = 0
+        self.parts: dict[range | None, Tensor] = {}
+
+    def added_to(self, value: Tensor) -> Tensor:
+        """B + E, out of place, so that autograd gives the gradient at B + E to the parameter B."""
+        perturbed = value
+        for rows, perturbation in self.parts.items():
+            if rows is not None:
+                around = (rows.start, len(value) - rows.stop)
+                perturbation = F.pad(perturbation, (0, 0) * (value.ndim - 1) + around)
+            perturbed = perturbed + perturbation
+        return perturbed if perturbed.dtype == value.dtype else perturbed.to(value.dtype)
+
+
 class _ReadsPerturbed:
-    """Mixin before a module's own class: ``weight`` is B, or B + E while E is set and switched on."""
+    """Mixin before a module's own class, in which the attributes that are read through are properties."""
 
     _parameters: dict[str, nn.Parameter | None]
     _plain_class: Any
-    _perturbation: Tensor | None
-    _switch: Switch
-    _installs: int
-    _only_views: bool
-
-    @property
-    def weight(self) -> Tensor | None:
-        # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
-        weight: Tensor | None = self.__dict__.get("weight")
-        if weight is None:
-            if "weight" not in self._parameters:
-                raise AttributeError("weight")
-            weight = self._parameters["weight"]
-        perturbation = self._perturbation
-        if weight is None or perturbation is None or not self._switch.is_on:
-            return weight
-        if isinstance(weight, DTensor) or (self._only_views and isinstance(weight, nn.Parameter)):
-            return weight  # FSDP2 or FSDP1 outside of forward
-        if isinstance(weight, nn.Parameter) and not weight.requires_grad:
-            return weight  # frozen, maybe for one pass alone, as toggle_optimizer does: it is not what is being learnt
-        perturbed: Tensor = weight + perturbation
-        return perturbed if perturbed.dtype == weight.dtype else perturbed.to(weight.dtype)
-
-    @weight.setter
-    def weight(self, weight: Tensor | None) -> None:
-        self.__dict__["weight"] = weight
-
-    @weight.deleter
-    def weight(self) -> None:
-        del self.__dict__["weight"]
+    _readings: dict[str, _Reading]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
-        state = {key: value for key, value in self.__dict__.items() if key not in _OWN}
+        state = {key: value for key, value in self.__dict__.items() if key != "_readings"}
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
 
+def _property_of(attribute: str) -> property:
+    """A parameter as a property: B, or B + E while E is set and switched on."""
+
+    def read(self: _ReadsPerturbed) -> Tensor | None:
+        # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
+        value: Tensor | None = self.__dict__.get(attribute)
+        if value is None:
+            if attribute not in self._parameters:
+                raise AttributeError(attribute)
+            value = self._parameters[attribute]
+        reading = self._readings[attribute]
+        if value is None or not reading.parts or not reading.switch.is_on:
+            return value
+        if isinstance(value, DTensor) or (reading.only_views and isinstance(value, nn.Parameter)):
+            # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean.
+            return value
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            # Frozen, maybe for one pass alone, as by toggle_optimizer. Only what is being trained is perturbed.
+            return value
+        return reading.added_to(value)
+
+    # For FSDP1, which sets and deletes its views under the parameter's name.
+    def write(self: _ReadsPerturbed, value: Tensor | None) -> None:
+        self.__dict__[attribute] = value
+
+    def delete(self: _ReadsPerturbed) -> None:
+        del self.__dict__[attribute]
+
+    return property(read, write, delete)
+
+
+# One class for each kind of module, not one for each module: compiled graphs are guarded by the class.
 @cache
-def _reading_class(plain: Any) -> Any:
-    return type(f"Perturbed{plain.__name__}", (_ReadsPerturbed, plain), {"_plain_class": plain})
+def _reading_class(plain: Any, attributes: tuple[str, ...]) -> Any:
+    members: dict[str, Any] = {attribute: _property_of(attribute) for attribute in attributes}
+    return type(f"Perturbed{plain.__name__}", (_ReadsPerturbed, plain), {"_plain_class": plain, **members})
 
 
-def install(module: nn.Module, only_views: bool = False) -> None:
-    """Make a module able to read a perturbed weight; it reads the clean one until :func:`perturb`.
+def as_reader(reader: AnyReader) -> Reader:
+    """A reader as such; a module stands for its weight."""
+    return reader if isinstance(reader, Reader) else Reader(reader)
+
+
+def install(reader: AnyReader, only_views: bool = False) -> None:
+    """Make a module able to read a perturbed parameter; it reads the clean one until :func:`perturb`.
 
     Args:
-        module: has a parameter called weight.
-        only_views: never perturb the parameter itself, only a tensor that has been put in its place: FSDP1 does so in
-            forward, and takes what it reads at other times for the parameter's new value.
+        reader: what reads the parameter; a module stands for its weight.
+        only_views: never perturb the parameter itself, only a tensor that has replaced it. FSDP1 replaces it in
+            forward, and takes what it reads at other times to be the parameter's new value.
 
     Example:
         >>> import torch
@@ -99,70 +149,98 @@ def install(module: nn.Module, only_views: bool = False) -> None:
         >>> uninstall(layer); type(layer).__name__
         'Linear'
     """
-    if not isinstance(module, _ReadsPerturbed):
-        plain: Any = type(module)
-        module.__dict__.update(
-            {"_perturbation": None, "_switch": _ALWAYS_ON, "_installs": 0, "_only_views": only_views}
-        )
-        module.__class__ = _reading_class(plain)
-    module.__dict__["_installs"] += 1
+    reader = as_reader(reader)
+    module = reader.module
+    readings: dict[str, _Reading] = module.__dict__.setdefault("_readings", {})
+    if reader.attribute not in readings:
+        readings[reader.attribute] = _Reading(only_views)
+        _set_class(module, readings)
+    readings[reader.attribute].installs += 1
 
 
-def uninstall(module: nn.Module) -> None:
+def uninstall(reader: AnyReader) -> None:
     """Take one :func:`install` back; after the last one the module has its own class again."""
-    if isinstance(module, _ReadsPerturbed):
-        module.__dict__["_installs"] -= 1
-        if module._installs == 0:
-            perturb(module, None)
-            module.__class__ = module._plain_class
-            for name in _OWN:
-                del module.__dict__[name]
+    reader = as_reader(reader)
+    module, reading = reader.module, _reading_of(reader)
+    if reading is not None:
+        reading.installs -= 1
+        # Counted, because the monitor and the methods may install the same reader.
+        if reading.installs == 0:
+            perturb(reader, None)
+            readings: dict[str, _Reading] = module.__dict__["_readings"]
+            del readings[reader.attribute]
+            _set_class(module, readings)
 
 
-def perturb(module: nn.Module, perturbation: Tensor | None, switch: Switch = _ALWAYS_ON) -> None:
-    """Set what an installed module adds to its weight.
+def _set_class(module: nn.Module, readings: dict[str, _Reading]) -> None:
+    plain: Any = module._plain_class if isinstance(module, _ReadsPerturbed) else type(module)
+    if readings:
+        # A subclass and not a property on the class, since other modules of the class must stay as they are.
+        module.__class__ = _reading_class(plain, tuple(sorted(readings)))
+        return
+    module.__class__ = plain
+    del module.__dict__["_readings"]
+
+
+def _reading_of(reader: Reader) -> _Reading | None:
+    if not isinstance(reader.module, _ReadsPerturbed):
+        return None
+    return reader.module._readings.get(reader.attribute)
+
+
+def perturb(reader: AnyReader, perturbation: Tensor | None, switch: Switch = _ALWAYS_ON) -> None:
+    """Set what an installed reader adds to its parameter.
 
     Args:
-        module: a module after :func:`install`.
-        perturbation: E, of the weight's shape, any floating dtype (the sum is taken in the wider of the two and
-            rounded once); None for the clean weight.
+        reader: what :func:`install` was given.
+        perturbation: E, of the shape of the reader's rows, any floating dtype (the sum is taken in the wider of the
+            two and rounded once); None for the clean value.
         switch: adds E only while this is on; without one, always.
 
     Raises:
-        RuntimeError: the module is not installed, so that E would be ignored in silence.
+        RuntimeError: the reader is not installed, so that E would be silently ignored.
     """
-    if not isinstance(module, _ReadsPerturbed):
+    reader = as_reader(reader)
+    reading = _reading_of(reader)
+    if reading is None:
         if perturbation is None:
             return
-        raise RuntimeError(f"{type(module).__name__} can't read a perturbed weight: call install() first")
-    if module._switch is not switch:
-        module._switch.is_connected = False
-    module.__dict__["_perturbation"] = perturbation
-    module.__dict__["_switch"] = switch
+        name = type(reader.module).__name__
+        raise RuntimeError(f"{name} can't read a perturbed {reader.attribute}: call install() first")
+    if reading.switch is not switch:
+        # Rows that another owner has perturbed are not this switch's.
+        reading.switch.is_connected = False
+        reading.switch, reading.parts = switch, {}
+    if perturbation is None:
+        reading.parts.pop(reader.rows, None)
+    else:
+        reading.parts[reader.rows] = perturbation
 
 
-def shown(module: nn.Module) -> Tensor | None:
-    """What a module adds to its weight now; None for the clean weight, and for one that is not installed."""
-    if isinstance(module, _ReadsPerturbed) and module._switch.is_on:
-        return module._perturbation
-    return None
+def shown(reader: AnyReader) -> Tensor | None:
+    """What a reader adds to its parameter now; None for the clean value, and for one that is not installed."""
+    reader = as_reader(reader)
+    reading = _reading_of(reader)
+    if reading is None or not reading.switch.is_on:
+        return None
+    return reading.parts.get(reader.rows)
 
 
 @contextmanager
-def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """After it, whatever happens, the modules add to their weights what they added before, switched as before."""
-    installed = [module for module in modules if isinstance(module, _ReadsPerturbed)]
-    before = [(module, module._perturbation, module._switch) for module in installed]
-    switches = {switch: switch.is_on for _, _, switch in before}
+def restored(readers: Iterable[AnyReader]) -> Iterator[None]:
+    """Afterwards, whatever happens, readers add to their parameters what they added before, switched as before."""
+    before = []
+    for reader in readers:
+        reading = _reading_of(as_reader(reader))
+        if reading is not None:
+            before.append((reading, reading.switch, dict(reading.parts)))
+    switches = {switch: switch.is_on for _, switch, _ in before}
     try:
         yield
     finally:
-        for module, perturbation, switch in before:
-            perturb(module, perturbation, switch)
+        for reading, switch, parts in before:
+            if reading.switch is not switch:
+                reading.switch.is_connected = False
+            reading.switch, reading.parts = switch, parts
         for switch, was_on in switches.items():
             switch.is_on = was_on
-
-
-def is_installed(model: nn.Module) -> bool:
-    """Whether any module of a model still has a reading class."""
-    return any(isinstance(module, _ReadsPerturbed) for module in model.modules())

@@ -12,13 +12,14 @@ import torch
 
 
 class RhoSchedule(ABC):
-    """rho over time: subclass it and define :meth:`__call__` for a schedule of your own.
+    """rho over time: for a schedule of your own, subclass this and define :meth:`__call__`.
 
     A schedule may be among the hyper-parameters that a module saves (``save_hyperparameters()``), and so in its
-    checkpoints. ``torch.load`` makes objects from a file only where their class is known to it: every subclass of
-    RhoSchedule is, from its definition on. So import the module that defines yours before you load such a file, keep
-    the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts of them. A
-    dataclass is a good form, but not a frozen one: where omegaconf is installed, Lightning's loggers refuse those.
+    checkpoints. ``torch.load`` creates objects from a file only if it knows their class, and every subclass of
+    RhoSchedule is made known to it when it is defined. So import the module that defines yours before you load such a
+    file, keep the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts
+    of them. A dataclass is a good form, but not a frozen one: where omegaconf is installed, Lightning's loggers refuse
+    frozen ones.
 
     Attributes:
         needs_horizon: the schedule spreads over the whole run, so training without an end is refused.
@@ -30,6 +31,7 @@ class RhoSchedule(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # So that torch.load(weights_only=True) accepts a checkpoint whose hyper-parameters hold a schedule.
         torch.serialization.add_safe_globals([cls])
 
     @abstractmethod
@@ -46,11 +48,11 @@ class RhoSchedule(ABC):
         """
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} must be a finite number >= 0, got {value!r}"
-            for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
-            if name != "total_steps" and not is_radius(value)
-        ]
+        problems = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name != "total_steps" and not is_radius(value):
+                problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
         total = getattr(self, "total_steps", None)
         if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
             problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {total!r}")
@@ -69,6 +71,7 @@ def is_radius(value: object) -> bool:
     return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
 
 
+# Not frozen, see RhoSchedule; and without unsafe_hash a dataclass that is not frozen has no hash.
 @dataclass(unsafe_hash=True)
 class ConstantRho(RhoSchedule):
     """The same rho at every step; what a plain number means.

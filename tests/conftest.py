@@ -11,7 +11,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-SLOW = ("test_comparison", "test_demo", "test_clip_demo", "test_fsdp", "_distributed", "distributed/", "test_wheel")
+SLOW = (
+    "test_comparison",
+    "test_tutorial",
+    "test_demo",
+    "test_clip_demo",
+    "test_fsdp",
+    "_distributed",
+    "distributed/",
+    "test_wheel",
+)
 """Parts of the names of files that take longest; they go first, lest one of them be all that is left to do."""
 
 

@@ -215,10 +215,25 @@ def is_perturbed(module: nn.Module) -> bool:
     return any(read_through.shown(m) is not None for m in module.modules())
 
 
+def is_installed(module: nn.Module) -> bool:
+    """Whether any part of a module still has a reading class."""
+    return any(isinstance(part, read_through._ReadsPerturbed) for part in module.modules())
+
+
 def assert_no_trace(module: nn.Module) -> None:
     """No reading class and no attribute of it is left in a module."""
-    assert not read_through.is_installed(module)
-    assert not [name for name, m in module.named_modules() if "_perturbation" in m.__dict__]
+    assert not is_installed(module)
+    assert not [name for name, m in module.named_modules() if "_readings" in m.__dict__]
+
+
+def assert_same_run(trainer: Trainer, other: Trainer) -> None:
+    """Two Trainers have ended with the same weights, step counts and averages, and left no trace."""
+    assert same(weights(trainer.lightning_module), weights(other.lightning_module))
+    assert trainer.global_step == other.global_step
+    if any(hasattr(callback, "perturbation") for callback in trainer.callbacks):
+        assert driver_of(trainer).step == driver_of(other).step
+        assert same(E_hat(driver_of(trainer)), E_hat(driver_of(other)))
+    assert_no_trace(trainer.lightning_module)
 
 
 def assert_copies_are_plain(net: nn.Module) -> None:
@@ -234,9 +249,9 @@ def assert_copies_are_plain(net: nn.Module) -> None:
 
 
 class ResumableLoader:
-    """A loader that shuffles by epoch and goes on where it was, as torchdata's StatefulDataLoader does.
+    """A loader that shuffles by epoch and resumes where it was, as torchdata's StatefulDataLoader does.
 
-    Lightning restores its state in the middle of an epoch only; between epochs it tells samplers the epoch's number.
+    Lightning restores its state in the middle of an epoch only; between epochs it gives samplers the epoch's number.
     """
 
     def __init__(self, batches: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def test_every_mask_of_multihead_attention(batch_first: bool, dimensions: dict[s
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
         assert weights is None
         results.append(found)
-    assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(results) for other in results[:i])
+    for one, other in combinations(results, 2):
+        assert (one - other).abs().max() > 1e-3
     with pytest.raises(ValueError, match="need_weights=False"):
         split(*inputs)
 

@@ -7,24 +7,106 @@ import lightning_flatlora
 
 ROOT = Path(lightning_flatlora.__file__).parent
 TORCH_ONLY = (
+    "deepspeed_engine.py",
+    "finders.py",
     "functional.py",
+    "lora_pair.py",
+    "pair_stacks.py",
+    "pair_watch.py",
     "pairs.py",
     "perturbation.py",
     "read_through.py",
     "schedules.py",
     "distributed.py",
-    "clip.py",
+    "clip/attention.py",
+    "clip/targets.py",
+    "layer_noise.py",
     "weight_noise.py",
+    "wrappers.py",
     "baselines/joint_ascent.py",
     *(f"flatness/{path.name}" for path in (ROOT / "flatness").glob("*.py")),
 )
 TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}
+ENGINE = 2
+FLOORS = {
+    "functional": 1,
+    "callbacks": 3,
+    "lightning_names": 3,
+    "__init__": 4,
+    "baselines": 4,
+    "loop_method": 4,
+    "loops": 4,
+    "module": 4,
+    "pytorch_lightning": 4,
+    "transformers_trainer": 4,
+    "report": 5,
+}
+"""The floors of docs/architecture.md, by the package's own files and folders; all others belong to the engine."""
 
 
 def imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+def names_bound_by(froms: list[ast.ImportFrom]) -> set[str]:
+    """The names that ``from ... import`` statements give a module."""
+    names = set()
+    for node in froms:
+        names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def floor_of(place: str) -> int:
+    """The floor of a file or folder of the package, without ``.py``; names that it exports are those of __init__."""
+    is_a_place = (ROOT / place).is_dir() or (ROOT / f"{place}.py").is_file()
+    return FLOORS.get(place, ENGINE if is_a_place else FLOORS["__init__"])
+
+
+def places_imported_by(path: Path) -> set[str]:
+    """The package's files and folders from which a file imports, inside of functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import, which this test does not follow"
+            # With what is imported, since that is a module in ``from lightning_flatlora import loops``.
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    places = set()
+    for name in names:
+        library, *inner = name.split(".")
+        if library == "lightning_flatlora":
+            places.add(inner[0] if inner else "__init__")
+    return places
+
+
+def test_a_floor_imports_only_from_itself_and_from_those_below() -> None:
+    for path in ROOT.rglob("*.py"):
+        place = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        above = {each for each in places_imported_by(path) if floor_of(each) > floor_of(place)}
+        assert not above, f"{path} imports {above}"
+
+
+def test_the_order_of_floors_is_seen(tmp_path: Path) -> None:
+    """The test above would find an import in any of its forms."""
+    path = tmp_path / "file.py"
+    path.write_text(
+        "import lightning_flatlora.module\n"
+        "from lightning_flatlora import Reader, loops\n"
+        "def f():\n    from lightning_flatlora.report.run import x\n"
+    )
+    assert places_imported_by(path) == {"module", "loops", "Reader", "report"}
+    from_below = ["functional", "pairs", "flatness", "callbacks", "loops", "Reader", "report"]
+    assert [floor_of(place) for place in from_below] == [1, 2, 2, 3, 4, 4, 5]
+    for place in FLOORS:
+        assert (ROOT / place).is_dir() or (ROOT / f"{place}.py").is_file(), place
 
 
 def test_the_engine_knows_no_lightning() -> None:
@@ -48,7 +130,7 @@ def test_objects_of_lightning_are_told_apart_under_both_of_its_names() -> None:
         tree = ast.parse(path.read_text())
         froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         lightnings = [node for node in froms if (node.module or "").split(".")[0] == "lightning"]
-        classes = {alias.asname or alias.name for node in lightnings for alias in node.names}
+        classes = names_bound_by(lightnings)
         assert "MisconfigurationException" not in classes, path
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         for call in calls:
@@ -72,7 +154,7 @@ def test_no_function_hides_a_module() -> None:
     for path in ROOT.rglob("__init__.py"):
         tree = ast.parse(path.read_text())
         froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        names = {alias.asname or alias.name for node in froms for alias in node.names}
+        names = names_bound_by(froms)
         modules = {each.stem for each in path.parent.glob("*.py")} | {
             each.parent.name for each in path.parent.glob("*/*.py")
         }
@@ -92,6 +174,16 @@ def test_collectives_are_in_one_file() -> None:
         assert path.name == "distributed.py" or not (sends or gathers), path
 
 
+def test_facts_about_strategies_are_in_one_file() -> None:
+    """Others may name the type of all strategies, but not ask which one a Trainer has."""
+    for path in ROOT.rglob("*.py"):
+        if path.name == "strategies.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "lightning.pytorch.strategies":
+                assert {alias.name for alias in node.names} <= {"Strategy"}, path
+
+
 def test_the_method_knows_no_baseline() -> None:
     """Baselines stand on the callbacks' base, and nothing of the method stands on them."""
     for path in ROOT.rglob("*.py"):
@@ -102,12 +194,22 @@ def test_the_method_knows_no_baseline() -> None:
 
 
 def test_only_the_report_needs_its_libraries() -> None:
-    """Nobody else imports the report, nor, outside of it, what its extra installs."""
+    """Nobody else imports the report, nor what its extra installs; transformers' Trainer has a file of its own."""
     extra = {"datasets", "matplotlib", "rich", "transformers"}
     for path in ROOT.rglob("*.py"):
         if path.parent.name != "report":
             found = imports(path)
+            assert "lightning_flatlora.transformers_trainer" not in found, path
             assert not any(module.startswith("lightning_flatlora.report") for module in found), path
+            if path == ROOT / "transformers_trainer.py":  # which nothing else imports
+                found.remove("transformers")
             assert not extra & {module.split(".")[0] for module in found}, path
     for path in (ROOT / "report").glob("*.py"):
         assert not any(module.split(".")[0] == "lightning" for module in imports(path)), path
+
+
+def test_test_files_are_short_and_import_no_other_one() -> None:
+    """What several files of tests share lies beside them, in a file without tests."""
+    for path in (ROOT.parent / "tests").rglob("test_*.py"):
+        assert not any(module.startswith("test_") for module in imports(path)), path
+        assert len(path.read_text().splitlines()) <= 400, path

@@ -220,8 +220,9 @@ def test_the_lora_of_another_library_is_named_and_no_second_one_advised(kind: ty
     with pytest.raises(NoPairsError) as caught:
         find_pairs(nn.Sequential(nn.Linear(8, 8), kind()))
     message = str(caught.value)
-    assert f"look like another library's LoRA, {kind.__name__}; only peft's are supported so far" in message
-    assert "Build the network without them and wrap it with peft.get_peft_model" in message
+    assert f"look like another library's LoRA, {kind.__name__}; without a finder only peft's are found" in message
+    assert "finder=lightning_flatlora.finders.litgpt_pairs" in message
+    assert "get_peft_model" not in message
     assert "no LoRA layer" not in message
 
 

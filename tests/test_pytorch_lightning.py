@@ -1,4 +1,4 @@
-"""Under ``pytorch_lightning`` everything is as under ``lightning.pytorch``, to the bit."""
+"""Under ``pytorch_lightning`` everything is as under ``lightning.pytorch``, bit for bit."""
 
 import inspect
 

@@ -2,46 +2,18 @@
 
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from float64_runs import Automatic, Manual, fit_in_float64, loss
+from quantized_bases import BASES, CLASSES, FEATURES, LAYERS, network
 from reference import Reference, ascent, perturbations
-from test_exactness import Automatic, Manual, fit, loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA, Perturbation, find_pairs
 
 RHO, BETA = 0.5, 0.7
-FEATURES, WIDTH, CLASSES = 32, 64, 3
 BATCHES, SIZE = 20, 8
-
-
-def four_bits(linear: nn.Linear) -> nn.Module:
-    layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4", compute_dtype=torch.float32)
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")  # quantises
-
-
-def eight_bits(linear: nn.Linear) -> nn.Module:
-    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
-
-
-BASES = [four_bits, eight_bits]
-LAYERS = {four_bits: "Linear4bit", eight_bits: "Linear8bitLt"}
-
-
-def network(quantize: Any) -> nn.Module:
-    torch.manual_seed(1)
-    layers = (nn.Linear(FEATURES, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
-    net = nn.Sequential(*layers)
-    net[0], net[2] = quantize(net[0]), quantize(net[2])
-    net.is_loaded_in_4bit, net.is_loaded_in_8bit = quantize is four_bits, quantize is eight_bits  # as transformers says
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2"], modules_to_save=["4"])
-    return get_peft_model(net, config)
 
 
 def dataset() -> TensorDataset:
@@ -77,9 +49,10 @@ class WideReference(Reference):
     """The literal method on weights in float32, its dense algebra in float64."""
 
     def fresh(self) -> list[Tensor]:
-        wide = [(A.data, B.data, A.grad, B.grad) for A, B, _ in self.pairs]
-        factors = [[tensor.double() for tensor in four] for four in wide]
-        ascents = [ascent(*four, s, "average") for four, (_, _, s) in zip(factors, self.pairs, strict=True)]
+        ascents = []
+        for A, B, s in self.pairs:
+            factors = (tensor.double() for tensor in (A.data, B.data, A.grad, B.grad))
+            ascents.append(ascent(*factors, s, "average"))
         return [E.float() for E in perturbations(ascents, self.rho(self.step), "global")]
 
 
@@ -156,7 +129,7 @@ def test_training_equals_the_literal_algorithm(quantize: Any, front_end: str) ->
     else:
         module = QuantizedAutomatic(net)
         callbacks = [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)]
-    fit(module, 1, callbacks, loader(), precision="32-true")
+    fit_in_float64(module, 1, callbacks, loader(), precision="32-true")
     driver = callbacks[0] if callbacks else module._driver
     assert all((E != 0).any() for E in driver.perturbation.state_dict()["E"].values())
     beta = BETA if front_end == "EFMLoRA" else None

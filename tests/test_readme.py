@@ -1,4 +1,4 @@
-"""What the README tells people to do works: the example runs, the commands and links exist."""
+"""What the README asks people to do works: the example runs, the commands and links exist."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_commands_and_links_exist() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         text = page.read_text()
         for variable, value in re.findall(r"^(\w+)=(.+)$", text, re.MULTILINE):
-            text = text.replace(f"${variable}", value.strip("\"'"))
+            text = re.sub(rf"\${variable}\b", value.strip("\"'"), text)
         for config in re.findall(r"--config[ =]([\w./]+/[\w./]+\.yaml)", text):
             assert (ROOT / config).exists(), f"{page}: {config}"
         for link, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", text):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -64,9 +65,11 @@ def test_mean_and_variance_are_those_of_equation_7() -> None:
 def test_layers_and_seeds_draw_independently() -> None:
     net = make_net()
     noise = WeightNoise(net)
-    first, second = (
-        torch.stack([noise_of(noise, layer, seed=s)[0, :5] for s in range(2000)]) for layer in layers_of(net)
-    )
+
+    def samples(layer: Any) -> Tensor:
+        return torch.stack([noise_of(noise, layer, seed=seed)[0, :5] for seed in range(2000)])
+
+    first, second = map(samples, layers_of(net))
     joined = torch.cat([first, second, first.roll(1, 0)], 1)
     assert (torch.corrcoef(joined.mT) - torch.eye(15)).abs().max() < 5 / 2000**0.5
 
@@ -117,7 +120,7 @@ def test_several_active_adapters_enter_the_norm() -> None:
 
 
 def test_no_drift_no_random_number_and_no_trace() -> None:
-    """1,000 blocks, some of which raise: stored weights, generator and hooks are as before, to the bit."""
+    """1,000 blocks, some of which raise: stored weights, generator and hooks are as before, bit for bit."""
     net = make_net()
     noise, stored = WeightNoise(net), copy.deepcopy(net.state_dict())
     generator, x = torch.get_rng_state(), torch.ones(2, 9, dtype=torch.float64)
@@ -144,7 +147,8 @@ def test_nothing_of_full_size_is_kept_for_the_backward() -> None:
     pack = lambda tensor: kept.append(tensor) or tensor  # noqa: E731
     with WeightNoise(net).applied(SIGMA, SEED), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(torch.ones(2, 9, dtype=torch.float64))
-    full = [t for t in kept if tuple(t.shape) in (SHAPES + [s[::-1] for s in SHAPES])]
+    transposed = [shape[::-1] for shape in SHAPES]
+    full = [t for t in kept if tuple(t.shape) in SHAPES + transposed]
     assert kept
     assert all(t.untyped_storage().data_ptr() in frozen for t in full)
 

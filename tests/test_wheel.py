@@ -9,6 +9,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+import lightning_flatlora
+
 ROOT = Path(__file__).parent.parent
 USE = """
 import torch
@@ -83,4 +85,4 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
     for each in needed.values():
         link(each, installed.parent)
     run(*pip, "--python", python, "check", cwd=tmp_path)
-    assert run(python, "-I", "-c", USE, cwd=tmp_path).split() == ["0.9", "0.1.0"]
+    assert run(python, "-I", "-c", USE, cwd=tmp_path).split() == ["0.9", lightning_flatlora.__version__]

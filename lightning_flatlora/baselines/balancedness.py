@@ -5,19 +5,20 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import FlatLoRACallback, watched_parameters
-from lightning_flatlora.callbacks.checks import choice_problems
+from lightning_flatlora.callbacks.methods.checks import choice_problems
+from lightning_flatlora.callbacks.methods.method_callback import MethodCallback, watched_parameters
 from lightning_flatlora.distributed import Layout
+from lightning_flatlora.lora_pair import Finder, LoRAPair, rows_of
 from lightning_flatlora.schedules import RhoSchedule
 
 Kind = Literal["nBAR", "oBAR"]
 
 
-class BalancednessRegularization(FlatLoRACallback):
+class BalancednessRegularization(MethodCallback):
     r"""Scale A against B of every layer before each optimizer step, as SAM does implicitly (BAR), in one pass.
 
     .. math:: B \leftarrow (1 + \sigma\alpha\eta)\, B, \qquad A \leftarrow (1 - \sigma\alpha\eta)\, A
@@ -29,20 +30,21 @@ class BalancednessRegularization(FlatLoRACallback):
         \sigma_\text{oBAR} = \begin{cases} -1 & \lVert B \rVert \ge \lVert A \rVert \\ 1 & \text{else} \end{cases}
 
     oBAR always shrinks the balancedness :math:`|\lVert B \rVert^2 - \lVert A \rVert^2| / 2`, nBAR moves it as SAM's
-    flow would. It happens when the step's gradients are complete, of all ranks and unscaled, and before clipping, as
-    decoupled weight decay does; each factor takes the learning rate of its own parameter group. A pair whose factors
-    have no gradient stays as it is, and so do all pairs in a step that a loss scaler is about to skip. No pass, no
-    memory, and the host does not wait.
+    flow would. The scaling takes place when the gradients of the step are complete, averaged over the ranks and
+    unscaled, but not yet clipped, just as decoupled weight decay does. Each factor takes the learning rate of its own
+    parameter group. A pair whose factors have no gradient stays as it is, and so do all pairs in a step that a loss
+    scaler is about to skip. It needs no further pass and no memory, and the host does not wait.
 
     Args:
-        alpha: strength, relative to the learning rate, no unit, >= 0; or a schedule over optimizer steps: the paper
-            lets it decrease, ``LinearRho(alpha, 0)`` or ``CosineRho(alpha, 0)``.
-        kind: "nBAR", by the norms of the gradients, or "oBAR", by those of the factors.
+        alpha: strength, relative to the learning rate, without a unit, >= 0; or a schedule over optimizer steps. The
+            paper lets it decrease: ``LinearRho(alpha, 0)`` or ``CosineRho(alpha, 0)``.
+        kind: "nBAR" compares the norms of the gradients, "oBAR" those of the factors.
         adapter_name: the peft adapter to balance; None takes the active ones.
+        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
 
     Raises:
-        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work, as a
-            frozen A or FSDP (at the start of fit, before the first step).
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
+            such as a frozen A or FSDP (at the start of fit, before the first step).
 
     Source: Li et al., arXiv 2410.14802, Algorithms 2 (nBAR) and 3 (oBAR).
 
@@ -56,17 +58,28 @@ class BalancednessRegularization(FlatLoRACallback):
     size_name = "alpha"
     works_sharded = False
 
-    def __init__(self, alpha: float | RhoSchedule, kind: Kind = "nBAR", *, adapter_name: str | None = None) -> None:
-        super().__init__(alpha, adapter_name=adapter_name, more_problems=choice_problems("kind", kind, Kind))
+    def __init__(
+        self,
+        alpha: float | RhoSchedule,
+        kind: Kind = "nBAR",
+        *,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+    ) -> None:
         self.kind: Kind = kind
+        super().__init__(alpha, adapter_name=adapter_name, finder=finder)
+
+    @override
+    def argument_problems(self) -> list[str]:
+        return choice_problems("kind", self.kind, Kind)
 
     @override
     def settings(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
     @override
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        problems = super().find(trainer, pl_module)
+    def pair_problems(self, trainer: Trainer) -> list[str]:
+        problems = super().pair_problems(trainer)
         frozen = [pair.name for pair in self.search.pairs if not pair.learns_A]
         if frozen:
             problems.append(
@@ -84,34 +97,46 @@ class BalancednessRegularization(FlatLoRACallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # Followed here, at the step, because no pass is perturbed and so nothing earlier needs the pairs.
         self.follow(trainer, pl_module)
         if not self.holds_pairs(trainer, optimizer):
             return
-        alpha = self.current_rho(trainer)
+        alpha = self.current_size(trainer)
         if alpha > 0:
             self._rescale(trainer, alpha)
         self.step += 1
 
     @torch.no_grad()
     def _rescale(self, trainer: Trainer, alpha: float) -> None:
-        groups = trainer.optimizers[self.main.index].param_groups
-        strength = {id(p): alpha * group["lr"] for group in groups for p in group["params"]}
+        strength = {}
+        for param_group in trainer.optimizers[self.main_group.index].param_groups:
+            for parameter in param_group["params"]:
+                strength[id(parameter)] = alpha * param_group["lr"]
+        # A pair with a scaling of 0 does not reach the loss, so its gradients say nothing.
         learning = [pair for pair in self.search.pairs if not pair.is_off]
         pairs = [pair for pair in learning if pair.A.grad is not None and pair.B.grad is not None]
-        signs = self._signs([pair.A for pair in pairs], [pair.B for pair in pairs])
-        if watched := watched_parameters(trainer, self.main.index):
+        signs = [self._sign(pair) for pair in pairs]
+        watched = watched_parameters(trainer, self.main_group.index)
+        if watched:
+            # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
             happens = Layout().all_finite(watched, watched[0].device)
             signs = [sign * happens.to(sign.device) for sign in signs]
         for pair, sign in zip(pairs, signs, strict=True):
-            pair.B.mul_(1 + strength[id(pair.B)] * sign)
-            pair.A.mul_(1 - strength[id(pair.A)] * sign)
+            rows_of(pair.B, pair.B_rows).mul_(1 + strength[id(pair.B)] * sign)
+            rows_of(pair.A, pair.A_rows).mul_(1 - strength[id(pair.A)] * sign)
 
-    def _signs(self, A: list[nn.Parameter], B: list[nn.Parameter]) -> list[Tensor]:
-        """For each pair 1 where B grows and A shrinks, else -1; shape (), on the device."""
-        of_gradients = self.kind == "nBAR"
-        norms_A, norms_B = (
-            [torch.linalg.vector_norm(p.grad if of_gradients else p) for p in factors] for factors in (A, B)
-        )
-        if_larger = 1.0 if of_gradients else -1.0
-        larger = [(b >= a, torch.full_like(b, if_larger)) for a, b in zip(norms_A, norms_B, strict=True)]
-        return [torch.where(is_larger, sign, -sign) for is_larger, sign in larger]
+    def _sign(self, pair: LoRAPair) -> Tensor:
+        """1 where B grows and A shrinks, else -1; shape (), on the device."""
+        if self.kind == "nBAR":
+            A, B, sign_if_B_is_larger = pair.A.grad, pair.B.grad, 1.0
+        else:
+            A, B, sign_if_B_is_larger = pair.A, pair.B, -1.0
+        norm_A, norm_B = _norm(A, pair.A_rows), _norm(B, pair.B_rows)
+        sign = torch.full_like(norm_B, sign_if_B_is_larger)
+        return torch.where(norm_B >= norm_A, sign, -sign)
+
+
+def _norm(tensor: Tensor | None, rows: range | None) -> Tensor:
+    assert tensor is not None
+    norm: Tensor = torch.linalg.vector_norm(rows_of(tensor, rows))
+    return norm

@@ -1,14 +1,15 @@
-"""The perturbation along a gradient, as SAM takes it, and along both factors of every pair."""
+"""SAM's perturbation along a gradient, of any parameters and of both factors of every pair."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
 from lightning_flatlora.distributed import Layout
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.lora_pair import LoRAPair
 
 
 def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
@@ -31,13 +32,19 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
         [tensor([0.3000]), tensor([0.0000, 0.4000])]
     """
     wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+    # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
     norm = nn.utils.get_total_norm(wide)
-    scale, finite = torch.where(norm > 0, rho / norm, 0.0), torch.isfinite(norm)
-    return [(g * scale.to(g.device, g.dtype)).masked_fill_(~finite.to(g.device), 0.0) for g in wide]
+    scale = torch.where(norm > 0, rho / norm, 0.0)
+    finite = torch.isfinite(norm)
+    perturbations = []
+    for gradient in wide:
+        E = gradient * scale.to(gradient.device, gradient.dtype)
+        perturbations.append(E.masked_fill_(~finite.to(gradient.device), 0.0))
+    return perturbations
 
 
 class FactorPerturbation:
-    """Perturbations of A and B of every pair, which the layers read through; the stored factors stay clean.
+    """Perturbations of A and B of every pair that only the layers read; the stored factors stay clean.
 
     Args:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`; a frozen A stays where it is.
@@ -60,55 +67,50 @@ class FactorPerturbation:
 
     def __init__(self, pairs: Sequence[LoRAPair], layout: Layout) -> None:
         self._layout = layout
-        self._readers = {
-            factor: readers
-            for pair in pairs
-            for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers))
-            if factor.requires_grad
-        }
+        self._readers: dict[nn.Parameter, list[read_through.AnyReader]] = {}
+        for pair in pairs:
+            for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
+                if factor.requires_grad:
+                    # Pairs that are rows of one parameter may be read by different modules.
+                    known = self._readers.setdefault(factor, [])
+                    known += [reader for reader in _of_whole(readers) if reader not in known]
+        self._all_readers = list(chain.from_iterable(self._readers.values()))
         self._E: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
     def factors(self) -> list[nn.Parameter]:
-        """What is perturbed: A, if it is trained, and B of each pair."""
+        """What is perturbed: the trained factors of each pair."""
         return list(self._readers)
 
     def install(self) -> None:
         """Make every reader able to read a perturbed factor."""
-        for readers in self._readers.values():
-            for reader in readers:
-                read_through.install(reader, self._layout.only_views)
+        for reader in self._all_readers:
+            read_through.install(reader, self._layout.only_views)
 
     def uninstall(self) -> None:
         """Give every reader its own class back."""
-        for readers in self._readers.values():
-            for reader in readers:
-                read_through.uninstall(reader)
+        for reader in self._all_readers:
+            read_through.uninstall(reader)
 
     @torch.no_grad()
     def ascend(self, rho: float) -> None:
         """Take the perturbation from the gradients that the factors hold now; a missing one counts as zero."""
         groups = self._alike()
         stacks = joint_ascent([self._layout.stack(group, gradients=True) for group in groups], rho)
-        self._E = [
-            (factor, E.view(self._layout.shape(factor)))
-            for group, stack in zip(groups, stacks, strict=True)
-            for factor, E in zip(group, stack.unbind(), strict=True)
-        ]
+        self._E = []
+        for group, stack in zip(groups, stacks, strict=True):
+            for factor, E in zip(group, stack.unbind(), strict=True):
+                self._E.append((factor, E.view(self._layout.shape(factor))))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the layers read A + E_A and B + E_B; after it the clean ones, and E is forgotten."""
-        try:
-            for factor, E in self._E:
+        """Inside, the layers read A + E_A and B + E_B; afterwards they read the clean factors, and E is forgotten."""
+        perturbations, self._E = self._E, []
+        with read_through.restored(self._all_readers):
+            for factor, E in perturbations:
                 for reader in self._readers[factor]:
                     read_through.perturb(reader, E)
             yield
-        finally:
-            for readers in self._readers.values():
-                for reader in readers:
-                    read_through.perturb(reader, None)
-            self._E = []
 
     def _alike(self) -> list[list[nn.Parameter]]:
         """Factors that stack, in the same order on every rank."""
@@ -116,3 +118,12 @@ class FactorPerturbation:
         for factor in self._readers:
             groups.setdefault((self._layout.shape(factor), factor.dtype, factor.device), []).append(factor)
         return list(groups.values())
+
+
+def _of_whole(readers: Sequence[read_through.AnyReader]) -> list[read_through.AnyReader]:
+    """The readers of a whole parameter, of which a pair may be some rows."""
+    whole: list[read_through.AnyReader] = []
+    for each in readers:
+        reader = read_through.as_reader(each)
+        whole.append(read_through.Reader(reader.module, reader.attribute))
+    return whole

@@ -7,27 +7,28 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.baselines.joint_ascent import FactorPerturbation
-from lightning_flatlora.callbacks.checks import warn_of_rounding
-from lightning_flatlora.callbacks.two_pass_loop import TwoPasses
+from lightning_flatlora.callbacks.methods.checks import warn_of_rounding
+from lightning_flatlora.callbacks.methods.two_pass_callback import TwoPassCallback
 from lightning_flatlora.distributed import layout_of
-from lightning_flatlora.schedules import RhoSchedule
 
 
-class LoRASAM(TwoPasses):
+class LoRASAM(TwoPassCallback):
     r"""Take each step's gradient where A and B are moved along their joint gradient (SAM in LoRA's space): two passes.
 
     .. math:: (E_A, E_B) = \rho\, \frac{(G_A, G_B)}{\lVert (G_A, G_B) \rVert_F},
         \qquad \text{gradient at } (A + E_A,\; B + E_B)
 
-    One norm over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is no ball of W: the perturbation
-    of W changes under (B M, M⁻¹ A). The layers read the moved factors through; the stored ones are clean at every
-    moment. For the rest (dropout, logging, accumulation, ranks) the passes are :class:`~lightning_flatlora.FMLoRA`'s.
+    The norm is over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is no ball around W: the
+    perturbation of W changes under (B M, M⁻¹ A). Only the layers read the moved factors; the stored ones are clean at
+    every moment. In all other respects (dropout, logging, accumulation, ranks) the passes are those of
+    :class:`~lightning_flatlora.FMLoRA`.
 
     Args:
         rho: radius of the ball over all A and B, in the factors' units, >= 0; or a schedule over optimizer steps.
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
+        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
         sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
 
     Raises:
@@ -41,23 +42,6 @@ class LoRASAM(TwoPasses):
         >>> trainer = L.Trainer(callbacks=[LoRASAM(rho=0.1)], accelerator="cpu", logger=False)
     """
 
-    def __init__(
-        self,
-        rho: float | RhoSchedule,
-        *,
-        start_step: int = 0,
-        every_n_steps: int = 1,
-        adapter_name: str | None = None,
-        sync_ascent: bool = True,
-    ) -> None:
-        super().__init__(
-            rho,
-            start_step=start_step,
-            every_n_steps=every_n_steps,
-            adapter_name=adapter_name,
-            sync_ascent=sync_ascent,
-        )
-
     @override
     def begin(self) -> None:
         super().begin()
@@ -65,13 +49,13 @@ class LoRASAM(TwoPasses):
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pairs = self.main.pairs
+        pairs = self.main_group.pairs
         self._leave()
         if pairs:
+            # Once at the start, and not again whenever the pairs change in the middle of a fit.
             if not self._is_training:
                 warn_of_rounding(self, "B", [pair.B for pair in pairs])
-            factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
-            self._factors = FactorPerturbation(pairs, layout_of(trainer.strategy.model, factors))
+            self._factors = FactorPerturbation(pairs, layout_of(trainer.strategy.model))
             self._factors.install()
 
     @override

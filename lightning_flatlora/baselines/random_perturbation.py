@@ -1,37 +1,40 @@
-"""Flat-LoRA's random perturbation: Gaussian noise on the whole weight, anew for each step."""
+"""Flat-LoRA's random perturbation: fresh Gaussian noise on the whole weight in each step."""
 
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.one_pass import OnePass
-from lightning_flatlora.pairs import NoPairsError, PairSearch
+from lightning_flatlora.callbacks.methods.checks import integer_problems
+from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
+from lightning_flatlora.lora_pair import Finder, PairSearch
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.weight_noise import WeightNoise, derived_seed, is_seed
+from lightning_flatlora.weight_noise import WeightNoise, derived_seed
 
 
-class RandomPerturbation(OnePass):
+class RandomPerturbation(OnePassCallback):
     r"""Take each step's gradient where every adapted weight carries fresh Gaussian noise (Flat-LoRA), in one pass.
 
     .. math:: \text{gradient at } W' + \varepsilon, \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0,\; \frac{\sigma^2}{m}\,\lVert W'_{i,:}\rVert^2\right)
 
     The noise is a function of (seed, optimizer step, layer): all micro-batches of an accumulation window and all ranks
-    share it, and a resumed run draws what the uninterrupted one would have. It is on from the start of training_step to
-    the end of its backward (the loss that is logged has it), off in validation and in all other hooks, and no stored
-    weight ever changes, so nothing drifts; see :class:`~lightning_flatlora.weight_noise.WeightNoise`. The global random
-    state is not touched. Noise lies on Linear layers alone; others are named once and train without.
+    share it, and a resumed run draws what the uninterrupted one would have drawn. It is on from the start of
+    training_step to the end of its backward (so the logged loss includes it), and off in validation and in all other
+    hooks. No stored weight ever changes, so nothing drifts; see :class:`~lightning_flatlora.weight_noise.WeightNoise`.
+    The global random state is not touched. Only Linear layers get noise; others are named once and train without it.
 
     Args:
-        sigma: size of the noise relative to the weights' rows, no unit, >= 0; or a schedule over optimizer steps: the
-            paper raises it, ``CosineRho(0, sigma)``, to 0.05 on language and 0.15 on CLIP.
+        sigma: size of the noise relative to the norms of the weights' rows, without a unit, >= 0; or a schedule over
+            optimizer steps. The paper raises it, ``CosineRho(0, sigma)``, to 0.05 on language and 0.15 on CLIP.
         seed: of all noise, >= 0.
         adapter_name: the peft adapter that enters W'; None takes the active ones.
+        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
+            there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that gets noise.
 
     Raises:
-        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work, as
-            FSDP (at the start of fit, before the first step).
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
+            such as FSDP (at the start of fit, before the first step).
 
     Source: Li et al., arXiv 2409.14396, Eq. 7 and Algorithm 1.
 
@@ -44,59 +47,57 @@ class RandomPerturbation(OnePass):
     size_name = "sigma"
     works_sharded = False
 
-    def __init__(self, sigma: float | RhoSchedule, seed: int = 0, *, adapter_name: str | None = None) -> None:
-        problems = [] if is_seed(seed) else [f"seed must be an integer >= 0, got {seed!r}"]
-        super().__init__(sigma, adapter_name=adapter_name, more_problems=problems)
+    def __init__(
+        self,
+        sigma: float | RhoSchedule,
+        seed: int = 0,
+        *,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+    ) -> None:
         self.seed = seed
+        super().__init__(sigma, adapter_name=adapter_name, finder=finder)
+
+    @override
+    def argument_problems(self) -> list[str]:
+        return integer_problems("seed", self.seed, least=0)
 
     @override
     def begin(self) -> None:
         super().begin()
         self.noise: WeightNoise | None = None
-        self._is_found = False
 
     @override
     def settings(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
     @override
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        if problems := super().find(trainer, pl_module):
-            return problems
-        try:
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().find(trainer, pl_module)
+        if not self.pair_problems(trainer):
+            # Also here, where layers that can have no noise are still reported together with all other problems.
             self.install(trainer, pl_module)
-        except (NoPairsError, ValueError) as error:
-            return [str(error)]
-        self._is_found = True
-        return []
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put noise on the layers of the pairs that are trained now; none where none is."""
-        if self._is_found:  # the start has just made it, and W0's norms take a pass over the whole base
-            self._is_found = False
-            return
         self.off()
         self.noise = None
-        if any(pair.B.requires_grad for pair in self.main.pairs):
-            self.noise = WeightNoise(pl_module, self.adapter_name)
+        if any(pair.B.requires_grad for pair in self.main_group.pairs):
+            self.noise = WeightNoise(pl_module, self.adapter_name, finder=self.finder)
             self.search = PairSearch(self.search.pairs, self.noise.left_out)
 
     @override
     def perturbs(self, trainer: Trainer) -> bool:
-        return self.noise is not None and self.current_rho(trainer) > 0
+        return self.noise is not None and self.current_size(trainer) > 0
 
     @override
     def on(self, trainer: Trainer) -> None:
         assert self.noise is not None
-        self.noise.on(self.current_rho(trainer), derived_seed(self.seed, self.step))
+        # From the step, so that a resumed run and every rank draw the same noise without any state.
+        self.noise.on(self.current_size(trainer), derived_seed(self.seed, self.step))
 
     @override
     def off(self) -> None:
         if self.noise is not None:
             self.noise.off()
-
-    @override
-    def uninstall(self) -> None:
-        self.off()
-        super().uninstall()

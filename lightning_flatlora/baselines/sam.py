@@ -1,29 +1,32 @@
 """SAM on every trained parameter."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
-from lightning_flatlora.callbacks.checks import warn_of_rounding
-from lightning_flatlora.callbacks.two_pass_loop import TwoPasses
+from lightning_flatlora.callbacks.methods.checks import warn_of_rounding
+from lightning_flatlora.callbacks.methods.gradients import parameters_of
+from lightning_flatlora.callbacks.methods.two_pass_callback import TwoPassCallback
+from lightning_flatlora.flatness import moved
 from lightning_flatlora.schedules import RhoSchedule
 
 
-class SAM(TwoPasses):
+class SAM(TwoPassCallback):
     r"""Take each step's gradient where every trained parameter is moved along its gradient, in two passes.
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
 
-    On full fine-tuning it is the ceiling that LoRA's methods are compared with; the model needs no LoRA layer. What is
-    trained is what the one optimizer holds, under LoRA heads and norms too. The weights are moved in place and restored
-    from copies, to the bit: in the second pass, and in the hooks that fire around its backward, the stored weights are
-    not clean. Memory: two copies of the trained weights. For the rest (dropout, logging, accumulation, ranks) the two
-    passes are :class:`~lightning_flatlora.FMLoRA`'s; under DDP with accumulation each ascent sends every gradient.
+    With full fine-tuning it is the ceiling that LoRA's methods are compared with; the model needs no LoRA layer. It
+    perturbs everything that the one optimizer trains, with LoRA also heads and norms. The weights are moved in place
+    and restored exactly, from copies: in the second pass, and in the hooks that fire around its backward, the stored
+    weights are not clean. Memory: two copies of the trained weights. In all other respects (dropout, logging,
+    accumulation, ranks) the two passes are those of :class:`~lightning_flatlora.FMLoRA`. Under DDP with accumulation
+    each ascent sends every gradient.
 
     Args:
         rho: radius of the ball over all trained parameters, in the weights' units, >= 0; or a schedule over optimizer
@@ -33,8 +36,8 @@ class SAM(TwoPasses):
         sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own e and sends nothing.
 
     Raises:
-        MisconfigurationException: values out of range (here), or optimizers or a strategy that can't work, as FSDP (at
-            the start of fit, before the first step).
+        MisconfigurationException: values out of range (here), or optimizers or a strategy that can't work, such as FSDP
+            (at the start of fit, before the first step).
 
     Source: Foret et al., arXiv 2010.01412, Algorithm 1 with p = 2.
 
@@ -59,13 +62,17 @@ class SAM(TwoPasses):
     def begin(self) -> None:
         super().begin()
         self._trained: list[nn.Parameter] = []
-        self._moves: list[tuple[nn.Parameter, Tensor]] = []
+        self._moved: AbstractContextManager[None] = nullcontext()
 
     @override
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if len(trainer.optimizers) == 1:
+            self.follow(trainer, pl_module)
+
+    @override
+    def pair_problems(self, trainer: Trainer) -> list[str]:
         if len(trainer.optimizers) != 1:
             return [f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}"]
-        self.follow(trainer, pl_module)
         if not self._trained:
             return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
         return self.rate_problems(trainer)
@@ -73,8 +80,7 @@ class SAM(TwoPasses):
     @override
     def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the optimizer trains now: parameters may join it, and freeze, in the middle of a fit."""
-        groups = trainer.optimizers[0].param_groups
-        self._trained = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._trained = [p for p in parameters_of(trainer.optimizers[0]) if p.requires_grad]
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,20 +98,18 @@ class SAM(TwoPasses):
 
     @override
     def ascend(self, rho: float) -> None:
-        moved = [p for p in self._trained if p.grad is not None]
-        self._moves = list(zip(moved, joint_ascent([p.grad for p in moved if p.grad is not None], rho), strict=True))
+        parameters, gradients = [], []
+        for parameter in self._trained:
+            if parameter.grad is not None:
+                parameters.append(parameter)
+                gradients.append(parameter.grad)
+        self._moved = moved(parameters, joint_ascent(gradients, rho))
 
     @override
     @contextmanager
     def perturbed(self) -> Iterator[None]:
-        moves, self._moves = self._moves, []
-        clean = [p.detach().clone() for p, _ in moves]
-        try:
-            with torch.no_grad():
-                for p, e in moves:
-                    p.add_(e)
+        with self._moved:
+            for parameter in self._trained:
+                # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
+                torch.autograd.graph.increment_version(parameter)
             yield
-        finally:
-            with torch.no_grad():
-                for (p, _), value in zip(moves, clean, strict=True):
-                    p.copy_(value)

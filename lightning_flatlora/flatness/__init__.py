@@ -1,4 +1,4 @@
-"""Instruments of flatness: sharpness, curvature, and what the factors tell, on any model with LoRA layers.
+"""Measures of flatness for any model with LoRA layers: sharpness, curvature, and numbers of the factors alone.
 
 Where a process group runs (DDP), each rank gives the loss of its own batches, every rank calls the same functions in
 the same order, and all get the same numbers: losses, gradients and Hessian-vector products are means over the ranks.
@@ -13,7 +13,7 @@ from lightning_flatlora.flatness.factors import (
     inner_product,
     realised_radius,
 )
-from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, slope, trained_factors
+from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, slope
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, MEASURES, Point, measure
 from lightning_flatlora.flatness.metrics import Estimate, MeanWithError
 from lightning_flatlora.flatness.sharpness import (
@@ -24,8 +24,10 @@ from lightning_flatlora.flatness.sharpness import (
     expected_sharpness,
     fresh_perturbation,
     lora_sharpness,
+    moved,
     sam_sharpness,
 )
+from lightning_flatlora.lora_pair import trained_factors
 
 __all__ = [
     "DEFAULT_MEASURES",
@@ -51,6 +53,7 @@ __all__ = [
     "inner_product",
     "lora_sharpness",
     "measure",
+    "moved",
     "realised_radius",
     "sam_sharpness",
     "slope",

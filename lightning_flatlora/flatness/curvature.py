@@ -18,7 +18,7 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
 
     .. math:: H v = \nabla_\theta \langle \nabla_\theta L,\; v\rangle
 
-    Attention runs in its plain form, as the fused kernels have no second derivative.
+    Attention runs in its plain form.
 
     Args:
         loss: of fixed batches, at the weights as the layers read them now.
@@ -36,6 +36,7 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
     parameters = list(parameters)
     product = [torch.zeros_like(parameter) for parameter in parameters]
     losses = parts(loss)
+    # The fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for part in losses:
             _add_product(part, parameters, vector, product)
@@ -91,14 +92,15 @@ def top_eigenvalue(
         product = hessian_product(loss, parameters, _split(torch.as_tensor(x).flatten(), parameters))
         flat = torch.cat([part.flatten().double().cpu() for part in product])
         norms.append(float(flat.norm()))
-        if not isfinite(norms[-1]):  # what ARPACK itself would say, after lines of LAPACK on the screen
+        # ARPACK itself would raise this, but only after LAPACK has printed lines to the screen.
+        if not isfinite(norms[-1]):
             raise linalg.ArpackError(-9999)
         return flat.numpy()
 
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
     operator = linalg.LinearOperator((size, size), matvec=matvec, dtype=start.dtype)
     try:
-        found = linalg.eigsh(
+        eigenvalues = linalg.eigsh(
             operator,
             k=1,
             which="LA",
@@ -109,8 +111,8 @@ def top_eigenvalue(
             return_eigenvectors=False,
         )
     except linalg.ArpackError:  # it needs a product that is not zero
-        found = [0.0 if set(norms) == {0.0} else torch.nan]
-    return torch.tensor(float(found[0]), dtype=torch.float64)
+        eigenvalues = [0.0 if set(norms) == {0.0} else torch.nan]
+    return torch.tensor(float(eigenvalues[0]), dtype=torch.float64)
 
 
 def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int = 8, seed: int = 0) -> Estimate:

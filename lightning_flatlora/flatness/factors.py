@@ -1,4 +1,4 @@
-"""What the factors of a LoRA layer tell about flatness: equations, tensors in, tensors out, batched over layers.
+"""What the factors of a LoRA layer say about flatness: equations, tensors in, tensors out, batched over layers.
 
 Notation as in :mod:`lightning_flatlora.functional`: ``W = W0 + s B A`` with ``B`` (n, r), ``A`` (r, m); a perturbation
 ``E`` of B, shape (n, r), moves W by ``s E A``. Leading dimensions (written L) batch over layers. Inner products of such
@@ -14,7 +14,8 @@ def balancedness(A: Tensor, B: Tensor) -> Tensor:
 
     .. math:: \tfrac12\left(\|B\|_F^2 - \|A\|_F^2\right)
 
-    Gradient flow keeps it; a perturbed one moves it by at most rho / s times a ratio of norms, per unit of time.
+    Gradient flow leaves it constant. A perturbed flow changes it by at most rho / s times a ratio of norms, per unit of
+    time.
 
     Args:
         A: shape (L, r, m).
@@ -35,9 +36,9 @@ def condition_number(X: Tensor) -> Tensor:
 
     .. math:: \sigma_{\max}(X) / \sigma_{\min}(X)
 
-    Infinite where the rank is not full but for the rounding of X's entries, which includes X = 0 (B at the start):
-    where :math:`\sigma_{\min} \le \epsilon\,\sqrt{\min(\text{rows}, \text{columns})}\,\sigma_{\max}`, epsilon that of
-    X's dtype. nan where X is not finite.
+    Infinite where the rank is full only by the rounding of X's entries, that is, where
+    :math:`\sigma_{\min} \le \epsilon\,\sqrt{\min(\text{rows}, \text{columns})}\,\sigma_{\max}` with the epsilon of X's
+    dtype; this includes X = 0 (B at the start). nan where X is not finite.
 
     Args:
         X: A or B, shape (L, rows, columns).
@@ -50,7 +51,8 @@ def condition_number(X: Tensor) -> Tensor:
         tensor([3., inf], dtype=torch.float64)
     """
     finite = X.isfinite().all(-1).all(-1)
-    values = torch.linalg.svdvals(_wide(X).where(finite[..., None, None], 0.0))  # it raises on what is not finite
+    # svdvals raises on values that are not finite, so these are replaced first.
+    values = torch.linalg.svdvals(_wide(X).where(finite[..., None, None], 0.0))
     largest, smallest = values[..., 0], values[..., -1]
     rounding = torch.finfo(X.dtype).eps * min(X.shape[-2:]) ** 0.5 * largest
     return torch.where(smallest > rounding, largest / smallest, torch.inf).where(finite, torch.nan)
@@ -83,8 +85,8 @@ def realised_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
 
     .. math:: \|s E A\|_F = s\,\sqrt{\mathrm{tr}\left(E^\top E\, A A^\top\right)}
 
-    At most rho, for one layer and, as the root of the sum of squares, for all of a global ball; rho is reached by the
-    "projected" estimator and where B = 0.
+    It is at most rho: for one layer and, as the root of the sum of squares, for all layers of a global ball. The
+    "projected" estimator reaches rho, and both estimators do where B = 0.
 
     Args:
         E: shape (L, n, r).
@@ -102,11 +104,11 @@ def realised_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
 
 
 def cosine(E1: Tensor, E2: Tensor, A: Tensor) -> Tensor:
-    r"""The cosine between two perturbations of one layer in full weight space, as of Ê and the fresh E (Theorem 2).
+    r"""The cosine between two perturbations of one layer in full weight space, such as Ê and the fresh E (Theorem 2).
 
     .. math:: \frac{\langle s E_1 A, s E_2 A\rangle}{\|s E_1 A\|_F\,\|s E_2 A\|_F}
 
-    0 where one of them is zero, as Ê is before the first refresh; nan where one is not finite.
+    0 where one of them is zero, such as Ê before the first refresh; nan where one is not finite.
 
     Args:
         E1: shape (L, n, r).
@@ -139,8 +141,9 @@ def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Ten
 
     .. math:: \frac{\|B^\top G_B - G_A A^\top\|_F}{\|B^\top G_B\|_F + \|G_A A^\top\|_F}
 
-    Both sides are :math:`s B^\top G A^\top`, so it is rounding alone, unless a factor is used in another product too or
-    the gradients were taken at other weights. 0 where both sides are (B = 0), nan where a gradient is not finite.
+    Both sides are :math:`s B^\top G A^\top`, so the residual is only rounding, unless a factor is also used in another
+    product or the gradients were taken at other weights. It is 0 where both sides are (B = 0), and nan where a gradient
+    is not finite.
 
     Args:
         A: shape (L, r, m).
@@ -162,4 +165,5 @@ def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Ten
 
 
 def _wide(X: Tensor) -> Tensor:
+    # MPS has no float64.
     return X.float() if X.device.type == "mps" else X.double()

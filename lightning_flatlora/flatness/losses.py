@@ -1,14 +1,13 @@
-"""The loss of fixed batches as a function of the weights: its value, and its gradient by LoRA's factors."""
+"""The loss of fixed batches as a function of the weights: its value, and its gradient for LoRA's factors."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatlora.distributed import average
-from lightning_flatlora.pairs import LoRAPair
 
 Loss = Callable[[], Tensor]
 """The mean loss of fixed batches at the weights as the layers read them now: a differentiable scalar, without dropout
@@ -52,20 +51,20 @@ class Slope(NamedTuple):
     gradients: list[Tensor]
 
     def of(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient by one of the parameters."""
-        return next(grad for own, grad in zip(self.parameters, self.gradients, strict=True) if own is parameter)
+        """The gradient with respect to one of the parameters."""
+        for own, gradient in zip(self.parameters, self.gradients, strict=True):
+            if own is parameter:
+                return gradient
+        raise KeyError("the gradient was not taken with respect to this parameter")
 
     @contextmanager
     def as_grad(self) -> Iterator[None]:
-        """Inside, ``.grad`` of the parameters is this gradient; after it, the very tensors that were there."""
-        before = [parameter.grad for parameter in self.parameters]
-        try:
+        """Inside, ``.grad`` of the parameters is this gradient; afterwards, the same tensors as before."""
+        with ExitStack() as stack:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                stack.callback(setattr, parameter, "grad", parameter.grad)
                 parameter.grad = gradient
             yield
-        finally:
-            for parameter, grad in zip(self.parameters, before, strict=True):
-                parameter.grad = grad
 
 
 def value(loss: Loss) -> Tensor:
@@ -84,12 +83,12 @@ def value(loss: Loss) -> Tensor:
 
 
 def slope(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Slope:
-    """The loss and its gradient, in a forward and a backward pass; ``.grad`` and hooks of it see nothing.
+    """The loss and its gradient, in a forward and a backward pass; ``.grad`` and its hooks are not touched.
 
     Args:
         loss: of fixed batches.
         parameters: trained ones; those that the loss does not use have a gradient of zero.
-        scale: multiplies the loss in the backward pass and divides the gradient, as a loss scaler does under float16.
+        scale: multiplies the loss in the backward pass and divides the gradient, like a loss scaler under float16.
 
     Returns:
         The :class:`Slope` at the weights as the layers read them now.
@@ -102,8 +101,12 @@ def slope(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) ->
     parameters = list(parameters)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
     losses = parts(loss)
+    values = []
     with torch.enable_grad():
-        mean = torch.stack([_add_slope(part, parameters, gradients, scale) for part in losses]).mean()
+        for part in losses:
+            values.append(_add_slope(part, parameters, gradients, scale))
+    mean = torch.stack(values).mean()
+    # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
     torch._foreach_div_(gradients, len(losses) * scale)
     average([mean, *gradients])
     return Slope(mean, parameters, gradients)
@@ -111,6 +114,7 @@ def slope(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) ->
 
 def _add_slope(part: Loss, parameters: list[nn.Parameter], gradients: list[Tensor], scale: float) -> Tensor:
     """One batch's loss, whose scaled gradient is added; its graph ends with the call."""
+    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
     loss = part()
     new = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
     torch._foreach_add_(gradients, list(new))
@@ -120,11 +124,6 @@ def _add_slope(part: Loss, parameters: list[nn.Parameter], gradients: list[Tenso
 def parts(loss: Loss) -> Sequence[Loss]:
     """The losses of single batches, where a loss has them."""
     return loss.losses if isinstance(loss, MeanLoss) else [loss]
-
-
-def trained_factors(pairs: Sequence[LoRAPair]) -> list[nn.Parameter]:
-    """The trained factors of pairs, A before B."""
-    return [factor for pair in pairs for factor in (pair.A, pair.B) if factor.requires_grad]
 
 
 def _wide(loss: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""Several instruments at one point, which share what they need: the loss and its gradient are taken once."""
+"""Several measures at one point, which share the loss and its gradient."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
 from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
-from lightning_flatlora.flatness.losses import Loss, Slope, slope, trained_factors
+from lightning_flatlora.flatness.losses import Loss, Slope, slope
 from lightning_flatlora.flatness.sharpness import (
     clean,
     ema_sharpness,
@@ -20,7 +21,7 @@ from lightning_flatlora.flatness.sharpness import (
     read,
     sam_sharpness,
 )
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.lora_pair import LoRAPair, rows_of, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -41,6 +42,8 @@ class Point:
         noise: for "expected_sharpness".
         sigma: size of the noise relative to the rows' norms.
         samples: draws of noise, and of vectors for "hessian_trace".
+        seed: of these draws, and of the first vector of "top_eigenvalue".
+        at: the loss and its gradient at the clean weights, where they are known already.
         loss_scale: see :func:`slope`.
     """
 
@@ -52,6 +55,8 @@ class Point:
     noise: WeightNoise | None = None
     sigma: float = 0.05
     samples: int = 8
+    seed: int = 0
+    at: Slope | None = None
     loss_scale: float = 1.0
 
     @property
@@ -61,12 +66,12 @@ class Point:
 
     @cached_property
     def slope(self) -> Slope:
-        """The loss and its gradient at the clean weights, taken where first asked for."""
-        return slope(self.loss, trained_factors(self.pairs), self.loss_scale)
+        """The loss and its gradient at the clean weights, taken when they are first needed."""
+        return self.at or slope(self.loss, trained_factors(self.pairs), self.loss_scale)
 
 
 def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> Values:
-    """What the named instruments tell at a point.
+    """Take several measures at a point.
 
     Gradients are taken once: "sharpness", "lora_sharpness" and "ema" cost a forward pass each (two for "ema") beyond
     the forward and backward pass that they, "radius" and "gradient_residual" share. "expected_sharpness" costs 1 +
@@ -76,7 +81,7 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
     Args:
         point: the loss, the weights and the settings.
         measures: names in :data:`MEASURES`.
-        per_layer: give what differs between layers for each pair too, under ``name/pair``.
+        per_layer: also return what differs between layers for each pair, under ``name/pair``.
 
     Returns:
         Numbers by name, shape (). Over the layers: the mean balancedness, the median condition numbers (a mean would be
@@ -92,6 +97,7 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
         ['condition_A', 'condition_B', 'loss', 'radius', 'sharpness']
     """
     result: Values = {}
+    # Beside EFMLoRA the layers would otherwise read B + Ê.
     with clean(point.pairs):
         for name in measures:
             result |= _reduced(MEASURES[name](point), point.pairs, per_layer)
@@ -111,38 +117,41 @@ def _reduced(values: Values, pairs: list[LoRAPair], per_layer: bool) -> Values:
 
 
 def _sharpness(point: Point) -> Values:
-    found = sam_sharpness(point.loss, point.perturbation, point.rho, point.slope)
-    return {"loss": found.loss, "sharpness": found.sharpness}
+    sharp = sam_sharpness(point.loss, point.perturbation, point.rho, point.slope)
+    return {"loss": sharp.loss, "sharpness": sharp.sharpness}
 
 
 def _lora_sharpness(point: Point) -> Values:
-    found = lora_sharpness(point.loss, point.pairs, point.rho, point.slope)
-    return {"loss": found.loss, "lora_sharpness": found.sharpness}
+    sharp = lora_sharpness(point.loss, point.pairs, point.rho, point.slope)
+    return {"loss": sharp.loss, "lora_sharpness": sharp.sharpness}
 
 
 def _ema(point: Point) -> Values:
     if point.average is None:
         raise ValueError("the measure 'ema' needs Point.average, a Perturbation that keeps Ê")
     rho = point.rho if point.average_rho is None else point.average_rho
-    found = ema_sharpness(point.loss, point.average, rho, point.slope)
-    return {"ema_sharpness": found.ema, "ema_gap": found.gap, "ema_cosine": found.cosine}
+    ema = ema_sharpness(point.loss, point.average, rho, point.slope)
+    return {"ema_sharpness": ema.ema, "ema_gap": ema.gap, "ema_cosine": ema.cosine}
 
 
 def _expected_sharpness(point: Point) -> Values:
     if point.noise is None:
         raise ValueError("the measure 'expected_sharpness' needs Point.noise, a WeightNoise")
-    found = expected_sharpness(point.loss, point.noise, point.sigma, point.samples)
-    return {"expected_sharpness": found.sharpness, "expected_sharpness_error": found.standard_error}
+    expected = expected_sharpness(point.loss, point.noise, point.sigma, point.samples, point.seed)
+    return {"expected_sharpness": expected.sharpness, "expected_sharpness_error": expected.standard_error}
 
 
 def _balancedness(point: Point) -> Values:
-    return {"balancedness": torch.stack([balancedness(*_matrices(pair)) for pair in point.pairs])}
+    return {"balancedness": torch.stack([balancedness(*pair.matrices()) for pair in point.pairs])}
 
 
 def _condition(point: Point) -> Values:
-    numbers = [[condition_number(factor) for factor in _matrices(pair)] for pair in point.pairs]
-    A, B = (torch.stack(side) for side in zip(*numbers, strict=True))
-    return {"condition_A": A, "condition_B": B}
+    of_A, of_B = [], []
+    for pair in point.pairs:
+        A, B = pair.matrices()
+        of_A.append(condition_number(A))
+        of_B.append(condition_number(B))
+    return {"condition_A": torch.stack(of_A), "condition_B": torch.stack(of_B)}
 
 
 def _radius(point: Point) -> Values:
@@ -152,27 +161,25 @@ def _radius(point: Point) -> Values:
 
 
 def _gradient_residual(point: Point) -> Values:
-    at = point.slope
-    residuals = [
-        gradient_identity_residual(*_matrices(pair), at.of(pair.A).flatten(1), at.of(pair.B).flatten(1))
-        if pair.learns_A
-        else torch.zeros((), dtype=torch.float64, device=pair.B.device)  # there is no second gradient to differ
-        for pair in point.pairs
-    ]
+    residuals = []
+    for pair in point.pairs:
+        if pair.learns_A:
+            A, B = pair.matrices()
+            grad_A = rows_of(point.slope.of(pair.A), pair.A_rows).flatten(1)
+            grad_B = rows_of(point.slope.of(pair.B), pair.B_rows).flatten(1)
+            residuals.append(gradient_identity_residual(A, B, grad_A, grad_B))
+        else:  # without a second gradient there is nothing that could differ
+            residuals.append(torch.zeros((), dtype=torch.float64, device=pair.B.device))
     return {"gradient_residual": torch.stack(residuals)}
 
 
 def _top_eigenvalue(point: Point) -> Values:
-    return {"top_eigenvalue": top_eigenvalue(point.loss, trained_factors(point.pairs))}
+    return {"top_eigenvalue": top_eigenvalue(point.loss, trained_factors(point.pairs), seed=point.seed)}
 
 
 def _hessian_trace(point: Point) -> Values:
-    found = hessian_trace(point.loss, trained_factors(point.pairs), point.samples)
-    return {"hessian_trace": found.mean, "hessian_trace_error": found.standard_error}
-
-
-def _matrices(pair: LoRAPair) -> tuple[Tensor, Tensor]:
-    return pair.A.detach().flatten(1), pair.B.detach().flatten(1)
+    trace = hessian_trace(point.loss, trained_factors(point.pairs), point.samples, point.seed)
+    return {"hessian_trace": trace.mean, "hessian_trace_error": trace.standard_error}
 
 
 MEASURES: dict[str, Callable[[Point], Values]] = {
@@ -187,15 +194,31 @@ MEASURES: dict[str, Callable[[Point], Values]] = {
     "top_eigenvalue": _top_eigenvalue,
     "hessian_trace": _hessian_trace,
 }
-"""What :func:`measure` can be asked for."""
+"""All measures by name, as the monitor, the report and the comparison take them."""
 
 DEFAULT_MEASURES = ("sharpness", "lora_sharpness", "balancedness", "condition", "radius")
 """Four passes in all: forward, backward, two forwards."""
 
 _OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "balancedness": torch.mean,
+    # The median, since a single layer of deficient rank makes the mean infinite.
     "condition_A": torch.median,
     "condition_B": torch.median,
     "radius": torch.linalg.vector_norm,
     "gradient_residual": torch.amax,
 }
+
+
+def measure_problems(measures: object) -> list[str]:
+    """What is wrong with a choice of measures, one line for each problem; None, the default choice, is right."""
+    if measures is None:
+        return []
+    if isinstance(measures, str) or not isinstance(measures, Sequence) or not measures:
+        return [f"measures must be None or a list of names among {', '.join(MEASURES)}, got {measures!r}"]
+    problems = []
+    for name in measures:
+        if name not in MEASURES:
+            problems.append(f"measures holds {name!r}, which is none of {', '.join(MEASURES)}")
+    if "top_eigenvalue" in measures and find_spec("scipy") is None:
+        problems.append("the measure 'top_eigenvalue' needs scipy: pip install 'lightning-flatlora[flatness]'")
+    return problems

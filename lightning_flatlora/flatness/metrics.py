@@ -43,6 +43,7 @@ class MeanWithError(Metric):
 
     def compute(self) -> Estimate:
         """The mean of all samples so far, and its standard error."""
+        # Once it is synchronised, the state is a single tensor.
         values = torch.cat(self.samples) if isinstance(self.samples, list) else self.samples
         spread = values.std(correction=1) if len(values) > 1 else values.new_tensor(torch.nan)
         return Estimate(values.mean(), spread / len(values) ** 0.5)

@@ -5,17 +5,17 @@ unit (nats for a cross-entropy).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatlora import read_through
 from lightning_flatlora.flatness.factors import cosine_of, inner_product, realised_radius
-from lightning_flatlora.flatness.losses import Loss, Slope, slope, trained_factors, value
+from lightning_flatlora.flatness.losses import Loss, Slope, slope, value
 from lightning_flatlora.flatness.metrics import MeanWithError
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -136,7 +136,9 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope 
     with clean(pairs):
         at = at or slope(loss, trained_factors(pairs))
         norm = torch.nn.utils.get_total_norm(at.gradients)
-        with _moved(at, torch.where(norm == 0, 0.0, rho / norm)):
+        scale = torch.where(norm == 0, 0.0, rho / norm)
+        moves = [gradient * scale.to(gradient.dtype) for gradient in at.gradients]
+        with moved(at.parameters, moves):
             return Sharpness(at.loss, value(loss))
 
 
@@ -201,6 +203,7 @@ def expected_sharpness(
         True
     """
     at_weights, mean = value(loss), MeanWithError(sync_on_compute=False)  # ranks have the same samples
+    # The seeds are the same on every rank, so that all of them measure at the same weights.
     for sample in range(samples):
         with noise.applied(sigma, seed + sample):
             mean.update(value(loss))
@@ -223,31 +226,35 @@ def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> 
 
 def radii(pairs: Sequence[LoRAPair], E: Sequence[Tensor]) -> Tensor:
     """||s E A||_F of every pair; the radius of all together is its norm. Units of the weights, shape (pairs,)."""
-    return torch.stack([realised_radius(e, p.A.detach().flatten(1), p.scaling) for p, e in zip(pairs, E, strict=True)])
+    norms = []
+    for pair, e in zip(pairs, E, strict=True):
+        norms.append(realised_radius(e, pair.matrices()[0], pair.scaling))
+    return torch.stack(norms)
 
 
 def full_cosine(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
     """The cosine between two perturbations of all pairs, as one vector of full weights, shape (); 0 where one is 0."""
-    products = [
-        torch.stack([inner_product(*two, pair.A.detach().flatten(1), pair.scaling) for two in ((a, b), (a, a), (b, b))])
-        for pair, a, b in zip(pairs, E1, E2, strict=True)
-    ]
-    return cosine_of(*torch.stack(products).sum(0))
+    return cosine_of(overlap(pairs, E1, E2), overlap(pairs, E1, E1), overlap(pairs, E2, E2))
+
+
+def overlap(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
+    """The inner product of two perturbations in full weight space, over all pairs: squared weights' units, shape ()."""
+    products = []
+    for pair, one, other in zip(pairs, E1, E2, strict=True):
+        products.append(inner_product(one, other, pair.matrices()[0], pair.scaling))
+    return torch.stack([product.to(products[0].device) for product in products]).sum()
 
 
 @contextmanager
 def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
-    """Inside, the layers read B, and can be made to read B + E; after it, they read what they read before."""
-    readers = [reader for pair in pairs for reader in pair.readers]
-    with read_through.restored(readers):
+    """Inside, the layers read B, and can be made to read B + E; afterwards they read what they read before."""
+    readers = readers_of(pairs)
+    with read_through.restored(readers), ExitStack() as stack:
         for reader in readers:
             read_through.install(reader)
+            stack.callback(read_through.uninstall, reader)
             read_through.perturb(reader, None)
-        try:
-            yield
-        finally:
-            for reader in readers:
-                read_through.uninstall(reader)
+        yield
 
 
 def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) -> Tensor:
@@ -257,15 +264,22 @@ def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) 
 
 
 @contextmanager
-def _moved(at: Slope, scale: Tensor) -> Iterator[None]:
-    """Inside, the parameters stand at w + scale * gradient; the stored values are put aside untouched."""
-    stored = [parameter.data for parameter in at.parameters]
+def moved(parameters: Sequence[nn.Parameter], moves: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, parameters stand at w + move; afterwards, whatever happens, they have exactly their old values.
+
+    Args:
+        parameters: moved in place, so that whoever holds their memory, such as a compiled graph, sees the move.
+        moves: one for each parameter, of its shape and of any floating dtype.
+    """
+    stored = [parameter.detach().clone() for parameter in parameters]
     try:
-        for parameter, gradient in zip(at.parameters, at.gradients, strict=True):
-            parameter.data = torch.add(parameter.data, gradient * scale.to(gradient.dtype))
-        torch.clear_autocast_cache()  # of an autocast around this: its low-precision copies are of the values before
+        for parameter, move in zip(parameters, moves, strict=True):
+            # By .data, which autograd does not count as a new version, since the old values will come back.
+            parameter.data.add_(move)
+        # An autocast around this block holds low-precision copies of the old values.
+        torch.clear_autocast_cache()
         yield
     finally:
-        for parameter, data in zip(at.parameters, stored, strict=True):
-            parameter.data = data
+        for parameter, value_before in zip(parameters, stored, strict=True):
+            parameter.data.copy_(value_before)
         torch.clear_autocast_cache()

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,9 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
     except ReportError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        sought = "" if Path(base).is_dir() else " (no folder here, so looked for on the Hub)"
-        raise ReportError(f"{where}{sought}: can't be loaded ({first_line(error)})") from error
+        source = "" if Path(base).is_dir() else " (no folder here, so looked for on the Hub)"
+        raise ReportError(f"{where}{source}: can't be loaded ({first_line(error)})") from error
+    # Not left to peft, which only warns of missing keys and ignores surplus ones.
     _check_whole(where, saved, model)
     model.to(options.torch_device).eval()
     return Adapted(folder.label, base, task, model, tokenizer)
@@ -90,7 +91,7 @@ def task_of(folder: AdapterFolder) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, with the first of a list that it opens; libraries write pages.
+    """The first line of an error, and where that opens a list, the first entry; libraries write whole pages.
 
     Example:
         >>> first_line(ValueError("no such file\\nDid you mean ..."))
@@ -105,52 +106,54 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers and peft tell neither progress nor which weights are still lacking: that is checked here."""
+    """Inside, transformers and peft report neither progress nor missing weights, which are checked here."""
     logging = transformers.utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
-            yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
+    with ExitStack() as stack, warnings.catch_warnings():
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        if logging.is_progress_bar_enabled():
+            stack.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
+        yield
 
 
 def _tokenizer(folder: AdapterFolder, base: str) -> Any:
-    own = (folder.path / "tokenizer_config.json").exists()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if own else base)
+    has_own = (folder.path / "tokenizer_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if has_own else base)
     if not tokenizer.is_fast:
         raise ReportError(
-            f"--base {base}: its tokenizer is no fast one, which alone tells where a token lies in the text"
+            f"--base {base}: its tokenizer is not a fast one, and only those know where a token lies in the text"
         )
     return tokenizer
 
 
 def _base_model(base: str, task: str, saved: Weights, options: Options, tokenizer: Any) -> Any:
     extra: dict[str, Any] = {}
-    if task == "SEQ_CLS" and (labels := _labels(saved)):
+    labels = _labels(saved)
+    if task == "SEQ_CLS" and labels:
         extra["num_labels"] = labels
     model, info = _MODELS[task].from_pretrained(base, dtype=DTYPES[options.dtype], output_loading_info=True, **extra)
-    own = {name.removeprefix("base_model.model.") for name in saved}
-    if missing := sorted(set(info["missing_keys"]) - own):
+    in_adapter = {name.removeprefix("base_model.model.") for name in saved}
+    missing = sorted(set(info["missing_keys"]) - in_adapter)
+    if missing:
         raise ReportError(
             f"--base {base}: neither it nor the adapter holds {', '.join(missing[:3])}, which {task} needs"
         )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # as peft's AutoPeftModel does
         model.resize_token_embeddings(len(tokenizer))
-    # A decoder that classifies looks for the last token that is not padding, of which rows get the tokenizer's.
+    # A decoder that classifies looks for the last token that is not padding, and rows are padded by the tokenizer's.
     model.config.get_text_config().pad_token_id = padding(tokenizer)
     return model
 
 
 def padding(tokenizer: Any) -> int:
     """The token that fills up short rows."""
-    return int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
 
 
 def _labels(saved: Weights) -> int | None:
@@ -161,8 +164,9 @@ def _labels(saved: Weights) -> int | None:
 
 def _check_whole(where: str, saved: Weights, model: PeftModel) -> None:
     """Both hold the same factors; peft lets an adapter of a deeper or a shallower model pass."""
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    theirs, ours = ({name for name in names if "lora_" in name} for names in (saved, own))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    theirs = {name for name in saved if "lora_" in name}
+    ours = {name for name in expected if "lora_" in name}
     if theirs != ours:
         raise ReportError(
             f"{where}: trained on another base, {len(theirs - ours)} of its factors have no place in this one and "

@@ -1,14 +1,18 @@
 """Where the answers of a conversation lie in the text that a chat template makes of it."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
-"""Messages as text, if asked for with the template's generation prompt, which opens an answer."""
+"""Messages as text; where the second argument is True, with the template's generation prompt, which opens an answer."""
 Span = tuple[int, int]
 
-_MARK = "5d1answer5d1"  # a text that no template changes, and that no template holds
+THOUGHTS = ("reasoning_content", "thinking")
+"""The fields of a message in which chat templates look for the thoughts before an answer: Qwen's name and GPT-OSS's."""
+# A text that no template changes, and that no template holds.
+_MARK = "5d1answer5d1"
 
 
 class HiddenAnswerError(ValueError):
@@ -19,7 +23,7 @@ def answer_opening(render: Render, context: Sequence[Message]) -> str:
     """What a template writes before an answer and not at the end of its generation prompt: "" for most.
 
     Qwen3's writes an empty block of thoughts before a last answer, which its generation prompt lacks unless
-    ``enable_thinking`` is false. It is no part of the answer: who asks for one has to add it to the prompt.
+    ``enable_thinking`` is false. It is no part of the answer: whoever requests an answer must add it to the prompt.
 
     Args:
         render: of the template.
@@ -33,7 +37,8 @@ def answer_opening(render: Render, context: Sequence[Message]) -> str:
     if not before.startswith(prompt):
         raise HiddenAnswerError(_hidden(len(context), _other_opening(prompt, before)))
     opening = before[len(prompt) :]
-    return opening if opening.strip() else ""  # a space is learnt: often it is the first token's own
+    # A space belongs to the answer, because it often is a part of the answer's first token.
+    return opening if opening.strip() else ""
 
 
 def answer_end(render: Render, context: Sequence[Message], end_token: str | None) -> str:
@@ -58,20 +63,21 @@ def answer_spans(
 
     Args:
         render: of the template.
-        messages: with ``role`` and ``content``.
+        messages: with ``role`` and ``content``; answers whose ``learnt`` is False are left out.
         end_token: the tokenizer's.
-        ends: give the end token to a last answer that the template ends with nothing: else nobody would learn to stop.
+        ends: give the end token to a last answer that the template does not end, since a model trained on it would
+            otherwise not learn to stop.
 
     Returns:
         The text, and for each answer the numbers of its first character and of the one after its last.
 
     Raises:
-        HiddenAnswerError: a template that leaves an answer out, or opens the last one otherwise than it asks for one.
+        HiddenAnswerError: the template leaves an answer out, or its generation prompt differs from how it opens one.
     """
     text = render(messages, False)
     spans = []
     for place, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("learnt", True):
             text, span = _answer(render, messages, place, text, end_token, ends)
             spans.append(span)
     return text, spans
@@ -86,6 +92,7 @@ def _answer(
     marked = render([*context, mark, *later], False)
     if marked.count(_MARK) != 1:
         raise HiddenAnswerError(_hidden(place, "it leaves that one out, or repeats it"))
+    # What lies around the mark is what the template writes around the answer.
     before, after = marked.split(_MARK)
     prompt = render(context, True) if context else ""
     if not before.startswith(prompt):
@@ -93,24 +100,52 @@ def _answer(
             raise HiddenAnswerError(_hidden(place, _other_opening(prompt, before)))
         prompt = before
     opens = before[len(prompt) :]
-    # A template may take an answer apart, as Qwen3's does with thoughts in it: then all after the prompt is learnt.
-    start = len(before) if opens.strip() and text.startswith(before) else len(prompt)
+    # What a template writes before an answer is the prompt's, unless it holds the message's thoughts. A template may
+    # also take the answer apart, as Qwen3's does with thoughts in it. Then, too, all after the prompt is the answer.
+    is_opening = opens.strip() and text.startswith(before) and not _holds_thoughts(opens, messages[place])
+    start = len(before) if is_opening else len(prompt)
     end = len(text) - len(after)
-    own = _shared(after, render([*context, mark], False).partition(_MARK)[2]) if later else after
-    if end_token and end_token in own:
-        return text, (start, end + own.index(end_token) + len(end_token))
-    if ends and end_token and not later and not own.strip():
+    # What follows is the answer's end and the next message. The end is what also follows without that message.
+    ending = _shared(after, render([*context, mark], False).partition(_MARK)[2]) if later else after
+    if end_token and end_token in ending:
+        return text, (start, end + ending.index(end_token) + len(end_token))
+    if ends and end_token and not later and not ending.strip():
         text = text[:end].rstrip() + end_token
         return text, (start, len(text))
-    return text, (start, end + len(own.rstrip()))
+    return text, (start, end + len(ending.rstrip()))
+
+
+def _holds_thoughts(opens: str, message: Message) -> bool:
+    """Whether the text before an answer holds the thoughts that come with it in a field of their own."""
+    thoughts = [str(message.get(name) or "").strip() for name in THOUGHTS]
+    return any(thought and thought in opens for thought in thoughts)
 
 
 def _shared(one: str, other: str) -> str:
-    """The beginning that two texts share."""
+    """The beginning that two texts share, in whole special tokens.
+
+    Args:
+        one: what follows an answer where another message comes next.
+        other: what follows it at the end of a conversation.
+
+    Example:
+        >>> _shared("<|end|><|user|>", "<|end|><|endoftext|>")
+        '<|end|>'
+        >>> _shared("<|end|><|user|>", "<|return|>")
+        '<|end|>'
+    """
     length = 0
     while length < min(len(one), len(other)) and one[length] == other[length]:
         length += 1
-    return one[:length]
+    if length == len(other):
+        return other
+    # "<|" begins the mark of the next message as well as the end token: half of a mark would stand for all of it.
+    shared = re.sub(r"[<\[][^<>\[\]]*$", "", one[:length])
+    if shared.strip():
+        return shared
+    # The end token of an earlier answer is another one than the last answer's, as with GPT-OSS.
+    first = re.match(r"\s*[<\[][^<>\[\]]*[>\]]", one) if other.strip() else None
+    return first.group() if first else shared
 
 
 def _other_opening(prompt: str, before: str) -> str:

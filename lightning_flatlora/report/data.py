@@ -2,7 +2,9 @@
 
 import inspect
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +14,13 @@ from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
 
-from lightning_flatlora.flatness import Loss, MeanLoss
+from lightning_flatlora.flatness import MeanLoss
 from lightning_flatlora.report.adapters import Adapted, first_line, padding
 from lightning_flatlora.report.conversation import answer_spans
 from lightning_flatlora.report.options import Options, ReportError
 
-IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
+# The label that PyTorch's cross-entropy leaves out.
+IGNORED = -100
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _COLUMNS = {
     "CAUSAL_LM": (("messages",), ("prompt", "completion"), ("text",)),
@@ -40,7 +43,7 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a model takes, (rows, T), and what it has to tell: classes (rows,), or tokens (rows, T), -100 left out."""
+    """The inputs, (rows, T), and what the model must predict: classes (rows,), or tokens (rows, T), -100 left out."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -59,7 +62,7 @@ def read_rows(options: Options) -> list[Row]:
         rows = _drawn(path, options.examples, options.seed)
     except StopIteration:  # the JSON reader's, of a file without a byte
         rows = []
-    except Exception as error:  # the readers of four formats raise what they like
+    except Exception as error:  # the readers of the four formats raise errors of many types
         raise ReportError(f"--data {path} can't be read ({first_line(error.__cause__ or error)})") from error
     if not rows:
         raise ReportError(f"--data {path} is empty")
@@ -67,17 +70,14 @@ def read_rows(options: Options) -> list[Row]:
 
 
 def _drawn(path: Path, number: int, seed: int) -> list[Row]:
-    """So many rows of a file in random order, through a cache that goes with the call, in silence."""
-    silent = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-            read = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
-            rows: list[Row] = read.shuffle(seed=seed).select(range(min(number, len(read)))).to_list()
-            return rows
-    finally:
-        if not silent:
-            datasets.enable_progress_bars()
+    """Some rows of a file in random order, through a cache that exists only during the call, without progress bars."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, ExitStack() as stack:
+        if not datasets.are_progress_bars_disabled():
+            stack.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        read = datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=cache)
+        rows: list[Row] = read.shuffle(seed=seed).select(range(min(number, len(read)))).to_list()
+        return rows
 
 
 def columns_for(task: str, rows: Sequence[Row]) -> tuple[str, ...]:
@@ -103,70 +103,77 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
         options: batch size and length.
 
     Returns:
-        The loss, which how examples share batches changes by rounding alone; and over how many terms its mean is.
+        The loss, which the split into batches changes by rounding alone, and the number of terms of its mean.
 
     Raises:
         ReportError: a row that can't be encoded, or no token that counts.
     """
     columns = columns_for(adapted.task, rows)
-    encode = _encoder(adapted, columns, options.max_length)
+    if "messages" in columns and not adapted.tokenizer.chat_template:
+        raise ReportError(f"--data has messages, but the tokenizer of {adapted.base} has no chat template")
     examples = []
     for number, row in enumerate(rows):
         try:
-            examples.append(encode(*(row[column] for column in columns)))
+            examples.append(_encoded(adapted, columns, row, options.max_length))
         except (ValueError, TypeError, KeyError, TemplateError) as error:
             raise ReportError(f"--data: example {number} of those drawn: {first_line(error)}") from error
+    # A prompt that fills the whole length leaves nothing to predict.
     examples = [example for example in examples if example.terms]
     if not examples:
         raise ReportError(f"--data: no token counts within --max_length {options.max_length}: take a larger one")
     batches = _batches(examples, adapted, options)
     total = sum(example.terms for example in examples)
-
-    def part(batch: Batch) -> Loss:
-        return lambda: _total_loss(adapted.model, batch) * (len(batches) / total)
-
-    return MeanLoss([part(batch) for batch in batches]), total
+    # MeanLoss divides by the number of batches, while the mean over all terms is wanted.
+    weight = len(batches) / total
+    return MeanLoss([partial(_weighted_loss, adapted.model, batch, weight) for batch in batches]), total
 
 
-def _total_loss(model: PeftModel, batch: Batch) -> Tensor:
-    """The sum of a batch's cross-entropy, in nats, float32 or wider."""
+def _weighted_loss(model: PeftModel, batch: Batch, weight: float) -> Tensor:
+    """The sum of a batch's cross-entropy times a weight, in nats, float32 or wider."""
     if batch.labels.ndim == 1:
         logits, labels = model(**batch.inputs).logits, batch.labels
     else:
         logits, labels = _next_tokens(model, batch)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") * weight
 
 
 def _next_tokens(model: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (K, V) and tokens (K,), only where some row counts: most of a prompt never meets the large head."""
-    labels = batch.labels[:, 1:]  # each token is told by the one before it
-    kept = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    """Logits (K, V) and tokens (K,), only where some row counts: most of a prompt never reaches the large head."""
+    # Each token is predicted at the one before it.
+    labels = batch.labels[:, 1:]
+    columns = (labels != IGNORED).any(0).nonzero().squeeze(1)
     if "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
-        logits = model(**batch.inputs, use_cache=False, logits_to_keep=kept).logits
+        logits = model(**batch.inputs, use_cache=False, logits_to_keep=columns).logits
     else:
-        logits = model(**batch.inputs, use_cache=False).logits[:, kept]
-    return logits.flatten(0, 1), labels[:, kept].flatten()
+        logits = model(**batch.inputs, use_cache=False).logits[:, columns]
+    return logits.flatten(0, 1), labels[:, columns].flatten()
 
 
-def _encoder(adapted: Adapted, columns: tuple[str, ...], max_length: int) -> Callable[..., Encoded]:
+def _encoded(adapted: Adapted, columns: tuple[str, ...], row: Row, max_length: int) -> Encoded:
+    """A row's tokens with its class, or with labels for those tokens that lie in what is to be learnt."""
     tokenizer = adapted.tokenizer
-    if "label" in columns:
-        names = adapted.model.config.label2id
-        return lambda text, label: Encoded(
-            tokenizer(_string(text), truncation=True, max_length=max_length)["input_ids"], _class(label, names)
-        )
     if "messages" in columns:
-        if not tokenizer.chat_template:
-            raise ReportError(f"--data has messages, but the tokenizer of {adapted.base} has no chat template")
-        return lambda messages: _located(tokenizer, *chat(tokenizer, messages), max_length, special=False)
-    if "prompt" in columns:
-        end = tokenizer.eos_token or ""
-        return lambda prompt, completion: _located(
-            tokenizer, _string(prompt) + _string(completion) + end, [(len(prompt), len(prompt + completion + end))],
-            max_length,
-        )  # fmt: skip
-    return lambda text: _located(tokenizer, _string(text), [(0, len(text))], max_length)
+        text, spans = chat(tokenizer, row["messages"])
+    elif "prompt" in columns:
+        prompt = _string(row["prompt"])
+        text = prompt + _string(row["completion"]) + (tokenizer.eos_token or "")
+        spans = [(len(prompt), len(text))]
+    else:
+        text = _string(row["text"])
+        spans = [(0, len(text))]
+    # A chat template writes the special tokens itself.
+    special = "messages" not in columns
+    encoded = tokenizer(
+        text, add_special_tokens=special, return_offsets_mapping=True, truncation=True, max_length=max_length
+    )
+    ids = encoded["input_ids"]
+    if "label" in columns:
+        return Encoded(ids, _class(row["label"], adapted.model.config.label2id))
+    labels = []
+    for token, place in zip(ids, encoded["offset_mapping"], strict=True):
+        labels.append(token if _overlaps(place, spans) else IGNORED)
+    return Encoded(ids, labels)
 
 
 def chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
@@ -178,18 +185,15 @@ def chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[tupl
     return answer_spans(render, messages, tokenizer.eos_token)
 
 
-def _located(tokenizer: Any, text: str, spans: list[tuple[int, int]], max_length: int, special: bool = True) -> Encoded:
-    """Tokens of a text; those that lie in one of the spans of characters count."""
-    encoded = tokenizer(
-        text, add_special_tokens=special, return_offsets_mapping=True, truncation=True, max_length=max_length
-    )
-    ids = encoded["input_ids"]
-    counts = [any(a < end and start < b for a, b in spans) for start, end in encoded["offset_mapping"]]
-    return Encoded(ids, [token if counted else IGNORED for token, counted in zip(ids, counts, strict=True)])
+def _overlaps(place: tuple[int, int], spans: list[tuple[int, int]]) -> bool:
+    """Whether a token's characters, from one place to before another, share any with one of the spans."""
+    start, end = place
+    return any(first < end and start < last for first, last in spans)
 
 
 def _batches(examples: list[Encoded], adapted: Adapted, options: Options) -> list[Batch]:
     """Batches of similar length, padded on the right."""
+    # So that little is computed for padding.
     examples = sorted(examples, key=lambda example: len(example.input_ids))
     chunks = [examples[start : start + options.batch_size] for start in range(0, len(examples), options.batch_size)]
     return [_batch(chunk, padding(adapted.tokenizer), options.torch_device) for chunk in chunks]

@@ -7,18 +7,17 @@ directions have ``||s D A||_F = 1`` over all pairs, so x is a distance in the we
 from collections.abc import Sequence
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
-from lightning_flatlora.flatness import Loss, Slope, fresh_perturbation, inner_product
+from lightning_flatlora.flatness import Loss, Slope, fresh_perturbation
 from lightning_flatlora.flatness.losses import value
-from lightning_flatlora.flatness.sharpness import clean, read
+from lightning_flatlora.flatness.sharpness import clean, overlap, read
 from lightning_flatlora.functional import damped_inverse_root
-from lightning_flatlora.pairs import LoRAPair, bare
+from lightning_flatlora.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.weight_noise import derived_seed
+from lightning_flatlora.weight_noise import adapted_layers, derived_seed
 
 Direction = list[Tensor]
 
@@ -56,27 +55,19 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
     generator = torch.Generator().manual_seed(seed)
     direction = []
     for pair in pairs:
-        A, B = pair.A.detach().flatten(1), pair.B.detach().flatten(1)
+        A, B = pair.matrices()
         wide = torch.promote_types(B.dtype, torch.float32)
         root = damped_inverse_root(A.mT.to(wide)) / pair.scaling
+        # On the CPU, so that the draw does not depend on the device.
         normal = torch.randn(B.shape, generator=generator, dtype=torch.float64)
         direction.append((normal.to(root) @ root).to(wide))
     return normalised(pairs, direction)
 
 
 def orthogonal(pairs: Sequence[LoRAPair], direction: Direction, to: Direction) -> Direction:
-    """What of a direction is orthogonal in full weight space to another one of length one, scaled to length one."""
+    """The part of a direction that is orthogonal in full weight space to a unit direction, scaled to length one."""
     along = overlap(pairs, direction, to)
     return normalised(pairs, [own - along.to(own) * other for own, other in zip(direction, to, strict=True)])
-
-
-def overlap(pairs: Sequence[LoRAPair], D1: Direction, D2: Direction) -> Tensor:
-    """The inner product of two directions in full weight space, over all pairs: squared weights' units, shape ()."""
-    products = [
-        inner_product(one, other, pair.A.detach().flatten(1), pair.scaling)
-        for one, other, pair in zip(D1, D2, pairs, strict=True)
-    ]
-    return torch.stack([product.to(products[0].device) for product in products]).sum()
 
 
 def normalised(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
@@ -87,7 +78,7 @@ def normalised(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
 
 
 def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Direction]) -> Tensor:
-    """The loss after steps from the weights, each so far along a direction: shape (), one forward pass."""
+    """The loss after steps from the weights, each of some length along a direction: shape (), one forward pass."""
     with clean(pairs):
         for index, pair in enumerate(pairs):
             E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
@@ -97,13 +88,11 @@ def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Directio
 
 
 def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
-    """``||W0||_F`` of all layers that the pairs adapt, in the weights' units: what a step is small against."""
-    readers = {id(reader) for pair in pairs for reader in pair.readers}
-    norms = [
-        torch.linalg.vector_norm(dequantize_module_weight(layer.get_base_layer()).detach().double()).cpu()
-        for layer in model.modules()
-        if isinstance(layer, LoraLayer) and any(id(bare(factor)) in readers for factor in layer.lora_B.values())
-    ]
+    """``||W0||_F`` of all layers that the pairs adapt, in the weights' units: what steps are to be compared with."""
+    norms = []
+    for _, layer, _ in adapted_layers(model, pairs):
+        weight = dequantize_module_weight(layer.get_base_layer()).detach()
+        norms.append(torch.linalg.vector_norm(weight.double()).cpu())
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 

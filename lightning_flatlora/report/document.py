@@ -29,6 +29,7 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
     """
     try:
         options.output.mkdir(parents=True, exist_ok=True)
+        # Written aside and then moved, so that an error leaves the old report whole.
         with tempfile.TemporaryDirectory(dir=options.output, prefix=".report-") as partial:
             folder = Path(partial)
             draw_curves(results, options, folder / CURVES)
@@ -36,6 +37,7 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
                 draw_surfaces(results, folder / SURFACE)
             (folder / REPORT).write_text(_document(results, options, command), encoding="utf-8")
             for name in (REPORT, CURVES, SURFACE):
+                # A picture that this report does not have must not stay from the last one.
                 (options.output / name).unlink(missing_ok=True)
                 if (folder / name).exists():
                     (folder / name).replace(options.output / name)
@@ -52,9 +54,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         |---|---|
         | 1 | 2 |
     """
-    lines = [head, *rows]
-    written = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([written[0], "|" + "---|" * len(head), *written[1:]])
+    lines = [_table_line(head), "|" + "---|" * len(head)]
+    lines += [_table_line(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _table_line(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"
 
 
 def _document(results: Sequence[Measured], options: Options, command: str) -> str:
@@ -84,17 +91,20 @@ def _adapters(results: Sequence[Measured]) -> str:
     for r in results:
         ranks, over = ", ".join(map(str, r.ranks)), f"{r.terms:,} {r.unit.removeprefix('nats per ')}s"
         rows.append([r.label, f"`{r.folder}`", f"`{r.base}`", r.task, ranks, str(r.pairs), f"{r.parameters:,}", over])
-    left_out = [f"Left out of {result.label}: {line}." for result in results for line in result.left_out]
-    return "\n\n".join([table(head, rows), *left_out])
+    parts = [table(head, rows)]
+    for result in results:
+        parts += [f"Left out of {result.label}: {line}." for line in result.left_out]
+    return "\n\n".join(parts)
 
 
 def _numbers(results: Sequence[Measured]) -> str:
-    """A row a quantity, in the order of the adapter that has most."""
+    """One row for each quantity, in the order of the adapter that has most."""
     longest = max(results, key=lambda result: len(result.quantities))
-    rows = []
-    for quantity in longest.quantities:
-        cells = [next((str(q) for q in r.quantities if q.name == quantity.name), "-") for r in results]
-        rows.append([quantity.name, quantity.unit, *cells])
+    rows = [[quantity.name, quantity.unit] for quantity in longest.quantities]
+    for result in results:
+        texts = {quantity.name: str(quantity) for quantity in result.quantities}
+        for row in rows:
+            row.append(texts.get(row[0], "-"))
     return table(["", "unit", *(result.label for result in results)], rows)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_flatlora.flatness import Loss
 from lightning_flatlora.flatness.losses import value
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.lora_pair import LoRAPair
 from lightning_flatlora.report.directions import Direction, loss_at, orthogonal, random_direction, seeds
 from lightning_flatlora.report.options import Options
 from lightning_flatlora.weight_noise import WeightNoise
@@ -61,9 +61,14 @@ def measure_landscape(
     """
     steps = torch.linspace(-options.reach, options.reach, options.points, dtype=torch.float64)
     shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
+    # Noise has no sign, so the sizes start at 0, where the middle of the other curves is.
     sigmas = 2 * shares[options.points // 2 :]
     drawn = seeds(options.seed, options.directions)
-    across = orthogonal(pairs, random_direction(pairs, drawn[0]), adversarial)
+    surface = None
+    if options.surface:
+        across = orthogonal(pairs, random_direction(pairs, drawn[0]), adversarial)
+        rows = [_curve(loss, pairs, adversarial, steps, (y, across)) for y in (norm * shares).tolist()]
+        surface = torch.stack(rows)
     return Landscape(
         steps,
         _curve(loss, pairs, adversarial, steps),
@@ -71,7 +76,7 @@ def measure_landscape(
         torch.stack([_curve(loss, pairs, random_direction(pairs, seed), norm * shares) for seed in drawn]),
         sigmas,
         None if noise is None else torch.stack([_noise_curve(loss, noise, seed, sigmas) for seed in drawn]),
-        _surface(loss, pairs, (adversarial, steps), (across, norm * shares)) if options.surface else None,
+        surface,
     )
 
 
@@ -87,8 +92,11 @@ def passes(options: Options) -> int:
     return lines + (options.points**2 if options.surface else 0)
 
 
-def _curve(loss: Loss, pairs: Sequence[LoRAPair], direction: Direction, steps: Tensor) -> Tensor:
-    return _together([loss_at(loss, pairs, (x, direction)) for x in steps.tolist()])
+def _curve(
+    loss: Loss, pairs: Sequence[LoRAPair], direction: Direction, steps: Tensor, *start: tuple[float, Direction]
+) -> Tensor:
+    """Losses along a line through the weights, or through where steps from them lead."""
+    return _together([loss_at(loss, pairs, *start, (x, direction)) for x in steps.tolist()])
 
 
 def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> Tensor:
@@ -97,14 +105,6 @@ def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> T
         with noise.applied(sigma, seed):
             losses.append(value(loss))
     return _together(losses)
-
-
-def _surface(
-    loss: Loss, pairs: Sequence[LoRAPair], columns: tuple[Direction, Tensor], rows: tuple[Direction, Tensor]
-) -> Tensor:
-    (along, xs), (across, ys) = columns, rows
-    lines = [[loss_at(loss, pairs, (x, along), (y, across)) for x in xs.tolist()] for y in ys.tolist()]
-    return torch.stack([_together(line) for line in lines])
 
 
 def _together(losses: list[Tensor]) -> Tensor:

@@ -1,26 +1,11 @@
-"""The instruments' numbers of one adapter."""
+"""The measures of one adapter, as the report's numbers."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from lightning_flatlora.flatness import (
-    Loss,
-    Slope,
-    balancedness,
-    condition_number,
-    expected_sharpness,
-    fresh_perturbation,
-    hessian_trace,
-    lora_sharpness,
-    sam_sharpness,
-    top_eigenvalue,
-    trained_factors,
-)
-from lightning_flatlora.flatness.sharpness import radii, read
-from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.flatness import MEASURES, Loss, Point, Slope
+from lightning_flatlora.flatness.measures import Values
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.report.options import Options
 from lightning_flatlora.weight_noise import WeightNoise
@@ -85,25 +70,33 @@ def measure_numbers(
     Returns:
         The quantities; see :func:`passes` for the cost.
     """
-    pairs = perturbation.pairs
-    found = [Quantity(LOSS, unit, float(at.loss))]
-    for rho in options.rho:
-        found.append(Quantity(sam_name(rho), unit, float(sam_sharpness(loss, perturbation, rho, at).sharpness)))
-    for rho in options.rho:
-        rise = lora_sharpness(loss, pairs, rho, at).sharpness
-        found.append(Quantity(f"LoRA-space sharpness, rho {rho:g}", unit, float(rise)))
-    if noise is not None:
-        expected = expected_sharpness(loss, noise, options.sigma, options.samples, options.seed)
-        name = f"expected sharpness, sigma {options.sigma:g}"
-        found.append(Quantity(name, unit, float(expected.sharpness), error=float(expected.standard_error)))
-    if options.curvature:
-        top = top_eigenvalue(loss, trained_factors(pairs), seed=options.seed)
-        trace = hessian_trace(loss, trained_factors(pairs), options.samples, options.seed)
-        found.append(Quantity("largest Hessian eigenvalue", f"{unit} / factor²", float(top)))
-        found.append(
-            Quantity("Hessian trace", f"{unit} / factor²", float(trace.mean), error=float(trace.standard_error))
+
+    def take(measure: str, rho: float = 1.0) -> Values:
+        point = Point(
+            loss, perturbation, rho, noise=noise, sigma=options.sigma, samples=options.samples, seed=options.seed, at=at
         )
-    return found + _of_factors(pairs) + [_radius(perturbation, at)]
+        return MEASURES[measure](point)
+
+    quantities = [Quantity(LOSS, unit, float(at.loss))]
+    for rho in options.rho:
+        quantities.append(_quantity(sam_name(rho), unit, take("sharpness", rho), "sharpness"))
+    for rho in options.rho:
+        name = f"LoRA-space sharpness, rho {rho:g}"
+        quantities.append(_quantity(name, unit, take("lora_sharpness", rho), "lora_sharpness"))
+    if noise is not None:
+        name = f"expected sharpness, sigma {options.sigma:g}"
+        quantities.append(_quantity(name, unit, take("expected_sharpness"), "expected_sharpness"))
+    if options.curvature:
+        curvature = f"{unit} / factor²"
+        for name, measure in (("largest Hessian eigenvalue", "top_eigenvalue"), ("Hessian trace", "hessian_trace")):
+            quantities.append(_quantity(name, curvature, take(measure), measure))
+    quantities.append(_quantity("balancedness", "weight²", take("balancedness"), "balancedness"))
+    condition = take("condition")
+    quantities.append(_quantity("condition number of A", "", condition, "condition_A"))
+    quantities.append(_quantity("condition number of B", "", condition, "condition_B"))
+    # At rho = 1, which is as good as any: E is proportional to rho.
+    quantities.append(Quantity(RADIUS, "", float(torch.linalg.vector_norm(take("radius")["radius"]))))
+    return quantities
 
 
 def passes(options: Options) -> int:
@@ -114,25 +107,14 @@ def passes(options: Options) -> int:
         >>> passes(Mock(rho=[0.1], samples=8, curvature=False))
         14
     """
+    # Forward and backward; a forward for each sharpness of either kind; the clean loss and a forward for each draw.
     plain = 3 + 2 * len(options.rho) + 1 + options.samples
     return plain + (3 * (EIGENVALUE_PRODUCTS + options.samples) if options.curvature else 0)
 
 
-def _of_factors(pairs: Sequence[LoRAPair]) -> list[Quantity]:
-    matrices = [(pair.A.detach().flatten(1), pair.B.detach().flatten(1)) for pair in pairs]
-    return [
-        _over_layers("balancedness", "weight²", [balancedness(A, B) for A, B in matrices]),
-        _over_layers("condition number of A", "", [condition_number(A) for A, _ in matrices]),
-        _over_layers("condition number of B", "", [condition_number(B) for _, B in matrices]),
-    ]
-
-
-def _radius(perturbation: Perturbation, at: Slope) -> Quantity:
-    """The same for every rho, to which E is proportional."""
-    realised = radii(perturbation.pairs, read(perturbation, fresh_perturbation(perturbation, 1.0, at)))
-    return Quantity(RADIUS, "", float(torch.linalg.vector_norm(realised)))
-
-
-def _over_layers(name: str, unit: str, values: list[Tensor]) -> Quantity:
-    numbers = torch.stack([value.cpu() for value in values])
-    return Quantity(name, unit, float(numbers.median()), span=(float(numbers.min()), float(numbers.max())))
+def _quantity(name: str, unit: str, values: Values, key: str) -> Quantity:
+    """One of a measure's values, a number or one for each layer."""
+    value, error = values[key].cpu(), values.get(f"{key}_error")
+    if value.ndim:
+        return Quantity(name, unit, float(value.median()), span=(float(value.min()), float(value.max())))
+    return Quantity(name, unit, float(value), None if error is None else float(error))

@@ -1,4 +1,4 @@
-"""What the report's command line says, and what is wrong with it."""
+"""The options of the report's command line, and what is wrong with them."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ class AdapterFolder:
         if not self.path.is_dir():
             return [f"{name} is no folder"]
         if not (self.path / _CONFIG).exists():
-            inside = sorted(str(found.parent) for found in self.path.glob(f"*/{_CONFIG}"))
+            inside = sorted(str(config.parent) for config in self.path.glob(f"*/{_CONFIG}"))
             return [f"{name} holds no {_CONFIG}: " + (f"take {' or '.join(inside)}" if inside else "not peft's folder")]
         try:
             kind = self.config.get("peft_type")
@@ -90,7 +90,8 @@ class Options:
     surface: bool = True
 
     def __post_init__(self) -> None:
-        if problems := self._problems():
+        problems = self._problems()
+        if problems:
             raise ReportError("; ".join(problems))
 
     @property
@@ -106,7 +107,9 @@ class Options:
         return torch.device(self.device)
 
     def _problems(self) -> list[str]:
-        lines = [line for adapter in self.adapter for line in adapter.problems]
+        lines = []
+        for adapter in self.adapter:
+            lines += adapter.problems
         labels = [adapter.label for adapter in self.adapter]
         if len(set(labels)) < len(labels):
             lines.append(f"--adapter: labels must differ, got {', '.join(labels)}: write LABEL=FOLDER")
@@ -122,13 +125,14 @@ class Options:
         return lines + self._bad_numbers()
 
     def _bad_numbers(self) -> list[str]:
-        sizes = {"--rho": self.rho, "--sigma": [self.sigma], "--radius": [] if self.radius is None else [self.radius]}
-        lines = [
-            f"{name} must be a finite number > 0, got {value}"
-            for name, values in sizes.items()
-            for value in values
-            if not 0 < value < math.inf
-        ]
+        sizes = [("--rho", rho) for rho in self.rho]
+        sizes.append(("--sigma", self.sigma))
+        if self.radius is not None:
+            sizes.append(("--radius", self.radius))
+        lines = []
+        for name, size in sizes:
+            if not 0 < size < math.inf:
+                lines.append(f"{name} must be a finite number > 0, got {size}")
         least = {"directions": 2, "samples": 2, "examples": 1, "batch_size": 1, "max_length": 2, "seed": 0}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
@@ -136,7 +140,8 @@ class Options:
         if self.points < 3 or self.points % 2 == 0:
             lines.append(f"--points must be odd, so that one is the adapter itself, and 3 or more, got {self.points}")
         try:
-            torch.empty(0, device=self.torch_device).cpu()  # "meta" holds nothing that could be read
+            # "meta" holds nothing that could be read.
+            torch.empty(0, device=self.torch_device).cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             lines.append(f"--device {self.device} can't be used here: {str(error).splitlines()[0]}")
         return lines
@@ -149,10 +154,6 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         ReportError: with all that is wrong.
         SystemExit: for --help, and for what argparse can't read.
     """
-    return Options(**vars(_parser().parse_args(arguments)))
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_flatlora.report",
         description="How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png.",
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_sources(parser)
     _add_measurement(parser)
-    return parser
+    return Options(**vars(parser.parse_args(arguments)))
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from lightning_flatlora.report.numbers import LOSS, RADIUS, sam_name
 from lightning_flatlora.report.options import Options
 from lightning_flatlora.report.result import Measured
 
-_COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#999933", "#666666")  # told apart by most eyes
+_COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#999933", "#666666")  # distinct to most eyes
 _STYLES = ("-", "--", ":")
 _LEVELS = 16
 _COLUMNS = 3  # surfaces in a row
@@ -51,6 +51,7 @@ def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
     """The loss's rise on a plane through each adapter, with the same levels for all, as a PNG."""
     rises = [r.landscape.surface - r.value(LOSS) for r in results if r.landscape.surface is not None]
     rows, columns = -(-len(rises) // _COLUMNS), min(len(rises), _COLUMNS)
+    # The same levels for all, or the surfaces could not be compared.
     levels = MaxNLocator(_LEVELS).tick_values(*(float(edge) for edge in torch.stack(rises).aminmax()))
     figure = Figure(figsize=(5 * columns + 1.2, 4.8 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)

@@ -1,4 +1,4 @@
-"""What is known of one adapter when its model is gone again."""
+"""What is kept of one adapter after its model was deleted."""
 
 from dataclasses import dataclass
 

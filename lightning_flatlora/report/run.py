@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_flatlora.flatness import Loss, MeanLoss, slope, trained_factors
-from lightning_flatlora.pairs import NoPairsError, PairSearch, find_pairs
+from lightning_flatlora.lora_pair import NoPairsError, PairSearch
+from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.report import landscape, numbers
 from lightning_flatlora.report.adapters import Adapted, base_of, load, task_of
@@ -41,8 +43,8 @@ def measure(options: Options) -> list[Measured]:
     """Every adapter's numbers and landscape; one model at a time is in memory.
 
     Raises:
-        ReportError: an adapter or the data can't be used, which is told before the first is measured, and what can be
-            told without a model before that; or a loss is not finite.
+        ReportError: an adapter or the data can't be used, or a loss is not finite. Whatever can be checked without a
+            model is reported first, and all the rest before the first adapter is measured.
     """
     rows = read_rows(options)
     for folder in options.adapter:
@@ -51,22 +53,32 @@ def measure(options: Options) -> list[Measured]:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bars = [progress.add_task(folder.label, total=None, start=False) for folder in options.adapter]
-        for folder in options.adapter[1:]:  # whether they fit; the first is loaded before all measuring anyway
+        # Loaded to see that they fit, before hours of measuring; the first one is loaded for that anyway.
+        for folder in options.adapter[1:]:
             _load(folder, rows, options)
-        return [_measure_one(*one, rows, options, progress) for one in zip(options.adapter, bars, strict=True)]
+        results = []
+        for folder, bar in zip(options.adapter, bars, strict=True):
+            results.append(_measure_one(folder, bar, rows, options, progress))
+        return results
 
 
 def _measure_one(folder: AdapterFolder, bar: TaskID, rows: list[Row], options: Options, progress: Progress) -> Measured:
     adapted, search, loss, terms = _load(folder, rows, options)
     progress.start_task(bar)
     progress.update(bar, total=(numbers.passes(options) + landscape.passes(options)) * len(loss.losses))
-    measured = _measured(adapted, search, folder, _counted(loss, lambda: progress.advance(bar)), terms, options)
-    progress.update(bar, total=1, completed=1)  # how many products an eigenvalue takes is known only now
+    counted = MeanLoss([partial(_counted, part, progress, bar) for part in loss.losses])
+    measured = _measured(adapted, search, folder, counted, terms, options)
+    # The total was an estimate: how many products the eigenvalue takes is known only now.
+    progress.update(bar, total=1, completed=1)
     return measured
 
 
 def _load(folder: AdapterFolder, rows: list[Row], options: Options) -> tuple[Adapted, PairSearch, MeanLoss, int]:
-    """An adapter, its pairs, its loss and over how many terms that is; here it is told that they don't fit."""
+    """An adapter, its pairs, its loss and the number of the loss's terms.
+
+    Raises:
+        ReportError: they don't fit together.
+    """
     adapted = load(folder, options)
     try:
         search = find_pairs(adapted.model)
@@ -110,14 +122,7 @@ def _noise(model: PeftModel, left_out: list[str]) -> tuple[WeightNoise | None, l
     return noise, noise.left_out
 
 
-def _counted(loss: MeanLoss, tick: Callable[[], None]) -> MeanLoss:
-    """The same loss; every batch that it computes is told."""
-
-    def counting(part: Loss) -> Loss:
-        def call() -> torch.Tensor:
-            tick()
-            return part()
-
-        return call
-
-    return MeanLoss([counting(part) for part in loss.losses])
+def _counted(part: Loss, progress: Progress, bar: TaskID) -> torch.Tensor:
+    """One batch's loss, which moves the progress bar."""
+    progress.advance(bar)
+    return part()

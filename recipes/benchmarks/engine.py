@@ -13,6 +13,7 @@ from lightning_flatlora import LoRAPair, Perturbation
 from lightning_flatlora.functional import ascent_average, perturbation_scale
 
 RHO = 0.5
+_SCALING = 2.0
 
 
 def measure_engine(layers: int, n: int, m: int, rank: int, repeats: int, device: str) -> dict[str, float]:
@@ -32,51 +33,73 @@ def measure_engine(layers: int, n: int, m: int, rank: int, repeats: int, device:
     Returns:
         Median seconds, and their ratio.
     """
-    generator = torch.Generator().manual_seed(0)
-    A, B, grad_A, grad_B = (
-        [torch.randn(*shape, generator=generator).to(device) for _ in range(layers)]
-        for shape in ((rank, m), (n, rank), (rank, m), (n, rank))
-    )
-    pairs = [LoRAPair(str(i), nn.Parameter(A[i]), nn.Parameter(B[i]), scaling=2.0) for i in range(layers)]
-    for pair, of_A, of_B in zip(pairs, grad_A, grad_B, strict=True):
-        pair.A.grad, pair.B.grad = of_A, of_B
-    perturbation = Perturbation(pairs)
-
-    all_A, all_B, all_grad_A, all_grad_B = (torch.stack(tensors) for tensors in (A, B, grad_A, grad_B))
-    scaling = torch.full((layers,), 2.0, device=device)
-
-    def closed() -> Tensor:
-        ascent = ascent_average(all_A, all_B, all_grad_A, all_grad_B, scaling)
-        return ascent.direction.mul_(perturbation_scale(ascent.squared_norm.sum(), RHO))
-
-    def engine() -> None:
-        perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.9)
-
-    def dense() -> list[Tensor]:
-        pinv, s = torch.linalg.pinv, 2.0
-        G = [(grad_B[i] @ pinv(A[i].T) / s + pinv(B[i].T) @ grad_A[i] / s) / 2 for i in range(layers)]
-        norm = torch.stack([g.norm() for g in G]).norm()
-        return [(RHO * G[i] / norm) @ pinv(A[i]) / s for i in range(layers)]
-
+    work = _Layers(layers, n, m, rank, device)
     if device == "cuda":
-        return {"closed_seconds": _median_cuda(closed, repeats), "engine_seconds": _median_cuda(engine, repeats)}
-    times: dict[str, list[float]] = {"closed": [], "engine": [], "dense": []}
-    for _ in track(range(repeats), description="engine"):
-        # Ten of the quick ones to one of the slow, so that most find the allocator as they left it, as in training.
-        for name, compute in [("closed", closed)] * 10 + [("engine", engine)] * 10 + [("dense", dense)]:
-            start = time.perf_counter()
-            compute()
-            times[name].append(time.perf_counter() - start)
-    seconds = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+        return {
+            "closed_seconds": _median_cuda(work.closed, repeats),
+            "engine_seconds": _median_cuda(work.engine, repeats),
+        }
+    seconds = _medians_in_turns(work, repeats)
     return seconds | {
         "dense_over_closed": seconds["dense_seconds"] / seconds["closed_seconds"],
         "dense_over_engine": seconds["dense_seconds"] / seconds["engine_seconds"],
     }
 
 
+class _Layers:
+    """LoRA layers of one shape with random factors and gradients, and three ways to compute E for all of them."""
+
+    def __init__(self, layers: int, n: int, m: int, rank: int, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def factors(rows: int, columns: int) -> list[Tensor]:
+            return [torch.randn(rows, columns, generator=generator).to(device) for _ in range(layers)]
+
+        self.A, self.B = factors(rank, m), factors(n, rank)
+        # Gradients of no loss: the closed form and the dense one need not agree on them, but cost what they always do.
+        self.grad_A, self.grad_B = factors(rank, m), factors(n, rank)
+        self.stacked_factors = torch.stack(self.A), torch.stack(self.B)
+        self.stacked_gradients = torch.stack(self.grad_A), torch.stack(self.grad_B)
+        self.scaling = torch.full((layers,), _SCALING, device=device)
+        pairs = []
+        for i in range(layers):
+            pair = LoRAPair(str(i), nn.Parameter(self.A[i]), nn.Parameter(self.B[i]), scaling=_SCALING)
+            pair.A.grad, pair.B.grad = self.grad_A[i], self.grad_B[i]
+            pairs.append(pair)
+        self.perturbation = Perturbation(pairs)
+
+    def closed(self) -> Tensor:
+        ascent = ascent_average(*self.stacked_factors, *self.stacked_gradients, self.scaling)
+        return ascent.direction.mul_(perturbation_scale(ascent.squared_norm.sum(), RHO))
+
+    def engine(self) -> None:
+        self.perturbation.average(self.perturbation.ascend(RHO, at_perturbed=True), beta=0.9)
+
+    def dense(self) -> list[Tensor]:
+        pinv, s = torch.linalg.pinv, _SCALING
+        gradients = []
+        for A, B, grad_A, grad_B in zip(self.A, self.B, self.grad_A, self.grad_B, strict=True):
+            gradients.append((grad_B @ pinv(A.T) / s + pinv(B.T) @ grad_A / s) / 2)
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        return [(RHO * gradient / norm) @ pinv(A) / s for gradient, A in zip(gradients, self.A, strict=True)]
+
+
+def _medians_in_turns(work: _Layers, repeats: int) -> dict[str, float]:
+    # Ten quick ones for each slow one: most then find the allocator in the state they left it in, as in training.
+    turns = [("closed", work.closed)] * 10 + [("engine", work.engine)] * 10 + [("dense", work.dense)]
+    times: dict[str, list[float]] = {"closed": [], "engine": [], "dense": []}
+    for _ in track(range(repeats), description="engine"):
+        for name, compute in turns:
+            start = time.perf_counter()
+            compute()
+            times[name].append(time.perf_counter() - start)
+    return {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+
+
 def _median_cuda(compute: Callable[[], object], repeats: int) -> float:
     """Median device time; any wait of the host for the device inside is an error."""
     compute()
+    # The call before the first measurement loads the kernels and fills the allocator's pool.
     times = []
     for _ in range(repeats):
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -32,6 +32,7 @@ LAUNCH = 5e-6
 COLUMN = 1e-6
 """Seconds of one column of a batched Cholesky factorisation or triangular solve, whose columns wait for each other."""
 
+# What these do takes no kernel.
 _ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
 
@@ -113,6 +114,7 @@ def _kernel(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> Kernel:
     if name in ("linalg_cholesky_ex", "linalg_solve_triangular"):
         matrix = args[0]
         columns = matrix.shape[-1]
+        # For n rows n^3 / 3 operations of the factorisation, and n^3 where the solve is of n right-hand sides.
         operations = matrix.numel() * columns / (3 if name == "linalg_cholesky_ex" else 1)
     elif product in flop_registry:
         operations = flop_registry[product](*args, **kwargs, out_val=out)
@@ -123,6 +125,7 @@ def _kernel(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> Kernel:
 def count_step(work: Workload) -> Kernels:
     """The kernels of LoRA's step: forward, backward and AdamW, all in bf16, the frozen weights without gradients."""
     learner = Learner(_network(work).to(torch.bfloat16), work.causal)
+    # foreach is AdamW's default on a GPU, but not on the meta device.
     optimizer = torch.optim.AdamW(learner.trained(), lr=1e-4, foreach=True)
     batch = torch.zeros(work.batch, work.length, dtype=torch.long, device="meta")
     kernels = Kernels()
@@ -141,11 +144,12 @@ def count_engine(work: Workload) -> Kernels:
     perturbation.install()
     kernels = Kernels()
     with kernels:
-        with torch.no_grad():  # not ascend(), as autocast knows no device without values
+        with torch.no_grad():  # not ascend(): autocast does not know the meta device
             perturbation.average(perturbation._ascend(RHO, at_perturbed=True, also_finite=()), beta=0.9)
         with perturbation.applied():
             for pair in pairs:
-                assert pair.readers[0].weight is not pair.B
+                lora_B: Any = pair.readers[0]
+                assert lora_B.weight is not pair.B
     perturbation.uninstall()
     return kernels
 
@@ -156,8 +160,8 @@ def _network(work: Workload) -> nn.Module:
 
 
 def works(tokens: int) -> dict[str, Workload]:
-    """The models by name, with so many tokens in a step."""
-    roberta = replace(_of("roberta-large"), batch=tokens // 128, length=128)
+    """The models by name, with this number of tokens in a step."""
+    roberta = replace(_of("roberta-large"), batch=max(1, tokens // 128), length=min(tokens, 128))
     config = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, intermediate_size=11008)
     llama = replace(_of("llama-7b-layers"), config=config, batch=max(1, tokens // 512), length=min(tokens, 512))
     named = {"RoBERTa-large": roberta}
@@ -179,6 +183,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--models", nargs="+", default=[], help="names as in the table; all by default")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/estimate.json"))
     options = parser.parse_args(arguments)
+    known = list(works(options.tokens[0]))
+    unknown = [name for name in options.models if name not in known]
+    if unknown:
+        parser.error(f"--models: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    if min(options.tokens) < 1:
+        parser.error("--tokens must be 1 or more")
     rows = []
     for tokens in options.tokens:
         for name, work in works(tokens).items():

@@ -12,15 +12,15 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -30,10 +30,14 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typing_extensions import override
 
-from recipes.benchmarks.methods import METHODS, OURS
+from recipes.benchmarks.methods import METHODS
 from recipes.benchmarks.workloads import WORKLOADS, Learner
-from recipes.ranks import gathered, rank
-from recipes.sharding import FSDP2, BlocksAndFactors, shard
+from recipes.shared.ledger import Ledger, Row, entries
+from recipes.shared.memory import Watch, resident
+from recipes.shared.methods import OURS
+from recipes.shared.ranks import gathered, rank
+from recipes.shared.sharding import FSDP2, BlocksAndFactors, shard
+from recipes.shared.training import BARE
 
 
 class ShardedLearner(Learner):
@@ -66,32 +70,6 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-class Watch(L.Callback):
-    """Resident memory of this process after the first step, and its peak in those that follow, in bytes."""
-
-    def __init__(self) -> None:
-        self.held = 0
-        self.peak = 0
-
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 1:  # AdamW has its state, and the perturbation is there
-            self.held = resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # from here on the kernel looks for the peak anew
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.peak = resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    """What the kernel says of this process's memory, "VmRSS" now or "VmHWM" at its peak, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 def measure(model: str, strategy: str, method: str, processes: int, steps: int) -> dict[str, float]:
     """Train in this process, one of several.
 
@@ -115,10 +93,8 @@ def measure(model: str, strategy: str, method: str, processes: int, steps: int) 
         devices=processes,
         strategy=STRATEGIES[strategy](),
         callbacks=[watch, *how.callbacks()],
-        logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
-        enable_model_summary=False,
+        **BARE,
     )
     batches = [sizes.example() for _ in range((steps + 1) * processes)]
     learner = ShardedLearner if processes > 1 else how.learner
@@ -128,22 +104,51 @@ def measure(model: str, strategy: str, method: str, processes: int, steps: int) 
     return {"held_mib": held, "peak_mib": peak}
 
 
-def start(options: argparse.Namespace, strategy: str, processes: int, method: str) -> dict[str, Any]:
-    """Measure in fresh processes, so that nothing of an earlier run is counted."""
-    part = options.output.with_suffix(".part")
-    run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
-    run += ["--rdzv_endpoint=localhost:0", "-m", "recipes.benchmarks.memory", "--worker", "--output", str(part)]
-    run += ["--model", options.model, "--steps", str(options.steps)]
-    run += ["--strategies", strategy, "--processes", str(processes), "--methods", method]
+class Run(NamedTuple):
+    """One measurement, in fresh processes, so that nothing of an earlier one is counted.
+
+    Attributes:
+        torch: version of PyTorch.
+        model: a name of WORKLOADS.
+        steps: steps that are watched.
+        strategy: a name of STRATEGIES.
+        processes: how many take part.
+        method: a name of METHODS.
+    """
+
+    torch: str
+    model: str
+    steps: int
+    strategy: str
+    processes: int
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.strategy}, {self.processes} processes, {self.method}"
+
+    def key(self) -> Row:
+        """The first entries of its row."""
+        return self._asdict()
+
+
+def perform(run: Run, output: Path) -> Row:
+    """Start the processes, and read what they have written beside the output."""
+    part = output.with_suffix(".part")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={run.processes}"]
+    # Port 0 is any that is free, so that two benchmarks can run at a time.
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command += ["-m", "recipes.benchmarks.memory", "--worker", "--output", str(part)]
+    command += ["--model", run.model, "--steps", str(run.steps)]
+    command += ["--strategies", run.strategy, "--processes", str(run.processes), "--methods", run.method]
     # What is freed goes back to the kernel at once, and is not counted.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
     part.unlink(missing_ok=True)
-    done = subprocess.run(run, env=os.environ | settings, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if not part.exists():  # PyTorch now and then aborts a process as it exits, with plain LoRA too
-        raise RuntimeError(f"{strategy}, {processes} processes, {method}:\n{done.stderr[-3000:]}")
-    measured: dict[str, Any] = json.loads(part.read_text())
+        raise RuntimeError(f"{run}:\n{done.stderr[-3000:]}")
+    measured: Row = json.loads(part.read_text())
     part.unlink()
-    return {"strategy": strategy, "processes": processes, "method": method} | measured
+    return run.key() | measured
 
 
 def work(options: argparse.Namespace) -> None:
@@ -168,18 +173,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if platform.system() != "Linux":
         raise SystemExit("this benchmark reads /proc, which only Linux has")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    runs = [
-        (strategy, processes, method)
-        for processes in options.processes
-        for strategy in (options.strategies if processes > 1 else ["one"])
-        for method in options.methods
-    ]
-    result = _begun(options)
-    rows: list[dict[str, Any]] = result["rows"]
-    measured = {(row["strategy"], row["processes"], row["method"]) for row in rows}
-    for each in track([each for each in runs if each not in measured], description="memory"):
-        rows.append(start(options, *each))
+    ledger = Ledger(options.output.with_suffix(".rows.jsonl"), entries(*Run._fields))
+    _keep_rows_of_before(ledger, options.output)
+    for _ in ledger.complete(_runs(options), partial(perform, output=options.output)):
+        result = _result(ledger, options)
         options.output.write_text(json.dumps(result, indent=2) + "\n")
+    rows = result["rows"]
     table = Table("strategy", "processes", "method", "between steps (MiB)", "peak (MiB)", title="each process")
     for row in rows:
         figures = f"{row['held_mib']:.0f}", f"{row['peak_mib']:.0f}"
@@ -189,14 +188,33 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def _begun(options: argparse.Namespace) -> dict[str, Any]:
-    """What an interrupted run of the same settings has left, or the start of a new result."""
+def _keep_rows_of_before(ledger: Ledger, output: Path) -> None:
+    """Take the rows of an output that was written before there was a ledger."""
+    if ledger.rows or not output.exists():
+        return
+    result = json.loads(output.read_text())
+    shared = {name: result[name] for name in Run._fields if name in result}
+    for row in result.get("rows", []):
+        ledger.append({**shared, **row})
+
+
+def _runs(options: argparse.Namespace) -> list[Run]:
+    runs = []
+    for processes in options.processes:
+        for strategy in options.strategies if processes > 1 else ["one"]:
+            for method in options.methods:
+                runs.append(Run(torch.__version__, options.model, options.steps, strategy, processes, method))
+    return runs
+
+
+def _result(ledger: Ledger, options: argparse.Namespace) -> dict[str, Any]:
+    """All that has been measured with these settings, now and earlier."""
     settings = {"torch": torch.__version__, "model": options.model, "steps": options.steps}
-    if options.output.exists():
-        left: dict[str, Any] = json.loads(options.output.read_text())
-        if {name: value for name, value in left.items() if name != "rows"} == settings:
-            return left
-    return {**settings, "rows": []}
+    rows = []
+    for row in ledger.rows:
+        if settings.items() <= row.items():
+            rows.append({name: value for name, value in row.items() if name not in settings})
+    return {**settings, "rows": rows}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,7 +230,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=list(OURS))
     parser.add_argument("--steps", type=int, default=3, help="watched steps, after one of warm-up")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/benchmarks/memory.json"), help="goes on with what it holds"
+        "--output",
+        type=Path,
+        default=Path("runs/benchmarks/memory.json"),
+        help="a .jsonl beside it keeps each measurement",
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora import EFMLoRA, FMLoRA
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
 from recipes.benchmarks.workloads import Learner
+from recipes.shared import methods
 
-RHO = 0.5
+RHO = float(methods.METHODS["efmlora"].defaults["rho"])  # a step costs the same whatever it is
 
 
 class Peer(Learner):
@@ -33,6 +32,7 @@ class Peer(Learner):
             self.manual_backward(loss)
             return loss
 
+        # The first pass: these optimizers' step takes the second one alone.
         loss = closure()
         self.take_step(optimizer, closure)
         return loss
@@ -87,17 +87,15 @@ class Method:
     full: bool = False
 
 
-METHODS: dict[str, Method] = {
-    "LoRA": Method(),
-    "EFMLoRA": Method(lambda: [EFMLoRA(RHO)]),
-    "FMLoRA": Method(lambda: [FMLoRA(RHO)]),
-    "LoRA-SAM": Method(lambda: [LoRASAM(RHO)]),
-    "Flat-LoRA": Method(lambda: [RandomPerturbation(0.05)]),
-    "nBAR": Method(lambda: [BalancednessRegularization(1.0, kind="nBAR")]),
-    "oBAR": Method(lambda: [BalancednessRegularization(1.0, kind="oBAR")]),
-    "SAM of pytorch_optimizer": Method(learner=PeerSAM),
-    "LookSAM of pytorch_optimizer": Method(learner=PeerLookSAM),
-    "full": Method(full=True),
-    "SAM, full": Method(lambda: [SAM(RHO)], full=True),
-}
-OURS = ("LoRA", "EFMLoRA", "FMLoRA")
+def _methods() -> dict[str, Method]:
+    """By title: the package's methods at the settings of the table, and the peers."""
+    by_title = {}
+    for name in ("lora", "efmlora", "fmlora", "lora_sam", "flat_lora", "nbar", "obar", "full", "full_sam"):
+        method = methods.METHODS[name]
+        by_title[method.title] = Method(method.callbacks, full=method.full)
+    by_title["SAM of pytorch_optimizer"] = Method(learner=PeerSAM)
+    by_title["LookSAM of pytorch_optimizer"] = Method(learner=PeerLookSAM)
+    return by_title
+
+
+METHODS = _methods()

@@ -28,8 +28,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from recipes.benchmarks.engine import measure_engine
-from recipes.benchmarks.methods import METHODS, OURS, Method
+from recipes.benchmarks.methods import METHODS, Method
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
+from recipes.shared.methods import OURS
+from recipes.shared.training import BARE
 
 Row = dict[str, Any]
 
@@ -72,11 +74,14 @@ def measure_steps(work: Workload | Stack, methods: list[str], options: argparse.
         A row for each method: median step in seconds, its ratio to LoRA's turn of the same round for each round and
         their median, and on CUDA the peak memory in MiB.
     """
+    # Two more for the warm-up, and one whose start ends the last step that is measured.
     batches = [work.example() for _ in range(options.steps + 3)]
-    networks = {full: replace(work, full=full).network() for full in {METHODS[name].full for name in methods}}
+    kinds = {METHODS[name].full for name in methods}
+    networks = {full: replace(work, full=full).network() for full in kinds}
     turns: dict[str, list[float]] = {name: [] for name in methods}
     peaks: dict[str, float] = {}
     for number in track(range(options.rounds), description="steps"):
+        # There and back, so that a machine that gets slower within a round favours no method.
         for name in methods if number % 2 == 0 else reversed(methods):
             if options.accelerator == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -84,9 +89,9 @@ def measure_steps(work: Workload | Stack, methods: list[str], options: argparse.
             if options.accelerator == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
     rows: list[Row] = []
-    for name, own in turns.items():
-        ratios = [a / b for a, b in zip(own, turns["LoRA"], strict=True)]
-        row = {"method": name, "median_seconds": statistics.median(own), "ratio_to_lora": statistics.median(ratios)}
+    for name, seconds in turns.items():
+        ratios = [a / b for a, b in zip(seconds, turns["LoRA"], strict=True)]
+        row = {"method": name, "median_seconds": statistics.median(seconds), "ratio_to_lora": statistics.median(ratios)}
         rows.append({**row, "ratios": ratios, **({"peak_mib": peaks[name]} if peaks else {})})
     return rows
 
@@ -101,10 +106,8 @@ def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], 
         devices=1,
         precision=options.precision,
         callbacks=[clock, *method.callbacks()],
-        logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
-        enable_model_summary=False,
+        **BARE,
     )
     trainer.fit(method.learner(network, causal), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     network.zero_grad()
@@ -130,8 +133,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for model in options.models:
         for value in options.values:
             work = WORKLOADS[model].varied(options.varied, value) if options.varied else WORKLOADS[model]
-            told = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.layers}
-            rows += [told | row for row in measure_steps(work, options.methods, options)]
+            sizes = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.layers}
+            rows += [sizes | row for row in measure_steps(work, options.methods, options)]
             _write(result, options.output)  # what is measured so far stays, whatever happens to the rest
     if not options.varied and options.repeats:
         # The engine after the steps: training has brought the C allocator into the state in which the engine runs.
@@ -159,12 +162,12 @@ def plot(rows: list[Row], varied: str | None, path: Path) -> None:
     figure = Figure(figsize=(width, 4), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axes, model in zip(panels, models, strict=True):
-        own = [row for row in rows if row["model"] == model]
+        of_model = [row for row in rows if row["model"] == model]
         axes.set_title(model)
         if varied:
-            _plot_growth(axes, own, varied)
+            _plot_growth(axes, of_model, varied)
         else:
-            _plot_methods(axes, own)
+            _plot_methods(axes, of_model)
     figure.savefig(path, dpi=150)
     print(f"plotted in {path}")
 

@@ -169,6 +169,13 @@ _QV_VIT = ("q_proj", "v_proj", "query", "value")  # as transformers names them n
 _QUERY_VALUE, _QKV_GPT2, _QV_LLAMA = ("query", "value"), ("c_attn",), ("q_proj", "v_proj")
 _ROBERTA: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
+
+def _two_blocks(width: int) -> Workload:
+    """With 512 tokens a step, for the engine's share at high ranks."""
+    config = _llama(2, width, width // 64, vocab_size=1024, intermediate_size=8 * width // 3)
+    return Workload(config, _QV_LLAMA, batch=4, length=128)
+
+
 WORKLOADS: dict[str, Workload | Stack] = {
     "minilm": Workload(_bert(6, 384, 12), _QUERY_VALUE, batch=16, length=40),
     "smollm2": Workload(
@@ -186,16 +193,10 @@ WORKLOADS: dict[str, Workload | Stack] = {
     "llama-7b-layers": Workload(
         _llama(2, 4096, 32, intermediate_size=11008, vocab_size=1024), _QV_LLAMA, batch=1, length=128
     ),
-    # two blocks of a given width and 512 tokens, for the engine's share at high ranks
-    **{
-        f"width-{width}": Workload(
-            _llama(2, width, width // 64, vocab_size=1024, intermediate_size=8 * width // 3),
-            _QV_LLAMA,
-            batch=4,
-            length=128,
-        )
-        for width in (768, 1024, 2048, 4096)
-    },
+    "width-768": _two_blocks(768),
+    "width-1024": _two_blocks(1024),
+    "width-2048": _two_blocks(2048),
+    "width-4096": _two_blocks(4096),
     "small-layers": Stack(layers=600, width=64, batch=16),
     "tiny": Workload(_bert(2, 32, 2), _QUERY_VALUE, batch=4, length=8),
 }

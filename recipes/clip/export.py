@@ -75,8 +75,8 @@ def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
     expected = features(module.net, clip.preprocess_val, clip.tokenizer)
     write(module, folder)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    found = features(model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
-    difference = (found - expected).abs().max().item()
+    actual = features(model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
+    difference = (actual - expected).abs().max().item()
     if difference > _CLOSE:
         raise MisconfigurationException(
             f"{folder} was written, but its features differ from the run's by {difference:.1e}: don't use it, and "
@@ -96,6 +96,7 @@ def trained(checkpoint: Path, config: Path) -> Any:
         raise MisconfigurationException(f"{config} has no model that can be built: {error}") from error
     module.configure_model()
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    # A checkpoint of AdapterCheckpoint lacks the frozen weights, which the module has loaded already.
     missing, unexpected = module.load_state_dict(state, strict=False)
     missing = sorted({name for name, p in module.named_parameters() if p.requires_grad} & set(missing))
     if missing or unexpected:
@@ -110,6 +111,7 @@ def write(module: Any, folder: Path) -> None:
     """The model's configuration, weights, and tokenizer where it has files of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     state = module.open_clip_state() if hasattr(module, "open_clip_state") else export_open_clip(module.net)
+    # safetensors refuses tensors that share memory or are not contiguous.
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, folder / _WEIGHTS)
     base = module.net.get_base_model() if hasattr(module.net, "get_base_model") else module.net
     name = module.model_name

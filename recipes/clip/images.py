@@ -1,7 +1,8 @@
 """Reading images: errors that name the file, and one pass over a folder before training that finds what is broken."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image
 from tqdm import tqdm
 
-from recipes.ranks import rank
+from recipes.shared.ranks import rank
 
 _SHOWN = 5  # broken files that a message names
 
@@ -25,17 +26,25 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+            return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except Exception as error:  # decoders raise of many kinds: OSError, SyntaxError, struct.error, ...
         raise MisconfigurationException(f"{path} can't be read as an image: {_reason(error)}") from error
 
 
-def readable(paths: Sequence[str | Path], skip_unreadable: bool = False) -> list[int]:
+Size = tuple[int, int]
+
+
+def readable(
+    paths: Sequence[str | Path],
+    skip_unreadable: bool = False,
+    refuses: Callable[[Size], str | None] = lambda size: None,
+) -> list[int]:
     """Which of these images can be read: each is decoded once, with a progress bar where there are many.
 
     Args:
         paths: of images.
         skip_unreadable: leave broken ones out, and say how many and which, instead of an error.
+        refuses: says of a width and a height, in pixels, why no such image can be used; None if it can.
 
     Returns:
         The places of those that can be read, in order.
@@ -44,34 +53,44 @@ def readable(paths: Sequence[str | Path], skip_unreadable: bool = False) -> list
         MisconfigurationException: an image can't be read and is not to be skipped, or no image can.
     """
     with ThreadPoolExecutor() as pool:  # Pillow decodes without holding the interpreter's lock
-        found = pool.map(_problem, paths)
+        results = pool.map(partial(_problem, refuses=refuses), paths)
+        # Every rank has to know which images can be read, but one progress bar is enough.
         hidden = len(paths) < 1000 or rank() != 0
-        problems = list(tqdm(found, total=len(paths), desc="Checking images", unit="image", disable=hidden))
+        problems = list(tqdm(results, total=len(paths), desc="Checking images", unit="image", disable=hidden))
     broken = [f"{path} ({problem})" for path, problem in zip(paths, problems, strict=True) if problem]
     if not broken:
         return list(range(len(paths)))
-    told = f"{len(broken)} of {len(paths)} images can't be read: {', '.join(broken[:_SHOWN])}"
-    told += f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+    problem = f"{len(broken)} of {len(paths)} images can't be read: {', '.join(broken[:_SHOWN])}"
+    problem += f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
     if not skip_unreadable:
-        raise MisconfigurationException(f"{told}. Mend or remove them, or set skip_unreadable to leave them out")
+        raise MisconfigurationException(f"{problem}. Mend or remove them, or set skip_unreadable to leave them out")
     if len(broken) == len(paths):
-        raise MisconfigurationException(f"{told}. Nothing is left")
-    rank_zero_warn(f"skip_unreadable: {told}; left out")
+        raise MisconfigurationException(f"{problem}. Nothing is left")
+    rank_zero_warn(f"skip_unreadable: {problem}; left out")
     return [place for place, problem in enumerate(problems) if problem is None]
 
 
-def _problem(path: str | Path) -> str | None:
+def blind_skips(skip_unreadable: bool, check_images: bool) -> list[str]:
+    """What is wrong with these two settings of a data module."""
+    if skip_unreadable and not check_images:
+        return ["skip_unreadable needs check_images, which finds what is to be skipped: set it to true"]
+    return []
+
+
+def _problem(path: str | Path, refuses: Callable[[Size], str | None]) -> str | None:
     """What is wrong with an image, or None."""
     try:
         with Image.open(path) as image:
+            problem = refuses(image.size)
             image.draft("RGB", (1, 1))  # JPEG: read all, but decode to an eighth of the size, several times faster
             image.load()
     except Exception as error:
         return _reason(error)
-    return None
+    return problem
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """The image in RGB, with white where it was transparent."""
     with_alpha = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), with_alpha).convert("RGB")
 

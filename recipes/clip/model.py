@@ -1,4 +1,4 @@
-"""An open_clip model with a LoRA adapter in its attention, its features, and the way back to plain open_clip."""
+"""An open_clip model with a LoRA adapter in its attention, its features, and the export to plain open_clip."""
 
 import copy
 import difflib
@@ -42,8 +42,8 @@ class Clip:
 def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None = None) -> Clip:
     """A model that open_clip knows, or can read.
 
-    Weights that were trained with QuickGELU, as OpenAI's, are run with it, whatever the name's configuration says:
-    open_clip's own list tells which tags these are, and open_clip itself warns, and runs them with GELU.
+    Weights that were trained with QuickGELU, such as OpenAI's, are run with it, whatever the name's configuration says:
+    open_clip's own list says which tags these are; open_clip itself only warns, and runs them with GELU.
 
     Args:
         model: a name of open_clip's, "hf-hub:OWNER/NAME", "local-dir:FOLDER", or a .json file with a configuration.
@@ -57,6 +57,7 @@ def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None
     """
     name = _known_name(model, pretrained)
     quick = wants_quick_gelu(name, pretrained) if quick_gelu is None else quick_gelu
+    # force_quick_gelu can only switch it on; to switch it off, the configuration is overridden.
     other = {"quick_gelu": False} if quick_gelu is False else {}
     try:
         net, train, val = open_clip.create_model_and_transforms(name, pretrained, force_quick_gelu=quick, **other)
@@ -65,6 +66,7 @@ def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None
         raise MisconfigurationException(
             f"model={model!r}, pretrained={pretrained!r} can't be loaded: {error}"
         ) from error
+    # open_clip keeps q, k and v in one parameter, and peft adapts layers.
     split_attention(net)
     return Clip(net.requires_grad_(False).train(), tokenizer, train, val)
 
@@ -72,7 +74,7 @@ def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None
 def wants_quick_gelu(model: str, pretrained: str | None) -> bool:
     """Whether a tag's weights were trained with QuickGELU, and the model's configuration may lack it.
 
-    A file of weights does not tell; that it is run as the configuration says is then said.
+    A file of weights does not say so; it is run as the configuration says, which is then printed.
 
     Example:
         >>> wants_quick_gelu("ViT-B-16", "openai"), wants_quick_gelu("ViT-B-16", "laion2b_s34b_b88k")
@@ -112,6 +114,7 @@ def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
         config = LoraConfig(**settings)
         if "target_modules" not in settings:
             config.target_modules = lora_targets(net, **places)
+            # Some forwards read a layer's weight without calling it, so that LoRA there would do nothing.
             check_reached(net, config.target_modules, *_example(net))
         return cast("PeftModel", get_peft_model(net, config))
     except (TypeError, ValueError) as error:
@@ -148,6 +151,7 @@ def export_open_clip(net: nn.Module) -> dict[str, Tensor]:
     Returns:
         What an unmodified open_clip model of the same configuration loads with ``strict=True``.
     """
+    # Merging changes the model, which may still be in training.
     copied = copy.deepcopy(net)
     return joined_state_dict(copied.merge_and_unload() if isinstance(copied, PeftModel) else copied)
 

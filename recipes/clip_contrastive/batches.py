@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -37,7 +39,7 @@ class PictureBatchSampler(DistributedSampler[Draw]):
     smaller than a joint batch are shared evenly. In evaluation each picture comes once, in the data's order, ranks take
     turns on the batches, and those that fill up the last turn are marked as repeated.
 
-    A DistributedSampler is left in place by Lightning, which tells it the epoch.
+    A DistributedSampler is left in place by Lightning, which sets its epoch.
 
     Args:
         size: number of pictures.
@@ -51,6 +53,7 @@ class PictureBatchSampler(DistributedSampler[Draw]):
     def __init__(
         self, size: int, batch_size: int, seed: int = 0, num_replicas: int = 1, rank: int = 0, shuffle: bool = True
     ) -> None:
+        # Data smaller than a joint batch would otherwise give no batch at all, as incomplete ones are left out.
         share = min(batch_size, size // num_replicas) if shuffle else batch_size
         batches = size // share if shuffle else -(-size // share)
         super().__init__(
@@ -78,6 +81,7 @@ class PictureBatchSampler(DistributedSampler[Draw]):
         return int(np.floor(turns) if self.shuffle else np.ceil(turns))
 
 
+@dataclass(eq=False)
 class PictureBatches(Dataset[Batch]):
     """Whole batches of a part of the data.
 
@@ -92,21 +96,17 @@ class PictureBatches(Dataset[Batch]):
         seed: of captions and augmentation.
     """
 
-    def __init__(
-        self,
-        pictures: Sequence[Picture],
-        transform: Transform,
-        tokenizer: Tokenizer,
-        training: bool,
-        seed: int = 0,
-    ) -> None:
-        self.pictures = pictures
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.training = training
-        self.seed = seed
-        texts = dict.fromkeys(caption for picture in pictures for caption in picture.captions) if not training else {}
-        self._text_ids = {text: place for place, text in enumerate(texts)}
+    pictures: Sequence[Picture]
+    transform: Transform
+    tokenizer: Tokenizer
+    training: bool
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._text_ids: dict[str, int] = {}
+        if not self.training:
+            for caption in _captions(self.pictures):
+                self._text_ids.setdefault(caption, len(self._text_ids))  # equal texts have one number
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -127,7 +127,7 @@ class PictureBatches(Dataset[Batch]):
     def _whole(self, draw: Draw) -> Batch:
         """Images with all their captions, and where a picture's first one is among these."""
         pictures = [self.pictures[place] for place in draw.places]
-        captions = [caption for picture in pictures for caption in picture.captions]
+        captions = _captions(pictures)
         text_ids = torch.tensor([self._text_ids[caption] for caption in captions])
         counts = torch.tensor([len(picture.captions) for picture in pictures])
         image_ids = torch.tensor(draw.places)
@@ -143,6 +143,10 @@ class PictureBatches(Dataset[Batch]):
 
     def _image(self, picture: Picture) -> Tensor:
         return self.transform(read_image(cast("Path", picture.file)))  # Pillow takes whatever can be read
+
+
+def _captions(pictures: Sequence[Picture]) -> list[str]:
+    return list(chain.from_iterable(picture.captions for picture in pictures))
 
 
 def _seed_all(*numbers: int) -> None:

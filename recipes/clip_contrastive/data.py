@@ -1,7 +1,9 @@
-"""ContrastiveData: images and captions, split without leaks, in batches that a stopped run takes up again."""
+"""ContrastiveData: images and captions, split without leaks, in batches that a resumed run continues."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,17 +12,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 from typing_extensions import override
 
-from recipes.clip.images import readable
+from recipes.clip.images import blind_skips, readable
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.sources import Picture
-from recipes.ranks import rank
-from recipes.resumable import LateLoader, ResumableData
+from recipes.shared.data import refuse_bad_settings
+from recipes.shared.ranks import rank
+from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
-_PARTS = ("train", "validation", "test")
 _CHUNK = 4096  # captions that are tokenised at once to learn their length
 
 
+@dataclass(eq=False)
 class ContrastiveData(ResumableData):
     """Images with captions for a contrastive model, whose tokenizer and preprocessing are used.
 
@@ -31,8 +34,8 @@ class ContrastiveData(ResumableData):
         dataset: for training: a .csv or .tsv file; a folder of images with a .txt file beside each or a captions.csv;
             webdataset shards as ``shards/{000..009}.tar``; or "packaged:emoji" (more in
             the docs).
-        validation_dataset: likewise; None takes ``validation_share`` of the training data.
-        test_dataset: likewise; None takes ``test_share``.
+        validation_dataset: for validation; None takes ``validation_share`` of the training data.
+        test_dataset: for testing; None takes ``test_share``.
         validation_share: share of the images.
         test_share: share of the images.
         image_column: of a table, the images' paths, relative to the table's folder.
@@ -52,40 +55,34 @@ class ContrastiveData(ResumableData):
             training).
     """
 
-    def __init__(
-        self,
-        dataset: str = sources.PACKAGED[0],
-        validation_dataset: str | None = None,
-        test_dataset: str | None = None,
-        validation_share: float = 0.1,
-        test_share: float = 0.1,
-        image_column: str = "image",
-        caption_column: str = "caption",
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-        refuse_long_captions: bool = False,
-        check_images: bool = True,
-        skip_unreadable: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
+    dataset: str = sources.PACKAGED[0]
+    validation_dataset: str | None = None
+    test_dataset: str | None = None
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    image_column: str = "image"
+    caption_column: str = "caption"
+    batch_size: int = 64
+    eval_batch_size: int = 64
+    refuse_long_captions: bool = False
+    check_images: bool = True
+    skip_unreadable: bool = False
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
         super().__init__()
-        shares = {"validation_share": validation_share, "test_share": test_share}
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        _check(sizes, num_workers, shares, skip_unreadable and not check_images)
-        self.datasets = {"train": dataset, "validation": validation_dataset, "test": test_dataset}
+        self.datasets = {"train": self.dataset, "validation": self.validation_dataset, "test": self.test_dataset}
         self.shares = {
-            "validation": 0.0 if validation_dataset else validation_share,
-            "test": 0.0 if test_dataset else test_share,
+            "validation": 0.0 if self.validation_dataset else self.validation_share,
+            "test": 0.0 if self.test_dataset else self.test_share,
         }
-        self.columns = {"image_column": image_column, "caption_column": caption_column}
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.refuse_long_captions = refuse_long_captions
-        self.check_images = check_images
-        self.skip_unreadable = skip_unreadable
-        self.seed = seed
-        self.num_workers = num_workers
+        refuse_bad_settings(
+            self,
+            {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0},
+            {"validation": self.validation_share, "test": self.test_share},
+            blind_skips(self.skip_unreadable, self.check_images),
+        )
         self.parts: dict[str, list[Picture]] = {}
         self.reports: dict[str, str] = {}
         self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the Trainer's module's
@@ -103,25 +100,15 @@ class ContrastiveData(ResumableData):
                     "ContrastiveData takes the model's tokenizer: set .clip, or use a Trainer"
                 )
             self.clip = self.trainer.lightning_module.clip
-        for part in {"fit": _PARTS[:2], "validate": _PARTS[1:2], "test": _PARTS[2:]}[stage]:
+        for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
+        # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not self.parts[part]:
             raise MisconfigurationException(f"nothing to evaluate: set {part}_dataset, or {part}_share above 0")
 
     @override
-    def train_dataloader(self) -> LateLoader:
-        return self.gone_on(self._loader("train"))
-
-    @override
-    def val_dataloader(self) -> LateLoader | list[Any]:
-        return self._loader("validation") if self.parts["validation"] else []
-
-    @override
-    def test_dataloader(self) -> LateLoader:
-        return self._loader("test")
-
-    def _loader(self, part: str) -> LateLoader:
+    def loader(self, part: str) -> LateLoader:
         training, pictures, ranks = part == "train", self.parts[part], self.ranks()
         if len(pictures) < ranks["num_replicas"]:
             raise MisconfigurationException(
@@ -137,11 +124,12 @@ class ContrastiveData(ResumableData):
 
     def _chosen(self, part: str) -> list[Picture]:
         """A part's pictures, in an order that has nothing to do with what they show."""
-        own = self.datasets[part]
-        pictures = sources.load(own or cast("str", self.datasets["train"]), **self.columns)
-        place = {key: place for place, key in enumerate(shuffled({picture.key for picture in pictures}, self.seed))}
+        dataset = self.datasets[part]
+        pictures = sources.load(dataset or self.dataset, self.image_column, self.caption_column)
+        keys = shuffled({picture.key for picture in pictures}, self.seed)
+        place = dict(zip(keys, range(len(keys)), strict=True))
         pictures.sort(key=lambda picture: place[picture.key])
-        if own and part != "train":
+        if dataset and part != "train":
             return pictures
         first, last = part_bounds(part, len(place), self.shares)
         return [picture for picture in pictures if first <= place[picture.key] < last]
@@ -149,25 +137,23 @@ class ContrastiveData(ResumableData):
     def _checked(self, part: str, pictures: list[Picture]) -> list[Picture]:
         if part == "train" and not pictures:
             raise MisconfigurationException(
-                f"{self.datasets['train']}: nothing is left to train on: lower validation_share and test_share, or "
+                f"{self.dataset}: nothing is left to train on: lower validation_share and test_share, or "
                 "give more images"
             )
         if self.check_images and pictures:
             files = [cast("Path", picture.file) for picture in pictures]  # Pillow takes whatever can be read
             pictures = [pictures[place] for place in readable(files, self.skip_unreadable)]
-        captions = [caption for picture in pictures for caption in picture.captions]
-        report = (
-            f"{self.datasets[part] or self.datasets['train']}, {part}: {len(pictures)} images, {len(captions)} captions"
-        )
+        captions = list(chain.from_iterable(picture.captions for picture in pictures))
+        report = f"{self.datasets[part] or self.dataset}, {part}: {len(pictures)} images, {len(captions)} captions"
         long = too_long(captions, self.clip.tokenizer)
         if long:
             length = self.clip.tokenizer.context_length
-            told = f"{len(long)} of them longer than the context_length of {length} tokens, such as {long[0]!r}"
+            note = f"{len(long)} of them longer than the context_length of {length} tokens, such as {long[0]!r}"
             if self.refuse_long_captions:
                 raise MisconfigurationException(
-                    f"{report}, {told}: shorten them, or set refuse_long_captions to false to have them cut"
+                    f"{report}, {note}: shorten them, or set refuse_long_captions to false to have them cut"
                 )
-            report += f", {told}: cut there"
+            report += f", {note}: cut there"
         self.reports[part] = report
         rank_zero_info(report)
         return pictures
@@ -204,25 +190,12 @@ def too_long(captions: Sequence[str], tokenizer: Any) -> list[str]:
     length = tokenizer.context_length
     padding = tokenizer([""], context_length=length + 1)[0, -1]
     distinct = list(dict.fromkeys(captions))
-    found: set[str] = set()
+    overlong: set[str] = set()
     starts = range(0, len(distinct), _CHUNK)
     for start in tqdm(starts, "Tokenising", disable=len(starts) < 10 or rank() != 0):
         chunk = distinct[start : start + _CHUNK]
-        # With room for one token more a text that was cut goes on: by a word in place of its end, or by one token.
+        # With room for one token more a text that was cut is longer: by a word in place of its end, or by one token.
         cut, longer = tokenizer(chunk, context_length=length), tokenizer(chunk, context_length=length + 1)
         differs = (cut != longer[:, :length]).any(dim=1) | (longer[:, length] != padding)
-        found |= {caption for caption, goes_on in zip(chunk, differs.tolist(), strict=True) if goes_on}
-    return [caption for caption in captions if caption in found]
-
-
-def _check(sizes: dict[str, int], num_workers: int, shares: dict[str, float], skips_blindly: bool) -> None:
-    problems = [f"{name} must be an integer >= 1, got {size!r}" for name, size in sizes.items() if size < 1]
-    if num_workers < 0:
-        problems.append(f"num_workers must be an integer >= 0, got {num_workers!r}")
-    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
-        told = " and ".join(map(repr, shares.values()))
-        problems.append(f"{' and '.join(shares)} must be >= 0 and leave something to train on, got {told}")
-    if skips_blindly:
-        problems.append("skip_unreadable needs check_images, which finds what is to be skipped: set it to true")
-    if problems:
-        raise MisconfigurationException("ContrastiveData: " + "; ".join(problems))
+        overlong |= set(compress(chunk, differs.tolist()))
+    return [caption for caption in captions if caption in overlong]

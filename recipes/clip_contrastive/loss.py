@@ -43,6 +43,7 @@ class ContrastiveLoss(nn.Module):
                 f"set it to 'auto' or {made_for!r}"
             )
         self.kind = made_for
+        # Kept for the export: open_clip has them without dimensions, or with one.
         self._shape = logit_scale.shape
         # Of one element each: FSDP can't shard a tensor without dimensions.
         self.logit_scale = nn.Parameter(logit_scale.detach().float().reshape(1).clone(), requires_grad=learnt)

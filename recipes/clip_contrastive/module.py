@@ -1,20 +1,16 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
-from transformers import get_scheduler
 from typing_extensions import override
 
-from lightning_flatlora import FMLoRAModule
 from recipes.clip.model import (
     Clip,
     add_lora,
@@ -27,10 +23,8 @@ from recipes.clip.model import (
 from recipes.clip_contrastive.batches import Batch
 from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
 from recipes.clip_contrastive.retrieval import Retrieval
-from recipes.sharding import check_strategy, shard
-from recipes.training import RecipeModule
-
-Schedule = Literal["cosine", "linear", "constant_with_warmup"]
+from recipes.shared.sharding import check_strategy, shard
+from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining, Schedule
 
 
 class Evaluation(nn.Module):
@@ -42,7 +36,7 @@ class Evaluation(nn.Module):
         self.retrieval = Retrieval()
 
 
-class ContrastiveBase(RecipeModule):
+class ContrastiveBase(EvaluatedModule):
     """An open_clip model on images and captions: what training by any method and evaluation have in common.
 
     Args:
@@ -59,6 +53,8 @@ class ContrastiveBase(RecipeModule):
             trained. CLIP's scale is kept at 100 at most.
         learning_rate: AdamW's largest learning rate.
         weight_decay: AdamW's, of matrices; vectors, such as biases and norms, and the logit scale have none.
+        betas: AdamW's, of its averages of the gradient and of the gradient's square.
+        eps: AdamW's, which is added to the root of the average square.
         schedule: the learning rate after warm-up: "cosine" or "linear" to 0, or "constant_with_warmup".
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
@@ -76,6 +72,8 @@ class ContrastiveBase(RecipeModule):
         learn_logit_scale: bool | None = None,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
         schedule: Schedule = "cosine",
         warmup_steps: int = 0,
         gradient_checkpointing: bool = False,
@@ -90,7 +88,9 @@ class ContrastiveBase(RecipeModule):
         self.learn_logit_scale = lora is None if learn_logit_scale is None else learn_logit_scale
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.schedule = schedule
+        self.betas = betas
+        self.eps = eps
+        self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
         self.net: nn.Module | None = None
@@ -116,10 +116,12 @@ class ContrastiveBase(RecipeModule):
             if self.gradient_checkpointing:
                 base.set_grad_checkpointing(True)
             self.net = add_lora(base, self.lora) if self.lora is not None else unfrozen(base)
+            # Noted before any sharding: FSDP1 flattens parameters, and a flat matrix looks like a vector.
             self._vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
             mesh = self.device_mesh["data_parallel"]
             shard(self.net, mesh, methods=("encode_image", "encode_text"))
+            # Lightning calls this before every stage, and a module can be sharded only once.
             if not isinstance(self.contrastive, FSDPModule):
                 fully_shard(cast("ContrastiveLoss", self.contrastive), mesh=mesh)
 
@@ -145,15 +147,14 @@ class ContrastiveBase(RecipeModule):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 is_vector = name.replace("_fsdp_wrapped_module.", "") in self._vectors
-                (vectors if is_vector else matrices).append(parameter)
+                if is_vector:
+                    vectors.append(parameter)
+                else:
+                    matrices.append(parameter)
         groups: list[dict[str, Any]] = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
         return [group for group in groups if group["params"]]
 
     @override
-    def own_schedule(self, optimizer: Optimizer) -> LRScheduler:
-        scheduler = get_scheduler(self.schedule, optimizer, self.warmup_steps, self.optimizer_steps())
-        return cast("LRScheduler", scheduler)
-
     def loss(self, batch: Batch) -> Tensor:
         """This rank's share of the joint batch's loss, in nats; logged as ``train_loss``.
 
@@ -179,36 +180,25 @@ class ContrastiveBase(RecipeModule):
         self.contrastive.clamp()
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
-
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def evaluate(self, stage: str, batch: Batch) -> None:
         """Take up images with all their captions; the loss is over each image's first one."""
         assert self.net is not None
         assert self.contrastive is not None
         images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
         evaluation = self._evaluation(stage)
+        # Of this rank's batch alone: a joint batch, and with it the loss, would grow with the number of devices.
         loss = self.contrastive(images, texts[batch["first_captions"]], joint=False)
         evaluation.loss.update(loss, batch["weight"])
         evaluation.retrieval.update(images, batch["image_ids"], texts, batch["text_ids"], batch["pairs"])
 
     @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
+    def log_evaluation(self, stage: str) -> None:
         evaluation = self._evaluation(stage)
         self.log(f"{stage}_loss", evaluation.loss, prog_bar=True)
+        # Computed and reset here, because Lightning logs only metrics that give one number.
         recalls = evaluation.retrieval.compute()  # of all ranks, and the same on each
         evaluation.retrieval.reset()
+        # sync_dist changes nothing, but without it Lightning warns.
         self.log_dict({f"{stage}_{name}": recall for name, recall in recalls.items()}, sync_dist=True)
 
     def _evaluation(self, stage: str) -> Evaluation:
@@ -225,17 +215,9 @@ def unfrozen(base: nn.Module) -> nn.Module:
     return base.train()
 
 
-class ContrastiveModel(ContrastiveBase):
+class ContrastiveModel(ContrastiveBase, AutomaticTraining):
     """Automatic optimization: all weights, plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
 
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)
 
-
-class ContrastiveModelFM(ContrastiveBase, FMLoRAModule):
+class ContrastiveModelFM(ContrastiveBase, ManualTraining):
     """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
-
-    @override
-    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)

@@ -71,7 +71,11 @@ class Retrieval(Metric):
             "image_to_text": better_answers(images_nd, texts_md, right_nm),
             "text_to_image": better_answers(texts_md, images_nd, right_nm.T),
         }
-        return {f"{way}_recall@{k}": (better < k).float().mean() for way, better in ways.items() for k in self.top}
+        recalls = {}
+        for way, better in ways.items():
+            for k in self.top:
+                recalls[f"{way}_recall@{k}"] = (better < k).float().mean()
+        return recalls
 
 
 def better_answers(queries_nd: Tensor, answers_md: Tensor, right_nm: Tensor) -> Tensor:
@@ -86,11 +90,13 @@ def better_answers(queries_nd: Tensor, answers_md: Tensor, right_nm: Tensor) -> 
         >>> better_answers(torch.eye(2), torch.eye(2), torch.tensor([[True, False], [True, False]]))
         tensor([0, 1])
     """
+    # In pieces, so that the whole matrix of similarities is never in memory.
     counts = []
     for queries_qd, right_qm in zip(torch.split(queries_nd, _QUERIES), torch.split(right_nm, _QUERIES), strict=True):
         similar_qm = queries_qd @ answers_md.T
         best_q1 = similar_qm.masked_fill(~right_qm, -torch.inf).amax(dim=1, keepdim=True)
-        counts.append(((similar_qm >= best_q1) & ~right_qm).sum(dim=1))
+        # Not >=, which is false for what is not a number: a model that has diverged would find everything.
+        counts.append((~(similar_qm < best_q1) & ~right_qm).sum(dim=1))
     return torch.cat(counts)
 
 

@@ -12,13 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from recipes.clip_demo import emoji
-from recipes.ranks import rank
+from recipes.clip import emoji
+from recipes.shared.data import is_packaged
+from recipes.shared.ranks import rank
 
 PACKAGED = ("packaged:emoji", "packaged:emoji-held-out", "packaged:emoji-fluent", "packaged:emoji-fluent-held-out")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _CAPTION_FILES = ("captions.csv", "captions.tsv")
-_PREFIX = "packaged:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +67,15 @@ def load(dataset: str, image_column: str = "image", caption_column: str = "capti
 
     Args:
         dataset: a .csv or .tsv file; a folder of images with a .txt file of the same name beside each, one caption a
-            line, or with a captions.csv or .tsv; webdataset shards, as ``shards/*.tar`` or ``shards/{000..009}.tar``;
-            or one of :data:`PACKAGED`.
+            line, or with a captions.csv or .tsv; webdataset shards, such as ``shards/*.tar`` or
+            ``shards/{000..009}.tar``; or one of :data:`PACKAGED`.
         image_column: of a table: paths, relative to the table's folder, or absolute.
         caption_column: of a table.
 
     Raises:
         MisconfigurationException: there is no such file, folder, column or package; a caption or an image is missing.
     """
-    if dataset.startswith(_PREFIX):
+    if is_packaged(dataset):
         pictures = _packaged(dataset)
     elif dataset.endswith(".tar"):
         pictures = _shards(dataset)
@@ -108,6 +108,7 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
     captions: dict[str, list[str]] = {}
     faults = []
     try:
+        # Tables from Excel begin with a byte order mark, which would be part of the first column's name.
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter=_TABLES[path.suffix.lower()], strict=True)
             _check_columns(path, rows.fieldnames or (), image_column, caption_column)
@@ -126,12 +127,12 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
     return [Picture(files[image], tuple(texts), image) for image, texts in captions.items()]
 
 
-def _check_columns(path: Path, found: Iterable[str], image_column: str, caption_column: str) -> None:
+def _check_columns(path: Path, header: Iterable[str], image_column: str, caption_column: str) -> None:
     columns = {"image_column": image_column, "caption_column": caption_column}
-    missing = [f"{argument}={name!r}" for argument, name in columns.items() if name not in found]
+    missing = [f"{argument}={name!r}" for argument, name in columns.items() if name not in header]
     if missing:
         raise MisconfigurationException(
-            f"{path} has the columns {list(found)}, but not {' nor '.join(missing)}: name the columns that hold the "
+            f"{path} has the columns {list(header)}, but not {' nor '.join(missing)}: name the columns that hold the "
             "image's path and its caption (a table needs a first line with the columns' names)"
         )
 
@@ -153,7 +154,8 @@ def _folder(folder: Path) -> list[Picture]:
         except UnicodeDecodeError as error:
             faults.append(f"{text} is not UTF-8: {error}")
         else:
-            faults += [] if captions[image] else [f"{text} is empty"]
+            if not captions[image]:
+                faults.append(f"{text} is empty")
     _refuse(folder, faults)
     return [Picture(image, captions[image], str(image.relative_to(folder))) for image in images]
 
@@ -179,8 +181,12 @@ def _refuse(path: Path | str, faults: list[str]) -> None:
 
 def _shards(pattern: str) -> list[Picture]:
     """Pictures of webdataset shards, found in one pass over the archives' headers."""
-    shards = [Path(file) for one in expanded(pattern) for file in sorted(glob(str(Path(one).expanduser()))) or [one]]
-    if missing := [str(shard) for shard in shards if not shard.is_file()]:
+    shards: list[Path] = []
+    for one in expanded(pattern):
+        files = sorted(glob(str(Path(one).expanduser())))
+        shards += map(Path, files or [one])
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing:
         raise MisconfigurationException(f"dataset={pattern!r}: there is no {', '.join(missing[:5])}")
     pictures, faults = [], []
     for shard in tqdm(shards, "Reading shards", disable=len(shards) < 10 or rank() != 0):
@@ -197,6 +203,7 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
     """Images and captions of a shard by key, which is the name up to the first dot in its last part."""
     images, captions = {}, {}
     try:
+        # Uncompressed archives alone: images are read from where they lie in the file.
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
@@ -204,8 +211,10 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
                 key = f"{folder}/{base}" if folder else base
                 if f".{suffix.lower()}" in IMG_EXTENSIONS:
                     images[key] = StoredFile(shard, member.name, member.offset_data, member.size)
-                elif suffix.lower() == "txt" and (file := archive.extractfile(member)):
-                    captions[key] = lines_of(file.read().decode("utf-8-sig"))
+                elif suffix.lower() == "txt":
+                    file = archive.extractfile(member)
+                    if file is not None:  # a folder may have such a name too
+                        captions[key] = lines_of(file.read().decode("utf-8-sig"))
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise MisconfigurationException(
             f"{shard} can't be read as an uncompressed .tar with texts in UTF-8: {error}"
@@ -214,19 +223,19 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
 
 
 def expanded(pattern: str) -> Iterator[str]:
-    """A pattern with a range in braces, as webdataset's users write them, as one for each number.
+    """The patterns that a range in braces stands for, which users of webdataset write: one for each number.
 
     Example:
         >>> list(expanded("shards/{008..010}.tar"))
         ['shards/008.tar', 'shards/009.tar', 'shards/010.tar']
     """
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
         yield pattern
         return
-    first, last = found.groups()
+    first, last = match.groups()
     for number in range(int(first), int(last) + 1):
-        yield from expanded(f"{pattern[: found.start()]}{number:0{len(first)}d}{pattern[found.end() :]}")
+        yield from expanded(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
 # -- packages
@@ -234,12 +243,12 @@ def expanded(pattern: str) -> Iterator[str]:
 
 def fetch(dataset: str) -> None:
     """Install what a packaged data set needs, on one process, before the others look for it."""
-    if dataset.startswith(_PREFIX):
+    if is_packaged(dataset):
         load(dataset)
 
 
 def _packaged(dataset: str) -> list[Picture]:
-    """Emoji; their captions are those of recipes.clip_demo. One emoji is in one part, in whatever style."""
+    """Emoji with the captions that the small CLIP is trained on; an emoji is in the same part in every style."""
     if dataset not in PACKAGED:
         raise MisconfigurationException(f"dataset: unknown package {dataset!r}, give one of {', '.join(PACKAGED)}")
     folders, held_out = emoji.prepare(), dataset.endswith("held-out")
@@ -249,4 +258,5 @@ def _packaged(dataset: str) -> list[Picture]:
         return [Picture(picture.file, picture.captions, code) for picture, code in zip(pairs, codes, strict=True)]
     captions = {code: picture.captions for picture, code in zip(pairs, codes, strict=True)}
     images = sorted((folders.target / ("validation" if held_out else "train")).rglob("*.png"))
+    # Captions come from the other styles' tables, and some emoji are drawn in this style alone.
     return [Picture(image, captions[image.stem], image.stem) for image in images if image.stem in captions]

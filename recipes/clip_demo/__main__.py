@@ -2,27 +2,36 @@
 
 The model is a small one of open_clip's kind, no OpenAI CLIP: it knows emoji and nothing else. It is trained once and
 kept in the cache. Then every method adapts it with few images of each class, and all are tested on the same images.
-What is finished is kept: Ctrl-C and start again goes on.
+What is finished is kept: after Ctrl-C the same command resumes.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from recipes.clip_demo import emoji, report
-from recipes.clip_demo.pretrain import Pretraining, pretrained
-from recipes.clip_demo.run import METHODS, ZERO_SHOT, Row, Settings, append, examples, finished, key, run
-from recipes.demo.__main__ import quiet
-from recipes.precision import Precision, precision_of_runs
+from recipes.clip import emoji
+from recipes.clip_contrastive.pretrain import Pretraining, pretrained
+from recipes.clip_demo import report
+from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
+from recipes.clip_fewshot.emoji import examples
+from recipes.shared import choose_rho as sweep
+from recipes.shared.methods import OURS
+from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
+from recipes.shared.progress import quiet
+from recipes.shared.statistics import estimate, with_error
+from recipes.shared.tables import print_and_write
 
 _SHOWN = "EFMLoRA"  # beside zero-shot in the picture, with the most shots and the first seed
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is not there yet, and report; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["choose_rho"]:
+        _choose_rho(arguments[1:])
+        return 0
     options = _parser().parse_args(arguments)
     quiet()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -32,39 +41,54 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings(rho=options.rho, iterations_per_shot=options.iterations_per_shot, precision=precision)
     try:
         model = pretrained(Pretraining(steps=options.pretraining_steps, precision=precision), data)
-        rows = list(_runs(options, settings, model, data.target))
+        runs = _runs(options, settings, model, data.target)
+        rows = list(ledger(options.folder).complete(runs, perform))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
-        print("Stopped. The same command goes on: what is finished is kept, the model's training from its checkpoint")
+        print("Stopped. The same command resumes: what is finished is kept, and the model's training has a checkpoint")
         return 130
     test = examples(data.target, "test")
+    # In the order in which labels are counted.
     names = [path.name for path in sorted((data.target / "test").iterdir())]
-    report.write_table(rows, len(names), options.folder / "table.txt")
+    print_and_write(report.table(rows, len(names)), options.folder / "table.txt")
     report.plot(rows, len(names), options.folder / "shots.png")
-    most = max(options.shots)
-    given = {
-        row["method"] if row["method"] == ZERO_SHOT else f"{row['method']}, {most} shots": row["given"]
-        for row in rows
-        if row["method"] == ZERO_SHOT or (row["method"], row["shots"], row["seed"]) == (_SHOWN, most, options.seeds[0])
-    }
-    report.picture(test, names, given, options.folder / "predictions.png")
+    most, predictions = max(options.shots), {}
+    for row in rows:
+        if row["method"] == ZERO_SHOT:
+            predictions[ZERO_SHOT] = row["given"]
+        elif (row["method"], row["shots"], row["seed"]) == (_SHOWN, most, options.seeds[0]):
+            predictions[f"{_SHOWN}, {most} shots"] = row["given"]
+    report.picture(test, names, predictions, options.folder / "predictions.png")
     print(f"The model is in {model}; open_clip loads it as local-dir:{model}")
     print(f"results.jsonl, table.txt, shots.png and predictions.png are in {options.folder}")
     return 0
 
 
-def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: Path) -> Iterator[Row]:
-    """The lines of all runs, each written into results.jsonl as soon as it is there."""
-    path = options.folder / "results.jsonl"
-    # Methods innermost: what else the machine does in the meantime then slows them alike.
-    wanted = [(options.seeds[0], 0, ZERO_SHOT), *product(options.seeds, options.shots, METHODS)]
-    for number, (seed, shots, method) in enumerate(wanted, 1):
-        row = finished(path, key(method, shots, seed, settings, model))
-        if row is None:
-            told = f", shots {shots}, seed {seed}" if shots else ""
-            print(f"[{number}/{len(wanted)}] {method}{told}", flush=True)
-            row = run(method, shots, seed, settings, model, images)
-            append(path, row)
-        yield row
+def _choose_rho(arguments: list[str]) -> None:
+    """Validation accuracy, mean and standard error over the seeds, for each method and rho."""
+    radii = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    parser = sweep.parser("python -m recipes.clip_demo choose_rho", radii, Path("runs/clip_demo_rho"))
+    parser.add_argument("--shots", type=int, default=4, help="images of each class to train on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of shots, adapter and batches")
+    parser.add_argument("--learning_rate", type=float, default=Settings.learning_rate, help="AdamW's at the start")
+    options = parser.parse_args(arguments)
+    data = emoji.prepare()
+    rows = ledger(options.folder)
+
+    def cells(method: str, rho: float, precision: Precision) -> list[str]:
+        settings = Settings(rho=rho, learning_rate=options.learning_rate, precision=precision)
+        model = pretrained(Pretraining(precision=precision), data)
+        runs = [Run(method, options.shots, seed, settings, model, data.target, "validation") for seed in options.seeds]
+        return [with_error(estimate([100 * row["accuracy"] for row in rows.complete(runs, perform)]))]
+
+    sweep.choose_rho(options, ["validation accuracy in %"], cells)
+
+
+def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: Path) -> list[Run]:
+    """Zero-shot, and then the methods innermost: whatever else the machine does meanwhile slows them all alike."""
+    runs = [Run(ZERO_SHOT, 0, options.seeds[0], settings, model, images)]
+    for seed, shots, method in product(options.seeds, options.shots, OURS):
+        runs.append(Run(method, shots, seed, settings, model, images))
+    return runs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,8 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--pretraining_steps", type=int, default=Pretraining.steps, help="optimizer steps of the small model's training"
     )
-    told = "of all training; left out, what the folder began with, and at first what this device computes fast"
-    add("--precision", choices=get_args(Precision), help=told)
+    add("--precision", choices=get_args(Precision), help=PRECISION_HELP)
     return parser
 
 

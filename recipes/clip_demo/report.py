@@ -9,12 +9,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from recipes.clip_demo.run import METHODS, ZERO_SHOT, Row
+from recipes.clip_demo.run import ZERO_SHOT
+from recipes.shared.ledger import Row
+from recipes.shared.methods import COLOURS, OURS
+from recipes.shared.statistics import estimate, with_error
+from recipes.shared.tables import Table
 
-_COLOURS = {"LoRA": "#4477aa", "EFMLoRA": "#ee7733", "FMLoRA": "#228833"}
 _RIGHT, _WRONG = "#117733", "#aa3311"
 _COLUMNS = 6  # images in a row of the picture
 
@@ -30,22 +31,12 @@ def table(rows: Sequence[Row], classes: int) -> Table:
     seeds = len({row["seed"] for row in rows})
     precision = rows[0]["settings"]["precision"]
     title = f"Accuracy in %, {classes} classes (chance {100 / classes:.1f}), {seeds} seeds, {precision}"
-    shown = Table(title=title)
-    shown.add_column("method")
-    for column in [*(f"{number} shot{'s' * (number > 1)}" for number in shots), "step x LoRA"]:
-        shown.add_column(column, justify="right")
-    shown.add_row(ZERO_SHOT, *[f"{100 * _accuracies(rows, ZERO_SHOT, 0)[0]:.1f}"] * len(shots), "-")
-    for method in METHODS:
-        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(_accuracies(rows, method, number))) for number in shots]
-        shown.add_row(method, *cells, f"{_relative_cost(rows, method):.2f}")
-    return shown
-
-
-def write_table(rows: Sequence[Row], classes: int, path: Path) -> None:
-    """Print the table, and write it to a file as it was printed."""
-    with path.open("w", encoding="utf-8") as file:
-        Console(file=file, width=110).print(table(rows, classes))
-    Console().print(table(rows, classes))
+    columns = ["method", *(f"{number} shot{'s' * (number > 1)}" for number in shots), "step x LoRA"]
+    lines = [[ZERO_SHOT, *[f"{_accuracies(rows, ZERO_SHOT, 0)[0]:.1f}"] * len(shots), "-"]]
+    for method in OURS:
+        cells = [with_error(estimate(_accuracies(rows, method, number))) for number in shots]
+        lines.append([method, *cells, f"{_relative_cost(rows, method):.2f}"])
+    return Table(title, columns, lines)
 
 
 def plot(rows: Sequence[Row], classes: int, path: Path) -> None:
@@ -53,11 +44,11 @@ def plot(rows: Sequence[Row], classes: int, path: Path) -> None:
     shots = sorted({row["shots"] for row in rows if row["shots"]})
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    for place, method in enumerate(METHODS):
-        means, errors = zip(*(mean_and_error(_accuracies(rows, method, number)) for number in shots), strict=True)
+    for place, method in enumerate(OURS):
+        means, errors, _ = zip(*(estimate(_accuracies(rows, method, number)) for number in shots), strict=True)
         shifted = [number * 1.04 ** (place - 1) for number in shots]  # so that error bars don't hide each other
-        axes.errorbar(shifted, means, yerr=errors, label=method, color=_COLOURS[method], marker="o", capsize=4)
-    zero_shot = 100 * _accuracies(rows, ZERO_SHOT, 0)[0]
+        axes.errorbar(shifted, means, yerr=errors, label=method, color=COLOURS[method], marker="o", capsize=4)
+    zero_shot = _accuracies(rows, ZERO_SHOT, 0)[0]
     axes.axhline(zero_shot, color="#666666", linestyle="--", label=f"{ZERO_SHOT}, {zero_shot:.1f} %")
     axes.axhline(100 / classes, color="#aaaaaa", linestyle=":", label=f"chance, {100 / classes:.1f} %")
     axes.set_xscale("log", base=2)
@@ -76,14 +67,14 @@ def plot(rows: Sequence[Row], classes: int, path: Path) -> None:
 
 
 def picture(
-    examples: Sequence[tuple[Path, int]], names: Sequence[str], given: dict[str, Sequence[int]], path: Path
+    examples: Sequence[tuple[Path, int]], names: Sequence[str], predictions: dict[str, Sequence[int]], path: Path
 ) -> None:
     """The first test image of each class with what it is and what models call it, as a PNG.
 
     Args:
         examples: paths and labels of the test part.
         names: of the classes.
-        given: of each model, by its name, the labels given to the examples.
+        predictions: of each model, by its name, the labels given to the examples.
         path: of the picture.
     """
     firsts: dict[int, int] = {}
@@ -92,13 +83,14 @@ def picture(
     rows = -(-len(firsts) // _COLUMNS)
     size = (2.2 * _COLUMNS, 2.1 * rows + 0.6)
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1))
-    legend = "; ".join(f"line {line}: {name}" for line, name in enumerate(given, 1))
+    legend = "; ".join(f"line {line}: {name}" for line, name in enumerate(predictions, 1))
     figure.suptitle(f"The first test image of each class, and what it is called\n{legend}; green is right", fontsize=12)
-    for axes in (drawn := figure.subplots(rows, _COLUMNS, squeeze=False)).flat:
+    drawn = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+    for axes in drawn:
         axes.set_axis_off()
-    for axes, place in zip(drawn.flat, firsts.values(), strict=False):
+    for axes, place in zip(drawn, firsts.values(), strict=False):
         image, label = examples[place]
-        _show(axes, image, names[label], [names[of_model[place]] for of_model in given.values()])
+        _show(axes, image, names[label], [names[of_model[place]] for of_model in predictions.values()])
     figure.savefig(path, dpi=110)
 
 
@@ -114,13 +106,8 @@ def _show(axes: Any, image: Path, name: str, answers: Sequence[str]) -> None:
 
 
 def _accuracies(rows: Sequence[Row], method: str, shots: int) -> list[float]:
-    return [row["accuracy"] for row in rows if (row["method"], row["shots"]) == (method, shots)]
-
-
-def mean_and_error(accuracies: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error, in %."""
-    error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else 0.0
-    return 100 * statistics.mean(accuracies), 100 * error
+    """In %, of each seed."""
+    return [100 * row["accuracy"] for row in rows if (row["method"], row["shots"]) == (method, shots)]
 
 
 def _relative_cost(rows: Sequence[Row], method: str) -> float:

@@ -1,26 +1,24 @@
 """One few-shot run of the demo: the small model adapted by one method to a drawing style it has never seen."""
 
-import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 
-from lightning_flatlora import EFMLoRA, FMLoRA
-from recipes.clip_fewshot.data import FewShotData
+from recipes.clip_fewshot.emoji import emoji_data, examples
 from recipes.clip_fewshot.module import FewShot
-from recipes.clip_fewshot.sources import load
-from recipes.precision import Precision, fast_precision
-from recipes.progress import progress_bar
-from recipes.step_times import StepTimes
+from recipes.shared.ledger import Ledger, Row, entries
+from recipes.shared.methods import BY_TITLE
+from recipes.shared.precision import Precision, fast_precision
+from recipes.shared.progress import progress_bar
+from recipes.shared.step_times import StepTimes
+from recipes.shared.training import BARE
 
-METHODS = ("LoRA", "EFMLoRA", "FMLoRA")
 ZERO_SHOT = "zero-shot"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,97 +46,82 @@ class Settings:
     precision: Precision = field(default_factory=fast_precision)
 
 
-def run(method: str, shots: int, seed: int, settings: Settings, model: Path, images: Path, part: str = "test") -> Row:
-    """Adapt the model, and classify the images of a part that training does not see.
+class Run(NamedTuple):
+    """One training of the demo.
 
-    Args:
-        method: one of :data:`METHODS`, or :data:`ZERO_SHOT`, which trains nothing.
+    Attributes:
+        method: one of :data:`recipes.shared.methods.OURS`, or :data:`ZERO_SHOT`, which trains nothing.
         shots: images of each class to train on.
         seed: of the shots, the adapter's start, the batches and dropout.
         settings: of the demo.
         model: folder that open_clip loads.
         images: folder with train/CLASS/ and the like.
         part: to classify, "validation" or "test".
+    """
+
+    method: str
+    shots: int
+    seed: int
+    settings: Settings
+    model: Path
+    images: Path
+    part: str = "test"
+
+    def __str__(self) -> str:
+        return f"{self.method}, shots {self.shots}, seed {self.seed}" if self.shots else self.method
+
+    def key(self) -> Row:
+        """The first entries of its row."""
+        row = {"method": self.method, "shots": self.shots, "seed": self.seed, "model": self.model.name}
+        return {**row, "part": self.part, "settings": asdict(self.settings)}
+
+
+def ledger(folder: Path) -> Ledger:
+    """The ``results.jsonl`` of the runs in a folder."""
+    return Ledger(folder / "results.jsonl", entries("method", "shots", "seed", "model", "part", "settings"))
+
+
+def perform(run: Run) -> Row:
+    """Adapt the model, and classify the images of a part that training does not see.
 
     Returns:
-        A JSON line: what :func:`key` gives, accuracy, the label given to each image, in the order of :func:`examples`,
-        and the median seconds of a step.
+        A row: the run's key, accuracy, the label given to each image, in the order of
+        :func:`recipes.clip_fewshot.emoji.examples`, and the median seconds of a step.
     """
-    L.seed_everything(seed, verbose=False)
+    settings = run.settings
+    L.seed_everything(run.seed, verbose=False)
     lora = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    module = FewShot(model=f"local-dir:{model}", pretrained=None, lora=lora, learning_rate=settings.learning_rate)
-    data = FewShotData(
-        dataset=str(images),
-        shots=max(shots, 1),
-        validation_shots=0,
-        seed=seed,
-        batch_size=settings.batch_size,
-        iterations_per_shot=settings.iterations_per_shot,
-        templates=["{}"],  # as in the captions
-        crop_scale=(0.6, 1.0),
-        flip=0.0,  # letters, arrows and clocks
-    )
+    module = FewShot(model=f"local-dir:{run.model}", pretrained=None, lora=lora, learning_rate=settings.learning_rate)
+    # Zero-shot trains on nothing, but a data module needs a shot.
+    data = emoji_data(run.images, max(run.shots, 1), run.seed, settings.batch_size, settings.iterations_per_shot)
     times = StepTimes()
-    trainer = _trainer(method, settings, times)
+    trainer = _trainer(run.method, settings, times)
     trainer.fit(module, data)
-    data.parts["test"] = examples(images, part)
+    # So that the test loader gives whichever part is to be judged.
+    data.parts["test"] = examples(run.images, run.part)
     labels = torch.tensor([label for _, label in data.parts["test"]])
-    given = torch.cat(list(_classified(module, data.test_dataloader())))
+    predictions = torch.cat(list(_classified(module, data.test_dataloader())))
     return {
-        **key(method, shots, seed, settings, model, part),
-        "accuracy": (given == labels).float().mean().item(),
-        "given": given.tolist(),
+        **run.key(),
+        "accuracy": (predictions == labels).float().mean().item(),
+        "given": predictions.tolist(),
         "seconds_per_step": statistics.median(times.seconds) if times.seconds else None,
     }
 
 
-def key(method: str, shots: int, seed: int, settings: Settings, model: Path, part: str = "test") -> Row:
-    """What makes a run that one: the first entries of its JSON line."""
-    decided = {"model": model.name, "part": part, "settings": asdict(settings)}
-    return {"method": method, "shots": shots, "seed": seed, **decided}
-
-
-def finished(path: Path, wanted: Row) -> Row | None:
-    """A run's line in a file of JSON lines, or None; a line that a stop has cut off counts for nothing."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row: Row = json.loads(line)
-        except ValueError:
-            continue
-        if wanted.items() <= row.items():
-            return row
-    return None
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a run's line to a file of JSON lines, on a line of its own even if a stop has cut off the last one."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * (not before.endswith("\n") and before != "") + json.dumps(row) + "\n")
-
-
-def examples(images: Path, part: str) -> list[tuple[Path, int]]:
-    """Paths and labels of a part, in a fixed order."""
-    return load(str(images)).parts[part]
-
-
 def _trainer(method: str, settings: Settings, times: StepTimes) -> L.Trainer:
-    flat: dict[str, Callable[[], list[L.Callback]]] = {
-        "EFMLoRA": lambda: [EFMLoRA(settings.rho)],
-        "FMLoRA": lambda: [FMLoRA(settings.rho)],
-    }
+    flat = BY_TITLE[method].callbacks(rho=settings.rho) if method in BY_TITLE else []
     return L.Trainer(
         accelerator="auto",
         devices=1,
         precision=settings.precision,
         max_epochs=1,
+        # No step, but everything else: the model must be set up as for the others.
         max_steps=0 if method == ZERO_SHOT else -1,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[times, *flat.get(method, list)(), progress_bar(method)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
+        callbacks=[times, *flat, progress_bar(method)],
+        **BARE,
     )
 
 

@@ -5,19 +5,21 @@ from typing import Any
 
 from lightning.pytorch.cli import ArgsType
 
-from recipes.cli import RecipeCLI
 from recipes.clip_fewshot import sweep
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.mistakes import without_traceback
 
 
 def main(args: ArgsType = None) -> Any:
     """Run the command line, or a list of arguments; what it has built, or sweep's exit status."""
-    given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] == ["sweep"]:
-        return sweep.main(given[1:])
-    epilog = "Beside these: sweep, over methods, shots and seeds (sweep --help)."
-    return RecipeCLI(args, parser_kwargs={"epilog": epilog})
+    arguments = sys.argv[1:] if args is None else args
+    if isinstance(arguments, list) and arguments[:1] == ["sweep"]:
+        return sweep.main(arguments[1:])
+    epilog = "There is also sweep, over methods, shots and seeds (sweep --help)."
+    return RecipeCLI(args, parser_kwargs={"prog": "python -m recipes.clip_fewshot", "epilog": epilog})
 
 
 if __name__ == "__main__":
-    result = main()
+    with without_traceback():
+        result = main()
     sys.exit(result if isinstance(result, int) else 0)

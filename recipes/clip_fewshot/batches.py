@@ -14,7 +14,7 @@ from torchvision import transforms
 from typing_extensions import override
 
 from recipes.clip.images import read_image
-from recipes.instruction_tuning.batches import divided
+from recipes.shared.data import divided
 
 Batch = dict[str, Any]
 Draw = tuple[int, int]  # an example, and the number of the draw, which decides its augmentation
@@ -25,7 +25,7 @@ class Stream(DistributedSampler[list[Draw]]):
 
     All batches are full, and no example comes a second time before each has come once. Ranks take turns on the batches,
     so that n ranks with batches of b see in a step what one rank with batches of n·b sees. The stream is a function of
-    the seed and the epoch; as a DistributedSampler it is left in place by Lightning, which tells it the epoch.
+    the seed and the epoch; as a DistributedSampler it is left in place by Lightning, which sets its epoch.
 
     Args:
         examples: their number.
@@ -39,6 +39,7 @@ class Stream(DistributedSampler[list[Draw]]):
     def __init__(
         self, examples: int, batch_size: int, batches: int, seed: int = 0, num_replicas: int = 1, rank: int = 0
     ) -> None:
+        # Of its data DistributedSampler reads the length alone: here the number of all ranks' batches.
         steps = range(batches * num_replicas)
         super().__init__(steps, num_replicas=num_replicas, rank=rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
         self.examples = examples
@@ -112,6 +113,7 @@ class Images(Dataset[Batch]):
 
     def _image(self, path: Path, number: int) -> Tensor:
         image = read_image(path)
+        # The state is put back afterwards: with num_workers=0 dropout draws from this generator too.
         with torch.random.fork_rng(devices=[]):
             state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
             torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would seed the GPUs too

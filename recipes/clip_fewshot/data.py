@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,34 @@ from typing_extensions import override
 from recipes.clip.images import readable
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream, eval_transform, train_transform
-from recipes.clip_fewshot.prompts import class_names, prompts
-from recipes.clip_fewshot.sources import Example, Source, Split
-from recipes.resumable import LateLoader, ResumableData
+from recipes.clip_fewshot.folders import Example, image_files
+from recipes.clip_fewshot.prompts import Templates, class_names, prompts, templates_of
+from recipes.clip_fewshot.sources import Source, Split
+from recipes.shared.data import refuse_bad_settings
+from recipes.shared.resumable import LateLoader, ResumableData
 
 ByClass = dict[int, list[Example]]
 
 
+@dataclass(eq=False)
 class FewShotData(ResumableData):
-    """Few-shot classification of any images in folders, of torchvision's data sets, or of the packaged emoji.
+    """Few-shot classification of any images in folders, of CoOp's eleven data sets, or of the packaged emoji.
 
     Which images are drawn depends on the seed and on their names alone, and the first K of a class are among its first
     K + 1. One epoch is ``iterations_per_shot * shots`` optimizer steps, whatever the number of devices and however many
     batches a step accumulates.
 
     Args:
-        dataset: eurosat, dtd, flowers102, oxford_pets, caltech101, packaged:emoji; or a folder with one folder for each
-            class, or with folders train, test and perhaps validation that hold these.
-        root: folder of torchvision's data sets.
-        download: fetch a torchvision data set that is not there.
-        split: "official", the parts that the data come in; "seeded" divides all images into 50 % train, 20 % validation
-            and 30 % test of each class, as is always done where the data come in no parts (eurosat, caltech101, and
-            folders of classes).
+        dataset: caltech101, dtd, eurosat, fgvc_aircraft, flowers102, food101, imagenet, oxford_pets, stanford_cars,
+            sun397, ucf101, packaged:emoji; or a folder with one folder for each class, or with folders train, test and
+            perhaps validation that hold these.
+        root: folder of CoOp's or torchvision's data sets.
+        download: fetch the images by torchvision if its copy is not there; it has all sets except imagenet,
+            stanford_cars and ucf101.
+        split: "official", the parts that torchvision's copy or your folders come in; "seeded" divides all images into
+            50 % train, 20 % validation and 30 % test of each class, as is always done where they come in no parts
+            (caltech101, eurosat, sun397, and folders of classes); "coop", the parts of CoOp's split files, which are
+            those of published few-shot results.
         split_seed: of that division; not of the shots.
         shots: images of each class to train on.
         validation_shots: images of each class for validation, from the validation part, or, where there is none, from
@@ -43,8 +50,8 @@ class FewShotData(ResumableData):
         batch_size: images of a batch on each device.
         iterations_per_shot: optimizer steps for each shot.
         eval_batch_size: images of a batch in evaluation and prediction.
-        templates: texts with {} for the class's name; None takes the data set's. The first is the one to train with
-            where the text tower is adapted.
+        templates: texts with {} for the class's name; "coop" for CoOp's own of this data set; None for "a photo of a
+            {}.", or with the emoji the name alone. The first is the one to train with where the text tower is adapted.
         class_names: words for each class, as a mapping from the data's own names, or a JSON file with one; None takes
             the data set's, or makes the folders' names readable.
         crop_scale: smallest and largest share of an image's area that a random crop keeps in training.
@@ -58,47 +65,29 @@ class FewShotData(ResumableData):
             training).
     """
 
-    def __init__(
-        self,
-        dataset: str = "packaged:emoji",
-        root: str = "data",
-        download: bool = False,
-        split: Split = "official",
-        split_seed: int = 0,
-        shots: int = 4,
-        validation_shots: int | None = None,
-        seed: int = 0,
-        batch_size: int = 32,
-        iterations_per_shot: int = 500,
-        eval_batch_size: int = 100,
-        templates: list[str] | None = None,
-        class_names: dict[str, str] | str | None = None,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        flip: float = 0.5,
-        skip_unreadable: bool = False,
-        num_workers: int = 0,
-        predict_folder: str | None = None,
-    ) -> None:
+    dataset: str = "packaged:emoji"
+    root: str = "data"
+    download: bool = False
+    split: Split = "official"
+    split_seed: int = 0
+    shots: int = 4
+    validation_shots: int | None = None
+    seed: int = 0
+    batch_size: int = 32
+    iterations_per_shot: int = 500
+    eval_batch_size: int = 100
+    templates: Templates = None
+    class_names: dict[str, str] | str | None = None
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    skip_unreadable: bool = False
+    num_workers: int = 0
+    predict_folder: str | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.root = root
-        self.download = download
-        self.split: Split = split
-        self.split_seed = split_seed
-        self.shots = shots
-        self.validation_shots = validation_shots
-        self.seed = seed
-        self.batch_size = batch_size
-        self.iterations_per_shot = iterations_per_shot
-        self.eval_batch_size = eval_batch_size
-        self.templates = templates
-        self.given_names = class_names
-        self.crop_scale = crop_scale
-        self.flip = flip
-        self.skip_unreadable = skip_unreadable
-        self.num_workers = num_workers
-        self.predict_folder = predict_folder
-        _check(self)
+        positive = dict.fromkeys(("shots", "batch_size", "iterations_per_shot", "eval_batch_size"), 1)
+        refuse_bad_settings(self, {**positive, "num_workers": 0, "seed": 0}, more=_problems(self))
         self.parts: dict[str, list[Example]] = {}
         self.classes: list[str] = []
         self.prompts: list[list[str]] = []
@@ -110,8 +99,8 @@ class FewShotData(ResumableData):
     @override
     def setup(self, stage: str) -> None:
         source = sources.load(self.dataset, self.root, self.split, self.split_seed)
-        self.classes = class_names(source.classes, _mapping(self.given_names), self.dataset)
-        self.prompts = prompts(self.classes, source.templates if self.templates is None else self.templates)
+        self.classes = class_names(source.classes, _mapping(self.class_names), self.dataset, source.names)
+        self.prompts = prompts(self.classes, templates_of(self.dataset, self.templates))
         if stage == "predict":
             self.parts["predict"] = self._images_to_predict()
             return
@@ -122,45 +111,33 @@ class FewShotData(ResumableData):
             test = source.parts["test"]
             kept = readable([path for path, _ in test], self.skip_unreadable)
             self.parts["test"] = [test[place] for place in kept]
-        told = ", ".join(f"{len(examples)} {part}" for part, examples in self.parts.items())
-        rank_zero_info(f"{self.dataset} ({source.note}): {len(self.classes)} classes; images: {told}")
-
-    @override
-    def train_dataloader(self) -> LateLoader:
-        module = self._module()
-        accumulated = self._trainer().accumulate_grad_batches * getattr(module, "accumulate_grad_batches", 1)
-        steps = self.iterations_per_shot * self.shots
-        sampler = Stream(len(self.parts["train"]), self.batch_size, steps * accumulated, seed=self.seed, **self.ranks())
-        transform = train_transform(module.preprocess_cfg, self.crop_scale, self.flip)
-        return self.gone_on(self._loader("train", sampler, transform))
-
-    @override
-    def val_dataloader(self) -> LateLoader | list[Any]:
-        return self._in_turn("validation") if self.parts["validation"] else []
-
-    @override
-    def test_dataloader(self) -> LateLoader:
-        return self._in_turn("test")
+        counts = ", ".join(f"{len(examples)} {part}" for part, examples in self.parts.items())
+        rank_zero_info(f"{self.dataset} ({source.note}): {len(self.classes)} classes; images: {counts}")
 
     @override
     def predict_dataloader(self) -> LateLoader:
-        return self._in_turn("predict")
+        return self.loader("predict")
 
-    def _in_turn(self, part: str) -> LateLoader:
-        sampler = InTurn(len(self.parts[part]), self.eval_batch_size, **self.ranks())
-        return self._loader(part, sampler, eval_transform(self._module().preprocess_cfg))
-
-    def _loader(self, part: str, sampler: Any, transform: Any) -> LateLoader:
-        return self.whole_batches(Images(self.parts[part], transform, self.seed), sampler)
+    @override
+    def loader(self, part: str) -> LateLoader:
+        trainer, examples = self._trainer(), self.parts[part]
+        # Its ``preprocess_cfg`` holds the model's image size, mean and standard deviation.
+        module: Any = trainer.lightning_module
+        if part == "train":
+            # The Trainer accumulates for callbacks, and FMLoRA's module by itself.
+            accumulated = trainer.accumulate_grad_batches * getattr(module, "accumulate_grad_batches", 1)
+            steps = self.iterations_per_shot * self.shots
+            sampler: Any = Stream(len(examples), self.batch_size, steps * accumulated, seed=self.seed, **self.ranks())
+            transform = train_transform(module.preprocess_cfg, self.crop_scale, self.flip)
+        else:
+            sampler = InTurn(len(examples), self.eval_batch_size, **self.ranks())
+            transform = eval_transform(module.preprocess_cfg)
+        return self.whole_batches(Images(examples, transform, self.seed), sampler)
 
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:
-            raise MisconfigurationException("FewShotData works with a Trainer, which tells it the model: give it one")
+            raise MisconfigurationException("FewShotData takes the image size from its Trainer's model: use a Trainer")
         return self.trainer
-
-    def _module(self) -> Any:
-        """The LightningModule, whose ``preprocess_cfg`` holds the model's image size, mean and standard deviation."""
-        return self._trainer().lightning_module
 
     def _images_to_predict(self) -> list[Example]:
         folder = Path(self.predict_folder).expanduser() if self.predict_folder else None
@@ -168,7 +145,7 @@ class FewShotData(ResumableData):
             raise MisconfigurationException(
                 f"predict needs --data.init_args.predict_folder FOLDER with images, got {self.predict_folder!r}"
             )
-        paths = sources.image_files(folder)
+        paths = image_files(folder)
         if not paths:
             raise MisconfigurationException(f"predict_folder={self.predict_folder!r} holds no image")
         return [(paths[place], -1) for place in readable(paths, self.skip_unreadable)]
@@ -185,7 +162,7 @@ def few_shots(
         validation_shots: images of each class to validate with: from the validation part, or else from what train has
             beside the shots; None is min(shots, 4), or as many as every class has.
         seed: of the draw.
-        skip_unreadable: draw another image in the place of an unreadable one, instead of an error.
+        skip_unreadable: draw another image instead of an unreadable one, where an error would be raised otherwise.
 
     Raises:
         MisconfigurationException: a class has too few images, or an image can't be read.
@@ -199,30 +176,36 @@ def few_shots(
         if number is None:
             number = min(shots, 4, *(len(rest.get(label, [])) for label in labels))
         _check_counts(source, rest, place, "validation_shots", number)
-        chosen = [[e for label in labels for e in train[label][:shots]], [e for n in labels for e in rest[n][:number]]]
-        paths = [path for path, _ in chosen[0] + chosen[1]]
+        training, validation = [], []
+        for label in labels:
+            training += train[label][:shots]
+            # Without validation a class may have no image left, and then it is not among the rest at all.
+            validation += rest[label][:number] if number else []
+        paths = [path for path, _ in training + validation]
         kept = readable(paths, skip_unreadable)
         if len(kept) == len(paths):
-            return chosen[0], chosen[1]
+            return training, validation
+        # The next round draws others instead of those that can't be read.
         broken |= set(paths) - {paths[place] for place in kept}
 
 
 def _pools(source: Source, shots: int, seed: int, broken: set[Path]) -> tuple[ByClass, ByClass, str]:
     """Of each class in the order of the draw: what to train on, what to validate with, and where the latter is from."""
-    parts = {
-        part: sources.by_class(e for e in sources.in_order(source.parts[part], seed) if e[0] not in broken)
-        for part in ("train", "validation")
-        if part in source.parts
-    }
-    if "validation" in parts:
-        return parts["train"], parts["validation"], "validation"
+
+    def drawn(part: str) -> ByClass:
+        examples = sources.in_order(source.parts[part], seed)
+        return sources.by_class(example for example in examples if example[0] not in broken)
+
+    train = drawn("train")
+    if "validation" in source.parts:
+        return train, drawn("validation"), "validation"
     # From the end, so that other shots leave the same for validation.
-    left = {label: examples[shots:][::-1] for label, examples in parts["train"].items()}
-    return parts["train"], left, f"train beside {shots} shots"
+    left = {label: examples[shots:][::-1] for label, examples in train.items()}
+    return train, left, f"train beside {shots} shots"
 
 
-def _check_counts(source: Source, found: ByClass, part: str, argument: str, needed: int) -> None:
-    counts = [(name, len(found.get(label, []))) for label, name in enumerate(source.classes)]
+def _check_counts(source: Source, by_label: ByClass, part: str, argument: str, needed: int) -> None:
+    counts = [(name, len(by_label.get(label, []))) for label, name in enumerate(source.classes)]
     few = [(name, count) for name, count in counts if count < needed]
     if few:
         raise MisconfigurationException(
@@ -232,34 +215,25 @@ def _check_counts(source: Source, found: ByClass, part: str, argument: str, need
         )
 
 
-def _mapping(given: Mapping[str, str] | str | None) -> Mapping[str, str] | None:
+def _mapping(names: Mapping[str, str] | str | None) -> Mapping[str, str] | None:
     """class_names as a mapping; a text is the name of a JSON file with one."""
-    if not isinstance(given, str):
-        return given
+    if not isinstance(names, str):
+        return names
     try:
-        read = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+        read = json.loads(Path(names).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MisconfigurationException(f"class_names={given!r} can't be read as a JSON file: {error}") from error
+        raise MisconfigurationException(f"class_names={names!r} can't be read as a JSON file: {error}") from error
     if not (isinstance(read, dict) and all(isinstance(name, str) for name in read.values())):
-        raise MisconfigurationException(f"class_names={given!r} must hold one object of texts: {{CLASS: NAME, ...}}")
+        raise MisconfigurationException(f"class_names={names!r} must hold one object of texts: {{CLASS: NAME, ...}}")
     return read
 
 
-def _check(data: FewShotData) -> None:
-    least = {
-        "shots": 1, "batch_size": 1, "iterations_per_shot": 1, "eval_batch_size": 1,
-        "num_workers": 0, "seed": 0,
-    }  # fmt: skip
-    problems = [
-        f"{name} must be an integer >= {smallest}, got {getattr(data, name)!r}"
-        for name, smallest in least.items()
-        if getattr(data, name) < smallest
-    ]
+def _problems(data: FewShotData) -> list[str]:
+    problems = []
     if data.validation_shots is not None and data.validation_shots < 0:
         problems.append(f"validation_shots must be null or an integer >= 0, got {data.validation_shots!r}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         problems.append(f"crop_scale must be two shares of the area, 0 < first <= second <= 1, got {data.crop_scale!r}")
     if not 0 <= data.flip <= 1:
         problems.append(f"flip must be a probability, got {data.flip!r}")
-    if problems:
-        raise MisconfigurationException("FewShotData: " + "; ".join(problems))
+    return problems

@@ -18,7 +18,7 @@ from torchmetrics.classification import (
 )
 from typing_extensions import override
 
-from recipes.ranks import gathered
+from recipes.shared.ranks import gathered
 
 _ANNOTATED = 30  # classes up to which the picture has numbers in its cells
 _NAMED = 110  # classes up to which it has their names at its sides
@@ -107,13 +107,14 @@ def write_evaluation(
 
     Every rank has to call it. A fast_dev_run leaves no files.
     """
+    # On all ranks, before the others return: they agree on it by a broadcast.
     folder = run_folder(trainer)
     if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
         return
     plot_confusion(confusion, classes, folder / f"{name}_confusion.png", f"{name}: accuracy {values['accuracy']:.3f}")
-    told = {key: value.item() for key, value in values.items()}
+    scalars = {key: value.item() for key, value in values.items()}
     each = class_accuracies(confusion, classes)
-    (folder / f"{name}.json").write_text(json.dumps({**told, "accuracy_of_class": each}, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps({**scalars, "accuracy_of_class": each}, indent=2) + "\n")
 
 
 class PredictionWriter(L.Callback):
@@ -146,6 +147,7 @@ class PredictionWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        # By place: where there are fewer images than ranks, some are classified twice and count once.
         for of_rank in gathered(dict(zip(batch["places"], outputs, strict=True))):
             self._rows |= of_rank
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, cast
 
 import lightning as L
@@ -14,24 +15,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from typing_extensions import override
 
-from lightning_flatlora import FMLoRAModule
 from recipes.clip.model import DEFAULT_LORA, Clip, add_lora, hold_statistics, image_features, load_clip, text_features
 from recipes.clip_fewshot.batches import Batch
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, PredictionWriter, write_evaluation
 from recipes.clip_fewshot.prompts import tokenise
-from recipes.sharding import check_strategy, shard
-from recipes.training import RecipeModule
+from recipes.shared.sharding import check_strategy, shard
+from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining
 
 _CHUNK = 256  # texts that the text tower reads at once in evaluation
 
 
-class ClipClassifier(RecipeModule):
+class ClipClassifier(EvaluatedModule):
     """CLIP with LoRA as a classifier of images by texts: what all methods, evaluation and prediction have in common.
 
-    A class's features are, in evaluation, the mean of its texts' normalised features, normalised again; likewise in
-    training where the text tower is frozen (computed once). Where it is adapted, training encodes anew in every step
-    each class's first text. The logits are the cosine similarities times the model's own scale, which stays frozen.
+    A class's features are, in evaluation, the mean of its texts' normalised features, normalised again. Training uses
+    the same, computed once, where the text tower is frozen; where it is adapted, every step encodes the first text of
+    each class anew. The logits are the cosine similarities times the model's own scale, which stays frozen.
 
     Args:
         model: an open_clip name, "hf-hub:..." or "local-dir:...".
@@ -84,6 +84,7 @@ class ClipClassifier(RecipeModule):
                 f"{type(self).__name__} takes its classes from FewShotData: pass one as the Trainer's datamodule"
             )
         self.classes, self.prompts = data.classes, data.prompts
+        # Not in __init__: only the data know how many classes there are.
         self.metrics = nn.ModuleDict({name: Evaluation(len(self.classes)) for name in ("val", "test")})
         self._class_features = None
 
@@ -107,6 +108,7 @@ class ClipClassifier(RecipeModule):
             self._trains_text = any(
                 p.requires_grad for name, p in self._base().named_parameters() if "visual" not in name
             )
+        # The export builds the network without data. Not in checkpoints, since the data give the texts in every run.
         if self.prompts:
             self.register_buffer("tokens", self._tokens(), persistent=False)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
@@ -114,7 +116,7 @@ class ClipClassifier(RecipeModule):
 
     def _tokens(self) -> Tensor:
         """The prompts' token ids (classes, templates, context)."""
-        texts = [text for of_class in self.prompts for text in of_class]
+        texts = list(chain.from_iterable(self.prompts))
         tokens = tokenise(texts, self.clip.tokenizer, self._base().context_length)
         return tokens.view(len(self.prompts), -1, tokens.shape[1])
 
@@ -128,9 +130,10 @@ class ClipClassifier(RecipeModule):
         hold_statistics(self)
 
     @override
-    def own_schedule(self, optimizer: Optimizer) -> LRScheduler:
+    def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:
         return CosineAnnealingLR(optimizer, self.optimizer_steps(), eta_min=self.min_learning_rate)
 
+    @override
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy of the classes, in nats; logged as ``train_loss``, beside ``train_accuracy``."""
         features = self._encode_texts(self.tokens[:, 0]) if self._trains_text else self.class_features()
@@ -181,24 +184,16 @@ class ClipClassifier(RecipeModule):
             self._class_features = None
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluation("val").update(self.probabilities(batch["images"]), batch["labels"])
+    def evaluate(self, stage: str, batch: Batch) -> None:
+        self.evaluation(stage).update(self.probabilities(batch["images"]), batch["labels"])
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluation("test").update(self.probabilities(batch["images"]), batch["labels"])
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        values, _ = self.evaluation("val").take()
-        self.log_dict({f"val_{name}": value for name, value in values.items()}, prog_bar=True)
+    def log_evaluation(self, stage: str) -> None:
+        values, confusion = self.evaluation(stage).take()
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=stage == "val")
+        if stage == "test":
+            write_evaluation(self.trainer, stage, values, confusion, self.classes)
         self.forget_class_features()
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        values, confusion = self.evaluation("test").take()
-        self.log_dict({f"test_{name}": value for name, value in values.items()})
-        write_evaluation(self.trainer, "test", values, confusion, self.classes)
 
     def evaluation(self, stage: str) -> Evaluation:
         """The metrics of "val" or "test"."""
@@ -207,8 +202,8 @@ class ClipClassifier(RecipeModule):
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         probabilities, labels = self.probabilities(batch["images"]).max(dim=1)
-        found = zip(batch["paths"], labels.tolist(), probabilities.tolist(), strict=True)
-        return [{"image": path, "class": self.classes[label], "probability": p} for path, label, p in found]
+        rows = zip(batch["paths"], labels.tolist(), probabilities.tolist(), strict=True)
+        return [{"image": path, "class": self.classes[label], "probability": p} for path, label, p in rows]
 
     @override
     def configure_callbacks(self) -> list[L.Callback]:
@@ -217,24 +212,16 @@ class ClipClassifier(RecipeModule):
 
 
 def scalars_as_buffers(net: nn.Module) -> None:
-    """Turn frozen numbers, as the logit scale, into buffers of the same name: FSDP can't shard them as parameters."""
+    """Turn frozen numbers, such as the logit scale, into buffers: FSDP can't shard them as parameters."""
     for name, parameter in list(net.named_parameters(recurse=False)):
         if parameter.ndim == 0:
             delattr(net, name)
             net.register_buffer(name, parameter.detach())
 
 
-class FewShot(ClipClassifier):
+class FewShot(ClipClassifier, AutomaticTraining):
     """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
 
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)
 
-
-class FewShotFM(ClipClassifier, FMLoRAModule):
+class FewShotFM(ClipClassifier, ManualTraining):
     """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
-
-    @override
-    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -10,6 +11,23 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP-LoRA's, for every data set
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "packaged:emoji": ("{}",),  # as the captions of the model that recipes.clip_demo trains
 }
+
+COOP_TEMPLATES = {
+    "caltech101": "a photo of a {}.",
+    "dtd": "{} texture.",
+    "eurosat": "a centered satellite photo of {}.",
+    "fgvc_aircraft": "a photo of a {}, a type of aircraft.",
+    "flowers102": "a photo of a {}, a type of flower.",
+    "food101": "a photo of {}, a type of food.",
+    "imagenet": "a photo of a {}.",
+    "oxford_pets": "a photo of a {}, a type of pet.",
+    "stanford_cars": "a photo of a {}.",
+    "sun397": "a photo of a {}.",
+    "ucf101": "a photo of a person doing {}.",
+}
+"""CoOp's own prompt for each of its data sets, by hand (arXiv 2109.01134)."""
+
+Templates = list[str] | Literal["coop"] | None
 
 # Names that folders abbreviate, as written out by CoOp (arXiv 2109.01134), whose protocol CLIP-LoRA follows.
 READABLE: dict[str, dict[str, str]] = {
@@ -43,21 +61,48 @@ def readable_name(folder: str) -> str:
     return re.sub(r"[_\s]+", " ", words).strip(" ?")
 
 
-def class_names(classes: Sequence[str], given: Mapping[str, str] | None, dataset: str) -> list[str]:
+def templates_of(dataset: str, given: Templates) -> Sequence[str]:
+    """The texts around a class's name.
+
+    Args:
+        dataset: whose classes they are.
+        given: the texts; "coop" for CoOp's own of this data set; None for CLIP-LoRA's, which is one for all.
+
+    Raises:
+        MisconfigurationException: CoOp has none for this data set.
+    """
+    if given is None:
+        return TEMPLATES.get(dataset, DEFAULT_TEMPLATES)
+    if given != "coop":
+        return given
+    if dataset not in COOP_TEMPLATES:
+        raise MisconfigurationException(
+            f"templates='coop' is for the data sets {', '.join(COOP_TEMPLATES)}, got dataset={dataset!r}: give the "
+            "texts themselves"
+        )
+    return [COOP_TEMPLATES[dataset]]
+
+
+def class_names(
+    classes: Sequence[str], words: Mapping[str, str] | None, dataset: str, names: Sequence[str] | None = None
+) -> list[str]:
     """The words for each class.
 
     Args:
         classes: as the data call them.
-        given: words for every one of them, from the configuration; None takes the data set's, or the folders'.
+        words: words for every one of them, from the configuration; None takes the data set's, or the folders'.
         dataset: for the message, and whose names are known.
+        names: words that come with the data, taken as they are: two classes of ImageNet are both called "missile".
 
     Raises:
-        MisconfigurationException: ``given`` misses a class or names one that is not there, or two classes are called
+        MisconfigurationException: ``words`` misses a class or names one that is not there, or two classes are called
             the same.
     """
-    if given is not None:
-        _check_given(classes, given, dataset)
-    known = READABLE.get(dataset, {}) if given is None else given
+    if words is None and names is not None:
+        return list(names)
+    if words is not None:
+        _check_words(classes, words, dataset)
+    known = READABLE.get(dataset, {}) if words is None else words
     names = [known.get(name) or readable_name(name) for name in classes]
     first: dict[str, str] = {}
     for name, folder in zip(names, classes, strict=True):
@@ -84,7 +129,10 @@ def prompts(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
         raise MisconfigurationException(
             f"templates must be texts with one {{}} for the class's name, got {wrong[0] if wrong else 'none'!r}"
         )
-    return [[template.replace("{}", name) for template in templates] for name in names]
+    texts = []
+    for name in names:
+        texts.append([template.replace("{}", name) for template in templates])
+    return texts
 
 
 def tokenise(texts: Sequence[str], tokenizer: Callable[..., Tensor], context_length: int) -> Tensor:
@@ -103,9 +151,9 @@ def tokenise(texts: Sequence[str], tokenizer: Callable[..., Tensor], context_len
     return tokenizer(list(texts), context_length=context_length)
 
 
-def _check_given(classes: Sequence[str], given: Mapping[str, str], dataset: str) -> None:
-    missing = [name for name in classes if not given.get(name)]
-    unknown = [name for name in given if name not in classes]
+def _check_words(classes: Sequence[str], words: Mapping[str, str], dataset: str) -> None:
+    missing = [name for name in classes if not words.get(name)]
+    unknown = [name for name in words if name not in classes]
     if missing or unknown:
         raise MisconfigurationException(
             f"class_names does not fit {dataset}, whose classes are {list(classes)}: "

@@ -2,9 +2,7 @@
 
 import json
 import statistics
-import subprocess
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,7 +13,8 @@ from typing_extensions import override
 
 from recipes.clip_fewshot.evaluation import run_folder, write_evaluation
 from recipes.clip_fewshot.module import ClipClassifier
-from recipes.step_times import StepTimes
+from recipes.shared.ledger import commit
+from recipes.shared.step_times import StepTimes
 
 
 class Protocol(StepTimes):
@@ -75,6 +74,7 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     """
     module, data, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy  # type: ignore[attr-defined]
     assert isinstance(module, ClipClassifier)
+    # Of each part, since frozen batch norms are in evaluation mode while the rest trains.
     training = {part: part.training for part in module.modules()}
     module.eval()
     module.forget_class_features()
@@ -83,6 +83,8 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     shown = tqdm(islice(loader, total), desc=name, total=total, disable=not trainer.is_global_zero, leave=False)
     with torch.no_grad():
         for number, batch in enumerate(shown):
+            # Through the strategy, whose wrapped model gathers what is sharded; trainer.test would set all up
+            # anew in the middle of fit.
             strategy.test_step(strategy.batch_to_device(batch), number)
     values, confusion = module.evaluation("test").take()
     module.forget_class_features()
@@ -94,22 +96,13 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     return {key: value.item() for key, value in values.items()}
 
 
-def commit() -> str | None:
-    """The commit of this code, with a plus sign if files differ from it; None outside of a clone."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
-
-
 def _settings(trainer: L.Trainer) -> dict[str, Any]:
     module: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     cuda = module.device.type == "cuda"
     return {
         "dataset": data.dataset,
+        "split": data.split,
         "classes": len(data.classes),
         "shots": data.shots,
         "seed": data.seed,

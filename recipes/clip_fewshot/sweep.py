@@ -1,209 +1,180 @@
-"""``python -m recipes.clip_fewshot sweep``: methods x shots x seeds, one table.
+"""``python -m recipes.clip_fewshot sweep``: data sets x shots x seeds x methods, in one table.
 
-Each run is a process of its own. What is finished is kept, and a run that was stopped goes on from its last checkpoint:
-start the same command again. Options that are not listed here go to every run, as to `fit`, for example
-``--data.init_args.dataset=eurosat --data.init_args.root=data --model.init_args.pretrained=openai``.
+Each run is a process of its own. What is finished is kept, and the same command resumes a run that was stopped from its
+last checkpoint. With several values of --rho or --learning_rate, all are run with all seeds, and the table shows those
+with the best validation accuracy for each data set, method and number of shots. Options that are not listed here go to
+every run, as they would to `fit`, for example ``--data.init_args.root=data --model.init_args.pretrained=openai``.
 """
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-CONFIGS = Path(__file__).parent / "configs"
+from recipes.clip_fewshot.table import counted, tables
+from recipes.shared import methods
+from recipes.shared.configs import config_arguments
+from recipes.shared.ledger import Ledger, Row, StoppedError, entries, keep_options, run_process
+
 METHODS = ("lora", "efmlora", "fmlora", "fmlora_manual")
-NAMES = {"lora": "LoRA", "efmlora": "EFMLoRA", "fmlora": "FMLoRA", "fmlora_manual": "FMLoRAModule"}
-Result = dict[str, Any]
 
 
 class Run(NamedTuple):
     """One training of the sweep.
 
     Attributes:
-        method: a configuration.
+        method: one of METHODS.
         rho: radius of the perturbation; None is the configuration's, or none with LoRA.
         shots: images of each class.
         seed: of everything.
+        dataset: None is the configuration's.
+        learning_rate: None is the configuration's.
     """
 
     method: str
     rho: float | None
     shots: int
     seed: int
+    dataset: str | None = None
+    learning_rate: float | None = None
 
     @property
     def name(self) -> str:
         """What the table calls the method."""
-        return NAMES[self.method] + ("" if self.rho is None else f", rho {self.rho:g}")
+        return methods.METHODS[self.method].title
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What was given of the values that validation chooses."""
+        given = {"rho": self.rho, "learning rate": self.learning_rate}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def __str__(self) -> str:
+        parts = [self.name, *(f"{name} {value:g}" for name, value in self.settings.items())]
+        if self.dataset is not None:
+            parts.insert(0, self.dataset)
+        return ", ".join([*parts, counted(self.shots), f"seed {self.seed}"])
+
+    def key(self) -> Row:
+        """The entries of its row that decide it."""
+        return self._asdict()
 
     def folder(self, sweep: Path) -> Path:
         """Where it leaves its files."""
-        rho = "" if self.rho is None else f"-rho-{self.rho:g}"
-        return sweep / f"{self.method}{rho}-{self.shots}-shot" / f"seed-{self.seed}"
+        name = self.method
+        for setting, value in self.settings.items():
+            name += f"-{setting.replace(' ', '-')}-{value:g}"
+        # A data set may be a folder, of whose path one part is left.
+        data = sweep if self.dataset is None else sweep / Path(self.dataset).name
+        return data / f"{name}-{self.shots}-shot" / f"seed-{self.seed}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not there yet, and write ``results.jsonl`` and ``table.md``; returns the exit status."""
     options, more = _parser().parse_known_args(arguments)
-    given = [f"--config={Path(path).resolve()}" for path in options.config] + more
-    _keep_settings(options.folder, given)
-    runs = [
-        Run(method, rho, shots, seed)  # methods side by side, as the machine's load may change
-        for shots, seed, method in product(options.shots, options.seeds, options.methods)
-        for rho in ([None] if method == "lora" else options.rho or [None])
-    ]
-    for number, run in enumerate(runs, 1):
-        if (run.folder(options.folder) / "result.json").exists():
-            continue
-        print(f"\n[{number}/{len(runs)}] {run.name}, {_counted(run.shots)}, seed {run.seed}", flush=True)
-        status = _start(command(run, options.folder, given))
-        if status:
-            print(f"This run stopped. The same command goes on with it, in {run.folder(options.folder)}")
-            return status
-        _report(runs, options.folder, options.part)
-    print(_report(runs, options.folder, options.part))
+    fit_options = [f"--config={Path(path).resolve()}" for path in options.config] + more
+    _check_names(options.datasets or [])
+    keep_options(options.folder, fit_options)
+    names = ["method", "rho", "learning_rate", "shots", "seed"]
+    # Without the option it is the configuration's, whose name is in the row but not in the run.
+    ledger = Ledger(options.folder / "results.jsonl", entries(*names, *(["dataset"] if options.datasets else [])))
+    rows: list[Row] = []
+    try:
+        for row in ledger.complete(_runs(options), partial(perform, folder=options.folder, fit_options=fit_options)):
+            rows.append(row)
+            shown = tables(rows, options.part)
+            (options.folder / "table.md").write_text(shown + "\n", encoding="utf-8")
+    except StoppedError as stop:
+        print(f"This run stopped. The same command resumes it, in {options.folder}")
+        return stop.status
+    print(shown)
     print(f"Runs, results.jsonl and table.md are in {options.folder}")
     return 0
 
 
-def command(run: Run, folder: Path, given: Sequence[str]) -> list[str]:
-    """What starts a run, or goes on with it.
+def _runs(options: argparse.Namespace) -> list[Run]:
+    """All that were asked for, with the methods side by side: the load of the machine may change."""
+    runs = []
+    rates = options.learning_rate or [None]
+    for dataset, shots, seed, method in product(
+        options.datasets or [None], options.shots, options.seeds, options.methods
+    ):
+        radii = [None] if method == "lora" else options.rho or [None]
+        runs += [Run(method, rho, shots, seed, dataset, rate) for rho, rate in product(radii, rates)]
+    return runs
+
+
+def perform(run: Run, folder: Path, fit_options: Sequence[str]) -> Row:
+    """The row of a run: what it has written, with method and recipe; it is performed first if it has written nothing.
 
     Args:
         run: of the sweep.
         folder: of the sweep.
-        given: more options of `fit`.
+        fit_options: more options of `fit`.
     """
-    own = run.folder(folder)
-    last = own / "checkpoints" / "last.ckpt"
+    path = run.folder(folder) / "result.json"
+    # A run may have ended although the sweep was stopped before it kept the row.
+    if not path.exists():
+        run_process(command(run, folder, fit_options))
+    if not path.exists():
+        raise SystemExit(
+            f"{run} has ended without {path}: leave out options such as fast_dev_run, with which it tests nothing"
+        )
+    identity = {"recipe": "clip_fewshot", "method": run.method, "name": run.name, "rho": run.rho}
+    return {**identity, "learning_rate": run.learning_rate, **json.loads(path.read_text())}
+
+
+def command(run: Run, folder: Path, fit_options: Sequence[str]) -> list[str]:
+    """What starts a run, or resumes it.
+
+    Args:
+        run: of the sweep.
+        folder: of the sweep.
+        fit_options: more options of `fit`.
+    """
+    run_folder = run.folder(folder)
+    last = run_folder / "checkpoints" / "last.ckpt"
     logger = "--trainer.logger"
     return [
-        *(sys.executable, "-m", "recipes.clip_fewshot", "fit", f"--config={configuration(run, folder)}"),
-        *given,
+        *(sys.executable, "-m", "recipes.clip_fewshot", "fit", *configuration(run)),
+        *fit_options,
         f"--seed_everything={run.seed}",
         f"--data.init_args.shots={run.shots}",
         f"--data.init_args.seed={run.seed}",
+        *([] if run.dataset is None else [f"--data.init_args.dataset={run.dataset}"]),
         f"{logger}=lightning.pytorch.loggers.CSVLogger",
-        f"{logger}.init_args.save_dir={own.parent.parent}",
-        f"{logger}.init_args.name={own.parent.name}",
-        f"{logger}.init_args.version={own.name}",
+        # The three fix the run's folder, so that a resumed run finds its checkpoint and continues its log.
+        f"{logger}.init_args.save_dir={run_folder.parent.parent}",
+        f"{logger}.init_args.name={run_folder.parent.name}",
+        f"{logger}.init_args.version={run_folder.name}",
         *([f"--ckpt_path={last}"] if last.exists() else []),
     ]
 
 
-def configuration(run: Run, folder: Path) -> Path:
-    """The method's configuration, or a copy of it with the run's rho."""
-    path = CONFIGS / f"{run.method}.yaml"
-    if run.rho is None:
-        return path
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for part in [settings["model"], *settings["trainer"]["callbacks"]]:
-        if "rho" in part.get("init_args", {}):
-            part["init_args"]["rho"] = run.rho
-    copy = run.folder(folder) / "method.yaml"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return copy
+def configuration(run: Run) -> list[str]:
+    """Arguments that set the method up, with the run's rho and learning rate."""
+    arguments = config_arguments("clip_fewshot", run.method)
+    if run.rho is not None:
+        # The method's callback is the last one so far, which is what an option without a number means.
+        owner = "model.init_args" if run.method == "fmlora_manual" else "trainer.callbacks.init_args"
+        arguments.append(f"--{owner}.rho={run.rho}")
+    if run.learning_rate is not None:
+        arguments.append(f"--model.init_args.learning_rate={run.learning_rate}")
+    return arguments
 
 
-def results(runs: Sequence[Run], folder: Path) -> Iterator[Result]:
-    """What the finished runs among these have written, with method and recipe."""
-    for run in runs:
-        path = run.folder(folder) / "result.json"
-        if path.exists():
-            own = {"recipe": "clip_fewshot", "method": run.method, "name": run.name, "rho": run.rho}
-            yield {**own, **json.loads(path.read_text())}
-
-
-def table(found: Sequence[Result], part: str = "test") -> str:
-    """Markdown: a row for each method, accuracy in % over seeds for each number of shots, and relative step time.
-
-    Args:
-        found: the runs' results.
-        part: whose accuracy: "test", or "validation" to choose by.
-
-    Example:
-        >>> cost = {"seconds_per_step": 0.5, "zero_shot": {"accuracy": 0.25}}
-        >>> runs = [{"name": "LoRA", "shots": 1, "test": {"accuracy": a}, **cost} for a in (0.5, 0.6)]
-        >>> print(table(runs))
-        | method | 1 shot | step time |
-        |---|---|---|
-        | zero-shot | 25.0 | |
-        | LoRA | 55.0 ± 5.0 (2) | 1.00 |
-        <BLANKLINE>
-        Accuracy in % on the test part, mean ± standard error (seeds); step time relative to LoRA's.
-    """
-    shots = sorted({row["shots"] for row in found})
-    base = _seconds([row for row in found if row["name"] == "LoRA"])
-    lines = [["method", *map(_counted, shots), "step time"]]
-    if part == "test":
-        zero_shot = f"{100 * statistics.mean(row['zero_shot']['accuracy'] for row in found):.1f}"
-        lines.append(["zero-shot", *[zero_shot] * len(shots), ""])
-    for name in dict.fromkeys(row["name"] for row in found):
-        own = [row for row in found if row["name"] == name]
-        cells = [_mean([100 * row[part]["accuracy"] for row in own if row["shots"] == number]) for number in shots]
-        seconds = _seconds(own)
-        lines.append([name, *cells, f"{seconds / base:.2f}" if seconds and base else "-"])
-    shown = ["|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines]
-    shown.insert(1, "|" + "---|" * len(lines[0]))
-    note = f"Accuracy in % on the {part} part, mean ± standard error (seeds); step time relative to LoRA's."
-    return "\n".join([*shown, "", note])
-
-
-def _counted(shots: int) -> str:
-    return f"{shots} shot{'s' * (shots > 1)}"
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.1f} (1)"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.1f} ± {error:.1f} ({len(values)})"
-
-
-def _seconds(found: Sequence[Result]) -> float | None:
-    own = [row["seconds_per_step"] for row in found if row["seconds_per_step"]]
-    return statistics.median(own) if own else None
-
-
-def _report(runs: Sequence[Run], folder: Path, part: str) -> str:
-    """Write results.jsonl and table.md anew from the finished runs; the table."""
-    found = list(results(runs, folder))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
-    (folder / "results.jsonl").write_text("".join(lines), encoding="utf-8")
-    shown = table(found, part)
-    (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
-    return shown
-
-
-def _start(arguments: Sequence[str]) -> int:
-    """A process of its own, which gets Ctrl-C too."""
-    try:
-        return subprocess.run(arguments, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
-
-
-def _keep_settings(folder: Path, given: Sequence[str]) -> None:
-    """Refuse to mix runs of other options into a folder: their results would not be comparable."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "options.json"
-    if path.exists() and json.loads(path.read_text()) != list(given):
-        raise MisconfigurationException(
-            f"--folder={folder} holds runs with the options {json.loads(path.read_text())}, and now they are "
-            f"{list(given)}: name another folder"
-        )
-    path.write_text(json.dumps(list(given)) + "\n")
+def _check_names(datasets: Sequence[str]) -> None:
+    """Refuse data sets whose runs would share a folder."""
+    names = [Path(dataset).name for dataset in datasets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise MisconfigurationException(f"--datasets has {', '.join(twice)} more than once: the last parts must differ")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,10 +189,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 4, 16], help="images of each class")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of shots, adapter and batches")
-    parser.add_argument("--rho", nargs="+", type=float, help="radii to compare; by default that of each configuration")
+    parser.add_argument("--datasets", nargs="+", help="names or folders; by default that of the configuration")
+    parser.add_argument("--rho", nargs="+", type=float, help="radii to choose from; by default each configuration's")
+    parser.add_argument("--learning_rate", nargs="+", type=float, help="rates to choose from, likewise")
     parser.add_argument(
-        "--part", choices=["test", "validation"], default="test", help="in the table; validation is what to choose by"
+        "--part",
+        choices=["test", "validation"],
+        default="test",
+        help="in the table; validation shows all values, test those that validation has chosen",
     )
-    parser.add_argument("--config", nargs="+", default=[], help="YAML files on top of each method's, as of a strategy")
+    parser.add_argument(
+        "--config", nargs="+", default=[], help="YAML files on top of each method's, such as a strategy's"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/clip_fewshot/sweep"), help="where everything lands")
     return parser

@@ -1,7 +1,7 @@
 """All methods on the same real tasks: every method tuned alike, then run with many seeds and judged on test examples.
 
-`run` does the runs and keeps a line of JSON for each; `table` and `plot` show what is there so far. Ctrl-C and start
-again goes on; started twice on one folder, the two processes share the runs.
+`run` does the runs and keeps a line of JSON for each; `table` and `plot` show what is there so far. After Ctrl-C the
+same command resumes; started twice on one folder, the two processes share the runs.
 """
 
 import argparse
@@ -16,15 +16,15 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from recipes.clip_demo.run import Row
 from recipes.comparison.methods import ALL, METHODS, VARIANTS
-from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan, read
+from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan
 from recipes.comparison.plot import plot
 from recipes.comparison.run import Run, perform
 from recipes.comparison.table import tables
 from recipes.comparison.tasks import TASKS
-from recipes.demo.__main__ import quiet
-from recipes.precision import Precision, precision_of_runs
+from recipes.shared.ledger import Row, read
+from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
+from recipes.shared.progress import quiet
 
 _WIDTH = 180
 
@@ -49,17 +49,17 @@ def run(options: argparse.Namespace) -> int:
     with Progress(*shown, TextColumn("{task.description}"), speed_estimate_period=600) as progress:
         bar = progress.add_task("", total=None)
 
-        def tell(run: Run | None) -> None:
+        def report(run: Run | None) -> None:
             done, total = plan.done_and_total
             progress.update(bar, completed=done, total=total, description=str(run or ""))
             if run is not None and not progress.console.is_terminal:  # where the bar shows at the end alone
                 print(f"{done} of {total} done; {run}", flush=True)
 
         try:
-            tell(None)
-            plan.work(perform, tell)
+            report(None)
+            plan.work(perform, report)
         except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
-            print("Stopped. The same command goes on: what is finished is kept")
+            print("Stopped. The same command resumes: what is finished is kept")
             return 130
     print(
         f"{options.folder / RESULTS} holds all runs; now: python -m recipes.comparison table --folder {options.folder}"
@@ -69,12 +69,12 @@ def run(options: argparse.Namespace) -> int:
 
 def table(options: argparse.Namespace) -> int:
     """Print the tables, and write them as Markdown."""
-    found = tables(_rows(options))
+    task_tables = tables(_rows(options))
     console = Console(width=max(_WIDTH, Console().width))  # elsewhere than in a terminal it takes 80
-    for each in found:
+    for each in task_tables:
         each.show(console)
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "table.md").write_text("\n".join(each.markdown() for each in found), encoding="utf-8")
+    (options.folder / "table.md").write_text("\n".join(each.markdown() for each in task_tables), encoding="utf-8")
     print(f"Written to {options.folder / 'table.md'}")
     return 0
 
@@ -113,16 +113,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{_of(METHODS)}; only when named: {', '.join(VARIANTS)}",
     )  # fmt: skip
     doing.add_argument("--seeds", type=_seed, nargs="+", default=list(range(5)), help="of the runs on test (0 1 2 3 4)")
-    told = "of all computation; left out, what the folder began with, and at first what this device computes fast"
-    doing.add_argument("--precision", choices=get_args(Precision), help=told)
-    for name, function, told in (("table", table, "print and write the tables"), ("plot", pictures, "draw PNGs")):
-        showing = _command(commands, name, function, told)
+    doing.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
+    for name, function, text in (("table", table, "print and write the tables"), ("plot", pictures, "draw PNGs")):
+        showing = _command(commands, name, function, text)
         showing.add_argument("--from", type=Path, dest="file", metavar="FILE", help="rows to show, not the folder's")
     return parser
 
 
-def _command(commands: Any, name: str, function: Any, told: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=told, description=told)
+def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=function)
     parser.add_argument("--folder", type=Path, default=Path("runs/comparison"), help="default runs/comparison")
     return parser

@@ -7,21 +7,22 @@ import lightning as L
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoTokenizer, get_scheduler
+from transformers import AutoModel, AutoTokenizer
 from typing_extensions import override
 
-from recipes import packaged
-from recipes.comparison import texts
 from recipes.comparison.task import Batch, Config, Grids, Judged, Task, train_everything
-from recipes.comparison.texts import Example
-from recipes.instruction_tuning.batches import pad
-from recipes.training import RecipeModule
+from recipes.language import texts
+from recipes.language.batches import pad
+from recipes.language.texts import Example
+from recipes.shared import packaged
+from recipes.shared.training import AutomaticTraining
 
 _EVAL_BATCH = 64
 
 
-class TextClassifier(RecipeModule):
+class TextClassifier(AutomaticTraining):
     """all-MiniLM-L6-v2 with a head for the classes; LoRA of rank 8, alpha 16 on query and value, or all weights.
 
     Args:
@@ -33,6 +34,7 @@ class TextClassifier(RecipeModule):
     def __init__(self, classes: int, config: Config, full: bool = False) -> None:
         super().__init__()
         self.config = config
+        # Without the pooler, in whose place the mean over the tokens is taken.
         base = AutoModel.from_pretrained(packaged.minilm(), add_pooling_layer=False)
         base.train()  # from_pretrained gives it in eval mode, where dropout would be off
         dropout = config.get("dropout", 0.0)
@@ -43,7 +45,7 @@ class TextClassifier(RecipeModule):
             train_everything(self.net)
 
     @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(self.logits(batch), batch["labels"])
 
     def logits(self, batch: Batch) -> Tensor:
@@ -55,12 +57,10 @@ class TextClassifier(RecipeModule):
         return logits.float()
 
     @override
-    def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+    def new_optimizer(self) -> Optimizer:
         decay = self.config.get("weight_decay", 0.0)
-        optimizer = torch.optim.AdamW(trained, lr=self.config["learning_rate"], weight_decay=decay, fused=True)
-        scheduler = get_scheduler("linear", optimizer, 0, self.optimizer_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        rate = self.config["learning_rate"]
+        return torch.optim.AdamW(self.parameter_groups(), lr=rate, weight_decay=decay, fused=True)
 
 
 class FewTexts(L.LightningDataModule):
@@ -75,6 +75,7 @@ class FewTexts(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
+        # Of its own, so that all methods see the same batches, however many random numbers they draw.
         order = torch.Generator().manual_seed(self.seed)
         return DataLoader(
             self.examples,  # type: ignore[arg-type]
@@ -122,7 +123,7 @@ class TextTask(Task):
 
     @override
     def loss(self, module: TextClassifier, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(module.logits(batch), batch["labels"])
+        return module.loss(batch)
 
     @override
     def judge(self, module: TextClassifier, batch: Batch) -> Judged:
@@ -132,7 +133,7 @@ class TextTask(Task):
         return Judged(correct, loss, torch.tensor(len(labels)), len(labels))
 
     def _sorted(self, examples: Sequence[Example]) -> list[Batch]:
-        """Batches of similar length, as long as their longest."""
+        """Batches of texts of similar length, each padded to its longest."""
         by_length = sorted(examples, key=lambda example: len(self._tokens(example.text)))
         starts = range(0, len(by_length), _EVAL_BATCH)
         return [self._encode(by_length[start : start + _EVAL_BATCH]) for start in starts]

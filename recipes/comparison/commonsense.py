@@ -9,10 +9,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from recipes.comparison.task import Batch, Config, Judged, Task, with_network
-from recipes.instruction_tuning.chat import PLAIN_TEMPLATE
 from recipes.instruction_tuning.data import InstructionData
-from recipes.instruction_tuning.model import DEFAULT_LORA, PACKAGED, model_source, weights_dtype
 from recipes.instruction_tuning.module import InstructionTuning
+from recipes.language.chat import PLAIN_TEMPLATE
+from recipes.language.model import DEFAULT_LORA, PACKAGED, model_source, weights_dtype
 
 
 class CommonsenseTask(Task):
@@ -45,6 +45,7 @@ class CommonsenseTask(Task):
             chat_template=PLAIN_TEMPLATE,
             seed=seed,
         )
+        # A copy, because the next lines put this seed's examples into it.
         data.parts = dict(self._tokenised(data))
         drawn = np.random.default_rng(seed).permutation(len(data.parts["train"]))[: self.settings["examples"]]
         data.parts["train"] = data.parts["train"].select(drawn)
@@ -76,5 +77,7 @@ class CommonsenseTask(Task):
         gold, counts = batch["gold"], batch["options"]
         scores = torch.split(log_likelihood / tokens, counts)
         firsts = np.cumsum([0, *counts[:-1]]).tolist()
-        correct = [own.argmax() + first == right for own, first, right in zip(scores, firsts, gold, strict=True)]
+        correct = []
+        for of_question, first, right in zip(scores, firsts, gold, strict=True):
+            correct.append(of_question.argmax() + first == right)
         return Judged(torch.stack(correct).sum(), -log_likelihood[gold].sum(), tokens[gold].sum(), len(counts))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.two_passes import silenced_log
-from recipes.clip_demo import emoji
-from recipes.clip_demo.pretrain import Pretraining, pretrained
-from recipes.clip_demo.run import Settings, examples
+from lightning_flatlora.callbacks.patches import silenced_log
+from recipes.clip import emoji
+from recipes.clip.model import DEFAULT_LORA
+from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_fewshot.data import FewShotData
+from recipes.clip_fewshot.emoji import emoji_data, examples
 from recipes.clip_fewshot.module import FewShot
 from recipes.comparison.task import Batch, Config, Judged, Task, with_network
 
@@ -37,7 +38,7 @@ class EmojiTask(Task):
         module = FewShot(
             model=f"local-dir:{self._model()}",
             pretrained=None,
-            lora={"r": 2, "lora_alpha": 1, "lora_dropout": config.get("dropout", Settings.dropout)},
+            lora={"r": 2, "lora_alpha": 1, "lora_dropout": config.get("dropout", DEFAULT_LORA["lora_dropout"])},
             learning_rate=config["learning_rate"],
             weight_decay=config.get("weight_decay", 0.01),
         )
@@ -46,17 +47,8 @@ class EmojiTask(Task):
 
     @override
     def data(self, seed: int) -> FewShotData:
-        return FewShotData(
-            dataset=str(emoji.prepare().target),
-            shots=self.settings["shots"],
-            validation_shots=0,
-            seed=seed,
-            batch_size=self.settings["batch_size"],
-            iterations_per_shot=self.settings["steps_per_shot"],
-            templates=["{}"],  # as in the captions
-            crop_scale=(0.6, 1.0),
-            flip=0.0,  # letters, arrows and clocks
-        )
+        images, settings = emoji.prepare().target, self.settings
+        return emoji_data(images, settings["shots"], seed, settings["batch_size"], settings["steps_per_shot"])
 
     @override
     def read(self, trainer: L.Trainer, part: str) -> list[Batch]:
@@ -66,6 +58,7 @@ class EmojiTask(Task):
 
     @override
     def loss(self, module: FewShot, batch: Batch) -> Tensor:
+        # The loss logs itself, which Lightning refuses outside of its loops.
         with silenced_log(module):
             return module.loss(batch)
 

@@ -1,23 +1,20 @@
 """Which runs there are, which are done, and which may start now; several processes may work in one folder."""
 
-import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from filelock import FileLock, Timeout
-
-from recipes.clip_demo.run import Row, append
 from recipes.comparison.methods import ALL
 from recipes.comparison.run import Run
 from recipes.comparison.task import Config, Task, all_settings
+from recipes.shared.ledger import Ledger, Row, entries
 
 RESULTS = "results.jsonl"
 TUNING_SEEDS = (100, 101)  # none of the seeds of the test
+_entries = entries("task", "method", "config", "seed", "part")
 _WAIT = 2.0  # seconds, while other processes do all that can be done now
 
 
@@ -39,52 +36,52 @@ class Plan:
         self.tasks = tasks
         self.methods = methods
         self.seeds = seeds
-        self._rows: dict[str, Row] = {}
-        self.reload()
+        self.ledger = Ledger(folder / RESULTS, _key)
 
-    def reload(self) -> None:
-        """Look anew which runs are done."""
-        self._rows = {_name(row): row for row in read(self.folder / RESULTS)}
-
-    def work(self, perform: Callable[[Run], Row], tell: Callable[[Run | None], None]) -> None:
+    def work(self, perform: Callable[[Run], Row], report: Callable[[Run | None], None]) -> None:
         """Do what is not done and not being done by another process, until nothing is left.
 
         Args:
             perform: does a run.
-            tell: is called with each run before it starts, and with None after it or while others work.
+            report: is called with each run before it starts, and with None after it or while others work.
         """
-        while runs := self.open_runs():
-            for run in runs:
-                with self._claimed(run) as is_mine:
-                    if is_mine:
-                        tell(run)
-                        append(self.folder / RESULTS, perform(run))
-                        break
-            else:
-                time.sleep(_WAIT)
-            self.reload()
-            tell(None)
+        runs = self.open_runs()
+        while runs:
+            if not self.ledger.perform_first(runs, perform, report):
+                time.sleep(_WAIT)  # other processes are at all of them
+            self.ledger.reload()
+            report(None)
+            runs = self.open_runs()
 
     def open_runs(self) -> list[Run]:
         """The runs that are not done and wait for no other, in the order in which they should be done."""
-        found = {
-            _name(run.key()): run for task in self.tasks for name in self.methods for run in self._next(task, name)
-        }
-        return list(found.values())
+        runs: list[Run] = []
+        for task in self.tasks:
+            for name in self.methods:
+                # Several methods wait for the runs of the one that they start from.
+                runs += [run for run in self._next(task, name) if run not in runs]
+        return runs
 
     @property
     def done_and_total(self) -> tuple[int, int]:
         """Numbers of runs."""
-        tuned = {*self.methods, *(start for name in self.methods if (start := ALL[name].start))}
-        configs = [ALL[name].configurations(task.grids, None) for task in self.tasks for name in tuned]
-        total = len(TUNING_SEEDS) * sum(map(len, configs)) + len(self.tasks) * len(self.methods) * len(self.seeds)
+        tuned = set(self.methods)
+        for name in self.methods:
+            start = ALL[name].start
+            if start is not None:
+                tuned.add(start)
+        total = len(self.tasks) * len(self.methods) * len(self.seeds)
+        for task in self.tasks:
+            for name in tuned:
+                total += len(TUNING_SEEDS) * len(ALL[name].configurations(task.grids, None))
         settings = {task.name: all_settings(task.settings) for task in self.tasks}
         wanted = {"validation": (tuned, TUNING_SEEDS), "test": (set(self.methods), self.seeds)}
         done = 0
-        for row in self._rows.values():
+        for row in self.ledger.rows:
             methods, seeds = wanted[row["part"]]
             is_of_task = all_settings(row["settings"]) == settings.get(row["task"])
-            done += is_of_task and row["method"] in methods and row["seed"] in seeds
+            if is_of_task and row["method"] in methods and row["seed"] in seeds:
+                done += 1
         return min(done, total), total  # a folder may hold more, of a grid that has changed since
 
     def _next(self, task: Task, name: str) -> list[Run]:
@@ -92,39 +89,31 @@ class Plan:
         method, rate = ALL[name], None
         if method.start is not None:
             configs = ALL[method.start].configurations(task.grids, None)
-            if left := self._missing(task, method.start, configs, TUNING_SEEDS, "validation"):
+            left = self._missing(task, method.start, configs, TUNING_SEEDS, "validation")
+            if left:
                 return left
             rate = self._chosen(task, method.start, configs)["learning_rate"]
         configs = method.configurations(task.grids, rate)
-        if left := self._missing(task, name, configs, TUNING_SEEDS, "validation"):
+        left = self._missing(task, name, configs, TUNING_SEEDS, "validation")
+        if left:
             return left
         return self._missing(task, name, [self._chosen(task, name, configs)], self.seeds, "test")
 
     def _missing(self, task: Task, name: str, configs: Sequence[Config], seeds: Sequence[int], part: str) -> list[Run]:
-        # Seeds innermost, so that an early look at the table shows whole configurations.
-        runs = [Run(task, name, config, seed, part) for config in configs for seed in seeds]
-        return [run for run in runs if _name(run.key()) not in self._rows]
+        runs = _runs(task, name, configs, seeds, part)
+        return [run for run in runs if self.ledger.find(run) is None]
 
     def _chosen(self, task: Task, name: str, configs: Sequence[Config]) -> Config:
-        runs = [Run(task, name, config, seed, "validation") for config in configs for seed in TUNING_SEEDS]
-        return choose([self._rows[_name(run.key())] for run in runs])
+        rows = [self.ledger.find(run) for run in _runs(task, name, configs, TUNING_SEEDS, "validation")]
+        return choose([row for row in rows if row is not None])
 
-    @contextmanager
-    def _claimed(self, run: Run) -> Iterator[bool]:
-        """Whether this process is the one that does a run; the lock goes with the process, however it ends."""
-        claims = self.folder / "claims"
-        claims.mkdir(exist_ok=True)
-        lock = FileLock(claims / hashlib.sha256(_name(run.key()).encode()).hexdigest()[:16], blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            self.reload()
-            yield _name(run.key()) not in self._rows  # another one may have done it since this one looked
-        finally:
-            lock.release()
+
+def _runs(task: Task, name: str, configs: Sequence[Config], seeds: Sequence[int], part: str) -> list[Run]:
+    runs = []
+    for config in configs:
+        for seed in seeds:  # innermost, so that an early look at the table shows whole configurations
+            runs.append(Run(task, name, config, seed, part))
+    return runs
 
 
 def choose(rows: Iterable[Row]) -> Config:
@@ -137,26 +126,15 @@ def choose(rows: Iterable[Row]) -> Config:
     by_config = defaultdict(list)
     for row in rows:
         by_config[json.dumps(row["config"])].append(row)
-    scored = {
-        config: (mean(row["accuracy"] for row in own), -mean(row["loss"] for row in own))
-        for config, own in by_config.items()
-    }
-    chosen: Config = json.loads(max(scored, key=lambda config: scored[config]))
+
+    def score(config: str) -> tuple[float, float]:
+        of_config = by_config[config]
+        return mean(row["accuracy"] for row in of_config), -mean(row["loss"] for row in of_config)
+
+    chosen: Config = json.loads(max(by_config, key=score))
     return chosen
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines; a line that a stop has cut off counts for nothing."""
-    rows: list[Row] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _name(row: Row) -> str:
-    """What makes a run that one, as text."""
-    parts = {part: row[part] for part in ("task", "method", "config", "seed", "part")}
-    return json.dumps({**parts, "settings": all_settings(row["settings"])}, sort_keys=True)
+def _key(row: Row) -> Row:
+    """What makes a run that one; rows of before there was a choice of precision get the one that they were run in."""
+    return {**_entries(row), "settings": all_settings(row["settings"])}

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import Perturbation, find_pairs
-from lightning_flatlora.flatness import MeanLoss, expected_sharpness, sam_sharpness, slope
+from lightning_flatlora.flatness import MeanLoss, Point, measure, moved, slope
 from lightning_flatlora.report.directions import base_norm
 from lightning_flatlora.weight_noise import WeightNoise
-from recipes.benchmarks.memory import Watch
-from recipes.clip_demo.run import Row
-from recipes.clip_fewshot.protocol import commit
-from recipes.comparison.methods import ALL
 from recipes.comparison.task import Batch, Config, Task
-from recipes.step_times import StepTimes
+from recipes.shared.ledger import Row, commit
+from recipes.shared.memory import Watch
+from recipes.shared.methods import METHODS
+from recipes.shared.step_times import StepTimes
+from recipes.shared.training import BARE
 
 _NOISE_SAMPLES = 2
 _WARM_UP = 2  # steps
@@ -69,13 +69,14 @@ def perform(run: Run) -> Row:
     gc.collect()  # the last run's model: its parts point at each other
     run.task.prepare()
     L.seed_everything(run.seed, verbose=False)
-    method = ALL[run.method]
+    method = METHODS[run.method]
     began, processor = time.perf_counter(), time.process_time()
     module = run.task.module(run.config, method.full)
     times, watch = StepTimes(), Watch()
+    # Watch reads /proc.
     memory: list[L.Callback] = [watch] if platform.system() == "Linux" else []
-    own = method.callbacks({**run.config, "seed": run.seed})
-    trainer = _trainer(run.task, [times, *memory, *own])
+    method_callbacks = method.callbacks(**run.config, seed=run.seed)
+    trainer = _trainer(run.task, [times, *memory, *method_callbacks])
     trainer.fit(module, datamodule=run.task.data(run.seed))
     processor = time.process_time() - processor
     module.eval()
@@ -102,10 +103,8 @@ def _trainer(task: Task, callbacks: list[L.Callback]) -> L.Trainer:
         num_sanity_val_steps=0,
         limit_val_batches=0,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
         enable_progress_bar=False,
+        **BARE,
     )
 
 
@@ -139,17 +138,19 @@ def flatness(task: Task, module: Any, batches: Sequence[Batch], full: bool) -> R
         clean, perturbed = sam_loss(loss, [p for p in module.parameters() if p.requires_grad], rho)
         return {"train_loss": clean, "full_sharpness": perturbed - clean}
     pairs = find_pairs(module).pairs
-    sharp = sam_sharpness(loss, Perturbation(pairs), rho)
-    noisy = expected_sharpness(loss, WeightNoise(module), task.settings["noise"], samples=_NOISE_SAMPLES)
+    sigma = task.settings["noise"]
+    point = Point(loss, Perturbation(pairs), rho, noise=WeightNoise(module), sigma=sigma, samples=_NOISE_SAMPLES)
+    numbers = measure(point, ["sharpness", "expected_sharpness"])
     return {
-        "train_loss": float(sharp.loss),
-        "sharpness": float(sharp.sharpness),
-        "expected_sharpness": float(noisy.sharpness),
+        "train_loss": float(numbers["loss"]),
+        "sharpness": float(numbers["sharpness"]),
+        "expected_sharpness": float(numbers["expected_sharpness"]),
         "adapted_norm": base_norm(module, pairs),
     }
 
 
 def _loss_of(task: Task, module: Any, batch: Batch) -> Callable[[], Tensor]:
+    # Made in a function of its own, so that each loss keeps its own batch.
     def loss() -> Tensor:
         with module.trainer.precision_plugin.forward_context():  # as in training
             return task.loss(module, batch)
@@ -161,13 +162,8 @@ def sam_loss(loss: MeanLoss, parameters: list[nn.Parameter], rho: float) -> tupl
     """L(w) and L(w + rho g / ||g||) of SAM over all these parameters (arXiv 2010.01412)."""
     at = slope(loss, parameters)
     scale = rho / torch.nn.utils.get_total_norm(at.gradients)
-    before = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, at.gradients, strict=True):
-            parameter.add_(scale * gradient)
+    with moved(parameters, [scale * gradient for gradient in at.gradients]), torch.no_grad():
         perturbed = loss()
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(old)
     return float(at.loss), float(perturbed)
 
 

@@ -2,31 +2,18 @@
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from scipy import stats
 
-from recipes.clip_demo.run import Row
 from recipes.comparison.methods import ALL, METHODS, VARIANTS
 from recipes.comparison.task import Config, all_settings
+from recipes.shared.ledger import Row
+from recipes.shared.statistics import Estimate, estimate, holm
 
 BASELINE = "lora"
-Key = TypeVar("Key", bound=Hashable)
-
-
-class Estimate(NamedTuple):
-    """A mean of some values and its standard error, nan where there is but one."""
-
-    mean: float
-    error: float
-    values: int
-
-    @property
-    def interval(self) -> float:
-        """Half the width of the 95 % confidence interval, by Student's t."""
-        return float(self.error * stats.t.ppf(0.975, self.values - 1)) if self.values > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -72,9 +59,9 @@ def outcomes(rows: Sequence[Row], task: str) -> list[Outcome]:
 
     Rows of other settings than the task's last one are left out.
     """
-    own = of_task(rows, task)
-    found = {name: _outcome(own, name) for name in ALL}
-    done = {name: outcome for name, outcome in found.items() if outcome}
+    task_rows = of_task(rows, task)
+    by_method = {name: _outcome(task_rows, name) for name in ALL}
+    done = {name: outcome for name, outcome in by_method.items() if outcome}
     if BASELINE not in done:
         return list(done.values())
     base = done[BASELINE].runs
@@ -83,9 +70,13 @@ def outcomes(rows: Sequence[Row], task: str) -> list[Outcome]:
     return [replace(outcome, p_holm=corrected.get((task, outcome.method))) for outcome in compared]
 
 
-def corrected_p_values(found: Mapping[str, Sequence[Outcome]]) -> dict[tuple[str, str], float]:
+def corrected_p_values(by_task: Mapping[str, Sequence[Outcome]]) -> dict[tuple[str, str], float]:
     """Holm's correction over all methods of all these tasks, and over all variants, by task and method."""
-    tested = {(task, o.method): o.p for task, own in found.items() for o in own if o.p is not None}
+    tested = {}
+    for task, task_outcomes in by_task.items():
+        for outcome in task_outcomes:
+            if outcome.p is not None:
+                tested[task, outcome.method] = outcome.p
     corrected: dict[tuple[str, str], float] = {}
     for family in (METHODS, VARIANTS):  # what is tried beyond the question does not weaken the answer
         corrected |= holm({key: p for key, p in tested.items() if key[1] in family})
@@ -94,16 +85,22 @@ def corrected_p_values(found: Mapping[str, Sequence[Outcome]]) -> dict[tuple[str
 
 def of_task(rows: Sequence[Row], task: str) -> list[Row]:
     """The rows of a task that have the settings of its last one."""
-    own = [row for row in rows if row["task"] == task]
-    return [row for row in own if all_settings(row["settings"]) == all_settings(own[-1]["settings"])]
+    task_rows = [row for row in rows if row["task"] == task]
+    return [row for row in task_rows if all_settings(row["settings"]) == all_settings(task_rows[-1]["settings"])]
 
 
 def tuning(rows: Sequence[Row], method: str) -> list[tuple[Config, Estimate]]:
     """Of one task, the validation accuracy in percent of each configuration of a method, by its own parameter."""
     tried = [row for row in rows if (row["method"], row["part"]) == (method, "validation")]
-    own = _validated(tried, method, tried[-1]["config"]) if tried else []
-    configs = sorted((dict(c) for c in {tuple(row["config"].items()) for row in own}), key=lambda c: list(c.values()))
-    return [(config, estimate([100 * r["accuracy"] for r in own if r["config"] == config])) for config in configs]
+    candidates = _validated(tried, method, tried[-1]["config"]) if tried else []
+    configs: list[Config] = []
+    for row in candidates:
+        if row["config"] not in configs:
+            configs.append(row["config"])
+    curve = []
+    for config in sorted(configs, key=lambda config: list(config.values())):
+        curve.append((config, estimate([100 * row["accuracy"] for row in candidates if row["config"] == config])))
+    return curve
 
 
 class Deviation(NamedTuple):
@@ -128,15 +125,20 @@ def within_seeds(outcomes: Sequence[Outcome], name: str = "sharpness") -> list[D
             are seeds that one of the others lacks.
         name: "sharpness" or "expected_sharpness".
     """
-    having = [o for o in outcomes if o.method in METHODS and all(name in row for row in o.runs.values())]
-    found = []
-    for seed in sorted(set.intersection(*(set(o.runs) for o in having)) if having else ()):
+    having = []
+    for outcome in outcomes:
+        if outcome.method in METHODS and all(name in row for row in outcome.runs.values()):
+            having.append(outcome)
+    if not having:
+        return []
+    deviations = []
+    for seed in sorted(set.intersection(*(set(o.runs) for o in having))):
         sharpness = statistics.mean(o.runs[seed][name] for o in having)
         accuracy = statistics.mean(o.runs[seed]["accuracy"] for o in having)
         for o in having:
             row = o.runs[seed]
-            found.append(Deviation(o.method, row[name] / sharpness, 100 * (accuracy - row["accuracy"])))
-    return found
+            deviations.append(Deviation(o.method, row[name] / sharpness, 100 * (accuracy - row["accuracy"])))
+    return deviations
 
 
 def sharpness_correlation(outcomes: Sequence[Outcome], name: str = "sharpness") -> float:
@@ -150,47 +152,21 @@ def sharpness_correlation(outcomes: Sequence[Outcome], name: str = "sharpness") 
     return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
-def told_seeds(outcome: Outcome, seeds: int) -> str:
+def name_with_seeds(outcome: Outcome, seeds: int) -> str:
     """A method's name, with the number of its seeds where it has not all of them."""
     return outcome.method if len(outcome.runs) == seeds else f"{outcome.method} ({len(outcome.runs)} seeds)"
 
 
-def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
-    """Holm's correction for testing several hypotheses (Scandinavian Journal of Statistics 6, 1979).
-
-    Example:
-        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
-        {'a': 0.03, 'c': 0.06, 'b': 0.06}
-    """
-    corrected: dict[Key, float] = {}
-    largest = 0.0
-    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p))
-        corrected[name] = largest
-    return corrected
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error.
-
-    Example:
-        >>> estimate([1.0, 3.0])
-        Estimate(mean=2.0, error=1.0, values=2)
-    """
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Estimate(statistics.mean(values), error, len(values))
-
-
 def _outcome(rows: Sequence[Row], method: str) -> Outcome | None:
     """With the configuration that the last run on the test part had: what the plan had chosen by then."""
-    own = [row for row in rows if row["method"] == method]
-    tested = [row for row in own if row["part"] == "test"]
+    method_rows = [row for row in rows if row["method"] == method]
+    tested = [row for row in method_rows if row["part"] == "test"]
     if not tested:
         return None
     config = tested[-1]["config"]
     runs = {row["seed"]: row for row in tested if row["config"] == config}
     accuracies = [100 * row["accuracy"] for row in runs.values()]
-    return Outcome(method, config, _edge(own, method, config), runs, estimate(accuracies))
+    return Outcome(method, config, _edge(method_rows, method, config), runs, estimate(accuracies))
 
 
 def _edge(rows: Sequence[Row], method: str, config: Config) -> str:
@@ -204,10 +180,10 @@ def _edge(rows: Sequence[Row], method: str, config: Config) -> str:
 
 def _validated(rows: Sequence[Row], method: str, config: Config) -> list[Row]:
     """What a configuration was chosen among, all at one learning rate where the method takes it from another one."""
-    own = [row for row in rows if (row["method"], row["part"]) == (method, "validation")]
+    tried = [row for row in rows if (row["method"], row["part"]) == (method, "validation")]
     if ALL[method].start is None:
-        return own
-    return [row for row in own if row["config"].get("learning_rate") == config.get("learning_rate")]
+        return tried
+    return [row for row in tried if row["config"].get("learning_rate") == config.get("learning_rate")]
 
 
 def _compared(outcome: Outcome, base: dict[int, Row]) -> Outcome:
@@ -225,8 +201,8 @@ def _compared(outcome: Outcome, base: dict[int, Row]) -> Outcome:
 
 def _sharpness_ratios(runs: dict[int, Row], base: dict[int, Row]) -> list[float]:
     both = [(runs[seed], base[seed]) for seed in runs.keys() & base.keys()]
-    found = [(own.get("sharpness"), other.get("sharpness")) for own, other in both]
-    return sorted(own / other for own, other in found if own is not None and other)
+    sharpnesses = [(own.get("sharpness"), other.get("sharpness")) for own, other in both]
+    return sorted(own / other for own, other in sharpnesses if own is not None and other)
 
 
 def _step(row: Row) -> float:
@@ -238,6 +214,7 @@ def _p_value(runs: dict[int, Row], base: dict[int, Row]) -> float | None:
     if len(seeds) < 2:
         return None
     pairs = [(runs[seed]["accuracy"], base[seed]["accuracy"]) for seed in seeds]
+    # Rounded, since equal differences may differ in their last bits.
     if len({round(own - other, 9) for own, other in pairs}) == 1:  # no spread, so the statistic says nothing
         return 1.0 if pairs[0][0] == pairs[0][1] else None
     return float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue)

@@ -3,101 +3,73 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import rich.table
-from rich.console import Console
-
-from recipes.clip_demo.run import Row
 from recipes.comparison.methods import ALL
 from recipes.comparison.summary import (
     BASELINE,
-    Estimate,
     Outcome,
     corrected_p_values,
+    name_with_seeds,
     outcomes,
     sharpness_correlation,
-    told_seeds,
 )
 from recipes.comparison.task import all_settings
+from recipes.shared.ledger import Row
+from recipes.shared.statistics import Estimate, with_error
+from recipes.shared.tables import Table, settings_text
 
 _COLUMNS = (
     "method", "chosen", "accuracy in %", "gain over LoRA", "p (Holm)", "test loss", "test loss - LoRA's", "train loss",
     "sharpness", "sharpness x LoRA", "step x LoRA",
 )  # fmt: skip
-_SHORT = {"learning_rate": "rate", "weight_decay": "decay"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table that can be shown in two ways.
-
-    Attributes:
-        title: above it.
-        columns: their names.
-        rows: the cells.
-        notes: below it.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-    def markdown(self) -> str:
-        """For a document."""
-        lines = [f"### {self.title}", "", _line(self.columns), _line(["---", *["---:"] * (len(self.columns) - 1)])]
-        return "\n".join([*lines, *map(_line, self.rows), "", *(f"- {note}" for note in self.notes), ""])
-
-    def show(self, console: Console) -> None:
-        """In the terminal."""
-        shown = rich.table.Table(title=self.title)
-        for place, column in enumerate(self.columns):
-            shown.add_column(column, justify="right" if place else "left", no_wrap=True)
-        for row in self.rows:
-            shown.add_row(*row)
-        console.print(shown, *self.notes, "", sep="\n")
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Of each task in the order in which they were begun, and two over all of them."""
-    found = {task: outcomes(rows, task) for task in dict.fromkeys(row["task"] for row in rows)}
-    done = {task: own for task, own in found.items() if own}
+    done = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        task_outcomes = outcomes(rows, task)
+        if task_outcomes:
+            done[task] = task_outcomes
     return [*(_of_task(task, own) for task, own in done.items()), _losses(done), _over_all(done)]
 
 
-def _of_task(task: str, found: Sequence[Outcome]) -> Table:
-    seeds = max(len(outcome.runs) for outcome in found)
-    settings = all_settings(next(iter(found[0].runs.values()))["settings"])  # the same of all runs
+def _of_task(task: str, task_outcomes: Sequence[Outcome]) -> Table:
+    seeds = max(len(outcome.runs) for outcome in task_outcomes)
+    settings = all_settings(next(iter(task_outcomes[0].runs.values()))["settings"])  # the same of all runs
     notes = [f"computed in {settings['precision']}"]
-    notes += [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in found if o.edge]
+    notes += [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in task_outcomes if o.edge]
     for name in ("sharpness", "expected_sharpness"):
-        correlation = sharpness_correlation(found, name)
+        correlation = sharpness_correlation(task_outcomes, name)
         if not math.isnan(correlation):
-            told = f"{name.replace('_', ' ')} and test error within the seeds"
-            notes.append(f"{told}: Spearman's rank correlation {correlation:.2f}")
-    return Table(f"{task}, {seeds} seeds", _COLUMNS, [_cells(outcome, seeds) for outcome in found], notes)
+            pair = f"{name.replace('_', ' ')} and test error within the seeds"
+            notes.append(f"{pair}: Spearman's rank correlation {correlation:.2f}")
+    return Table(f"{task}, {seeds} seeds", _COLUMNS, [_cells(outcome, seeds) for outcome in task_outcomes], notes)
 
 
 def _cells(outcome: Outcome, seeds: int) -> list[str]:
     inherited = {"learning_rate"} if ALL[outcome.method].start else set()
-    own = {_SHORT.get(name, name): value for name, value in outcome.config.items() if name not in inherited}
-    chosen = ", ".join(f"{name} {value:g}" for name, value in own.items())
-    loss, train_loss = ("" if v is None else f"{v:.3f}" for v in map(outcome.mean, ("loss", "train_loss")))
-    sharpness = [outcome.mean("sharpness"), outcome.mean("full_sharpness")]
+    chosen = settings_text({name: value for name, value in outcome.config.items() if name not in inherited})
+    sharpness = _short(outcome.mean("sharpness"))
+    if not sharpness and outcome.mean("full_sharpness") is not None:
+        sharpness = _short(outcome.mean("full_sharpness")) + "*"
     return [
-        told_seeds(outcome, seeds),
-        chosen + " (edge)" * bool(outcome.edge),
+        name_with_seeds(outcome, seeds),
+        f"{chosen} (edge)" if outcome.edge else chosen,
         _with_error(outcome.accuracy),
         _with_error(outcome.gain, "+.1f"),
-        "" if outcome.p_holm is None else f"{outcome.p_holm:.3f}",
-        loss,
+        _short(outcome.p_holm),
+        _short(outcome.mean("loss")),
         _with_error(outcome.excess_loss, "+.3f"),
-        train_loss,
-        next((f"{value:.3f}{mark}" for value, mark in zip(sharpness, ("", "*"), strict=True) if value is not None), ""),
+        _short(outcome.mean("train_loss")),
+        sharpness,
         _sharpness_ratio(outcome),
         "" if outcome.cost is None else f"{outcome.cost:.2f}",
     ]
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _sharpness_ratio(outcome: Outcome) -> str:
@@ -113,8 +85,8 @@ def _over_all(done: dict[str, list[Outcome]]) -> Table:
     significant = {key for key, p in corrected_p_values(done).items() if p < 0.05}
 
     def gain(outcome: Outcome, task: str) -> str:
-        told = _with_error(outcome.gain, "+.1f") or _with_error(outcome.accuracy)
-        return f"[{told}]" if (task, outcome.method) in significant else told
+        shown = _with_error(outcome.gain, "+.1f") or _with_error(outcome.accuracy)
+        return f"[{shown}]" if (task, outcome.method) in significant else shown
 
     notes = [
         "lora: accuracy in %; the others: gain over LoRA in percentage points, mean ± standard error",
@@ -141,26 +113,22 @@ def _by_task(
     form: str,
     notes: Sequence[str],
 ) -> Table:
-    compared = {task: {o.method: o for o in own if o.gain or o.method == BASELINE} for task, own in done.items()}
+    compared = {}
+    for task, outcomes_of_task in done.items():
+        compared[task] = {o.method: o for o in outcomes_of_task if o.gain or o.method == BASELINE}
     rows = []
     for method in ALL:
-        own = [found[method] for found in compared.values() if method in found]
-        if not own:
+        of_method = [by_method[method] for by_method in compared.values() if method in by_method]
+        if not of_method:
             continue
-        cells = [cell(found[method], task) if method in found else "" for task, found in compared.items()]
-        values = [estimate.mean for outcome in own if (estimate := value(outcome))]
-        mean = f"{statistics.mean(values):{form}}" if values and len(own) == len(compared) else ""
-        cost = statistics.geometric_mean([outcome.cost for outcome in own if outcome.cost])
+        cells = [cell(by_method[method], task) if method in by_method else "" for task, by_method in compared.items()]
+        estimates = [value(outcome) for outcome in of_method]
+        values = [estimate.mean for estimate in estimates if estimate]
+        mean = f"{statistics.mean(values):{form}}" if values and len(of_method) == len(compared) else ""
+        cost = statistics.geometric_mean([outcome.cost for outcome in of_method if outcome.cost])
         rows.append([method, *cells, mean, f"{cost:.2f}"])
     return Table(title, ("method", *compared, "mean", "step x LoRA"), rows, notes)
 
 
 def _with_error(value: Estimate | None, form: str = ".1f") -> str:
-    if value is None:
-        return ""
-    error = "" if math.isnan(value.error) else f" ± {value.error:{form.removeprefix('+')}}"
-    return f"{value.mean:{form}}{error}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "" if value is None else with_error(value, form)

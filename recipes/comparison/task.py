@@ -1,4 +1,4 @@
-"""What a run asks of a task, whatever its model and data are."""
+"""What a run needs from a task, whatever its model and data are."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -9,8 +9,8 @@ import lightning as L
 from peft import PeftModel
 from torch import Tensor
 
-from recipes.precision import Precision, fast_precision
-from recipes.training import RecipeModule
+from recipes.shared.precision import Precision, fast_precision
+from recipes.shared.training import RecipeModule
 
 Batch = dict[str, Any]
 Config = dict[str, float]
@@ -38,7 +38,7 @@ class Task(ABC):
 
     Args:
         name: of the task.
-        settings: all that decides a result beside the method, its configuration and the seed; told in every row.
+        settings: all that decides a result besides the method, its configuration and the seed; every row holds them.
             ``epochs``, ``sharpness_rho`` and ``noise`` (sigma), at which every method's sharpness and expected
             sharpness are measured, are always among them; ``precision`` may be; the others are the task's own.
         grids: values to choose from on the validation part, by the names that :mod:`recipes.comparison.methods` gives.
@@ -52,12 +52,12 @@ class Task(ABC):
 
     @property
     def precision(self) -> Precision:
-        """In which its runs are computed: as its settings tell, else what the device computes fast."""
-        told: Precision = self.settings.get("precision") or fast_precision()
-        return told
+        """Of its runs: the one in its settings, or else what the device computes fast."""
+        precision: Precision = self.settings.get("precision") or fast_precision()
+        return precision
 
     def computed_in(self, precision: Precision) -> "Task":
-        """The same task, whose settings tell a precision."""
+        """The same task with a precision in its settings."""
         task = copy.copy(self)
         task.settings = {**self.settings, "precision": precision}
         return task
@@ -100,7 +100,7 @@ class Task(ABC):
 
 
 def all_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """A task's settings with their precision: rows of before there was a choice tell none, and are of bf16-mixed."""
+    """A task's settings with their precision: rows from before there was a choice hold none, and are of bf16-mixed."""
     return {"precision": "bf16-mixed", **settings}
 
 

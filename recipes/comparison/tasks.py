@@ -41,14 +41,12 @@ def _commonsense() -> Task:
     return CommonsenseTask("commonsense", sizes | {"model": "SmolLM2-135M-Instruct"}, _COMMONSENSE_GRIDS)
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        _text("sentiment", length=32, examples=128, epochs=6),
-        _text("spam", length=48, examples=64, epochs=10),
-        _text("subject", length=32, examples=128, epochs=6),
-        _text("subject_long", length=32, examples=128, epochs=18, data="subject", grids=_LONG_GRIDS),
-        _emoji(),
-        _commonsense(),
-    )
-}
+_ALL = (
+    _text("sentiment", length=32, examples=128, epochs=6),
+    _text("spam", length=48, examples=64, epochs=10),
+    _text("subject", length=32, examples=128, epochs=6),
+    _text("subject_long", length=32, examples=128, epochs=18, data="subject", grids=_LONG_GRIDS),
+    _emoji(),
+    _commonsense(),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}

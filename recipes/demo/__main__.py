@@ -1,108 +1,110 @@
 """``make demo``: LoRA, EFMLoRA and FMLoRA from one seed on the same batches, then one table and one picture.
 
-Each method runs in a process of its own, so that its peak memory is its own. What is finished is kept: Ctrl-C and start
-again goes on from the last checkpoint.
+Each method runs in a process of its own, so that its peak memory is its own. What is finished is kept: after
+Ctrl-C the same command resumes from the last checkpoint.
 """
 
 import argparse
 import json
-import logging
-import os
 import shutil
-import subprocess
 import sys
-import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from recipes.demo.report import plot, write_table
-from recipes.demo.run import METHODS, Settings, run, tokenise
-from recipes.precision import SETTING, Precision
+from recipes.demo.report import plot, table
+from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenise, validate
+from recipes.shared import choose_rho as sweep
+from recipes.shared.ledger import Row, StoppedError, run_process
+from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
+from recipes.shared.progress import quiet
+from recipes.shared.tables import print_and_write
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is not there yet, and report; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["choose_rho"]:
+        _choose_rho(arguments[1:])
+        return 0
     options = _parser().parse_args(arguments)
-    settings = _settings(options)
+    values = {field.name: getattr(options, field.name) for field in fields(Settings)}
+    if options.precision is None:
+        keep_earlier_precision(options.folder)
+        values["precision"] = precision_of_runs(options.folder)
+    settings = Settings(**values)
     if options.only:
         quiet()
-        run(options.only, settings, options.folder / options.only)
+        perform(Run(options.only, settings, options.folder / options.only))
         return 0
     _drop_other_settings(options.folder, settings)
     print(f"Precision: {settings.precision}; --precision takes another", flush=True)
-    if any(not (options.folder / method / "result.json").exists() for method in METHODS):
+    rows = ledger(options.folder)
+    runs = [Run(method, settings, options.folder / method) for method in METHODS]
+    if any(rows.find(run) is None for run in runs):
         tokenise(settings, options.folder)
-    results = {}
-    for number, method in enumerate(METHODS, 1):
-        path = options.folder / method / "result.json"
-        if not path.exists():
-            print(f"\n[{number}/{len(METHODS)}] {method}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            status = _start(method, settings, options.folder)
-            if status:
-                print(f"{method} stopped. The same command goes on from its last checkpoint in {path.parent}")
-                return status
-        results[method] = json.loads(path.read_text())
-    write_table(results, options.folder / "table.txt")
+    try:
+        results = {row["method"]: row for row in rows.complete(runs, _in_a_process)}
+    except StoppedError as stop:
+        print(f"Stopped. The same command resumes from the last checkpoint in {options.folder}")
+        return stop.status
+    print_and_write(table(results), options.folder / "table.txt")
     plot(results, options.folder, options.folder / "curves.png")
     print(f"Checkpoints, adapters, table.txt and curves.png are in {options.folder}")
     return 0
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    """As told; a demo that goes on keeps the precision that it began with, whatever the device does fast by now."""
-    given = {field.name: getattr(options, field.name) for field in fields(Settings)}
-    if options.precision is not None:
-        return Settings(**given)
-    del given["precision"]
-    settings, before = Settings(**given), _settings_of(options.folder)
-    kept = replace(settings, precision=before.get("precision", settings.precision))
-    goes_on = asdict(kept) == before and SETTING not in os.environ
-    return kept if goes_on else settings
+def _in_a_process(run: Run) -> Row:
+    """What a run has written; it is performed first, in a process whose peak memory is its own."""
+    path = run.folder / "result.json"
+    # A run may have ended although the demo was stopped before it kept the row.
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        settings = [f"--{name}={value}" for name, value in asdict(run.settings).items() if value is not None]
+        command = [sys.executable, "-m", "recipes.demo", "--only", run.method, "--folder", str(run.folder.parent)]
+        run_process([*command, *settings])
+    row: Row = json.loads(path.read_text())
+    return row
 
 
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """What an earlier demo in this folder has written down; nothing where there was none."""
-    path = folder / "settings.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+def _choose_rho(arguments: list[str]) -> None:
+    """Validation loss and accuracy for each method and rho."""
+    parser = sweep.parser("python -m recipes.demo choose_rho", (0.01, 0.03, 0.1, 0.3), Path("runs/demo-rho"))
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each run")
+    options = parser.parse_args(arguments)
+    rows = ledger(options.folder)
+
+    def cells(method: str, rho: float, precision: Precision) -> list[str]:
+        settings = Settings(rho=rho, steps=options.steps, precision=precision)
+        run = Run(method, settings, options.folder / f"{method}-{rho:g}-{options.steps}")
+        (row,) = rows.complete([run], validate)
+        return [f"{row['val_loss']:.3f}", f"{row['val_accuracy']:.3f}"]
+
+    sweep.choose_rho(options, ("validation loss", "validation accuracy"), cells)
 
 
-def _start(method: str, settings: Settings, folder: Path) -> int:
-    """One method in a process of its own, which gets Ctrl-C too."""
-    given = [f"--{name}={value}" for name, value in asdict(settings).items() if value is not None]
-    command = [sys.executable, "-m", "recipes.demo", "--only", method, "--folder", str(folder), *given]
-    try:
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
+def keep_earlier_precision(folder: Path) -> None:
+    """Let a folder of an earlier demo, which kept the precision among its settings only, continue with it."""
+    settings, precision = folder / "settings.json", folder / "precision.txt"
+    if settings.exists() and not precision.exists():
+        precision.write_text(json.loads(settings.read_text())["precision"] + "\n")
 
 
 def _drop_other_settings(folder: Path, settings: Settings) -> None:
     """Set aside what an earlier demo with other settings left: its results would not be comparable."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = _settings_of(folder)
-    if before and before != asdict(settings):
-        number = next(n for n in range(1, 1000) if not folder.with_name(f"{folder.name}-{n}").exists())
+    path = folder / "settings.json"
+    before = json.loads(path.read_text()) if path.exists() else None
+    if before not in (None, asdict(settings)):
+        number = 1
+        while folder.with_name(f"{folder.name}-{number}").exists():
+            number += 1
         aside = folder.with_name(f"{folder.name}-{number}")
         shutil.move(folder, aside)
         folder.mkdir()
         print(f"The results of other settings are now in {aside}")
-    (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
-
-
-def quiet() -> None:
-    """Only what matters here: Lightning's hints on workers and logging intervals do not."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*exists and is not empty.*",
-        ".*is_gradient_checkpointing.*",
-        ".*set_vital.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    precision_of_runs(folder, settings.precision)
+    path.write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,8 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     for field in fields(Settings):
         if field.name != "precision":
             parser.add_argument(f"--{field.name}", type=kinds.get(field.name, int), default=field.default, help=" ")
-    told = "of all computation; left out, what the folder began with, and at first what this device computes fast"
-    parser.add_argument("--precision", choices=get_args(Precision), help=told)
+    parser.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
     return parser
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
-_COLOURS = {"untuned": "#888888", "LoRA": "#4477aa", "EFMLoRA": "#ee7733", "FMLoRA": "#228833"}
+from recipes.shared.methods import COLOURS
+from recipes.shared.tables import Table
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
@@ -18,22 +17,13 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         results: each method's result.json.
     """
     settings = next(iter(results.values()))["settings"]
-    told = f"{settings['dataset']}, {settings['steps']} steps of {settings['batch_size']}, {settings['precision']}"
-    shown = Table(title=told)
-    for column in (
-        "method",
-        "held-out accuracy",
-        "held-out loss",
-        "train loss",
-        "sharpness",
-        "step x LoRA",
-        "peak MiB",
-    ):
-        shown.add_column(column, justify="left" if column == "method" else "right")
+    title = f"{settings['dataset']}, {settings['steps']} steps of {settings['batch_size']}, {settings['precision']}"
+    columns = ("method", "held-out accuracy", "held-out loss", "train loss", "sharpness", "step x LoRA", "peak MiB")
+    rows = []
     base = results.get("LoRA", {}).get("median_step_seconds")
     for method, result in results.items():
         seconds = result["median_step_seconds"]
-        shown.add_row(
+        cells = [
             method,
             f"{result['test_accuracy']:.3f}" if result["test_accuracy"] is not None else "-",
             f"{result['test_loss']:.3f}",
@@ -41,15 +31,9 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
             f"{result['sharpness']:.4f}",
             f"{seconds / base:.2f}" if seconds and base else "-",
             f"{result['peak_memory_mib']:.0f}",
-        )
-    return shown
-
-
-def write_table(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Print the table, and write it to a file as it was printed."""
-    with path.open("w") as file:
-        Console(file=file, width=110).print(table(results))
-    Console().print(table(results))
+        ]
+        rows.append(cells)
+    return Table(title, columns, rows)
 
 
 def plot(results: dict[str, dict[str, Any]], folder: Path, path: Path) -> None:
@@ -65,14 +49,14 @@ def plot(results: dict[str, dict[str, Any]], folder: Path, path: Path) -> None:
     for method in results:
         steps, losses = _curve(folder / method / "metrics.csv")
         if steps:
-            curves.plot(steps, losses, color=_COLOURS[method], alpha=0.25, linewidth=1)
-            curves.plot(steps, _smoothed(losses), color=_COLOURS[method], label=method)
+            curves.plot(steps, losses, color=COLOURS[method], alpha=0.25, linewidth=1)
+            curves.plot(steps, _smoothed(losses), color=COLOURS[method], label=method)
     curves.set(xlabel="optimizer step", ylabel="training loss (nats per answer token)", title="training")
     note = "thin: each step; thick: running mean.\nEFMLoRA's is at B + Ê, where its pass runs"
     curves.text(0.98, 0.98, note, transform=curves.transAxes, ha="right", va="top", fontsize=8)
     curves.legend(loc="center right")
     accuracies = [result["test_accuracy"] or 0.0 for result in results.values()]
-    drawn = bars.bar(list(results), accuracies, color=[_COLOURS[method] for method in results])
+    drawn = bars.bar(list(results), accuracies, color=[COLOURS[method] for method in results])
     bars.bar_label(
         drawn,
         labels=[f"{a:.2f}\nsharpness {r['sharpness']:.3f}" for a, r in zip(accuracies, results.values(), strict=True)],

@@ -10,25 +10,27 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, Perturbation, find_pairs
+from lightning_flatlora import AdapterCheckpoint, Perturbation, find_pairs
 from lightning_flatlora.flatness import MeanLoss, sam_sharpness
-from recipes.instruction_tuning.chat import PLAIN_TEMPLATE
 from recipes.instruction_tuning.data import InstructionData
-from recipes.instruction_tuning.model import model_source
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.precision import Precision, fast_precision
-from recipes.progress import progress, progress_bar
-from recipes.random_state import RandomState
-from recipes.step_times import StepTimes
+from recipes.language.chat import PLAIN_TEMPLATE
+from recipes.language.model import model_source
+from recipes.shared.ledger import Ledger, Row, entries
+from recipes.shared.methods import BY_TITLE, OURS
+from recipes.shared.precision import Precision, fast_precision
+from recipes.shared.progress import progress, progress_bar
+from recipes.shared.random_state import RandomState
+from recipes.shared.step_times import StepTimes
 
-METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
+METHODS = ("untuned", *OURS)
 TOKENS = "tokens"
 
 
@@ -63,36 +65,61 @@ class Settings:
     precision: Precision = field(default_factory=fast_precision)
 
 
-def run(method: str, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Train with one method from its last checkpoint, if there is one, and evaluate on held-out questions.
+class Run(NamedTuple):
+    """One method of the demo.
 
-    Args:
+    Attributes:
         method: one of :data:`METHODS`; "untuned" only evaluates.
         settings: of the demo.
         folder: of this method: checkpoints, log and ``result.json``.
+    """
+
+    method: str
+    settings: Settings
+    folder: Path
+
+    def __str__(self) -> str:
+        return self.method
+
+    def key(self) -> Row:
+        """The first entries of its row."""
+        return {"method": self.method, "settings": asdict(self.settings)}
+
+
+def ledger(folder: Path) -> Ledger:
+    """The ``results.jsonl`` of the runs in a folder."""
+    return Ledger(folder / "results.jsonl", entries("method", "settings"))
+
+
+def perform(run: Run) -> Row:
+    """Train from the last checkpoint, if there is one, and evaluate on held-out questions.
 
     Returns:
         What was written to ``result.json``.
     """
-    trainer, module, data, times = train(method, settings, folder)
+    trainer, module, data, times = train(run)
     tested = trainer.test(module, data, verbose=False)[0]
-    result = {
-        "method": method,
-        "settings": asdict(settings),
+    row = {
+        **run.key(),
         "test_accuracy": tested.get("test_accuracy"),
         "test_loss": tested["test_loss"],
         "median_step_seconds": statistics.median(times.seconds) if times.seconds else None,
         "peak_memory_mib": _peak_memory_mib(),
     }
-    result |= sharpness(method, module, data, settings)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    row |= sharpness(run.method, module, data, run.settings)
+    (run.folder / "result.json").write_text(json.dumps(row, indent=2) + "\n")
+    return row
 
 
-def train(
-    method: str, settings: Settings, folder: Path
-) -> tuple[L.Trainer, InstructionTuning, InstructionData, StepTimes]:
-    """Model and data, after training with one method."""
+def validate(run: Run) -> Row:
+    """Train, and judge on the validation part, by which rho is chosen."""
+    trainer, module, data, _ = train(run)
+    return {**run.key(), **trainer.validate(module, data, verbose=False)[0]}
+
+
+def train(run: Run) -> tuple[L.Trainer, InstructionTuning, InstructionData, StepTimes]:
+    """Model and data, after training with the run's method."""
+    settings, folder = run.settings, run.folder
     L.seed_everything(settings.seed, verbose=False)
     data = _data(settings)
     if (folder.parent / TOKENS).exists():
@@ -101,9 +128,10 @@ def train(
     data.prepare_data()
     data.setup("fit")
     times = StepTimes()
+    # The data are set up before the Trainer is made, because their number of batches decides its number of epochs.
     epochs = math.ceil(settings.steps / len(data.train_dataloader()))
-    trainer = _trainer(method, settings, epochs, folder, times)
-    if method != "untuned":
+    trainer = _trainer(run, epochs, times)
+    if run.method != "untuned":
         last = folder / "last.ckpt"
         trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
     return trainer, module, data, times
@@ -126,6 +154,7 @@ def tokenise(settings: Settings, folder: Path) -> None:
     partial_folder = folder / f"{TOKENS}.partial"
     tables = datasets.DatasetDict({part: data.parts[part] for part in ("train", "test")})
     tables.save_to_disk(partial_folder)
+    # A run that was stopped while it wrote must not leave half of the tokens under the final name.
     partial_folder.rename(folder / TOKENS)
 
 
@@ -145,11 +174,9 @@ def _without_validation(parts: dict[str, Any]) -> dict[str, Any]:
     return {**parts, "validation": []}
 
 
-def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: StepTimes) -> L.Trainer:
-    flat: dict[str, Callable[[], list[L.Callback]]] = {
-        "EFMLoRA": lambda: [EFMLoRA(settings.rho)],
-        "FMLoRA": lambda: [FMLoRA(settings.rho)],
-    }
+def _trainer(run: Run, epochs: int, times: StepTimes) -> L.Trainer:
+    method, settings, folder = run
+    flat = BY_TITLE[method].callbacks(rho=settings.rho) if method in BY_TITLE else []
     checkpoints = AdapterCheckpoint(dirpath=folder, every_n_train_steps=8, save_top_k=0, save_last=True)
     return L.Trainer(
         accelerator="auto",
@@ -162,9 +189,10 @@ def _trainer(method: str, settings: Settings, epochs: int, folder: Path, times: 
         log_every_n_steps=1,
         limit_val_batches=settings.test_batches,
         limit_test_batches=settings.test_batches,
+        # Beyond the last epoch: the validation part is for choosing rho and is not even tokenised here.
         check_val_every_n_epoch=epochs + 1,
         num_sanity_val_steps=0,
-        callbacks=[times, *flat.get(method, list)(), checkpoints, RandomState(), progress_bar(method)],
+        callbacks=[times, *flat, checkpoints, RandomState(), progress_bar(method)],
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         enable_model_summary=False,
     )
@@ -180,13 +208,14 @@ def sharpness(method: str, module: InstructionTuning, data: InstructionData, set
     Returns:
         ``train_loss`` L(w) and ``sharpness``, in nats per answer token.
     """
-    batches = [_on(module.device, batch) for batch in islice(data.train_dataloader(), settings.sharpness_batches)]
+    first = islice(data.train_dataloader(), settings.sharpness_batches)
+    batches = [module.transfer_batch_to_device(batch, module.device, 0) for batch in first]
     module.eval().float()
     # Each batch is read twice: for loss and gradient at the weights, and for the loss at the perturbed ones.
     with progress(f"{method}, sharpness, batches", 2 * len(batches)) as advance:
         loss = MeanLoss([partial(_loss, module, batch, advance) for batch in batches])
-        found = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), settings.rho)
-    return {"train_loss": float(found.loss), "sharpness": float(found.sharpness)}
+        result = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), settings.rho)
+    return {"train_loss": float(result.loss), "sharpness": float(result.sharpness)}
 
 
 def _loss(module: InstructionTuning, batch: dict[str, Any], done: Callable[[], None]) -> torch.Tensor:
@@ -195,13 +224,10 @@ def _loss(module: InstructionTuning, batch: dict[str, Any], done: Callable[[], N
     return -log_likelihood.sum() / tokens.sum()
 
 
-def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
 def _peak_memory_mib() -> float:
     """The process's largest resident memory, and on CUDA the largest allocation."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    # macOS counts in bytes, Linux in KiB.
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

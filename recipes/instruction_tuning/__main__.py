@@ -1,6 +1,8 @@
 """``python -m recipes.instruction_tuning fit|validate|test|predict --config FILE``."""
 
-from recipes.cli import RecipeCLI
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.mistakes import without_traceback
 
 if __name__ == "__main__":
-    RecipeCLI()
+    with without_traceback():
+        RecipeCLI(parser_kwargs={"prog": "python -m recipes.instruction_tuning"})

@@ -27,11 +27,30 @@ def letter(number: int) -> str:
     return string.ascii_uppercase[number]
 
 
+def letter_by_lmms_eval(answer: str) -> str | None:
+    """The letter that lmms-eval's task scienceqa reads in an answer; None where it reads none.
+
+    It takes a letter alone, and a capital at the beginning that a full stop follows, whatever comes then. Its releases
+    differ: some take a small letter alone, as here, and then miss the second form; others take capitals alone.
+
+    Args:
+        answer: as generated.
+
+    Example:
+        >>> [letter_by_lmms_eval(answer) for answer in ("B. Louisiana", "b", "The answer is B.", "")]
+        ['B', 'B', None, None]
+    """
+    text = answer.strip()
+    if len(text) == 1 and text.upper() in string.ascii_uppercase:
+        return text.upper()
+    return text[0] if len(text) > 1 and text[0] in string.ascii_uppercase and text[1] == "." else None
+
+
 def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that an answer names; None where it names none, or several.
 
-    lmms-eval's rule for ScienceQA takes a letter alone, and one at the beginning that a full stop follows. Here the
-    other usual spellings count too: a letter in brackets, one that the answer announces, and an option's own text.
+    Beside what lmms-eval takes, see :func:`letter_by_lmms_eval`, the other usual spellings count: a letter in brackets,
+    one that the answer announces, and an option's own text.
 
     Args:
         answer: as generated.

@@ -8,58 +8,43 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL.Image import Image, Resampling
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_flatlora.report.conversation import HiddenAnswerError, Message, answer_end, answer_spans
-from recipes.instruction_tuning.chat import (
-    ASKED,
-    IGNORED,
-    opening_of,
-    read_template,
-    takes_system,
-    template_errors,
-    without_system,
-)
+from lightning_flatlora.report.conversation import HiddenAnswerError, Message, answer_spans
+from recipes.language.chat import IGNORED
+from recipes.language.templates import TemplateEncoder
 
 
 class Rendered(NamedTuple):
     """A question and its answer as a chat template writes them.
 
     Attributes:
-        text: question and answer, with a mark where the image is.
-        prompt: the question and the opening of an answer.
-        learnt: tokens of the answer and its end token.
-        rest: tokens after those.
+        text: question and answer and what was said before, with a mark where the image is.
+        prompt: the same without the answer, and with the opening of one.
+        spans: of each answer with its end token, how many tokens before the text's end it begins, and how many it ends.
         length: tokens in all, the mark counted as one.
     """
 
     text: str
     prompt: str
-    learnt: int
-    rest: int
+    spans: list[tuple[int, int]]
     length: int
 
 
-class QuestionEncoder:
-    """Encode questions about one image each.
-
-    A template that takes no system message gets it at the head of the question instead. What a template writes before
-    an answer, and not in its generation prompt, is not learnt and stands in prompts too.
-
-    Attributes:
-        answer_end: what the template ends an answer with, if it is not the tokenizer's end token; else "".
+class QuestionEncoder(TemplateEncoder):
+    """Encode questions about one image each, which stands before the first of them.
 
     Args:
         processor: of a vision-language model, with a fast tokenizer, whose end token also pads if no other does.
-        chat_template: a Jinja template, or a file with one; None takes the processor's own.
-        system_prompt: a system message; None leaves that to the template.
-        template_arguments: variables of the template, as ``{"enable_thinking": False}``.
+        chat_template: see :class:`recipes.language.templates.TemplateEncoder`.
+        system_prompt: see there.
+        template_arguments: see there.
         max_pixels: largest number of pixels of an image, and so of its tokens; larger ones are scaled down. None leaves
             that to the processor.
-        min_pixels: smallest number, likewise; smaller ones are scaled up.
+        min_pixels: smallest number of pixels; smaller ones are scaled up.
 
     Raises:
-        MisconfigurationException: there is no chat template or it can't be used, or the tokenizer can't tell where its
-            tokens lie.
+        MisconfigurationException: as there, and if the tokenizer has no end token.
     """
 
     def __init__(
@@ -71,104 +56,95 @@ class QuestionEncoder:
         max_pixels: int | None = None,
         min_pixels: int | None = None,
     ) -> None:
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        if chat_template is not None and "{" not in chat_template:  # a file name: no template lacks a brace
-            chat_template = read_template(chat_template)
-        self.template = chat_template or processor.chat_template or self.tokenizer.chat_template
-        self.arguments = template_arguments or {}
+        super().__init__(processor, chat_template, system_prompt, template_arguments, reads_marks=False)
+        self.processor = processor
         self.max_pixels, self.min_pixels = max_pixels, min_pixels
-        name = self.tokenizer.name_or_path
-        if not isinstance(self.template, str):
+        if not self.tokenizer.eos_token:
             raise MisconfigurationException(
-                f"the processor of {name!r} has no single chat template: set chat_template to a Jinja template or to "
-                "a file with one, or take an instruction-tuned model"
+                f"the tokenizer of {self.tokenizer.name_or_path!r} has no end token, so the end of an answer can't be "
+                "learnt: choose another model"
             )
-        if not self.tokenizer.is_fast or not self.tokenizer.eos_token:
-            raise MisconfigurationException(
-                f"the tokenizer of {name!r} is not a fast one with an end token, so the answer's tokens can't be "
-                "located: choose another model"
-            )
+        # Labels and masks go by places, so that end tokens are learnt although they pad as well.
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.system_prompt = system_prompt
-        self._takes_system = takes_system(self._render)
-        self._opening = opening_of(self._render, must_agree=True)
-        self.answer_end = answer_end(self._render, ASKED, self.tokenizer.eos_token)
 
-    def render(self, question: str, answer: str) -> Rendered:
-        """A question and its answer as text, and which of its tokens are the answer's.
+    def render(self, question: str, answer: str, history: Sequence[Message] = ()) -> Rendered:
+        """A question and its answer as text, and which of its tokens are answers.
+
+        Args:
+            question: the last one.
+            answer: to it.
+            history: messages before the question, whose answers are learnt too.
 
         Raises:
-            MisconfigurationException: the template rewrites the question when it is answered, or the text holds the
+            MisconfigurationException: the template rewrites the question when it is answered, or a text holds the
                 mark of an image.
         """
-        messages = [*self._asked(question), {"role": "assistant", "content": answer}]
-        prompt = self.prompt(question)
+        messages = [*self._asked(question, history), {"role": "assistant", "content": answer}]
+        prompt = self.prompt(question, history)
         try:
-            text, spans = answer_spans(self._render, messages, self.tokenizer.eos_token)
+            text, places = answer_spans(self._render, messages, self.tokenizer.eos_token)
         except HiddenAnswerError as error:
             raise MisconfigurationException(f"{error}. Set chat_template to one that does neither") from error
-        start, end = spans[-1]
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        learnt = sum(a < end and b > start for a, b in offsets)
-        return Rendered(text, prompt, learnt, sum(a >= end for a, _ in offsets), len(offsets))
+        spans = []
+        for start, end in places:
+            after = sum(first >= end for first, _ in offsets)
+            inside = sum(first < end and last > start for first, last in offsets)
+            spans.append((after + inside, after))
+        return Rendered(text, prompt, spans, len(offsets))
 
-    def prompt(self, question: str) -> str:
+    def prompt(self, question: str, history: Sequence[Message] = ()) -> str:
         """A question as text that an answer is to follow.
 
         Raises:
-            MisconfigurationException: it holds the mark of an image.
+            MisconfigurationException: a text holds the mark of an image.
         """
         mark = getattr(self.processor, "image_token", None)
-        if mark and mark in question:
-            raise MisconfigurationException(f"the question {question!r} holds {mark!r}, the mark of an image")
-        return self._render(self._asked(question), True) + self._opening
+        for text in (question, *(message["content"] for message in history)):
+            if mark and mark in text:
+                raise MisconfigurationException(f"the question {text!r} holds {mark!r}, the mark of an image")
+        return self._render(self._asked(question, history), True) + self._opening
 
     def __call__(self, texts: Sequence[str], images: Sequence[Image], padding_side: str) -> dict[str, Tensor]:
         """The model's inputs for texts with an image each: tokens padded on a side, and pixels."""
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=list(texts),
+            # A list for each text, because processors allow several images in one.
             images=[[sized(image, self.max_pixels, self.min_pixels)] for image in images],
             padding=True,
             padding_side=padding_side,
             return_tensors="pt",
+            # A template may have written the beginning token itself, which must not stand there twice.
             add_special_tokens=not (bos and texts[0].startswith(bos)),
         )
         return dict(inputs)
 
-    def _asked(self, question: str) -> list[Message]:
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return messages if self._takes_system else without_system(messages)
+    def _asked(self, question: str, history: Sequence[Message]) -> list[Message]:
+        return self._with_system([*history, {"role": "user", "content": question}])
 
-    def _render(self, messages: Sequence[Message], opens_answer: bool) -> str:
-        with template_errors():
-            return str(
-                self.processor.apply_chat_template(
-                    [_with_parts(message) for message in messages],
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=opens_answer,
-                    **self.arguments,
-                )
-            )
-
-
-def _with_parts(message: Message) -> Message:
-    """A message in the form of image-text-to-text templates: a list of parts, and the question's image before it."""
-    text = {"type": "text", "text": message["content"]}
-    return {**message, "content": [{"type": "image"}, text] if message["role"] == "user" else [text]}
+    @override
+    def _in_form(self, messages: Sequence[Message]) -> list[Message]:
+        """Lists of parts, as image-text-to-text templates take them, with the image before the first question."""
+        formed = []
+        has_image = False
+        for message in messages:
+            parts = [{"type": "text", "text": message["content"]}]
+            if message["role"] == "user" and not has_image:
+                parts.insert(0, {"type": "image"})
+                has_image = True
+            formed.append({**message, "content": parts})
+        return formed
 
 
 def sized(image: Image, max_pixels: int | None, min_pixels: int | None) -> Image:
-    """An image with at most, and at least, so many pixels, in its own proportions; it may be the same one.
+    """An image in its own proportions within two numbers of pixels: the same one if it is within them already.
 
     Args:
         image: of any size.
-        max_pixels: width times height; None for any.
-        min_pixels: likewise.
+        max_pixels: largest width times height; None for any.
+        min_pixels: smallest; None for any.
 
     Example:
         >>> import PIL.Image
@@ -188,23 +164,24 @@ def sized(image: Image, max_pixels: int | None, min_pixels: int | None) -> Image
     return image.resize(size, Resampling.BICUBIC)
 
 
-def answer_labels(inputs: dict[str, Tensor], learnt: Sequence[int], rest: Sequence[int]) -> Tensor:
+def answer_labels(inputs: dict[str, Tensor], spans: Sequence[Sequence[Sequence[int]]]) -> Tensor:
     """Labels (rows, T) of inputs padded on the right: the token itself inside an answer, else -100.
 
-    The image stands before the question, and its mark is one token that becomes many: answers are counted from the end.
+    The image stands before all answers, and its mark is one token that becomes many: answers are counted from the end.
 
     Args:
         inputs: ``input_ids`` and ``attention_mask``, (rows, T).
-        learnt: tokens of each row's answer.
-        rest: tokens after each.
+        spans: of each row's answers, see :class:`Rendered`.
 
     Example:
         >>> ids = torch.tensor([[7, 8, 9, 0], [5, 6, 7, 8]])
-        >>> answer_labels({"input_ids": ids, "attention_mask": (ids > 0).long()}, [1, 2], [1, 0]).tolist()
-        [[-100, 8, -100, -100], [-100, -100, 7, 8]]
+        >>> inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+        >>> answer_labels(inputs, [[(2, 1)], [(4, 3), (2, 0)]]).tolist()
+        [[-100, 8, -100, -100], [5, -100, 7, 8]]
     """
     labels = torch.full_like(inputs["input_ids"], IGNORED)
-    ends = inputs["attention_mask"].sum(dim=1) - torch.tensor(rest)
-    for row, (end, count) in enumerate(zip(ends.tolist(), learnt, strict=True)):
-        labels[row, end - count : end] = inputs["input_ids"][row, end - count : end]
+    ends = inputs["attention_mask"].sum(dim=1).tolist()
+    for row, (end, answers) in enumerate(zip(ends, spans, strict=True)):
+        for first, last in answers:
+            labels[row, end - first : end - last] = inputs["input_ids"][row, end - first : end - last]
     return labels

@@ -1,29 +1,30 @@
-"""VQAData: questions about images, split without leaks, in batches that a stopped run takes up again."""
+"""VQAData: questions about images, split without leaks, in batches that a resumed run continues."""
 
 import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from recipes.clip.images import read_image, readable
-from recipes.instruction_tuning.batches import Batch, LengthBatchSampler
-from recipes.instruction_tuning.data import part_of
-from recipes.resumable import LateLoader, ResumableData
-from recipes.vqa import sources
+from recipes.clip.images import blind_skips, read_image, readable
+from recipes.language.batches import Batch, LengthBatchSampler
+from recipes.shared.data import columns, part_of, refuse_bad_settings, split_problems
+from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
+from recipes.vqa import easy_vqa, sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
-from recipes.vqa.images import open_image, usable
+from recipes.vqa.images import open_image, too_long, usable
 from recipes.vqa.metrics import expected_answer
 from recipes.vqa.model import load_processor
+from recipes.vqa.prompts import Prompt
 
-_PARTS = ("train", "validation", "test")
 
-
+@dataclass(eq=False)
 class VQAData(ResumableData):
     """Any visual question answering data set, for a generative vision-language model.
 
@@ -34,20 +35,27 @@ class VQAData(ResumableData):
         dataset: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:easy_vqa", "packaged:easy_vqa_plain"
             (without negation) or "packaged:easy_vqa_negated" (those with it). "{split}" stands for the split.
         split: for training.
-        validation_split: likewise; None takes ``validation_share`` of the training split's images.
-        test_split: likewise; None takes ``test_share``.
+        validation_split: for validation; None takes ``validation_share`` of the training split's images.
+        test_split: for testing; None takes ``test_share``.
+        config_name: which of a Hub data set's configurations; None where it has one.
         image_folder: where relative image paths start, None for the file's own folder; "{split}" stands for the split.
+            In `predict`, which has no split, a folder of splits counts as None.
+        type_column: the column with the questions' types, for the metrics; None takes the first that is there of
+            type, question_type, answer_type, category and subject.
+        prompt: what the model is asked: a text with {question}, and for questions with choices {choices} and {hint}.
+            None is the question alone, or the hint, the question, the choices and what to answer with.
+        choice_separator: stands between two choices.
         processor: name or folder of a processor; None takes the module's.
         batch_size: questions of a batch.
         max_length: tokens of question and answer; longer ones are left out, and counted.
         chat_template: a Jinja template or a file with one; None takes the processor's own.
         system_prompt: a system message; None leaves that to the template. Where the template takes none, it stands at
             the head of the question.
-        template_arguments: variables of the chat template, as {"enable_thinking": false}.
-        max_pixels: largest number of pixels of an image; larger ones are scaled down, in their proportions. For models
-            whose images keep their size, as Qwen2-VL's, it bounds their tokens: 28 x 28 pixels are one. None leaves
-            that to the processor.
-        min_pixels: smallest number of pixels, likewise; smaller ones are scaled up.
+        template_arguments: variables of the chat template, such as {"enable_thinking": false}.
+        max_pixels: largest number of pixels of an image; larger ones are scaled down, in their proportions. With
+            models that keep an image's size, such as Qwen2-VL, it bounds the tokens: 28 x 28 pixels are one. None
+            leaves that to the processor.
+        min_pixels: smallest number of pixels of an image; smaller ones are scaled up.
         validation_share: share of the images for validation.
         test_share: share of the images held out for `test`.
         check_images: decode every image once before training, to find broken ones.
@@ -61,61 +69,55 @@ class VQAData(ResumableData):
             `setup`, before training).
     """
 
-    def __init__(
-        self,
-        dataset: str = "packaged:easy_vqa_negated",
-        split: str = "train",
-        validation_split: str | None = None,
-        test_split: str | None = None,
-        image_folder: str | None = None,
-        processor: str | None = None,
-        batch_size: int = 16,
-        max_length: int = 512,
-        chat_template: str | None = None,
-        system_prompt: str | None = None,
-        template_arguments: dict[str, Any] | None = None,
-        max_pixels: int | None = 1280 * 28 * 28,
-        min_pixels: int | None = None,
-        validation_share: float = 0.1,
-        test_share: float = 0.0,
-        check_images: bool = True,
-        skip_unreadable: bool = False,
-        seed: int = 0,
-        num_workers: int = 0,
-        questions: str | None = None,
-    ) -> None:
+    dataset: str = "packaged:easy_vqa_negated"
+    split: str = "train"
+    validation_split: str | None = None
+    test_split: str | None = None
+    config_name: str | None = None
+    image_folder: str | None = None
+    type_column: str | None = None
+    prompt: str | None = None
+    choice_separator: str = "\n"
+    processor: str | None = None
+    batch_size: int = 16
+    max_length: int = 512
+    chat_template: str | None = None
+    system_prompt: str | None = None
+    template_arguments: dict[str, Any] | None = None
+    max_pixels: int | None = 1280 * 28 * 28
+    min_pixels: int | None = None
+    validation_share: float = 0.1
+    test_share: float = 0.0
+    check_images: bool = True
+    skip_unreadable: bool = False
+    seed: int = 0
+    num_workers: int = 0
+    questions: str | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        shares = {
-            "validation": 0.0 if validation_split else validation_share,
-            "test": 0.0 if test_split else test_share,
+        self.splits = {"train": self.split, "validation": self.validation_split, "test": self.test_split}
+        self.shares = {
+            "validation": 0.0 if self.validation_split else self.validation_share,
+            "test": 0.0 if self.test_split else self.test_share,
         }
-        _check(batch_size, max_length, num_workers, shares, skip_unreadable and not check_images)
-        _check_pixels(max_pixels, min_pixels)
-        self.dataset = dataset
-        self.splits = {"train": split, "validation": validation_split, "test": test_split}
-        self.shares = shares
-        self.image_folder = image_folder
-        self.processor_name = processor
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.chat_template = chat_template
-        self.system_prompt = system_prompt
-        self.template_arguments = template_arguments
-        self.max_pixels, self.min_pixels = max_pixels, min_pixels
-        self.check_images = check_images
-        self.skip_unreadable = skip_unreadable
-        self.seed = seed
-        self.num_workers = num_workers
-        self.questions = questions
-        self.parts: dict[str, Any] = {}
+        self._prompt = Prompt(self.prompt, self.choice_separator)
+        problems = blind_skips(self.skip_unreadable, self.check_images)
+        problems += _pixel_problems(self.max_pixels, self.min_pixels)
+        refuse_bad_settings(self, {"batch_size": 1, "max_length": 2, "num_workers": 0}, self.shares, problems)
+        self.parts = {}
         self.reports: dict[str, str] = {}
 
     @override
     def prepare_data(self) -> None:
-        sources.fetch(self.dataset)
+        easy_vqa.fetch(self.dataset)
 
     @override
     def setup(self, stage: str) -> None:
+        # Not where the arguments are checked: the base's test split is no mistake in `predict`, which reads no part.
+        if stage != "predict":
+            own_splits = [self.splits["validation"], self.splits["test"]]
+            refuse_bad_settings(self, {}, more=split_problems(self.dataset, own_splits))
         self.encoder = QuestionEncoder(
             self._processor(),
             self.chat_template,
@@ -127,41 +129,26 @@ class VQAData(ResumableData):
         if stage == "predict":
             self.parts["predict"] = self._read_questions()
             return
-        for part in {"fit": _PARTS[:2], "validate": _PARTS[1:2], "test": _PARTS[2:]}[stage]:
+        for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._encoded(part)
+        # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not len(self.parts[part]):
             raise MisconfigurationException(f"nothing to evaluate: set {part}_split, or {part}_share above 0")
 
     @override
-    def train_dataloader(self) -> LateLoader:
-        return self.gone_on(self._loader("train"))
-
-    @override
-    def val_dataloader(self) -> LateLoader | list[Any]:
-        return self._loader("validation") if len(self.parts["validation"]) else []
-
-    @override
-    def test_dataloader(self) -> LateLoader:
-        return self._loader("test")
-
-    @override
     def predict_dataloader(self) -> DataLoader[Batch]:
-        rows = self.parts["predict"]
-        # As many for each, which FSDP needs.
-        sampler: Any = DistributedSampler(rows, shuffle=False, **self.ranks())  # type: ignore[arg-type]
-        return DataLoader(
-            rows, batch_size=self.batch_size, sampler=sampler, collate_fn=partial(_prompts, encoder=self.encoder)
-        )
+        return self.prompts_loader(partial(_prompts, encoder=self.encoder))
 
-    def _loader(self, part: str) -> LateLoader:
+    @override
+    def loader(self, part: str) -> LateLoader:
         rows, training = self.parts[part], part == "train"
         sampler = LengthBatchSampler(rows["length"], self.batch_size, seed=self.seed, shuffle=training, **self.ranks())
         return self.whole_batches(rows, sampler, Collate(self.encoder, with_prompts=not training))
 
     def _processor(self) -> Any:
-        if self.processor_name is not None:
-            return load_processor(self.processor_name)
+        if self.processor is not None:
+            return load_processor(self.processor)
         if self.trainer is None:
             raise MisconfigurationException("processor=None takes the module's: set it, or use a Trainer")
         return self.trainer.lightning_module.processor
@@ -170,11 +157,12 @@ class VQAData(ResumableData):
 
     def _chosen(self, part: str) -> Any:
         """A part's questions: a split of the data set, or a share of the training split's images."""
-        own = self.splits[part]
-        if own is None and not self.shares[part]:
+        split = self.splits[part]
+        if split is None and not self.shares[part]:
             return []
-        table = sources.load(self.dataset, own or str(self.splits["train"]), self.image_folder)
-        if (own is not None and part != "train") or not any(self.shares.values()):
+        settings = self.image_folder, self.config_name, self.type_column, self._prompt
+        table = sources.load(self.dataset, split or str(self.splits["train"]), *settings)
+        if (split is not None and part != "train") or not any(self.shares.values()):
             return table
         keys = (_image_key(row["image"]) for row in table.select_columns("image"))
         return table.select([i for i, key in enumerate(keys) if part_of(key, self.shares) == part])
@@ -210,13 +198,16 @@ class VQAData(ResumableData):
                 "predict needs --data.questions FILE, a .jsonl file with image and question in each line"
             )
         rows = sources.read_json_lines(self.questions, "questions")
-        folder = Path(self.questions).parent if self.image_folder is None else Path(self.image_folder)
+        folder = Path(self.questions).parent
+        if self.image_folder is not None and "{split}" not in self.image_folder:
+            folder = Path(self.image_folder)
         files = [folder.expanduser() / row["image"] for row in rows]
-        readable(files)
-        return [
-            {**row, "line": line, "file": file, "prompt": self.encoder.prompt(row["question"])}
-            for line, (row, file) in enumerate(zip(rows, files, strict=True))
-        ]
+        readable(files, refuses=too_long)
+        asked = []
+        for line, (row, file) in enumerate(zip(rows, files, strict=True)):
+            question = self._prompt(row["question"], row.get("choices") or [], row.get("hint"))
+            asked.append({**row, "line": line, "file": file, "prompt": self.encoder.prompt(question)})
+        return asked
 
 
 class Collate:
@@ -234,13 +225,13 @@ class Collate:
         self.encoder, self.with_prompts = encoder, with_prompts
 
     def __call__(self, rows: dict[str, list[Any]]) -> Batch:
-        """One batch of columns of rows, as the class says."""
+        """The batch of rows that are given in columns."""
         images = [
             open_image(image, f"the image of {question!r}")
             for image, question in zip(rows["image"], rows["question"], strict=True)
         ]
         inputs = self.encoder(rows["text"], images, padding_side="right")
-        labels = answer_labels(inputs, rows["learnt"], rows["rest"])
+        labels = answer_labels(inputs, rows["spans"])
         batch = {"inputs": inputs, "labels": labels, "answers": rows["answers"], "types": rows["type"]}
         batch["choices"] = rows["choices"]
         return batch | (
@@ -251,6 +242,9 @@ class Collate:
 def _rendered(row: dict[str, Any], encoder: QuestionEncoder, known: dict[tuple[str, str], Rendered]) -> dict[str, Any]:
     """A row's columns of :class:`Rendered`; many data sets ask a question of thousands of images."""
     asked = row["question"], expected_answer(row["answers"])
+    # A conversation hardly ever comes twice, and would only fill the memory.
+    if row["history"]:
+        return encoder.render(*asked, row["history"])._asdict()
     if asked not in known:
         known[asked] = encoder.render(*asked)
     return known[asked]._asdict()
@@ -259,7 +253,7 @@ def _rendered(row: dict[str, Any], encoder: QuestionEncoder, known: dict[tuple[s
 def _prompts(rows: list[dict[str, Any]], encoder: QuestionEncoder) -> Batch:
     images = [read_image(row["file"]) for row in rows]
     prompts = encoder([row["prompt"] for row in rows], images, padding_side="left")
-    return {"prompts": prompts, **{name: [row[name] for row in rows] for name in ("line", "image", "question")}}
+    return {"prompts": prompts, **columns(rows, ("line", "image", "question"))}
 
 
 def _image_key(image: dict[str, Any] | None) -> str:
@@ -269,32 +263,11 @@ def _image_key(image: dict[str, Any] | None) -> str:
     return hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else Path(image["path"]).name
 
 
-def _check(batch_size: int, max_length: int, num_workers: int, shares: dict[str, float], skips_blindly: bool) -> None:
-    problems = [
-        f"{name} must be an integer >= {least}, got {value!r}"
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("max_length", max_length, 2),
-            ("num_workers", num_workers, 0),
-        )
-        if value < least
-    ]
-    if not (min(shares.values()) >= 0 and sum(shares.values()) < 1):
-        problems.append(
-            "validation_share and test_share must be >= 0 and leave something to train on, "
-            f"got {shares['validation']!r} and {shares['test']!r}"
-        )
-    if skips_blindly:
-        problems.append("skip_unreadable needs check_images, which finds what is to be skipped: set it to true")
-    if problems:
-        raise MisconfigurationException("VQAData: " + "; ".join(problems))
-
-
-def _check_pixels(max_pixels: int | None, min_pixels: int | None) -> None:
+def _pixel_problems(max_pixels: int | None, min_pixels: int | None) -> list[str]:
+    problems = []
     for name, value in (("max_pixels", max_pixels), ("min_pixels", min_pixels)):
         if value is not None and value < 1:
-            raise MisconfigurationException(f"VQAData: {name} must be an integer >= 1 or null, got {value!r}")
-    if max_pixels is not None and min_pixels is not None and min_pixels > max_pixels:
-        raise MisconfigurationException(
-            f"VQAData: min_pixels must not exceed max_pixels, got {min_pixels!r} and {max_pixels!r}"
-        )
+            problems.append(f"{name} must be an integer >= 1 or null, got {value!r}")
+    if not problems and max_pixels is not None and min_pixels is not None and min_pixels > max_pixels:
+        problems.append(f"min_pixels must not exceed max_pixels, got {min_pixels!r} and {max_pixels!r}")
+    return problems

@@ -7,11 +7,13 @@ from typing import Any, cast
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL.Image import Image
 
-from recipes.clip.images import read_image, readable
+from recipes.clip.images import Size, read_image, readable
+
+_LONGEST = 200  # times as long as wide; Qwen's image processors refuse more
 
 
 class Embedded:
-    """An image inside a data set, as a file for Pillow: its bytes are read when they are needed."""
+    """An image inside a data set in the form of a file for Pillow: its bytes are read when they are needed."""
 
     def __init__(self, name: str, load: Callable[[], bytes]) -> None:
         self.name, self.load = name, load
@@ -38,6 +40,18 @@ def open_image(image: dict[str, Any], name: str) -> Image:
     return read_image(image["path"] if data is None else cast("Any", Embedded(name, lambda: data)))
 
 
+def too_long(size: Size) -> str | None:
+    """Why an image of this width and height can't be used, or None.
+
+    Example:
+        >>> too_long((640, 480)), too_long((1, 300))
+        (None, '1 x 300 pixels: it may be 200 times as long as wide at most')
+    """
+    if max(size) <= _LONGEST * min(size):
+        return None
+    return f"{size[0]} x {size[1]} pixels: it may be {_LONGEST} times as long as wide at most"
+
+
 def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
     """Places of the rows whose image is there and can be read: each is decoded once.
 
@@ -59,6 +73,7 @@ def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
         elif image["bytes"]:
             files[Embedded(f"{name}, row {place}", partial(_embedded, column, place))] = [place]
         else:
+            # Many data sets ask several questions about one image.
             files.setdefault(image["path"], []).append(place)
     if missing and not (skip_unreadable and files):
         raise MisconfigurationException(
@@ -66,7 +81,10 @@ def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
             "set skip_unreadable to leave such out"
         )
     distinct = list(files)
-    return sorted(place for i in readable(distinct, skip_unreadable) for place in files[distinct[i]])
+    places: list[int] = []
+    for number in readable(distinct, skip_unreadable, too_long):
+        places += files[distinct[number]]
+    return sorted(places)
 
 
 def _embedded(column: Any, place: int) -> bytes:

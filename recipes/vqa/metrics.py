@@ -1,14 +1,15 @@
-"""How good answers are: exact match and VQA accuracy, as a whole and per type of question."""
+"""How good answers are: exact match and VQA accuracy, over all questions and for each type of question."""
 
 import re
 from collections import Counter
+from itertools import product
 
 import lightning as L
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from recipes.ranks import gathered
-from recipes.vqa.choices import chosen_letter
+from recipes.shared.ranks import gathered
+from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -18,7 +19,7 @@ _CONTRACTED = {
     "n't": "ai are ca could did do does had has have is might must need ought sha should was were wo would",
     "n't've": "could had might should would",
     "'ve": "could might must not should they we what where who would you",
-    "'d": "he how it she someone something there they where who you",
+    "'d": "he how it someone something there they where who you",  # not "shed", which is a word
     "'d've": "he it she somebody someone something there they we who you",
     "'ll": "how it somebody someone something they what who why you",
     "'s": "he how let she somebody someone that there what when where who why",
@@ -26,13 +27,23 @@ _CONTRACTED = {
 }
 _WHOLE = ("ma'am", "o'clock", "'twas", "'ow's'at", "y'all", "y'all'll", "y'all'd've")
 _AGREEING = 3  # people who make an answer fully right
-_PEOPLE = 4  # fewest answers of which so many are left when one is set aside
+_PEOPLE = 4  # with at least so many answers, three are left when one is set aside
 
 
 def _contractions() -> dict[str, str]:
-    """From a contraction without its apostrophes to the whole."""
-    spelt = [stem + ending for ending, stems in _CONTRACTED.items() for stem in stems.split()]
-    return {word.replace("'", ""): word for word in (*spelt, *_WHOLE)}
+    """From a contraction that lacks some of its apostrophes to the whole."""
+    words = list(_WHOLE)
+    for ending, stems in _CONTRACTED.items():
+        words += [stem + ending for stem in stems.split()]
+    found = {}
+    for word in words:
+        pieces = word.split("'")
+        for apostrophes in product(("", "'"), repeat=len(pieces) - 1):
+            spelled = pieces[0]
+            for apostrophe, piece in zip(apostrophes, pieces[1:], strict=True):
+                spelled += apostrophe + piece
+            found[spelled] = word
+    return found
 
 
 _APOSTROPHES = _contractions()
@@ -57,7 +68,7 @@ def normalised(answer: str) -> str:
     text = " ".join(answer.split())
     words = [_DIGITS.get(word, word) for word in _without_punctuation(text).lower().split()]
     kept = [word for word in words if word not in _ARTICLES] or words
-    return " ".join(_APOSTROPHES.get(word.replace("'", ""), word) for word in kept)
+    return " ".join(_APOSTROPHES.get(word, word) for word in kept)
 
 
 def _without_punctuation(text: str) -> str:
@@ -94,8 +105,8 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
         >>> [round(vqa_accuracy("dog", ["dog"] * n + ["cat"] * (10 - n)), 3) for n in range(5)]
         [0.0, 0.3, 0.6, 0.9, 1.0]
     """
-    given = normalised(answer)
-    agrees = [given != "" and normalised(other) == given for other in answers]
+    text = normalised(answer)
+    agrees = [text != "" and normalised(other) == text for other in answers]
     agreeing = sum(agrees)
     shares = [min((agreeing - aside) / _AGREEING, 1.0) for aside in agrees]
     return sum(shares) / len(shares)
@@ -110,12 +121,13 @@ def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
     """
     if choices:
         return chosen_letter(answer, choices) == expected_answer(expected)
-    given = normalised(answer)
-    return given != "" and given == normalised(expected_answer(expected))
+    text = normalised(answer)
+    return text != "" and text == normalised(expected_answer(expected))
 
 
 class AnswerMetrics(nn.Module):
-    """Metrics of one evaluation: loss per answer token, exact match, VQA accuracy, exact match per type.
+    """Metrics of one evaluation: loss per answer token, exact match, for choices also lmms-eval's, VQA accuracy, exact
+    match per type.
 
     Attributes:
         compared: answers that the ranks have compared so far.
@@ -125,6 +137,7 @@ class AnswerMetrics(nn.Module):
         super().__init__()
         self.loss = MeanMetric()
         self.exact_match = MeanMetric()
+        self.lmms_eval_match = MeanMetric()
         self.vqa_accuracy = MeanMetric()
         self.per_type = nn.ModuleDict()
         self.compared = 0
@@ -134,19 +147,22 @@ class AnswerMetrics(nn.Module):
         self.loss.update(-log_likelihood / tokens, tokens)
 
     def update_answers(
-        self, given: list[str], answers: list[list[str]], types: list[str], choices: list[list[str]]
+        self, predictions: list[str], answers: list[list[str]], types: list[str], choices: list[list[str]]
     ) -> None:
         """Take up generated answers.
 
         Args:
-            given: by the model.
+            predictions: by the model.
             answers: of one or several people to each question.
             types: of the questions, "" for none.
             choices: of each question the options, none if it is answered freely.
         """
-        for answer, expected, kind, options in zip(given, answers, types, choices, strict=True):
+        for answer, expected, kind, options in zip(predictions, answers, types, choices, strict=True):
             right = float(is_right(answer, expected, options))
             self.exact_match.update(right)
+            if options:
+                named = letter_by_lmms_eval(answer)
+                self.lmms_eval_match.update(float(named == expected_answer(expected)))
             if len(expected) >= _PEOPLE:
                 self.vqa_accuracy.update(vqa_accuracy(answer, expected))
             if kind:
@@ -157,7 +173,8 @@ class AnswerMetrics(nn.Module):
         self.compared = 0
         for kind in sorted(set().union(*gathered(list(self.per_type)))):
             self._of_type(kind)  # of other ranks too: they are reduced together
-        named = {"loss": self.loss, "exact_match": self.exact_match, "vqa_accuracy": self.vqa_accuracy}
+        names = ("loss", "exact_match", "lmms_eval_match", "vqa_accuracy")
+        named: dict[str, MeanMetric] = {name: getattr(self, name) for name in names}
         named |= {f"exact_match_{kind}": self._of_type(kind) for kind in sorted(self.per_type)}
         for name, metric in named.items():
             if module.trainer.strategy.reduce_boolean_decision(metric.update_called, all=False):
@@ -165,8 +182,10 @@ class AnswerMetrics(nn.Module):
                 module.log(f"{stage}_{name}", metric, prog_bar=metric in (self.loss, self.exact_match))
 
     def _of_type(self, kind: str) -> MeanMetric:
+        # A submodule's name must not hold a dot.
         name = re.sub(r"\W+", "_", kind.casefold())
         if name not in self.per_type:
+            # A type shows up in the middle of an evaluation, when the other metrics have long been moved.
             self.per_type[name] = MeanMetric().to(self.loss.device)
         metric = self.per_type[name]
         assert isinstance(metric, MeanMetric)

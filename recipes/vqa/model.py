@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from recipes import packaged
-from recipes.instruction_tuning.model import DType, decoded, ending, padding_id
-from recipes.sharding import is_sharded
+from recipes.language.model import DType, Quantization, quantization_config, trainable
+from recipes.shared import packaged
 
 PACKAGED = "packaged"
 # The language model's blocks, by the names that transformers gives them; the vision tower's are other ones.
 LANGUAGE_MODEL = r".*(language|text)_model.*\.(q|v)_proj"
+# Vision towers and connectors, by transformers' names: they stay as they are when the language model is quantised. The
+# patterns are compared with the beginnings of module names.
+_NOT_QUANTIZED = [r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|connector)", r"(.*\.)?lm_head"]
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_MODEL}
 
 
@@ -38,10 +39,7 @@ def model_source(name: str) -> str:
 
 def load_processor(name: str) -> Any:
     """The processor of a model: its tokenizer and its image processor."""
-    try:
-        processor = AutoProcessor.from_pretrained(model_source(name))
-    except (OSError, ValueError, ImportError) as error:
-        raise MisconfigurationException(_not_found(name, error)) from error
+    processor = _load(AutoProcessor, name)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise MisconfigurationException(
             f"model={name!r} has a {type(processor).__name__}, which takes no images and text: "
@@ -50,49 +48,29 @@ def load_processor(name: str) -> Any:
     return processor
 
 
-def load_base(name: str, dtype: DType) -> nn.Module:
+def load_base(name: str, dtype: DType, quantization: Quantization | None = None) -> nn.Module:
     """The pretrained model in training mode.
 
     Args:
         name: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``.
         dtype: of the weights; "auto" takes what the checkpoint has.
+        quantization: hold the language model's weights in 4 or 8 bits through bitsandbytes.
 
     Raises:
-        MisconfigurationException: there is no such model, or it is of another kind.
+        MisconfigurationException: there is no such model, it is of another kind, or bitsandbytes is missing.
     """
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype, skipped=_NOT_QUANTIZED)
+    return trainable(_load(AutoModelForImageTextToText, name, **options), quantization)
+
+
+def _load(auto_class: Any, name: str, **options: Any) -> Any:
     try:
-        model = AutoModelForImageTextToText.from_pretrained(model_source(name), dtype=dtype)
+        return auto_class.from_pretrained(model_source(name), **options)
     except (OSError, ValueError, ImportError) as error:
-        raise MisconfigurationException(_not_found(name, error)) from error
-    model.train()  # from_pretrained gives it in eval mode, where LoRA's dropout would be off
-    return model  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def generate_answers(
-    net: nn.Module, inputs: dict[str, Tensor], tokenizer: Any, max_new_tokens: int, answer_end: str = ""
-) -> list[str]:
-    """The model's most likely answers, token by token, to prompts padded on the left.
-
-    They end where the chat template would end them, see :func:`recipes.instruction_tuning.model.ending`.
-
-    Where the model is sharded, every rank has to call it, and goes on until all have their answers.
-    """
-    generate: Any = net.generate
-    tokens = generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=padding_id(tokenizer),
-        synced_gpus=is_sharded(net),
-        **ending(net, tokenizer, answer_end),
-    )[:, inputs["input_ids"].shape[1] :]
-    return decoded(tokens, tokenizer, answer_end)
-
-
-def _not_found(name: str, error: Exception) -> str:
-    return (
-        f"model={name!r} can't be loaded: give the name of a vision-language model on the Hub (image-text-to-text; "
-        f"reachable, or in the local cache), a local directory, or {PACKAGED!r} for the model of "
-        f"`python -m recipes.vqa.offline`. {type(error).__name__}: {error}"
-    )
+        raise MisconfigurationException(
+            f"model={name!r} can't be loaded: give the name of a vision-language model on the Hub (image-text-to-text; "
+            f"reachable, or in the local cache), a local directory, or {PACKAGED!r} for the model of "
+            f"`python -m recipes.vqa.offline`. {type(error).__name__}: {error}"
+        ) from error

@@ -8,13 +8,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora import FMLoRAModule
-from recipes.instruction_tuning.batches import Batch
-from recipes.instruction_tuning.model import DType, add_adapter, answer_log_likelihood
-from recipes.instruction_tuning.module import LanguageModel, Schedule
-from recipes.sharding import check_strategy, shard
+from recipes.language.batches import Batch
+from recipes.language.model import DType, Quantization, add_adapter, answer_log_likelihood, generated
+from recipes.language.module import LanguageModel
+from recipes.shared.training import AutomaticTraining, ManualTraining
 from recipes.vqa.metrics import AnswerMetrics
-from recipes.vqa.model import generate_answers, load_base, load_processor, model_source
+from recipes.vqa.model import load_base, load_processor, model_source
 
 
 class VisionLanguageModel(LanguageModel):
@@ -25,17 +24,14 @@ class VisionLanguageModel(LanguageModel):
         lora: fields of peft's LoraConfig; None trains all weights, which are then in float32.
         dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
             "bf16-mixed", else float32. The adapter is always in float32.
-        learning_rate: AdamW's largest learning rate.
-        weight_decay: AdamW's, on what is trained.
-        schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
-        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        quantization: hold the language model's frozen weights in "4bit" or "8bit" (needs bitsandbytes).
         max_new_tokens: tokens of a generated answer.
         validation_answers: questions that one validation answers and compares, the first ones; 0 answers none. Testing
             answers all.
-        kwargs: of the next class, for FMLoRA's module its rho and others.
+        kwargs: of the next class: the optimizer's settings, ``gradient_checkpointing``, and others.
 
     Raises:
-        MisconfigurationException: all weights are to be trained, in another dtype than float32.
+        MisconfigurationException: all weights are to be trained, in another dtype than float32 or quantised.
     """
 
     def __init__(
@@ -43,10 +39,7 @@ class VisionLanguageModel(LanguageModel):
         model: str = "packaged",
         lora: dict[str, Any] | None = None,
         dtype: DType | None = None,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
-        schedule: Schedule = "linear",
-        warmup_steps: int = 0,
+        quantization: Quantization | None = None,
         max_new_tokens: int = 16,
         validation_answers: int = 200,
         **kwargs: Any,
@@ -54,11 +47,9 @@ class VisionLanguageModel(LanguageModel):
         super().__init__(
             model=model,
             lora=lora,
+            # All weights need float32: in bfloat16 most of AdamW's small steps would be rounded away.
             dtype="float32" if lora is None and dtype is None else dtype,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
+            quantization=quantization,
             max_new_tokens=max_new_tokens,
             **kwargs,
         )
@@ -66,6 +57,11 @@ class VisionLanguageModel(LanguageModel):
             raise MisconfigurationException(
                 f"lora=null trains all weights, which needs dtype='float32', got {dtype!r}: leave it out, or give lora"
             )
+        if lora is None and quantization is not None:
+            raise MisconfigurationException(
+                f"lora=null trains all weights, which quantization={quantization!r} can't: set it to null, or give lora"
+            )
+        # Kept apart, because self.lora holds the default where it was None.
         self.trains_all = lora is None
         self.validation_answers = validation_answers
         self.metrics = nn.ModuleDict({stage: AnswerMetrics() for stage in ("val", "test")})
@@ -80,22 +76,9 @@ class VisionLanguageModel(LanguageModel):
         model_source(self.model_name)
 
     @override
-    def configure_model(self) -> None:
-        if self._trainer is not None:
-            check_strategy(self.trainer.strategy, lora=self.lora)
-        if self.net is None:
-            base = load_base(self.model_name, self.weights_dtype())
-            self.net = cast("Any", base) if self.trains_all else add_adapter(base, self.lora)
-        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
-            shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])
-
-    @override
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean negative log-likelihood per answer token, in nats; logged as ``train_loss``."""
-        log_likelihood, tokens = self.log_likelihood(batch)
-        loss = -log_likelihood.sum() / tokens.sum()
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(tokens))
-        return loss
+    def load_net(self) -> Any:
+        base = load_base(self.model_name, self.weights_dtype(), self.quantization)
+        return base if self.trains_all else add_adapter(base, self.lora)
 
     @override
     def log_likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -104,7 +87,7 @@ class VisionLanguageModel(LanguageModel):
         return answer_log_likelihood(self.net, batch["inputs"], batch["labels"])
 
     @override
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def evaluate(self, stage: str, batch: Batch) -> None:
         metrics = cast("AnswerMetrics", self.metrics[stage])
         metrics.update_loss(*self.log_likelihood(batch))
         left = len(batch["answers"]) if stage == "test" else self.validation_answers - metrics.compared
@@ -113,41 +96,30 @@ class VisionLanguageModel(LanguageModel):
 
     def _compare(self, metrics: AnswerMetrics, batch: Batch, left: int | None) -> None:
         """Generate on all ranks, which sharded models need, and compare the first ``left`` of all ranks' answers."""
+        # The ranks' last batches differ in size, so that each must know how many answers come before its own.
         counts = cast("Tensor", self.all_gather(torch.tensor(len(batch["answers"]), device=self.device))).flatten()
         before = int(counts[: self.global_rank].sum())
         first = None if left is None else max(left - before, 0)
-        given = self.answers(batch["prompts"])
-        asked = (batch[name][:first] for name in ("answers", "types", "choices"))
-        metrics.update_answers(given[:first], *asked)
+        answers = self.answers(batch["prompts"])
+        references = (batch[name][:first] for name in ("answers", "types", "choices"))
+        metrics.update_answers(answers[:first], *references)
         metrics.compared += int(counts.sum())
-
-    @override
-    def _metrics(self, stage: str) -> Any:
-        return self.metrics[stage]
 
     def answers(self, prompts: dict[str, Tensor]) -> list[str]:
         """Answers to encoded prompts, each token the most likely one."""
         assert self.net is not None
-        return generate_answers(self.net, prompts, self.processor.tokenizer, self.max_new_tokens, self.answer_end())
+        return generated(self.net, prompts, self.processor.tokenizer, self.max_new_tokens, self.answer_end())
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         answers = self.answers(batch["prompts"])
-        asked = zip(batch["image"], batch["question"], answers, strict=True)
-        return [{"image": image, "prompt": question, "answer": answer} for image, question, answer in asked]
+        rows = zip(batch["image"], batch["question"], answers, strict=True)
+        return [{"image": image, "prompt": question, "answer": answer} for image, question, answer in rows]
 
 
-class VQA(VisionLanguageModel):
+class VQA(VisionLanguageModel, AutomaticTraining):
     """Automatic optimization: plain LoRA or all weights, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
 
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)
 
-
-class VQAFM(VisionLanguageModel, FMLoRAModule):
+class VQAFM(VisionLanguageModel, ManualTraining):
     """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
-
-    @override
-    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)

@@ -7,8 +7,7 @@ the recipe, which fine-tunes it on them. It knows nothing else.
 
 import argparse
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipes.random_state import RandomState
-from recipes.vqa import sources
+from recipes.shared.packaged import write_folder
+from recipes.shared.random_state import RandomState
+from recipes.vqa import easy_vqa, sources
 from recipes.vqa.data import VQAData
 from recipes.vqa.model import packaged_model
 from recipes.vqa.module import VQA
@@ -55,6 +55,7 @@ def build_processor(texts: Iterable[str]) -> Idefics3Processor:
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=list(_SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
+    # Sorted, since a set of texts has another order in every process.
     tokenizer.train_from_iterator(sorted(set(texts)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -113,7 +114,7 @@ def save_untrained(folder: Path, dataset: str) -> None:
 
 
 def train(work: Path, steps: int, dataset: str) -> VQA:
-    """Train all weights of the model in a folder, and test it; a run that was stopped goes on where it was.
+    """Train all weights of the model in a folder, and test it; a run that was stopped is resumed.
 
     Args:
         work: holds "untrained" and the checkpoints.
@@ -125,6 +126,7 @@ def train(work: Path, steps: int, dataset: str) -> VQA:
         str(work / "untrained"), None, "float32", learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine",
         warmup_steps=100, max_new_tokens=4, validation_answers=500,
     )  # fmt: skip
+    # One file that each save replaces; a version counter would leave last-v1.ckpt beside it.
     saver = ModelCheckpoint(work, filename="last", every_n_train_steps=SAVE_EVERY, enable_version_counter=False)
     common: dict[str, Any] = {"accelerator": "auto", "devices": 1, "logger": False}
     trainer = L.Trainer(
@@ -132,6 +134,7 @@ def train(work: Path, steps: int, dataset: str) -> VQA:
         gradient_clip_val=1.0,
         callbacks=[saver, RandomState(), TQDMProgressBar(refresh_rate=10)],
         enable_model_summary=False,
+        # None lets the interval count over all epochs, and not within each.
         check_val_every_n_epoch=None,
         val_check_interval=500,
         **common,
@@ -148,10 +151,10 @@ def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
     folder = packaged_model()
     if folder.exists():
         return folder
-    sources.fetch(dataset)
+    easy_vqa.fetch(dataset)
     work = folder.with_name(f"{folder.name}.training")
     if not (work / "untrained").exists():
-        _written(work / "untrained", partial(save_untrained, dataset=dataset))
+        write_folder(work / "untrained", partial(save_untrained, dataset=dataset))
     module = train(work, steps, dataset)
 
     def save(target: Path) -> None:
@@ -159,21 +162,9 @@ def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
         module.net.save_pretrained(target)
         module.processor.save_pretrained(target)
 
-    _written(folder, save)
+    write_folder(folder, save)
     shutil.rmtree(work)
     return folder
-
-
-def _written(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder aside and move it into its place: it is there as a whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        write(aside)
-        aside.chmod(0o755)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The baselines written a second time: dense, float64, one pair after another, weights really moved and put back.
 
-Literal loops in plain PyTorch on the network, data and optimizer of test_exactness.py. From the package they take only
+Literal loops in plain PyTorch on the network, data and optimizer of float64_runs.py. From the package they take only
 which pairs there are and, for the noise, how a seed is derived.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from test_exactness import SIZE, dataset, loss, network, optimizer_of, scheduler_of
+from float64_runs import SIZE, dataset, loss, network, optimizer_of, scheduler_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,7 +19,7 @@ Size = Callable[[int], float]
 
 
 def plain_network() -> nn.Module:
-    """The network of test_exactness.py without an adapter, all of it trained."""
+    """The network of float64_runs.py without an adapter, all of it trained."""
     torch.manual_seed(1)
     layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     return nn.Sequential(*layers).double()
@@ -82,7 +82,10 @@ class DenseLoRASAM(DenseSAM):
     """The same on A and B alone."""
 
     def moved(self) -> list[nn.Parameter]:
-        return [factor for pair in self.pairs for factor in (pair.A, pair.B)]
+        factors = []
+        for pair in self.pairs:
+            factors += [pair.A, pair.B]
+        return factors
 
 
 class DenseBAR(Dense):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from ddp_runs import joint_batches, trained
 from fits import PRECISION_OF_FLOAT64, Sharded, ShardedAutomatic
+from float64_runs import dataset, fit_in_float64, network
 from strategies import full_weights, strategy_of
-from test_exactness import dataset, fit, network
 
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
 
@@ -29,12 +29,12 @@ def train(
     if strategy is None:
         alone = joint_batches() if loader is None else loader
         module.configure_model = lambda: None
-        fit(module, 1, [callback], alone, accumulate_grad_batches=accumulate)
+        fit_in_float64(module, 1, [callback], alone, accumulate_grad_batches=accumulate)
         return {"weights": trained(net)}
     precision, double = PRECISION_OF_FLOAT64[strategy.partition("-")[0]]
     used = strategy_of(strategy, **double)
     ranks = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False, "strategy": used}
     loader = Sharded(dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     torch.manual_seed(int(os.environ["RANK"]))  # noise must not come from the global generator
-    fit(module, 1, [callback], loader, precision=precision, accumulate_grad_batches=accumulate, **ranks)
+    fit_in_float64(module, 1, [callback], loader, precision=precision, accumulate_grad_batches=accumulate, **ranks)
     return {"weights": full_weights(used, net)}

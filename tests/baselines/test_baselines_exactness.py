@@ -13,7 +13,7 @@ from dense import (
     DenseSAM,
     plain_network,
 )
-from test_exactness import Automatic, fit, network, worst_difference
+from float64_runs import Automatic, fit_in_float64, network, worst_difference
 
 from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
@@ -33,7 +33,7 @@ def test_equals_the_literal_loop(name: str, accumulate: int) -> None:
     callback, literal, size = BASELINES[name]
     epochs = {1: 2, 4: 8}[accumulate]
     net = network()
-    fit(Automatic(net), epochs, [callback(size)], accumulate_grad_batches=accumulate)
+    fit_in_float64(Automatic(net), epochs, [callback(size)], accumulate_grad_batches=accumulate)
     loop = literal(lambda step: size)
     assert worst_difference(net, loop.run(epochs, accumulate)) < 1e-10
     assert loop.step >= 50
@@ -43,7 +43,7 @@ def test_equals_the_literal_loop(name: str, accumulate: int) -> None:
 def test_sam_needs_no_adapter() -> None:
     """Full fine-tuning, the reference ceiling."""
     net = plain_network()
-    fit(Automatic(net), 2, [SAM(0.4)])
+    fit_in_float64(Automatic(net), 2, [SAM(0.4)])
     assert worst_difference(net, DenseSAM(lambda step: 0.4, plain_network()).run(2)) < 1e-10
 
 
@@ -63,12 +63,12 @@ def test_sam_needs_no_adapter() -> None:
 def test_schedules_equal_the_literal_loop(name: str, schedule: Any, factor: Any) -> None:
     callback, literal, size = BASELINES[name]
     net = network()
-    fit(Automatic(net), 2, [callback(schedule(size))])
+    fit_in_float64(Automatic(net), 2, [callback(schedule(size))])
     assert worst_difference(net, literal(lambda step: size * factor(step)).run(2)) < 1e-10
 
 
 def test_ascents_every_third_step_from_the_seventh() -> None:
     net = network()
-    fit(Automatic(net), 2, [LoRASAM(0.4, start_step=7, every_n_steps=3)])
+    fit_in_float64(Automatic(net), 2, [LoRASAM(0.4, start_step=7, every_n_steps=3)])
     loop = DenseLoRASAM(lambda step: 0.4 if step >= 7 and (step - 7) % 3 == 0 else 0.0)
     assert worst_difference(net, loop.run(2)) < 1e-10

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_exactness import Automatic, dataset, fit, loss, network
+from float64_runs import Automatic, dataset, fit_in_float64, loss, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -42,7 +42,7 @@ def one_step(callbacks: list[Any]) -> list[Tensor]:
     net = trained_network()
     pairs = find_pairs(net).pairs
     before = [balancedness(pair) for pair in pairs]
-    fit(Descends(net), 1, callbacks, DataLoader(dataset(), batch_size=32), limit_train_batches=1)
+    fit_in_float64(Descends(net), 1, callbacks, DataLoader(dataset(), batch_size=32), limit_train_batches=1)
     return [(balancedness(pair) - old) / LR for pair, old in zip(pairs, before, strict=True)]
 
 
@@ -77,16 +77,18 @@ def test_obar_shrinks_the_balancedness_in_every_step_without_a_gradient() -> Non
             return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
 
     seen: list[list[Tensor]] = []
-    fit(Still(trained_network()), 1, [BalancednessRegularization(0.5, "oBAR")])
+    fit_in_float64(Still(trained_network()), 1, [BalancednessRegularization(0.5, "oBAR")])
     assert len(seen) == 26
-    assert all(new < old for before, after in pairwise(seen) for new, old in zip(after, before, strict=True))
+    for before, after in pairwise(seen):
+        assert all(new < old for new, old in zip(after, before, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float) -> None:
     gradients = [torch.randn(3, 4), torch.randn(5), torch.zeros(2)]
     E = joint_ascent([scale * g for g in gradients], 0.7)
-    flat, direction = (torch.cat([t.flatten() for t in tensors]) for tensors in (E, gradients))
+    flat = torch.cat([e.flatten() for e in E])
+    direction = torch.cat([gradient.flatten() for gradient in gradients])
     torch.testing.assert_close(flat, 0.7 * direction / direction.norm())
 
 
@@ -136,6 +138,19 @@ def test_sam_perturbs_what_lora_does_not_hold() -> None:
                 seen.append(head.detach().clone())  # noqa: B023
                 return super().training_step(batch, batch_idx)
 
-        fit(Looks(net), 1, [callback], limit_train_batches=1)
+        fit_in_float64(Looks(net), 1, [callback], limit_train_batches=1)
         assert len(seen) == 2
         assert torch.equal(*seen) is not expected
+
+
+def test_a_graph_of_the_clean_weights_fails_where_sam_has_moved_them() -> None:
+    """Its gradient would silently be of other weights than its loss."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    kept = weight.square().sum()
+    kept.backward(retain_graph=True)
+    sam = SAM(0.1)
+    sam._trained = [weight]
+    sam.ascend(0.1)
+    with sam.perturbed(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    assert torch.equal(weight, torch.tensor([1.0, 2.0]))

@@ -1,5 +1,6 @@
 """Two gloo processes under DDP equal one process on the joint batch; LoRA-SAM does so under FSDP too."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from ddp_runs import difference, turns
 from helpers import since_lightning
 from launch import Results, launch
 
-DDP = [(name, accumulate) for name in BASELINES for accumulate in (1, 2)]
-SHARDED = [(strategy, accumulate) for strategy in ("fsdp2", "fsdp1-layers") for accumulate in (1, 2)]
+DDP = list(product(BASELINES, (1, 2)))
+SHARDED = list(product(("fsdp2", "fsdp1-layers"), (1, 2)))
+"""Names or strategies, and batches of an optimizer step."""
 NO_MIXED_PRECISION = since_lightning("2.6.0", "FSDP1 in float64, without mixed precision, fails in Lightning 2.5")
 
 

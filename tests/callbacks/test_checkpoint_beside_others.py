@@ -27,9 +27,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
+from quantized_bases import BASES
+from quantized_bases import network as quantized_network
 from safetensors.torch import load_file
-from test_quantized import BASES
-from test_quantized import network as quantized_network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -367,7 +367,7 @@ class TakesWeightsOut(Classifier):
 
 
 class KeepsLoraAlone(Classifier):
-    """As TakesWeightsOut, but for the adapter."""
+    """As TakesWeightsOut, for the adapter."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]

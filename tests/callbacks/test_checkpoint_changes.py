@@ -6,63 +6,20 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, make_loader, same, trainer_of, weights
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from checkpointed_bases import HEAD, module_of, network, saver, state
+from helpers import CLASSES, FEATURES, Classifier, fit, make_loader, same, trainer_of, weights
+from lightning.pytorch.callbacks import BaseFinetuning
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
-from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, differing, prints_of, sums_of
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
-HEAD = "net.base_model.model.head.weight"
-
-
-class Base(nn.Module):
-    """A body that LoRA adapts, and a head that it doesn't."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Linear(FEATURES, WIDTH), nn.Linear(WIDTH, CLASSES)
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.register_buffer("ema", torch.zeros(3000))
-        self.register_buffer("codes", torch.zeros(4))
-        self.register_buffer("never", torch.zeros(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.count += 1
-            self.ema.data[2000] += 1
-            self.codes = self.codes + 1
-        return self.head(torch.tanh(self.first(x)))
-
-
-def network(head_seed: int = 0) -> Any:
-    torch.manual_seed(0)
-    base = Base()
-    torch.manual_seed(head_seed)
-    nn.init.normal_(base.head.weight)
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
-
-
-def module_of(head_seed: int = 0, **kwargs: Any) -> Classifier:
-    return Classifier(net=network(head_seed), **kwargs)
-
-
-def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
-    settings = {"save_top_k": -1, "every_n_train_steps": 3, "filename": "{step}", **kwargs}
-    return AdapterCheckpoint(folder, **settings)
 
 
 def epochs(folder: Path) -> AdapterCheckpoint:
     """Saves when an epoch has ended, so that a resumed run begins with a whole one."""
     return saver(folder, every_n_train_steps=None, every_n_epochs=1, filename="{epoch}")
-
-
-def state(file: Path) -> dict[str, Any]:
-    return torch.load(file, weights_only=True)["state_dict"]
 
 
 class TrainsHeadInFirstEpoch(Classifier):
@@ -220,49 +177,6 @@ def test_a_frozen_model_that_knows_its_source_is_left_out(tmp_path: Path) -> Non
     assert {"teacher.bias", "nameless.weight", "nameless.bias"} <= set(saved)
 
 
-def test_another_base_is_noticed(tmp_path: Path) -> None:
-    """A head that the loader draws anew: no resumed run, and an evaluation with a warning."""
-    fit(tmp_path, module_of(head_seed=1), [saver(tmp_path / "1")])
-    file = tmp_path / "1" / "step=6.ckpt"
-    with pytest.raises(MisconfigurationException, match=r"1 tensors of the base.*base_model.model.head.weight.*strict"):
-        fit(tmp_path, module_of(head_seed=2), [saver(tmp_path / "2")], ckpt_path=file)
-    loads = trainer_of(tmp_path, [saver(tmp_path / "2")])
-    with pytest.warns(UserWarning, match=r"1 tensors of the base.*base_model.model.head.weight"):
-        loads.validate(module_of(head_seed=2), make_loader(1), ckpt_path=file, verbose=False)
-    lenient = module_of(head_seed=2)
-    lenient.strict_loading = False
-    with pytest.warns(UserWarning, match=r"1 tensors of the base.*base_model.model.head.weight"):
-        fit(tmp_path, lenient, [saver(tmp_path / "2")], ckpt_path=file)
-
-
-def test_a_base_that_differs_in_one_element_is_told_of(tmp_path: Path) -> None:
-    fit(tmp_path, module_of(), [saver(tmp_path / "1")])
-    other = module_of()
-    other.net.base_model.model.head.weight.data[1, 1] += 1
-    with pytest.warns(UserWarning, match=r"1 tensors of the base differ a little.*head.weight"):
-        fit(tmp_path, other, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_base_of_another_precision_is_the_same_base(tmp_path: Path, dtype: torch.dtype) -> None:
-    """pytest turns warnings into errors."""
-    fit(tmp_path, module_of(), [saver(tmp_path)])
-    other = module_of().to(dtype)
-    trainer_of(tmp_path, [saver(tmp_path)]).validate(
-        other, make_loader(1, dtype=dtype), ckpt_path=tmp_path / "step=3.ckpt", verbose=False
-    )
-
-
-def test_a_full_checkpoint_of_another_base_is_not_forgotten(tmp_path: Path) -> None:
-    """Only what it changes of the base is saved with the adapter."""
-    full = ModelCheckpoint(tmp_path / "full", filename="{step}", every_n_train_steps=3)
-    fit(tmp_path, module_of(head_seed=1), [full], max_epochs=1)
-    fit(tmp_path, module_of(head_seed=2), [saver(tmp_path / "2")], ckpt_path=full.best_model_path)
-    saved = state(tmp_path / "2" / "step=12.ckpt")
-    assert HEAD in saved
-    assert "net.base_model.model.first.base_layer.weight" not in saved
-
-
 def test_a_second_fit_remembers_what_changed_between(tmp_path: Path) -> None:
     module = module_of()
     fit(tmp_path, module, [saver(tmp_path / "1")])
@@ -301,88 +215,6 @@ def test_a_loaded_head_that_gets_an_adapter_before_the_fit_stays_in_the_file(tmp
     assert HEAD.replace("weight", "base_layer.weight") in state(tmp_path / "2" / "step=6.ckpt")
 
 
-def base_of(tensor: Tensor) -> dict[str, Entry]:
-    return {"w": Entry(tensor, Kind.BASE)}
-
-
-def test_ranks_agree_on_what_changed_between_two_fits() -> None:
-    """Each sees its own part alone, and a set that differs would let the gathering wait for ever."""
-    ranks = [(BaseRecord(), base_of(torch.zeros(4))) for _ in range(2)]
-    for record, entries in ranks:
-        record.start(entries, whole=False)
-    ranks[0][1]["w"].value.add_(1)
-    for record, entries in ranks:
-        record.start(entries, whole=False)
-    answers: list[list[bool]] = []
-    for record, entries in ranks:
-        record.look(entries, lambda mine: answers.append(mine) or [False])  # type: ignore[func-returns-value]
-    agreed = [any(each) for each in zip(*answers, strict=True)]
-    for record, entries in ranks:
-        record.look(entries, lambda mine: agreed)
-    assert ranks[0][0].changed == ranks[1][0].changed == {"w"}
-
-
-def test_the_parts_of_a_second_fit_are_not_compared_with_the_whole_of_the_first() -> None:
-    record = BaseRecord()
-    record.start(base_of(torch.zeros(4)), whole=True)
-    record.start(base_of(torch.ones(4)), whole=False)
-    assert not record.changed
-    record.start(base_of(torch.zeros(4)), whole=False)
-    assert record.changed == {"w"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("factor", [-1, 4, 0.5])
-def test_a_sum_tells_of_one_bit_and_of_all(dtype: torch.dtype, factor: float) -> None:
-    tensor = torch.ones(8, 1021, dtype=dtype)
-    tensors = {"before": tensor, "all": tensor * factor}
-    for place in range(9):
-        tensors[f"{place}"] = tensor.clone()
-        tensors[f"{place}"].view(-1)[place] *= factor
-    sums = sums_of(tensors)
-    assert len(set(sums.values())) == len(sums)
-
-
-def test_a_sum_tells_words_from_their_complements() -> None:
-    words = torch.arange(8 * 1021)
-    sums = sums_of({"words": words, "complements": ~words})
-    assert sums["words"] != sums["complements"]
-
-
-def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no tensor that can't be read: its changes would be missed from then on."""
-
-    def fails(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(torch, "arange", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        sums_of({"w": torch.ones(4)})
-
-
-def test_another_base_of_half_precision_is_not_taken_for_rounding() -> None:
-    """A chat model's weights are within the rounding of bfloat16 of those that it was trained from."""
-    weight = 1 + torch.rand(40)
-    half, chat = prints_of({"w": weight.bfloat16()}), prints_of({"w": (weight * 1.004).bfloat16()})
-    assert differing(half, chat) == (["w"], [])
-    assert differing(half, prints_of({"w": weight})) == ([], [])
-
-
-def test_a_file_of_the_first_release_is_loaded(tmp_path: Path) -> None:
-    """It doesn't tell what it leaves out: frozen weights outside of the base too."""
-    module = module_of()
-    module.frozen = nn.Linear(2, 2).requires_grad_(False)
-    fit(tmp_path, module, [saver(tmp_path)])
-    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
-    saved["lightning_flatlora_adapter"] = 1
-    saved["state_dict"] = {name: value for name, value in saved["state_dict"].items() if "frozen" not in name}
-    torch.save(saved, tmp_path / "old.ckpt")
-    resumed = module_of()
-    resumed.frozen = module.frozen
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "old.ckpt")
-    assert same(weights(resumed), weights(module))
-
-
 class Attends(nn.Module):
     """Attention of PyTorch's, whose weights peft merges and takes apart in each forward."""
 
@@ -415,9 +247,9 @@ def test_the_user_is_told_what_is_in_the_file(tmp_path: Path, caplog: pytest.Log
     module.head = nn.Linear(50, 50)
     with caplog.at_level("INFO"):
         fit(tmp_path, module, [saver(tmp_path)])
-    told = [record.message for record in caplog.records if "AdapterCheckpoint" in record.message]
-    assert "the adapters (2 tensors" in told[0]
-    assert "head.weight" in told[0]
-    assert "base are left out as long as nothing changes them" in told[0]
-    assert "count" in told[1]
-    assert len(told) == 2
+    messages = [record.message for record in caplog.records if "AdapterCheckpoint" in record.message]
+    assert "the adapters (2 tensors" in messages[0]
+    assert "head.weight" in messages[0]
+    assert "base are left out as long as nothing changes them" in messages[0]
+    assert "count" in messages[1]
+    assert len(messages) == 2

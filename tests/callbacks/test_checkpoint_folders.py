@@ -49,7 +49,7 @@ def assert_untouched(folder: Path, files: dict[str, str]) -> None:
 def test_a_users_folder_of_the_checkpoints_name_stays(
     tmp_path: Path, counter: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Overwritten, removed or kept: the adapter goes elsewhere, and the user is told of it once."""
+    """Overwritten, removed or kept: the adapter goes elsewhere, and one message says so."""
     files = source_code(tmp_path / "model")
     save = saver(tmp_path, filename="model", save_top_k=1, enable_version_counter=counter)
     with caplog.at_level("INFO"):

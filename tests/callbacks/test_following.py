@@ -1,22 +1,12 @@
-"""The model may change in mid-fit: what stops learning is read clean, what starts is perturbed, scalings count."""
+"""Pairs may freeze, unfreeze and be added in mid-fit: what stops learning is read clean, what starts is perturbed."""
 
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    CLASSES,
-    FEATURES,
-    Classifier,
-    E_hat,
-    TwoPassClassifier,
-    assert_no_trace,
-    fit,
-    make_net,
-    same,
-    weights,
-)
+from changing_models import At, Averages, moved
+from helpers import CLASSES, FEATURES, Classifier, E_hat, assert_no_trace, fit, make_net, same, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
@@ -24,27 +14,6 @@ from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
-
-
-class At(Callback):
-    """Changes the model at the start of one batch, counted over the whole fit."""
-
-    def __init__(self, step: int, change: Any) -> None:
-        self.step, self.change, self.seen = step, change, 0
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if self.seen == self.step:
-            self.change(pl_module)
-        self.seen += 1
-
-
-def moved(module: nn.Module) -> list[str]:
-    """The adapters and layers that read another weight than the stored one at this moment."""
-    names = []
-    for name, part in module.named_modules():
-        if ".lora_B." in name and not torch.equal(part.weight, part._parameters["weight"]):
-            names.append(".".join(name.split(".")[-3::2]))
-    return names
 
 
 class Watching:
@@ -68,7 +37,7 @@ ALL = ["0.default", "2.default", "4.default"]
 @pytest.mark.parametrize("how", ["frozen", "cut"])
 def test_pairs_that_stop_learning_are_read_clean(tmp_path, how, monkeypatch):
     """Frozen, or cut off from the loss for long: the run is then plain LoRA's, and when they learn again it is not."""
-    monkeypatch.setattr("lightning_flatlora.perturbation._LONGEST_REST", 2)
+    monkeypatch.setattr("lightning_flatlora.pair_stacks.MOST_MISSED_STEPS", 2)
     module, callback = Classifier(), EFMLoRA(0.5)
     watching = Watching(module)
     if how == "frozen":
@@ -85,7 +54,7 @@ def test_pairs_that_stop_learning_are_read_clean(tmp_path, how, monkeypatch):
 
         module.loss = loss_of_head
         changes = [At(3, lambda _: cut.update(on=True)), At(8, lambda _: cut.update(on=False))]
-        clean = slice(5, 9)  # the second step without a gradient tells
+        clean = slice(5, 9)  # known from the second step without a gradient on
     fit(tmp_path, module, [callback, *changes])
     if how == "frozen":  # what was known before is read at once
         assert watching.moved[8] == ALL
@@ -276,92 +245,6 @@ def test_pairs_that_never_come_are_said_once(tmp_path):
     assert len([each for each in warned if "no pair" in str(each.message)]) == 1
 
 
-# -- scaling
-
-
-class Radius(Callback):
-    """The radius of the fresh perturbation in full weight space at each step; beta=1 keeps it alone."""
-
-    def __init__(self, callback: Any) -> None:
-        self.callback, self.radii = callback, []
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        scaling = {n: m.scaling["default"] for n, m in pl_module.named_modules() if hasattr(m, "scaling")}
-        total = torch.zeros(())
-        for pair in self.callback.search.pairs:
-            E = E_hat(self.callback)[pair.name]
-            total += (scaling[pair.name.removesuffix(".lora_B.default.weight")] * E @ pair.A).detach().square().sum()
-        self.radii.append(float(total.sqrt()))
-
-
-@pytest.mark.parametrize("in_step", [False, True])
-def test_a_scaling_changed_in_mid_fit_leaves_the_radius(tmp_path, in_step):
-    module = Classifier()
-    callback = EFMLoRA(0.5, beta=1.0, estimator="projected")
-    radius = Radius(callback)
-
-    def change(module: Any, *_: Any) -> None:
-        for part in module.modules():
-            if hasattr(part, "set_scale"):
-                part.set_scale("default", 10.0)
-
-    if in_step:
-        module.inside.append(lambda module, batch_idx: change(module) if batch_idx == 3 else None)
-    fit(tmp_path, module, [callback, radius, *([] if in_step else [At(3, change)])], max_epochs=1)
-    assert radius.radii == pytest.approx([0.5] * 6, rel=1e-3)
-
-
-@pytest.mark.parametrize("callback", [FMLoRA, EFMLoRA])
-def test_a_scaling_of_zero_leaves_its_layer_out(tmp_path, callback):
-    """One layer that is switched off so must not make every perturbation vanish."""
-    module, ours = Classifier(), callback(0.5)
-    change = At(2, lambda module: module.net.base_model.model[2].set_scale("default", 0.0))
-    fit(tmp_path, module, [ours, change], max_epochs=1)
-    assert all(E.isfinite().all() for E in E_hat(ours).values())
-    assert sum(bool(E.any()) for name, E in E_hat(ours).items() if ".2." not in name) == 2
-
-
-class Averages(Callback):
-    """Ê of every pair after each batch."""
-
-    def __init__(self, callback: Any) -> None:
-        self.callback, self.seen = callback, []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seen.append(E_hat(self.callback))
-
-
-@pytest.mark.parametrize("in_step", [False, True])
-@pytest.mark.parametrize("layers", [[2], [0, 2, 4]])
-def test_a_scaling_of_zero_lets_a_pair_rest(tmp_path, layers, in_step):
-    """One pair, or all of them: Ê stays until the scaling comes back, and then counts with the new one."""
-    module, ours = Classifier(), EFMLoRA(0.5)
-    averages = Averages(ours)
-
-    def change(module: Any, batch_idx: int) -> None:
-        scaling = {2: 0.0, 4: 2.0}.get(batch_idx)
-        for layer in layers if scaling is not None else []:
-            module.net.base_model.model[layer].set_scale("default", scaling)
-
-    if in_step:
-        loss = module.loss
-
-        def loss_after_change(batch: Any, batch_idx: int) -> Tensor:
-            change(module, batch_idx)
-            return loss(batch, batch_idx)
-
-        module.loss = loss_after_change
-    else:
-        module.on_train_batch_start = lambda batch, batch_idx: change(module, batch_idx)
-    fit(tmp_path, module, [ours, averages], max_epochs=1)
-    names = [f"net.base_model.model.{layer}.lora_B.default.weight" for layer in layers]
-    for name in names:
-        assert averages.seen[1][name].any()
-        assert torch.equal(averages.seen[3][name], averages.seen[1][name])
-        assert not torch.equal(averages.seen[4][name], averages.seen[3][name])
-    assert_no_trace(module)
-
-
 class Experts(nn.Module):
     """Two layers that take turns, as experts of a router."""
 
@@ -390,34 +273,23 @@ def test_layers_that_are_used_in_turn_are_perturbed(tmp_path):
         assert not torch.equal(averages.seen[step][moves], averages.seen[step - 1][moves])
 
 
-def test_a_changed_scaling_reaches_a_module_of_two_passes(tmp_path):
-    module = TwoPassClassifier(0.5)
-    fit(
-        tmp_path, module, [At(2, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))], max_epochs=1
-    )
-    assert sorted(pair.scaling for pair in module._driver.perturbation.pairs) == [2.0, 2.0, 6.0]
+class Measured(FlatnessMonitor):
+    """Notes the scalings that it measures with, by the step."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.scalings: dict[int, list[float]] = {}
 
-# -- beside other callbacks
-
-
-class Measured(Callback):
-    """The scalings that a monitor before it has measured with, by the step."""
-
-    def __init__(self, monitor: Any) -> None:
-        self.monitor, self.scalings = monitor, {}
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if self.monitor._measured and trainer.global_step % 3 == 0:
-            self.scalings[trainer.global_step] = sorted(pair.scaling for pair in self.monitor._perturbation.pairs)
+    def _point(self, trainer: Any, method: Any, perturbation: Any, noise: Any) -> Any:
+        self.scalings[trainer.global_step] = sorted(pair.scaling for pair in perturbation.pairs)
+        return super()._point(trainer, method, perturbation, noise)
 
 
 def test_the_monitor_follows_too(tmp_path):
     """It measures as soon as there is a pair, with the scaling of the moment."""
-    module, monitor = TrainedOnly(), FlatnessMonitor(rho=0.5, every_n_steps=3)
-    measured = Measured(monitor)
+    module, measured = TrainedOnly(), Measured(rho=0.5, every_n_steps=3)
     scale = At(10, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))
-    fit(tmp_path, module, [monitor, measured, Unfreeze(), scale])
+    fit(tmp_path, module, [measured, Unfreeze(), scale])
     assert measured.scalings == {9: [2.0, 2.0, 2.0], 12: [2.0, 2.0, 6.0]}
 
 
@@ -431,9 +303,8 @@ def test_the_monitor_sees_a_layer_that_was_put_in(tmp_path):
                 layers = pl_module.net.base_model.model
                 layers.append(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])))
 
-    monitor = FlatnessMonitor(rho=0.5, every_n_steps=3)
-    measured = Measured(monitor)
-    fit(tmp_path, Classifier(), [PutsIn(), monitor, measured])
+    measured = Measured(rho=0.5, every_n_steps=3)
+    fit(tmp_path, Classifier(), [PutsIn(), measured])
     assert [len(scalings) for scalings in measured.scalings.values()] == [3, 3, 4, 4]
 
 

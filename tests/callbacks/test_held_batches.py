@@ -1,4 +1,4 @@
-"""Batches are taken from a loader that goes on as if nobody had looked."""
+"""Batches are taken from a loader that then gives its batches as if nobody had looked."""
 
 import functools
 import random
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
-from lightning_flatlora.callbacks.held_batches import first_batches
+from lightning_flatlora.callbacks.monitor.held_batches import first_batches
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,16 @@ from helpers import TwoPassClassifier, fit, make_loader, trainer_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_flatlora import ConstantRho, CosineRho, InverseSqrtRho, LearningRateRho, LinearRho, RhoSchedule
+from lightning_flatlora import (
+    ConstantRho,
+    CosineRho,
+    EFMLoRA,
+    FMLoRA,
+    InverseSqrtRho,
+    LearningRateRho,
+    LinearRho,
+    RhoSchedule,
+)
 
 
 @dataclass(frozen=True)
@@ -76,3 +85,13 @@ def test_loggers_take_a_schedule(tmp_path, logger):
     # Lightning writes the fields alone where omegaconf is installed, and the class beside them where it is not.
     assert "start: 1.0" in text
     assert "end: 0.5" in text
+
+
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA])
+def test_the_radius_may_be_read_and_set(callback: Any) -> None:
+    method = callback(0.5)
+    assert method.rho(0) == 0.5
+    method.rho = 0.1
+    assert method.size(0) == 0.1
+    method.rho = LinearRho(0.2, 0.2)
+    assert method.size(3, 10.0) == pytest.approx(0.2)

@@ -1,7 +1,7 @@
 """Every precision trains, and a batch that overflows changes nothing but the loss scaler.
 
 Overflow is made in three places, in the whole loss, in one trained parameter that is no LoRA factor, and in the second
-pass alone; the run must go on, bit for bit, as one that never saw the batch, at the scale that the scaler fell to.
+pass alone; the run must continue, bit for bit, as one that never saw the batch, at the scale that the scaler fell to.
 """
 
 import copy
@@ -79,11 +79,11 @@ def test_average_is_taken_in_float64(tmp_path, front_end, precision):
     errors: list[torch.Tensor] = []
 
     def average(perturbation: Any, original: Any, fresh: Any, beta: float) -> None:
-        old = [group.E.clone() for group in perturbation._groups]
+        old = [stack.E.clone() for stack in perturbation._stacks]
         original(fresh, beta)
-        for before, new, group in zip(old, fresh.stacks, perturbation._groups, strict=True):
+        for before, new, stack in zip(old, fresh.stacks, perturbation._stacks, strict=True):
             if before.any():
-                errors.append((group.E - (0.1 * before + 0.9 * new)).abs().max())
+                errors.append((stack.E - (0.1 * before + 0.9 * new)).abs().max())
 
     module, callbacks, kwargs = build(front_end, beta=0.9)
     module.double()
@@ -185,7 +185,7 @@ def overflowing(dataset: TensorDataset, batches: set[int]) -> TensorDataset:
 @pytest.mark.parametrize("where", ["loss", "other", "second"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_overflow_changes_nothing_but_the_scaler(tmp_path, front_end, where, window, bad):
-    """Batch ``bad`` overflows: E, weights and Adam's state stay, and the run goes on as if its window was not there."""
+    """Batch ``bad`` overflows: E, weights and Adam's state stay, and the run continues as if without its window."""
     if where == "second" and front_end == "efmlora":
         pytest.skip("EFMLoRA has one pass")
     every = {"every_n_steps": 1}  # a skipped step counts, so other intervals would shift against the shorter run
@@ -228,7 +228,8 @@ def test_gradient_that_is_not_finite_without_a_scaler(tmp_path, front_end, bad):
             history.append(E_hat(driver_of(trainer)))
 
     fit(tmp_path, module, [*callbacks, Record()], DataLoader(dataset, batch_size=SIZE), max_epochs=1, **kwargs)
-    assert all(torch.isfinite(E).all() for state in history for E in state.values())
+    for state in history:
+        assert all(torch.isfinite(E).all() for E in state.values())
     if "efmlora" in front_end:
         before = history[bad - 1] if bad else {name: torch.zeros_like(E) for name, E in history[0].items()}
         assert same(history[bad], before)

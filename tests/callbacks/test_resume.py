@@ -34,7 +34,7 @@ BATCHES, EPOCHS = 5, 3
 
 
 class Generator(Callback):
-    """Saves PyTorch's generator, which Lightning does not, so that dropout goes on as it would have."""
+    """Saves PyTorch's generator, which Lightning does not, so that dropout continues as it would have."""
 
     def __init__(self) -> None:
         self.loaded: Any = None
@@ -168,7 +168,7 @@ class Start(Callback):
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
         if self.seen is None:
             callback = driver_of(trainer)
-            self.seen = callback.step, E_hat(callback), callback.perturbation.started
+            self.seen = callback.step, E_hat(callback), callback.perturbation.may_be_nonzero
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -239,7 +239,7 @@ def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end):
 
 @pytest.mark.parametrize("front_end", ["efmlora", "fmlora"])
 def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path, front_end):
-    """Weights and optimizer go on, steps and Ê begin."""
+    """Weights and optimizer are kept, steps and Ê begin anew."""
     net = make_net()
     module, _, kwargs = build("plain", net=net)
     module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)

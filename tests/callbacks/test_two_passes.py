@@ -1,7 +1,5 @@
-"""What the callbacks put on a module for a moment is taken away again, and what was there comes back."""
+"""Two passes see one batch: gradients, counts and hooks are those of a step, also where batches are skipped."""
 
-import functools
-import types
 from typing import Any
 
 import pytest
@@ -27,20 +25,6 @@ from transformers import BatchEncoding
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, LoRASAM
-from lightning_flatlora.callbacks.two_passes import put_on_instance
-
-
-def test_put_on_instance_restores_what_was_there() -> None:
-    module = Classifier()
-    put_back = put_on_instance(module, "log", lambda: "put")
-    assert module.log() == "put"  # type: ignore[call-arg, func-returns-value]
-    put_back()
-    assert "log" not in module.__dict__
-    module.log = repr  # type: ignore[method-assign, assignment]
-    put_back = put_on_instance(module, "log", lambda: "put")
-    put_back()
-    put_back()
-    assert module.log is repr
 
 
 def taking(kind: str) -> Any:
@@ -85,42 +69,6 @@ def test_a_step_may_take_its_batch_apart(tmp_path: Any, front_end: str, kind: st
         fit(tmp_path, module, callbacks, loader=loader, **more)
         trained.append([parameter.detach().clone() for parameter in module.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
-
-
-@pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
-def test_an_instances_own_training_step_is_kept(tmp_path: Any, kind: Any) -> None:
-    module, calls = Classifier(), []
-
-    def own(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
-        calls.append(batch_idx)
-        return self.loss(batch, batch_idx)
-
-    module.training_step = types.MethodType(own, module)  # type: ignore[method-assign]
-    fit(tmp_path, module, [kind(0.5)], max_epochs=1)
-    assert len(calls) == (6 if kind is EFMLoRA else 12)
-    assert module.training_step.__func__ is own  # type: ignore[attr-defined]
-
-
-def test_an_instances_own_configure_optimizers_is_kept(tmp_path: Any) -> None:
-    """As LightningCLI sets one for an optimizer in YAML."""
-    module = TwoPassClassifier(0.5)
-    own = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)  # noqa: E731
-    module.configure_optimizers = own  # type: ignore[method-assign]
-    trainer = fit(tmp_path, module, [], max_epochs=1)
-    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
-    assert module.configure_optimizers is own
-
-
-def test_layers_read_clean_weights_until_the_step_starts(tmp_path: Any) -> None:
-    """Also through ``lora_B.weight``, in hooks after ours and in the module's own."""
-    import lightning as L
-
-    class Look(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            layer = pl_module.net.base_model.model[0].lora_B["default"]
-            assert layer.weight is layer._parameters["weight"]
-
-    fit(tmp_path, Classifier(), [EFMLoRA(0.5), Look()])
 
 
 def test_a_skipped_batch_leaves_the_average_as_it_is(tmp_path: Any) -> None:
@@ -206,28 +154,6 @@ def test_a_modules_own_hook_changes_each_gradient_once(tmp_path: Any, callback: 
         fit(tmp_path, module, callbacks, max_epochs=1, accumulate_grad_batches=accumulate)
         norms.append(torch.stack(module.norms))
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
-
-
-def decorated(function: Any) -> Any:
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
-def test_a_decorated_step_is_given_what_it_takes(tmp_path: Any, kind: Any) -> None:
-    class Decorated(Classifier):
-        @decorated
-        def training_step(self, batch: Any) -> Any:  # type: ignore[override]
-            return self.loss(batch, 0)
-
-    trained = []
-    for module in (Classifier(), Decorated()):
-        fit(tmp_path, module, [kind(0.5)], max_epochs=1)
-        trained.append(weights(module))
-    assert same(*trained)
 
 
 class Wrapping(torch.optim.Optimizer):

@@ -1,5 +1,6 @@
 """Whatever a step writes on its modules, inside a measurement it writes on copies."""
 
+import functools
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from torch.utils.data import Dataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 
-import lightning_flatlora.callbacks.undisturbed as undisturbed_module
-from lightning_flatlora.callbacks.undisturbed import read_without_trace, undisturbed
+import lightning_flatlora.callbacks.monitor.snapshots as undisturbed_module
+from lightning_flatlora.callbacks.monitor.snapshots import read_without_trace, undisturbed
 
 CPU = torch.device("cpu")
 
@@ -109,8 +110,10 @@ class Writes(LightningModule):
         streams = self.generator.get_state(), self.random.getstate(), str(self.numpy.bit_generator.state)
         streams += (str(self.old_numpy.get_state()),)
         streams += torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-        metrics = [{k: v for k, v in m.__dict__.items() if k[:2] != "__"} for m in self.metrics.values()]
-        values = [{k: v for k, v in m.items() if isinstance(v, (int, bool, torch.Tensor, list))} for m in metrics]
+        values = []
+        for metric in self.metrics.values():
+            own_attributes = {k: v for k, v in vars(metric).items() if not k.startswith("__")}
+            values.append({k: v for k, v in own_attributes.items() if isinstance(v, (int, torch.Tensor, list))})
         own: Any = dict(self.named_buffers()), self.outputs, self.table, list(self.recent), self.calls, self.last
         own += self.nested["train"], self.nested["val"]
         meter, space = vars(self.meters[0]), vars(self.space)
@@ -217,7 +220,7 @@ def test_what_a_data_set_holds_in_all_is_data() -> None:
 
 def test_generators_near_by_are_found_where_much_is_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search ends at some time, and begins with what is nearest."""
-    monkeypatch.setattr(undisturbed_module, "_MOST", 100)
+    monkeypatch.setattr(undisturbed_module, "_MOST_SEARCHED", 100)
     data = Tokens(samples=200, length=1)
     data.far = [[[[[[[[random.Random(2)]]]]]]]]  # type: ignore[attr-defined]
     found = undisturbed_module._generators_in([data])
@@ -235,3 +238,12 @@ def test_of_much_data_on_a_module_the_list_alone_is_copied() -> None:
         module.samples.append({})
     assert module.samples is own
     assert len(own) == 30_000
+
+
+def test_what_several_partial_functions_write_is_put_back() -> None:
+    module, meters = Writes(), [Meter() for _ in range(4)]
+    module.notes = [functools.partial(meter.add, x=1.0) for meter in meters]
+    with undisturbed(module):
+        for note in module.notes:
+            note()
+    assert [meter.total.tolist() for meter in meters] == [[0.0, 0.0]] * 4

@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import torch
 from fits import ShardedAutomatic
+from float64_runs import BETA, RHO, dataset, network
 from helpers import ResumableLoader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, fsdp
 from peft import LoraConfig, get_peft_model
 from strategies import full_weights, strategy_of
-from test_exactness import BETA, RHO, dataset, network
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -49,8 +49,11 @@ def loader(size: int = 4) -> ResumableLoader:
     """Shuffled batches; this rank's share of each."""
     ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     x, y = dataset().tensors
-    starts = range(0, BATCHES * size, size)
-    return ResumableLoader([tuple(t[start : start + size][rank::ranks] for t in (x, y)) for start in starts])
+    batches = []
+    for start in range(0, BATCHES * size, size):
+        own = slice(start + rank, start + size, ranks)
+        batches.append((x[own], y[own]))
+    return ResumableLoader(batches)
 
 
 def trainer_of(strategy: str, callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
@@ -104,9 +107,15 @@ def local(value: Any) -> Any:
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """This rank's part of an optimizer's state, of parameters that it has a part of."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = {str(i): optimizer.state.get(p, {}) for i, p in enumerate(parameters) if local(p).numel()}
-    return {f"{i}.{key}": local(value) for i, state in states.items() for key, value in state.items()}
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    values = {}
+    for i, parameter in enumerate(parameters):
+        if local(parameter).numel():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                values[f"{i}.{key}"] = local(value)
+    return values
 
 
 class Fill(L.Callback):
@@ -177,7 +186,7 @@ class Changes(L.Callback):
 
 
 def changed_base(folder: str, strategy: str, **settings: Any) -> dict[str, Any]:
-    """Change a frozen weight, save it, and go on twice from the file: it stays as it was changed."""
+    """Change a frozen weight, save it, and resume twice from the file: it stays as it was changed."""
     for run, more in enumerate(([Changes()], [], [])):
         save = AdapterCheckpoint(f"{folder}-{run}", filename="{step}", save_top_k=-1, every_n_train_steps=1)
         trainer = trainer_of(strategy, [*more, save], max_steps=run + 1, **settings)
@@ -205,7 +214,10 @@ class Traffic(TorchDispatchMode):
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    return [t for each in value for t in _tensors(each)] if isinstance(value, (list, tuple)) else []
+    tensors = []
+    for each in value if isinstance(value, (list, tuple)) else []:
+        tensors += _tensors(each)
+    return tensors
 
 
 class Wide(nn.Module):
@@ -265,7 +277,7 @@ def wrapped_inside() -> dict[str, Any]:
     unit = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
     model = nn.ModuleDict({"unit": unit})
     model.register_parameter("scale", scale)
-    layout = layout_of(model, model.parameters())
+    layout = layout_of(model)
     found = {name: layout.gather(p, p) for name, p in inner.named_parameters()}
     parts = [torch.equal(layout.part(found[name], p), p) for name, p in inner.named_parameters()]
     return {

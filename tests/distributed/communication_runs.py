@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L
 from fits import PRECISION_OF_FLOAT64, Sharded, parts
+from float64_runs import dataset, fit_in_float64, network
 from strategies import strategy_of
-from test_exactness import dataset, fit, network
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,7 +59,7 @@ def count(strategy: str, front_end: str, accumulate: int) -> dict[str, Any]:
     devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False, "max_steps": 4}
     loader = Sharded(dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     used = strategy_of(strategy, **double)
-    fit(module, 1, [*callbacks, counter], loader, strategy=used, precision=precision, **devices, **trainer)
+    fit_in_float64(module, 1, [*callbacks, counter], loader, strategy=used, precision=precision, **devices, **trainer)
     # Rank 3: two ranks share the rows of A unevenly, the rows of B evenly.
     factors = sum(p.numel() for name, p in network().named_parameters() if ".lora_" in name)
     return {"bytes": counter.mode.bytes, "calls": sum(counter.mode.calls.values()), "factors": 8 * factors}

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from ddp_runs import on_two_ranks, trained
 from fits import parts
-from test_exactness import fit, network
+from float64_runs import fit_in_float64, network
 from torch._dynamo.utils import counters
 
 
@@ -40,6 +40,6 @@ def train(
     count = CountsGraphs()
     loader, ranks = on_two_ranks()
     fitted = torch.compile(module, backend=backend) if compiled == "module" else module
-    fit(fitted, 1, [*callbacks, count], loader, **trainer, **ranks)
+    fit_in_float64(fitted, 1, [*callbacks, count], loader, **trainer, **ranks)
     driver = callbacks[0] if callbacks else module._driver
     return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"], "graphs": count.graphs}

@@ -7,8 +7,8 @@ import lightning as L
 import pytorch_lightning
 import torch
 from fits import Sharded, parts
+from float64_runs import BATCHES, RHO, SIZE, Automatic, Manual, dataset, fit_in_float64, loss, network
 from strategies import strategy_of
-from test_exactness import BATCHES, RHO, SIZE, Automatic, Manual, dataset, fit, loss, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -23,7 +23,9 @@ def joint_batches() -> "DataLoader[Any]":
 
 def turns() -> "DataLoader[Any]":
     """What two ranks see, one rank's half of a batch after the other's."""
-    order = [start + i for start in range(0, BATCHES * SIZE, SIZE) for i in (0, 2, 1, 3)]
+    order: list[int] = []
+    for start in range(0, BATCHES * SIZE, SIZE):
+        order += [start, start + 2, start + 1, start + 3]
     return DataLoader(dataset(), batch_size=SIZE // 2, sampler=order)  # type: ignore[arg-type]
 
 
@@ -33,7 +35,7 @@ def train_alone(
     """One process on the joint batches, or on a loader of its own."""
     net = network()
     module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
-    fit(module, epochs, callbacks, joint_batches() if loader is None else loader, **trainer)
+    fit_in_float64(module, epochs, callbacks, joint_batches() if loader is None else loader, **trainer)
     driver = callbacks[0] if callbacks else module._driver
     return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"]}
 
@@ -99,10 +101,10 @@ def train_routed(front_end: str, accumulate: int, alone: bool = False) -> dict[s
     step = {"accumulate_grad_batches": accumulate}
     loader, trainer = (joint_batches(), {}) if alone else on_two_ranks(find_unused_parameters=True)
     if front_end == "FMLoRAModule":
-        fit(RoutedManual(net, rho=RHO, **step), 1, [], loader, **trainer)
+        fit_in_float64(RoutedManual(net, rho=RHO, **step), 1, [], loader, **trainer)
     else:
         callback = {"EFMLoRA": EFMLoRA, "FMLoRA": FMLoRA}[front_end](RHO)
-        fit(RoutedAutomatic(net), 1, [callback], loader, **step, **trainer)
+        fit_in_float64(RoutedAutomatic(net), 1, [callback], loader, **step, **trainer)
     return {"weights": trained(net.net)}
 
 
@@ -132,7 +134,7 @@ def train_called_off(alone: bool = False) -> dict[str, Any]:
     net, answers = network(), Synchronises()
     loader, trainer = (turns(), {"accumulate_grad_batches": 2}) if alone else on_two_ranks()
     callbacks = [FMLoRA(RHO, sync_ascent=alone), answers]
-    fit(CalledOff(net, at=6 if alone else 3), 2, callbacks, loader, **trainer)
+    fit_in_float64(CalledOff(net, at=6 if alone else 3), 2, callbacks, loader, **trainer)
     return {"weights": trained(net), "synchronises": answers.answers}
 
 
@@ -146,7 +148,7 @@ class Skips(Manual):
 def train_skipping() -> None:
     """FMLoRAModule without a loss on any rank."""
     loader, trainer = on_two_ranks()
-    fit(Skips(network(), rho=RHO), 1, [], loader, **trainer)
+    fit_in_float64(Skips(network(), rho=RHO), 1, [], loader, **trainer)
 
 
 class UnderTheOtherName(pytorch_lightning.LightningModule):

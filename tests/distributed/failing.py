@@ -1,4 +1,4 @@
-"""A script whose rank 1 fails in the middle of training while rank 0 goes on; started by torchrun, or as it is.
+"""A script whose rank 1 fails in the middle of training while rank 0 continues; started by torchrun, or as it is.
 
 Arguments: the front end, and what fails: "callback", or the number of the call of training_step or
 compute_loss that raises, or that returns None if "None" follows.
@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from fits import Sharded, parts
-from test_exactness import dataset, fit, network
+from float64_runs import dataset, fit_in_float64, network
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -46,7 +46,7 @@ def main(front_end: str, what: str, returned: str = "") -> None:
         name = "compute_loss" if front_end == "FMLoRAModule" else "training_step"
         make_fail(module, name, int(what), returned == "None")
     loader = Sharded(dataset(), 2, RANK)
-    fit(module, 1, callbacks, loader, strategy="ddp", devices=2, use_distributed_sampler=False, **trainer)
+    fit_in_float64(module, 1, callbacks, loader, strategy="ddp", devices=2, use_distributed_sampler=False, **trainer)
     print("trained to the end")
 
 

@@ -4,9 +4,9 @@ import os
 from typing import Any
 
 import torch
+from float64_runs import RHO, SIZE, Automatic, Manual, dataset, fit_in_float64, network
 from lightning.pytorch import Callback
 from strategies import full_weights, shard, strategy_of
-from test_exactness import RHO, SIZE, Automatic, Manual, dataset, fit, network
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -96,7 +96,15 @@ def train(
     devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
     devices["limit_train_batches"] = batches
     more = [Rescales()] if rescales else []
-    fit(module, epochs, [*callbacks, *more], loader, strategy=used, precision=precision, **devices, **trainer)
+    fit_in_float64(
+        module, epochs, [*callbacks, *more], loader, strategy=used, precision=precision, **devices, **trainer
+    )
     driver = callbacks[0] if callbacks else getattr(module, "_driver", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}
     return {"weights": full_weights(used, net), "E": E}
+
+
+def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest over tensors of the relative difference in norm."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - t).norm() / t.norm()) for name, t in other.items())

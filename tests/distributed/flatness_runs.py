@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from ddp_runs import joint_batches, on_two_ranks, trained
 from fits import parts
+from float64_runs import fit_in_float64, network
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from strategies import strategy_of
-from test_exactness import fit, network
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor
 from lightning_flatlora.flatness import MEASURES
@@ -36,7 +36,7 @@ def train(
     measures = [name for name in MEASURES if name != "ema" or ema]
     monitor = FlatnessMonitor(0.3, every_n_steps=5, batches=2, measures=measures, samples=2, per_layer=True)
     logged = Logged()
-    fit(module, 1, [*([monitor] if monitored else []), *callbacks, logged], loader, **step, **trainer)
+    fit_in_float64(module, 1, [*([monitor] if monitored else []), *callbacks, logged], loader, **step, **trainer)
     return {"weights": trained(net), "rows": logged.rows}
 
 
@@ -47,7 +47,7 @@ def refused(strategy: str) -> dict[str, Any]:
     trainer |= {"strategy": strategy_of(strategy), "precision": "32-true"}
     loader.dataset.tensors = tuple(x.float() if x.is_floating_point() else x for x in loader.dataset.tensors)
     try:
-        fit(module, 1, [FlatnessMonitor(), *callbacks], loader, **step, **trainer)
+        fit_in_float64(module, 1, [FlatnessMonitor(), *callbacks], loader, **step, **trainer)
     except MisconfigurationException as error:
         return {"message": str(error), "grad": torch.is_grad_enabled()}
     raise AssertionError("it was not refused")

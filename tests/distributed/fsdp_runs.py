@@ -6,11 +6,11 @@ from typing import Any
 import lightning as L
 import torch
 from fits import PRECISION_OF_FLOAT64, Sharded, ShardedAutomatic, parts
+from float64_runs import RHO, dataset, fit_in_float64, network
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from peft import LoraConfig, get_peft_model
 from strategies import WRAPPING, FSDPOnCPU, full_weights, strategy_of
-from test_exactness import RHO, dataset, fit, network
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -94,7 +94,7 @@ class Recorder(L.Callback):
         self.flat, self.E = flat, []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        stacks = [group.E.flatten() for group in self.flat.perturbation._groups]
+        stacks = [stack.E.flatten() for stack in self.flat.perturbation._stacks]
         self.E.append(torch.cat(stacks).clone())
 
 
@@ -146,7 +146,7 @@ def alone(strategy: str, front_end: str, accumulate: int, precision: str, accele
         "use_distributed_sampler": False,
         **trainer,
     }
-    fit(module, 1, callbacks, loader, strategy=used, **settings)
+    fit_in_float64(module, 1, callbacks, loader, strategy=used, **settings)
     driver = callbacks[0] if callbacks else getattr(module, "_driver", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}
     return {"weights": {n: w.cpu() for n, w in full_weights(used, net).items()}, "E": E}
@@ -157,5 +157,5 @@ def _fit(strategy: str, module: Any, callbacks: list[Any], data: Any = None, **t
     used = strategy_of(strategy, **double)
     loader = Sharded(data or dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
-    fit(module, 1, callbacks, loader, strategy=used, **{"precision": precision, **devices, **trainer})
+    fit_in_float64(module, 1, callbacks, loader, strategy=used, **{"precision": precision, **devices, **trainer})
     return used

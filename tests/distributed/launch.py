@@ -28,7 +28,7 @@ def launch(
     """
     (folder / "runs.json").write_text(json.dumps(runs))
     run_on(ranks, worker.main, folder, output=folder / "output.txt", timeout=timeout)
-    return Results(folder, ranks)  # of which those that are missing tell of a run that hung
+    return Results(folder, ranks)  # where one is missing, its run hung
 
 
 def run_on(
@@ -79,7 +79,7 @@ def torchrun(ranks: int) -> list[str]:
 
 
 class Results:
-    """What each rank returned, by the run's name; asking for a run that failed tells why."""
+    """What each rank returned, by the run's name; asking for a run that failed raises its error."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self._folder, self._ranks = folder, ranks

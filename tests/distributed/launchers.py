@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from ddp_runs import trained
 from fits import Sharded, parts
+from float64_runs import dataset, fit_in_float64, network
 from helpers import assert_no_trace
 from lightning.pytorch import LightningDataModule
-from test_exactness import dataset, fit, network
 
 RUNS = [
     ("ddp_spawn", "FMLoRA"),  # one only: each of its processes imports everything anew
@@ -35,6 +35,6 @@ def main(folder: Path) -> None:
         net = network()
         module, callbacks, trainer = parts(front_end, net, accumulate=2)
         trainer |= {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
-        fit(module, 1, callbacks, Halves(), **trainer)
+        fit_in_float64(module, 1, callbacks, Halves(), **trainer)
         assert_no_trace(module)
         torch.save(trained(net), folder / f"{strategy}-{front_end}.pt")

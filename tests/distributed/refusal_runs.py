@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from fits import Sharded, ShardedAutomatic, parts
+from float64_runs import RHO, dataset, fit_in_float64, network
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from strategies import strategy_of
-from test_exactness import RHO, dataset, fit, network
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import TensorDataset
 
@@ -70,7 +70,7 @@ def refused(
     loader = Sharded(TensorDataset(x.float(), y), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     trainer |= {"strategy": used, "devices": 2, "use_distributed_sampler": False, "precision": "32-true"}
     try:
-        fit(module, 1, callbacks, loader, **trainer)
+        fit_in_float64(module, 1, callbacks, loader, **trainer)
     except MisconfigurationException as error:
         return {"message": str(error), "steps": len(steps)}
     raise AssertionError("it was not refused")

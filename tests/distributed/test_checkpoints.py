@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_runs import CHANGED, END, MIDDLE, train
+from float64_runs import network
 from helpers import same
 from launch import Results, launch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_exactness import network
 from torch import nn
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -188,7 +188,7 @@ def test_an_optimizer_that_cannot_be_made_whole_is_refused(runs: Runs, strategy:
 
 @pytest.mark.parametrize("name", FROZEN_A)
 def test_a_frozen_A_is_saved_with_its_B(runs: Runs, name: str) -> None:
-    """LoRA-FA: each process draws its own A, and goes on with that of the checkpoint."""
+    """LoRA-FA: each process draws its own A, and continues with that of the checkpoint."""
     whole, resumed = runs.two[f"{name}-frozen"], runs.two[f"{name}-frozen-resumed"]
     for one, other in zip(whole, resumed, strict=True):
         assert same(one["weights"], other["weights"])

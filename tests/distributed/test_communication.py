@@ -1,14 +1,14 @@
 """What the perturbation adds to the communication of a step, in bytes of the tensors given to collectives."""
 
+from itertools import product
+
 import pytest
 from launch import Results, launch
 
-RUNS = {
-    f"{strategy}:{front_end}:{accumulate}": {"strategy": strategy, "front_end": front_end, "accumulate": accumulate}
-    for strategy in ("ddp", "fsdp2", "fsdp1-layers")
-    for front_end in ("LoRA", "EFMLoRA", "FMLoRA")
-    for accumulate in (1, 2)
-}
+RUNS = {}
+for strategy, front_end, accumulate in product(("ddp", "fsdp2", "fsdp1-layers"), ("LoRA", "EFMLoRA", "FMLoRA"), (1, 2)):
+    settings = {"strategy": strategy, "front_end": front_end, "accumulate": accumulate}
+    RUNS[f"{strategy}:{front_end}:{accumulate}"] = settings
 
 
 @pytest.fixture(scope="module")

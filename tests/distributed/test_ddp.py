@@ -102,7 +102,7 @@ def test_an_ascent_of_each_rank_equals_one_of_each_micro_batch(
 
 
 def test_a_batch_called_off_leaves_ddp_synchronising(results: Results) -> None:
-    """FMLoRA, each rank's ascent its own: DDP was told not to synchronise, and no backward came."""
+    """FMLoRA, each rank's ascent its own: DDP was asked not to synchronise, and no backward came."""
     first, second = results["called off"]
     assert first["synchronises"] == second["synchronises"] == [True, True]
     assert difference(first["weights"], second["weights"]) == 0

@@ -1,4 +1,4 @@
-"""What fails on one rank alone ends every process, with a code that tells, whoever started them."""
+"""What fails on one rank alone ends every process, with an exit code that says so, whoever started them."""
 
 import os
 import signal

@@ -55,4 +55,4 @@ def test_all_ranks_have_the_numbers_of_one_process(results: Results, front_end: 
 def test_sharded_models_are_refused_on_every_rank(results: Results, strategy: str) -> None:
     first, second = results[strategy]
     assert first == second
-    assert "is not supported, as one that shards a model has no whole weights to perturb" in first["message"]
+    assert "is not supported, because a sharded model has no whole weights to perturb" in first["message"]

@@ -1,9 +1,11 @@
 """FSDP2 and FSDP1 give what DDP gives, which test_ddp.py compares with one process."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from fits import relative_difference
 from launch import Results, launch
 
 FRONT_ENDS = {"fsdp2": ("EFMLoRA", "FMLoRA", "FMLoRAModule"), "fsdp1": ("EFMLoRA", "FMLoRA")}
@@ -50,9 +52,7 @@ EXACT = [name for name in CASES if not name.startswith("ddp") and "bf16" not in 
 MIXED = [name for name in CASES if not name.startswith("ddp") and "bf16" in name]
 OVERFLOWS = {
     f"{strategy}:{estimator}:{rank}": {"strategy": strategy, "estimator": estimator, "rank": rank}
-    for strategy in ("fsdp2", "fsdp1-root")
-    for estimator in ("average", "projected")
-    for rank in (0, 1)
+    for strategy, estimator, rank in product(("fsdp2", "fsdp1-root"), ("average", "projected"), (0, 1))
 }
 
 
@@ -68,12 +68,6 @@ def on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return launch(tmp_path_factory.mktemp("three"), chosen, ranks=3)
 
 
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest over tensors of the relative difference in norm."""
-    assert one.keys() == other.keys()
-    return max(float((one[name] - t).norm() / t.norm()) for name, t in other.items())
-
-
 def assert_one_state(ranks: list[dict[str, Any]]) -> None:
     for other in ranks[1:]:
         for kind in ("weights", "E"):
@@ -86,8 +80,8 @@ def test_sharded_equals_ddp_in_float64(results: Results, name: str) -> None:
     ranks = results[name]
     ddp = results["ddp:" + name.partition(":")[2]][0]
     assert_one_state(ranks)
-    assert difference(ranks[0]["weights"], ddp["weights"]) < 1e-10
-    assert difference(ranks[0]["E"], ddp["E"]) < 1e-10
+    assert relative_difference(ranks[0]["weights"], ddp["weights"]) < 1e-10
+    assert relative_difference(ranks[0]["E"], ddp["E"]) < 1e-10
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -95,9 +89,9 @@ def test_bf16_mixed_is_as_near_to_float64_as_under_ddp(results: Results, name: s
     what = name.partition(":")[2]
     ranks, ddp, double = results[name], results["ddp:" + what][0], results["ddp:" + what.rpartition(":")[0]][0]
     assert_one_state(ranks)
-    double = {kind: {n: t.to(ddp[kind][n].dtype) for n, t in double[kind].items()} for kind in ("weights", "E")}
     for kind in ("weights", "E"):
-        ours, of_ddp = (difference(state[kind], double[kind]) for state in (ranks[0], ddp))
+        exact = {name: value.to(ddp[kind][name].dtype) for name, value in double[kind].items()}
+        ours, of_ddp = relative_difference(ranks[0][kind], exact), relative_difference(ddp[kind], exact)
         assert ours < 3 * of_ddp + 1e-3  # FSDP1's plugin reduces in bfloat16 too
 
 
@@ -107,7 +101,7 @@ def test_uneven_shards_over_three_ranks(on_three_ranks: Results, strategy: str, 
     ranks = on_three_ranks[f"{strategy}:{front_end}:2"]
     assert_one_state(ranks)
     ddp = on_three_ranks[f"ddp:{front_end}:2"][0]
-    assert difference(ranks[0]["weights"], ddp["weights"]) < 1e-10
+    assert relative_difference(ranks[0]["weights"], ddp["weights"]) < 1e-10
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)

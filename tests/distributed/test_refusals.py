@@ -21,15 +21,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         {},
         ("EFMLoRA: manual optimization", "with automatic optimization", "ModelParallelStrategy"),
     ),
-    **{
-        sharding: (
-            FSDP,
-            front_end,
-            {"strategy_settings": {"sharding_strategy": sharding}},
-            (f"{front_end}: sharding_strategy must be 'FULL_SHARD', got '{sharding}'", "use strategy='ddp'"),
-        )
-        for sharding, front_end in (("SHARD_GRAD_OP", "EFMLoRA"), ("NO_SHARD", "FMLoRA"), ("HYBRID_SHARD", "FMLoRA"))
-    },
     "use_orig_params": (
         FSDP,
         "FMLoRA",
@@ -66,15 +57,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         {},
         ("FMLoRA: tensor_parallel_size must be 1, got 2", "data_parallel_size=2, tensor_parallel_size=1"),
     ),
-    **{
-        f"static_graph and accumulation with {front_end}": (
-            "ddp",
-            front_end,
-            {"strategy_settings": {"static_graph": True}, "accumulate": 2},
-            (f"{front_end}: DDP's", "accumulate_grad_batches=2", *LEFT_OUT),
-        )
-        for front_end in ("EFMLoRA", "FMLoRA", "FMLoRAModule")
-    },
     "static_graph and accumulation from a later epoch on": (
         "ddp",
         "EFMLoRA",
@@ -88,6 +70,20 @@ CASES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         ("FMLoRA: DDP's", "sync_ascent=False", *LEFT_OUT),
     ),
 }
+for sharding, front_end in (("SHARD_GRAD_OP", "EFMLoRA"), ("NO_SHARD", "FMLoRA"), ("HYBRID_SHARD", "FMLoRA")):
+    CASES[sharding] = (
+        FSDP,
+        front_end,
+        {"strategy_settings": {"sharding_strategy": sharding}},
+        (f"{front_end}: sharding_strategy must be 'FULL_SHARD', got '{sharding}'", "use strategy='ddp'"),
+    )
+for front_end in ("EFMLoRA", "FMLoRA", "FMLoRAModule"):
+    CASES[f"static_graph and accumulation with {front_end}"] = (
+        "ddp",
+        front_end,
+        {"strategy_settings": {"static_graph": True}, "accumulate": 2},
+        (f"{front_end}: DDP's", "accumulate_grad_batches=2", *LEFT_OUT),
+    )
 
 
 @pytest.fixture(scope="module")

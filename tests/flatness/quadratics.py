@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_flatlora import LoRAPair, Perturbation, find_pairs
+from lightning_flatlora import LoRAPair, Perturbation, find_pairs, read_through
 
 RHO = 0.3
 
@@ -52,18 +52,24 @@ class Quadratic:
         return [W - T for W, T in zip(self.weights(), self.targets, strict=True)]
 
 
+def all_shown(pairs: list[LoRAPair]) -> list[Tensor | None]:
+    """What each reader adds to its weight now."""
+    shown = []
+    for pair in pairs:
+        shown += [read_through.shown(reader) for reader in pair.readers]
+    return shown
+
+
 def state_of(model: nn.Module, pairs: list[LoRAPair]) -> Callable[[], None]:
     """Remember what an instrument must leave as it is.
 
     Returns:
         A function that asserts that it is.
     """
-    from lightning_flatlora import read_through
-
     parameters = list(model.parameters())
     data = [(p.data_ptr(), p.detach().clone(), p.grad, None if p.grad is None else p.grad.clone()) for p in parameters]
     classes = [(type(module), dict(module.__dict__)) for module in model.modules()]
-    shown = [read_through.shown(reader) for pair in pairs for reader in pair.readers]
+    shown = all_shown(pairs)
     random = torch.get_rng_state()
 
     def check() -> None:
@@ -75,8 +81,7 @@ def state_of(model: nn.Module, pairs: list[LoRAPair]) -> Callable[[], None]:
         for module, (kind, attributes) in zip(model.modules(), classes, strict=True):
             assert type(module) is kind
             assert module.__dict__.keys() == attributes.keys()
-        now = [read_through.shown(reader) for pair in pairs for reader in pair.readers]
-        assert all(a is b for a, b in zip(now, shown, strict=True))
+        assert all(a is b for a, b in zip(all_shown(pairs), shown, strict=True))
         assert torch.get_rng_state().equal(random)
 
     return check

@@ -16,8 +16,11 @@ def dense_hessian(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) ->
     """Row by row, of all parameters in one vector."""
     gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    rows = [torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True) for entry in flat]
-    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    rows = []
+    for entry in flat:
+        parts = torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)
 
 
 def random_like(parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What the factors tell, against dense float64 matrices."""
+"""What the factors say, against dense float64 matrices."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """What docs/flatness.md says works: the snippets run, functions, measures and tests exist."""
 
+import itertools
 import re
 import shlex
 import sys
@@ -13,12 +14,20 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, flatness
-from recipes.cli import RecipeCLI
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import config_files
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PAGE = (ROOT / "docs" / "flatness.md").read_text()
-ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")][1:]
+TABLE = [line for line in PAGE.splitlines() if line.startswith("| ")]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+ROWS = [cells(line) for line in TABLE[1:]]
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,10 +53,11 @@ def test_the_configuration_makes_the_callbacks(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_configuration_suits_the_recipe_that_it_can_be_pasted_into() -> None:
-    recipe = yaml.safe_load((ROOT / "recipes/instruction_tuning/configs/efmlora.yaml").read_text())
+    base, overlay = config_files("instruction_tuning", "efmlora")
+    recipe, method = yaml.safe_load(base.read_text()), yaml.safe_load(overlay.read_text())
     (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     pasted, monitor = yaml.safe_load(text)["trainer"]["callbacks"]
-    ema, *_ = recipe["trainer"]["callbacks"]
+    (ema,) = method["trainer"]["callbacks+"]
     assert pasted["class_path"] == ema["class_path"]
     assert pasted["init_args"]["rho"] == ema["init_args"]["rho"]
     data = recipe["data"]["init_args"]
@@ -71,8 +81,11 @@ def test_callbacks_that_a_command_adds_leave_the_configurations(
     with pytest.raises(SystemExit):
         RecipeCLI(args=[*arguments, "--print_config"])
     made = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
-    configuration = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text())
-    kept = configuration["trainer"]["callbacks"]
+    kept = []
+    for option, path in itertools.pairwise(arguments):
+        if option == "--config":
+            trainer = yaml.safe_load(Path(path).read_text())["trainer"]
+            kept += trainer.get("callbacks", []) + trainer.get("callbacks+", [])
     assert [one["class_path"] for one in made[: len(kept)]] == [one["class_path"] for one in kept]
     added = re.findall(r"callbacks\+=(?:\w+\.)*(\w+) --trainer.callbacks.rho=(\S+)", command)
     assert [(one["class_path"].split(".")[-1], str(one["init_args"]["rho"])) for one in made[len(kept) :]] == added

@@ -17,6 +17,7 @@ from lightning_flatlora.flatness import (
     lora_sharpness,
     sam_sharpness,
     slope,
+    trained_factors,
 )
 from lightning_flatlora.flatness.sharpness import read
 from lightning_flatlora.weight_noise import WeightNoise
@@ -59,12 +60,13 @@ def test_sam_sharpness_of_a_quadratic_is_slope_and_curvature_along_E(norm_scope:
 def test_lora_sharpness_moves_both_factors_along_their_joint_gradient() -> None:
     quadratic = Quadratic()
     pairs, G = quadratic.pairs, quadratic.gradients()
-    grads = [(p.scaling * p.B.mT @ g, p.scaling * g @ p.A.mT) for p, g in zip(pairs, G, strict=True)]
-    norm = torch.stack([grad.square().sum() for both in grads for grad in both]).sum().sqrt()
-    moves = [
-        p.scaling * ((p.B + RHO * grad_B / norm) @ (p.A + RHO * grad_A / norm) - p.B @ p.A)
-        for p, (grad_A, grad_B) in zip(pairs, grads, strict=True)
-    ]
+    grads_A = [p.scaling * p.B.mT @ g for p, g in zip(pairs, G, strict=True)]
+    grads_B = [p.scaling * g @ p.A.mT for p, g in zip(pairs, G, strict=True)]
+    norm = torch.stack([grad.square().sum() for grad in grads_A + grads_B]).sum().sqrt()
+    moves = []
+    for p, grad_A, grad_B in zip(pairs, grads_A, grads_B, strict=True):
+        moved = (p.B + RHO * grad_B / norm) @ (p.A + RHO * grad_A / norm)
+        moves.append(p.scaling * (moved - p.B @ p.A))
     found = lora_sharpness(quadratic.loss, pairs, RHO)
     torch.testing.assert_close(found.perturbed, quadratic.dense_loss(moves).detach(), rtol=1e-12, atol=0)
     assert found.sharpness > 0
@@ -76,7 +78,7 @@ def test_for_a_small_radius_sharpness_is_the_directional_derivative() -> None:
     perturbation = Perturbation(quadratic.pairs)
     unit = [move / RHO for move in dense_moves(quadratic, "global")]
     along = sum((G * move).sum() for G, move in zip(quadratic.gradients(), unit, strict=True))
-    at = slope(quadratic.loss, [factor for pair in quadratic.pairs for factor in (pair.A, pair.B)])
+    at = slope(quadratic.loss, trained_factors(quadratic.pairs))
     norm = torch.stack([grad.square().sum() for grad in at.gradients]).sum().sqrt()
     rho = 1e-5
     assert abs(sam_sharpness(quadratic.loss, perturbation, rho).sharpness / rho / along - 1) < 1e-5
@@ -93,8 +95,9 @@ def test_the_ema_is_compared_with_the_fresh_perturbation() -> None:
     torch.testing.assert_close(found.ema, quadratic.dense_loss(average) - clean, rtol=1e-9, atol=0)
     torch.testing.assert_close(found.sam, quadratic.dense_loss(fresh) - clean, rtol=1e-9, atol=0)
     torch.testing.assert_close(found.gap, (found.ema - found.sam).abs(), rtol=1e-9, atol=0)
-    flat = [torch.cat([move.flatten() for move in moves]) for moves in (average, fresh)]
-    expected = torch.nn.functional.cosine_similarity(*flat, dim=0)
+    flat_average = torch.cat([move.flatten() for move in average])
+    flat_fresh = torch.cat([move.flatten() for move in fresh])
+    expected = torch.nn.functional.cosine_similarity(flat_average, flat_fresh, dim=0)
     torch.testing.assert_close(found.cosine, expected, rtol=1e-9, atol=0)
     assert found.gap > 0
     assert 0.1 < found.cosine < 0.999
@@ -206,7 +209,7 @@ def test_a_zero_gradient_has_no_sharpness_and_one_not_finite_has_nan(instrument:
 def test_a_slope_by_batches_is_the_slope_of_the_mean() -> None:
     """One batch's graph is gone before the next is made: its memory is one batch's."""
     quadratic = Quadratic()
-    parameters = [factor for pair in quadratic.pairs for factor in (pair.A, pair.B)]
+    parameters = trained_factors(quadratic.pairs)
     graphs = []
 
     def part(weight: float) -> Tensor:

@@ -19,6 +19,37 @@ QWEN3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
+# Asks with an opened block of thoughts, which it closes before a last answer without any.
+QWEN35 = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# Names a channel before an answer, and ends the last one with another token than earlier ones.
+GPT_OSS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if loop.last and m.thinking %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# Asks with an empty block of thoughts unless enable_thinking is true, and writes answers without one.
+GEMMA4 = (
+    "{% for m in messages %}{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content }}"
+    "{{ '<turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}"
+    "{% if not enable_thinking | default(false) %}{{ '<|channel>thought\n<channel|>' }}{% endif %}{% endif %}"
+)
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|end|>\n\n' + m.content | trim + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
@@ -53,9 +84,9 @@ FOREIGN = (
 )
 _SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>", "<bos>", "<eos>", "<start_of_turn>"),
-    *("<end_of_turn>", "[INST]", "[/INST]", "<image>"),
+    *("<end_of_turn>", "[INST]", "[/INST]", "<image>", "<|message|>", "<|channel|>", "<|return|>", "<turn|>"),
 )
-_ENDS = {QWEN3: "<|im_end|>", LLAMA3: "<|eot|>"}
+_ENDS = {QWEN3: "<|im_end|>", QWEN35: "<|im_end|>", LLAMA3: "<|eot|>", GPT_OSS: "<|return|>"}
 
 
 def tokenizer(template: str, pad_token: str | None = None) -> Any:

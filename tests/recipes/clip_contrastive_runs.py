@@ -13,15 +13,13 @@ from strategies import FSDPOnCPU, full_weights
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA
-from recipes.cli import RecipeCLI
-from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModel, ContrastiveModelFM
-from recipes.random_state import RandomState
-from recipes.sharding import FSDP2, BlocksAndFactors
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import STRATEGIES, config_arguments
+from recipes.shared.random_state import RandomState
+from recipes.shared.sharding import FSDP2, BlocksAndFactors
 
-CONFIGS = Path(sources.__file__).parent / "configs"
-STRATEGIES = CONFIGS.parent.parent / "configs" / "strategies"
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "line")
 TEXT = {"context_length": 12, "width": 32, "heads": 2, "layers": 2}
@@ -77,7 +75,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
     Args:
         command: fit, validate or test.
         folder: in which it leaves what it leaves.
-        method: a configuration.
+        method: whose configurations are taken.
         strategy: ddp, fsdp1 or fsdp2; or "one" for a single process. FSDP1 gets a class that Lightning lets run without
             a GPU, and keeps what the YAML says of it.
         options: more arguments.
@@ -87,7 +85,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    arguments = [command, f"--config={CONFIGS / method}.yaml"]
+    arguments = [command, *config_arguments("clip_contrastive", method)]
     if strategy == "one":
         arguments.append("--trainer.devices=1")
     else:
@@ -169,3 +167,11 @@ def strategy_named(name: str) -> Any:
         policy = {"auto_wrap_policy": BlocksAndFactors(), "mixed_precision": MixedPrecision()}
         return FSDPOnCPU(process_group_backend="gloo", **policy)
     return {"one": "auto", "ddp": "ddp", "fsdp2": FSDP2("gloo")}[name]
+
+
+def prepared(clip: Any, stage: str, dataset: str, **options: Any) -> ContrastiveData:
+    data = ContrastiveData(dataset, **options)
+    data.clip = clip
+    data.prepare_data()
+    data.setup(stage)
+    return data

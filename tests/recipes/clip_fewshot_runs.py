@@ -5,21 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clip_contrastive_runs import CLIP, STRATEGIES, TEXT, save_model
+from clip_contrastive_runs import CLIP, TEXT, save_model
 from PIL import Image
 from strategies import full_weights
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.__main__ import main
+from recipes.clip_fewshot.data import FewShotData
+from recipes.shared.configs import STRATEGIES, config_arguments
 
-CONFIGS = Path(sources.__file__).parent / "configs"
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue_grey": (90, 110, 130)}
 
 
 def tiny_clip(folder: Path) -> str:
-    """A random CLIP of two small towers, as open_clip names it."""
-    return save_model(folder, CLIP | {"text_cfg": TEXT | {"context_length": 16}})
+    """A random CLIP of two small towers of ViT-B-16-quickgelu's kind, as open_clip names it."""
+    return save_model(folder, CLIP | {"text_cfg": TEXT | {"context_length": 16}, "quick_gelu": True})
 
 
 def picture(path: Path, colour: tuple[int, int, int], seed: int) -> None:
@@ -58,7 +58,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
     Args:
         command: fit, test or predict.
         folder: in which it leaves what it leaves.
-        method: a configuration.
+        method: whose configurations are taken.
         strategy: ddp, fsdp1 or fsdp2; or "one" for a single process. FSDP1 gets a class that Lightning lets run
             without a GPU, and keeps what the YAML says of it.
         options: more arguments.
@@ -68,7 +68,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    arguments = [command, f"--config={CONFIGS / method}.yaml"]
+    arguments = [command, *config_arguments("clip_fewshot", method)]
     if strategy == "one":
         arguments.append("--trainer.devices=1")
     else:
@@ -82,3 +82,8 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
         "steps": cli.trainer.global_step,
         "units": len(FullyShardedDataParallel.fsdp_modules(cli.trainer.strategy.model)),
     }
+
+
+def data_of(images: Path, **options: Any) -> FewShotData:
+    given = {"shots": 2, "batch_size": 4, "iterations_per_shot": 4, "eval_batch_size": 5} | options
+    return FewShotData(str(images), **given)

@@ -1,5 +1,9 @@
-"""A tiny random Llama with the packaged model's tokenizer, for tests that need a model but no knowledge."""
+"""Tiny random models, drawn images and files of rows, for tests that need a model but no knowledge."""
 
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +11,18 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
-from recipes import packaged  # noqa: E402
+from vqa_models import KINDS, draw, save_model  # noqa: E402
+
+from recipes.shared import packaged  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """Command lines that silence Lightning would do so for the tests after them, too."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +50,102 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random CLIP for contrastive training."""
+    import clip_contrastive_runs
+
+    return clip_contrastive_runs.save_model(tmp_path_factory.mktemp("small") / "clip", clip_contrastive_runs.CLIP)
+
+
+@pytest.fixture(scope="session")
+def clip(small_clip: str) -> Any:
+    """The same, loaded."""
+    from recipes.clip_contrastive.module import ContrastiveModel
+
+    return ContrastiveModel(small_clip).clip
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of drawn shapes, each with a file of captions."""
+    from clip_contrastive_runs import save_pictures
+
+    return save_pictures(tmp_path_factory.mktemp("drawn") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random CLIP for classification."""
+    import clip_fewshot_runs
+
+    return clip_fewshot_runs.tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes, twelve images each."""
+    from clip_fewshot_runs import filled
+
+    return filled(tmp_path_factory.mktemp("images"), 12)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of random vision-language models of three kinds."""
+    return {kind: save_model(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest, folders: dict[str, str]) -> str:
+    """Each of these folders in turn."""
+    return folders[request.param]
+
+
+@pytest.fixture
+def tiny_vlm(folders: dict[str, str]) -> str:
+    return folders["idefics3"]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows into a file of JSON lines."""
+
+    def write(rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, jsonl: Callable[..., str]) -> str:
+    """A file of questions about drawn images."""
+    return jsonl(draw(tmp_path))
+
+
+@pytest.fixture
+def sums(jsonl: Callable[..., str]) -> str:
+    """A file of sixty free questions of different lengths."""
+    return jsonl([{"instruction": f"Add {i}", "input": "one " * (i % 7), "output": f"It is {i}."} for i in range(60)])
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of its own to run in, and none of the warnings about this process's own arguments."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+
+
+@pytest.fixture
+def own_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of `datasets` of its own, and no progress bars."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()

@@ -6,9 +6,11 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from processes import CAN_FORK
 
 from recipes.demo import __main__ as demo
+from recipes.shared import ledger
 
 _STARTED = [sys.executable, "-m", "recipes.demo"]
 _CONTEXT: Any = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
@@ -17,7 +19,7 @@ _CONTEXT: Any = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
 def main(arguments: list[str]) -> None:
     """What ``python -m recipes.demo`` does."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the tokenizer don't survive a fork
-    demo.subprocess = SimpleNamespace(run=_run)
+    ledger.subprocess = SimpleNamespace(run=_run)
     sys.exit(demo.main(arguments))
 
 
@@ -35,4 +37,7 @@ def _run(command: list[str], check: bool) -> Any:
 
 
 def _one_method(arguments: list[str]) -> None:
+    # The fork's copy of PyTorch's thread pool is replaced at its first use. That must not be by two threads at once,
+    # and transformers loads weights in several.
+    torch.set_num_threads(torch.get_num_threads())
     sys.exit(demo.main(arguments))

@@ -9,24 +9,23 @@ import torch.distributed as dist
 from strategies import full_weights
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from recipes import sharding
-from recipes.cli import RecipeCLI
-from recipes.instruction_tuning import sources
-
-CONFIGS = Path(sources.__file__).parent / "configs"
-STRATEGIES = Path(sharding.__file__).parent / "configs" / "strategies"
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import STRATEGIES, config_arguments
 
 
-def run(command: str, folder: str, method: str, strategy: str, options: list[str]) -> dict[str, Any]:
+def run(
+    command: str, folder: str, method: str, strategy: str, options: list[str], recipe: str = "instruction_tuning"
+) -> dict[str, Any]:
     """One command of the recipe in a folder.
 
     Args:
         command: fit, test or predict.
         folder: in which it leaves what it leaves.
-        method: a configuration.
-        strategy: one of those beside it, or "one" for a single process. FSDP1 gets a class that Lightning lets run
-            without a GPU, and keeps what the YAML says of it.
+        method: whose configurations are taken.
+        strategy: one that has a configuration, or "one" for a single process. FSDP1 gets a class that Lightning lets
+            run without a GPU, and keeps what the YAML says of it.
         options: more arguments.
+        recipe: name of its folder.
 
     Returns:
         The trained weights, whole, by name; what was logged last; optimizer steps; FSDP1's units.
@@ -34,7 +33,7 @@ def run(command: str, folder: str, method: str, strategy: str, options: list[str
     datasets.disable_progress_bars()
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    arguments = [command, f"--config={CONFIGS / method}.yaml"]
+    arguments = [command, *config_arguments(recipe, method)]
     if strategy == "one":
         arguments.append("--trainer.devices=1")
     else:

@@ -3,6 +3,7 @@
 import json
 import platform
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,7 +46,7 @@ def test_every_method_and_peer_takes_steps_and_is_plotted_against_what_varies(tm
     output = tmp_path / "ranks.json"
     sizes = ["--models", "tiny", "--methods", "all", "--vary", "rank", "2", "4", "--rounds", "1", "--steps", "2"]
     result = main([*sizes, "--output", str(output)])
-    assert [(row["rank"], row["method"]) for row in result["steps"]] == [(r, m) for r in (2, 4) for m in METHODS]
+    assert [(row["rank"], row["method"]) for row in result["steps"]] == list(product((2, 4), METHODS))
     assert output.with_suffix(".png").stat().st_size > 0
 
 
@@ -87,8 +88,11 @@ def test_what_varies_is_checked(varied: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_workloads_are_of_the_sizes_they_are_named_after() -> None:
-    with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in AutoModel.from_config(w.config).parameters()) for name, w in SIZES}
+    sizes = {}
+    for name, workload in SIZES:
+        with torch.device("meta"):
+            model = AutoModel.from_config(workload.config)
+        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {
         "minilm": 23, "smollm2": 135, "roberta-large": 355, "gpt2-medium": 355, "vit-b16": 86,
     }  # fmt: skip
@@ -143,6 +147,10 @@ def test_an_estimate_is_of_lora_and_of_what_is_added(
     deeper = estimate.count_engine(WORKLOADS["tiny"].varied("layers", 4)).total()
     assert deeper["kernels"] == row["engine"]["kernels"] + 4
     assert "Estimates, not measurements" in capsys.readouterr().out
+    for wrong in (["--models", "large"], ["--tokens", "0"]):
+        with pytest.raises(SystemExit):
+            estimate.main(wrong)
+    assert "there is no large; there are tiny" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
@@ -153,8 +161,18 @@ def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (row,) = json.loads(output.read_text())["rows"]
     assert (row["strategy"], row["processes"], row["method"]) == ("fsdp2", 2, "EFMLoRA")
     assert 0 < row["held_mib"] <= row["peak_mib"]
-    assert [path.name for path in output.parent.iterdir()] == ["memory.json"]
-    assert "between steps" in capsys.readouterr().out
+    assert "[1/1] tiny, fsdp2, 2 processes, EFMLoRA" in capsys.readouterr().out
+    memory.main([*sizes, "--output", str(output)])
+    assert json.loads(output.read_text())["rows"] == [row]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["memory.json", "memory.rows.jsonl"]
+    again = capsys.readouterr().out
+    assert "between steps" in again
+    assert "[1/1]" not in again  # nothing is measured again
+    # An output from before there was a ledger keeps its rows.
+    (output.parent / "memory.rows.jsonl").unlink()
+    memory.main([*sizes, "--output", str(output)])
+    assert json.loads(output.read_text())["rows"] == [row]
+    assert "[1/1]" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")

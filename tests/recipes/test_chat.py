@@ -14,13 +14,12 @@ from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, mes
 from PIL import Image  # noqa: E402
 
 from lightning_flatlora.report.data import chat  # noqa: E402
-from recipes.instruction_tuning.batches import Collate  # noqa: E402
-from recipes.instruction_tuning.chat import IGNORED, ChatEncoder  # noqa: E402
-from recipes.instruction_tuning.model import (  # noqa: E402
+from recipes.language.batches import Collate, padding_id  # noqa: E402
+from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
+from recipes.language.model import (  # noqa: E402
     answer_log_likelihood,
     ending,
     generate_answers,
-    padding_id,
     quantization_config,
 )
 from recipes.vqa.conversation import QuestionEncoder, sized  # noqa: E402
@@ -81,7 +80,7 @@ def test_marks_of_a_template_leave_the_prompt_out() -> None:
 
 
 def test_a_generation_prompt_that_no_answer_follows_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"asks for an answer with .*<think>.* Set template_arguments"):
+    with pytest.raises(MisconfigurationException, match=r"asks for an answer with .*<think>.* Set chat_template"):
         ChatEncoder(tokenizer(R1), 1000)
 
 
@@ -149,9 +148,10 @@ def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: 
     encoder = ChatEncoder(tokenizer(template, pad), 1000)
     examples = {"a?": "no", "bb?": "yes, of course"}
     encoded = [encoder.encode(messages(*turn)) for turn in examples.items()]
-    rows = {name: [[getattr(e, name)] for e in encoded] for name in ("input_ids", "labels")}
-    rest: dict[str, list[Any]] = {"gold": [0, 0], "prompt_ids": [[], []], "answer": ["", ""]}
-    batch = Collate(padding_id(encoder.tokenizer))({**rows, **rest})
+    columns: dict[str, list[Any]] = {"gold": [0, 0], "prompt_ids": [[], []], "answer": ["", ""]}
+    columns["input_ids"] = [[e.input_ids] for e in encoded]
+    columns["labels"] = [[e.labels] for e in encoded]
+    batch = Collate(padding_id(encoder.tokenizer))(columns)
     lengths = [len(e.input_ids) for e in encoded]
     assert batch["attention_mask"].sum(dim=1).tolist() == lengths
     for row, length in enumerate(lengths):
@@ -233,10 +233,10 @@ class Processor:
 
     def apply_chat_template(self, conversation: list[Any], **options: Any) -> str:
         marked = {"image": "<image>"}
-        flat = [
-            {**m, "content": "".join(marked.get(part["type"]) or part["text"] for part in m["content"])}
-            for m in conversation
-        ]
+        flat = []
+        for message in conversation:
+            content = "".join(marked.get(part["type"]) or part["text"] for part in message["content"])
+            flat.append({**message, "content": content})
         return str(self.tokenizer.apply_chat_template(flat, **options))
 
 
@@ -245,10 +245,11 @@ def test_a_question_and_its_answer(template: str) -> None:
     encoder = QuestionEncoder(Processor(template))
     rendered = encoder.render("why?", "so")
     ids = encoder.tokenizer(rendered.text)["input_ids"]
-    last = len(ids) - rendered.rest
-    assert encoder.tokenizer.decode(ids[last - rendered.learnt : last]) == ANSWERED[template]
+    ((before_end, after),) = rendered.spans
+    start, end = len(ids) - before_end, len(ids) - after
+    assert encoder.tokenizer.decode(ids[start:end]) == ANSWERED[template]
     assert rendered.text.startswith(rendered.prompt)
-    assert encoder.tokenizer.decode(ids[: last - rendered.learnt]) == rendered.prompt == encoder.prompt("why?")
+    assert encoder.tokenizer.decode(ids[:start]) == rendered.prompt == encoder.prompt("why?")
     assert encoder.tokenizer.pad_token is not None
 
 

@@ -1,6 +1,7 @@
 """The command line of the recipes: options of Lightning's that a configuration must not get in the way of."""
 
 import json
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,16 +19,20 @@ from typing_extensions import override
 
 pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
-import recipes
 from lightning_flatlora import FMLoRAModule
-from recipes.cli import RecipeCLI
-from recipes.resumable import ResumableData
-from recipes.training import RecipeModule
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import config_arguments
+from recipes.shared.resumable import ResumableData
+from recipes.shared.training import RecipeModule
 
-RECIPES = ("clip_contrastive", "clip_fewshot", "instruction_tuning", "vqa")
-FOLDER = Path(recipes.__file__).parent
+RECIPES = ("classification", "clip_contrastive", "clip_fewshot", "instruction_tuning", "nlg", "vqa")
+NEEDED = {"nlg": ["--data.dataset=texts.csv"]}
+"""What a recipe's base leaves to the user."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("command_line"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+]
 
 
 class Tiny(RecipeModule):
@@ -46,7 +51,7 @@ class Tiny(RecipeModule):
             self.net = get_peft_model(nn.Sequential(nn.Linear(3, 1)), LoraConfig(r=1, target_modules=["0"]))
 
     @override
-    def own_schedule(self, optimizer: Any) -> LRScheduler:
+    def recipe_schedule(self, optimizer: Any) -> LRScheduler:
         return LambdaLR(optimizer, lambda step: 1 - step / self.optimizer_steps())
 
     @override
@@ -85,13 +90,6 @@ class Numbers(L.LightningDataModule):
         return DataLoader(torch.arange(24.0).view(8, 3) / 24, batch_size=2)  # type: ignore[arg-type]
 
     val_dataloader = test_dataloader = train_dataloader
-
-
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
 
 
 @pytest.fixture
@@ -141,7 +139,7 @@ def test_every_configuration_takes_lightnings_usual_options(recipe: str, method:
         "--lr_scheduler=ExponentialLR",
         "--lr_scheduler.gamma=0.5",
     ]
-    cli = RecipeCLI([f"--config={FOLDER / recipe / 'configs' / method}.yaml", *options], run=False)
+    cli = RecipeCLI([*config_arguments(recipe, method), *NEEDED.get(recipe, ()), *options], run=False)
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     assert not [callback for callback in callbacks if isinstance(callback, Checkpoint | ProgressBar)]
     assert any(isinstance(callback, EarlyStopping) for callback in callbacks)
@@ -157,9 +155,30 @@ def test_every_configuration_takes_lightnings_usual_options(recipe: str, method:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_progress_bar_may_take_the_place_of_the_listed_one(recipe: str) -> None:
     options = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.callbacks+=TQDMProgressBar"]
-    cli = RecipeCLI([f"--config={FOLDER / recipe / 'configs' / 'efmlora'}.yaml", *options], run=False)
+    cli = RecipeCLI([*config_arguments(recipe, "efmlora"), *NEEDED.get(recipe, ()), *options], run=False)
     bars = [c for c in cli.trainer.callbacks if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
     assert [type(bar) for bar in bars] == [TQDMProgressBar]
+
+
+def test_a_run_whose_output_is_a_file_shows_its_progress_in_lines(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RecipeCLI(["fit", f"--config={config}", f"--model={__name__}.Tiny"])
+    out = capsys.readouterr().out
+    assert "fit, training steps: 0 of 4" in out
+    assert "fit, training steps: 4 of 4" in out
+    assert "fit, validation batches: 4 of 4" in out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+def test_help_names_the_command(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["__main__.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"recipes.{recipe}", run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: python -m recipes.{recipe} ")
 
 
 # -- the optimizer and the schedule
@@ -200,6 +219,39 @@ def test_a_module_of_another_kind_chooses_itself(config: str) -> None:
     model = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
     with pytest.raises(MisconfigurationException, match=r"BoringModel is another one: set both in its configure_opti"):
         RecipeCLI(["fit", f"--config={config}", model, "--optimizer=SGD", "--optimizer.lr=1"])
+
+
+class InSequence(Tiny):
+    """Warms up, then decays: a schedule whose state has no entry of its own."""
+
+    @override
+    def recipe_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        warm_up = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=2)
+        decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, decay], milestones=[2])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # SequentialLR's own use
+def test_a_schedule_without_entries_of_its_own_resumes(config: str) -> None:
+    run("fit", config, module="InSequence")
+    resumed = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=2", module="InSequence")
+    assert resumed.trainer.current_epoch == 2
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
+@pytest.mark.parametrize("own_first", [True, False])
+def test_resuming_under_another_schedule_is_refused(config: str, module: str, own_first: bool) -> None:
+    chosen = ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"]
+    first, second = ([], chosen) if own_first else (chosen, [])
+    run("fit", config, *first, module=module)
+    longer = ["--ckpt_path=last", "--trainer.max_epochs=2"]
+    with pytest.raises(MisconfigurationException, match="another learning rate schedule than this one's"):
+        run("fit", config, *second, *longer, module=module)
+    again = run("fit", config, *first, *longer, module=module)
+    assert again.trainer.current_epoch == 2
+    run("test", config, *second, "--ckpt_path=last", module=module)  # which needs no schedule
 
 
 # -- checkpoints by name

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from PIL import Image
 
 pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
 
+from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
 from recipes.clip_contrastive.data import too_long
 from recipes.clip_contrastive.module import ContrastiveModel
-from recipes.clip_demo import emoji
+from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_demo.__main__ import main
-from recipes.clip_demo.pretrain import Pretraining, pretrained
-from recipes.clip_demo.run import METHODS, ZERO_SHOT, Settings, append, finished, key
+from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger
+from recipes.shared.methods import OURS
 
 PARTS = ("train", "validation", "test")
 
@@ -61,7 +63,7 @@ def pairs(path: Path) -> list[dict[str, str]]:
 
 
 def test_no_emoji_is_in_two_parts(data: emoji.Folders) -> None:
-    target = [{emoji.variants(code) for code in codes(data.target / part)} for part in PARTS]
+    target = [set(map(emoji.variants, codes(data.target / part))) for part in PARTS]
     trained = {emoji.variants(Path(row["image"]).stem) for row in pairs(data.pairs)}
     held_out = {emoji.variants(Path(row["image"]).stem) for row in pairs(data.held_out_pairs)}
     train, validation, test = target
@@ -85,7 +87,10 @@ def test_the_target_style_is_in_no_pair(data: emoji.Folders) -> None:
 
 
 def test_every_class_has_images_enough(data: emoji.Folders) -> None:
-    counts = {part: {path.name: len(list(path.iterdir())) for path in (data.target / part).iterdir()} for part in PARTS}
+    counts = {}
+    for part in PARTS:
+        folders = (data.target / part).iterdir()
+        counts[part] = {folder.name: len(list(folder.iterdir())) for folder in folders}
     assert all(set(of_part) == set(emoji.CLASSES) for of_part in counts.values())
     assert [min(counts[part].values()) for part in PARTS] == [16, 3, 8]  # 16 shots are possible
     assert sum(counts["test"].values()) > 300
@@ -124,14 +129,14 @@ def test_what_another_process_trains_is_waited_for(data: emoji.Folders, monkeypa
         (folder / "pretraining.json").write_text("{}")
         yield
 
-    monkeypatch.setattr("recipes.clip_demo.pretrain.FileLock", after_another)
+    monkeypatch.setattr("recipes.clip_contrastive.pretrain.FileLock", after_another)
     folder = pretrained(Pretraining(steps=1, batch_size=4, seed=7), data)
     assert [path.name for path in folder.iterdir()] == ["pretraining.json"]  # nothing was trained here
 
 
 def test_a_stopped_training_goes_on(data: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Pretraining(steps=5, batch_size=4)
-    monkeypatch.setattr("recipes.clip_demo.pretrain._CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr("recipes.clip_contrastive.pretrain._CHECKPOINT_STEPS", 2)
     plain, steps = ContrastiveModel.training_step, []
 
     def stopping(self: ContrastiveModel, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -178,18 +183,18 @@ def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.Captu
     os.killpg(interrupted.pid, signal.SIGINT)
     interrupted.join(timeout=120)
     assert interrupted.exitcode == 130
-    assert "The same command goes on" in output.read_text()
+    assert "The same command resumes" in output.read_text()
     before = results.read_text()
 
     assert main(command(folder)) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert results.read_text().startswith(before)  # what was finished is kept
-    assert len(rows) == 1 + len(METHODS) * 2
+    assert len(rows) == 1 + len(OURS) * 2
     assert f"[{before.count(chr(10)) + 1}/7]" in out
     assert "[1/7]" not in out
     assert "chance 4.3" in " ".join((folder / "table.txt").read_text().split())
-    for method in (ZERO_SHOT, *METHODS):
+    for method in (ZERO_SHOT, *OURS):
         assert method in (folder / "table.txt").read_text()
         assert all(0 <= row["accuracy"] <= 1 for row in rows if row["method"] == method)
     for name in ("shots.png", "predictions.png"):
@@ -201,7 +206,7 @@ def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.Captu
         return row["given"]
 
     assert labels("LoRA", 2, 0) != labels("LoRA", 2, 1)  # a seed changes something
-    assert len({tuple(labels(method, 2, 0)) for method in METHODS}) == len(METHODS)  # and so does each method
+    assert len({tuple(labels(method, 2, 0)) for method in OURS}) == len(OURS)  # and so does each method
     assert main(command(folder)) == 0
     assert "/7]" not in capsys.readouterr().out  # nothing is run again
 
@@ -214,13 +219,13 @@ def _wait_for(there: Any, process: BaseProcess) -> None:
     raise AssertionError("it did not come")
 
 
-def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
-    wanted = key("LoRA", 4, 0, Settings(), tmp_path)
-    whole = json.dumps({**wanted, "accuracy": 0.5})
-    path = tmp_path / "results.jsonl"
-    path.write_text(whole[:-5])
-    assert finished(path, wanted) is None
-    append(path, json.loads(whole))
-    assert finished(path, wanted) == json.loads(whole)
-    assert finished(path, key("LoRA", 4, 0, Settings(rho=0.5), tmp_path)) is None  # other settings
-    assert finished(path, key("LoRA", 4, 0, Settings(), tmp_path, "validation")) is None
+def test_a_run_is_found_again_by_all_that_decides_it(tmp_path: Path) -> None:
+    """In a line of the form that earlier versions wrote."""
+    run = Run("LoRA", 4, 0, Settings(), tmp_path, tmp_path)
+    line = {"method": "LoRA", "shots": 4, "seed": 0, "model": tmp_path.name, "part": "test"}
+    line |= {"settings": asdict(Settings()), "accuracy": 0.5, "given": [1, 2], "seconds_per_step": 0.1}
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
+    rows = ledger(tmp_path)
+    assert rows.find(run) == line
+    assert rows.find(run._replace(settings=Settings(rho=0.5))) is None
+    assert rows.find(run._replace(part="validation")) is None

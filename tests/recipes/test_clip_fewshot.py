@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,274 +10,40 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor, nn
 
 pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
 
-import clip_fewshot_runs
+import open_clip
+import trainers
 from clip_contrastive_runs import CLIP, save_model
-from clip_fewshot_runs import CONFIGS, filled, options_of, picture
+from clip_fewshot_runs import data_of, filled, options_of
 
-import recipes
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.clip.export import export
-from recipes.clip.images import read_image, readable
-from recipes.clip_fewshot import sources, sweep
+from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.__main__ import main
-from recipes.clip_fewshot.batches import Images, InTurn, Stream
-from recipes.clip_fewshot.data import FewShotData, few_shots
+from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, plot_confusion
+from recipes.clip_fewshot.folders import image_files
 from recipes.clip_fewshot.module import FewShot
-from recipes.clip_fewshot.prompts import class_names, prompts, tokenise
+from recipes.clip_fewshot.prompts import tokenise
 from recipes.clip_fewshot.protocol import Protocol
-from recipes.random_state import RandomState
+from recipes.shared.configs import config_arguments, methods_of
+from recipes.shared.random_state import RandomState
 
 pytestmark = [
+    pytest.mark.usefixtures("command_line"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:Experiment logs directory:UserWarning"),
 ]
 
-METHODS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+METHODS = methods_of("clip_fewshot")
 LORA = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.25}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, twelve images each."""
-    return filled(tmp_path_factory.mktemp("images"), 12)
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return clip_fewshot_runs.tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
-
-
-def trainer(tmp_path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False} | options
-    return L.Trainer(
-        default_root_dir=tmp_path,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-
-
-def data_of(images: Path, **options: Any) -> FewShotData:
-    given = {"shots": 2, "batch_size": 4, "iterations_per_shot": 4, "eval_batch_size": 5} | options
-    return FewShotData(str(images), **given)
-
-
-# -- which images
-
-
-def test_parts_are_divided_by_class_and_seed(images: Path) -> None:
-    one, again, other = (sources.load(str(images), split_seed=seed) for seed in (0, 0, 1))
-    assert one.parts == again.parts != other.parts
-    assert [len(one.parts[part]) for part in sources.PARTS] == [18, 6, 12]
-    paths = [path for part in sources.PARTS for path, _ in one.parts[part]]
-    assert len(set(paths)) == 36
-    assert {path.parent.name: label for part in one.parts.values() for path, label in part} == {
-        "blue_grey": 0,
-        "green": 1,
-        "red": 2,
-    }
-
-
-def test_folders_of_parts_are_taken_as_they_are(tmp_path: Path) -> None:
-    for part, number in (("train", 5), ("val", 3), ("test", 2)):
-        filled(tmp_path / part, number)
-    source = sources.load(str(tmp_path))
-    assert [len(source.parts[part]) for part in sources.PARTS] == [15, 9, 6]
-    assert all(path.parts[-3] == "val" for path, _ in source.parts["validation"])
-    pooled = sources.load(str(tmp_path), split="seeded")
-    assert [len(pooled.parts[part]) for part in sources.PARTS] == [15, 6, 9]
-
-
-def test_fewer_shots_are_among_more(images: Path) -> None:
-    source = sources.load(str(images))
-    drawn = {shots: few_shots(source, shots, 2, seed=3) for shots in (1, 2, 4)}
-    assert set(drawn[1][0]) < set(drawn[2][0]) < set(drawn[4][0])
-    for shots, (train, validation) in drawn.items():
-        assert [label for _, label in train] == sorted([0, 1, 2] * shots)
-        assert [label for _, label in validation] == [0, 0, 1, 1, 2, 2]
-        assert not set(train) & set(validation)
-        assert set(train) <= set(source.parts["train"])
-        assert set(validation) <= set(source.parts["validation"])
-    assert few_shots(source, 2, 2, seed=3) == drawn[2]
-    assert few_shots(source, 2, 2, seed=4) != drawn[2]
-
-
-def test_without_a_validation_part_the_rest_of_train_serves(tmp_path: Path) -> None:
-    for part, number in (("train", 5), ("test", 2)):
-        filled(tmp_path / part, number)
-    source = sources.load(str(tmp_path))
-    train, validation = few_shots(source, 3, 2, seed=0)
-    assert len(set(train) | set(validation)) == 15
-    assert few_shots(source, 1, 2, seed=0)[1] == validation
-    with pytest.raises(
-        MisconfigurationException, match=r"'blue_grey' has 1 images in train beside 4 .*lidation_shots=2"
-    ):
-        few_shots(source, 4, 2, seed=0)
-    assert [len(few_shots(source, shots, None, seed=0)[1]) for shots in (1, 2, 3, 4, 5)] == [3, 6, 6, 3, 0]
-
-
-def test_an_unreadable_image_is_named_or_another_is_drawn(images: Path, tmp_path: Path) -> None:
-    filled(tmp_path, 12)
-    source = sources.load(str(tmp_path))
-    victim = few_shots(source, 2, 2, seed=0)[0][0][0]
-    victim.write_bytes(victim.read_bytes()[:200])  # cut in the middle
-    with pytest.raises(MisconfigurationException, match=rf"{victim.name} \(.*truncated.*skip_unreadable"):
-        few_shots(source, 2, 2, seed=0)
-    with pytest.warns(UserWarning, match=rf"skip_unreadable: 1 of 12 images can't be read: .*{victim.name}"):
-        train, _ = few_shots(source, 2, 2, seed=0, skip_unreadable=True)
-    assert [label for _, label in train] == [0, 0, 1, 1, 2, 2]
-    assert victim not in [path for path, _ in train]
-    with pytest.raises(MisconfigurationException, match=f"{victim.name} can't be read as an image"):
-        read_image(victim)
-
-
-def test_transparent_is_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert readable([tmp_path / "clear.png"]) == [0]
-
-
-# -- torchvision's data sets, as their archives lie on the disk
-
-
-def test_eurosat(tmp_path: Path) -> None:
-    for name in ("AnnualCrop", "SeaLake"):
-        for i in range(10):
-            picture(tmp_path / "eurosat" / "2750" / name / f"{name}_{i}.jpg", (9, 99, 9), i)
-    source = sources.load("eurosat", str(tmp_path))
-    assert [len(source.parts[part]) for part in sources.PARTS] == [10, 4, 6]
-    assert class_names(source.classes, None, "eurosat") == ["Annual Crop Land", "Sea or Lake"]
-    assert "split_seed=0" in source.note
-
-
-def test_dtd(tmp_path: Path) -> None:
-    base = tmp_path / "dtd" / "dtd"
-    (base / "labels").mkdir(parents=True)
-    for part, number in (("train", 1), ("val", 2), ("test", 3)):
-        names = [f"{name}/{name}_{part}{i}.jpg" for name in ("banded", "dotted") for i in range(number)]
-        (base / "labels" / f"{part}1.txt").write_text("\n".join(names))
-        for name in names:
-            picture(base / "images" / name, (9, 9, 9), 0)
-    source = sources.load("dtd", str(tmp_path))
-    assert [len(source.parts[part]) for part in sources.PARTS] == [2, 4, 6]
-    assert list(source.templates) == ["a photo of a {}."]  # CLIP-LoRA's for all sets
-    assert source.parts["test"][3] == (base / "images" / "dotted" / "dotted_test0.jpg", 1)
-
-
-def test_flowers102(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scipy_io = pytest.importorskip("scipy.io", reason="torchvision's Flowers102 needs scipy")
-    base = tmp_path / "flowers-102"
-    (base / "jpg").mkdir(parents=True)
-    labels = np.tile(np.arange(1, 103), 3)
-    parts = {"trnid": range(1, 103), "valid": range(103, 205), "tstid": range(205, 307)}
-    scipy_io.savemat(base / "imagelabels.mat", {"labels": labels})
-    scipy_io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in parts.items()})
-    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)  # compares checksums
-    source = sources.load("flowers102", str(tmp_path))
-    assert [len(source.parts[part]) for part in sources.PARTS] == [102, 102, 102]
-    assert source.parts["validation"][1] == (base / "jpg" / "image_00104.jpg", 1)
-    assert class_names(source.classes, None, "flowers102")[1] == "hard-leaved pocket orchid"
-
-
-def test_oxford_pets(tmp_path: Path) -> None:
-    base = tmp_path / "oxford-iiit-pet"
-    (base / "annotations").mkdir(parents=True)
-    (base / "images").mkdir()
-    for part in ("trainval", "test"):
-        lines = [
-            f"{name}_{i if part == 'test' else 10 + i} {label} 1 1"
-            for label, name in ((1, "Abyssinian"), (2, "great_dane"))
-            for i in (1, 2)
-        ]
-        (base / "annotations" / f"{part}.txt").write_text("\n".join(lines))
-    source = sources.load("oxford_pets", str(tmp_path))
-    assert {part: len(found) for part, found in source.parts.items()} == {"train": 4, "test": 4}
-    assert list(source.classes) == ["Abyssinian", "Great Dane"]
-    assert source.parts["test"][2] == (base / "images" / "great_dane_1.jpg", 1)
-
-
-def test_caltech101(tmp_path: Path) -> None:
-    base = tmp_path / "caltech101" / "101_ObjectCategories"
-    for name in ("BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse"):
-        for i in range(1, 5):
-            picture(base / name / f"image_{i:04d}.jpg", (9, 9, 99), i)
-    source = sources.load("caltech101", str(tmp_path))
-    assert class_names(source.classes, None, "caltech101") == ["face", "airplane", "sea horse"]
-    paths = [path for part in source.parts.values() for path, _ in part]
-    assert len(paths) == 12
-    assert all(path.is_file() for path in paths)
-
-
-# -- prompts
-
-
-def test_prompts_fill_templates_with_readable_names() -> None:
-    names = class_names(["AnnualCrop", "great_masterwort"], None, "folder")
-    assert prompts(names, ["a {}.", "the {}."])[1] == ["a great masterwort.", "the great masterwort."]
-    assert class_names(["a", "b"], {"b": "bee", "a": "ant"}, "folder") == ["ant", "bee"]
-
-
-# -- batches
-
-
-def test_a_stream_uses_each_example_as_often_and_all_batches_are_full() -> None:
-    stream = Stream(10, batch_size=4, batches=25, seed=1)
-    batches = list(stream)
-    assert [len(batch) for batch in batches] == [4] * 25 == [4] * len(stream)
-    drawn = [example for batch in batches for example, _ in batch]
-    assert sorted(drawn) == sorted([*range(10)] * 10)
-    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == [*range(10)]
-    assert drawn[:10] != drawn[10:20]
-    assert [number for batch in batches for _, number in batch] == [*range(100)]
-    stream.set_epoch(1)
-    assert next(iter(stream))[0][1] == 100
-    assert [len(batch) for batch in Stream(3, batch_size=8, batches=2)] == [3, 3]
-
-
-def test_ranks_share_what_one_rank_would_see() -> None:
-    alone = list(Stream(10, batch_size=8, batches=5, seed=1))
-    shares = [list(Stream(10, batch_size=4, batches=5, seed=1, num_replicas=2, rank=rank)) for rank in (0, 1)]
-    assert [one + other for one, other in zip(*shares, strict=True)] == alone
-    for ranks in (1, 2, 3, 7):
-        turns = [list(InTurn(23, 4, ranks, rank)) for rank in range(ranks)]
-        assert len({len(turn) for turn in turns}) == 1
-        seen = [place for turn in zip(*turns, strict=True) for batch in turn for place, _ in batch]
-        assert seen == [*range(23)]
-
-
-def test_augmentation_depends_on_seed_and_draw_alone(images: Path) -> None:
-    examples = sources.load(str(images)).parts["train"]
-
-    def transform(image: Image.Image) -> Tensor:
-        return torch.rand(2)
-
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    batch = Images(examples, transform, seed=1)[[(0, 7), (0, 8), (1, 7)]]
-    assert torch.equal(torch.rand(1), expected)  # nobody else's random numbers are touched
-    assert torch.equal(batch["images"][0], batch["images"][2])
-    assert not torch.equal(batch["images"][0], batch["images"][1])
-    assert not torch.equal(Images(examples, transform, seed=2)[[(0, 7)]]["images"], batch["images"][:1])
+trainer = partial(trainers.trainer, max_epochs=1, num_sanity_val_steps=0)
 
 
 # -- what the model is asked
@@ -286,7 +53,9 @@ def test_evaluation_ensembles_templates_and_training_takes_the_first(
     tiny_clip: str, images: Path, tmp_path: Path
 ) -> None:
     module = FewShot(tiny_clip, None, lora=LORA | {"lora_dropout": 0.0})
-    data = data_of(images, templates=["a photo of a {}.", "{} here.", "one {}"])
+    assert any(isinstance(part, open_clip.transformer.QuickGELU) for part in module.clip.net.modules())
+    templates = ["a photo of a {}.", "{} here.", "one {}"]
+    data = data_of(images, templates=templates)
     fit = trainer(tmp_path)
     fit.validate(module, data, verbose=False)
     module.eval()
@@ -294,12 +63,8 @@ def test_evaluation_ensembles_templates_and_training_takes_the_first(
     net, scale = module.net.get_base_model(), module.net.get_base_model().logit_scale.exp()
     with torch.no_grad():
         encoded = net.encode_image(batch["images"], normalize=True)
-        means = []
-        for name in data.classes:
-            tokens = module.clip.tokenizer([f"a photo of a {name}.", f"{name} here.", f"one {name}"])
-            mean = net.encode_text(tokens, normalize=True).mean(dim=0)
-            means.append(mean / mean.norm())
-        expected = (scale * encoded @ torch.stack(means).T).softmax(dim=1)
+        classifier = open_clip.build_zero_shot_classifier(net, module.clip.tokenizer, data.classes, templates)
+        expected = (scale * encoded @ classifier).softmax(dim=1)
         torch.testing.assert_close(module.probabilities(batch["images"]), expected)
         first = net.encode_text(
             module.clip.tokenizer([f"a photo of a {name}." for name in data.classes]), normalize=True
@@ -370,7 +135,7 @@ def test_confusion_is_a_picture(tmp_path: Path) -> None:
 
 def run(command: str, method: str, model: str, images: Path, *options: str) -> Any:
     given = [*options_of(model, str(images)), "--trainer.accelerator=cpu", *options]
-    return main([command, f"--config={CONFIGS / method}.yaml", *given])
+    return main([command, *config_arguments("clip_fewshot", method), *given])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -398,6 +163,17 @@ def test_every_configuration_follows_the_protocol(method: str, tiny_clip: str, i
     assert untuned["test_calibration_error"].item() == pytest.approx(result["zero_shot"]["calibration_error"], rel=1e-5)
 
 
+def test_efmlora_with_rho_0_is_lora_bit_for_bit(tiny_clip: str, images: Path) -> None:
+    def trained(method: str, *options: str) -> list[Tensor]:
+        net = run("fit", method, tiny_clip, images, "--model.init_args.learning_rate=0.02", *options).model.net
+        return [p for p in net.parameters() if p.requires_grad]
+
+    plain, zero = trained("lora"), trained("efmlora", "--trainer.callbacks.rho=0")
+    assert all(torch.equal(one, other) for one, other in zip(plain, zero, strict=True))
+    flat = trained("efmlora", "--trainer.callbacks.rho=0.5")
+    assert not all(torch.equal(one, other) for one, other in zip(plain, flat, strict=True))
+
+
 def test_a_fast_dev_run_takes_few_batches_and_leaves_no_file(
     tiny_clip: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,68 +197,13 @@ def test_predict_gives_each_image_of_a_folder_a_class(name: str, tiny_clip: str,
     (path,) = tmp_path.glob(f"runs/**/{name}")
     with path.open() as file:
         rows = list(csv.DictReader(file)) if name.endswith("csv") else [json.loads(line) for line in file]
-    assert [row["image"] for row in rows] == [str(p) for p in sources.image_files(images)]
+    assert [row["image"] for row in rows] == [str(p) for p in image_files(images)]
     module, data = made.model.eval(), made.datamodule
     image = data.predict_dataloader().dataset[[(20, 0)]]["images"]
     with torch.no_grad():
         probability, label = module.probabilities(image)[0].max(dim=0)
     assert rows[20]["class"] == data.classes[label]
     assert float(rows[20]["probability"]) == pytest.approx(probability.item(), rel=1e-5)
-
-
-def test_sweep_resumes_and_writes_a_table(
-    tiny_clip: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(recipes.__file__).parent.parent))  # the runs are other processes
-    folder = tmp_path / "sweep"
-    options = [
-        f"--model.init_args.model={tiny_clip}",
-        "--model.init_args.pretrained=null",
-        "--trainer.accelerator=cpu",
-        "--trainer.precision=32-true",
-        "--trainer.val_check_interval=2",
-        f"--data.init_args.dataset={images}",
-        "--data.init_args.iterations_per_shot=2",
-    ]
-    wanted = ["sweep", f"--folder={folder}", "--methods", "lora", "--shots", "1", "--seeds"]
-    assert main([*wanted, "0", *options]) == 0
-    first = json.loads((folder / "lora-1-shot" / "seed-0" / "result.json").read_text())
-    other = first | {"seed": 1, "test": {"accuracy": first["test"]["accuracy"] / 2 + 0.1}}
-    (folder / "lora-1-shot" / "seed-1").mkdir()
-    (folder / "lora-1-shot" / "seed-1" / "result.json").write_text(json.dumps(other))
-    capfd.readouterr()
-    assert main([*wanted, "0", "1", *options]) == 0
-    out = capfd.readouterr().out
-    assert "LoRA, 1 shot, seed" not in out  # nothing is trained again
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert [(row["method"], row["shots"], row["seed"]) for row in rows] == [("lora", 1, 0), ("lora", 1, 1)]
-    assert {"recipe", "commit", "device", "seconds_per_step"} <= set(rows[0])
-    accuracies = [100 * row["test"]["accuracy"] for row in rows]
-    error = abs(accuracies[0] - accuracies[1]) / 2
-    table = (folder / "table.md").read_text()
-    assert f"| LoRA | {sum(accuracies) / 2:.1f} ± {error:.1f} (2) | 1.00 |" in table
-    assert table in out
-    with pytest.raises(MisconfigurationException, match="name another folder"):
-        main([*wanted, "0", *options[:-1]])
-
-
-def test_a_stopped_run_of_a_sweep_goes_on(tmp_path: Path) -> None:
-    run = sweep.Run("lora", None, 1, 0)
-    assert not any("ckpt_path" in part for part in sweep.command(run, tmp_path, []))
-    last = run.folder(tmp_path) / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.touch()
-    assert f"--ckpt_path={last}" in sweep.command(run, tmp_path, [])
-
-
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "lora"])
-def test_a_sweep_over_rho_changes_it_in_the_configuration(method: str, tmp_path: Path) -> None:
-    run = sweep.Run(method, 0.7, 1, 0)
-    given, changed = ((CONFIGS / f"{method}.yaml").read_text(), sweep.configuration(run, tmp_path).read_text())
-    parts = [yaml.safe_load(text) for text in (given.replace("rho: 0.03", "rho: 0.7"), changed)]
-    assert parts[0] == parts[1] != yaml.safe_load(given)
-    assert "rho-0.7" in str(run.folder(tmp_path))
-    assert run.name.endswith("rho 0.7")
 
 
 # -- going on after a stop
@@ -589,18 +310,6 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "half" / "test" / "red").rename(tmp_path / "half" / "test" / "pink")
     refused(tmp_path / "half", r"missing \['red'\], unknown \['pink'\]")
     refused(filled(tmp_path / "few", 1), "class 'blue_grey' has no image in train")
-
-
-def test_unreadable_test_images_stop_a_run_before_training(images: Path, tmp_path: Path) -> None:
-    filled(tmp_path, 12)
-    victim = sources.load(str(tmp_path)).parts["test"][0][0]
-    victim.write_text("no image")
-    with pytest.raises(MisconfigurationException, match=rf"1 of 12 images can't be read: .*{victim.name}"):
-        data_of(tmp_path).setup("fit")
-    data = data_of(tmp_path, skip_unreadable=True)
-    with pytest.warns(UserWarning, match=victim.name):
-        data.setup("fit")
-    assert len(data.parts["test"]) == 11
 
 
 def test_a_text_that_does_not_fit_is_named(tiny_clip: str, images: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from launch import Results, launch
 pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
 
 from clip_fewshot_runs import filled, options_of, run, tiny_clip
+from coop_sets import write_set
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
@@ -20,8 +21,9 @@ pytestmark = [
 METHODS = {"ddp": ("efmlora", "fmlora", "fmlora_manual"), "fsdp2": ("efmlora", "fmlora", "fmlora_manual")}
 METHODS["fsdp1"] = METHODS["ddp"][:2]
 STRATEGIES = tuple(METHODS)
-RUNS = [f"{strategy}:{method}" for strategy, methods in METHODS.items() for method in methods]
-SHARDED = [name for name in RUNS if not name.startswith("ddp")]
+DDP = [f"ddp:{method}" for method in METHODS["ddp"]]
+SHARDED = [f"fsdp2:{method}" for method in METHODS["fsdp2"]] + [f"fsdp1:{method}" for method in METHODS["fsdp1"]]
+RUNS = DDP + SHARDED
 NO_DROPOUT = "--model.init_args.lora.lora_dropout=0"
 EVERY_STEP = [
     "--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint",
@@ -38,10 +40,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def common(place: Path) -> list[str]:
-    """Arguments of all runs."""
-    images = filled(place / "images", 13)
-    learning = ["--model.init_args.learning_rate=0.01", "--data.init_args.eval_batch_size=3"]
-    return [*options_of(tiny_clip(place / "tiny"), str(images)), *learning]
+    """Arguments of all runs, on one of CoOp's data sets."""
+    filled(place / "images", 13)  # to predict
+    write_set(place, "eurosat", train=6, val=3, test=4)
+    data = [f"--data.init_args.root={place}", "--data.init_args.split=coop", "--data.init_args.templates=coop"]
+    data.append("--data.init_args.eval_batch_size=3")
+    return [*options_of(tiny_clip(place / "tiny"), "eurosat"), "--model.init_args.learning_rate=0.01", *data]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from recipes.clip.model import (
     text_features,
     wants_quick_gelu,
 )
-from recipes.sharding import blocks
+from recipes.shared.sharding import blocks
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 pytest.importorskip("peft", reason="the recipes' dependencies are not installed")
 
 from lightning_flatlora import ConstantRho, CosineRho
-from recipes.clip_demo import emoji
+from recipes.clip import emoji
 from recipes.comparison import __main__ as command
 from recipes.comparison import plan as planning
 from recipes.comparison import plot as plotting
@@ -23,10 +24,12 @@ from recipes.comparison.classification import TextTask
 from recipes.comparison.commonsense import CommonsenseTask
 from recipes.comparison.emoji import EmojiTask
 from recipes.comparison.methods import ALL, METHODS, VARIANTS
-from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan, read
+from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan
 from recipes.comparison.run import Row, Run, perform
 from recipes.comparison.task import Config
 from recipes.comparison.tasks import TASKS
+from recipes.shared import methods
+from recipes.shared.ledger import read
 
 FLATNESS = {"sharpness_rho": 1.0, "noise": 0.5}
 SETTINGS = {"examples": 16, "length": 16, "epochs": 1, "batch_size": 8, "validation": 20, "test": 20, **FLATNESS}
@@ -49,14 +52,14 @@ def only_this(task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALL if ALL[name].parameter in ("rho", "sigma", "alpha")])
 def test_the_hyper_parameter_arrives_in_the_callback(name: str) -> None:
-    method = ALL[name]
-    (callback,) = method.callbacks({"learning_rate": 1.0, method.parameter: 0.7, "seed": 3})
-    assert callback.rho in (ConstantRho(0.7), CosineRho(0.7, 0.0), CosineRho(0.0, 0.7))  # type: ignore[attr-defined]
-    assert isinstance(callback.rho, ConstantRho) == (method.parameter == "rho")  # type: ignore[attr-defined]
+    settings = {"learning_rate": 1.0, ALL[name].parameter: 0.7, "seed": 3}
+    (callback,) = methods.METHODS[name].callbacks(**settings)
+    assert callback.size in (ConstantRho(0.7), CosineRho(0.7, 0.0), CosineRho(0.0, 0.7))  # type: ignore[attr-defined]
+    assert isinstance(callback.size, ConstantRho) == (ALL[name].parameter == "rho")  # type: ignore[attr-defined]
 
 
 def test_random_noise_follows_the_seed_of_the_run() -> None:
-    (callback,) = ALL["flat_lora"].callbacks({"sigma": 0.1, "seed": 3})
+    (callback,) = methods.METHODS["flat_lora"].callbacks(sigma=0.1, seed=3)
     assert callback.seed == 3  # type: ignore[attr-defined]
 
 
@@ -66,7 +69,7 @@ def test_every_method_has_a_marker_and_a_colour() -> None:
 
 def test_variants_differ_from_their_method() -> None:
     def settings(name: str) -> dict[str, Any]:
-        (callback,) = ALL[name].callbacks({"rho": 0.7})
+        (callback,) = methods.METHODS[name].callbacks(rho=0.7)
         keys = ("estimator", "norm_scope", "every_n_steps", "beta")
         return {key: getattr(callback, key, None) for key in keys} | {"type": type(callback).__name__}
 
@@ -86,7 +89,7 @@ def test_methods_start_from_the_learning_rate_of_their_kind(name: str) -> None:
     method = ALL[name]
     for config in method.configurations(TASKS["sentiment"].grids, None if method.start is None else 0.123):
         assert (config["learning_rate"] == 0.123) == (method.start is not None)
-    assert method.start is None or ALL[method.start].full == method.full
+    assert method.start is None or methods.METHODS[method.start].full == methods.METHODS[name].full
 
 
 def test_weight_decay_and_dropout_reach_optimizer_and_adapter(task: TextTask) -> None:
@@ -141,7 +144,7 @@ def test_the_order_of_a_plan(tmp_path: Path, task: TextTask) -> None:
     assert plan.done_and_total == (22, 22)
     rows = read(tmp_path / RESULTS)
     tests = [row for row in rows if row["part"] == "test"]
-    assert {(row["method"], row["seed"]) for row in tests} == {(m, s) for m in plan.methods for s in (0, 1, 2)}
+    assert {(row["method"], row["seed"]) for row in tests} == set(product(plan.methods, (0, 1, 2)))
     configs: dict[str, Config] = {row["method"]: row["config"] for row in tests}
     assert configs["efmlora"] == {"learning_rate": 1e-2, "rho": 2.0}
     assert configs["full_sam"] == {"learning_rate": 1e-3, "rho": 0.1}
@@ -229,12 +232,12 @@ def test_runs_through_the_command_line(
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "efmlora")])
 def test_every_method_runs(task: TextTask, name: str) -> None:
-    method = ALL[name]
-    own = {"weight_decay": 0.1, "dropout": 0.1} if name == "lora_regularised" else {method.parameter: 0.05}
+    own = {"weight_decay": 0.1, "dropout": 0.1} if name == "lora_regularised" else {ALL[name].parameter: 0.05}
     row = perform(Run(task, name, {"learning_rate": 1e-3} | own, 0, "test"))
     assert math.isfinite(row["loss"])
-    assert ("full_sharpness" in row) == method.full  # two measures that must not be mixed up
-    assert ("sharpness" in row) != method.full
+    full = methods.METHODS[name].full
+    assert ("full_sharpness" in row) == full  # two measures that must not be mixed up
+    assert ("sharpness" in row) != full
 
 
 @pytest.mark.usefixtures("only_this")
@@ -260,7 +263,7 @@ def test_a_stop_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
     monkeypatch.setattr(command, "perform", stopping)
     assert main(["run", "--methods", "lora", f"--folder={tmp_path}"]) == 130
-    assert "The same command goes on" in capsys.readouterr().out
+    assert "The same command resumes" in capsys.readouterr().out
 
 
 # -- the tasks of other models

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def row(method: str, config: dict[str, float], seed: int, accuracy: float, **mor
 @pytest.fixture
 def rows() -> list[Row]:
     rates = {1e-3: 0.6, 2e-3: 0.7, 4e-3: 0.65}
-    found = [row("lora", {"learning_rate": r}, s, a) for r, a in rates.items() for s in (100, 101)]
+    found = [row("lora", {"learning_rate": r}, s, a) for (r, a), s in product(rates.items(), (100, 101))]
     found += [row("lora", {"learning_rate": 2e-3}, s, a, sharpness=1 - a) for s, a in enumerate(LORA)]
     for rho, accuracy in ((0.5, 0.6), (1.0, 0.7), (2.0, 0.8)):
         found += [row("efmlora", {"learning_rate": 2e-3, "rho": rho}, s, accuracy) for s in (100, 101)]
@@ -106,9 +107,9 @@ def test_holm_is_what_scipy_would_reject() -> None:
 
 
 def test_variants_are_a_family_of_tests_of_their_own(rows: list[Row]) -> None:
-    variants = [
-        {**r, "method": name} for r in rows if r["method"] == "efmlora" for name in ("efmlora_layer", "fmlora_every5")
-    ]
+    variants = []
+    for name in ("efmlora_layer", "fmlora_every5"):
+        variants += [{**r, "method": name} for r in rows if r["method"] == "efmlora"]
     before, after = by_name(rows), by_name(rows + variants)
     assert after["efmlora"].p_holm == before["efmlora"].p_holm == after["efmlora_layer"].p_holm
 
@@ -162,7 +163,7 @@ def test_a_method_tuned_again_at_a_new_learning_rate_is_compared_with_that_one(r
     rate = 4e-3  # LoRA's grid was extended, and the methods that take its rate over are tuned again, worse than before
     own = [row("lora", {"learning_rate": rate}, s, 0.9) for s in (100, 101)]
     own += [row("lora", {"learning_rate": rate}, s, a) for s, a in enumerate(LORA)]
-    own += [row("efmlora", {"learning_rate": rate, "rho": r}, s, 0.3 * r) for r in (0.5, 1.0) for s in (100, 101)]
+    own += [row("efmlora", {"learning_rate": rate, "rho": r}, s, 0.3 * r) for r, s in product((0.5, 1.0), (100, 101))]
     own += [row("efmlora", {"learning_rate": rate, "rho": 1.0}, s, a) for s, a in enumerate(EFMLORA)]
     found = by_name(rows + own)
     assert found["lora"].config == {"learning_rate": rate}
@@ -175,8 +176,8 @@ def test_edges_of_the_grid_are_told(rows: list[Row]) -> None:
     found = by_name(rows)
     assert found["lora"].edge == ""
     assert found["efmlora"].edge == "highest"
-    grid = [{"learning_rate": 1.0, "weight_decay": d, "dropout": p} for d in (0.1, 1.0) for p in (0.1, 0.3)]
-    two = [row("lora_regularised", config, seed, 0.5) for config in grid for seed in (0, 100)]
+    grid = [{"learning_rate": 1.0, "weight_decay": d, "dropout": p} for d, p in product((0.1, 1.0), (0.1, 0.3))]
+    two = [row("lora_regularised", config, seed, 0.5) for config, seed in product(grid, (0, 100))]
     assert by_name(two)["lora_regularised"].edge == ""  # all of its four configurations are at some edge
 
 

@@ -1,4 +1,4 @@
-"""The demo from its command line, on a tiny model: it reports, keeps what is finished, and goes on after Ctrl-C."""
+"""The demo from its command line, on a tiny model: it reports, keeps what is finished, and resumes after Ctrl-C."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from pathlib import Path
 import demo_runs
 import processes
 import pytest
+
+from recipes.demo.__main__ import keep_earlier_precision
+from recipes.shared.precision import SETTING, precision_of_runs
 
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
 
@@ -38,7 +41,7 @@ def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
     interrupted.join(timeout=120)
     said = output.read_text()
     finished_early = (folder / "LoRA" / "result.json").exists()
-    assert finished_early or "goes on from its last checkpoint" in said
+    assert finished_early or "resumes from the last checkpoint" in said
     untuned = (folder / "untuned" / "result.json").stat().st_mtime_ns
 
     out = run(folder, tiny, "--steps=20")
@@ -74,3 +77,13 @@ def _wait_for(path: Path, process: BaseProcess) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"{path} did not appear")
+
+
+def test_an_earlier_demo_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SETTING, raising=False)
+    for precision in ("32-true", "bf16-mixed"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps({"precision": precision}))
+        keep_earlier_precision(folder)
+        assert precision_of_runs(folder) == precision

@@ -6,15 +6,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("jsonargparse", reason="the recipes' dependencies are not installed")
 
 from lightning.pytorch.cli import SaveConfigCallback
 
-from recipes import precision
-from recipes.cli import RecipeCLI
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.precision import fast_precision, precision_of_runs
+from recipes.shared import precision
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import RECIPES
+from recipes.shared.precision import fast_precision, precision_of_runs
 
 
 @pytest.fixture(autouse=True)
@@ -125,10 +127,15 @@ def test_null_is_filled_in_and_kept(fast_bfloat16: None) -> None:
 
 
 def test_the_shipped_configurations_leave_it_open() -> None:
-    shipped = sorted(Path(precision.__file__).parent.glob("*/configs/*.yaml"))
-    told = [line for path in shipped for line in path.read_text().splitlines() if line.startswith("  precision:")]
-    assert len(told) > 15
-    assert {line.partition("#")[0].strip() for line in told} == {"precision: null"}
+    bases = sorted(RECIPES.glob("*/configs/base.yaml"))
+    assert len(bases) >= 4
+    for base in bases:
+        assert yaml.safe_load(base.read_text())["trainer"]["precision"] is None, base
+    # A paper's protocol says in which precision it trained.
+    protocols = {RECIPES / "vqa/configs/scienceqa.yaml", RECIPES / "vqa/configs/vizwiz.yaml"}
+    protocols.add(RECIPES / "clip_fewshot/configs/clip_lora.yaml")
+    for overlay in set(RECIPES.rglob("*.yaml")) - set(bases) - protocols:
+        assert "precision:" not in overlay.read_text().replace("mixed_precision:", ""), overlay
 
 
 @pytest.mark.parametrize(("trained_in", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])

@@ -1,7 +1,6 @@
 """The recipe on a tiny random Llama with SmolLM2's tokenizer, and once on SmolLM2 itself."""
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,29 @@ from torch import Tensor
 datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
+from trainers import trainer  # noqa: E402
+
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA  # noqa: E402
-from recipes import packaged  # noqa: E402
-from recipes.cli import RecipeCLI  # noqa: E402
-from recipes.instruction_tuning import sources  # noqa: E402
-from recipes.instruction_tuning.batches import Collate, LengthBatchSampler  # noqa: E402
-from recipes.instruction_tuning.chat import IGNORED, ChatEncoder  # noqa: E402
-from recipes.instruction_tuning.data import InstructionData, part_of  # noqa: E402
-from recipes.instruction_tuning.model import answer_log_likelihood  # noqa: E402
+from recipes.instruction_tuning.data import InstructionData  # noqa: E402
 from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
-from recipes.random_state import RandomState, collect_random_state, restore_random_state  # noqa: E402
+from recipes.language.batches import Collate  # noqa: E402
+from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
+from recipes.language.model import answer_log_likelihood  # noqa: E402
+from recipes.shared import packaged  # noqa: E402
+from recipes.shared.cli import RecipeCLI  # noqa: E402
+from recipes.shared.configs import config_arguments, methods_of  # noqa: E402
+from recipes.shared.random_state import RandomState, collect_random_state, restore_random_state  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("command_line", "own_datasets"),
     pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of two steps
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
 ]
 
-CONFIGS = Path(sources.__file__).parent / "configs"
-METHODS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+METHODS = methods_of("instruction_tuning")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
-
-
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def jsonl(tmp_path: Path) -> Callable[[list[dict[str, Any]]], str]:
-    def write(rows: list[dict[str, Any]]) -> str:
-        path = tmp_path / "data.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def sums(jsonl: Callable[[list[dict[str, Any]]], str]) -> str:
-    """A file of sixty free questions of different lengths."""
-    return jsonl([{"instruction": f"Add {i}", "input": "one " * (i % 7), "output": f"It is {i}."} for i in range(60)])
 
 
 def prepared(stage: str, tokenizer: str, **options: Any) -> InstructionData:
@@ -70,140 +44,6 @@ def prepared(stage: str, tokenizer: str, **options: Any) -> InstructionData:
     data.prepare_data()
     data.setup(stage)
     return data
-
-
-def answers_of(row: dict[str, Any], tokenizer: Any, option: int = 0) -> str:
-    return str(tokenizer.decode([label for label in row["labels"][option] if label != IGNORED]))
-
-
-def trainer(tmp_path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False} | options
-    return L.Trainer(
-        default_root_dir=tmp_path,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
-
-
-# -- tokens and labels
-
-
-def test_the_loss_is_on_the_answer_and_its_end_token(tiny: str, tokenizer: Any, sums: str) -> None:
-    data = prepared("fit", tiny, dataset=sums)
-    row = data.parts["train"][0]
-    assert answers_of(row, tokenizer).startswith("It is ")
-    assert answers_of(row, tokenizer).endswith(".<|im_end|>")
-    text = tokenizer.decode(row["input_ids"][0])
-    assert text.startswith("<|im_start|>system")
-    assert "Add" in text
-    assert text.endswith("<|im_end|>\n")
-
-
-def test_instruction_and_input_are_one_question(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    rows = [{"instruction": f"Add {i}.", "input": "1 2", "output": "3"} for i in range(10)]
-    data = prepared("fit", tiny, dataset=jsonl(rows), validation_share=0, test_share=0)
-    assert "user\nAdd 0.\n\n1 2<|im_end|>" in tokenizer.decode(data.parts["train"][0]["input_ids"][0])
-
-
-def test_every_answer_of_a_conversation_is_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    turns = [("system", "S."), ("user", "A?"), ("assistant", "a!"), ("user", "B?"), ("assistant", "b!"), ("user", "C?")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    data = prepared("fit", tiny, dataset=jsonl([{"messages": messages}]), validation_share=0, test_share=0)
-    row = data.parts["train"][0]
-    assert answers_of(row, tokenizer) == "a!<|im_end|>b!<|im_end|>"
-    assert "C?" not in tokenizer.decode(row["input_ids"][0])  # nobody answers it
-
-
-def test_parquet_is_read(tiny: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "data.parquet")
-    datasets.Dataset.from_list([{"instruction": f"{i}?", "output": f"{i}"} for i in range(5)]).to_parquet(path)
-    data = prepared("fit", tiny, dataset=path, validation_share=0, test_share=0)
-    assert len(data.parts["train"]) == 5
-
-
-def test_a_template_may_mark_the_answers_itself(tokenizer: Any) -> None:
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}"
-        "{{ eos_token }}{% endgeneration %}{% else %}Q:{{ m['content'] }}{% endif %}{% endfor %}"
-    )
-    encoder = ChatEncoder(tokenizer, 100, template)
-    encoded = encoder.encode([{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}])
-    assert tokenizer.decode([label for label in encoded.labels if label != IGNORED]) == "so<|im_end|>"
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
-    template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    turns = [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]
-    with pytest.raises(MisconfigurationException, match=r"rewrites earlier messages.*generation"):
-        ChatEncoder(tokenizer, 100, template).encode([{"role": r, "content": c} for r, c in turns])
-
-
-def test_what_is_cut_or_dropped_is_told(tiny: str, jsonl: Any) -> None:
-    rows = [
-        {"instruction": "short", "output": "yes"},
-        {"instruction": "long answer", "output": "yes " * 100},
-        {"instruction": "long question " * 100, "output": "yes"},
-        {"instruction": "no answer", "output": ""},
-        {"instruction": "null", "output": None},
-    ]
-    data = prepared("fit", tiny, dataset=jsonl(rows), max_length=60, validation_share=0, test_share=0)
-    assert len(data.parts["train"]) == 2
-    assert data.reports["train"].endswith(
-        "train: 2 conversations; 1 of them cut at max_length=60 tokens; "
-        "1 dropped: no answer within max_length=60 tokens; 2 dropped: no answer in the data"
-    )
-
-
-# -- parts and batches
-
-
-@pytest.mark.parametrize("task", sorted(sources.TASKS))
-def test_packaged_tasks_are_split_without_leaks(task: str) -> None:
-    table = sources.load(f"packaged:{task}", "train")
-    shares = {"validation": 0.15, "test": 0.25}
-    questions: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
-    for row in table:
-        assert row["messages"][-1]["content"] in row["options"]
-        questions[part_of(row["key"], shares)].add(sources.normalised(row["messages"][0]["content"]))
-    assert all(questions.values())
-    assert not questions["train"] & questions["test"]
-    assert not questions["train"] & questions["validation"]
-    assert not questions["validation"] & questions["test"]
-    assert len(questions["test"]) / len(table) == pytest.approx(0.25, abs=0.05)
-
-
-def test_a_part_depends_on_the_question_alone(tiny: str, jsonl: Any) -> None:
-    rows = [{"instruction": f"Question {i}", "output": "a"} for i in range(40)]
-    more = [{"instruction": f"  QUESTION {i}!", "output": "b"} for i in reversed(range(40))]
-
-    def held_out(rows: list[dict[str, str]]) -> set[str]:
-        table = sources.load(jsonl(rows), "train")
-        return {row["key"] for row in table if part_of(row["key"], {"test": 0.3}) == "test"}
-
-    assert held_out(rows) == held_out(more) == held_out(rows + more)
-    assert 0 < len(held_out(rows)) < 40
-
-
-def test_batches_are_of_similar_length_and_new_in_each_epoch() -> None:
-    lengths = torch.randint(1, 500, (1000,)).tolist()
-    sampler = LengthBatchSampler(lengths, batch_size=8, seed=1)
-    first = list(sampler)
-    assert sorted(i for batch in first for i in batch) == list(range(1000))
-    assert len(first) == len(sampler)
-    assert first == list(sampler)
-    padding = sum(max(lengths[i] for i in batch) * len(batch) for batch in first) / sum(lengths)
-    assert padding < 1.15  # random batches of 8 would be at 1.7
-    sampler.set_epoch(1)
-    assert first != list(sampler)
-
-
-def test_ranks_share_the_batches() -> None:
-    both = [list(LengthBatchSampler(range(1, 50), 4, num_replicas=2, rank=rank)) for rank in (0, 1)]
-    assert len(both[0]) == len(both[1])
-    assert sorted({i for batches in both for batch in batches for i in batch}) == list(range(49))
 
 
 # -- what the model is asked
@@ -279,7 +119,7 @@ def run(command: str, method: str, model: str, *options: str) -> None:
     RecipeCLI(
         [
             command,
-            f"--config={CONFIGS / method}.yaml",
+            *config_arguments("instruction_tuning", method),
             f"--model.init_args.model={model}",
             "--trainer.accelerator=cpu",
             "--trainer.log_every_n_steps=1",
@@ -312,7 +152,8 @@ def test_every_configuration_fits_tests_and_gives_a_peft_adapter(method: str, ti
 def test_predict_answers_the_lines_of_a_file(tiny: str, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Why?\n\n  How many?  \n")
-    run("predict", "lora", tiny, f"--data.prompts={prompts}", "--model.max_new_tokens=3")
+    # The training data are not looked at.
+    run("predict", "lora", tiny, f"--data.prompts={prompts}", "--model.max_new_tokens=3", "--data.dataset=gone.jsonl")
     (path,) = tmp_path.glob("runs/**/answers.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Why?", "How many?"]

@@ -1,6 +1,7 @@
 """The recipe on two processes under DDP, FSDP2 and FSDP1, from its YAML, against one process."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from recipe_runs import run
 
-from recipes.instruction_tuning.batches import LengthBatchSampler
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.sharding import BlocksAndFactors, blocks, check_strategy
+from recipes.language.batches import LengthBatchSampler
+from recipes.shared.sharding import BlocksAndFactors, blocks, check_strategy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
@@ -25,10 +26,12 @@ pytestmark = [
 METHODS = {"ddp": ("efmlora", "fmlora", "fmlora_manual"), "fsdp2": ("efmlora", "fmlora", "fmlora_manual")}
 METHODS["fsdp1"] = METHODS["ddp"][:2]
 STRATEGIES = tuple(METHODS)
-RUNS = [f"{strategy}:{method}" for strategy, methods in METHODS.items() for method in methods]
-SHARDED = [name for name in RUNS if not name.startswith("ddp")]
+DDP = [f"ddp:{method}" for method in METHODS["ddp"]]
+SHARDED = [f"fsdp2:{method}" for method in METHODS["fsdp2"]] + [f"fsdp1:{method}" for method in METHODS["fsdp1"]]
+RUNS = DDP + SHARDED
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 CHOICES = ["--data.init_args.dataset=packaged:openbook_qa", "--data.init_args.max_length=64"]
+PACKED = ["--data.init_args.packing=true", "--data.init_args.max_length=128", "--data.init_args.batch_size=2"]
 PROMPTS = ["Add 1", "Add 2", "Add 3", "Why?", "How many are there?"]
 
 
@@ -105,6 +108,8 @@ def cases(place: Path, common: list[str]) -> dict[str, tuple[str, dict[str, Any]
         add(name, "fit", method, strategy, training(method))
     own = [*training("fmlora_manual"), "--model.init_args.sync_ascent=false"]
     add("ddp:own ascent", "fit", "fmlora_manual", "ddp", own)
+    for strategy in STRATEGIES[:2]:
+        add(f"{strategy}:packed", "fit", "efmlora", strategy, [*training("efmlora"), *PACKED])
     for strategy in ("ddp", "fsdp2"):
         add(f"{strategy}:choices", "test", "lora", strategy, [*CHOICES, "--trainer.limit_test_batches=3"])
     for strategy in STRATEGIES:
@@ -159,6 +164,12 @@ def test_sharded_runs_equal_ddp(name: str, results: Results) -> None:
             torch.testing.assert_close(rank["weights"][key], weight, rtol=1e-5, atol=1e-7)
         for key in ("val_loss", "val_exact_match"):
             assert rank["logged"][key] == pytest.approx(whole["logged"][key], rel=1e-6), key
+
+
+def test_packed_rows_train_the_same_under_ddp_and_fsdp2(results: Results) -> None:
+    one, other = (results[f"{strategy}:packed"][0] for strategy in ("ddp", "fsdp2"))
+    assert one["steps"] == other["steps"] > 2
+    torch.testing.assert_close(one["weights"], other["weights"], rtol=1e-4, atol=1e-6)
 
 
 def test_an_ascent_of_each_device_is_an_ascent_of_each_micro_batch(
@@ -254,15 +265,15 @@ def answers(folder: Path) -> list[dict[str, str]]:
 
 
 def test_an_evaluation_sees_each_example_once_on_any_number_of_ranks() -> None:
-    one = [i for batch in LengthBatchSampler(range(1, 42), 4, shuffle=False) for i in batch]
+    one = list(chain.from_iterable(LengthBatchSampler(range(1, 42), 4, shuffle=False)))
     for ranks in (2, 3, 7, 16):
         shares = [
             list(LengthBatchSampler(range(1, 42), 4, num_replicas=ranks, rank=rank, shuffle=False))
             for rank in range(ranks)
         ]
         assert len({len(share) for share in shares}) == 1
-        turns = [batch for turn in zip(*shares, strict=True) for batch in turn]
-        assert [i for batch in turns for i in batch] == one
+        batches = chain.from_iterable(zip(*shares, strict=True))
+        assert list(chain.from_iterable(batches)) == one
 
 
 # -- what is refused, and the policy
@@ -276,9 +287,9 @@ def test_the_policy_wraps_blocks_and_what_is_trained(tiny: str) -> None:
     assert all(policy(part, recurse=True, nonwrapped_numel=0) for part in module.modules())
     assert len(blocks(module)) == 2
     assert {name.split(".")[-1] for name in wrapped} == {"0", "1", "default"}
-    assert sum(p.numel() for p in module.parameters() if p.requires_grad) == sum(
-        p.numel() for name in wrapped if name.endswith("default") for p in module.get_submodule(name).parameters()
-    )
+    factors = [module.get_submodule(name).parameters() for name in wrapped if name.endswith("default")]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    assert set(chain.from_iterable(factors)) == set(trained)
 
 
 @pytest.mark.parametrize(

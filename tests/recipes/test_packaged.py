@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import packaged
-from recipes.packaged import NpmPackage, npm_folder
+from recipes.shared import packaged
+from recipes.shared.packaged import NpmPackage, npm_folder
 
 WANTED = NpmPackage("@some/pictures", "1.2", ("list.json", "images/*"))
 FILES = {"package/list.json": b"[]", "package/images/a.png": b"picture", "package/index.js": b"not wanted"}

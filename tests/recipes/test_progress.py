@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from recipes import progress as progress_module
-from recipes.progress import Lines, ProgressLines, progress, progress_bar
+from recipes.shared import progress as progress_module
+from recipes.shared.progress import Lines, ProgressLines, progress, progress_bar
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_log_gets_lines_and_a_terminal_a_bar(
     with progress("Work", 1) as advance:
         advance()
     assert capsys.readouterr().out.splitlines() == ["Work: 0 of 1", "Work: 1 of 1, 0 s"]
-    monkeypatch.setattr(progress_module, "_is_live", lambda: True)
+    monkeypatch.setattr(progress_module, "is_live", lambda: True)
     assert isinstance(progress_bar("LoRA"), RichProgressBar)
     with progress("Work", 1) as advance:
         advance()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
-from recipes.step_times import StepTimes
+from recipes.shared.step_times import StepTimes
 
 
 def timed(device: str, steps: int) -> StepTimes:
@@ -30,7 +30,7 @@ def test_every_step_has_a_time_and_a_resume_keeps_them() -> None:
 
 def test_training_ends_with_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("recipes.step_times.rank_zero_info", told.append)
+    monkeypatch.setattr("recipes.shared.step_times.rank_zero_info", told.append)
     times = StepTimes()
     times.load_state_dict({"seconds": [0.5, 0.1, 0.2]})
     trainer: Any = None

@@ -13,13 +13,10 @@ from recipe_runs import run
 from vqa_models import COLOURS, draw, save_model
 
 from recipes.clip.images import read_image
-from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder
 from recipes.vqa.metrics import normalised
 from recipes.vqa.model import DEFAULT_LORA
 from recipes.vqa.module import VQA
-
-CONFIGS = Path(sources.__file__).parent / "configs"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
@@ -38,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(place: Path) -> str:
-    return save_model("idefics3", place / "model")
+    return save_model("qwen2_5_vl", place / "model")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +55,7 @@ def common(model: str, place: Path) -> list[str]:
     return [
         f"--model.init_args.model={model}",
         "--model.init_args.dtype=float32",
+        "--model.init_args.gradient_checkpointing=true",
         "--model.init_args.max_new_tokens=4",
         "--model.init_args.validation_answers=7",
         "--model.init_args.lora.lora_dropout=0",
@@ -87,7 +85,7 @@ def cases(place: Path, common: list[str]) -> dict[str, tuple[str, dict[str, Any]
     found: dict[str, tuple[str, dict[str, Any]]] = {}
 
     def add(name: str, command: str, method: str, strategy: str, options: list[str]) -> None:
-        arguments = {"command": command, "method": str(CONFIGS / method), "strategy": strategy}
+        arguments = {"command": command, "recipe": "vqa", "method": method, "strategy": strategy}
         found[name] = ("recipe_runs:run", {"folder": str(place / name), "options": common + options, **arguments})
 
     for name in RUNS:
@@ -119,7 +117,7 @@ def alone(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)  # and back
 
     def command(name: str, method: str, *options: str) -> Any:
-        return run(name, str(tmp_path), str(CONFIGS / method), "one", [*common, *options])
+        return run(name, str(tmp_path), method, "one", [*common, *options], recipe="vqa")
 
     return command
 

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 
 from recipes.vqa import sources
-from recipes.vqa.choices import chosen_letter
+from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
 from recipes.vqa.metrics import AnswerMetrics, is_right, normalised, vqa_accuracy
+from recipes.vqa.prompts import Prompt
 
 STATES = ("Texas", "Louisiana", "New York")
 
@@ -37,6 +38,15 @@ def test_ten_people_give_the_official_steps() -> None:
     assert found == pytest.approx([0, 0.3, 0.6, 0.9] + [1.0] * 7)
 
 
+def test_unanswerable_is_an_answer_like_others() -> None:
+    metrics = AnswerMetrics()
+    people = ["unanswerable"] * 8 + ["unsuitable", "blue"]
+    given = ["Unanswerable", "Unanswerable.", "blue", ""]
+    metrics.update_answers(given, [people] * 4, ["unanswerable"] * 4, [[]] * 4)
+    assert metrics.vqa_accuracy.compute() == pytest.approx((1 + 1 + 0.3 + 0) / 4)
+    assert metrics.per_type["unanswerable"].compute() == pytest.approx(0.5)
+
+
 def test_three_people_are_too_few_for_it() -> None:
     metrics = AnswerMetrics()
     metrics.update_answers(["dog"], [["dog"] * 3], [""], [[]])
@@ -56,6 +66,11 @@ def test_three_people_are_too_few_for_it() -> None:
         ("couldn'tve", "couldn't've"),
         ("its", "its"),  # a pronoun, and no contraction
         ("women's", "women's"),
+        ("hadnt've", "hadn't've"),
+        ("hadn'tve", "hadn't've"),
+        ("'dont'", "'dont'"),  # in quotation marks it is no contraction
+        ("shed", "shed"),
+        ("twas the 'ow'sat", "'twas 'ow's'at"),
         ("black/white", "black white"),
         ("black, white", "black white"),
         ("well-known", "well known"),
@@ -89,7 +104,12 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize(("answer", "named"), [(text, name) for name, texts in SPELLINGS.items() for text in texts])
+NAMED = []
+for letter, texts in SPELLINGS.items():
+    NAMED += [(text, letter) for text in texts]
+
+
+@pytest.mark.parametrize(("answer", "named"), NAMED)
 def test_the_option_that_an_answer_names(answer: str, named: str | None) -> None:
     assert chosen_letter(answer, STATES) == named
     assert is_right(answer, ["B"], list(STATES)) == (named == "B")
@@ -98,6 +118,37 @@ def test_the_option_that_an_answer_names(answer: str, named: str | None) -> None
 def test_two_options_of_one_text_are_told_apart_by_letters_alone() -> None:
     assert chosen_letter("Texas", ["Texas", "texas"]) is None
     assert chosen_letter("B", ["Texas", "texas"]) == "B"
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ("B. Louisiana", "B"),
+        ("B.", "B"),
+        (" B\n", "B"),
+        ("b", "B"),
+        ("", None),
+        ("The answer is B.", None),
+        ("b. Louisiana", None),
+        ("(B)", None),
+        ("Louisiana", None),
+        ("é", None),
+        ("É. so", None),
+        ("1", None),
+    ],
+)
+def test_the_letter_that_lmms_eval_reads(answer: str, named: str | None) -> None:
+    assert letter_by_lmms_eval(answer) == named
+
+
+def test_both_ways_to_read_a_choice_are_measured() -> None:
+    metrics = AnswerMetrics()
+    metrics.update_answers(["B", "The answer is B.", "A", ""], [["B"]] * 4, [""] * 4, [list(STATES)] * 4)
+    assert metrics.exact_match.compute() == pytest.approx(2 / 4)
+    assert metrics.lmms_eval_match.compute() == pytest.approx(1 / 4)
+    free = AnswerMetrics()
+    free.update_answers(["B"], [["B"]], [""], [[]])
+    assert not free.lmms_eval_match.update_called
 
 
 def test_no_answer_is_never_right() -> None:
@@ -118,7 +169,7 @@ def test_choices_count_as_exact_matches_and_by_type() -> None:
 @pytest.mark.parametrize("answer", [1, "B", "Louisiana"])
 def test_data_give_the_right_choice_by_number_letter_or_text(answer: object) -> None:
     row = {"image": None, "question": "Where?", "choices": list(STATES), "answer": answer}
-    found = sources._Converter("data", Path(), list(row))(row, 0)
+    found = sources._Converter("data", Path(), list(row), None, Prompt())(row, 0)
     assert (found["answers"], found["choices"]) == (["B"], list(STATES))
     assert found["question"].startswith("Where?\nA. Texas\nB. Louisiana\nC. New York\n")
 
@@ -127,4 +178,4 @@ def test_data_give_the_right_choice_by_number_letter_or_text(answer: object) -> 
 def test_data_that_give_no_choice_are_refused(answer: object) -> None:
     row = {"image": None, "question": "Where?", "choices": list(STATES), "answer": answer}
     with pytest.raises(MisconfigurationException, match=r"'data', row 4: answer=.* is no choice: give the number from"):
-        sources._Converter("data", Path(), list(row))(row, 4)
+        sources._Converter("data", Path(), list(row), None, Prompt())(row, 4)

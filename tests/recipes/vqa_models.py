@@ -1,13 +1,18 @@
-"""Tiny random vision-language models of three kinds, and drawn images with questions about their colour."""
+"""Tiny random vision-language models, and drawn images with questions about their colour.
+
+Over those in KINDS most tests run; tests/recipes/vqa_kinds.py has more.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import vqa_kinds
 from PIL import Image
 
 from recipes.vqa import offline
+from recipes.vqa.data import VQAData
 
 COLOURS = ("red", "green", "blue")
 
@@ -59,27 +64,7 @@ def llava(processor: Any) -> Any:
     return transformers.LlavaForConditionalGeneration(config), own
 
 
-def qwen2_vl(processor: Any) -> Any:
-    """Images keep their size: the number of their tokens differs."""
-    tokenizer = processor.tokenizer
-    start, image, end, video = marks = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
-    tokenizer.add_tokens(marks, special_tokens=True)
-    tokenizer.image_token, tokenizer.video_token = image, video
-    images = transformers.Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
-    template = processor.chat_template.replace("<image>", start + image + end)
-    own = transformers.Qwen2VLProcessor(images, tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template)
-    config = transformers.Qwen2VLConfig(
-        text_config={**text_model(tokenizer), "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
-        **{
-            f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark)
-            for name, mark in zip(("vision_start", "image", "vision_end", "video"), marks, strict=True)
-        },
-    )
-    return transformers.Qwen2VLForConditionalGeneration(config), own
-
-
-KINDS = {"idefics3": idefics3, "llava": llava, "qwen2_vl": qwen2_vl}
+KINDS = {"idefics3": idefics3, "llava": llava, "qwen2_5_vl": lambda _: vqa_kinds.qwen2_5_vl()}
 
 
 def save_model(kind: str, folder: Path) -> str:
@@ -104,3 +89,14 @@ def draw(folder: Path, number: int = 24) -> list[dict[str, Any]]:
         answer = "yes" if asked == colour else "no"
         rows.append({"image": f"{i}.png", "question": f"is it {asked}?", "answer": answer, "type": "yes/no"})
     return rows
+
+
+def prepared(stage: str, processor: str, **options: Any) -> VQAData:
+    data = VQAData(**{"processor": processor, "validation_share": 0.3, **options})
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def first_batch(data: VQAData) -> Any:
+    return next(iter(data.train_dataloader()))

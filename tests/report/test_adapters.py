@@ -1,4 +1,4 @@
-"""A base and its adapter are loaded whole, or the user is told what does not fit."""
+"""A base and its adapter are loaded whole, or the error says what does not fit."""
 
 import json
 import shutil

@@ -1,19 +1,17 @@
-"""The callback: Lightning's ModelCheckpoint, which decides when, with files of the size of the adapter."""
+"""AdapterCheckpoint: Lightning's ModelCheckpoint decides when to save, and the files have the adapter's size."""
 
 import os
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import without_logging
 from lightning_flatlora.callbacks.checkpoint.changes import listed, record_of
 from lightning_flatlora.callbacks.checkpoint.export import save_adapters
 from lightning_flatlora.callbacks.checkpoint.folder import (
@@ -27,27 +25,36 @@ from lightning_flatlora.callbacks.checkpoint.folder import (
     wanted_folder,
 )
 from lightning_flatlora.callbacks.checkpoint.loading import compare_base, read_adapters
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, found_hosts, hosts, unwrapped
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
 from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
+from lightning_flatlora.callbacks.methods.checks import refuse
+from lightning_flatlora.callbacks.patches import without_logging
+from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of, is_lightning
+from lightning_flatlora.lightning_names import MisconfigurationException, callback_of
+from lightning_flatlora.lora_pair import Finder
 
 if TYPE_CHECKING:
     _Base = ModelCheckpoint
 else:
-    _Base = object  # the ModelCheckpoint may be of either of Lightning's names
+    # The ModelCheckpoint may be of either of Lightning's names.
+    _Base = object
 
 
 class SavesAdapters(_Base):
-    """What AdapterCheckpoint adds to, or changes in, ModelCheckpoint, which comes after it among the base classes."""
+    """What AdapterCheckpoint adds to ModelCheckpoint, which must come after it among the base classes."""
 
-    _stop_reading: Callable[[], None] | None = None
-    _has_told_of_other_folder = False
+    _has_reported_other_folder = False
+
+    def __init__(self, *args: Any, finder: Finder | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.finder = finder
+        self._reading = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What Lightning's own has: a copy or pickle that is made in the middle of a fit has no part in that fit."""
-        return without_logging(self) | {"_stop_reading": None}
+        """Without what belongs to a fit: a copy or pickle that is made in the middle of one has no part in it."""
+        return without_logging(self) | {"_reading": ExitStack()}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -57,61 +64,55 @@ class SavesAdapters(_Base):
                 "import AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
             )
         super().setup(trainer, pl_module, stage)
+        # peft writes with plain file operations, which know no remote file systems.
         if "://" in str(self.dirpath or ""):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: dirpath must be a local folder, where peft can write beside the checkpoint, "
                 f"got {self.dirpath!r}"
             )
-        self._release()
-        if self._is_first(trainer):  # several may save; one looks after the loading
-            self._stop_reading = read_adapters(trainer)
-
-    def _is_first(self, trainer: Trainer) -> bool:
-        ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, SavesAdapters)]
-        return bool(ours and ours[0] is self)
+        self._reading.close()
+        # Several callbacks may save, but one handles the loading.
+        if callback_of(trainer, SavesAdapters) is self:
+            record_of(pl_module).finder = self.finder
+            self._reading = read_adapters(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not hosts(pl_module):
+        if not (hosts(pl_module) or found_hosts(pl_module, self.finder)):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: {type(pl_module).__name__} holds no peft model: wrap its network with "
-                "peft.get_peft_model or give it an adapter with add_adapter, or use Lightning's ModelCheckpoint"
+                "peft.get_peft_model or give it an adapter with add_adapter, or give a finder for other layers, or use "
+                "Lightning's ModelCheckpoint"
             )
-        if is_lightning(trainer.strategy, DeepSpeedStrategy):
-            raise MisconfigurationException(
-                "AdapterCheckpoint: DeepSpeed keeps weights and optimizer in a form of its own: use Lightning's "
-                "ModelCheckpoint, or train under DDP or FSDP"
-            )
-        if self._is_first(trainer):
+        refuse(self, checkpoint_problems(trainer.strategy))
+        # Before any step, so that the sums are of the base as its loader gave it.
+        if callback_of(trainer, SavesAdapters) is self:
             record = record_of(pl_module)
-            record.start(entries_of(unwrapped(pl_module)), whole=not is_sharded(trainer.strategy.model))
+            entries = entries_of(unwrapped(pl_module), record.finder)
+            record.start(entries, whole=not is_sharded(trainer.strategy.model))
             compare_base(record, record.prints, refuse=pl_module.strict_loading)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        # In these cases nothing will be saved.
         if getattr(trainer, "fast_dev_run", False) or (self.save_top_k == 0 and not self.save_last):
             return
         selection = select(trainer)
         try_to_save(trainer, Path(str(self.dirpath)), selection, linked=self.save_last == "link")
-        if self._is_first(trainer):
+        if callback_of(trainer, SavesAdapters) is self:
             _announce(selection)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._release()
+        self._reading.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._release()
-
-    def _release(self) -> None:
-        if self._stop_reading is not None:
-            self._stop_reading()
-            self._stop_reading = None
+        self._reading.close()
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -128,23 +129,25 @@ class SavesAdapters(_Base):
                 "in the checkpoints from now on"
             )
         if self.save_last == "link" and self.last_model_path not in ("", filepath):
-            self._link_checkpoint(trainer, filepath, self.last_model_path)  # before its old target may be removed
+            # Now, because ModelCheckpoint may remove the link's old target before it turns the link itself.
+            self._link_checkpoint(trainer, filepath, self.last_model_path)
 
     def _save_folder(self, trainer: Trainer, state: dict[str, Any], path: Path) -> None:
         """peft's own format, in the folder beside a checkpoint that is about to be written."""
         module = unwrapped(trainer.lightning_module)
-        if not is_sharded(trainer.strategy.model):  # peft may want more of the base, as a resized embedding
+        # peft may need more of the base, such as a resized embedding.
+        if not is_sharded(trainer.strategy.model):
             state = {**module.state_dict(), **state}
         folder = self._folder(path)
         partial = begin_folder(folder)
-        save_adapters(module, state, partial)
+        save_adapters(module, state, partial, self.finder)
         put_in_place(partial, folder, path)
 
     def _folder(self, path: Path) -> Path:
         folder = adapter_folder(path, self.FILE_EXTENSION)
         wanted = wanted_folder(path, self.FILE_EXTENSION)
-        if folder != wanted and not self._has_told_of_other_folder:
-            self._has_told_of_other_folder = True
+        if folder != wanted and not self._has_reported_other_folder:
+            self._has_reported_other_folder = True
             rank_zero_info(
                 f"AdapterCheckpoint: {wanted} is not of AdapterCheckpoint and stays as it is; the adapter beside "
                 f"{path.name} is in {folder.name}"
@@ -154,8 +157,10 @@ class SavesAdapters(_Base):
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         folder = None
-        if trainer.is_global_zero:  # alone: for a slower rank the folder would vanish while it looks
-            folder = existing_folder(Path(filepath), self.FILE_EXTENSION)  # as long as the file tells that it is ours
+        # On rank zero alone: for a slower rank the folder would vanish while it looks. And before the file is removed,
+        # since the file may be what shows that the folder is ours.
+        if trainer.is_global_zero:
+            folder = existing_folder(Path(filepath), self.FILE_EXTENSION)
         super()._remove_checkpoint(trainer, filepath)
         if folder is not None:
             remove_folder(folder)
@@ -164,9 +169,11 @@ class SavesAdapters(_Base):
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
         if trainer.is_global_zero and filepath != linkpath:
             target, place = adapter_folder(filepath, self.FILE_EXTENSION), self._folder(Path(linkpath))
-            if not place.is_symlink():  # a link is turned in one move
+            # An existing link is turned in one move.
+            if not place.is_symlink():
                 remove_folder(place)
-            link(target, self._folder(Path(linkpath)))  # elsewhere, if a user's file is left in the place
+            # Asked again, because a user's file may remain in the place; the link then gets another name.
+            link(target, self._folder(Path(linkpath)))
             link(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
@@ -179,20 +186,24 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
     AdapterCheckpoint too. Beside each file lies a folder ``NAME`` that ``PeftModel.from_pretrained(base, folder)``
     loads (with one subfolder for each adapter that is not called "default", as peft writes them).
 
-    It works with any LightningModule that holds a peft model, or a model with an adapter by ``add_adapter``. In the
-    file is everything but the tensors of the base that are as its own loader gives them, whatever ``requires_grad``
-    says at the moment: a head that was trained and then frozen, buffers that count or average, and all that is outside
-    of the base. What is left out is described, and another base is noticed on loading. A checkpoint that lacks an
-    adapter's weight, or has one that the module doesn't know, is refused (unless the module's ``strict_loading`` is
-    off).
+    It works with any LightningModule that holds a peft model, or a model with an adapter by ``add_adapter``. The file
+    holds everything except the tensors of the base that equal what the base's own loader gives, whatever
+    ``requires_grad`` says at the moment: a head that was trained and then frozen, buffers that count or average, and
+    all that is outside of the base. The file describes what it leaves out, so that another base is noticed on loading.
+    A checkpoint that lacks an adapter's weight, or has one that the module doesn't know, is refused (unless the
+    module's ``strict_loading`` is off).
 
-    Files appear whole or not at all, the folder before the file, and a file is removed only after the next one is
-    there; so a process killed at any moment leaves a checkpoint to resume from. No file is deleted that it has not
-    written, and what would fail at the first save fails when the fit starts. Rank zero writes directly, not through a
-    CheckpointIO plugin. Other checkpoint callbacks beside it write what they always do. More is in docs/checkpoints.md.
+    Files appear whole or not at all, the folder before the file, and a file is removed only after the next one exists.
+    So a process that is killed at any moment leaves a checkpoint to resume from. No file is deleted that this callback
+    has not written, and what would fail at the first save fails when the fit starts. Rank zero writes directly, not
+    through a CheckpointIO plugin. Other checkpoint callbacks beside it write what they always do. docs/checkpoints.md
+    has more.
 
     Args:
         args: as for ModelCheckpoint.
+        finder: of layers that are not peft's, see :mod:`lightning_flatlora.finders`. The base is then the child modules
+            that hold them, and the folder has the factors by name: in ``lit_model.pth.lora``, which litgpt's scripts
+            read, or in ``factors.safetensors``.
         kwargs: as for ModelCheckpoint.
 
     Example:
@@ -202,25 +213,21 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
 
 
 def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
-    """Written aside in the same folder and then renamed (Lightning writes to another disk, maybe, and copies)."""
+    """Write a hidden file in the same folder and rename it (Lightning may write to another disk, and copies)."""
     partial = aside(path)
     with partial.open("wb") as file:
         torch.save(checkpoint, file)
+        # On the disk before the rename, so that a crash leaves the old file or the whole new one.
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 def _announce(selection: Selection) -> None:
-    """Say once what is in the files beside the adapters, and what is not."""
-    adapters: dict[str, Entry] = {}
-    more: dict[str, Entry] = {}
-    left_out: dict[str, Entry] = {}
-    for name, entry in selection.entries.items():
-        if name in selection.left_out:
-            left_out[name] = entry
-        elif name in selection.saved:
-            (adapters if entry.kind is Kind.ADAPTER else more)[name] = entry
+    """Report once what the files hold beside the adapters, and what they leave out."""
+    left_out = {name: selection.entries[name] for name in selection.left_out}
+    adapters = {name: entry for name, entry in selection.saved.items() if entry.kind is Kind.ADAPTER}
+    more = {name: entry for name, entry in selection.saved.items() if name not in adapters}
     beside = f", and beside them {_size(more)}, as {listed(more)}" if more else ""
     rank_zero_info(
         f"AdapterCheckpoint: the files hold the adapters ({_size(adapters)}){beside}. {_size(left_out)} of the base "

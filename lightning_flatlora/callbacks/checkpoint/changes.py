@@ -1,9 +1,8 @@
 """Which weights of a base differ from what its own loader gives: by their values, not by ``requires_grad``.
 
-At the start of a fit every tensor of the base is summed up, bit by bit, and at each save once more. So it doesn't
-matter who has written to it or how: an optimizer, ``tensor.data``, a layer that merges its adapter and takes it out
-again. What has differed once is in every file from then on, also after it was frozen, and so is what a loaded file
-held.
+At the start of a fit the bits of every tensor of the base are added up, and at each save once more. So it doesn't
+matter what has written to it: an optimizer, ``tensor.data``, or a layer that merges its adapter and takes it out again.
+What has differed once is in every file from then on, even after it was frozen, and so is what a loaded file held.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -17,17 +16,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
+from lightning_flatlora.lora_pair import Finder
 
 _WIDTH = 1021
-"""Words whose order a sum tells; no power of two, so that rows of a weight don't fall upon each other."""
+"""Words whose order a sum depends on; no power of two, so that rows of a weight don't coincide."""
 _SAMPLES = 8
 _WORD = 8
 """Bytes that are read as one integer."""
 _ROWS = {"cpu": 256}
 _ROWS_ELSEWHERE = 2**14
-"""Rows of words that are read at once: 2 MB, which stay in a CPU's cache, or 134 MB, for a GPU few kernels."""
+"""Rows of words read at once: 2 MB, which stay in a CPU's cache, or 134 MB, which keep a GPU's kernels few."""
 Print = dict[str, Any]
-"""A tensor of the base as a checkpoint describes it: "shape", "dtype", "sum" of its bits, and a "sample" of it.
+"""A tensor of the base as a checkpoint describes it: "shape", "dtype", the "sum" of its bits, and a "sample" of it.
 
 All of them are None where ranks hold parts.
 """
@@ -40,14 +40,16 @@ class BaseRecord:
         changed: names of the tensors that differ, or have ever been trained.
         prints: of all tensors at the start of the fit, by name.
         expected: the prints of a file that was loaded, to compare with those of the start.
+        finder: of the adapter's factors, where they are not peft's.
     """
 
     def __init__(self) -> None:
         self.changed: set[str] = set()
         self.prints: dict[str, Print] = {}
         self.expected: dict[str, Print] = {}
-        self._whole = True
-        self._local_shapes: dict[str, torch.Size] = {}
+        self.finder: Finder | None = None
+        self._held: dict[str, tuple[bool, torch.Size]] = {}
+        # By the tensor, since its name changes when an adapter wraps its layer; weakly, so that it can be freed.
         self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
 
     def start(self, entries: Mapping[str, Entry], whole: bool) -> None:
@@ -55,32 +57,38 @@ class BaseRecord:
 
         Args:
             entries: of the unwrapped module.
-            whole: whether this rank holds whole tensors. If not, the prints tell changes of its part, and no more.
+            whole: whether this rank holds whole tensors. If not, the prints show only changes of its own part.
         """
         base = _base(entries)
         self._follow(base)
-        shapes = {name: _local(tensor).shape for name, tensor in base.items()}
+        held = {name: (whole, _local(tensor).shape) for name, tensor in base.items()}
         before, self.prints = self.prints, prints_of(base, whole)
         for name, old in before.items():
-            new = self.prints.get(name)
-            # A part's sum tells nothing of the whole's, nor of a part that begins elsewhere.
-            comparable = whole == self._whole and shapes.get(name) == self._local_shapes.get(name)
-            if new and comparable and old["dtype"] == new["dtype"] and old["sum"] != new["sum"]:
+            # The sum of a part says nothing about the whole, nor about a part that begins elsewhere.
+            if held.get(name) != self._held[name]:
+                continue
+            new = self.prints[name]
+            if old["dtype"] == new["dtype"] and old["sum"] != new["sum"]:
                 self.changed.add(name)
-        self._whole, self._local_shapes = whole, shapes
+        self._held = held
 
-    def add(self, names: Iterable[str], entries: Mapping[str, Entry]) -> None:
-        """Count tensors as changed, whatever they are called later.
+    def add(self, names: Iterable[str], entries: Mapping[str, Entry]) -> list[str]:
+        """Count tensors as changed, even if an adapter renames them later.
 
         Args:
             names: of tensors of the base.
             entries: of the unwrapped module.
+
+        Returns:
+            Those that are new among the changed ones.
         """
         self._follow(_base(entries))
-        self.changed.update(names)
+        new = [name for name in names if name not in self.changed]
+        self.changed.update(new)
+        return new
 
     def _follow(self, base: Mapping[str, Tensor]) -> None:
-        """An adapter that is added later renames what it wraps: what is known of a tensor goes to its new name."""
+        """Carry what is known of a tensor to its new name: an adapter that is added later renames what it wraps."""
         for name, tensor in base.items():
             old = self._names.get(tensor)
             self._names[tensor] = name
@@ -88,33 +96,26 @@ class BaseRecord:
                 continue
             if old in self.prints:
                 self.prints[name] = self.prints[old]
-                self._local_shapes[name] = self._local_shapes[old]
+                self._held[name] = self._held[old]
             if old in self.changed:
                 self.changed.add(name)
 
-    def look(self, entries: Mapping[str, Entry], agree: Callable[[list[bool]], list[bool]]) -> list[str]:
-        """Find what differs now or is trained.
+    def differs(self, entries: Mapping[str, Entry]) -> dict[str, bool]:
+        """Whether each tensor of the base, by name, is different now, or is trained, or is known to have changed.
 
         Args:
-            entries: of the unwrapped module.
-            agree: makes one answer of those of all ranks that hold parts.
-
-        Returns:
-            The names that are new among the changed ones.
+            entries: of the unwrapped module, as this rank holds them.
         """
         base = _base(entries)
         self._follow(base)
         sums = sums_of(base)
-        differs = []
+        differs = {}
         for name, tensor in base.items():
             known = self.prints.get(name)
             has_changed = known is None or known["sum"] != sums[name]
-            # What a rank has found before is asked for again: the others may not know of it.
-            differs.append(has_changed or tensor.requires_grad or name in self.changed)
-        found = [name for name, changed in zip(base, agree(differs), strict=True) if changed]
-        new = [name for name in found if name not in self.changed]
-        self.changed.update(new)
-        return new
+            # What this rank has found before is reported again, since the others may not know of it.
+            differs[name] = has_changed or tensor.requires_grad or name in self.changed
+        return differs
 
     def saves(self, name: str, entry: Entry) -> bool:
         """Whether an entry belongs into a checkpoint."""
@@ -124,9 +125,10 @@ class BaseRecord:
 
     @contextmanager
     def compared(self, entries: Mapping[str, Entry]) -> Iterator[None]:
-        """What somebody else's checkpoint changes, loaded inside, counts as changed."""
+        """What another callback's checkpoint changes when it is loaded inside counts as changed."""
         base = _base(entries)
         before = sums_of(base)
+        # Not in a finally: after a failed load there is nothing to compare.
         yield
         after = sums_of(base)
         self.add([name for name in base if before[name] != after[name]], entries)
@@ -137,6 +139,7 @@ _RECORDS: "WeakKeyDictionary[nn.Module, BaseRecord]" = WeakKeyDictionary()
 
 def record_of(module: nn.Module) -> BaseRecord:
     """The record of a LightningModule, one for all callbacks and fits."""
+    # Outside of the module, whose attributes belong to the user, and weakly, so that it goes with the module.
     return _RECORDS.setdefault(module, BaseRecord())
 
 
@@ -156,53 +159,59 @@ def prints_of(tensors: Mapping[str, Tensor], whole: bool = True) -> dict[str, Pr
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     sums = sums_of(tensors)
-    samples = _fetched({name: _sample(tensor) for name, tensor in tensors.items()}) if whole else {}
-    return {
-        name: {
+    samples = _fetched({name: _if_readable(_sample, tensor) for name, tensor in tensors.items()}) if whole else {}
+    prints = {}
+    for name, tensor in tensors.items():
+        prints[name] = {
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "sum": sums[name],
             "sample": samples.get(name),
         }
-        for name, tensor in tensors.items()
-    }
+    return prints
 
 
 def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
-    """A number for the bits of each tensor, or of this rank's part of it, in their order; None if it has none to read.
+    """A number for the bits of each tensor, or of this rank's part of it, in their order; None if they can't be read.
 
     Example:
         >>> sums = sums_of({"a": torch.tensor([3, 5]), "b": torch.tensor([5, 3]), "c": torch.tensor([3, 5])})
         >>> sums["a"] == sums["b"], sums["a"] == sums["c"]
         (False, True)
     """
-    return _fetched({name: _sum(tensor) for name, tensor in tensors.items()})
+    return _fetched({name: _if_readable(_sum, _local(tensor)) for name, tensor in tensors.items()})
 
 
-def _sum(tensor: Tensor) -> Tensor | None:
-    local = _local(tensor)
-    if local.is_meta:
+def _if_readable(read: Callable[[Tensor], Tensor | None], tensor: Tensor) -> Tensor | None:
+    """What can be read off a tensor; None without values, and for one of a special kind."""
+    if tensor.is_meta:
         return None
     try:
-        octets = local.detach().contiguous().view(-1).view(torch.uint8)
-        if octets.storage_offset() % _WORD:  # a slice of another tensor, which can't be read in words where it lies
-            octets = octets.clone()
-        inside = octets.numel() // (_WORD * _WIDTH) * (_WORD * _WIDTH)
-        # Odd ones alone: a product with an even one, which wraps around, would lose the highest bits of a change.
-        weights = 2 * torch.arange(_WORD * _WIDTH, device=octets.device) + 1
-        body = torch.zeros(_WIDTH, dtype=torch.int64, device=octets.device)
-        rows = _ROWS.get(octets.device.type, _ROWS_ELSEWHERE)
-        for words in torch.split(octets[:inside].view(torch.int64).view(-1, _WIDTH), rows):
-            # The upper half once more at the bottom: changes of an even number of highest bits would add up to nothing.
-            # Three times, because once would undo what a change of both halves' signs does.
-            upper = words >> 32
-            body += torch.add(words, upper, alpha=3, out=upper).sum(0)
-        tail = octets[inside:].to(torch.int64)
-        return (body * weights[:_WIDTH]).sum() + 31 * (tail * weights[: tail.numel()]).sum()
-    except torch.OutOfMemoryError:
+        return read(tensor.detach())
+    except torch.OutOfMemoryError:  # a RuntimeError too, but it says nothing about the tensor
         raise
     except (NotImplementedError, RuntimeError, TypeError):
-        return None  # a tensor of a kind of its own, as packed weights of a quantizer: nothing writes to them
+        # Such as a quantizer's packed weights, to which nothing writes.
+        return None
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    octets = tensor.contiguous().view(-1).view(torch.uint8)
+    # A slice of another tensor, which can't be read in words in place.
+    if octets.storage_offset() % _WORD:
+        octets = octets.clone()
+    inside = octets.numel() // (_WORD * _WIDTH) * (_WORD * _WIDTH)
+    # Odd ones alone: a product with an even one, which wraps around, would lose the highest bits of a change.
+    weights = 2 * torch.arange(_WORD * _WIDTH, device=octets.device) + 1
+    body = torch.zeros(_WIDTH, dtype=torch.int64, device=octets.device)
+    rows = _ROWS.get(octets.device.type, _ROWS_ELSEWHERE)
+    for words in torch.split(octets[:inside].view(torch.int64).view(-1, _WIDTH), rows):
+        # The upper half is added once more at the bottom, since changes of an even number of highest bits would
+        # cancel. It is added three times, because once would undo what a change of both halves' signs does.
+        upper = words >> 32
+        body += torch.add(words, upper, alpha=3, out=upper).sum(0)
+    tail = octets[inside:].to(torch.int64)
+    return (body * weights[:_WIDTH]).sum() + 31 * (tail * weights[: tail.numel()]).sum()
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -211,29 +220,24 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor) -> Tensor | None:
-    """A few elements, evenly from the first to the last: new rows of an embedding stand at its end."""
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+    """A few elements, evenly spaced from the first to the last, since new rows of an embedding stand at its end."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
         return None
     last = tensor.numel() - 1
     places = torch.tensor([i * last // (_SAMPLES - 1) for i in range(_SAMPLES)], device=tensor.device)
-    try:
-        return tensor.detach().reshape(-1)[places].to(torch.float32)
-    except torch.OutOfMemoryError:
-        raise
-    except (NotImplementedError, RuntimeError, TypeError):
-        return None
+    return tensor.reshape(-1)[places].to(torch.float32)
 
 
 def _fetched(results: Mapping[str, Tensor | None]) -> dict[str, Any]:
     """Small results as numbers, with one copy for each device."""
     values: dict[str, Any] = dict.fromkeys(results)
-    names_on: dict[torch.device, list[str]] = {}
+    on_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, result in results.items():
         if result is not None:
-            names_on.setdefault(result.device, []).append(name)
-    for names in names_on.values():
-        together = torch.stack([result for name in names if (result := results[name]) is not None])
-        values.update(zip(names, together.tolist(), strict=True))
+            on_device.setdefault(result.device, {})[name] = result
+    for group in on_device.values():
+        numbers = torch.stack(list(group.values())).tolist()
+        values.update(zip(group, numbers, strict=True))
     return values
 
 
@@ -247,7 +251,7 @@ def differing(expected: Mapping[str, Print], found: Mapping[str, Print]) -> tupl
         Names of tensors that are others altogether, and of those that differ in few bits or few elements.
     """
     others, nearly = [], []
-    for name in [*expected, *(name for name in found if name not in expected)]:
+    for name in dict.fromkeys([*expected, *found]):
         old, new = expected.get(name), found.get(name)
         if old is None or new is None:
             others.append(name)
@@ -263,25 +267,26 @@ def differing(expected: Mapping[str, Print], found: Mapping[str, Print]) -> tupl
 def _close(old: Print, new: Print) -> bool:
     """Whether two samples are equal up to rounding to the coarser of two dtypes, or to what another machine computes.
 
-    What is frozen isn't rounded anew. So in one dtype the next number of bfloat16 is another value: a chat model's
-    weights differ so from those of its base.
+    Frozen weights are not rounded again. So within one dtype even the next number of bfloat16 is another value: the
+    weights of a chat model differ that little from those of its base.
     """
     tolerance = 1e-4
     if old["dtype"] != new["dtype"]:
         eps = max(torch.finfo(getattr(torch, each["dtype"])).eps for each in (old, new))
+        # One of them was rounded to the coarser dtype.
         tolerance = max(tolerance, eps)
     one, other = torch.tensor(old["sample"]), torch.tensor(new["sample"])
     size = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names of many.
+def listed(names: Iterable[str]) -> str:
+    """The first three names of many.
 
     Example:
         >>> listed(["a", "b", "c", "d", "e"])
         'a, b, c and 2 more'
     """
     names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

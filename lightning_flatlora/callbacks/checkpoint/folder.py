@@ -1,13 +1,14 @@
 """The peft folder beside a checkpoint: what is in it, and which files on the disk are ours.
 
-Each folder holds a small list of the files that were written into it. Nothing else is ever deleted, and a folder that
-somebody else has made stays as it is: ours then gets another name.
+Each folder holds a small list of the files that were written into it. Nothing else is ever deleted. A folder that
+somebody else has made stays as it is, and ours then gets another name.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def existing_folder(checkpoint: Path, extension: str = ".ckpt") -> Path | None:
 
 
 def wanted_folder(checkpoint: str | Path, extension: str = ".ckpt") -> Path:
-    """The name that a checkpoint's folder has if nothing else has it."""
+    """The name of a checkpoint's folder, unless something else has that name already."""
     return next(_possible_names(Path(checkpoint), extension))
 
 
@@ -59,9 +60,7 @@ def _possible_names(path: Path, extension: str) -> Iterator[Path]:
     if bare and bare != path.name:
         yield path.with_name(bare)
     yield path.with_name(f"{bare or path.name}-adapter")
-    number = 1
-    while True:
-        number += 1
+    for number in count(2):
         yield path.with_name(f"{bare or path.name}-adapter-{number}")
 
 
@@ -76,6 +75,7 @@ def belongs_to(folder: Path, checkpoint: Path) -> bool:
     """Whether we wrote a folder for a checkpoint, or turned it into a link to another of ours."""
     if folder.is_symlink():
         target = Path(os.readlink(folder))
+        # Our links lead to a neighbour. One that leads elsewhere is a user's.
         if len(target.parts) != 1:
             return False
         return checkpoint.is_symlink() or (folder / LIST).exists()
@@ -85,10 +85,11 @@ def belongs_to(folder: Path, checkpoint: Path) -> bool:
 
 
 def _is_of_old_file(folder: Path, checkpoint: Path) -> bool:
-    """Whether a folder without a list is of the release that wrote none; beside a newer file it is somebody else's."""
+    """Whether a folder without a list is of the release that wrote no lists; beside a newer file it is not ours."""
     files = _files_in(folder)
-    own_names = bool(files) and all(file.name in _PEFT_FILES for file in files)
-    return own_names and checkpoint.is_file() and is_of_first_release(checkpoint)
+    if not files or any(file.name not in _PEFT_FILES for file in files):
+        return False
+    return checkpoint.is_file() and is_of_first_release(checkpoint)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -98,13 +99,13 @@ def _files_in(folder: Path) -> list[Path]:
 def _listed(folder: Path) -> dict[str, Any]:
     """A folder's list; of an old one, all that is in it."""
     if (folder / LIST).is_file():
-        found: dict[str, Any] = json.loads((folder / LIST).read_text())
-        return found
+        content: dict[str, Any] = json.loads((folder / LIST).read_text())
+        return content
     return {"checkpoint": "", "files": [str(file.relative_to(folder)) for file in _files_in(folder)]}
 
 
 def begin_folder(folder: Path) -> Path:
-    """An empty hidden folder beside the one that is going to be written, so that this appears at once."""
+    """An empty hidden folder beside the one to be written, which is moved into place once it is complete."""
     partial = aside(folder)
     if (partial / LIST).exists():  # of a run that was killed
         shutil.rmtree(partial)
@@ -129,18 +130,21 @@ def put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
     before = _listed(folder)["files"] if folder.is_dir() else []
-    if before and not checkpoint.exists():  # of a run that was killed before it wrote the file
+    # The files are of a run that was killed before it wrote the checkpoint.
+    if before and not checkpoint.exists():
         remove_folder(folder)
         before = []
     old = [name for name in before if name not in files]
-    # What is listed and not there is no harm; what is there and not listed would never go again.
+    # The list is written before the files. A file that is listed but missing does no harm, whereas one that is there
+    # but not listed would never be deleted.
     _write_list(partial, checkpoint, [*files, *old])
     if not folder.exists():
         partial.rename(folder)
         return
     for name in [LIST, *files]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).replace(folder / name)  # one by one: the folder of a checkpoint that is overwritten never goes
+        # One by one, so that the folder of a checkpoint that is overwritten exists at every moment.
+        (partial / name).replace(folder / name)
     _unlink(folder, old)
     shutil.rmtree(partial)
 
@@ -165,9 +169,13 @@ def remove_folder(folder: Path) -> None:
 
 def _unlink(folder: Path, files: list[str]) -> None:
     for name in files:
+        # The list is a file that anybody may have edited, so nothing outside of the folder is ever deleted.
         if ".." not in Path(name).parts and not Path(name).is_absolute():
             (folder / name).unlink(missing_ok=True)
-    inner = {parent for name in files for parent in Path(name).parents if parent.parts}
+    inner: set[Path] = set()
+    for name in files:
+        inner.update(parent for parent in Path(name).parents if parent.parts)
+    # The innermost first, so that a folder that held nothing else is empty when its turn comes.
     for parent in sorted(inner, key=lambda each: len(each.parts), reverse=True):
         _remove_if_empty(folder / parent)
 
@@ -178,7 +186,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def link(target: Path, place: Path) -> None:
-    """Make or turn a link in one move, so that it always leads somewhere.
+    """Make a link, or turn it to another target, in one move, so that it always leads somewhere.
 
     Args:
         target: of the link.
@@ -192,9 +200,10 @@ def link(target: Path, place: Path) -> None:
     new.symlink_to(os.path.relpath(target, place.parent), target_is_directory=target.is_dir())
     if place.is_dir() and is_free(place):
         place.rmdir()
+    # A rename, which replaces the old link at once: at no moment is there none.
     new.replace(place)
 
 
 def aside(path: Path) -> Path:
-    """A hidden name beside a file or folder, for what is not whole yet."""
+    """A hidden name beside a file or folder, for what is not complete yet."""
     return path.with_name(f".{path.name}.partial")

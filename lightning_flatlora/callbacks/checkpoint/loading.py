@@ -1,8 +1,9 @@
-"""Give a model, under any strategy, what a checkpoint of adapters holds, and compare its base with the one that was."""
+"""Load a checkpoint of adapters into a model, under any strategy, and compare the model's base with the saved run's."""
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,27 +13,34 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, Print, differing, listed, prints_of, record_of
+from lightning_flatlora.callbacks.checkpoint.optimizer_states import load_optimizers
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, kept_attributes, unwrapped
-from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at, is_split, layout_for, parameters_of, put_on
-from lightning_flatlora.distributed import Layout
+from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at, put_on
+from lightning_flatlora.distributed import layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.pairs import clean_name
 
 
 def load_adapter_checkpoint(
-    module: nn.Module, path: str | Path | IO[bytes], strict: bool = True, weights_only: bool = True
+    module: nn.Module,
+    path: str | Path | IO[bytes],
+    strict: bool = True,
+    weights_only: bool = True,
+    finder: Finder | None = None,
 ) -> nn.Module:
     """Load the weights of a checkpoint that AdapterCheckpoint has written, without a Trainer.
 
     Lightning's ``load_from_checkpoint`` and a Trainer without an AdapterCheckpoint expect the frozen base in the file.
-    Here the module has its base already, from where it had it in the training.
+    This function expects that the module has its base already, from the same source as in training.
 
     Args:
         module: the LightningModule, with the base and the adapter in place.
         path: the file, or its name; one of Lightning's own is loaded too.
         strict: refuse a file that lacks an adapter's weight or has one that the module doesn't know.
-        weights_only: let the file build tensors and plain values alone. Turn it off for a file that you trust and
+        weights_only: let the file create only tensors and plain values. Turn this off for a file that you trust and
             whose hyper-parameters are of other classes.
+        finder: the one that the AdapterCheckpoint had.
 
     Returns:
         The module.
@@ -48,6 +56,7 @@ def load_adapter_checkpoint(
         tensor([[1., 1.]])
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    record_of(module).finder = finder
     if MARK not in checkpoint:
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
         return module
@@ -57,15 +66,14 @@ def load_adapter_checkpoint(
 
 
 def _base_of(module: nn.Module) -> dict[str, Tensor]:
-    entries = entries_of(unwrapped(module))
+    entries = entries_of(unwrapped(module), record_of(module).finder)
     return {name: entry.value for name, entry in entries.items() if entry.kind is Kind.BASE}
 
 
-def read_adapters(trainer: Trainer) -> Callable[[], None]:
-    """Let a trainer's strategy load such checkpoints too; others are loaded as ever.
+def read_adapters(trainer: Trainer) -> ExitStack:
+    """Let a trainer's strategy load such checkpoints, too, until the stack that is returned is closed.
 
-    Returns:
-        A function that undoes it.
+    Other checkpoints are loaded as before.
     """
     strategy = trainer.strategy
     load_checkpoint, load_model_state_dict = strategy.load_checkpoint, strategy.load_model_state_dict
@@ -80,31 +88,34 @@ def read_adapters(trainer: Trainer) -> Callable[[], None]:
         module = trainer.lightning_module
         record, after_setup = record_of(module), strategy.restore_checkpoint_after_setup
         if MARK not in checkpoint:
-            if after_setup or not hosts(module):
+            # Without an adapter, or with parts of tensors, there is no base to compare with.
+            if after_setup or not (hosts(module) or record.finder):
                 load_model_state_dict(checkpoint, strict=strict)
                 return
-            with record.compared(entries_of(unwrapped(module))):
+            with record.compared(entries_of(unwrapped(module), record.finder)):
                 load_model_state_dict(checkpoint, strict=strict)
             return
-        load_weights(module, checkpoint, strict, trainer)
+        load_weights(module, checkpoint, strict, strategy.model)
         _complete(module, checkpoint)
         if after_setup:
-            record.expected = {}  # ranks hold parts, which can't be compared with the whole
+            # Ranks hold parts, which can't be compared with the whole.
+            record.expected = {}
         elif trainer.state.fn != "fit":
             compare_base(record, prints_of(_base_of(module)), refuse=False)
+        # Such strategies restore optimizers from files of their own format.
         if not strategy.lightning_restore_optimizer and trainer.state.fn == "fit":
-            _load_optimizers(trainer, checkpoint)
+            load_optimizers(trainer, checkpoint)
 
     return put_on(strategy, {"load_checkpoint": load, "load_model_state_dict": load_state})
 
 
 def is_ours(path: Any) -> bool:
-    """Whether a file has our mark, without unpickling what may be of anybody, or as large as a model."""
+    """Whether a file has our mark, found without unpickling a file that may be untrusted or as large as a model."""
     return MARK.encode() in _pickled(path)
 
 
 def is_of_first_release(path: Any) -> bool:
-    """Whether a file has our mark, and not what files hold since they tell what is left out of them."""
+    """Whether a file has our mark, but not yet the list of what is left out of it."""
     pickled = _pickled(path)
     return MARK.encode() in pickled and b"left_out" not in pickled
 
@@ -113,43 +124,45 @@ def _pickled(path: Any) -> bytes:
     """A file of torch.save without the values of its tensors; nothing if it is another file."""
     if not zipfile.is_zipfile(path):
         return b""
+    # torch.save writes a zip archive in which the pickle and each tensor's values are separate files.
     with zipfile.ZipFile(path) as archive:
         return b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
 
 
-def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, trainer: Trainer | None = None) -> None:
-    """Copy a file's weights into a module, whatever of them is trained at the moment.
+def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, wrapped: nn.Module | None = None) -> None:
+    """Copy a file's weights into a module, whether they are trained at the moment or not.
 
-    Lightning calls this before ``configure_optimizers`` and ``on_fit_start``, where a module may freeze and unfreeze.
+    Lightning calls this before ``configure_optimizers`` and ``on_fit_start``, in which modules may freeze and unfreeze.
 
     Args:
         module: a LightningModule, or a part of one.
         checkpoint: with our mark.
         strict: whether what is missing or unknown is an error.
-        trainer: whose strategy may have split the parameters.
+        wrapped: the module as a strategy has wrapped it, which may have split the parameters.
     """
     twin, state, mark = unwrapped(module), checkpoint["state_dict"], checkpoint[MARK]
-    entries = entries_of(twin)
+    entries = entries_of(twin, record_of(module).finder)
     left_out: dict[str, Print] | None = json.loads(mark["left_out"]) if isinstance(mark, dict) else None
     _check_names(entries, state, left_out, strict)
     known = {name: value for name, value in state.items() if name in entries}
-    parameters = [p for name in known if isinstance(p := entries[name].value, nn.Parameter)]
-    layout = layout_for(trainer, parameters) if trainer is not None else Layout()
+    layout = layout_of(wrapped)
     parts = {}
     for name, value in known.items():
-        held = entries[name].value
-        if isinstance(held, nn.Parameter):
-            if value.shape != layout.shape(held):
+        parameter = entries[name].value
+        if isinstance(parameter, nn.Parameter):
+            if value.shape != layout.shape(parameter):
                 raise MisconfigurationException(
-                    f"AdapterCheckpoint: {name} has the shape {tuple(layout.shape(held))}, "
+                    f"AdapterCheckpoint: {name} has the shape {tuple(layout.shape(parameter))}, "
                     f"in the checkpoint {tuple(value.shape)}: it is of another model or adapter"
                 )
-            value = layout.part(value, held)
+            value = layout.part(value, parameter)
         parts[name] = value
     with kept_attributes(module, twin):
+        # Not strict, since the base is not in the file; _check_names has found what is missing.
         twin.load_state_dict(parts, strict=False)
     record = record_of(module)
-    not_in_the_file = left_out or {}  # a module's on_load_checkpoint may have completed the state dict by itself
+    # A module's on_load_checkpoint may have completed the state dict by itself.
+    not_in_the_file = left_out or {}
     of_base = [name for name in known if entries[name].kind is Kind.BASE]
     record.add([name for name in of_base if name not in not_in_the_file], entries)
     record.expected = not_in_the_file
@@ -158,10 +171,11 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, tr
 def _check_names(
     entries: Mapping[str, Entry], state: Mapping[str, Any], left_out: Mapping[str, Print] | None, strict: bool
 ) -> None:
-    """Refuse a file without something that the module can't have from elsewhere, or with something that it has not."""
+    """Refuse a file that lacks what the module can't get elsewhere, or that holds what the module does not have."""
     lacking = []
     for name, entry in entries.items():
-        if left_out is None:  # an old file, which doesn't tell what was left out of it
+        # An old file, which does not say what was left out of it.
+        if left_out is None:
             needed = entry.kind is Kind.ADAPTER and isinstance(entry.value, nn.Parameter)
         else:
             needed = entry.kind in (Kind.ADAPTER, Kind.OWN) and name not in left_out
@@ -184,10 +198,10 @@ def _check_names(
 
 
 def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -> None:
-    """Tell the user if the base is not the one of the run that was saved.
+    """Report a base that is not the one of the run that was saved.
 
-    A run that goes on upon another base isn't the same run, so that is refused. An evaluation upon a base that was
-    quantized, or is newer, may be meant, and the file can't know: there it is a warning.
+    To continue a run on another base is refused, since it would not be the same run. To evaluate on a base that was
+    quantized, or is newer, may be intended, which the file can't know: there it is a warning.
 
     Args:
         record: of the module, with what the loaded file expects.
@@ -197,8 +211,8 @@ def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -
     expected, record.expected = record.expected, {}
     if not expected:
         return
-    left = {name: each for name, each in found.items() if name in expected or name not in record.changed}
-    others, nearly = differing(expected, left)
+    compared = {name: each for name, each in found.items() if name in expected or name not in record.changed}
+    others, nearly = differing(expected, compared)
     if others:
         text = (
             f"AdapterCheckpoint: {len(others)} tensors of the base, which the checkpoint leaves out, are not those of "
@@ -208,7 +222,7 @@ def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -
         if refuse:
             raise MisconfigurationException(
                 f"{text}Load the same base (and save such layers by training them or by peft's modules_to_save), or "
-                "set the module's strict_loading to False to go on with this one"
+                "set the module's strict_loading to False to continue with this one"
             )
         rank_zero_warn(f"{text}What follows is of the base that the module has now")
     elif nearly:
@@ -219,7 +233,7 @@ def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -
 
 
 def _complete(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Callbacks that average weights load whole state dicts by themselves, strictly: let these hold the base."""
+    """Add the base to the state dicts that callbacks which average weights load by themselves, strictly."""
     mark = checkpoint[MARK]
     places: list[list[Any]] = list(mark["shortened"]) if isinstance(mark, dict) else []
     if "current_model_state" in checkpoint:
@@ -231,30 +245,3 @@ def _complete(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
     for place in places:
         checkpoint[place[0]] = changed_at(checkpoint, place, completed)[place[0]]
-
-
-def _load_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Give the optimizers of a sharded model the parts of their states; the others are loaded by Lightning."""
-    if "optimizer_states" not in checkpoint:  # weights alone, which Lightning refuses or not as it likes
-        return
-    optimizers, states = trainer.strategy.optimizers, checkpoint["optimizer_states"]
-    if len(optimizers) != len(states):
-        raise MisconfigurationException(
-            f"AdapterCheckpoint: the checkpoint has {len(states)} optimizers, the module {len(optimizers)}"
-        )
-    for optimizer, saved in zip(optimizers, states, strict=True):
-        layout = layout_for(trainer, parameters_of(optimizer))
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        parameters = dict(zip(numbers, parameters_of(optimizer), strict=False))
-        state = {}
-        for number, values in saved["state"].items():
-            parameter = parameters.get(number)
-            if parameter is None:
-                state[number] = values
-            elif parameter.numel():  # no part, no state: it would keep its old step
-                state[number] = {key: _part(layout, key, value, parameter) for key, value in values.items()}
-        optimizer.load_state_dict({**saved, "state": state})
-
-
-def _part(layout: Layout, key: str, value: Any, parameter: nn.Parameter) -> Any:
-    return layout.part(value, parameter) if is_split(key, value, layout.shape(parameter)) else value

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_flatlora.lora_pair import Finder, all_factors, pairs_from
 from lightning_flatlora.pairs import bare
 
 
@@ -23,9 +24,9 @@ class Kind(Enum):
     ADAPTER = "adapter"
     """What peft has put in: always saved."""
     BASE = "base"
-    """A parameter or buffer that its own loader gives again: saved once something has changed it."""
+    """A parameter or buffer that the base's own loader gives again: saved once something has changed it."""
     DERIVED = "derived"
-    """What a quantized layer of a base writes beside its weight: made again with the weight, never saved."""
+    """What a quantized layer of a base keeps beside its weight: created again with the weight, never saved."""
     OWN = "own"
     """Everything else: always saved, as Lightning does."""
 
@@ -41,7 +42,7 @@ class Entry:
 def unwrapped(module: nn.Module) -> Any:
     """A second set of modules around the same parameters, without those that wrappers have put in between.
 
-    Its names are clean, peft finds its layers by them, and FSDP1's hooks, which would gather the model, are not on it.
+    Its names are clean, so that peft finds its layers, and it is without FSDP1's hooks, which would gather the model.
 
     Example:
         >>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -55,18 +56,23 @@ def unwrapped(module: nn.Module) -> Any:
 def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     module = bare(module)
     if id(module) not in seen:
+        # FSDP2 gives every unit a subclass of its own class; the twin is of the original class.
         kind = type(module).__bases__[-1] if isinstance(module, FSDPModule) else type(module)
+        # Without __init__, which would build the layers again.
         twin: Any = object.__new__(_without_end(kind))
         seen[id(module)] = twin
+        # With the module's own tables of parameters and buffers, so that loading into the twin loads into the module.
         vars(twin).update(vars(module))
-        children = module._modules.items()
-        vars(twin)["_modules"] = {name: child if child is None else _unwrapped(child, seen) for name, child in children}
+        children: dict[str, nn.Module | None] = {}
+        for name, child in module._modules.items():
+            children[name] = None if child is None else _unwrapped(child, seen)
+        vars(twin)["_modules"] = children
     return seen[id(module)]
 
 
 @cache
 def _without_end(kind: type) -> type:
-    """A module's class, whose ``__del__`` does nothing: a twin that goes must not close what the module holds."""
+    """A module's class with an empty ``__del__``: a twin that is deleted must not close what the module holds."""
     if not hasattr(kind, "__del__"):
         return kind
     names = {"__del__": lambda self: None, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
@@ -75,11 +81,11 @@ def _without_end(kind: type) -> type:
 
 @contextmanager
 def kept_attributes(module: nn.Module, twin: nn.Module) -> Iterator[None]:
-    """Give a module what is set as an attribute of its twin inside, as extra state and a metric's values are.
+    """Copy to a module the attributes that are set on its twin inside, such as extra state and a metric's values.
 
     Args:
-        module: as it is.
-        twin: what :func:`unwrapped` gave for it. Parameters and buffers are the module's own anyway.
+        module: the original.
+        twin: what :func:`unwrapped` returned for it. Parameters and buffers are the module's own in any case.
     """
     before = [(own, other, dict(vars(other))) for own, other in _pairs_with_twins(module, twin, set())]
     yield
@@ -103,7 +109,7 @@ def _pairs_with_twins(module: nn.Module, twin: nn.Module, seen: set[int]) -> Ite
 
 
 def hosts(module: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules that hold adapters, by the name of their place.
+    """The outermost modules that hold adapters, by name.
 
     These are peft models, and modules into which ``add_adapter`` of transformers or diffusers, or
     ``peft.inject_adapter_in_model``, has put peft's layers.
@@ -114,12 +120,13 @@ def hosts(module: nn.Module) -> dict[str, nn.Module]:
         >>> list(hosts(nn.ModuleDict({"net": net, "head": nn.Linear(3, 2)})))
         ['net']
     """
-    found: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
     for name, part in module.named_modules():
-        inside_another = any(name.startswith(prefix_of(outer)) for outer in found)
-        if not inside_another and (isinstance(part, PeftModel) or _is_injected(part)):
-            found[name] = part
-    return found
+        is_inside = any(name.startswith(prefix_of(outer)) for outer in outermost)
+        # Of nested ones only the outermost counts, because peft saves everything inside of it.
+        if not is_inside and (isinstance(part, PeftModel) or _is_injected(part)):
+            outermost[name] = part
+    return outermost
 
 
 def prefix_of(name: str) -> str:
@@ -139,17 +146,40 @@ def _is_injected(part: nn.Module) -> bool:
     return any(isinstance(layer, BaseTunerLayer) for layer in part.modules())
 
 
-def entries_of(module: nn.Module) -> dict[str, Entry]:
+def found_hosts(module: nn.Module, finder: Finder | None) -> dict[str, nn.Module]:
+    """The child modules in which a finder finds factors, by name."""
+    return _holding(module, found_factors(module, finder))
+
+
+def _holding(module: nn.Module, factors: Iterable[str]) -> dict[str, nn.Module]:
+    """The child modules that hold parameters of these names, by name."""
+    first_parts = {name.partition(".")[0] for name in factors}
+    return {name: child for name, child in module.named_children() if name in first_parts}
+
+
+def found_factors(module: nn.Module, finder: Finder | None) -> dict[str, nn.Parameter]:
+    """The parameters that hold a finder's factors, by each of their names."""
+    pairs = [] if finder is None else pairs_from(finder, module)
+    factors = {id(factor) for factor in all_factors(pairs)}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if id(parameter) in factors}
+
+
+def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Entry]:
     """Every entry of an unwrapped module's state dict, by its name.
 
     Args:
         module: what :func:`unwrapped` gives.
+        finder: of the adapter's factors, where they are not peft's.
     """
-    state = module.state_dict(keep_vars=True)  # first: under FSDP2 it brings back the sharded parameters
-    adapters = _Group(_of_adapters(module))
-    base = _Group(_of_bases(module))
+    # Before all else, since under FSDP2 this call brings back the sharded parameters.
+    state = module.state_dict(keep_vars=True)
+    factors = found_factors(module, finder)
+    bases = {**hosts(module), **_holding(module, factors), **_with_a_loader(module)}
+    adapters = _Group(chain(_of_adapters(module), factors.items()))
+    base = _Group(_of_bases(bases))
     tensors = {name for name, _ in _named_tensors("", module)}
-    prefixes = tuple(prefix_of(name) for name in _bases(module))
+    prefixes = tuple(prefix_of(name) for name in bases)
     entries = {}
     for name, value in state.items():
         kind = Kind.OWN
@@ -164,43 +194,42 @@ def entries_of(module: nn.Module) -> dict[str, Entry]:
 
 
 class _Group:
-    """Named tensors, which are known by their names or, where they are tied to others, by themselves.
+    """Named tensors, recognised by their names or, where they are tied to others, by identity.
 
-    The names go first: peft's attention makes its parameters anew each time that somebody walks through the modules.
+    Names come first, because peft's attention creates its parameters again with every walk through the modules.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
         held = dict(named)
-        self._names, self._tensors = set(held), list(held.values())  # kept, so that no other gets the id of one
+        self._names = set(held)
+        # Held so that no other tensor gets the id of one of them.
+        self._tensors = list(held.values())
         self._ids = {id(tensor) for tensor in self._tensors}
 
     def has(self, name: str, value: Any) -> bool:
         return name in self._names or id(value) in self._ids
 
 
-def _bases(module: nn.Module) -> dict[str, nn.Module]:
-    return {**hosts(module), **_with_a_loader(module)}
-
-
-def _of_bases(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, root in _bases(module).items():
+def _of_bases(bases: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for name, root in bases.items():
         yield from _named_tensors(name, root)
 
 
 def _with_a_loader(module: nn.Module) -> dict[str, nn.Module]:
-    """Modules that ``from_pretrained`` gave and that know from where, as those of transformers and diffusers do."""
-    found = {}
+    """Modules from ``from_pretrained`` that know their source, such as those of transformers and diffusers."""
+    modules = {}
     for name, part in module.named_modules():
         if name and callable(getattr(type(part), "from_pretrained", None)):
             config = getattr(part, "config", None)
             sources = (vars(part).get("name_or_path"), getattr(config, "_name_or_path", None))
             if any(isinstance(source, str) and source for source in sources):
-                found[name] = part
-    return found
+                modules[name] = part
+    return modules
 
 
 def _of_adapters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers that adapters, active or not, have put into layers, and those of prompt encoders."""
+    # With duplicates, since a tied layer has an entry in the state dict for each of its names.
     for name, part in module.named_modules(remove_duplicate=False):
         attributes: Iterable[str] = ()
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):

@@ -1,44 +1,44 @@
-"""Whatever would fail at the first save is tried when the fit begins, and leaves nothing behind."""
+"""Tries, when the fit begins, whatever would fail at the first save, and leaves nothing behind."""
 
-import io
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from typing_extensions import override
 
+from lightning_flatlora.callbacks.checkpoint.changes import record_of
 from lightning_flatlora.callbacks.checkpoint.export import check_configs, save_adapters
+from lightning_flatlora.callbacks.checkpoint.optimizer_states import check_form
 from lightning_flatlora.callbacks.checkpoint.parts import Kind, unwrapped
-from lightning_flatlora.callbacks.checkpoint.saving import Selection, check_form
+from lightning_flatlora.callbacks.checkpoint.saving import Selection
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of
 
 _MOST_BYTES = 2**27
-"""Adapters up to this size are written for the trial; of larger ones the configs are."""
+"""Adapters up to this size are written for the trial; of larger ones only the configs are checked."""
 
 
 def try_to_save(trainer: Trainer, folder: Path, selection: Selection, linked: bool) -> None:
-    """Write the adapters and pickle all states, and throw both away; every rank has to call it.
+    """Write the adapters and pickle all states, and discard both; every rank must call this.
 
     Args:
         trainer: in a fit that is about to take its first step.
         folder: the checkpoint callback's.
         selection: what is going to be saved.
-        linked: whether a link has to be made too.
+        linked: whether a link will be made, too.
 
     Raises:
-        MisconfigurationException: on every rank, whatever one of them couldn't write.
+        MisconfigurationException: on every rank, where one of them could not write.
     """
     problem: str | None = None
     cause: Exception | None = None
     try:
-        states = _states(trainer)  # ranks may have to speak with each other for these
+        # On every rank, since a state_dict() may communicate.
+        states = _states(trainer)
         if trainer.is_global_zero:
             for name, state in states:
                 _try_to_pickle(name, state)
@@ -48,48 +48,44 @@ def try_to_save(trainer: Trainer, folder: Path, selection: Selection, linked: bo
         problem, cause = str(error), error
     except Exception as error:
         problem, cause = f"AdapterCheckpoint: saving into {folder} would fail: {type(error).__name__}: {error}", error
-    # A rank that fails alone, as a callback's state may, ends the others too: they would wait for it.
+    # One rank may fail alone, for example by a callback's state. It ends the others, too, which would wait for it.
     fails = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
     of_rank_zero = trainer.strategy.broadcast(problem)
     if fails:
-        elsewhere = f"AdapterCheckpoint: saving into {folder} would fail on another rank, which tells why"
+        elsewhere = f"AdapterCheckpoint: saving into {folder} would fail on another rank, whose error says why"
         raise MisconfigurationException(problem or of_rank_zero or elsewhere) from cause
 
 
 def _states(trainer: Trainer) -> list[tuple[str, Any]]:
-    """What Lightning puts into a checkpoint beside the weights, by a name for it."""
-    found = [(f"the state of {type(each).__name__}", each.state_dict()) for each in callbacks_of(trainer)]
+    """What Lightning puts into a checkpoint beside the weights, each with a name for messages."""
+    states: list[tuple[str, Any]] = []
+    for callback in callbacks_of(trainer):
+        states.append((f"the state of {type(callback).__name__}", callback.state_dict()))
     datamodule = getattr(trainer, "datamodule", None)
     for owner in (trainer.lightning_module, datamodule):
         if owner is not None and owner.hparams:
-            found.append((f"a hyper-parameter of {type(owner).__name__}", dict(owner.hparams)))
+            states.append((f"a hyper-parameter of {type(owner).__name__}", dict(owner.hparams)))
     if datamodule is not None:
-        found.append((f"the state of {type(datamodule).__name__}", datamodule.state_dict()))
+        states.append((f"the state of {type(datamodule).__name__}", datamodule.state_dict()))
     for config in trainer.lr_scheduler_configs:
-        found.append((f"the state of {type(config.scheduler).__name__}", config.scheduler.state_dict()))
+        states.append((f"the state of {type(config.scheduler).__name__}", config.scheduler.state_dict()))
     for optimizer in trainer.optimizers:
         if is_sharded(trainer.strategy.model):
-            check_form(optimizer, optimizer.state_dict())  # to gather it would take long
+            # The values are not gathered, which would take long.
+            check_form(optimizer, optimizer.state_dict())
         else:
-            found.append((f"the state of {type(optimizer).__name__}", trainer.strategy.optimizer_state(optimizer)))
-    return found
+            states.append((f"the state of {type(optimizer).__name__}", trainer.strategy.optimizer_state(optimizer)))
+    return states
 
 
-class _Nowhere(io.RawIOBase):
-    """Takes everything and keeps nothing."""
-
-    @override
-    def writable(self) -> bool:
-        return True
-
-    @override
-    def write(self, data: Any, /) -> int:
-        return memoryview(data).nbytes
+def _save_nowhere(value: Any) -> None:
+    with open(os.devnull, "wb") as nowhere:
+        torch.save(value, nowhere)
 
 
 def _try_to_pickle(name: str, state: Any) -> None:
     try:
-        torch.save(state, cast(Any, _Nowhere()))
+        _save_nowhere(state)
     except Exception as error:
         part = _first_that_fails(state)
         where = f" ({part!r})" if part else ""
@@ -100,9 +96,11 @@ def _try_to_pickle(name: str, state: Any) -> None:
 
 
 def _first_that_fails(state: Any) -> str | None:
-    for key, value in state.items() if isinstance(state, dict) else ():
+    if not isinstance(state, dict):
+        return None
+    for key, value in state.items():
         try:
-            torch.save(value, cast(Any, _Nowhere()))
+            _save_nowhere(value)
         except Exception:
             return str(key)
     return None
@@ -112,27 +110,28 @@ def _try_the_disk(trainer: Trainer, folder: Path, selection: Selection, linked: 
     made = list(_missing_parents(folder))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        trial = Path(tempfile.mkdtemp(prefix=".trial-of-a-checkpoint-", dir=folder))
-        try:
+        with tempfile.TemporaryDirectory(prefix=".trial-of-a-checkpoint-", dir=folder) as name:
+            trial = Path(name)
             (trial / "file").write_bytes(b"whole")
+            # Some file systems can't rename over another file, or make links.
             (trial / "file").replace(trial / "other")
             if linked:
                 os.symlink("other", trial / "link")
-            adapters = {name: e.value for name, e in selection.saved.items() if e.kind is Kind.ADAPTER}
-            size = sum(value.nbytes for value in adapters.values() if isinstance(value, Tensor))
+            adapters = [entry.value for entry in selection.saved.values() if entry.kind is Kind.ADAPTER]
+            size = sum(value.nbytes for value in adapters if isinstance(value, Tensor))
             if size <= _MOST_BYTES and not is_sharded(trainer.strategy.model):
                 module = unwrapped(trainer.lightning_module)
-                save_adapters(module, module.state_dict(), trial)
-        finally:
-            shutil.rmtree(trial)
+                finder = record_of(trainer.lightning_module).finder
+                save_adapters(module, module.state_dict(), trial, finder)
     finally:
         for each in made:
+            # Another process may have written into the folder in the meantime.
             if not any(each.iterdir()):
                 each.rmdir()
 
 
 def _missing_parents(folder: Path) -> Iterator[Path]:
-    """The folders that making this one will make, the innermost first."""
+    """The folders that must be created for this one, the innermost first."""
     while not folder.exists():
         yield folder
         folder = folder.parent

@@ -1,0 +1,106 @@
+"""Arguments that are refused, and the one message in which all problems of a configuration are reported."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.schedules import RhoSchedule, is_radius
+
+
+def value_problems(
+    size_name: str, size: object, start_step: object, every_n_steps: object, adapter_name: object
+) -> list[str]:
+    """What is wrong with the arguments of a method, one line each: the argument, what is allowed and what was given."""
+    # All problems are collected, so that a user need not run once for each.
+    problems = []
+    if not isinstance(size, RhoSchedule) and not is_radius(size):
+        problems.append(f"{size_name} must be a finite number >= 0 or a RhoSchedule, got {size!r}")
+    problems += integer_problems("start_step", start_step, least=0)
+    problems += integer_problems("every_n_steps", every_n_steps, least=1)
+    if adapter_name is not None and not isinstance(adapter_name, str):
+        problems.append(
+            f"adapter_name must be the name of an adapter or None for the active ones, got {adapter_name!r}"
+        )
+    return problems
+
+
+def finder_problems(finder: object, adapter_name: object) -> list[str]:
+    """What is wrong with a finder of pairs, one line for each problem."""
+    problems = []
+    if finder is not None and not callable(finder):
+        problems.append(f"finder must be a function of the model, or None for peft's layers, got {finder!r}")
+    if finder is not None and adapter_name is not None:
+        problems.append("adapter_name is of peft's layers, and a finder of all others: give one of them")
+    return problems
+
+
+def perturbation_problems(beta: object, estimator: object, norm_scope: object) -> list[str]:
+    """What is wrong with the arguments that EFMLoRA and FMLoRA have beyond those of every method."""
+    problems = []
+    if not is_number(beta) or not 0 < beta <= 1:  # type: ignore[operator]
+        problems.append(f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}")
+    problems += choice_problems("estimator", estimator, Estimator)
+    problems += choice_problems("norm_scope", norm_scope, NormScope)
+    return problems
+
+
+def changed_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Which arguments are not what they were in the run that a checkpoint is of, one line each."""
+    problems = []
+    for name, value in settings.items():
+        if saved[name] != value:
+            problems.append(
+                f"{name} must be {saved[name]!r} as in the checkpoint, got {value!r}: "
+                "change it back, or start anew from the weights alone"
+            )
+    return problems
+
+
+def integer_problems(name: str, value: object, least: int) -> list[str]:
+    """What is wrong with an argument that must be an integer of at least some size."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return []
+    return [f"{name} must be an integer >= {least}, got {value!r}"]
+
+
+def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
+    """What is wrong with an argument that must be one of a Literal's values."""
+    choices = get_args(allowed)
+    if value in choices:
+        return []
+    return [f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}"]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number; a bool, which Python takes for an integer, is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def warn_of_rounding(callback: object, what: str, parameters: Iterable[nn.Parameter]) -> None:
+    """Warn, once, that a small perturbation of parameters that are stored in 16 bits may be lost."""
+    low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
+    if low:
+        rank_zero_warn(
+            f"{type(callback).__name__}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
+            "rho may be lost. Keep it in float32, as with precision='bf16-mixed'."
+        )
+
+
+def refuse(callback: object, problems: list[str]) -> None:
+    """Raise one error that lists all problems, if there are any."""
+    if problems:
+        raise MisconfigurationException(message(callback, problems))
+
+
+def message(callback: object, problems: list[str]) -> str:
+    """One message for all problems, headed by the name of the front end that the user wrote."""
+    # A user writes FMLoRAModule, and the problems are those of its FMLoRAModuleDriver.
+    name = type(callback).__name__.removeprefix("_").removesuffix("Driver")
+    if len(problems) == 1:
+        return f"{name}: {problems[0]}"
+    return "\n".join([f"{name}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

@@ -1,0 +1,5 @@
+"""The callback behind FMLoRAModule."""
+
+from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
+
+__all__ = ["FMLoRAModuleDriver"]

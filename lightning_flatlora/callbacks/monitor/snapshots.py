@@ -1,0 +1,272 @@
+"""Run a module's passes beside training, and leave the training exactly as it was."""
+
+import copy
+import dataclasses
+import functools
+import inspect
+import math
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightning_flatlora.callbacks.patches import silenced_log
+from lightning_flatlora.callbacks.random_state import random_state
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_flatlora", *sys.stdlib_module_names}
+_PLAIN = {int, float, complex, bool, str, bytes, type(None)}
+_MOST_OF_DATA = 10_000
+"""What an attribute of a data set holds is taken to be data, which is not written to, beyond so many entries in all."""
+_MOST_OF_MODULES = 100_000
+"""Of what an attribute of a module holds, only the outermost container is copied beyond so many entries in all."""
+_MOST_SEARCHED = 100_000
+"""How many objects are searched for random generators, the nearest first."""
+_TRAINING = {"lightning", "pytorch_lightning", "lightning_flatlora"}
+"""Packages whose objects are not entered: from a trainer, or a part of one, all of the training could be reached."""
+
+
+@contextmanager
+def undisturbed(pl_module: LightningModule) -> Iterator[None]:
+    """Inside, a module is in eval mode, logs nothing, and works on copies of everything it keeps except parameters.
+
+    So buffers (BatchNorm's), the states of torchmetrics, modes, and lists, counters or arrays that a step keeps on any
+    of its modules, or on objects of the project's own classes there, are afterwards the same objects as before,
+    whatever happens inside. The random generators (Python, NumPy, PyTorch on the CPU and the module's device) are put
+    back. Of a container with more than 100,000 entries in all, such as the samples of a data set, only the container
+    itself is copied: what is written into its entries stays.
+
+    Memory: a copy of the buffers.
+
+    Args:
+        pl_module: the module, not what a strategy has wrapped around it.
+    """
+    with ExitStack() as stack:
+        stack.callback(random_state(pl_module.device))
+        copies = _Copies([pl_module])
+        stack.callback(copies.put_back)
+        for module in pl_module.modules():
+            copies.enter(module)
+            # Not eval(), which a module may have overridden.
+            module.__dict__["training"] = False
+        stack.enter_context(silenced_log(pl_module))
+        yield
+
+
+@contextmanager
+def read_without_trace(*sources: Any) -> Iterator[None]:
+    """Inside, data sets and what collates their samples may be read; afterwards they are as if nobody had read them.
+
+    Random generators that can be reached from them, at any depth, are put back, and so are the attributes of data sets
+    and of the project's own classes. Nothing large is copied, since it is taken to be data. The search for generators
+    ends after 100,000 objects.
+
+    Args:
+        sources: data sets, functions, bound methods, or anything else.
+    """
+    with ExitStack() as stack:
+        for generator in _generators_in(sources):
+            stack.callback(_state_restorer(generator))
+        copies = _Copies(sources, of_data=True)
+        stack.callback(copies.put_back)
+        for source in sources:
+            copies.copied(source)
+        yield
+
+
+class _Copies:
+    """Objects that work on copies of what their attributes hold, until they get their own attributes back.
+
+    Args:
+        things: objects of the packages in which their classes are defined are entered where an attribute holds one.
+            Other objects stay as they are, since their state may belong to the whole program (a logger, a thread).
+        of_data: whether data sets are read. Then the numbers in tensors and arrays count as entries, a container with
+            too many is not copied at all, and after ten times as many nothing more is. Of a module's attributes the
+            outermost container is copied whatever it holds.
+    """
+
+    def __init__(self, things: Iterable[Any], *, of_data: bool = False) -> None:
+        self._packages, self._of_data = _packages(things), of_data
+        self._largest = _MOST_OF_DATA if of_data else _MOST_OF_MODULES
+        self._left: float = 10 * _MOST_OF_DATA if of_data else math.inf
+        # By the identity of the original: shared things stay shared, cycles end.
+        self._copies: dict[int, Any] = {}
+        # The objects whose attributes were replaced, and their own attributes.
+        self._entered: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def enter(self, thing: Any) -> None:
+        """Replace an object's attributes by copies."""
+        if id(thing) in self._entered:
+            return
+        attributes = dict(vars(thing))
+        self._entered[id(thing)] = thing, attributes
+        for name, value in attributes.items():
+            vars(thing)[name] = self.copied(value)
+
+    def put_back(self) -> None:
+        """Give all objects their own attributes back."""
+        for thing, attributes in self._entered.values():
+            # Cleared first, so that attributes which were added inside are gone, too.
+            vars(thing).clear()
+            vars(thing).update(attributes)
+
+    def copied(self, value: Any) -> Any:
+        """A copy of what may be written into, however deep it lies; anything else as it is."""
+        if id(value) in self._copies or not self._is_large(value):
+            return self._copied(value)
+        if not self._of_data and type(value) in _CONTAINERS:
+            self._copies[id(value)] = copy.copy(value)
+        return self._copies.get(id(value), value)
+
+    def _is_large(self, value: Any) -> bool:
+        """Whether a container or tensor holds too much to be copied; what lies inside of objects is not counted."""
+        entries, waiting, seen = 0, [value], set()
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, (Tensor, np.ndarray)):
+                # A module's are its state, and are copied whatever their size.
+                entries += math.prod(each.shape) if self._of_data else 0
+            elif (type(each) in _CONTAINERS or type(each) is tuple) and id(each) not in seen:
+                seen.add(id(each))
+                entries += len(each)
+                if entries <= self._largest and not _is_plain(each):
+                    waiting += _entries(each)
+            if entries > min(self._largest, self._left):
+                return True
+        self._left -= entries
+        return False
+
+    def _copied(self, value: Any) -> Any:
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        # Not parameters: no pass writes them, and copies would take the model's memory once more.
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self._copies[id(value)] = value.clone()
+        elif isinstance(value, np.ndarray):
+            self._copies[id(value)] = value.copy()
+        elif isinstance(value, _GENERATORS):
+            self._copies[id(value)] = copy.deepcopy(value)
+        elif type(value) in _CONTAINERS:
+            self._copy_container(value)
+        elif type(value) is tuple:
+            # It can't be written into, but what it holds can.
+            return tuple(self._copied(item) for item in value)
+        elif isinstance(value, (MethodType, functools.partial)):
+            # One by one: a list of them would be gone at once, and the next one might have its identity.
+            for part in _parts(value):
+                self.copied(part)
+        elif self._is_entered(value):
+            self.enter(value)
+        return self._copies.get(id(value), value)
+
+    def _copy_container(self, value: Any) -> None:
+        twin = copy.copy(value)
+        # Before its entries, which may hold the container itself.
+        self._copies[id(value)] = twin
+        if _is_plain(value):
+            return
+        if isinstance(twin, dict):
+            for key, item in value.items():
+                dict.__setitem__(twin, key, self._copied(item))
+        elif isinstance(twin, (list, deque)):
+            for place, item in enumerate(value):
+                twin[place] = self._copied(item)
+
+    def _is_entered(self, value: Any) -> bool:
+        if isinstance(value, type) or not hasattr(value, "__dict__"):
+            return False
+        # A library's may hold the project's own, as a Subset does.
+        if isinstance(value, Dataset):
+            self._packages |= _packages([value])
+            return True
+        if isinstance(value, (nn.Module, SimpleNamespace)) or dataclasses.is_dataclass(value):
+            return True
+        packages = {_package(kind) for kind in type(value).__mro__}
+        # All bases have to be the project's: a library's base may hold what belongs to the whole program.
+        return bool(packages & self._packages) and packages <= self._packages | set(sys.stdlib_module_names)
+
+
+def _packages(things: Iterable[Any]) -> set[str]:
+    """The packages of some objects' classes, except for libraries."""
+    packages: set[str] = set()
+    for thing in things:
+        owner = getattr(thing, "__self__", thing)  # of a bound method
+        packages.update(_package(kind) for kind in type(owner).__mro__)
+    return packages - _LIBRARIES
+
+
+def _package(kind: type[Any]) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _generators_in(sources: Iterable[Any]) -> list[Any]:
+    """Every random generator that can be reached through attributes and containers alone."""
+    generators, waiting = [], deque(sources)
+    # With the objects themselves, so that no new one gets the identity of one that was seen.
+    seen: dict[int, Any] = {}
+    while waiting:
+        value = waiting.popleft()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, _GENERATORS):
+            generators.append(value)
+        else:
+            room = _MOST_SEARCHED - len(seen) - len(waiting)
+            waiting.extend(islice(_parts(value), max(room, 0)))
+    return generators
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, (dict, list, tuple, set, deque)):
+        return [] if len(value) > _MOST_OF_DATA or _is_plain(value) else _entries(value)
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, FunctionType):
+        return _variables_of(value)
+    if isinstance(value, (type, ModuleType, Tensor, np.ndarray)) or not hasattr(value, "__dict__"):
+        return []
+    if not isinstance(value, nn.Module) and {_package(kind) for kind in type(value).__mro__} & _TRAINING:
+        return []
+    return list(vars(value).values())
+
+
+def _entries(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _is_plain(container: Any) -> bool:
+    """Whether all entries of a container are numbers or strings, which nobody can write into."""
+    entries = container.values() if isinstance(container, dict) else container
+    return _PLAIN.issuperset(map(type, entries))
+
+
+def _variables_of(function: FunctionType) -> list[Any]:
+    """The variables of a function that are defined outside of it."""
+    try:
+        outside = inspect.getclosurevars(function)
+    except ValueError:  # a variable that is not defined yet
+        return []
+    return [*outside.nonlocals.values(), *outside.globals.values()]
+
+
+def _state_restorer(generator: Any) -> Callable[[], None]:
+    """A function that gives a random generator the state back that it has now."""
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return functools.partial(generator.set_state, generator.get_state())

@@ -1,0 +1,250 @@
+"""What the callbacks know about Lightning's strategies: which are refused and why, and when gradients are averaged.
+
+No other file of the package asks which strategy a Trainer has. What the ranks hold of a parameter, and the
+communication itself, is in :mod:`lightning_flatlora.distributed`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from torch import nn
+from torch.distributed.fsdp import ShardingStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_flatlora.callbacks.patches import nothing, put_on_instance
+from lightning_flatlora.lightning_names import callbacks_of, is_defined_by_lightning, is_lightning
+
+_USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
+_OFFLOAD = "parameters would lie on the CPU, while E must be where the layers run"
+
+
+# -- what is refused
+
+
+def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sharded: bool = True) -> list[str]:
+    """Why a method can't work under the trainer's strategy, one line for each reason.
+
+    Args:
+        trainer: after its strategy is set up.
+        window: batches of an optimizer step, as training starts.
+        sync_ascent: whether the ascent's gradient is averaged over the ranks.
+        works_sharded: whether the method can work where each rank holds a part of a parameter.
+    """
+    strategy = trainer.strategy
+    # DeepSpeed's and XLA's strategies inherit from those of DDP and of a single device, so they come first.
+    if is_lightning(strategy, DeepSpeedStrategy):
+        return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
+    if is_lightning(strategy, XLAStrategy, SingleDeviceXLAStrategy):
+        return [
+            f"{type(strategy).__name__} trains on TPUs, where this package has not been tested: "
+            f"with accelerator='gpu' or 'cpu', {_USE}"
+        ]
+    if is_lightning(strategy, FSDPStrategy, ModelParallelStrategy) and not works_sharded:
+        return [
+            f"{type(strategy).__name__} leaves each rank a part of every weight, and this method needs them whole: "
+            "use strategy='ddp'"
+        ]
+    if is_lightning(strategy, FSDPStrategy):
+        return _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization, sync_ascent)
+    if is_lightning(strategy, ModelParallelStrategy):
+        return _fsdp2_problems(strategy, trainer.lightning_module, sync_ascent)
+    if is_lightning(strategy, DDPStrategy):
+        return _foreign_problems(strategy) or _ddp_problems(strategy, _longest_window(trainer, window), sync_ascent)
+    if is_lightning(strategy, SingleDeviceStrategy):
+        return []
+    return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
+
+
+def wrapping_problems(trainer: Trainer) -> list[str]:
+    """What must be reported before the strategy wraps the model, because its own error would be misleading."""
+    strategy = trainer.strategy
+    if is_lightning(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+        return [
+            "use_orig_params must be True, Lightning's default, got False: FSDP would make one parameter of several "
+            "factors. Leave it out"
+        ]
+    return []
+
+
+def monitor_problems(strategy: Strategy) -> list[str]:
+    """Why flatness can't be measured under a strategy, one line for each reason."""
+    # These inherit from the two that are supported, so they must be sorted out first.
+    untested = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
+    if is_lightning(strategy, DDPStrategy) and not untested:
+        return _foreign_problems(strategy)
+    if is_lightning(strategy, SingleDeviceStrategy) and not untested:
+        return []
+    return [
+        f"the strategy {type(strategy).__name__} is not supported, because a sharded model has no whole weights to "
+        "perturb: use one device or strategy='ddp', or measure the saved adapter afterwards"
+    ]
+
+
+def checkpoint_problems(strategy: Strategy) -> list[str]:
+    """Why checkpoints of adapters can't be written under a strategy."""
+    if is_lightning(strategy, DeepSpeedStrategy):
+        return [
+            "DeepSpeed keeps weights and optimizer in a form of its own: use Lightning's ModelCheckpoint, or train "
+            "under DDP or FSDP"
+        ]
+    return []
+
+
+def _foreign_problems(strategy: DDPStrategy) -> list[str]:
+    """Why another library's subclass of DDPStrategy does not behave as DDP does, such as NeMo's for Megatron.
+
+    Args:
+        strategy: after it is set up.
+    """
+    if any(kind.__name__ == "MegatronStrategy" for kind in type(strategy).__mro__):
+        return [
+            "MegatronStrategy is a DDPStrategy by its class alone: Megatron keeps gradients in buffers of its own, and "
+            f"its tensor parallelism splits the factors: {_USE}"
+        ]
+    model = strategy.model
+    if is_defined_by_lightning(strategy) or model is None or model is strategy.lightning_module:
+        return []
+    name = type(strategy).__name__
+    if not isinstance(model, DistributedDataParallel):
+        return [
+            f"the strategy {name} is a DDPStrategy whose model is a {type(model).__name__} and not PyTorch's "
+            f"DistributedDataParallel, so it may share parameters and gradients among the ranks otherwise: {_USE}"
+        ]
+    if model.process_group.size() != strategy.world_size:
+        return [
+            f"the strategy {name} averages gradients over {model.process_group.size()} of {strategy.world_size} ranks, "
+            f"so the ranks may hold parts of the model, which has not been tested: {_USE}"
+        ]
+    return []
+
+
+def _longest_window(trainer: Trainer, window: int) -> int:
+    """The largest number of batches in an optimizer step, now or in a later epoch."""
+    longest = window
+    for callback in callbacks_of(trainer):
+        if is_lightning(callback, GradientAccumulationScheduler):
+            longest = max(longest, *callback.scheduling.values())
+    return longest
+
+
+def _ddp_problems(strategy: DDPStrategy, window: int, sync_ascent: bool) -> list[str]:
+    causes = []
+    if window > 1:
+        causes.append(f"accumulate_grad_batches={window}")
+    if not sync_ascent:
+        causes.append("sync_ascent=False")
+    if causes and strategy._ddp_kwargs.get("static_graph", False):
+        return [
+            "DDP's static_graph=True crashes in a backward that does not synchronise (pytorch#143580), as with "
+            f"{' and '.join(causes)}: leave static_graph out"
+        ]
+    return []
+
+
+def _fsdp1_problems(strategy: FSDPStrategy, automatic_optimization: bool, sync_ascent: bool) -> list[str]:
+    problems = []
+    if not automatic_optimization:
+        problems.append(
+            "manual optimization runs its backward inside FSDP's forward, which FSDP can't do (Lightning#19685): "
+            "use the FMLoRA or EFMLoRA callback with automatic optimization, or ModelParallelStrategy (FSDP2)"
+        )
+    if strategy.sharding_strategy is not ShardingStrategy.FULL_SHARD:
+        problems.append(
+            f"sharding_strategy must be 'FULL_SHARD', got {strategy.sharding_strategy.name!r}: SHARD_GRAD_OP checks "
+            "between the passes that no layer reads another weight, NO_SHARD is DDP (use strategy='ddp'), and the "
+            "hybrid ones are not tested"
+        )
+    if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
+        problems.append(f"cpu_offload must be False, got True: {_OFFLOAD}")
+    return problems + _sharded_problems(sync_ascent)
+
+
+def _fsdp2_problems(strategy: ModelParallelStrategy, model: nn.Module, sync_ascent: bool) -> list[str]:
+    problems = []
+    mesh = strategy.device_mesh["tensor_parallel"]
+    if mesh.size() > 1:
+        problems.append(
+            f"tensor_parallel_size must be 1, got {mesh.size()}: a factor split over the ranks of one product is not "
+            f"supported. Use ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1)"
+        )
+    if any(parameter.device.type != strategy.root_device.type for parameter in model.parameters()):
+        problems.append(f"fully_shard's offload_policy must be left out, got CPU offloading: {_OFFLOAD}")
+    return problems + _sharded_problems(sync_ascent)
+
+
+def _sharded_problems(sync_ascent: bool) -> list[str]:
+    if sync_ascent:
+        return []
+    return ["sync_ascent=False needs each rank's own gradient, which FSDP does not keep: use sync_ascent=True, or DDP"]
+
+
+# -- when gradients are averaged over the ranks
+
+
+def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
+    """Whether the ascent's backward must not average gradients, even in the batch that ends an accumulation window.
+
+    Under FSDP1, a backward that synchronises would turn the window's gradients, which are not reduced yet, into shards.
+    Under DDP it would forget which parameters the window has used, so that with find_unused_parameters not all of them
+    would be reduced.
+    """
+    if not is_lightning(trainer.strategy, DDPStrategy, FSDPStrategy):
+        return False
+    return trainer.accumulate_grad_batches > 1 or not sync_ascent
+
+
+def has_synchronised(strategy: Strategy) -> bool:
+    """Whether the backward that has just ended averaged the gradients over the ranks."""
+    if not is_lightning(strategy, DDPStrategy):
+        return True
+    return bool(getattr(strategy.model, "require_backward_grad_sync", True))
+
+
+def averages_window_itself(strategy: Strategy, window: int) -> bool:
+    """Whether FMLoRAModule must average the ascent's gradients, see :func:`ascent_stays_local` for DDP's reason."""
+    return window > 1 and is_lightning(strategy, DDPStrategy)
+
+
+def backward_without_sync(strategy: Strategy) -> AbstractContextManager[Any]:
+    """Inside, a backward averages no gradients over the ranks."""
+    if is_lightning(strategy, ParallelStrategy):  # type: ignore[type-abstract]
+        return cast(AbstractContextManager[Any], strategy.block_backward_sync())
+    return nullcontext()
+
+
+# -- what a strategy does wrong on its own
+
+
+def skip_clipping_without_gradients(trainer: Trainer) -> Callable[[], None]:
+    """Let an FSDP1 rank whose shards hold no trained value clip nothing, where PyTorch raises an internal error.
+
+    FSDP1 cuts the values of a unit into one piece for each rank, and LoRA's small factors may all lie in one piece.
+    Clipping by value looks at each entry alone, so leaving it out on the other ranks changes nothing.
+
+    Returns:
+        A function that puts Lightning's own method back.
+    """
+    if not is_lightning(trainer.strategy, FSDPStrategy):
+        return nothing
+    plugin: Any = trainer.precision_plugin
+    clip = plugin.clip_grad_by_value
+
+    def clip_grad_by_value(optimizer: Any, clip_val: Any) -> None:
+        if any(parameter.grad is not None for parameter in plugin.main_params(optimizer)):
+            clip(optimizer, clip_val)
+
+    return put_on_instance(plugin, "clip_grad_by_value", clip_grad_by_value)

@@ -1,0 +1,195 @@
+"""Attention with a Linear for each of q, k and v, in place of the attention of open_clip's models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import Attention
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from typing_extensions import override
+
+
+class SplitAttention(nn.Module):
+    """Attention with a Linear for each of q, k, v, computed by ``scaled_dot_product_attention``.
+
+    It takes over the weights, and ``out_proj`` itself, of an attention that keeps q, k and v together.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        weights, bias = _projections(original), original.in_proj_bias
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = original.out_proj
+        self.num_heads = int(original.num_heads)
+        # For joined_state_dict: under open_clip's names three separate matrices are called otherwise than a joint one.
+        self.fused = original.in_proj_weight is not None
+        self.train(original.training)
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v of inputs (N, L, C), as (N, heads, L, C / heads)."""
+        projected = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        return [x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for x in projected]
+
+    def _mask(self, mask: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the logits; in a boolean mask True means masked out, as for nn.MultiheadAttention."""
+        if mask is None:
+            return None
+        if mask.ndim == 3:
+            mask = mask.view(batch, self.num_heads, *mask.shape[1:])
+        if mask.dtype == torch.bool:
+            return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+        return mask.to(dtype)
+
+
+class SplitMultiheadAttention(SplitAttention):
+    """Replaces an ``nn.MultiheadAttention``; it returns no attention weights."""
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__(original)
+        self.dropout = original.dropout
+        self.batch_first = original.batch_first
+
+    @override
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Equals nn.MultiheadAttention's, for batches: (N, L, C), or (L, N, C) without ``batch_first``.
+
+        Raises:
+            ValueError: ``need_weights`` is True.
+        """
+        if need_weights:
+            raise ValueError("SplitMultiheadAttention keeps no attention weights: call it with need_weights=False")
+        if not self.batch_first:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        q, k, v = self._heads(query, key, value)
+        mask = self._mask(attn_mask, len(q), q.dtype)
+        padding = self._mask(key_padding_mask, len(q), q.dtype)
+        if padding is not None:
+            mask = padding[:, None, None] if mask is None else mask + padding[:, None, None]
+        x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        x = self.out_proj(x.transpose(1, 2).flatten(2))
+        return (x if self.batch_first else x.transpose(0, 1)), None
+
+
+class SplitOpenClipAttention(SplitAttention):
+    """Replaces open_clip's own ``Attention``, with its norms and head scales."""
+
+    def __init__(self, original: Attention) -> None:
+        super().__init__(original)
+        self.ln_q, self.ln_k, self.ln_inner = original.ln_q, original.ln_k, original.ln_inner
+        self.head_scale = original.head_scale
+        self.attn_drop, self.out_drop = original.attn_drop, original.out_drop
+
+    @override
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) to (N, L, C)."""
+        q, k, v = self._heads(x, x, x)
+        mask = self._mask(attn_mask, len(q), q.dtype)
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, mask, dropout)
+        if self.head_scale is not None:
+            x = x * self.head_scale
+        return self.out_drop(self.out_proj(self.ln_inner(x.transpose(1, 2).flatten(2))))  # type: ignore[no-any-return]
+
+
+def split_attention(model: nn.Module) -> list[str]:
+    r"""Replace every attention that keeps q, k and v together by a :class:`SplitAttention`, in the model itself.
+
+    Outputs stay the same up to rounding, and each weight keeps its ``requires_grad``.
+
+    Returns:
+        Names of what was replaced.
+
+    Raises:
+        ValueError: an attention has a feature that open_clip's models do not use, and that is not supported.
+
+    Example:
+        >>> import open_clip
+        >>> model = open_clip.create_model("ViT-B-32", device="meta")
+        >>> split_attention(model)[0]
+        'visual.transformer.resblocks.0.attn'
+        >>> from lightning_flatlora.clip import lora_targets
+        >>> lora_targets(model, ["v"], blocks=1, towers="text")
+        'transformer\\.resblocks\\.11\\.attn\\.v_proj'
+    """
+    kinds: dict[type, type[SplitAttention]] = {
+        nn.MultiheadAttention: SplitMultiheadAttention,
+        Attention: SplitOpenClipAttention,
+    }
+    attentions = [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+    # All are checked before the first is replaced, so that an error leaves the model as it was.
+    for name, module in attentions:
+        unusual = _unusual(module)
+        if unusual is not None:
+            raise ValueError(f"{name} can't be split: it has {unusual}")
+    for name, module in attentions:
+        model.set_submodule(name, kinds[type(module)](module))
+    return [name for name, _ in attentions]
+
+
+def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model as :func:`split_attention` found it, under open_clip's names.
+
+    Args:
+        model: split, its adapters merged and unloaded.
+
+    Returns:
+        What an unmodified open_clip model of the same configuration loads.
+
+    Raises:
+        ValueError: there are still LoRA layers in the model.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("the model has an adapter still: merge it first, with peft's merge_and_unload()")
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, SplitAttention):
+            weights = {letter: state.pop(f"{name}.{letter}_proj.weight") for letter in "qkv"}
+            if module.fused:
+                state[f"{name}.in_proj_weight"] = torch.cat(list(weights.values()))
+            else:
+                for letter, weight in weights.items():
+                    state[f"{name}.{letter}_proj_weight"] = weight
+            if module.q_proj.bias is not None:
+                biases = [state.pop(f"{name}.{letter}_proj.bias") for letter in "qkv"]
+                state[f"{name}.in_proj_bias"] = torch.cat(biases)
+    return state
+
+
+def _projections(original: Any) -> Sequence[Tensor]:
+    """The weights of q, k, v, wherever an attention keeps them."""
+    if original.in_proj_weight is not None:
+        chunks: tuple[Tensor, ...] = original.in_proj_weight.chunk(3)
+        return chunks
+    return original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear with copies of a weight and a bias; a chunk's requires_grad is that of the whole."""
+    # On the meta device, so that no memory is filled with values that are replaced at once.
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return linear
+
+
+def _unusual(attention: Any) -> str | None:
+    if isinstance(attention, Attention):
+        # open_clip's own code for it multiplies 4-D tensors with bmm, which raises: there is nothing to be equal to
+        return "scaled cosine attention" if attention.scaled_cosine else None
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "add_bias_kv or add_zero_attn"
+    return None

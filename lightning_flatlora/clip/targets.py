@@ -1,0 +1,150 @@
+"""Which Linear layers of an open_clip model LoRA adapts: by projection, block and tower."""
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Projection = Literal["q", "k", "v", "out", "mlp"]
+Towers = Literal["both", "vision", "text"]
+
+# The names in open_clip, timm and transformers; a fused matrix counts as each of its parts.
+_LEAVES: dict[str, frozenset[str]] = {
+    "q": frozenset({"q_proj", "query", "q", "q_lin", "qkv", "Wqkv"}),
+    "k": frozenset({"k_proj", "key", "k", "k_lin", "kv", "qkv", "Wqkv"}),
+    "v": frozenset({"v_proj", "value", "v", "v_lin", "kv", "qkv", "Wqkv"}),
+    "out": frozenset({"out_proj", "o_proj", "out_lin", "o", "proj"}),
+    "mlp": frozenset({"c_fc", "c_proj", "fc1", "fc2", "wi", "wo", "lin1", "lin2"}),
+}
+_ONLY_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv", "kv", "Wqkv"}
+
+
+def lora_targets(
+    model: nn.Module,
+    projections: Sequence[Projection] = ("q", "k", "v"),
+    blocks: Literal["all"] | int | Sequence[int] = "all",
+    towers: Towers = "both",
+) -> str:
+    """The Linears to adapt, for ``LoraConfig(target_modules=...)``.
+
+    The result is a regular expression of their whole names. A list would not do: peft takes its entries to be ends of
+    names, and the names in CLIP's text tower are ends of those in its vision tower.
+
+    Args:
+        model: an open_clip model after :func:`split_attention`.
+        projections: any of q, k, v, out (of the attentions) and mlp (both matrices). Where a tower fuses q, k and v
+            into one Linear, as timm's towers do, that one is adapted for any of them.
+        blocks: "all", how many of the last blocks, or the numbers of blocks, from 0; in each of the towers. Linears
+            outside of blocks, such as those in attention pooling, belong to "all" alone. In a tower of stages, the
+            stages are counted instead of blocks.
+        towers: "vision", "text", or "both". CoCa's text decoder, which gives no features, is not among them.
+
+    Raises:
+        ValueError: a setting is not one of these, or a tower has no such Linear that LoRA could reach.
+    """
+    problems = []
+    for projection in projections:
+        if projection not in _LEAVES:
+            problems.append(f"projections must be of {get_args(Projection)}, got {projection!r}")
+    if towers not in get_args(Towers):
+        problems.append(f"towers must be one of {get_args(Towers)}, got {towers!r}")
+    if not projections:
+        problems.append(f"projections must name at least one of {get_args(Projection)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    targets = []
+    for tower in ("vision", "text") if towers == "both" else (towers,):
+        names = [name for name in _linears(model, tower) if _is_wanted(name, projections)]
+        chosen = _of_blocks(names, blocks)
+        if not chosen:
+            raise ValueError(_nothing(model, tower, list(projections), blocks, names))
+        targets += chosen
+    return "|".join(re.escape(name) for name in sorted(targets))
+
+
+def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -> None:
+    """Raise an error if a forward pass only reads the weights of some Linears, so that LoRA on them would do nothing.
+
+    Args:
+        model: an open_clip model.
+        targets: of :func:`lora_targets`.
+        image: one preprocessed image, shape (1, 3, height, width).
+        text: one tokenised text, shape (1, length).
+
+    Raises:
+        ValueError: it names them.
+    """
+    called: set[nn.Module] = set()
+    layers = {name: module for name, module in model.named_modules() if re.fullmatch(targets, name)}
+    with ExitStack() as stack, torch.no_grad():
+        # Of every module, since parts of the model may be in eval mode while the rest trains.
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        # A forward hook fires only where the layer itself is called, and not where its weight is read.
+        for layer in layers.values():
+            stack.enter_context(layer.register_forward_hook(lambda layer, *_: called.add(layer)))
+        model.eval()
+        model.encode_image(image)  # type: ignore[operator]
+        model.encode_text(text)  # type: ignore[operator]
+    missed = [name for name, layer in layers.items() if layer not in called]
+    if missed:
+        raise ValueError(
+            f"{len(missed)} of {len(layers)} layers, as {missed[0]} in {_parent_kind(model, missed[0])}, are not "
+            "called by the model, which reads their weights itself, so LoRA would change nothing: choose other "
+            "projections, blocks or towers"
+        )
+
+
+def _linears(model: nn.Module, tower: str) -> list[str]:
+    """Names of a tower's Linears."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if tower == "vision":
+        return [name for name in names if name.startswith("visual.")]
+    # The text tower lies at the root of CLIP, or under "text": it is what the others are not.
+    return [name for name in names if not name.startswith(("visual.", "text_decoder."))]
+
+
+def _is_wanted(name: str, projections: Sequence[Projection]) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    path = parent.lower().split(".")
+    in_attention = any("attn" in part or "attention" in part for part in path[-2:]) or leaf in _ONLY_IN_ATTENTION
+    # All projections except for the mlp's are those of an attention.
+    return any(leaf in _LEAVES[each] for each in projections if in_attention == (each != "mlp"))
+
+
+def _of_blocks(names: list[str], blocks: Literal["all"] | int | Sequence[int]) -> list[str]:
+    if blocks == "all":
+        return names
+    numbers = {name: _block_number(name) for name in names}
+    count = 1 + max((number for number in numbers.values() if number is not None), default=-1)
+    wanted = set(range(count - blocks, count)) if isinstance(blocks, int) else set(blocks)
+    unknown = wanted - set(range(count))
+    if unknown:
+        raise ValueError(f"blocks={blocks!r}: a tower with {count} blocks has no {sorted(unknown)}")
+    return [name for name in names if numbers[name] in wanted]
+
+
+def _block_number(name: str) -> int | None:
+    """The first number in a Linear's name; None for one outside of the blocks."""
+    for part in name.split("."):
+        if part.isdigit():
+            return int(part)
+    return None
+
+
+def _nothing(model: nn.Module, tower: str, projections: list[str], blocks: object, names: list[str]) -> str:
+    inner = getattr(model, "visual" if tower == "vision" else "text", None) or model
+    if names:
+        return f"the {tower} tower has no {projections} in blocks={blocks!r}"
+    seen = sorted({name.rpartition(".")[2] for name in _linears(model, tower)})
+    return (
+        f"the {tower} tower, {type(inner).__name__}, has no {projections} as a Linear that LoRA could adapt "
+        f"(its Linears are called {seen}): choose the other tower or other projections"
+    )
+
+
+def _parent_kind(model: nn.Module, name: str) -> str:
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__

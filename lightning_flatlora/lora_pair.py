@@ -1,0 +1,239 @@
+"""A LoRA pair (A, B), and what a search for the pairs of a model gives."""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from math import isfinite
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from lightning_flatlora.read_through import AnyReader, as_reader
+
+SCALING_IS_0 = "its scaling is 0, so that no perturbation of B moves its weight"
+IS_SHARED = "a factor is shared with another pair or scaling, so its gradient is of several products"
+
+
+class NoPairsError(ValueError):
+    """The model holds nothing that can be perturbed; the message lists what it holds."""
+
+
+# Compared by identity: fields are tensors, whose == gives tensors.
+@dataclass(frozen=True, eq=False)
+class LoRAPair:
+    """The two factors of one LoRA update s B A.
+
+    Attributes:
+        name: clean name of B's parameter, the same under every wrapper.
+        A: shape (r, m), or ``(r, m, *kernel)`` for a convolution.
+        B: shape (n, r), or (n, r, 1, ...) for a convolution.
+        scaling: s, alpha / r (or alpha / sqrt(r) with rsLoRA).
+        readers: where the layers read B: modules whose ``weight`` it is, such as peft's ``lora_B``, or a
+            :class:`~lightning_flatlora.Reader` for another attribute or some rows of it. Several where the adapter is
+            tied.
+        A_readers: where the layers read A.
+        is_off: whether the layer's scaling is 0 at the moment, so that no perturbation of B moves its weight; the
+            pair's own scaling is then the last one that was not.
+        A_rows: which rows of the parameter are this pair's A, where one parameter holds several; None for all of it.
+        B_rows: which rows of the parameter are this pair's B.
+        base: the Linear to whose output the update is added, for noise on the whole weight; None where it is not known,
+            and for peft's layers, which are asked themselves.
+        base_rows: the rows of its weight that the update is of; None for all.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    readers: list[AnyReader] = field(default_factory=list)
+    A_readers: list[AnyReader] = field(default_factory=list)
+    is_off: bool = False
+    A_rows: range | None = None
+    B_rows: range | None = None
+    base: nn.Module | None = None
+    base_rows: range | None = None
+
+    @property
+    def learns_A(self) -> bool:
+        """False for LoRA-FA, whose frozen A has no gradient."""
+        return self.A.requires_grad
+
+    @property
+    def key(self) -> Hashable:
+        """The identity of B, by which a pair is known: names change when a module is wrapped."""
+        return id(self.B) if self.B_rows is None else (id(self.B), self.B_rows)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (r, m) and B (n, r) as they are stored, a kernel's dimensions among the columns."""
+        A, B = rows_of(self.A.detach(), self.A_rows), rows_of(self.B.detach(), self.B_rows)
+        return A.flatten(1), B.flatten(1)
+
+
+@dataclass(frozen=True)
+class PairSearch:
+    """What :func:`~lightning_flatlora.find_pairs` found.
+
+    Attributes:
+        pairs: in the order of the model's modules.
+        left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
+        resting: names of the pairs that could be perturbed, but whose B is not trained now, or whose scaling is 0.
+    """
+
+    pairs: list[LoRAPair]
+    left_out: list[str]
+    resting: list[str] = field(default_factory=list)
+
+
+class Finder(Protocol):
+    """A function that says what the pairs of a model are, for LoRA layers that are not peft's.
+
+    It is called at the start of a fit, at the start of each epoch, and when a factor is frozen or unfrozen or an
+    optimizer takes in or gives up parameters. It must be a module's function or an object that can be pickled, if
+    processes are spawned.
+    """
+
+    def __call__(self, model: nn.Module, /) -> list[LoRAPair]:
+        """All pairs of a model, trained or not, each with its readers, in the same order at every call."""
+
+
+def rows_of(tensor: Tensor, rows: range | None) -> Tensor:
+    """Some rows of a tensor, as a view; the tensor itself for None."""
+    return tensor if rows is None else tensor[rows.start : rows.stop]
+
+
+def all_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
+    """The parameters that hold the factors of pairs, each once, A before B."""
+    factors: dict[nn.Parameter, None] = {}
+    for pair in pairs:
+        factors.update(dict.fromkeys((pair.A, pair.B)))
+    return list(factors)
+
+
+def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
+    """The trained ones of :func:`all_factors`."""
+    return [factor for factor in all_factors(pairs) if factor.requires_grad]
+
+
+def readers_of(pairs: Iterable[LoRAPair]) -> list[AnyReader]:
+    """Where the layers read the B of pairs."""
+    readers: list[AnyReader] = []
+    for pair in pairs:
+        readers += pair.readers
+    return readers
+
+
+def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
+    """What a finder gives for a model.
+
+    Raises:
+        ValueError: it is no list of pairs.
+    """
+    found: object = finder(model)
+    if not isinstance(found, Iterable):
+        raise ValueError(f"the finder must return a list of LoRAPair, got {found!r}")
+    pairs = list(found)
+    for pair in pairs:
+        if not isinstance(pair, LoRAPair):
+            raise ValueError(f"the finder must return a list of LoRAPair, got {pair!r} in it")
+    return pairs
+
+
+def search_found(pairs: Sequence[LoRAPair]) -> PairSearch:
+    """Check what a finder gave, and divide it into pairs that are trained, pairs that rest, and those left out.
+
+    Pairs of the same factors and scaling are one pair with the readers of all: a tied adapter.
+
+    Raises:
+        ValueError: a pair that is none: shapes or rows that don't fit, a scaling that is no number, a reader that does
+            not hold the factor, or the name of another pair.
+    """
+    for pair in pairs:
+        problem = _misfit(pair)
+        if problem:
+            raise ValueError(f"the finder's pair {pair.name} can't be perturbed: {problem}")
+    pairs = _tied_as_one(pairs)
+    counts = Counter(pair.name for pair in pairs)
+    for name, count in counts.items():
+        if count > 1:  # checkpoints know a pair by its name
+            raise ValueError(f"the finder gives {count} pairs the name {name!r}: give each a name of its own")
+    search = PairSearch([], [])
+    reasons: dict[str, list[str]] = defaultdict(list)
+    shared = _shared(pairs)
+    for pair in pairs:
+        if pair.key in shared:
+            reasons[IS_SHARED].append(pair.name)
+            continue
+        if pair.scaling == 0:
+            reasons[SCALING_IS_0].append(pair.name)
+        if pair.B.requires_grad and pair.scaling != 0:
+            search.pairs.append(pair)
+        else:
+            search.resting.append(pair.name)
+    for reason, names in reasons.items():
+        search.left_out.append(f"{reason} ({len(names)} in all, first {names[0]})")
+    return search
+
+
+def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
+    """The pairs, those of one product with the readers of all of its layers."""
+    by_product: dict[Hashable, LoRAPair] = {}
+    for pair in pairs:
+        product = (id(pair.A), pair.A_rows, id(pair.B), pair.B_rows, pair.scaling)
+        if product in by_product:
+            first = by_product[product]
+            readers, A_readers = [*first.readers, *pair.readers], [*first.A_readers, *pair.A_readers]
+            pair = replace(first, readers=readers, A_readers=A_readers)
+        by_product[product] = pair
+    return list(by_product.values())
+
+
+def _misfit(pair: LoRAPair) -> str | None:
+    """Why a pair can't be read as s B A; None if it can."""
+    if not isfinite(pair.scaling):
+        return f"scaling must be a finite number, got {pair.scaling!r}"
+    if not pair.readers:
+        return "no reader is given, so nothing would read B + E"
+    if pair.A.requires_grad and not pair.A_readers:
+        return "A is trained and no reader of it is given (A_readers)"
+    for factor, rows, readers in ((pair.A, pair.A_rows, pair.A_readers), (pair.B, pair.B_rows, pair.readers)):
+        for each in readers:
+            reader = as_reader(each)
+            owner = f"{reader.attribute} of the reader {type(reader.module).__name__}"
+            if reader.module._parameters.get(reader.attribute) is not factor:
+                return f"{owner} is another parameter"
+            if reader.rows != rows:
+                return f"{owner} is read in the rows {reader.rows}, but the pair's are {rows}"
+        if rows is not None and (rows.step != 1 or rows.start < 0 or not rows):
+            return f"rows must be a range of rows one after another, got {rows}"
+        if rows is not None and factor.ndim > 1 and rows.stop > len(factor):
+            return f"the rows {rows} are not all there: the parameter has {len(factor)}"
+    # Between its passes FSDP1 leaves a flat part of each parameter, which says nothing about shapes.
+    if min(pair.A.ndim, pair.B.ndim) < 2:
+        return None
+    A, B = (factor.shape for factor in pair.matrices())
+    if A[0] != B[1]:
+        return f"A must be (r, m) and B (n, r), got {tuple(A)} and {tuple(B)}"
+    if A[0] > max(A[1], B[0]):
+        return f"A must be (r, m) and B (n, r), got {tuple(A)} and {tuple(B)}, which look transposed"
+    return None
+
+
+def _shared(pairs: Sequence[LoRAPair]) -> set[Hashable]:
+    """The keys of the pairs one of whose factors also serves in another product than s B A."""
+    uses: dict[int, list[tuple[Hashable, range | None]]] = defaultdict(list)
+    for pair in pairs:
+        uses[id(pair.A)].append((pair.key, pair.A_rows))
+        uses[id(pair.B)].append((pair.key, pair.B_rows))
+    shared: set[Hashable] = set()
+    for of_factor in uses.values():
+        for (key, rows), (other, other_rows) in combinations(of_factor, 2):
+            if _overlap(rows, other_rows):
+                shared |= {key, other}
+    return shared
+
+
+def _overlap(rows: range | None, other: range | None) -> bool:
+    if rows is None or other is None:
+        return True
+    return rows.start < other.stop and other.start < rows.stop

@@ -1,0 +1,220 @@
+"""Pairs of one shape, stacked so that their algebra is one batched call."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatlora.distributed import Layout, matrix_shape
+from lightning_flatlora.functional import Ascent, Estimator, ascent_average, ascent_projected
+from lightning_flatlora.lora_pair import LoRAPair, rows_of
+
+LARGEST_STACK = 2**18
+"""Elements of a stacked factor in one computation on a CPU: 1 MB of float32, which its caches hold.
+
+A larger factor is computed by itself, without a copy. Stacks exist to save calls, and from this size on the work of a
+call takes far longer than making it.
+"""
+
+LARGEST_STACK_ON_ACCELERATORS = 2**23
+"""The same limit where launching a kernel costs more than a large allocation: 32 MB of float32."""
+
+MOST_MISSED_STEPS = 100
+"""Optimizer steps in a row without a gradient after which a pair's E is forgotten.
+
+Experts, dropped layers and tasks that take turns miss some steps and come back, so their E has to last until then. A
+layer that is out of use for good must not be read perturbed forever.
+"""
+
+
+class PairState(NamedTuple):
+    """What is kept of one pair where the stacks are built anew, and in a checkpoint.
+
+    Attributes:
+        E: its perturbation, shape (n, r).
+        has_average: whether its moving average has begun, also as a tensor of shape ().
+        missed_steps: optimizer steps in a row that it has spent without a gradient; None where the average is zero.
+    """
+
+    E: Tensor
+    has_average: bool | Tensor
+    missed_steps: int | None
+
+
+class PairStack:
+    """Pairs of one shape, dtype and device, with their perturbations.
+
+    Attributes:
+        pairs: the pairs, L of them.
+        E: their perturbations, shape (L, n, r), float32 or wider.
+        has_average: whether the moving average of each has begun, booleans, shape (L,).
+        missed_steps: the optimizer steps in a row that each has spent without a gradient. None where the average is
+            zero, since it has never been anything else or was forgotten: the host knows this without asking the device.
+
+    Args:
+        pairs: as :func:`stackable` groups them.
+        estimator: which gradients the ascent is taken from; a frozen A leaves "projected" only.
+        layout: how the ranks share the factors.
+    """
+
+    def __init__(self, pairs: list[LoRAPair], estimator: Estimator, layout: Layout) -> None:
+        B = pairs[0].B
+        self.pairs = pairs
+        self._layout = layout
+        self.is_projected = estimator == "projected" or not pairs[0].learns_A
+        self.dtype = torch.promote_types(B.dtype, torch.float32)
+        self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
+        n, r = matrix_shape(layout.shape(B))
+        if pairs[0].B_rows is not None:
+            n = len(pairs[0].B_rows)
+        self.E = torch.zeros(len(pairs), n, r, dtype=self.dtype, device=B.device)
+        self.has_average = torch.zeros(len(pairs), dtype=torch.bool, device=B.device)
+        self.missed_steps: list[int | None] = [None] * len(pairs)
+        # Which B had a gradient in the last ascent, shape (L,), None where all had one; and the same for the host.
+        self._with_gradient: Tensor | None = None
+        self._rows_with_gradient = [True] * len(pairs)
+
+    @property
+    def may_be_nonzero(self) -> bool:
+        """Whether any E may be other than zero, as far as the host knows."""
+        return self.missed_steps.count(None) < len(self.pairs)
+
+    def state(self, i: int) -> PairState:
+        """What is to be kept of a pair; its tensors are views."""
+        return PairState(self.E[i], self.has_average[i], self.missed_steps[i])
+
+    def put(self, i: int, state: PairState) -> None:
+        """Let a pair continue from a kept state."""
+        self.E[i].copy_(state.E)
+        self.has_average[i] = state.has_average
+        self.missed_steps[i] = state.missed_steps
+
+    def rescale(self, scalings: Mapping[Hashable, float]) -> None:
+        """Take over scalings by the pairs' keys, see :meth:`Perturbation.rescale`."""
+        for i, pair in enumerate(self.pairs):
+            scaling = scalings.get(pair.key)
+            if scaling is None:
+                continue
+            is_off = scaling == 0
+            if is_off:
+                # s = 0 is not stored: E could not be scaled back from it.
+                scaling = pair.scaling
+            if scaling != pair.scaling:
+                self.E[i].mul_(pair.scaling / scaling)
+                self.scaling[i].fill_(scaling)
+            self.pairs[i] = dataclasses.replace(pair, scaling=scaling, is_off=is_off)
+
+    def average(self, fresh_E: Tensor, finite: Tensor, beta: float, is_zero: bool) -> None:
+        """Move E towards a fresh one, see :meth:`Perturbation.average`."""
+        is_taken = finite.to(fresh_E.device)
+        if self._with_gradient is not None:  # a pair without a gradient keeps its E
+            is_taken = is_taken & self._with_gradient
+        weight = torch.full((len(fresh_E),), beta, dtype=fresh_E.dtype, device=fresh_E.device)
+        # The first E is taken whole: there is no average yet to move, and (1 - beta) 0 + beta E would be too short.
+        weight = torch.where(self.has_average, weight, 1.0) * is_taken
+        self.E.lerp_(fresh_E, weight[:, None, None])
+        self.has_average |= is_taken
+        if is_zero or None not in self.missed_steps:
+            return
+        for i, has_gradient in enumerate(self._rows_with_gradient):
+            if has_gradient and self.missed_steps[i] is None:
+                self.missed_steps[i] = 0
+
+    def count_missed_steps(self) -> None:
+        """Count the step of the current gradients, see :meth:`Perturbation.forget_missing`."""
+        have_gradients = self._layout.have_gradients([pair.B for pair in self.pairs])
+        if all(have_gradients) and not any(self.missed_steps):
+            return
+        for i, (pair, missed) in enumerate(zip(self.pairs, self.missed_steps, strict=True)):
+            if missed is None:
+                continue
+            # A sharded B is read perturbed even when it is frozen.
+            reads_E = pair.B.requires_grad or self._layout.splits(pair.B)
+            if have_gradients[i]:
+                self.missed_steps[i] = 0
+            elif reads_E and not pair.is_off and missed + 1 < MOST_MISSED_STEPS:
+                self.missed_steps[i] = missed + 1
+            elif reads_E and not pair.is_off:
+                self.E[i].zero_()
+                self.has_average[i].zero_()
+                self.missed_steps[i] = None
+
+    def ascent(self, at_perturbed: bool) -> Ascent:
+        """The batched ascent of the stack's pairs, from the gradients that they hold."""
+        self._update_mask()
+        A = self._A()
+        # A gradient may be left from before a scaling became 0 in the middle of an accumulation window.
+        grad_B = self._masked(self._B(gradients=True))
+        if self.is_projected:
+            return ascent_projected(A, grad_B, self.scaling)
+        B = self._B()
+        if at_perturbed:
+            # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
+            B = (B + self.E).to(self.pairs[0].B.dtype).to(self.dtype)
+        # A trained A beside a frozen B would enter the norm, although its B can't be perturbed.
+        grad_A = self._masked(self._A(gradients=True))
+        return ascent_average(A, B, grad_A, grad_B, self.scaling)
+
+    def _update_mask(self) -> None:
+        """Note which B have a gradient; the mask is filled on the device when it changes, so no copy is waited for."""
+        have = self._layout.have_gradients([pair.B for pair in self.pairs])
+        # Where a scaling is 0, the gradient of B carries no information and counts as missing.
+        rows = [has and not pair.is_off for pair, has in zip(self.pairs, have, strict=True)]
+        if rows == self._rows_with_gradient:
+            return
+        self._rows_with_gradient = rows
+        if all(rows):
+            self._with_gradient = None
+            return
+        self._with_gradient = torch.ones_like(self.has_average)
+        for row, has in zip(self._with_gradient, rows, strict=True):
+            if not has:
+                row.zero_()
+
+    def _masked(self, gradients: Tensor) -> Tensor:
+        """Gradients (L, rows, columns), zero for pairs whose gradient is missing."""
+        if self._with_gradient is None:
+            return gradients
+        # Not in place: a stack of one pair is a view of the user's own gradient.
+        return gradients.masked_fill(~self._with_gradient[:, None, None], 0.0)
+
+    def _A(self, *, gradients: bool = False) -> Tensor:
+        """A of every pair, or its gradient, shape (L, r, m), in the wide dtype; a single one may be a view."""
+        return self._stacked([pair.A for pair in self.pairs], [pair.A_rows for pair in self.pairs], gradients)
+
+    def _B(self, *, gradients: bool = False) -> Tensor:
+        """B of every pair, or its gradient, shape (L, n, r), in the wide dtype; a single one may be a view."""
+        return self._stacked([pair.B for pair in self.pairs], [pair.B_rows for pair in self.pairs], gradients)
+
+    def _stacked(self, parameters: list[nn.Parameter], rows: list[range | None], gradients: bool) -> Tensor:
+        if rows[0] is None:
+            return self._layout.stack(parameters, gradients=gradients).to(self.dtype)
+        # Several pairs may be rows of one parameter, which is gathered once.
+        places: dict[nn.Parameter, int] = {}
+        for parameter in parameters:
+            places.setdefault(parameter, len(places))
+        whole = self._layout.stack(list(places), gradients=gradients)
+        parts = []
+        for parameter, of_pair in zip(parameters, rows, strict=True):
+            parts.append(rows_of(whole[places[parameter]], of_pair))
+        return torch.stack(parts).to(self.dtype)
+
+
+def stackable(pairs: Iterable[LoRAPair], layout: Layout) -> list[list[LoRAPair]]:
+    """Pairs grouped by shapes, dtypes, device and trained factors, in parts of at most the largest stack."""
+    groups: dict[Any, list[LoRAPair]] = defaultdict(list)
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
+        key = (layout.shape(A), layout.shape(B), A.dtype, B.dtype, B.device, pair.learns_A, *rows)
+        groups[key].append(pair)
+    parts = []
+    for (A_shape, B_shape, *_), group in groups.items():
+        largest = LARGEST_STACK if group[0].B.device.type == "cpu" else LARGEST_STACK_ON_ACCELERATORS
+        size = max(1, largest // max(A_shape.numel(), B_shape.numel()))
+        for start in range(0, len(group), size):
+            parts.append(group[start : start + size])
+    return parts

@@ -1,0 +1,179 @@
+"""EFMLoRA for the Trainer of transformers, and for those built on it, such as trl's SFTTrainer.
+
+Nothing else of the package imports this module, so that the other parts do without transformers.
+"""
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+from lightning_flatlora import loops
+from lightning_flatlora.callbacks.methods.checks import refuse
+from lightning_flatlora.distributed import is_sharded
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.schedules import RhoSchedule
+
+_FILE = "flatlora.pt"
+_REFUSED = {
+    "DEEPSPEED": "accelerate steps DeepSpeed's engine within backward, where no callback sees the gradients",
+    "FSDP": "FSDP has only been tested under Lightning",
+    "MEGATRON_LM": "Megatron splits the factors and keeps gradients in buffers of its own",
+    "XLA": "TPUs have not been tested",
+}
+
+
+class EFMLoRA(TrainerCallback):  # type: ignore[misc]
+    """EFMLoRA as a callback of transformers' Trainer: one pass a step, on one device or under DDP.
+
+    Forward and backward of a step read B + Ê; evaluation, generation and checkpoints come between the steps and see the
+    clean weights. Each checkpoint gets a file ``flatlora.pt``, from which a resumed run continues.
+
+    Args:
+        rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+        resume_from: the checkpoint that ``trainer.train(resume_from_checkpoint=...)`` gets, where it is not in the
+            Trainer's ``output_dir``: transformers does not show its path to callbacks.
+        settings: the other arguments of :class:`lightning_flatlora.EFMLoRA`, such as ``beta``.
+
+    Attributes:
+        loop: what drives the run, a :class:`lightning_flatlora.loops.EFMLoRA`; None before it starts.
+
+    Raises:
+        MisconfigurationException: at the start of training, for values out of range, for a model or a kind of training
+            that can't work, or a checkpoint that is of another run.
+        NoPairsError: at the start of training, the model trains no LoRA pair.
+
+    Example:
+        >>> callback = EFMLoRA(rho=0.05)  # Trainer(model, args, train_dataset=data, callbacks=[callback])
+    """
+
+    def __init__(self, rho: float | RhoSchedule, *, resume_from: str | Path | None = None, **settings: Any) -> None:
+        self.loop: loops.EFMLoRA | None = None
+        self._resume_from = resume_from
+        self._settings = {"rho": rho, **settings}
+        self._pass = ExitStack()
+
+    @override
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.close()
+        problem = _REFUSED.get(AcceleratorState().distributed_type.value)
+        if args.n_gpu > 1:
+            problem = "DataParallel copies the layers to other devices, without their perturbation"
+        assert model is not None
+        if is_sharded(model):  # transformers can also shard a model as it loads it
+            problem = _REFUSED["FSDP"]
+        if problem is not None:
+            refuse(self, [f"{problem}: use one device, or DDP, as torchrun starts it"])
+        self.loop = loops.EFMLoRA(model, optimizer, **{"total_steps": state.max_steps or None, **self._settings})
+        if state.global_step > 0:
+            try:
+                self._resume(args, state)
+            except MisconfigurationException:
+                self.close()
+                raise
+
+    @override
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.loop is not None
+        self._complete_checkpoint(args, state, control)
+        # One pass for a whole accumulation window, as no hook comes between a micro-batch and the next.
+        self._pass.enter_context(self.loop.training_pass())
+
+    @override
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.loop is not None
+        self._pass.close()
+        self._complete_checkpoint(args, state, control)
+        # The gradients are clipped here. Clipping by norm scales all of them, on which E does not depend.
+        self.loop.before_step()
+
+    @override
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.loop is not None
+        if self.loop.step != state.global_step:
+            problem = (
+                f"at step {state.global_step} of this trainer, on_step_begin and on_pre_optimizer_step came for "
+                f"{self.loop.step} steps, so the others were not perturbed: use a trainer with transformers' own loop"
+            )
+            self.close()
+            refuse(self, [problem])
+        self._complete_checkpoint(args, state, control)
+
+    @override
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._pass.close()  # another callback may have stopped the epoch within a window
+
+    @override
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave no trace on the model's layers; to be called by hand only after an exception, which has no hook."""
+        self._pass.close()
+        if self.loop is not None:
+            self.loop.close()
+
+    # -- the state
+
+    @override
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The checkpoints of a hyper-parameter search lie elsewhere, and nobody resumes from them.
+        if self.loop is not None and args.should_save and not state.is_hyper_param_search:
+            torch.save({**self.loop.state_dict(), "norm_of_B": self._norm_of_B()}, _folder(args, state) / _FILE)
+
+    def _complete_checkpoint(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Add the file to a checkpoint that transformers has just saved on SIGTERM, of which on_save does not hear."""
+        if control.should_training_stop and getattr(args, "enable_jit_checkpoint", False):
+            folder = _folder(args, state)
+            if folder.is_dir() and not (folder / _FILE).exists():
+                self.on_save(args, state, control)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.loop is not None
+        folders = [_folder(args, state)]
+        if self._resume_from is not None:
+            folders = [Path(self._resume_from)]
+        elif isinstance(args.resume_from_checkpoint, str):
+            # The Trainer does not read it. Scripts hand it to train(), or ask for the last checkpoint in spite of it.
+            folders.append(Path(args.resume_from_checkpoint))
+        files = [folder / _FILE for folder in folders]
+        problem = f"this run is resumed, and {files[0]} does not exist: give the checkpoint as resume_from"
+        for file in files:
+            if not file.is_file():
+                continue
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if saved["step"] == state.global_step and math.isclose(saved["norm_of_B"], self._norm_of_B()):
+                self.loop.load_state_dict(saved)
+                return
+            problem = f"{file} is not of the checkpoint that is resumed: give that one as resume_from"
+        refuse(self, [problem])
+
+    def _norm_of_B(self) -> float:
+        """The norm of all B, by which a checkpoint knows the weights that its perturbation belongs to."""
+        if self.loop is None or self.loop.perturbation is None:
+            return 0.0
+        norms = [pair.B.detach().double().norm() for pair in self.loop.perturbation.pairs]
+        return float(torch.stack(norms).norm())
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where transformers keeps the checkpoint of the current step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -1,0 +1,1 @@
+"""Text classification: any pretrained model with a head for the classes."""

@@ -1,0 +1,287 @@
+"""TextData: texts with a class or a number, from files, the Hub or packages, in batches that a resumed run takes up."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from recipes.classification.labels import class_labels, class_names, few_shots, labelled, numbers
+from recipes.classification.prompts import Prompt
+from recipes.language import texts
+from recipes.language.batches import LengthBatchSampler, pad, padding_id
+from recipes.shared.data import (
+    FORMATS,
+    is_packaged,
+    packaged_names,
+    packaged_task,
+    part_of,
+    read_table,
+    refuse_bad_settings,
+    split_problems,
+)
+from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
+from recipes.shared.text_metrics import normalised
+
+_PACKAGED = packaged_names(texts.TASKS)
+_RESERVED = ("train", "validation", "val", "test")  # names of parts and metrics
+_TEST_SEED = 42  # of the rows drawn for the test, so that all runs are tested on the same ones
+
+
+@dataclass(eq=False)
+class TextData(ResumableData):
+    """Texts with a class or a number, in parts for training, validation and test.
+
+    Validation and test are splits of their own, or shares of the training split. For the latter, a text's part is read
+    off a hash of the text, so that it does not change with the order, the seed or the size of the data, and equal texts
+    stay together.
+
+    Args:
+        dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
+            "packaged:sentiment", "packaged:spam", "packaged:subject" or "packaged:all_subjects".
+        config_name: which of a Hub data set's configurations, such as "mrpc" of GLUE.
+        revision: of a Hub data set; "refs/convert/parquet" is there where the main one is a script.
+        split: of a Hub data set, for training.
+        validation_split: for validation: another split or a file, or several; None takes ``validation_share``. Those
+            after the first are logged under their names, or their files' names, which must be different.
+        test_split: for `test`: another split or a file; None takes ``test_share``.
+        text: columns that the model reads: one, or two for pairs.
+        label: the column of the classes, numbers or names, or of the numbers to predict.
+        regression: ``label`` holds numbers to predict.
+        skip_unlabelled: leave out rows without a label, instead of an error.
+        template: of prompts, for a model that predicts label words, as :class:`recipes.classification.prompts.Prompt`
+            explains; None gives the model the texts alone, for a head.
+        text_tokens: with a template, tokens kept of each text; None keeps what ``max_length`` has room for.
+        shots: train on so many texts of each class, and without a ``validation_split`` validate on as many others.
+        shots_seed: of the draw of these texts.
+        test_rows: test on so many texts at most, the same ones in all runs.
+        batch_size: texts of a batch.
+        max_length: tokens kept of a text.
+        validation_share: share of the training split's texts for validation.
+        test_share: share of them held out for `test`.
+        seed: of the order of the batches.
+        num_workers: processes that load batches; 0 loads in the training process.
+
+    Attributes:
+        classes: names of the classes, once `setup` has run; a label is a place in this list. Empty for a regression.
+
+    Raises:
+        MisconfigurationException: arguments out of range (here); data that can't be read, a missing column, fewer than
+            two classes, an unknown class, hidden labels, or an empty part (in `setup`, before training).
+    """
+
+    dataset: str = "packaged:sentiment"
+    config_name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    validation_split: str | list[str] | None = None
+    test_split: str | None = None
+    text: Sequence[str] = ("text",)
+    label: str = "label"
+    regression: bool = False
+    skip_unlabelled: bool = False
+    template: str | None = None
+    text_tokens: int | None = None
+    shots: int | None = None
+    shots_seed: int = 13
+    test_rows: int | None = None
+    batch_size: int = 16
+    max_length: int = 128
+    validation_share: float = 0.15
+    test_share: float = 0.25
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        given = self.validation_split
+        self.validation_splits = [given] if isinstance(given, str) else list(given or ())
+        self.shares = {"validation": self.validation_share, "test": self.test_share}
+        if self.validation_splits or self.shots is not None:
+            self.shares["validation"] = 0.0
+        if self.test_split:
+            self.shares["test"] = 0.0
+        least = {"batch_size": 1, "max_length": 1, "num_workers": 0}
+        least |= {name: 1 for name in ("shots", "text_tokens", "test_rows") if getattr(self, name) is not None}
+        more = self._bad_names() + split_problems(self.dataset, [*self.validation_splits, self.test_split])
+        if self.shots is not None and self.regression:
+            more.append("shots are of classes: leave it out in a regression")
+        refuse_bad_settings(self, least, self.shares, more)
+        self.classes: list[str] = []
+        self.parts: dict[str, Any] = {}
+
+    @property
+    def validation_parts(self) -> list[str]:
+        """The parts to validate on: "validation", and after it further ones, by the names of their splits."""
+        return ["validation", *(Path(split).stem for split in self.validation_splits[1:])]
+
+    def _bad_names(self) -> list[str]:
+        problems = []
+        names = self.validation_parts[1:]
+        for name in names:
+            if name in _RESERVED or "." in name or names.count(name) > 1:
+                problems.append(
+                    f"validation_split={self.validation_splits!r}: metrics of the splits after the first are logged "
+                    f"under their names, and {name!r} has a dot, occurs twice, or is one of {list(_RESERVED)}: rename "
+                    "the file, or put this split first"
+                )
+        return problems
+
+    @override
+    def prepare_data(self) -> None:
+        self._read(self.split)  # on one process, so that the others find it downloaded
+
+    @override
+    def setup(self, stage: str) -> None:
+        wanted = list(PARTS_OF_STAGE.get(stage, ()))
+        if "validation" in wanted:
+            wanted += self.validation_parts[1:]
+        wanted = [part for part in wanted if part not in self.parts]
+        if not wanted:
+            return
+        table = self._read(self.split)
+        if not self.regression:
+            self.classes = class_names(table, self.label, self._source(self.split))
+        rows = self._labelled_rows(table, self.split)
+        places = self._divided(rows)
+        drawn = () if self.shots is None else ("validation",)
+        splits = dict(zip(self.validation_parts, self.validation_splits, strict=False))
+        if self.test_split:
+            splits["test"] = self.test_split
+        for part in wanted:
+            if part in splits:
+                self.parts[part] = self._limited(part, self._labelled_rows(self._read(splits[part]), splits[part]))
+            else:
+                self.parts[part] = self._limited(part, rows.select(places[part]))
+            if not len(self.parts[part]) and (part == "train" or part in splits or self.shares[part] or part in drawn):
+                raise MisconfigurationException(f"dataset={self.dataset!r}: no text is left for {part}")
+        encoder = self._encoder()
+        for part in wanted:
+            rows = self.parts[part]
+            self.parts[part] = rows.map(encoder, remove_columns=["texts"], desc=f"Tokenising {part}")
+
+    def _divided(self, rows: Any) -> dict[str, list[int]]:
+        """The rows of the training split that are in each part."""
+        keys = [normalised(" ".join(columns)) for columns in rows["texts"]]
+        places: dict[str, list[int]] = {part: [] for part in texts.PARTS}
+        for place, key in enumerate(keys):
+            places[part_of(key, self.shares)].append(place)
+        if self.shots is None:
+            return places
+        pool, labels = places["train"], rows["labels"][:]
+        train, others = few_shots(
+            [keys[row] for row in pool], [labels[row] for row in pool], self.shots, self.shots_seed
+        )
+        places["train"] = [pool[row] for row in train]
+        places["validation"] = [pool[row] for row in others]
+        return places
+
+    def _limited(self, part: str, rows: Any) -> Any:
+        if part != "test" or self.test_rows is None or len(rows) <= self.test_rows:
+            return rows
+        return rows.select(np.random.default_rng(_TEST_SEED).permutation(len(rows))[: self.test_rows])
+
+    def _labelled_rows(self, table: Any, split: str) -> Any:
+        """A table with the columns ``texts`` and ``labels``."""
+        source = self._source(split)
+        columns = [table[name] for name in self.text]
+        for name, column in zip(self.text, columns, strict=True):
+            for row, value in enumerate(column):
+                if not isinstance(value, str):
+                    raise MisconfigurationException(
+                        f"{source}: the column {name!r} must hold texts, and row {row} holds {value!r}"
+                    )
+        labels: Sequence[Any]
+        if self.regression:
+            labels = numbers(table, self.label, source)
+        else:
+            labels = class_labels(table, self.label, self.classes, source)
+        rows = labelled(labels, self.label, source, self.skip_unlabelled)
+        pairs = list(zip(*columns, strict=True))
+        return datasets.Dataset.from_dict(
+            {"texts": [list(pairs[row]) for row in rows], "labels": [labels[row] for row in rows]}
+        )
+
+    def _source(self, split: str) -> str:
+        return f"dataset={self.dataset!r}" if split == self.split else f"dataset={self.dataset!r}, split={split!r}"
+
+    def _read(self, split: str) -> Any:
+        """A split or a file, which has the columns."""
+        table = self._table(split)
+        missing = {*self.text, self.label} - set(table.column_names)
+        if missing:
+            raise MisconfigurationException(
+                f"{self._source(split)} has the columns {sorted(table.column_names)}, and not {sorted(missing)}: "
+                "set text and label"
+            )
+        return table
+
+    def _table(self, split: str) -> Any:
+        if Path(split).suffix in FORMATS:
+            return read_table(split, split, _PACKAGED)
+        if not is_packaged(self.dataset):
+            return read_table(self.dataset, split, _PACKAGED, self.config_name, self.revision)
+        task = packaged_task(self.dataset, texts.TASKS)
+        if split != self.split:
+            raise MisconfigurationException(
+                f"dataset={self.dataset!r}, split={split!r}: packaged texts have no other splits"
+            )
+        examples = list(task.read())
+        names = task.classes
+        return datasets.Dataset.from_dict(
+            {self.text[0]: [e.text for e in examples], self.label: [names[e.label] for e in examples]}
+        )
+
+    @override
+    def loader(self, part: str) -> LateLoader:
+        rows = self.parts[part]
+        is_train = part == "train"
+        sampler = LengthBatchSampler(rows["length"], self.batch_size, self.seed, shuffle=is_train, **self.ranks())
+        return self.whole_batches(rows, sampler, partial(_collate, pad_id=padding_id(self._tokenizer())))
+
+    @override
+    def val_dataloader(self) -> list[LateLoader]:
+        return [self.loader(part) for part in self.validation_parts if len(self.parts[part])]
+
+    @override
+    def test_dataloader(self) -> LateLoader:
+        if not len(self.parts["test"]):
+            raise MisconfigurationException("there are no texts for the test: set test_split, or test_share above 0")
+        return self.loader("test")
+
+    def _encoder(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        if self.template is None:
+            return partial(_encode, tokenizer=self._tokenizer(), max_length=self.max_length)
+        prompt = Prompt(self.template, self.text, self._tokenizer(), self.max_length, self.text_tokens)
+        prompt.check()
+        return prompt
+
+    def _tokenizer(self) -> Any:
+        return cast("L.Trainer", self.trainer).lightning_module.tokenizer
+
+
+def _encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, Any]:
+    encoded = tokenizer(*row["texts"], truncation=True, max_length=max_length)
+    columns = {"input_ids": encoded["input_ids"], "length": len(encoded["input_ids"])}
+    if len(row["texts"]) == 2 and "token_type_ids" in encoded:  # BERT's, which say where the second text begins
+        columns["token_type_ids"] = encoded["token_type_ids"]
+    return columns
+
+
+def _collate(columns: dict[str, list[Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row) for row in columns["input_ids"]]
+    batch: dict[str, torch.Tensor] = {
+        name: torch.tensor(columns[name]) for name in ("labels", "position") if name in columns
+    }
+    batch["input_ids"] = pad(ids, pad_id)
+    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], 0)
+    if "token_type_ids" in columns:
+        batch["token_type_ids"] = pad([torch.tensor(row) for row in columns["token_type_ids"]], 0)
+    return batch

@@ -1,0 +1,191 @@
+"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import AutoModelForSequenceClassification
+from typing_extensions import override
+
+from recipes.classification.data import TextData
+from recipes.classification.metrics import chosen_metrics, new_metric
+from recipes.language.batches import padding_id
+from recipes.language.model import (
+    PACKAGED_ENCODER,
+    add_adapter,
+    load_pretrained,
+    load_tokenizer,
+    model_source,
+    weights_dtype,
+)
+from recipes.language.warm_start import load_factors
+from recipes.shared.sharding import check_strategy, shard
+from recipes.shared.training import AutomaticTraining, ManualTraining, RecipeModule, Schedule
+
+Batch = dict[str, Tensor]
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class TextClassifier(RecipeModule):
+    """A pretrained model with LoRA and a new head, for the classes of the data or for one number.
+
+    The head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others.
+
+    Args:
+        model: a Hub name or a local directory that AutoModelForSequenceClassification loads, or
+            "packaged:minilm" for all-MiniLM-L6-v2.
+        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on query and value.
+        learning_rate: AdamW's largest learning rate.
+        weight_decay: AdamW's, on the adapter and the head.
+        schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        warmup_share: the same as a share of all steps; the longer of the two counts.
+        metrics: some of "accuracy", "f1" and "matthews" for classes, "pearson" and "spearman" for a regression; the
+            first is logged as the score, too. None is accuracy, or both correlations.
+        start_from: folder of another run's adapter, whose LoRA weights this one starts from; the head is new. Only
+            `fit` reads it; a run that resumes from a checkpoint may leave it out.
+        kwargs: of the next class, such as rho for FMLoRA's module.
+    """
+
+    def __init__(
+        self,
+        model: str = PACKAGED_ENCODER,
+        lora: dict[str, Any] | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "linear",
+        warmup_steps: int = 0,
+        warmup_share: float = 0.0,
+        metrics: Sequence[str] | None = None,
+        start_from: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_name = model
+        self.lora = lora or {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.warmup_share = warmup_share
+        self.wanted_metrics = metrics
+        self.metric_names: list[str] = []
+        self.start_from = start_from
+        self.net: PeftModel | None = None
+        self.metrics = nn.ModuleDict()
+
+    @property
+    def data(self) -> TextData:
+        """The data that the trainer was given."""
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; the data module takes it from here."""
+        return load_tokenizer(self.model_name)
+
+    @override
+    def prepare_data(self) -> None:
+        model_source(self.model_name)  # on one process, before all of them load it
+
+    @override
+    def configure_model(self) -> None:
+        if self.net is None:
+            check_strategy(self.trainer.strategy, lora=self.lora)
+            self._add_metrics()
+            self.net = self.load_net()
+            # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
+            if self.start_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
+                load_factors(self.net, self.start_from)
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    def load_net(self) -> PeftModel:
+        """The pretrained model with the adapter and a new head.
+
+        Raises:
+            MisconfigurationException: the data have a template, which is for a model that predicts label words.
+        """
+        if self.data.template is not None:
+            raise MisconfigurationException(
+                f"template={self.data.template!r} is for label words, and {type(self).__name__} has a new head: set "
+                "data.template to null, or --model.class_path to recipes.classification.prompt_module."
+                "PromptClassification (PromptClassificationFM in place of fmlora_manual.yaml's class) with label_words"
+            )
+        classes = self.data.classes
+        base = load_pretrained(
+            AutoModelForSequenceClassification,
+            self.model_name,
+            num_labels=len(classes) or 1,
+            id2label=dict(enumerate(classes or ["number"])),
+            label2id={name: label for label, name in enumerate(classes or ["number"])},
+            dtype=weights_dtype(self.trainer.precision),
+        )
+        base.config.pad_token_id = padding_id(self.tokenizer)  # a decoder's head reads the last token before these
+        base.train()  # from_pretrained gives it in eval mode, where dropout would be off
+        return add_adapter(base, self.lora, task_type="SEQ_CLS")
+
+    def _add_metrics(self) -> None:
+        """Metrics of every part; they depend on the number of classes, which only the data know."""
+        classes = len(self.data.classes)
+        self.metric_names = chosen_metrics(self.wanted_metrics, classes)
+        for prefix in (*self._validation_prefixes(), "test"):
+            self.metrics[f"{prefix}_loss"] = MeanMetric()
+            for name in self.metric_names:
+                self.metrics[f"{prefix}_{name}"] = new_metric(name, classes)
+
+    def _validation_prefixes(self) -> list[str]:
+        return ["val", *self.data.validation_parts[1:]]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Of the classes, or the number, float32, (rows, classes or 1)."""
+        assert self.net is not None  # configure_model comes first
+        inputs = {name: batch[name] for name in _INPUTS if name in batch}
+        return cast("Tensor", self.net(**inputs).logits.float())
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Each row's loss: its cross-entropy in nats, or the squared error of its number."""
+        if self.data.regression:
+            return (logits.squeeze(1) - labels).square()
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        loss = self.losses(self.logits(batch), batch["labels"]).mean()
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(self._validation_prefixes()[dataloader_idx], batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, prefix: str, batch: Batch) -> None:
+        logits, labels = self.logits(batch), batch["labels"]
+        predicted = logits.squeeze(1) if self.data.regression else logits.argmax(dim=1)
+        self._update(f"{prefix}_loss", self.losses(logits, labels))
+        for name in self.metric_names:
+            self._update(f"{prefix}_{name}", predicted, labels)
+        score = self.metrics[f"{prefix}_{self.metric_names[0]}"]
+        self.log(f"{prefix}_score", cast("MeanMetric", score), add_dataloader_idx=False)
+
+    def _update(self, name: str, *values: Tensor) -> None:
+        metric = cast("MeanMetric", self.metrics[name])
+        metric.update(*values)
+        self.log(name, metric, prog_bar=True, add_dataloader_idx=False)
+
+
+class TextClassification(TextClassifier, AutomaticTraining):
+    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
+
+
+class TextClassificationFM(TextClassifier, ManualTraining):
+    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""

@@ -1,0 +1,230 @@
+"""Emoji in five drawing styles: image-text pairs to train on, and one style apart to classify in.
+
+The images come from npm packages under open licences (see :data:`STYLES`) and are copied, 64 px wide on white, into the
+cache, never into the project.
+
+Nothing is on both sides of a split. Variants of one emoji in gender, hair, skin tone and direction count as one, and
+one of them is used. Which part an emoji belongs to is decided once, for all styles: those of the validation and the
+test part are in no pair that is trained on.
+"""
+
+import csv
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from recipes.clip.images import on_white
+from recipes.shared.packaged import cache_dir, npm_folder, write_folder
+
+
+class Style(NamedTuple):
+    """A drawing style: where its images are, and the words for it.
+
+    Attributes:
+        package: key of :data:`recipes.shared.packaged.NPM`.
+        files: pattern of the images' paths with {} for an emoji's code points.
+        licence: of the images.
+    """
+
+    package: str
+    files: str
+    licence: str
+
+
+STYLES = {
+    "google": Style("emoji-google", "img/google/64/{}.png", "Noto Emoji, Apache-2.0"),
+    "twitter": Style("emoji-twitter", "img/twitter/64/{}.png", "Twemoji, CC BY 4.0"),
+    "blob": Style("emoji-blob", "img/google/64/{}.png", "Noto Emoji of 2017, Apache-2.0"),
+    "emojione": Style("emoji-emojione", "img/emojione/64/{}.png", "EmojiOne 2.2.7, CC BY-SA 4.0"),
+    "fluent": Style("emoji-fluent", "assets/{}.webp", "Fluent Emoji 3D, MIT"),
+}
+TARGET = "fluent"  # in no pair: the style to adapt to
+CLASSES = {
+    "face": (
+        "face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical", "face-sleepy",
+        "face-unwell", "face-hat", "face-glasses", "face-concerned", "face-negative",
+    ),
+    "person": (
+        "person", "person-gesture", "person-role", "person-activity", "person-sport", "person-fantasy",
+        "person-resting",
+    ),
+    "hand": (
+        "hand-fingers-open", "hand-fingers-partial", "hand-single-finger", "hand-fingers-closed", "hands", "hand-prop",
+    ),
+    "mammal": ("animal-mammal",),
+    "bird, fish, reptile or insect": (
+        "animal-bird", "animal-marine", "animal-reptile", "animal-amphibian", "animal-bug",
+    ),
+    "plant": ("plant-flower", "plant-other"),
+    "fruit or vegetable": ("food-fruit", "food-vegetable"),
+    "dish of food": ("food-prepared", "food-asian"),
+    "sport or game": ("sport", "game"),
+    "clothing": ("clothing",),
+    "tool or household item": ("tool", "household"),
+    "book or office item": ("office", "writing", "book-paper"),
+    "electronic device": ("computer", "phone", "light & video"),
+    "music or sound": ("music", "musical-instrument", "sound"),
+    "building": ("place-building", "place-religious", "hotel"),
+    "road or rail vehicle": ("transport-ground",),
+    "sky and weather": ("sky & weather",),
+    "clock": ("time",),
+    "letters or numbers": ("alphanum", "keycap"),
+    "arrow or button": ("arrow", "av-symbol"),
+    "geometric shape": ("geometric",),
+    "sign or symbol": ("transport-sign", "warning", "zodiac", "religion"),
+    "flag": ("country-flag", "flag", "subdivision-flag"),
+}  # fmt: skip
+_LEAST_TRAIN = 16  # emoji of a class that stay in its training part, so that 16 shots can be drawn
+_MOST_HELD_OUT = {"validation": 12, "test": 24}  # emoji of a class
+_WITHOUT = {"200d", "fe0f", "2640", "2642", "27a1", "1f9b0", "1f9b1", "1f9b2", "1f9b3"}  # gender, direction, hair
+_PEOPLE = {"1f466", "1f467", "1f468", "1f469", "1f474", "1f475", "1f9d1", "1f9d2", "1f9d3"}  # man, woman, child, ...
+_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One emoji, in all styles.
+
+    Attributes:
+        codes: its code points in hexadecimal, in the spellings that file names have.
+        names: what it is called, the standard's name first.
+        category: its class in :data:`CLASSES`, or the standard's subcategory.
+        part: "train", "validation" or "test".
+    """
+
+    codes: tuple[str, ...]
+    names: tuple[str, ...]
+    category: str
+    part: str = "train"
+
+    def captions(self) -> list[str]:
+        """Texts for an image of it."""
+        return [self.category, *self.names, *(f"{name}, {self.category}" for name in self.names)]
+
+
+class Folders(NamedTuple):
+    """Where :func:`prepare` has put things.
+
+    Attributes:
+        pairs: CSV of image and caption, of the training part, in all styles but :data:`TARGET`.
+        held_out_pairs: the same of the validation part.
+        target: folder with train/CLASS/, validation/CLASS/ and test/CLASS/ in the style :data:`TARGET`.
+    """
+
+    pairs: Path
+    held_out_pairs: Path
+    target: Path
+
+
+def prepare() -> Folders:
+    """Fetch the packages and write images and captions into the cache, once; about half a minute.
+
+    Raises:
+        RuntimeError: a package can't be fetched.
+    """
+    folder = cache_dir() / "emoji"
+    if not folder.exists():
+        packages = {name: npm_folder(style.package) for name, style in STYLES.items()}
+        all_emoji = emoji(json.loads((packages["google"] / "emoji.json").read_text(encoding="utf-8")))
+        write_folder(folder, lambda target: _write(all_emoji, packages, target))
+    return Folders(folder / "pairs.csv", folder / "held_out_pairs.csv", folder / TARGET)
+
+
+def emoji(entries: Iterable[dict[str, object]]) -> list[Emoji]:
+    """Emoji with their parts, one of each group of variants.
+
+    Args:
+        entries: emoji-datasource's emoji.json.
+    """
+    category_of: dict[str, str] = {}
+    for name, groups in CLASSES.items():
+        category_of |= dict.fromkeys(groups, name)
+    by_category: dict[str, dict[str, Emoji]] = defaultdict(dict)
+    seen = set()
+    for entry in entries:
+        code, group = str(entry["unified"]).lower(), str(entry["subcategory"])
+        # The five modifiers, which are colours and no pictures of anything.
+        if group == "skin-tone" or variants(code) in seen:
+            continue
+        seen.add(variants(code))
+        category = category_of.get(group, group.replace("-", " "))
+        by_category[category][code] = Emoji(_spellings(entry), _names(entry), category)
+    all_emoji: list[Emoji] = []
+    for category, of_it in by_category.items():
+        all_emoji += _in_parts(of_it, category in CLASSES)
+    return all_emoji
+
+
+def variants(code: str) -> tuple[str, ...]:
+    """What all variants of an emoji in gender, age, hair, direction and skin tone have in common.
+
+    Example:
+        >>> variants("1f469-200d-1f680") == variants("1f9d1-200d-1f680")  # woman astronaut, astronaut
+        True
+    """
+    points = (point for point in code.split("-") if point not in _WITHOUT and not "1f3fb" <= point <= "1f3ff")
+    return tuple("person" if point in _PEOPLE else point for point in points)
+
+
+def _in_parts(by_code: dict[str, Emoji], is_class: bool) -> Iterator[Emoji]:
+    """Emoji of one category with their parts, decided by a hash of the code."""
+    order = sorted(by_code, key=lambda code: hashlib.sha256(code.encode()).hexdigest())
+    free = len(order) - max(_LEAST_TRAIN, len(order) // 2) if is_class else 0
+    test = min(_MOST_HELD_OUT["test"], free * 2 // 3)
+    validation = min(_MOST_HELD_OUT["validation"], free // 3)
+    parts = ["test"] * test + ["validation"] * validation
+    parts += ["train"] * (len(order) - len(parts))
+    for code, part in zip(order, parts, strict=True):
+        one = by_code[code]
+        yield Emoji(one.codes, one.names, one.category, part)
+
+
+def _spellings(entry: dict[str, object]) -> tuple[str, ...]:
+    """Styles write code points with and without the variation selector fe0f."""
+    full, image = str(entry["unified"]).lower(), Path(str(entry["image"])).stem
+    bare = str(entry["non_qualified"] or full).lower()
+    return tuple(dict.fromkeys((full, image, bare, full.replace("-fe0f", ""), f"{image}-fe0f")))
+
+
+def _names(entry: dict[str, object]) -> tuple[str, ...]:
+    short = entry["short_names"]
+    assert isinstance(short, list)
+    standard = str(entry["name"] or short[0]).lower()
+    return tuple(dict.fromkeys([standard, *(str(name).replace("_", " ").replace("-", " ") for name in short)]))
+
+
+def _write(all_emoji: Sequence[Emoji], packages: dict[str, Path], folder: Path) -> None:
+    """All images and the two tables, into a folder."""
+    rows: dict[str, list[tuple[str, str]]] = {"train": [], "validation": [], "test": []}
+    for name, style in STYLES.items():
+        for one in tqdm(all_emoji, f"Preparing emoji, {name}", unit="image"):
+            paths = (packages[name] / style.files.format(code) for code in one.codes)
+            source = next((path for path in paths if path.exists()), None)
+            if source is None or (name == TARGET and one.category not in CLASSES):
+                continue
+            # The target style is read as folders of classes, the others through the tables.
+            place = Path(name, one.part, one.category) if name == TARGET else Path("pairs", name)
+            target = folder / place / f"{one.codes[0]}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _small(source).save(target)
+            if name != TARGET:
+                rows[one.part] += [(target.relative_to(folder).as_posix(), caption) for caption in one.captions()]
+    for part, table in (("train", "pairs.csv"), ("validation", "held_out_pairs.csv")):
+        with (folder / table).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("image", "caption"), *rows[part]])
+    lines = [f"{name}: {style.licence}" for name, style in STYLES.items()]
+    (folder / "LICENCES.txt").write_text("\n".join([*lines, "names and categories: emoji-datasource, MIT"]) + "\n")
+
+
+def _small(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        # Converted before it is resized: Pillow does not interpolate an image with a palette.
+        small = image.convert("RGBA").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
+    return on_white(small)

@@ -1,0 +1,93 @@
+"""Images in folders: one folder for each class, alone or in folders train, validation and test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+Example = tuple[Path, int]
+Parts = dict[str, list[Example]]
+Found = tuple[Sequence[str], Parts]
+PARTS = ("train", "validation", "test")
+_FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+
+
+def read(dataset: str) -> Found:
+    """Classes, and (path, label) by part; all images as the part "train" where there are no parts.
+
+    Args:
+        dataset: a folder with one folder for each class, or with folders train, test and perhaps validation (or valid,
+            or val) that hold these.
+
+    Raises:
+        MisconfigurationException: a part is missing, a class has no images, or parts differ in their classes.
+    """
+    folder = Path(dataset).expanduser()
+    candidates = {}
+    for part, names in _FOLDERS.items():
+        candidates[part] = [folder / name for name in names if (folder / name).is_dir()]
+    if not candidates["train"] and not candidates["test"]:
+        classes = class_folders(folder)
+        return classes, {"train": images_of(folder, classes)}
+    missing = [part for part in ("train", "test") if not candidates[part]]
+    if missing:
+        raise MisconfigurationException(
+            f"dataset={dataset!r} has no folder {missing[0]!r}: give it both train and test, or neither and one folder "
+            "for each class, which are then divided by split_seed"
+        )
+    parts = {part: folders[0] for part, folders in candidates.items() if folders}
+    classes = class_folders(parts["train"])
+    for path in parts.values():
+        check_same(path, classes, class_folders(path))
+    return classes, {part: images_of(path, classes) for part, path in parts.items()}
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of a folder's folders, in order.
+
+    Raises:
+        MisconfigurationException: there is none.
+    """
+    if not folder.is_dir():
+        raise MisconfigurationException(f"there is no folder {folder}")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise MisconfigurationException(f"{folder} holds no folder: it needs one for each class, with its images")
+    return classes
+
+
+def images_of(folder: Path, classes: Sequence[str]) -> list[Example]:
+    """(path, label) of all images of the classes' folders.
+
+    Raises:
+        MisconfigurationException: a class has none.
+    """
+    examples = []
+    for label, name in enumerate(classes):
+        paths = image_files(folder / name)
+        if not paths:
+            raise MisconfigurationException(
+                f"class {name!r} is empty: {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)})"
+            )
+        examples += [(path, label) for path in paths]
+    return examples
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All files below a folder whose name ends like an image's, in order."""
+    # Sorted, since file systems list files in different orders, and a seed has to draw the same ones.
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+
+
+def check_same(folder: Path, expected: Sequence[str], actual: Sequence[str]) -> None:
+    """Refuse a part with other classes than train.
+
+    Raises:
+        MisconfigurationException: it has.
+    """
+    missing, unknown = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
+    if missing or unknown:
+        raise MisconfigurationException(
+            f"the classes of {folder} are not those of train: missing {missing or 'none'}, unknown {unknown or 'none'}"
+        )

@@ -1,0 +1,123 @@
+"""What is trained in each workload, and the settings that a search may choose from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.shared.methods import METHODS
+
+Config = dict[str, Any]
+Settings = dict[str, Any]
+
+_W1: Settings = {
+    "model": "all-MiniLM-L6-v2",
+    "frozen_layers": 4,
+    "data": "all_subjects",
+    "shots": 16,
+    "noise": 0.0,
+    "length": 32,
+    "steps": 600,
+    "batch_size": 16,
+    "warmup_share": 0.06,
+    "rank": 8,
+    "scaling": 2.0,
+    "targets": ["query", "value"],
+}
+_W2: Settings = {
+    **_W1,
+    "shots": 64,
+    "noise": 0.4,
+    "steps": 1000,
+    "rank": 16,
+    "targets": ["query", "key", "value", "dense"],
+    "judged": "best",
+}
+WORKLOADS: dict[str, Settings] = {
+    "w1": _W1,
+    "w1_32_shots": {**_W1, "shots": 32},
+    "w1_300_steps": {**_W1, "steps": 300},
+    "w1_1000_steps": {**_W1, "steps": 1000},
+    "w2": _W2,
+    "w2_no_noise": {**_W2, "noise": 0.0},
+    "w2_20_noise": {**_W2, "noise": 0.2},
+    "w2_60_noise": {**_W2, "noise": 0.6},
+}
+"""By name: all that decides a result besides the method, its configuration and the seed.
+
+``frozen_layers`` of the encoder are computed once for each text; ``shots`` are the training examples of a class,
+``noise`` is the share of them whose label is replaced, ``length`` the tokens kept of a text, ``scaling`` LoRA's s.
+``judged`` is "best" where runs are judged with the weights of the lowest validation loss; without it they are judged at
+the end of training.
+"""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried for a method, each with every learning rate.
+
+    Attributes:
+        settings: beside the learning rate, in the order of their strength; the first adds nothing to LoRA.
+        further: what the search is extended by, one after the other, where the strongest was chosen.
+    """
+
+    settings: tuple[Config, ...]
+    further: tuple[Config, ...]
+
+
+def _sizes(name: str, sizes: tuple[float, ...], further: tuple[float, ...]) -> Search:
+    return Search(({}, *({name: size} for size in sizes)), tuple({name: size} for size in further))
+
+
+_RHO = _sizes("rho", (0.5, 2.0, 8.0), (32.0, 128.0, 512.0))
+_ALPHA = _sizes("alpha", (0.5, 2.0, 8.0), (32.0, 128.0, 512.0))
+SEARCHES: dict[str, Search] = {
+    "lora": Search(
+        ({}, {"weight_decay": 0.1}, {"dropout": 0.1}, {"dropout": 0.3}),
+        ({"dropout": 0.5}, {"dropout": 0.7}, {"dropout": 0.9}),
+    ),
+    "efmlora": _RHO,
+    "fmlora": _RHO,
+    "lora_sam": _RHO,
+    "flat_lora": _sizes("sigma", (0.05, 0.2, 0.8), (3.2, 12.8, 51.2)),
+    "nbar": _ALPHA,
+    "obar": _ALPHA,
+}
+"""By the names of :data:`recipes.shared.methods.METHODS`."""
+
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+SEARCH_SEEDS = (100, 101, 102)
+SEEDS = tuple(range(20))
+EARLY_SEEDS = 8
+"""After so many seeds a workload may end early."""
+
+BASELINE = "lora"
+CANDIDATE = "efmlora"
+"""Whose difference to LoRA is the primary hypothesis."""
+
+COMPETITORS: dict[str, Config] = {
+    "early_stopping": {"early_stopping": True},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "rank_2": {"rank": 2},
+    "twice_the_steps": {"length_of_training": 2},
+}
+"""Free competitors: what each changes of LoRA's chosen settings."""
+
+
+def competitors_of(settings: Settings) -> list[str]:
+    """The free competitors of a workload; where all runs are judged at their best, early stopping is LoRA itself."""
+    if settings.get("judged") == "best":
+        return [name for name in COMPETITORS if name != "early_stopping"]
+    return list(COMPETITORS)
+
+
+PROBE = "linear_probe"
+"""A linear classifier on the frozen encoder, beside every result."""
+
+ARMS = (*SEARCHES, *COMPETITORS, PROBE)
+TITLES = {name: METHODS[name].title for name in SEARCHES} | {
+    "early_stopping": "LoRA, early stopping",
+    "label_smoothing": "LoRA, label smoothing 0.1",
+    "rank_2": "LoRA, rank 2",
+    "twice_the_steps": "LoRA, twice the steps",
+    PROBE: "linear probe, frozen encoder",
+}
+"""What the report calls each arm."""

@@ -1,0 +1,75 @@
+"""A conversation's row as token ids, and what became of it."""
+
+from typing import Any
+
+from lightning_flatlora.report.conversation import THOUGHTS
+from recipes.language.chat import IGNORED, ChatEncoder
+
+Row = dict[str, Any]
+
+
+def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
+    """Token ids of a conversation, once for each option if they are to be ranked, and what became of it.
+
+    Args:
+        row: as ``formats`` gives it.
+        encoder: of the model's chat template.
+        with_options: encode each option, for an evaluation.
+
+    Returns:
+        ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the place ``gold`` of the right
+        option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template
+        ``leaves_thoughts`` of an answer out, and the ``status``: "kept", "cut", "too long", "no answer", or the row's
+        problem.
+    """
+    if row["problem"] or not row["messages"] or not row["messages"][-1]["content"].strip():
+        # An answer of spaces alone has no token to learn.
+        return _unusable(row["problem"] or "no answer")
+    messages = [template_message(message) for message in row["messages"]]
+    context, answer = messages[:-1], messages[-1]
+    options = (row["options"] if with_options else None) or [answer["content"]]
+    ends = not row["options"]  # options are ranked by their own tokens, and nobody generates them
+    encoded = [encoder.encode([*context, {**answer, "content": option}], ends) for option in options]
+    status = "cut" if any(e.cut for e in encoded) else "kept"
+    if any(set(e.labels) <= {IGNORED} for e in encoded):
+        status = "too long"
+    # Answers with thoughts are not generated: how a template ends thoughts is its own affair, and so is comparing them.
+    is_free = with_options and not row["options"] and not row["messages"][-1]["thoughts"]
+    return {
+        "input_ids": [e.input_ids for e in encoded],
+        "labels": [e.labels for e in encoded],
+        "length": max(len(e.input_ids) for e in encoded),
+        "gold": options.index(answer["content"]),
+        "answer": answer["content"] if is_free else "",
+        "prompt_ids": encoder.encode_prompt(context) if is_free else [],
+        "leaves_thoughts": not encoder.writes_thoughts and any(message["thoughts"] for message in row["messages"]),
+        "status": status,
+    }
+
+
+def _unusable(status: str) -> Row:
+    return {
+        "input_ids": [],
+        "labels": [],
+        "length": 0,
+        "gold": 0,
+        "answer": "",
+        "prompt_ids": [],
+        "leaves_thoughts": False,
+        "status": status,
+    }
+
+
+def template_message(message: Row) -> Row:
+    """A message as chat templates know it.
+
+    Example:
+        >>> template_message({"role": "user", "content": "Why?", "thoughts": None, "learnt": True})
+        {'role': 'user', 'content': 'Why?'}
+    """
+    given = {"role": message["role"], "content": message["content"]}
+    if message["thoughts"]:
+        given |= dict.fromkeys(THOUGHTS, message["thoughts"])
+    if not message["learnt"]:
+        given["learnt"] = False
+    return given

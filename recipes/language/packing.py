@@ -1,0 +1,113 @@
+"""Several conversations in one row, each of which reads itself alone."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import Tensor, nn
+
+from recipes.language.chat import IGNORED
+
+_PROBE = 8  # tokens of each conversation that the check makes up
+
+
+def fill_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which conversations or texts share a row: the longest first, each in the first row with room for it.
+
+    Args:
+        lengths: tokens of each.
+        room: tokens of a row; a longer one gets a row of its own.
+
+    Returns:
+        The places of those in each row.
+
+    Example:
+        >>> fill_rows([3, 7, 4, 2], room=8)
+        [[1], [2, 0], [3]]
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        fitting = next((row for row, room_left in enumerate(left) if room_left >= lengths[place]), None)
+        if fitting is None:
+            rows.append([place])
+            left.append(room - lengths[place])
+        else:
+            rows[fitting].append(place)
+            left[fitting] -= lengths[place]
+    return rows
+
+
+def packed(columns: dict[str, list[Any]], room: int) -> dict[str, list[Any]]:
+    """Encoded conversations, one option each, as rows of several.
+
+    Positions start anew with each conversation, by which transformers distinguishes them.
+
+    Args:
+        columns: ``input_ids`` and ``labels`` of each conversation's options, and its ``length``.
+        room: tokens of a row.
+    """
+    made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": [], "length": []}
+    for places in fill_rows(columns["length"], room):
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        for place in places:
+            ids += columns["input_ids"][place][0]
+            # The last token of another conversation must not be asked for this one's first.
+            labels += [IGNORED, *columns["labels"][place][0][1:]]
+            positions += range(columns["length"][place])
+        made["input_ids"].append([ids])
+        made["labels"].append([labels])
+        made["position_ids"].append(positions)
+        made["length"].append(len(ids))
+    return made
+
+
+@torch.no_grad()
+def check_packing(net: nn.Module, rows: int, device: torch.device) -> None:
+    """Try whether a model reads each conversation of a row alone, with the attention that it was loaded with.
+
+    Args:
+        net: the model, as it is trained; it is in training mode afterwards.
+        rows: of a batch. FlashAttention distinguishes conversations only in batches of one row.
+        device: of its weights.
+
+    Raises:
+        MisconfigurationException: an earlier conversation changes a later one, or the later one is not what it is in a
+            row of its own.
+    """
+    base: Any = net.get_base_model() if isinstance(net, PeftModel) else net
+    config = base.config.get_text_config()
+    attention = getattr(config, "_attn_implementation", None)
+    remedy = (
+        f"packing: {type(base).__name__} with attn_implementation={attention!r} does not keep the conversations of a "
+        "row apart ({}). Set attn_implementation to 'sdpa' or 'eager' (FlashAttention needs batch_size=1, with "
+        "accumulate_grad_batches), or packing to false"
+    )
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise MisconfigurationException(remedy.format("it takes no position_ids"))
+    generator = torch.Generator().manual_seed(0)
+    first, other, last = torch.randint(config.vocab_size, (3, rows, _PROBE), generator=generator).to(device)
+    positions = torch.arange(_PROBE, device=device).expand(rows, _PROBE)
+    twice = torch.cat([positions, positions], dim=1)
+    net.eval()
+    after_first = _logits(net, torch.cat([first, last], dim=1), twice)[:, _PROBE:]
+    after_other = _logits(net, torch.cat([other, last], dim=1), twice)[:, _PROBE:]
+    alone = _logits(net, last, positions)
+    net.train()
+    # What is masked contributes exactly nothing; but sums of another length are rounded otherwise.
+    rounding = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 3e-2
+    scale = alone.abs().max()
+    if (after_first - after_other).abs().max() > 1e-2 * rounding * scale:
+        raise MisconfigurationException(remedy.format("an earlier one changes a later one"))
+    if (after_first - alone).abs().max() > rounding * scale:
+        raise MisconfigurationException(remedy.format("a later one is not what it is by itself"))
+
+
+def _logits(net: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    logits: Tensor = net(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    return logits

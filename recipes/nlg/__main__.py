@@ -1,0 +1,8 @@
+"""``python -m recipes.nlg fit|validate|test|predict --config FILE``."""
+
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.mistakes import without_traceback
+
+if __name__ == "__main__":
+    with without_traceback():
+        RecipeCLI(parser_kwargs={"prog": "python -m recipes.nlg"})

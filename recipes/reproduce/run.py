@@ -1,0 +1,252 @@
+"""One run of a table: a recipe's commands, each in a process of its own, and the row that comes of them."""
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from recipes.reproduce.methods import METHODS, Config
+from recipes.reproduce.table import Table
+from recipes.shared.configs import RECIPES
+from recipes.shared.ledger import Row, commit, run_process
+
+Part = Literal["validation", "test"]
+_VALIDATIONS = 4  # of a shortened run
+
+_commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training and, with the part "test", a test of the weights that it keeps.
+
+    Attributes:
+        table: that the run is for.
+        task: a name of the table's tasks.
+        method: a name of the methods.
+        config: its configuration.
+        seed: of all that the table's seed options name.
+        part: "validation" to choose a configuration by, "test" with the chosen one.
+        start: the run whose adapter this one starts from.
+    """
+
+    table: Table
+    task: str
+    method: str
+    config: Config
+    seed: int
+    part: Part
+    start: "Run | None" = None
+
+    @property
+    def max_steps(self) -> int | None:
+        """Optimizer steps of a run that chooses, where they are fewer than those of a whole run."""
+        limit = self.table.trial_steps
+        is_short = self.part == "validation" and limit is not None and limit < self.table.tasks[self.task].steps
+        return limit if is_short else None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, estimated where the recipe counts epochs."""
+        return self.max_steps or self.table.tasks[self.task].steps
+
+    @property
+    def name(self) -> str:
+        """A path below the table's folder that no other run has."""
+        settings = "-".join(f"{name}={value:g}" for name, value in self.config.items())
+        start = "" if self.start is None else f"-from-{hashlib.sha256(self.start.name.encode()).hexdigest()[:8]}"
+        part = self.part if self.max_steps is None else f"{self.part}-{self.max_steps}"
+        return f"{self.task}/{part}/{self.method}-{settings}{start}/seed-{self.seed}"
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.config.items())
+        return f"{self.task}, {self.method}, {chosen}, seed {self.seed}, {self.part}"
+
+    def key(self) -> Row:
+        """The first entries of its row, which make it this run."""
+        return {
+            "table": self.table.name,
+            "task": self.task,
+            "method": self.method,
+            "config": self.config,
+            "seed": self.seed,
+            "part": self.part,
+            "max_steps": self.max_steps,
+            "start": None if self.start is None else self.start.name,
+        }
+
+
+KEY = ("table", "task", "method", "config", "seed", "part", "max_steps", "start")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs land, and what all of them share.
+
+    Attributes:
+        folder: of the table.
+        precision: of all computation.
+        options: more arguments for every run.
+    """
+
+    folder: Path
+    precision: str
+    options: Sequence[str] = ()
+
+
+def perform(run: Run, place: Place) -> Row:
+    """Train, test what is to be tested, and clear the checkpoints away.
+
+    A run that was stopped resumes from its last checkpoint.
+
+    Returns:
+        The run's row: its key; with the part "validation" the ``score`` that the choice is by, of which more is better,
+        and the ``loss`` where the recipe logs one; ``metrics``, all that was logged in the validation of the kept
+        checkpoint or in the test; ``seconds`` of the commands, without those before a stop; and what
+        :class:`recipes.reproduce.result.RunResult` writes.
+
+    Raises:
+        StoppedError: a command has failed, or the user has stopped it.
+    """
+    folder = place.folder / run.name
+    began = time.perf_counter()
+    if not (folder / "fit.json").exists():
+        run_process(fit_command(run, place))
+    fitted = _read(folder / "fit.json")
+    found: Row = {"metrics": {}}
+    if run.table.keeps != "nothing":
+        kept = checkpoint(run, place.folder)
+        if run.part == "test":
+            # The sweep may have been stopped between the test and the row.
+            if not (folder / "test.json").exists():
+                run_process(command("test", run, place, [f"--ckpt_path={kept}"]))
+            found = {"metrics": _read(folder / "test.json")}
+        else:
+            metrics = validated(fitted["validations"], run.table)
+            found = {"score": score(metrics, run.table), "loss": metrics.get("val_loss"), "metrics": metrics}
+        found["adapter"] = str(kept.with_suffix("").relative_to(place.folder))
+        # The checkpoints of all the runs of a table, with their optimizers, would fill a disk.
+        clear(kept, keep_adapter=run.part == "test" or _is_start(run))
+    entries = {name: fitted[name] for name in fitted if name not in ("best", "last", "validations")}
+    return {
+        **run.key(),
+        **found,
+        "seconds": time.perf_counter() - began,
+        "options": list(place.options),
+        "commit": _commit(),
+        **entries,
+    }
+
+
+def validated(validations: Sequence[Row], table: Table) -> Row:
+    """The validation of the checkpoint that a run keeps: the first of the best ones, or the last one."""
+    if not validations:
+        raise SystemExit("a run that chooses has ended without a validation: let it validate more often")
+    if table.keeps == "last":
+        return validations[-1]
+    # The first of equals, which is the one that the checkpoint callback has kept.
+    return max(validations, key=lambda metrics: score(metrics, table))
+
+
+def score(metrics: Row, table: Table) -> float:
+    """What a validation is judged by; more is better, and a value that is no number is the worst."""
+    value = float(metrics[f"val_{table.choice}"])
+    if math.isnan(value):
+        return -math.inf
+    return -value if table.choice == "loss" else value
+
+
+def fit_command(run: Run, place: Place) -> list[str]:
+    """What trains, or resumes a training that was stopped."""
+    last = _checkpoints(run, place.folder) / "last.ckpt"
+    more = [f"--ckpt_path={last}"] if last.exists() else []
+    if run.start is not None:
+        more.append(f"--model.start_from={checkpoint(run.start, place.folder).with_suffix('')}")
+    if run.max_steps is not None:
+        more.append(f"--trainer.max_steps={run.max_steps}")
+        # An epoch may be longer than such a run.
+        interval = max(1, run.max_steps // _VALIDATIONS)
+        more += [f"--trainer.val_check_interval={interval}", "--trainer.check_val_every_n_epoch=null"]
+    return command("fit", run, place, more)
+
+
+def command(name: str, run: Run, place: Place, more: Sequence[str]) -> list[str]:
+    """A command of the run's recipe.
+
+    Args:
+        name: "fit" or "test".
+        run: of the table.
+        place: where it lands.
+        more: arguments of this command alone.
+    """
+    table, task, method = run.table, run.table.tasks[run.task], METHODS[run.method]
+    configs = RECIPES / table.recipe / "configs"
+    folder = place.folder / run.name
+    logger = "--trainer.logger"
+    return [
+        *(sys.executable, "-m", f"recipes.{table.recipe}", name),
+        *(f"--config={configs / path}" for path in ("base.yaml", *task.configs)),
+        *task.options,
+        *(f"--{option}={run.seed}" for option in table.seed_options),
+        *method.options(run.config),
+        "--trainer.enable_model_summary=false",
+        # The protocols' batch sizes are meant for one device; several of them take a share of the plan each.
+        "--trainer.devices=1",
+        *([f"--trainer.precision={place.precision}"] if table.precision is None else []),
+        *more,
+        *place.options,  # behind the method's, whose callback is then the one that --trainer.callbacks.… means
+        "--trainer.callbacks+=recipes.reproduce.result.RunResult",
+        f"--trainer.callbacks.folder={folder}",
+        f"{logger}=lightning.pytorch.loggers.CSVLogger",
+        # The three fix the folder of the checkpoints, so that a resumed run finds its own.
+        f"{logger}.init_args.save_dir={folder.parent}",
+        f"{logger}.init_args.name={folder.name}",
+        f"{logger}.init_args.version={name}",
+    ]
+
+
+def checkpoint(run: Run, folder: Path) -> Path:
+    """The checkpoint that a finished training keeps, of which the adapter's folder may be left alone.
+
+    Args:
+        run: that is trained.
+        folder: of the table; it may have been moved since.
+    """
+    fitted = _read(folder / run.name / "fit.json")
+    return _checkpoints(run, folder) / Path(fitted[run.table.keeps]).name
+
+
+def _checkpoints(run: Run, folder: Path) -> Path:
+    return folder / run.name / "fit" / "checkpoints"
+
+
+def clear(kept: Path, keep_adapter: bool) -> None:
+    """Remove the checkpoints of a finished run, which hold the optimizer too, and the adapters that nobody needs.
+
+    Args:
+        kept: the checkpoint that was tested.
+        keep_adapter: keep the adapter of that checkpoint.
+    """
+    for path in kept.parent.iterdir():
+        if path.suffix == ".ckpt":
+            path.unlink()
+        elif path != kept.with_suffix("") or not keep_adapter:
+            shutil.rmtree(path)
+
+
+def _is_start(run: Run) -> bool:
+    return any(task.start == run.task for task in run.table.tasks.values())
+
+
+def _read(path: Path) -> Row:
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: a run has ended without it. Leave out options such as fast_dev_run")
+    found: Row = json.loads(path.read_text(encoding="utf-8"))
+    return found

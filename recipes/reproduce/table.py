@@ -1,0 +1,136 @@
+"""What a table of the paper is: tasks, a recipe that trains on them, values to choose from, and published figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.reproduce.methods import DEFAULT
+
+Protocol = Literal["tuned", "paper"]
+USUAL_GRIDS = {
+    "rho": (0.0, 0.05, 0.1, 0.2),
+    "lora_rho": (0.0, 0.05, 0.1, 0.2),
+    "sigma": (0.0, 0.05, 0.1, 0.2),
+    "alpha": (0.0, 0.5, 2.0, 8.0),
+}
+"""Values of the methods' settings: of rho those that the literature usually tries for SAM, and 0."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a cell shows.
+
+    Attributes:
+        name: a metric that the recipe logs as ``test_…``, or an entry of the rows.
+        title: behind the task's in the head of the table; empty where a task has one metric.
+        factor: that the value is shown with, 100 for a share.
+        digits: behind the point.
+        is_relative: show the value relative to the mean of LoRA's.
+    """
+
+    name: str = "score"
+    title: str = ""
+    factor: float = 100.0
+    digits: int = 1
+    is_relative: bool = False
+
+    def key(self, task: str) -> str:
+        """The name of the task's column with this metric, under which published figures stand."""
+        return f"{task} {self.title}".strip()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a table, with a column for each of its metrics.
+
+    Attributes:
+        title: what the table calls it.
+        configs: YAML files that are laid over the recipe's base, in the recipe's folder ``configs``.
+        steps: optimizer steps of a whole run; an estimate where the recipe counts epochs.
+        downloads: what must be downloaded, Hub names for example.
+        learning_rate: that of the protocol, which ``--protocol paper`` takes.
+        rho: that of the paper for EFMLoRA and FMLoRA; None where the paper is silent.
+        options: more arguments of the recipe.
+        metrics: that the table shows.
+        start: another task of the table, from whose adapter a run starts: the same method's with the same seed.
+    """
+
+    title: str
+    configs: Sequence[str]
+    steps: int
+    downloads: Sequence[str]
+    learning_rate: float
+    rho: float | None = None
+    options: Sequence[str] = ()
+    metrics: Sequence[Metric] = (Metric(),)
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """Somebody else's figures, for comparison.
+
+    Attributes:
+        name: of the method, and of who ran it.
+        source: where the figures stand.
+        values: figures as published, by the keys of the metrics; "average" is over all tasks.
+    """
+
+    name: str
+    source: str
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: what is run, how settings are chosen, and what has been published.
+
+    Attributes:
+        name: on the command line.
+        title: for readers.
+        recipe: name of the recipe's folder.
+        tasks: its columns.
+        learning_rates: to choose from.
+        grids: values of each method's own setting to choose from, by the names in :mod:`recipes.reproduce.methods`;
+            as many for each, 0 among them except for dropout, whose first value is the recipe's.
+        seeds: of the runs that are tested.
+        seed_options: what a seed decides: arguments of the recipe.
+        tuning_seeds: of the runs that choose, none of ``seeds``.
+        choice: what is logged as ``val_…`` and chosen by: the greatest value, or of "loss" the least.
+        unit: what the table shows.
+        keeps: which checkpoint is tested: the best one of the recipe's own monitor, which must be ``choice``, or the
+            last one; "nothing" for a table of what training costs.
+        precision: of all runs; None is what the device computes fast, and "recipe" the recipe's own.
+        methods: to compare, unless others are named.
+        trial_steps: optimizer steps of a run that chooses, at most; None runs all of them.
+        published: rows for comparison.
+        notes: how the table differs from the paper's.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    tasks: Mapping[str, Task]
+    learning_rates: Sequence[float]
+    grids: Mapping[str, Sequence[float]]
+    seeds: Sequence[int]
+    seed_options: Sequence[str]
+    tuning_seeds: Sequence[int] = (7,)
+    choice: str = "score"
+    unit: str = "accuracy in %"
+    keeps: Literal["best", "last", "nothing"] = "best"
+    precision: Literal["recipe"] | None = None
+    methods: Sequence[str] = DEFAULT
+    trial_steps: int | None = None
+    published: Sequence[Published] = ()
+    notes: Sequence[str] = ()
+
+    def with_starts(self, tasks: Sequence[str]) -> list[str]:
+        """These tasks and those that they start from, each after the one that it starts from, in the table's order."""
+        wanted = set(tasks)
+        for name in tasks:
+            start = self.tasks[name].start
+            if start is not None:
+                wanted.add(start)
+        ordered = [name for name in self.tasks if name in wanted]
+        return sorted(ordered, key=lambda name: self.tasks[name].start is not None)

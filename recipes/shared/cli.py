@@ -1,0 +1,235 @@
+"""The command line that all recipes share."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from recipes.shared.configs import shipped_configs
+from recipes.shared.precision import fast_precision
+from recipes.shared.progress import ProgressLines, is_live
+from recipes.shared.training import RecipeModule
+
+_SWITCHES = {
+    "enable_progress_bar": ProgressBar,
+    "enable_checkpointing": Checkpoint,
+    "enable_model_summary": ModelSummary,
+}
+
+
+class RecipeParser(LightningArgumentParser):
+    """Lightning's parser, which names the shipped configurations in its help and where one is missing."""
+
+    @override
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        return f"{super().format_help(*args, **kwargs)}\n{shipped_configs()}\n"
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
+        if 'key "config"' in message or "arguments are required" in message:
+            message = f"{message}\n{shipped_configs()}"
+        super().error(message, ex)
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI for any module and data module, whose loggers write into one folder a run.
+
+    ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
+
+    ``--optimizer`` and ``--lr_scheduler`` each replace their own part of what the recipe trains with. ``--ckpt_path
+    last`` is the newest last checkpoint of the runs that log into the same folder, and an error if there is none.
+    Switching the progress bar, the checkpoints or the model summary off drops the callbacks that the configuration
+    lists for them.
+
+    ``trainer.precision: null`` is what the device computes fast (:func:`recipes.shared.precision.fast_precision`). The
+    choice is printed and written into the run's ``config.yaml``: a run that is resumed with that file keeps it.
+    """
+
+    def __init__(self, args: ArgsType = None, **settings: Any) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            # A resumed run that logs into its old folder finds its config.yaml there, which Lightning would refuse to
+            # replace.
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
+            parser_class=RecipeParser,
+            args=args,
+            **settings,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_name", type=str | None, default=None, help="Name of the loggers whose name is null.")
+        parser.add_optimizer_args((Optimizer,))
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Lightning would read sys.argv itself, without the optimizers' full names.
+        if args is None:
+            self.config = parser.parse_args(with_torch_optimizers(sys.argv[1:]))
+        else:
+            super().parse_arguments(parser, with_torch_optimizers(args) if isinstance(args, list) else args)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        loggers = self._get(self.config, "trainer").logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            arguments = getattr(logger, "init_args", {})
+            if "name" in arguments and arguments["name"] is None:
+                arguments["name"] = self._get(self.config, "run_name")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self._choose_precision()
+        settings = self._get(self.config_init, "trainer")
+        # In place of the configuration's list; LightningCLI still adds the callbacks that it makes itself.
+        callbacks = wanted_callbacks(settings, self.subcommand or "run")
+        trainer = super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
+        for logger in trainer.loggers:
+            _ = logger.version  # fixed at first sight: all must look before the first has made its folder
+        if settings.fast_dev_run:
+            for saver in _savers(trainer):
+                saver.save_last = None  # Lightning suppresses every other file, but not the one at the end of training
+        return trainer
+
+    def _choose_precision(self) -> None:
+        settings = self._get(self.config_init, "trainer")
+        plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
+        # A precision beside a plugin for it is an error of the Trainer's.
+        if settings.precision is not None or any(isinstance(plugin, Precision) for plugin in plugins):
+            return
+        chosen = fast_precision(settings.accelerator if isinstance(settings.accelerator, str) else "auto")
+        for config in (self.config_init, self.config):  # of the trainer, and of the file that the run leaves
+            self._get(config, "trainer").precision = chosen
+        rank_zero_info(f"Precision {chosen}, which this device computes fast; --trainer.precision takes another")
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand is not None:
+            self._find_checkpoint()
+        optimizer, scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))
+        if not (optimizer or scheduler):
+            return
+        if not isinstance(self.model, RecipeModule):
+            raise MisconfigurationException(
+                f"--optimizer and --lr_scheduler are for the recipes' modules, and {type(self.model).__name__} is "
+                "another one: set both in its configure_optimizers"
+            )
+        self.model.chosen_optimizer = optimizer
+        self.model.chosen_scheduler = scheduler
+
+    def _find_checkpoint(self) -> None:
+        """Put a file in the place of "last", for which Lightning looks in this run's folder alone, a new one."""
+        settings = self.config_init[self.subcommand]
+        if settings.ckpt_path == "last":
+            settings.ckpt_path = str(last_checkpoint(self.trainer))
+        elif settings.ckpt_path == "best":
+            raise MisconfigurationException(
+                "--ckpt_path best: which checkpoint is the best is known only to the run that has saved it. Give the "
+                "file, whose name holds the step"
+            )
+        if settings.ckpt_path and settings.trainer.enable_checkpointing is False:
+            raise MisconfigurationException(
+                "--trainer.enable_checkpointing=false: without the configuration's AdapterCheckpoint no --ckpt_path "
+                "can be read, as it lacks the frozen weights. Leave one of the two out"
+            )
+        if _is_missing(settings.ckpt_path):
+            raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: there is no such file")
+
+
+def with_torch_optimizers(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which an optimizer's bare name is PyTorch's, whoever else has one of that name.
+
+    Example:
+        >>> with_torch_optimizers(["fit", "--optimizer=SGD", "--optimizer", "Adam", "--optimizer.lr=1"])
+        ['fit', '--optimizer=torch.optim.SGD', '--optimizer', 'torch.optim.Adam', '--optimizer.lr=1']
+    """
+    arguments = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, name = argument.rpartition("=")
+        previous = arguments[place - 1] if place else ""
+        # Both spellings: --optimizer=SGD, and --optimizer SGD in two arguments.
+        is_choice = option == "--optimizer" if equals else previous == "--optimizer"
+        # jsonargparse takes a bare name only if one imported class has it, and bitsandbytes has an SGD and an Adam too.
+        if is_choice and name in torch.optim.__all__:
+            arguments[place] = f"{option}{equals}torch.optim.{name}"
+    return arguments
+
+
+def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:
+    """The callbacks of the Trainer's settings, without those that another setting switches off.
+
+    Of several progress bars the last one stays, so that one may be added to a configuration that lists another. Rich's
+    bar draws over itself, which leaves nothing in a file: where the output goes to one, lines take its place.
+    """
+    callbacks = settings.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    off = tuple(kind for name, kind in _SWITCHES.items() if settings[name] is False)
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    wanted = []
+    for callback in callbacks:
+        if isinstance(callback, off) or (callback in bars and callback is not bars[-1]):
+            continue
+        redirected = type(callback) is RichProgressBar and not is_live()  # a user's own bar stays
+        wanted.append(ProgressLines(name) if redirected else callback)
+    return wanted
+
+
+def last_checkpoint(trainer: L.Trainer) -> Path:
+    """The newest last checkpoint of the runs that log into the same folder as this one.
+
+    Raises:
+        MisconfigurationException: there is none.
+    """
+    searched = []
+    for saver in _savers(trainer):
+        pattern = f"{saver.CHECKPOINT_NAME_LAST}*{saver.FILE_EXTENSION}"
+        if saver.dirpath is not None:
+            searched.append((Path(saver.dirpath), pattern))
+        elif trainer.loggers:
+            logger = trainer.loggers[0]
+            # Where a ModelCheckpoint without dirpath saves, with any version in place of this run's new one.
+            runs = Path(logger.save_dir or trainer.default_root_dir, str(logger.name))
+            searched.append((runs, f"*/checkpoints/{pattern}"))
+        else:
+            searched.append((Path(trainer.default_root_dir, "checkpoints"), pattern))
+    checkpoints: list[Path] = []
+    for folder, pattern in searched:
+        checkpoints += folder.glob(pattern)
+    if not checkpoints:
+        places = " and ".join(str(folder / pattern) for folder, pattern in searched) or "nowhere: nothing saves any"
+        raise MisconfigurationException(
+            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start anew, or "
+            "give a file"
+        )
+    # By time and not by name, in which version_10 comes before version_9.
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+    rank_zero_info(f"--ckpt_path last is {newest}")
+    return newest
+
+
+def _is_missing(path: str | None) -> bool:
+    """Whether a checkpoint is a local file, or a folder of a sharded one, which is not there."""
+    # "hpc" and names of a registry are Lightning's own, and other places have an address.
+    is_local = path is not None and path != "hpc" and "://" not in path and not path.startswith("registry")
+    return is_local and not Path(str(path)).expanduser().exists()
+
+
+def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:
+    return [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]

@@ -1,0 +1,48 @@
+"""The YAML files that come with the recipes: a base for each recipe, and overlays to lay over it."""
+
+from pathlib import Path
+
+RECIPES = Path(__file__).parent.parent
+STRATEGIES = RECIPES / "configs" / "strategies"
+
+
+def config_files(recipe: str, method: str) -> list[Path]:
+    """What to give as ``--config``: the recipe's base, and the overlay of the method.
+
+    Args:
+        recipe: name of the recipe's folder.
+        method: "lora", which is the base alone, or the name of an overlay. The recipe's own one comes first, because it
+            knows the recipe's settings.
+    """
+    configs = RECIPES / recipe / "configs"
+    base = configs / "base.yaml"
+    if method == "lora":
+        return [base]
+    specific = configs / "methods" / f"{method}.yaml"
+    shared = RECIPES / "configs" / "methods" / f"{method}.yaml"
+    return [base, specific if specific.exists() else shared]
+
+
+def config_arguments(recipe: str, method: str) -> list[str]:
+    """:func:`config_files` as arguments of the command line."""
+    return [f"--config={path}" for path in config_files(recipe, method)]
+
+
+def methods_of(recipe: str) -> list[str]:
+    """The methods that a recipe has configurations for."""
+    # LoRA has no overlay: it is what the base trains.
+    names = {"lora"}
+    for folder in (RECIPES / "configs", RECIPES / recipe / "configs"):
+        names.update(path.stem for path in folder.glob("methods/*.yaml"))
+    return sorted(names)
+
+
+def shipped_configs() -> str:
+    """A text for users: each folder of configurations and what is in it, one folder a line."""
+    by_folder: dict[Path, list[str]] = {}
+    # Searched for and not listed by hand, so that a new file shows up by itself.
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        by_folder.setdefault(path.parent.relative_to(RECIPES.parent), []).append(path.name)
+    lines = [f"  {folder}: {', '.join(names)}" for folder, names in by_folder.items()]
+    rule = "The first --config is a recipe's base.yaml; a method, data and a strategy are laid over it. There are, in"
+    return "\n".join([f"{rule} {RECIPES.parent}:", *lines])

@@ -1,0 +1,206 @@
+"""Data sets that ``datasets`` reads, the part that a row belongs to, and batches in as many pieces as ranks need."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+PACKAGED = "packaged:"  # how the names of packaged tasks begin
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_FILES = (*FORMATS, ".txt")
+Task = TypeVar("Task")
+
+
+def read_table(
+    name: str, split: str, tasks: str = "", config_name: str | None = None, revision: str | None = None
+) -> Any:
+    """A local file or a Hub data set, as a ``datasets.Dataset``.
+
+    Args:
+        name: a Hub name, a local folder of the same layout, or a local .json, .jsonl, .parquet or .csv file.
+        split: to read from a Hub data set. A file has no splits: "train" is all of it, and another one has to be in
+            its name.
+        tasks: names of the packaged ones, for the message; "" where there are none.
+        config_name: which of a Hub data set's configurations, such as "mrpc" of GLUE; None where it has one.
+        revision: of a Hub data set, such as "refs/convert/parquet" where the main one is a script.
+
+    Raises:
+        MisconfigurationException: it can't be read.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.suffix in FORMATS:
+            if not path.is_file():
+                raise MisconfigurationException(f"dataset={name!r}: there is no such file")
+            refuse_split_of_file(name, split)
+            return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(name, config_name, split=split, revision=revision)
+    except MisconfigurationException:
+        raise
+    except Exception as error:  # `datasets` raises a dozen types, from a bad name to a network down or broken JSON
+        formats = ", ".join(FORMATS)
+        raise MisconfigurationException(
+            f"dataset={name!r}, split={split!r} can't be read: {type(error).__name__}: {error}. Give a Hub name, "
+            + (f"a file ending in {formats}, or one of {tasks}" if tasks else f"or a file ending in {formats}")
+        ) from error
+
+
+def is_packaged(name: str) -> bool:
+    """Whether a data set's name is one of a packaged task."""
+    return name.startswith(PACKAGED)
+
+
+def packaged_names(tasks: Iterable[str]) -> str:
+    """Packaged tasks by the names of data sets, for messages.
+
+    Example:
+        >>> packaged_names(["sentiment", "spam"])
+        'packaged:sentiment, packaged:spam'
+    """
+    return ", ".join(PACKAGED + task for task in tasks)
+
+
+def packaged_task(name: str, tasks: Mapping[str, Task]) -> Task:
+    """What belongs to a packaged task.
+
+    Args:
+        name: of a data set that :func:`is_packaged`.
+        tasks: by name, without what names of data sets begin with.
+
+    Raises:
+        MisconfigurationException: there is no such task.
+    """
+    task = name.removeprefix(PACKAGED)
+    if task not in tasks:
+        raise MisconfigurationException(f"dataset: unknown packaged task {task!r}, give one of {packaged_names(tasks)}")
+    return tasks[task]
+
+
+def split_problems(name: str | None, splits: Iterable[str | None]) -> list[str]:
+    """What is wrong with the splits of a data set that is a file: it has none, and would be read as a whole.
+
+    A model would be tested on what it was trained on. A data module asks when it is made, so that nobody learns of it
+    after the training.
+
+    Args:
+        name: of the data set; "{split}" in it stands for the split.
+        splits: names of splits, or files; None takes a share.
+
+    Returns:
+        A message for each split that a file does not have.
+
+    Example:
+        >>> len(split_problems("mine.json", ["test", "held_out.json", None]))
+        1
+        >>> split_problems("nyu-mll/glue", ["test"])
+        []
+    """
+    problems: list[str] = []
+    if name is None or Path(name).suffix not in _FILES or "{split}" in name:
+        return problems
+    for split in splits:
+        if split in (None, "train") or Path(split).suffix in _FILES or is_of_split(Path(name), split):
+            continue
+        problems.append(
+            f"dataset={name!r} is a file, and has no split {split!r}: give another file as test_split or "
+            "validation_split, or null"
+        )
+    return problems
+
+
+def refuse_split_of_file(name: str, split: str) -> None:
+    """Raise what :func:`split_problems` finds."""
+    problems = split_problems(name, [split])
+    if problems:
+        raise MisconfigurationException(problems[0])
+
+
+def is_of_split(file: Path, split: str) -> bool:
+    """Whether a file's name, or that of a folder that it is in, says that it holds a split.
+
+    Example:
+        >>> is_of_split(Path("data/questions_val.json"), "val"), is_of_split(Path("data/questions.json"), "val")
+        (True, False)
+        >>> is_of_split(Path("data/dev.json"), "./data/dev.json")
+        True
+    """
+    return split in file.name or split in file.parts or Path(split).expanduser() == file.expanduser()
+
+
+def part_of(key: str, shares: dict[str, float]) -> str:
+    """The part that a key falls into: the same on every machine, whatever else is in the data.
+
+    Example:
+        >>> part_of("what is a cat", {"validation": 0.15, "test": 0.25})
+        'train'
+    """
+    # A number in [0, 1) that the text alone decides; Python's own hash of a text differs from process to process.
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    for part, share in shares.items():
+        if place < share:
+            return part
+        place -= share
+    return "train"
+
+
+def divided(batches: list[list[int]], number: int) -> list[list[int]]:
+    """As many batches as asked for, or as can be, with the same examples in the same order: the last long are halved.
+
+    Example:
+        >>> divided([[1, 2], [3, 4], [5]], 5)
+        [[1], [2], [3], [4], [5]]
+    """
+    batches = list(batches)
+    while len(batches) < number:
+        place = max(range(len(batches)), key=lambda i: (len(batches[i]), i))
+        halves = batches[place][: len(batches[place]) // 2], batches[place][len(batches[place]) // 2 :]
+        # A single example can't be halved: then there are fewer batches than ranks, and some are given twice.
+        if not halves[0]:
+            break
+        batches[place : place + 1] = halves
+    return batches
+
+
+def columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a table that is given in rows.
+
+    Example:
+        >>> columns([{"line": 0, "prompt": "Why?"}, {"line": 1, "prompt": "How?"}], ["prompt"])
+        {'prompt': ['Why?', 'How?']}
+    """
+    table = {}
+    for name in names:
+        table[name] = [row[name] for row in rows]
+    return table
+
+
+def refuse_bad_settings(
+    data: object, least: Mapping[str, int], shares: Mapping[str, float] | None = None, more: Sequence[str] = ()
+) -> None:
+    """Check a data module's settings.
+
+    Args:
+        data: holds them.
+        least: the smallest values of integers, by name.
+        shares: of validation and test, which have to leave something to train on.
+        more: problems that have been found elsewhere.
+
+    Raises:
+        MisconfigurationException: with all problems.
+    """
+    problems = []
+    for name, smallest in least.items():
+        value = getattr(data, name)
+        if value < smallest:
+            problems.append(f"{name} must be an integer >= {smallest}, got {value!r}")
+    if shares and (min(shares.values()) < 0 or sum(shares.values()) >= 1):
+        problems.append(
+            "validation_share and test_share must be >= 0 and leave something to train on, "
+            f"got {shares['validation']!r} and {shares['test']!r}"
+        )
+    problems += more
+    if problems:
+        raise MisconfigurationException(f"{type(data).__name__}: " + "; ".join(problems))

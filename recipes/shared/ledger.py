@@ -1,0 +1,230 @@
+"""Which runs are done: a file of JSON lines with a row for each, so that the same command resumes where it stopped."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+Row = dict[str, Any]
+
+
+class Run(Protocol):
+    """One piece of work; ``str(run)`` describes it to the user."""
+
+    def key(self) -> Row:
+        """The entries of its row that make it this run and no other."""
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+class Ledger:
+    """The rows of finished runs, each found again by its key.
+
+    A row holds the run's key and what the run has found. A line that was cut off by a stop counts for nothing, and of
+    several rows with one key the last one counts. Several processes may append to one file.
+
+    Args:
+        path: of the file, which need not exist yet.
+        key: takes from a row the entries that make up its run's key.
+    """
+
+    def __init__(self, path: Path, key: Callable[[Row], Row]) -> None:
+        self.path = path
+        self._key = key
+        self._rows: dict[str, Row] = {}
+        self.reload()
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, in the order of the file."""
+        return list(self._rows.values())
+
+    def reload(self) -> None:
+        """Read the file again, to which other processes may have appended."""
+        self._rows = {self._name(row): row for row in read(self.path)}
+
+    def find(self, run: Run) -> Row | None:
+        """The row of a run, or None while the run is not done."""
+        return self._rows.get(self._name(run.key()))
+
+    def append(self, row: Row) -> None:
+        """Add the row of a finished run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        # Behind a line that was cut off, the new row would be lost with it.
+        if _ends_within_a_line(self.path):
+            line = "\n" + line
+        # Unbuffered, and so in one call, between whose bytes no other process can write.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+        self._rows[self._name(row)] = row
+
+    def complete(self, runs: Sequence[AnyRun], perform: Callable[[AnyRun], Row]) -> Iterator[Row]:
+        """The rows of all runs, in order; what is not done is announced, performed and appended first.
+
+        Args:
+            runs: that are wanted.
+            perform: does a run and returns its row, key included.
+        """
+        for number, run in enumerate(runs, 1):
+            row = self.find(run)
+            if row is None:
+                print(f"\n[{number}/{len(runs)}] {run}", flush=True)
+                row = perform(run)
+                self.append(row)
+            yield row
+
+    def perform_first(
+        self, runs: Sequence[AnyRun], perform: Callable[[AnyRun], Row], report: Callable[[AnyRun], None]
+    ) -> bool:
+        """Perform and append the first run that no other process does; whether there was one.
+
+        Args:
+            runs: that are not done.
+            perform: does a run and returns its row, key included.
+            report: is called with the run before it starts.
+        """
+        for run in runs:
+            with self.claimed(run) as is_mine:
+                if is_mine:
+                    report(run)
+                    self.append(perform(run))
+                    return True
+        return False
+
+    @contextmanager
+    def claimed(self, run: Run) -> Iterator[bool]:
+        """Whether this process is the one to do a run, among several processes that share the file.
+
+        The claim ends with the block, and with the process, however that ends.
+        """
+        name = self._name(run.key())
+        claims = self.path.parent / "claims"
+        claims.mkdir(parents=True, exist_ok=True)
+        # Of the key itself, which is JSON, no file name can be made.
+        lock = FileLock(claims / hashlib.sha256(name.encode()).hexdigest()[:16], blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            self.reload()
+            yield name not in self._rows  # another process may have finished it since this one last looked
+        finally:
+            lock.release()
+
+    def _name(self, row: Row) -> str:
+        return json.dumps(self._key(row), sort_keys=True)
+
+
+def entries(*names: str) -> Callable[[Row], Row]:
+    """A ledger's key that consists of these entries; rows of before there was one of them hold None for it.
+
+    Example:
+        >>> entries("method", "seed")({"method": "lora", "accuracy": 0.5})
+        {'method': 'lora', 'seed': None}
+    """
+
+    def key(row: Row) -> Row:
+        return {name: row.get(name) for name in names}
+
+    return key
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines, without lines that were cut off; none where there is no file."""
+    rows: list[Row] = []
+    if not path.exists():
+        return rows
+    # Not splitlines(), which also splits at characters that may stand in a row, such as U+2028.
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def keep_options(folder: Path, options: Sequence[str]) -> None:
+    """Refuse to mix runs of other options into a folder: their results would not be comparable.
+
+    Args:
+        folder: of the runs; the options are written into its ``options.json``.
+        options: that all runs share.
+
+    Raises:
+        MisconfigurationException: the folder holds runs with others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "options.json"
+    if path.exists() and json.loads(path.read_text()) != list(options):
+        raise MisconfigurationException(
+            f"--folder={folder} holds runs with the options {json.loads(path.read_text())}, and now they are "
+            f"{list(options)}: name another folder"
+        )
+    path.write_text(json.dumps(list(options)) + "\n")
+
+
+# Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.
+_STATUSES_OF_STOPS = {-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+
+
+class StoppedError(Exception):
+    """A run in a process of its own has failed, or the user has stopped it.
+
+    Attributes:
+        status: its exit status.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+
+    @property
+    def is_by_user(self) -> bool:
+        """Whether Ctrl-C or a request to terminate has ended it, and not an error."""
+        return self.status in _STATUSES_OF_STOPS
+
+
+def run_process(command: Sequence[str]) -> None:
+    """Run a command to its end; Ctrl-C reaches it too.
+
+    Raises:
+        StoppedError: it has failed, or was stopped.
+    """
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        # As a shell reports a command that Ctrl-C has ended.
+        status = 130
+    if status:
+        raise StoppedError(status)
+
+
+def commit() -> str | None:
+    """The commit of this code, with a plus sign if files differ from it; None outside of a clone."""
+    # Without tags, which would stand in place of the commit's hash.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return git.stdout.strip() or None

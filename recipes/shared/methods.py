@@ -1,0 +1,81 @@
+"""The methods: what each adds to plain LoRA, and the settings that it has where nobody chooses others."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+
+from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        title: what the demos and the benchmarks call it.
+        build: makes the callbacks from all settings, some of which may belong to other methods.
+        defaults: the settings that ``build`` needs.
+        full: all weights are trained, and no adapter.
+    """
+
+    title: str
+    build: Callable[[Settings], list[L.Callback]] = lambda settings: []
+    defaults: Settings = field(default_factory=dict)
+    full: bool = False
+
+    def callbacks(self, **settings: Any) -> list[L.Callback]:
+        """New callbacks for a Trainer, with these settings in place of the defaults."""
+        return self.build({**self.defaults, **settings})
+
+
+def _efmlora(title: str, **changed: Any) -> Method:
+    return Method(title, lambda settings: [EFMLoRA(settings["rho"], **changed)], {"rho": 0.5})
+
+
+def _fmlora(title: str, **changed: Any) -> Method:
+    return Method(title, lambda settings: [FMLoRA(settings["rho"], **changed)], {"rho": 0.5})
+
+
+def _random_perturbation(settings: Settings) -> list[L.Callback]:
+    # Flat-LoRA's noise grows from nothing over the run.
+    return [RandomPerturbation(CosineRho(0.0, settings["sigma"]), seed=int(settings["seed"]))]
+
+
+def _balancedness(settings: Settings, kind: Any) -> list[L.Callback]:
+    # The regularization fades out over the run.
+    return [BalancednessRegularization(CosineRho(settings["alpha"], 0.0), kind)]
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method("LoRA"),
+    "lora_regularised": Method("LoRA, regularised"),
+    "efmlora": _efmlora("EFMLoRA"),
+    "fmlora": _fmlora("FMLoRA"),
+    # FMLoRA as a LightningModule in manual optimization: each recipe has one, whose name ends in FM.
+    "fmlora_manual": Method("FMLoRAModule"),
+    "lora_sam": Method("LoRA-SAM", lambda settings: [LoRASAM(settings["rho"])], {"rho": 0.5}),
+    "flat_lora": Method("Flat-LoRA", _random_perturbation, {"sigma": 0.05, "seed": 0}),
+    "nbar": Method("nBAR", lambda settings: _balancedness(settings, "nBAR"), {"alpha": 1.0}),
+    "obar": Method("oBAR", lambda settings: _balancedness(settings, "oBAR"), {"alpha": 1.0}),
+    "full": Method("full", full=True),
+    "full_sam": Method("SAM, full", lambda settings: [SAM(settings["rho"])], {"rho": 0.5}, full=True),
+    # Variants beyond the paper.
+    "efmlora_projected": _efmlora("EFMLoRA, projected", estimator="projected"),
+    "fmlora_projected": _fmlora("FMLoRA, projected", estimator="projected"),
+    "efmlora_layer": _efmlora("EFMLoRA, by layer", norm_scope="layer"),
+    "efmlora_beta01": _efmlora("EFMLoRA, beta 0.1", beta=0.1),
+    "efmlora_every5": _efmlora("EFMLoRA, every 5 steps", every_n_steps=5),
+    "fmlora_every5": _fmlora("FMLoRA, every 5 steps", every_n_steps=5),
+}
+BY_TITLE = {method.title: method for method in METHODS.values()}
+
+OURS = ("LoRA", "EFMLoRA", "FMLoRA")
+"""Titles of what the demos compare."""
+
+COLOURS = {"untuned": "#888888", "LoRA": "#4477aa", "EFMLoRA": "#ee7733", "FMLoRA": "#228833"}
+"""Of their pictures, by title."""

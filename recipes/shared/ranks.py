@@ -1,0 +1,24 @@
+"""Which process of a run this is, and what the others hold."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, in rank order, on each of them; all have to call it.
+
+    Example:
+        >>> gathered("alone")
+        ['alone']
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rank() -> int:
+    """This process's place among them."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

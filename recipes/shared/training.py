@@ -1,0 +1,196 @@
+"""What the LightningModules of all recipes do alike."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from typing_extensions import override
+
+from lightning_flatlora import FMLoRAModule
+
+Schedule = Literal["linear", "cosine", "constant_with_warmup"]
+
+BARE: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+"""Arguments of a Trainer for programs that keep what they need themselves."""
+
+
+class RecipeModule(L.LightningModule):
+    """Trains with AdamW and a schedule that spans the run, or what was chosen instead; clips by norm under FSDP1 too.
+
+    Attributes:
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        warmup_share: the same as a share of the run's steps; the longer of the two counts.
+        betas: AdamW's, of its averages of the gradient and of the gradient's square.
+        eps: AdamW's, which is added to the root of the average square.
+        chosen_optimizer: in place of AdamW, as LightningCLI gives it: ``class_path`` and ``init_args``. It gets the
+            same parameters; ``learning_rate``, ``weight_decay``, ``betas`` and ``eps`` have no effect then.
+        chosen_scheduler: in place of the recipe's schedule, in the same form; LightningCLI's are stepped once an epoch.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    schedule: Schedule = "linear"
+    warmup_steps: int = 0
+    warmup_share: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    chosen_optimizer: Any = None
+    chosen_scheduler: Any = None
+    _saved_schedules: Sequence[dict[str, Any]] = ()
+
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, shape (); logged as ``train_loss``."""
+        raise NotImplementedError
+
+    def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:
+        """The learning rate in time where none was chosen, which is stepped with every optimizer step."""
+        steps = self.optimizer_steps()
+        warmup_steps = max(self.warmup_steps, math.ceil(self.warmup_share * steps))
+        scheduler = get_scheduler(self.schedule, optimizer, warmup_steps, steps)
+        return cast("LRScheduler", scheduler)
+
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer gets: trained parameters, or groups of them."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def new_optimizer(self) -> Optimizer:
+        """The chosen optimizer, or AdamW."""
+        groups = self.parameter_groups()
+        if self.chosen_optimizer:
+            # LightningCLI has checked it but built nothing, since the parameters exist only now.
+            return cast("Optimizer", instantiate_class(groups, self.chosen_optimizer))
+        return torch.optim.AdamW(
+            groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.new_optimizer()
+        if not self.chosen_scheduler:
+            config = {"scheduler": self.recipe_schedule(optimizer), "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+        scheduler = instantiate_class(optimizer, self.chosen_scheduler)
+        config = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._saved_schedules = checkpoint.get("lr_schedulers", ())
+            self._check_schedules()  # under FSDP, which loads after on_fit_start
+
+    @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._check_schedules()
+        self._saved_schedules = ()  # a later fit does not resume from that file
+
+    def _check_schedules(self) -> None:
+        """Refuse the state of a schedule of another kind, before it fails halfway or is taken for this one's.
+
+        Raises:
+            MisconfigurationException: the checkpoint holds such a state.
+        """
+        configs = self.trainer.lr_scheduler_configs if self._trainer is not None else []
+        # Of different lengths while one of them is not known yet: then the other caller of this method compares.
+        for config, saved in zip(configs, self._saved_schedules, strict=False):
+            before, now = _specific_entries(saved), _specific_entries(config.scheduler.state_dict())
+            # Schedules without entries of their own, such as SequentialLR, can't be distinguished from others.
+            if before and now and not before & now:
+                raise MisconfigurationException(
+                    f"the checkpoint is of a run with another learning rate schedule than this one's "
+                    f"{type(config.scheduler).__name__}: resume with the --lr_scheduler that the run began with, and "
+                    "with none if it began with none"
+                )
+
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer.
+
+        Raises:
+            MisconfigurationException: the run has no end.
+        """
+        batches = self.trainer.estimated_stepping_batches
+        if math.isinf(batches):
+            raise MisconfigurationException(
+                "the learning rate's schedule spreads over the run, which has no end: set max_steps or max_epochs"
+            )
+        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        model = self.trainer.strategy.model
+        # A rank holds a part of the gradients: it can limit each value by itself, but does not know the norm of all.
+        if isinstance(model, FullyShardedDataParallel) and gradient_clip_val and gradient_clip_algorithm != "value":
+            model.clip_grad_norm_(gradient_clip_val)  # over all ranks; Lightning refuses it
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+class AutomaticTraining(RecipeModule):
+    """Trains by :meth:`loss` in automatic optimization, where methods are callbacks of the Trainer."""
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+class ManualTraining(RecipeModule, FMLoRAModule):
+    """Trains by :meth:`loss` with FMLoRA in manual optimization."""
+
+    @override
+    def compute_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+
+class EvaluatedModule(RecipeModule):
+    """Validation and test are the same, under two names.
+
+    They are not in :class:`RecipeModule`: Lightning warns of a ``validation_step`` without validation data.
+    """
+
+    def evaluate(self, stage: str, batch: Any) -> None:
+        """Update the metrics of "val" or "test" with a batch."""
+        raise NotImplementedError
+
+    def log_evaluation(self, stage: str) -> None:
+        """Log the metrics at the end of "val" or "test", and start them anew; every rank calls it."""
+        raise NotImplementedError
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("test", batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self.log_evaluation("test")
+
+
+def _specific_entries(state: dict[str, Any]) -> set[str]:
+    """The entries of a schedule's state that not every schedule has, such as LambdaLR's ``lr_lambdas``."""
+    return {name for name in state if not name.startswith("_")} - {"base_lrs", "last_epoch", "verbose"}

@@ -1,0 +1,81 @@
+"""The packaged questions: easy-vqa's coloured shapes, whole and in two parts."""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.shared import packaged
+from recipes.shared.data import is_packaged, packaged_task
+
+_PACKAGE = "easy-vqa"
+
+
+def fetch(name: str) -> None:
+    """Install the package behind a packaged task, on one process, before the others look for it."""
+    if is_packaged(name):
+        packaged_task(name, TASKS)
+        packaged.fetch(_PACKAGE)
+
+
+def is_negated(question: str) -> bool:
+    """Whether a question of easy-vqa asks for what is absent.
+
+    Example:
+        >>> [is_negated(q) for q in ("is there a circle?", "is there not a circle?", "is no circle present?")]
+        [False, True, True]
+    """
+    return bool({"not", "no"} & set(question.split()))
+
+
+def _type_of(question: str) -> str:
+    if not question.startswith("what"):
+        return "absence" if is_negated(question) else "presence"
+    return "colour" if "color" in question else "shape"
+
+
+class Task(NamedTuple):
+    """A choice of easy-vqa's questions.
+
+    Attributes:
+        chooses: by their text.
+        thinned: the answer of which only every fifth is taken, so that as many are answered yes as no.
+    """
+
+    chooses: Callable[[str], bool]
+    thinned: str | None = None
+
+
+TASKS = {
+    "easy_vqa": Task(lambda question: True),
+    "easy_vqa_plain": Task(lambda question: not is_negated(question), thinned="no"),
+    "easy_vqa_negated": Task(is_negated, thinned="yes"),
+}
+_EVERY = 5
+
+
+def load(name: str, split: str) -> list[dict[str, Any]]:
+    """Rows about coloured shapes of 64×64 pixels: what colour, what shape, and whether there is one.
+
+    Raises:
+        MisconfigurationException: there is no such task or split.
+    """
+    task = packaged_task(name, TASKS)
+    if split not in ("train", "test"):
+        raise MisconfigurationException(f"dataset={name!r} has the splits train and test, got {split!r}")
+    folder = packaged.packaged_file(_PACKAGE, f"easy_vqa/data/{split}")
+    rows, frequent = [], 0
+    for question, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        if not task.chooses(question):
+            continue
+        if answer == task.thinned:
+            frequent += 1
+            # By count and not by chance: every machine takes the same questions.
+            if frequent % _EVERY:
+                continue
+        file = {"bytes": None, "path": str(folder / "images" / f"{image}.png")}
+        kind = _type_of(question)
+        row = {"image": file, "history": [], "question": question, "answers": [answer], "choices": [], "type": kind}
+        rows.append(row)
+    return rows

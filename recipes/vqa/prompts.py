@@ -1,0 +1,71 @@
+"""What the model is asked: a question in a text of one's own, with its options where it has some."""
+
+from collections.abc import Sequence
+from string import Formatter
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.vqa.choices import letter
+
+_PARTS = ("question", "choices", "hint")
+_WITH_CHOICES = "{hint}\n{question}\n{choices}\nAnswer with the letter of the right choice."
+
+
+class Prompt:
+    """A text around a question.
+
+    A line of it whose parts are all empty, such as that of a hint where a row has none, is left out.
+
+    Args:
+        template: a text with {question}, and perhaps with {choices} and {hint}; None is the question alone, or for
+            questions with choices the hint, the question, each choice on a line, and what to answer with.
+        separator: stands between two choices.
+
+    Raises:
+        MisconfigurationException: the text lacks the question, or names something else.
+
+    Example:
+        >>> Prompt("{question} {choices}", ", ")("Which is larger?", ["a mouse", "a horse"])
+        'Which is larger? A. a mouse, B. a horse'
+        >>> Prompt()("Which is larger?", ["a mouse", "a horse"], "Look.").splitlines()[:3]
+        ['Look.', 'Which is larger?', 'A. a mouse']
+    """
+
+    def __init__(self, template: str | None = None, separator: str = "\n") -> None:
+        self.template, self.separator = template, separator
+        if template is not None:
+            named = _named(template)
+            if "question" not in named or not named <= set(_PARTS):
+                raise MisconfigurationException(
+                    f"prompt={template!r} must hold {{question}}, may hold {{choices}} and {{hint}}, and no other name "
+                    f"in braces; got {sorted(named)}. Braces that are meant as such are doubled"
+                )
+
+    def __call__(self, question: str, choices: Sequence[str] = (), hint: str | None = None) -> str:
+        """The text for a question with these options, each with its letter."""
+        template = self.template
+        if template is None:
+            template = _WITH_CHOICES if choices else "{question}"
+        options = [f"{letter(number)}. {choice}" for number, choice in enumerate(choices)]
+        parts = {"question": question, "choices": self.separator.join(options), "hint": (hint or "").strip()}
+        lines = []
+        for line in template.split("\n"):
+            named = _named(line)
+            # A line without a part is the writer's own text, and stays even if it is empty.
+            if not named or any(parts[name] for name in named):
+                lines.append(line.format(**parts))
+        return "\n".join(lines).strip()
+
+
+def _named(template: str) -> set[str]:
+    """The names in braces.
+
+    Raises:
+        MisconfigurationException: a brace has no other.
+    """
+    try:
+        return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"prompt={template!r}: {error}. Braces that are meant as such are doubled"
+        ) from error

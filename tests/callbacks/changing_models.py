@@ -1,0 +1,39 @@
+"""Callbacks that change a model in the middle of a fit, and what shows which layers are perturbed."""
+
+from typing import Any
+
+import torch
+from helpers import E_hat
+from lightning.pytorch import Callback
+from torch import nn
+
+
+class At(Callback):
+    """Changes the model at the start of one batch, counted over the whole fit."""
+
+    def __init__(self, step: int, change: Any) -> None:
+        self.step, self.change, self.seen = step, change, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if self.seen == self.step:
+            self.change(pl_module)
+        self.seen += 1
+
+
+class Averages(Callback):
+    """Ê of every pair after each batch."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.seen = callback, []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen.append(E_hat(self.callback))
+
+
+def moved(module: nn.Module) -> list[str]:
+    """The adapters and layers that read another weight than the stored one at this moment."""
+    names = []
+    for name, part in module.named_modules():
+        if ".lora_B." in name and not torch.equal(part.weight, part._parameters["weight"]):
+            names.append(".".join(name.split(".")[-3::2]))
+    return names

@@ -1,0 +1,40 @@
+"""Runs with a FlatnessMonitor, of modules that keep state of many kinds, and what their loggers got."""
+
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+
+from lightning_flatlora.flatness import MEASURES
+
+ALL_BUT_EMA = [name for name in MEASURES if name != "ema"]
+
+
+class Recorder(Logger):
+    """A logger that remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    @property
+    def measured(self) -> list[dict[str, float]]:
+        """The rows of the monitor, without the common prefix."""
+        measured = []
+        for _, row in self.rows:
+            if any(name.startswith("flatness/") for name in row):
+                measured.append({name.removeprefix("flatness/"): value for name, value in row.items()})
+        return measured

@@ -1,0 +1,274 @@
+"""FlatnessMonitor logs what the instruments say, at the steps that it was asked for."""
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    FRONT_ENDS,
+    Classifier,
+    build,
+    fit,
+    make_loader,
+    make_net,
+    same,
+    weights,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from monitored_runs import ALL_BUT_EMA, Recorder
+from torch import nn
+
+from lightning_flatlora import CosineRho, EFMLoRA, FlatnessMonitor, Perturbation, find_pairs
+from lightning_flatlora.baselines import RandomPerturbation
+from lightning_flatlora.flatness import DEFAULT_MEASURES, MeanLoss, Point, ema_sharpness, measure
+from lightning_flatlora.weight_noise import WeightNoise
+
+
+def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
+    """Weights that don't move: every measurement is that of the functions, on the first batches, in eval mode."""
+    net = make_net(0.3)
+    logger = Recorder()
+    monitor = FlatnessMonitor(0.3, every_n_steps=2, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
+    fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
+    net.eval()
+    held = [batch for _, batch in zip(range(3), make_loader(), strict=False)]
+    losses = [lambda batch=batch: nn.functional.cross_entropy(net(batch[0]), batch[1]) for batch in held]
+    perturbation = Perturbation(find_pairs(net).pairs)
+    point = Point(MeanLoss(losses), perturbation, 0.3, noise=WeightNoise(net), sigma=0.1, samples=4)
+    expected = {name: float(value) for name, value in measure(point, ALL_BUT_EMA).items()}
+    assert len(logger.measured) == 6
+    for measured in logger.measured:
+        assert measured == expected
+    assert expected["sharpness"] > 0
+    assert expected["condition_B"] == math.inf  # B = 0 still
+
+
+def test_the_defaults_are_cheap_and_beside_efmlora_measure_its_average(tmp_path: Any) -> None:
+    names = {}
+    for front_end in ("plain", "efmlora"):
+        module, callbacks, kwargs = build(front_end)
+        logger = Recorder()
+        trainer = fit(
+            tmp_path,
+            module,
+            [*callbacks, FlatnessMonitor(0.5)],
+            max_epochs=3,
+            logger=logger,
+            log_every_n_steps=1,
+            **kwargs,
+        )
+        assert len(logger.measured) == 3  # once an epoch
+        names[front_end] = set(logger.measured[0])
+        assert same(float(trainer.callback_metrics["flatness/sharpness"]), logger.measured[-1]["sharpness"])
+    assert names["plain"] == {
+        *("loss", "sharpness", "lora_sharpness", "balancedness", "condition_A", "condition_B", "radius")
+    }
+    assert names["efmlora"] - names["plain"] == {"ema_sharpness", "ema_gap", "ema_cosine"}
+    assert DEFAULT_MEASURES == ("sharpness", "lora_sharpness", "balancedness", "condition", "radius")
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_end: str) -> None:
+    """rho over time, scope and estimator too: the realised radius shows which were taken."""
+    rho = CosineRho(0.8, 0.1)
+    module, callbacks, kwargs = build(front_end, rho, estimator="projected", norm_scope="layer")
+    seen: list[float] = []
+    points: list[Point] = []
+
+    class Watched(FlatnessMonitor):
+        def _point(self, trainer: Any, *args: Any) -> Point:
+            point = super()._point(trainer, *args)
+            points.append(point)
+            seen.append(float(trainer.callback_metrics.get("flatness/radius", math.nan)))
+            return point
+
+    fit(tmp_path, module, [Watched(every_n_steps=3, measures=["radius"]), *callbacks], **kwargs)
+    assert [point.rho for point in points] == [rho(step, 12) for step in (3, 6, 9, 12)]
+    assert {(point.perturbation.norm_scope, point.perturbation._stacks[0].is_projected) for point in points} == {
+        ("layer", True)
+    }
+    assert all(abs(radius - math.sqrt(3)) < 0.05 for radius in seen[1:])  # three layers, each of radius rho
+
+
+def test_the_average_is_efmloras_own(tmp_path: Any) -> None:
+    """The gap is that of Ê as it is at the end, whatever the monitor's own radius."""
+    module, callbacks, kwargs = build("efmlora", rho=0.5, lr=0.05)
+    logger = Recorder()
+    fit(
+        tmp_path,
+        module,
+        [FlatnessMonitor(0.1, batches=6), *callbacks],
+        max_epochs=1,
+        logger=logger,
+        log_every_n_steps=1,
+        **kwargs,
+    )
+    losses = [lambda batch=batch: module.loss(batch, 0) for batch in make_loader()]
+    module.eval()
+    found = ema_sharpness(MeanLoss(losses), callbacks[0].perturbation, 0.5)
+    (row,) = logger.measured
+    assert (row["ema_sharpness"], row["ema_gap"], row["ema_cosine"]) == tuple(
+        map(float, (found.ema, found.gap, found.cosine))
+    )
+    assert found.ema > 0
+
+
+def test_when(tmp_path: Any) -> None:
+    """Steps are the optimizer's, epochs are counted from one, and a window that accumulates counts once."""
+    for settings, accumulate, expected in (
+        ({"every_n_steps": 1}, 4, [3, 5, 9, 11]),  # the last window of an epoch is shorter
+        ({"every_n_steps": 3}, 1, [2, 5, 8, 11]),
+        ({"every_n_steps": 3}, 4, [9]),
+        ({"every_n_epochs": 2}, 1, [11]),
+    ):
+        batches: list[int] = []
+
+        class Watched(FlatnessMonitor):
+            def _point(self, trainer: Any, *args: Any, batches: list[int] = batches) -> Point:
+                batches.append(trainer.current_epoch * 6 + trainer.fit_loop.epoch_loop.batch_idx)
+                return super()._point(trainer, *args)
+
+        fit(tmp_path, Classifier(), [Watched(1.0, **settings)], accumulate_grad_batches=accumulate)
+        assert batches == expected, settings
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("settings", "beside"), [({}, {"train_loss_epoch", "val_loss"}), ({"every_n_steps": 2}, {"train_loss_step"})]
+)
+def test_it_logs_at_the_steps_of_what_the_module_logs(
+    tmp_path: Any, settings: dict[str, int], beside: set[str], accumulate: int
+) -> None:
+    class Logs(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch, batch_idx)
+            self.log("train_loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+    logger = Recorder()
+    trained = {"logger": logger, "log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+    fit(tmp_path, Logs(), [FlatnessMonitor(0.5, **settings)], val=make_loader(2), **trained)
+
+    def steps_of(name: str) -> list[int | None]:
+        return [step for step, row in logger.rows if name in row]
+
+    measured = steps_of("flatness/sharpness")
+    assert len(measured) >= 2
+    for name in beside:
+        assert steps_of(name) == measured, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"every_n_steps": 20}, "every_n_steps is 20, and training went from step 0 to 12"),
+        ({"every_n_epochs": 3}, "every_n_epochs is 3, and training went from epoch 0 to 2"),
+    ],
+)
+def test_a_run_that_is_too_short_to_be_measured_is_told(tmp_path: Any, settings: dict[str, int], says: str) -> None:
+    with pytest.warns(UserWarning, match=f"FlatnessMonitor: nothing was measured: {says}"):
+        fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)])
+    fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], fast_dev_run=True)
+    fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=4)
+
+
+def test_a_resumed_run_that_is_too_short_is_told_from_where_it_went_on(tmp_path: Any) -> None:
+    checkpoint = tmp_path / "two.ckpt"
+    fit(tmp_path, Classifier(), []).save_checkpoint(checkpoint)
+    for settings, says in (
+        ({"every_n_steps": 10}, "every_n_steps is 10, and training went from step 12 to 18"),
+        ({"every_n_epochs": 2}, "every_n_epochs is 2, and training went from epoch 2 to 3"),
+    ):
+        with pytest.warns(UserWarning, match=says):
+            fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=3, ckpt_path=checkpoint)
+
+
+def test_validation_batches_are_held_before_the_first_validation(tmp_path: Any) -> None:
+    """And without a change of when validation runs, or of what it sees."""
+    runs = []
+    for monitors in ([], [FlatnessMonitor(0.5, data="val", batches=3)]):
+        module, logger = Classifier(), Recorder()
+        settings = {"check_val_every_n_epoch": 2, "logger": logger, "log_every_n_steps": 1}
+        fit(tmp_path, module, monitors, val=make_loader(2, seed=9), max_epochs=4, **settings)
+        validated = [(step, row["val_loss"]) for step, row in logger.rows if "val_loss" in row]
+        runs.append((weights(module), validated))
+    assert same(*runs)
+    assert len(runs[0][1]) == 2
+    assert len(logger.measured) == 4
+    assert math.isclose(logger.measured[-1]["loss"], runs[0][1][-1][1], rel_tol=1e-6)
+
+
+def test_mixed_precision_is_that_of_training(tmp_path: Any) -> None:
+    """As in training the loss is computed under autocast, and the run is left alone."""
+    losses, after = {}, []
+    for precision, monitors in (("bf16-mixed", True), ("32-true", True), ("bf16-mixed", False)):
+        module, logger = Classifier(), Recorder()
+        callbacks = [FlatnessMonitor(0.5, every_n_steps=6)] if monitors else []
+        settings = {"precision": precision, "logger": logger, "log_every_n_steps": 1, "max_epochs": 1}
+        fit(tmp_path, module, callbacks, **settings)
+        if monitors:
+            losses[precision] = logger.measured[0]["loss"]
+        if precision == "bf16-mixed":
+            after.append(weights(module))
+    assert same(*after)
+    assert losses["bf16-mixed"] != losses["32-true"]
+    assert math.isclose(losses["bf16-mixed"], losses["32-true"], rel_tol=0.05)
+
+
+class ByHand(Classifier):
+    """A user's own manual optimization."""
+
+    def __init__(self, lr: float = 0.02) -> None:
+        super().__init__(lr=lr)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch, batch_idx))
+        optimizer.step()
+
+
+class MeasuredByHand(ByHand):
+    """The same, with a loss that can be measured."""
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch, batch_idx)
+
+
+def test_manual_optimization_is_measured_by_compute_loss(tmp_path: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"put the loss of a batch into a method compute_loss"):
+        fit(tmp_path, ByHand(), [FlatnessMonitor(0.3)])
+    logger = Recorder()
+    monitor = FlatnessMonitor(every_n_steps=4)
+    fit(tmp_path, MeasuredByHand(), [EFMLoRA(0.5), monitor], logger=logger, log_every_n_steps=1)
+    assert len(logger.measured) == 3
+
+
+def test_the_perturbation_of_another_callback_is_not_measured(tmp_path: Any) -> None:
+    """In manual optimization it lasts to the end of the batch, where the monitor may come first."""
+    rows = []
+    for callbacks in ([], [RandomPerturbation(0.5)], [EFMLoRA(0.5)]):
+        logger = Recorder()
+        monitor = FlatnessMonitor(0.3, every_n_steps=1, measures=["sharpness"])
+        fit(tmp_path, MeasuredByHand(lr=0.0), [monitor, *callbacks], logger=logger, log_every_n_steps=1)
+        rows.append(logger.measured)
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_a_step_draws_the_same_in_every_pass(tmp_path: Any) -> None:
+    """So that weights which don't move have one loss, and a tiny radius a tiny sharpness, whatever the step draws."""
+    logger = Recorder()
+    monitor = FlatnessMonitor(1e-6, every_n_steps=1, measures=["sharpness"])
+
+    class Draws(Classifier):
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            return super().loss(batch, batch_idx) * (1 + torch.rand(()) + random.random() + np.random.rand())
+
+    fit(tmp_path, Draws(net=make_net(0.3), lr=0.0), [monitor], logger=logger, log_every_n_steps=1, max_epochs=1)
+    assert len(logger.measured) == 6
+    assert all(row == logger.measured[0] for row in logger.measured)
+    assert 0 <= logger.measured[0]["sharpness"] < 1e-4

@@ -1,0 +1,92 @@
+"""What FlatnessMonitor refuses: values, measures, strategies and loaders that can't be held."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import (
+    FEATURES,
+    Classifier,
+    fit,
+    make_loader,
+)
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_flatlora import FlatnessMonitor, find_pairs
+
+
+def test_all_bad_values_are_told_at_once() -> None:
+    with pytest.raises(MisconfigurationException) as error:
+        FlatnessMonitor(
+            -1, every_n_steps=0, every_n_epochs=True, batches=1.5, data="test", measures=["flat"], sigma=0, samples=1
+        )
+    lines = str(error.value).splitlines()
+    assert lines[0] == "FlatnessMonitor: 9 problems"
+    for line in (
+        "rho must be a finite number > 0, or None to take that of the method beside it, got -1",
+        "every_n_steps and every_n_epochs can't both be given: leave one out",
+        "every_n_steps must be an integer >= 1, got 0",
+        "every_n_epochs must be an integer >= 1, got True",
+        "batches must be an integer >= 1, got 1.5",
+        "samples must be an integer >= 2, got 1",
+        "data must be 'train' or 'val', got 'test'",
+        "sigma must be a finite number > 0, got 0",
+    ):
+        assert f"  - {line}" in lines
+    assert lines[-1].startswith("  - measures holds 'flat', which is none of sharpness, lora_sharpness, ema")
+
+
+@pytest.mark.parametrize("measures", ["sharpness", [], 3])
+def test_measures_are_a_list_of_names(measures: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="measures must be None or a list of names among sharpness"):
+        FlatnessMonitor(1.0, measures=measures)
+
+
+def test_scipy_is_asked_for_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_flatlora.flatness.measures.find_spec", lambda name: None)
+    with pytest.raises(MisconfigurationException, match=r"needs scipy: pip install 'lightning-flatlora\[flatness\]'"):
+        FlatnessMonitor(1.0, measures=["top_eigenvalue"])
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy])
+def test_sharded_models_are_refused_at_the_start(strategy: Any) -> None:
+    trainer = SimpleNamespace(strategy=strategy.__new__(strategy), callbacks=[])
+    with pytest.raises(MisconfigurationException, match=f"{strategy.__name__} is not supported.*use one device or"):
+        FlatnessMonitor(1.0).on_fit_start(trainer, Classifier())
+
+
+def test_a_start_that_lacks_everything_says_so_at_once(tmp_path: Any) -> None:
+    module = Classifier(net=nn.Linear(FEATURES, 3))
+    with pytest.raises(MisconfigurationException) as error:
+        fit(tmp_path, module, [FlatnessMonitor(measures=["ema", "expected_sharpness"])])
+    lines = str(error.value).splitlines()
+    assert lines[0] == "FlatnessMonitor: 3 problems"
+    assert "rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one" in lines[1]
+    assert "the measure 'ema' needs an EFMLoRA callback" in lines[2]
+    assert "no LoRA pair to perturb" in lines[3]
+
+
+class Unfreezes(BaseFinetuning):
+    """Says that pairs may come later in the fit."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pass
+
+    def finetune_function(self, *args: Any) -> None:
+        pass
+
+
+def test_expected_sharpness_of_other_layers_is_refused_even_if_pairs_may_come_later(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(1.0, measures=["expected_sharpness"], finder=lambda model: find_pairs(model).pairs)
+    with pytest.raises(MisconfigurationException, match="'expected_sharpness' needs the pairs' base"):
+        fit(tmp_path, Classifier(), [monitor, Unfreezes()])
+
+
+def test_loaders_that_give_nothing_to_hold_are_refused(tmp_path: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="data='val' gives no batch to hold"):
+        fit(tmp_path, Classifier(), [FlatnessMonitor(1.0, data="val")])
+    with pytest.raises(MisconfigurationException, match="can't be copied"):
+        fit(tmp_path, Classifier(), [FlatnessMonitor(1.0)], (batch for batch in make_loader()), max_epochs=1)

@@ -1,0 +1,321 @@
+"""litgpt's own GPT, with LoRA on q, k and v in one layer: exact, clean, resumed, and merged by litgpt."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import ResumableLoader, assert_no_trace, same, trainer_of, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
+from litgpt_models import (
+    STACKED,
+    LanguageModel,
+    TwoPassLanguageModel,
+    batches,
+    gpt,
+    joined,
+    lora,
+    loss,
+    optimizer_of,
+    split,
+)
+from reference import Reference
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_flatlora import (
+    AdapterCheckpoint,
+    EFMLoRA,
+    FlatnessMonitor,
+    FMLoRA,
+    Perturbation,
+    find_pairs,
+    load_adapter_checkpoint,
+)
+from lightning_flatlora.baselines import BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.finders import PairsByName, litgpt_pairs
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.weight_noise import WeightNoise
+
+RHO = 0.3
+
+
+def train(
+    module: L.LightningModule,
+    *callbacks: Any,
+    steps: int = 3,
+    loader: Any = None,
+    ckpt_path: Path | None = None,
+    **settings: Any,
+) -> L.Trainer:
+    torch.manual_seed(5)
+    trainer = trainer_of(None, list(callbacks), max_epochs=-1, max_steps=steps, precision="64-true", **settings)
+    trainer.fit(module, DataLoader(batches(10), batch_size=None) if loader is None else loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("estimator", ["average", "projected"])
+@pytest.mark.parametrize("front_end", ["EFMLoRA", "FMLoRA", "FMLoRAModule"])
+@pytest.mark.parametrize("which", STACKED)
+def test_steps_equal_the_dense_reference(which: str, front_end: str, estimator: Any) -> None:
+    """Weights after three steps, where the reference has separate parameters and moves them."""
+    apart, pairs = split(gpt(which))
+    beta = 0.7 if front_end == "EFMLoRA" else None
+    run = Reference(apart, pairs, loss, optimizer_of(apart), lambda step: RHO, beta=beta, estimator=estimator)
+    run.train(batches(3))
+    settings: dict[str, Any] = {"rho": RHO, "estimator": estimator, "finder": litgpt_pairs}
+    model = gpt(which)
+    if front_end == "EFMLoRA":
+        train(LanguageModel(model), EFMLoRA(beta=0.7, **settings))
+    elif front_end == "FMLoRA":
+        train(LanguageModel(model), FMLoRA(**settings))
+    else:
+        train(TwoPassLanguageModel(model, **settings))
+    expected, before = joined(apart), weights(gpt(which))
+    assert len(expected) >= 4
+    for name, value in weights(model).items():
+        if name in expected:
+            assert float((value - expected[name]).abs().max()) < 1e-10, name
+            assert float((value - before[name]).abs().max()) > 1e-3, name
+        else:
+            assert same(value, before[name]), name
+    assert_no_trace(model)
+
+
+@pytest.mark.parametrize("method", [EFMLoRA, FMLoRA])
+def test_rho_zero_is_the_plain_run_bit_for_bit_and_more_is_not(method: type[Any]) -> None:
+    finals = []
+    for callbacks in ([], [method(0.0, finder=litgpt_pairs)], [method(RHO, finder=litgpt_pairs)]):
+        model = gpt("q, v", dropout=0.2)
+        train(LanguageModel(model), *callbacks)
+        finals.append(weights(model))
+    assert same(finals[0], finals[1])
+    assert not same(finals[0], finals[2])
+
+
+class Looks(L.Callback):
+    """Compares the stored weights with those that the optimizer has left, in the hooks of every step."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, Tensor] | None = None
+        self.seen: set[str] = set()
+
+    def look(self, hook: str, module: L.LightningModule) -> None:
+        if self.left is not None:
+            self.seen.add(hook)
+            assert same(dict(module.state_dict()), self.left), hook
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        self.look("on_train_batch_start", module)
+
+    def on_before_backward(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        self.look("on_before_backward", module)
+
+    def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
+        self.look("on_after_backward", module)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        self.look("on_before_optimizer_step", module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        self.left = {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", [EFMLoRA, FMLoRA])
+def test_stored_weights_are_clean_in_every_hook(method: type[Any]) -> None:
+    looks = Looks()
+    inside: list[bool] = []
+
+    class Module(LanguageModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            layer = self.model.transformer.h[0].attn.qkv
+            inside.append(bool((layer.lora_B != layer._parameters["lora_B"]).any()))
+            looks.look("training_step", self)
+            return super().training_step(batch, batch_idx)
+
+    train(Module(gpt()), method(RHO, finder=litgpt_pairs), looks, steps=4)
+    assert len(looks.seen) == 5
+    assert any(inside), "no pass has read B + E"
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_litgpt_merges_it(tmp_path: Path) -> None:
+    whole, second = LanguageModel(gpt("all layers")), LanguageModel(gpt("all layers"))
+    save = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3, save_top_k=-1)
+    train(whole, EFMLoRA(RHO, finder=litgpt_pairs), save, steps=5, loader=ResumableLoader(batches(10)))
+    file = tmp_path / "three.ckpt"
+    train(second, EFMLoRA(RHO, finder=litgpt_pairs), steps=5, loader=ResumableLoader(batches(10)), ckpt_path=file)
+    assert same(weights(second), weights(whole))
+
+    saved = torch.load(file)["state_dict"]
+    loaded = gpt("all layers")
+    loaded.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
+    tokens = batches(1)[0]
+    before = loss(loaded, tokens)
+    lora.merge_lora_weights(loaded)
+    assert all(layer.merged for layer in loaded.modules() if isinstance(layer, lora.LoRALinear) and layer.r > 0)
+    assert not torch.equal(before, loss(gpt("all layers"), tokens))
+    assert torch.allclose(loss(loaded, tokens), before, atol=1e-12)
+
+
+def test_a_merged_layer_is_no_pair() -> None:
+    model = gpt()
+    lora.merge_lora_weights(model)
+    assert litgpt_pairs(model) == []
+
+
+def test_the_monitor_and_the_baselines_take_the_finder() -> None:
+    logged: dict[str, float] = {}
+
+    class Logs(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+            logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    monitor = FlatnessMonitor(every_n_steps=2, batches=1, per_layer=True)
+    train(LanguageModel(gpt()), EFMLoRA(RHO, finder=litgpt_pairs), monitor, Logs(), steps=4)
+    assert any("qkv.lora_B[16:32]" in name for name in logged)
+    assert all(abs(value) < 1e6 for value in logged.values())
+    plain = LanguageModel(gpt())
+    train(plain)
+    for baseline in (LoRASAM(0.1, finder=litgpt_pairs), BalancednessRegularization(1.0, finder=litgpt_pairs)):
+        module = LanguageModel(gpt())
+        train(module, baseline)
+        assert not same(weights(module), weights(plain))
+
+
+@pytest.mark.parametrize("which", STACKED)
+def test_noise_is_relative_to_the_whole_weights_rows(which: str) -> None:
+    """The deviation of each row, and the weights that get noise, against litgpt's own sum of base and update."""
+    model = gpt(which)
+    noise = WeightNoise(model, finder=litgpt_pairs)
+    assert len(noise.names) == len(find_pairs(model, finder=litgpt_pairs).pairs)
+    tokens = batches(1)[0]
+    clean = loss(model, tokens)
+    with noise.applied(0.1, seed=3):
+        assert loss(model, tokens) != clean
+    assert loss(model, tokens) == clean
+    layers = [layer for layer in model.modules() if isinstance(layer, lora.LoRALinear) and layer.r > 0]
+    for layer, noisy in zip(layers, noise._layers, strict=True):
+        merged = layer.linear.weight + layer.get_lora_AB()
+        assert torch.allclose(noisy._squared_norms(), merged.square().sum(1), rtol=1e-10)
+
+
+def test_random_perturbation_and_expected_sharpness_take_the_finder() -> None:
+    finals = []
+    for callbacks in (
+        [],
+        [RandomPerturbation(0.0, finder=litgpt_pairs)],
+        [RandomPerturbation(0.1, finder=litgpt_pairs)],
+    ):
+        module = LanguageModel(gpt("all layers"))
+        train(module, *callbacks)
+        finals.append(weights(module))
+    assert same(finals[0], finals[1])
+    assert not same(finals[0], finals[2])
+    assert_no_trace(module)
+    measured: list[float] = []
+
+    class Looks(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+            measured.append(float(trainer.callback_metrics["flatness/expected_sharpness"]))
+
+    monitor = FlatnessMonitor(0.3, every_n_steps=2, batches=1, measures=["expected_sharpness"], finder=litgpt_pairs)
+    train(LanguageModel(gpt()), monitor, Looks(), steps=4)
+    assert abs(measured[0]) < 10
+    assert measured[0] != 0
+
+
+def test_all_rows_of_a_stacked_parameter_are_read_and_no_others() -> None:
+    """The E of each pair enters its own rows of B."""
+    model = gpt("q, k, v of grouped queries")
+    pairs = find_pairs(model, finder=litgpt_pairs).pairs
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    loss(model, batches(1)[0]).backward()
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    E = perturbation.state_dict()["E"]
+    layer = model.transformer.h[1].attn.qkv
+    clean = layer.lora_B.detach().clone()
+    with perturbation.applied():
+        moved = (layer.lora_B - clean).detach()
+    parts = [E[pair.name] for pair in pairs if pair.B is layer._parameters["lora_B"]]
+    assert torch.allclose(moved, torch.cat(parts), atol=1e-14)
+    assert all(float(part.norm()) > 0 for part in parts)
+    perturbation.uninstall()
+    assert_no_trace(model)
+
+
+def test_the_program_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "callbacks.md").read_text(encoding="utf-8")
+    (program,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "litgpt" in each]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    callback = next(each for each in names["trainer"].callbacks if isinstance(each, EFMLoRA))
+    assert callback.step == 3
+    E = callback.perturbation.state_dict()["E"]
+    assert len(E) == 18, "q, k and v of six layers"
+    assert all(float(each.norm()) > 0 for each in E.values())
+
+
+# -- AdapterCheckpoint
+
+
+def save_of(folder: Path, **settings: Any) -> AdapterCheckpoint:
+    return AdapterCheckpoint(folder, filename="{step}", save_top_k=-1, finder=litgpt_pairs, **settings)
+
+
+def test_adapter_checkpoint_leaves_out_the_base_and_is_resumed(tmp_path: Path) -> None:
+    whole, second = LanguageModel(gpt("all layers")), LanguageModel(gpt("all layers"))
+    save = save_of(tmp_path, every_n_train_steps=3)
+    train(whole, EFMLoRA(RHO, finder=litgpt_pairs), save, steps=5, loader=ResumableLoader(batches(10)))
+    file = tmp_path / "step=3.ckpt"
+    saved = torch.load(file)["state_dict"]
+    assert saved
+    assert all("lora_" in name for name in saved)
+    resumed = [EFMLoRA(RHO, finder=litgpt_pairs), save_of(tmp_path / "second")]
+    train(second, *resumed, steps=5, loader=ResumableLoader(batches(10)), ckpt_path=file)
+    assert same(weights(second), weights(whole))
+
+    loaded = load_adapter_checkpoint(LanguageModel(gpt("all layers")), file, finder=litgpt_pairs)
+    assert all(same(value, saved[name]) for name, value in weights(loaded).items() if name in saved)
+    other = LanguageModel(gpt("all layers"))
+    with torch.no_grad():
+        other.model.lm_head.linear.weight.add_(1.0)
+    with pytest.raises(MisconfigurationException, match="are not those of the run that was saved"):
+        train(other, EFMLoRA(RHO, finder=litgpt_pairs), save_of(tmp_path / "third"), steps=5, ckpt_path=file)
+
+
+def test_the_folder_holds_what_litgpt_reads(tmp_path: Path) -> None:
+    """The file of litgpt's own program: its script loads it over the pretrained weights, as here."""
+    module = LanguageModel(gpt("all layers"))
+    train(module, EFMLoRA(RHO, finder=litgpt_pairs), save_of(tmp_path, every_n_train_steps=3), steps=3)
+    adapter = torch.load(tmp_path / "step=3" / "lit_model.pth.lora")["model"]
+    fresh = gpt("all layers")
+    expected = {name for name, value in fresh.state_dict().items() if lora.lora_filter(name, value)}
+    assert adapter.keys() == expected
+    fresh.load_state_dict({**fresh.state_dict(), **adapter})
+    assert same(weights(fresh), weights(module.model))
+
+
+def test_other_finders_leave_factors_by_name(tmp_path: Path) -> None:
+    finder = PairsByName("lora_A", "lora_B", "scaling", where=is_single)
+    module = LanguageModel(gpt("all layers"))
+    save = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, finder=finder)
+    train(module, EFMLoRA(RHO, finder=finder), save, steps=3)
+    factors = load_file(tmp_path / "step=3" / "factors.safetensors")
+    assert "lm_head.lora_A" in factors
+    assert all(same(value, dict(module.model.named_parameters())[name].detach()) for name, value in factors.items())
+    # The trained factors of other layers are parts of the base, and in the file.
+    assert any("qkv.lora_B" in name for name in torch.load(tmp_path / "step=3.ckpt")["state_dict"])
+
+
+def is_single(layer: Any) -> bool:
+    return isinstance(layer, lora.LoRALinear) and not isinstance(layer, lora.LoRAQKVLinear)
+
+
+def test_a_model_without_peft_and_without_a_finder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="give a finder for other layers"):
+        train(LanguageModel(gpt()), AdapterCheckpoint(tmp_path))

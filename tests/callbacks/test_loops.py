@@ -1,0 +1,246 @@
+"""Evaluation sees the clean weights; compiled, checkpointed and hand-optimized modules train as plain ones do."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FRONT_ENDS,
+    Classifier,
+    E_hat,
+    Losses,
+    assert_no_trace,
+    assert_same_run,
+    build,
+    driver_of,
+    fit,
+    is_perturbed,
+    make_dataset,
+    make_loader,
+    make_net,
+    same,
+    trainer_of,
+    weights,
+)
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_flatlora import EFMLoRA, FMLoRA
+
+# -- evaluation, and fitting again
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_evaluation_sees_clean_weights(tmp_path, front_end):
+    """In the sanity check, within epochs and after fit, the logits are those of the stored weights."""
+    module, callbacks, kwargs = build(front_end)
+    seen: list[str] = []
+    inputs = make_dataset(4).tensors[0]
+
+    def look(module: Any, batch_idx: int) -> None:
+        if module.training:
+            return
+        seen.append(str(module.trainer.state.stage.value))
+        plain = make_net()
+        plain.load_state_dict(module.net.state_dict())
+        assert same(module.net(inputs), plain.eval()(inputs))
+
+    module.inside.append(look)
+    val = make_loader(1)
+    trainer = fit(tmp_path, module, callbacks, val=val, num_sanity_val_steps=1, val_check_interval=2, **kwargs)
+    trainer.validate(module, val, verbose=False)
+    trainer.test(module, val, verbose=False)
+    assert seen == ["sanity_check"] + ["validate"] * 7 + ["test"]
+    assert_no_trace(module)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_validation_does_not_change_the_run(tmp_path, front_end):
+    runs = []
+    for val in (None, make_loader(2)):
+        module, callbacks, kwargs = build(front_end, accumulate=2)
+        trainer = fit(tmp_path, module, callbacks, val=val, val_check_interval=3, **kwargs)
+        runs.append(trainer)
+    assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_second_fit_on_the_same_objects(tmp_path, front_end):
+    """It equals the fit of new objects that start from the same weights."""
+    module, callbacks, kwargs = build(front_end)
+    fit(tmp_path, module, callbacks, **kwargs)
+    fresh, fresh_callbacks, _ = build(front_end)
+    fresh.load_state_dict(module.state_dict())
+    again = fit(tmp_path, module, callbacks, seed=7, **kwargs)
+    assert_same_run(again, fit(tmp_path, fresh, fresh_callbacks, seed=7, **kwargs))
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_second_fit_of_one_trainer(tmp_path, front_end):
+    """With more epochs allowed the same Trainer trains on: the count continues, Ê begins anew as the optimizer does."""
+    module, callbacks, kwargs = build(front_end)
+    trainer = fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
+    fresh, fresh_callbacks, _ = build(front_end)
+    fresh.load_state_dict(module.state_dict())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, make_loader(), make_loader(1))
+    other = fit(tmp_path, fresh, fresh_callbacks, max_epochs=1, **kwargs)
+    assert same(weights(module), weights(fresh))
+    assert (driver_of(trainer).step, driver_of(other).step) == (12, 6)
+
+
+@pytest.mark.parametrize("evaluate", ["validate", "test"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_evaluating_a_checkpoint_loads_no_state_for_the_next_fit(tmp_path, front_end, evaluate):
+    """``validate(ckpt_path=...)`` hands callbacks the file's state; a fit without it must not use that."""
+    module, callbacks, kwargs = build(front_end)
+    file = ModelCheckpoint(tmp_path, filename="last")
+    fit(tmp_path, module, [*callbacks, file], **kwargs)
+    fresh, fresh_callbacks, _ = build(front_end)
+    fresh.load_state_dict(module.state_dict())
+
+    again = ModelCheckpoint(tmp_path, filename="again")
+    trainer = trainer_of(tmp_path, [*callbacks, again], max_epochs=1, limit_val_batches=1, **kwargs)
+    getattr(trainer, evaluate)(module, make_loader(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    trainer.fit(module, make_loader(), make_loader(1))
+    assert_same_run(trainer, fit(tmp_path, fresh, fresh_callbacks, max_epochs=1, **kwargs))
+
+
+# -- compiled and checkpointed networks
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_compiled_network_toggles_without_recompiling(tmp_path, front_end):
+    """One graph for the clean weights and one for the moved, and the run of the network that is not compiled."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    module, callbacks, kwargs = build(front_end, net=torch.compile(make_net(), backend=counter))
+    trainer = fit(tmp_path, module, callbacks, **kwargs)
+    assert counter.frame_count == 2
+    assert_no_trace(module)
+    other, other_callbacks, kwargs = build(front_end)
+    plain = fit(tmp_path, other, other_callbacks, **kwargs)
+    for left, right in zip(weights(module).values(), weights(other).values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    E, expected = E_hat(driver_of(trainer)), E_hat(driver_of(plain))
+    assert list(E) == list(expected)  # no _orig_mod in the names
+
+
+@pytest.mark.parametrize("front_end", ["efmlora", "fmlora"])
+def test_compiled_with_autograd_tracing(tmp_path, front_end):
+    """The same through AOTAutograd, whose backward is traced with the moved weight as an input."""
+    torch._dynamo.reset()
+    module, callbacks, kwargs = build(front_end, net=torch.compile(make_net(), backend="aot_eager"))
+    other, other_callbacks, _ = build(front_end)
+    fit(tmp_path, module, callbacks, make_loader(3), max_epochs=1, **kwargs)
+    fit(tmp_path, other, other_callbacks, make_loader(3), max_epochs=1, **kwargs)
+    for left, right in zip(weights(module).values(), weights(other).values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+class Recomputed(nn.Module):
+    """A network under activation checkpointing: its forward runs a second time inside backward."""
+
+    def __init__(self, net: nn.Module, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.net, self.use_reentrant = net, use_reentrant
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.use_reentrant is None:
+            return self.net(inputs)
+        return checkpoint(self.net, inputs.requires_grad_(), use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_activation_checkpointing_equals_none(tmp_path, front_end, accumulate):
+    """Both kinds, dropout included: what is recomputed reads the same weights as the first forward."""
+    ends = []
+    for use_reentrant in (None, False, True):
+        net = Recomputed(make_net(0.2), use_reentrant)
+        module, callbacks, kwargs = build(front_end, net=net, accumulate=accumulate)
+        module.inside.append(lambda module, _: None)
+        trainer = fit(tmp_path, module, callbacks, **kwargs)
+        ends.append((weights(module), E_hat(driver_of(trainer))))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+# -- the user's own manual optimization, and other forms of training_step
+
+
+class ByHand(Losses, LightningModule):
+    """Manual optimization with one optimizer for all, or one for the pairs and one for the bias."""
+
+    def __init__(self, optimizers: int = 1, accumulate: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+        self.count, self.accumulate = optimizers, accumulate
+        self.looks: list[tuple[bool, bool]] = []
+
+    def configure_optimizers(self) -> Any:
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        groups = [list(trained.values())]
+        if self.count == 2:
+            groups = [
+                [p for n, p in trained.items() if "lora" not in n],
+                [p for n, p in trained.items() if "lora" in n],
+            ]
+        return [torch.optim.AdamW(group, lr=self.lr) for group in groups]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        self.manual_backward(self.loss(batch, batch_idx) / self.accumulate)
+        if (batch_idx + 1) % self.accumulate == 0:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        self.looks.append((is_perturbed(self), same(self.net.state_dict(), copy.deepcopy(self.net).state_dict())))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_efmlora_in_a_module_optimized_by_hand(tmp_path, optimizers, accumulate):
+    """With one or two optimizers of which one holds all pairs: the run of automatic optimization, bit for bit."""
+    module = ByHand(optimizers, accumulate)
+    callback, other_callback = EFMLoRA(0.5, every_n_steps=2), EFMLoRA(0.5, every_n_steps=2)
+    fit(tmp_path, module, [callback])
+    other = Classifier()
+    fit(tmp_path, other, [other_callback], accumulate_grad_batches=accumulate)
+    assert same(weights(module), weights(other))
+    assert same(E_hat(callback), E_hat(other_callback))
+    assert callback.step == other_callback.step == 12 // accumulate
+    assert all(moved for moved, _ in module.looks[accumulate:])
+    assert all(clean for _, clean in module.looks)
+    assert_no_trace(module)
+
+
+class FromIterator(Losses, LightningModule):
+    """Takes its batches from the iterator itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return self.loss(batch, batch_idx)
+
+
+class NoIndex(Losses, LightningModule):
+    """Takes the batch alone, and returns a mapping."""
+
+    def training_step(self, batch: Any) -> Any:
+        return {"loss": self.loss(batch, 0), "more": 1}
+
+
+@pytest.mark.parametrize(
+    ("form", "callback"), [(FromIterator, EFMLoRA), (NoIndex, EFMLoRA), (NoIndex, FMLoRA)], ids=lambda c: c.__name__
+)
+def test_other_forms_of_training_step(tmp_path, form, callback):
+    module, other = form(), Classifier()
+    fit(tmp_path, module, [callback(0.5)])
+    fit(tmp_path, other, [callback(0.5)])
+    assert same(weights(module), weights(other))

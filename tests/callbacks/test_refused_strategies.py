@@ -1,0 +1,141 @@
+"""Strategies that can't work are refused with the remedy, and those that are like supported ones are served."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import Classifier, TwoPassClassifier
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from torch import nn
+
+from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora.callbacks.strategies import monitor_problems
+
+CALLBACKS = [EFMLoRA, FMLoRA]
+
+
+def fake_trainer(strategy: Any, module: Any, callback: Any, accumulate: int = 1) -> Any:
+    return SimpleNamespace(
+        strategy=strategy,
+        callbacks=[callback],
+        accumulate_grad_batches=accumulate,
+        lightning_module=module,
+        optimizers=[object()],
+        lr_scheduler_configs=[],
+    )
+
+
+def strategy_problems_of(strategy: Any, front_end: Any, accumulate: int = 1) -> list[str]:
+    module = front_end(1.0) if front_end is TwoPassClassifier else Classifier()
+    callback = module._driver if isinstance(module, TwoPassClassifier) else front_end(1.0)
+    return callback.configuration_problems(fake_trainer(strategy, module, callback, accumulate), module)
+
+
+def without_its_library(kind: type[Strategy]) -> Strategy:
+    """A strategy whose own constructor wants DeepSpeed or torch_xla."""
+    return kind.__new__(kind)
+
+
+class MyTPU(XLAStrategy):
+    """A user's own, under a name that does not say what it is."""
+
+
+class Homemade(Strategy):
+    """Neither of a known kind nor complete."""
+
+
+@pytest.mark.parametrize("front_end", [EFMLoRA, FMLoRA, TwoPassClassifier])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (DeepSpeedStrategy, ["DeepSpeed owns the gradients and gives them to no callback"]),
+        (XLAStrategy, ["XLAStrategy trains on TPUs", "accelerator='gpu' or 'cpu'"]),
+        (SingleDeviceXLAStrategy, ["SingleDeviceXLAStrategy trains on TPUs", "accelerator='gpu' or 'cpu'"]),
+        (MyTPU, ["MyTPU trains on TPUs", "accelerator='gpu' or 'cpu'"]),
+        (Homemade, ["the strategy Homemade has not been tested"]),
+    ],
+)
+def test_strategies_that_are_not_supported(monkeypatch, front_end, kind, words):
+    monkeypatch.setattr(kind, "__abstractmethods__", frozenset())
+    (problem,) = strategy_problems_of(without_its_library(kind), front_end)
+    for word in (*words, "use strategy='ddp'", "ModelParallelStrategy (FSDP2)", "strategy='fsdp'"):
+        assert word in problem
+
+
+@pytest.mark.parametrize("front_end", CALLBACKS)
+def test_strategies_that_are_supported(front_end):
+    """As they are by default; tests/distributed trains with each."""
+    for strategy in (SingleDeviceStrategy(), DDPStrategy(), FSDPStrategy()):
+        assert not strategy_problems_of(strategy, front_end, accumulate=2)
+
+
+def test_fsdp_with_manual_optimization():
+    (problem,) = strategy_problems_of(FSDPStrategy(), TwoPassClassifier)
+    for word in ("manual optimization", "FMLoRA or EFMLoRA callback", "ModelParallelStrategy (FSDP2)"):
+        assert word in problem
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_static_graph_with_accumulation(callback):
+    strategy = DDPStrategy(static_graph=True)
+    (problem,) = strategy_problems_of(strategy, callback, accumulate=2)
+    assert "static_graph=True" in problem
+    assert "accumulate_grad_batches=2" in problem
+    assert not strategy_problems_of(strategy, callback)
+
+
+class Megatron(DDPStrategy):
+    """As NeMo's: a DDPStrategy by its class alone."""
+
+
+class MegatronStrategy(DDPStrategy):
+    """NeMo's name. Before its setup, or where nothing is wrapped, its model is the LightningModule."""
+
+
+class OwnDDP(DDPStrategy):
+    """A user's own, which wraps as Lightning's does."""
+
+
+@pytest.fixture
+def one_process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_subclass_of_ddp_that_keeps_its_parameters_otherwise(one_process_group):
+    strategy = Megatron(cluster_environment=LightningEnvironment())
+    strategy._model = nn.Sequential(nn.Linear(2, 2))
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    for word in ("the strategy Megatron is a DDPStrategy", "whose model is a Sequential", "use strategy='ddp'"):
+        assert word in problem
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    strategy.cluster_environment.set_world_size(2)  # of which the group holds one
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    assert "the strategy Megatron averages gradients over 1 of 2 ranks" in problem
+
+
+def test_nemos_strategy_is_refused_by_name_however_it_wraps(one_process_group):
+    strategy = MegatronStrategy(cluster_environment=LightningEnvironment())
+    for model in (None, nn.parallel.DistributedDataParallel(nn.Linear(2, 2))):
+        strategy._model = model
+        (problem,) = strategy_problems_of(strategy, EFMLoRA)
+        assert "Megatron keeps gradients in buffers of its own" in problem
+        assert monitor_problems(strategy) == [problem]
+
+
+def test_a_subclass_of_ddp_that_wraps_as_ddp_does(one_process_group):
+    strategy = OwnDDP(cluster_environment=LightningEnvironment())
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    assert not strategy_problems_of(strategy, EFMLoRA)

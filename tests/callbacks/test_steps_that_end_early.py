@@ -1,0 +1,177 @@
+"""Batches that are called off, skipped or fail leave the clean weights and nothing patched behind, and so do copies."""
+
+import copy
+import signal
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FRONT_ENDS,
+    Classifier,
+    E_hat,
+    assert_copies_are_plain,
+    assert_no_trace,
+    build,
+    driver_of,
+    fit,
+    is_installed,
+    is_perturbed,
+    make_loader,
+    same,
+    trainer_of,
+    weights,
+)
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from shadows import shown, watched
+
+from lightning_flatlora import EFMLoRA, FMLoRA
+
+
+@pytest.mark.parametrize("hook_of", ["module", "callback"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_batch_start_returns_minus_one(tmp_path, front_end, hook_of):
+    """The rest of the epoch is skipped after E was switched on; the next epoch runs as usual."""
+    module, callbacks, kwargs, _ = watched(front_end)
+    answer = lambda *args: -1 if args[-1] == 2 else None  # noqa: E731
+    if hook_of == "module":
+        module.on_train_batch_start = answer
+    else:
+        callbacks.append(type("Skips", (Callback,), {"on_train_batch_start": lambda self, *args: answer(*args)})())
+    ends: list[bool] = []
+
+    class AtEpochEnd(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            ends.append(is_perturbed(pl_module))
+
+        on_train_end = on_validation_batch_start = lambda self, trainer, pl_module, *args: ends.append(
+            is_perturbed(pl_module)
+        )
+
+    trainer = fit(tmp_path, module, [*callbacks, AtEpochEnd()], val=make_loader(1), **kwargs)
+    assert trainer.global_step == (4 if hook_of == "module" else 12)
+    assert not any(ends)
+    assert_no_trace(module)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_training_step_returns_none(tmp_path, front_end, accumulate):
+    module, callbacks, kwargs, _ = watched(front_end, accumulate=accumulate)
+    module.inside.append(lambda module, batch_idx: "skip" if batch_idx == 3 else None)
+    fit(tmp_path, module, callbacks, **kwargs)
+    assert all(torch.isfinite(w).all() for w in weights(module).values())
+    assert_no_trace(module)
+
+
+@pytest.mark.parametrize("pass_number", [1, 2])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_exception_in_a_step(tmp_path, front_end, error, pass_number):
+    """In the first or second pass of the third batch: clean weights, plain classes, and Ê in what is saved then."""
+    if pass_number == 2 and front_end == "efmlora":
+        pytest.skip("EFMLoRA has one pass")
+    module, callbacks, kwargs, shadow = watched(front_end)
+    calls = []
+
+    def interrupt(module: Any, batch_idx: int) -> None:
+        calls.append(batch_idx)
+        if batch_idx == 2 and calls.count(2) == pass_number:
+            states.append({name: E.clone() for name, E in shown(module.net).items()})
+            assert bool(states[-1]) is (front_end == "efmlora" or pass_number == 2)
+            raise error("stop here")
+
+    states: list[dict[str, torch.Tensor]] = []
+    module.inside.append(interrupt)
+    seen: list[bool] = []
+
+    class AtException(Callback):
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            seen.append(is_perturbed(pl_module))
+
+    before = signal.getsignal(signal.SIGINT)
+    callbacks = [*callbacks, AtException(), OnExceptionCheckpoint(tmp_path, "crash")]
+    trainer = trainer_of(tmp_path, callbacks, **kwargs)
+    try:
+        with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
+            trainer.fit(module, make_loader(), make_loader(1))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert seen == [False]
+    assert same(weights(module.net), shadow.stored)
+    assert_no_trace(module)
+    assert_copies_are_plain(module.net)
+    assert "log" not in module.__dict__
+    assert {"Before", "After"} <= shadow.seen["on_exception"]
+    file = torch.load(tmp_path / "crash.ckpt", weights_only=True)
+    assert same({k.removeprefix("net."): v for k, v in file["state_dict"].items()}, shadow.stored)
+    if "efmlora" in front_end:
+        state = file["callbacks"]["EFMLoRA"]["perturbation"]
+        assert state["started"]
+        assert same(state["E"], E_hat(driver_of(trainer)))
+        assert all(E.any() for E in state["E"].values())
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_fit_again_after_an_exception(tmp_path, front_end):
+    """The objects of a crashed run train on as new ones with the same weights would."""
+    module, callbacks, kwargs = build(front_end)
+    crash = [True]
+
+    def interrupt(module: Any, batch_idx: int) -> None:
+        if batch_idx == 3 and crash:
+            raise RuntimeError("stop here")
+
+    module.inside.append(interrupt)
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(tmp_path, module, callbacks, **kwargs)
+    crash.clear()
+    other, other_callbacks, _ = build(front_end)
+    other.load_state_dict(module.state_dict())
+    fit(tmp_path, module, callbacks, seed=5, **kwargs)
+    fit(tmp_path, other, other_callbacks, seed=5, **kwargs)
+    assert same(weights(module), weights(other))
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_copies_made_during_training_are_plain(tmp_path, front_end, monkeypatch):
+    """deepcopy, pickle and torch.save in every pass and hook give plain classes with clean weights, and no Trainer."""
+
+    def never(trainer: Any, memo: Any) -> None:
+        raise AssertionError("a copy of the module copies the Trainer")
+
+    monkeypatch.setattr(Trainer, "__deepcopy__", never, raising=False)
+    module, callbacks, kwargs = build(front_end)
+    states: list[bool] = []
+
+    def look(module: LightningModule, *_: Any) -> None:
+        states.append(is_perturbed(module))
+        assert is_installed(module)
+        assert_copies_are_plain(module.net)
+        inside, module.inside = module.inside, []
+        twin = copy.deepcopy(module)
+        module.inside = inside
+        assert_no_trace(twin)
+        assert same(twin.state_dict(), module.state_dict())
+
+    class Copies(Callback):
+        on_train_batch_start = on_before_backward = on_after_backward = on_train_batch_end = (
+            lambda self, trainer, pl_module, *args: look(pl_module)
+        )
+
+    module.inside.append(look)
+    fit(tmp_path, module, [*callbacks, Copies()], make_loader(3), max_epochs=1, **kwargs)
+    assert any(states)
+    assert not all(states)
+
+
+def test_stand_alone_use_after_training_is_plain(tmp_path):
+    """After fit, hooks of later validate and test leave no attribute of ours on the layers."""
+    for callback in (EFMLoRA(0.5), FMLoRA(0.5)):
+        module = Classifier()
+        trainer = fit(tmp_path, module, [callback])
+        trainer.validate(module, make_loader(1), verbose=False)
+        trainer.test(module, make_loader(1), verbose=False)
+        assert_no_trace(module)

@@ -1,0 +1,189 @@
+"""Lightning's tuners search with ours inactive, and leave the run that follows as it would be without them."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FRONT_ENDS,
+    Classifier,
+    E_hat,
+    TwoPassClassifier,
+    assert_no_trace,
+    assert_same_run,
+    build,
+    driver_of,
+    is_perturbed,
+    make_dataset,
+    same,
+    since_lightning,
+    trainer_of,
+)
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
+
+from lightning_flatlora import EFMLoRA
+
+WITH_PLAIN = ("plain", *FRONT_ENDS)
+
+
+class OwnLoader:
+    """A module that builds its loader from ``batch_size``, as the batch-size finder wants it."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(make_dataset(24), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(make_dataset(4, seed=2), batch_size=4)
+
+
+class Sized(OwnLoader, Classifier):
+    pass
+
+
+class SizedTwoPass(OwnLoader, TwoPassClassifier):
+    pass
+
+
+SIZED = (Sized, SizedTwoPass)
+
+
+class Passes:
+    """Counts passes and those at moved weights, apart for those that a finder ran and those of training."""
+
+    def __init__(self, module: Any) -> None:
+        self.finding = True
+        self.counts = dict.fromkeys(product((True, False), (True, False)), 0)
+        module.inside.append(self)
+
+    def __call__(self, module: Any, batch_idx: int) -> None:
+        if module.training:
+            self.counts[self.finding, is_perturbed(module)] += 1
+
+
+class Begin(Callback):
+    """Marks the start of training proper: finders run before it."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.passes.finding = False
+
+
+def searched(front_end: str, **kwargs: Any) -> tuple[Any, list[Callback], dict[str, Any], Passes]:
+    module, callbacks, kwargs = build(front_end, classes=SIZED, **kwargs)
+    return module, callbacks, kwargs, Passes(module)
+
+
+def assert_inactive_while_finding(passes: Passes, front_end: str) -> None:
+    assert passes.counts[True, False] > 0
+    assert passes.counts[True, True] == 0
+    if front_end != "plain":
+        assert passes.counts[False, True] > 0
+
+
+def plain_fit(tmp_path: Any, front_end: str, **attributes: Any) -> Any:
+    """The run without any finder."""
+    module, callbacks, kwargs, _ = searched(front_end)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return train(tmp_path, module, callbacks, kwargs)
+
+
+def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[str, Any], trainer: Any = None) -> Any:
+    trainer = trainer_of(tmp_path, callbacks, **kwargs) if trainer is None else trainer
+    trainer.fit(module)
+    return trainer
+
+
+@pytest.mark.parametrize("front_end", WITH_PLAIN)
+def test_learning_rate_finder_as_tuner(tmp_path, front_end):
+    module, callbacks, kwargs, passes = searched(front_end)
+    trainer = trainer_of(tmp_path, [*callbacks, Begin(passes)], **kwargs)
+    finder = Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
+    assert len(finder.results["lr"]) == 5
+    assert_no_trace(module)
+    train(tmp_path, module, callbacks, kwargs, trainer)
+    assert_inactive_while_finding(passes, front_end)
+    assert_same_run(trainer, plain_fit(tmp_path, front_end))
+
+
+@since_lightning("2.5.4", "a run after the finder is another one, without us too (Lightning#21068)")
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("front_end", WITH_PLAIN)
+def test_learning_rate_finder_as_callback(tmp_path, front_end, ours_first):
+    module, callbacks, kwargs, passes = searched(front_end)
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+    order = [*callbacks, finder] if ours_first else [finder, *callbacks]
+    trainer = train(tmp_path, module, [*order, Begin(passes)], kwargs)
+    assert len(finder.optimal_lr.results["lr"]) == 5
+    assert_inactive_while_finding(passes, front_end)
+    assert_same_run(trainer, plain_fit(tmp_path, front_end))
+
+
+@pytest.mark.parametrize("front_end", WITH_PLAIN)
+def test_batch_size_finder_as_tuner(tmp_path, front_end):
+    module, callbacks, kwargs, passes = searched(front_end)
+    trainer = trainer_of(tmp_path, [*callbacks, Begin(passes)], **kwargs)
+    Tuner(trainer).scale_batch_size(module, steps_per_trial=2, max_trials=2, init_val=2)
+    assert_no_trace(module)
+    module.batch_size = 4
+    train(tmp_path, module, callbacks, kwargs, trainer)
+    assert_inactive_while_finding(passes, front_end)
+    assert_same_run(trainer, plain_fit(tmp_path, front_end))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("front_end", WITH_PLAIN)
+def test_batch_size_finder_as_callback(tmp_path, front_end, ours_first):
+    module, callbacks, kwargs, passes = searched(front_end)
+    finder = BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)
+    order = [*callbacks, finder] if ours_first else [finder, *callbacks]
+    trainer = train(tmp_path, module, [*order, Begin(passes)], kwargs)
+    assert_inactive_while_finding(passes, front_end)
+    assert_same_run(trainer, plain_fit(tmp_path, front_end, batch_size=finder.optimal_batch_size))
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_learning_rate_finder_between_two_fits(tmp_path, front_end):
+    """The finder's own checkpoint does not carry steps and Ê of the last fit into the next."""
+    module, callbacks, kwargs, _ = searched(front_end)
+    train(tmp_path, module, callbacks, kwargs)
+    fresh, fresh_callbacks, _, _ = searched(front_end)
+    fresh.load_state_dict(module.state_dict())
+
+    trainer = trainer_of(tmp_path, callbacks, **kwargs)
+    Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
+    train(tmp_path, module, callbacks, kwargs, trainer)
+    assert_same_run(trainer, train(tmp_path, fresh, fresh_callbacks, kwargs))
+
+
+class FinderInBetween(LearningRateFinder):
+    """At the start of the second epoch again, as Lightning's documentation shows."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_learning_rate_finder_in_the_middle_of_a_fit(tmp_path, front_end):
+    """The run continues as if it had not been there, and later checkpoints hold the state of their own step."""
+    module, callbacks, kwargs, _ = searched(front_end)
+    finder = FinderInBetween(num_training_steps=20, update_attr=False)
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    trainer = train(tmp_path, module, [*callbacks, finder, saving], kwargs | {"enable_checkpointing": True})
+    assert finder.optimal_lr is not None
+    assert_same_run(trainer, plain_fit(tmp_path, front_end))
+    saved = torch.load(saving.best_model_path, weights_only=True)["callbacks"]
+    states = [state for state in saved.values() if "perturbation" in state or "initial_lr" in state]
+    assert [state["step"] for state in states] == [driver_of(trainer).step]
+    if callbacks and isinstance(callbacks[0], EFMLoRA):
+        assert same(states[0]["perturbation"]["E"], E_hat(driver_of(trainer)))

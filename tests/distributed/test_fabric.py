@@ -1,0 +1,41 @@
+"""Loops under Fabric on two processes, DDP and FSDP2, give what the callbacks give, bit for bit."""
+
+from itertools import product
+
+import pytest
+from helpers import same
+from launch import Results, launch
+
+RUNS = list(product(("ddp", "fsdp2"), ("EFMLoRA", "FMLoRA"), (1, 4)))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    runs = {}
+    for strategy, method, window in RUNS:
+        arguments = {"strategy": strategy, "method": method, "window": window}
+        runs[f"{strategy}:{method}:{window}"] = ("fabric_runs:train", arguments)
+    runs["refused"] = ("fabric_runs:refused", {})
+    runs["unsynchronised"] = ("fabric_runs:unsynchronised", {})
+    return launch(tmp_path_factory.mktemp("fabric"), runs)
+
+
+@pytest.mark.parametrize(("strategy", "method", "window"), RUNS)
+def test_two_ranks_equal_the_callback(results: Results, strategy: str, method: str, window: int) -> None:
+    first, second = results[f"{strategy}:{method}:{window}"]
+    assert same(first["loop"], second["loop"])
+    for kind in ("weights", "E"):
+        ours, theirs = list(first["loop"][kind].values()), list(first["callback"][kind].values())
+        if (strategy, method, window) == ("fsdp2", "EFMLoRA", 4):
+            # Fabric sends the sum of a window's gradients, Lightning's Trainer each one.
+            assert max(float((one - other).norm()) for one, other in zip(ours, theirs, strict=True)) < 1e-12
+        else:
+            assert same(ours, theirs)
+    assert all(float(E.norm()) > 0 for E in first["loop"]["E"].values())
+
+
+def test_an_ascent_without_gradients_and_other_layouts_are_refused(results: Results) -> None:
+    assert all("leave no_backward_sync" in error for error in results.error("unsynchronised"))
+    for rank in results["refused"]:
+        assert "static_graph=True crashes" in rank["said"][0]
+        assert "as by tensor parallelism or HSDP" in rank["said"][1]

@@ -1,0 +1,90 @@
+"""Runs by transformers' Trainer of the network that Lightning's Trainer also trains."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from float64_runs import BETA, dataset, network, optimizer_of
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lightning_flatlora.transformers_trainer import EFMLoRA
+
+RHO, SIZE = 0.3, 4
+
+
+class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __init__(self, count: int) -> None:
+        self.x, self.y = (tensor[:count] for tensor in dataset().tensors)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "labels": self.y[index]}
+
+
+class Model(nn.Module):
+    """The network as transformers' models are called."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Seeds(TrainerCallback):  # type: ignore[misc]
+    """Seeds each optimizer step by its number."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.manual_seed(state.global_step)
+
+
+def trainer_of(
+    folder: Path,
+    callbacks: list[Any],
+    net: nn.Module | None = None,
+    steps: int = 8,
+    kind: type[Any] = Trainer,
+    data: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A quiet Trainer on CPU processes, with the samples in their order."""
+    net = network() if net is None else net
+    settings = {
+        "per_device_train_batch_size": SIZE,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False,
+        **settings,
+    }
+    args = TrainingArguments(str(folder), max_steps=steps, **settings)
+    optimizer = optimizer_of(net)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    both = (optimizer, constant)
+    data = {"train_dataset": Samples(steps * args.gradient_accumulation_steps * SIZE), **(data or {})}
+    return kind(Model(net), args, callbacks=[Seeds(), *callbacks], optimizers=both, **data)
+
+
+def on_two_ranks(folder: str, window: int = 1) -> dict[str, Any]:
+    """The trained weights and E of this rank, under the DDP that transformers starts."""
+    callback = EFMLoRA(RHO, beta=BETA)
+    settings = {"per_device_train_batch_size": SIZE // 2, "gradient_accumulation_steps": window}
+    trainer = trainer_of(Path(folder), [callback], ddp_backend="gloo", **settings)
+    trainer.train()
+    assert callback.loop is not None
+    assert callback.loop.perturbation is not None
+    trained = {name: p.detach() for name, p in trainer.model.net.named_parameters() if p.requires_grad}
+    return {
+        "weights": trained,
+        "E": callback.loop.perturbation.state_dict()["E"],
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }

@@ -1,0 +1,102 @@
+"""Training loops without a Trainer, and the same runs by Lightning's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from float64_runs import BETA, RHO, dataset, loss, network, optimizer_of, scheduler_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_flatlora import CosineRho, loops
+
+SIZE, BATCHES = 4, 10  # no multiple of the accumulation window: the last one is shorter
+
+
+def batches(dtype: torch.dtype = torch.float64, size: int = SIZE) -> list[Any]:
+    x, y = dataset().tensors
+    data = TensorDataset(x.to(dtype), y)
+    return list(DataLoader(data, batch_size=size))[:BATCHES]
+
+
+def net_of(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> nn.Module:
+    net = network().to(dtype)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+        if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and dropout:
+            module.lora_dropout["default"] = nn.Dropout(dropout)
+    return net
+
+
+def schedule() -> CosineRho:
+    return CosineRho(RHO, 0.1, total_steps=20)
+
+
+def method_of(name: str, model: nn.Module, optimizer: Any, rho: Any = None, **settings: Any) -> Any:
+    kinds: dict[str, tuple[type[Any], dict[str, Any]]] = {
+        "EFMLoRA": (loops.EFMLoRA, {"beta": BETA}),
+        "FMLoRA": (loops.FMLoRA, {}),
+    }
+    kind, own = kinds[name]
+    return kind(model, optimizer, schedule() if rho is None else rho, **own, **settings)
+
+
+def plain_backward(value: Tensor) -> None:
+    value.backward()
+
+
+def run(
+    flat: Any,
+    model: nn.Module,
+    optimizer: Any,
+    data: list[Any],
+    *,
+    window: int = 1,
+    clip: float | None = None,
+    backward: Callable[[Tensor], Any] = plain_backward,
+    no_sync: Callable[[bool], Any] | None = None,
+    scheduler: Any = None,
+    after_step: Callable[[int], Any] | None = None,
+) -> None:
+    """The loop as Lightning's Trainer runs it; ``flat`` is None for plain LoRA."""
+    for index, batch in enumerate(data):
+        torch.manual_seed(index)
+        steps = (index + 1) % window == 0 or index == len(data) - 1
+        for each_pass in one_pass() if flat is None else flat.training_passes():
+            with each_pass, torch.enable_grad() if no_sync is None else no_sync(not steps):
+                backward(loss(model, batch) / window)
+        if not steps:
+            continue
+        if flat is not None:
+            flat.before_step()
+        if clip is not None:
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        if after_step is not None:
+            after_step(index)
+
+
+class Seeds(L.Callback):
+    """Seeds each batch as :func:`run` does."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(batch_idx)
+
+
+def one_pass() -> list[Any]:
+    return [torch.enable_grad()]
+
+
+def train(name: str | None, net: nn.Module, data: list[Any], rho: Any = None, **settings: Any) -> Any:
+    """Train in plain PyTorch; what drove it."""
+    optimizer = optimizer_of(net)
+    flat = None if name is None else method_of(name, net, optimizer, rho)
+    run(flat, net, optimizer, data, scheduler=scheduler_of(optimizer), **settings)
+    if flat is not None:
+        flat.close()
+    return flat

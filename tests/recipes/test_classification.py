@@ -1,0 +1,164 @@
+"""Text classification on tiny random models, and once on MiniLM: through the recipe's command line."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from recipes.classification import data as recipe_data  # noqa: E402
+from recipes.shared.cli import RecipeCLI  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of a few steps
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft reads it
+]
+
+CONFIG = Path(recipe_data.__file__).parent / "configs" / "base.yaml"
+EFMLORA = "--trainer.callbacks+=lightning_flatlora.EFMLoRA"
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["test"])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[list[dict[str, Any]]], str]:
+    def write(rows: list[dict[str, Any]]) -> str:
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def animals(write: Callable[[list[dict[str, Any]]], str]) -> str:
+    """A hundred sentences of different lengths whose class is their animal."""
+    rows = []
+    for i in range(100):
+        animal = ("cat", "dog")[i % 2]
+        rows.append({"text": f"The {animal} number {i} " + "runs " * (i % 5), "label": animal})
+    return write(rows)
+
+
+def fit(model: str, dataset: str, *options: str) -> RecipeCLI:
+    return RecipeCLI(
+        [
+            "fit",
+            f"--config={CONFIG}",
+            f"--model.model={model}",
+            "--model.lora.target_modules=[q_proj,v_proj]",
+            f"--data.dataset={dataset}",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.precision=32-true",
+            "--trainer.max_epochs=1",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.log_every_n_steps=1",
+            *options,
+        ]
+    )
+
+
+def trained(cli: RecipeCLI) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
+
+
+def test_a_decoder_learns_the_classes_with_efmlora(tiny: str, animals: str) -> None:
+    """Llama has no padding token of its own: the head must read each row's last real token."""
+    cli = fit(tiny, animals, EFMLORA, "--trainer.callbacks.rho=0.05", "--trainer.max_epochs=4")
+    assert cli.trainer.callback_metrics["val_accuracy"] > 0.9
+    assert cli.model.net.config.id2label == {0: "cat", 1: "dog"}
+    assert any("score" in name for name in trained(cli))
+
+
+def test_rho_zero_is_plain_lora(tiny: str, animals: str) -> None:
+    plain = trained(fit(tiny, animals))
+    zero = trained(fit(tiny, animals, EFMLORA, "--trainer.callbacks.rho=0"))
+    assert plain.keys() == zero.keys()
+    for name, weight in plain.items():
+        assert torch.equal(weight, zero[name]), name
+
+
+def test_manual_optimization_trains_too(tiny: str, animals: str) -> None:
+    before = fit(tiny, animals, "--trainer.max_steps=0")
+    after = fit(
+        tiny,
+        animals,
+        "--model.class_path=recipes.classification.module.TextClassificationFM",
+        "--model.rho=0.05",
+        "--trainer.gradient_clip_val=null",
+        "--trainer.max_steps=2",
+    )
+    moved = trained(after)
+    assert any(not torch.equal(weight, moved[name]) for name, weight in trained(before).items())
+
+
+def test_pairs_of_texts_are_read_together(tiny: str, tokenizer: Any, write: Any) -> None:
+    rows = [{"one": f"Question {i}", "other": f"Answer {i}", "label": i % 2} for i in range(40)]
+    cli = fit(tiny, write(rows), "--data.text=[one, other]", "--trainer.max_steps=1")
+    row = cli.datamodule.parts["train"][0]
+    text = tokenizer.decode(row["input_ids"])
+    assert "Question" in text
+    assert "Answer" in text
+
+
+def test_equal_texts_are_in_one_part(tiny: str, write: Any) -> None:
+    rows = [{"text": f"Text {i // 2}", "label": i % 2} for i in range(200)]
+    data = fit(tiny, write(rows), "--trainer.max_steps=1").datamodule
+    data.setup("test")
+    keys = {part: set(map(tuple, rows["input_ids"])) for part, rows in data.parts.items()}
+    assert not keys["train"] & keys["validation"]
+    assert not keys["train"] & keys["test"]
+    assert sum(len(rows) for rows in data.parts.values()) == 200
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"sentence": "a", "label": 0}], r"has the columns \['label', 'sentence'\], and not \['text'\]"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": 0}], "'label' must hold numbers or names of two classes"),
+        ([{"text": "a", "label": 0}, {"text": "b", "label": None}], "'label' must hold numbers or names"),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "'label' must hold numbers or names"),
+        ([{"text": "a", "label": 0}, {"text": "a", "label": 1}], "no text is left for"),
+    ],
+)
+def test_bad_data_is_refused_before_training(tiny: str, write: Any, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tiny, write(rows))
+
+
+def test_minilm_learns_sentiment(tmp_path: Path) -> None:
+    """The shipped configuration with its own model and data; 57 reviews in a hundred are positive."""
+    cli = RecipeCLI(
+        [
+            "fit",
+            f"--config={CONFIG}",
+            "--trainer.accelerator=cpu",
+            "--trainer.precision=32-true",
+            "--trainer.max_steps=60",
+            "--trainer.val_check_interval=60",
+            "--trainer.limit_val_batches=20",
+            "--trainer.enable_progress_bar=false",
+            "--model.learning_rate=3e-3",
+            "--data.max_length=32",
+        ]
+    )
+    assert cli.trainer.callback_metrics["val_accuracy"] > 0.62
+    assert cli.datamodule.classes == ["negative", "positive"]
+    assert list((tmp_path / "runs").rglob("adapter_model.safetensors"))

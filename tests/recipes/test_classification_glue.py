@@ -1,0 +1,324 @@
+"""GLUE's tasks on a tiny random RoBERTa: the shipped configurations on files with the Hub's schema."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from hub_sets import GLUE, prepared, save_glue, save_roberta
+from safetensors.torch import load_file
+
+from recipes.classification import data as recipe_data
+from recipes.shared.cli import RecipeCLI
+
+pytestmark = [
+    pytest.mark.usefixtures("command_line", "own_datasets"),
+    pytest.mark.filterwarnings("ignore:The variance of predictions or target is close to zero:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save all targets:UserWarning"),
+]
+
+CONFIGS = Path(recipe_data.__file__).parent / "configs"
+EFMLORA = ["--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.callbacks.rho=0.05"]
+METRICS = {
+    "cola": {"val_matthews", "val_accuracy"},
+    "mrpc": {"val_accuracy", "val_f1"},
+    "qqp": {"val_accuracy", "val_f1"},
+    "stsb": {"val_pearson", "val_spearman"},
+    "mnli": {"val_accuracy", "validation_matched_accuracy", "validation_matched_loss", "validation_matched_score"},
+}
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_glue(tmp_path_factory.mktemp("glue"))
+
+
+def run(command: str, model: str, glue: str, task: str, *options: str) -> RecipeCLI:
+    return RecipeCLI(
+        [
+            command,
+            f"--config={CONFIGS / 'base.yaml'}",
+            f"--config={CONFIGS / 'glue.yaml'}",
+            f"--config={CONFIGS / 'glue' / task}.yaml",
+            f"--model.model={model}",
+            f"--data.dataset={glue}",
+            "--data.batch_size=8",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.precision=32-true",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.log_every_n_steps=1",
+            *(["--trainer.max_epochs=1"] if command == "fit" else []),
+            *options,
+        ]
+    )
+
+
+def trained(cli: RecipeCLI) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_each_task_trains_and_keeps_the_best_by_its_own_metric(task: str, roberta: str, glue: str) -> None:
+    cli = run("fit", roberta, glue, task)
+    logged = cli.trainer.callback_metrics
+    assert {name for name in logged if not name.startswith("train")} == METRICS.get(task, {"val_accuracy"}) | {
+        "val_loss",
+        "val_score",
+    }
+    assert cli.datamodule.classes == GLUE[task][1]
+    assert len(cli.datamodule.parts["train"]) == 48
+    (saver,) = cli.trainer.checkpoint_callbacks
+    assert saver.monitor == "val_score"
+    assert Path(saver.best_model_path).is_file()
+    assert saver.best_model_score == logged["val_score"]
+
+
+def predictions(cli: RecipeCLI, part: str) -> tuple[list[float], list[float]]:
+    """What the model predicts for each row by itself, and the labels."""
+    cli.model.eval()
+    predicted = []
+    for ids in cli.datamodule.parts[part]["input_ids"]:
+        batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        with torch.no_grad():
+            logits = cli.model.logits(batch)[0]
+        predicted.append(logits.item() if len(logits) == 1 else float(logits.argmax()))
+    return predicted, cli.datamodule.parts[part]["labels"][:]
+
+
+def test_a_regression_learns_and_is_measured_by_correlation(roberta: str, glue: str) -> None:
+    cli = run("fit", roberta, glue, "stsb", "--trainer.max_epochs=30", "--model.learning_rate=1e-2", *EFMLORA)
+    predicted, labels = predictions(cli, "validation")
+    expected = torch.corrcoef(torch.tensor([predicted, labels]))[0, 1]
+    assert cli.trainer.callback_metrics["val_pearson"] == pytest.approx(expected.item(), abs=1e-4)
+    squared = (torch.tensor(predicted) - torch.tensor(labels)).square().mean()
+    assert cli.trainer.callback_metrics["val_loss"] == pytest.approx(squared.item(), rel=1e-4)
+    assert expected > 0.5
+
+
+def test_matthews_and_f1_are_of_all_rows(roberta: str, glue: str) -> None:
+    options = ["--model.metrics=[f1, matthews]", "--trainer.max_epochs=6", "--model.learning_rate=1e-2"]
+    cli = run("fit", roberta, glue, "cola", *options)
+    predicted, labels = (torch.tensor(values) for values in predictions(cli, "validation"))
+    hits = ((predicted == 1) & (labels == 1)).sum()
+    f1 = 2 * hits / ((predicted == 1).sum() + (labels == 1).sum())
+    matthews = torch.corrcoef(torch.stack([predicted, labels.float()]))[0, 1]
+    assert cli.trainer.callback_metrics["val_f1"] == pytest.approx(f1.item())
+    assert cli.trainer.callback_metrics["val_matthews"] == pytest.approx(matthews.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("task", ["mnli", "stsb"])
+def test_rho_zero_is_plain_lora(task: str, roberta: str, glue: str) -> None:
+    plain = trained(run("fit", roberta, glue, task))
+    zero = trained(run("fit", roberta, glue, task, *EFMLORA, "--trainer.callbacks.rho=0"))
+    assert plain.keys() == zero.keys()
+    for name, weight in plain.items():
+        assert torch.equal(weight, zero[name]), name
+
+
+def test_warm_up_takes_its_share_of_the_steps(roberta: str, glue: str) -> None:
+    cli = run("fit", roberta, glue, "sst2", "--model.warmup_share=0.5", "--data.batch_size=4")
+    scheduler = cli.trainer.lr_scheduler_configs[0].scheduler
+    assert [scheduler.lr_lambdas[0](step) for step in (0, 3, 6, 9, 12)] == [0, 0.5, 1, 0.5, 0]
+
+
+# -- starting from another run's adapter
+
+
+@pytest.fixture
+def mnli(roberta: str, glue: str) -> str:
+    """The folder of an adapter of MNLI."""
+    run("fit", roberta, glue, "mnli", "--run_name=mnli")
+    (config,) = Path().rglob("mnli/version_0/checkpoints/last/adapter_config.json")
+    return str(config.parent)
+
+
+@pytest.mark.parametrize("task", ["mrpc", "rte", "stsb"])
+def test_another_tasks_adapter_starts_a_run_with_a_new_head(task: str, mnli: str, roberta: str, glue: str) -> None:
+    cold = trained(run("fit", roberta, glue, task, "--trainer.max_steps=0"))
+    warm = trained(run("fit", roberta, glue, task, "--trainer.max_steps=0", f"--model.start_from={mnli}"))
+    saved = load_file(f"{mnli}/adapter_model.safetensors")
+    for name, weight in warm.items():
+        if "lora_" in name:
+            key = name.removeprefix("net.").replace(".default", "")
+            assert torch.equal(weight, saved[key]), name
+        else:
+            assert torch.equal(weight, cold[name]), name
+    assert any(weight.any() for name, weight in warm.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.lora.lora_alpha=32"], r"other settings: set {'lora_alpha': 16} in lora"),
+        (["--model.lora.rank_pattern={query: 4}"], r"other settings: set {'rank_pattern': {}} in lora"),
+        (["--model.lora.alpha_pattern={query: 4}"], r"other settings: set {'alpha_pattern': {}} in lora"),
+        (["--model.lora.target_modules=[query,key]"], "adapts other layers than lora"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    options: list[str], message: str, mnli: str, roberta: str, glue: str
+) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        run("fit", roberta, glue, "rte", f"--model.start_from={mnli}", *options)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_only_a_fit_reads_the_folder_and_a_resumed_one_may_leave_it_out(mnli: str, roberta: str, glue: str) -> None:
+    options = [f"--model.start_from={mnli}", "--data.test_split=validation"]
+    cli = run("fit", roberta, glue, "rte", *options)
+    (saver,) = cli.trainer.checkpoint_callbacks
+    shutil.move(mnli, "elsewhere")
+    checkpoint = f"--ckpt_path={saver.last_model_path}"
+    for command in ("validate", "test"):
+        run(command, roberta, glue, "rte", *options, checkpoint)
+    resumed = run("fit", roberta, glue, "rte", checkpoint, "--trainer.max_epochs=2")
+    assert resumed.trainer.current_epoch == 2
+
+
+def test_a_folder_without_an_adapter_is_refused(roberta: str, glue: str) -> None:
+    with pytest.raises(MisconfigurationException, match=r"start_from='nowhere' holds no adapter_config.json"):
+        run("fit", roberta, glue, "rte", "--model.start_from=nowhere")
+
+
+# -- what is refused
+
+
+def test_hidden_labels_are_refused_when_they_are_evaluated(roberta: str, glue: str) -> None:
+    for task in ("sst2", "stsb"):
+        run("fit", roberta, glue, task, "--data.test_split=test")
+        with pytest.raises(MisconfigurationException, match=r"split='test': .* have no label .*choose another split"):
+            run("test", roberta, glue, task, "--data.test_split=test")
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("sst2", ["--data.config_name=sst3"], "can't be read.*sst3.*not found"),
+        ("sst2", ["--data.validation_split=dev"], "split='dev' can't be read.*dev"),
+        ("sst2", ["--data.validation_split=dev.csv"], "'dev.csv': there is no such file"),
+        ("sst2", ["--data.text=[premise]"], r"has the columns \['idx', 'label', 'sentence'\], and not \['premise'\]"),
+        ("sst2", ["--model.metrics=[pearson]"], r"metrics=\['pearson'\] must be some of \['accuracy', 'f1'"),
+        ("stsb", ["--model.metrics=[f1]"], r"must be some of \['pearson', 'spearman'\] for a regression"),
+        ("sst2", ["--data.regression=true", "--data.label=sentence"], "'sentence' must hold numbers for a regression"),
+        ("sst2", ["--data.dataset=packaged:mood"], "unknown packaged task 'mood'"),
+    ],
+)
+def test_bad_settings_are_refused(task: str, options: list[str], message: str, roberta: str, glue: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        run("fit", roberta, glue, task, *options)
+
+
+def test_shots_of_a_regression_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="shots are of classes"):
+        recipe_data.TextData(regression=True, shots=4)
+
+
+@pytest.mark.parametrize(
+    ("splits", "name"),
+    [
+        (["validation_mismatched", "validation"], "validation"),
+        (["dev.jsonl", "val.jsonl"], "val"),
+        (["dev", "train"], "train"),
+        (["dev", "a/dev.csv", "b/dev.csv"], "dev"),
+        (["dev", "dev.v2.csv"], "dev.v2"),
+    ],
+)
+def test_validation_splits_whose_names_collide_are_refused(splits: list[str], name: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"and '{name}' has a dot, occurs twice, or is one of"):
+        recipe_data.TextData(validation_split=splits)
+
+
+def test_a_test_without_texts_is_refused(roberta: str, glue: str) -> None:
+    with pytest.raises(MisconfigurationException, match="set test_split, or test_share above 0"):
+        run("test", roberta, glue, "sst2")
+
+
+# -- the data
+
+
+def test_pairs_for_bert_say_where_the_second_text_begins(tmp_path: Path, jsonl: Any) -> None:
+    import transformers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two"]
+    transformers.BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(tmp_path)
+    path = jsonl([{"a": "one", "b": "two " * (1 + i % 2), "label": i % 2} for i in range(8)])
+    shares = {"validation_share": 0.0, "test_share": 0.0}
+    data = prepared(str(tmp_path), dataset=path, text=["a", "b"], **shares)
+    rows = data.parts["train"]
+    assert rows["token_type_ids"][0] == [0, 0, 0, 1, 1]
+    batch = recipe_data._collate(rows[:2], 0)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+
+
+def test_csv_files_for_each_part(roberta: str, tmp_path: Path) -> None:
+    for name, rows in {"train": ["good,yes", "bad,no"] * 6, "dev": ["okay,yes"], "test": ["great,no"] * 3}.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(["review,liked", *rows]))
+    splits = {"validation_split": str(tmp_path / "dev.csv"), "test_split": str(tmp_path / "test.csv")}
+    settings: dict[str, Any] = {"dataset": str(tmp_path / "train.csv"), "text": ["review"], "label": "liked", **splits}
+    data = prepared(roberta, **settings)
+    assert data.classes == ["no", "yes"]
+    assert {part: rows["labels"][:] for part, rows in data.parts.items()} == {"train": [1, 0] * 6, "validation": [1]}
+    assert prepared(roberta, "test", **settings).parts["test"]["labels"][:] == [0] * 3
+    (tmp_path / "dev.csv").write_text("review,liked\nokay,perhaps")
+    with pytest.raises(MisconfigurationException, match=r"'perhaps', which is none of the classes \['no', 'yes'\]"):
+        prepared(roberta, **settings)
+
+
+def test_rows_without_a_label_are_left_out_when_asked(roberta: str, jsonl: Any) -> None:
+    path = jsonl([{"text": f"It was {i}", "label": (0, 1, None)[i % 3]} for i in range(90)])
+    with pytest.raises(MisconfigurationException, match=r"30 of 90 rows have no label.*skip_unlabelled"):
+        prepared(roberta, dataset=path, config_name=None)
+    data = prepared(roberta, dataset=path, skip_unlabelled=True)
+    assert data.classes == ["0", "1"]
+    for part in data.parts.values():
+        assert set(part["labels"]) == {0, 1}
+
+
+def test_minus_one_is_no_class_beside_integers_from_zero(roberta: str, jsonl: Any) -> None:
+    path = jsonl([{"text": f"It was {i}", "label": (0, 1, -1)[i % 3]} for i in range(90)])
+    with pytest.raises(MisconfigurationException, match=r"30 of 90 rows have no label.*skip_unlabelled"):
+        prepared(roberta, dataset=path)
+    data = prepared(roberta, dataset=path, skip_unlabelled=True)
+    assert data.classes == ["0", "1"]
+    for part in data.parts.values():
+        assert set(part["labels"]) == {0, 1}
+
+
+def test_minus_one_is_a_class_beside_one_other(roberta: str, jsonl: Any) -> None:
+    path = jsonl([{"text": f"It was {i}", "label": (1, -1)[i % 2]} for i in range(40)])
+    assert prepared(roberta, dataset=path).classes == ["-1", "1"]
+
+
+def test_shots_are_drawn_by_their_seed(roberta: str, jsonl: Any) -> None:
+    path = jsonl([{"text": f"It was {i // 2}", "label": int(i % 10 < 2)} for i in range(200)])
+    draws = []
+    for seed in (13, 13, 21):
+        data = prepared(roberta, dataset=path, shots=15, shots_seed=seed, test_share=0.0)
+        train, validation = (data.parts[part] for part in ("train", "validation"))
+        assert sorted(train["labels"]) == [0] * 15 + [1] * 15
+        assert sorted(validation["labels"]) == [0] * 15 + [1] * 5  # what there is: 20 texts, each twice
+        drawn = {tuple(ids) for ids in [*train["input_ids"], *validation["input_ids"]]}
+        assert len(drawn) == 50
+        draws.append(train["input_ids"][:])
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_the_rows_of_a_test_are_the_same_in_all_runs(roberta: str, glue: str) -> None:
+    settings = {"dataset": glue, "config_name": "sst2", "text": ["sentence"], "test_split": "validation"}
+    few = [
+        prepared(roberta, "test", test_rows=7, shots=4, shots_seed=seed, **settings).parts["test"] for seed in (1, 2)
+    ]
+    assert few[0]["input_ids"][:] == few[1]["input_ids"][:]
+    assert len(few[0]) == 7

@@ -1,0 +1,343 @@
+"""Prompts and label words on a tiny random RoBERTa and a tiny random Llama: the shipped configurations and bad ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from hub_sets import prepared, save_glue, save_roberta, save_snli, save_sst5, save_trec
+
+from recipes.classification import data as recipe_data
+from recipes.classification.prompts import Prompt, word_tokens
+from recipes.shared.cli import RecipeCLI
+
+pytestmark = [
+    pytest.mark.usefixtures("command_line", "own_datasets"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+]
+
+CONFIGS = Path(recipe_data.__file__).parent / "configs"
+EFMLORA = ["--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.callbacks.rho=0.05"]
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_glue(tmp_path_factory.mktemp("glue"))
+
+
+def run(command: str, model: str, glue: str, task: str, *options: str) -> RecipeCLI:
+    training = ["--trainer.max_steps=9", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
+    return RecipeCLI(
+        [
+            command,
+            f"--config={CONFIGS / 'base.yaml'}",
+            f"--config={CONFIGS / 'prompt.yaml'}",
+            f"--config={CONFIGS / 'prompt' / task}.yaml",
+            f"--model.model={model}",
+            f"--data.dataset={glue}",
+            "--data.shots=12",
+            "--data.batch_size=8",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.precision=32-true",
+            "--trainer.enable_progress_bar=false",
+            *(training if command == "fit" else []),
+            *options,
+        ]
+    )
+
+
+CAUSAL = [
+    "--data.template={sentence} It was",
+    "--model.lora.target_modules=[q_proj,v_proj]",
+    "--model.label_words={negative: bad, positive: good}",
+]
+
+
+def trained(cli: RecipeCLI) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
+
+
+# -- training
+
+
+def test_a_masked_model_learns_and_its_best_checkpoint_is_what_a_test_loads(roberta: str, glue: str) -> None:
+    options = ["--model.learning_rate=1e-2", "--trainer.max_steps=30", "--trainer.val_check_interval=10"]
+    cli = run("fit", roberta, glue, "sst2", *options, *EFMLORA)
+    assert cli.trainer.global_step == 30
+    assert len(cli.datamodule.parts["train"]) == len(cli.datamodule.parts["validation"]) == 24
+    (saver,) = cli.trainer.checkpoint_callbacks
+    assert saver.best_model_score > 0.9
+    best = run("validate", roberta, glue, "sst2", f"--ckpt_path={saver.best_model_path}").trainer.callback_metrics
+    assert best["val_score"] == saver.best_model_score
+    assert set(run("test", roberta, glue, "sst2").trainer.callback_metrics) == {
+        "test_loss",
+        "test_accuracy",
+        "test_score",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning")
+def test_the_whole_head_is_trained_and_untied(roberta: str, glue: str) -> None:
+    before = trained(run("fit", roberta, glue, "sst2", "--trainer.max_steps=0"))
+    cli = run("fit", roberta, glue, "sst2", "--trainer.max_steps=3")
+    head = {
+        name for name, weight in trained(cli).items() if "lora_" not in name and not torch.equal(weight, before[name])
+    }
+    endings = {name.partition("modules_to_save.default.")[2] for name in head}
+    assert endings >= {"dense.weight", "layer_norm.weight", "decoder.weight"}
+    pretrained = transformers.AutoModelForMaskedLM.from_pretrained(roberta)
+    base = cli.model.net.get_base_model()
+    assert torch.equal(base.get_input_embeddings().weight, pretrained.get_input_embeddings().weight)
+    ids = torch.tensor([[0, 5, 4, 2]])
+    (saved,) = Path().glob("runs/*/lora/version_1/checkpoints/last/adapter_config.json")
+    with torch.no_grad():
+        expected = cli.model.eval().net(input_ids=ids).logits
+        loaded = PeftModel.from_pretrained(pretrained, str(saved.parent)).eval()(input_ids=ids).logits
+    torch.testing.assert_close(loaded, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning")
+def test_the_head_is_trained_in_float32_beside_frozen_weights_in_bfloat16(roberta: str, glue: str) -> None:
+    cli = run("fit", roberta, glue, "sst2", "--trainer.precision=bf16-mixed", "--trainer.max_steps=3")
+    assert {weight.dtype for weight in trained(cli).values()} == {torch.float32}
+    assert cli.model.net.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+    assert any("decoder" in name for name in trained(cli))
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_rho_zero_is_plain_lora(kind: str, roberta: str, tiny: str, glue: str) -> None:
+    model, options = (roberta, []) if kind == "masked" else (tiny, CAUSAL)
+    plain = trained(run("fit", model, glue, "sst2", *options))
+    zero = trained(run("fit", model, glue, "sst2", *options, *EFMLORA, "--trainer.callbacks.rho=0"))
+    assert plain.keys() == zero.keys()
+    for name, weight in plain.items():
+        assert torch.equal(weight, zero[name]), name
+
+
+def test_manual_optimization_trains_too(roberta: str, glue: str) -> None:
+    manual = [
+        "--model.class_path=recipes.classification.prompt_module.PromptClassificationFM",
+        "--model.rho=0.05",
+        "--trainer.gradient_clip_val=null",
+    ]
+    cli = run("fit", roberta, glue, "sst2", *manual)
+    assert any(weight.any() for name, weight in trained(cli).items() if "lora_B" in name)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random GPT-2, whose tokenizer has no padding token and pads on the left."""
+    folder = str(tmp_path_factory.mktemp("gpt2"))
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    transformers.GPT2TokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, padding_side="left").save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["masked", "llama", "gpt2"])
+def test_logits_are_the_label_words_at_the_mask_or_after_the_prompt(
+    kind: str, roberta: str, tiny: str, gpt2: str, glue: str
+) -> None:
+    model = {"masked": roberta, "llama": tiny, "gpt2": gpt2}[kind]
+    options = [] if kind == "masked" else CAUSAL
+    if kind == "gpt2":
+        options = [*options, "--model.lora.target_modules=[c_attn]", "--model.lora.fan_in_fan_out=true"]
+    cli = run("fit", model, glue, "sst2", *options, "--trainer.max_steps=0")
+    auto = transformers.AutoModelForMaskedLM if kind == "masked" else transformers.AutoModelForCausalLM
+    plain, tokenizer = auto.from_pretrained(model), transformers.AutoTokenizer.from_pretrained(model)
+    batch = next(iter(cli.datamodule.loader("train")))
+    assert not batch["attention_mask"].all()
+    cli.model.eval()
+    words = [" terrible", " great"] if kind == "masked" else [" bad", " good"]
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
+    with torch.no_grad():
+        for row, logits in enumerate(cli.model.logits(batch)):
+            own = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+            place = own.tolist().index(tokenizer.mask_token_id) if kind == "masked" else -1
+            expected = plain(input_ids=own[None]).logits[0, place, ids]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(roberta: str, glue: str) -> None:
+    every_step = [
+        "--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=1",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.callbacks.filename={step}",
+    ]
+    options = [*EFMLORA, *every_step, "--model.lora.lora_dropout=0.2"]
+    whole = run("fit", roberta, glue, "sst2", *options)
+    checkpoint = "runs/classification/lora/version_0/checkpoints/step=4.ckpt"
+    resumed = run("fit", roberta, glue, "sst2", *options, f"--ckpt_path={checkpoint}")
+    assert whole.trainer.global_step == resumed.trainer.global_step == 9
+    for name, weight in trained(whole).items():
+        assert torch.equal(weight, trained(resumed)[name]), name
+    assert whole.trainer.callback_metrics["val_loss"] == resumed.trainer.callback_metrics["val_loss"]
+
+
+# -- the shipped prompts
+
+ROWS = {
+    "sst2": (["A fine film"], "A fine film It was<mask>."),
+    "sst5": (["A fine film"], "A fine film It was<mask>."),
+    "trec": (["Who was it ?"], "<mask>: Who was it ?"),
+    "mnli": (["It was good.", "The film was good."], "It was good?<mask>, the film was good."),
+    "snli": (["It was good.", "The film was good."], "It was good?<mask>, the film was good."),
+    "rte": (["It was good.", "The film was good."], "It was good?<mask>, the film was good."),
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_prompts_of_the_protocol(task: str, roberta: str) -> None:
+    settings = yaml.safe_load((CONFIGS / "prompt" / f"{task}.yaml").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
+    data, words = settings["data"]["init_args"], settings["model"]["init_args"]["label_words"]
+    length = data.get("max_length", 128)
+    prompt = Prompt(data["template"], data["text"], tokenizer, length, data.get("text_tokens"))
+    prompt.check()
+    texts, expected = ROWS[task]
+    encoded = prompt({"texts": texts})
+    assert tokenizer.decode(encoded["input_ids"], skip_special_tokens=False) == f"<s>{expected}</s>"
+    assert encoded["input_ids"][encoded["position"]] == tokenizer.mask_token_id
+    tokens = word_tokens(words, list(words), tokenizer)
+    assert [tokenizer.decode([token]) for token in tokens] == [f" {word}" for word in words.values()]
+    long = prompt({"texts": ["bad " * 300] * len(texts)})
+    kept = tokenizer.decode(long["input_ids"]).count("bad")
+    assert kept == 110 if "text_tokens" in data else long["length"] == length
+    assert long["input_ids"].count(tokenizer.mask_token_id) == 1
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_data_of_the_protocol_have_the_classes_of_the_label_words(
+    task: str, roberta: str, glue: str, tmp_path: Path
+) -> None:
+    savers = {"snli": save_snli, "trec": save_trec, "sst5": save_sst5}
+    folder = savers[task](tmp_path / task) if task in savers else glue
+    common, own = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("prompt.yaml", f"prompt/{task}.yaml"))
+    settings = common["data"]["init_args"] | own["data"]["init_args"] | {"dataset": folder, "shots": 4, "test_rows": 5}
+    data = prepared(roberta, **settings)
+    assert set(data.classes) == set(own["model"]["init_args"]["label_words"])
+    for part in ("train", "validation"):
+        assert sorted(data.parts[part]["labels"]) == sorted(4 * list(range(len(data.classes))))
+    assert len(prepared(roberta, "test", **settings).parts["test"]) == 5
+
+
+@pytest.mark.parametrize("text", ["good \U0001f600\U0001f601", "\u6f22\u5b57" * 9, "\U0001f600" * 9])
+def test_characters_of_several_tokens_are_kept_or_dropped_whole(text: str, roberta: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
+    template = len(tokenizer(" It was<mask>.")["input_ids"])
+    for tokens in range(12):
+        for limits in ({"max_length": template + tokens}, {"max_length": 100, "text_tokens": tokens}):
+            prompt = Prompt("{text} It was {mask}.", ["text"], tokenizer, **limits)
+            encoded = prompt({"texts": [text]})
+            assert encoded["length"] <= template + tokens
+            kept = tokenizer.decode(encoded["input_ids"], skip_special_tokens=True).removesuffix(" It was.")
+            assert text.startswith(kept)
+
+
+def test_a_tokenizer_that_cannot_cut_a_text_is_refused(roberta: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = Prompt("{text} {mask}.", ["text"], transformers.AutoTokenizer.from_pretrained(roberta), 8)
+    monkeypatch.setattr(Prompt, "_cut", lambda self, text, tokens: text)
+    with pytest.raises(MisconfigurationException, match="can't cut the text 'good good"):
+        prompt({"texts": ["good " * 20]})
+
+
+def test_the_end_of_a_text_is_changed_before_it_is_cut(roberta: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
+    for text_tokens, expected in ((None, "It was good? Yes"), (2, "It was? Yes")):
+        prompt = Prompt("{text:no_end}? {other}", ["text", "other"], tokenizer, 32, text_tokens)
+        ids = prompt({"texts": [" It was good. ", "Yes "]})["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == expected
+
+
+def test_the_word_follows_a_causal_prompt_and_not_its_end_token(tiny: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    plain = Prompt("{text} It was", ["text"], tokenizer, 32)({"texts": ["A film"]})
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    assert tokenizer("It was")["input_ids"][-1] == tokenizer.eos_token_id
+    assert Prompt("{text} It was", ["text"], tokenizer, 32)({"texts": ["A film"]}) == plain
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("It was {mask}.", r"must have fields for texts, out of \['text'\], and has \[\]"),
+        ("{review} It was {mask}.", r"and has \['review'\]"),
+        ("{text} {mask} {mask}.", "may have {mask} once"),
+        ("{text} It was ", "must not end in a space"),
+        ("{text", r"can't be read: .*; write \{\{ or \}\}"),
+        ("{text:upper} {mask}.", "may change a text by :no_end or :lower"),
+        ("{text!r} {mask}.", "may change a text by :no_end or :lower"),
+        ("{text} {mask:lower}.", "may change a text by :no_end or :lower"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused(template: str, message: str, roberta: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
+    with pytest.raises(MisconfigurationException, match=message):
+        Prompt(template, ["text"], tokenizer, 32).check()
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    slow = type("SlowTokenizer", (), {"is_fast": False, "mask_token": "<mask>"})()
+    with pytest.raises(MisconfigurationException, match=r"needs a fast tokenizer.*SlowTokenizer is a slow one"):
+        Prompt("{text} It was {mask}.", ["text"], slow, 32).check()
+
+
+def test_a_mask_for_a_causal_model_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="for a model with a mask token"):
+        Prompt("{text} It was {mask}.", ["text"], tokenizer, 32).check()
+
+
+def test_prompts_that_cannot_be_read_are_refused(roberta: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
+    with pytest.raises(MisconfigurationException, match="holds the mask token itself"):
+        Prompt("{text} It was {mask}.", ["text"], tokenizer, 32)({"texts": ["a <mask> film"]})
+    with pytest.raises(MisconfigurationException, match="longer than max_length by itself"):
+        Prompt("{text} It was {mask}.", ["text"], tokenizer, 4)({"texts": ["a film"]})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("{negative: terrible}", r"must have a word for each of \['negative', 'positive'\]"),
+        ("{negative: terrible, positive: splendid}", r"'splendid' must be one token, and is \["),
+        ("{negative: great, positive: great}", "must be another word for each class"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused_before_training(words: str, message: str, roberta: str, glue: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        run("fit", roberta, glue, "sst2", f"--model.label_words={words}")
+
+
+def test_words_without_a_template_are_refused(roberta: str, glue: str) -> None:
+    with pytest.raises(MisconfigurationException, match=r"set data\.template"):
+        run("fit", roberta, glue, "sst2", "--data.template=null")
+
+
+def test_a_template_for_a_head_is_refused(roberta: str, glue: str) -> None:
+    manual = f"--config={CONFIGS / 'methods' / 'fmlora_manual.yaml'}"
+    with pytest.raises(
+        MisconfigurationException, match=r"TextClassificationFM has a new head: .*PromptClassificationFM"
+    ):
+        run("fit", roberta, glue, "sst2", manual)

@@ -1,0 +1,276 @@
+"""Where images and captions come from, their parts, and their batches."""
+
+import csv
+import random
+import shutil
+import tarfile
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+open_clip = pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
+
+from clip_contrastive_runs import prepared  # noqa: E402
+
+from recipes.clip import emoji  # noqa: E402
+from recipes.clip_contrastive import sources  # noqa: E402
+from recipes.clip_contrastive.batches import Draw, PictureBatchSampler  # noqa: E402
+from recipes.clip_contrastive.data import too_long  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("command_line")
+
+COLUMNS = ("image", "caption")
+
+
+# -- where images and captions come from
+
+
+def described(dataset: str, **columns: str) -> dict[str, tuple[str, ...]]:
+    return {Path(str(p.file)).stem: p.captions for p in sources.load(dataset, **columns)}
+
+
+@pytest.fixture
+def write_table(tmp_path: Path) -> Callable[..., str]:
+    def write(rows: list[tuple[str, ...]], name: str = "table.csv", header: tuple[str, ...] = COLUMNS) -> str:
+        with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",").writerows([header, *rows])
+        return str(tmp_path / name)
+
+    return write
+
+
+def table_rows(pictures: str, captions: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    """The lines of a table: each picture's file with each of its captions."""
+    rows = []
+    for name, texts in captions.items():
+        rows += [(str(Path(pictures) / f"{name}.png"), text) for text in texts]
+    return rows
+
+
+def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable[..., str], tmp_path: Path) -> None:
+    expected = described(pictures)
+    assert len(expected) == 32
+    assert expected["red-circle"] == ("a red circle", "the circle is red")
+    rows = table_rows(pictures, expected)
+    assert described(write_table(rows)) == expected
+    tabs = write_table([("x", *row) for row in rows], "tabs.tsv", ("other", "filepath", "title"))
+    assert described(tabs, image_column="filepath", caption_column="title") == expected
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for path in Path(pictures).glob("*.png"):
+        (beside / path.name).symlink_to(path)
+    write_table([(Path(image).name, text) for image, text in rows], "beside/captions.csv")
+    assert described(str(beside)) == expected
+    names = sorted(expected)
+    for number, share in enumerate((names[:20], names[20:])):
+        with tarfile.open(tmp_path / f"shard-{number:03d}.tar", "w") as shard:
+            for name in share:
+                for suffix in ("png", "txt"):
+                    shard.add(Path(pictures) / f"{name}.{suffix}", f"{name}.{suffix}")
+    shards = sources.load(str(tmp_path / "shard-{000..001}.tar"))
+    assert {p.key.split("/")[1]: p.captions for p in shards} == expected
+    assert shards[21].file.read() == (Path(pictures) / f"{names[21]}.png").read_bytes()
+    assert sources.load(str(tmp_path / "shard-*.tar")) == shards
+
+
+def test_images_are_read_from_shards(clip: Any, pictures: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for name in ("blue-circle", "broken", "red-circle"):
+            image, text = tmp_path / f"{name}.png", tmp_path / f"{name}.txt"
+            text.write_text("a circle")
+            whole = (Path(pictures) / f"{name.replace('broken', 'red-circle')}.png").read_bytes()
+            image.write_bytes(whole[:60] if name == "broken" else whole)
+            shard.add(image, image.name)
+            shard.add(text, text.name)
+    with pytest.warns(UserWarning, match=r"1 of 3 images can't be read: shard.tar/broken.png .*left out"):
+        data = prepared(clip, "fit", "shard.tar", skip_unreadable=True, validation_share=0.0, test_share=0.0)
+    files = [str(picture.file) for picture in data.parts["train"]]
+    batch = data.train_dataloader().dataset[Draw(0, [files.index("shard.tar/blue-circle.png")])]
+    assert batch["images"].shape == (1, 3, 32, 32)
+    assert batch["images"][0, 2].mean() > batch["images"][0, 0].mean()
+
+
+def test_an_emoji_stays_in_one_part_in_all_styles(
+    pictures: str, write_table: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for style in ("google", "twitter", "fluent/train/face"):
+        (tmp_path / style).mkdir(parents=True)
+        for code in ("1f600", "1f601"):
+            shutil.copy(Path(pictures) / "red-circle.png", tmp_path / style / f"{code}.png")
+    rows = [(f"{style}/1f600.png", "grin") for style in ("google", "twitter")]
+    folders = emoji.Folders(Path(write_table(rows)), Path(write_table(rows[:1], "held.csv")), tmp_path / "fluent")
+    monkeypatch.setattr(emoji, "prepare", lambda: folders)
+    assert [(p.key, p.captions) for p in sources.load("packaged:emoji")] == [("1f600", ("grin",))] * 2
+    assert len(sources.load("packaged:emoji-held-out")) == 1
+    (fluent,) = sources.load("packaged:emoji-fluent")  # the other has no caption
+    assert fluent == sources.Picture(tmp_path / "fluent/train/face/1f600.png", ("grin",), "1f600")
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        ([("a.png", "b")], ("file", "caption"), r"columns \['file', 'caption'\].*image_column='image'"),
+        ([("a.png", "x"), ("a.png", " ")], COLUMNS, "line 3 has an empty 'caption'"),
+        ([("", "x")], COLUMNS, "line 2 has an empty 'image'"),
+        ([("a.png",)], COLUMNS, "line 2 has an empty 'caption'"),
+        ([("nowhere.png", "x")], COLUMNS, "there is no .*nowhere.png"),
+        ([], COLUMNS, "holds no image with a caption"),
+    ],
+)
+def test_faults_of_a_table_are_named(rows: Any, header: Any, message: str, write_table: Callable[..., str]) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        sources.load(write_table(rows, header=header))
+
+
+def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(MisconfigurationException, match=r"folder holds no image ending in .*\.png"):
+        sources.load(str(folder))
+    (folder / "one.png").symlink_to(Path(pictures) / "red-circle.png")
+    with pytest.raises(MisconfigurationException, match=r"one.png has neither a one.txt.*captions.csv"):
+        sources.load(str(folder))
+    (folder / "one.txt").write_text(" \n")
+    with pytest.raises(MisconfigurationException, match=r"one.txt is empty"):
+        sources.load(str(folder))
+    (folder / "one.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(MisconfigurationException, match=r"one.txt is not UTF-8"):
+        sources.load(str(folder))
+
+
+def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"'no-\{0..1\}.tar': there is no no-0.tar, no-1.tar"):
+        sources.load("no-{0..1}.tar")
+    (tmp_path / "broken.tar").write_text("no archive")
+    with pytest.raises(MisconfigurationException, match=r"broken.tar can't be read as an uncompressed .tar"):
+        sources.load("broken.tar")
+    (tmp_path / "blank.txt").write_text(" ")
+    with tarfile.open(tmp_path / "bare.tar", "w") as shard:
+        shard.add(Path(pictures) / "red-circle.png", "some/red-circle.png")
+        shard.add(tmp_path / "blank.txt", "blank.txt")
+    message = r"some/red-circle has no .txt; .*blank has a .txt, but no image; .*blank.txt is empty"
+    with pytest.raises(MisconfigurationException, match=message):
+        sources.load("bare.tar")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "missing.csv"}, "missing.csv.*no such file"),
+        ({"dataset": "missing"}, "'missing' is not a folder.*packaged:emoji"),
+        ({"dataset": "packaged:chess"}, "unknown package 'packaged:chess', give one of packaged:emoji"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on, got 0.5 and 0.5"),
+        ({"skip_unreadable": True, "check_images": False}, "skip_unreadable needs check_images"),
+        ({"validation_dataset": "missing.tsv"}, "missing.tsv.*no such file"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str, clip: Any, pictures: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        prepared(clip, "fit", **{"dataset": pictures} | options)
+
+
+def test_a_broken_image_is_named_or_skipped_and_counted(
+    clip: Any, pictures: str, write_table: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes((Path(pictures) / "red-circle.png").read_bytes()[:60])
+    rows = [(str(path), "a thing") for path in sorted(Path(pictures).glob("*.png"))] + [("broken.png", "b")]
+    table = write_table(rows)
+    shares = {"validation_share": 0.0, "test_share": 0.0}
+    with pytest.raises(MisconfigurationException, match=r"1 of 33 images can't be read: .*broken.png.*skip_unreadable"):
+        prepared(clip, "fit", table, **shares)
+    with pytest.warns(UserWarning, match=r"1 of 33 images can't be read: .*broken.png.*left out"):
+        data = prepared(clip, "fit", table, skip_unreadable=True, **shares)
+    assert len(data.parts["train"]) == 32
+
+
+def test_long_captions_are_counted_and_cut_or_refused(
+    clip: Any, pictures: str, write_table: Callable[..., str]
+) -> None:
+    fits, long = "one " * 10, "one " * 11  # with start and end 12 and 13 tokens
+    assert too_long([fits, "", long], clip.tokenizer) == [long]
+    image = str(Path(pictures) / "red-circle.png")
+    table = write_table([(image, fits), (image, long)])
+    shares = {"validation_share": 0.0, "test_share": 0.0}
+    data = prepared(clip, "fit", table, **shares)
+    assert "1 images, 2 captions, 1 of them longer than the context_length of 12 tokens" in data.reports["train"]
+    with pytest.raises(MisconfigurationException, match=r"1 of them longer.*'one .*refuse_long_captions"):
+        prepared(clip, "fit", table, refuse_long_captions=True, **shares)
+
+
+# -- parts and batches
+
+
+def test_no_image_is_on_two_sides(clip: Any, pictures: str, write_table: Callable[..., str]) -> None:
+    expected = described(pictures)
+    rows = table_rows(pictures, expected)
+
+    def parts(rows: list[tuple[str, str]], **options: Any) -> dict[str, set[str]]:
+        data = prepared(clip, "fit", write_table(rows), validation_share=0.25, **options)
+        data.setup("test")
+        files = {}
+        for part, chosen in data.parts.items():
+            files[part] = {str(picture.file) for picture in chosen}
+        return files
+
+    found = parts(rows)
+    assert {part: len(files) for part, files in found.items()} == {"train": 21, "validation": 8, "test": 3}
+    assert len(set.union(*found.values())) == 32
+    assert parts(random.sample(rows, len(rows))) == found
+    assert parts(rows, seed=1) != found
+
+
+def test_validation_may_be_given(clip: Any, pictures: str, write_table: Callable[..., str]) -> None:
+    table = write_table([(str(Path(pictures) / "red-circle.png"), "a red circle")])
+    data = prepared(clip, "fit", pictures, validation_dataset=table, test_share=0.0)
+    assert len(data.parts["train"]) == 32
+    assert len(data.parts["validation"]) == 1
+    with pytest.raises(MisconfigurationException, match="set test_dataset, or test_share above 0"):
+        data.setup("test")
+
+
+def test_ranks_share_each_joint_batch() -> None:
+    one = list(PictureBatchSampler(50, 8, seed=3))
+    shares = [list(PictureBatchSampler(50, 4, seed=3, num_replicas=2, rank=rank)) for rank in (0, 1)]
+    assert [len(draw.places) for draw in one] == [8] * 6
+    assert [[*a.places, *b.places] for a, b in zip(*shares, strict=True)] == [draw.places for draw in one]
+    assert len(PictureBatchSampler(50, 4, num_replicas=2)) == len(shares[0])
+    few = [list(PictureBatchSampler(5, 4, num_replicas=2, rank=rank)) for rank in (0, 1)]
+    assert [len(draw.places) for draw in chain.from_iterable(few)] == [2, 2]
+    sampler = PictureBatchSampler(50, 8, seed=3)
+    sampler.set_epoch(1)
+    assert next(iter(sampler)) != one[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_an_evaluation_sees_each_picture_once_on_any_number_of_ranks(ranks: int) -> None:
+    shares = [list(PictureBatchSampler(10, 3, num_replicas=ranks, rank=rank, shuffle=False)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert len(PictureBatchSampler(10, 3, num_replicas=ranks, shuffle=False)) == len(shares[0])
+    draws = chain.from_iterable(zip(*shares, strict=True))
+    seen = chain.from_iterable(draw.places for draw in draws if not draw.repeats)
+    assert list(seen) == list(range(10))
+
+
+def test_captions_and_crops_depend_on_seed_epoch_and_place_alone(clip: Any, pictures: str) -> None:
+    batches = prepared(clip, "fit", pictures).train_dataloader().dataset
+    state = random.getstate(), torch.get_rng_state()
+    two, one = batches[Draw(4, [2, 5])], batches[Draw(4, [5])]
+    assert state[0] == random.getstate()
+    assert torch.equal(state[1], torch.get_rng_state())
+    np.random.seed(1)
+    torch.manual_seed(1)
+    random.seed(1)
+    again = batches[Draw(4, [2, 5])]
+    for name, value in two.items():
+        assert torch.equal(value, again[name])
+        assert torch.equal(value[1:], one[name])
+    later = [batches[Draw(epoch, [2])] for epoch in range(6)]
+    assert len({batch["images"].sum().item() for batch in later}) > 3
+    assert len({tuple(batch["tokens"].flatten().tolist()) for batch in later}) == 2

@@ -1,0 +1,170 @@
+"""CoOp's data sets, in the layout of its guide and with files of its schema: what is read, and what is refused."""
+
+import json
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
+
+from clip_fewshot_runs import filled, picture
+from coop_sets import FILES, NAMES, write_set
+
+from recipes.clip_fewshot import coop, sources
+from recipes.clip_fewshot.data import FewShotData
+from recipes.clip_fewshot.folders import PARTS
+from recipes.clip_fewshot.prompts import COOP_TEMPLATES
+
+pytestmark = pytest.mark.usefixtures("command_line")
+
+
+def data_of(root: Path, dataset: str, **options: Any) -> FewShotData:
+    return FewShotData(**{"dataset": dataset, "root": str(root), "split": "coop", "shots": 2, **options})
+
+
+# -- what is read
+
+
+@pytest.mark.parametrize("dataset", FILES)
+def test_a_split_file_gives_parts_and_names(dataset: str, tmp_path: Path) -> None:
+    split = json.loads(write_set(tmp_path, dataset).read_text())
+    source = sources.load(dataset, str(tmp_path), "coop")
+    for part, key in zip(PARTS, ("train", "val", "test"), strict=True):
+        found = [
+            (path.relative_to(tmp_path / FILES[dataset][0]).as_posix(), label) for path, label in source.parts[part]
+        ]
+        assert found == [(path, label) for path, label, _ in split[key]]
+    assert all(path.is_file() for path, _ in chain.from_iterable(source.parts.values()))
+    assert source.names == [name.replace("_", " ") for name in source.classes]
+
+
+def test_names_are_the_files_own(tmp_path: Path) -> None:
+    write_set(tmp_path, "stanford_cars")
+    data = data_of(tmp_path, "stanford_cars")
+    data.setup("fit")
+    assert data.classes == NAMES["stanford_cars"]  # McLaren in one word, which a folder's name would not be
+    assert data.prompts[1] == ["a photo of a 2012 McLaren MP4-12C Coupe."]
+    assert [len(data.parts[part]) for part in PARTS] == [6, 6, 9]
+
+
+def test_the_images_may_be_where_torchvision_puts_them(tmp_path: Path) -> None:
+    write_set(tmp_path, "dtd", images="dtd/dtd/images")
+    source = sources.load("dtd", str(tmp_path), "coop")
+    assert source.parts["test"][0][0].is_relative_to(tmp_path / "dtd" / "dtd" / "images")
+
+
+def test_aircraft_has_text_files(tmp_path: Path) -> None:
+    folder = tmp_path / "fgvc_aircraft"
+    for number in range(12):
+        picture(folder / "images" / f"{number:07d}.jpg", (9, 9, 99), number)
+    (folder / "variants.txt").write_text("707-320\nDC-9-30\nF-16A/B\n")
+    for part, first in (("train", 0), ("val", 4), ("test", 8)):
+        names = ("DC-9-30", "707-320", "F-16A/B", "DC-9-30")
+        lines = [f"{number:07d} {name}" for number, name in enumerate(names, first)]
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(lines) + "\n")
+    source = sources.load("fgvc_aircraft", str(tmp_path), "coop")
+    assert source.names == ["707-320", "DC-9-30", "F-16A/B"]
+    assert [label for _, label in source.parts["validation"]] == [1, 0, 2, 1]
+    (folder / "images" / "0000005.jpg").unlink()
+    refused(tmp_path, "fgvc_aircraft", r"1 of the 4 images that .*images_variant_val.txt names .*0000005.jpg")
+    (folder / "variants.txt").write_text("707-320\nDC-9-30\n")
+    refused(tmp_path, "fgvc_aircraft", "'F-16A/B' is not one of the classes in variants.txt")
+    (folder / "variants.txt").unlink()
+    refused(tmp_path, "fgvc_aircraft", "there is no .*variants.txt")
+
+
+def test_imagenet_has_folders_and_names_that_are_alike(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for number in range(4):
+            for folder in ("n03773504", "n04008634"):
+                picture(tmp_path / "imagenet" / "images" / part / folder / f"{number}.JPEG", (9, 9, 99), number)
+    names = tmp_path / "imagenet" / "classnames.txt"
+    names.write_text("n00000001 great white shark\nn03773504 missile\nn04008634 missile\n")
+    data = data_of(tmp_path, "imagenet", validation_shots=2)
+    data.setup("fit")
+    assert data.prompts == [["a photo of a missile."]] * 2
+    assert {path.parts[-3] for path, _ in data.parts["validation"]} == {"train"}
+    assert {path.parts[-3] for path, _ in data.parts["test"]} == {"val"}
+    assert not set(data.parts["train"]) & set(data.parts["validation"])
+    names.write_text("n03773504 missile\nn04008634\n")
+    refused(tmp_path, "imagenet", "classnames.txt has no name for 1 classes, the first: n04008634")
+
+
+def test_templates_are_one_for_all_or_coops(tmp_path: Path) -> None:
+    assert COOP_TEMPLATES.keys() == coop.SETS.keys()
+    write_set(tmp_path, "dtd")
+    data = data_of(tmp_path, "dtd", templates="coop")
+    data.setup("fit")
+    assert data.prompts[1] == ["polka-dotted texture."]
+    data = FewShotData(str(filled(tmp_path / "mine", 8)), templates="coop", shots=1)
+    with pytest.raises(MisconfigurationException, match=r"templates='coop' is for the data sets caltech101.*mine"):
+        data.setup("fit")
+
+
+# -- what is refused
+
+
+def refused(root: Path, dataset: str, message: str, **options: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        data_of(root, dataset, **options).setup("fit")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    refused(tmp_path, "dtd", "there is no folder .*dtd/images nor .*dtd/dtd/images. Set root to .*DATASETS.md")
+    file = write_set(tmp_path, "dtd")
+    file.rename(file.with_name("split_zhou_EuroSAT.json"))
+    refused(tmp_path, "dtd", r"no .*DescribableTextures.json \(split_zhou_EuroSAT.json is another set's\)")
+
+
+def test_another_sets_file_is_noticed(tmp_path: Path) -> None:
+    write_set(tmp_path, "dtd")
+    other = write_set(tmp_path, "eurosat")
+    (tmp_path / FILES["dtd"][1]).write_bytes(other.read_bytes())
+    refused(tmp_path, "dtd", "33 of the 33 images .*DescribableTextures.json .*is it another set's file")
+
+
+def test_images_that_are_missing_or_broken_or_too_few_stop_a_run_before_training(tmp_path: Path) -> None:
+    write_set(tmp_path, "eurosat")
+    images = tmp_path / FILES["eurosat"][0]
+    refused(tmp_path, "eurosat", "class 'Annual Crop Land' has 4 images in train .CoOp's parts., too few", shots=5)
+    broken = images / "class_1" / "eurosat_1_8.jpg"  # of the test part
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:300])
+    refused(tmp_path, "eurosat", "1 of 9 images can't be read: .*eurosat_1_8.jpg")
+    broken.unlink()
+    refused(tmp_path, "eurosat", "1 of the 33 images that .*EuroSAT.json names are not in .*2750.*complete them")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda split: split.pop("val"), "an object with the lists train, val, test"),
+        (lambda split: split["train"].clear(), "the lists train, val, test, none of them empty"),
+        (lambda split: split["train"].append(["a.jpg", 0]), r"train has to hold \[path, label, .* got \['a.jpg', 0\]"),
+        (lambda split: split["val"].append(["a.jpg", "0", "x"]), r"val has to hold .* got \['a.jpg', '0', 'x'\]"),
+        (lambda split: split["test"].append(["a.jpg", 0, "other"]), "label 0 is both 'Annual Crop Land' and 'other'"),
+        (lambda split: split["test"].append(["a.jpg", 7, "other"]), r"from 0 to 3, got \[0, 1, 2, 7\]"),
+    ],
+)
+def test_files_of_another_schema_are_refused(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    file = write_set(tmp_path, "eurosat")
+    split = json.loads(file.read_text())
+    change(split)
+    file.write_text(json.dumps(split))
+    refused(tmp_path, "eurosat", message)
+
+
+def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
+    write_set(tmp_path, "eurosat").write_text("<!DOCTYPE html>")  # what a failed download leaves
+    refused(tmp_path, "eurosat", "split_zhou_EuroSAT.json can't be read as JSON")
+
+
+def test_a_split_has_its_data_sets(tmp_path: Path) -> None:
+    refused(tmp_path, str(filled(tmp_path / "mine", 8)), "split='coop' is for the data sets caltech101, .*mine")
+    refused(tmp_path, "ucf101", "'ucf101' is read in CoOp's parts alone: set split to coop", split="official")

@@ -1,0 +1,250 @@
+"""The shipped YAML files: every combination is loaded, and an overlay changes what it names and nothing else."""
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from parsing import ParsingCLI
+
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import RECIPES, STRATEGIES, config_arguments, methods_of, shipped_configs
+
+ROOT = RECIPES.parent
+FILES = sorted(RECIPES.rglob("*.yaml"))
+NAMES = [path.parent.parent.name for path in FILES if path.name == "base.yaml"]
+OVERLAYS = []
+for name in NAMES:
+    OVERLAYS += [(name, method) for method in methods_of(name) if method != "lora"]
+RHO = {"vqa": 0.2}
+"""The recipes whose radius is another one than the 0.03 of the shared overlays."""
+
+Parse = Callable[[list[str]], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def parse() -> Iterator[Parse]:
+    """A function from arguments to the settings that the real parser makes of them, by dotted names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["test"])  # LightningCLI warns of other arguments beside its own
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+        patch.chdir(ROOT)
+        cli = ParsingCLI(config_arguments(NAMES[0], "lora"), run=False)  # once, because to make a parser takes longest
+
+        def settings(arguments: list[str]) -> dict[str, Any]:
+            cli.parse_arguments(cli.parser, arguments)
+            cli.before_instantiate_classes()
+            return flat(yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)))
+
+        yield settings
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names; callbacks and loggers, which are lists, by the names of their classes."""
+    children = value
+    if isinstance(value, list):
+        children = {}
+        for item in value:
+            if isinstance(item, dict):
+                children[item["class_path"].split(".")[-1]] = item
+    if not isinstance(children, dict) or not children:
+        return {name: value}
+    settings = {}
+    for key, child in children.items():
+        settings.update(flat(child, f"{name}.{key}" if name else key))
+    return settings
+
+
+def changes(plain: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are new or other ones than before."""
+    return {name: value for name, value in made.items() if name not in plain or plain[name] != value}
+
+
+# -- every combination
+
+
+@pytest.mark.parametrize(("recipe", "method"), OVERLAYS)
+def test_a_method_changes_what_its_overlay_names_and_nothing_else(recipe: str, method: str, parse: Parse) -> None:
+    plain, made = parse(config_arguments(recipe, "lora")), parse(config_arguments(recipe, method))
+    lost, changed = set(plain) - set(made), changes(plain, made)
+    names = [name for name in plain if re.fullmatch(r"run_name|trainer\.logger\.\w+\.init_args\.name", name)]
+    assert len(names) > 1
+    for name in names:
+        assert (plain[name], changed.pop(name)) == ("lora", method)
+    if method == "full":
+        assert {name.rpartition(".")[0] for name in lost} == {
+            "trainer.callbacks.AdapterCheckpoint",
+            "trainer.callbacks.AdapterCheckpoint.init_args",
+            "model.init_args.lora",
+        }
+        assert changed.pop("model.init_args.lora") is None
+        assert changed.pop("model.init_args.learn_logit_scale") is True
+        assert changed.pop("model.init_args.learning_rate") == 1e-5
+        assert changed.pop("model.init_args.weight_decay") == 0.1
+        for name, value in list(changed.items()):
+            setting = name.removeprefix("trainer.callbacks.ModelCheckpoint.")
+            if setting in ("init_args.monitor", "init_args.save_last"):
+                assert value == plain[f"trainer.callbacks.AdapterCheckpoint.{setting}"]
+            assert setting != name, name
+        return
+    assert not lost
+    if method == "fmlora_manual":
+        assert changed.pop("model.class_path") == plain["model.class_path"] + "FM"
+        owner = "model.init_args."
+        assert changed.pop("trainer.gradient_clip_val", None) is None
+        assert changed[f"{owner}gradient_clip_val"] == plain["trainer.gradient_clip_val"]
+        assert changed[f"{owner}accumulate_grad_batches"] == plain["trainer.accumulate_grad_batches"]
+    else:
+        (callback,) = {name.split(".")[2] for name in changed}
+        assert callback.lower() == method
+        owner = f"trainer.callbacks.{callback}.init_args."
+        assert changed.pop(f"trainer.callbacks.{callback}.class_path") == f"lightning_flatlora.{callback}"
+        assert changed.get(f"{owner}beta", 0.9) == 0.9
+    assert changed[f"{owner}rho"] == RHO.get(recipe, 0.03)
+    assert not [name for name in changed if not name.startswith(owner) or name in plain]
+
+
+@pytest.mark.parametrize("strategy", [path.stem for path in sorted(STRATEGIES.glob("*.yaml"))])
+@pytest.mark.parametrize(("recipe", "method"), [*((recipe, "lora") for recipe in NAMES), *OVERLAYS])
+def test_a_strategy_changes_nothing_else(recipe: str, method: str, strategy: str, parse: Parse) -> None:
+    arguments = config_arguments(recipe, method)
+    changed = changes(parse(arguments), parse([*arguments, f"--config={STRATEGIES / strategy}.yaml"]))
+    assert changed
+    assert all(name.startswith("trainer.strategy") for name in changed)
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_wandb_comes_beside_the_other_loggers(recipe: str, parse: Parse) -> None:
+    arguments = config_arguments(recipe, "efmlora")
+    plain, made = parse(arguments), parse([*arguments, f"--config={RECIPES}/configs/loggers/wandb.yaml"])
+    assert set(plain) < set(made)
+    changed = changes(plain, made)
+    assert all(name.startswith("trainer.logger.WandbLogger.") for name in changed)
+    assert changed["trainer.logger.WandbLogger.init_args.name"] == "efmlora"
+
+
+def test_the_data_of_visual_questions_suit_every_method(parse: Parse) -> None:
+    overlays = [f"--config={RECIPES / 'vqa' / 'configs' / name}.yaml" for name in ("scienceqa", "vizwiz", "vizwiz_hub")]
+    trained = {}
+    for added in (overlays[:1], overlays[1:2], overlays[1:]):
+        for method in methods_of("vqa"):
+            plain, made = (parse(config_arguments("vqa", method)), parse([*config_arguments("vqa", method), *added]))
+            assert set(made) - set(plain) == {"model.init_args.lora.exclude_modules"}
+            changed = set(changes(plain, made))
+            of_trainer = {name for name in changed if name.startswith("trainer.")}
+            assert of_trainer == {"trainer.precision", "trainer.accumulate_grad_batches"}
+            assert {"model.init_args.model", "model.init_args.lora.r", "data.init_args.dataset"} < changed
+            assert not changed & {"model.class_path", "data.class_path", "run_name", "model.init_args.rho"}
+            # All are trained alike.
+            settings = {name: value for name, value in made.items() if not name.startswith("data.")}
+            assert trained.setdefault(method, settings) == settings
+
+
+@pytest.mark.parametrize("method", methods_of("clip_fewshot"))
+def test_clip_loras_protocol_is_the_published_one(method: str, parse: Parse) -> None:
+    overlay = f"--config={RECIPES / 'clip_fewshot' / 'configs' / 'clip_lora.yaml'}"
+    plain, made = (
+        parse(config_arguments("clip_fewshot", method)),
+        parse([*config_arguments("clip_fewshot", method), overlay]),
+    )
+    expected = {
+        "trainer.precision": "16-mixed",
+        "model.init_args.model": "ViT-B-16-quickgelu",
+        "model.init_args.pretrained": "openai",
+        "model.init_args.lora.r": 2,
+        "model.init_args.lora.lora_alpha": 1,
+        "model.init_args.lora.use_rslora": True,
+        "model.init_args.lora.lora_dropout": 0.25,
+        "model.init_args.lora.projections": ["q", "k", "v"],
+        "model.init_args.lora.blocks": "all",
+        "model.init_args.lora.towers": "both",
+        "model.init_args.learning_rate": 2e-4,
+        "model.init_args.min_learning_rate": 1e-6,
+        "model.init_args.weight_decay": 0.01,
+        "data.init_args.split": "coop",
+        "data.init_args.batch_size": 32,
+        "data.init_args.iterations_per_shot": 500,
+        "data.init_args.templates": ["a photo of a {}."],
+        "data.init_args.crop_scale": [0.08, 1.0],
+        "data.init_args.flip": 0.5,
+    }
+    assert made == made | expected
+    assert set(changes(plain, made)) <= set(expected)
+
+
+# -- the commands in the files and on the pages
+
+
+def commands(text: str) -> list[list[str]]:
+    """Arguments of the recipes' ``fit`` in a comment, which may go over several lines."""
+    joined = re.sub(r"\\\n#", "", text)
+    return [shlex.split(line, comments=True) for line in re.findall(r"python -m recipes\.\w+ fit (.*)", joined)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_the_commands_in_a_file_load_it(path: Any, parse: Parse) -> None:
+    found = commands(path.read_text(encoding="utf-8"))
+    assert found
+    for arguments in found:
+        assert str(path.relative_to(ROOT)) in arguments
+        parse(arguments)
+
+
+@pytest.mark.parametrize(("name", "rho"), [("scienceqa", 0.2), ("vizwiz", 0.05), ("vizwiz_hub", 0.05)])
+def test_the_radius_of_visual_questions_is_the_papers(name: str, rho: float, parse: Parse) -> None:
+    (arguments,) = commands((RECIPES / "vqa" / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert parse(arguments)["trainer.callbacks.EFMLoRA.init_args.rho"] == rho
+
+
+def test_the_pages_name_files_that_exist() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for name in re.findall(r"recipes/[\w/]+\.yaml", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page}: {name}"
+
+
+# -- what users see
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "--help"], "--run_name"),
+        (["fit"], "the following arguments are required"),
+        (["fit", "--config=recipes/vqa/configs/methods/efmlora.yaml"], "the following arguments are required"),
+        (["fit", "--config=recipes/vqa/configs/efmlora.yaml"], "File does not exist"),
+    ],
+)
+def test_help_and_errors_name_the_shipped_files(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        RecipeCLI(arguments)
+    shown = "".join(capsys.readouterr())
+    assert said in shown
+    assert shown.endswith(f"{shipped_configs()}\n")
+    for path in FILES:
+        assert path.name in shown
+        assert str(path.parent.relative_to(ROOT)) in shown
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_errors_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        RecipeCLI(["fit", *config_arguments(NAMES[0], "lora"), "--trainer.max_epochs=many"])
+    assert "base.yaml" not in capsys.readouterr().err
+
+
+def test_loggers_with_a_name_keep_it(parse: Parse) -> None:
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=here"]
+    arguments = [*config_arguments(NAMES[0], "lora"), "--run_name=mine", *logger]
+    name = "trainer.logger.init_args.name"
+    assert parse([*arguments, "--trainer.logger.name=null"])[name] == "mine"
+    assert parse([*arguments, "--trainer.logger.name=another"])[name] == "another"
+    assert parse([*arguments, "--trainer.logger=false"])["trainer.logger"] is False

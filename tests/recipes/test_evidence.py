@@ -1,0 +1,363 @@
+"""The programme of evidence end to end, on a tiny random encoder and short made-up texts."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+import transformers
+from evidence_runs import RUN, SETTINGS, Fake, bert, figures, install, made_up, tiny_encoder, wordpieces
+from safetensors import safe_open
+
+from recipes.evidence import __main__ as command
+from recipes.evidence import plan as planning
+from recipes.evidence import run as running
+from recipes.evidence.__main__ import main
+from recipes.evidence.data import batch_places, packed, training_examples, with_noise
+from recipes.evidence.encoder import CutEncoder, pooled
+from recipes.evidence.module import ShotsClassifier, all_logits
+from recipes.evidence.plan import RESULTS, STAGES, Plan
+from recipes.evidence.run import Run, perform
+from recipes.evidence.scores import scores
+from recipes.evidence.search import Grid
+from recipes.evidence.weights import restore
+from recipes.evidence.workloads import ARMS, COMPETITORS, PROBE, SEARCHES, Config
+from recipes.language import texts
+from recipes.language.texts import Example
+from recipes.shared import packaged
+from recipes.shared.ledger import Row
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return wordpieces()
+
+
+@pytest.fixture
+def encoder() -> CutEncoder:
+    return tiny_encoder()
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+
+
+# -- the cut encoder
+
+
+@pytest.mark.parametrize("frozen_layers", [1, 2, 3])
+def test_kept_lower_layers_and_upper_ones_are_the_whole_model(tokenizer: Any, frozen_layers: int) -> None:
+    model = bert(4, torch.float64).eval()
+    cut = CutEncoder(model, tokenizer, frozen_layers, length=16)
+    examples = [Example("a heart", 0, ""), Example("one tooth and so on, and on, " * 5, 1, ""), Example("eye", 2, "")]
+    batch = packed(examples, cut.states)
+    found = pooled(cut.upper()(batch["hidden"], batch["owners"]), batch["owners"], len(examples))
+    for example, mean in zip(examples, found, strict=True):
+        inputs = tokenizer(example.text, truncation=True, max_length=16, return_tensors="pt")
+        torch.testing.assert_close(mean, model(**inputs).last_hidden_state[0].mean(dim=0), rtol=0, atol=1e-12)
+
+
+def test_the_packaged_encoder_is_cut_exactly(tokenizer: Any) -> None:
+    """Against transformers' own forward pass of all six layers."""
+    options = {"add_pooling_layer": False, "dtype": torch.float64}
+    model = transformers.AutoModel.from_pretrained(packaged.minilm(), attn_implementation="eager", **options).eval()
+    cut = CutEncoder(model, tokenizer, frozen_layers=4, length=32)
+    examples = [Example("Which nerve supplies the lens?", 0, ""), Example("Caries", 1, "")]
+    batch = packed(examples, cut.states)
+    hidden = cut.upper().eval()(batch["hidden"], batch["owners"])
+    found = pooled(hidden, batch["owners"], len(examples))
+    whole = transformers.AutoModel.from_pretrained(packaged.minilm(), attn_implementation="sdpa", **options).eval()
+    for example, mean in zip(examples, found, strict=True):
+        expected = whole(**tokenizer(example.text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
+
+
+def test_what_is_kept_is_computed_once(encoder: CutEncoder) -> None:
+    assert encoder.states("one text") is encoder.states("one text")
+    assert not encoder.states("one text").requires_grad
+
+
+def test_a_cut_outside_of_the_model_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="between 1 and 1, got 2"):
+        CutEncoder(bert(2), tokenizer, frozen_layers=2, length=8)
+
+
+# -- data
+
+
+def test_noise_replaces_the_share_by_other_classes_evenly() -> None:
+    examples = [Example(str(place), place % 5, "") for place in range(5000)]
+    noisy = with_noise(examples, 0.4, classes=5, seed=3)
+    shifts = [(new.label - old.label) % 5 for new, old in zip(noisy, examples, strict=True)]
+    assert shifts.count(0) == 3000
+    for shift in (1, 2, 3, 4):
+        assert shifts.count(shift) == pytest.approx(500, abs=100)
+    assert [example.text for example in noisy] == [example.text for example in examples]
+    assert noisy == with_noise(examples, 0.4, classes=5, seed=3) != with_noise(examples, 0.4, classes=5, seed=4)
+    assert with_noise(examples, 0.0, classes=5, seed=3) == examples
+
+
+def test_noise_of_a_workload_reaches_its_training_examples_alone() -> None:
+    clean = training_examples(SETTINGS, seed=0)
+    noisy = training_examples({**SETTINGS, "noise": 0.5}, seed=0)
+    assert sum(old.label != new.label for old, new in zip(clean, noisy, strict=True)) == 6
+    true = {example.text: example.label for example in made_up()}
+    assert all(true[example.text] == example.label for example in texts.parts("tiny")["validation"])
+
+
+def test_batches_pass_over_all_examples_and_a_longer_run_begins_alike() -> None:
+    places = batch_places(examples=10, batch_size=3, steps=7, seed=0)
+    assert [len(batch) for batch in places] == [3] * 7
+    epoch = set(chain.from_iterable(places[:3]))
+    assert len(epoch) == 9
+    assert places == batch_places(10, 3, 14, seed=0)[:7] != batch_places(10, 3, 7, seed=1)
+    with pytest.raises(ValueError, match="fewer than a batch of 11"):
+        batch_places(examples=10, batch_size=11, steps=1, seed=0)
+
+
+# -- runs
+
+
+def test_a_run_repeats_and_its_row_says_what_it_was() -> None:
+    row = perform(RUN)
+    assert figures(row) == figures(perform(RUN))
+    assert {"commit", "device", "torch", "seconds", "chance"} <= set(row)
+    assert row["settings"]["precision"] == "32-true"
+    assert not row["failed"]
+    assert figures(perform(replace(RUN, seed=1))) != figures(row)
+
+
+@pytest.mark.parametrize("method", [method for method in SEARCHES if method != "lora"])
+def test_size_0_is_lora_bit_for_bit(method: str) -> None:
+    """Which is why all methods share the runs at size 0."""
+    (size,) = Grid().settings(method)[1]
+    at_0 = replace(RUN, arm=method, config={**RUN.config, size: 0.0})
+    assert figures(perform(at_0)) == figures(perform(RUN))
+    larger = replace(RUN, arm=method, config={**RUN.config, size: 0.5})
+    assert figures(perform(larger)) != figures(perform(RUN))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dropout": 0.5}, {"weight_decay": 10.0}, {"label_smoothing": 0.5}, {"rank": 1}, {"length_of_training": 2}],
+)
+def test_a_change_of_the_configuration_changes_the_run(change: Config) -> None:
+    assert figures(perform(replace(RUN, config={**RUN.config, **change}))) != figures(perform(RUN))
+
+
+def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss() -> None:
+    # At this rate the loss rises.
+    long = replace(RUN, settings={**SETTINGS, "steps": 40}, config={"learning_rate": 0.3})
+    stopped = replace(long, arm="early_stopping", config={**long.config, "early_stopping": True})
+    found, last = perform(stopped), perform(long)
+    assert found["validation_loss"] < last["validation_loss"]
+    assert figures(found["at_end"]) == figures(last)
+    assert "at_end" not in last
+    # So are all runs judged where the workload says so, and nothing is left for early stopping to change.
+    judged = replace(long, settings={**long.settings, "judged": "best"})
+    assert figures(perform(judged)) == figures(found)
+    plan = Plan(Path("nowhere"), "tiny", judged.settings, ARMS, STAGES, range(20))
+    assert [piece.number for piece in plan.pieces()[:3]] == [105, 40, 80]
+
+
+def test_a_run_that_diverges_counts_as_chance() -> None:
+    row = perform(replace(RUN, config={"learning_rate": 1e38}))
+    assert row["failed"]
+    assert row["test_accuracy"] == row["chance"] == 1 / 3
+    assert row["test_loss"] is None
+
+
+def test_logits_are_float32_in_mixed_precision(encoder: CutEncoder) -> None:
+    mixed = replace(RUN, settings={**SETTINGS, "precision": "bf16-mixed"})
+    module = ShotsClassifier(encoder, 3, mixed.settings, mixed.config)
+    logits, _ = running._trained(mixed, module, encoder)[0]["test"]
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_a_search_never_sees_the_test_part() -> None:
+    row = perform(replace(RUN, stage="search"))
+    assert "validation_loss" in row
+    assert not any(name.startswith("test") for name in row)
+
+
+@pytest.mark.parametrize("judged", ["end", "best"])
+def test_a_run_on_test_keeps_the_weights_that_it_is_judged_by(judged: str, tmp_path: Path, encoder: CutEncoder) -> None:
+    # At this rate the last weights are not the best ones.
+    run = replace(RUN, settings={**SETTINGS, "judged": judged, "steps": 40}, config={"learning_rate": 0.3, "rank": 1})
+    row = perform(run, tmp_path)
+    assert figures(row) == figures(perform(run))
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == [row["weights"]]
+    module = ShotsClassifier(encoder, 3, run.settings, run.config)
+    restore(module, tmp_path / row["weights"])
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert scores(*all_logits(module, running.held_out(encoder, "tiny", "test")))["loss"] == row["test_loss"]
+    with safe_open(tmp_path / row["weights"], "pt") as file:
+        assert json.loads(file.metadata()["run"]) == run.key() == planning.key_of_row(row)
+    with pytest.raises(ValueError, match="does not hold the weights of this configuration"):
+        restore(ShotsClassifier(encoder, 3, SETTINGS, RUN.config), tmp_path / row["weights"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": "search"},
+        {"config": {"learning_rate": 1e38}},
+        {"arm": "linear_probe", "config": {}},
+    ],
+)
+def test_searches_failed_runs_and_the_probe_keep_no_weights(change: Any, tmp_path: Path) -> None:
+    assert "weights" not in perform(replace(RUN, **change), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_probe_is_the_frozen_encoder() -> None:
+    row = perform(replace(RUN, arm="linear_probe", config={}))
+    assert 0 <= row["test_accuracy"] <= 1
+    assert row["train_loss"] < math.log(3)
+
+
+# -- the plan
+
+
+FREE = (*COMPETITORS, PROBE)
+
+
+def small_plan(folder: Path, arms: Any = ARMS, stages: Any = STAGES) -> Plan:
+    return Plan(folder, "tiny", SETTINGS, arms, stages, range(20))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[Run]]:
+    """A plan whose runs are done, and those in their order."""
+    fake = Fake(gain=0.05)
+    plan = small_plan(tmp_path_factory.mktemp("finished"), ["lora", "efmlora", "fmlora", *FREE])
+    plan.work(fake, lambda run: None)
+    return plan, fake.done
+
+
+def test_the_order_of_a_plan(finished: tuple[Plan, list[Run]]) -> None:
+    plan, runs = finished
+    assert plan.open_runs() == []
+    assert all(done == total for _, done, total, _ in plan.progress())
+    # 20 trials of LoRA, 15 of the other two: those at size 0 are LoRA's.
+    searches = [run for run in runs if run.stage == "search"]
+    assert len(searches) == (20 + 2 * 15) * 3
+    assert len({str(run) for run in runs}) == len(runs)
+    first_test = next(place for place, run in enumerate(runs) if run.stage == "test")
+    assert first_test == (20 + 15) * 3
+    assert {run.arm for run in runs[:first_test]} == {"lora", "efmlora"}
+    tests = runs[first_test:]
+    assert {run.arm for run in tests[:16]} == {"lora", "efmlora"}
+    assert {run.seed for run in tests[:16]} == set(range(8))
+    assert {run.arm for run in tests[40:140]} == set(FREE)
+    # What is searched next has chosen size 0, and so has LoRA's runs.
+    assert {run.arm for run in runs[first_test + 140 :]} == {"fmlora"}
+    assert len(tests) == 140 + 45
+    stopped = next(run for run in tests if run.arm == "early_stopping")
+    assert stopped.config == {"learning_rate": 2e-3, "early_stopping": True}
+    (config,) = {str(run.config) for run in tests if run.arm == "efmlora"}
+    assert config == "{'learning_rate': 0.002, 'rho': 2.0}"
+
+
+def test_the_runs_of_all_methods_are_counted_once(tmp_path: Path) -> None:
+    pieces = small_plan(tmp_path).progress()
+    assert [total for _, _, total, _ in pieces[:4]] == [105, 40, 100, 45]
+    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 12 * 20
+
+
+def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> None:
+    fake, plan = Fake(gain=0.0), small_plan(tmp_path)
+    plan.work(fake, lambda run: None)
+    assert plan.has_ended_early
+    assert len([run for run in fake.done if run.stage == "test"]) == 16
+    assert {run.arm for run in fake.done} == {"lora", "efmlora"}
+
+
+def test_an_interrupted_plan_resumes_and_two_processes_share_it(tmp_path: Path) -> None:
+    first, fake = small_plan(tmp_path, ["lora"], ["search"]), Fake(gain=0.05)
+
+    def interrupted(run: Run) -> Row:
+        if len(fake.done) == 10:
+            raise KeyboardInterrupt
+        return fake(run)
+
+    with pytest.raises(KeyboardInterrupt):
+        first.work(interrupted, lambda run: None)
+    second = small_plan(tmp_path, ["lora"], ["search"])
+    claimed = second.open_runs()[0]
+    with first.ledger.claimed(claimed) as is_mine:  # by another process
+        assert is_mine
+        assert second.ledger.perform_first(second.open_runs(), fake, lambda run: None)
+    assert len(fake.done) == 11
+    assert claimed not in fake.done
+    second.work(fake, lambda run: None)
+    assert len(fake.done) == len({str(run) for run in fake.done}) == 60
+
+
+def test_rows_of_other_settings_do_not_count(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, ["lora"], ["search"])
+    plan.work(Fake(gain=0.0), lambda run: None)
+    other = Plan(tmp_path, "tiny", {**SETTINGS, "shots": 5}, ["lora"], ["search"], range(20))
+    assert len(other.open_runs()) == 60
+
+
+# -- the command
+
+
+def test_the_command_runs_and_reports(
+    tmp_path: Path,
+    finished: tuple[Plan, list[Run]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = ["--workload", "tiny", "--folder", str(tmp_path), "--precision", "32-true"]
+    folder += ["--methods", "lora", "efmlora", *FREE]
+    with pytest.raises(SystemExit, match="holds no run"):
+        main(["report", *folder])
+    assert main(["run", *folder, "--plan"]) == 0
+    assert "search, lora, efmlora: 0 of 105 runs done" in capsys.readouterr().out
+    lines = (finished[0].folder / RESULTS).read_text().splitlines(keepends=True)
+    few = [line for line in lines if json.loads(line)["seed"] in (0, 1, 2, 100, 101, 102)]
+    (tmp_path / RESULTS).write_text("".join(few))
+    assert main(["report", *folder]) == 0
+    assert "no verdict yet, with 3 of 20 seeds" in capsys.readouterr().out
+    last = lines.pop()
+    (tmp_path / RESULTS).write_text("".join(lines))
+    fake = Fake(gain=0.05)
+    monkeypatch.setattr(command, "perform", fake)
+    assert main(["run", *folder, "fmlora"]) == 0
+    assert [run.key() for run in fake.done] == [planning.key_of_row(json.loads(last))]
+    assert main(["report", *folder]) == 0
+    shown = capsys.readouterr().out
+    assert "EFMLoRA minus LoRA, 20 seeds: **gain**" in shown
+    text = (tmp_path / "tiny.md").read_text()
+    assert "| EFMLoRA | rate 0.002, rho 2 | 20 |" in text
+    assert "[1.910 (" in text  # the chosen trial
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+def test_an_interrupted_command_says_how_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(run: Run, folder: Path) -> Row:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "perform", interrupted)
+    assert main(["run", "--workload", "tiny", "--folder", str(tmp_path), "--precision", "32-true"]) == 130
+    assert "The same command resumes" in capsys.readouterr().out
+
+
+def test_seeds_of_the_search_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--seeds", "100"])
+    assert "choose configurations" in capsys.readouterr().err

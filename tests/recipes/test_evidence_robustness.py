@@ -1,0 +1,211 @@
+"""Kept adapters judged once more: what each condition does, against dense references, and the command."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from evidence_runs import RUN, Fake, install, tiny_encoder
+
+from recipes.evidence import __main__ as command
+from recipes.evidence import robustness
+from recipes.evidence.__main__ import main
+from recipes.evidence.conditions import AS_TRAINED, CONDITIONS, rounded, with_typos
+from recipes.evidence.module import ShotsClassifier, plain_logits
+from recipes.evidence.plan import RESULTS
+from recipes.evidence.robustness import Kept, judge
+from recipes.evidence.run import Run, held_out, perform
+from recipes.shared.ledger import read
+
+QUERY = "net.base_model.model.layer.0.attention.self.query"
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+
+
+@pytest.fixture
+def module() -> ShotsClassifier:
+    """With an adapter that does something."""
+    module = ShotsClassifier(tiny_encoder(), 3, RUN.settings, RUN.config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return module
+
+
+def weights(module: ShotsClassifier) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def changed(module: ShotsClassifier, condition: str) -> list[str]:
+    """Apply a condition; the names of the parameters that it has changed."""
+    before = weights(module)
+    change = CONDITIONS[condition].change
+    assert change is not None
+    change(module)
+    return [name for name, weight in weights(module).items() if not torch.equal(weight, before[name])]
+
+
+# -- rounding and scaling
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rounding_takes_the_nearest_of_evenly_spaced_values(bits: int) -> None:
+    weight = torch.randn(5, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[3] = 0
+    found = rounded(weight, bits)
+    for row, before in zip(found, weight, strict=True):
+        steps = 2 ** (bits - 1) - 1
+        grid = before.abs().max() * torch.arange(-steps, steps + 1, dtype=torch.float64) / steps
+        nearest = grid[(before[:, None] - grid).abs().argmin(dim=1)]
+        torch.testing.assert_close(row, nearest, rtol=0, atol=1e-12)
+    assert len(found[0].unique()) <= 2**bits - 1
+    assert torch.equal(rounded(-weight, bits), -found)
+
+
+def test_the_factors_of_an_adapter_are_rounded_and_nothing_else(module: ShotsClassifier) -> None:
+    before = weights(module)
+    names = changed(module, "adapter_3_bits")
+    assert sorted(names) == sorted(name for name in before if "lora" in name)
+    for name in names:
+        assert torch.equal(module.get_parameter(name), rounded(before[name], 3))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merged_weights_are_rounded_as_a_dense_matrix(module: ShotsClassifier, bits: int) -> None:
+    layer: Any = module.get_submodule(QUERY)
+    base, A, B = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = rounded((base + 2.0 * B @ A).detach(), bits)
+    names = changed(module, f"merged_{bits}_bits")
+    assert names == [f"{QUERY}.base_layer.weight", f"{QUERY.replace('query', 'value')}.base_layer.weight"]
+    torch.testing.assert_close(layer.base_layer.weight, expected, rtol=0, atol=1e-6)
+    # What the layer computes is the rounded matrix, without the adapter once more.
+    inputs = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(inputs), inputs @ expected.T + layer.base_layer.bias, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.75, 1.25, 1.5])
+def test_another_scale_is_another_b(module: ShotsClassifier, factor: float) -> None:
+    batches = held_out(tiny_encoder(), "tiny", "test")
+    before, _ = plain_logits(module, batches)
+    assert changed(module, f"scale_{factor:g}") == []
+    scaled, _ = plain_logits(module, batches)
+    for layer in module.modules():
+        if hasattr(layer, "lora_B"):
+            layer.scale_layer(1 / factor)
+            layer.lora_B["default"].weight.data *= factor
+    torch.testing.assert_close(plain_logits(module, batches)[0], scaled)
+    assert not torch.allclose(before, scaled)
+
+
+# -- typos
+
+
+def test_typos_drop_letters_or_swap_them_with_the_next() -> None:
+    text = "Which nerve supplies the lens, in 40 % of patients? " * 200
+    letters = sum(map(str.isalpha, text))
+    typed = with_typos(text, 0.1)
+    dropped = Counter(text)
+    dropped.subtract(typed)
+    assert all(count >= 0 and (count == 0 or letter.isalpha()) for letter, count in dropped.items())
+    # Half of the letters that are hit, and those among the others that end a word.
+    ends = len(text.split()) / letters
+    assert dropped.total() / letters == pytest.approx(0.1 * (0.5 + 0.5 * ends), rel=0.15)
+    assert typed == with_typos(text, 0.1) != with_typos(text, 0.05)
+    assert with_typos(text, 0.0) == text
+    assert with_typos("12 %, 3?", 1.0) == "12 %, 3?"
+    # Swapped, or both dropped: "b" has no letter behind it.
+    assert {with_typos(f"ab{number}", 1.0).removesuffix(str(number)) for number in range(50)} == {"ba", ""}
+
+
+# -- a kept adapter
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Kept, dict[str, Any]]:
+    """A folder with the weights of a run, and its row."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        install(monkeypatch)
+        row = perform(RUN, folder)
+    return folder, Kept(RUN, row["weights"]), row
+
+
+def test_as_trained_gives_the_figures_of_the_run(kept: tuple[Path, Kept, dict[str, Any]]) -> None:
+    folder, adapter, row = kept
+    judged = judge(adapter, folder)
+    as_trained = judged["conditions"][AS_TRAINED]
+    for name in ("accuracy", "loss", "ece", "brier", "loss_scaled", "ece_scaled", "brier_scaled"):
+        assert as_trained[name] == row[f"test_{name}"]
+    assert as_trained["temperature"] == row["temperature"]
+    assert list(judged["conditions"]) == list(CONDITIONS)
+    losses = [scores["loss"] for scores in judged["conditions"].values()]
+    assert len(set(losses)) == len(CONDITIONS) == 12
+    # Typos change the texts and not the weights, so that the temperature is the same.
+    assert judged["conditions"]["typos_0.1"]["temperature"] == row["temperature"]
+    assert judged["conditions"]["merged_4_bits"]["temperature"] != row["temperature"]
+
+
+def test_texts_with_typos_pass_the_lower_layers_once() -> None:
+    batches = robustness._test_batches(tiny_encoder(), "tiny", 0.1)
+    assert batches is robustness._test_batches(tiny_encoder(), "tiny", 0.1)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    clean = torch.cat([batch["labels"] for batch in held_out(tiny_encoder(), "tiny", "test")])
+    assert torch.equal(labels.bincount(), clean.bincount())
+
+
+# -- the command
+
+
+def test_the_command_judges_what_is_kept_and_the_report_compares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--workload", "tiny", "--folder", str(tmp_path), "--precision", "32-true"]
+    options += ["--methods", "lora", "efmlora", "--seeds", "0", "1", "2"]
+    with pytest.raises(SystemExit, match="names no weights"):
+        main(["robustness", *options])
+    fake = Fake(gain=0.05)
+
+    def searched(run: Run, folder: Path) -> dict[str, Any]:
+        return fake(run) if run.stage == "search" else perform(run, folder)
+
+    monkeypatch.setattr(command, "perform", searched)
+    main(["run", *options])
+    done: list[Kept] = []
+
+    def stopped(adapter: Kept, folder: Path) -> dict[str, Any]:
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(adapter)
+        return judge(adapter, folder)
+
+    monkeypatch.setattr(robustness, "judge", stopped)
+    assert main(["robustness", *options]) == 130
+    monkeypatch.setattr(robustness, "judge", judge)
+    capsys.readouterr()
+    assert main(["robustness", *options]) == 0
+    assert "Kept adapters: 4 of 6\n" in capsys.readouterr().out
+    rows = read(tmp_path / robustness.RESULTS)
+    assert len(rows) == 6
+    assert main(["report", *options]) == 0
+    assert "secondary" in capsys.readouterr().out
+    text = (tmp_path / "tiny_robustness.md").read_text()
+    assert "| condition | LoRA | EFMLoRA minus LoRA |" in text
+    own = [row["conditions"]["scale_1.5"]["loss"] for row in rows if row["arm"] == "lora"]
+    assert f"| scale x 1.5 | {sum(own) / 3:.3f} ± " in text
+    assert (tmp_path / "tiny_robustness.png").stat().st_size > 10_000
+    # A run that has failed counts as chance under every condition; weights that are missing are said.
+    lines = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
+    (tmp_path / next(line["weights"] for line in lines if "weights" in line)).unlink()
+    (tmp_path / robustness.RESULTS).unlink()
+    assert main(["robustness", *options]) == 0
+    assert "1 of 6 rows are left out" in capsys.readouterr().out
+    assert len(read(tmp_path / robustness.RESULTS)) == 5

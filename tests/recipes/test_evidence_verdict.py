@@ -1,0 +1,173 @@
+"""The protocol's rules: which trial is chosen, how grids grow, and what is a gain."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from scipy import stats
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from recipes.evidence.search import Grid, arm_of, choose, common_grid
+from recipes.evidence.verdict import difference, ends_early, seeds_to_decide, verdict
+from recipes.evidence.workloads import LEARNING_RATES, SEARCHES, Config
+from recipes.shared.statistics import Estimate
+
+
+def by_seed(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+FLAT = by_seed(*[50.0] * 8)
+
+
+# -- differences and verdicts
+
+
+def test_a_difference_is_students_interval_of_the_pairs() -> None:
+    found = difference(by_seed(51.0, 53.0, 55.0), by_seed(50.0, 50.0, 50.0))
+    assert found is not None
+    # Differences 1, 3, 5: mean 3, deviation 2, and t of 2 degrees of freedom is 4.3027.
+    assert found.low == pytest.approx(3 - 4.3027 * 2 / math.sqrt(3), abs=1e-3)
+    assert found.high == pytest.approx(3 + 4.3027 * 2 / math.sqrt(3), abs=1e-3)
+    assert found.p == pytest.approx(stats.ttest_rel([51, 53, 55], [50, 50, 50]).pvalue)
+
+
+def test_seeds_that_one_arm_lacks_do_not_count() -> None:
+    found = difference({0: 51.0, 1: 52.0, 2: 99.0}, {0: 50.0, 1: 50.0, 7: 10.0})
+    assert found is not None
+    assert found.estimate.values == 2
+    assert found.estimate.mean == 1.5
+    assert difference({0: 1.0}, {0: 0.0}) is None
+
+
+GAIN = by_seed(52.0, 53.0, 52.5, 52.0, 53.0, 52.5, 52.0, 53.0)  # about 2.5 points over FLAT
+
+
+def kind_of(candidate: dict[int, float], baseline: dict[int, float], **competitors: dict[int, float]) -> str:
+    found = verdict(candidate, baseline, competitors)
+    assert found is not None
+    return found.kind
+
+
+def test_a_clear_difference_to_lora_and_all_competitors_is_a_gain() -> None:
+    assert kind_of(GAIN, FLAT, early=FLAT, smooth=by_seed(*[51.0] * 8)) == "gain"
+
+
+def test_a_competitor_that_is_as_good_makes_it_no_gain() -> None:
+    found = verdict(GAIN, FLAT, {"early": FLAT, "smooth": by_seed(*[52.2] * 8)})
+    assert found is not None
+    assert found.kind == "no gain"
+    assert "smooth" in found.reason
+
+
+def test_a_competitor_whose_interval_contains_0_makes_it_no_gain() -> None:
+    wild = by_seed(40.0, 60.0, 45.0, 57.0, 41.0, 61.0, 44.0, 56.0)  # 50.5 on average
+    assert kind_of(GAIN, FLAT, early=wild) == "no gain"
+
+
+def test_less_than_half_a_point_is_no_gain() -> None:
+    small = by_seed(50.1, 50.2, 50.3, 50.1, 50.2, 50.3, 50.1, 50.2)
+    assert kind_of(small, FLAT, early=FLAT) == "no gain"
+
+
+def test_a_wide_interval_is_undecided_and_says_how_many_seeds_it_takes() -> None:
+    wide = by_seed(45.0, 56.0, 49.0, 55.0, 46.0, 58.0, 47.0, 56.0)
+    found = verdict(wide, FLAT, {"early": by_seed(*[20.0] * 8)})
+    assert found is not None
+    assert found.kind == "undecided"
+    assert "seeds" in found.reason
+
+
+def test_an_interval_above_0_is_undecided_while_holms_p_is_not() -> None:
+    # Differences of mean 2 and error about 0.75: p is 0.03, and three times that is above 0.05.
+    barely = by_seed(52.0, 54.0, 49.5, 54.5, 51.5, 54.0, 49.5, 51.0)
+    found = verdict(barely, FLAT, {"early": by_seed(*[20.0] * 8)})
+    assert found is not None
+    assert found.baseline.low > 0
+    assert found.baseline.p is not None
+    assert 0.05 / 3 < found.baseline.p < 0.05
+    assert found.kind == "undecided"
+
+
+def test_there_is_no_gain_before_the_competitors_have_run() -> None:
+    assert kind_of(GAIN, FLAT, early={}) == "undecided"
+    # Neither for a gain nor against it, as long as seeds are missing.
+    assert kind_of(GAIN, FLAT, early=by_seed(*[51.0] * 7)) == "undecided"
+    assert kind_of(GAIN, FLAT, early=by_seed(*[53.0] * 7)) == "undecided"
+    assert verdict({}, FLAT, {"early": FLAT}) is None
+
+
+def test_a_workload_ends_early_after_eight_seeds_below_half_a_point() -> None:
+    small = by_seed(50.1, 50.2, 50.3, 50.1, 50.2, 50.3, 50.1, 50.2)
+    assert ends_early(FLAT, small)
+    assert not ends_early(FLAT, GAIN)
+    assert not ends_early(FLAT, {seed: value for seed, value in small.items() if seed < 7})
+    # Later seeds do not change what was decided after the first eight.
+    assert ends_early({**FLAT, 8: 0.0, 9: 0.0}, {**small, 8: 99.0, 9: 50.0})
+
+
+def test_the_seeds_that_would_decide_are_the_least_that_do() -> None:
+    found = Estimate(mean=1.0, error=0.6, values=9)
+    seeds = seeds_to_decide(found)
+    assert seeds is not None
+
+    def p(number: int) -> float:
+        return float(2 * stats.t.sf(1.0 / (1.8 / math.sqrt(number)), number - 1))
+
+    assert 3 * p(seeds) < 0.05 <= 3 * p(seeds - 1)
+    assert seeds_to_decide(Estimate(mean=0.49999, error=1.0, values=9)) is None
+
+
+# -- searches
+
+
+def test_every_method_has_twenty_trials_and_as_many_after_an_extension() -> None:
+    assert {len(Grid().trials(method)) for method in SEARCHES} == {20}
+    assert {len(Grid(1, 1, 1).trials(method)) for method in SEARCHES} == {35}
+    assert Grid(1, 1, 0).learning_rates == [2.5e-4, *LEARNING_RATES, 1.6e-2]
+    assert Grid(further=1).settings("efmlora") == [{}, {"rho": 0.5}, {"rho": 2.0}, {"rho": 8.0}, {"rho": 32.0}]
+
+
+def test_at_size_0_every_method_is_lora() -> None:
+    for method in SEARCHES:
+        assert arm_of(method, {"learning_rate": 1e-3}) == "lora"
+        assert arm_of(method, Grid().trials(method)[1]) == method
+
+
+def row(loss: float | None, accuracy: float = 0.5) -> dict[str, Any]:
+    return {"validation_loss": loss, "validation_accuracy": accuracy}
+
+
+def test_a_trial_with_a_failed_run_is_never_chosen() -> None:
+    failed, high = {"learning_rate": 1.0}, {"learning_rate": 2.0}
+    assert choose([(failed, [row(0.1), row(None), row(0.1)]), (high, [row(3.0)] * 3)]) == high
+
+
+def test_accuracy_decides_between_equal_losses_alone() -> None:
+    trials: list[tuple[Config, Sequence[Any]]] = [({"rho": 1.0}, [row(1.0, 0.4)]), ({"rho": 2.0}, [row(1.0, 0.6)])]
+    assert choose(trials) == {"rho": 2.0}
+    assert choose([*trials, ({"rho": 3.0}, [row(0.9, 0.1)])]) == {"rho": 3.0}
+
+
+def test_a_choice_at_an_end_extends_the_grid_of_all_until_it_is_not() -> None:
+    best = {"lora": {"learning_rate": 1e-3}, "efmlora": {"learning_rate": 1.6e-2, "rho": 32.0}}
+
+    def chosen(method: str, grid: Grid) -> Config | None:
+        """The trial nearest to the best."""
+        if method not in best:
+            return None  # its search is not finished
+        rate = min(grid.learning_rates, key=lambda one: abs(one - best[method]["learning_rate"]))
+        if method == "lora":
+            return {"learning_rate": rate}
+        sizes = [setting.get("rho", 0.0) for setting in grid.settings(method)]
+        return {"learning_rate": rate, "rho": min(sizes, key=lambda one: abs(one - best[method]["rho"]))}
+
+    grid = common_grid(chosen)
+    assert grid == Grid(lower_rates=0, higher_rates=2, further=2)  # one value beyond the best
+
+
+def test_the_weakest_setting_is_no_end() -> None:
+    assert Grid().extended("efmlora", {"learning_rate": 1e-3}) == Grid()
+    assert Grid().extended("lora", {"learning_rate": 5e-4, "dropout": 0.3}) == Grid(lower_rates=1, further=1)

@@ -1,0 +1,154 @@
+"""Tokens, labels, parts and batches of instruction tuning."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+
+from recipes.instruction_tuning import sources  # noqa: E402
+from recipes.instruction_tuning.data import InstructionData  # noqa: E402
+from recipes.language.batches import LengthBatchSampler  # noqa: E402
+from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
+from recipes.shared.data import part_of  # noqa: E402
+from recipes.shared.text_metrics import normalised  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
+
+
+def prepared(stage: str, tokenizer: str, **options: Any) -> InstructionData:
+    data = InstructionData(tokenizer=tokenizer, **options)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def answers_of(row: dict[str, Any], tokenizer: Any, option: int = 0) -> str:
+    return str(tokenizer.decode([label for label in row["labels"][option] if label != IGNORED]))
+
+
+# -- tokens and labels
+
+
+def test_the_loss_is_on_the_answer_and_its_end_token(tiny: str, tokenizer: Any, sums: str) -> None:
+    data = prepared("fit", tiny, dataset=sums)
+    row = data.parts["train"][0]
+    assert answers_of(row, tokenizer).startswith("It is ")
+    assert answers_of(row, tokenizer).endswith(".<|im_end|>")
+    text = tokenizer.decode(row["input_ids"][0])
+    assert text.startswith("<|im_start|>system")
+    assert "Add" in text
+    assert text.endswith("<|im_end|>\n")
+
+
+def test_instruction_and_input_are_one_question(tiny: str, tokenizer: Any, jsonl: Any) -> None:
+    rows = [{"instruction": f"Add {i}.", "input": "1 2", "output": "3"} for i in range(10)]
+    data = prepared("fit", tiny, dataset=jsonl(rows), validation_share=0, test_share=0)
+    assert "user\nAdd 0.\n\n1 2<|im_end|>" in tokenizer.decode(data.parts["train"][0]["input_ids"][0])
+
+
+def test_every_answer_of_a_conversation_is_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
+    turns = [("system", "S."), ("user", "A?"), ("assistant", "a!"), ("user", "B?"), ("assistant", "b!"), ("user", "C?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = prepared("fit", tiny, dataset=jsonl([{"messages": messages}]), validation_share=0, test_share=0)
+    row = data.parts["train"][0]
+    assert answers_of(row, tokenizer) == "a!<|im_end|>b!<|im_end|>"
+    assert "C?" not in tokenizer.decode(row["input_ids"][0])  # nobody answers it
+
+
+def test_parquet_is_read(tiny: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "data.parquet")
+    datasets.Dataset.from_list([{"instruction": f"{i}?", "output": f"{i}"} for i in range(5)]).to_parquet(path)
+    data = prepared("fit", tiny, dataset=path, validation_share=0, test_share=0)
+    assert len(data.parts["train"]) == 5
+
+
+def test_a_template_may_mark_the_answers_itself(tokenizer: Any) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}Q:{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    encoder = ChatEncoder(tokenizer, 100, template)
+    encoded = encoder.encode([{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}])
+    assert tokenizer.decode([label for label in encoded.labels if label != IGNORED]) == "so<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    turns = [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]
+    with pytest.raises(MisconfigurationException, match=r"rewrites earlier messages.*generation"):
+        ChatEncoder(tokenizer, 100, template).encode([{"role": r, "content": c} for r, c in turns])
+
+
+def test_what_is_cut_or_dropped_is_told(tiny: str, jsonl: Any) -> None:
+    rows = [
+        {"instruction": "short", "output": "yes"},
+        {"instruction": "long answer", "output": "yes " * 100},
+        {"instruction": "long question " * 100, "output": "yes"},
+        {"instruction": "no answer", "output": ""},
+        {"instruction": "null", "output": None},
+    ]
+    data = prepared("fit", tiny, dataset=jsonl(rows), max_length=60, validation_share=0, test_share=0)
+    assert len(data.parts["train"]) == 2
+    assert data.reports["train"].endswith(
+        "train: 2 conversations; 1 of them cut at max_length=60 tokens; "
+        "1 dropped: no answer within max_length=60 tokens; 2 dropped: no answer in the data"
+    )
+
+
+# -- parts and batches
+
+
+@pytest.mark.parametrize("task", sorted(sources.TASKS))
+def test_packaged_tasks_are_split_without_leaks(task: str) -> None:
+    table = sources.load(f"packaged:{task}", "train")
+    shares = {"validation": 0.15, "test": 0.25}
+    questions: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
+    for row in table:
+        assert row["messages"][-1]["content"] in row["options"]
+        questions[part_of(row["key"], shares)].add(normalised(row["messages"][0]["content"]))
+    assert all(questions.values())
+    assert not questions["train"] & questions["test"]
+    assert not questions["train"] & questions["validation"]
+    assert not questions["validation"] & questions["test"]
+    assert len(questions["test"]) / len(table) == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_part_depends_on_the_question_alone(tiny: str, jsonl: Any) -> None:
+    rows = [{"instruction": f"Question {i}", "output": "a"} for i in range(40)]
+    more = [{"instruction": f"  QUESTION {i}!", "output": "b"} for i in reversed(range(40))]
+
+    def held_out(rows: list[dict[str, str]]) -> set[str]:
+        table = sources.load(jsonl(rows), "train")
+        return {row["key"] for row in table if part_of(row["key"], {"test": 0.3}) == "test"}
+
+    assert held_out(rows) == held_out(more) == held_out(rows + more)
+    assert 0 < len(held_out(rows)) < 40
+
+
+def test_batches_are_of_similar_length_and_new_in_each_epoch() -> None:
+    lengths = torch.randint(1, 500, (1000,)).tolist()
+    sampler = LengthBatchSampler(lengths, batch_size=8, seed=1)
+    first = list(sampler)
+    assert sorted(chain.from_iterable(first)) == list(range(1000))
+    assert len(first) == len(sampler)
+    assert first == list(sampler)
+    padded = 0
+    for batch in first:
+        padded += max(lengths[i] for i in batch) * len(batch)
+    assert padded / sum(lengths) < 1.15  # random batches of 8 would be at 1.7
+    sampler.set_epoch(1)
+    assert first != list(sampler)
+
+
+def test_ranks_share_the_batches() -> None:
+    both = [list(LengthBatchSampler(range(1, 50), 4, num_replicas=2, rank=rank)) for rank in (0, 1)]
+    assert len(both[0]) == len(both[1])
+    batches = chain.from_iterable(both)
+    assert set(chain.from_iterable(batches)) == set(range(49))

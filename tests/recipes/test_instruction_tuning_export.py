@@ -1,0 +1,149 @@
+"""A run's adapter as a plain transformers folder with a model card."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from huggingface_hub import ModelCard  # noqa: E402
+
+from recipes.instruction_tuning import export as exporting  # noqa: E402
+from recipes.instruction_tuning.model_card import method, model_card  # noqa: E402
+from recipes.language.model import add_adapter  # noqa: E402
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+RUN = {
+    "seed_everything": 3,
+    "trainer": {
+        "max_epochs": 2,
+        "callbacks": [
+            {"class_path": "lightning_flatlora.AdapterCheckpoint"},
+            {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.03, "beta": 0.9, "finder": None}},
+        ],
+    },
+    "model": {"init_args": {"learning_rate": 0.001}},
+    "data": {
+        "init_args": {
+            "dataset": "openai/gsm8k",
+            "config_name": "main",
+            "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
+        }
+    },
+}
+
+
+@pytest.fixture
+def adapter(tiny: str, tmp_path: Path) -> Path:
+    """The folder of an adapter with random factors, where a run leaves it."""
+    net = add_adapter(transformers.AutoModelForCausalLM.from_pretrained(tiny), LORA)
+    torch.manual_seed(0)
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "version_0" / "checkpoints" / "last"
+    net.save_pretrained(str(folder))
+    (tmp_path / "version_0" / "config.yaml").write_text(yaml.safe_dump(RUN, sort_keys=False))
+    return folder
+
+
+def test_the_folder_is_a_plain_model_that_answers_alike(adapter: Path, tiny: str, tmp_path: Path, capsys: Any) -> None:
+    exporting.main([str(adapter), str(tmp_path / "plain")])
+    assert "plain" in capsys.readouterr().out
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    ids = torch.arange(20)[None]
+    untuned = base(ids).logits
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(merged) is transformers.LlamaForCausalLM
+    expected = PeftModel.from_pretrained(base, str(adapter))(ids).logits
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - untuned).abs().max() > 1e-3
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert tokenizer.chat_template == RUN["data"]["init_args"]["chat_template"]
+    assert not list((tmp_path / "plain").glob("adapter*"))
+
+
+def test_the_card_says_how_it_was_made(adapter: Path, tmp_path: Path) -> None:
+    exporting.export(adapter, tmp_path / "plain", dtype="bfloat16")
+    card = ModelCard.load(tmp_path / "plain" / "README.md")
+    assert card.data.datasets == ["openai/gsm8k"]
+    assert card.data.base_model is None  # a folder of this machine is no name on the Hub
+    for line in ("method: EFMLoRA\nrho: 0.03\nbeta: 0.9\n", "config_name: main", "r: 4\nlora_alpha: 8", "seed: 3"):
+        assert line in card.text
+    assert f"torch: {torch.__version__}" in card.text
+    assert "finder" not in card.text
+    assert str(tmp_path.parent) not in card.content
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path, tokenizer: Any) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    config.num_key_value_heads = 1
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "longer")
+    with pytest.raises(MisconfigurationException, match=r"does not fit .*longer; --base .*have other names"):
+        exporting.export(adapter, tmp_path / "plain", base=str(tmp_path / "longer"))
+
+
+def test_a_vision_language_model_is_merged_too(tiny_vlm: str, tmp_path: Path) -> None:
+    net = add_adapter(transformers.AutoModelForImageTextToText.from_pretrained(tiny_vlm), LORA)
+    net.save_pretrained(str(tmp_path / "adapter"))
+    exporting.export(tmp_path / "adapter", tmp_path / "plain")
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
+    base = transformers.AutoModelForImageTextToText.from_pretrained(tiny_vlm)
+    for name, weight in base.state_dict().items():
+        assert torch.equal(weight, merged.state_dict()[name]), name  # B is 0 at its start
+    assert transformers.AutoProcessor.from_pretrained(tmp_path / "plain").image_processor is not None
+
+
+def test_methods_of_runs() -> None:
+    manual = {"trainer": {}, "model": {"init_args": {"rho": 0.1, "norm_scope": "layer"}}}
+    assert method(manual) == ("FMLoRA", {"rho": 0.1, "estimator": None, "norm_scope": "layer", "sync_ascent": None})
+    name, settings = method({})
+    assert name == "LoRA"
+    assert "not known" in settings["settings"]
+    card = model_card("Qwen/Qwen3-0.6B", PeftModelConfig, {})
+    assert card.data.base_model == "Qwen/Qwen3-0.6B"
+
+
+class PeftModelConfig:
+    """A LoRA without any field, as of an older peft."""
+
+    target_modules = "all-linear"
+
+
+def test_nothing_is_sent_unless_asked(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    class Hub:
+        def create_repo(self, name: str, **options: Any) -> str:
+            sent.append((name, options))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, **options: Any) -> None:
+            sent.append(options)
+
+    monkeypatch.setattr(exporting, "HfApi", Hub)
+    exporting.main([str(adapter), str(tmp_path / "one")])
+    assert not sent
+    exporting.main([str(adapter), str(tmp_path / "two"), "--push_to_hub", "me/mine"])
+    folder = str(tmp_path / "two")
+    assert sent == [("me/mine", {"private": True, "exist_ok": True}), {"repo_id": "me/mine", "folder_path": folder}]
+
+
+def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        exporting.main([tiny, str(tmp_path / "plain")])
+    assert "holds no adapter_config.json: give the folder beside" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        exporting.main([str(adapter), str(adapter)])
+    assert "holds something already" in capsys.readouterr().err

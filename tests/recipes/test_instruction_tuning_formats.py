@@ -1,0 +1,214 @@
+"""Rows in the schemas of well-known data sets, as conversations; the texts are our own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from recipes.instruction_tuning import sources  # noqa: E402
+from recipes.instruction_tuning.data import InstructionData  # noqa: E402
+from recipes.language.chat import IGNORED  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
+
+ASK = {"role": "user", "content": "Why?"}
+SAY = {"role": "assistant", "content": "So."}
+OPENHERMES = {
+    "custom_instruction": None,
+    "topic": None,
+    "model_name": None,
+    "conversations": [{"from": "human", "value": "Why?", "weight": None}, {"from": "gpt", "value": "So."}],
+    "system_prompt": None,
+    "source": "own",
+}
+SLIMORCA = {
+    "conversations": [
+        {"from": "system", "value": "Be brief.", "weight": None},
+        {"from": "human", "value": "Who?", "weight": 0.0},
+        {"from": "gpt", "value": "Me.", "weight": 0.0},
+        {"from": "human", "value": "Why?", "weight": 0.0},
+        {"from": "gpt", "value": "So.", "weight": 1.0},
+    ]
+}
+ULTRACHAT = {"prompt": "Why?", "prompt_id": "1f", "messages": [ASK, SAY]}
+ROWS: dict[str, dict[str, Any]] = {
+    "openhermes": OPENHERMES,
+    "ultrachat": ULTRACHAT,
+    "trl-text": {"prompt": "Why?", "completion": " So."},
+    "trl-messages": {"prompt": [ASK], "completion": [SAY]},
+    "metamath": {"type": "GSM_Rephrased", "query": "Why?", "original_question": "Why so?", "response": "So."},
+    "gsm8k": {"question": "Why?", "answer": "So."},
+    "alpaca": {"instruction": "Why?", "input": "", "output": "So.", "text": "Below is an instruction. Why? So."},
+    "dolly": {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, SAY]},
+    "magpie": {"conversations": OPENHERMES["conversations"], "instruction": "Why?", "response": "So.", "uuid": "2"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_question_and_its_answer_are_read_in_every_schema(name: str, jsonl: Any) -> None:
+    (row,) = sources.load(jsonl([ROWS[name]]), "train")
+    assert [(m["role"], m["content"]) for m in row["messages"]] == [("user", "Why?"), ("assistant", "So.")]
+    assert row["messages"][-1]["learnt"]
+    assert (row["key"], row["problem"], row["options"]) == ("why", "", [])
+
+
+def encoded(tiny: str, dataset: str, **options: Any) -> Any:
+    data = InstructionData(dataset, tokenizer=tiny, validation_share=0, test_share=0, **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def learnt(row: dict[str, Any], tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in row["labels"][0] if label != IGNORED]))
+
+
+def test_more_of_a_question_follows_it(jsonl: Any) -> None:
+    rows = [{"instruction": "Add.", "context": "1 2", "response": "3", "category": "closed_qa"}]
+    (row,) = sources.load(jsonl(rows), "train")
+    assert row["messages"][0]["content"] == "Add.\n\n1 2"
+
+
+def test_answers_without_weight_are_read_and_not_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
+    (row,) = encoded(tiny, jsonl([SLIMORCA])).parts["train"]
+    assert learnt(row, tokenizer) == "So.<|im_end|>"
+    assert "Be brief." in tokenizer.decode(row["input_ids"][0])
+    assert "Me." in tokenizer.decode(row["input_ids"][0])
+    unlearnt = {"messages": [ASK, {**SAY, "weight": 0}]}
+    kept = {"messages": [ASK, {**SAY, "weight": 1}]}
+    assert "1 dropped: no answer" in encoded(tiny, jsonl([unlearnt, kept])).reports["train"]
+
+
+def test_answers_in_a_prompt_are_not_learnt_either(tiny: str, tokenizer: Any, jsonl: Any) -> None:
+    rows = [{"prompt": [ASK, SAY, {"role": "user", "content": "And?"}], "completion": [{**SAY, "content": "Then."}]}]
+    (row,) = encoded(tiny, jsonl(rows)).parts["train"]
+    assert learnt(row, tokenizer) == "Then.<|im_end|>"
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    (row,) = encoded(tiny, jsonl(rows), chat_template=template).parts["train"]
+    assert learnt(row, tokenizer) == "Then."
+
+
+def test_a_system_column_is_a_system_message(jsonl: Any) -> None:
+    rows = [{"id": "niv.1", "system_prompt": "Be brief.", "question": "Why?", "response": "So."}]
+    (row,) = sources.load(jsonl(rows), "train")
+    assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+
+
+def test_images_and_tool_calls_are_counted(tiny: str, jsonl: Any) -> None:
+    image = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]}
+    call = {"from": "function_call", "value": "{}"}
+    assert (
+        "1 dropped: images, sounds or tool calls in them"
+        in encoded(
+            tiny, jsonl([{"messages": [image, SAY]}, {"messages": [{**image, "content": [image["content"][1]]}, SAY]}])
+        ).reports["train"]
+    )
+    rows = [OPENHERMES, {**OPENHERMES, "conversations": [OPENHERMES["conversations"][0], call]}]
+    assert "1 dropped: images" in encoded(tiny, jsonl(rows, "tools.jsonl")).reports["train"]
+
+
+def test_other_names_of_columns_are_given(jsonl: Any) -> None:
+    path = jsonl([{"problem": "Why?", "solution": "So.", "answer": 4}])
+    (row,) = sources.load(path, "train", columns={"problem": "question", "solution": "answer"})
+    assert [m["content"] for m in row["messages"]] == ["Why?", "So."]
+    with pytest.raises(MisconfigurationException, match=r"\['answer', 'problem', 'solution'\].*wrong are \['puzzle'\]"):
+        sources.load(path, "train", columns={"puzzle": "question"})
+    with pytest.raises(MisconfigurationException, match=r"names \[.*'question'.*wrong are \['reply'\]"):
+        sources.load(path, "train", columns={"solution": "reply"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "Why? So."}, r"columns \['text'\]. Known are 'messages'.*'query' and 'response'.*--data.columns"),
+        ({"question": "Why?", "answer": 4}, "'answer' must hold texts, and a row holds 4"),
+        ({"messages": "[]"}, "'messages' must hold lists of role and content, and a row holds '\\[\\]'"),
+        ({"messages": [{"role": "narrator", "content": "Once"}]}, "a message of 'narrator'; the roles are system"),
+        ({"conversations": ["Why?", "So."]}, "'conversations' must hold lists of role and content"),
+    ],
+)
+def test_what_is_not_understood_is_named(row: dict[str, Any], message: str, jsonl: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        sources.load(jsonl([row]), "train")
+
+
+# -- splits and configurations
+
+
+@pytest.fixture
+def gsm8k(tmp_path: Path) -> str:
+    """A folder like the repository of openai/gsm8k: two configurations, each with a split to train and one to test."""
+    lines = ["---", "configs:"]
+    for config in ("main", "socratic"):
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, count in (("train", 30), ("test", 6)):
+            path = tmp_path / "gsm8k" / config / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"question": f"{config} {split} {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(count)]
+            datasets.Dataset.from_list(rows).to_parquet(path)
+            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    (tmp_path / "gsm8k" / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return str(tmp_path / "gsm8k")
+
+
+def asked(rows: Any, tokenizer: Any) -> set[str]:
+    """The questions in rows of tokens."""
+    texts = [tokenizer.decode(row["input_ids"][0]) for row in rows]
+    return {text.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0] for text in texts}
+
+
+def test_own_splits_leave_all_of_the_training_split(tiny: str, tokenizer: Any, gsm8k: str) -> None:
+    data = InstructionData(gsm8k, config_name="main", test_split="test", validation_share=0.2, tokenizer=tiny)
+    data.setup("fit")
+    data.setup("test")
+    train, validation, test = (asked(data.parts[part], tokenizer) for part in ("train", "validation", "test"))
+    assert train | validation == {f"main train {i}?" for i in range(30)}
+    assert not train & validation
+    assert 0 < len(validation) < 15
+    assert test == {f"main test {i}?" for i in range(6)}
+    data = InstructionData(gsm8k, config_name="socratic", validation_split="test", test_share=0, tokenizer=tiny)
+    data.setup("fit")
+    assert asked(data.parts["train"], tokenizer) == {f"socratic train {i}?" for i in range(30)}
+    assert asked(data.parts["validation"], tokenizer) == {f"socratic test {i}?" for i in range(6)}
+    with pytest.raises(MisconfigurationException, match="set test_split"):
+        data.setup("test")
+
+
+def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) -> None:
+    mine = jsonl([{"question": f"q{i}", "answer": "a"} for i in range(12)], "mine.jsonl")
+    other = jsonl([{"messages": [ASK, SAY]}, {"messages": [{**ASK, "content": "Q 3!"}, SAY]}], "other.jsonl")
+    data = InstructionData(mine, validation_split=other, test_share=0, tokenizer=tiny)
+    data.setup("fit")
+    assert len(data.parts["train"]) == 12
+    assert asked(data.parts["validation"], tokenizer) == {"Why?", "Q 3!"}
+    Path(other).write_text(json.dumps({"question": "Q3?", "answer": "b"}))
+    data = InstructionData(mine, validation_split=other, test_share=0, tokenizer=tiny)
+    with pytest.warns(UserWarning, match="1 of 1 questions are in the training split too"):
+        data.setup("fit")
+
+
+def test_wrong_splits_are_named(tiny: str, gsm8k: str) -> None:
+    with pytest.raises(MisconfigurationException, match="validation_split='train' is the split that is trained on"):
+        InstructionData(gsm8k, validation_split="train")
+    with pytest.raises(MisconfigurationException, match="test_split='test': packaged tasks have no other splits"):
+        InstructionData(test_split="test")
+    with pytest.raises(MisconfigurationException, match="Config name is missing"):
+        InstructionData(gsm8k, tokenizer=tiny).prepare_data()
+    data = InstructionData(gsm8k, config_name="main", test_split="exam", tokenizer=tiny)
+    with pytest.raises(MisconfigurationException, match="split='exam' can't be read"):
+        data.setup("test")
+
+
+def test_several_processes_read_the_same(tiny: str, sums: str) -> None:
+    one, two = (encoded(tiny, sums, processes=processes).parts["train"] for processes in (None, 2))
+    assert one[:] == two[:]

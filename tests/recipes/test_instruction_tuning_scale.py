@@ -1,0 +1,198 @@
+"""Packing, attention, LoRA+ and a start from another adapter."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+from torch import Tensor
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from trainers import trainer  # noqa: E402
+
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA  # noqa: E402
+from recipes.instruction_tuning.data import InstructionData  # noqa: E402
+from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
+from recipes.language.batches import Collate  # noqa: E402
+from recipes.language.model import answer_log_likelihood  # noqa: E402
+from recipes.language.packing import check_packing, fill_rows, packed  # noqa: E402
+from recipes.shared.cli import RecipeCLI  # noqa: E402
+from recipes.shared.configs import config_arguments  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+
+
+def model(kind: str, attention: str, **more: Any) -> Any:
+    """A tiny random model in float64."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **more})
+    config._attn_implementation = attention
+    return getattr(transformers, f"{kind}ForCausalLM")(config).double()
+
+
+# -- packing
+
+
+def drawn(lengths: tuple[int, ...] = (5, 9, 3, 7, 6)) -> dict[str, list[Any]]:
+    """Encoded conversations of random tokens, whose first is learnt too."""
+    generator = torch.Generator().manual_seed(0)
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": list(lengths)}
+    for length in lengths:
+        ids = torch.randint(3, 64, (length,), generator=generator).tolist()
+        columns["input_ids"].append([ids])
+        columns["labels"].append([[ids[0], -100, *ids[2:]]])
+    return columns
+
+
+def gradients(net: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The batch's loss and its gradients."""
+    net.zero_grad()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    sums, tokens = answer_log_likelihood(net, inputs, batch["labels"])
+    loss = -sums.sum() / tokens.sum()
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "more"),
+    [
+        ("Llama", "sdpa", {}),
+        ("Llama", "eager", {}),
+        ("Mistral", "sdpa", {"sliding_window": 4, "num_key_value_heads": 2}),
+        ("Qwen3", "sdpa", {"head_dim": 8, "num_key_value_heads": 2}),
+    ],
+)
+def test_packed_conversations_give_the_gradients_of_separate_ones(kind: str, attention: str, more: Any) -> None:
+    net = model(kind, attention, **more)
+    check_packing(net, 2, torch.device("cpu"))
+    assert net.training
+    columns = drawn()
+    rows = packed(columns, room=16)
+    assert len(rows["input_ids"]) == 2
+    extra = {"gold": [0] * 5, "prompt_ids": [[]] * 5, "answer": [""] * 5}
+    loss, wanted = gradients(net, Collate(0)({**columns, **extra}))
+    packed_loss, got = gradients(net, Collate(0)(rows))
+    tolerance = 1e-6 if attention == "eager" else 1e-12  # transformers' eager softmax is in float32
+    torch.testing.assert_close(packed_loss, loss, rtol=1e-6, atol=0)  # the likelihoods are in float32
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 32}, "an earlier one changes a later one"),
+        ("Mamba", {}, "takes no position_ids"),
+    ],
+)
+def test_models_that_mix_conversations_are_refused(kind: str, more: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"{kind}ForCausalLM .*{message}.*packing to false"):
+        check_packing(model(kind, "eager", **more), 2, torch.device("cpu"))
+
+
+def test_no_row_is_longer_than_its_room() -> None:
+    lengths = torch.randint(1, 50, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = fill_rows(lengths, 64)
+    assert sorted(chain.from_iterable(rows)) == list(range(300))
+    for row in rows:
+        assert sum(lengths[place] for place in row) <= 64
+    assert len(rows) * 64 < 1.1 * sum(lengths)
+
+
+def test_a_packed_run_learns_and_counts_rows(tiny: str, sums: str, tmp_path: Path) -> None:
+    module = InstructionTuning(model=tiny, lora=LORA, learning_rate=1e-2, exact_match_examples=0)
+    data = InstructionData(sums, batch_size=2, max_length=120, packing=True, system_prompt="Add.")
+    fit = trainer(tmp_path, EFMLoRA(rho=0.1), max_epochs=1)
+    fit.fit(module, data)
+    rows = data.parts["train"]
+    assert fit.global_step == -(-len(rows) // 2)
+    assert max(rows["length"]) <= 120
+    assert sum(row.count(0) for row in rows["position_ids"]) > 1.5 * len(rows)  # conversations
+    assert "val_loss" in fit.callback_metrics
+
+
+def test_a_radius_of_zero_is_plain_lora(tiny: str, sums: str) -> None:
+    options = [
+        f"--model.model={tiny}",
+        f"--data.dataset={sums}",
+        "--data.packing=true",
+        "--data.max_length=120",
+        "--data.batch_size=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+        "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=0",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_checkpointing=false",
+    ]
+    plain = RecipeCLI(["fit", *config_arguments("instruction_tuning", "lora"), *options]).model
+    zero = RecipeCLI(
+        ["fit", *config_arguments("instruction_tuning", "efmlora"), *options, "--trainer.callbacks.rho=0"]
+    ).model
+    weights = zero.net.state_dict()
+    for name, weight in plain.net.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+# -- attention, optimizer, start
+
+
+def test_attention_is_the_one_asked_for(tiny: str) -> None:
+    module = InstructionTuning(model=tiny, lora=LORA, attn_implementation="eager")
+    module.configure_model()
+    assert module.net.get_base_model().config._attn_implementation == "eager"
+    with pytest.raises(MisconfigurationException, match=r"can't be loaded by AutoModelForCausalLM.*flash_attention_9"):
+        InstructionTuning(model=tiny, lora=LORA, attn_implementation="flash_attention_9").configure_model()
+
+
+def fitted(tiny: str, sums: str, folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    L.seed_everything(0, verbose=False)
+    module = InstructionTuning(model=tiny, lora=LORA, exact_match_examples=0, **{"learning_rate": 1e-2, **settings})
+    fit = trainer(folder, *callbacks, max_steps=2, limit_val_batches=0, enable_checkpointing=bool(callbacks))
+    fit.fit(module, InstructionData(sums, batch_size=4))
+    return fit
+
+
+def test_lora_plus_trains_b_faster(tiny: str, sums: str, tmp_path: Path) -> None:
+    fit = fitted(tiny, sums, tmp_path, loraplus_ratio=16, weight_decay=0.1, betas=(0.8, 0.9), schedule="linear")
+    (optimizer,) = fit.optimizers
+    assert type(optimizer) is torch.optim.AdamW
+    rates = {group["initial_lr"]: len(group["params"]) for group in optimizer.param_groups if group["params"]}
+    assert rates == {1e-2: 4, 16e-2: 4}
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
+    module = InstructionTuning(model=tiny, lora=LORA, loraplus_ratio=2)
+    module.chosen_optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1}}
+    with pytest.raises(MisconfigurationException, match="leave out either it or --optimizer"):
+        module.new_optimizer()
+    with pytest.raises(MisconfigurationException, match=r"loraplus_ratio must be >= 1 or null, got 0.5"):
+        InstructionTuning(model=tiny, loraplus_ratio=0.5)
+
+
+def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: Path) -> None:
+    fitted(tiny, sums, tmp_path / "first", AdapterCheckpoint(tmp_path / "first", save_last=True))
+    folder = str(tmp_path / "first" / "last")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    before = PeftModel.from_pretrained(base, folder).state_dict()
+    fit = fitted(tiny, sums, tmp_path / "second", start_from=folder, learning_rate=0.0)
+    for name, weight in fit.lightning_module.net.state_dict().items():
+        if "lora_" in name:
+            assert torch.equal(weight, before[name]), name
+    with pytest.raises(MisconfigurationException, match=r"holds no adapter_config.json"):
+        fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path))

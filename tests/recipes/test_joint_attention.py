@@ -1,0 +1,153 @@
+"""The split of GPT-2's joint projection: the same weights, the same outputs, and the way back to a plain GPT-2."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.lora import Linear  # noqa: E402
+
+from lightning_flatlora import find_pairs  # noqa: E402
+from recipes.language.joint_attention import SplitProjection, join_attention, split_attention  # noqa: E402
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def gpt2(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=32, n_head=2, n_layer=2, vocab_size=50, n_positions=40, bos_token_id=0, eos_token_id=0, **settings
+    )
+    model = transformers.GPT2LMHeadModel(config).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)  # transformers begins with zeros, which would hide a bias in the wrong place
+    return model
+
+
+def tokens(rows: int = 3, length: int = 9) -> torch.Tensor:
+    return torch.randint(1, 50, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_stay_up_to_rounding_and_weights_bit_for_bit(dtype: torch.dtype) -> None:
+    model = gpt2(dtype)
+    before, logits = {name: value.clone() for name, value in model.state_dict().items()}, model(tokens()).logits
+    names = split_attention(model, TARGETS)
+    assert names == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    # A product with a third of the columns may be summed in another order.
+    torch.testing.assert_close(model(tokens()).logits, logits, rtol=0, atol=20 * torch.finfo(dtype).eps)
+    projection = model.transformer.h[1].attn.c_attn
+    assert isinstance(projection, SplitProjection)
+    for place, part in enumerate((projection.q_proj, projection.k_proj, projection.v_proj)):
+        weight = before["transformer.h.1.attn.c_attn.weight"][:, 32 * place : 32 * (place + 1)]
+        assert torch.equal(part.weight, weight.T)
+        assert torch.equal(part.bias, before["transformer.h.1.attn.c_attn.bias"][32 * place : 32 * (place + 1)])
+    join_attention(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    assert torch.equal(model(tokens()).logits, logits)
+
+
+def test_texts_are_the_same_with_a_cache_and_without() -> None:
+    model = gpt2(torch.float64, initializer_range=0.3)
+    options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 4, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens())
+    expected = model.generate(tokens(), attention_mask=mask, **options)
+    split_attention(model, TARGETS)
+    assert torch.equal(model.generate(tokens(), attention_mask=mask, **options), expected)
+    assert torch.equal(model.generate(tokens(), attention_mask=mask, use_cache=False, **options), expected)
+
+
+def adapted(model: Any) -> Any:
+    """The split model with an adapter that changes something."""
+    split_attention(model, TARGETS)
+    adapter = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return adapter.eval()
+
+
+def test_lora_goes_to_q_and_v_as_linears() -> None:
+    """Without the split, peft would adapt q, k and v together, with one A for the three."""
+    adapter = adapted(gpt2())
+    layers = [name for name, module in adapter.named_modules() if isinstance(module, Linear)]
+    assert [name.rpartition(".")[2] for name in layers] == ["q_proj", "v_proj"] * 2
+    assert not any(adapter.get_submodule(name).fan_in_fan_out for name in layers)
+    assert [tuple(pair.B.shape) for pair in find_pairs(adapter).pairs] == [(32, 4)] * 4
+
+
+def test_a_saved_adapter_loads_onto_a_split_model(tmp_path: Path) -> None:
+    adapter = adapted(gpt2())
+    adapter.save_pretrained(tmp_path)
+    base = gpt2()
+    split_attention(base, TARGETS)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(loaded(tokens()).logits, adapter(tokens()).logits)
+
+
+def test_a_merged_model_is_a_plain_gpt2(tmp_path: Path) -> None:
+    adapter = adapted(gpt2(torch.float64))
+    expected = adapter(tokens()).logits
+    with pytest.raises(ValueError, match="merge it first"):
+        join_attention(adapter)
+    merged = adapter.merge_and_unload()
+    join_attention(merged)
+    merged.save_pretrained(tmp_path)
+    plain, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, dtype=torch.float64, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    torch.testing.assert_close(plain.eval()(tokens()).logits, expected, rtol=0, atol=1e-12)
+    assert (expected - gpt2(torch.float64)(tokens()).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], r".*\.c_attn", None])
+def test_a_joint_layer_that_is_adapted_itself_stays(targets: Any) -> None:
+    model = gpt2()
+    assert split_attention(model, targets) == []
+    if targets is not None:
+        get_peft_model(model, LoraConfig(target_modules=targets, fan_in_fan_out=True))
+
+
+def test_all_linears_and_patterns_reach_the_parts() -> None:
+    assert len(split_attention(gpt2(), "all-linear")) == 2
+    assert len(split_attention(gpt2(), r".*\.0\.attn\.c_attn\.[qv]_proj")) == 2
+
+
+def test_the_first_gpt_is_split_too() -> None:
+    config = transformers.OpenAIGPTConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=50, n_positions=40)
+    model = transformers.OpenAIGPTLMHeadModel(config).eval()
+    expected = model(tokens()).logits
+    assert len(split_attention(model, TARGETS)) == 1
+    torch.testing.assert_close(model(tokens()).logits, expected)
+
+
+def test_models_with_separate_projections_stay() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    model = transformers.LlamaForCausalLM(config)
+    before = [name for name, _ in model.named_modules()]
+    assert split_attention(model, TARGETS) == []
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_other_joint_layers_are_refused_in_words() -> None:
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    model = transformers.GPTNeoXForCausalLM(config)
+    with pytest.raises(MisconfigurationException, match=r"'query_key_value'.*set lora.target_modules to \[query_key"):
+        split_attention(model, TARGETS)
+    assert split_attention(model, ["query_key_value"]) == []

@@ -1,0 +1,65 @@
+"""Settings of training that the recipes with a language model share."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from trainers import trainer  # noqa: E402
+
+from lightning_flatlora import EFMLoRA  # noqa: E402
+from recipes.instruction_tuning.data import InstructionData  # noqa: E402
+from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
+from recipes.language.model import checkpoint_activations  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
+
+
+def fitted(tiny: str, sums: str, folder: Path, **settings: Any) -> tuple[list[Tensor], L.Trainer]:
+    L.seed_everything(0, verbose=False)
+    module = InstructionTuning(model=tiny, lora=LORA, learning_rate=1e-2, exact_match_examples=0, **settings)
+    fit = trainer(folder, EFMLoRA(rho=0.5), max_steps=4, limit_val_batches=0)
+    fit.fit(module, InstructionData(sums, batch_size=4))
+    return [p.detach().clone() for p in module.parameters() if p.requires_grad], fit
+
+
+def test_activations_computed_twice_change_nothing(
+    tiny: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = transformers.models.llama.modeling_llama.LlamaMLP
+    forward = part.forward
+    calls: list[bool] = []
+
+    def counted(self: Any, hidden: Tensor) -> Tensor:
+        calls.append(self.training)
+        return forward(self, hidden)
+
+    monkeypatch.setattr(part, "forward", counted)
+    plain, _ = fitted(tiny, sums, tmp_path)
+    once = len(calls)
+    again, _ = fitted(tiny, sums, tmp_path, gradient_checkpointing=True)
+    assert len(calls) == 3 * once  # forward once more, and again in backward
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+def test_a_model_without_blocks_that_can_is_named(tiny: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(MisconfigurationException, match=r"gradient_checkpointing: LlamaForCausalLM.*Set it to false"):
+        checkpoint_activations(model)
+
+
+def test_adamw_takes_the_betas_and_warms_up_over_a_share(tiny: str, sums: str, tmp_path: Path) -> None:
+    _, fit = fitted(tiny, sums, tmp_path, betas=(0.8, 0.95), warmup_share=0.5)
+    assert fit.optimizers[0].param_groups[0]["betas"] == (0.8, 0.95)
+    (schedule,) = fit.lr_scheduler_configs
+    shares = [schedule.scheduler.lr_lambdas[0](step) for step in range(5)]
+    assert shares == [0, 0.5, 1, 0.5, 0]

@@ -1,0 +1,67 @@
+"""Packaged texts in classes: split without leaks, balanced, drawn by a seed, and free of what gives the class away."""
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from recipes.language import texts
+
+
+@pytest.mark.parametrize("name", texts.TASKS)
+def test_no_film_mail_or_question_is_in_two_parts(name: str) -> None:
+    parts = texts.parts(name)
+    keys = []
+    for part in texts.PARTS:
+        keys.append({example.key for example in parts[part]})
+    train, validation, test = keys
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    every = [texts.normalised(example.text) for example in chain.from_iterable(parts.values())]
+    assert len(set(every)) == len(every)
+    # The rarest subject has 77 questions.
+    least = (198, 702) if name == "all_subjects" else (300, 1000)
+    assert len(parts["validation"]) >= least[0]
+    assert len(parts["test"]) >= least[1]
+    for part in texts.PARTS:
+        counts = Counter(example.label for example in parts[part])
+        assert len(counts) == len(texts.TASKS[name].classes)
+        assert len(set(counts.values())) == 1  # so that chance is 1 / classes
+
+
+def test_shots_are_as_many_of_each_class_as_there_are() -> None:
+    drawn = texts.shots("all_subjects", 32, seed=0)
+    counts = Counter(texts.TASKS["all_subjects"].classes[example.label] for example in drawn)
+    assert len(counts) == 18
+    assert counts["Skin"] == 27  # all that the training part has
+    assert {count for subject, count in counts.items() if subject != "Skin"} == {32}
+    assert len(set(drawn)) == len(drawn)
+    parts = texts.parts("all_subjects")
+    held_out = {example.key for example in [*parts["validation"], *parts["test"]]}
+    assert not held_out & {example.key for example in drawn}
+    assert set(texts.shots("all_subjects", 16, seed=0)) < set(drawn)
+    assert drawn == texts.shots("all_subjects", 32, seed=0) != texts.shots("all_subjects", 32, seed=1)
+
+
+def test_several_reviews_of_a_film_are_together() -> None:
+    counts = Counter(example.key for example in texts.parts("sentiment")["test"])
+    assert max(counts.values()) > 1  # keys that never repeat would show nothing
+
+
+def test_a_seed_draws_its_own_training_examples() -> None:
+    first, again, other = (texts.few_shots("sentiment", 16, seed) for seed in (0, 0, 1))
+    assert first == again
+    assert len(first) == 16
+    assert set(first) != set(other)
+    assert set(first) | set(other) <= set(texts.parts("sentiment")["train"])
+
+
+def test_a_mail_is_read_without_what_tells_where_it_was_caught() -> None:
+    headers = "From: a@b.c\nX-Spam: yes\nSubject: hello\nContent-Type: text/plain; charset="
+    assert texts.mail_body(headers + "utf-8\n\nDear\n friend") == "Dear friend"
+    assert texts.mail_body(headers + "utf-8\nContent-Transfer-Encoding: base64\n\nRGVhciBmcmllbmQ=") == "Dear friend"
+    assert "Spam" not in texts.mail_body(headers + "nonsense\n\nDear friend")
+    assert texts.mail_body("Content-Type: image/png\n\nabc") == ""

@@ -1,0 +1,133 @@
+"""The ledger of runs: what it finds again, what a stop leaves, and several processes at one file."""
+
+import json
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("filelock", reason="the recipes' dependencies are not installed")
+
+from recipes.shared.ledger import Ledger, Row, StoppedError, commit, entries, read, run_process
+
+
+class Run(NamedTuple):
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+    def key(self) -> Row:
+        return self._asdict()
+
+
+RUNS = [Run("lora", 0), Run("lora", 1), Run("efmlora", 0)]
+
+
+def ledger(folder: Path) -> Ledger:
+    return Ledger(folder / "new" / "results.jsonl", entries("method", "seed"))
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[Run] = []
+
+    def perform(run: Run) -> Row:
+        done.append(run)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return {**run.key(), "accuracy": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        list(ledger(tmp_path).complete(RUNS, perform))
+    assert "[3/3] efmlora, seed 0" in capsys.readouterr().out
+    rows = list(ledger(tmp_path).complete(RUNS, perform))
+    assert done == [*RUNS, RUNS[2]]
+    assert [(row["method"], row["seed"]) for row in rows] == RUNS
+    assert rows == ledger(tmp_path).rows == read(tmp_path / "new" / "results.jsonl")
+    assert capsys.readouterr().out.strip() == "[3/3] efmlora, seed 0"
+
+
+def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    whole = [json.dumps({**run.key(), "name": "é"}, ensure_ascii=False) for run in RUNS]
+    path.write_text(f"{whole[0]}\n{whole[1][:-5]}", encoding="utf-8")
+    kept = Ledger(path, entries("method", "seed"))
+    assert kept.find(RUNS[0]) == json.loads(whole[0])
+    assert kept.find(RUNS[1]) is None
+    kept.append(json.loads(whole[2]))
+    assert path.read_text(encoding="utf-8") == f"{whole[0]}\n{whole[1][:-5]}\n{whole[2]}\n"
+    assert Ledger(path, entries("method", "seed")).rows == kept.rows == [json.loads(whole[0]), json.loads(whole[2])]
+
+
+def test_of_two_rows_of_one_run_the_last_one_counts(tmp_path: Path) -> None:
+    rows = ledger(tmp_path)
+    for accuracy in (0.1, 0.2):
+        rows.append({**RUNS[0].key(), "accuracy": accuracy})
+    assert [row["accuracy"] for row in rows.rows] == [0.2]
+    assert [row["accuracy"] for row in ledger(tmp_path).rows] == [0.2]
+
+
+def test_other_settings_are_another_run(tmp_path: Path) -> None:
+    rows = Ledger(tmp_path / "results.jsonl", entries("method", "settings"))
+    rows.append({"method": "lora", "settings": {"rho": 0.1, "steps": 2}})
+
+    class Other:
+        def __init__(self, settings: dict[str, Any]) -> None:
+            self.settings = settings
+
+        def key(self) -> Row:
+            return {"method": "lora", "settings": self.settings}
+
+    assert rows.find(Other({"steps": 2, "rho": 0.1})) is not None  # the order of entries means nothing
+    assert rows.find(Other({"rho": 0.2, "steps": 2})) is None
+
+
+def test_a_run_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
+    first, second = ledger(tmp_path), ledger(tmp_path)
+    with first.claimed(RUNS[0]) as is_first, second.claimed(RUNS[0]) as is_second, second.claimed(RUNS[1]) as is_other:
+        assert (is_first, is_second, is_other) == (True, False, True)
+        first.append(RUNS[0].key())
+    with second.claimed(RUNS[0]) as is_second:
+        assert not is_second  # it is done, which the second one finds as it looks again
+    with second.claimed(RUNS[2]) as is_second:
+        assert is_second
+
+
+def _append(path: Path, worker: int) -> None:
+    rows = Ledger(path, entries("worker", "number"))
+    for number in range(50):
+        rows.append({"worker": worker, "number": number, "text": "x" * 3000})
+
+
+def test_processes_append_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    context = get_context("spawn")
+    workers = [context.Process(target=_append, args=(path, worker)) for worker in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert len(path.read_text().splitlines()) == len(read(path)) == 100
+
+
+def test_a_process_that_fails_stops_the_ledger() -> None:
+    run_process(["true"])
+    with pytest.raises(StoppedError) as stop:
+        run_process(["sh", "-c", "exit 3"])
+    assert stop.value.status == 3
+
+
+def test_the_commit_of_a_clone() -> None:
+    assert commit()
+
+
+def test_a_row_with_a_separator_of_lines_is_one_row(tmp_path: Path) -> None:
+    """Python's splitlines would cut it at any of these."""
+    run = Run("lora\u2028\u0085", 0)
+    rows = ledger(tmp_path)
+    rows.append(run.key())
+    again = ledger(tmp_path)
+    assert again.find(run) == run.key()
+    assert len(again.rows) == 1

@@ -1,0 +1,45 @@
+"""The one table of methods: names that rows of results hold, and defaults that suffice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jsonargparse", reason="the recipes' dependencies are not installed")
+
+import recipes
+from lightning_flatlora import EFMLoRA, FMLoRA
+from recipes.benchmarks.methods import METHODS as MEASURED
+from recipes.clip_fewshot import sweep
+from recipes.comparison.methods import ALL
+from recipes.shared.methods import BY_TITLE, COLOURS, METHODS, OURS
+
+PUBLISHED = Path(recipes.__file__).parent.parent / "docs" / "results" / "comparison.jsonl"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_defaults_suffice_and_callbacks_are_new_each_time(name: str) -> None:
+    first, second = METHODS[name].callbacks(), METHODS[name].callbacks()
+    assert [type(callback) for callback in first] == [type(callback) for callback in second]
+    assert not {id(callback) for callback in first} & {id(callback) for callback in second}
+
+
+def test_settings_replace_the_defaults() -> None:
+    (efmlora,) = BY_TITLE["EFMLoRA"].callbacks(rho=0.7, sigma=1.0)
+    (fmlora,) = BY_TITLE["FMLoRA"].callbacks(rho=0.7)
+    assert type(efmlora) is EFMLoRA
+    assert type(fmlora) is FMLoRA
+    assert efmlora.size(0) == fmlora.size(0) == 0.7
+    assert METHODS["efmlora"].callbacks()[0].size(0) == 0.5  # type: ignore[attr-defined]
+
+
+def test_titles_are_unique_and_every_programme_finds_its_methods() -> None:
+    assert len(BY_TITLE) == len(METHODS)
+    assert set(ALL) | set(sweep.METHODS) == set(METHODS)
+    assert set(OURS) <= set(BY_TITLE) & set(MEASURED) & set(COLOURS)
+
+
+def test_published_rows_name_methods_of_the_table() -> None:
+    names = {json.loads(line)["method"] for line in PUBLISHED.read_text().splitlines()}
+    assert len(names) > 5
+    assert names - set(METHODS) == {"fmlora_half", "fmlora_tangent"}  # tried, and left out: docs/comparison.md

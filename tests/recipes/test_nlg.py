@@ -1,0 +1,297 @@
+"""Texts for meanings with tiny random GPT-2s on files of E2E's schema: through the recipe's command line."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2  # noqa: E402
+from peft import PeftModel  # noqa: E402
+
+from recipes.language.joint_attention import split_attention  # noqa: E402
+from recipes.language.model import generate_answers  # noqa: E402
+from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments  # noqa: E402
+from recipes.nlg.export import export, main  # noqa: E402
+from recipes.nlg.module import TextGeneration  # noqa: E402
+from recipes.shared.cli import RecipeCLI  # noqa: E402
+from recipes.shared.configs import RECIPES, config_arguments, methods_of  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("command_line", "own_datasets"),
+    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of a few steps
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
+]
+
+E2E = [f"--config={RECIPES / 'nlg' / 'configs' / 'e2e.yaml'}"]
+SHORT = ["--model.max_new_tokens=6", "--model.metrics=[bleu,nist]"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="module")
+def e2e(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_e2e(tmp_path_factory.mktemp("e2e"))
+
+
+def run(command: str, model: str, dataset: str, *options: str, method: str = "lora", overlay: Any = E2E) -> RecipeCLI:
+    return RecipeCLI(
+        [
+            command,
+            *config_arguments("nlg", method),
+            *overlay,
+            f"--model.init_args.model={model}",
+            f"--data.dataset={dataset}",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.precision=32-true",
+            "--trainer.log_every_n_steps=1",
+            "--model.warmup_steps=2",
+            "--data.max_length=120",
+            *SHORT,
+            *options,
+        ]
+    )
+
+
+def trained(cli: RecipeCLI) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("method", methods_of("nlg"))
+def test_every_configuration_fits_and_tests(method: str, model: str, e2e: str, tmp_path: Path) -> None:
+    options = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--data.validation_texts=3"]
+    cli = run("fit", model, e2e, *options, method=method)
+    folder = tmp_path / "runs" / "nlg" / method / "version_0"
+    assert (folder / "config.yaml").is_file()
+    logged = (folder / "metrics.csv").read_text()
+    for name in ("train_loss", "val_loss", "val_perplexity", "val_bleu", "val_nist"):
+        assert name in logged
+    assert len(trained(cli)) == 8  # A and B of q and v, in two layers
+    assert any(value.abs().sum() > 0 for name, value in trained(cli).items() if "lora_B" in name)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    tested = run("test", model, e2e, f"--ckpt_path={checkpoint}", method=method)
+    assert {"test_loss", "test_perplexity", "test_bleu", "test_nist"} == set(tested.trainer.callback_metrics)
+    for name, value in trained(cli).items():
+        assert torch.equal(trained(tested)[name], value)
+
+
+def test_rho_zero_is_plain_lora_bit_for_bit(model: str, e2e: str) -> None:
+    options = ["--trainer.max_steps=6", "--trainer.limit_val_batches=0"]
+    plain = trained(run("fit", model, e2e, *options))
+    zero = trained(run("fit", model, e2e, "--trainer.callbacks.rho=0", *options, method="efmlora"))
+    some = trained(run("fit", model, e2e, "--trainer.callbacks.rho=1", *options, method="efmlora"))
+    assert all(torch.equal(plain[name], zero[name]) for name in plain)
+    assert any(not torch.equal(plain[name], some[name]) for name in plain)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(model: str, e2e: str, tmp_path: Path) -> None:
+    options = ["--trainer.max_epochs=2", "--trainer.callbacks.rho=0.5", "--data.validation_texts=2"]
+    saver = ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", "--trainer.callbacks.every_n_train_steps=9"]
+    saver += [f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.save_top_k=-1"]
+    whole = trained(run("fit", model, e2e, *options, *saver, method="efmlora"))
+    checkpoint = tmp_path / "epoch=0-step=9.ckpt"
+    resumed = trained(run("fit", model, e2e, *options, f"--ckpt_path={checkpoint}", method="efmlora"))
+    for name, value in resumed.items():
+        assert torch.equal(whole[name], value), name
+
+
+# -- the loss
+
+
+def test_the_loss_is_that_of_the_text_alone_with_smoothed_labels(model: str, e2e: str) -> None:
+    options = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--model.lora.lora_dropout=0"]
+    cli = run("fit", model, e2e, *options)
+    module, data = cli.model.eval(), cli.datamodule
+    row = data.parts["train"][5]
+    ids = torch.tensor(row["input_ids"])
+    text = cli.model.tokenizer.decode(ids)
+    meaning, (first, *_) = meanings(2, 3)[0]
+    assert text == f"{meaning}{END} {first}{END}"
+    # By hand: 0.9 of the right token, 0.1 of the mean over the vocabulary, after the first end token.
+    logs = module.net(input_ids=ids[None]).logits[0].log_softmax(-1)
+    start = ids.tolist().index(module.tokenizer.eos_token_id) + 1
+    expected = []
+    for place in range(start, len(ids)):
+        log = logs[place - 1]
+        expected.append(0.9 * log[ids[place]] + 0.1 * log.mean())
+    module.log = lambda *args, **kwargs: None
+    batch = next(iter(data.loader("train")))
+    labels = torch.tensor([row["labels"]])
+    pair = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "labels": labels}
+    torch.testing.assert_close(module.loss(pair), -torch.stack(expected).mean())
+    sums, numbers = module.log_likelihood(batch)
+    module.label_smoothing = 0.0
+    torch.testing.assert_close(module.loss(batch), -sums.sum() / numbers.sum())
+
+
+def test_training_has_no_dropout_except_the_adapters(model: str, e2e: str) -> None:
+    cli = run("fit", model, e2e, "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+    dropouts = {name: m.p for name, m in cli.model.net.named_modules() if isinstance(m, nn.Dropout)}
+    assert {p for name, p in dropouts.items() if "lora_dropout" in name} == {0.1}
+    assert {p for name, p in dropouts.items() if "lora_dropout" not in name} == {0.0}
+
+
+# -- written texts
+
+
+@pytest.fixture(scope="module")
+def writer(model: str) -> TextGeneration:
+    """A module whose GPT-2 writes texts of different lengths."""
+    module = TextGeneration(model=model, max_new_tokens=24)
+    module.configure_model()
+    return module.eval()
+
+
+PROMPTS = [meaning for meaning, _ in meanings(0, 5)] + ["pub", "name[The Eagle]"]
+
+
+def prompts(module: TextGeneration) -> list[list[int]]:
+    tokenizer = module.tokenizer
+    return [[*tokenizer(prompt)["input_ids"], tokenizer.eos_token_id] for prompt in PROMPTS]
+
+
+def test_texts_of_a_batch_are_those_of_single_meanings(writer: TextGeneration) -> None:
+    together = writer.generate(prompts(writer))
+    assert together == [writer.generate([ids])[0] for ids in prompts(writer)]
+    assert len(set(map(len, together))) > 1
+
+
+def test_texts_may_repeat_their_meaning_but_not_themselves(writer: TextGeneration) -> None:
+    ids = prompts(writer)[0]
+    scores = torch.zeros(1, 400)
+    prompt = torch.tensor([[1, 2, 3, 4]])
+    rule = NoRepeatInText(3, prompt.shape[1])
+    inside = torch.cat([prompt, torch.tensor([[2, 3]])], dim=1)
+    assert torch.equal(rule(inside, scores.clone()), scores)  # transformers' own rule forbids 4 here
+    again = torch.cat([prompt, torch.tensor([[7, 8, 9, 7, 8]])], dim=1)
+    assert rule(again, scores.clone())[0].isinf().nonzero().tolist() == [[9]]
+    for decoding, repeats in ((DEFAULT, False), ({"num_beams": 1}, True)):
+        options = {"do_sample": False, "max_new_tokens": 60, "pad_token_id": 0, **arguments(decoding, len(ids))}
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        text = writer.net.generate(**inputs, **options)[0, len(ids) :].tolist()
+        fours = [tuple(text[i : i + 4]) for i in range(len(text) - 3)]
+        assert (len(fours) > len(set(fours))) is repeats
+
+
+def test_the_beam_is_transformers_own(writer: TextGeneration) -> None:
+    """Without a rule about repetitions, generate called by hand finds the same text."""
+    ids = prompts(writer)[1]
+    options = {"num_beams": 5, "length_penalty": 0.8, "early_stopping": "never"}
+    expected = writer.net.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=24,
+        do_sample=False,
+        pad_token_id=writer.tokenizer.eos_token_id,
+        **options,
+    )[0, len(ids) :]
+    text = generate_answers(writer.net, [ids], writer.tokenizer, 24, **arguments(options, len(ids)))
+    assert text == [writer.tokenizer.decode(expected, skip_special_tokens=True).strip()]
+
+
+def test_the_test_writes_one_text_for_each_meaning(model: str, e2e: str, tmp_path: Path) -> None:
+    cli = run("test", model, e2e)
+    (texts_file,) = tmp_path.glob("runs/**/test_texts.tsv")
+    (references_file,) = tmp_path.glob("runs/**/test_references.tsv")
+    with texts_file.open(encoding="utf-8", newline="") as file:
+        header, *texts = list(csv.reader(file, delimiter="\t"))
+    with references_file.open(encoding="utf-8", newline="") as file:
+        _, *references = list(csv.reader(file, delimiter="\t"))
+    assert header == ["mr", "output"]
+    assert [row[0] for row in texts] == [meaning for meaning, _ in meanings(42, 49)]
+    expected = []
+    for meaning, lines in meanings(42, 49):
+        expected += [[meaning, line] for line in lines]
+    assert references == expected
+    asked = [cli.datamodule.encoder.prompt(meaning) for meaning, _ in meanings(42, 49)]
+    written = cli.model.eval().generate(asked)
+    assert [row[1] for row in texts] == [" ".join(text.split()) for text in written]
+
+
+def test_predict_writes_for_the_lines_of_a_file(model: str, e2e: str, tmp_path: Path) -> None:
+    file = tmp_path / "meanings.txt"
+    file.write_text("name[The Eagle]\n\nname[Zizzi]\n", encoding="utf-8")
+    run("predict", model, e2e, f"--data.prompts={file}")
+    (path,) = tmp_path.glob("runs/**/answers.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == ["name[The Eagle]", "name[Zizzi]"]
+
+
+# -- other models, and the way out
+
+
+def test_any_causal_model_and_any_columns(tiny: str, tmp_path: Path) -> None:
+    """A Llama has its own layers for q and v; the smallest settings and one pair in a batch."""
+    file = save_csv(tmp_path / "data.csv")
+    options = ["--data.batch_size=1", "--model.decoding.num_beams=1", "--data.validation_texts=1"]
+    options += ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
+    cli = run("fit", tiny, file, "--data.meaning=mr", "--data.text=ref", *options, overlay=[])
+    assert any("q_proj" in name for name in trained(cli))
+    assert cli.trainer.callback_metrics["val_loss"] > 0
+
+
+def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys: Any) -> None:
+    cli = run("fit", model, e2e, "--trainer.max_steps=2", "--model.learning_rate=0.1", "--model.warmup_steps=0")
+    adapter = tmp_path / "runs" / "nlg" / "lora" / "version_0" / "checkpoints" / "last"
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    split_attention(base, ["q_proj", "v_proj"])
+    loaded = PeftModel.from_pretrained(base, str(adapter)).eval()
+    ids = torch.tensor(prompts(cli.model)[:1])
+    expected = cli.model.eval().net(input_ids=ids).logits
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    main([str(adapter), str(tmp_path / "plain")])
+    assert "plain" in capsys.readouterr().out
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert isinstance(plain.transformer.h[0].attn.c_attn, transformers.pytorch_utils.Conv1D)
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    with loaded.disable_adapter():
+        assert (plain(input_ids=ids).logits - loaded(input_ids=ids).logits).abs().max() > 1e-2
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == END
+    with pytest.raises(MisconfigurationException, match="is not empty"):
+        export(adapter, tmp_path / "plain")
+    with pytest.raises(MisconfigurationException, match=r"no adapter_config.json"):
+        export(tmp_path, tmp_path / "other")
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"metrics": ["bleu", "rouge"]}, r"metrics must be of .*'rouge_l'.*got \['rouge'\]"),
+        ({"decoding": {"beams": 3}}, r"\['beams'\] can't be set"),
+        ({"decoding": {"num_return_sequences": 2}}, r"\['num_return_sequences'\] can't be set"),
+        ({"decoding": {"num_beams": 4, "early_stopping": "always"}}, "early_stopping"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        TextGeneration(**settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.max_length=200", "--model.max_new_tokens=150"], r"reads 160 tokens.*max_new_tokens=150"),
+        (["--model.model_config={pdrop: 0.1}"], r"model_config=\{'pdrop': 0.1\} can't be used"),
+        (["--model.lora.target_modules=[query]"], r"Target modules \{'query'\} not found"),
+    ],
+)
+def test_bad_models_are_refused_before_training(options: list[str], message: str, model: str, e2e: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        run("fit", model, e2e, *options)

@@ -1,0 +1,212 @@
+"""Where meanings and texts come from, how they are divided and encoded, and what is refused before training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2, save_lora_text  # noqa: E402
+
+from recipes.language.chat import IGNORED  # noqa: E402
+from recipes.nlg.data import MeaningData  # noqa: E402
+from recipes.nlg.sources import Columns, read_pairs, read_source  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("own_datasets")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+def prepared(model: str, dataset: str, stage: str = "fit", **settings: Any) -> MeaningData:
+    data = MeaningData(dataset, tokenizer=model, **settings)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def lines(data: MeaningData, part: str) -> list[str]:
+    return [data.encoder.tokenizer.decode(ids) for ids in data.parts[part]["input_ids"]]
+
+
+EXPECTED: list[str] = []
+for meaning, texts in meanings(0, 36):
+    EXPECTED += [f"{meaning}{END} {text}{END}" for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["hub", "csv", "lora", "jsonl", "parquet"])
+def test_every_format_gives_the_same_pairs(kind: str, model: str, tmp_path: Path) -> None:
+    saved = save_csv(tmp_path / "train.csv")
+    names = {"hub": save_e2e(tmp_path / "e2e"), "csv": saved, "lora": save_lora_text(tmp_path / "train.txt")}
+    table = datasets.load_dataset("csv", data_files=saved, split="train")
+    names |= {"jsonl": str(tmp_path / "train.jsonl"), "parquet": str(tmp_path / "train.parquet")}
+    table.to_json(names["jsonl"])
+    table.to_parquet(names["parquet"])
+    held_out = save_csv(tmp_path / "other.csv", 36, 40)
+    data = prepared(model, names[kind], validation_split=held_out, test_share=0.0)
+    assert lines(data, "train") == EXPECTED
+    assert [row["meaning"] for row in data.meanings["validation"]] == [meaning for meaning, _ in meanings(36, 40)]
+    assert [row["references"] for row in data.meanings["validation"]] == [texts for _, texts in meanings(36, 40)]
+
+
+def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: str, tmp_path: Path) -> None:
+    text = datasets.Value("string")
+    names = {"gem_id": text, "meaning_representation": text, "target": text, "references": [text]}
+    features = datasets.Features(names)
+    for split in ("train", "validation"):
+        rows = []
+        for number, (meaning, texts) in enumerate(meanings(0, 4)):
+            row = {"gem_id": f"e2e_nlg-{split}-{number}", "meaning_representation": meaning, "target": texts[0]}
+            rows.append(row | {"references": texts if split == "validation" else []})
+        path = tmp_path / "gem" / f"{split}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    data = prepared(model, str(path.parent), validation_split="validation", test_share=0.0)
+    assert lines(data, "train") == [f"{meaning}{END} {texts[0]}{END}" for meaning, texts in meanings(0, 4)]
+    assert data.meanings["validation"]["references"][:] == [texts for _, texts in meanings(0, 4)]
+    assert len(data.parts["validation"]) == sum(len(texts) for _, texts in meanings(0, 4))
+
+
+def test_columns_may_have_any_names_and_hold_lists(model: str, jsonl: Any) -> None:
+    file = jsonl([{"in": meaning, "out": texts, "mr": "other", "ref": "other"} for meaning, texts in meanings(0, 36)])
+    data = prepared(model, file, meaning="in", text="out", validation_share=0.0, test_share=0.0)
+    assert lines(data, "train") == EXPECTED
+
+
+def test_labels_are_the_text_and_its_end(model: str, tmp_path: Path) -> None:
+    data = prepared(model, save_csv(tmp_path / "train.csv"), validation_share=0.0, test_share=0.0)
+    row = data.parts["train"][0]
+    learnt = [token for token in row["labels"] if token != IGNORED]
+    assert row["input_ids"][-len(learnt) :] == learnt
+    assert data.encoder.tokenizer.decode(learnt) == f" {meanings(0, 1)[0][1][0]}{END}"
+    assert data.longest() == (max(data.parts["train"]["length"]), 0)
+
+
+def test_shares_keep_the_texts_of_a_meaning_together(model: str, tmp_path: Path) -> None:
+    data = prepared(model, save_csv(tmp_path / "train.csv"), validation_share=0.3, test_share=0.3)
+    data.setup("test")
+    rows = lines(data, "train") + lines(data, "validation") + lines(data, "test")
+    assert sorted(rows) == sorted(EXPECTED)
+    number = 0
+    for part in ("train", "validation", "test"):
+        heads = {line.split(END)[0] for line in lines(data, part)}
+        assert heads
+        number += len(heads)
+    assert number == 36
+
+
+def test_evaluation_takes_pairs_and_as_many_meanings_as_are_asked_for(model: str, tmp_path: Path) -> None:
+    own = {"validation_split": "validation", "test_split": "test"}
+    data = prepared(model, save_e2e(tmp_path / "e2e"), **own, validation_texts=4)
+    pairs, asked = data.val_dataloader()
+    assert sum(len(batch["labels"]) for batch in pairs) == len(data.parts["validation"])
+    numbers = []
+    for batch in asked:
+        numbers += batch["number"]
+    assert sorted(numbers) == [0, 1, 2, 3]
+    data.validation_texts = 0
+    assert len(data.val_dataloader()) == 1
+    data.setup("test")
+    assert sum(len(batch["number"]) for batch in data.test_dataloader()[1]) == 7
+
+
+def test_long_pairs_are_cut_and_counted(model: str, tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    file = save_csv(tmp_path / "train.csv")
+    whole = prepared(model, file, validation_share=0.0, test_share=0.0)
+    limit = max(whole.parts["train"]["length"]) - 3
+    with caplog.at_level("INFO"):
+        data = prepared(model, file, validation_share=0.0, test_share=0.0, max_length=limit)
+    assert max(data.parts["train"]["length"]) == limit
+    assert f"cut at max_length={limit} tokens" in caplog.text
+
+
+def test_a_model_that_begins_with_a_token_gets_it(tiny: str, model: str) -> None:
+    from transformers import AutoTokenizer
+
+    from recipes.nlg.encoding import PairEncoder
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert PairEncoder(tokenizer, 9).prompt("pub") == [*tokenizer("pub")["input_ids"], tokenizer.eos_token_id]
+
+    class Beginning:
+        bos_token_id, eos_token_id, name_or_path = 1, 2, "beginning"
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+    assert PairEncoder(Beginning(), 9).encode("a", "b") == ([1, 97, 2, 32, 98, 2], [IGNORED] * 3 + [32, 98, 2], False)
+    Beginning.eos_token_id = None  # type: ignore[assignment]
+    with pytest.raises(MisconfigurationException, match="has no end token"):
+        PairEncoder(Beginning(), 9)
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": None}, "dataset: give a Hub name or a file"),
+        ({"batch_size": 0, "max_length": 1}, r"batch_size must be .*; max_length must be an integer >= 3"),
+        ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on"),
+        ({"validation_texts": -1}, "validation_texts must be"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        MeaningData(**{"dataset": "data.csv", **settings})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a", "reply": "b"}], r"has the columns \['question', 'reply'\].*mr and ref"),
+        ([{"mr": "a", "ref": "b"}, {"mr": "a", "ref": " "}], "row 1 needs a text in 'mr' and in 'ref', and holds ' '"),
+        ([{"mr": "a", "ref": "b"}, {"mr": None, "ref": "b"}], "row 1 needs a text .*None"),
+        ([{"mr": "a", "ref": [1]}], "row 0 needs a text .*holds 1"),
+        ([{"mr": "word " * 40, "ref": "b"}], "max_length=20 leaves no token of the text for the meaning 'word"),
+    ],
+)
+def test_bad_rows_are_refused_before_training(model: str, jsonl: Any, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        prepared(model, jsonl(rows), validation_share=0.0, test_share=0.0, max_length=20)
+
+
+def test_bad_files_are_refused_before_training(model: str, tmp_path: Path) -> None:
+    file = save_csv(tmp_path / "train.csv")
+    with pytest.raises(MisconfigurationException, match=r"train.csv' is a file, and has no split 'test'"):
+        prepared(model, file, "test", test_split="test")
+    with pytest.raises(MisconfigurationException, match=r"no meaning is left for validation"):
+        prepared(model, file, validation_share=0.0001)
+    text = save_lora_text(tmp_path / "train.txt")
+    with pytest.raises(MisconfigurationException, match=r"train.txt' is a file, and has no split 'validation'"):
+        prepared(model, text, validation_split="validation")
+    with pytest.raises(MisconfigurationException, match=r"missing.txt' can't be read"):
+        prepared(model, str(tmp_path / "missing.txt"))
+    (tmp_path / "bad.txt").write_text("a||b\n\nno text here\n")
+    with pytest.raises(MisconfigurationException, match=r"line 3: a line needs meaning\|\|text"):
+        prepared(model, str(tmp_path / "bad.txt"))
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(MisconfigurationException, match="has no rows"):
+        prepared(model, str(tmp_path / "empty.txt"))
+
+
+def test_a_text_may_hold_the_separator_and_rare_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_text("a||b || c\r\nd||e\u2028f\n", encoding="utf-8")
+    pairs = read_pairs(read_source(str(path), "train"), "data", Columns())
+    assert [tuple(pair) for pair in pairs] == [("a", "b || c"), ("d", "e\u2028f")]
+
+
+def test_prompts_are_needed_for_predict(model: str, tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "data.json").write_text(json.dumps([{"mr": "a", "ref": "b"}]))
+    for prompts, message in ((None, "predict needs --data.prompts"), ("blank.txt", "holds no meaning")):
+        with pytest.raises(MisconfigurationException, match=message):
+            prepared(model, str(tmp_path / "data.json"), "predict", prompts=prompts and str(tmp_path / prompts))

@@ -1,0 +1,284 @@
+"""What is planned for the paper's tables: shares, choices, trials, and the recipes' commands; nothing is trained."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from parsing import ParsingCLI
+
+from recipes.reproduce import __main__ as command_line_of_tables
+from recipes.reproduce import run as running
+from recipes.reproduce.__main__ import WAITING, main
+from recipes.reproduce.methods import METHODS
+from recipes.reproduce.plan import Plan, Results, Shard
+from recipes.reproduce.report import count, plan_text, table_text
+from recipes.reproduce.run import Place, Run, score, validated
+from recipes.reproduce.table import Table
+from recipes.reproduce.tables import TABLES
+from recipes.shared.ledger import Row, StoppedError
+
+GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1), "sigma": (0.0, 0.1), "alpha": (0.0, 1)}
+
+
+class Fake:
+    """Stands in for a run; the last configuration of every method is the best."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def __call__(self, run: Run) -> Row:
+        self.done.append(run.name)
+        found: Row = {"score": sum(run.config.values()) / 10, "loss": 1.0, "training_seconds": 1.0}
+        metrics = [metric.name for metric in run.table.tasks[run.task].metrics]
+        found["metrics"] = dict.fromkeys([f"test_{name}" for name in metrics], 0.5)
+        return {**run.key(), **found, **dict.fromkeys(("device", "precision", "commit"), "here")}
+
+
+def planned(folder: Path, name: str, shard: Shard, tasks: Sequence[str] = (), **changed: Any) -> Plan:
+    table = replace(TABLES[name], **changed)
+    return Plan(table, table.methods, tasks or list(table.tasks), table.seeds, "tuned", Results(folder, shard), shard)
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "count"), [("table1_offline", [], 1), ("table1_offline", [], 3), ("table2", ["rte"], 3)]
+)
+def test_shares_do_every_run_once_and_finals_wait_for_all_choices(
+    name: str, tasks: list[str], count: int, tmp_path: Path
+) -> None:
+    fakes = [Fake() for _ in range(count)]
+    plans = [planned(tmp_path, name, Shard(number + 1, count), tasks) for number in range(count)]
+    waited = 0
+    for _ in range(5):  # tasks that start from others take more turns
+        for plan, fake in zip(plans, fakes, strict=True):
+            plan.work(fake, lambda run: None)
+            waited += plan.waiting
+    done: list[str] = []
+    for fake in fakes:
+        done += fake.done
+    assert len(done) == len(set(done))
+    assert bool(waited) == (count > 1)
+    for plan in plans:
+        plan.results.reload()
+        assert not plan.open_runs()
+        assert not plan.waiting
+    places = [run.name for run in plans[0].places() if run is not None]
+    assert set(places) == set(done)
+    assert min(len(fake.done) for fake in fakes) > len(done) / count / 2
+    assert any("/test/efmlora-learning_rate" in name for name in done)
+    assert "± 0.0 (" in table_text(plans[0])
+
+
+def test_a_share_that_waits_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(TABLES["table1"], learning_rates=(1e-2,), grids=GRIDS)
+    monkeypatch.setitem(TABLES, "table1", small)
+    fake = Fake()
+    monkeypatch.setattr(command_line_of_tables, "perform", lambda run, place: fake(run))
+    given = ["table1", "--tasks=sst2", "--methods", "lora", "efmlora", f"--folder={tmp_path}/table"]
+    assert main([*given, "--shard=1/2"]) == WAITING
+    assert "runs of this share wait for choices" in capsys.readouterr().out
+    assert main([*given, "--shard=2/2"]) == 0
+    assert main([*given, "--shard=1/2"]) == 0
+    assert len(fake.done) == len(set(fake.done)) == 3 + 2 * 5
+    assert not any("/test/" in name for name in fake.done[:3])
+
+
+def test_a_run_that_fails_keeps_no_other_one_from_being_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TABLES, "table1", replace(TABLES["table1"], learning_rates=(1e-2,), grids=GRIDS))
+    fake, failing = Fake(), ["rho=0.05", "seed-21"]
+
+    def perform(run: Run, place: Place) -> Row:
+        if any(part in run.name for part in failing):
+            raise StoppedError(1)
+        return fake(run)
+
+    monkeypatch.setattr(command_line_of_tables, "perform", perform)
+    given = ["table1", "--tasks", "sst2", "rte", "--methods", "lora", "efmlora", f"--folder={tmp_path}/table"]
+    assert main(given) == 1
+    # The dropouts of both tasks, since EFMLoRA's rho 0 is LoRA's run. Its other rho has failed, so nothing is chosen.
+    assert len(fake.done) == 4
+    said = capsys.readouterr().out
+    assert "Failed, with the error above" in said
+    assert said.count("/efmlora-learning_rate=0.01-rho=0.05/seed-") >= 2
+    failing.remove("rho=0.05")
+    assert main(given) == 1
+    assert len(fake.done) == 4 + 2 + 2 * 2 * 4
+    failing.clear()
+    assert main(given) == 0
+    assert len(fake.done) == len(set(fake.done)) == 4 + 2 + 2 * 2 * 5
+
+
+@pytest.mark.parametrize(("status", "started"), [(1, 3), (130, 1), (-15, 1)])
+def test_a_stop_by_the_user_and_failures_in_a_row_end_the_command(status: int, started: int, tmp_path: Path) -> None:
+    plan = planned(tmp_path, "table1", Shard())
+    begun: list[Run] = []
+
+    def perform(run: Run) -> Row:
+        raise StoppedError(status)
+
+    with pytest.raises(StoppedError):
+        plan.work(perform, begun.append)
+    assert len(begun) == started
+
+
+def test_the_plan_says_how_long_it_takes_once_runs_are_done(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "table1", Shard(), ["sst2"], learning_rates=(1e-2,), grids=GRIDS)
+    assert "known when runs are done" in plan_text(plan)
+    fake = Fake()
+
+    def perform(run: Run) -> Row:
+        if len(fake.done) == 4:
+            raise StoppedError(130)
+        return {**fake(run), "steps": 100, "seconds": 72.0}
+
+    with pytest.raises(StoppedError):
+        plan.work(perform, lambda run: None)
+    left = count(plan, ["sst2"]).steps - 400
+    assert f"{0.72 * left / 3600:.1f} h at most are left for one process" in plan_text(plan)
+
+
+def test_equal_scores_are_decided_by_the_loss(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "table1", Shard(), ["sst2"], learning_rates=(1e-3, 1e-2), grids=GRIDS)
+
+    def perform(run: Run) -> Row:
+        loss = abs(run.config["learning_rate"] - 1e-2) + run.config.get("rho", 0.0)
+        return {**Fake()(run), "score": 0.5, "loss": loss}
+
+    plan.work(perform, lambda run: None)
+    assert plan.chosen("sst2", "efmlora") == {"learning_rate": 1e-2, "rho": 0.0}
+    finals = plan.finals("sst2", "efmlora")
+    assert finals is not None
+    assert {run.method for run in finals} == {"lora"}  # of radius 0: LoRA's own runs
+    assert "| EFMLoRA | learning_rate 0.01*, rho 0 |" in table_text(plan)  # at an end of the grid
+
+
+@pytest.mark.parametrize("name", ["table2", "table5"])
+def test_a_run_that_has_diverged_is_not_chosen(name: str, tmp_path: Path) -> None:
+    table = TABLES[name]
+    task = next(iter(table.tasks))
+    plan = planned(tmp_path, name, Shard(), [task], learning_rates=(1e-2, 1e-3), grids=GRIDS)
+
+    def perform(run: Run) -> Row:
+        value = math.nan if run.config["learning_rate"] == 1e-2 else 0.5
+        validations = [{f"val_{table.choice}": value, "val_loss": value}]
+        found = {"score": score(validated(validations, table), table), "loss": value}
+        return {**Fake()(run), **found}
+
+    plan.work(perform, lambda run: None)
+    chosen = plan.chosen(task, "lora")
+    assert chosen is not None
+    assert chosen["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_says_what_a_table_costs(name: str, tmp_path: Path) -> None:
+    plan = planned(tmp_path, name, Shard())
+    counts = count(plan, plan.tasks)
+    page = (running.RECIPES.parent / "docs" / "recipes" / "reproduce.md").read_text(encoding="utf-8")
+    trials = len(plan.configurations(plan.tasks[0], "lora"))
+    assert f"| `{name}` | {trials} | {counts.choosing} | {counts.final} | {counts.steps:,} |" in page
+
+
+def test_what_to_download_can_be_told_apart(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "table1", Shard())
+    assert "; nyu-mll/glue, mnli; nyu-mll/glue, rte; " in plan_text(plan)
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_method_has_as_many_trials(table: Table) -> None:
+    numbers = {len(method.configurations(table.learning_rates, table.grids)) for method in METHODS.values()}
+    assert len(numbers) == 1
+    for name, grid in table.grids.items():
+        assert len(set(grid)) == len(grid)
+        assert name == "lora_dropout" or 0.0 in grid or table.keeps == "nothing"
+    assert not set(table.seeds) & set(table.tuning_seeds)
+    for task in table.tasks.values():
+        assert task.start is None or task.start in table.tasks
+
+
+# -- the commands of every table
+
+
+Parse = Callable[[list[str]], Any]
+
+
+@pytest.fixture(scope="module")
+def parse() -> Iterator[Parse]:
+    """A function from a command to the settings that the recipe's parser makes of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["test"])
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+        cli = ParsingCLI([f"--config={running.RECIPES}/classification/configs/base.yaml"], run=False)
+
+        def settings(command: list[str]) -> Any:
+            cli.parse_arguments(cli.parser, command[4:])
+            cli.before_instantiate_classes()
+            return cli.config
+
+        yield settings
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_settings_of_every_method_arrive(table: Table, parse: Parse, tmp_path: Path) -> None:
+    task = next(iter(table.tasks))
+    for name, method in METHODS.items():
+        config = method.configurations([1.5e-3], table.grids)[-1]
+        run = Run(table, task, name, config, 5, "validation")
+        settings = parse(running.fit_command(run, Place(tmp_path, "32-true")))
+        model, callbacks = settings.model.init_args, settings.trainer.callbacks
+        assert model.learning_rate == 1.5e-3
+        assert callbacks[-1].init_args.folder == str(tmp_path / run.name)
+        if name == "lora":
+            assert model.lora["lora_dropout"] == config["lora_dropout"]
+            continue
+        size = callbacks[-2].init_args[method.parameter]
+        assert config[method.parameter] in (size, *getattr(size, "init_args", {}).values())
+
+
+TASKS = []
+for table in TABLES.values():
+    TASKS += [(table, task) for task in table.tasks]
+
+
+@pytest.mark.parametrize(("table", "task"), TASKS, ids=lambda value: getattr(value, "name", value))
+def test_the_protocols_values_are_those_of_the_recipes_files(
+    table: Table, task: str, parse: Parse, tmp_path: Path
+) -> None:
+    run = Run(table, task, "lora", {"learning_rate": 1.0, "lora_dropout": 1.0}, 5, "test")
+    chosen = ("--model.learning_rate", "--model.lora")
+    command = running.command("fit", run, Place(tmp_path, "32-true"), [])
+    settings = parse([argument for argument in command if not argument.startswith(chosen)])
+    # With another first value, runs of size 0 would be other ones than LoRA's, with which they are shared.
+    assert settings.model.init_args.lora["lora_dropout"] == table.grids["lora_dropout"][0]
+    assert table.tasks[task].learning_rate == settings.model.init_args.learning_rate
+    if settings.trainer.max_steps > 0:
+        assert table.tasks[task].steps == settings.trainer.max_steps
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["table9"], "invalid choice: 'table9'"),
+        (["table1", "--methods", "adam"], "invalid choice: 'adam'"),
+        (["table1", "--tasks", "cola"], "table1 has no cola; there are sst2, sst5"),
+        (["table1", "--seeds", "7"], r"[7] choose the settings and can't be tested too"),
+        (["table1", "--shard", "0/8"], "'0/8' must be a share such as 2/8"),
+        (["table1", "--shard", "3"], "'3' must be a share such as 2/8"),
+    ],
+)
+def test_errors_are_clear(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert said in f"{capsys.readouterr().err} {stopped.value}"

@@ -1,0 +1,146 @@
+"""Thoughts before answers, several turns and {% generation %} blocks, in templates built like real ones."""
+
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from chat_templates import GEMMA4, GPT_OSS, LLAMA3, PHI, QWEN3, QWEN35, R1, messages, tokenizer
+
+from recipes.instruction_tuning.encoding import encode, template_message
+from recipes.instruction_tuning.formats import conversation, turn
+from recipes.language.chat import IGNORED, ChatEncoder
+
+TURNS = messages("a?", "a!", "b?", "b!")
+
+
+def learnt(encoder: ChatEncoder, turns: list[dict[str, Any]]) -> list[str]:
+    """The texts of the tokens that are learnt, one for each run of them."""
+    runs: list[list[int]] = [[]]
+    for label in encoder.encode(turns).labels:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [str(encoder.tokenizer.decode(run)) for run in runs if run]
+
+
+def thinking(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns with thoughts before each answer, as the data give them to a template."""
+    made = []
+    for message in turns:
+        thoughts = f"hm {message['content']}" if message["role"] == "assistant" else None
+        made.append(template_message(turn(message["role"], message["content"], thoughts)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "opening"),
+    [
+        (QWEN3, ["a!<|im_end|>", "b!<|im_end|>"], "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        (QWEN35, ["a!<|im_end|>", "b!<|im_end|>"], "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        (GPT_OSS, ["a!<|end|>", "b!<|return|>"], "<|start|>assistant<|channel|>final<|message|>"),
+        (PHI, ["a!<|end|>", "b!<|end|>\n<eos>"], "<|assistant|>\n"),
+    ],
+    ids=["qwen3", "qwen3.5", "gpt-oss", "phi"],
+)
+def test_each_turn_is_learnt_without_its_opening(template: str, answers: list[str], opening: str) -> None:
+    encoder = ChatEncoder(tokenizer(template), 1000)
+    assert learnt(encoder, TURNS) == answers
+    prompt = encoder.encode_prompt(TURNS[:3])
+    assert encoder.tokenizer.decode(prompt).endswith(opening)
+    assert encoder.encode(TURNS).input_ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (QWEN35, ["a!<|im_end|>", "hm b!\n</think>\n\nb!<|im_end|>"]),
+        (
+            GPT_OSS,
+            [
+                "a!<|end|>",
+                "<|channel|>analysis<|message|>hm b!<|end|><|start|>assistant<|channel|>final<|message|>b!<|return|>",
+            ],
+        ),
+    ],
+    ids=["qwen3.5", "gpt-oss"],
+)
+def test_thoughts_that_the_template_writes_are_learnt(template: str, answers: list[str]) -> None:
+    assert learnt(ChatEncoder(tokenizer(template), 1000), thinking(TURNS)) == answers
+
+
+def test_a_prompt_leaves_room_for_thoughts_where_they_are_wanted() -> None:
+    encoder = ChatEncoder(tokenizer(QWEN3), 1000, template_arguments={"enable_thinking": True})
+    assert encoder.tokenizer.decode(encoder.encode_prompt(TURNS[:1])).endswith("<|im_start|>assistant\n")
+
+
+def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
+    encoder = ChatEncoder(tokenizer(LLAMA3), 1000)
+    row = conversation("why?", "so", [], "why?")
+    assert not encode(row, encoder, with_options=True)["leaves_thoughts"]
+    row["messages"][1]["thoughts"] = "hm"
+    encoded = encode(row, encoder, with_options=True)
+    assert encoded["leaves_thoughts"]
+    assert learnt(encoder, thinking(messages("why?", "so"))) == ["so<|eot|>"]
+    kept = encode(row, ChatEncoder(tokenizer(QWEN35), 1000), with_options=True)
+    assert (kept["leaves_thoughts"], kept["answer"], kept["prompt_ids"]) == (False, "", [])  # and is not generated
+
+
+def test_a_refusal_names_the_arguments_that_help() -> None:
+    with pytest.raises(MisconfigurationException, match=r'Here template_arguments {"enable_thinking": true} would do'):
+        ChatEncoder(tokenizer(GEMMA4), 1000)
+    encoder = ChatEncoder(tokenizer(GEMMA4), 1000, template_arguments={"enable_thinking": True})
+    assert learnt(encoder, TURNS) == ["a!<turn|>", "b!<turn|>"]
+    with pytest.raises(MisconfigurationException, match=r"Set chat_template to one with .*use single-turn data$"):
+        ChatEncoder(tokenizer(R1), 1000)
+
+
+# -- {% generation %} blocks
+
+# As in training templates: the block begins before what opens an answer, in each turn.
+MARKED_QWEN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' + m.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+
+def test_marks_leave_the_opening_of_every_turn_out() -> None:
+    encoder = ChatEncoder(tokenizer(MARKED_QWEN), 1000)
+    assert learnt(encoder, TURNS) == ["a!<|im_end|>", "b!<|im_end|>"]
+    assert learnt(encoder, thinking(TURNS)) == [f"hm {x}!\n</think>\n\n{x}!<|im_end|>" for x in ("a", "b")]
+    first = [TURNS[0], {**TURNS[1], "learnt": False}, *TURNS[2:]]
+    assert learnt(encoder, first) == ["b!<|im_end|>"]
+
+
+def test_marks_that_hold_no_answer_are_refused() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
+    with pytest.raises(MisconfigurationException, match="blocks hold no token of a conversation's answers"):
+        ChatEncoder(tokenizer(template), 1000).encode(TURNS)
+
+
+def test_answers_marked_as_one_cannot_be_told_apart() -> None:
+    template = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    turns = [TURNS[0], {**TURNS[1], "learnt": False}, *TURNS[2:]]
+    with pytest.raises(MisconfigurationException, match=r"marks 1 answers of 2 by itself"):
+        ChatEncoder(tokenizer(template), 1000).encode(turns)
+
+
+def test_marks_behind_another_prompt_are_warned_of() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}Q:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:<think>{% endif %}"
+    )
+    with pytest.warns(UserWarning, match="is not what answers follow in training"):
+        encoder = ChatEncoder(tokenizer(template), 1000)
+    assert learnt(encoder, TURNS) == ["a!", "b!"]
+
+
+def test_a_template_that_wants_more_than_messages_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="can't render a conversation: TypeError: 'NoneType'"):
+        ChatEncoder(tokenizer("{% for tool in tools %}{{ tool }}{% endfor %}"), 1000)

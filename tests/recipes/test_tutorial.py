@@ -1,0 +1,93 @@
+"""The tutorial notebook of the site, run from its first cell to its last."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+nbclient = pytest.importorskip("nbclient", reason="the tools that run notebooks are not installed")
+nbformat = pytest.importorskip("nbformat", reason="the tools that run notebooks are not installed")
+
+from peft import load_peft_weights  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
+
+pytestmark = pytest.mark.timeout(1200)  # a busy machine takes twice the time of an idle one
+
+
+def outputs(notebook: Any, kind: str) -> list[str]:
+    """What the cells of a notebook have put out in one format."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if kind in output.get("data", {}):
+                found.append(output["data"][kind])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stands for the clone, so that the runs land in it."""
+    return tmp_path_factory.mktemp("clone")
+
+
+@pytest.fixture(scope="module")
+def executed(folder: Path) -> Iterator[Any]:
+    """The notebook with the outputs of this run."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []  # those that are stored, which a cell that is skipped would keep
+    docs = folder / "docs"
+    docs.mkdir()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(ROOT))
+        environment.setenv("OMP_NUM_THREADS", "1")
+        client = nbclient.NotebookClient(
+            notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(docs)}}
+        )
+        client.execute()
+    return notebook
+
+
+def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
+    return load_peft_weights(str(folder / "runs" / "tutorial" / run / "last"), device="cpu")
+
+
+def are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_shows_the_monitors_curve_and_the_reports_picture(executed: Any) -> None:
+    assert len(outputs(executed, "image/png")) == 2
+
+
+def test_its_table_has_both_adapters_and_the_loss_of_each(executed: Any) -> None:
+    (table,) = outputs(executed, "text/markdown")
+    assert "| | unit | LoRA | EFMLoRA |" in " ".join(table.split())
+    (loss,) = [line for line in table.splitlines() if line.startswith("| loss |")]
+    values = [float(cell) for cell in loss.strip("| ").split("|")[2:]]
+    assert len(values) == 2
+    assert values[0] != values[1]
+
+
+def test_rho_zero_and_the_monitor_leave_lora_as_it_is(executed: Any, folder: Path) -> None:
+    lora = weights(folder, "lora")
+    assert are_equal(lora, weights(folder, "rho_0_seed_0"))
+    assert are_equal(lora, weights(folder, "lora_monitored"))
+    assert not are_equal(lora, weights(folder, "rho_1_seed_0"))
+    assert not are_equal(lora, weights(folder, "rho_0_seed_1"))
+
+
+def test_the_page_shows_the_outputs_of_one_run_in_order() -> None:
+    """The site is built without running the notebook, so what is stored in it must be complete."""
+    stored = nbformat.read(NOTEBOOK, as_version=4)
+    cells = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert len(outputs(stored, "image/png")) == 2
+    assert len(outputs(stored, "text/markdown")) == 1
+    for cell in cells:
+        assert not any(output.output_type == "error" for output in cell.outputs)

@@ -1,0 +1,165 @@
+"""Conversations in LLaVA's form, and texts around questions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from vqa_models import COLOURS, draw, first_batch, prepared  # noqa: E402
+
+from recipes.language.chat import IGNORED  # noqa: E402
+from recipes.shared.cli import RecipeCLI  # noqa: E402
+from recipes.shared.configs import config_arguments  # noqa: E402
+from recipes.vqa.llava import last_question  # noqa: E402
+from recipes.vqa.prompts import Prompt  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("command_line", "own_datasets"),
+    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
+]
+
+# -- LLaVA's form
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> str:
+    draw(folder / "images", 12)
+    (folder / "chats.json").write_text(json.dumps(rows))
+    return str(folder / "chats.json")
+
+
+def conversations(folder: Path) -> str:
+    """Two turns about each image; identities are of two types, as in LLaVA's mix of sources."""
+    rows = []
+    for i in range(12):
+        said = turns("What is it?\n<image>", "A colour.", "Which?", f"It is {COLOURS[i % 3]}.")
+        rows.append({"id": i if i % 2 else f"chat-{i}", "image": f"{i}.png", "conversations": said})
+    return write(folder, rows)
+
+
+def test_all_answers_of_a_conversation_are_learnt(model: str, tmp_path: Path) -> None:
+    data = prepared("fit", model, dataset=conversations(tmp_path), image_folder=str(tmp_path / "images"), batch_size=4)
+    tokenizer = data.encoder.tokenizer
+    row = data.parts["train"][0]
+    assert (row["question"], row["history"][0]["content"]) == ("Which?", "What is it?")
+    # The image stands before the first question, and nowhere else.
+    mark = "<|image_pad|>" if "<|image_pad|>" in row["text"] else "<image>"
+    assert row["text"].index(mark) < row["text"].index("What is it?")
+    assert row["text"].count(mark) == row["prompt"].count(mark) == 1
+    assert "A colour." in row["prompt"]
+    assert row["answers"][0] not in row["prompt"]
+    batch = first_batch(data)
+    for ids, labels, answers in zip(batch["inputs"]["input_ids"], batch["labels"], batch["answers"], strict=True):
+        said = tokenizer.decode(labels[labels != IGNORED])
+        end = tokenizer.eos_token
+        assert said.replace(" ", "") == f"A colour.{end}{answers[0]}{end}".replace(" ", "")
+        assert (ids[labels != IGNORED] == labels[labels != IGNORED]).all()
+
+
+def test_conversations_are_trained_on_and_tested(tiny_vlm: str, tmp_path: Path) -> None:
+    options = [
+        f"--model.init_args.model={tiny_vlm}",
+        f"--data.init_args.dataset={conversations(tmp_path)}",
+        f"--data.init_args.image_folder={tmp_path / 'images'}",
+        "--data.init_args.test_split=null",
+        "--data.init_args.test_share=0.3",
+        "--data.init_args.validation_share=0.3",
+        "--data.init_args.batch_size=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=1",
+    ]
+    RecipeCLI(["fit", *config_arguments("vqa", "efmlora"), *options])
+    cli = RecipeCLI(["test", *config_arguments("vqa", "efmlora"), *options, "--ckpt_path=last"])
+    assert {"test_loss", "test_exact_match"} <= set(cli.trainer.callback_metrics)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ([], r"row 3: a conversation is human and gpt by turns .*got \[\]"),
+        (None, r"row 3: a conversation is human and gpt by turns"),
+        (turns("<image> Why?"), r"ends with gpt.*got \['user'\]"),
+        (turns("<image> Why?", "So.", "Why?"), r"ends with gpt"),
+        (turns("<image> Why?", "So.")[::-1], r"got \['assistant', 'user'\]"),
+        ([*turns("<image> Why?"), *turns("Why?", "So.")], r"got \['user', 'user', 'assistant'\]"),
+        (turns("<image><image> Which?", "One."), r"row 3 has 2 <image> marks, and one image is possible"),
+        (turns("Why?", "So.", "<image> Why?", "So."), r"row 3: <image> must stand in the first turn of the human"),
+        (turns("Why?", "So. <image>"), r"<image> must stand in the first turn"),
+        (turns("<image>", "So."), r"row 3 has a turn without a text"),
+        (turns("<image> Why?", " "), r"row 3 has a turn without a text"),
+        ([{"from": "bot", "value": "?"}], r"row 3, turn 0 must have a text as 'value'.*'from' one of.*human.*got"),
+        ([{"from": "human", "value": 3}], r"row 3, turn 0 must have a text as 'value'"),
+        ([{"role": "user", "content": "Why?"}], r"row 3, turn 0 must have a text as 'value'"),
+    ],
+)
+def test_what_is_no_conversation_is_named(said: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        last_question(said, "row 3")
+
+
+def test_a_system_message_comes_first() -> None:
+    found = last_question([{"from": "system", "value": "Be brief."}, *turns("Why?", "So.")], "row 0")
+    assert found["history"] == [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "message"),
+    [
+        ({"image": None}, {}, r"1 of 1 questions have no image, the first in row 0"),
+        ({"image": "gone.png"}, {}, r"gone.png \(no such file\)"),
+        ({"image": ["0.png", "1.png"]}, {}, r"row 0 has 2 images, and one is possible"),
+        ({}, {"prompt": "{question}?"}, r"holds conversations.*set prompt to null"),
+        ({}, {"type_column": "kind"}, r"needs 'kind', which type_column names"),
+    ],
+)
+def test_rows_that_can_not_be_used_are_named(
+    changed: dict[str, Any], options: dict[str, Any], message: str, tiny_vlm: str, tmp_path: Path
+) -> None:
+    row = {"id": "1", "image": "0.png", "conversations": turns("<image>\nWhy?", "So.")} | changed
+    name = write(tmp_path, [row])
+    with pytest.raises(MisconfigurationException, match=message):
+        prepared("fit", tiny_vlm, dataset=name, image_folder=str(tmp_path / "images"), validation_share=0, **options)
+
+
+# -- texts around questions
+
+
+def test_a_line_whose_parts_are_empty_is_left_out() -> None:
+    prompt = Prompt("Context: {hint}\nQuestion: {question}\nOptions: {choices}\nAnswer:", " ")
+    assert prompt("Why?") == "Question: Why?\nAnswer:"
+    assert (
+        prompt("Why?", ["so", "{no}"], " Look. ") == "Context: Look.\nQuestion: Why?\nOptions: A. so B. {no}\nAnswer:"
+    )
+    assert Prompt()("Why {x}?") == "Why {x}?"
+    assert Prompt("Say {{so}}: {question}")("why?") == "Say {so}: why?"
+
+
+@pytest.mark.parametrize("template", ["Why?", "{question} {answer}", "{question} {}", "{question", "{question} {0}"])
+def test_bad_texts_are_named(template: str) -> None:
+    with pytest.raises(MisconfigurationException, match="Braces that are meant as such are doubled"):
+        Prompt(template)
+
+
+def test_questions_of_a_file_are_asked_in_that_text(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
+    draw(tmp_path, 2)
+    rows = [
+        {"image": "0.png", "question": "Which?", "choices": ["red", "green"]},
+        {"image": "1.png", "question": "Why?"},
+    ]
+    asked: dict[str, Any] = {"questions": jsonl(rows, "asked.jsonl"), "image_folder": "images/{split}"}
+    asked |= {"prompt": "Q: {question} {choices}", "choice_separator": ", "}
+    first, second = prepared("predict", tiny_vlm, **asked).parts["predict"]
+    assert "<image> Q: Which? A. red, B. green<" in first["prompt"]
+    assert "<image> Q: Why?<" in second["prompt"]
+    assert first["question"] == "Which?"

@@ -1,0 +1,245 @@
+"""Tokens, labels, images and data sets of visual question answering."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
+from torch import Tensor
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from trainers import trainer  # noqa: E402
+from vqa_models import COLOURS, draw, first_batch, prepared  # noqa: E402
+
+from recipes.language.chat import IGNORED  # noqa: E402
+from recipes.vqa import easy_vqa, sources  # noqa: E402
+from recipes.vqa.conversation import QuestionEncoder  # noqa: E402
+from recipes.vqa.data import VQAData  # noqa: E402
+from recipes.vqa.model import DEFAULT_LORA, load_processor  # noqa: E402
+from recipes.vqa.module import VQA  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
+
+
+# -- tokens, labels and images
+
+
+def test_the_loss_is_on_the_answer_and_its_end_token(model: str, drawn: str) -> None:
+    data = prepared("fit", model, dataset=drawn, batch_size=8)
+    tokenizer = data.encoder.tokenizer
+    start, _, opening = data.encoder.prompt("QUESTION").partition("QUESTION")
+    batch = first_batch(data)
+    seen = set()
+    for ids, labels, answers in zip(batch["inputs"]["input_ids"], batch["labels"], batch["answers"], strict=True):
+        learnt = labels != IGNORED
+        assert torch.equal(labels[learnt], ids[learnt])
+        assert tokenizer.decode(labels[learnt]).lstrip() == answers[0] + tokenizer.eos_token
+        places = learnt.nonzero().squeeze(1)
+        assert places[-1] - places[0] == len(places) - 1
+        before = tokenizer.decode(ids[: places[0]])
+        assert before.endswith(f"?{opening}")
+        assert before.startswith(start.partition("<image>")[0].partition("<|image_pad|>")[0])
+        assert tokenizer.decode(ids[places[-1] + 1 :]).replace(tokenizer.pad_token, "") == "\n"
+        seen.add(answers[0])
+    assert len(seen) > 1
+
+
+def test_images_of_other_sizes_take_other_numbers_of_tokens(folders: dict[str, str], drawn: str) -> None:
+    data = prepared("fit", folders["qwen2_5_vl"], dataset=drawn, batch_size=16)
+    mark = data.encoder.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    seen: set[int] = set()
+    for batch in data.train_dataloader():
+        counts = (batch["inputs"]["input_ids"] == mark).sum(dim=1)
+        grids = batch["inputs"]["image_grid_thw"].prod(dim=1) // 4
+        assert torch.equal(counts, grids)
+        seen.update(counts.tolist())
+    assert len(seen) > 2
+
+
+def test_a_template_without_end_token_gets_one(tiny_vlm: str) -> None:
+    template = "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }} {% endif %}{% endfor %}{% endfor %}"  # noqa: E501
+    encoder = QuestionEncoder(load_processor(tiny_vlm), template)
+    rendered = encoder.render("why?", "so")
+    assert rendered.text == "<image>why? so<end_of_utterance>"
+    ids = encoder.tokenizer(rendered.text)["input_ids"]
+    ((first, last),) = rendered.spans
+    assert encoder.tokenizer.decode(ids[-first:]) == "so<end_of_utterance>"
+    assert (last, rendered.length) == (0, len(ids))
+
+
+def test_a_system_prompt_comes_first(tiny_vlm: str) -> None:
+    encoder = QuestionEncoder(load_processor(tiny_vlm), system_prompt="Be brief.")
+    assert encoder.prompt("why?").startswith(
+        "<|im_start|>System: Be brief.<end_of_utterance>\n<|im_start|>User:<image>"
+    )
+
+
+def test_the_likelihood_is_that_of_each_row_alone(model: str, drawn: str) -> None:
+    data = prepared("fit", model, dataset=drawn, batch_size=6)
+    batch = first_batch(data)
+    module = VQA(model, DEFAULT_LORA)
+    module.configure_model()
+    module.eval()
+    with torch.no_grad():
+        sums, tokens = module.log_likelihood(batch)
+        alone = [by_hand(module.net, data, row) for row in rows_of(data, batch)]
+    torch.testing.assert_close(sums, torch.tensor(alone), rtol=1e-4, atol=1e-4)
+    assert tokens.tolist() == (batch["labels"] != IGNORED).sum(dim=1).tolist()
+
+
+def rows_of(data: VQAData, batch: Any) -> list[Any]:
+    """The rows of the first batch, in its order."""
+    (places,) = list(data.train_dataloader().sampler)[:1]
+    rows = [data.parts["train"][place] for place in places]
+    assert [row["answers"] for row in rows] == batch["answers"]
+    return rows
+
+
+def by_hand(net: Any, data: VQAData, row: Any) -> float:
+    """Log-likelihood of one row's answer from all logits, without padding."""
+    image = Image.open(row["image"]["path"]).convert("RGB")
+    inputs = data.encoder.processor(text=[row["text"]], images=[[image]], return_tensors="pt")
+    ids = inputs["input_ids"][0]
+    space = " " if data.encoder.prompt("why?").endswith(":") else ""  # then the template writes one before the answer
+    answer = data.encoder.tokenizer(f"{space}{row['answers'][0]}{data.encoder.tokenizer.eos_token}")["input_ids"]
+    assert ids[-1 - len(answer) : -1].tolist() == answer
+    log_probabilities: Tensor = net(**inputs).logits[0].log_softmax(-1)
+    first = len(ids) - 1 - len(answer)
+    return sum(log_probabilities[first + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def test_only_the_language_model_is_adapted_and_in_float32(model: str) -> None:
+    module = VQA(model, DEFAULT_LORA, "bfloat16")
+    module.configure_model()
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2  # blocks, q and v, A and B
+    assert all("language_model" in name or "text_model" in name for name in trained)
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_null_trains_all_weights(tiny_vlm: str, drawn: str, tmp_path: Path) -> None:
+    module = VQA(tiny_vlm, None, "float32", learning_rate=1e-2)
+    fit = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    module.configure_model()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    fit.fit(module, VQAData(drawn, batch_size=4))
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert any("vision_model" in name for name in moved)
+    assert any("text_model" in name for name in moved)
+
+
+def test_padding_changes_no_generated_answer(model: str, drawn: str) -> None:
+    data = prepared("fit", model, dataset=drawn, batch_size=32)
+    module = VQA(model, DEFAULT_LORA, max_new_tokens=4)
+    module.configure_model()
+    module.eval()
+    batch = next(iter(data.val_dataloader()))
+    (places,) = list(data.val_dataloader().sampler)[:1]
+    assert (batch["prompts"]["attention_mask"][:, 0] == 0).any()
+    assert (batch["prompts"]["attention_mask"][:, -1] == 1).all()
+    alone = []
+    for row in (data.parts["validation"][place] for place in places):
+        image = Image.open(row["image"]["path"]).convert("RGB")
+        alone += module.answers(data.encoder([row["prompt"]], [image], padding_side="left"))
+    assert module.answers(batch["prompts"]) == alone
+    assert len(set(alone)) > 1
+
+
+# -- data sets
+
+
+def test_answers_of_ten_people(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
+    draw(tmp_path / "train", 4)
+    people = [{"answer": a, "answer_confidence": "yes"} for a in ["soda"] * 6 + ["cola"] * 4]
+    rows = [
+        {"image": f"{i}.png", "question": "what is it?", "answers": people, "answer_type": "other"} for i in range(4)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    options = {"dataset": str(tmp_path / "{split}.json"), "image_folder": str(tmp_path / "{split}")}
+    data = prepared("fit", tiny_vlm, **options, validation_share=0)
+    row = data.parts["train"][0]
+    assert row["answers"] == ["soda"] * 6 + ["cola"] * 4
+    assert "Assistant: soda<" in row["text"]
+    assert row["type"] == "other"
+
+
+def test_choices_become_lines_and_the_answer_a_letter(tiny_vlm: str, tmp_path: Path) -> None:
+    """In the columns of ScienceQA, with images inside the file, half of them missing."""
+    images = [Image.new("RGB", (30, 40), colour) for colour in COLOURS]
+    rows = {
+        "image": [*images, None, None, None],
+        "question": ["Which is it?"] * 6,
+        "choices": [["red", "green", "blue"]] * 6,
+        "answer": [0, 1, 2] * 2,
+        "hint": ["Look.", "", "", "", "", ""],
+        "subject": ["natural science"] * 6,
+    }
+    text = datasets.Value("string")
+    features = {"image": datasets.Image(), "question": text, "choices": [text], "answer": datasets.Value("int8")}
+    features = datasets.Features({**features, "hint": text, "subject": text})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    name = str(tmp_path / "train.parquet")
+    with pytest.raises(
+        MisconfigurationException, match=r"3 of 6 questions have no image, the first in row 3.*skip_unr"
+    ):
+        prepared("fit", tiny_vlm, dataset=name, validation_share=0)
+    data = prepared("fit", tiny_vlm, dataset=name, validation_share=0, skip_unreadable=True)
+    assert data.reports["train"].endswith("for train: 3 questions; 3 left out: no image that can be read")
+    row = data.parts["train"][0]
+    assert row["question"] == (
+        "Look.\nWhich is it?\nA. red\nB. green\nC. blue\nAnswer with the letter of the right choice."
+    )
+    assert (row["answers"], row["type"]) == (["A"], "natural science")
+    assert first_batch(data)["inputs"]["pixel_values"].shape[0] == 3
+
+
+def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> None:
+    data = prepared("fit", tiny_vlm, dataset=drawn, validation_share=0.3, test_share=0.3)
+    data.setup("test")
+    parts = []
+    for part in ("train", "validation", "test"):
+        parts.append({Path(row["image"]["path"]).name for row in data.parts[part]})
+    assert all(parts)
+    assert sum(len(part) for part in parts) == len(set.union(*parts)) == 24
+    assert sum(len(rows) for rows in data.parts.values()) == 48
+
+
+def test_a_split_that_a_file_does_not_have_is_found_before_training(tiny_vlm: str, drawn: str) -> None:
+    with pytest.raises(MisconfigurationException, match="is a file, and has no split 'test'"):
+        prepared("fit", tiny_vlm, dataset=drawn, test_split="test")
+
+
+def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:
+    data = prepared("test", tiny_vlm, dataset="packaged:easy_vqa_negated", test_split="test", check_images=False)
+    rows = data.parts["test"]
+    answers = [row["answers"][0] for row in rows]
+    assert set(rows["type"]) == {"absence"}
+    assert answers.count("yes") / len(answers) == pytest.approx(0.5, abs=0.02)
+    folders = {Path(row["image"]["path"]).parts[-3] for row in rows.select(range(0, len(rows), 50))}
+    assert folders == {"test"}
+
+
+def test_the_packaged_tasks_part_the_questions() -> None:
+    whole, plain, negated = (sources.load(f"packaged:{name}", "test") for name in easy_vqa.TASKS)
+    assert len(whole) == 9_673
+    kinds = [set(table["type"]) for table in (whole, plain, negated)]
+    assert kinds == [{"colour", "shape", "presence", "absence"}, {"colour", "shape", "presence"}, {"absence"}]
+    assert identities(plain) | identities(negated) < identities(whole)
+    assert not identities(plain) & identities(negated)
+
+
+def identities(table: Any) -> set[tuple[str, str]]:
+    return {(image["path"], question) for image, question in zip(table["image"], table["question"], strict=True)}
+
+
+def test_a_question_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
+    row = {"image": "0.png", "question": "one\u2028line"}
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert sources.read_json_lines(str(path), "questions") == [row]

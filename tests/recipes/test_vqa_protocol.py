@@ -1,0 +1,172 @@
+"""The configurations of the paper's rows, on files of the Hub's schemas and real classes of models and processors."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from vqa_kinds import OWN_CLASSES, qwen2_5_vl  # noqa: E402
+from vqa_models import prepared  # noqa: E402
+from vqa_sets import QUICK, save_scienceqa, save_vizwiz, save_vizwiz_hub, saved  # noqa: E402
+
+from recipes.shared.cli import RecipeCLI  # noqa: E402
+from recipes.shared.configs import RECIPES, config_arguments  # noqa: E402
+from recipes.vqa.model import DEFAULT_LORA, load_processor  # noqa: E402
+from recipes.vqa.module import VQA  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("command_line", "own_datasets"),
+    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of two steps
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+]
+
+CONFIGS = RECIPES / "vqa" / "configs"
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of all random models."""
+    found = {}
+    for kind, build in OWN_CLASSES.items():
+        found[kind] = saved(tmp_path_factory.mktemp(kind), build)
+    return found
+
+
+def run(command: str, model: str, overlays: list[str], *options: str, method: str = "efmlora") -> RecipeCLI:
+    """A command with a method's configurations, laid over those of the data."""
+    base, *rest = config_arguments("vqa", method)
+    laid = [f"--config={CONFIGS / name}.yaml" for name in overlays]
+    return RecipeCLI([command, base, *laid, *rest, f"--model.init_args.model={model}", *QUICK, *options])
+
+
+def logged(folder: Path) -> str:
+    (file,) = folder.glob("runs/vqa/efmlora/version_0/metrics.csv")
+    return file.read_text().splitlines()[0]
+
+
+def test_scienceqa_from_the_hub(kinds: dict[str, str], tmp_path: Path) -> None:
+    dataset = f"--data.init_args.dataset={save_scienceqa(tmp_path / 'hub')}"
+    cli = run("fit", kinds["qwen2_5_vl"], ["scienceqa"], dataset)
+    row = cli.datamodule.parts["train"][0]
+    assert row["question"] == "Which is it? A. red, B. green, C. blue"
+    assert (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>" in row["text"]
+    )
+    assert cli.datamodule.reports["train"].endswith("8 questions; 4 left out: no image that can be read")
+    names = logged(tmp_path)
+    assert {"val_exact_match", "val_lmms_eval_match", "val_exact_match_natural_science"} <= set(names.split(","))
+    assert "colours" not in names
+    (group,) = cli.trainer.optimizers[0].param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.1)
+    run("test", kinds["qwen2_5_vl"], ["scienceqa"], dataset, "--ckpt_path=last")
+
+
+def test_a_configuration_of_a_hub_data_set(kinds: dict[str, str], tmp_path: Path) -> None:
+    """In the layout of lmms-lab/ScienceQA."""
+    folder = tmp_path / "hub"
+    save_scienceqa(folder / "ScienceQA-IMG")
+    configs = ["---", "configs:"]
+    for name, files in (
+        ("ScienceQA-FULL", "ScienceQA-IMG/data/test-*"),
+        ("ScienceQA-IMG", "ScienceQA-IMG/data/train-*"),
+    ):
+        configs += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {files}"]
+    (folder / "README.md").write_text("\n".join([*configs, "---", ""]))
+    options = {"dataset": str(folder), "skip_unreadable": True, "validation_share": 0.0}
+    data = prepared("fit", kinds["qwen2_5_vl"], config_name="ScienceQA-IMG", **options)
+    assert len(data.parts["train"]) == 8
+    with pytest.raises(MisconfigurationException, match="Config name is missing"):
+        prepared("fit", kinds["qwen2_5_vl"], **options)
+
+
+def test_vizwiz_from_its_files(kinds: dict[str, str], tmp_path: Path) -> None:
+    save_vizwiz(tmp_path)
+    cli = run("fit", kinds["qwen2_5_vl"], ["vizwiz"], "--data.init_args.validation_share=0.3")
+    row = cli.datamodule.parts["train"][0]
+    assert row["question"] == (
+        'Question: what colour is it? When the information is insufficient, respond with "Unanswerable". '
+        "Answer the question using a single word or phrase."
+    )
+    assert {"val_vqa_accuracy", "val_exact_match_unanswerable"} <= set(logged(tmp_path).split(","))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OWN_CLASSES if kind != "qwen2_5_vl"])
+def test_vizwiz_from_the_hub(kind: str, kinds: dict[str, str], tmp_path: Path) -> None:
+    dataset = f"--data.init_args.dataset={save_vizwiz_hub(tmp_path / 'hub')}"
+    share = "--data.init_args.validation_share=0.3"
+    cli = run("fit", kinds[kind], ["vizwiz", "vizwiz_hub"], dataset, share)
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in cli.model.net.named_parameters() if "lora_A" in name}
+    linear = set()
+    for name, module in transformers.AutoModelForImageTextToText.from_pretrained(kinds[kind]).named_modules():
+        if isinstance(module, torch.nn.Linear) and ".language_model." in name:
+            linear.add(f"base_model.model.{name}")
+    assert adapted == linear
+    assert len(linear) == 14
+    assert type(load_processor(kinds[kind])).__name__.lower().startswith(kind.replace("_", ""))
+
+
+# -- what is trained, and how
+
+
+def trained(cli: RecipeCLI) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in cli.model.net.named_parameters() if p.requires_grad}
+
+
+def test_rho_0_is_lora_bit_for_bit(kinds: dict[str, str], tmp_path: Path) -> None:
+    dataset = f"--data.init_args.dataset={save_scienceqa(tmp_path / 'hub')}"
+    lora = trained(run("fit", kinds["qwen2_5_vl"], ["scienceqa"], dataset, method="lora"))
+    none = ["--trainer.callbacks.rho=0", "--run_name=none"]
+    same = trained(run("fit", kinds["qwen2_5_vl"], ["scienceqa"], dataset, *none))
+    moved = trained(run("fit", kinds["qwen2_5_vl"], ["scienceqa"], dataset, "--trainer.callbacks.rho=5"))
+    assert all(torch.equal(weight, same[name]) for name, weight in lora.items())
+    assert any(not torch.equal(weight, moved[name]) for name, weight in lora.items())
+
+
+@pytest.mark.parametrize(("kind", "connector"), [("qwen2_5_vl", "merger"), ("internvl", "multi_modal_projector")])
+def test_the_connector_may_be_trained(kind: str, connector: str, kinds: dict[str, str], tmp_path: Path) -> None:
+    dataset = f"--data.init_args.dataset={save_scienceqa(tmp_path / 'hub')}"
+    options = [f"--model.init_args.lora.modules_to_save=[{connector}]", "--trainer.precision=bf16-mixed"]
+    cli = run("fit", kinds[kind], ["scienceqa"], dataset, *options)
+    weights = trained(cli)
+    outside = {name: weight for name, weight in weights.items() if "lora_" not in name}
+    assert outside
+    assert all(f".{connector}.modules_to_save." in name for name in outside)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    base = transformers.AutoModelForImageTextToText.from_pretrained(kinds[kind])
+    start = base.state_dict()
+    changed = {}
+    for name, weight in outside.items():
+        plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        changed[plain] = not torch.equal(weight, start[plain].bfloat16().float())
+    assert all(changed.values()), changed
+    (adapter,) = tmp_path.glob("runs/vqa/efmlora/version_0/checkpoints/last")
+    loaded = PeftModel.from_pretrained(base, str(adapter)).state_dict()
+    for name, weight in weights.items():
+        torch.testing.assert_close(loaded[name], weight)
+
+
+def test_a_connector_of_another_model_is_named(kinds: dict[str, str]) -> None:
+    module = VQA(kinds["internvl"], {**DEFAULT_LORA, "modules_to_save": ["merger"]})
+    with pytest.raises(MisconfigurationException, match=r"modules_to_save names 'merger', which the model does not"):
+        module.configure_model()
+
+
+def test_the_language_model_alone_is_quantised(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    dataset = f"--data.init_args.dataset={save_scienceqa(tmp_path / 'hub')}"
+    # bitsandbytes' kernel for CPUs wants no fewer columns than a block has.
+    model = saved(tmp_path / "wide", partial(qwen2_5_vl, width=64))
+    cli = run("fit", model, ["scienceqa"], dataset, "--model.init_args.quantization=4bit")
+    quantised = [n for n, module in cli.model.net.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(quantised) == 14
+    assert all(".language_model.layers." in name for name in quantised)
+    with pytest.raises(MisconfigurationException, match=r"lora=null.*quantization='4bit'"):
+        VQA(model, None, quantization="4bit")

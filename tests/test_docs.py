@@ -1,0 +1,151 @@
+"""The site names everything that is public; ``make docs`` checks that what it names exists."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lightning_flatlora import EFMLoRA
+
+API = Path(__file__).parent.parent / "docs" / "api"
+MODULES = (
+    "lightning_flatlora",
+    "lightning_flatlora.baselines",
+    "lightning_flatlora.callbacks",
+    "lightning_flatlora.flatness",
+    "lightning_flatlora.loops",
+    "lightning_flatlora.pytorch_lightning",
+)
+
+
+def documented() -> set[str]:
+    """The full names that the pages of the API reference list or describe."""
+    names = set()
+    for page in API.glob("*.md"):
+        module = ""
+        for line in page.read_text(encoding="utf-8").splitlines():
+            current = re.match(r"\.\. currentmodule:: (\S+)", line)
+            if current:
+                module = current[1]
+            described = re.match(r"(?:\.\. (?:auto|py:)\w+::|  ) (\w[\w.]*)$", line)
+            if described:
+                name = described[1]
+                names.add(name if name.startswith("lightning_flatlora.") else f"{module}.{name}")
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_is_on_the_site(module: str) -> None:
+    # The callbacks are documented under the shorter name that people import them by.
+    place = module.removesuffix(".callbacks")
+    wanted = {f"{place}.{name}" for name in importlib.import_module(module).__all__}
+    assert wanted - documented() == set()
+
+
+def test_every_page_of_the_reference_is_in_its_table() -> None:
+    index = (API / "index.md").read_text(encoding="utf-8")
+    for page in API.glob("*.md"):
+        assert page.name == "index.md" or f"]({page.name})" in index, page.name
+
+
+STAND_INS = '''
+import torch
+import transformers
+
+
+class Tokenizer:
+    """Words as numbers, for a model that knows 64 of them."""
+
+    def __call__(self, texts, padding, return_tensors):
+        lengths = [len(text.split()) for text in texts]
+        ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            words = text.split()
+            ids[row, : len(words)] = torch.tensor([len(word) for word in words])
+            mask[row, : len(words)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def small_model(name, dtype):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+
+
+transformers.AutoTokenizer.from_pretrained = lambda name: Tokenizer()
+transformers.AutoModelForCausalLM.from_pretrained = small_model
+'''
+
+
+def test_the_first_program_runs_and_leaves_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model and a tokenizer that need no download; both programs of the page, one after the other."""
+    page = (API.parent / "start.md").read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    ended = processes.run(processes.run_code, STAND_INS + "\n".join(programs), output=tmp_path / "output.txt")
+    assert ended == 0, (tmp_path / "output.txt").read_text()
+    assert len(programs) == 2
+    runs = list(tmp_path.glob("lightning_logs/version_*/checkpoints/*/adapter_config.json"))
+    assert len(runs) == 2
+
+
+def test_modules_of_the_recipes_that_pages_name_exist() -> None:
+    root = API.parent.parent
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        for name in re.findall(r"\brecipes(?:\.[a-z_]+)+", page.read_text(encoding="utf-8")):
+            place = name.removesuffix(".py").replace(".", "/")
+            # The last part may be a function of the module.
+            places = (root / place, root / f"{place}.py", (root / place).parent.with_suffix(".py"))
+            assert any(each.exists() for each in places), f"{page}: {name}"
+
+
+def test_what_pages_import_exists() -> None:
+    root = API.parent.parent
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        for program in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in re.findall(r"^from (?:lightning_flatlora|recipes)\b.* import .*", program, re.MULTILINE):
+                exec(line, {})
+
+
+@pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser
+@pytest.mark.parametrize("name", ["callbacks.md", "choosing_rho.md"])
+def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fit"])
+    page = (API.parent / name).read_text(encoding="utf-8")
+    texts = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert texts
+    for text in texts:
+        settings = {"trainer.logger": False, "trainer.accelerator": "cpu", **yaml.safe_load(text)}
+        cli = LightningCLI(
+            BoringModel, run=False, args=settings, save_config_callback=None, seed_everything_default=False
+        )
+        assert any(isinstance(callback, EFMLoRA) for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (API.parent / "other_loops.md").read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    # DeepSpeed's runs with its tests, since it needs processes of its own.
+    programs = [program for program in programs if "deepspeed" not in program]
+    assert len(programs) == 4
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(programs[index], names)
+    if index < 2:
+        assert names["flat"].step == 10
+        assert names["flat"].perturbation.may_be_nonzero == (index == 0)
+    if index == 2:
+        assert (tmp_path / "out" / "checkpoint-4" / "flatlora.pt").exists()
+    if index == 3:  # the subclass, with the model and the arguments of the program before it
+        exec(programs[2], names)
+        trainer = names["TwoPassTrainer"](names["model"], names["args"], train_dataset=names["rows"])
+        trainer.train()
+        assert trainer.flat.step == 4

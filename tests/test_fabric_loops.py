@@ -1,0 +1,172 @@
+"""Fabric on one process: saved and loaded with the model, half precision; and litgpt's own loop of LoRA fine-tuning."""
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from float64_runs import loss, optimizer_of
+from helpers import same, weights
+from lightning.fabric.plugins import MixedPrecision
+from loop_runs import batches, method_of, net_of, run
+from torch.amp import GradScaler
+
+from lightning_flatlora import loops
+from lightning_flatlora.finders import litgpt_pairs
+
+METHODS = ("EFMLoRA", "FMLoRA")
+
+
+def fabric_run(name: str, data: list[Any], file: Path | None = None, resume: bool = False, **settings: Any) -> Any:
+    fabric = L.Fabric(accelerator="cpu", devices=1, **settings)
+    net = net_of(torch.float32)
+    model, optimizer = fabric.setup(net, optimizer_of(net))
+    state = {"model": model, "optimizer": optimizer, "flat": method_of(name, model, optimizer, 0.3)}
+    if resume:
+        fabric.load(file, state)
+    run(state["flat"], model, optimizer, data, backward=fabric.backward)
+    if file is not None and not resume:
+        fabric.save(file, state)
+    return net, state["flat"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_that_fabric_has_saved_is_resumed(name: str, tmp_path: Path) -> None:
+    data = batches(torch.float32)
+    whole, _ = fabric_run(name, data)
+    fabric_run(name, data[:4], tmp_path / "saved.ckpt")
+    second, flat = fabric_run(name, data[4:], tmp_path / "saved.ckpt", resume=True)
+    assert flat.step == 10
+    assert same(weights(second), weights(whole))
+    assert not [pair.name for pair in flat.perturbation.pairs if "_module" in pair.name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_trains_with_fabrics_scaler(name: str) -> None:
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    net, flat = fabric_run(name, batches(torch.float32), plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
+    full, _ = fabric_run(name, batches(torch.float32))
+    for key, value in weights(net).items():
+        assert value.dtype == torch.float32
+        assert float((value - weights(full)[key]).norm()) < 0.05, key
+    assert flat.perturbation.may_be_nonzero or name == "FMLoRA"
+
+
+@pytest.fixture
+def own_accelerate() -> Iterator[None]:
+    """accelerate keeps its settings for the whole process."""
+    yield
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_loops_of_accelerate(own_accelerate: None) -> None:
+    """Its own loop, without a Trainer, in which an accumulating step is no step."""
+    accelerator, net, plain = Accelerator(cpu=True, gradient_accumulation_steps=2), net_of(), net_of()
+    model, optimizer = accelerator.prepare(net, optimizer_of(net))
+    flat = method_of("EFMLoRA", model, optimizer, 0.3)
+    for batch in batches():
+        with accelerator.accumulate(model):
+            with flat.training_pass():
+                accelerator.backward(loss(model, batch))
+            if accelerator.sync_gradients:
+                flat.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+    other = optimizer_of(plain)
+    run(method_of("EFMLoRA", plain, other, 0.3), plain, other, batches(), window=2)
+    assert same(weights(net), weights(plain))
+
+
+# -- litgpt's own program
+
+
+WORDS = ["<unk>", "</s>", *(f"w{index}" for index in range(40))]
+THREE_LINES = {
+    'max_steps = train.max_steps or float("inf")\n': 'max_steps = train.max_steps or float("inf")\n'
+    "    flat = EFMLoRA(model, optimizer, rho=RHO, finder=litgpt_pairs)\n",
+    "with fabric.no_backward_sync": "with flat.training_pass(), fabric.no_backward_sync",
+    "            optimizer.step()\n": "            flat.before_step()\n            optimizer.step()\n",
+}
+"""What is changed in the loop of ``litgpt finetune_lora``, text by text."""
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A pretrained model as litgpt keeps one: random weights, a tokenizer of words, and instructions beside it."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import save_config
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path / "pretrained"
+    folder.mkdir()
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "padded_vocab_size": len(WORDS)}
+    config = Config(name="tiny", block_size=64, **sizes)
+    torch.manual_seed(0)
+    torch.save(GPT(config).state_dict(), folder / "lit_model.pth")
+    save_config(config, folder)
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "tokenizer_class": "GPT2Tokenizer"}))
+    rows = []
+    for index in range(14):
+        rows.append({"instruction": f"w{index} w{index + 1}", "output": f"w{index + 2} w{index + 3}"})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def finetune(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rho: float | None) -> Path:
+    """Run litgpt's program, with the three lines unless rho is None; the folder that it leaves."""
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.data import JSON
+    from litgpt.finetune import lora
+
+    source = inspect.getsource(lora.fit)
+    names = {**vars(lora), "EFMLoRA": loops.EFMLoRA, "RHO": rho, "litgpt_pairs": litgpt_pairs}
+    for old, new in THREE_LINES.items() if rho is not None else ():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    exec(source, names)
+    out = checkpoint.parent / f"out-{rho}"
+    with monkeypatch.context() as patched:
+        patched.setattr(lora, "fit", names["fit"])
+        patched.setattr(sys, "argv", ["finetune_lora", str(checkpoint)])
+        lora.setup(
+            checkpoint,
+            out,
+            precision="32-true",
+            data=JSON(checkpoint / "rows.json", val_split_fraction=0.15, num_workers=0),
+            train=TrainArgs(global_batch_size=4, micro_batch_size=2, lr_warmup_steps=1, epochs=5, max_steps=4),
+            eval=EvalArgs(interval=2, max_new_tokens=2, max_iters=1),
+        )
+    return out / "final"
+
+
+@pytest.mark.filterwarnings("ignore")  # of jsonargparse, by which litgpt reads its own settings
+def test_litgpts_own_loop_with_three_lines(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rho = 0 is litgpt's own run bit for bit, more is not, and litgpt's script merges what was trained."""
+    from litgpt.config import Config
+    from litgpt.finetune import lora
+    from litgpt.model import GPT
+
+    folders = [finetune(checkpoint, monkeypatch, rho) for rho in (None, 0.0, 0.5)]
+    trained = [torch.load(folder / "lit_model.pth.lora")["model"] for folder in folders]
+    assert same(trained[0], trained[1])
+    assert not same(trained[0], trained[2])
+
+    merged = GPT(Config.from_file(folders[2] / "model_config.yaml"))
+    merged.load_state_dict(torch.load(folders[2] / "lit_model.pth"))
+    settings = {"lora_r": 8, "lora_alpha": 16, "lora_query": True, "lora_value": True}
+    apart = lora.GPT(lora.Config.from_file(folders[2] / "model_config.yaml", **settings))
+    apart.load_state_dict({**torch.load(checkpoint / "lit_model.pth"), **trained[2]})
+    tokens = torch.arange(12).view(1, 12)
+    assert torch.allclose(merged(tokens), apart(tokens), atol=1e-6)

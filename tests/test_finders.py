@@ -1,0 +1,271 @@
+"""Finders: layers of other projects, imitated by their structure, read through like peft's; and what is refused."""
+
+import copy
+import pickle
+import sys
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_no_trace
+from imitated_layers import BY_NAME, KINDS, Bare, OfNeMo, OfTorchtune, model_of
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor, nn
+
+from lightning_flatlora import EFMLoRA, FMLoRA, LoRAPair, NoPairsError, Perturbation, Reader, find_pairs
+from lightning_flatlora.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.pair_watch import PairWatch
+
+RHO = 0.2
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+    return model(x).square().mean()
+
+
+@pytest.mark.parametrize(("kind", "finder", "name"), KINDS)
+def test_reading_b_plus_e_equals_moving_b(kind: type[nn.Module], finder: Any, name: str) -> None:
+    model = model_of(kind)
+    pairs = find_pairs(model, finder=finder).pairs
+    assert [pair.scaling for pair in pairs] == [1.5, 1.5]
+    assert pairs[0].name == name
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    clean = loss_of(model)
+    clean.backward()
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    E = perturbation.state_dict()["E"]
+    moved, stored = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    assert type(moved[0]) is kind
+    with torch.no_grad():
+        for pair in find_pairs(moved, finder=finder).pairs:
+            pair.B.add_(E[pair.name])
+    model.zero_grad()
+    moved.zero_grad()
+    with perturbation.applied():
+        perturbed = loss_of(model)
+        perturbed.backward()
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, stored[key]), key
+    expected = loss_of(moved)
+    expected.backward()
+    assert perturbed > clean
+    assert torch.equal(perturbed, expected)
+    for pair, other in zip(pairs, find_pairs(moved, finder=finder).pairs, strict=True):
+        assert torch.equal(pair.B.grad, other.B.grad)
+        assert torch.equal(pair.A.grad, other.A.grad)
+    perturbation.uninstall()
+    assert_no_trace(model)
+    assert torch.equal(loss_of(model), clean)
+
+
+@pytest.mark.parametrize("finder", [litgpt_pairs, torchtune_pairs, nemo_pairs, BY_NAME])
+def test_callbacks_with_a_finder_can_be_pickled(finder: Any) -> None:
+    callback = pickle.loads(pickle.dumps(EFMLoRA(RHO, finder=finder)))
+    assert callback.finder == finder
+
+
+@pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser
+@pytest.mark.parametrize(
+    ("written", "finder"),
+    [
+        ("lightning_flatlora.finders.litgpt_pairs", litgpt_pairs),
+        ("lightning_flatlora.finders.torchtune_pairs", torchtune_pairs),
+        ("lightning_flatlora.finders.nemo_pairs", nemo_pairs),
+        ({"class_path": "lightning_flatlora.finders.PairsByName", "init_args": vars(BY_NAME)}, BY_NAME),
+    ],
+)
+def test_a_config_may_name_a_finder(monkeypatch: pytest.MonkeyPatch, written: Any, finder: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["fit"])
+    callback = {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.1, "finder": written}}
+    settings = {"trainer.logger": False, "trainer.accelerator": "cpu", "trainer.callbacks": [callback]}
+    cli = LightningCLI(BoringModel, run=False, args=settings, save_config_callback=None, seed_everything_default=False)
+    assert [each.finder for each in cli.trainer.callbacks if isinstance(each, EFMLoRA)] == [finder]
+
+
+@pytest.mark.parametrize("finder", [litgpt_pairs, torchtune_pairs, nemo_pairs])
+def test_compiled_layers_read_it(finder: Any) -> None:
+    kind = {litgpt_pairs: Bare, torchtune_pairs: OfTorchtune, nemo_pairs: OfNeMo}[finder]
+    model = model_of(kind)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    pairs = find_pairs(compiled, finder=finder).pairs
+    assert not [pair.name for pair in pairs if "_orig_mod" in pair.name]
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    loss_of(compiled).backward()
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    for _ in range(2):
+        with perturbation.applied():
+            assert torch.allclose(loss_of(compiled), loss_of(model))
+            perturbed = loss_of(compiled)
+        assert loss_of(compiled) < perturbed
+    perturbation.uninstall()
+
+
+# -- what is refused
+
+
+def pair_of(layer: Any, **changes: Any) -> LoRAPair:
+    settings: dict[str, Any] = {
+        "name": "pair",
+        "A": layer.lora_A,
+        "B": layer.lora_B,
+        "scaling": 1.5,
+        "readers": [Reader(layer, "lora_B")],
+        "A_readers": [Reader(layer, "lora_A")],
+    }
+    return LoRAPair(**(settings | changes))
+
+
+def test_a_finder_that_finds_nothing() -> None:
+    with pytest.raises(NoPairsError, match=r"litgpt_pairs found none .*The model holds Linear, Sequential: does the"):
+        find_pairs(nn.Sequential(nn.Linear(4, 4)), finder=litgpt_pairs)
+
+
+def test_pairs_that_are_not_trained_are_named() -> None:
+    model = model_of(Bare).requires_grad_(False)
+    with pytest.raises(NoPairsError, match=r"2 are not trained, 0\.lora_B among them: unfreeze their B"):
+        find_pairs(model, finder=litgpt_pairs)
+
+
+def test_factors_whose_shapes_do_not_fit() -> None:
+    layer = Bare()
+    layer.lora_B = nn.Parameter(torch.zeros(6, 3))
+    with pytest.raises(ValueError, match=r"perturbed: A must be \(r, m\) and B \(n, r\), got \(2, 6\) and \(6, 3\)"):
+        find_pairs(layer, finder=lambda model: [pair_of(layer)])
+
+
+def test_factors_that_are_stored_transposed() -> None:
+    layer = Bare()
+    layer.lora_A, layer.lora_B = nn.Parameter(torch.zeros(6, 2)), nn.Parameter(torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="which look transposed"):
+        find_pairs(layer, finder=lambda model: [pair_of(layer)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"readers": []}, "no reader is given"),
+        ({"scaling": float("nan")}, "scaling must be a finite number, got nan"),
+        ({"readers": ["lora_A"]}, "lora_A of the reader Bare is another parameter"),
+        ({"readers": ["typo"]}, "typo of the reader Bare is another parameter"),
+        ({"A_readers": []}, "A is trained and no reader of it is given"),
+        ({"B_rows": range(3)}, r"lora_B of the reader Bare is read in the rows None, but the pair's are range\(0, 3\)"),
+    ],
+)
+def test_pairs_that_nothing_would_read(changes: dict[str, Any], said: str) -> None:
+    layer = Bare()
+    if changes.get("readers"):
+        changes = {"readers": [Reader(layer, name) for name in changes["readers"]]}
+    with pytest.raises(ValueError, match=said):
+        find_pairs(layer, finder=lambda model: [pair_of(layer, **changes)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (range(4, 9), "the rows .* are not all there: the parameter has 6"),
+        (range(0, 6, 2), "rows must be a range of rows one after another"),
+        (range(-1, 3), "rows must be a range of rows one after another"),
+        (range(3, 3), "rows must be a range of rows one after another"),
+    ],
+)
+def test_rows_that_are_not_there(rows: range, said: str) -> None:
+    layer = Bare()
+    pair = pair_of(layer, B_rows=rows, readers=[Reader(layer, "lora_B", rows)])
+    with pytest.raises(ValueError, match=said):
+        find_pairs(layer, finder=lambda model: [pair])
+
+
+def test_what_a_finder_gives_is_checked() -> None:
+    layer, other = Bare(), Bare()
+    with pytest.raises(ValueError, match="must return a list of LoRAPair, got None"):
+        find_pairs(layer, finder=lambda model: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="must return a list of LoRAPair, got 'lora_B' in it"):
+        find_pairs(layer, finder=lambda model: ["lora_B"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="must return a list of LoRAPair, got None"):
+        PairWatch(layer, finder=lambda model: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="gives 2 pairs the name 'pair'"):
+        find_pairs(layer, finder=lambda model: [pair_of(layer), pair_of(other)])
+
+
+def test_layers_with_the_names_of_lora_and_no_scaling_are_none() -> None:
+    block = nn.Module()
+    block.linear_in, block.linear_out = nn.Linear(4, 8), nn.Linear(8, 4)
+    for finder in (nemo_pairs, torchtune_pairs, litgpt_pairs):
+        with pytest.raises(NoPairsError):
+            find_pairs(block, finder=finder)
+    with pytest.raises(ValueError, match=r"the model \(Module\) has linear_in and linear_out, but no scale"):
+        find_pairs(block, finder=PairsByName("linear_in", "linear_out", "scale"))
+    block.alpha, block.dim, block.activation = 16, 8, nn.SiLU()
+    with pytest.raises(NoPairsError):  # an adapter whose update is no product of two factors
+        find_pairs(block, finder=nemo_pairs)
+
+
+def test_a_parameter_that_two_pairs_share_is_left_out_with_both() -> None:
+    one, two, alone = Bare(), Bare(), Bare()
+    two.lora_A = one.lora_A
+    layers = {"one": one, "two": two, "alone": alone}
+    search = find_pairs(one, finder=lambda model: [pair_of(each, name=name) for name, each in layers.items()])
+    assert [pair.name for pair in search.pairs] == ["alone"]
+    assert search.left_out == [
+        "a factor is shared with another pair or scaling, so its gradient is of several products (2 in all, first one)"
+    ]
+    assert search.resting == []
+
+
+@pytest.mark.parametrize(("second", "is_found"), [(range(3, 6), True), (range(2, 6), False)])
+def test_rows_that_overlap_are_shared_and_others_are_not(second: range, is_found: bool) -> None:
+    layer = Bare()
+    layer.lora_B = nn.Parameter(torch.zeros(6, 1))
+    found = []
+    for index, rows in enumerate((range(3), second)):
+        reader = Reader(layer, "lora_B", rows)
+        of_A = range(index, index + 1)
+        changes = {"readers": [reader], "A_readers": [Reader(layer, "lora_A", of_A)]}
+        found.append(pair_of(layer, name=str(rows), A_rows=of_A, B_rows=rows, **changes))
+    if is_found:
+        assert len(find_pairs(layer, finder=lambda model: found).pairs) == 2
+    else:
+        with pytest.raises(NoPairsError, match="shared with another pair"):
+            find_pairs(layer, finder=lambda model: found)
+
+
+def test_a_tied_pair_has_two_readers() -> None:
+    one, two = Bare(), Bare()
+    two.lora_A, two.lora_B = one.lora_A, one.lora_B
+    readers = [Reader(one, "lora_B"), Reader(two, "lora_B")]
+    pairs = find_pairs(one, finder=lambda model: [pair_of(one, readers=readers)]).pairs
+    assert pairs[0].readers == readers
+    (found,) = find_pairs(nn.Sequential(one, two), finder=litgpt_pairs).pairs
+    assert found.readers == readers
+    two.scaling = 2 * one.scaling
+    with pytest.raises(NoPairsError, match="shared with another pair"):
+        find_pairs(nn.Sequential(one, two), finder=litgpt_pairs)
+
+
+@pytest.mark.parametrize("method", [EFMLoRA, FMLoRA])
+def test_arguments_that_are_refused(method: type[Any]) -> None:
+    with pytest.raises(MisconfigurationException, match="finder must be a function of the model"):
+        method(RHO, finder="litgpt")
+    with pytest.raises(MisconfigurationException, match="give one of them"):
+        method(RHO, finder=litgpt_pairs, adapter_name="default")
+
+
+def test_a_watch_follows_what_a_finder_finds() -> None:
+    model = model_of(Bare)
+    watch, layer = PairWatch(model, finder=litgpt_pairs), model[0]
+    assert len(watch.search([]).pairs) == 2
+    assert not watch.changed([])
+    layer.lora_B.requires_grad_(False)
+    assert watch.changed([])
+    search = watch.search([])
+    assert [pair.name for pair in search.pairs] == ["2.lora_B", "0.lora_B"], "trained ones first, then frozen ones"
+    layer.lora_B.requires_grad_(True)
+    layer.scaling = 3.0
+    watch.is_stale = True
+    assert watch.changed([])
+    assert {pair.name: pair.scaling for pair in watch.search([]).pairs} == {"0.lora_B": 3.0, "2.lora_B": 1.5}

@@ -1,0 +1,91 @@
+"""FMLoRAModule steps learning-rate schedulers when automatic optimization would."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Classifier,
+    TwoPassClassifier,
+    make_loader,
+)
+from module_runs import whole_run
+from torch.optim import lr_scheduler
+
+
+def scheduled(kind: str) -> Any:
+    """Scheduler configurations by name."""
+    interval, frequency, monitor = kind.split("/")
+
+    def make(optimizer: Any) -> dict[str, Any]:
+        if monitor == "-":
+            scheduler: Any = lr_scheduler.StepLR(optimizer, 1, 0.8)
+        else:
+            scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.02)
+        config = {"scheduler": scheduler, "interval": interval, "frequency": int(frequency)}
+        return config | ({} if monitor == "-" else {"monitor": monitor})
+
+    return make
+
+
+class Logging:
+    """Logs what plateau schedulers may monitor: in the step, over the epoch, and in the module's own hook."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().loss(batch, batch_idx)  # type: ignore[misc]
+        if self.training:  # type: ignore[attr-defined]
+            self.log("train_loss", loss)  # type: ignore[attr-defined]
+            self.log("epoch_loss", loss, on_step=False, on_epoch=True)  # type: ignore[attr-defined]
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("hook", float(self.current_epoch % 2))  # type: ignore[attr-defined]
+
+
+class LoggingClassifier(Logging, Classifier):
+    pass
+
+
+class LoggingTwoPass(Logging, TwoPassClassifier):
+    pass
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "step/1/-",
+        "step/2/-",
+        "step/3/-",
+        "epoch/1/-",
+        "epoch/2/-",
+        "step/1/train_loss",
+        "step/2/train_loss",
+        "step/1/val_loss",
+        "epoch/1/train_loss",
+        "epoch/1/epoch_loss",
+        "epoch/1/val_loss",
+        "epoch/2/val_loss",
+        "epoch/1/hook",
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_schedulers_step_when_the_callback_s_do(tmp_path, accumulate, kind):
+    """The learning rate of each batch is that of automatic optimization."""
+    settings = {
+        "accumulate": accumulate,
+        "scheduler": scheduled(kind),
+        "val": make_loader(1, seed=5, dtype=torch.float64),
+        "val_check_interval": 1 if kind.startswith("step") else 1.0,
+        "num_sanity_val_steps": 1,
+        "classes": (LoggingClassifier, LoggingTwoPass),
+    }
+    _, watch, _ = whole_run(tmp_path, "fmlora", **settings)
+    _, other, _ = whole_run(tmp_path, "module", **settings)
+    assert len(set(watch.rates)) > 1
+    assert other.rates == watch.rates
+
+
+def test_a_plateau_scheduler_without_its_metric(tmp_path):
+    """The error names what is monitored and what was logged."""
+    with pytest.raises(Exception, match=r"'nothing'.*was not logged.*strict=False"):
+        whole_run(tmp_path, "module", scheduler=scheduled("epoch/1/nothing"))

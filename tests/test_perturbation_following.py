@@ -1,0 +1,169 @@
+"""Pairs that stop or start to learn, scalings that change, and states that wait for pairs."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import is_installed
+from perturbation_models import RHO, backward, fresh, model_and_pairs, slices
+from torch import nn
+
+from lightning_flatlora import Perturbation
+from lightning_flatlora.pairs import LoRAPair
+
+
+def averaged_once(pairs: list[LoRAPair], model: nn.Module, **settings: object) -> Perturbation:
+    perturbation = Perturbation(pairs, **settings)  # type: ignore[arg-type]
+    perturbation.install()
+    backward(model)
+    perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
+    return perturbation
+
+
+def test_a_frozen_B_is_read_clean_and_its_E_rests() -> None:
+    """Also where A is still trained: its gradient does not enter the norm of the others' perturbation."""
+    model, pairs = model_and_pairs()
+    perturbation = averaged_once(pairs, model)
+    before = perturbation.state_dict()["E"]
+    frozen = pairs[0]
+    frozen.B.requires_grad_(False)
+    with perturbation.applied():
+        assert frozen.readers[0].weight is frozen.B
+        assert not torch.equal(pairs[1].readers[0].weight, pairs[1].B)
+    model.zero_grad()
+    backward(model)
+    assert frozen.A.grad is not None
+    fresh_E = perturbation.ascend(RHO, at_perturbed=True)
+    perturbation.average(fresh_E, beta=0.5)
+    assert torch.equal(perturbation.state_dict()["E"][frozen.name], before[frozen.name])
+    perturbation.uninstall()
+    together, alone = fresh(pairs), fresh(pairs[1:])
+    for pair in pairs[1:]:
+        torch.testing.assert_close(together[pair.name], alone[pair.name])
+
+
+def test_a_pair_that_misses_some_steps_keeps_its_E() -> None:
+    """An expert, a dropped layer: what it missed does not enter its average."""
+    model, pairs = model_and_pairs()
+    perturbation = averaged_once(pairs, model)
+    before = perturbation.state_dict()
+    pairs[0].A.grad = pairs[0].B.grad = None
+    for _ in range(3):
+        perturbation.forget_missing()
+        perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
+    state = perturbation.state_dict()
+    assert torch.equal(state["E"][pairs[0].name], before["E"][pairs[0].name])
+    assert not torch.equal(state["E"][pairs[1].name], before["E"][pairs[1].name])
+    assert state["missed"] == {pairs[0].name: 3}
+    backward(model)
+    perturbation.forget_missing()
+    assert perturbation.state_dict()["missed"] == {}
+
+
+def test_a_pair_that_misses_many_steps_in_a_row_starts_anew() -> None:
+    """The count is part of the state: here a second one continues it, and forgets at the same step."""
+    model, pairs = model_and_pairs()
+    first = averaged_once(pairs, model)
+    pairs[0].A.grad = pairs[0].B.grad = None
+    for _ in range(60):
+        first.forget_missing()
+    perturbation = Perturbation(pairs)
+    perturbation.load_state_dict(first.state_dict())
+    for _ in range(39):
+        perturbation.forget_missing()
+    assert perturbation.state_dict()["E"][pairs[0].name].any()
+    perturbation.forget_missing()
+    E = perturbation.state_dict()["E"]
+    assert not E[pairs[0].name].any()
+    assert E[pairs[1].name].any()
+    assert perturbation.may_be_nonzero
+    model.zero_grad()
+    backward(model)
+    fresh_E = perturbation.ascend(RHO, at_perturbed=True)
+    perturbation.average(fresh_E, beta=0.25)
+    assert torch.equal(perturbation.state_dict()["E"][pairs[0].name], slices(fresh_E.stacks)[0])
+    model.zero_grad()
+    for _ in range(99):
+        perturbation.forget_missing()
+    assert perturbation.may_be_nonzero
+    perturbation.forget_missing()
+    assert not perturbation.may_be_nonzero
+
+
+def test_an_average_that_began_while_rho_was_0_is_known_to_be_zero_in_a_resumed_run_too() -> None:
+    model, pairs = model_and_pairs()
+    backward(model)
+    first, resumed = Perturbation(pairs), Perturbation(pairs)
+    first.average(first.ascend(0.0, at_perturbed=True), beta=0.25)
+    resumed.load_state_dict(first.state_dict())
+    for perturbation in (first, resumed):
+        assert not perturbation.may_be_nonzero
+        fresh_E = perturbation.ascend(RHO, at_perturbed=True)
+        perturbation.average(fresh_E, beta=0.25)
+        assert perturbation.may_be_nonzero
+        # The average continues from zero, and does not begin anew.
+        expected = 0.25 * slices(fresh_E.stacks)[0]
+        assert torch.allclose(perturbation.state_dict()["E"][pairs[0].name], expected)
+
+
+def test_following_keeps_what_is_known() -> None:
+    """A new pair's first E is taken whole, the others continue; s E stays where a scaling changes."""
+    model, pairs = model_and_pairs()
+    perturbation = averaged_once(pairs[1:], model)
+    before = perturbation.state_dict()["E"]
+    rescaled = dataclasses.replace(pairs[1], scaling=10 * pairs[1].scaling)
+    now = [pairs[0], rescaled, *pairs[2:]]
+    perturbation.follow(now)
+    E = perturbation.state_dict()["E"]
+    assert not E[pairs[0].name].any()
+    torch.testing.assert_close(E[rescaled.name] * 10, before[rescaled.name])
+    assert torch.equal(E[pairs[2].name], before[pairs[2].name])
+    fresh_E = perturbation.ascend(RHO, at_perturbed=True)
+    perturbation.average(fresh_E, beta=0.25)
+    kept = perturbation.state_dict()["E"]
+    first, second, third = slices(fresh_E.stacks)
+    assert torch.equal(kept[pairs[0].name], first)
+    torch.testing.assert_close(kept[rescaled.name], 0.75 * E[rescaled.name] + 0.25 * second)
+    torch.testing.assert_close(kept[pairs[2].name], 0.75 * E[pairs[2].name] + 0.25 * third)
+    perturbation.follow(pairs[:1])
+    assert not is_installed(pairs[1].readers[0])
+    perturbation.uninstall()
+    assert not is_installed(model)
+
+
+def test_a_state_waits_for_pairs_that_come_later() -> None:
+    model, pairs = model_and_pairs()
+    state = averaged_once(pairs, model).state_dict() | {"missed": {pairs[0].name: 7}}
+    other = Perturbation(pairs[1:])
+    other.load_state_dict(state, may_come=[pairs[0].name])
+    assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
+    assert other.state_dict()["missed"] == state["missed"]
+    other.follow(pairs)
+    assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
+    assert other.state_dict()["missed"] == state["missed"]
+
+
+def test_a_state_of_an_older_version_loads() -> None:
+    """There one boolean said for all pairs whether the average had begun."""
+    model, pairs = model_and_pairs()
+    state = averaged_once(pairs, model).state_dict()
+    other = Perturbation(pairs)
+    del state["missed"]
+    other.load_state_dict(state | {"averaged": True})
+    assert other.state_dict()["missed"] == {}
+    assert other.state_dict()["averaged"] == state["averaged"]
+
+
+def test_a_state_that_waits_and_is_of_another_shape_starts_anew() -> None:
+    """(6, 1) would be broadcast into (6, 3) without a word."""
+    model, pairs = model_and_pairs()
+    state = averaged_once(pairs, model).state_dict()
+    state["E"][pairs[1].name] = state["E"][pairs[1].name][:, :1]
+    other = Perturbation(pairs[:1])
+    other.load_state_dict(state, may_come=[pair.name for pair in pairs[1:]])
+    with pytest.warns(UserWarning, match=r"starts anew.*one\S* has shape \(6, 3\), in the checkpoint \(6, 1\)"):
+        other.follow(pairs)
+    E = other.state_dict()["E"]
+    assert not E[pairs[1].name].any()
+    assert torch.equal(E[pairs[2].name], state["E"][pairs[2].name])
+    assert other.state_dict()["averaged"] == state["averaged"] | {pairs[1].name: False}
