@@ -58,14 +58,14 @@ class Ledger:
 
     def append(self, row: Row) -> None:
         """Add the row of a finished run."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        # Behind a line that was cut off, the new row would be lost with it.
-        if _ends_within_a_line(self.path):
-            line = "\n" + line
-        # Unbuffered, and so in one call, between whose bytes no other process can write.
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        # One process at a time: half of another one's row, on its way to the file, would pass for a line cut off.
+        with self._lock("append"):
+            # Behind a line that was cut off, the new row would be lost with it.
+            if _ends_within_a_line(self.path):
+                line = "\n" + line
+            with self.path.open("ab") as file:
+                file.write(line.encode())
         self._rows[self._name(row)] = row
 
     def complete(self, runs: Sequence[AnyRun], perform: Callable[[AnyRun], Row]) -> Iterator[Row]:
@@ -108,12 +108,10 @@ class Ledger:
         The claim ends with the block, and with the process, however that ends.
         """
         name = self._name(run.key())
-        claims = self.path.parent / "claims"
-        claims.mkdir(parents=True, exist_ok=True)
         # Of the key itself, which is JSON, no file name can be made.
-        lock = FileLock(claims / hashlib.sha256(name.encode()).hexdigest()[:16], blocking=False)
+        lock = self._lock(hashlib.sha256(name.encode()).hexdigest()[:16])
         try:
-            lock.acquire()
+            lock.acquire(blocking=False)
         except Timeout:
             yield False
             return
@@ -122,6 +120,12 @@ class Ledger:
             yield name not in self._rows  # another process may have finished it since this one last looked
         finally:
             lock.release()
+
+    def _lock(self, name: str) -> FileLock:
+        """A lock that the processes share; its file stays in the folder ``claims``."""
+        claims = self.path.parent / "claims"
+        claims.mkdir(parents=True, exist_ok=True)
+        return FileLock(claims / name)
 
     def _name(self, row: Row) -> str:
         return json.dumps(self._key(row), sort_keys=True)

@@ -164,7 +164,7 @@ def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "[1/1] tiny, fsdp2, 2 processes, EFMLoRA" in capsys.readouterr().out
     memory.main([*sizes, "--output", str(output)])
     assert json.loads(output.read_text())["rows"] == [row]
-    assert sorted(path.name for path in output.parent.iterdir()) == ["memory.json", "memory.rows.jsonl"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["claims", "memory.json", "memory.rows.jsonl"]
     again = capsys.readouterr().out
     assert "between steps" in again
     assert "[1/1]" not in again  # nothing is measured again

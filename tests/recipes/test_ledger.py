@@ -3,6 +3,7 @@
 import json
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import pytest
@@ -110,6 +111,22 @@ def test_processes_append_whole_lines(tmp_path: Path) -> None:
     for worker in workers:
         worker.join(timeout=60)
     assert len(path.read_text().splitlines()) == len(read(path)) == 100
+
+
+def test_a_row_waits_until_another_process_has_written_its_own(tmp_path: Path) -> None:
+    """Half a row, seen while it is written, is not a line that was cut off."""
+    rows = ledger(tmp_path)
+    line = json.dumps(RUNS[0].key())
+    with rows._lock("append"), rows.path.open("a") as file:
+        file.write(line[:10])
+        file.flush()
+        thread = Thread(target=rows.append, args=(RUNS[1].key(),))
+        thread.start()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+        file.write(line[10:] + "\n")
+    thread.join(timeout=60)
+    assert rows.path.read_text().splitlines() == [line, json.dumps(RUNS[1].key())]
 
 
 def test_a_process_that_fails_stops_the_ledger() -> None:
