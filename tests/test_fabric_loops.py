@@ -101,6 +101,7 @@ THREE_LINES = {
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A pretrained model as litgpt keeps one: random weights, a tokenizer of words, and instructions beside it."""
+    pytest.importorskip("litgpt", reason="litgpt is not installed: pip install --no-deps litgpt")
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import save_config

@@ -193,13 +193,10 @@ class Project:
     marks: Sequence[pytest.MarkDecorator] = ()
 
 
-_NO_VOCABULARY = pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume")
-"""peft 0.18 looks for the vocabulary of a base that was made here and so has no name."""
-
 PROJECTS = {
     "freezes in configure_optimizers": Project(FreezesInConfigureOptimizers),
     "two optimizers": Project(Adversaries, methods=(EFMLoRA,)),
-    "add_adapter": Project(AddsAdapter, marks=(_NO_VOCABULARY,)),
+    "add_adapter": Project(AddsAdapter),
     "Hydra": Project(FromHydra),
     "metrics and buffers": Project(CountsItself, methods=(EFMLoRA,)),
     "gradual unfreezing": Project(WithHead, callbacks=lambda: [UnfreezesLater()]),
