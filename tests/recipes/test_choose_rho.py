@@ -1,0 +1,136 @@
+"""The sweep over rho of a recipe's own run: what is run, resumed and judged, and what it says."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from recipes.choose_rho import run as runs
+from recipes.choose_rho.__main__ import main
+from recipes.choose_rho.report import advice, chosen, draw, table
+from recipes.choose_rho.run import Run, Sweep, metric_values, monitored
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import RECIPES
+from recipes.shared.ledger import Row, StoppedError
+
+pytestmark = [
+    pytest.mark.usefixtures("command_line", "own_datasets"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft reads it
+]
+
+BASE = RECIPES / "classification" / "configs" / "base.yaml"
+
+
+def rows_of(values: dict[float, Sequence[float]], mode: str = "min") -> list[Row]:
+    rows = []
+    for rho, of_seeds in values.items():
+        for seed, value in enumerate(of_seeds):
+            rows.append({"rho": rho, "seed": seed, "metric": "val_loss", "mode": mode, "value": value})
+    return rows
+
+
+def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentences = [{"text": f"The {('cat', 'dog')[i % 2]} number {i}", "label": ("cat", "dog")[i % 2]} for i in range(60)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(sentence) for sentence in sentences))
+    started: list[Sequence[str]] = []
+
+    def run_here(command: Sequence[str]) -> None:
+        started.append(command)
+        if len(started) == 3:
+            raise StoppedError(130)
+        RecipeCLI(list(command[3:]))  # behind python -m recipes.classification
+
+    monkeypatch.setattr(runs, "run_process", run_here)
+    options = [
+        *("classification", "--rho", "0", "0.5", "--seeds", "0", "1", "--folder", str(tmp_path / "sweep")),
+        *(f"--config={BASE}", f"--config={RECIPES / 'configs' / 'methods' / 'efmlora.yaml'}"),
+        *(f"--model.model={tiny}", "--model.lora.target_modules=[q_proj,v_proj]", f"--data.dataset={data}"),
+        *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true", "--trainer.max_epochs=2"),
+        *("--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"),
+    ]
+    assert main(options) == 130
+    assert "The same command resumes" in capsys.readouterr().out
+    assert main(options) == 0
+    assert len(started) == 5  # the one that was stopped, and each of the others once
+    rows = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]
+    assert [(row["rho"], row["seed"]) for row in rows] == [(0, 0), (0.5, 0), (0, 1), (0.5, 1)]
+    assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
+    metrics = tmp_path / "sweep" / "rho_0_seed_0" / "version_0" / "metrics.csv"
+    assert rows[0]["value"] == max(metric_values(metrics, "val_score"))
+    out = capsys.readouterr().out
+    assert "mean and standard error over the seeds" in out
+    assert (tmp_path / "sweep" / "rho.png").stat().st_size > 0
+    with pytest.raises(MisconfigurationException, match="name another folder"):
+        main([*options, "--trainer.max_epochs=1"])
+
+
+def test_the_best_mean_is_chosen_and_said_with_its_doubt() -> None:
+    rows = rows_of({0.0: [1.0, 1.2], 0.1: [0.7, 0.91], 1.0: [0.8, 1.5]})
+    assert chosen(rows) == 0.1
+    assert chosen(rows_of({0.0: [1.0], 0.1: [2.0]}, "max")) == 0.1
+    assert advice(rows) == "Take rho = 0.1. Its difference to plain LoRA is -0.2950 ± 0.0050."
+    assert "contains 0" in advice(rows_of({0.0: [1.0, 1.2], 0.1: [0.5, 1.3], 1.0: [2.0, 2.0]}))
+    assert "One seed" in advice(rows_of({0.0: [1.0], 0.1: [0.5], 1.0: [2.0]}))
+    assert "add 3 to --rho" in advice(rows_of({0.0: [1.0, 1.0], 1.0: [0.5, 0.5]}))
+    assert advice(rows_of({0.0: [1.0], 0.1: [1.0]})) == "No radius is better than 0 here: take plain LoRA."
+    assert [row[-1] for row in table(rows).rows] == ["", "best", ""]
+    assert len(draw(rows).axes) == 1
+
+
+def test_a_run_that_diverged_is_never_chosen() -> None:
+    rows = rows_of({0.0: [1.0, 2.0], 8.0: [0.5, math.inf]})
+    assert chosen(rows) == 0.0
+    assert chosen(rows_of({0.0: [0.5], 8.0: [-math.inf]}, "max")) == 0.0
+    assert [row[1] for row in table(rows).rows] == ["1.5000 ± 0.5000", "inf ± nan"]
+    assert len(draw(rows).axes) == 1
+    # LoRA diverged and the method did not.
+    assert advice(rows_of({0.0: [math.inf, 1.0], 0.1: [0.5, 0.5], 1.0: [2.0, 2.0]})).startswith("Take rho = 0.1.")
+
+
+def test_what_judges_a_run_is_read_from_its_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("trainer: {callbacks: [{class_path: A}, {class_path: B, init_args: {monitor: f1, mode: max}}]}")
+    assert monitored(config) == ("f1", "max")
+    config.write_text("trainer: {callbacks: null}")
+    assert monitored(config) == (None, None)
+
+
+def test_a_run_without_validation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_here(command: Sequence[str]) -> None:
+        folder = tmp_path / "rho_0_seed_0" / "version_0"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("trainer: {callbacks: [{init_args: {monitor: val_loss}}]}")
+        (folder / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
+
+    monkeypatch.setattr(runs, "run_process", run_here)
+    with pytest.raises(SystemExit, match="has logged no val_loss"):
+        Sweep("nlg", [], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([], "no --config"),
+        (["--config=x.yaml", "--rho", "-1"], "0 or more"),
+        (["--config=x.yaml", "--rho", "1", "1"], "twice"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_first_run(wrong: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        main(["vqa", *wrong])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_radius_of_a_module_of_its_own(tmp_path: Path) -> None:
+    command: Any = Sweep("vqa", ["--config=x"], "model.init_args.rho", tmp_path).command(Run(0.3, 2))
+    assert command[2:6] == ["recipes.vqa", "fit", "--config=x", "--model.init_args.rho=0.3"]
+    assert "--seed_everything=2" in command
