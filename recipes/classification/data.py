@@ -45,7 +45,8 @@ class TextData(ResumableData):
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
-            "packaged:sentiment", "packaged:spam", "packaged:subject" or "packaged:all_subjects".
+            one of recipes.language.texts.TASKS, such as "packaged:sentiment", "packaged:spam", "packaged:subject",
+            "packaged:all_subjects" or "packaged:privacy".
         config_name: which of a Hub data set's configurations, such as "mrpc" of GLUE.
         revision: of a Hub data set; "refs/convert/parquet" is there where the main one is a script.
         split: of a Hub data set, for training.

@@ -17,13 +17,23 @@ import torch
 import transformers
 from rich.console import Console
 
+from recipes.evidence.merging import perform_merging
 from recipes.evidence.plan import RESULTS, STAGES, Plan
 from recipes.evidence.report import Report, verdict_text, write
 from recipes.evidence.robustness import RESULTS as ROBUSTNESS
 from recipes.evidence.robustness import kept_runs, ledger_of, work
 from recipes.evidence.robustness_report import SECONDARY, RobustnessReport, write_robustness
 from recipes.evidence.run import Run, perform
-from recipes.evidence.workloads import ARMS, COMPETITORS, PROBE, SEARCH_SEEDS, SEARCHES, SEEDS, WORKLOADS
+from recipes.evidence.workloads import (
+    ARMS,
+    COMPETITORS,
+    PROBE,
+    SEARCH_SEEDS,
+    SEARCHES,
+    SEEDS,
+    WORKLOADS,
+    is_merging,
+)
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import Lines, quiet
 
@@ -47,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"Precision: {plan.settings['precision']}; --precision takes another", flush=True)
     try:
-        plan.work(partial(perform, folder=options.folder), _Progress(plan))
+        does = perform_merging if is_merging(plan.settings) else perform
+        plan.work(partial(does, folder=options.folder), _Progress(plan))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
         return _stopped()
     _show_plan(plan)
@@ -166,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function, plan=False)
-        command.add_argument("--workload", choices=WORKLOADS, default="w1", help="w1 if left out")
+        # Of a run that merges adapters, there is no single one to judge once more.
+        workloads = [one for one in WORKLOADS if name != "robustness" or not is_merging(WORKLOADS[one])]
+        command.add_argument("--workload", choices=workloads, default="w1", help="w1 if left out")
         command.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="default runs/evidence")
         command.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
         command.add_argument(

@@ -127,6 +127,6 @@ class BestOnValidation(L.Callback):
                 parameter.copy_(self._best[name])
 
 
-def trained_parameters(module: L.LightningModule) -> dict[str, nn.Parameter]:
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's and the head's, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

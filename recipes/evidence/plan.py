@@ -170,7 +170,8 @@ class Plan:
         of_arms: list[float] = []
         one_pass: list[float] = []
         for row in self.ledger.rows:
-            if row["arm"] == PROBE or row["failed"]:  # which take less time
+            # The probe and what has failed take less time, and each workload takes its own.
+            if row["workload"] != self.workload or row["arm"] == PROBE or row["failed"]:
                 continue
             one_pass.append(row["seconds"] / _PASSES.get(row["arm"], 1))
             if row["arm"] in arms:

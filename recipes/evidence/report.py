@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from recipes.evidence.merging_report import merging_tables
 from recipes.evidence.plan import Plan
 from recipes.evidence.search import common_grid, mean_loss
 from recipes.evidence.verdict import Difference, Verdict, difference, verdict
@@ -21,6 +22,7 @@ from recipes.evidence.workloads import (
     TITLES,
     Config,
     competitors_of,
+    is_merging,
 )
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import estimate
@@ -61,8 +63,10 @@ class Report:
         return verdict(self.accuracies(CANDIDATE), self.accuracies(BASELINE), competitors)
 
     def tables(self) -> list[Table]:
-        """The arms, and the search of each method."""
+        """The arms, for merged adapters what merging has kept, and the search of each method."""
         shown = [self._arms()] if self.rows else []
+        if is_merging(self.plan.settings):
+            shown += merging_tables(self.plan.workload, self.plan.settings, self.rows)
         for method in SEARCHES:
             surface = self._surface(method)
             if surface is not None:
@@ -96,6 +100,8 @@ class Report:
         notes.append(
             "intervals: 95 %, Student's t over the seeds, paired; scaled: at a temperature fitted on validation"
         )
+        if is_merging(self.plan.settings):
+            notes.append("of the adapters merged by TIES, means over the tasks; train loss: before merging")
         return Table(f"{self.plan.workload}", _COLUMNS, [self._cells(arm) for arm in self.rows], notes)
 
     def _cells(self, arm: str) -> list[str]:

@@ -82,13 +82,13 @@ def perform(run: Run, folder: Path | None = None) -> Row:
     L.seed_everything(run.seed, verbose=False)
     module: ShotsClassifier | None = None
     if run.arm == PROBE:
-        found = [_probed(run, encoder, classes)]
+        found = [probed(run, encoder, classes)]
     else:
         module = ShotsClassifier(encoder, classes, run.settings, run.config)
         found = _trained(run, module, encoder)
-    row = run.key() | _judged(run, found[0], classes)
+    row = run.key() | judged(run, found[0], classes)
     if len(found) > 1:
-        row["at_end"] = _judged(run, found[1], classes)
+        row["at_end"] = judged(run, found[1], classes)
     if folder is not None and module is not None and run.stage == "test" and not row["failed"]:
         row["weights"] = keep(module, run.key(), folder)
     return row | {
@@ -125,6 +125,19 @@ def _trained(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[Log
 
     The module is left with the weights that the run is judged by.
     """
+    best = fit(run, module, encoder)
+    if module.has_failed:
+        return [{}]
+    found = [_all_parts(run, module, encoder)]
+    for callback in best:
+        # The end is judged before this, since the weights of the end are lost with it.
+        callback.restore(module)
+        found.insert(0, _all_parts(run, module, encoder))
+    return found
+
+
+def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnValidation]:
+    """Train on the run's examples; the callbacks that keep better weights than the last ones, at most one."""
     settings, config = run.settings, run.config
     examples = training_examples(settings, run.seed)
     steps = settings["steps"] * config.get("length_of_training", 1)
@@ -132,7 +145,7 @@ def _trained(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[Log
     method = METHODS[run.arm if run.arm in METHODS else "lora"]
     best: list[BestOnValidation] = []
     if settings.get("judged") == "best" or config.get("early_stopping"):
-        best = [BestOnValidation(held_out(encoder, settings["data"], "validation"))]
+        best = [BestOnValidation(batches_of(run, encoder, "validation"))]
     trainer = L.Trainer(
         # The kept states lie in the main memory, and steps are too small for a GPU to be faster.
         accelerator="cpu",
@@ -146,26 +159,23 @@ def _trained(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[Log
     )
     batches = TrainingBatches(examples, places, encoder.states)
     trainer.fit(module, DataLoader(batches, batch_size=None, shuffle=False))
-    if module.has_failed:
-        return [{}]
-    found = [_all_parts(run, module, encoder)]
-    for callback in best:
-        # The end is judged before this, since the weights of the end are lost with it.
-        callback.restore(module)
-        found.insert(0, _all_parts(run, module, encoder))
-    return found
+    return best
 
 
 def _all_parts(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> Logits:
-    examples = training_examples(run.settings, run.seed)
-    found = {"train": all_logits(module, evaluation_batches(examples, encoder.states))}
-    for part in _parts(run):
-        found[part] = all_logits(module, held_out(encoder, run.settings["data"], part))
+    found = {"train": all_logits(module, training_batches(run, encoder))}
+    for part in parts_of(run):
+        found[part] = all_logits(module, batches_of(run, encoder, part))
     return found
 
 
-def _probed(run: Run, encoder: CutEncoder, classes: int) -> Logits:
-    """The linear classifier, in float32."""
+def training_batches(run: Run, encoder: CutEncoder) -> list[Batch]:
+    """The examples that a run trains on, once, for evaluation."""
+    return evaluation_batches(training_examples(run.settings, run.seed), encoder.states)
+
+
+def probed(run: Run, encoder: CutEncoder, classes: int) -> Logits:
+    """The linear classifier on the frozen encoder, in float32."""
     upper = encoder.upper()
 
     @torch.no_grad()
@@ -173,31 +183,40 @@ def _probed(run: Run, encoder: CutEncoder, classes: int) -> Logits:
         found = [pooled(upper(b["hidden"], b["owners"]), b["owners"], len(b["labels"])) for b in batches]
         return torch.cat(found), torch.cat([batch["labels"] for batch in batches])
 
-    by_part = {"train": features(evaluation_batches(training_examples(run.settings, run.seed), encoder.states))}
-    for part in _parts(run):
-        by_part[part] = features(held_out(encoder, run.settings["data"], part))
+    by_part = {"train": features(training_batches(run, encoder))}
+    for part in parts_of(run):
+        by_part[part] = features(batches_of(run, encoder, part))
     probe, _ = linear_probe(*by_part["train"], by_part["validation"], classes)
     with torch.no_grad():
         return {part: (probe(inputs), labels) for part, (inputs, labels) in by_part.items()}
 
 
-def _parts(run: Run) -> tuple[str, ...]:
+def parts_of(run: Run) -> tuple[str, ...]:
+    """The parts that a run may see, beside what it trains on."""
     return ("validation", "test") if run.stage == "test" else ("validation",)
 
 
+def batches_of(run: Run, encoder: CutEncoder, part: str) -> list[Batch]:
+    """The examples of a part, as many as the workload's settings allow."""
+    return held_out(encoder, run.settings["data"], part, run.settings.get(part))
+
+
 @cache
-def held_out(encoder: CutEncoder, data: str, part: str) -> list[Batch]:
-    """The examples of a part; the lower layers compute them once in a process."""
-    return evaluation_batches(texts.parts(data)[part], encoder.states)
+def held_out(encoder: CutEncoder, data: str, part: str, most: int | None = None) -> list[Batch]:
+    """The examples of a part, or so many at most; the lower layers compute them once in a process."""
+    return evaluation_batches(texts.parts(data)[part][:most], encoder.states)
 
 
-def _judged(run: Run, logits: Logits, classes: int) -> Row:
+def judged(run: Run, logits: Logits, classes: int) -> Row:
+    """What a row says of these logits; those of the examples trained on may be left out."""
     finite = bool(logits) and all(bool(of_part.isfinite().all()) for of_part, _ in logits.values())
     if not finite:
         return {"failed": True, "train_loss": None} | _failed(run, classes)
     temperature = fitted_temperature(*logits["validation"])
-    row: dict[str, Any] = {"failed": False, "train_loss": scores(*logits["train"])["loss"], "temperature": temperature}
-    for part in _parts(run):
+    row: dict[str, Any] = {"failed": False, "temperature": temperature}
+    if "train" in logits:
+        row["train_loss"] = scores(*logits["train"])["loss"]
+    for part in parts_of(run):
         of_part = both_scores(*logits[part], temperature)
         row |= {f"{part}_{name}": value for name, value in of_part.items()}
     return row
@@ -205,7 +224,7 @@ def _judged(run: Run, logits: Logits, classes: int) -> Row:
 
 def _failed(run: Run, classes: int) -> Row:
     row: dict[str, Any] = {"temperature": None}
-    for part in _parts(run):
+    for part in parts_of(run):
         row[f"{part}_accuracy"] = 1 / classes
         for name in ("loss", "ece", "brier"):
             row[f"{part}_{name}"] = None

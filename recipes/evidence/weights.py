@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from recipes.evidence.module import ShotsClassifier, trained_parameters
 from recipes.shared.ledger import Row
@@ -14,8 +15,8 @@ from recipes.shared.ledger import Row
 FOLDER = "weights"
 
 
-def keep(module: ShotsClassifier, key: Row, folder: Path) -> str:
-    """Write the adapter and the head of a finished run.
+def keep(module: nn.Module, key: Row, folder: Path) -> str:
+    """Write the adapters and the heads of a finished run.
 
     Args:
         module: with its trained weights.

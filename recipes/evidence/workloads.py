@@ -8,20 +8,18 @@ from recipes.shared.methods import METHODS
 Config = dict[str, Any]
 Settings = dict[str, Any]
 
-_W1: Settings = {
+_ALL: Settings = {
     "model": "all-MiniLM-L6-v2",
     "frozen_layers": 4,
-    "data": "all_subjects",
-    "shots": 16,
     "noise": 0.0,
     "length": 32,
-    "steps": 600,
     "batch_size": 16,
     "warmup_share": 0.06,
     "rank": 8,
     "scaling": 2.0,
     "targets": ["query", "value"],
 }
+_W1: Settings = {**_ALL, "data": "all_subjects", "shots": 16, "steps": 600}
 _W2: Settings = {
     **_W1,
     "shots": 64,
@@ -30,6 +28,24 @@ _W2: Settings = {
     "rank": 16,
     "targets": ["query", "key", "value", "dense"],
     "judged": "best",
+}
+_W3: Settings = {
+    **_ALL,
+    "tasks": [
+        "sentiment",
+        "privacy",
+        "anatomy_surgery",
+        "physiology_biochemistry",
+        "pathology_medicine",
+        "gynaecology_pediatrics",
+    ],
+    "shots": 64,
+    "steps": 120,
+    "validation": 150,
+    "test": 400,
+    "arithmetic_weight": 0.4,
+    "ties_density": 0.5,
+    "ties_weight": 1.0,
 }
 WORKLOADS: dict[str, Settings] = {
     "w1": _W1,
@@ -40,14 +56,21 @@ WORKLOADS: dict[str, Settings] = {
     "w2_no_noise": {**_W2, "noise": 0.0},
     "w2_20_noise": {**_W2, "noise": 0.2},
     "w2_60_noise": {**_W2, "noise": 0.6},
+    "w3": _W3,
 }
 """By name: all that decides a result besides the method, its configuration and the seed.
 
 ``frozen_layers`` of the encoder are computed once for each text; ``shots`` are the training examples of a class,
 ``noise`` is the share of them whose label is replaced, ``length`` the tokens kept of a text, ``scaling`` LoRA's s.
 ``judged`` is "best" where runs are judged with the weights of the lowest validation loss; without it they are judged at
-the end of training.
+the end of training. W3 trains an adapter for each of its ``tasks`` in place of one on ``data``; ``validation`` and
+``test`` are the most examples of each part, and the last three say how its adapters are merged.
 """
+
+
+def is_merging(settings: Settings) -> bool:
+    """Whether a run trains several adapters and merges them."""
+    return "tasks" in settings
 
 
 @dataclass(frozen=True)

