@@ -67,11 +67,11 @@ def select(trainer: Trainer) -> Selection:
     new = record.add([name for name, has_changed in differs.items() if has_changed], entries)
     saved, left_out = {}, {}
     for name, entry in entries.items():
-        if record.saves(name, entry):
-            saved[name] = entry
-        elif entry.kind is Kind.BASE:
+        if entry.kind is Kind.BASE and name not in record.changed:
             # The sums of one rank's part say nothing about the whole tensor.
             left_out[name] = dict.fromkeys(record.prints[name]) if sharded else record.prints[name]
+        elif entry.kind is not Kind.DERIVED:
+            saved[name] = entry
     return Selection(entries, saved, left_out, new)
 
 
