@@ -171,8 +171,7 @@ class MethodCallback(ScheduledSize):
             state, self._loaded = self._loaded, None
             self._restore(state)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
-        watch = refuse_hidden_steps(trainer, trainer.optimizers, lambda optimizer: self.refuse_step(trainer, optimizer))
-        self._patches.push(watch)
+        self._patches.push(refuse_hidden_steps(trainer, lambda optimizer: self.refuse_step(trainer, optimizer)))
         self._is_training = True
         # Weakly, so that a callback kept for its results does not keep the trainer and the model alive.
         self._last_trainer = weakref.ref(trainer)
