@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_flatlora.callbacks.methods import sizes
 from lightning_flatlora.callbacks.methods.checks import (
     changed_settings,
-    finder_problems,
     integer_problems,
     message,
     perturbation_problems,
@@ -66,8 +65,8 @@ class LoopMethod(ABC):
         finder: Finder | None = None,
         total_steps: int | None = None,
     ) -> None:
-        problems = value_problems("rho", rho, start_step, every_n_steps, adapter_name)
-        problems += finder_problems(finder, adapter_name) + perturbation_problems(self.beta, estimator, norm_scope)
+        problems = value_problems("rho", rho, start_step, every_n_steps, adapter_name, finder)
+        problems += perturbation_problems(self.beta, estimator, norm_scope)
         problems += [] if total_steps is None else integer_problems("total_steps", total_steps, 1)
         problems += wrapping_problems(model, takes_two_passes=self.takes_two_passes)
         if isinstance(optimizer, torch.optim.LBFGS):

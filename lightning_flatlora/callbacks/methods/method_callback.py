@@ -10,13 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.methods.checks import (
-    changed_settings,
-    finder_problems,
-    message,
-    refuse,
-    value_problems,
-)
+from lightning_flatlora.callbacks.methods.checks import changed_settings, message, refuse, value_problems
 from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.methods.hidden_steps import refuse_hidden_steps
 from lightning_flatlora.callbacks.methods.module_passes import window_of
@@ -56,8 +50,7 @@ class MethodCallback(ScheduledSize):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name)
-        problems += finder_problems(finder, adapter_name)
+        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name, finder)
         problems += self.argument_problems()
         refuse(self, problems)
         self.rho = rho
