@@ -35,9 +35,7 @@ def adapter_folder(checkpoint: str | Path, extension: str = ".ckpt") -> Path:
     """
     path = Path(checkpoint)
     there = existing_folder(path, extension)
-    if there is not None:
-        return there
-    return next(folder for folder in _possible_names(path, extension) if is_free(folder))
+    return there or next(folder for folder in _possible_names(path, extension) if is_free(folder))
 
 
 def existing_folder(checkpoint: Path, extension: str = ".ckpt") -> Path | None:

@@ -195,8 +195,7 @@ def changed_at(tree: dict[Any, Any], path: Sequence[Any], change: Callable[[Any]
     if not path:
         return cast(dict[Any, Any], change(tree))
     key, *rest = path
-    inner = changed_at(tree[key], rest, change) if rest else change(tree[key])
-    return {**tree, key: inner}
+    return {**tree, key: changed_at(tree[key], rest, change)}
 
 
 def on_cpu(value: Any, seen: dict[int, Tensor]) -> Any:
