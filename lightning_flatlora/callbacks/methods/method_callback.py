@@ -98,7 +98,7 @@ class MethodCallback(ScheduledSize):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._is_alone = self._is_alone_in(trainer)
+        self._is_alone = self.is_alone_in(trainer)
         if stage != "fit":
             return
         # A fit that was killed between hooks, as in a notebook, may have left something behind.
@@ -109,10 +109,6 @@ class MethodCallback(ScheduledSize):
             # The optimizers are new, and Ê starts anew with them, but schedules continue from the old count.
             self.pair_groups = [PairGroup(each.index, each.step, each.initial_lr) for each in previous]
         refuse(self, wrapping_problems(trainer))
-
-    def _is_alone_in(self, trainer: Trainer) -> bool:
-        """Whether a Trainer has no other callback of this class."""
-        return not any(type(other) is type(self) and other is not self for other in callbacks_of(trainer))
 
     def _continues(self, trainer: Trainer) -> bool:
         """Whether this fit continues the last one of the same Trainer; a checkpoint brings its own count."""
@@ -218,7 +214,7 @@ class MethodCallback(ScheduledSize):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store a state that is saved after the fit under the key of the fit, where a resumed run looks for it."""
         states = checkpoint.get("callbacks", {})
-        if self._is_alone is None and self.state_key in states and self._is_alone_in(trainer):
+        if self._is_alone is None and self.state_key in states and self.is_alone_in(trainer):
             states[type(self).__qualname__] = states.pop(self.state_key)
 
     @override

@@ -112,8 +112,11 @@ class PairCallback(Callback):
 
     def _may_come(self, trainer: Trainer) -> bool:
         """Whether another callback has the task of unfreezing or activating pairs later."""
-        beside = any(type(each) is type(self) and each is not self for each in callbacks_of(trainer))
-        return beside or unfreezes_later(trainer)
+        return not self.is_alone_in(trainer) or unfreezes_later(trainer)
+
+    def is_alone_in(self, trainer: Trainer) -> bool:
+        """Whether a Trainer has no other callback of this class."""
+        return not any(type(other) is type(self) and other is not self for other in callbacks_of(trainer))
 
     def _assign(self, trainer: Trainer) -> None:
         """Give each group the pairs whose factors its optimizer holds."""
