@@ -129,10 +129,7 @@ def _of_blocks(names: list[str], blocks: Literal["all"] | int | Sequence[int]) -
 
 def _block_number(name: str) -> int | None:
     """The first number in a Linear's name; None for one outside of the blocks."""
-    for part in name.split("."):
-        if part.isdigit():
-            return int(part)
-    return None
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _nothing(model: nn.Module, tower: str, projections: list[str], blocks: object, names: list[str]) -> str:

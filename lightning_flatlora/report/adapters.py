@@ -150,10 +150,7 @@ def _base_model(base: str, task: str, saved: Weights, options: Options, tokenize
 
 def padding(tokenizer: Any) -> int:
     """The token that fills up short rows."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    return next((int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def _labels(saved: Weights) -> int | None:

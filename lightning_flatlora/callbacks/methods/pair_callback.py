@@ -48,10 +48,7 @@ class PairCallback(Callback):
     @property
     def main_group(self) -> PairGroup:
         """The group of the first optimizer that trains pairs."""
-        for pair_group in self.pair_groups:
-            if pair_group.pairs:
-                return pair_group
-        return self.pair_groups[0]
+        return next((pair_group for pair_group in self.pair_groups if pair_group.pairs), self.pair_groups[0])
 
     @property
     def step(self) -> int:
@@ -74,10 +71,7 @@ class PairCallback(Callback):
         # Only Lightning's wrapper is unpacked: with any other, the wrapper itself is in trainer.optimizers.
         if is_lightning(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        for pair_group in self.pair_groups:
-            if trainer.optimizers[pair_group.index] is optimizer:
-                return pair_group
-        return None
+        return next((each for each in self.pair_groups if trainer.optimizers[each.index] is optimizer), None)
 
     def holds_pairs(self, trainer: Trainer, optimizer: Any) -> bool:
         """Whether an optimizer, as a hook receives it, is the main group's."""
