@@ -166,10 +166,6 @@ class PairCallback(Callback):
         # The same problem is found again in every batch.
         self._warnings.warn(message(self, [problem]))
 
-    @property
-    def _trains_pairs(self) -> bool:
-        return any(pair_group.pairs for pair_group in self.pair_groups)
-
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Layers that were put in or replaced are found by a walk over the model, too slow for every batch.
@@ -179,7 +175,7 @@ class PairCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.follow(trainer, pl_module)
-        if self._watch is not None and not self._trains_pairs:
+        if self._watch is not None and not self.main_group.pairs:
             self._warn_once(
                 "no pair has been trained so far, so nothing was perturbed: every B is frozen or in no optimizer. "
                 "Those that are unfrozen and given to an optimizer later are perturbed from then on"
@@ -188,7 +184,7 @@ class PairCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         left = [pair.name for pair in self._assignment.orphans]
-        if left and self._may_come(trainer) and self._trains_pairs:
+        if left and self._may_come(trainer) and self.main_group.pairs:
             self._warn_once(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def refuse_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
