@@ -88,7 +88,7 @@ def _curve(
     loss: Loss, pairs: Sequence[LoRAPair], direction: Direction, steps: Tensor, *start: tuple[float, Direction]
 ) -> Tensor:
     """Losses along a line through the weights, or through where steps from them lead."""
-    return _together([loss_at(loss, pairs, *start, (x, direction)) for x in steps.tolist()])
+    return torch.stack([loss_at(loss, pairs, *start, (x, direction)) for x in steps.tolist()]).cpu().double()
 
 
 def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> Tensor:
@@ -96,8 +96,4 @@ def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> T
     for sigma in sigmas.tolist():
         with noise.applied(sigma, seed):
             losses.append(value(loss))
-    return _together(losses)
-
-
-def _together(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).cpu().double()
