@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
+from lightning_flatlora.callbacks import strategies
 from lightning_flatlora.callbacks.methods.checks import changed_settings, message, refuse, value_problems
 from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.methods.hidden_steps import refuse_hidden_steps
@@ -17,11 +18,6 @@ from lightning_flatlora.callbacks.methods.module_passes import window_of
 from lightning_flatlora.callbacks.methods.pair_groups import PairGroup
 from lightning_flatlora.callbacks.methods.scheduled_size import ScheduledSize
 from lightning_flatlora.callbacks.patches import without_logging
-from lightning_flatlora.callbacks.strategies import (
-    skip_clipping_without_gradients,
-    strategy_problems,
-    wrapping_problems,
-)
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of
 from lightning_flatlora.lora_pair import Finder
@@ -108,7 +104,7 @@ class MethodCallback(ScheduledSize):
         if self._continues(trainer):
             # The optimizers are new, and Ê starts anew with them, but schedules continue from the old count.
             self.pair_groups = [PairGroup(each.index, each.step, each.initial_lr) for each in previous]
-        refuse(self, wrapping_problems(trainer))
+        refuse(self, strategies.wrapping_problems(trainer))
 
     def _continues(self, trainer: Trainer) -> bool:
         """Whether this fit continues the last one of the same Trainer; a checkpoint brings its own count."""
@@ -134,11 +130,11 @@ class MethodCallback(ScheduledSize):
         if self.search.left_out:
             rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(self.search.left_out))
         self.install(trainer, pl_module)
-        self._patches.callback(skip_clipping_without_gradients(trainer))
+        self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What can't work about the trainer and its other callbacks, one line each; subclasses add their own."""
-        problems = strategy_problems(trainer, window_of(trainer), self.sync_ascent, self.works_sharded)
+        problems = strategies.strategy_problems(trainer, window_of(trainer), self.sync_ascent, self.works_sharded)
         rivals = []
         for callback in callbacks_of(trainer):
             if isinstance(callback, MethodCallback) and callback is not self and not self.works_beside(callback):
