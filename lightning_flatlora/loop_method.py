@@ -12,17 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_flatlora.callbacks.methods import sizes
-from lightning_flatlora.callbacks.methods.checks import (
-    changed_settings,
-    finder_problems,
-    integer_problems,
-    message,
-    perturbation_problems,
-    refuse,
-    value_problems,
-    warn_of_rounding,
-)
+from lightning_flatlora.callbacks.methods import checks, sizes
 from lightning_flatlora.callbacks.methods.pair_groups import PairGroup, assign_pairs
 from lightning_flatlora.deepspeed_engine import EngineOptimizer, is_engine, window_is_complete
 from lightning_flatlora.distributed import is_sharded
@@ -66,15 +56,15 @@ class LoopMethod(ABC):
         finder: Finder | None = None,
         total_steps: int | None = None,
     ) -> None:
-        problems = value_problems("rho", rho, start_step, every_n_steps, adapter_name)
-        problems += finder_problems(finder, adapter_name) + perturbation_problems(self.beta, estimator, norm_scope)
-        problems += [] if total_steps is None else integer_problems("total_steps", total_steps, 1)
+        problems = checks.value_problems("rho", rho, start_step, every_n_steps, adapter_name, finder)
+        problems += checks.perturbation_problems(self.beta, estimator, norm_scope)
+        problems += [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
         problems += wrapping_problems(model, takes_two_passes=self.takes_two_passes)
         if isinstance(optimizer, torch.optim.LBFGS):
             problems.append("LBFGS takes several gradients a step, the perturbation knows one: use AdamW or SGD")
         if not self.sync_ascent and self.takes_two_passes and is_sharded(model):
             problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
-        refuse(self, problems)
+        checks.refuse(self, problems)
         self.rho = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
         self.estimator: Estimator = estimator
         self.norm_scope: NormScope = norm_scope
@@ -103,8 +93,8 @@ class LoopMethod(ABC):
             problems.append(f"rho={self.rho} spreads over the run, whose length a loop does not say: set total_steps")
         if self.rho.needs_learning_rate:
             problems += sizes.rate_problems(f"rho={self.rho}", self._followed_groups())
-        refuse(self, problems)
-        warn_of_rounding(self, "B", [pair.B for pair in search.pairs])
+        checks.refuse(self, problems)
+        checks.warn_of_rounding(self, "B", [pair.B for pair in search.pairs])
         self._install(assignment.pairs[0])
         self._watch_steps()
 
@@ -166,7 +156,7 @@ class LoopMethod(ABC):
         """The radius of the coming optimizer step."""
         param_groups = self._followed_groups() if self.rho.needs_learning_rate else []
         rho = sizes.size_at(self.rho, self._group, self._horizon, param_groups)
-        refuse(self, sizes.size_problems(f"rho={self.rho}", rho, self.step))
+        checks.refuse(self, sizes.size_problems(f"rho={self.rho}", rho, self.step))
         return rho
 
     @property
@@ -185,14 +175,14 @@ class LoopMethod(ABC):
         Raises:
             MisconfigurationException: the state belongs to other pairs or settings.
         """
-        problems = changed_settings(self._settings(), state["settings"])
+        problems = checks.changed_settings(self._settings(), state["settings"])
         if "optimizers" in state:
             problems.append(f"the state is of {len(state['optimizers'])} optimizers, and a loop's object follows one")
-        refuse(self, problems)
+        checks.refuse(self, problems)
         try:
             self._group.load_state_dict(state, self._watch.resting)
         except ValueError as error:
-            raise MisconfigurationException(message(self, [str(error)])) from error
+            raise MisconfigurationException(checks.message(self, [str(error)])) from error
 
     def _settings(self) -> dict[str, Any]:
         return {"estimator": self.estimator, "norm_scope": self.norm_scope}

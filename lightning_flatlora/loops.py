@@ -166,19 +166,15 @@ class FMLoRA(LoopMethod):
             # In an accumulation window DDP would otherwise take the ascent's gradient for the window's.
             with without_sync(self._model):
                 yield
-            self._assign(perturbation)
-
-    def _assign(self, perturbation: Perturbation) -> None:
-        ascending = trained_factors(perturbation.pairs)
-        if is_sharded(self._model):
-            if not perturbation.has_gradient:
+            sharded = is_sharded(self._model)
+            if sharded and not perturbation.has_gradient:
                 raise RuntimeError(
                     "the first pass left no gradient: under FSDP2 each micro-batch must synchronise, so leave "
                     "no_backward_sync (set_requires_gradient_sync) out, or use EFMLoRA"
                 )
-        elif self.sync_ascent:
-            average_gradients(ascending)
-        perturbation.assign(perturbation.ascend(self.current_rho, at_perturbed=False))
+            if self.sync_ascent and not sharded:
+                average_gradients(trained_factors(perturbation.pairs))
+            perturbation.assign(perturbation.ascend(self.current_rho, at_perturbed=False))
 
     @contextmanager
     def _descent(self, perturbation: Perturbation) -> Iterator[None]:

@@ -8,14 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_flatlora.lora_pair import Finder, LoRAPair, PairSearch, pairs_from, search_found
-from lightning_flatlora.pairs import (
-    check_adapter,
-    factors_of,
-    finder_found_nothing,
-    lora_layers,
-    nothing_found,
-    search_layers,
-)
+from lightning_flatlora.pairs import check_adapter, factors_of, lora_layers, nothing_found, search_layers
 
 
 class PairWatch:
@@ -141,9 +134,7 @@ class PairWatch:
 
     def refusal(self, search: PairSearch) -> str:
         """Why a search found nothing."""
-        if self._finder is not None:
-            return finder_found_nothing(self._model, self._finder, search)
-        return nothing_found(self._model, self._layers, self._adapter_name, search.left_out)
+        return nothing_found(self._model, self._finder, self._layers, self._adapter_name, search)
 
     def _scalings(self) -> list[Any]:
         return [scaling.get(adapter) for scaling, adapter in self._scaled]

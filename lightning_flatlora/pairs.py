@@ -57,16 +57,11 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Fin
         >>> [(pair.name, pair.B.shape, pair.A.shape) for pair in find_pairs(model).pairs]
         [('base_model.model.0.lora_B.default.weight', torch.Size([3, 2]), torch.Size([2, 4]))]
     """
-    if finder is not None:
-        search = search_found(pairs_from(finder, model))
-        if not search.pairs:
-            raise NoPairsError(finder_found_nothing(model, finder, search))
-        return search
-    layers = lora_layers(model)
+    layers = lora_layers(model) if finder is None else []
     check_adapter(layers, adapter_name)
-    search = search_layers(layers, adapter_name)
+    search = search_layers(layers, adapter_name) if finder is None else search_found(pairs_from(finder, model))
     if not search.pairs:
-        raise NoPairsError(nothing_found(model, layers, adapter_name, search.left_out))
+        raise NoPairsError(nothing_found(model, finder, layers, adapter_name, search))
     return search
 
 
@@ -229,9 +224,15 @@ def _adapters(layer: LoraLayer) -> Iterator[str]:
 
 
 def nothing_found(
-    model: nn.Module, layers: list[tuple[str, LoraLayer]], adapter_name: str | None, left_out: list[str]
+    model: nn.Module,
+    finder: Finder | None,
+    layers: list[tuple[str, LoraLayer]],
+    adapter_name: str | None,
+    search: PairSearch,
 ) -> str:
     """Why a model has no pair to perturb, with the LoRA layers and module types that were seen."""
+    if finder is not None:
+        return _finder_found_nothing(model, finder, search)
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
     others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
     if not layers and others:
@@ -248,8 +249,8 @@ def nothing_found(
         kinds = sorted({_kind(layer).__name__ for _, layer in layers})
         adapters = adapter_name or sorted(_active_adapters(layers))
         lines.append(f"LoRA layers seen: {', '.join(kinds)}; adapter {adapters}.")
-        lines += [f"Left out: {line}." for line in left_out]
-        if not left_out:
+        lines += [f"Left out: {line}." for line in search.left_out]
+        if not search.left_out:
             lines.append(
                 "Every B is frozen: was the adapter loaded with is_trainable=False, or never activated? Where it is "
                 "unfrozen later in the fit, let a BaseFinetuning callback do it"
@@ -257,7 +258,7 @@ def nothing_found(
     return " ".join(lines)
 
 
-def finder_found_nothing(model: nn.Module, finder: Finder, search: PairSearch) -> str:
+def _finder_found_nothing(model: nn.Module, finder: Finder, search: PairSearch) -> str:
     """Why a finder gave no pair to perturb."""
     lines = [f"no LoRA pair to perturb: {getattr(finder, '__name__', finder)} found none whose B is trained."]
     lines += [f"Left out: {line}." for line in search.left_out]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
@@ -61,19 +60,13 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
 
     @override
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.close()
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
         problem = _REFUSED.get(AcceleratorState().distributed_type.value)
         if args.n_gpu > 1:
             problem = "DataParallel copies the layers to other devices, without their perturbation"
-        assert model is not None
         if is_sharded(model):  # transformers can also shard a model as it loads it
             problem = _REFUSED["FSDP"]
         if problem is not None:

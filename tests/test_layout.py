@@ -182,6 +182,8 @@ def test_facts_about_strategies_are_in_one_file() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "lightning.pytorch.strategies":
                 assert {alias.name for alias in node.names} <= {"Strategy"}, path
+            if isinstance(node, ast.ImportFrom) and node.module == "lightning.pytorch":
+                assert "strategies" not in names_bound_by([node]), path
 
 
 def test_the_method_knows_no_baseline() -> None:

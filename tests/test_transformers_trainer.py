@@ -229,8 +229,9 @@ def test_other_kinds_of_training_are_refused_by_name(
     trainer = trainer_of(tmp_path, [EFMLoRA(RHO)])
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, EFMLoRA))
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType(kind))
+    of_trainer = {"model": trainer.model, "optimizer": trainer.optimizer}
     with pytest.raises(MisconfigurationException, match=said):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, trainer.model, trainer.optimizer)
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, **of_trainer)
 
 
 @pytest.mark.parametrize(("devices", "said"), [(2, "DataParallel copies the layers"), (1, "FSDP has only been tested")])
@@ -240,8 +241,9 @@ def test_several_devices_in_one_process_and_sharded_models_are_refused(
     trainer = trainer_of(tmp_path, [])
     trainer.args._n_gpu = devices
     monkeypatch.setattr("lightning_flatlora.transformers_trainer.is_sharded", lambda model: devices == 1)
+    of_trainer = {"model": trainer.model, "optimizer": trainer.optimizer}
     with pytest.raises(MisconfigurationException, match=said):
-        EFMLoRA(RHO).on_train_begin(trainer.args, trainer.state, trainer.control, trainer.model, trainer.optimizer)
+        EFMLoRA(RHO).on_train_begin(trainer.args, trainer.state, trainer.control, **of_trainer)
 
 
 def test_a_trainer_with_a_loop_of_its_own_that_lacks_the_hooks_is_refused(tmp_path: Path) -> None:

@@ -74,11 +74,7 @@ class LoRASAM(TwoPassCallback):
         return self._factors.factors if self._factors is not None else []
 
     @override
-    def ascend(self, rho: float) -> None:
+    def ascend(self, rho: float) -> AbstractContextManager[None]:
         assert self._factors is not None
         self._factors.ascend(rho)
-
-    @override
-    def perturbed(self) -> AbstractContextManager[None]:
-        assert self._factors is not None
         return self._factors.applied()

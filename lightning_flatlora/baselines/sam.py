@@ -1,11 +1,11 @@
 """SAM on every trained parameter."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
@@ -62,7 +62,6 @@ class SAM(TwoPassCallback):
     def begin(self) -> None:
         super().begin()
         self._trained: list[nn.Parameter] = []
-        self._moved: AbstractContextManager[None] = nullcontext()
 
     @override
     def find(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,18 +96,18 @@ class SAM(TwoPassCallback):
         return self._trained
 
     @override
-    def ascend(self, rho: float) -> None:
+    def ascend(self, rho: float) -> AbstractContextManager[None]:
         parameters, gradients = [], []
         for parameter in self._trained:
             if parameter.grad is not None:
                 parameters.append(parameter)
                 gradients.append(parameter.grad)
-        self._moved = moved(parameters, joint_ascent(gradients, rho))
+        return self._moved(parameters, joint_ascent(gradients, rho))
 
-    @override
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
-        with self._moved:
+    def _moved(self, parameters: list[nn.Parameter], moves: list[Tensor]) -> Iterator[None]:
+        """Inside, the parameters are moved in place; afterwards they have exactly their old values."""
+        with moved(parameters, moves):
             for parameter in self._trained:
                 # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
                 torch.autograd.graph.increment_version(parameter)

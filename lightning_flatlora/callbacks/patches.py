@@ -1,8 +1,8 @@
 """Methods that replace those of a class on one object, for a limited time."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -50,6 +50,14 @@ def put_on_instance(module: Any, name: str, method: Callable[..., Any]) -> Calla
     return put_back
 
 
+def put_on(owner: Any, methods: dict[str, Callable[..., Any]]) -> ExitStack:
+    """Replace methods on one object, until the stack that is returned is closed."""
+    patches = ExitStack()
+    for name, method in methods.items():
+        patches.callback(put_on_instance(owner, name, method))
+    return patches
+
+
 def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> Callable[[], None]:
     """Call an action once, when the module's next training_step starts, which is after every hook before it.
 
@@ -80,14 +88,9 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
     return cancel
 
 
-@contextmanager
-def silenced_log(pl_module: LightningModule) -> Iterator[None]:
+def silenced_log(pl_module: LightningModule) -> ExitStack:
     """Inside, ``self.log`` and ``self.log_dict`` of the module do nothing: the clean pass has logged already."""
-    put_back = put_on_instance(pl_module, "log", lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        put_back()
+    return put_on(pl_module, {"log": lambda *args, **kwargs: None})
 
 
 def nothing() -> None:

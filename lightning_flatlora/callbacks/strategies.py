@@ -8,19 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, strategies
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-    Strategy,
-    XLAStrategy,
-)
 from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -46,25 +35,25 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
     """
     strategy = trainer.strategy
     # DeepSpeed's and XLA's strategies inherit from those of DDP and of a single device, so they come first.
-    if is_lightning(strategy, DeepSpeedStrategy):
+    if is_lightning(strategy, strategies.DeepSpeedStrategy):
         return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
-    if is_lightning(strategy, XLAStrategy, SingleDeviceXLAStrategy):
+    if is_lightning(strategy, strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy):
         return [
             f"{type(strategy).__name__} trains on TPUs, where this package has not been tested: "
             f"with accelerator='gpu' or 'cpu', {_USE}"
         ]
-    if is_lightning(strategy, FSDPStrategy, ModelParallelStrategy) and not works_sharded:
+    if is_lightning(strategy, strategies.FSDPStrategy, strategies.ModelParallelStrategy) and not works_sharded:
         return [
             f"{type(strategy).__name__} leaves each rank a part of every weight, and this method needs them whole: "
             "use strategy='ddp'"
         ]
-    if is_lightning(strategy, FSDPStrategy):
+    if is_lightning(strategy, strategies.FSDPStrategy):
         return _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization, sync_ascent)
-    if is_lightning(strategy, ModelParallelStrategy):
+    if is_lightning(strategy, strategies.ModelParallelStrategy):
         return _fsdp2_problems(strategy, trainer.lightning_module, sync_ascent)
-    if is_lightning(strategy, DDPStrategy):
+    if is_lightning(strategy, strategies.DDPStrategy):
         return _foreign_problems(strategy) or _ddp_problems(strategy, _longest_window(trainer, window), sync_ascent)
-    if is_lightning(strategy, SingleDeviceStrategy):
+    if is_lightning(strategy, strategies.SingleDeviceStrategy):
         return []
     return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
 
@@ -72,7 +61,7 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
 def wrapping_problems(trainer: Trainer) -> list[str]:
     """What must be reported before the strategy wraps the model, because its own error would be misleading."""
     strategy = trainer.strategy
-    if is_lightning(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+    if is_lightning(strategy, strategies.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
         return [
             "use_orig_params must be True, Lightning's default, got False: FSDP would make one parameter of several "
             "factors. Leave it out"
@@ -80,13 +69,15 @@ def wrapping_problems(trainer: Trainer) -> list[str]:
     return []
 
 
-def monitor_problems(strategy: Strategy) -> list[str]:
+def monitor_problems(strategy: strategies.Strategy) -> list[str]:
     """Why flatness can't be measured under a strategy, one line for each reason."""
     # These inherit from the two that are supported, so they must be sorted out first.
-    untested = is_lightning(strategy, DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy)
-    if is_lightning(strategy, DDPStrategy) and not untested:
+    untested = is_lightning(
+        strategy, strategies.DeepSpeedStrategy, strategies.SingleDeviceXLAStrategy, strategies.XLAStrategy
+    )
+    if is_lightning(strategy, strategies.DDPStrategy) and not untested:
         return _foreign_problems(strategy)
-    if is_lightning(strategy, SingleDeviceStrategy) and not untested:
+    if is_lightning(strategy, strategies.SingleDeviceStrategy) and not untested:
         return []
     return [
         f"the strategy {type(strategy).__name__} is not supported, because a sharded model has no whole weights to "
@@ -94,9 +85,9 @@ def monitor_problems(strategy: Strategy) -> list[str]:
     ]
 
 
-def checkpoint_problems(strategy: Strategy) -> list[str]:
+def checkpoint_problems(strategy: strategies.Strategy) -> list[str]:
     """Why checkpoints of adapters can't be written under a strategy."""
-    if is_lightning(strategy, DeepSpeedStrategy):
+    if is_lightning(strategy, strategies.DeepSpeedStrategy):
         return [
             "DeepSpeed keeps weights and optimizer in a form of its own: use Lightning's ModelCheckpoint, or train "
             "under DDP or FSDP"
@@ -104,7 +95,7 @@ def checkpoint_problems(strategy: Strategy) -> list[str]:
     return []
 
 
-def _foreign_problems(strategy: DDPStrategy) -> list[str]:
+def _foreign_problems(strategy: strategies.DDPStrategy) -> list[str]:
     """Why another library's subclass of DDPStrategy does not behave as DDP does, such as NeMo's for Megatron.
 
     Args:
@@ -141,7 +132,7 @@ def _longest_window(trainer: Trainer, window: int) -> int:
     return longest
 
 
-def _ddp_problems(strategy: DDPStrategy, window: int, sync_ascent: bool) -> list[str]:
+def _ddp_problems(strategy: strategies.DDPStrategy, window: int, sync_ascent: bool) -> list[str]:
     causes = []
     if window > 1:
         causes.append(f"accumulate_grad_batches={window}")
@@ -155,7 +146,7 @@ def _ddp_problems(strategy: DDPStrategy, window: int, sync_ascent: bool) -> list
     return []
 
 
-def _fsdp1_problems(strategy: FSDPStrategy, automatic_optimization: bool, sync_ascent: bool) -> list[str]:
+def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: bool, sync_ascent: bool) -> list[str]:
     problems = []
     if not automatic_optimization:
         problems.append(
@@ -173,7 +164,7 @@ def _fsdp1_problems(strategy: FSDPStrategy, automatic_optimization: bool, sync_a
     return problems + _sharded_problems(sync_ascent)
 
 
-def _fsdp2_problems(strategy: ModelParallelStrategy, model: nn.Module, sync_ascent: bool) -> list[str]:
+def _fsdp2_problems(strategy: strategies.ModelParallelStrategy, model: nn.Module, sync_ascent: bool) -> list[str]:
     problems = []
     mesh = strategy.device_mesh["tensor_parallel"]
     if mesh.size() > 1:
@@ -202,26 +193,26 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
     Under DDP it would forget which parameters the window has used, so that with find_unused_parameters not all of them
     would be reduced.
     """
-    if not is_lightning(trainer.strategy, DDPStrategy, FSDPStrategy):
+    if not is_lightning(trainer.strategy, strategies.DDPStrategy, strategies.FSDPStrategy):
         return False
     return trainer.accumulate_grad_batches > 1 or not sync_ascent
 
 
-def has_synchronised(strategy: Strategy) -> bool:
+def has_synchronised(strategy: strategies.Strategy) -> bool:
     """Whether the backward that has just ended averaged the gradients over the ranks."""
-    if not is_lightning(strategy, DDPStrategy):
+    if not is_lightning(strategy, strategies.DDPStrategy):
         return True
     return bool(getattr(strategy.model, "require_backward_grad_sync", True))
 
 
-def averages_window_itself(strategy: Strategy, window: int) -> bool:
+def averages_window_itself(strategy: strategies.Strategy, window: int) -> bool:
     """Whether FMLoRAModule must average the ascent's gradients, see :func:`ascent_stays_local` for DDP's reason."""
-    return window > 1 and is_lightning(strategy, DDPStrategy)
+    return window > 1 and is_lightning(strategy, strategies.DDPStrategy)
 
 
-def backward_without_sync(strategy: Strategy) -> AbstractContextManager[Any]:
+def backward_without_sync(strategy: strategies.Strategy) -> AbstractContextManager[Any]:
     """Inside, a backward averages no gradients over the ranks."""
-    if is_lightning(strategy, ParallelStrategy):  # type: ignore[type-abstract]
+    if is_lightning(strategy, strategies.ParallelStrategy):  # type: ignore[type-abstract]
         return cast(AbstractContextManager[Any], strategy.block_backward_sync())
     return nullcontext()
 
@@ -238,7 +229,7 @@ def skip_clipping_without_gradients(trainer: Trainer) -> Callable[[], None]:
     Returns:
         A function that puts Lightning's own method back.
     """
-    if not is_lightning(trainer.strategy, FSDPStrategy):
+    if not is_lightning(trainer.strategy, strategies.FSDPStrategy):
         return nothing
     plugin: Any = trainer.precision_plugin
     clip = plugin.clip_grad_by_value

@@ -91,8 +91,9 @@ def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -
         model.encode_text(text)  # type: ignore[operator]
     missed = [name for name, layer in layers.items() if layer not in called]
     if missed:
+        parent = model.get_submodule(missed[0].rpartition(".")[0])
         raise ValueError(
-            f"{len(missed)} of {len(layers)} layers, as {missed[0]} in {_parent_kind(model, missed[0])}, are not "
+            f"{len(missed)} of {len(layers)} layers, as {missed[0]} in {type(parent).__name__}, are not "
             "called by the model, which reads their weights itself, so LoRA would change nothing: choose other "
             "projections, blocks or towers"
         )
@@ -129,10 +130,7 @@ def _of_blocks(names: list[str], blocks: Literal["all"] | int | Sequence[int]) -
 
 def _block_number(name: str) -> int | None:
     """The first number in a Linear's name; None for one outside of the blocks."""
-    for part in name.split("."):
-        if part.isdigit():
-            return int(part)
-    return None
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _nothing(model: nn.Module, tower: str, projections: list[str], blocks: object, names: list[str]) -> str:
@@ -144,7 +142,3 @@ def _nothing(model: nn.Module, tower: str, projections: list[str], blocks: objec
         f"the {tower} tower, {type(inner).__name__}, has no {projections} as a Linear that LoRA could adapt "
         f"(its Linears are called {seen}): choose the other tower or other projections"
     )
-
-
-def _parent_kind(model: nn.Module, name: str) -> str:
-    return type(model.get_submodule(name.rpartition(".")[0])).__name__

@@ -8,19 +8,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lightning_flatlora.flatness import sharpness
 from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
 from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
 from lightning_flatlora.flatness.losses import Loss, Slope, slope
-from lightning_flatlora.flatness.sharpness import (
-    clean,
-    ema_sharpness,
-    expected_sharpness,
-    fresh_perturbation,
-    lora_sharpness,
-    radii,
-    read,
-    sam_sharpness,
-)
 from lightning_flatlora.lora_pair import LoRAPair, rows_of, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
@@ -98,7 +89,7 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
     """
     result: Values = {}
     # Beside EFMLoRA the layers would otherwise read B + Ê.
-    with clean(point.pairs):
+    with sharpness.clean(point.pairs):
         for name in measures:
             result |= _reduced(MEASURES[name](point), point.pairs, per_layer)
     return result
@@ -117,12 +108,12 @@ def _reduced(values: Values, pairs: list[LoRAPair], per_layer: bool) -> Values:
 
 
 def _sharpness(point: Point) -> Values:
-    sharp = sam_sharpness(point.loss, point.perturbation, point.rho, point.slope)
+    sharp = sharpness.sam_sharpness(point.loss, point.perturbation, point.rho, point.slope)
     return {"loss": sharp.loss, "sharpness": sharp.sharpness}
 
 
 def _lora_sharpness(point: Point) -> Values:
-    sharp = lora_sharpness(point.loss, point.pairs, point.rho, point.slope)
+    sharp = sharpness.lora_sharpness(point.loss, point.pairs, point.rho, point.slope)
     return {"loss": sharp.loss, "lora_sharpness": sharp.sharpness}
 
 
@@ -130,14 +121,14 @@ def _ema(point: Point) -> Values:
     if point.average is None:
         raise ValueError("the measure 'ema' needs Point.average, a Perturbation that keeps Ê")
     rho = point.rho if point.average_rho is None else point.average_rho
-    ema = ema_sharpness(point.loss, point.average, rho, point.slope)
+    ema = sharpness.ema_sharpness(point.loss, point.average, rho, point.slope)
     return {"ema_sharpness": ema.ema, "ema_gap": ema.gap, "ema_cosine": ema.cosine}
 
 
 def _expected_sharpness(point: Point) -> Values:
     if point.noise is None:
         raise ValueError("the measure 'expected_sharpness' needs Point.noise, a WeightNoise")
-    expected = expected_sharpness(point.loss, point.noise, point.sigma, point.samples, point.seed)
+    expected = sharpness.expected_sharpness(point.loss, point.noise, point.sigma, point.samples, point.seed)
     return {"expected_sharpness": expected.sharpness, "expected_sharpness_error": expected.standard_error}
 
 
@@ -155,8 +146,8 @@ def _condition(point: Point) -> Values:
 
 
 def _radius(point: Point) -> Values:
-    fresh = fresh_perturbation(point.perturbation, point.rho, point.slope)
-    realised = radii(point.pairs, read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
+    fresh = sharpness.fresh_perturbation(point.perturbation, point.rho, point.slope)
+    realised = sharpness.radii(point.pairs, sharpness.read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
     return {"radius": realised / point.rho if point.rho > 0 else realised}
 
 

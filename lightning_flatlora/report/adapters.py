@@ -130,10 +130,8 @@ def _tokenizer(folder: AdapterFolder, base: str) -> Any:
 
 
 def _base_model(base: str, task: str, saved: Weights, options: Options, tokenizer: Any) -> Any:
-    extra: dict[str, Any] = {}
-    labels = _labels(saved)
-    if task == "SEQ_CLS" and labels:
-        extra["num_labels"] = labels
+    labels = _labels(saved) if task == "SEQ_CLS" else None
+    extra = {"num_labels": labels} if labels else {}
     model, info = _MODELS[task].from_pretrained(base, dtype=DTYPES[options.dtype], output_loading_info=True, **extra)
     in_adapter = {name.removeprefix("base_model.model.") for name in saved}
     missing = sorted(set(info["missing_keys"]) - in_adapter)
@@ -150,10 +148,7 @@ def _base_model(base: str, task: str, saved: Weights, options: Options, tokenize
 
 def padding(tokenizer: Any) -> int:
     """The token that fills up short rows."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    return next((int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def _labels(saved: Weights) -> int | None:

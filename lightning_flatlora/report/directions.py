@@ -17,7 +17,7 @@ from lightning_flatlora.flatness.sharpness import clean, overlap, read
 from lightning_flatlora.functional import damped_inverse_root
 from lightning_flatlora.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.weight_noise import adapted_layers, derived_seed
+from lightning_flatlora.weight_noise import adapted_layers
 
 Direction = list[Tensor]
 
@@ -94,8 +94,3 @@ def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
         weight = dequantize_module_weight(layer.get_base_layer()).detach()
         norms.append(torch.linalg.vector_norm(weight.double()).cpu())
     return float(torch.linalg.vector_norm(torch.stack(norms)))
-
-
-def seeds(seed: int, number: int) -> list[int]:
-    """A seed for each of several random directions."""
-    return [derived_seed(seed, index) for index in range(number)]

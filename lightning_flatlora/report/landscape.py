@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_flatlora.flatness import Loss
+from lightning_flatlora.flatness import Loss, Point
 from lightning_flatlora.flatness.losses import value
 from lightning_flatlora.lora_pair import LoRAPair
-from lightning_flatlora.report.directions import Direction, loss_at, orthogonal, random_direction, seeds
+from lightning_flatlora.report.directions import Direction, adversarial_direction, loss_at, orthogonal, random_direction
 from lightning_flatlora.report.options import Options
-from lightning_flatlora.weight_noise import WeightNoise
+from lightning_flatlora.weight_noise import WeightNoise, derived_seed
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,24 @@ class Landscape:
     surface: Tensor | None
 
 
-def measure_landscape(
-    loss: Loss,
-    pairs: Sequence[LoRAPair],
-    adversarial: Direction,
-    norm: float,
-    noise: WeightNoise | None,
-    options: Options,
-) -> Landscape:
+def measure_landscape(point: Point, norm: float, options: Options) -> Landscape:
     """The losses along all lines and on the plane.
 
     Args:
-        loss: of fixed batches.
-        pairs: the layers.
-        adversarial: from :func:`adversarial_direction`.
+        point: the loss around the adapter; without noise, its lines are left out.
         norm: from :func:`base_norm`.
-        noise: on the full weights; None leaves its lines out.
         options: how far, how many and which draws.
 
     Returns:
         The :class:`Landscape`, after one forward pass for each of its numbers (see :func:`passes`).
     """
+    loss, pairs, noise = point.loss, point.pairs, point.noise
+    adversarial = adversarial_direction(point.perturbation, point.slope)
     steps = torch.linspace(-options.reach, options.reach, options.points, dtype=torch.float64)
     shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
     # Noise has no sign, so the sizes start at 0, where the middle of the other curves is.
     sigmas = 2 * shares[options.points // 2 :]
-    drawn = seeds(options.seed, options.directions)
+    drawn = [derived_seed(options.seed, index) for index in range(options.directions)]
     surface = None
     if options.surface:
         across = orthogonal(pairs, random_direction(pairs, drawn[0]), adversarial)
@@ -96,7 +88,7 @@ def _curve(
     loss: Loss, pairs: Sequence[LoRAPair], direction: Direction, steps: Tensor, *start: tuple[float, Direction]
 ) -> Tensor:
     """Losses along a line through the weights, or through where steps from them lead."""
-    return _together([loss_at(loss, pairs, *start, (x, direction)) for x in steps.tolist()])
+    return torch.stack([loss_at(loss, pairs, *start, (x, direction)) for x in steps.tolist()]).cpu().double()
 
 
 def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> Tensor:
@@ -104,8 +96,4 @@ def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> T
     for sigma in sigmas.tolist():
         with noise.applied(sigma, seed):
             losses.append(value(loss))
-    return _together(losses)
-
-
-def _together(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).cpu().double()

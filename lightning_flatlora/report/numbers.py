@@ -1,14 +1,13 @@
 """The measures of one adapter, as the report's numbers."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from lightning_flatlora.flatness import MEASURES, Loss, Point, Slope
+from lightning_flatlora.flatness import MEASURES, Point
 from lightning_flatlora.flatness.measures import Values
-from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.report.options import Options
-from lightning_flatlora.weight_noise import WeightNoise
 
 EIGENVALUE_PRODUCTS = 20
 """Hessian-vector products that the largest eigenvalue takes at least; each is three passes."""
@@ -54,36 +53,28 @@ class Quantity(NamedTuple):
         return text if self.span is None else f"{text} ({self.span[0]:.4g} to {self.span[1]:.4g})"
 
 
-def measure_numbers(
-    loss: Loss, perturbation: Perturbation, noise: WeightNoise | None, at: Slope, unit: str, options: Options
-) -> list[Quantity]:
+def measure_numbers(point: Point, unit: str, options: Options) -> list[Quantity]:
     """Every number of the report, in its order.
 
     Args:
-        loss: of fixed batches.
-        perturbation: of the adapter's pairs.
-        noise: on the full weights; None leaves expected sharpness out.
-        at: the loss and its gradient at the adapter.
+        point: the loss around the adapter; without noise, expected sharpness is left out.
         unit: of the loss.
-        options: radii, noise, draws.
+        options: which numbers, and their radii in place of the point's.
 
     Returns:
         The quantities; see :func:`passes` for the cost.
     """
 
     def take(measure: str, rho: float = 1.0) -> Values:
-        point = Point(
-            loss, perturbation, rho, noise=noise, sigma=options.sigma, samples=options.samples, seed=options.seed, at=at
-        )
-        return MEASURES[measure](point)
+        return MEASURES[measure](replace(point, rho=rho))
 
-    quantities = [Quantity(LOSS, unit, float(at.loss))]
+    quantities = [Quantity(LOSS, unit, float(point.slope.loss))]
     for rho in options.rho:
         quantities.append(_quantity(sam_name(rho), unit, take("sharpness", rho), "sharpness"))
     for rho in options.rho:
         name = f"LoRA-space sharpness, rho {rho:g}"
         quantities.append(_quantity(name, unit, take("lora_sharpness", rho), "lora_sharpness"))
-    if noise is not None:
+    if point.noise is not None:
         name = f"expected sharpness, sigma {options.sigma:g}"
         quantities.append(_quantity(name, unit, take("expected_sharpness"), "expected_sharpness"))
     if options.curvature:

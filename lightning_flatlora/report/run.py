@@ -10,14 +10,14 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_flatlora.flatness import Loss, MeanLoss, slope, trained_factors
-from lightning_flatlora.lora_pair import NoPairsError, PairSearch
+from lightning_flatlora.flatness import Loss, MeanLoss, Point, slope, trained_factors
+from lightning_flatlora.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.report import landscape, numbers
 from lightning_flatlora.report.adapters import Adapted, base_of, load, task_of
 from lightning_flatlora.report.data import Row, columns_for, mean_loss, read_rows
-from lightning_flatlora.report.directions import adversarial_direction, base_norm
+from lightning_flatlora.report.directions import base_norm
 from lightning_flatlora.report.document import write
 from lightning_flatlora.report.options import AdapterFolder, Options, ReportError, parse
 from lightning_flatlora.report.result import UNITS, Measured
@@ -67,10 +67,27 @@ def _measure_one(folder: AdapterFolder, bar: TaskID, rows: list[Row], options: O
     progress.start_task(bar)
     progress.update(bar, total=(numbers.passes(options) + landscape.passes(options)) * len(loss.losses))
     counted = MeanLoss([partial(_counted, part, progress, bar) for part in loss.losses])
-    measured = _measured(adapted, search, folder, counted, terms, options)
+    pairs = search.pairs
+    noise, left_out = _noise(adapted.model, search.left_out)
+    point = _point(folder, pairs, counted, noise, options)
+    quantities = numbers.measure_numbers(point, UNITS[adapted.task], options)
+    norm = base_norm(adapted.model, pairs)
+    around = landscape.measure_landscape(point, norm, options)
     # The total was an estimate: how many products the eigenvalue takes is known only now.
     progress.update(bar, total=1, completed=1)
-    return measured
+    return Measured(
+        label=adapted.label,
+        folder=str(folder.path),
+        base=adapted.base,
+        task=adapted.task,
+        ranks=tuple(sorted({pair.A.shape[0] for pair in pairs})),
+        pairs=len(pairs),
+        parameters=sum(factor.numel() for factor in trained_factors(pairs)),
+        terms=terms,
+        quantities=[*quantities, numbers.Quantity(numbers.NORM, "weight", norm)],
+        landscape=around,
+        left_out=left_out,
+    )
 
 
 def _load(folder: AdapterFolder, rows: list[Row], options: Options) -> tuple[Adapted, PairSearch, MeanLoss, int]:
@@ -87,29 +104,20 @@ def _load(folder: AdapterFolder, rows: list[Row], options: Options) -> tuple[Ada
     return adapted, search, *mean_loss(adapted, rows, options)
 
 
-def _measured(
-    adapted: Adapted, search: PairSearch, folder: AdapterFolder, loss: MeanLoss, terms: int, options: Options
-) -> Measured:
-    noise, left_out = _noise(adapted.model, search.left_out)
-    pairs, perturbation, unit = search.pairs, Perturbation(search.pairs), UNITS[adapted.task]
+def _point(
+    folder: AdapterFolder, pairs: list[LoRAPair], loss: MeanLoss, noise: WeightNoise | None, options: Options
+) -> Point:
+    """The loss around an adapter, with its gradient there.
+
+    Raises:
+        ReportError: one of them is not finite.
+    """
     at = slope(loss, trained_factors(pairs))
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (at.loss, *at.gradients)):
         raise ReportError(f"--adapter {folder.path}: the loss or its gradient is not finite: try --dtype float32")
-    quantities = numbers.measure_numbers(loss, perturbation, noise, at, unit, options)
-    norm = base_norm(adapted.model, pairs)
-    around = landscape.measure_landscape(loss, pairs, adversarial_direction(perturbation, at), norm, noise, options)
-    return Measured(
-        label=adapted.label,
-        folder=str(folder.path),
-        base=adapted.base,
-        task=adapted.task,
-        ranks=tuple(sorted({pair.A.shape[0] for pair in pairs})),
-        pairs=len(pairs),
-        parameters=sum(factor.numel() for factor in trained_factors(pairs)),
-        terms=terms,
-        quantities=[*quantities, numbers.Quantity(numbers.NORM, "weight", norm)],
-        landscape=around,
-        left_out=left_out,
+    perturbation, rho = Perturbation(pairs), 1.0
+    return Point(
+        loss, perturbation, rho, noise=noise, sigma=options.sigma, samples=options.samples, seed=options.seed, at=at
     )
 
 

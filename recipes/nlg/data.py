@@ -1,6 +1,7 @@
 """MeaningData: meanings with the texts that say them, in batches that a resumed run continues."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.text_metrics import normalised
 
 
+@dataclass(eq=False)
 class MeaningData(ResumableData):
     """Meanings and texts for a causal language model.
 
@@ -55,44 +57,34 @@ class MeaningData(ResumableData):
             without a text, a meaning that is too long, or an empty part (in `setup`, before training).
     """
 
-    def __init__(
-        self,
-        dataset: str | None = None,
-        config_name: str | None = None,
-        revision: str | None = None,
-        split: str = "train",
-        validation_split: str | None = None,
-        test_split: str | None = None,
-        meaning: str | None = None,
-        text: str | None = None,
-        tokenizer: str | None = None,
-        batch_size: int = 8,
-        max_length: int = 512,
-        validation_texts: int = 0,
-        validation_share: float = 0.1,
-        test_share: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
-        prompts: str | None = None,
-    ) -> None:
+    dataset: str | None = None
+    config_name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    test_split: str | None = None
+    meaning: str | None = None
+    text: str | None = None
+    tokenizer: str | None = None
+    batch_size: int = 8
+    max_length: int = 512
+    validation_texts: int = 0
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    seed: int = 0
+    num_workers: int = 0
+    prompts: str | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.config_name, self.revision = config_name, revision
-        self.splits = {"train": split, "validation": validation_split, "test": test_split}
-        self.columns = Columns(meaning, text)
-        self.tokenizer_name = tokenizer
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.validation_texts = validation_texts
+        self.splits = {"train": self.split, "validation": self.validation_split, "test": self.test_split}
+        self.columns = Columns(self.meaning, self.text)
         self.shares = {
-            "validation": 0.0 if validation_split else validation_share,
-            "test": 0.0 if test_split else test_share,
+            "validation": 0.0 if self.validation_split else self.validation_share,
+            "test": 0.0 if self.test_split else self.test_share,
         }
-        self.seed = seed
-        self.num_workers = num_workers
-        self.prompts = prompts
-        more = split_problems(dataset, [validation_split, test_split])
-        if not dataset:
+        more = split_problems(self.dataset, [self.validation_split, self.test_split])
+        if not self.dataset:
             more.append("dataset: give a Hub name or a file")
         least = {"batch_size": 1, "max_length": 3, "validation_texts": 0, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, more)
@@ -105,7 +97,7 @@ class MeaningData(ResumableData):
 
     @override
     def setup(self, stage: str) -> None:
-        self.encoder = PairEncoder(tokenizer_of(self, self.tokenizer_name), self.max_length)
+        self.encoder = PairEncoder(tokenizer_of(self, self.tokenizer), self.max_length)
         if stage == "predict":
             self.parts["predict"] = self._read_prompts()
             return

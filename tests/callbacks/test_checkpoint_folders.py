@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from lightning_flatlora import AdapterCheckpoint
-from lightning_flatlora.callbacks.checkpoint import callback
+from lightning_flatlora.callbacks.checkpoint import folder as folders
 from lightning_flatlora.callbacks.checkpoint.folder import LIST, adapter_folder, remove_folder
 from lightning_flatlora.callbacks.checkpoint.saving import MARK
 
@@ -108,7 +108,7 @@ def test_a_users_file_in_a_last_that_becomes_a_link_stays(tmp_path: Path) -> Non
 def test_rank_zero_alone_looks_at_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a slower rank the files would vanish while it reads them."""
     looks: list[Any] = []
-    monkeypatch.setattr(callback, "existing_folder", lambda *args: looks.append(args))
+    monkeypatch.setattr(folders, "existing_folder", lambda *args: looks.append(args))
     strategy = SimpleNamespace(remove_checkpoint=lambda path: None)
     for is_global_zero in (False, True):
         trainer: Any = SimpleNamespace(is_global_zero=is_global_zero, strategy=strategy)

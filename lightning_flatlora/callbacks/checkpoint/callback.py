@@ -12,18 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.checkpoint import folder as folders
 from lightning_flatlora.callbacks.checkpoint.changes import listed, record_of
 from lightning_flatlora.callbacks.checkpoint.export import save_adapters
-from lightning_flatlora.callbacks.checkpoint.folder import (
-    adapter_folder,
-    aside,
-    begin_folder,
-    existing_folder,
-    link,
-    put_in_place,
-    remove_folder,
-    wanted_folder,
-)
 from lightning_flatlora.callbacks.checkpoint.loading import compare_base, read_adapters
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, found_hosts, hosts, unwrapped
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
@@ -139,13 +130,13 @@ class SavesAdapters(_Base):
         if not is_sharded(trainer.strategy.model):
             state = {**module.state_dict(), **state}
         folder = self._folder(path)
-        partial = begin_folder(folder)
+        partial = folders.begin_folder(folder)
         save_adapters(module, state, partial, self.finder)
-        put_in_place(partial, folder, path)
+        folders.put_in_place(partial, folder, path)
 
     def _folder(self, path: Path) -> Path:
-        folder = adapter_folder(path, self.FILE_EXTENSION)
-        wanted = wanted_folder(path, self.FILE_EXTENSION)
+        folder = folders.adapter_folder(path, self.FILE_EXTENSION)
+        wanted = folders.wanted_folder(path, self.FILE_EXTENSION)
         if folder != wanted and not self._has_reported_other_folder:
             self._has_reported_other_folder = True
             rank_zero_info(
@@ -160,21 +151,21 @@ class SavesAdapters(_Base):
         # On rank zero alone: for a slower rank the folder would vanish while it looks. And before the file is removed,
         # since the file may be what shows that the folder is ours.
         if trainer.is_global_zero:
-            folder = existing_folder(Path(filepath), self.FILE_EXTENSION)
+            folder = folders.existing_folder(Path(filepath), self.FILE_EXTENSION)
         super()._remove_checkpoint(trainer, filepath)
         if folder is not None:
-            remove_folder(folder)
+            folders.remove_folder(folder)
 
     @override
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
         if trainer.is_global_zero and filepath != linkpath:
-            target, place = adapter_folder(filepath, self.FILE_EXTENSION), self._folder(Path(linkpath))
+            target, place = folders.adapter_folder(filepath, self.FILE_EXTENSION), self._folder(Path(linkpath))
             # An existing link is turned in one move.
             if not place.is_symlink():
-                remove_folder(place)
+                folders.remove_folder(place)
             # Asked again, because a user's file may remain in the place; the link then gets another name.
-            link(target, self._folder(Path(linkpath)))
-            link(Path(filepath), Path(linkpath))
+            folders.link(target, self._folder(Path(linkpath)))
+            folders.link(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
 
@@ -214,7 +205,7 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
 
 def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a hidden file in the same folder and rename it (Lightning may write to another disk, and copies)."""
-    partial = aside(path)
+    partial = folders.aside(path)
     with partial.open("wb") as file:
         torch.save(checkpoint, file)
         # On the disk before the rename, so that a crash leaves the old file or the whole new one.

@@ -117,12 +117,6 @@ class BaseRecord:
             differs[name] = has_changed or tensor.requires_grad or name in self.changed
         return differs
 
-    def saves(self, name: str, entry: Entry) -> bool:
-        """Whether an entry belongs into a checkpoint."""
-        if entry.kind is Kind.BASE:
-            return name in self.changed
-        return entry.kind is not Kind.DERIVED
-
     @contextmanager
     def compared(self, entries: Mapping[str, Entry]) -> Iterator[None]:
         """What another callback's checkpoint changes when it is loaded inside counts as changed."""

@@ -35,9 +35,7 @@ def adapter_folder(checkpoint: str | Path, extension: str = ".ckpt") -> Path:
     """
     path = Path(checkpoint)
     there = existing_folder(path, extension)
-    if there is not None:
-        return there
-    return next(folder for folder in _possible_names(path, extension) if is_free(folder))
+    return there or next(folder for folder in _possible_names(path, extension) if is_free(folder))
 
 
 def existing_folder(checkpoint: Path, extension: str = ".ckpt") -> Path | None:
@@ -137,7 +135,7 @@ def put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
     old = [name for name in before if name not in files]
     # The list is written before the files. A file that is listed but missing does no harm, whereas one that is there
     # but not listed would never be deleted.
-    _write_list(partial, checkpoint, [*files, *old])
+    (partial / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": [*files, *old]}, indent=1))
     if not folder.exists():
         partial.rename(folder)
         return
@@ -147,10 +145,6 @@ def put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
         (partial / name).replace(folder / name)
     _unlink(folder, old)
     shutil.rmtree(partial)
-
-
-def _write_list(folder: Path, checkpoint: Path, files: list[str]) -> None:
-    (folder / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": files}, indent=1))
 
 
 def remove_folder(folder: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, Print, differing, listed, prints_of, record_of
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import load_optimizers
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, kept_attributes, unwrapped
-from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at, put_on
+from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at
+from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.lora_pair import Finder

@@ -18,15 +18,13 @@ def optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
     layout = layout_of(trainer.strategy.model)
     packed = optimizer.state_dict()
     check_form(optimizer, packed)
-    of_this_rank = {}
+    of_this_rank, outline = {}, {}
     for index, state in packed["state"].items():
+        parameter = parameters[index] if index in range(len(parameters)) else None
         for key, value in state.items():
             of_this_rank[index, key] = value
-    outline = {}
-    for (index, key), value in of_this_rank.items():
-        parameter = parameters[index] if index in range(len(parameters)) else None
-        if parameter is None or parameter.numel():
-            outline[index, key] = _outlined(key, value, parameter, layout)
+            if parameter is None or parameter.numel():
+                outline[index, key] = _outlined(key, value, parameter, layout)
     # Under FSDP1 a rank without a part of a parameter has no state for it, so all ranks agree on what there is.
     table = layout.merged(outline)
     _refuse_odd(table)

@@ -177,7 +177,7 @@ def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Ent
     factors = found_factors(module, finder)
     bases = {**hosts(module), **_holding(module, factors), **_with_a_loader(module)}
     adapters = _Group(chain(_of_adapters(module), factors.items()))
-    base = _Group(_of_bases(bases))
+    base = _Group(chain.from_iterable(_named_tensors(name, root) for name, root in bases.items()))
     tensors = {name for name, _ in _named_tensors("", module)}
     prefixes = tuple(prefix_of(name) for name in bases)
     entries = {}
@@ -208,11 +208,6 @@ class _Group:
 
     def has(self, name: str, value: Any) -> bool:
         return name in self._names or id(value) in self._ids
-
-
-def _of_bases(bases: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for name, root in bases.items():
-        yield from _named_tensors(name, root)
 
 
 def _with_a_loader(module: nn.Module) -> dict[str, nn.Module]:

@@ -6,20 +6,19 @@ sent between the ranks.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from lightning_flatlora.callbacks.checkpoint.changes import Print, record_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import optimizer_state
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, unwrapped
-from lightning_flatlora.callbacks.patches import put_on_instance
+from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import is_sharded, layout_of
 from lightning_flatlora.pairs import clean_name
 
@@ -68,11 +67,11 @@ def select(trainer: Trainer) -> Selection:
     new = record.add([name for name, has_changed in differs.items() if has_changed], entries)
     saved, left_out = {}, {}
     for name, entry in entries.items():
-        if record.saves(name, entry):
-            saved[name] = entry
-        elif entry.kind is Kind.BASE:
+        if entry.kind is Kind.BASE and name not in record.changed:
             # The sums of one rank's part say nothing about the whole tensor.
             left_out[name] = dict.fromkeys(record.prints[name]) if sharded else record.prints[name]
+        elif entry.kind is not Kind.DERIVED:
+            saved[name] = entry
     return Selection(entries, saved, left_out, new)
 
 
@@ -114,14 +113,6 @@ def written_as_adapter(trainer: Trainer, write: Callable[[dict[str, Any], Path],
         methods["optimizer_state"] = lambda optimizer: optimizer_state(trainer, optimizer)
     with put_on(strategy, methods):
         yield selection
-
-
-def put_on(strategy: Strategy, methods: dict[str, Any]) -> ExitStack:
-    """Replace methods of a strategy, until the stack that is returned is closed."""
-    patches = ExitStack()
-    for name, method in methods.items():
-        patches.callback(put_on_instance(cast(Any, strategy), name, method))
-    return patches
 
 
 def _weights(trainer: Trainer, selection: Selection) -> dict[str, Any]:
@@ -204,8 +195,7 @@ def changed_at(tree: dict[Any, Any], path: Sequence[Any], change: Callable[[Any]
     if not path:
         return cast(dict[Any, Any], change(tree))
     key, *rest = path
-    inner = changed_at(tree[key], rest, change) if rest else change(tree[key])
-    return {**tree, key: inner}
+    return {**tree, key: changed_at(tree[key], rest, change)}
 
 
 def on_cpu(value: Any, seen: dict[int, Tensor]) -> Any:

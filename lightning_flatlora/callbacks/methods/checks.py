@@ -13,7 +13,7 @@ from lightning_flatlora.schedules import RhoSchedule, is_radius
 
 
 def value_problems(
-    size_name: str, size: object, start_step: object, every_n_steps: object, adapter_name: object
+    size_name: str, size: object, start_step: object, every_n_steps: object, adapter_name: object, finder: object
 ) -> list[str]:
     """What is wrong with the arguments of a method, one line each: the argument, what is allowed and what was given."""
     # All problems are collected, so that a user need not run once for each.
@@ -26,7 +26,7 @@ def value_problems(
         problems.append(
             f"adapter_name must be the name of an adapter or None for the active ones, got {adapter_name!r}"
         )
-    return problems
+    return problems + finder_problems(finder, adapter_name)
 
 
 def finder_problems(finder: object, adapter_name: object) -> list[str]:

@@ -46,12 +46,8 @@ class FMLoRA(TwoPassCallback, BPerturbationCallback):
         return trained_factors(self.main_group.pairs)
 
     @override
-    def ascend(self, rho: float) -> None:
+    def ascend(self, rho: float) -> AbstractContextManager[None]:
         assert self.perturbation is not None
         # Algorithm 1 takes the gradient of the ascent at the clean B.
         self.perturbation.assign(self.perturbation.ascend(rho, at_perturbed=False))
-
-    @override
-    def perturbed(self) -> AbstractContextManager[None]:
-        assert self.perturbation is not None
         return self.perturbation.applied()

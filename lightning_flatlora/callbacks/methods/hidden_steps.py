@@ -1,6 +1,6 @@
 """Optimizer steps that no hook announces, so that they can't be taken at perturbed weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,17 +10,14 @@ from torch.optim import Optimizer
 from lightning_flatlora.callbacks.patches import put_on_instance
 
 
-def refuse_hidden_steps(
-    trainer: Trainer, optimizers: Sequence[Optimizer], refuse: Callable[[Optimizer], None]
-) -> ExitStack:
+def refuse_hidden_steps(trainer: Trainer, refuse: Callable[[Optimizer], None]) -> ExitStack:
     """Watch for steps that bypass the strategy, which is what calls ``on_before_optimizer_step``.
 
     An override of ``optimizer_step``, or a training_step in manual optimization, makes one by stepping the optimizer
     inside Lightning's own. Optimizers that are not PyTorch's (wrappers that keep one inside) can't be watched.
 
     Args:
-        trainer: as fit starts.
-        optimizers: those to watch.
+        trainer: as fit starts; its optimizers are watched.
         refuse: called with the optimizer before the first such step is taken; it raises where that must not be.
 
     Returns:
@@ -44,7 +41,7 @@ def refuse_hidden_steps(
 
     watch = ExitStack()
     watch.callback(put_on_instance(trainer.strategy, "optimizer_step", optimizer_step))
-    for optimizer in optimizers:
+    for optimizer in trainer.optimizers:
         # A wrapper may inherit from Optimizer without calling its constructor, which creates this table.
         if "_optimizer_step_pre_hooks" in vars(optimizer):
             watch.callback(optimizer.register_step_pre_hook(before_step).remove)

@@ -10,24 +10,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.methods.checks import (
-    changed_settings,
-    finder_problems,
-    message,
-    refuse,
-    value_problems,
-)
+from lightning_flatlora.callbacks import strategies
+from lightning_flatlora.callbacks.methods.checks import changed_settings, message, refuse, value_problems
 from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.methods.hidden_steps import refuse_hidden_steps
 from lightning_flatlora.callbacks.methods.module_passes import window_of
 from lightning_flatlora.callbacks.methods.pair_groups import PairGroup
 from lightning_flatlora.callbacks.methods.scheduled_size import ScheduledSize
 from lightning_flatlora.callbacks.patches import without_logging
-from lightning_flatlora.callbacks.strategies import (
-    skip_clipping_without_gradients,
-    strategy_problems,
-    wrapping_problems,
-)
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of
 from lightning_flatlora.lora_pair import Finder
@@ -56,8 +46,7 @@ class MethodCallback(ScheduledSize):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name)
-        problems += finder_problems(finder, adapter_name)
+        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name, finder)
         problems += self.argument_problems()
         refuse(self, problems)
         self.rho = rho
@@ -105,7 +94,7 @@ class MethodCallback(ScheduledSize):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._is_alone = self._is_alone_in(trainer)
+        self._is_alone = self.is_alone_in(trainer)
         if stage != "fit":
             return
         # A fit that was killed between hooks, as in a notebook, may have left something behind.
@@ -115,11 +104,7 @@ class MethodCallback(ScheduledSize):
         if self._continues(trainer):
             # The optimizers are new, and Ê starts anew with them, but schedules continue from the old count.
             self.pair_groups = [PairGroup(each.index, each.step, each.initial_lr) for each in previous]
-        refuse(self, wrapping_problems(trainer))
-
-    def _is_alone_in(self, trainer: Trainer) -> bool:
-        """Whether a Trainer has no other callback of this class."""
-        return not any(type(other) is type(self) and other is not self for other in callbacks_of(trainer))
+        refuse(self, strategies.wrapping_problems(trainer))
 
     def _continues(self, trainer: Trainer) -> bool:
         """Whether this fit continues the last one of the same Trainer; a checkpoint brings its own count."""
@@ -145,11 +130,11 @@ class MethodCallback(ScheduledSize):
         if self.search.left_out:
             rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(self.search.left_out))
         self.install(trainer, pl_module)
-        self._patches.callback(skip_clipping_without_gradients(trainer))
+        self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """What can't work about the trainer and its other callbacks, one line each; subclasses add their own."""
-        problems = strategy_problems(trainer, window_of(trainer), self.sync_ascent, self.works_sharded)
+        problems = strategies.strategy_problems(trainer, window_of(trainer), self.sync_ascent, self.works_sharded)
         rivals = []
         for callback in callbacks_of(trainer):
             if isinstance(callback, MethodCallback) and callback is not self and not self.works_beside(callback):
@@ -171,8 +156,7 @@ class MethodCallback(ScheduledSize):
             state, self._loaded = self._loaded, None
             self._restore(state)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
-        watch = refuse_hidden_steps(trainer, trainer.optimizers, lambda optimizer: self.refuse_step(trainer, optimizer))
-        self._patches.push(watch)
+        self._patches.push(refuse_hidden_steps(trainer, lambda optimizer: self.refuse_step(trainer, optimizer)))
         self._is_training = True
         # Weakly, so that a callback kept for its results does not keep the trainer and the model alive.
         self._last_trainer = weakref.ref(trainer)
@@ -226,7 +210,7 @@ class MethodCallback(ScheduledSize):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store a state that is saved after the fit under the key of the fit, where a resumed run looks for it."""
         states = checkpoint.get("callbacks", {})
-        if self._is_alone is None and self.state_key in states and self._is_alone_in(trainer):
+        if self._is_alone is None and self.state_key in states and self.is_alone_in(trainer):
             states[type(self).__qualname__] = states.pop(self.state_key)
 
     @override

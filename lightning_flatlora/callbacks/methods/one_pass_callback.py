@@ -1,7 +1,7 @@
 """One pass a step at perturbed weights, which only training_step and its backward see."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +13,7 @@ from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
 from lightning_flatlora.callbacks.methods.module_passes import window_of
 from lightning_flatlora.callbacks.methods.pair_groups import PairGroup
 from lightning_flatlora.callbacks.methods.training_step import takes_no_step
-from lightning_flatlora.callbacks.patches import at_training_step, nothing
+from lightning_flatlora.callbacks.patches import at_training_step
 
 
 class OnePassCallback(MethodCallback):
@@ -26,7 +26,7 @@ class OnePassCallback(MethodCallback):
     @override
     def begin(self) -> None:
         super().begin()
-        self._cancel: Callable[[], None] = nothing
+        self._waiting = ExitStack()
 
     @abstractmethod
     def perturbs(self, trainer: Trainer) -> bool:
@@ -62,7 +62,7 @@ class OnePassCallback(MethodCallback):
 
         # This hook is too early: the hooks of later callbacks and of the module may still change the model, and all of
         # them must see clean weights. No hook lies between them and training_step.
-        self._cancel = at_training_step(pl_module, begin_pass)
+        self._waiting.callback(at_training_step(pl_module, begin_pass))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,8 +88,7 @@ class OnePassCallback(MethodCallback):
 
     @override
     def end_batch(self) -> None:
-        self._cancel()
-        self._cancel = nothing  # it holds the module
+        self._waiting.close()
         self.off()
 
     @override

@@ -48,10 +48,7 @@ class PairCallback(Callback):
     @property
     def main_group(self) -> PairGroup:
         """The group of the first optimizer that trains pairs."""
-        for pair_group in self.pair_groups:
-            if pair_group.pairs:
-                return pair_group
-        return self.pair_groups[0]
+        return next((pair_group for pair_group in self.pair_groups if pair_group.pairs), self.pair_groups[0])
 
     @property
     def step(self) -> int:
@@ -74,10 +71,7 @@ class PairCallback(Callback):
         # Only Lightning's wrapper is unpacked: with any other, the wrapper itself is in trainer.optimizers.
         if is_lightning(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        for pair_group in self.pair_groups:
-            if trainer.optimizers[pair_group.index] is optimizer:
-                return pair_group
-        return None
+        return next((each for each in self.pair_groups if trainer.optimizers[each.index] is optimizer), None)
 
     def holds_pairs(self, trainer: Trainer, optimizer: Any) -> bool:
         """Whether an optimizer, as a hook receives it, is the main group's."""
@@ -112,8 +106,11 @@ class PairCallback(Callback):
 
     def _may_come(self, trainer: Trainer) -> bool:
         """Whether another callback has the task of unfreezing or activating pairs later."""
-        beside = any(type(each) is type(self) and each is not self for each in callbacks_of(trainer))
-        return beside or unfreezes_later(trainer)
+        return not self.is_alone_in(trainer) or unfreezes_later(trainer)
+
+    def is_alone_in(self, trainer: Trainer) -> bool:
+        """Whether a Trainer has no other callback of this class."""
+        return not any(type(other) is type(self) and other is not self for other in callbacks_of(trainer))
 
     def _assign(self, trainer: Trainer) -> None:
         """Give each group the pairs whose factors its optimizer holds."""
@@ -169,10 +166,6 @@ class PairCallback(Callback):
         # The same problem is found again in every batch.
         self._warnings.warn(message(self, [problem]))
 
-    @property
-    def _trains_pairs(self) -> bool:
-        return any(pair_group.pairs for pair_group in self.pair_groups)
-
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Layers that were put in or replaced are found by a walk over the model, too slow for every batch.
@@ -182,7 +175,7 @@ class PairCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.follow(trainer, pl_module)
-        if self._watch is not None and not self._trains_pairs:
+        if self._watch is not None and not self.main_group.pairs:
             self._warn_once(
                 "no pair has been trained so far, so nothing was perturbed: every B is frozen or in no optimizer. "
                 "Those that are unfrozen and given to an optimizer later are perturbed from then on"
@@ -191,7 +184,7 @@ class PairCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         left = [pair.name for pair in self._assignment.orphans]
-        if left and self._may_come(trainer) and self._trains_pairs:
+        if left and self._may_come(trainer) and self.main_group.pairs:
             self._warn_once(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def refuse_step(self, trainer: Trainer, optimizer: Optimizer) -> None:

@@ -79,13 +79,11 @@ class PairGroup:
         perturbation = self.perturbation
         if perturbation is None:
             return
-        if not perturbation.has_gradient:
-            # Where no parameter has a gradient all batches were skipped, and the pairs did not miss anything.
-            if has_gradient(optimizer):
-                perturbation.forget_missing()
-            return
-        perturbation.forget_missing()
-        if rho is not None:
+        pairs_have_gradients = perturbation.has_gradient
+        # Where no parameter has a gradient all batches were skipped, and the pairs did not miss anything.
+        if pairs_have_gradients or has_gradient(optimizer):
+            perturbation.forget_missing()
+        if pairs_have_gradients and rho is not None:
             perturbation.average(perturbation.ascend(rho, at_perturbed=True, also_finite=also_finite), beta)
 
     def state_dict(self, with_perturbation: bool) -> dict[str, Any]:

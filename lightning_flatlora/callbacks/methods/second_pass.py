@@ -44,8 +44,6 @@ class SecondPass:
     def __init__(self, pl_module: nn.Module) -> None:
         self.parameters = list(pl_module.parameters())
         self._pl_module = pl_module
-        self._owners: list[nn.Module] = []
-        self._metrics: list[Metric] = []
         self._buffers_before: list[tuple[Tensor, int]] = []
         self._updates_before: list[tuple[Metric, int]] = []
         self._counts_before: dict[str, int] | None = None

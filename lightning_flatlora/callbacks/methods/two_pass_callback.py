@@ -2,7 +2,6 @@
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -48,12 +47,13 @@ class TwoPassCallback(MethodCallback):
         """The trained parameters whose gradients give the perturbation, in the same order on every rank."""
 
     @abstractmethod
-    def ascend(self, rho: float) -> None:
-        """Take the perturbation of size rho from the current gradients; it is zero if one of them is not finite."""
+    def ascend(self, rho: float) -> AbstractContextManager[None]:
+        """Take the perturbation of size rho from the current gradients; it is zero if one of them is not finite.
 
-    @abstractmethod
-    def perturbed(self) -> AbstractContextManager[None]:
-        """Inside, the forward pass sees perturbed weights; afterwards, whatever happens, exactly the clean ones."""
+        Returns:
+            A context in which the forward pass sees perturbed weights. After it, whatever happens, it sees exactly the
+            clean ones.
+        """
 
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -107,18 +107,13 @@ class TwoPassCallback(MethodCallback):
         takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
         arguments = own_containers((batch, batch_idx) if takes_index else (batch,))
         self._second_pass.first_pass_starts(pl_module.device)
-
-        def descend() -> None:
-            with self.perturbed(), silenced_log(pl_module), self._second_pass.running():
-                self._descend(trainer, arguments)
-
         # on_after_backward would be too late for the ascent: it comes inside the closure, but before the hooks of the
         # module and of later callbacks have seen the first gradient. So backward itself is replaced.
-        two_passes = functools.partial(self._two_passes, trainer, descend)
+        two_passes = functools.partial(self._two_passes, trainer, arguments)
         self._replaced.callback(put_on_instance(trainer.strategy, "backward", two_passes))
 
     def _two_passes(
-        self, trainer: Trainer, descend: Callable[[], None], loss: Tensor, *args: Any, **kwargs: Any
+        self, trainer: Trainer, arguments: tuple[Any, ...], loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Replaces the strategy's backward: runs the ascent's and, after all of its hooks, the descent's."""
         self._replaced.close()
@@ -131,9 +126,10 @@ class TwoPassCallback(MethodCallback):
             loss = trainer.strategy.backward(loss, *args, **kwargs)
             if self.sync_ascent and not has_synchronised(trainer.strategy):
                 average_gradients(self.ascending)
-            self.ascend(self.current_size(trainer))
+            at_perturbed_weights = self.ascend(self.current_size(trainer))
         self._local_ascent.close()
-        descend()
+        with at_perturbed_weights, silenced_log(trainer.lightning_module), self._second_pass.running():
+            self._descend(trainer, arguments)
         return loss
 
     def _descend(self, trainer: Trainer, arguments: tuple[Any, ...]) -> None:

@@ -82,20 +82,16 @@ class ManualSchedulers:
     def _step(self, trainer: Trainer, interval: str, index: int, plateau: bool) -> None:
         for config in trainer.lr_scheduler_configs:
             due = config.interval == interval and (index + 1) % config.frequency == 0
-            if due and config.reduce_on_plateau == plateau:
-                metric = self._monitored(trainer, config) if plateau else None
-                if metric is not None or not plateau:
-                    trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
-
-    @staticmethod
-    def _monitored(trainer: Trainer, config: Any) -> Any:
-        metric = trainer.callback_metrics.get(config.monitor)
-        if metric is None and config.strict:
-            raise MisconfigurationException(
-                f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged; "
-                f"logged: {sorted(trainer.callback_metrics)}. Log it, or set strict=False"
-            )
-        return metric
+            if not due or config.reduce_on_plateau != plateau:
+                continue
+            metric = trainer.callback_metrics.get(str(config.monitor)) if plateau else None
+            if metric is not None or not plateau:
+                trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
+            elif config.strict:
+                raise MisconfigurationException(
+                    f"ReduceLROnPlateau monitors {config.monitor!r}, which was not logged; "
+                    f"logged: {sorted(trainer.callback_metrics)}. Log it, or set strict=False"
+                )
 
     def _without_plateau_keys(self, configured: Any) -> Any:
         """What ``configure_optimizers`` returned, in the same shape, less the noted keys."""
