@@ -16,7 +16,7 @@ from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_demo import report
 from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
 from recipes.clip_fewshot.emoji import examples
-from recipes.shared import choose_rho as sweep
+from recipes.shared import demo_sweep
 from recipes.shared.methods import OURS
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _choose_rho(arguments: list[str]) -> None:
     """Validation accuracy, mean and standard error over the seeds, for each method and rho."""
     radii = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    parser = sweep.parser("python -m recipes.clip_demo choose_rho", radii, Path("runs/clip_demo_rho"))
+    parser = demo_sweep.parser("python -m recipes.clip_demo choose_rho", radii, Path("runs/clip_demo_rho"))
     parser.add_argument("--shots", type=int, default=4, help="images of each class to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of shots, adapter and batches")
     parser.add_argument("--learning_rate", type=float, default=Settings.learning_rate, help="AdamW's at the start")
@@ -80,7 +80,7 @@ def _choose_rho(arguments: list[str]) -> None:
         runs = [Run(method, options.shots, seed, settings, model, data.target, "validation") for seed in options.seeds]
         return [with_error(estimate([100 * row["accuracy"] for row in rows.complete(runs, perform)]))]
 
-    sweep.choose_rho(options, ["validation accuracy in %"], cells)
+    demo_sweep.choose_rho(options, ["validation accuracy in %"], cells)
 
 
 def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: Path) -> list[Run]:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from recipes.demo.report import plot, table
 from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenise, validate
-from recipes.shared import choose_rho as sweep
+from recipes.shared import demo_sweep
 from recipes.shared.ledger import Row, StoppedError, run_process
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
@@ -69,7 +69,7 @@ def _in_a_process(run: Run) -> Row:
 
 def _choose_rho(arguments: list[str]) -> None:
     """Validation loss and accuracy for each method and rho."""
-    parser = sweep.parser("python -m recipes.demo choose_rho", (0.01, 0.03, 0.1, 0.3), Path("runs/demo-rho"))
+    parser = demo_sweep.parser("python -m recipes.demo choose_rho", (0.01, 0.03, 0.1, 0.3), Path("runs/demo-rho"))
     parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each run")
     options = parser.parse_args(arguments)
     rows = ledger(options.folder)
@@ -80,7 +80,7 @@ def _choose_rho(arguments: list[str]) -> None:
         (row,) = rows.complete([run], validate)
         return [f"{row['val_loss']:.3f}", f"{row['val_accuracy']:.3f}"]
 
-    sweep.choose_rho(options, ("validation loss", "validation accuracy"), cells)
+    demo_sweep.choose_rho(options, ("validation loss", "validation accuracy"), cells)
 
 
 def keep_earlier_precision(folder: Path) -> None:
