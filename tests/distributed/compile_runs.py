@@ -1,5 +1,6 @@
 """Runs under torch.compile and DDP, and how many graphs they compiled by the end of each step."""
 
+import os
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,11 @@ class CountsGraphs(L.Callback):
 
 
 def train(
-    front_end: str, compiled: str | None = None, accumulate: int = 1, backend: str = "aot_eager"
+    front_end: str,
+    compiled: str | None = None,
+    accumulate: int = 1,
+    backend: str = "aot_eager",
+    cache: str | None = None,
 ) -> dict[str, Any]:
     """Train on this rank's half of each batch.
 
@@ -30,7 +35,10 @@ def train(
         compiled: "net" for the network in the module, "module" for the LightningModule, None for neither.
         accumulate: batches of a step.
         backend: of torch.compile.
+        cache: inductor's folder. The user's may hold kernels of another instruction set, which gave nan.
     """
+    if cache is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     torch.compiler.reset()
     counters.clear()
     net = network()

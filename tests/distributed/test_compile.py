@@ -25,7 +25,10 @@ RUNS |= INDUCTOR
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     possible = [name for name in RUNS if HAS_COMPILER or name not in INDUCTOR]
-    runs = {name: ("compile_runs:train", RUNS[name]) for name in possible}
+    runs: dict[str, tuple[str, dict[str, Any]]] = {name: ("compile_runs:train", RUNS[name]) for name in possible}
+    for name in INDUCTOR:
+        if name in runs:
+            runs[name][1]["cache"] = str(tmp_path_factory.mktemp("inductor"))
     return launch(tmp_path_factory.mktemp("compile"), runs)
 
 
