@@ -35,7 +35,7 @@ def train(
         compiled: "net" for the network in the module, "module" for the LightningModule, None for neither.
         accumulate: batches of a step.
         backend: of torch.compile.
-        cache: inductor's folder. The user's may hold kernels of another instruction set, which gave nan.
+        cache: inductor's folder. With the kernels of earlier runs in the user's one, a run held to AVX2 gave nan.
     """
     if cache is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
