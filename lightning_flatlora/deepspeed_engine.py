@@ -91,6 +91,10 @@ class EngineLayout(Layout):
         return torch.stack([_full_gradient(parameter).flatten(1) for parameter in parameters])
 
     @override
+    def has_gradient(self, parameters: Iterable[nn.Parameter]) -> bool:
+        return any(self.have_gradients(list(parameters)))
+
+    @override
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
         """All that are trained count: the engine keeps zeros for those that a backward did not reach."""
         return [parameter.requires_grad for parameter in parameters]

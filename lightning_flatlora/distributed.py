@@ -62,7 +62,7 @@ class Layout:
 
     def has_gradient(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether any parameter has a gradient at all, known to the host."""
-        return any(self.have_gradients(list(parameters)))
+        return any(parameter.grad is not None for parameter in parameters)
 
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
         """Which parameters have a gradient, known to the host, the same on every rank."""

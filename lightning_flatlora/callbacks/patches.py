@@ -94,7 +94,7 @@ def silenced_log(pl_module: LightningModule) -> ExitStack:
 
 
 def nothing() -> None:
-    """Do nothing: stands where no method has to be put back, and no action is waiting."""
+    """Do nothing: stands where there is nothing to put back."""
 
 
 def without_logging(callback: Callback) -> dict[str, Any]:

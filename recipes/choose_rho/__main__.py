@@ -8,6 +8,7 @@ The end is a table, a plot, and the radius with the best mean; rho = 0 is plain 
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         # Seed by seed: whoever stops early has every radius.
-        runs = [Run(rho, seed) for seed in options.seeds for rho in options.rho]
+        runs = [Run(rho, seed) for seed, rho in product(options.seeds, options.rho)]
         for row in ledger.complete(runs, sweep.perform):
             rows.append(row)
     except StoppedError as stop:

@@ -183,8 +183,11 @@ def _means(by_task: Mapping[str, Row]) -> Row:
     for row in rows:
         if row["failed"]:
             return row
-    names = [name for name in rows[0] if name != "failed"]
-    return {"failed": False} | {name: statistics.mean(row[name] for row in rows) for name in names}
+    means: Row = {"failed": False}
+    for name in rows[0]:
+        if name != "failed":
+            means[name] = statistics.mean(row[name] for row in rows)
+    return means
 
 
 def _short(by_task: Mapping[str, Row]) -> dict[str, Row]:
