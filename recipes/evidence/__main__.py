@@ -1,8 +1,8 @@
 """When a flat minimum pays: the runs of docs/evidence_protocol.md, and what they say.
 
 `run` does the runs and keeps a line of JSON for each, `robustness` judges the kept adapters under further conditions,
-and `report` shows what is there so far. After Ctrl-C the same command resumes; started twice on one folder, the two
-processes share the work.
+`radius` tries rules that set rho without a search, and `report` shows what is there so far. After Ctrl-C the same
+command resumes; started twice on one folder, the two processes share the work.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from recipes.evidence.merging import perform_merging
 from recipes.evidence.plan import RESULTS, STAGES, Plan
+from recipes.evidence.radius_study import RadiusPlan, radius_table
 from recipes.evidence.report import Report, verdict_text, write
 from recipes.evidence.robustness import RESULTS as ROBUSTNESS
 from recipes.evidence.robustness import kept_runs, ledger_of, work
@@ -32,6 +33,7 @@ from recipes.evidence.workloads import (
     SEARCHES,
     SEEDS,
     WORKLOADS,
+    Settings,
     is_merging,
 )
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
@@ -87,6 +89,32 @@ def robustness(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _stopped()
     print(f"{options.folder / ROBUSTNESS} holds all of them; now: {_report_command(options)}")
+    return 0
+
+
+def radius(options: argparse.Namespace) -> int:
+    """Do the runs of the rules for the radius, and compare them with the searched rho."""
+    _prepare()
+    plans = []
+    for workload in options.workloads:
+        plan = RadiusPlan(options.folder, workload, _settings(options, workload), (), STAGES, ())
+        if plan.reference() is None:
+            raise SystemExit(
+                f"{options.folder / RESULTS} lacks the searches of {workload}, which the rules are compared with: "
+                f"python -m recipes.evidence run --workload {workload} --methods lora efmlora --stages search"
+            )
+        plans.append(plan)
+    try:
+        for plan in () if options.report else plans:
+            does = perform_merging if is_merging(plan.settings) else perform
+            plan.work(does, _Progress(plan))
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
+        return _stopped()
+    table = radius_table(plans)
+    table.show(Console(width=max(_WIDTH, Console().width)))
+    path = options.folder / "radius.md"
+    path.write_text(table.markdown(), encoding="utf-8")
+    print(f"Written: {path}")
     return 0
 
 
@@ -161,15 +189,19 @@ def _time(seconds: float) -> str:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    options.folder.mkdir(parents=True, exist_ok=True)
-    settings = {**WORKLOADS[options.workload], "precision": precision_of_runs(options.folder, options.precision)}
     arms = [arm for arm in ARMS if arm in options.methods]
+    settings = _settings(options, options.workload)
     return Plan(options.folder, options.workload, settings, arms, options.stages, options.seeds)
+
+
+def _settings(options: argparse.Namespace, workload: str) -> Settings:
+    options.folder.mkdir(parents=True, exist_ok=True)
+    return {**WORKLOADS[workload], "precision": precision_of_runs(options.folder, options.precision)}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{run,robustness,report}")
+    commands = parser.add_subparsers(required=True, metavar="{run,robustness,radius,report}")
     for name, function, text in (
         ("run", run, "do the runs that are not done yet"),
         ("robustness", robustness, "judge kept adapters once more: rounded, at other scales, on texts with typos"),
@@ -180,8 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         # Of a run that merges adapters, there is no single one to judge once more.
         workloads = [one for one in WORKLOADS if name != "robustness" or not is_merging(WORKLOADS[one])]
         command.add_argument("--workload", choices=workloads, default="w1", help="w1 if left out")
-        command.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="default runs/evidence")
-        command.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
+        _add_folder(command)
         command.add_argument(
             "--methods", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD",
             help=f"all of them if left out: {', '.join(SEARCHES)}; LoRA with one change: {', '.join(COMPETITORS)}; "
@@ -193,7 +224,18 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "run":
             command.add_argument("--plan", action="store_true", help="only say how many runs are left, and how long")
+    text = "try rules that set rho without a search, on workloads whose searches are done"
+    command = commands.add_parser("radius", help=text, description=text)
+    command.set_defaults(command=radius)
+    command.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["w1"], help="w1 if left out")
+    command.add_argument("--report", action="store_true", help="only show what is there so far")
+    _add_folder(command)
     return parser
+
+
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="default runs/evidence")
+    command.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
 
 
 def _seed(text: str) -> int:

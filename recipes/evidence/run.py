@@ -18,12 +18,13 @@ import lightning_flatlora
 from recipes.evidence.data import Batch, TrainingBatches, batch_places, evaluation_batches, training_examples
 from recipes.evidence.encoder import CutEncoder, load, pooled
 from recipes.evidence.module import BestOnValidation, ShotsClassifier, all_logits
+from recipes.evidence.radius import DIRECTIONS, RULES, RadiusRule
 from recipes.evidence.scores import both_scores, fitted_temperature, linear_probe, scores
 from recipes.evidence.weights import keep
 from recipes.evidence.workloads import PROBE, Config, Settings
 from recipes.language import texts
 from recipes.shared.ledger import Row, commit
-from recipes.shared.methods import METHODS
+from recipes.shared.methods import METHODS, Method
 
 _commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
 _load = cache(load)
@@ -142,7 +143,9 @@ def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnVa
     examples = training_examples(settings, run.seed)
     steps = settings["steps"] * config.get("length_of_training", 1)
     places = batch_places(len(examples), settings["batch_size"], steps, run.seed)
-    method = METHODS[run.arm if run.arm in METHODS else "lora"]
+    # A free competitor is LoRA with another configuration.
+    known: dict[str, Method | RadiusRule] = {**METHODS, **RULES, **DIRECTIONS}
+    method = known.get(run.arm, METHODS["lora"])
     best: list[BestOnValidation] = []
     if settings.get("judged") == "best" or config.get("early_stopping"):
         best = [BestOnValidation(batches_of(run, encoder, "validation"))]
@@ -151,7 +154,7 @@ def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnVa
         accelerator="cpu",
         precision=settings["precision"],
         max_epochs=1,
-        callbacks=[*method.callbacks(**config, seed=run.seed), *best],
+        callbacks=[*method.callbacks(**config, seed=run.seed, steps=steps), *best],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
