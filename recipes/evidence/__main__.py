@@ -1,6 +1,7 @@
 """When a flat minimum pays: the runs of docs/evidence_protocol.md, and what they say.
 
 `run` does the runs and keeps a line of JSON for each, `robustness` judges the kept adapters under further conditions,
+`flatness` measures the loss around them, `merge_weights` merges kept adapters with a weight chosen on validation,
 `radius` tries rules that set rho without a search, and `report` shows what is there so far. After Ctrl-C the same
 command resumes; started twice on one folder, the two processes share the work.
 """
@@ -17,12 +18,14 @@ import torch
 import transformers
 from rich.console import Console
 
+from recipes.evidence import flatness as around
+from recipes.evidence import merge_weights as chosen_weights
+from recipes.evidence import robustness as conditions
+from recipes.evidence.kept import Judge, kept_runs, ledger_of, work
 from recipes.evidence.merging import perform_merging
 from recipes.evidence.plan import RESULTS, STAGES, Plan
 from recipes.evidence.radius_study import RadiusPlan, radius_table
 from recipes.evidence.report import Report, verdict_text, write
-from recipes.evidence.robustness import RESULTS as ROBUSTNESS
-from recipes.evidence.robustness import kept_runs, ledger_of, work
 from recipes.evidence.robustness_report import SECONDARY, RobustnessReport, write_robustness
 from recipes.evidence.run import Run, perform
 from recipes.evidence.workloads import (
@@ -40,6 +43,7 @@ from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_run
 from recipes.shared.progress import Lines, quiet
 
 _WIDTH = 250
+_OF_KEPT = ("robustness", "flatness")
 _EVERY = 10.0  # seconds between two lines on how far the runs are
 
 
@@ -69,6 +73,21 @@ def run(options: argparse.Namespace) -> int:
 
 
 def robustness(options: argparse.Namespace) -> int:
+    """Judge the kept adapters under further conditions."""
+    return _judge_kept(options, conditions.RESULTS, conditions.judge)
+
+
+def flatness(options: argparse.Namespace) -> int:
+    """Measure the loss around the kept adapters."""
+    return _judge_kept(options, around.RESULTS, around.judge)
+
+
+def merge_weights(options: argparse.Namespace) -> int:
+    """Merge the kept adapters of each run with a weight that is chosen on validation."""
+    return _judge_kept(options, chosen_weights.RESULTS, chosen_weights.judge)
+
+
+def _judge_kept(options: argparse.Namespace, results: str, judge: Judge) -> int:
     """Judge the kept adapters that are not judged yet."""
     _prepare()
     runs = kept_runs(_plan(options))
@@ -77,7 +96,8 @@ def robustness(options: argparse.Namespace) -> int:
     there = [kept for kept in runs if (options.folder / kept.weights).exists()]
     if len(there) < len(runs):
         print(f"{len(runs) - len(there)} of {len(runs)} rows are left out, since {options.folder} lacks their weights")
-    ledger = ledger_of(options.folder)
+    path = options.folder / results
+    ledger = ledger_of(path)
     lines = Lines("Kept adapters", len(there), sum(ledger.find(kept) is not None for kept in there))
 
     def report_done(done: int) -> None:
@@ -85,10 +105,10 @@ def robustness(options: argparse.Namespace) -> int:
         lines.advance()
 
     try:
-        work(there, options.folder, report_done)
+        work(there, path, judge, report_done)
     except KeyboardInterrupt:
         return _stopped()
-    print(f"{options.folder / ROBUSTNESS} holds all of them; now: {_report_command(options)}")
+    print(f"{path} holds all of them; now: {_report_command(options)}")
     return 0
 
 
@@ -129,6 +149,11 @@ def report(options: argparse.Namespace) -> int:
         table.show(console)
     print(verdict_text(shown))
     written = write(shown, options.folder)
+    weighted = chosen_weights.merge_weights_table(shown)
+    if weighted is not None:
+        weighted.show(console)
+        written.append(options.folder / f"{options.workload}_merge_weights.md")
+        written[-1].write_text(weighted.markdown(), encoding="utf-8")
     robust = RobustnessReport(shown)
     if not robust.is_empty():
         for table in robust.tables():
@@ -201,17 +226,18 @@ def _settings(options: argparse.Namespace, workload: str) -> Settings:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{run,robustness,radius,report}")
+    commands = parser.add_subparsers(required=True, metavar="{run,robustness,flatness,merge_weights,radius,report}")
     for name, function, text in (
         ("run", run, "do the runs that are not done yet"),
         ("robustness", robustness, "judge kept adapters once more: rounded, at other scales, on texts with typos"),
+        ("flatness", flatness, "measure the loss around kept adapters: slopes, rises and curvature by subspace"),
+        ("merge_weights", merge_weights, "merge kept adapters once more, with a weight chosen on validation"),
         ("report", report, "print and write the verdict, the tables and a forest plot"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function, plan=False)
-        # Of a run that merges adapters, there is no single one to judge once more.
-        workloads = [one for one in WORKLOADS if name != "robustness" or not is_merging(WORKLOADS[one])]
-        command.add_argument("--workload", choices=workloads, default="w1", help="w1 if left out")
+        workloads = _workloads_of(name)
+        command.add_argument("--workload", choices=workloads, default=workloads[0], help=f"{workloads[0]} if left out")
         _add_folder(command)
         command.add_argument(
             "--methods", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD",
@@ -231,6 +257,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--report", action="store_true", help="only show what is there so far")
     _add_folder(command)
     return parser
+
+
+def _workloads_of(name: str) -> list[str]:
+    """Those that a command is for: of a run that merges adapters, there is no single one to judge once more."""
+    if name == "merge_weights":
+        return [one for one in WORKLOADS if is_merging(WORKLOADS[one])]
+    return [one for one in WORKLOADS if name not in _OF_KEPT or not is_merging(WORKLOADS[one])]
 
 
 def _add_folder(command: argparse.ArgumentParser) -> None:

@@ -7,12 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from recipes.evidence.conditions import AS_TRAINED, CONDITIONS
-from recipes.evidence.plan import key_of_row
+from recipes.evidence.kept import difference_cell, with_judgements
 from recipes.evidence.report import Report
-from recipes.evidence.robustness import ledger_of
+from recipes.evidence.robustness import RESULTS
 from recipes.evidence.verdict import Difference, difference
-from recipes.evidence.workloads import BASELINE, PROBE, SEARCHES, TITLES
-from recipes.shared.ledger import Row
+from recipes.evidence.workloads import BASELINE, SEARCHES, TITLES
 from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import Table
 
@@ -41,13 +40,7 @@ class RobustnessReport:
 
     def __init__(self, report: Report) -> None:
         self.workload = report.plan.workload
-        ledger = ledger_of(report.plan.folder)
-        by_key = {str(key_of_row(row)): row for row in ledger.rows}
-        self._found: dict[str, list[tuple[Row, Row | None]]] = {}
-        for arm, rows in report.rows.items():
-            pairs = [(row, by_key.get(str(key_of_row(row)))) for row in rows]
-            if arm != PROBE and any(judged is not None for _, judged in pairs):
-                self._found[arm] = pairs
+        self._found = with_judgements(report.rows, report.plan.folder / RESULTS)
 
     def is_empty(self) -> bool:
         """Whether no adapter of these arms has been judged."""
@@ -88,7 +81,7 @@ class RobustnessReport:
             lines = []
             for name, condition in CONDITIONS.items():
                 own = mean_cell(list(self.by_seed(BASELINE, name, measure).values()), digits)
-                lines.append([condition.title, own, *(_cell(of_arm.get(name), digits) for of_arm in of_arms)])
+                lines.append([condition.title, own, *(difference_cell(of_arm.get(name), digits) for of_arm in of_arms)])
             notes = ["LoRA: mean ± standard error (seeds); differences: paired by seed, with 95 % intervals"]
             tables.append(Table(f"{self.workload}, kept adapters: {title}", columns, lines, notes))
         return [*tables, self._costs(columns, others)]
@@ -99,7 +92,7 @@ class RobustnessReport:
             if name == AS_TRAINED:
                 continue
             base = self.lost(BASELINE, name, "accuracy")
-            cells = [_cell(difference(self.lost(arm, name, "accuracy"), base), 2) for arm in others]
+            cells = [difference_cell(difference(self.lost(arm, name, "accuracy"), base), 2) for arm in others]
             lines.append([condition.title, mean_cell(list(base.values()), 2), *cells])
         notes = ["A positive difference: the method loses less than LoRA, from its own accuracy"]
         return Table(f"{self.workload}, kept adapters: change of accuracy in points", columns, lines, notes)
@@ -146,9 +139,3 @@ def _draw(axes: Axes, differences: Mapping[str, Difference], below: float, label
     means = [found.estimate.mean for found in differences.values()]
     halves = [found.estimate.interval for found in differences.values()]
     axes.errorbar(means, places, xerr=halves, fmt="o", markersize=3, capsize=2, color=colour, label=label)
-
-
-def _cell(found: Difference | None, digits: int) -> str:
-    if found is None:
-        return ""
-    return f"{found.estimate.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"

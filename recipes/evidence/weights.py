@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recipes.evidence.module import ShotsClassifier, trained_parameters
+from recipes.evidence.module import trained_parameters
 from recipes.shared.ledger import Row
 
 FOLDER = "weights"
@@ -41,7 +41,7 @@ def keep(module: nn.Module, key: Row, folder: Path) -> str:
 
 
 @torch.no_grad()
-def restore(module: ShotsClassifier, path: Path) -> None:
+def restore(module: nn.Module, path: Path) -> None:
     """Put the weights of a file into a module of the same configuration.
 
     Raises:

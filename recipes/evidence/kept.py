@@ -1,0 +1,110 @@
+"""Finished runs whose weights are kept, and ways to judge these once more. Nothing is trained."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.evidence.module import ShotsClassifier
+from recipes.evidence.plan import Plan, key_of_row
+from recipes.evidence.run import Run, encoder_of
+from recipes.evidence.verdict import Difference
+from recipes.evidence.weights import restore
+from recipes.evidence.workloads import PROBE
+from recipes.language import texts
+from recipes.shared.ledger import Ledger, Row
+
+_WAIT = 2.0  # seconds, while other processes do all that is left
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished run whose weights are kept.
+
+    Attributes:
+        run: that trained them.
+        weights: their file, relative to the ledger's folder.
+    """
+
+    run: Run
+    weights: str
+
+    def __str__(self) -> str:
+        return str(self.run)
+
+    def key(self) -> Row:
+        """The run's own."""
+        return self.run.key()
+
+
+Judge = Callable[[Kept, Path], Row]
+"""Gives the row of an adapter whose weights are in a folder; the row begins with the run's key."""
+
+
+def kept_runs(plan: Plan) -> list[Kept]:
+    """All runs of the plan's workload, arms and seeds that name a file of weights."""
+    found = []
+    for row in plan.ledger.rows:
+        is_wanted = row["workload"] == plan.workload and row["settings"] == plan.settings
+        if is_wanted and row["arm"] in plan.arms and row["seed"] in plan.seeds and "weights" in row:
+            found.append(Kept(Run(**key_of_row(row)), row["weights"]))
+    return found
+
+
+def ledger_of(path: Path) -> Ledger:
+    """The rows of one evaluation, one for each kept adapter."""
+    return Ledger(path, key_of_row)
+
+
+def work(runs: Iterable[Kept], path: Path, judge: Judge, report: Callable[[int], None]) -> None:
+    """Judge all that no process has judged yet, until nothing is left.
+
+    Args:
+        runs: with their weights in the folder.
+        path: of the rows, in that folder.
+        judge: the evaluation.
+        report: is called with the number of finished runs, those of other processes included, when it has grown.
+    """
+    ledger, runs = ledger_of(path), list(runs)
+    left = [run for run in runs if ledger.find(run) is None]
+    while left:
+        if not ledger.perform_first(left, lambda kept: judge(kept, path.parent), lambda run: None):
+            time.sleep(_WAIT)
+        ledger.reload()
+        before = len(left)
+        left = [run for run in runs if ledger.find(run) is None]
+        if len(left) < before:  # nothing is, while other processes do all that is left
+            report(len(runs) - len(left))
+
+
+def restored(kept: Kept, folder: Path) -> ShotsClassifier:
+    """A new module with the kept weights, in float32."""
+    settings = kept.run.settings
+    module = ShotsClassifier(
+        encoder_of(settings), len(texts.TASKS[settings["data"]].classes), settings, kept.run.config
+    )
+    restore(module, folder / kept.weights)
+    return module
+
+
+def with_judgements(rows: Mapping[str, Sequence[Row]], path: Path) -> dict[str, list[tuple[Row, Row | None]]]:
+    """The rows of each arm that has a judged adapter, each with that of its adapter, None where there is none.
+
+    Args:
+        rows: of the runs, by arm.
+        path: of the evaluation's rows.
+    """
+    by_key = {str(key_of_row(row)): row for row in ledger_of(path).rows}
+    found = {}
+    for arm, of_arm in rows.items():
+        pairs = [(row, by_key.get(str(key_of_row(row)))) for row in of_arm]
+        if arm != PROBE and any(judged is not None for _, judged in pairs):
+            found[arm] = pairs
+    return found
+
+
+def difference_cell(found: Difference | None, digits: int) -> str:
+    """A mean difference and its 95 % interval in a table's cell, empty where there is none."""
+    if found is None:
+        return ""
+    return f"{found.estimate.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"

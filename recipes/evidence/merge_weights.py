@@ -1,0 +1,120 @@
+"""Kept adapters of W3, merged once more with a weight that is chosen on validation: what a careful user would do.
+
+In the runs the weights of the three ways to merge are fixed. A method whose updates are larger may need a smaller one.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from recipes.evidence.kept import Kept, with_judgements
+from recipes.evidence.merging import merged
+from recipes.evidence.module import ShotsClassifier, plain_logits
+from recipes.evidence.report import Report
+from recipes.evidence.run import Run, batches_of, encoder_of, surroundings
+from recipes.evidence.scores import scores
+from recipes.evidence.verdict import difference
+from recipes.evidence.weights import restore
+from recipes.evidence.workloads import BASELINE, TITLES
+from recipes.language import texts
+from recipes.shared.ledger import Row
+from recipes.shared.statistics import mean_cell
+from recipes.shared.tables import Table
+
+RESULTS = "merge_weights.jsonl"
+WEIGHTS = {"task_arithmetic": (0.1, 1 / 6, 0.25, 0.4, 0.6), "ties": (0.25, 0.5, 0.75, 1.0, 1.5)}
+"""What is tried for each way to merge; 1/6 is the average of six adapters."""
+_SETTING = {"task_arithmetic": "arithmetic_weight", "ties": "ties_weight"}
+
+
+def judge(kept: Kept, folder: Path) -> Row:
+    """Merge a run's adapters with the weight that has the lowest mean validation loss over the tasks.
+
+    Returns:
+        A JSON line: the run's key; ``ways``, by way to merge ``weight``, the chosen one, ``validation_loss`` by weight,
+        and ``test_accuracy`` and ``test_loss`` with the chosen one, means over the tasks; ``seconds``, ``device``,
+        ``commit`` and versions.
+    """
+    began = time.perf_counter()
+    modules = _restored(kept, folder)
+    ways = {}
+    for way, weights in WEIGHTS.items():
+        losses = {}
+        for weight in weights:
+            losses[weight] = _scores(kept.run, modules, way, weight, "validation")["loss"]
+        chosen = min(losses, key=lambda weight: losses[weight])
+        on_test = _scores(kept.run, modules, way, chosen, "test")
+        ways[way] = {
+            "weight": chosen,
+            "validation_loss": {f"{weight:.4g}": loss for weight, loss in losses.items()},
+            "test_accuracy": on_test["accuracy"],
+            "test_loss": on_test["loss"],
+        }
+    return kept.key() | {"ways": ways, "seconds": time.perf_counter() - began, **surroundings()}
+
+
+def _restored(kept: Kept, folder: Path) -> dict[str, ShotsClassifier]:
+    """The modules of all tasks, with their kept weights."""
+    run = kept.run
+    encoder = encoder_of(run.settings)
+    modules = {}
+    for task in run.settings["tasks"]:
+        modules[task] = ShotsClassifier(encoder, len(texts.TASKS[task].classes), run.settings, run.config)
+    restore(nn.ModuleDict(modules), folder / kept.weights)
+    return modules
+
+
+def _scores(run: Run, modules: Mapping[str, ShotsClassifier], way: str, weight: float, part: str) -> dict[str, float]:
+    """Loss and accuracy on a part, means over the tasks, of the merged adapter with each task's head."""
+    encoder = encoder_of(run.settings)
+    adapters = [module.net for module in modules.values()]
+    net = merged(encoder.upper(), adapters, way, {**run.settings, _SETTING[way]: weight})
+    found = []
+    for task, module in modules.items():
+        batches = batches_of(replace(run, settings={**run.settings, "data": task}), encoder, part)
+        own, module.net = module.net, net
+        found.append(scores(*plain_logits(module, batches)))
+        module.net = own
+    return {name: statistics.mean(each[name] for each in found) for name in ("loss", "accuracy")}
+
+
+def merge_weights_table(report: Report) -> Table | None:
+    """Test accuracy of each arm with the chosen weights, and the weights; None where nothing is judged.
+
+    Args:
+        report: of the workload's runs.
+    """
+    judged = with_judgements(report.rows, report.plan.folder / RESULTS)
+    if not judged:
+        return None
+    by_arm = {arm: [found for _, found in pairs if found is not None] for arm, pairs in judged.items()}
+    columns = ["arm"]
+    for way in WEIGHTS:
+        columns += [f"{way.replace('_', ' ')}, accuracy in %", "minus LoRA's", "weights chosen"]
+    lines = []
+    for arm, rows in by_arm.items():
+        line = [TITLES[arm]]
+        for way in WEIGHTS:
+            accuracies = _accuracies(rows, way)
+            to_base = difference(accuracies, _accuracies(by_arm.get(BASELINE, []), way)) if arm != BASELINE else None
+            line += [mean_cell(list(accuracies.values()), 1), str(to_base or ""), _counts(rows, way)]
+        lines.append(line)
+    notes = [
+        "mean over the tasks ± standard error over the seeds (seeds); differences: paired by seed, with 95 % intervals",
+        "each run's weight is the one with the lowest mean validation loss over the tasks; weights: times chosen",
+    ]
+    return Table(f"{report.plan.workload}, merged with a weight chosen on validation", columns, lines, notes)
+
+
+def _accuracies(rows: Sequence[Row], way: str) -> dict[int, float]:
+    return {row["seed"]: 100 * row["ways"][way]["test_accuracy"] for row in rows}
+
+
+def _counts(rows: Sequence[Row], way: str) -> str:
+    """Such as "0.5 x 3, 1 x 5"."""
+    chosen = [row["ways"][way]["weight"] for row in rows]
+    return ", ".join(f"{weight:.3g} x {chosen.count(weight)}" for weight in sorted(set(chosen)))

@@ -1,0 +1,169 @@
+"""The loss around kept adapters: each direction and curvature against explicit projectors in float64."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+
+from evidence_runs import RUN, install, tiny_encoder
+
+from lightning_flatlora import Perturbation, find_pairs
+from lightning_flatlora.flatness import MeanLoss, hessian_product, moved, sam_sharpness, slope, trained_factors
+from lightning_flatlora.flatness.losses import value
+from recipes.evidence.flatness import (
+    RADII,
+    SUBSPACES,
+    adapted_layers,
+    balls,
+    frozen_weights,
+    in_weight_units,
+    mean_loss,
+    measured,
+)
+from recipes.evidence.module import ShotsClassifier
+from recipes.evidence.run import training_batches
+
+DOUBLE = {"dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+
+
+@pytest.fixture
+def module() -> ShotsClassifier:
+    """With an adapter that does something, in float64."""
+    module = ShotsClassifier(tiny_encoder(), 3, RUN.settings, RUN.config).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, **DOUBLE)
+    return module
+
+
+@pytest.fixture
+def batches() -> list[dict[str, Tensor]]:
+    """Of unequal sizes, since the examples of a part need not fill the last one."""
+    (whole,) = training_batches(RUN, tiny_encoder())
+    texts = whole["labels"].numel()
+    found = []
+    for places in (range(texts - 2), range(texts - 2, texts)):
+        keep = torch.isin(whole["owners"], torch.tensor(places))
+        owners = torch.where(keep, whole["owners"] - places.start, -1)
+        batch = {"hidden": whole["hidden"].double(), "owners": owners, "labels": whole["labels"][list(places)]}
+        found.append(batch)
+    return found
+
+
+@pytest.fixture
+def loss(module: ShotsClassifier, batches: list[dict[str, Tensor]]) -> MeanLoss:
+    return mean_loss(module, batches)
+
+
+def projectors(module: ShotsClassifier) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer, on B's columns (n, n) and on A's rows (m, m), by pseudo-inverses."""
+    found = []
+    for layer in adapted_layers(module):
+        A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        found.append((B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A))
+    return found
+
+
+def projected(name: str, moves: Sequence[Tensor], onto: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """On what a subspace can express, by the dense definition."""
+    found = []
+    for move, (of_B, of_A) in zip(moves, onto, strict=True):
+        rest_B, rest_A = torch.eye(len(of_B), **DOUBLE) - of_B, torch.eye(len(of_A), **DOUBLE) - of_A
+        dense = {"B": move @ of_A, "A": of_B @ move, "both": move - rest_B @ move @ rest_A, "full": move}
+        found.append(dense[name])
+    return found
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def test_the_loss_is_the_mean_over_the_examples(module: ShotsClassifier, loss: MeanLoss) -> None:
+    (whole,) = training_batches(RUN, tiny_encoder())
+    logits = module.logits({**whole, "hidden": whole["hidden"].double()})
+    expected = torch.nn.functional.cross_entropy(logits, whole["labels"])
+    torch.testing.assert_close(value(loss), expected.detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", SUBSPACES)
+def test_a_direction_is_the_steepest_of_its_subspace_at_its_radius(
+    name: str, module: ShotsClassifier, loss: MeanLoss
+) -> None:
+    layers, onto = adapted_layers(module), projectors(module)
+    at = slope(loss, frozen_weights(layers))
+    ball, gradient = balls(layers, at)[name], flat(at.gradients)
+    steepest = flat(projected(name, at.gradients, onto))
+    for rho in RADII:
+        moves = ball.moves(rho)
+        # Within the subspace, at the radius in the full weights, and along the dense projection of the gradient.
+        torch.testing.assert_close(flat(projected(name, moves, onto)), flat(moves), rtol=0, atol=1e-10 * rho)
+        torch.testing.assert_close(flat(moves), rho * steepest / steepest.norm(), rtol=0, atol=1e-10 * rho)
+        assert float(flat(moves).norm()) == pytest.approx(rho, rel=1e-10)
+        assert float(gradient @ flat(moves)) == pytest.approx(rho * ball.norm(), rel=1e-10)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        other = flat(projected(name, [torch.randn(W.shape, generator=generator, **DOUBLE) for W in ball.weights], onto))
+        assert float(gradient @ other / other.norm()) < ball.norm()
+    # The loss itself rises by the slope times a small radius.
+    with moved(ball.weights, ball.moves(1e-6)):
+        assert float(value(loss) - at.loss) == pytest.approx(1e-6 * ball.norm(), rel=1e-3)
+
+
+def test_the_steepest_move_of_b_is_the_methods_own(module: ShotsClassifier, loss: MeanLoss) -> None:
+    layers, pairs = adapted_layers(module), find_pairs(module).pairs
+    at = slope(loss, frozen_weights(layers))
+    ball = balls(layers, at)["B"]
+    of_factors = slope(loss, trained_factors(pairs))
+    for rho in RADII:
+        with moved(ball.weights, ball.moves(rho)):
+            rise = float(value(loss) - at.loss)
+        # Up to the damping of the inverse.
+        sharp = sam_sharpness(loss, Perturbation(pairs, estimator="projected"), rho, of_factors)
+        assert rise == pytest.approx(float(sharp.sharpness), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_curvature_in_a_subspace_is_in_units_of_the_full_weights(
+    name: str, module: ShotsClassifier, loss: MeanLoss
+) -> None:
+    layers, onto = adapted_layers(module), projectors(module)
+    weights = frozen_weights(layers)
+    sizes = [W.numel() for W in weights]
+    trace = 0.0
+    # Over an orthonormal basis of the subspace, that is over the columns of its dense projector.
+    for unit in torch.eye(sum(sizes), **DOUBLE):
+        parts = [part.view(W.shape) for part, W in zip(unit.split(sizes), weights, strict=True)]
+        along = projected(name, parts, onto)
+        trace += float(flat(along) @ flat(hessian_product(loss, weights, along)))
+    before = value(loss)
+    factors = in_weight_units(layers, name)
+    torch.testing.assert_close(value(loss), before)
+    found = 0.0
+    sizes = [factor.numel() for factor in factors]
+    for unit in torch.eye(sum(sizes), **DOUBLE):
+        parts = [part.view(factor.shape) for part, factor in zip(unit.split(sizes), factors, strict=True)]
+        found += float(unit @ flat(hessian_product(loss, factors, parts)))
+    assert found == pytest.approx(trace, rel=1e-8)
+    # The subspace is what it was.
+    for new, old in zip(projectors(module), onto, strict=True):
+        torch.testing.assert_close(new[0], old[0])
+        torch.testing.assert_close(new[1], old[1])
+
+
+def test_what_is_measured_agrees_with_itself(module: ShotsClassifier, batches: list[dict[str, Tensor]]) -> None:
+    found: dict[str, Any] = measured(module, batches)
+    gradient, rise = found["gradient"], found["rise"]
+    assert gradient["full"] > gradient["both"] > max(gradient["A"], gradient["B"])
+    assert set(rise) == {*SUBSPACES, "random"}
+    assert rise["full"]["0.5"] > rise["both"]["0.5"] > max(rise["A"]["0.5"], rise["B"]["0.5"]) > rise["random"]["0.5"]
+    assert set(found["trace"]) == {"A", "B", "full"}
