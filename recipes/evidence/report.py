@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.evidence.merging_report import merging_tables
+from recipes.evidence.merging_report import merging_figure, merging_tables
 from recipes.evidence.plan import Plan
 from recipes.evidence.search import common_grid, mean_loss
 from recipes.evidence.verdict import Difference, Verdict, difference, verdict
@@ -86,6 +86,12 @@ class Report:
         figure.suptitle(f"{self.plan.workload}: mean and 95 % interval of paired differences")
         return figure
 
+    def kept(self) -> Figure | None:
+        """Accuracies against the number of adapters merged, where there are several."""
+        if not is_merging(self.plan.settings):
+            return None
+        return merging_figure(self.plan.workload, self.plan.settings, self.rows)
+
     def _differences(self, name: str, factor: float) -> dict[str, Difference]:
         base = _by_seed(self.rows.get(BASELINE, ()), name, factor)
         found = {}
@@ -152,15 +158,15 @@ class Report:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write the tables and the verdict as Markdown, and the forest plot; returns the paths."""
+    """Write the tables and the verdict as Markdown, and the pictures; returns the paths."""
     name = report.plan.workload
     text = "\n".join(table.markdown() for table in report.tables())
     paths = [folder / f"{name}.md"]
     paths[0].write_text(f"{verdict_text(report)}\n\n{text}", encoding="utf-8")
-    figure = report.forest()
-    if figure is not None:
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130)
+    for file, figure in ((f"{name}.png", report.forest()), (f"{name}_kept.png", report.kept())):
+        if figure is not None:
+            paths.append(folder / file)
+            figure.savefig(paths[-1], dpi=130)
     return paths
 
 

@@ -258,6 +258,7 @@ def test_the_command_runs_and_reports(
     assert "| EFMLoRA | 66.0 → 56.0 |" in shown
     assert "| EFMLoRA | 56.0 (-10.0) | 56.0 (-10.0) | 56.0 (-10.0) |" in shown
     assert (tmp_path / "w3.png").stat().st_size > 10_000
+    assert (tmp_path / "w3_kept.png").stat().st_size > 10_000
 
 
 def test_a_merged_run_is_not_judged_under_other_conditions(capsys: pytest.CaptureFixture[str]) -> None:
