@@ -8,6 +8,7 @@ processes share the work.
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -17,6 +18,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from recipes.evidence.in_turn import perform_in_turn
 from recipes.evidence.merging import perform_merging
 from recipes.evidence.plan import RESULTS, STAGES, Plan
 from recipes.evidence.report import Report, verdict_text, write
@@ -32,8 +34,12 @@ from recipes.evidence.workloads import (
     SEARCHES,
     SEEDS,
     WORKLOADS,
+    Settings,
+    has_tasks,
+    is_in_turn,
     is_merging,
 )
+from recipes.shared.ledger import Row
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import Lines, quiet
 
@@ -57,8 +63,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"Precision: {plan.settings['precision']}; --precision takes another", flush=True)
     try:
-        does = perform_merging if is_merging(plan.settings) else perform
-        plan.work(partial(does, folder=options.folder), _Progress(plan))
+        plan.work(partial(_performer(plan.settings), folder=options.folder), _Progress(plan))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
         return _stopped()
     _show_plan(plan)
@@ -91,7 +96,7 @@ def robustness(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Print the verdict and the tables, and write them with a forest plot."""
+    """Print the verdict and the tables, and write them with pictures."""
     plan = _plan(options)
     if not plan.ledger.rows:
         raise SystemExit(f"{options.folder / RESULTS} holds no run: start python -m recipes.evidence run")
@@ -109,6 +114,12 @@ def report(options: argparse.Namespace) -> int:
         written += write_robustness(robust, options.folder)
     print(f"Written: {', '.join(map(str, written))}")
     return 0
+
+
+def _performer(settings: Settings) -> Callable[..., Row]:
+    if is_merging(settings):
+        return perform_merging
+    return perform_in_turn if is_in_turn(settings) else perform
 
 
 def _prepare() -> None:
@@ -173,12 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("run", run, "do the runs that are not done yet"),
         ("robustness", robustness, "judge kept adapters once more: rounded, at other scales, on texts with typos"),
-        ("report", report, "print and write the verdict, the tables and a forest plot"),
+        ("report", report, "print and write the verdict, the tables and pictures"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function, plan=False)
-        # Of a run that merges adapters, there is no single one to judge once more.
-        workloads = [one for one in WORKLOADS if name != "robustness" or not is_merging(WORKLOADS[one])]
+        # Of a run on several tasks, there is no single adapter with its head to judge once more.
+        workloads = [one for one in WORKLOADS if name != "robustness" or not has_tasks(WORKLOADS[one])]
         command.add_argument("--workload", choices=workloads, default="w1", help="w1 if left out")
         command.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="default runs/evidence")
         command.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)

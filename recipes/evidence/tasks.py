@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import lightning as L
+from peft import PeftModel
 
 from recipes.evidence.encoder import CutEncoder
 from recipes.evidence.module import ShotsClassifier, plain_logits
@@ -49,11 +50,19 @@ def perform_on_tasks(run: Run, learn: Callable[[Run, Mapping[str, Run], CutEncod
     }
 
 
-def trained(run: Run, encoder: CutEncoder) -> ShotsClassifier:
-    """An adapter and a head, trained on the run's data, with the weights that the run is judged by."""
-    # Anew for each task, so that all adapters begin with one A, and all heads alike.
+def trained(run: Run, encoder: CutEncoder, net: PeftModel | None = None) -> ShotsClassifier:
+    """An adapter and a head, trained on the run's data, with the weights that the run is judged by.
+
+    Args:
+        run: on one task.
+        encoder: of the workload.
+        net: upper layers whose adapter is trained further, in place; None begins a new adapter.
+    """
+    # Anew for each task, so that all new adapters begin with one A, and all heads alike.
     L.seed_everything(run.seed, verbose=False)
     module = ShotsClassifier(encoder, CLASSES, run.settings, run.config)
+    if net is not None:
+        module.net = net
     for callback in fit(run, module, encoder):
         callback.restore(module)
     return module
@@ -73,7 +82,7 @@ def judged_again(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> Row:
 
 
 def _held_out(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> Logits:
-    """In float32, so that the rounding of merged weights plays no part."""
+    """In float32, so that the rounding of weights that are merged or trained further plays no part."""
     return {part: plain_logits(module, batches_of(run, encoder, part)) for part in parts_of(run)}
 
 

@@ -261,10 +261,13 @@ def test_the_command_runs_and_reports(
     assert (tmp_path / "w3_kept.png").stat().st_size > 10_000
 
 
-def test_a_merged_run_is_not_judged_under_other_conditions(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("workload", ["w3", "w5"])
+def test_a_run_on_several_tasks_is_not_judged_under_other_conditions(
+    workload: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["robustness", "--workload", "w3"])
-    assert "invalid choice: 'w3'" in capsys.readouterr().err
+        main(["robustness", "--workload", workload])
+    assert f"invalid choice: '{workload}'" in capsys.readouterr().err
 
 
 def test_the_real_tasks_are_six_of_two_classes() -> None:
