@@ -9,6 +9,7 @@ command resumes; started twice on one folder, the two processes share the work.
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -21,6 +22,7 @@ from rich.console import Console
 from recipes.evidence import flatness as around
 from recipes.evidence import merge_weights as chosen_weights
 from recipes.evidence import robustness as conditions
+from recipes.evidence.in_turn import perform_in_turn
 from recipes.evidence.kept import Judge, kept_runs, ledger_of, work
 from recipes.evidence.merging import perform_merging
 from recipes.evidence.plan import RESULTS, STAGES, Plan
@@ -37,8 +39,11 @@ from recipes.evidence.workloads import (
     SEEDS,
     WORKLOADS,
     Settings,
+    has_tasks,
+    is_in_turn,
     is_merging,
 )
+from recipes.shared.ledger import Row
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import Lines, quiet
 
@@ -63,8 +68,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print(f"Precision: {plan.settings['precision']}; --precision takes another", flush=True)
     try:
-        does = perform_merging if is_merging(plan.settings) else perform
-        plan.work(partial(does, folder=options.folder), _Progress(plan))
+        plan.work(partial(_performer(plan.settings), folder=options.folder), _Progress(plan))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
         return _stopped()
     _show_plan(plan)
@@ -126,8 +130,7 @@ def radius(options: argparse.Namespace) -> int:
         plans.append(plan)
     try:
         for plan in () if options.report else plans:
-            does = perform_merging if is_merging(plan.settings) else perform
-            plan.work(does, _Progress(plan))
+            plan.work(_performer(plan.settings), _Progress(plan))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
         return _stopped()
     table = radius_table(plans)
@@ -139,7 +142,7 @@ def radius(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Print the verdict and the tables, and write them with a forest plot."""
+    """Print the verdict and the tables, and write them with pictures."""
     plan = _plan(options)
     if not plan.ledger.rows:
         raise SystemExit(f"{options.folder / RESULTS} holds no run: start python -m recipes.evidence run")
@@ -162,6 +165,12 @@ def report(options: argparse.Namespace) -> int:
         written += write_robustness(robust, options.folder)
     print(f"Written: {', '.join(map(str, written))}")
     return 0
+
+
+def _performer(settings: Settings) -> Callable[..., Row]:
+    if is_merging(settings):
+        return perform_merging
+    return perform_in_turn if is_in_turn(settings) else perform
 
 
 def _prepare() -> None:
@@ -232,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         ("robustness", robustness, "judge kept adapters once more: rounded, at other scales, on texts with typos"),
         ("flatness", flatness, "measure the loss around kept adapters: slopes, rises and curvature by subspace"),
         ("merge_weights", merge_weights, "merge kept adapters once more, with a weight chosen on validation"),
-        ("report", report, "print and write the verdict, the tables and a forest plot"),
+        ("report", report, "print and write the verdict, the tables and pictures"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function, plan=False)
@@ -260,10 +269,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _workloads_of(name: str) -> list[str]:
-    """Those that a command is for: of a run that merges adapters, there is no single one to judge once more."""
+    """Those that a command is for: of a run on several tasks, there is no single adapter with its head to judge."""
     if name == "merge_weights":
         return [one for one in WORKLOADS if is_merging(WORKLOADS[one])]
-    return [one for one in WORKLOADS if name not in _OF_KEPT or not is_merging(WORKLOADS[one])]
+    return [one for one in WORKLOADS if name not in _OF_KEPT or not has_tasks(WORKLOADS[one])]
 
 
 def _add_folder(command: argparse.ArgumentParser) -> None:

@@ -1,13 +1,10 @@
 """A run of W3: six adapters, trained apart from one start, are merged into one by peft's functions."""
 
-import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import lightning as L
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -15,26 +12,15 @@ from peft.utils.merge_utils import task_arithmetic, ties
 from torch import Tensor, nn
 
 from recipes.evidence.encoder import CutEncoder, UpperLayers
-from recipes.evidence.module import ShotsClassifier, plain_logits
-from recipes.evidence.run import (
-    Logits,
-    Run,
-    batches_of,
-    encoder_of,
-    fit,
-    judged,
-    parts_of,
-    probed,
-    surroundings,
-    training_batches,
-)
+from recipes.evidence.module import ShotsClassifier
+from recipes.evidence.run import Run
+from recipes.evidence.tasks import judged_after_training, judged_again, means, perform_on_tasks, short, trained
 from recipes.evidence.weights import keep
-from recipes.evidence.workloads import PROBE, Settings
+from recipes.evidence.workloads import Settings
 from recipes.shared.ledger import Row
 
 PRIMARY_WAY = "ties"
 FEWER = (2, 4)  # adapters, the first ones, which are merged by TIES too
-_CLASSES = 2
 
 
 def _average(updates: list[Tensor], settings: Settings) -> Tensor:
@@ -77,27 +63,7 @@ def perform_merging(run: Run, folder: Path | None = None) -> Row:
         those of TIES by the number of adapters and task; the last two have only TIES on all tasks in the stage
         "search". A run fails as a whole if one of its adapters has failed, and has none of the three then.
     """
-    gc.collect()  # the last run's models: their parts point at each other
-    began, processor = time.perf_counter(), time.process_time()
-    runs = {task: replace(run, settings={**run.settings, "data": task}) for task in run.settings["tasks"]}
-    encoder = encoder_of(run.settings)
-    row = run.key() | (_probes(runs, encoder) if run.arm == PROBE else _adapters(run, runs, encoder, folder))
-    return row | {
-        "chance": 1 / _CLASSES,
-        "seconds": time.perf_counter() - began,
-        "processor_seconds": time.process_time() - processor,
-        **surroundings(),
-    }
-
-
-def trained(run: Run, encoder: CutEncoder) -> ShotsClassifier:
-    """An adapter and a head, trained on the run's data, with the weights that the run is judged by."""
-    # Anew for each task, so that all adapters begin with one A, and all heads alike.
-    L.seed_everything(run.seed, verbose=False)
-    module = ShotsClassifier(encoder, _CLASSES, run.settings, run.config)
-    for callback in fit(run, module, encoder):
-        callback.restore(module)
-    return module
+    return perform_on_tasks(run, partial(_adapters, folder=folder))
 
 
 @torch.no_grad()
@@ -123,7 +89,7 @@ def _adapters(run: Run, runs: Mapping[str, Run], encoder: CutEncoder, folder: Pa
     single: dict[str, Row] = {}
     for task, of_task in runs.items():
         modules[task] = trained(of_task, encoder)
-        single[task] = _judged_alone(of_task, modules[task], encoder)
+        single[task] = judged_after_training(of_task, modules[task], encoder)
         if single[task]["failed"]:
             return single[task]
     weights = {}
@@ -132,7 +98,7 @@ def _adapters(run: Run, runs: Mapping[str, Run], encoder: CutEncoder, folder: Pa
     return {
         **_merged_rows(run, runs, encoder, modules),
         "train_loss": statistics.mean(row["train_loss"] for row in single.values()),
-        "single": _short(single),
+        "single": short(single),
         **weights,
     }
 
@@ -146,53 +112,14 @@ def _merged_rows(run: Run, runs: Mapping[str, Run], encoder: CutEncoder, modules
         found = {}
         for task in tasks:
             modules[task].net = net
-            found[task] = judged(runs[task], _held_out(runs[task], modules[task], encoder), _CLASSES)
+            found[task] = judged_again(runs[task], modules[task], encoder)
         return found
 
     tasks = list(runs)
     ways, numbers = (list(WAYS), FEWER) if run.stage == "test" else ([PRIMARY_WAY], ())
     by_way = {way: judge(way, tasks) for way in ways}
     return {
-        **_means(by_way[PRIMARY_WAY]),
-        "merged": {way: _short(rows) for way, rows in by_way.items()},
-        "fewer": {str(number): _short(judge(PRIMARY_WAY, tasks[:number])) for number in numbers},
+        **means(by_way[PRIMARY_WAY]),
+        "merged": {way: short(rows) for way, rows in by_way.items()},
+        "fewer": {str(number): short(judge(PRIMARY_WAY, tasks[:number])) for number in numbers},
     }
-
-
-def _judged_alone(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> Row:
-    if module.has_failed:
-        return judged(run, {}, _CLASSES)
-    train = plain_logits(module, training_batches(run, encoder))
-    return judged(run, {"train": train, **_held_out(run, module, encoder)}, _CLASSES)
-
-
-def _held_out(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> Logits:
-    """In float32, so that the rounding of merged weights plays no part."""
-    return {part: plain_logits(module, batches_of(run, encoder, part)) for part in parts_of(run)}
-
-
-def _probes(runs: Mapping[str, Run], encoder: CutEncoder) -> Row:
-    """A linear classifier for each task; there is nothing to merge."""
-    single = {task: judged(run, probed(run, encoder, _CLASSES), _CLASSES) for task, run in runs.items()}
-    return {**_means(single), "single": _short(single)}
-
-
-def _means(by_task: Mapping[str, Row]) -> Row:
-    """Over the tasks; those of a task that has failed, if one has."""
-    rows = list(by_task.values())
-    for row in rows:
-        if row["failed"]:
-            return row
-    means: Row = {"failed": False}
-    for name in rows[0]:
-        if name != "failed":
-            means[name] = statistics.mean(row[name] for row in rows)
-    return means
-
-
-def _short(by_task: Mapping[str, Row]) -> dict[str, Row]:
-    """Without calibration: with all scores of all ways the ledger would be ten times as large."""
-    found = {}
-    for task, row in by_task.items():
-        found[task] = {name: value for name, value in row.items() if name.endswith(("_accuracy", "_loss"))}
-    return found

@@ -2,12 +2,15 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
+
+from matplotlib.figure import Figure
 
 from recipes.evidence.merging import FEWER, PRIMARY_WAY, WAYS
-from recipes.evidence.verdict import difference
-from recipes.evidence.workloads import BASELINE, PROBE, TITLES, Settings
+from recipes.evidence.tasks_report import Measure, before_and_after_table, kept_figure, kept_table, with_adapters
+from recipes.evidence.verdict import BySeed
+from recipes.evidence.workloads import TITLES, Settings
 from recipes.shared.ledger import Row
-from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import Table
 
 _SINGLE = "single"
@@ -21,14 +24,39 @@ _TITLES = {
 
 def merging_tables(workload: str, settings: Settings, rows: Mapping[str, Sequence[Row]]) -> list[Table]:
     """Tables of the runs on the test part, by arm."""
-    arms = {arm: of_arm for arm, of_arm in rows.items() if arm != PROBE}
+    arms = with_adapters(rows)
     if not arms:
         return []
     tasks = list(settings["tasks"])
-    return [_by_way(workload, arms, tasks), _by_task(workload, arms, tasks), _by_number(workload, arms, tasks)]
+    ways = {_TITLES[way]: partial(_of_way, way=way, tasks=tasks) for way in (_SINGLE, *WAYS)}
+    note = "TIES is the primary outcome, all else is secondary"
+    by_task: dict[str, tuple[Measure, Measure]] = {}
+    for task in tasks:
+        by_task[task] = partial(_of_way, way=_SINGLE, tasks=[task]), partial(_of_way, way=PRIMARY_WAY, tasks=[task])
+    return [
+        kept_table(f"{workload}, test accuracy in % by way to merge", arms, ways, [note]),
+        before_and_after_table(f"{workload}, test accuracy in % before and after merging by TIES", arms, by_task),
+        _by_number(workload, arms, tasks),
+    ]
 
 
-def kept(rows: Sequence[Row], group: str, way: str, tasks: Sequence[str]) -> dict[int, float]:
+def merging_figure(workload: str, settings: Settings, rows: Mapping[str, Sequence[Row]]) -> Figure | None:
+    """Accuracy against the number of adapters that are merged by TIES, beside that of the same adapters alone."""
+    tasks = list(settings["tasks"])
+    alone: dict[int, Measure] = {}
+    together: dict[int, Measure] = {}
+    for number in (*FEWER, len(tasks)):
+        alone[number] = partial(_of_way, way=_SINGLE, tasks=tasks[:number])
+        together[number] = partial(_of_first, number=number, tasks=tasks)
+    return kept_figure(
+        f"{workload}: mean over the merged tasks, 95 % intervals over the seeds",
+        "merged adapters",
+        with_adapters(rows),
+        {"before merging": alone, "merged by TIES": together},
+    )
+
+
+def kept(rows: Sequence[Row], group: str, way: str, tasks: Sequence[str]) -> BySeed:
     """Mean test accuracy over tasks by seed, in percent; a run that has failed has the accuracy of chance.
 
     Args:
@@ -47,55 +75,27 @@ def kept(rows: Sequence[Row], group: str, way: str, tasks: Sequence[str]) -> dic
     return found
 
 
-def _of_way(rows: Sequence[Row], way: str, tasks: Sequence[str]) -> dict[int, float]:
+def _of_way(rows: Sequence[Row], way: str, tasks: Sequence[str]) -> BySeed:
     return kept(rows, _SINGLE if way == _SINGLE else "merged", way, tasks)
 
 
-def _by_way(workload: str, arms: Mapping[str, Sequence[Row]], tasks: Sequence[str]) -> Table:
-    ways = (_SINGLE, *WAYS)
-    columns = ["arm"]
-    for way in ways:
-        columns += [_TITLES[way], "minus LoRA's"]
-    lines = []
-    for arm, rows in arms.items():
-        line = [TITLES[arm]]
-        for way in ways:
-            own, base = _of_way(rows, way, tasks), _of_way(arms.get(BASELINE, ()), way, tasks)
-            to_base = difference(own, base) if arm != BASELINE else None
-            line += [mean_cell(list(own.values())), str(to_base or "")]
-        lines.append(line)
-    notes = [
-        "mean over the tasks ± standard error over the seeds (seeds); differences: paired by seed, with 95 % intervals",
-        "TIES is the primary outcome, all else is secondary",
-    ]
-    return Table(f"{workload}, test accuracy in % by way to merge", columns, lines, notes)
-
-
-def _by_task(workload: str, arms: Mapping[str, Sequence[Row]], tasks: Sequence[str]) -> Table:
-    lines = []
-    for arm, rows in arms.items():
-        line = [TITLES[arm]]
-        for task in tasks:
-            before, after = _of_way(rows, _SINGLE, [task]), _of_way(rows, PRIMARY_WAY, [task])
-            line.append(f"{statistics.mean(before.values()):.1f} → {statistics.mean(after.values()):.1f}")
-        lines.append(line)
-    return Table(f"{workload}, test accuracy in % before and after merging by TIES", ["arm", *tasks], lines)
+def _of_first(rows: Sequence[Row], number: int, tasks: Sequence[str]) -> BySeed:
+    """Of the first so many adapters, merged by TIES."""
+    if number == len(tasks):
+        return _of_way(rows, PRIMARY_WAY, tasks)
+    return kept(rows, "fewer", str(number), tasks[:number])
 
 
 def _by_number(workload: str, arms: Mapping[str, Sequence[Row]], tasks: Sequence[str]) -> Table:
-    columns = ["arm", *(f"{number} adapters" for number in (*FEWER, len(tasks)))]
+    numbers = (*FEWER, len(tasks))
     lines = []
     for arm, rows in arms.items():
         line = [TITLES[arm]]
-        for number in FEWER:
-            line.append(_change(rows, kept(rows, "fewer", str(number), tasks[:number]), tasks[:number]))
-        line.append(_change(rows, _of_way(rows, PRIMARY_WAY, tasks), tasks))
+        for number in numbers:
+            before = statistics.mean(_of_way(rows, _SINGLE, tasks[:number]).values())
+            after = statistics.mean(_of_first(rows, number, tasks).values())
+            line.append(f"{after:.1f} ({after - before:+.1f})")
         lines.append(line)
+    columns = ["arm", *(f"{number} adapters" for number in numbers)]
     note = "the first so many tasks are merged by TIES and judged; in brackets: minus the same adapters before merging"
     return Table(f"{workload}, test accuracy in % by the number of merged adapters", columns, lines, [note])
-
-
-def _change(rows: Sequence[Row], after: Mapping[int, float], tasks: Sequence[str]) -> str:
-    before = statistics.mean(kept(rows, _SINGLE, "", tasks).values())
-    mean = statistics.mean(after.values())
-    return f"{mean:.1f} ({mean - before:+.1f})"

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.evidence.merging_report import merging_tables
+from recipes.evidence.in_turn_report import in_turn_figure, in_turn_tables
+from recipes.evidence.merging_report import merging_figure, merging_tables
 from recipes.evidence.plan import Plan
 from recipes.evidence.search import common_grid, mean_loss
 from recipes.evidence.verdict import Difference, Verdict, difference, verdict
@@ -20,8 +21,10 @@ from recipes.evidence.workloads import (
     SEARCHES,
     SEEDS,
     TITLES,
+    WITH_HYPOTHESIS,
     Config,
     competitors_of,
+    is_in_turn,
     is_merging,
 )
 from recipes.shared.ledger import Row
@@ -63,10 +66,13 @@ class Report:
         return verdict(self.accuracies(CANDIDATE), self.accuracies(BASELINE), competitors)
 
     def tables(self) -> list[Table]:
-        """The arms, for merged adapters what merging has kept, and the search of each method."""
+        """The arms, what is kept where adapters are merged or learn tasks in turn, and the search of each method."""
         shown = [self._arms()] if self.rows else []
+        of_workload = (self.plan.workload, self.plan.settings, self.rows)
         if is_merging(self.plan.settings):
-            shown += merging_tables(self.plan.workload, self.plan.settings, self.rows)
+            shown += merging_tables(*of_workload)
+        elif is_in_turn(self.plan.settings):
+            shown += in_turn_tables(*of_workload)
         for method in SEARCHES:
             surface = self._surface(method)
             if surface is not None:
@@ -86,6 +92,13 @@ class Report:
         figure.suptitle(f"{self.plan.workload}: mean and 95 % interval of paired differences")
         return figure
 
+    def kept(self) -> Figure | None:
+        """Accuracies against the number of adapters merged, or of tasks learned, where there are several."""
+        of_workload = (self.plan.workload, self.plan.settings, self.rows)
+        if is_merging(self.plan.settings):
+            return merging_figure(*of_workload)
+        return in_turn_figure(*of_workload) if is_in_turn(self.plan.settings) else None
+
     def _differences(self, name: str, factor: float) -> dict[str, Difference]:
         base = _by_seed(self.rows.get(BASELINE, ()), name, factor)
         found = {}
@@ -102,6 +115,8 @@ class Report:
         )
         if is_merging(self.plan.settings):
             notes.append("of the adapters merged by TIES, means over the tasks; train loss: before merging")
+        if is_in_turn(self.plan.settings):
+            notes.append("of the adapter after all tasks, means over the tasks; train loss: right after each task")
         return Table(f"{self.plan.workload}", _COLUMNS, [self._cells(arm) for arm in self.rows], notes)
 
     def _cells(self, arm: str) -> list[str]:
@@ -152,15 +167,15 @@ class Report:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write the tables and the verdict as Markdown, and the forest plot; returns the paths."""
+    """Write the tables and the verdict as Markdown, and the pictures; returns the paths."""
     name = report.plan.workload
     text = "\n".join(table.markdown() for table in report.tables())
     paths = [folder / f"{name}.md"]
     paths[0].write_text(f"{verdict_text(report)}\n\n{text}", encoding="utf-8")
-    figure = report.forest()
-    if figure is not None:
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130)
+    for file, figure in ((f"{name}.png", report.forest()), (f"{name}_kept.png", report.kept())):
+        if figure is not None:
+            paths.append(folder / file)
+            figure.savefig(paths[-1], dpi=130)
     return paths
 
 
@@ -175,6 +190,8 @@ def verdict_text(report: Report) -> str:
         so_far = f"the difference to LoRA so far is {found.baseline}"
         return f"{name}: no verdict yet, with {seeds} of {len(SEEDS)} seeds; {so_far}."
     lines = [f"{name}, {TITLES[CANDIDATE]} minus LoRA, {seeds} seeds: **{found.kind}**: {found.reason}."]
+    if name not in WITH_HYPOTHESIS:
+        lines.append("The workload is secondary: no hypothesis of the protocol rests on it.")
     if report.plan.has_ended_early:
         lines.append("The workload has ended early, after eight seeds.")
     if found.p_holm is not None:

@@ -29,7 +29,7 @@ _W2: Settings = {
     "targets": ["query", "key", "value", "dense"],
     "judged": "best",
 }
-_W3: Settings = {
+_TASKS: Settings = {
     **_ALL,
     "tasks": [
         "sentiment",
@@ -43,10 +43,8 @@ _W3: Settings = {
     "steps": 120,
     "validation": 150,
     "test": 400,
-    "arithmetic_weight": 0.4,
-    "ties_density": 0.5,
-    "ties_weight": 1.0,
 }
+_W3: Settings = {**_TASKS, "arithmetic_weight": 0.4, "ties_density": 0.5, "ties_weight": 1.0}
 WORKLOADS: dict[str, Settings] = {
     "w1": _W1,
     "w1_32_shots": {**_W1, "shots": 32},
@@ -57,6 +55,7 @@ WORKLOADS: dict[str, Settings] = {
     "w2_20_noise": {**_W2, "noise": 0.2},
     "w2_60_noise": {**_W2, "noise": 0.6},
     "w3": _W3,
+    "w5": {**_TASKS, "in_turn": True},
 }
 """By name: all that decides a result besides the method, its configuration and the seed.
 
@@ -64,13 +63,26 @@ WORKLOADS: dict[str, Settings] = {
 ``noise`` is the share of them whose label is replaced, ``length`` the tokens kept of a text, ``scaling`` LoRA's s.
 ``judged`` is "best" where runs are judged with the weights of the lowest validation loss; without it they are judged at
 the end of training. W3 trains an adapter for each of its ``tasks`` in place of one on ``data``; ``validation`` and
-``test`` are the most examples of each part, and the last three say how its adapters are merged.
+``test`` are the most examples of each part, and the last three say how its adapters are merged. W5 trains one adapter
+on all of them, ``in_turn``.
 """
+WITH_HYPOTHESIS = ("w1", "w2", "w3")
+"""All other workloads are secondary."""
+
+
+def has_tasks(settings: Settings) -> bool:
+    """Whether a run learns several tasks, and its row holds their means."""
+    return "tasks" in settings
+
+
+def is_in_turn(settings: Settings) -> bool:
+    """Whether a run trains one adapter on several tasks, one after the other."""
+    return bool(settings.get("in_turn"))
 
 
 def is_merging(settings: Settings) -> bool:
     """Whether a run trains several adapters and merges them."""
-    return "tasks" in settings
+    return has_tasks(settings) and not is_in_turn(settings)
 
 
 @dataclass(frozen=True)

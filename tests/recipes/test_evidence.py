@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +30,7 @@ from recipes.evidence.run import Run, perform
 from recipes.evidence.scores import scores
 from recipes.evidence.search import Grid
 from recipes.evidence.weights import restore
-from recipes.evidence.workloads import ARMS, COMPETITORS, PROBE, SEARCHES, Config
+from recipes.evidence.workloads import ARMS, COMPETITORS, PROBE, SEARCHES, WORKLOADS, Config
 from recipes.language import texts
 from recipes.language.texts import Example
 from recipes.shared import packaged
@@ -309,6 +310,16 @@ def test_rows_of_other_settings_do_not_count(tmp_path: Path) -> None:
     plan.work(Fake(gain=0.0), lambda run: None)
     other = Plan(tmp_path, "tiny", {**SETTINGS, "shots": 5}, ["lora"], ["search"], range(20))
     assert len(other.open_runs()) == 60
+
+
+@pytest.mark.parametrize("workload", ["w1", "w3"])
+def test_published_rows_are_those_of_the_workloads_runs(workload: str, tmp_path: Path) -> None:
+    """A change of the settings would make all of them strangers."""
+    published = Path(__file__).parents[2] / f"docs/results/evidence_{workload}.jsonl"
+    shutil.copy(published, tmp_path / RESULTS)
+    plan = Plan(tmp_path, workload, {**WORKLOADS[workload], "precision": "bf16-mixed"}, ARMS, STAGES, range(20))
+    runs = list(chain.from_iterable(piece.runs for piece in plan.pieces()))
+    assert sum(plan.ledger.find(run) is not None for run in runs) == len(published.read_text().splitlines())
 
 
 # -- the command

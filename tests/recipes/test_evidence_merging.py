@@ -16,13 +16,13 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from recipes.evidence import __main__ as command
-from recipes.evidence import merging
 from recipes.evidence import plan as planning
 from recipes.evidence.__main__ import main
-from recipes.evidence.merging import FEWER, WAYS, merged, perform_merging, trained
+from recipes.evidence.merging import FEWER, WAYS, merged, perform_merging
 from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import RESULTS
 from recipes.evidence.run import Run
+from recipes.evidence.tasks import CLASSES, trained
 from recipes.evidence.workloads import COMPETITORS, PROBE, WORKLOADS
 from recipes.language import texts
 from recipes.language.texts import Source
@@ -258,16 +258,20 @@ def test_the_command_runs_and_reports(
     assert "| EFMLoRA | 66.0 → 56.0 |" in shown
     assert "| EFMLoRA | 56.0 (-10.0) | 56.0 (-10.0) | 56.0 (-10.0) |" in shown
     assert (tmp_path / "w3.png").stat().st_size > 10_000
+    assert (tmp_path / "w3_kept.png").stat().st_size > 10_000
 
 
-def test_a_merged_run_is_not_judged_under_other_conditions(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("workload", ["w3", "w5"])
+def test_a_run_on_several_tasks_is_not_judged_under_other_conditions(
+    workload: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["robustness", "--workload", "w3"])
-    assert "invalid choice: 'w3'" in capsys.readouterr().err
+        main(["robustness", "--workload", workload])
+    assert f"invalid choice: '{workload}'" in capsys.readouterr().err
 
 
 def test_the_real_tasks_are_six_of_two_classes() -> None:
     tasks = WORKLOADS["w3"]["tasks"]
     assert len(set(tasks)) == 6
-    assert all(len(texts.TASKS[task].classes) == merging._CLASSES for task in tasks)
+    assert all(len(texts.TASKS[task].classes) == CLASSES for task in tasks)
     assert SETTINGS.keys() - {"data"} <= {*WORKLOADS["w3"], "precision"}

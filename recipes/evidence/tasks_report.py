@@ -1,0 +1,98 @@
+"""Reports on several tasks: what is kept of the accuracies, whatever costs them something, by arm."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+
+from matplotlib.figure import Figure
+
+from recipes.evidence.verdict import BySeed, difference
+from recipes.evidence.workloads import BASELINE, PROBE, TITLES
+from recipes.shared.ledger import Row
+from recipes.shared.methods import COLOURS
+from recipes.shared.statistics import estimate, mean_cell
+from recipes.shared.tables import Table
+
+Arms = Mapping[str, Sequence[Row]]
+Measure = Callable[[Sequence[Row]], BySeed]
+"""Takes the rows of an arm and gives a figure of each run."""
+
+_OTHER_COLOURS = ("#ccbb44", "#aa3377", "#66ccee", "#bbbbbb", "#332288", "#882255", "#ddaa33", "#000000")
+_APART = 0.05  # between the points of two arms
+
+
+def with_adapters(rows: Arms) -> Arms:
+    """Without the linear probe, which has no adapter."""
+    return {arm: of_arm for arm, of_arm in rows.items() if arm != PROBE}
+
+
+def kept_table(title: str, arms: Arms, measures: Mapping[str, Measure], notes: Sequence[str]) -> Table:
+    """A column for each measure, by its title, and one for its difference to LoRA's."""
+    columns = ["arm"]
+    for name in measures:
+        columns += [name, "minus LoRA's"]
+    lines = []
+    for arm, rows in arms.items():
+        line = [TITLES[arm]]
+        for measure in measures.values():
+            own, base = measure(rows), measure(arms.get(BASELINE, ()))
+            to_base = difference(own, base) if arm != BASELINE else None
+            line += [mean_cell(list(own.values())), str(to_base or "")]
+        lines.append(line)
+    explained = (
+        "mean over the tasks ± standard error over the seeds (seeds); differences: paired by seed, with 95 % intervals"
+    )
+    return Table(title, columns, lines, [explained, *notes])
+
+
+def before_and_after_table(title: str, arms: Arms, measures: Mapping[str, tuple[Measure, Measure]]) -> Table:
+    """Means over the seeds; for each task by its name, a measure before and one after."""
+    lines = []
+    for arm, rows in arms.items():
+        line = [TITLES[arm]]
+        for before, after in measures.values():
+            line.append(f"{statistics.mean(before(rows).values()):.1f} → {statistics.mean(after(rows).values()):.1f}")
+        lines.append(line)
+    return Table(title, ["arm", *measures], lines)
+
+
+def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping[int, Measure]]) -> Figure | None:
+    """Test accuracies of all arms against a number, with 95 % intervals of the mean over the seeds.
+
+    Args:
+        title: of the picture.
+        label: of the numbers.
+        arms: with rows of runs on the test part.
+        panels: by their title, what is measured at each number, in percent.
+
+    Returns:
+        None where there are no arms.
+    """
+    if not arms:
+        return None
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    others = cycle(_OTHER_COLOURS)
+    colours = {arm: COLOURS.get(TITLES[arm]) or next(others) for arm in arms}
+    for axes, (name, measures) in zip(all_axes, panels.items(), strict=True):
+        for place, (arm, rows) in enumerate(arms.items()):
+            found = [estimate(list(measure(rows).values())) for measure in measures.values()]
+            # Side by side, so that no interval hides another one.
+            shift = _APART * (place - (len(arms) - 1) / 2)
+            axes.errorbar(
+                [number + shift for number in measures],
+                [one.mean for one in found],
+                yerr=[one.interval for one in found],
+                color=colours[arm],
+                marker="o",
+                capsize=3,
+                label=TITLES[arm],
+            )
+        axes.set_title(name)
+        axes.set_xticks(list(measures))
+        axes.set_xlabel(label)
+        axes.grid(axis="y", alpha=0.3)
+    all_axes[0].set_ylabel("mean test accuracy in %")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle(title)
+    return figure
