@@ -91,30 +91,40 @@ def merge_weights_table(report: Report) -> Table | None:
     judged = with_judgements(report.rows, report.plan.folder / RESULTS)
     if not judged:
         return None
-    by_arm = {arm: [found for _, found in pairs if found is not None] for arm, pairs in judged.items()}
     columns = ["arm"]
     for way in WEIGHTS:
         columns += [f"{way.replace('_', ' ')}, accuracy in %", "minus LoRA's", "weights chosen"]
     lines = []
-    for arm, rows in by_arm.items():
+    for arm, pairs in judged.items():
         line = [TITLES[arm]]
         for way in WEIGHTS:
-            accuracies = _accuracies(rows, way)
-            to_base = difference(accuracies, _accuracies(by_arm.get(BASELINE, []), way)) if arm != BASELINE else None
-            line += [mean_cell(list(accuracies.values()), 1), str(to_base or ""), _counts(rows, way)]
+            accuracies = _accuracies(pairs, way)
+            to_base = difference(accuracies, _accuracies(judged.get(BASELINE, []), way)) if arm != BASELINE else None
+            line += [mean_cell(list(accuracies.values()), 1), str(to_base or ""), _counts(pairs, way)]
         lines.append(line)
     notes = [
         "mean over the tasks ± standard error over the seeds (seeds); differences: paired by seed, with 95 % intervals",
-        "each run's weight is the one with the lowest mean validation loss over the tasks; weights: times chosen",
+        "each run has the weight of the lowest mean validation loss over the tasks; in brackets, how often each was it",
     ]
     return Table(f"{report.plan.workload}, merged with a weight chosen on validation", columns, lines, notes)
 
 
-def _accuracies(rows: Sequence[Row], way: str) -> dict[int, float]:
-    return {row["seed"]: 100 * row["ways"][way]["test_accuracy"] for row in rows}
+Pairs = Sequence[tuple[Row, Row | None]]
+"""The rows of an arm's runs, each with that of its adapters as they were judged here."""
 
 
-def _counts(rows: Sequence[Row], way: str) -> str:
-    """Such as "0.5 x 3, 1 x 5"."""
-    chosen = [row["ways"][way]["weight"] for row in rows]
-    return ", ".join(f"{weight:.3g} x {chosen.count(weight)}" for weight in sorted(set(chosen)))
+def _accuracies(pairs: Pairs, way: str) -> dict[int, float]:
+    """By seed, in percent; a run that has failed counts with the accuracy of chance."""
+    found = {}
+    for row, judged in pairs:
+        if judged is not None:
+            found[row["seed"]] = 100 * judged["ways"][way]["test_accuracy"]
+        elif row["failed"]:
+            found[row["seed"]] = 100 * row["chance"]
+    return found
+
+
+def _counts(pairs: Pairs, way: str) -> str:
+    """How often each weight was chosen, such as "0.5 (3), 1 (5)"."""
+    chosen = [judged["ways"][way]["weight"] for _, judged in pairs if judged is not None]
+    return ", ".join(f"{weight:.3g} ({chosen.count(weight)})" for weight in sorted(set(chosen)))

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from recipes.evidence import __main__ as command
+from recipes.evidence import merge_weights
 from recipes.evidence import plan as planning
 from recipes.evidence.__main__ import main
 from recipes.evidence.merging import FEWER, WAYS, merged, perform_merging
@@ -259,6 +260,52 @@ def test_the_command_runs_and_reports(
     assert "| EFMLoRA | 56.0 (-10.0) | 56.0 (-10.0) | 56.0 (-10.0) |" in shown
     assert (tmp_path / "w3.png").stat().st_size > 10_000
     assert (tmp_path / "w3_kept.png").stat().st_size > 10_000
+
+
+# -- kept adapters, merged with a weight that is chosen
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of the commands on a folder with a run of LoRA and one of EFMLoRA on test."""
+    monkeypatch.setitem(command.WORKLOADS, "w3", {name: v for name, v in W3.items() if name != "precision"})
+    rows = [perform_merging(RUN, tmp_path)]
+    rows.append(perform_merging(replace(RUN, arm="efmlora", config={"learning_rate": 1e-2, "rho": 2.0}), tmp_path))
+    (tmp_path / RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--workload", "w3", "--folder", str(tmp_path), "--precision", "32-true", "--methods", "lora", "efmlora"]
+
+
+def test_the_weights_of_the_runs_give_the_figures_of_the_runs(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = {"task_arithmetic": (W3["arithmetic_weight"],), "ties": (W3["ties_weight"],)}
+    monkeypatch.setattr(merge_weights, "WEIGHTS", fixed)
+    assert main(["merge_weights", *options]) == 0
+    judged = [json.loads(line) for line in (tmp_path / merge_weights.RESULTS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
+    assert len(judged) == len(rows) == 2
+    for row, found in zip(rows, judged, strict=True):
+        for way, of_way in found["ways"].items():
+            for entry in ("test_accuracy", "test_loss"):
+                of_tasks = [row["merged"][way][task][entry] for task in TASKS]
+                assert of_way[entry] == pytest.approx(sum(of_tasks) / len(TASKS), abs=1e-12)
+        assert found["ways"]["ties"]["validation_loss"]["1"] == pytest.approx(row["validation_loss"], abs=1e-12)
+
+
+def test_the_weight_is_the_best_on_validation_and_nothing_is_judged_twice(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["merge_weights", *options]) == 0
+    for line in (tmp_path / merge_weights.RESULTS).read_text().splitlines():
+        for way, of_way in json.loads(line)["ways"].items():
+            losses = of_way["validation_loss"]
+            assert len(losses) == len(merge_weights.WEIGHTS[way])
+            assert losses[f"{of_way['weight']:.4g}"] == min(losses.values())
+    monkeypatch.setattr(merge_weights, "_restored", lambda *arguments: pytest.fail("judged twice"))
+    assert main(["merge_weights", *options]) == 0
+    assert "Kept adapters: 2 of 2" in capsys.readouterr().out
+    # One run of each arm is no search, so the report has no table of test runs.
+    assert main(["report", *options]) == 0
 
 
 @pytest.mark.parametrize("workload", ["w3", "w5"])
