@@ -1,4 +1,4 @@
-# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`, `make clip-demo`.
+# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`, `make clip-demo`, `make merging-demo`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +10,12 @@ LITGPT := 0.5.13
 # An environment with the oldest releases that are supported.
 OLDEST := .venv-oldest
 
-.PHONY: help test test-oldest demo clip-demo lint docs gpu-test benchmark clean
+.PHONY: help test test-oldest demo clip-demo merging-demo lint docs gpu-test benchmark clean
 
 help:
 	@echo "make demo       fine-tune a packaged language model with LoRA, EFMLoRA and FMLoRA, side by side"
 	@echo "make clip-demo  train a small CLIP on emoji, then adapt it with few images of a style it has never seen"
+	@echo "make merging-demo  train adapters of four tasks with LoRA and with EFMLoRA, and merge them into one"
 	@echo "make test       lint, type check, the site and all tests"
 	@echo "make docs       the site, in docs/_build/html"
 	@echo "make test-oldest  the package's tests with the oldest supported Lightning, peft and torchmetrics"
@@ -40,6 +41,9 @@ demo: $(RECIPES)
 
 clip-demo: $(RECIPES)
 	$(BIN)/python -m recipes.clip_demo
+
+merging-demo: $(RECIPES)
+	$(BIN)/python -m recipes.evidence demo
 
 lint: $(DEV)
 	$(BIN)/ruff check .

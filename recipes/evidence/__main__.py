@@ -2,7 +2,8 @@
 
 `run` does the runs and keeps a line of JSON for each, `robustness` judges the kept adapters under further conditions,
 `flatness` measures the loss around them, `merge_weights` merges kept adapters with a weight chosen on validation,
-`radius` tries rules that set rho without a search, and `report` shows what is there so far. After Ctrl-C the same
+`radius` tries rules that set rho without a search, `report` shows what is there so far, and `demo` merges a few
+adapters in minutes. After Ctrl-C the same
 command resumes; started twice on one folder, the two processes share the work.
 """
 
@@ -22,6 +23,7 @@ from rich.console import Console
 from recipes.evidence import flatness as around
 from recipes.evidence import merge_weights as chosen_weights
 from recipes.evidence import robustness as conditions
+from recipes.evidence.demo import Demo
 from recipes.evidence.in_turn import perform_in_turn
 from recipes.evidence.kept import Judge, kept_runs, ledger_of, work
 from recipes.evidence.merging import perform_merging
@@ -167,6 +169,29 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def demo(options: argparse.Namespace) -> int:
+    """Merge adapters of LoRA and EFMLoRA, beside free competitors; in minutes."""
+    _prepare()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    precision = precision_of_runs(options.folder, options.precision)
+    print(f"Precision: {precision}; --precision takes another", flush=True)
+    shown = Demo(options.folder, precision)
+    try:
+        shown.work()
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
+        return _stopped()
+    console = Console(width=max(_WIDTH, Console().width))
+    for table in shown.tables():
+        table.show(console)
+    text = "\n".join(table.markdown() for table in shown.tables())
+    (options.folder / "merging.md").write_text(f"{shown.sentence()}\n\n{text}", encoding="utf-8")
+    figure = shown.figure()
+    if figure is not None:
+        figure.savefig(options.folder / "merging.png", dpi=130)
+    print(f"{shown.sentence()}\nmerging.md and merging.png are in {options.folder}")
+    return 0
+
+
 def _performer(settings: Settings) -> Callable[..., Row]:
     if is_merging(settings):
         return perform_merging
@@ -235,7 +260,9 @@ def _settings(options: argparse.Namespace, workload: str) -> Settings:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{run,robustness,flatness,merge_weights,radius,report}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{run,robustness,flatness,merge_weights,radius,report,demo}"
+    )
     for name, function, text in (
         ("run", run, "do the runs that are not done yet"),
         ("robustness", robustness, "judge kept adapters once more: rounded, at other scales, on texts with typos"),
@@ -259,6 +286,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "run":
             command.add_argument("--plan", action="store_true", help="only say how many runs are left, and how long")
+    text = "adapters of four tasks, merged into one: LoRA, EFMLoRA and free competitors, in minutes"
+    command = commands.add_parser("demo", help=text, description=text)
+    command.set_defaults(command=demo)
+    _add_folder(command, Path("runs/merging_demo"))
     text = "try rules that set rho without a search, on workloads whose searches are done"
     command = commands.add_parser("radius", help=text, description=text)
     command.set_defaults(command=radius)
@@ -275,8 +306,8 @@ def _workloads_of(name: str) -> list[str]:
     return [one for one in WORKLOADS if name not in _OF_KEPT or not has_tasks(WORKLOADS[one])]
 
 
-def _add_folder(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="default runs/evidence")
+def _add_folder(command: argparse.ArgumentParser, folder: Path = Path("runs/evidence")) -> None:
+    command.add_argument("--folder", type=Path, default=folder, help=f"default {folder}")
     command.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
 
 

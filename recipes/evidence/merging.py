@@ -50,6 +50,11 @@ WAYS: dict[str, Callable[[list[Tensor], Settings], Tensor]] = {
 """By name: what is made of the updates s B A (m, n) that several adapters add to one weight, with the settings."""
 
 
+def fewer_than(tasks: Sequence[str]) -> list[int]:
+    """How many adapters are merged beside all of them."""
+    return [number for number in FEWER if number < len(tasks)]
+
+
 def perform_merging(run: Run, folder: Path | None = None) -> Row:
     """Train an adapter and a head for each task, merge the adapters, and judge them with the heads.
 
@@ -116,7 +121,7 @@ def _merged_rows(run: Run, runs: Mapping[str, Run], encoder: CutEncoder, modules
         return found
 
     tasks = list(runs)
-    ways, numbers = (list(WAYS), FEWER) if run.stage == "test" else ([PRIMARY_WAY], ())
+    ways, numbers = (list(WAYS), fewer_than(tasks)) if run.stage == "test" else ([PRIMARY_WAY], [])
     by_way = {way: judge(way, tasks) for way in ways}
     return {
         **means(by_way[PRIMARY_WAY]),

@@ -6,7 +6,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from recipes.evidence.merging import FEWER, PRIMARY_WAY, WAYS
+from recipes.evidence.merging import PRIMARY_WAY, WAYS, fewer_than
 from recipes.evidence.tasks_report import Measure, before_and_after_table, kept_figure, kept_table, with_adapters
 from recipes.evidence.verdict import BySeed
 from recipes.evidence.workloads import TITLES, Settings
@@ -45,7 +45,7 @@ def merging_figure(workload: str, settings: Settings, rows: Mapping[str, Sequenc
     tasks = list(settings["tasks"])
     alone: dict[int, Measure] = {}
     together: dict[int, Measure] = {}
-    for number in (*FEWER, len(tasks)):
+    for number in (*fewer_than(tasks), len(tasks)):
         alone[number] = partial(_of_way, way=_SINGLE, tasks=tasks[:number])
         together[number] = partial(_of_first, number=number, tasks=tasks)
     return kept_figure(
@@ -87,7 +87,7 @@ def _of_first(rows: Sequence[Row], number: int, tasks: Sequence[str]) -> BySeed:
 
 
 def _by_number(workload: str, arms: Mapping[str, Sequence[Row]], tasks: Sequence[str]) -> Table:
-    numbers = (*FEWER, len(tasks))
+    numbers = (*fewer_than(tasks), len(tasks))
     lines = []
     for arm, rows in arms.items():
         line = [TITLES[arm]]
