@@ -19,11 +19,13 @@ from rich.console import Console
 
 from recipes.evidence import flatness as around
 from recipes.evidence import robustness as conditions
+from recipes.evidence.flatness_report import FlatnessReport
 from recipes.evidence.kept import Judge, kept_runs, ledger_of, work
+from recipes.evidence.kept_report import SECONDARY, KeptReport, write_kept
 from recipes.evidence.merging import perform_merging
 from recipes.evidence.plan import RESULTS, STAGES, Plan
 from recipes.evidence.report import Report, verdict_text, write
-from recipes.evidence.robustness_report import SECONDARY, RobustnessReport, write_robustness
+from recipes.evidence.robustness_report import RobustnessReport
 from recipes.evidence.run import Run, perform
 from recipes.evidence.workloads import (
     ARMS,
@@ -114,12 +116,13 @@ def report(options: argparse.Namespace) -> int:
         table.show(console)
     print(verdict_text(shown))
     written = write(shown, options.folder)
-    robust = RobustnessReport(shown)
-    if not robust.is_empty():
-        for table in robust.tables():
-            table.show(console)
-        print(SECONDARY)
-        written += write_robustness(robust, options.folder)
+    further: list[KeptReport] = [RobustnessReport(shown), FlatnessReport(shown)]
+    for of_kept in further:
+        if not of_kept.is_empty():
+            for table in of_kept.tables():
+                table.show(console)
+            print(SECONDARY)
+            written += write_kept(of_kept, options.folder)
     print(f"Written: {', '.join(map(str, written))}")
     return 0
 
