@@ -1,6 +1,7 @@
 """What got flatter: slopes, curvatures and rises of the loss around each method's adapters, as ratios to LoRA's."""
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,9 +22,9 @@ _COLOURS = {"B": "#ee6677", "A": "#4477aa", "both": "#aa3377", "full": "#222222"
 _NOTES = (
     "LoRA and the method: mean ± standard error over the seeds; x: geometric mean of the ratios to LoRA's, paired by "
     "seed, with its 95 % interval; without a ratio where a value is not above 0",
-    "slope: norm of the gradient for the adapted weights, projected on the subspace; share: of its square",
+    "slope: norm of the gradient for the adapted weights, projected on the subspace; trace: of the Hessian in it",
     "rise: of the loss at the steepest first-order move of the norm rho; random: mean of a direction and its opposite",
-    "trace: of the Hessian in the subspace; moves are measured in the full weights throughout",
+    "inputs: of the adapted layers, the share of their squared norm, mean over the layers",
 )
 
 
@@ -57,15 +58,17 @@ Place = tuple[str, ...]
 
 
 def figures(row: Row) -> dict[Place, float]:
-    """All numbers of an adapter by their place in its row, and beside each slope its share of the squared one, in %."""
+    """All numbers of an adapter by their place in its row, and shares of the squared slope and of the trace, in %."""
     found: dict[Place, float] = {(name,): row[name] for name in ("adapter_norm", "head_norm")}
     for part in PARTS:
         of_part = row[part]
         found[part, "loss"] = of_part["loss"]
-        for kind in ("gradient", "trace"):
-            found |= {(part, kind, name): value for name, value in of_part[kind].items()}
-        for name in SUBSPACES:
-            found[part, "share", name] = 100 * (of_part["gradient"][name] / of_part["gradient"]["full"]) ** 2
+        found[part, "inputs"] = 100 * statistics.mean(of_part["inputs"])
+        for kind, power in (("gradient", 2), ("trace", 1)):
+            whole = of_part[kind]["full"]
+            for name, value in of_part[kind].items():
+                found[part, kind, name] = value
+                found[part, f"{kind} share", name] = 100 * (value / whole) ** power
         for name, rises in of_part["rise"].items():
             found |= {(part, "rise", name, rho): value for rho, value in rises.items()}
     return found
@@ -153,6 +156,8 @@ class FlatnessReport:
             axes.errorbar(places, means, yerr=reach, fmt="o", markersize=4, capsize=2, color=colour, label=_NAMES[name])
         axes.axhline(1, color="#888888", linewidth=1)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("x {x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.set_xticks(range(len(kinds)), list(kinds))
         axes.grid(axis="y", which="both", alpha=0.3)
         axes.set_title({"train": "examples trained on", "validation": "validation part"}[part], fontsize="medium")
@@ -164,11 +169,15 @@ def _places() -> list[tuple[str, int, Place]]:
     for name in (*SUBSPACES, "head"):
         lines.append((f"slope, {_NAMES[name]}", 3, ("gradient", name)))
     for name in ("B", "A", "both"):
-        lines.append((f"share in %, {_NAMES[name]}", 1, ("share", name)))
+        lines.append((f"share of the squared slope in %, {_NAMES[name]}", 1, ("gradient share", name)))
     for name in ("B", "A", "full"):
         lines.append((f"trace, {_NAMES[name]}", 1, ("trace", name)))
+    for name in ("B", "A"):
+        lines.append((f"share of the trace in %, {_NAMES[name]}", 1, ("trace share", name)))
+    lines.append(("share of the inputs in A's rows in %", 1, ("inputs",)))
     for rho in RADII:
         for name in (*SUBSPACES, "random"):
-            digits = 5 if name == "random" else 3
+            # At random the smallest move makes a rise of about 1e-4.
+            digits = 6 if name == "random" and rho < 1 else 3
             lines.append((f"rise at rho {rho:g}, {_NAMES[name]}", digits, ("rise", name, f"{rho:g}")))
     return lines

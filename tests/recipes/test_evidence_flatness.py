@@ -29,6 +29,7 @@ from recipes.evidence.flatness import (
     in_weight_units,
     mean_loss,
     measured,
+    seen_shares,
 )
 from recipes.evidence.flatness_report import ratio
 from recipes.evidence.module import ShotsClassifier
@@ -167,6 +168,25 @@ def test_curvature_in_a_subspace_is_in_units_of_the_full_weights(
     for new, old in zip(projectors(module), onto, strict=True):
         torch.testing.assert_close(new[0], old[0])
         torch.testing.assert_close(new[1], old[1])
+
+
+def test_the_share_of_the_inputs_is_that_of_each_text_alone(
+    module: ShotsClassifier, batches: list[dict[str, Tensor]]
+) -> None:
+    layers, onto = adapted_layers(module), projectors(module)
+    seen, whole = torch.zeros(len(layers), **DOUBLE), torch.zeros(len(layers), **DOUBLE)
+    tokens: dict[Any, Tensor] = {}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: tokens.update({layer: inputs[0]}))
+    for batch in batches:
+        for text in range(len(batch["labels"])):
+            mine = batch["owners"] == text
+            hidden = batch["hidden"][mine][None]
+            module.logits({"hidden": hidden, "owners": torch.zeros(hidden.shape[:2]), "labels": batch["labels"][:1]})
+            for place, layer in enumerate(layers):
+                whole[place] += tokens[layer].square().sum()
+                seen[place] += (tokens[layer] @ onto[place][1]).square().sum()
+    assert seen_shares(module, batches) == pytest.approx((seen / whole).tolist(), rel=1e-5)
 
 
 def test_what_is_measured_agrees_with_itself(module: ShotsClassifier, batches: list[dict[str, Tensor]]) -> None:
