@@ -72,7 +72,8 @@ def measured(module: ShotsClassifier, batches: Sequence[Batch]) -> dict[str, Any
         ``loss`` in nats; ``gradient``, by subspace of :data:`SUBSPACES`, the norm of the gradient's projection, and
         that of the head's gradient; ``rise``, by subspace and radius, L(w + move) - L(w) for the steepest move, and for
         "random" the mean over a Gaussian direction of the full weights and its opposite; ``trace``, of the Hessian in
-        the subspaces of B and A and in the full weights, in nats over squared units of the weights.
+        the subspaces of B and A and in the full weights, in nats over squared units of the weights; ``inputs``, the
+        :func:`seen_shares`.
     """
     module.eval()
     loss = mean_loss(module, batches)
@@ -81,6 +82,7 @@ def measured(module: ShotsClassifier, batches: Sequence[Batch]) -> dict[str, Any
     head = list(module.head.parameters())
     at = slope(loss, [*weights, *head])
     found: dict[str, Any] = {"loss": float(at.loss), "gradient": {}, "rise": {}}
+    found["inputs"] = seen_shares(module, batches)
     for name, ball in balls(layers, at).items():
         found["gradient"][name] = ball.norm()
         found["rise"][name] = {f"{rho:g}": _rise(loss, at, ball, rho) for rho in RADII}
@@ -107,6 +109,31 @@ def mean_loss(module: ShotsClassifier, batches: Sequence[Batch]) -> MeanLoss:
         return lambda: weight * nn.functional.cross_entropy(module.logits(batch), batch["labels"])
 
     return MeanLoss([part(batch) for batch in batches])
+
+
+@torch.no_grad()
+def seen_shares(module: ShotsClassifier, batches: Sequence[Batch]) -> list[float]:
+    """Of each adapted layer's inputs the share that A reads: ||P_A x||^2 / ||x||^2, both summed over all tokens.
+
+    A move of B changes nothing else: s E A x is s E A P_A x.
+    """
+    layers, inputs = adapted_layers(module), {}
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+        inputs[layer] = arguments[0]
+
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    seen, whole = torch.zeros(len(layers)), torch.zeros(len(layers))
+    for batch in batches:
+        module.logits(batch)
+        for place, layer in enumerate(layers):
+            x = inputs[layer][batch["owners"] >= 0]
+            seen[place] += (x @ _bases(layer)[1].to(x.dtype)).square().sum()
+            whole[place] += x.square().sum()
+    for hook in hooks:
+        hook.remove()
+    shares: list[float] = (seen / whole).tolist()
+    return shares
 
 
 def adapted_layers(module: ShotsClassifier) -> list[Any]:

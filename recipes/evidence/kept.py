@@ -1,16 +1,14 @@
 """Finished runs whose weights are kept, and ways to judge these once more. Nothing is trained."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import Plan, key_of_row
 from recipes.evidence.run import Run, encoder_of
-from recipes.evidence.verdict import Difference
 from recipes.evidence.weights import restore
-from recipes.evidence.workloads import PROBE
 from recipes.language import texts
 from recipes.shared.ledger import Ledger, Row
 
@@ -85,26 +83,3 @@ def restored(kept: Kept, folder: Path) -> ShotsClassifier:
     )
     restore(module, folder / kept.weights)
     return module
-
-
-def with_judgements(rows: Mapping[str, Sequence[Row]], path: Path) -> dict[str, list[tuple[Row, Row | None]]]:
-    """The rows of each arm that has a judged adapter, each with that of its adapter, None where there is none.
-
-    Args:
-        rows: of the runs, by arm.
-        path: of the evaluation's rows.
-    """
-    by_key = {str(key_of_row(row)): row for row in ledger_of(path).rows}
-    found = {}
-    for arm, of_arm in rows.items():
-        pairs = [(row, by_key.get(str(key_of_row(row)))) for row in of_arm]
-        if arm != PROBE and any(judged is not None for _, judged in pairs):
-            found[arm] = pairs
-    return found
-
-
-def difference_cell(found: Difference | None, digits: int) -> str:
-    """A mean difference and its 95 % interval in a table's cell, empty where there is none."""
-    if found is None:
-        return ""
-    return f"{found.estimate.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"

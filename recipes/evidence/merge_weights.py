@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from torch import nn
 
-from recipes.evidence.kept import Kept, with_judgements
+from recipes.evidence.kept import Kept
+from recipes.evidence.kept_report import difference_cell, with_judgements
 from recipes.evidence.merging import merged
 from recipes.evidence.module import ShotsClassifier, plain_logits
 from recipes.evidence.report import Report
@@ -82,33 +84,6 @@ def _scores(run: Run, modules: Mapping[str, ShotsClassifier], way: str, weight: 
     return {name: statistics.mean(each[name] for each in found) for name in ("loss", "accuracy")}
 
 
-def merge_weights_table(report: Report) -> Table | None:
-    """Test accuracy of each arm with the chosen weights, and the weights; None where nothing is judged.
-
-    Args:
-        report: of the workload's runs.
-    """
-    judged = with_judgements(report.rows, report.plan.folder / RESULTS)
-    if not judged:
-        return None
-    columns = ["arm"]
-    for way in WEIGHTS:
-        columns += [f"{way.replace('_', ' ')}, accuracy in %", "minus LoRA's", "weights chosen"]
-    lines = []
-    for arm, pairs in judged.items():
-        line = [TITLES[arm]]
-        for way in WEIGHTS:
-            accuracies = _accuracies(pairs, way)
-            to_base = difference(accuracies, _accuracies(judged.get(BASELINE, []), way)) if arm != BASELINE else None
-            line += [mean_cell(list(accuracies.values()), 1), str(to_base or ""), _counts(pairs, way)]
-        lines.append(line)
-    notes = [
-        "mean over the tasks ± standard error over the seeds (seeds); differences: paired by seed, with 95 % intervals",
-        "each run has the weight of the lowest mean validation loss over the tasks; in brackets, how often each was it",
-    ]
-    return Table(f"{report.plan.workload}, merged with a weight chosen on validation", columns, lines, notes)
-
-
 Pairs = Sequence[tuple[Row, Row | None]]
 """The rows of an arm's runs, each with that of its adapters as they were judged here."""
 
@@ -128,3 +103,47 @@ def _counts(pairs: Pairs, way: str) -> str:
     """How often each weight was chosen, such as "0.5 (3), 1 (5)"."""
     chosen = [judged["ways"][way]["weight"] for _, judged in pairs if judged is not None]
     return ", ".join(f"{weight:.3g} ({chosen.count(weight)})" for weight in sorted(set(chosen)))
+
+
+class MergeWeightsReport:
+    """Test accuracy of each arm with the chosen weights, and these weights.
+
+    Args:
+        report: of the workload's runs.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.name = f"{report.plan.workload}_merge_weights"
+        self._title = f"{report.plan.workload}, merged with a weight chosen on validation"
+        self._judged = with_judgements(report.rows, report.plan.folder / RESULTS)
+
+    def is_empty(self) -> bool:
+        """Whether no run has been judged."""
+        return not self._judged
+
+    def tables(self) -> list[Table]:
+        """One table, a line for each arm."""
+        columns = ["arm"]
+        for way in WEIGHTS:
+            columns += [f"{way.replace('_', ' ')}, accuracy in %", "minus LoRA's", "weights chosen"]
+        notes = [
+            "mean over the tasks ± standard error over the seeds (seeds); differences: paired by seed, with 95 % "
+            "intervals",
+            "a run takes the weight of the lowest mean validation loss over the tasks; in brackets, how many runs do",
+        ]
+        return [Table(self._title, columns, [self._line(arm) for arm in self._judged], notes)]
+
+    def figure(self) -> Figure | None:
+        """None: there is nothing to see that the table does not say."""
+        return None
+
+    def _line(self, arm: str) -> list[str]:
+        line = [TITLES[arm]]
+        for way in WEIGHTS:
+            accuracies = _accuracies(self._judged[arm], way)
+            to_base = None
+            if arm != BASELINE:
+                to_base = difference(accuracies, _accuracies(self._judged.get(BASELINE, []), way))
+            counts = _counts(self._judged[arm], way)
+            line += [mean_cell(list(accuracies.values()), 1), difference_cell(to_base, 2), counts]
+        return line

@@ -1,13 +1,12 @@
 """How each method bears changes of its weights and of the texts, beside LoRA: tables and a forest plot."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from recipes.evidence.conditions import AS_TRAINED, CONDITIONS
-from recipes.evidence.kept import difference_cell, with_judgements
+from recipes.evidence.kept_report import difference_cell, with_judgements
 from recipes.evidence.report import Report
 from recipes.evidence.robustness import RESULTS
 from recipes.evidence.verdict import Difference, difference
@@ -15,10 +14,6 @@ from recipes.evidence.workloads import BASELINE, SEARCHES, TITLES
 from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import Table
 
-SECONDARY = (
-    "These comparisons are secondary. Their intervals are not corrected for the number of comparisons: about one in "
-    "twenty of them excludes 0 by chance alone."
-)
 # By the names in the rows: what a table calls it, the factor to its unit, and the digits shown.
 _MEASURES = {
     "accuracy": ("accuracy in %", 100.0, 2),
@@ -40,6 +35,7 @@ class RobustnessReport:
 
     def __init__(self, report: Report) -> None:
         self.workload = report.plan.workload
+        self.name = f"{self.workload}_robustness"
         self._found = with_judgements(report.rows, report.plan.folder / RESULTS)
 
     def is_empty(self) -> bool:
@@ -97,7 +93,7 @@ class RobustnessReport:
         notes = ["A positive difference: the method loses less than LoRA, from its own accuracy"]
         return Table(f"{self.workload}, kept adapters: change of accuracy in points", columns, lines, notes)
 
-    def forest(self) -> Figure | None:
+    def figure(self) -> Figure | None:
         """Differences of the searched methods to LoRA with their intervals, by condition and measure."""
         methods = [arm for arm in SEARCHES if arm != BASELINE and self.differences(arm, "accuracy")]
         if not methods:
@@ -117,19 +113,6 @@ class RobustnessReport:
         panels[0].legend(loc="best", fontsize="small")
         figure.suptitle(f"{self.workload}, kept adapters: mean and 95 % interval of paired differences (secondary)")
         return figure
-
-
-def write_robustness(report: RobustnessReport, folder: Path) -> list[Path]:
-    """Write the tables as Markdown, and the forest plot; returns the paths."""
-    name = f"{report.workload}_robustness"
-    text = "\n".join(table.markdown() for table in report.tables())
-    paths = [folder / f"{name}.md"]
-    paths[0].write_text(f"{SECONDARY}\n\n{text}", encoding="utf-8")
-    figure = report.forest()
-    if figure is not None:
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=110)
-    return paths
 
 
 def _draw(axes: Axes, differences: Mapping[str, Difference], below: float, label: str, colour: str) -> None:

@@ -18,7 +18,7 @@ import transformers
 from evidence_runs import RUN, SETTINGS, Fake, bert, figures, install, made_up, tiny_encoder, wordpieces
 from safetensors import safe_open
 
-from recipes.evidence import __main__ as command
+from recipes.evidence import commands
 from recipes.evidence import plan as planning
 from recipes.evidence import run as running
 from recipes.evidence.__main__ import main
@@ -345,7 +345,7 @@ def test_the_command_runs_and_reports(
     last = lines.pop()
     (tmp_path / RESULTS).write_text("".join(lines))
     fake = Fake(gain=0.05)
-    monkeypatch.setattr(command, "perform", fake)
+    monkeypatch.setattr(commands, "perform", fake)
     assert main(["run", *folder, "fmlora"]) == 0
     assert [run.key() for run in fake.done] == [planning.key_of_row(json.loads(last))]
     assert main(["report", *folder]) == 0
@@ -363,7 +363,7 @@ def test_an_interrupted_command_says_how_to_resume(
     def interrupted(run: Run, folder: Path) -> Row:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "perform", interrupted)
+    monkeypatch.setattr(commands, "perform", interrupted)
     assert main(["run", "--workload", "tiny", "--folder", str(tmp_path), "--precision", "32-true"]) == 130
     assert "The same command resumes" in capsys.readouterr().out
 

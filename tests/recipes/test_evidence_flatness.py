@@ -1,6 +1,8 @@
 """The loss around kept adapters: each direction and curvature against explicit projectors in float64."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +11,17 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
-from evidence_runs import RUN, install, tiny_encoder
+from evidence_runs import RUN, Fake, install, tiny_encoder
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import MeanLoss, hessian_product, moved, sam_sharpness, slope, trained_factors
 from lightning_flatlora.flatness.losses import value
+from recipes.evidence import commands
+from recipes.evidence.__main__ import main
 from recipes.evidence.flatness import (
+    PARTS,
     RADII,
+    RESULTS,
     SUBSPACES,
     adapted_layers,
     balls,
@@ -23,9 +29,13 @@ from recipes.evidence.flatness import (
     in_weight_units,
     mean_loss,
     measured,
+    seen_shares,
 )
+from recipes.evidence.flatness_report import ratio
 from recipes.evidence.module import ShotsClassifier
-from recipes.evidence.run import training_batches
+from recipes.evidence.plan import RESULTS as RUNS
+from recipes.evidence.run import Run, perform, training_batches
+from recipes.shared.ledger import read
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -160,6 +170,25 @@ def test_curvature_in_a_subspace_is_in_units_of_the_full_weights(
         torch.testing.assert_close(new[1], old[1])
 
 
+def test_the_share_of_the_inputs_is_that_of_each_text_alone(
+    module: ShotsClassifier, batches: list[dict[str, Tensor]]
+) -> None:
+    layers, onto = adapted_layers(module), projectors(module)
+    seen, whole = torch.zeros(len(layers), **DOUBLE), torch.zeros(len(layers), **DOUBLE)
+    tokens: dict[Any, Tensor] = {}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: tokens.update({layer: inputs[0]}))
+    for batch in batches:
+        for text in range(len(batch["labels"])):
+            mine = batch["owners"] == text
+            hidden = batch["hidden"][mine][None]
+            module.logits({"hidden": hidden, "owners": torch.zeros(hidden.shape[:2]), "labels": batch["labels"][:1]})
+            for place, layer in enumerate(layers):
+                whole[place] += tokens[layer].square().sum()
+                seen[place] += (tokens[layer] @ onto[place][1]).square().sum()
+    assert seen_shares(module, batches) == pytest.approx((seen / whole).tolist(), rel=1e-5)
+
+
 def test_what_is_measured_agrees_with_itself(module: ShotsClassifier, batches: list[dict[str, Tensor]]) -> None:
     found: dict[str, Any] = measured(module, batches)
     gradient, rise = found["gradient"], found["rise"]
@@ -167,3 +196,51 @@ def test_what_is_measured_agrees_with_itself(module: ShotsClassifier, batches: l
     assert set(rise) == {*SUBSPACES, "random"}
     assert rise["full"]["0.5"] > rise["both"]["0.5"] > max(rise["A"]["0.5"], rise["B"]["0.5"]) > rise["random"]["0.5"]
     assert set(found["trace"]) == {"A", "B", "full"}
+
+
+# -- the command
+
+
+def test_the_command_measures_what_is_kept_and_the_report_compares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--workload", "tiny", "--folder", str(tmp_path), "--precision", "32-true"]
+    options += ["--methods", "lora", "efmlora", "--seeds", "0", "1", "2"]
+    fake = Fake(gain=0.05)
+
+    def searched(run: Run, folder: Path) -> dict[str, Any]:
+        return fake(run) if run.stage == "search" else perform(run, folder)
+
+    monkeypatch.setattr(commands, "perform", searched)
+    main(["run", *options])
+    assert main(["flatness", *options]) == 0
+    rows = read(tmp_path / RESULTS)
+    assert len(rows) == 6
+    runs = {(row["arm"], row["seed"]): row for row in read(tmp_path / RUNS) if "weights" in row}
+    for row in rows:
+        run = runs[row["arm"], row["seed"]]
+        for part in PARTS:
+            assert row[part]["loss"] == pytest.approx(run[f"{part}_loss"], rel=1e-5)
+    assert main(["report", *options]) == 0
+    assert "secondary" in capsys.readouterr().out
+    text = (tmp_path / "tiny_flatness.md").read_text()
+    slopes = {arm: [row["train"]["gradient"]["B"] for row in rows if row["arm"] == arm] for arm in ("lora", "efmlora")}
+    found = ratio(dict(enumerate(slopes["efmlora"])), dict(enumerate(slopes["lora"])))
+    assert f"{sum(slopes['lora']) / 3:.3f} ± " in text
+    assert str(found) in text
+    assert (tmp_path / "tiny_flatness.png").stat().st_size > 10_000
+    # Nothing is measured twice.
+    assert main(["flatness", *options]) == 0
+    assert read(tmp_path / RESULTS) == rows
+
+
+def test_a_ratio_is_geometric_and_paired() -> None:
+    one, other = {0: 1.0, 1: 4.0, 2: 2.0}, {0: 2.0, 1: 4.0, 2: 8.0}
+    found = ratio(one, other)
+    assert found is not None
+    assert found.mean == pytest.approx((1 / 2 * 1 * 1 / 4) ** (1 / 3))
+    half = 4.302653 * math.log(2) * 1 / math.sqrt(3)  # Student's t for 2 degrees of freedom; the logs are -1, 0, -2
+    assert found.low == pytest.approx(found.mean * math.exp(-half), rel=1e-6)
+    assert found.high == pytest.approx(found.mean * math.exp(half), rel=1e-6)
+    assert ratio({0: 1.0, 1: -1.0}, other) is None
+    assert ratio({0: 1.0}, other) is None

@@ -18,6 +18,7 @@ from evidence_runs import Fake, figures, install, made_up, tiny_encoder
 from safetensors.torch import load_file
 
 from recipes.evidence import __main__ as command
+from recipes.evidence import commands
 from recipes.evidence import tasks as on_tasks
 from recipes.evidence.__main__ import main
 from recipes.evidence.in_turn import perform_in_turn
@@ -235,7 +236,7 @@ def test_the_command_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeInTurn(gain=0.05)
-    monkeypatch.setattr(command, "perform_in_turn", fake)
+    monkeypatch.setattr(commands, "perform_in_turn", fake)
     monkeypatch.setitem(command.WORKLOADS, "w5", {name: v for name, v in W5.items() if name != "precision"})
     options = ["--workload", "w5", "--folder", str(tmp_path), "--precision", "32-true"]
     options += ["--methods", "lora", "efmlora", *COMPETITORS, PROBE]
@@ -269,7 +270,7 @@ def test_the_command_finds_the_rows_of_real_runs_again(tmp_path: Path, monkeypat
         done.append(run)
         return perform_one(run, folder)
 
-    monkeypatch.setattr(command, "perform_in_turn", partial(counted, perform_in_turn))
+    monkeypatch.setattr(commands, "perform_in_turn", partial(counted, perform_in_turn))
     options = ["--workload", "w5", "--folder", str(tmp_path), "--precision", "32-true", "--methods", "lora"]
     assert main(["run", *options]) == 130
     ledger = Ledger(tmp_path / RESULTS, key_of_row)

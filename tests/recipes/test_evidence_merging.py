@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from recipes.evidence import __main__ as command
-from recipes.evidence import merge_weights
+from recipes.evidence import commands, merge_weights
 from recipes.evidence import plan as planning
 from recipes.evidence.__main__ import main
 from recipes.evidence.merging import FEWER, WAYS, merged, perform_merging
@@ -239,7 +239,7 @@ def test_the_command_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeMerging(gain=0.05)
-    monkeypatch.setattr(command, "perform_merging", fake)
+    monkeypatch.setattr(commands, "perform_merging", fake)
     monkeypatch.setitem(command.WORKLOADS, "w3", {name: v for name, v in W3.items() if name != "precision"})
     options = ["--workload", "w3", "--folder", str(tmp_path), "--precision", "32-true"]
     options += ["--methods", "lora", "efmlora", *COMPETITORS, PROBE]

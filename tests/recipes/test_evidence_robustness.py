@@ -12,8 +12,7 @@ pytest.importorskip("transformers", reason="the recipes' dependencies are not in
 
 from evidence_runs import RUN, Fake, install, tiny_encoder
 
-from recipes.evidence import __main__ as command
-from recipes.evidence import robustness
+from recipes.evidence import commands, robustness
 from recipes.evidence.__main__ import main
 from recipes.evidence.conditions import AS_TRAINED, CONDITIONS, rounded, with_typos
 from recipes.evidence.module import ShotsClassifier, plain_logits
@@ -178,7 +177,7 @@ def test_the_command_judges_what_is_kept_and_the_report_compares_it(
     def searched(run: Run, folder: Path) -> dict[str, Any]:
         return fake(run) if run.stage == "search" else perform(run, folder)
 
-    monkeypatch.setattr(command, "perform", searched)
+    monkeypatch.setattr(commands, "perform", searched)
     main(["run", *options])
     done: list[Kept] = []
 
