@@ -7,10 +7,13 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from recipes.evidence.kept import Kept
 from recipes.evidence.kept_report import difference_cell, with_judgements
@@ -38,8 +41,9 @@ def judge(kept: Kept, folder: Path) -> Row:
 
     Returns:
         A JSON line: the run's key; ``ways``, by way to merge ``weight``, the chosen one, ``validation_loss`` by weight,
-        and ``test_accuracy`` and ``test_loss`` with the chosen one, means over the tasks; ``seconds``, ``device``,
-        ``commit`` and versions.
+        and ``test_accuracy`` and ``test_loss`` with the chosen one, means over the tasks; ``update_norm``, the mean
+        norm of the adapters' updates s B A over all layers, and ``update_cosine``, the mean cosine of two of them;
+        ``seconds``, ``device``, ``commit`` and versions.
     """
     began = time.perf_counter()
     modules = _restored(kept, folder)
@@ -56,7 +60,26 @@ def judge(kept: Kept, folder: Path) -> Row:
             "test_accuracy": on_test["accuracy"],
             "test_loss": on_test["loss"],
         }
-    return kept.key() | {"ways": ways, "seconds": time.perf_counter() - began, **surroundings()}
+    return kept.key() | {
+        "ways": ways,
+        **_geometry([_update(module) for module in modules.values()]),
+        "seconds": time.perf_counter() - began,
+        **surroundings(),
+    }
+
+
+@torch.no_grad()
+def _update(module: ShotsClassifier) -> Tensor:
+    """s B A of all adapted layers, one after the other in one vector."""
+    layers = [layer for layer in module.net.modules() if isinstance(layer, LoraLayer)]
+    return torch.cat([layer.get_delta_weight("default").flatten() for layer in layers])
+
+
+def _geometry(updates: Sequence[Tensor]) -> dict[str, float]:
+    """The mean norm of the updates, and the mean cosine of two of them."""
+    cosines = [float(torch.cosine_similarity(one, other, dim=0)) for one, other in combinations(updates, 2)]
+    norms = [float(update.norm()) for update in updates]
+    return {"update_norm": statistics.mean(norms), "update_cosine": statistics.mean(cosines)}
 
 
 def _restored(kept: Kept, folder: Path) -> dict[str, ShotsClassifier]:
@@ -123,7 +146,7 @@ class MergeWeightsReport:
 
     def tables(self) -> list[Table]:
         """One table, a line for each arm."""
-        columns = ["arm"]
+        columns = ["arm", "norm of an update", "cosine of two"]
         for way in WEIGHTS:
             columns += [f"{way.replace('_', ' ')}, accuracy in %", "minus LoRA's", "weights chosen"]
         notes = [
@@ -138,7 +161,10 @@ class MergeWeightsReport:
         return None
 
     def _line(self, arm: str) -> list[str]:
+        found = [judged for _, judged in self._judged[arm] if judged is not None]
         line = [TITLES[arm]]
+        for name in ("update_norm", "update_cosine"):
+            line.append(mean_cell([judged[name] for judged in found], 2))
         for way in WEIGHTS:
             accuracies = _accuracies(self._judged[arm], way)
             to_base = None

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from recipes.evidence import __main__ as command
-from recipes.evidence import commands, merge_weights
+from recipes.evidence import commands, demo, merge_weights
 from recipes.evidence import plan as planning
 from recipes.evidence.__main__ import main
 from recipes.evidence.merging import FEWER, WAYS, merged, perform_merging
@@ -24,7 +24,7 @@ from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import RESULTS
 from recipes.evidence.run import Run
 from recipes.evidence.tasks import CLASSES, trained
-from recipes.evidence.workloads import COMPETITORS, PROBE, WORKLOADS
+from recipes.evidence.workloads import COMPETITORS, PROBE, SEARCH_SEEDS, SEEDS, WORKLOADS
 from recipes.language import texts
 from recipes.language.texts import Source
 from recipes.shared.ledger import Row
@@ -290,6 +290,17 @@ def test_the_weights_of_the_runs_give_the_figures_of_the_runs(
                 of_tasks = [row["merged"][way][task][entry] for task in TASKS]
                 assert of_way[entry] == pytest.approx(sum(of_tasks) / len(TASKS), abs=1e-12)
         assert found["ways"]["ties"]["validation_loss"]["1"] == pytest.approx(row["validation_loss"], abs=1e-12)
+        assert found["update_norm"] > 0
+
+
+def test_norms_and_cosines_are_those_of_the_dense_updates() -> None:
+    modules = adapters(3)
+    whole = torch.cat([updates(modules, layer).flatten(1) for layer in LAYERS], dim=1)
+    found = merge_weights._geometry([merge_weights._update(module) for module in modules])
+    assert found["update_norm"] == pytest.approx(float(whole.norm(dim=1).mean()), rel=1e-12)
+    unit = whole / whole.norm(dim=1, keepdim=True)
+    products = unit @ unit.T
+    assert found["update_cosine"] == pytest.approx(float(products.triu(1).sum() / 3), rel=1e-9)
 
 
 def test_the_weight_is_the_best_on_validation_and_nothing_is_judged_twice(
@@ -306,6 +317,30 @@ def test_the_weight_is_the_best_on_validation_and_nothing_is_judged_twice(
     assert "Kept adapters: 2 of 2" in capsys.readouterr().out
     # One run of each arm is no search, so the report has no table of test runs.
     assert main(["report", *options]) == 0
+
+
+# -- the demo
+
+
+def test_the_demo_runs_resumes_and_compares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {name: value for name, value in W3.items() if name != "precision"} | {"tasks": TASKS[:4]}
+    monkeypatch.setattr(demo, "SETTINGS", tiny)
+    options = ["demo", "--folder", str(tmp_path), "--precision", "32-true"]
+    assert main(options) == 0
+    rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
+    assert [row["seed"] for row in rows] == sorted([*demo.SEEDS] * 5)
+    assert {row["arm"] for row in rows} == {"lora", "efmlora", "early_stopping", "label_smoothing", "rank_2"}
+    assert "EFMLoRA minus LoRA after merging by TIES" in capsys.readouterr().out
+    assert "2 adapters | 4 adapters |" in (tmp_path / "merging.md").read_text()
+    assert (tmp_path / "merging.png").stat().st_size > 10_000
+    monkeypatch.setattr(demo, "perform_merging", lambda run: pytest.fail("done twice"))
+    assert main(options) == 0
+
+
+def test_the_demo_has_seeds_of_its_own() -> None:
+    assert not {*SEEDS, *SEARCH_SEEDS} & {*demo.SEEDS}
 
 
 @pytest.mark.parametrize("workload", ["w3", "w5"])
