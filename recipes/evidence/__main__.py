@@ -17,6 +17,7 @@ from recipes.evidence.plan import STAGES
 from recipes.evidence.workloads import (
     ARMS,
     COMPETITORS,
+    EXPLORED,
     PROBE,
     SEARCH_SEEDS,
     SEARCHES,
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--methods", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD",
             help=f"all of them if left out: {', '.join(SEARCHES)}; LoRA with one change: {', '.join(COMPETITORS)}; "
-            f"and {PROBE}",
+            f"{PROBE}; and {', '.join(EXPLORED)}",
         )  # fmt: skip
         command.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="both if left out")
         command.add_argument(

@@ -14,6 +14,7 @@ from recipes.evidence.workloads import (
     CANDIDATE,
     COMPETITORS,
     EARLY_SEEDS,
+    EXPLORED,
     PROBE,
     SEARCH_SEEDS,
     SEARCHES,
@@ -28,7 +29,7 @@ STAGES = ("search", "test")
 PRIMARY = (BASELINE, CANDIDATE)
 _WAIT = 2.0  # seconds, while other processes do all that can be done now
 _SECONDS = 25.0  # of a run where none is done yet: a rough guess for one thread of a CPU with fast bfloat16
-_PASSES = {"fmlora": 2, "lora_sam": 2, "twice_the_steps": 2}
+_PASSES = {"fmlora": 2, "lora_sam": 2, "twice_the_steps": 2, "efmlora_twice_the_steps": 2}
 key_of_row = entries("workload", "arm", "config", "seed", "stage", "settings")
 
 
@@ -101,15 +102,17 @@ class Plan:
         return found
 
     def pieces(self) -> list[Piece]:
-        """All runs, in order: the primary hypothesis, its free competitors, then each of the other methods."""
+        """All runs, in order: the primary hypothesis, its free competitors, the other methods, and what is explored."""
         grid = common_grid(self.chosen)
         primary = [arm for arm in self.arms if arm in PRIMARY]
         free = [arm for arm in self.arms if arm in competitors_of(self.settings) or arm == PROBE]
         others = [[arm] for arm in self.arms if arm in SEARCHES and arm not in PRIMARY]
+        explored = [arm for arm in self.arms if arm in EXPLORED]
         # What decides the verdict comes first, so that runs which are stopped early still answer something.
         found = [self._search(primary, grid), self._tests(primary, grid), self._tests(free, grid)]
         for other in others:
             found += [self._search(other, grid), self._tests(other, grid)]
+        found.append(self._tests(explored, grid))
         if self.has_ended_early:
             found = found[:2]
         return _without_shared(found)
@@ -138,8 +141,10 @@ class Plan:
         """What an arm is run with; None while that has not been chosen."""
         if arm == PROBE:
             return {}
-        chosen = self.chosen(arm if arm in SEARCHES else BASELINE, grid)
-        return None if chosen is None else {**chosen, **COMPETITORS.get(arm, {})}
+        changed = {**COMPETITORS, **EXPLORED}
+        method = CANDIDATE if arm in EXPLORED else BASELINE
+        chosen = self.chosen(arm if arm in SEARCHES else method, grid)
+        return None if chosen is None else {**chosen, **changed.get(arm, {})}
 
     def chosen(self, method: str, grid: Grid) -> Config | None:
         """The trial that a method's search on a grid has chosen; None while it is not finished."""

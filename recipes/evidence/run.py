@@ -21,7 +21,7 @@ from recipes.evidence.module import BestOnValidation, ShotsClassifier, all_logit
 from recipes.evidence.radius import DIRECTIONS, RULES, RadiusRule
 from recipes.evidence.scores import both_scores, fitted_temperature, linear_probe, scores
 from recipes.evidence.weights import keep
-from recipes.evidence.workloads import PROBE, Config, Settings
+from recipes.evidence.workloads import BASELINE, CANDIDATE, EXPLORED, PROBE, Config, Settings
 from recipes.language import texts
 from recipes.shared.ledger import Row, commit
 from recipes.shared.methods import METHODS, Method
@@ -145,7 +145,7 @@ def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnVa
     places = batch_places(len(examples), settings["batch_size"], steps, run.seed)
     # A free competitor is LoRA with another configuration.
     known: dict[str, Method | RadiusRule] = {**METHODS, **RULES, **DIRECTIONS}
-    method = known.get(run.arm, METHODS["lora"])
+    method = known.get(run.arm, METHODS[CANDIDATE if run.arm in EXPLORED else BASELINE])
     best: list[BestOnValidation] = []
     if settings.get("judged") == "best" or config.get("early_stopping"):
         best = [BestOnValidation(batches_of(run, encoder, "validation"))]

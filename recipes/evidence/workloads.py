@@ -147,12 +147,16 @@ def competitors_of(settings: Settings) -> list[str]:
 PROBE = "linear_probe"
 """A linear classifier on the frozen encoder, beside every result."""
 
-ARMS = (*SEARCHES, *COMPETITORS, PROBE)
+EXPLORED: dict[str, Config] = {"efmlora_twice_the_steps": {"length_of_training": 2}}
+"""What each changes of EFMLoRA's chosen settings. No hypothesis rests on these runs, and they come last."""
+
+ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED)
 TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "early_stopping": "LoRA, early stopping",
     "label_smoothing": "LoRA, label smoothing 0.1",
     "rank_2": "LoRA, rank 2",
     "twice_the_steps": "LoRA, twice the steps",
     PROBE: "linear probe, frozen encoder",
+    "efmlora_twice_the_steps": "EFMLoRA, twice the steps",
 }
 """What the report calls each arm."""

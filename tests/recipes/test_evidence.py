@@ -30,7 +30,7 @@ from recipes.evidence.run import Run, perform
 from recipes.evidence.scores import scores
 from recipes.evidence.search import Grid
 from recipes.evidence.weights import restore
-from recipes.evidence.workloads import ARMS, COMPETITORS, PROBE, SEARCHES, WORKLOADS, Config
+from recipes.evidence.workloads import ARMS, COMPETITORS, EXPLORED, PROBE, SEARCHES, WORKLOADS, Config
 from recipes.language import texts
 from recipes.language.texts import Example
 from recipes.shared import packaged
@@ -270,10 +270,25 @@ def test_the_order_of_a_plan(finished: tuple[Plan, list[Run]]) -> None:
     assert config == "{'learning_rate': 0.002, 'rho': 2.0}"
 
 
+def test_what_is_explored_changes_efmloras_choice_and_comes_last(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, ["lora", "efmlora", *EXPLORED])
+    fake = Fake(gain=0.05)
+    plan.work(fake, lambda run: None)
+    explored = fake.done[-20:]
+    assert {run.arm for run in explored} == {"efmlora_twice_the_steps"}
+    assert explored[0].config == {"learning_rate": 2e-3, "rho": 2.0, "length_of_training": 2}
+
+
+def test_a_run_of_an_explored_arm_is_efmlora() -> None:
+    config = {"learning_rate": 1e-2, "rho": 2.0}
+    found = figures(perform(replace(RUN, arm="efmlora_twice_the_steps", config=config)))
+    assert found == figures(perform(replace(RUN, arm="efmlora", config=config)))
+
+
 def test_the_runs_of_all_methods_are_counted_once(tmp_path: Path) -> None:
     pieces = small_plan(tmp_path).progress()
     assert [total for _, _, total, _ in pieces[:4]] == [105, 40, 100, 45]
-    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 12 * 20
+    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 13 * 20
 
 
 def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> None:
