@@ -2,11 +2,18 @@
 
 import copyreg
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class OutputTerm(Protocol):
+    """A term that a base layer can add to its output."""
+
+    def added(self, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's output for an input, with the term."""
 
 
 class LayerNoise:
@@ -27,13 +34,13 @@ class LayerNoise:
 
 
 class _AddsNoise:
-    """Mixin before a base layer's own class while there is noise on it.
+    """Mixin before a base layer's own class while it adds noise, or another term, to its output.
 
     A compiled network has one graph for each class of a module, and makes one where it meets a new class. It
     would ignore a hook added after the first call, and would keep for ever what an earlier hook refers to.
     """
 
-    _noises: list[LayerNoise]
+    _noises: list[OutputTerm]
     _plain_class: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -53,7 +60,7 @@ def _noisy_class(plain: Any) -> Any:
     return type(f"Noisy{plain.__name__}", (_AddsNoise, plain), {"_plain_class": plain})
 
 
-def add_noise(module: Any, noise: LayerNoise) -> None:
+def add_noise(module: Any, noise: OutputTerm) -> None:
     """Let a base layer add noise to its output, until :func:`remove_noise`."""
     if not isinstance(module, _AddsNoise):
         module.__dict__["_noises"] = []
@@ -62,7 +69,7 @@ def add_noise(module: Any, noise: LayerNoise) -> None:
     module._noises.append(noise)
 
 
-def remove_noise(module: Any, noise: LayerNoise) -> None:
+def remove_noise(module: Any, noise: OutputTerm) -> None:
     """Let a base layer no longer add this noise."""
     module._noises.remove(noise)
     if not module._noises:

@@ -20,6 +20,7 @@ __all__ = [
     "SAM",
     "AdapterCheckpoint",
     "BalancednessRegularization",
+    "BiLoRA",
     "EFMLoRA",
     "FMLoRA",
     "FMLoRAModule",
@@ -63,3 +64,7 @@ class RandomPerturbation(baselines.RandomPerturbation, Callback):
 
 class BalancednessRegularization(baselines.BalancednessRegularization, Callback):
     """:class:`lightning_flatlora.baselines.BalancednessRegularization`."""
+
+
+class BiLoRA(baselines.BiLoRA, Callback):
+    """:class:`lightning_flatlora.baselines.BiLoRA`."""

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -70,33 +71,12 @@ class WeightNoise:
             raise ValueError(
                 "noise on a whole weight needs the whole weight, of which FSDP leaves each rank a part: use DDP"
             )
-        search = find_pairs(model, adapter_name, finder=finder)
-        found, of_peft = (search.pairs, []) if finder is not None else ([], search.pairs)
-        in_attention = set()
-        for layer in model.modules():
-            if isinstance(layer, MultiheadAttention):
-                in_attention.add(id(bare(layer.base_layer.out_proj)))
+        linears, self.left_out = adapted_linears(model, adapter_name, finder)
         self.names: list[str] = []
         self._layers: list[_NoisyLayer] = []
-        left_out: dict[str, list[str]] = defaultdict(list)
-        for base, pairs in _by_base(found).items():
-            if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
-                left_out["the finder names no plain Linear as their base"] += [pair.name for pair in pairs]
-                continue
-            self._layers.append(_NoisyLayer(base, partial(_factors_found, base, pairs), len(self._layers)))
-            self.names += [pair.name for pair in pairs]
-        for name, layer, adapters in adapted_layers(model, of_peft):
-            reason = _why_not(layer, adapters, id(layer) in in_attention)
-            if reason:
-                left_out[f"{type(layer).__name__}: {reason}"].append(clean_name(name))
-            else:
-                factors = partial(_factors_of_peft, layer, adapters)
-                self._layers.append(_NoisyLayer(layer.get_base_layer(), factors, len(self._layers), layer))
-                self.names.append(clean_name(name))
-        lines = [f"{kind} ({len(names)} in all, first {names[0]})" for kind, names in left_out.items()]
-        self.left_out = search.left_out + lines
-        if not self._layers:
-            raise NoPairsError("no LoRA layer on a Linear to put noise on. Left out: " + "; ".join(self.left_out))
+        for index, linear in enumerate(linears):
+            self.names += linear.names
+            self._layers.append(_NoisyLayer(linear, index))
 
     def on(self, sigma: float, seed: int) -> None:
         """Let the layers compute with W' + noise until :meth:`off`; the row norms are those of the weights now.
@@ -134,6 +114,74 @@ class WeightNoise:
             self.off()
 
 
+@dataclass(frozen=True, eq=False)
+class AdaptedLinear:
+    """A Linear under adapters, to whose output a further term can be added.
+
+    Attributes:
+        names: clean names of the layer of peft, or of a finder's pairs on it.
+        base: the Linear, around which a policy may have put a wrapper.
+        factors: gives those of its adapters as they are now.
+        layer: the layer of peft around the base, if it is one.
+    """
+
+    names: list[str]
+    base: Any
+    factors: Callable[[], Factors]
+    layer: Any = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, m) of its weight."""
+        owner = self.base if self.layer is None else self.layer
+        return owner.out_features, owner.in_features
+
+
+def adapted_linears(
+    model: nn.Module, adapter_name: str | None, finder: Finder | None
+) -> tuple[list[AdaptedLinear], list[str]]:
+    """The Linear layers under the trained adapters of a model, which is not sharded, in the order of its modules.
+
+    Args:
+        model: a module that contains LoRA layers at any depth.
+        adapter_name: the adapter of peft to look at; None takes each layer's active ones.
+        finder: says what the pairs are where the layers are not peft's, and what their base is.
+
+    Returns:
+        The layers, and one line for each kind of adapted layer that is none of them, naming it and the reason.
+
+    Raises:
+        NoPairsError: there is none; the message lists what was seen.
+        ValueError: no adapter of that name.
+    """
+    search = find_pairs(model, adapter_name, finder=finder)
+    found, of_peft = (search.pairs, []) if finder is not None else ([], search.pairs)
+    in_attention = set()
+    for layer in model.modules():
+        if isinstance(layer, MultiheadAttention):
+            in_attention.add(id(bare(layer.base_layer.out_proj)))
+    linears: list[AdaptedLinear] = []
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for base, pairs in _by_base(found).items():
+        names = [pair.name for pair in pairs]
+        if isinstance(base, nn.Linear) and base.weight.is_floating_point():
+            linears.append(AdaptedLinear(names, base, partial(_factors_found, base, pairs)))
+        else:
+            left_out["the finder names no plain Linear as their base"] += names
+    for name, layer, adapters in adapted_layers(model, of_peft):
+        reason = _why_not(layer, adapters, id(layer) in in_attention)
+        if reason:
+            left_out[f"{type(layer).__name__}: {reason}"].append(clean_name(name))
+        else:
+            factors = partial(_factors_of_peft, layer, adapters)
+            linears.append(AdaptedLinear([clean_name(name)], layer.get_base_layer(), factors, layer))
+    lines = [f"{kind} ({len(names)} in all, first {names[0]})" for kind, names in left_out.items()]
+    lines = search.left_out + lines
+    if not linears:
+        raise NoPairsError("no LoRA layer on a Linear to perturb as a whole. Left out: " + "; ".join(lines))
+    return linears, lines
+
+
 def _by_base(pairs: list[LoRAPair]) -> dict[nn.Module | None, list[LoRAPair]]:
     """The pairs of each base: several where its weight holds several projections."""
     by_base: dict[nn.Module | None, list[LoRAPair]] = defaultdict(list)
@@ -161,28 +209,20 @@ def _factors_of_peft(layer: Any, adapters: list[str]) -> Factors:
 
 
 class _NoisyLayer:
-    """One Linear: its base's row norms, and the noise that the base adds to its output.
+    """One Linear: its base's row norms, and the noise that the base adds to its output."""
 
-    Args:
-        base: the Linear, around which a policy may have put a wrapper.
-        factors: gives those of the base's adapters as they are now.
-        index: of the layer among all that get noise.
-        layer: the layer of peft around the base, if it is one.
-    """
-
-    def __init__(self, base: Any, factors: Callable[[], Factors], index: int, layer: Any = None) -> None:
-        self._base, self._factors, self._index, self._layer = base, factors, index, layer
+    def __init__(self, linear: AdaptedLinear, index: int) -> None:
+        self._linear, self._index = linear, index
         self._noise: LayerNoise | None = None
 
     def on(self, sigma: float, seed: int) -> None:
-        columns = (self._base if self._layer is None else self._layer).in_features
-        deviations = sigma * (self._squared_norms() / columns).sqrt()
-        self._noise = LayerNoise(self._layer, deviations, derived_seed(seed, self._index))
-        add_noise(self._base, self._noise)
+        deviations = sigma * (self._squared_norms() / self._linear.shape[1]).sqrt()
+        self._noise = LayerNoise(self._linear.layer, deviations, derived_seed(seed, self._index))
+        add_noise(self._linear.base, self._noise)
 
     def off(self) -> None:
         if self._noise is not None:
-            remove_noise(self._base, self._noise)
+            remove_noise(self._linear.base, self._noise)
             self._noise = None
 
     @cached_property
@@ -196,7 +236,7 @@ class _NoisyLayer:
         W0 = self._base_weight()
         # Under autocast the products would be rounded to 16 bits, and small norms with them.
         with torch.autocast(W0.device.type, enabled=False):
-            factors = self._factors()
+            factors = self._linear.factors()
             A = torch.cat([A.to(W0.dtype) for A, _ in factors])
             B = torch.cat([B.to(W0.dtype) for _, B in factors]).mT
             cross = (B * (W0 @ A.mT)).sum(1)
@@ -204,9 +244,9 @@ class _NoisyLayer:
         return squared.clamp_min(0)
 
     def _base_weight(self) -> Tensor:
-        weight: Tensor = bare(self._base).weight.detach()
+        weight: Tensor = bare(self._linear.base).weight.detach()
         # Such as the Conv1D of transformers, which stores the transpose.
-        if self._layer is not None and self._layer.fan_in_fan_out:
+        if self._linear.layer is not None and self._linear.layer.fan_in_fan_out:
             weight = weight.mT
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.amp import GradScaler
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -107,7 +107,7 @@ def test_the_engine_never_waits_for_the_device(estimator: Any, norm_scope: Any) 
 
 
 @pytest.mark.parametrize(
-    "callback_class", [EFMLoRA, FMLoRA, LoRASAM, SAM, RandomPerturbation, BalancednessRegularization]
+    "callback_class", [EFMLoRA, FMLoRA, LoRASAM, SAM, RandomPerturbation, BiLoRA, BalancednessRegularization]
 )
 def test_the_hooks_of_a_step_never_wait_for_the_device(tmp_path: Path, callback_class: Any) -> None:
     steps = 0

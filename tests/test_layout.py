@@ -23,6 +23,7 @@ TORCH_ONLY = (
     "layer_noise.py",
     "weight_noise.py",
     "wrappers.py",
+    "baselines/auxiliary_pairs.py",
     "baselines/joint_ascent.py",
     *(f"flatness/{path.name}" for path in (ROOT / "flatness").glob("*.py")),
 )

@@ -50,6 +50,7 @@ METHODS = {
     "LoRASAM": lambda ours, others: others.LoRASAM(0.1),
     "SAM": lambda ours, others: others.SAM(0.1),
     "RandomPerturbation": lambda ours, others: others.RandomPerturbation(0.3),
+    "BiLoRA": lambda ours, others: others.BiLoRA(0.5),
     "BalancednessRegularization": lambda ours, others: others.BalancednessRegularization(1.0),
 }
 

@@ -90,7 +90,8 @@ class Method:
 def _methods() -> dict[str, Method]:
     """By title: the package's methods at the settings of the table, and the peers."""
     by_title = {}
-    for name in ("lora", "efmlora", "fmlora", "lora_sam", "flat_lora", "nbar", "obar", "full", "full_sam"):
+    names = ("lora", "efmlora", "fmlora", "lora_sam", "flat_lora", "bi_lora", "nbar", "obar", "full", "full_sam")
+    for name in names:
         method = methods.METHODS[name]
         by_title[method.title] = Method(method.callbacks, full=method.full)
     by_title["SAM of pytorch_optimizer"] = Method(learner=PeerSAM)

@@ -59,7 +59,8 @@ VARIANTS: dict[str, Tuning] = {
     "efmlora_beta01": Tuning("rho", "rho"),
     "efmlora_every5": Tuning("rho", "rho"),
     "fmlora_every5": Tuning("rho", "rho"),
+    "bi_lora": Tuning("rho", "rho"),
 }
-"""Beyond the paper; run only when they are named."""
+"""Beyond the paper, and a baseline that the published comparison has not; run only when they are named."""
 
 ALL = METHODS | VARIANTS

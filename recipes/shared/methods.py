@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 Settings = Mapping[str, Any]
 
@@ -46,6 +46,10 @@ def _random_perturbation(settings: Settings) -> list[L.Callback]:
     return [RandomPerturbation(CosineRho(0.0, settings["sigma"]), seed=int(settings["seed"]))]
 
 
+def _bi_lora(settings: Settings) -> list[L.Callback]:
+    return [BiLoRA(settings["rho"], seed=int(settings["seed"]))]
+
+
 def _balancedness(settings: Settings, kind: Any) -> list[L.Callback]:
     # The regularization fades out over the run.
     return [BalancednessRegularization(CosineRho(settings["alpha"], 0.0), kind)]
@@ -60,6 +64,7 @@ METHODS: dict[str, Method] = {
     "fmlora_manual": Method("FMLoRAModule"),
     "lora_sam": Method("LoRA-SAM", lambda settings: [LoRASAM(settings["rho"])], {"rho": 0.5}),
     "flat_lora": Method("Flat-LoRA", _random_perturbation, {"sigma": 0.05, "seed": 0}),
+    "bi_lora": Method("Bi-LoRA", _bi_lora, {"rho": 0.5, "seed": 0}),
     "nbar": Method("nBAR", lambda settings: _balancedness(settings, "nBAR"), {"alpha": 1.0}),
     "obar": Method("oBAR", lambda settings: _balancedness(settings, "oBAR"), {"alpha": 1.0}),
     "full": Method("full", full=True),

@@ -6,7 +6,7 @@ import torch
 from helpers import Classifier
 from torch import Tensor
 
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 BASELINES: dict[str, Any] = {
     "SAM": SAM,
@@ -14,6 +14,7 @@ BASELINES: dict[str, Any] = {
     "nBAR": BalancednessRegularization,
     "oBAR": lambda alpha, **settings: BalancednessRegularization(alpha, "oBAR", **settings),
     "RandomPerturbation": RandomPerturbation,
+    "BiLoRA": BiLoRA,
 }
 
 

@@ -4,12 +4,14 @@ Literal loops in plain PyTorch on the network, data and optimizer of float64_run
 which pairs there are and, for the noise, how a seed is derived.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from float64_runs import SIZE, dataset, loss, network, optimizer_of, scheduler_of
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import LoRAPair, find_pairs
@@ -136,3 +138,58 @@ def dense_noise(merged: Tensor, sigma: float, seed: int, index: int) -> Tensor:
     normal = torch.randn(merged.shape, generator=generator, dtype=merged.dtype)
     rows = merged.square().sum(1, keepdim=True).sqrt()
     return sigma / merged.shape[1] ** 0.5 * rows * normal
+
+
+class DenseBiLoRA(Dense):
+    """arXiv 2508.19564 on weights W0 + s B A + B2 A2 that are really formed, in a forward pass written out."""
+
+    seed, step_size = 5, 0.3
+
+    def __init__(self, size: Size) -> None:
+        super().__init__(size)
+        self.auxiliary: dict[int, tuple[Tensor, Tensor]] = {}
+        for index in (0, 2, 4):
+            n, m = self.layer(index).base_layer.weight.shape
+            seed = derived_seed(self.seed, zlib.crc32(f"net.base_model.model.{index}".encode()))
+            A = torch.empty(3, m, dtype=torch.float64)
+            A.uniform_(-(m**-0.5), m**-0.5, generator=torch.Generator().manual_seed(seed))
+            self.auxiliary[index] = (A.requires_grad_(), torch.zeros(n, 3, dtype=torch.float64, requires_grad=True))
+        self.uphill: list[tuple[Tensor, ...]] = []
+        self.norms: list[float] = []
+
+    def layer(self, index: int) -> Any:
+        return self.model.base_model.model[index]
+
+    def gradient(self, batch: Any) -> tuple[Tensor, ...]:
+        if self.size(self.step) == 0:
+            return super().gradient(batch)
+        x, factors = batch[0], []
+        for index, (A2, B2) in self.auxiliary.items():
+            layer = self.layer(index)
+            A, B = layer.lora_A.default.weight, layer.lora_B.default.weight
+            W = layer.base_layer.weight + layer.scaling["default"] * B @ A + B2 @ A2
+            x = torch.tanh(x @ W.T + layer.base_layer.bias)
+            factors += [A2, B2]
+        grads = torch.autograd.grad(F.cross_entropy(self.layer(6)(x), batch[1]), [*self.trained, *factors])
+        self.uphill.append(grads[len(self.trained) :])
+        return grads[: len(self.trained)]
+
+    def before_update(self, lr: float) -> None:
+        if not self.uphill:
+            return
+        factors = [factor for pair in self.auxiliary.values() for factor in pair]
+        sums = [sum(grads[1:], grads[0]) for grads in zip(*self.uphill, strict=True)]
+        self.uphill = []
+        length = self.step_size * frobenius(factors) / frobenius(sums)
+        for factor, grad in zip(factors, sums, strict=True):
+            factor.data = factor.data + length * grad
+        norm = frobenius([B2 @ A2 for A2, B2 in self.auxiliary.values()])
+        rho = self.size(self.step)
+        for factor in factors:
+            factor.data = factor.data * min(1.0, rho / norm) ** 0.5
+        self.norms.append(norm)
+
+
+def frobenius(tensors: list[Tensor]) -> float:
+    """The norm of all entries of some tensors."""
+    return sum(float((tensor.detach() ** 2).sum()) for tensor in tensors) ** 0.5

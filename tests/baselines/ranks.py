@@ -9,7 +9,7 @@ from fits import PRECISION_OF_FLOAT64, Sharded, ShardedAutomatic
 from float64_runs import dataset, fit_in_float64, network
 from strategies import full_weights, strategy_of
 
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 BASELINES: dict[str, Any] = {
     "SAM": lambda **settings: SAM(0.4, **settings),
@@ -17,6 +17,7 @@ BASELINES: dict[str, Any] = {
     "nBAR": lambda: BalancednessRegularization(2.0),
     "oBAR": lambda: BalancednessRegularization(2.0, "oBAR"),
     "RandomPerturbation": lambda: RandomPerturbation(0.3),
+    "BiLoRA": lambda: BiLoRA(0.4, step_size=0.3),
 }
 
 

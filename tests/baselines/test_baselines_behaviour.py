@@ -16,10 +16,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.amp import GradScaler
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from lightning_flatlora.weight_noise import _NoisyLayer
 
-PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation")
+PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
 
 
 class Course(Callback):
@@ -88,6 +88,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, accumulate: int
             BalancednessRegularization(0.1, "oBAR"),
             "kind must be 'nBAR' as in the checkpoint, got 'oBAR'",
         ),
+        (BiLoRA(0.1), BiLoRA(0.1, rank=3), "rank must be None as in the checkpoint, got 3"),
     ],
 )
 def test_settings_that_a_resumed_run_must_keep(tmp_path: Path, first: Any, second: Any, message: str) -> None:
@@ -237,13 +238,13 @@ def test_a_step_that_the_loss_scaler_skips_changes_nothing(tmp_path: Path, name:
     assert all(value.isfinite().all() for value in steps[5].values())
 
 
-@pytest.mark.parametrize("name", ["nBAR", "oBAR", "RandomPerturbation"])
+@pytest.mark.parametrize("name", ["nBAR", "oBAR", "RandomPerturbation", "BiLoRA"])
 def test_manual_optimization(tmp_path: Path, name: str) -> None:
     callback, module = BASELINES[name](0.3), ByHand()
     module.lr, module.optimizer_class = 0.0, torch.optim.SGD
     fit(tmp_path, module, [callback], make_loader(3), max_epochs=1)
     assert callback.step == 6
-    if name == "RandomPerturbation":  # each step has its own
+    if name in PERTURBING:  # each step has its own
         outputs = torch.cat(module.outputs)
         assert (torch.cdist(outputs, outputs) + torch.eye(6) > 1e-4).all()
     assert not any(m._forward_hooks for m in module.modules())
@@ -259,6 +260,7 @@ def test_manual_optimization(tmp_path: Path, name: str) -> None:
         ("SAM", {"rho": {"class_path": "lightning_flatlora.LinearRho", "init_args": {"start": 1, "end": 0}}}, SAM),
         ("RandomPerturbation", {"sigma": 0.05, "seed": 3}, RandomPerturbation),
         ("BalancednessRegularization", {"alpha": 1, "kind": "oBAR"}, BalancednessRegularization),
+        ("BiLoRA", {"rho": 0.5, "step_size": 0.2, "rank": 4, "seed": 3}, BiLoRA),
     ],
 )
 def test_yaml(name: str, init: dict[str, Any], expected: Any) -> None:

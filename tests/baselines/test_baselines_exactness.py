@@ -7,6 +7,7 @@ import pytest
 from dense import (
     Dense,
     DenseBAR,
+    DenseBiLoRA,
     DenseFlatLoRA,
     DenseLoRASAM,
     DenseOBAR,
@@ -16,7 +17,7 @@ from dense import (
 from float64_runs import Automatic, fit_in_float64, network, worst_difference
 
 from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 BASELINES: dict[str, tuple[Any, Any, float]] = {  # the callback of a size, the literal loop, and the size
     "SAM": (SAM, DenseSAM, 0.4),
@@ -24,6 +25,7 @@ BASELINES: dict[str, tuple[Any, Any, float]] = {  # the callback of a size, the 
     "nBAR": (lambda alpha: BalancednessRegularization(alpha, "nBAR"), DenseBAR, 2.0),
     "oBAR": (lambda alpha: BalancednessRegularization(alpha, "oBAR"), DenseOBAR, 2.0),
     "RandomPerturbation": (lambda sigma: RandomPerturbation(sigma, seed=5), DenseFlatLoRA, 0.3),
+    "BiLoRA": (lambda rho: BiLoRA(rho, step_size=0.3, seed=5), DenseBiLoRA, 0.4),
 }
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, FMLoRA
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
 
 
@@ -39,6 +39,10 @@ def refused(tmp_path: Path, module: Any, callbacks: list[Callback], **kwargs: An
         (lambda: BalancednessRegularization(None), "alpha must be a finite number >= 0 or a RhoSchedule, got None"),
         (lambda: BalancednessRegularization(1, "xBAR"), "kind must be 'nBAR' or 'oBAR', got 'xBAR'"),
         (lambda: BalancednessRegularization(-1, 3, adapter_name=2), "BalancednessRegularization: 3 problems"),
+        (lambda: BiLoRA(0.1, step_size=0), "BiLoRA: step_size must be a finite number > 0, got 0"),
+        (lambda: BiLoRA(0.1, step_size=float("inf")), "step_size must be a finite number > 0, got inf"),
+        (lambda: BiLoRA(0.1, rank=0), "rank must be an integer >= 1, got 0"),
+        (lambda: BiLoRA(-1, step_size="a", rank=1.5, seed=-1), "BiLoRA: 4 problems"),
     ],
 )
 def test_values(make: Any, message: str) -> None:
@@ -60,7 +64,7 @@ def test_one_method_at_a_time(tmp_path: Path, name: str) -> None:
     assert "keep one" in refused(tmp_path, TwoPassClassifier(0.1), [BASELINES[name](0.1)])
 
 
-@pytest.mark.parametrize("name", ["LoRASAM", "nBAR", "RandomPerturbation"])
+@pytest.mark.parametrize("name", ["LoRASAM", "nBAR", "RandomPerturbation", "BiLoRA"])
 def test_no_adapter(tmp_path: Path, name: str) -> None:
     module = Classifier(net=nn.Sequential(nn.Linear(6, 3)))
     assert "Wrap it with peft.get_peft_model" in refused(tmp_path, module, [BASELINES[name](0.1)])
@@ -97,11 +101,12 @@ def test_lora_sam_leaves_a_frozen_A(tmp_path: Path) -> None:
     assert all(same(v, before[n]) for n, v in weights(module).items() if "lora_A" in n)
 
 
-def test_no_layer_for_noise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["RandomPerturbation", "BiLoRA"])
+def test_no_layer_with_a_whole_weight(tmp_path: Path, name: str) -> None:
     module = Classifier()
     config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
     module.net = get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
-    assert "no LoRA layer on a Linear" in refused(tmp_path, module, [RandomPerturbation(0.1)])
+    assert "no LoRA layer on a Linear" in refused(tmp_path, module, [BASELINES[name](0.1)])
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -111,7 +116,7 @@ def test_lbfgs(tmp_path: Path, name: str) -> None:
     assert "LBFGS takes several gradients" in refused(tmp_path, module, [BASELINES[name](0.1)])
 
 
-@pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation"])
+@pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation", "BiLoRA"])
 def test_shards_are_refused(name: str) -> None:
     callback = BASELINES[name](0.1)
     assert not callback.works_sharded

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 
 class Watching:
@@ -148,7 +148,7 @@ class TrainedOnly(Classifier):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, RandomPerturbation, BalancednessRegularization])
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization])
 def test_finetuning_that_unfreezes_later(tmp_path, callback):
     """It starts, says at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
     runs = []

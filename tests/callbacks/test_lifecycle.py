@@ -35,7 +35,7 @@ from lightning_flatlora import (
     LearningRateRho,
     LinearRho,
 )
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 # -- a second fit
 
@@ -143,6 +143,7 @@ class StepsInsideByHand(Classifier):
         (StepsInside, SAM),
         (StepsInside, BalancednessRegularization),
         (StepsInside, RandomPerturbation),
+        (StepsInside, BiLoRA),
         (StepsInsideByHand, EFMLoRA),
     ],
 )
@@ -230,6 +231,7 @@ class Copying(Callback):
         lambda: [SAM(0.1)],
         lambda: [LoRASAM(0.1)],
         lambda: [RandomPerturbation(0.1)],
+        lambda: [BiLoRA(0.1)],
         lambda: [BalancednessRegularization(0.1)],
         lambda: [AdapterCheckpoint()],
         list,

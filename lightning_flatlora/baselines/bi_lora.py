@@ -1,0 +1,154 @@
+"""Bi-LoRA: SAM's perturbation of the full weight as a second low-rank pair, which climbs while LoRA's pair descends."""
+
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_flatlora.baselines.auxiliary_pairs import AuxiliaryPairs
+from lightning_flatlora.callbacks.methods.checks import integer_problems
+from lightning_flatlora.callbacks.methods.method_callback import watched_parameters
+from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
+from lightning_flatlora.callbacks.methods.pair_groups import PairGroup
+from lightning_flatlora.lora_pair import Finder
+from lightning_flatlora.schedules import RhoSchedule, is_radius
+from lightning_flatlora.weight_noise import adapted_linears
+
+
+class BiLoRA(OnePassCallback):
+    r"""Take each step's gradient where an auxiliary pair perturbs every adapted weight (Bi-LoRA), in one pass.
+
+    .. math:: \text{gradient at } W_0 + s B A + B_2 A_2, \qquad
+        \max_{A_2, B_2} L \text{ subject to } \lVert B_2 A_2 \rVert_F \le \rho \text{ over all layers}
+
+    The pass that gives the gradients of A and B also gives those of A2 and B2. Where the step's gradients are complete,
+    the auxiliary pairs take a step up, and are scaled back to the ball if they have left it:
+
+    .. math:: (A_2, B_2) \leftarrow \sqrt c\, \left((A_2, B_2) + \eta\, \lVert (A_2, B_2) \rVert_F\,
+        \frac{(G_{A_2}, G_{B_2})}{\lVert (G_{A_2}, G_{B_2}) \rVert_F}\right), \qquad
+        c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
+
+    The paper's abstract and summaries of it give the second pair on the full weight, its ascent in the pass of the
+    descent, the ball, and that only the first pair is kept. The full text was not at hand, and the following is a
+    choice of this package: one ball and one gradient norm over all layers; a step relative to the norm of the factors,
+    which needs no learning rate and does not depend on the scale of the loss; the same factor :math:`\sqrt c` for A2
+    and B2; the rank; A2 drawn as LoRA's A and B2 = 0, so that the first step is plain LoRA's.
+
+    The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, in float32 or wider, and
+    saves them with its state. They are on from the start of training_step to the end of its backward (so the logged
+    loss includes them), and off in validation and in all other hooks. An accumulation window is one ascent from the sum
+    of its gradients. Where a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
+    concern them. Under DDP their gradients are averaged over the ranks. The global random state is not touched. Only
+    Linear layers get a pair; others are named once and train without it.
+
+    Args:
+        rho: radius of the ball around the full weights, in the weights' units, >= 0; or a schedule over optimizer
+            steps. With 0 the run is LoRA's, bit for bit.
+        step_size: :math:`\eta`, the length of an ascent step relative to the norm of all A2 and B2, without a unit,
+            > 0.
+        rank: of the auxiliary pairs, >= 1; None takes that of the layer's adapters, their sum where it has several.
+        seed: of all A2, >= 0.
+        adapter_name: the peft adapter beside which the pairs are put; None takes the active ones.
+        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
+            there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that is perturbed.
+
+    Raises:
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
+            such as FSDP (at the start of fit, before the first step).
+
+    Source: Liu et al., arXiv 2508.19564 (ICLR 2026), the abstract.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[BiLoRA(rho=0.5)], accelerator="cpu", logger=False)
+    """
+
+    works_sharded = False
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        step_size: float = 0.1,
+        rank: int | None = None,
+        seed: int = 0,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+    ) -> None:
+        self.step_size = step_size
+        self.rank = rank
+        self.seed = seed
+        super().__init__(rho, adapter_name=adapter_name, finder=finder)
+
+    @override
+    def argument_problems(self) -> list[str]:
+        problems = []
+        if not is_radius(self.step_size) or self.step_size == 0:
+            problems.append(f"step_size must be a finite number > 0, got {self.step_size!r}")
+        if self.rank is not None:
+            problems += integer_problems("rank", self.rank, least=1)
+        return problems + integer_problems("seed", self.seed, least=0)
+
+    @override
+    def begin(self) -> None:
+        super().begin()
+        self.auxiliary = AuxiliaryPairs(self.rank, self.seed)
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"rank": self.rank, "seed": self.seed}
+
+    @override
+    def find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().find(trainer, pl_module)
+        if not self._is_sharded and not self.pair_problems(trainer):
+            # Also here, where layers that can have no pair are still reported together with all other problems.
+            self.install(trainer, pl_module)
+
+    @override
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the layers of the pairs that are trained now an auxiliary pair; none where none is."""
+        if not any(pair.B.requires_grad for pair in self.main_group.pairs):
+            self.auxiliary.follow([])
+            return
+        linears, left_out = adapted_linears(pl_module, self.adapter_name, self.finder)
+        self.auxiliary.follow(linears)
+        self.search = replace(self.search, left_out=left_out)
+
+    @override
+    def perturbs(self, trainer: Trainer) -> bool:
+        return len(self.auxiliary) > 0 and self.current_size(trainer) > 0
+
+    @override
+    def on(self, trainer: Trainer) -> None:
+        self.auxiliary.on()
+
+    @override
+    def off(self) -> None:
+        self.auxiliary.off()
+
+    @override
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # A window that did not end in a step has left its gradients, which Lightning drops here, too.
+        self.auxiliary.forget_gradients()
+
+    @override
+    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, pair_group: PairGroup) -> None:
+        """Move the auxiliary pairs by the gradients of the pass that this step is about to use."""
+        if self.perturbs(trainer):
+            rho = self.current_size(trainer, pair_group)
+            self.auxiliary.ascend(rho, self.step_size, watched_parameters(trainer, pair_group.index))
+        self.auxiliary.forget_gradients()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded
+        return {**super().state_dict(), "auxiliary": self.auxiliary.state_dict()}
+
+    @override
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self.auxiliary.load_state_dict(state["auxiliary"])

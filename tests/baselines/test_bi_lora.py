@@ -1,0 +1,318 @@
+"""Bi-LoRA's auxiliary pairs: their ball, whom they are hidden from, when they stay as they are, and which layers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import DenseBiLoRA, frobenius
+from float64_runs import Automatic, fit_in_float64, network
+from helpers import Classifier, ResumableLoader, fit, make_loader, make_net, same, weights
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from transformers.pytorch_utils import Conv1D
+
+from lightning_flatlora.baselines import BiLoRA
+from lightning_flatlora.baselines.auxiliary_pairs import AuxiliaryPairs
+from lightning_flatlora.finders import PairsByName
+from lightning_flatlora.layer_noise import _AddsNoise
+from lightning_flatlora.weight_noise import adapted_linears
+
+
+def products(callback: BiLoRA) -> dict[str, Tensor]:
+    """B2 A2 of every layer, formed."""
+    return {name: saved["B"] @ saved["A"] for name, saved in callback.auxiliary.state_dict().items()}
+
+
+class Course(Callback):
+    """The auxiliary pairs after every batch."""
+
+    def __init__(self, callback: BiLoRA) -> None:
+        self.callback = callback
+        self.states: list[Any] = []
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.states.append(self.callback.auxiliary.state_dict())
+        self.norms.append(frobenius(list(products(self.callback).values())))
+
+
+def adds_something(module: nn.Module) -> bool:
+    return any(isinstance(part, _AddsNoise) for part in module.modules())
+
+
+# -- the ball
+
+
+def test_the_pairs_stay_in_the_ball_and_reach_its_sphere() -> None:
+    callback, loop = BiLoRA(0.4, step_size=0.3, seed=5), DenseBiLoRA(lambda step: 0.4)
+    course = Course(callback)
+    fit_in_float64(Automatic(network()), 2, [callback, course])
+    loop.run(2)
+    assert max(course.norms) <= 0.4 * (1 + 1e-12)
+    assert sum(norm > 0.4 * (1 - 1e-12) for norm in course.norms) > 10
+    for norm, unscaled in zip(course.norms, loop.norms, strict=True):
+        assert norm == pytest.approx(min(unscaled, 0.4), rel=1e-9)
+    assert float(callback.auxiliary.norm()) == pytest.approx(course.norms[-1], rel=1e-12)
+
+
+def test_the_first_step_is_loras_and_the_ascent_raises_the_loss() -> None:
+    """At a learning rate of 0, on one batch."""
+    losses = []
+    module, callback = Classifier(lr=0.0), BiLoRA(0.5)
+    module.optimizer_class = torch.optim.SGD
+    batch = next(iter(make_loader()))
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+            losses.append(float(outputs["loss"]))
+
+    fit(None, module, [callback, Looks()], ResumableLoader([batch] * 8), max_epochs=1)
+    assert losses[0] == module.loss(batch, 0).item()
+    assert losses == sorted(losses)
+    assert losses[-1] > losses[0] + 0.01
+
+
+@pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
+def test_the_scale_of_the_loss_does_not_matter(factor: float) -> None:
+    found = []
+    for scale in (1.0, factor):
+        callback, module = BiLoRA(0.5), Classifier()
+        module.optimizer_class = torch.optim.SGD
+        module.lr = 0.5 / scale
+        batches = [(inputs, labels, scale * ones) for inputs, labels, ones in make_loader()]
+        fit(None, module, [callback], ResumableLoader(batches))
+        found.append(callback.auxiliary.state_dict())
+    assert same(*found)
+
+
+# -- whom they are hidden from
+
+
+def test_they_are_in_no_module_optimizer_or_checkpoint(tmp_path: Path) -> None:
+    files = {}
+    for name, callbacks in (("plain", []), ("bi", [BiLoRA(0.5)])):
+        module = Classifier()
+        checkpoint = ModelCheckpoint(tmp_path, filename=name)
+        trainer = fit(tmp_path, module, [*callbacks, checkpoint])
+        held = [p for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        files[name] = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        files[name]["held"] = len(held)
+    plain, bi = files["plain"], files["bi"]
+    assert plain["state_dict"].keys() == bi["state_dict"].keys()
+    assert plain["held"] == bi["held"]
+    assert len(plain["optimizer_states"][0]["state"]) == len(bi["optimizer_states"][0]["state"])
+    assert bi["callbacks"]["BiLoRA"]["auxiliary"].keys() == {f"net.base_model.model.{index}" for index in (0, 2, 4)}
+
+
+def test_validation_and_all_that_follows_the_fit_compute_without_them(tmp_path: Path) -> None:
+    module, seen = Classifier(), []
+
+    class Looks(Callback):
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append(adds_something(pl_module))
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            clean = [pl_module.loss(batch, 0) for batch in make_loader(2)]
+            torch.testing.assert_close(trainer.callback_metrics["val_loss"], sum(clean) / 2)
+
+    inside: list[bool] = []
+    module.inside.append(lambda module, _: inside.append(adds_something(module)) if module.trainer.training else None)
+    fit(tmp_path, module, [BiLoRA(0.5), Looks()], val=make_loader(2), val_check_interval=3)
+    assert seen
+    assert not any(seen)
+    assert all(inside)
+    assert not adds_something(module)
+
+
+def test_the_base_alone_is_computed_where_adapters_are_disabled() -> None:
+    net, x = make_net(), torch.ones(2, 6)
+    pairs = AuxiliaryPairs(None, 0)
+    pairs.follow(adapted_linears(net, None, None)[0])
+    pairs.on()
+    with net.disable_adapter():
+        base = net(x)
+    net(x).sum().backward()
+    pairs.ascend(0.5, 0.1)
+    assert not torch.equal(net(x), base)
+    with net.disable_adapter():
+        assert torch.equal(net(x), base)
+    pairs.off()
+
+
+# -- when they stay as they are
+
+
+def test_a_step_that_the_loss_scaler_skips_moves_nothing(tmp_path: Path) -> None:
+    """In float16 under autocast; the fourth batch overflows."""
+    batches = [list(batch) for batch in make_loader(6)]
+    batches[3][2] = torch.full((4,), torch.inf)
+    callback = BiLoRA(0.5)
+    course = Course(callback)
+    plugins = MixedPrecision("16-mixed", "cpu", scaler=GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6))
+    fit(tmp_path, Classifier(), [callback, course], ResumableLoader(batches), plugins=plugins, max_epochs=1)
+    alike = [same(one, other) for one, other in zip(course.states[1:], course.states, strict=False)]
+    assert alike.count(True) == 1
+    assert all(factor.isfinite().all() for factor in callback.auxiliary.factors)
+    assert {factor.dtype for factor in callback.auxiliary.factors} == {torch.float32}
+
+
+def test_a_gradient_of_their_own_that_is_not_finite_moves_nothing() -> None:
+    pairs = AuxiliaryPairs(None, 0)
+    pairs.follow(adapted_linears(make_net(), None, None)[0])
+    before = pairs.state_dict()
+    for factor in pairs.factors:
+        factor.grad = torch.ones_like(factor)
+    pairs.factors[1].grad[0, 0] = torch.nan
+    pairs.ascend(0.5, 0.1)
+    assert same(pairs.state_dict(), before)
+
+
+def test_clipping_does_not_concern_them(tmp_path: Path) -> None:
+    """At a learning rate of 0, where it could reach them only through their own gradients."""
+    found = []
+    for settings in ({}, {"gradient_clip_val": 1e-3}):
+        callback, module = BiLoRA(0.5), Classifier(lr=0.0)
+        module.optimizer_class = torch.optim.SGD
+        fit(tmp_path, module, [callback], max_epochs=1, **settings)
+        found.append(callback.auxiliary.state_dict())
+    assert same(*found)
+
+
+def test_gradients_of_a_window_that_ends_without_a_step_are_dropped(tmp_path: Path) -> None:
+    """The first epoch ends after one batch of a window of two."""
+    callback, whole = BiLoRA(0.5), BiLoRA(0.5)
+    held: list[bool] = []
+
+    class EndsEarly(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            held.append(any(factor.grad is not None for factor in callback.auxiliary.factors))
+            return -1 if self.trainer.current_epoch == 0 and batch_idx == 1 else None
+
+    fit(tmp_path, EndsEarly(lr=0.0), [callback], max_epochs=2, accumulate_grad_batches=2)
+    fit(tmp_path, Classifier(lr=0.0), [whole], max_epochs=1, accumulate_grad_batches=2)
+    assert held[:3] == [False, True, True]
+    assert callback.step == whole.step == 3
+    assert same(callback.auxiliary.state_dict(), whole.auxiliary.state_dict())
+
+
+def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> None:
+    module, callback = Classifier(), BiLoRA(0.5)
+    name, counts, kept = "net.base_model.model.2", [], []
+
+    class Freezes(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            layer = pl_module.net.base_model.model[2]
+            for factor in (layer.lora_A.default.weight, layer.lora_B.default.weight):
+                factor.requires_grad_(trainer.current_epoch != 1)
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            counts.append(len(callback.auxiliary))
+            kept.append(callback.auxiliary.state_dict()[name])
+
+    fit(tmp_path, module, [Freezes(), callback], max_epochs=3)
+    assert counts == [3, 2, 3]
+    assert same(kept[0], kept[1])
+    assert not same(kept[1], kept[2])
+
+
+# -- which layers, and how their pairs begin
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv1d(1, 2, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x[:, None]).flatten(1))
+
+
+def test_other_layers_are_named_once_and_train_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["conv", "linear"]))
+    module, callback = Classifier(net=net), BiLoRA(0.5)
+    before = weights(module)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, module, [callback])
+    named = [message for message in caplog.messages if "leaves unperturbed" in message]
+    assert len(named) == 1
+    assert "Conv1d: its base, a Conv1d, is no plain Linear (1 in all, first net.base_model.model.conv)" in named[0]
+    assert list(callback.auxiliary.state_dict()) == ["net.base_model.model.linear"]
+    factor = "net.base_model.model.conv.lora_B.default.weight"
+    assert not same(weights(module)[factor], before[factor])
+
+
+def test_a_base_that_stores_the_transpose() -> None:
+    net = get_peft_model(nn.Sequential(Conv1D(3, 6)), LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True))
+    callback = BiLoRA(0.5)
+    fit(None, Classifier(net=net), [callback])
+    (product,) = products(callback).values()
+    assert product.shape == (3, 6)
+    assert product.norm() > 0.1
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(None, 2), (5, 5)])
+def test_ranks_and_the_first_factors(rank: int | None, expected: int) -> None:
+    linears, _ = adapted_linears(make_net(), None, None)
+    states, random = [], torch.get_rng_state()
+    for seed in (0, 0, 1):
+        pairs = AuxiliaryPairs(rank, seed)
+        pairs.follow(linears)
+        states.append(pairs.state_dict())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert same(states[0], states[1])
+    for name, saved in states[0].items():
+        A, B = saved["A"], saved["B"]
+        assert A.shape[0] == B.shape[1] == expected
+        assert not B.any()
+        assert A.abs().max() <= A.shape[1] ** -0.5
+        assert not same(A, states[2][name]["A"])
+
+
+def test_two_active_adapters_have_one_pair_of_both_ranks() -> None:
+    net = make_net()
+    net.add_adapter("other", LoraConfig(r=3, target_modules=["0", "2", "4"]))
+    net.base_model.set_adapter(["default", "other"])
+    pairs = AuxiliaryPairs(None, 0)
+    pairs.follow(adapted_linears(net, None, None)[0])
+    assert [len(saved["A"]) for saved in pairs.state_dict().values()] == [5, 5, 5]
+
+
+class Layer(nn.Module):
+    """Another library's LoRA layer."""
+
+    def __init__(self, m: int, n: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(m, n)
+        self.linear.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Linear(m, 2, bias=False), nn.Linear(2, n, bias=False)
+        self.scaling = 2.0
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))
+
+
+def found(base: str | None) -> PairsByName:
+    return PairsByName(a="lora_A", b="lora_B", scaling="scaling", base=base)
+
+
+def test_layers_of_another_library() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Layer(6, 5), nn.Tanh(), Layer(5, 3))
+    module, callback = Classifier(net=net), BiLoRA(0.5, finder=found("linear"))
+    fit(None, module, [callback])
+    assert [tuple(product.shape) for product in products(callback).values()] == [(5, 6), (3, 5)]
+    assert frobenius(list(products(callback).values())) > 0.1
+    assert not adds_something(module)
+
+
+def test_a_finder_without_a_base_is_refused() -> None:
+    module = Classifier(net=nn.Sequential(Layer(6, 3)))
+    with pytest.raises(MisconfigurationException, match="names no plain Linear"):
+        fit(None, module, [BiLoRA(0.5, finder=found(None))])
