@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from recipes.evidence.flatness import PARTS, RADII, RESULTS, SUBSPACES
 from recipes.evidence.kept_report import with_judgements
@@ -156,6 +157,7 @@ class FlatnessReport:
             axes.errorbar(places, means, yerr=reach, fmt="o", markersize=4, capsize=2, color=colour, label=_NAMES[name])
         axes.axhline(1, color="#888888", linewidth=1)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("x {x:g}")
         axes.yaxis.set_minor_formatter("")
         axes.set_xticks(range(len(kinds)), list(kinds))
@@ -177,7 +179,8 @@ def _places() -> list[tuple[str, int, Place]]:
     lines.append(("share of the inputs in A's rows in %", 1, ("inputs",)))
     for rho in RADII:
         for name in (*SUBSPACES, "random"):
-            # At random the smallest move makes a rise of about 1e-4.
-            digits = 6 if name == "random" and rho < 1 else 3
+            digits = 3
+            if name == "random":  # where the smallest move makes a rise of about 1e-4
+                digits = 6 if rho < 1 else 4
             lines.append((f"rise at rho {rho:g}, {_NAMES[name]}", digits, ("rise", name, f"{rho:g}")))
     return lines

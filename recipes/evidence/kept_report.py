@@ -15,7 +15,7 @@ from recipes.shared.tables import Table
 
 SECONDARY = (
     "These comparisons are secondary. Their intervals are not corrected for the number of comparisons: about one in "
-    "twenty of them excludes 0 by chance alone."
+    "twenty of them excludes equality by chance alone."
 )
 
 
