@@ -29,7 +29,7 @@ $(RECIPES) $(DEV): pyproject.toml
 	@echo "Installing the package with [$(EXTRAS)] into $(VENV), once: PyTorch, transformers and others, about 0.7 GB to"
 	@echo "fetch and 2 GB on the disk. On Linux pip may take PyTorch's CUDA build, which is 3 GB more; PyTorch's CPU build,"
 	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes. Each demo then fetches a model or images"
-	@echo "of its own, 0.1 GB (demo) or 0.2 GB (clip-demo), and unpacks them into .cache, 0.6 GB at most."
+	@echo "of its own, 0.1 GB (demo) or up to 0.2 GB (the others), and unpacks them into .cache, 0.6 GB at most."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[$(EXTRAS)]'
