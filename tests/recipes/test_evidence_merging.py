@@ -330,8 +330,8 @@ def test_the_demo_runs_resumes_and_compares(
     options = ["demo", "--folder", str(tmp_path), "--precision", "32-true"]
     assert main(options) == 0
     rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
-    assert [row["seed"] for row in rows] == sorted([*demo.SEEDS] * 5)
-    assert {row["arm"] for row in rows} == {"lora", "efmlora", "early_stopping", "label_smoothing", "rank_2"}
+    assert [row["seed"] for row in rows] == sorted([*demo.SEEDS] * 6)
+    assert {row["arm"] for row in rows} == {"lora", "efmlora", "early_stopping", "label_smoothing", "rank_2", PROBE}
     assert "EFMLoRA minus LoRA after merging by TIES" in capsys.readouterr().out
     assert "2 adapters | 4 adapters |" in (tmp_path / "merging.md").read_text()
     assert (tmp_path / "merging.png").stat().st_size > 10_000
