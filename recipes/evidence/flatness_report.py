@@ -50,9 +50,13 @@ def ratio(arm: Mapping[int, float], other: Mapping[int, float]) -> Ratio | None:
     """
     if min([*arm.values(), *other.values()], default=0.0) <= 0:
         return None
-    logarithms = [{seed: math.log2(value) for seed, value in of_arm.items()} for of_arm in (arm, other)]
+    logarithms = [_logarithms(of_arm) for of_arm in (arm, other)]
     found = difference(*logarithms)
     return None if found is None else Ratio(2**found.estimate.mean, 2**found.low, 2**found.high)
+
+
+def _logarithms(of_arm: Mapping[int, float]) -> dict[int, float]:
+    return {seed: math.log2(value) for seed, value in of_arm.items()}
 
 
 Place = tuple[str, ...]

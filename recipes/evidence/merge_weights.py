@@ -104,7 +104,8 @@ def _scores(run: Run, modules: Mapping[str, ShotsClassifier], way: str, weight: 
         own, module.net = module.net, net
         found.append(scores(*plain_logits(module, batches)))
         module.net = own
-    return {name: statistics.mean(each[name] for each in found) for name in ("loss", "accuracy")}
+    loss = statistics.mean(each["loss"] for each in found)
+    return {"loss": loss, "accuracy": statistics.mean(each["accuracy"] for each in found)}
 
 
 Pairs = Sequence[tuple[Row, Row | None]]
