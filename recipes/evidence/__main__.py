@@ -45,16 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, function, text in (
         ("run", commands.run, "do the runs that are not done yet"),
-        (
-            "robustness",
-            commands.robustness,
-            "judge kept adapters: rounded, at other scales, on texts with typos",
-        ),
-        (
-            "flatness",
-            commands.flatness,
-            "measure the loss around kept adapters: slope, rise, curvature by subspace",
-        ),
+        ("robustness", commands.robustness, "judge kept adapters: rounded, at other scales, on texts with typos"),
+        ("flatness", commands.flatness, "measure the loss around kept adapters: slope, rise, curvature by subspace"),
         ("merge_weights", commands.merge_weights, "merge kept adapters once more, with a weight chosen on validation"),
         ("report", commands.report, "print and write the verdict, the tables and pictures"),
     ):

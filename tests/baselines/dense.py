@@ -177,7 +177,9 @@ class DenseBiLoRA(Dense):
     def before_update(self, lr: float) -> None:
         if not self.uphill:
             return
-        factors = [factor for pair in self.auxiliary.values() for factor in pair]
+        factors: list[Tensor] = []
+        for pair in self.auxiliary.values():
+            factors += pair
         sums = [sum(grads[1:], grads[0]) for grads in zip(*self.uphill, strict=True)]
         self.uphill = []
         length = self.step_size * frobenius(factors) / frobenius(sums)

@@ -224,7 +224,9 @@ def test_the_command_measures_what_is_kept_and_the_report_compares_it(
     assert main(["report", *options]) == 0
     assert "secondary" in capsys.readouterr().out
     text = (tmp_path / "tiny_flatness.md").read_text()
-    slopes = {arm: [row["train"]["gradient"]["B"] for row in rows if row["arm"] == arm] for arm in ("lora", "efmlora")}
+    slopes: dict[str, list[float]] = {"lora": [], "efmlora": []}
+    for row in rows:
+        slopes[row["arm"]].append(row["train"]["gradient"]["B"])
     found = ratio(dict(enumerate(slopes["efmlora"])), dict(enumerate(slopes["lora"])))
     assert f"{sum(slopes['lora']) / 3:.3f} ± " in text
     assert str(found) in text
