@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora import CosineRho, EFMLoRA, InverseSqrtRho
@@ -64,10 +64,72 @@ class BatchNoiseEFMLoRA(EFMLoRA):
         for mean, E in zip(self._means, fresh.stacks, strict=True):
             mean.lerp_(E, 1 - _MEMORY)
             noise.append(E - mean)
-        # Back to the length of the fresh one, which is the radius.
-        factor = perturbation_norm(perturbation, fresh.stacks) / perturbation_norm(perturbation, noise)
-        shortened = [E * factor for E in noise]
-        perturbation.average(FreshPerturbation(shortened, fresh.finite, fresh.is_zero), self.beta)
+        # To the length of the fresh one, which is the radius. A gradient that is all mean has no noise.
+        length = perturbation_norm(perturbation, noise)
+        factor = perturbation_norm(perturbation, fresh.stacks) / length if length > 0 else 0.0
+        scaled = [E * factor for E in noise]
+        perturbation.average(FreshPerturbation(scaled, fresh.finite, fresh.is_zero), self.beta)
+
+
+class HeadEFMLoRA(EFMLoRA):
+    """EFMLoRA with the head's weight inside the ball, split so that the loss rises most to first order.
+
+    With the slopes p along the pairs' unit perturbation and h = ||dL/dW|| along the head's, the pairs get the radius
+    rho p / sqrt(p^2 + h^2) and the head rho h / sqrt(p^2 + h^2). For one process on a CPU, and a module whose head is a
+    linear layer called ``head``.
+    """
+
+    @override
+    def begin(self) -> None:
+        super().begin()
+        self._E: Tensor | None = None  # of the head's weight, as the average over past steps
+        self._is_on = False
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        assert isinstance(pl_module.head, nn.Linear)
+        self._head = pl_module.head
+        self._patches.callback(self._head.register_forward_hook(self._add_perturbation).remove)
+
+    def _add_perturbation(self, head: nn.Linear, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+        if not self._is_on or self._E is None:
+            return logits
+        return logits + nn.functional.linear(inputs[0], self._E)
+
+    @override
+    def on(self, trainer: Trainer) -> None:
+        super().on(trainer)
+        self._is_on = True
+
+    @override
+    def off(self) -> None:
+        super().off()
+        self._is_on = False
+
+    @override
+    def current_size(self, trainer: Trainer, pair_group: PairGroup | None = None) -> float:
+        pairs_share, _ = self._shares(pair_group or self.main_group)
+        return pairs_share * super().current_size(trainer, pair_group)
+
+    @override
+    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, pair_group: PairGroup) -> None:
+        _, head_share = self._shares(pair_group)
+        gradient = self._head.weight.grad
+        assert gradient is not None
+        radius = head_share * super().current_size(trainer, pair_group)
+        fresh = nn.functional.normalize(gradient.flatten(), dim=0).view_as(gradient) * radius
+        self._E = fresh if self._E is None else self._E.lerp(fresh, self.beta)
+        super().before_optimizer_step(trainer, pl_module, pair_group)
+
+    def _shares(self, pair_group: PairGroup) -> tuple[float, float]:
+        """Of the radius, for the pairs and for the head."""
+        assert pair_group.perturbation is not None
+        assert self._head.weight.grad is not None
+        slope = first_order_rise(pair_group.perturbation)
+        head_slope = float(self._head.weight.grad.norm())
+        whole = math.hypot(slope, head_slope)
+        return (slope / whole, head_slope / whole) if whole > 0 else (1.0, 0.0)
 
 
 def loss_budget(nats: float, cap: float = CAP, *, anneals: bool = False) -> Rule:
@@ -183,5 +245,8 @@ DIRECTIONS: dict[str, RadiusRule] = {
     "batch_noise": RadiusRule(
         "fresh less mean, at rho times", lambda c: BatchNoiseEFMLoRA(c["rho"] * c["times"]), "times", (1.0,)
     ),
+    "head": RadiusRule(
+        "the head inside the ball, at rho times", lambda c: HeadEFMLoRA(c["rho"] * c["times"]), "times", (1.0, 2.0)
+    ),
 }
-"""Other directions for E, at the rho that EFMLoRA's search has chosen."""
+"""Other directions for E, at the rho that EFMLoRA's search has chosen; "head" perturbs more than the pairs."""

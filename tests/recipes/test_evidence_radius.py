@@ -1,7 +1,9 @@
 """The rules that set rho without a search: against dense references, and their runs and table."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -153,6 +155,61 @@ def test_batch_noise_is_the_fresh_ascent_less_its_mean(monkeypatch: pytest.Monke
             means[place] = 0.9 * means[place] + 0.1 * E
             cosine = torch.cosine_similarity((E - means[place]).flatten(), noise[place].flatten(), dim=0)
             assert cosine == pytest.approx(1.0, abs=1e-5)
+
+
+def test_without_noise_the_batch_noise_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.Tensor] = []
+    average = Perturbation.average
+
+    def without_gradient(self: Perturbation, rho: float, *, at_perturbed: bool) -> FreshPerturbation:
+        zeros = [torch.zeros(len(self.pairs), 16, 2)]
+        return FreshPerturbation(zeros, torch.tensor(True), False)
+
+    def watched_average(self: Perturbation, fresh: FreshPerturbation, beta: float) -> None:
+        taken.extend(fresh.stacks)
+        average(self, fresh, beta)
+
+    monkeypatch.setattr(Perturbation, "ascend", without_gradient)
+    monkeypatch.setattr(Perturbation, "average", watched_average)
+    assert not changed("batch_noise", rho=2.0, times=1.0)["failed"]
+    assert all(bool((E == 0).all()) for E in taken)
+
+
+def test_the_ball_of_pairs_and_head_has_the_radius_and_the_steepest_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[float, float, float, float]] = []
+    before = radius.HeadEFMLoRA.before_optimizer_step
+
+    def watched(self: radius.HeadEFMLoRA, trainer: Any, pl_module: Any, pair_group: Any) -> None:
+        gradient = self._head.weight.grad
+        assert gradient is not None
+        slope = radius.first_order_rise(pair_group.perturbation)
+        of_pairs = self.current_size(trainer, pair_group)
+        past = self._E
+        before(self, trainer, pl_module, pair_group)
+        assert self._E is not None
+        fresh = self._E if past is None else (self._E - (1 - self.beta) * past) / self.beta
+        assert torch.cosine_similarity(fresh.flatten(), gradient.flatten(), dim=0) == pytest.approx(1.0, abs=1e-5)
+        steps.append((of_pairs, float(fresh.norm()), slope, float(gradient.norm())))
+
+    monkeypatch.setattr(radius.HeadEFMLoRA, "before_optimizer_step", watched)
+    changed("head", rho=2.0, times=1.0)
+    assert len(steps) == SETTINGS["steps"]
+    for of_pairs, of_head, slope, head_slope in steps:
+        assert math.hypot(of_pairs, of_head) == pytest.approx(2.0, rel=1e-4)
+        assert of_pairs * head_slope == pytest.approx(of_head * slope, rel=1e-3)
+
+
+def test_the_heads_gradient_is_taken_at_the_perturbed_head() -> None:
+    head = nn.Linear(3, 2).double()
+    inputs, E = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    callback = radius.HeadEFMLoRA(1.0)
+    callback._E, callback._is_on = E, True
+    handle = head.register_forward_hook(callback._add_perturbation)
+    head(inputs).square().sum().backward()
+    handle.remove()
+    moved = (head.weight + E).detach().requires_grad_()
+    nn.functional.linear(inputs, moved, head.bias).square().sum().backward()
+    torch.testing.assert_close(head.weight.grad, moved.grad)
 
 
 # -- the runs and their table
