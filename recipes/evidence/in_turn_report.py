@@ -6,7 +6,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from recipes.evidence.tasks_report import Measure, before_and_after_table, kept_figure, kept_table, with_adapters
+from recipes.evidence.arms_report import Measure, before_and_after_table, kept_figure, kept_table, with_adapters
 from recipes.evidence.verdict import BySeed
 from recipes.evidence.workloads import Settings
 from recipes.shared.ledger import Row
@@ -31,7 +31,7 @@ def in_turn_tables(workload: str, settings: Settings, rows: Mapping[str, Sequenc
     notes = [
         "forgetting: the points of accuracy that all tasks but the last one have lost since each was learned; without "
         "runs that have failed",
-        "the accuracy at the end is the outcome; all of this is secondary",
+        "means over the tasks; the accuracy at the end is the outcome; all of this is secondary",
     ]
     by_task: dict[str, tuple[Measure, Measure]] = {}
     for task in tasks:
@@ -49,8 +49,8 @@ def in_turn_tables(workload: str, settings: Settings, rows: Mapping[str, Sequenc
 def in_turn_figure(workload: str, settings: Settings, rows: Mapping[str, Sequence[Row]]) -> Figure | None:
     """Accuracy on all tasks before the last one learned, against the number of tasks learned."""
     tasks = list(settings["tasks"])
-    learned: dict[int, Measure] = {}
-    now: dict[int, Measure] = {}
+    learned: dict[float, Measure] = {}
+    now: dict[float, Measure] = {}
     for number in range(2, len(tasks) + 1):
         earlier = tasks[: number - 1]
         learned[number] = partial(accuracy, moments=_when_learned(earlier))

@@ -6,8 +6,8 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
+from recipes.evidence.arms_report import Measure, before_and_after_table, kept_figure, kept_table, with_adapters
 from recipes.evidence.merging import PRIMARY_WAY, WAYS, fewer_than
-from recipes.evidence.tasks_report import Measure, before_and_after_table, kept_figure, kept_table, with_adapters
 from recipes.evidence.verdict import BySeed
 from recipes.evidence.workloads import TITLES, Settings
 from recipes.shared.ledger import Row
@@ -29,7 +29,7 @@ def merging_tables(workload: str, settings: Settings, rows: Mapping[str, Sequenc
         return []
     tasks = list(settings["tasks"])
     ways = {_TITLES[way]: partial(_of_way, way=way, tasks=tasks) for way in (_SINGLE, *WAYS)}
-    note = "TIES is the primary outcome, all else is secondary"
+    note = "means over the tasks; TIES is the primary outcome, all else is secondary"
     by_task: dict[str, tuple[Measure, Measure]] = {}
     for task in tasks:
         by_task[task] = partial(_of_way, way=_SINGLE, tasks=[task]), partial(_of_way, way=PRIMARY_WAY, tasks=[task])
@@ -43,8 +43,8 @@ def merging_tables(workload: str, settings: Settings, rows: Mapping[str, Sequenc
 def merging_figure(workload: str, settings: Settings, rows: Mapping[str, Sequence[Row]]) -> Figure | None:
     """Accuracy against the number of adapters that are merged by TIES, beside that of the same adapters alone."""
     tasks = list(settings["tasks"])
-    alone: dict[int, Measure] = {}
-    together: dict[int, Measure] = {}
+    alone: dict[float, Measure] = {}
+    together: dict[float, Measure] = {}
     for number in (*fewer_than(tasks), len(tasks)):
         alone[number] = partial(_of_way, way=_SINGLE, tasks=tasks[:number])
         together[number] = partial(_of_first, number=number, tasks=tasks)

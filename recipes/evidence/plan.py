@@ -17,7 +17,9 @@ from recipes.evidence.workloads import (
     EXPLORED,
     PROBE,
     SEARCH_SEEDS,
+    SEARCHED_AS,
     SEARCHES,
+    WORKLOADS,
     Config,
     Settings,
     competitors_of,
@@ -60,6 +62,10 @@ class Plan:
         arms: to run; methods are searched first, competitors wait for LoRA's search.
         stages: of :data:`STAGES`.
         seeds: of the runs on the test part.
+
+    Attributes:
+        searched_as: the workload whose searches choose the settings, most often its own.
+        search_settings: of that one.
     """
 
     def __init__(
@@ -77,6 +83,10 @@ class Plan:
         self.arms = arms
         self.stages = stages
         self.seeds = seeds
+        self.searched_as = SEARCHED_AS.get(workload, workload)
+        self.search_settings = settings
+        if self.searched_as != workload:
+            self.search_settings = {**WORKLOADS[self.searched_as], "precision": settings["precision"]}
         self.ledger = Ledger(folder / RESULTS, key_of_row)
         self._choices: dict[tuple[str, Grid], Config] = {}
 
@@ -176,7 +186,7 @@ class Plan:
         one_pass: list[float] = []
         for row in self.ledger.rows:
             # The probe and what has failed take less time, and each workload takes its own.
-            if row["workload"] != self.workload or row["arm"] == PROBE or row["failed"]:
+            if row["workload"] not in (self.workload, self.searched_as) or row["arm"] == PROBE or row["failed"]:
                 continue
             one_pass.append(row["seconds"] / _PASSES.get(row["arm"], 1))
             if row["arm"] in arms:
@@ -227,11 +237,14 @@ class Plan:
         return [run for run in runs if self.ledger.find(run) is None]
 
     def _runs(self, arm: str, configs: Sequence[Config], seeds: Iterable[int], stage: str) -> list[Run]:
+        workload, settings = self.workload, self.settings
+        if stage == "search":
+            workload, settings = self.searched_as, self.search_settings
         runs = []
         for config in configs:
             name = arm_of(arm, config) if arm in SEARCHES else arm
             for seed in seeds:
-                runs.append(Run(self.workload, self.settings, name, config, seed, stage))
+                runs.append(Run(workload, settings, name, config, seed, stage))
         return runs
 
 

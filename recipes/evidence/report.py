@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from recipes.evidence.in_turn_report import in_turn_figure, in_turn_tables
 from recipes.evidence.merging_report import merging_figure, merging_tables
+from recipes.evidence.noise_report import noise_figure, noise_tables
 from recipes.evidence.plan import Plan
 from recipes.evidence.search import common_grid, mean_loss
 from recipes.evidence.verdict import Difference, Verdict, difference, verdict
@@ -18,10 +19,12 @@ from recipes.evidence.workloads import (
     BASELINE,
     CANDIDATE,
     SEARCH_SEEDS,
+    SEARCHED_AS,
     SEARCHES,
     SEEDS,
     TITLES,
     WITH_HYPOTHESIS,
+    WORKLOADS,
     Config,
     competitors_of,
     is_in_turn,
@@ -66,13 +69,14 @@ class Report:
         return verdict(self.accuracies(CANDIDATE), self.accuracies(BASELINE), competitors)
 
     def tables(self) -> list[Table]:
-        """The arms, what is kept where adapters are merged or learn tasks in turn, and the search of each method."""
+        """The arms, what they keep where something costs them accuracy, and the search of each method."""
         shown = [self._arms()] if self.rows else []
         of_workload = (self.plan.workload, self.plan.settings, self.rows)
         if is_merging(self.plan.settings):
             shown += merging_tables(*of_workload)
         elif is_in_turn(self.plan.settings):
             shown += in_turn_tables(*of_workload)
+        shown += noise_tables(self.plan.workload, self._at_all_shares())
         for method in SEARCHES:
             surface = self._surface(method)
             if surface is not None:
@@ -98,6 +102,23 @@ class Report:
         if is_merging(self.plan.settings):
             return merging_figure(*of_workload)
         return in_turn_figure(*of_workload) if is_in_turn(self.plan.settings) else None
+
+    def noise(self) -> Figure | None:
+        """Accuracies against the share of labels replaced, where other workloads differ in it alone."""
+        return noise_figure(self.plan.workload, self._at_all_shares())
+
+    def _at_all_shares(self) -> dict[str, list[Row]]:
+        """The rows on the test part by arm, with those of the workloads that take this one's settings."""
+        plan = self.plan
+        rows = {arm: list(of_arm) for arm, of_arm in self.rows.items()}
+        for name, searched_as in SEARCHED_AS.items():
+            if searched_as != plan.workload:
+                continue
+            settings = {**WORKLOADS[name], "precision": plan.settings["precision"]}
+            of_share = Plan(plan.folder, name, settings, plan.arms, plan.stages, plan.seeds)
+            for arm in rows:
+                rows[arm] += of_share.test_rows(arm, self.configs[arm])
+        return rows
 
     def _differences(self, name: str, factor: float) -> dict[str, Difference]:
         base = _by_seed(self.rows.get(BASELINE, ()), name, factor)
@@ -172,7 +193,8 @@ def write(report: Report, folder: Path) -> list[Path]:
     text = "\n".join(table.markdown() for table in report.tables())
     paths = [folder / f"{name}.md"]
     paths[0].write_text(f"{verdict_text(report)}\n\n{text}", encoding="utf-8")
-    for file, figure in ((f"{name}.png", report.forest()), (f"{name}_kept.png", report.kept())):
+    figures = {f"{name}.png": report.forest(), f"{name}_kept.png": report.kept(), f"{name}_noise.png": report.noise()}
+    for file, figure in figures.items():
         if figure is not None:
             paths.append(folder / file)
             figure.savefig(paths[-1], dpi=130)

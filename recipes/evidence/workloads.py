@@ -69,6 +69,9 @@ on all of them, ``in_turn``.
 WITH_HYPOTHESIS = ("w1", "w2", "w3")
 """All other workloads are secondary."""
 
+SEARCHED_AS = {"w2_no_noise": "w2", "w2_20_noise": "w2", "w2_60_noise": "w2"}
+"""Workloads that take the settings which another one's searches choose: nobody knows how many labels are wrong."""
+
 
 def has_tasks(settings: Settings) -> bool:
     """Whether a run learns several tasks, and its row holds their means."""

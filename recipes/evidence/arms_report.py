@@ -1,4 +1,4 @@
-"""Reports on several tasks: what is kept of the accuracies, whatever costs them something, by arm."""
+"""What is kept of the accuracies, whatever costs them something: tables and a picture, by arm."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ Measure = Callable[[Sequence[Row]], BySeed]
 """Takes the rows of an arm and gives a figure of each run."""
 
 _OTHER_COLOURS = ("#ccbb44", "#aa3377", "#66ccee", "#bbbbbb", "#332288", "#882255", "#ddaa33", "#000000")
-_APART = 0.05  # between the points of two arms
+_APART = 0.01  # between the points of two arms, as a share of the axis
 
 
 def with_adapters(rows: Arms) -> Arms:
@@ -39,9 +39,7 @@ def kept_table(title: str, arms: Arms, measures: Mapping[str, Measure], notes: S
             to_base = difference(own, base) if arm != BASELINE else None
             line += [mean_cell(list(own.values())), str(to_base or "")]
         lines.append(line)
-    explained = (
-        "mean over the tasks ± standard error over the seeds (seeds); differences: paired by seed, with 95 % intervals"
-    )
+    explained = "mean ± standard error over the seeds (seeds); differences: paired by seed, with 95 % intervals"
     return Table(title, columns, lines, [explained, *notes])
 
 
@@ -56,7 +54,7 @@ def before_and_after_table(title: str, arms: Arms, measures: Mapping[str, tuple[
     return Table(title, ["arm", *measures], lines)
 
 
-def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping[int, Measure]]) -> Figure | None:
+def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping[float, Measure]]) -> Figure | None:
     """Test accuracies of all arms against a number, with 95 % intervals of the mean over the seeds.
 
     Args:
@@ -78,7 +76,7 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
         for place, (arm, rows) in enumerate(arms.items()):
             found = [estimate(list(measure(rows).values())) for measure in measures.values()]
             # Side by side, so that no interval hides another one.
-            shift = _APART * (place - (len(arms) - 1) / 2)
+            shift = _APART * (max(measures) - min(measures)) * (place - (len(arms) - 1) / 2)
             axes.errorbar(
                 [number + shift for number in measures],
                 [one.mean for one in found],
