@@ -13,7 +13,7 @@ from recipes.evidence.flatness import PARTS, RADII, RESULTS, SUBSPACES
 from recipes.evidence.kept_report import with_judgements
 from recipes.evidence.report import Report
 from recipes.evidence.verdict import difference
-from recipes.evidence.workloads import BASELINE, SEARCHES, TITLES
+from recipes.evidence.workloads import BASELINE, TITLES
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import estimate, with_error
 from recipes.shared.tables import Table
@@ -130,8 +130,8 @@ class FlatnessReport:
         return [*cells, str(self.ratio(arm, *place) or "")]
 
     def figure(self) -> Figure | None:
-        """Ratios of the searched methods to LoRA, by subspace, on both parts."""
-        methods = [arm for arm in SEARCHES if arm != BASELINE and self.ratio(arm, "train", "loss")]
+        """Ratios of the other arms to LoRA, by subspace, on both parts."""
+        methods = [arm for arm in self._found if arm != BASELINE and self.ratio(arm, "train", "loss")]
         if not methods:
             return None
         figure = Figure(figsize=(12, 0.6 + 4 * len(methods)), layout="constrained")
@@ -139,7 +139,7 @@ class FlatnessReport:
         for row, method in zip(panels, methods, strict=True):
             for axes, part in zip(row, PARTS, strict=True):
                 self._draw(axes, method, part)
-            row[0].set_ylabel(f"{TITLES[method]}'s / LoRA's")
+            row[0].set_ylabel(f"{TITLES[method]} / LoRA")
         panels[0][0].legend(loc="best", fontsize="small")
         figure.suptitle(
             f"{self.workload}, kept adapters: geometric mean and 95 % interval of paired ratios (secondary)"

@@ -122,9 +122,9 @@ class Plan:
         found = [self._search(primary, grid), self._tests(primary, grid), self._tests(free, grid)]
         for other in others:
             found += [self._search(other, grid), self._tests(other, grid)]
-        found.append(self._tests(explored, grid))
         if self.has_ended_early:
             found = found[:2]
+        found.append(self._tests(explored, grid))
         return _without_shared(found)
 
     @property
@@ -209,17 +209,15 @@ class Plan:
         configs = {arm: self.config_of(arm, grid) for arm in arms}
         # The rule for an early end reads the first seeds by their numbers, whatever --seeds names.
         early = [seed for seed in self.seeds if seed < EARLY_SEEDS]
-        runs = self._tests_of(configs, self.seeds)
+        seeds = early if self.has_ended_early else self.seeds
+        runs = self._tests_of(configs, seeds)
         # Runs whose configuration is not chosen yet are counted already, so that the total does not grow on the way.
-        number = len(arms) * len(self.seeds) if None in configs.values() else len(runs)
+        number = len(arms) * len(seeds) if None in configs.values() else len(runs)
         # Looked at after the first seeds, before the others.
         if set(PRIMARY) <= set(arms):
             first = self._tests_of(configs, early)
-            if self.has_ended_early:
-                runs, number = first, len(first)
-            elif self._missing(first):
-                runs = first
-        return Piece(f"{len(self.seeds)} seeds, {', '.join(arms)}", runs, number, arms)
+            runs = first if self._missing(first) else runs
+        return Piece(f"{len(seeds)} seeds, {', '.join(arms)}", runs, number, arms)
 
     def _tests_of(self, configs: Mapping[str, Config | None], seeds: Iterable[int]) -> list[Run]:
         runs: list[Run] = []

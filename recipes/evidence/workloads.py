@@ -150,7 +150,7 @@ def competitors_of(settings: Settings) -> list[str]:
 PROBE = "linear_probe"
 """A linear classifier on the frozen encoder, beside every result."""
 
-EXPLORED: dict[str, Config] = {"efmlora_twice_the_steps": {"length_of_training": 2}}
+EXPLORED: dict[str, Config] = {"efmlora_twice_the_steps": {"length_of_training": 2}, "efmlora_rho_0": {"rho": 0.0}}
 """What each changes of EFMLoRA's chosen settings. No hypothesis rests on these runs, and they come last."""
 
 ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED)
@@ -161,5 +161,6 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "twice_the_steps": "LoRA, twice the steps",
     PROBE: "linear probe, frozen encoder",
     "efmlora_twice_the_steps": "EFMLoRA, twice the steps",
+    "efmlora_rho_0": "EFMLoRA's choice with rho 0",
 }
 """What the report calls each arm."""

@@ -274,12 +274,16 @@ def test_what_is_explored_changes_efmloras_choice_and_comes_last(tmp_path: Path)
     plan = small_plan(tmp_path, ["lora", "efmlora", *EXPLORED])
     fake = Fake(gain=0.05)
     plan.work(fake, lambda run: None)
-    explored = fake.done[-20:]
-    assert {run.arm for run in explored} == {"efmlora_twice_the_steps"}
-    assert explored[0].config == {"learning_rate": 2e-3, "rho": 2.0, "length_of_training": 2}
+    explored = {run.arm: run.config for run in fake.done[-40:]}
+    assert explored == {
+        "efmlora_twice_the_steps": {"learning_rate": 2e-3, "rho": 2.0, "length_of_training": 2},
+        "efmlora_rho_0": {"learning_rate": 2e-3, "rho": 0.0},
+    }
 
 
 def test_a_run_of_an_explored_arm_is_efmlora() -> None:
+    without = figures(perform(replace(RUN, arm="efmlora_rho_0", config={"learning_rate": 1e-2, "rho": 0.0})))
+    assert without == figures(perform(RUN))
     config = {"learning_rate": 1e-2, "rho": 2.0}
     found = figures(perform(replace(RUN, arm="efmlora_twice_the_steps", config=config)))
     assert found == figures(perform(replace(RUN, arm="efmlora", config=config)))
@@ -288,15 +292,18 @@ def test_a_run_of_an_explored_arm_is_efmlora() -> None:
 def test_the_runs_of_all_methods_are_counted_once(tmp_path: Path) -> None:
     pieces = small_plan(tmp_path).progress()
     assert [total for _, _, total, _ in pieces[:4]] == [105, 40, 100, 45]
-    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 13 * 20
+    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 14 * 20
 
 
 def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> None:
     fake, plan = Fake(gain=0.0), small_plan(tmp_path)
     plan.work(fake, lambda run: None)
     assert plan.has_ended_early
-    assert len([run for run in fake.done if run.stage == "test"]) == 16
-    assert {run.arm for run in fake.done} == {"lora", "efmlora"}
+    tests = [run for run in fake.done if run.stage == "test"]
+    assert {run.arm for run in tests[:16]} == {"lora", "efmlora"}
+    # What is explored goes with the runs that there are.
+    assert {run.arm for run in tests[16:]} == set(EXPLORED)
+    assert {run.seed for run in tests[16:]} == set(range(8))
 
 
 def test_an_interrupted_plan_resumes_and_two_processes_share_it(tmp_path: Path) -> None:
