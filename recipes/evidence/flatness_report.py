@@ -1,4 +1,4 @@
-"""What got flatter: slopes, curvatures and rises of the loss around each method's adapters, as ratios to LoRA's."""
+"""What got flatter: slopes, curvatures and rises of the loss around kept adapters, as ratios of two arms."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from recipes.evidence.flatness import PARTS, RADII, RESULTS, SUBSPACES
 from recipes.evidence.kept_report import with_judgements
 from recipes.evidence.report import Report
 from recipes.evidence.verdict import difference
-from recipes.evidence.workloads import BASELINE, TITLES
+from recipes.evidence.workloads import BASELINE, CANDIDATE, EXPLORED, TITLES
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import estimate, with_error
 from recipes.shared.tables import Table
@@ -21,8 +21,8 @@ from recipes.shared.tables import Table
 _NAMES = {**SUBSPACES, "random": "random directions", "head": "head"}
 _COLOURS = {"B": "#ee6677", "A": "#4477aa", "both": "#aa3377", "full": "#222222", "random": "#bbbbbb"}
 _NOTES = (
-    "LoRA and the method: mean ± standard error over the seeds; x: geometric mean of the ratios to LoRA's, paired by "
-    "seed, with its 95 % interval; without a ratio where a value is not above 0",
+    "mean ± standard error over the seeds; x: geometric mean of the ratios, paired by seed, with its 95 % interval; "
+    "without a ratio where a value is not above 0",
     "slope: norm of the gradient for the adapted weights, projected on the subspace; trace: of the Hessian in it",
     "rise: of the loss at the steepest first-order move of the norm rho; random: mean of a direction and its opposite",
     "inputs: of the adapted layers, the share of their squared norm, mean over the layers",
@@ -101,58 +101,68 @@ class FlatnessReport:
         """One of the :func:`figures`, where it has been measured."""
         return {seed: found[place] for seed, found in self._found.get(arm, {}).items() if place in found}
 
-    def ratio(self, arm: str, *place: str) -> Ratio | None:
-        """To LoRA's."""
-        return ratio(self.by_seed(arm, *place), self.by_seed(BASELINE, *place))
+    def ratio(self, arm: str, other: str, *place: str) -> Ratio | None:
+        """Of two arms."""
+        return ratio(self.by_seed(arm, *place), self.by_seed(other, *place))
+
+    def comparisons(self) -> list[tuple[str, str]]:
+        """Pairs of arms: each beside LoRA, except for what is explored, which EFMLoRA is compared with."""
+        found = []
+        for arm in self._found:
+            if arm in EXPLORED and CANDIDATE in self._found:
+                found.append((CANDIDATE, arm))
+            elif arm != BASELINE:
+                found.append((arm, BASELINE))
+        return found
 
     def tables(self) -> list[Table]:
-        """For each arm one beside LoRA."""
-        return [self._beside(arm) for arm in self._found if arm != BASELINE]
+        """One for each comparison."""
+        return [self._beside(arm, other) for arm, other in self.comparisons()]
 
-    def _beside(self, arm: str) -> Table:
+    def _beside(self, arm: str, other: str) -> Table:
         lines = []
         for title, name in (("norm of s B A", "adapter_norm"), ("norm of the head", "head_norm")):
-            lines.append([title, *self._cells(arm, 2, name), "", "", ""])
+            lines.append([title, *self._cells(arm, other, 2, name), "", "", ""])
         for title, digits, place in _places():
             cells = []
             for part in PARTS:
-                cells += self._cells(arm, digits, part, *place)
+                cells += self._cells(arm, other, digits, part, *place)
             lines.append([title, *cells])
-        of_part = ("LoRA", TITLES[arm], "ratio")
+        of_part = (TITLES[other], TITLES[arm], "ratio")
         columns = ["", *(f"{name}, train" for name in of_part), *(f"{name}, validation" for name in of_part)]
-        return Table(f"{self.workload}, kept adapters: {TITLES[arm]} beside LoRA", columns, lines, _NOTES)
+        return Table(f"{self.workload}, kept adapters: {TITLES[arm]} beside {TITLES[other]}", columns, lines, _NOTES)
 
-    def _cells(self, arm: str, digits: int, *place: str) -> list[str]:
+    def _cells(self, arm: str, other: str, digits: int, *place: str) -> list[str]:
         cells = []
-        for each in (BASELINE, arm):
+        for each in (other, arm):
             values = list(self.by_seed(each, *place).values())
             cells.append(with_error(estimate(values), f".{digits}f") if values else "-")
-        return [*cells, str(self.ratio(arm, *place) or "")]
+        return [*cells, str(self.ratio(arm, other, *place) or "")]
 
     def figure(self) -> Figure | None:
-        """Ratios of the other arms to LoRA, by subspace, on both parts."""
-        methods = [arm for arm in self._found if arm != BASELINE and self.ratio(arm, "train", "loss")]
-        if not methods:
+        """Ratios of all comparisons, by subspace, on both parts."""
+        shown = [pair for pair in self.comparisons() if self.ratio(*pair, "train", "loss")]
+        if not shown:
             return None
-        figure = Figure(figsize=(12, 0.6 + 4 * len(methods)), layout="constrained")
-        panels = figure.subplots(len(methods), len(PARTS), sharey="row", squeeze=False)
-        for row, method in zip(panels, methods, strict=True):
+        figure = Figure(figsize=(12, 0.6 + 4 * len(shown)), layout="constrained")
+        panels = figure.subplots(len(shown), len(PARTS), sharey="row", squeeze=False)
+        for row, (arm, other) in zip(panels, shown, strict=True):
             for axes, part in zip(row, PARTS, strict=True):
-                self._draw(axes, method, part)
-            row[0].set_ylabel(f"{TITLES[method]} / LoRA")
+                self._draw(axes, arm, other, part)
+            row[0].set_ylabel(f"{TITLES[arm]} / {TITLES[other]}")
         panels[0][0].legend(loc="best", fontsize="small")
         figure.suptitle(
             f"{self.workload}, kept adapters: geometric mean and 95 % interval of paired ratios (secondary)"
         )
         return figure
 
-    def _draw(self, axes: Axes, method: str, part: str) -> None:
+    def _draw(self, axes: Axes, arm: str, other: str, part: str) -> None:
         kinds = {"slope": ("gradient",), **{f"rise, rho {rho:g}": ("rise", f"{rho:g}") for rho in RADII}}
         kinds["trace"] = ("trace",)
         for column, (name, colour) in enumerate(_COLOURS.items()):
             places, found = [], []
             for place, (kind, *radius) in enumerate(kinds.values()):
-                own = self.ratio(method, part, kind, name, *radius)
+                own = self.ratio(arm, other, part, kind, name, *radius)
                 if own is not None:
                     places.append(place + (column - 2) / 8)
                     found.append(own)

@@ -205,7 +205,7 @@ def test_the_command_measures_what_is_kept_and_the_report_compares_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--workload", "tiny", "--folder", str(tmp_path), "--precision", "32-true"]
-    options += ["--methods", "lora", "efmlora", "--seeds", "0", "1", "2"]
+    options += ["--methods", "lora", "efmlora", "efmlora_rho_0", "--seeds", "0", "1", "2"]
     fake = Fake(gain=0.05)
 
     def searched(run: Run, folder: Path) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_the_command_measures_what_is_kept_and_the_report_compares_it(
     main(["run", *options])
     assert main(["flatness", *options]) == 0
     rows = read(tmp_path / RESULTS)
-    assert len(rows) == 6
+    assert len(rows) == 9
     runs = {(row["arm"], row["seed"]): row for row in read(tmp_path / RUNS) if "weights" in row}
     for row in rows:
         run = runs[row["arm"], row["seed"]]
@@ -224,12 +224,16 @@ def test_the_command_measures_what_is_kept_and_the_report_compares_it(
     assert main(["report", *options]) == 0
     assert "secondary" in capsys.readouterr().out
     text = (tmp_path / "tiny_flatness.md").read_text()
-    slopes: dict[str, list[float]] = {"lora": [], "efmlora": []}
+    slopes: dict[str, list[float]] = {"lora": [], "efmlora": [], "efmlora_rho_0": []}
     for row in rows:
         slopes[row["arm"]].append(row["train"]["gradient"]["B"])
-    found = ratio(dict(enumerate(slopes["efmlora"])), dict(enumerate(slopes["lora"])))
+    of_lora, of_efmlora, of_rho_0 = [dict(enumerate(values)) for values in slopes.values()]
     assert f"{sum(slopes['lora']) / 3:.3f} ± " in text
-    assert str(found) in text
+    assert str(ratio(of_efmlora, of_lora)) in text
+    assert "EFMLoRA beside LoRA" in text
+    # What is explored is what EFMLoRA is compared with.
+    assert str(ratio(of_efmlora, of_rho_0)) in text
+    assert "EFMLoRA beside EFMLoRA's choice with rho 0" in text
     assert (tmp_path / "tiny_flatness.png").stat().st_size > 10_000
     # Nothing is measured twice.
     assert main(["flatness", *options]) == 0
