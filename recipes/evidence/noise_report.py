@@ -1,4 +1,4 @@
-"""Accuracy and loss against the share of training labels that are replaced: one workload at several shares."""
+"""The best checkpoint and the last step, at each share of training labels that are replaced."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _MOMENTS: dict[Moment, str] = {"best": "best on validation", "last": "last step"
 
 
 def noise_tables(workload: str, rows: Mapping[str, Sequence[Row]]) -> list[Table]:
-    """Tables of the runs on the test part; none where all runs have the same share.
+    """Tables of the runs on the test part, all of which are judged at their best on validation.
 
     Args:
         workload: whose labels are replaced.
@@ -28,7 +28,7 @@ def noise_tables(workload: str, rows: Mapping[str, Sequence[Row]]) -> list[Table
     """
     arms = with_adapters(rows)
     shares = shares_of(arms)
-    if len(shares) < 2:
+    if not shares:
         return []
     found = []
     for moment, title in _MOMENTS.items():

@@ -76,7 +76,8 @@ class Report:
             shown += merging_tables(*of_workload)
         elif is_in_turn(self.plan.settings):
             shown += in_turn_tables(*of_workload)
-        shown += noise_tables(self.plan.workload, self._at_all_shares())
+        if self.plan.settings.get("judged") == "best":
+            shown += noise_tables(self.plan.workload, self._at_all_shares())
         for method in SEARCHES:
             surface = self._surface(method)
             if surface is not None:

@@ -72,14 +72,19 @@ def test_other_shares_take_the_settings_of_the_workloads_search(
     assert "w2, test accuracy in %, last step" in text
     assert "| arm | 0 % | minus LoRA's | 20 % | minus LoRA's | 40 % | minus LoRA's | 60 % | minus LoRA's |" in text
     assert (tmp_path / "w2_noise.png").stat().st_size > 10_000
-    # A workload that takes another one's settings is a line of its own, and shows no others.
+    # A workload that takes another one's settings shows its own share alone.
     assert command.main(["report", *options_of("w2_60_noise", tmp_path)]) == 0
     assert not (tmp_path / "w2_60_noise_noise.png").exists()
 
 
-def test_the_shares_of_one_workload_need_a_second_one() -> None:
-    assert noise_tables("w2", {"lora": [{"settings": {"noise": 0.4}}]}) == []
-    assert noise_figure("w2", {}) is None
+def test_a_picture_needs_two_shares_and_a_table_one() -> None:
+    best, last = {"test_accuracy": 0.5, "test_loss": 2.0}, {"test_accuracy": 0.4, "test_loss": 3.0}
+    rows = {"lora": [{"seed": 0, "settings": {"noise": 0.4}, **best, "at_end": last}]}
+    first, second, losses = noise_tables("w2", rows)
+    assert (first.rows, second.rows) == ([["LoRA", "50.0 (1)", ""]], [["LoRA", "40.0 (1)", ""]])
+    assert losses.rows == [["LoRA", "2.000 → 3.000"]]
+    assert noise_figure("w2", rows) is None
+    assert noise_tables("w2", {}) == []
 
 
 def test_both_moments_of_a_run_are_told_apart_and_failed_runs_have_one() -> None:
