@@ -35,7 +35,7 @@ def noise_tables(workload: str, rows: Mapping[str, Sequence[Row]]) -> list[Table
         measures: dict[str, Measure] = {}
         for share in shares:
             measures[_percent(share)] = partial(accuracy, share=share, moment=moment)
-        note = "columns: the share of training labels that are replaced; settings: chosen at the share of the workload"
+        note = "columns: the share of training labels that are replaced; the settings are the same at all shares"
         found.append(kept_table(f"{workload}, test accuracy in %, {title}", arms, measures, [note]))
     return [*found, _losses(workload, arms, shares)]
 

@@ -108,28 +108,17 @@ class HeadEFMLoRA(EFMLoRA):
         self._is_on = False
 
     @override
-    def current_size(self, trainer: Trainer, pair_group: PairGroup | None = None) -> float:
-        pairs_share, _ = self._shares(pair_group or self.main_group)
-        return pairs_share * super().current_size(trainer, pair_group)
-
-    @override
     def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, pair_group: PairGroup) -> None:
-        _, head_share = self._shares(pair_group)
-        gradient = self._head.weight.grad
+        perturbation, gradient = pair_group.perturbation, self._head.weight.grad
+        assert perturbation is not None
         assert gradient is not None
-        radius = head_share * super().current_size(trainer, pair_group)
-        fresh = nn.functional.normalize(gradient.flatten(), dim=0).view_as(gradient) * radius
-        self._E = fresh if self._E is None else self._E.lerp(fresh, self.beta)
-        super().before_optimizer_step(trainer, pl_module, pair_group)
-
-    def _shares(self, pair_group: PairGroup) -> tuple[float, float]:
-        """Of the radius, for the pairs and for the head."""
-        assert pair_group.perturbation is not None
-        assert self._head.weight.grad is not None
-        slope = first_order_rise(pair_group.perturbation)
-        head_slope = float(self._head.weight.grad.norm())
+        slope, head_slope = first_order_rise(perturbation), float(gradient.norm())
         whole = math.hypot(slope, head_slope)
-        return (slope / whole, head_slope / whole) if whole > 0 else (1.0, 0.0)
+        # Without a gradient no direction is steeper than another, and E is 0 whatever its radius.
+        rate = self.current_size(trainer, pair_group) / whole if whole > 0 else 0.0
+        fresh = rate * gradient  # its norm is rho h / whole
+        self._E = fresh if self._E is None else self._E.lerp(fresh, self.beta)
+        perturbation.average(perturbation.ascend(rate * slope, at_perturbed=True), self.beta)
 
 
 def loss_budget(nats: float, cap: float = CAP, *, anneals: bool = False) -> Rule:

@@ -332,7 +332,9 @@ def test_the_demo_runs_resumes_and_compares(
     rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
     assert [row["seed"] for row in rows] == sorted([*demo.SEEDS] * 6)
     assert {row["arm"] for row in rows} == {"lora", "efmlora", "early_stopping", "label_smoothing", "rank_2", PROBE}
-    assert "EFMLoRA minus LoRA after merging by TIES" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "EFMLoRA minus LoRA after merging by TIES" in shown
+    assert "a linear classifier on the frozen encoder, without any adapter" in shown
     assert "2 adapters | 4 adapters |" in (tmp_path / "merging.md").read_text()
     assert (tmp_path / "merging.png").stat().st_size > 10_000
     monkeypatch.setattr(demo, "perform_merging", lambda run: pytest.fail("done twice"))

@@ -177,20 +177,25 @@ def test_without_noise_the_batch_noise_is_zero(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_ball_of_pairs_and_head_has_the_radius_and_the_steepest_split(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[float, float, float, float]] = []
-    before = radius.HeadEFMLoRA.before_optimizer_step
+    radii: list[float] = []
+    before, ascend = radius.HeadEFMLoRA.before_optimizer_step, Perturbation.ascend
+
+    def watched_ascend(self: Perturbation, rho: float, *, at_perturbed: bool) -> FreshPerturbation:
+        radii.append(rho)
+        return ascend(self, rho, at_perturbed=at_perturbed)
 
     def watched(self: radius.HeadEFMLoRA, trainer: Any, pl_module: Any, pair_group: Any) -> None:
         gradient = self._head.weight.grad
         assert gradient is not None
         slope = radius.first_order_rise(pair_group.perturbation)
-        of_pairs = self.current_size(trainer, pair_group)
         past = self._E
         before(self, trainer, pl_module, pair_group)
         assert self._E is not None
         fresh = self._E if past is None else (self._E - (1 - self.beta) * past) / self.beta
         assert torch.cosine_similarity(fresh.flatten(), gradient.flatten(), dim=0) == pytest.approx(1.0, abs=1e-5)
-        steps.append((of_pairs, float(fresh.norm()), slope, float(gradient.norm())))
+        steps.append((radii[-1], float(fresh.norm()), slope, float(gradient.norm())))
 
+    monkeypatch.setattr(Perturbation, "ascend", watched_ascend)
     monkeypatch.setattr(radius.HeadEFMLoRA, "before_optimizer_step", watched)
     changed("head", rho=2.0, times=1.0)
     assert len(steps) == SETTINGS["steps"]
@@ -210,6 +215,12 @@ def test_the_heads_gradient_is_taken_at_the_perturbed_head() -> None:
     moved = (head.weight + E).detach().requires_grad_()
     nn.functional.linear(inputs, moved, head.bias).square().sum().backward()
     torch.testing.assert_close(head.weight.grad, moved.grad)
+
+
+def test_training_sees_the_perturbed_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = figures(changed("head", rho=2.0, times=1.0))
+    monkeypatch.setattr(radius.HeadEFMLoRA, "_add_perturbation", lambda self, head, inputs, logits: logits)
+    assert figures(changed("head", rho=2.0, times=1.0)) != seen
 
 
 # -- the runs and their table
