@@ -65,7 +65,7 @@ def damped_inverse_root(X: Tensor) -> Tensor:
 
 
 def _lower_gram(X: Tensor) -> Tensor:
-    """``X^T X``, shape (..., r, r); above the diagonal's blocks zeros, as Cholesky's factorisation reads none of it."""
+    """``X^T X``, shape (..., r, r); above the diagonal's blocks zeros, as Cholesky's factorization reads none of it."""
     r = X.shape[-1]
     if r <= _BLOCK:
         return X.mT @ X

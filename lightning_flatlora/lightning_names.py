@@ -1,7 +1,7 @@
 """Lightning has two names, ``lightning.pytorch`` and ``pytorch_lightning``: the same code, but classes of their own.
 
 The package imports only the first. The objects of a user's Trainer may come from either, so objects of Lightning are
-recognised here by the names of their classes, without an import of a library that the user does not have.
+recognized here by the names of their classes, without an import of a library that the user does not have.
 """
 
 import sys

@@ -169,7 +169,7 @@ class FMLoRA(LoopMethod):
             sharded = is_sharded(self._model)
             if sharded and not perturbation.has_gradient:
                 raise RuntimeError(
-                    "the first pass left no gradient: under FSDP2 each micro-batch must synchronise, so leave "
+                    "the first pass left no gradient: under FSDP2 each micro-batch must synchronize, so leave "
                     "no_backward_sync (set_requires_gradient_sync) out, or use EFMLoRA"
                 )
             if self.sync_ascent and not sharded:

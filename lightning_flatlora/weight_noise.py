@@ -277,7 +277,7 @@ def _why_not(layer: Any, adapters: list[str], in_attention: bool) -> str | None:
     if not isinstance(layer, Linear) or not (isinstance(base, nn.Linear) or layer.fan_in_fan_out):
         return f"its base, a {type(base).__name__}, is no plain Linear"
     if not base.weight.is_floating_point():
-        return "its base is quantised"
+        return "its base is quantized"
     if any(layer.lora_variant.get(name) is not None for name in adapters):
         return "a variant of LoRA (such as DoRA) reads the base weight itself"
     if "forward" in vars(base):

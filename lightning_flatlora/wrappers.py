@@ -63,7 +63,7 @@ def wrapping_problems(model: nn.Module, *, takes_two_passes: bool) -> list[str]:
         problems.append(f"DataParallel copies the layers to other devices, without their perturbation: {_USE}")
     if takes_two_passes and any(wrapper.static_graph for wrapper in _of_ddp(model)):
         problems.append(
-            "DDP's static_graph=True crashes in a backward that does not synchronise (pytorch#143580): leave it out"
+            "DDP's static_graph=True crashes in a backward that does not synchronize (pytorch#143580): leave it out"
         )
     return problems + _mesh_problems(model)
 

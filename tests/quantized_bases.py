@@ -13,7 +13,7 @@ FEATURES, WIDTH, CLASSES = 32, 64, 3
 def four_bits(linear: nn.Linear) -> nn.Module:
     layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, quant_type="nf4", compute_dtype=torch.float32)
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")  # quantises
+    return layer.to("cpu")  # quantizes
 
 
 def eight_bits(linear: nn.Linear) -> nn.Module:

@@ -42,7 +42,7 @@ def coca() -> nn.Module:
     pooled = {"attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True}
     text = TEXT | {"embed_cls": True, "output_tokens": True, "layers": 2}
     model = CoCa(embed_dim=24, vision_cfg=VISION | pooled, text_cfg=text, multimodal_cfg=DECODER)
-    nn.init.normal_(model.text_decoder.text_projection, std=0.2)  # which open_clip leaves uninitialised
+    nn.init.normal_(model.text_decoder.text_projection, std=0.2)  # which open_clip leaves uninitialized
     return model
 
 

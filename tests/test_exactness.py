@@ -66,30 +66,30 @@ def test_100_steps_equal_the_literal_algorithm(front_end: str, case: dict[str, A
     assert worst_difference(net, reference(epochs, **{**case, **algorithm, "rho": lambda step: 0.0})) > 1e-4
 
 
-def penalised(model: nn.Module, batch: Any) -> torch.Tensor:
+def penalized(model: nn.Module, batch: Any) -> torch.Tensor:
     """A penalty on A, which one optimizer step sees in its gradient and E must not."""
     sizes = [p.square().sum() + p.abs().sum() for name, p in model.named_parameters() if "lora_A" in name]
     return loss(model, batch) + 0.01 * sum(sizes)
 
 
-class PenalisedAutomatic(Automatic):
+class PenalizedAutomatic(Automatic):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return penalised(self.net, batch)
+        return penalized(self.net, batch)
 
 
-class PenalisedManual(Manual):
+class PenalizedManual(Manual):
     def compute_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return penalised(self.net, batch)
+        return penalized(self.net, batch)
 
 
 @pytest.mark.parametrize("front_end", ["EFMLoRA", "FMLoRA", "FMLoRAModule"])
-def test_a_penalised_run_equals_the_literal_algorithm(front_end: str) -> None:
+def test_a_penalized_run_equals_the_literal_algorithm(front_end: str) -> None:
     net, algorithm = network(), {"beta": BETA} if front_end == "EFMLoRA" else {}
     if front_end == "FMLoRAModule":
-        fit_in_float64(PenalisedManual(net, rho=RHO), 4, [])
+        fit_in_float64(PenalizedManual(net, rho=RHO), 4, [])
     else:
-        fit_in_float64(PenalisedAutomatic(net), 4, [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)])
-    assert worst_difference(net, reference(4, loss=penalised, **algorithm)) < 1e-10
+        fit_in_float64(PenalizedAutomatic(net), 4, [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)])
+    assert worst_difference(net, reference(4, loss=penalized, **algorithm)) < 1e-10
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_gradients_of_one_loss_give_the_literal_norm() -> None:
 PENALTIES = {"L1": lambda factor: factor.abs().sum(), "L2": lambda factor: factor.square().sum()}
 
 
-def penalised_steps(penalty: str, on: str, strength: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+def penalized_steps(penalty: str, on: str, strength: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
     """A, B, their gradients, and B's without the penalty, in ten steps of AdamW on a regression, from B = 0."""
     generator = torch.Generator().manual_seed(0)
     A = nn.Parameter((torch.rand(R, 40, generator=generator, dtype=dtype) * 2 - 1) / 40**0.5)
@@ -176,7 +176,7 @@ def penalised_steps(penalty: str, on: str, strength: float, dtype: torch.dtype) 
 def test_a_penalty_on_a_factor_leaves_the_radius_what_it_is(penalty: str, on: str, dtype: torch.dtype) -> None:
     """Its gradient over B, which is zero or small, must not pass for the size of the full gradient."""
     for strength in (0.0, 1e-6, 1e-4, 1e-2, 1.0, 10.0):
-        for A, B, grad_A, grad_B, free_grad_B in penalised_steps(penalty, on, strength, dtype):
+        for A, B, grad_A, grad_B, free_grad_B in penalized_steps(penalty, on, strength, dtype):
             ours = ascent_average(*batch(A, B, grad_A, grad_B), scaling(dtype))
             E = ours.direction[0] * perturbation_scale(ours.squared_norm, 1.0)
             assert 0.5 <= (S * E @ A).norm() <= 1 + 1e-5
@@ -203,9 +203,9 @@ def test_at_zero_B_the_gradient_of_A_says_nothing(dtype: torch.dtype) -> None:
     A, B, grad_A, grad_B = factors(dtype)
     B = torch.zeros_like(B)
     plain = ascent_average(*batch(A, B, torch.zeros_like(grad_A), grad_B), scaling(dtype))
-    penalised = ascent_average(*batch(A, B, 1e3 * grad_A, grad_B), scaling(dtype))
-    assert torch.equal(penalised.direction, plain.direction)
-    assert torch.equal(penalised.squared_norm, plain.squared_norm)
+    penalized = ascent_average(*batch(A, B, 1e3 * grad_A, grad_B), scaling(dtype))
+    assert torch.equal(penalized.direction, plain.direction)
+    assert torch.equal(penalized.squared_norm, plain.squared_norm)
     for bad in (torch.nan, torch.inf):
         grad_A[1, 2] = bad
         assert not torch.isfinite(ascent_average(*batch(A, B, grad_A, grad_B), scaling(dtype)).squared_norm).any()

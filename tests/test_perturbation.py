@@ -86,7 +86,7 @@ def test_4_it_is_an_ascent_direction(estimator: str, norm_scope: str) -> None:
 @settings
 @scopes
 @pytest.mark.parametrize("at_start", [True, False])
-def test_5_the_realised_radius_is_at_most_rho(estimator: str, norm_scope: str, at_start: bool) -> None:
+def test_5_the_realized_radius_is_at_most_rho(estimator: str, norm_scope: str, at_start: bool) -> None:
     model, pairs = model_and_pairs()
     if at_start:
         for pair in pairs:

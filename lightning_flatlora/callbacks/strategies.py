@@ -140,7 +140,7 @@ def _ddp_problems(strategy: strategies.DDPStrategy, window: int, sync_ascent: bo
         causes.append("sync_ascent=False")
     if causes and strategy._ddp_kwargs.get("static_graph", False):
         return [
-            "DDP's static_graph=True crashes in a backward that does not synchronise (pytorch#143580), as with "
+            "DDP's static_graph=True crashes in a backward that does not synchronize (pytorch#143580), as with "
             f"{' and '.join(causes)}: leave static_graph out"
         ]
     return []
@@ -189,7 +189,7 @@ def _sharded_problems(sync_ascent: bool) -> list[str]:
 def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
     """Whether the ascent's backward must not average gradients, even in the batch that ends an accumulation window.
 
-    Under FSDP1, a backward that synchronises would turn the window's gradients, which are not reduced yet, into shards.
+    Under FSDP1, a backward that synchronizes would turn the window's gradients, which are not reduced yet, into shards.
     Under DDP it would forget which parameters the window has used, so that with find_unused_parameters not all of them
     would be reduced.
     """
@@ -198,7 +198,7 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
     return trainer.accumulate_grad_batches > 1 or not sync_ascent
 
 
-def has_synchronised(strategy: strategies.Strategy) -> bool:
+def has_synchronized(strategy: strategies.Strategy) -> bool:
     """Whether the backward that has just ended averaged the gradients over the ranks."""
     if not is_lightning(strategy, strategies.DDPStrategy):
         return True

@@ -72,7 +72,7 @@ def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -
         model: an open_clip model.
         targets: of :func:`lora_targets`.
         image: one preprocessed image, shape (1, 3, height, width).
-        text: one tokenised text, shape (1, length).
+        text: one tokenized text, shape (1, length).
 
     Raises:
         ValueError: it names them.

@@ -11,7 +11,7 @@ from lightning_flatlora.flatness.factors import (
     cosine,
     gradient_identity_residual,
     inner_product,
-    realised_radius,
+    realized_radius,
 )
 from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, slope
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, MEASURES, Point, measure
@@ -54,7 +54,7 @@ __all__ = [
     "lora_sharpness",
     "measure",
     "moved",
-    "realised_radius",
+    "realized_radius",
     "sam_sharpness",
     "slope",
     "top_eigenvalue",

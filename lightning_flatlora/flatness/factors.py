@@ -80,7 +80,7 @@ def inner_product(E1: Tensor, E2: Tensor, A: Tensor, scaling: float | Tensor = 1
     return scaling**2 * ((E1.mT @ E2) * (A @ A.mT)).sum((-2, -1))
 
 
-def realised_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
+def realized_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
     r"""How far a perturbation of B moves the full weight.
 
     .. math:: \|s E A\|_F = s\,\sqrt{\mathrm{tr}\left(E^\top E\, A A^\top\right)}
@@ -97,7 +97,7 @@ def realised_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
         Units of the weights, shape (L,). No pass.
 
     Example:
-        >>> realised_radius(torch.ones(4, 2), torch.eye(2, 3), scaling=2.0)
+        >>> realized_radius(torch.ones(4, 2), torch.eye(2, 3), scaling=2.0)
         tensor(5.6569, dtype=torch.float64)
     """
     return inner_product(E, E, A, scaling).clamp_min(0).sqrt()

@@ -147,8 +147,8 @@ def _condition(point: Point) -> Values:
 
 def _radius(point: Point) -> Values:
     fresh = sharpness.fresh_perturbation(point.perturbation, point.rho, point.slope)
-    realised = sharpness.radii(point.pairs, sharpness.read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
-    return {"radius": realised / point.rho if point.rho > 0 else realised}
+    realized = sharpness.radii(point.pairs, sharpness.read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
+    return {"radius": realized / point.rho if point.rho > 0 else realized}
 
 
 def _gradient_residual(point: Point) -> Values:

@@ -19,8 +19,8 @@ class MeanWithError(Metric):
 
     .. math:: \bar x = \tfrac1k \sum_i x_i, \qquad \mathrm{se} = \sqrt{\tfrac{1}{k(k-1)} \sum_i (x_i - \bar x)^2}
 
-    The standard error of fewer than two samples is nan. Ranks add their samples up when synchronised, so let only ranks
-    whose samples differ synchronise it.
+    The standard error of fewer than two samples is nan. Ranks add their samples up when synchronized, so let only ranks
+    whose samples differ synchronize it.
 
     Example:
         >>> samples = MeanWithError()
@@ -43,7 +43,7 @@ class MeanWithError(Metric):
 
     def compute(self) -> Estimate:
         """The mean of all samples so far, and its standard error."""
-        # Once it is synchronised, the state is a single tensor.
+        # Once it is synchronized, the state is a single tensor.
         values = torch.cat(self.samples) if isinstance(self.samples, list) else self.samples
         spread = values.std(correction=1) if len(values) > 1 else values.new_tensor(torch.nan)
         return Estimate(values.mean(), spread / len(values) ** 0.5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
-from lightning_flatlora.flatness.factors import cosine_of, inner_product, realised_radius
+from lightning_flatlora.flatness.factors import cosine_of, inner_product, realized_radius
 from lightning_flatlora.flatness.losses import Loss, Slope, slope, value
 from lightning_flatlora.flatness.metrics import MeanWithError
 from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
@@ -228,7 +228,7 @@ def radii(pairs: Sequence[LoRAPair], E: Sequence[Tensor]) -> Tensor:
     """||s E A||_F of every pair; the radius of all together is its norm. Units of the weights, shape (pairs,)."""
     norms = []
     for pair, e in zip(pairs, E, strict=True):
-        norms.append(realised_radius(e, pair.matrices()[0], pair.scaling))
+        norms.append(realized_radius(e, pair.matrices()[0], pair.scaling))
     return torch.stack(norms)
 
 

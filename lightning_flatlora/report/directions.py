@@ -34,7 +34,7 @@ def adversarial_direction(perturbation: Perturbation, at: Slope) -> Direction:
     Returns:
         One (n, r) matrix for each pair; zeros where the gradient is zero. No pass.
     """
-    return normalised(perturbation.pairs, read(perturbation, fresh_perturbation(perturbation, 1.0, at)))
+    return normalized(perturbation.pairs, read(perturbation, fresh_perturbation(perturbation, 1.0, at)))
 
 
 def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
@@ -61,16 +61,16 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
         # On the CPU, so that the draw does not depend on the device.
         normal = torch.randn(B.shape, generator=generator, dtype=torch.float64)
         direction.append((normal.to(root) @ root).to(wide))
-    return normalised(pairs, direction)
+    return normalized(pairs, direction)
 
 
 def orthogonal(pairs: Sequence[LoRAPair], direction: Direction, to: Direction) -> Direction:
     """The part of a direction that is orthogonal in full weight space to a unit direction, scaled to length one."""
     along = overlap(pairs, direction, to)
-    return normalised(pairs, [own - along.to(own) * other for own, other in zip(direction, to, strict=True)])
+    return normalized(pairs, [own - along.to(own) * other for own, other in zip(direction, to, strict=True)])
 
 
-def normalised(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
+def normalized(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
     """A direction scaled to ``||s D A||_F = 1`` over all pairs; zeros stay zeros."""
     norm = overlap(pairs, direction, direction).clamp_min(0).sqrt()
     scale = torch.where(norm > 0, 1 / norm, 0.0)

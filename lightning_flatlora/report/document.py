@@ -123,7 +123,7 @@ _CAUTION = """\
 Compare with care: sharpness of adapters of different rank, of different layers or of different bases means the same
 only at the same radius and on the same data. LoRA-space sharpness, balancedness and the Hessian's numbers depend on
 how the update is factored into B and A; sharpness in full space does not. Small differences may be the examples': draw
-others with another seed. A flat adapter need not generalise better: test that on held-out data."""
+others with another seed. A flat adapter need not generalize better: test that on held-out data."""
 
 _CURVES_TEXT = """\
 All three show how much higher the loss is than at the adapter; mind the scales, which differ. Left: along the
@@ -141,7 +141,7 @@ _MEANINGS = """\
 `W = W0 + s B A` is a layer's weight, `L` the mean loss on the examples below, without dropout.
 
 - **SAM sharpness**: `L(W0 + s (B + E) A) - L`, E the perturbation of arXiv 2508.00522 (Eqs. 10-15) with
-  `||s E A|| <= rho` over all layers together. **Realised radius**: how much of rho it uses.
+  `||s E A|| <= rho` over all layers together. **Realized radius**: how much of rho it uses.
 - **LoRA-space sharpness**: the rise where A and B move together along their gradient, `||(E_A, E_B)|| = rho` in the
   factors' own units.
 - **Expected sharpness**: the mean rise, ± its standard error, under Gaussian noise on the full weights whose standard

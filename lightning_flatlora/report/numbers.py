@@ -15,7 +15,7 @@ EIGENVALUE_PRODUCTS = 20
 
 LOSS = "loss"
 NORM = "norm of the adapted weights ‖W0‖"
-RADIUS = "realised radius ‖s E A‖ / rho"
+RADIUS = "realized radius ‖s E A‖ / rho"
 
 
 def sam_name(rho: float) -> str:

@@ -30,7 +30,7 @@ LAUNCH = 5e-6
 """Seconds between two kernels of a host that launches them one by one."""
 
 COLUMN = 1e-6
-"""Seconds of one column of a batched Cholesky factorisation or triangular solve, whose columns wait for each other."""
+"""Seconds of one column of a batched Cholesky factorization or triangular solve, whose columns wait for each other."""
 
 # What these do takes no kernel.
 _ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
@@ -62,7 +62,7 @@ class Kernel:
 
     Attributes:
         bytes: read and written.
-        operations: multiplications and additions of products, factorisations and solves; 0 for the rest.
+        operations: multiplications and additions of products, factorizations and solves; 0 for the rest.
         dtype: in which they are done.
         columns: that have to wait for each other.
     """
@@ -114,7 +114,7 @@ def _kernel(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> Kernel:
     if name in ("linalg_cholesky_ex", "linalg_solve_triangular"):
         matrix = args[0]
         columns = matrix.shape[-1]
-        # For n rows n^3 / 3 operations of the factorisation, and n^3 where the solve is of n right-hand sides.
+        # For n rows n^3 / 3 operations of the factorization, and n^3 where the solve is of n right-hand sides.
         operations = matrix.numel() * columns / (3 if name == "linalg_cholesky_ex" else 1)
     elif product in flop_registry:
         operations = flop_registry[product](*args, **kwargs, out_val=out)

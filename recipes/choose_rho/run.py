@@ -2,14 +2,16 @@
 
 import csv
 import math
+import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from recipes.shared.ledger import Row, run_process
+from recipes.shared.ledger import Row, StoppedError, run_process
 
 
 class Run(NamedTuple):
@@ -54,7 +56,7 @@ class Sweep(NamedTuple):
         """What starts a run."""
         logger = "--trainer.logger"
         return [
-            *(sys.executable, "-m", f"recipes.{self.recipe}", "fit", *self.options),
+            *self._fit(),
             f"--{self.rho_option}={run.rho}",
             f"--seed_everything={run.seed}",
             # The folder of the run, in which its metrics and its configuration are found again.
@@ -68,28 +70,35 @@ class Sweep(NamedTuple):
 
         Raises:
             StoppedError: the run has failed, or the user has stopped it.
-            SystemExit: it logged no such metric.
+            SystemExit: no metric is known, or the run has not logged it.
         """
+        metric, mode = self._judged_by()
         run_process(self.command(run))
         versions = list((self.folder / _name(run)).glob("version_*"))
         if not versions:
             raise SystemExit(f"{run} has written no files: leave out options such as fast_dev_run")
         # A run that was stopped earlier has left a version of its own.
         folder = max(versions, key=lambda path: int(path.name.removeprefix("version_")))
-        metric, mode = self._judged_by(folder)
-        values = metric_values(folder / "metrics.csv", metric)
+        logged = logged_metrics(folder / "metrics.csv")
+        values = logged.get(metric)
         if not values:
             raise SystemExit(
-                f"{run} has logged no {metric}. If it ended before its first validation, make the epoch shorter with "
-                "--trainer.limit_train_batches in place of --trainer.max_steps"
+                f"{run} has logged no {metric}, only {', '.join(sorted(logged))}. If it ended before its first "
+                "validation, make the epoch shorter with --trainer.limit_train_batches in place of --trainer.max_steps"
             )
         return {**run.key(), "metric": metric, "mode": mode, "value": best(values, mode)}
 
-    def _judged_by(self, folder: Path) -> tuple[str, str]:
-        monitor, mode = monitored(folder / "config.yaml")
+    def _fit(self) -> list[str]:
+        return [sys.executable, "-m", f"recipes.{self.recipe}", "fit", *self.options]
+
+    def _judged_by(self) -> tuple[str, str]:
+        monitor, mode = monitored(configuration(tuple(self._fit())))
         metric = self.metric or monitor
         if metric is None:
-            raise SystemExit("the configuration keeps no checkpoint by a metric: say which one counts with --metric")
+            raise SystemExit(
+                f"{self.recipe} keeps no checkpoint by a metric with these options: name one that it logs on "
+                "validation, such as --metric val_loss"
+            )
         # The configuration's mode belongs to its own metric.
         if metric != monitor:
             mode = None
@@ -100,9 +109,25 @@ def _name(run: Run) -> str:
     return f"rho_{run.rho:g}_seed_{run.seed}"
 
 
-def monitored(config: Path) -> tuple[str | None, str | None]:
-    """The metric by which a run's configuration keeps its best checkpoint, and its mode; None where there is none."""
-    callbacks: list[Any] = yaml.safe_load(config.read_text(encoding="utf-8"))["trainer"]["callbacks"] or []
+@cache  # the same for all runs
+def configuration(fit: tuple[str, ...]) -> str:
+    """The configuration, as YAML, that a recipe's command would run with.
+
+    Args:
+        fit: the command.
+
+    Raises:
+        StoppedError: the command has failed; it has said why.
+    """
+    printed = subprocess.run([*fit, "--print_config"], stdout=subprocess.PIPE, text=True, check=False)
+    if printed.returncode:
+        raise StoppedError(printed.returncode)
+    return printed.stdout
+
+
+def monitored(config: str) -> tuple[str | None, str | None]:
+    """The metric by which a configuration keeps the best checkpoint, and its mode; None where there is none."""
+    callbacks: list[Any] = yaml.safe_load(config)["trainer"]["callbacks"] or []
     for callback in callbacks:
         arguments = callback.get("init_args", {})
         if arguments.get("monitor") is not None:
@@ -110,14 +135,15 @@ def monitored(config: Path) -> tuple[str | None, str | None]:
     return None, None
 
 
-def metric_values(path: Path, metric: str) -> list[float]:
-    """All values of a metric in a CSVLogger's file, in order."""
-    values = []
+def logged_metrics(path: Path) -> dict[str, list[float]]:
+    """All values of each metric in a CSVLogger's file, in order."""
+    values: dict[str, list[float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            # Each line holds the metrics of one moment, and leaves the others empty.
-            if line.get(metric):
-                values.append(float(line[metric]))
+            for name, value in line.items():
+                # Each line holds the metrics of one moment, and leaves the others empty.
+                if value and name not in ("epoch", "step"):
+                    values.setdefault(name, []).append(float(value))
     return values
 
 

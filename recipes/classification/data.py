@@ -28,7 +28,7 @@ from recipes.shared.data import (
     split_problems,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
-from recipes.shared.text_metrics import normalised
+from recipes.shared.text_metrics import normalized
 
 _PACKAGED = packaged_names(texts.TASKS)
 _RESERVED = ("train", "validation", "val", "test")  # names of parts and metrics
@@ -166,11 +166,11 @@ class TextData(ResumableData):
         encoder = self._encoder()
         for part in wanted:
             rows = self.parts[part]
-            self.parts[part] = rows.map(encoder, remove_columns=["texts"], desc=f"Tokenising {part}")
+            self.parts[part] = rows.map(encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
 
     def _divided(self, rows: Any) -> dict[str, list[int]]:
         """The rows of the training split that are in each part."""
-        keys = [normalised(" ".join(columns)) for columns in rows["texts"]]
+        keys = [normalized(" ".join(columns)) for columns in rows["texts"]]
         places: dict[str, list[int]] = {part: [] for part in texts.PARTS}
         for place, key in enumerate(keys):
             places[part_of(key, self.shares)].append(place)

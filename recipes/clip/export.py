@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from recipes.clip.model import export_open_clip, image_features, text_features
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-_CLOSE = 1e-3  # of normalised features; a wrong weight changes them by more
+_CLOSE = 1e-3  # of normalized features; a wrong weight changes them by more
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -125,7 +125,7 @@ def write(module: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def features(net: nn.Module, preprocess: Callable[[Image.Image], Tensor], tokenizer: Callable[[str], Tensor]) -> Tensor:
-    """Normalised features of an image of noise and of a text, (2, D)."""
+    """Normalized features of an image of noise and of a text, (2, D)."""
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     image = preprocess(Image.fromarray(noise))[None]
     return torch.cat([image_features(net, image), text_features(net, tokenizer("a photo of a cat"))])

@@ -122,7 +122,7 @@ def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
 
 
 def hold_statistics(net: nn.Module) -> None:
-    """Keep the running statistics of a frozen tower's batch norms, which normalise by them in training too.
+    """Keep the running statistics of a frozen tower's batch norms, which normalize by them in training too.
 
     To be called in ``on_train_start``: before, Lightning warns of modules in evaluation mode; after, it keeps each
     one's mode.
@@ -133,12 +133,12 @@ def hold_statistics(net: nn.Module) -> None:
 
 
 def image_features(net: Any, images: Tensor) -> Tensor:
-    """Normalised features (n, d) of preprocessed images (n, 3, height, width)."""
+    """Normalized features (n, d) of preprocessed images (n, 3, height, width)."""
     return cast("Tensor", net.encode_image(images, normalize=True))
 
 
 def text_features(net: Any, tokens: Tensor) -> Tensor:
-    """Normalised features (n, d) of token ids (n, context length)."""
+    """Normalized features (n, d) of token ids (n, context length)."""
     return cast("Tensor", net.encode_text(tokens, normalize=True))
 
 

@@ -20,7 +20,7 @@ from recipes.shared.data import refuse_bad_settings
 from recipes.shared.ranks import rank
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
-_CHUNK = 4096  # captions that are tokenised at once to learn their length
+_CHUNK = 4096  # captions that are tokenized at once to learn their length
 
 
 @dataclass(eq=False)
@@ -192,7 +192,7 @@ def too_long(captions: Sequence[str], tokenizer: Any) -> list[str]:
     distinct = list(dict.fromkeys(captions))
     overlong: set[str] = set()
     starts = range(0, len(distinct), _CHUNK)
-    for start in tqdm(starts, "Tokenising", disable=len(starts) < 10 or rank() != 0):
+    for start in tqdm(starts, "Tokenizing", disable=len(starts) < 10 or rank() != 0):
         chunk = distinct[start : start + _CHUNK]
         # With room for one token more a text that was cut is longer: by a word in place of its end, or by one token.
         cut, longer = tokenizer(chunk, context_length=length), tokenizer(chunk, context_length=length + 1)

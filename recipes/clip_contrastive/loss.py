@@ -55,8 +55,8 @@ class ContrastiveLoss(nn.Module):
         """This rank's share of the loss.
 
         Args:
-            image_features_bd: normalised, (b, D).
-            text_features_bd: normalised, of the images' captions, (b, D); every rank needs the same b.
+            image_features_bd: normalized, (b, D).
+            text_features_bd: normalized, of the images' captions, (b, D); every rank needs the same b.
             joint: over all ranks; False takes this rank's batch as the whole.
 
         Returns:

@@ -48,9 +48,9 @@ class Retrieval(Metric):
         """Take up images and all their captions.
 
         Args:
-            image_features_nd: normalised, (N, D).
+            image_features_nd: normalized, (N, D).
             image_ids_n: the images' numbers, (N,).
-            text_features_md: normalised, (M, D).
+            text_features_md: normalized, (M, D).
             text_ids_m: the captions' numbers, equal for equal texts, (M,).
             pairs_p2: numbers of an image and of a text that belong to each other, (P, 2).
         """
@@ -82,8 +82,8 @@ def better_answers(queries_nd: Tensor, answers_md: Tensor, right_nm: Tensor) -> 
     """How many wrong answers each query finds no less similar than its best right one, (N,).
 
     Args:
-        queries_nd: normalised features, (N, D).
-        answers_md: normalised features, (M, D).
+        queries_nd: normalized features, (N, D).
+        answers_md: normalized features, (M, D).
         right_nm: which answers are right for a query, boolean, (N, M).
 
     Example:

@@ -19,7 +19,7 @@ from recipes.clip.model import DEFAULT_LORA, Clip, add_lora, hold_statistics, im
 from recipes.clip_fewshot.batches import Batch
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, PredictionWriter, write_evaluation
-from recipes.clip_fewshot.prompts import tokenise
+from recipes.clip_fewshot.prompts import tokenize
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining
 
@@ -29,7 +29,7 @@ _CHUNK = 256  # texts that the text tower reads at once in evaluation
 class ClipClassifier(EvaluatedModule):
     """CLIP with LoRA as a classifier of images by texts: what all methods, evaluation and prediction have in common.
 
-    A class's features are, in evaluation, the mean of its texts' normalised features, normalised again. Training uses
+    A class's features are, in evaluation, the mean of its texts' normalized features, normalized again. Training uses
     the same, computed once, where the text tower is frozen; where it is adapted, every step encodes the first text of
     each class anew. The logits are the cosine similarities times the model's own scale, which stays frozen.
 
@@ -117,7 +117,7 @@ class ClipClassifier(EvaluatedModule):
     def _tokens(self) -> Tensor:
         """The prompts' token ids (classes, templates, context)."""
         texts = list(chain.from_iterable(self.prompts))
-        tokens = tokenise(texts, self.clip.tokenizer, self._base().context_length)
+        tokens = tokenize(texts, self.clip.tokenizer, self._base().context_length)
         return tokens.view(len(self.prompts), -1, tokens.shape[1])
 
     def _base(self) -> Any:
@@ -149,7 +149,7 @@ class ClipClassifier(EvaluatedModule):
         return self._logits(images, self.class_features()).softmax(dim=1)
 
     def class_features(self) -> Tensor:
-        """Every class's mean over its texts, normalised, (classes, d); kept until something changes it."""
+        """Every class's mean over its texts, normalized, (classes, d); kept until something changes it."""
         if self._class_features is None:
             # Not in inference mode, whose tensors training could not use: with a frozen text tower it takes them over.
             with torch.inference_mode(False), torch.no_grad():

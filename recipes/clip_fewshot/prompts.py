@@ -135,7 +135,7 @@ def prompts(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     return texts
 
 
-def tokenise(texts: Sequence[str], tokenizer: Callable[..., Tensor], context_length: int) -> Tensor:
+def tokenize(texts: Sequence[str], tokenizer: Callable[..., Tensor], context_length: int) -> Tensor:
     """Token ids (texts, context_length); open_clip's tokenizers would silently cut what is longer.
 
     Raises:

@@ -145,7 +145,7 @@ class TextTask(Task):
         return {"input_ids": pad(ids, 0), "attention_mask": mask, "labels": labels}
 
     def _tokens(self, text: str) -> Tensor:
-        """Token ids of a text; each text is tokenised once in a process."""
+        """Token ids of a text; each text is tokenized once in a process."""
         if self._tokenizer is None:
             self._tokenizer = AutoTokenizer.from_pretrained(packaged.minilm())
         if text not in self._ids:

@@ -46,12 +46,12 @@ class CommonsenseTask(Task):
             seed=seed,
         )
         # A copy, because the next lines put this seed's examples into it.
-        data.parts = dict(self._tokenised(data))
+        data.parts = dict(self._tokenized(data))
         drawn = np.random.default_rng(seed).permutation(len(data.parts["train"]))[: self.settings["examples"]]
         data.parts["train"] = data.parts["train"].select(drawn)
         return data
 
-    def _tokenised(self, data: InstructionData) -> dict[str, Any]:
+    def _tokenized(self, data: InstructionData) -> dict[str, Any]:
         """All parts, once in a process."""
         if not self._parts:
             data.prepare_data()

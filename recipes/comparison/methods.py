@@ -32,7 +32,7 @@ class Tuning:
         return [{**inherited, **config} for config in self.grid]
 
 
-_REGULARISED = (
+_REGULARIZED = (
     {"weight_decay": 0.1, "dropout": 0.1},
     {"weight_decay": 0.1, "dropout": 0.3},
     {"weight_decay": 1.0, "dropout": 0.1},
@@ -40,7 +40,7 @@ _REGULARISED = (
 )
 METHODS: dict[str, Tuning] = {
     "lora": Tuning("learning_rate", "learning_rate", start=None),
-    "lora_regularised": Tuning("weight_decay", _REGULARISED),
+    "lora_regularized": Tuning("weight_decay", _REGULARIZED),
     "efmlora": Tuning("rho", "rho"),
     "fmlora": Tuning("rho", "rho"),
     "lora_sam": Tuning("rho", "lora_rho"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from recipes.demo.report import plot, table
-from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenise, validate
+from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize, validate
 from recipes.shared import demo_sweep
 from recipes.shared.ledger import Row, StoppedError, run_process
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = ledger(options.folder)
     runs = [Run(method, settings, options.folder / method) for method in METHODS]
     if any(rows.find(run) is None for run in runs):
-        tokenise(settings, options.folder)
+        tokenize(settings, options.folder)
     try:
         results = {row["method"]: row for row in rows.complete(runs, _in_a_process)}
     except StoppedError as stop:

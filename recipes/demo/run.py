@@ -137,8 +137,8 @@ def train(run: Run) -> tuple[L.Trainer, InstructionTuning, InstructionData, Step
     return trainer, module, data, times
 
 
-def tokenise(settings: Settings, folder: Path) -> None:
-    """Tokenise the reviews to train and to test on, once for all methods; a folder that is there stays as it is.
+def tokenize(settings: Settings, folder: Path) -> None:
+    """Tokenize the reviews to train and to test on, once for all methods; a folder that is there stays as it is.
 
     Args:
         settings: of the demo.
@@ -170,7 +170,7 @@ def _data(settings: Settings) -> InstructionData:
 
 
 def _without_validation(parts: dict[str, Any]) -> dict[str, Any]:
-    """With an empty validation part, which is for choosing rho and not for the demo: it need not be tokenised."""
+    """With an empty validation part, which is for choosing rho and not for the demo: it need not be tokenized."""
     return {**parts, "validation": []}
 
 
@@ -189,7 +189,7 @@ def _trainer(run: Run, epochs: int, times: StepTimes) -> L.Trainer:
         log_every_n_steps=1,
         limit_val_batches=settings.test_batches,
         limit_test_batches=settings.test_batches,
-        # Beyond the last epoch: the validation part is for choosing rho and is not even tokenised here.
+        # Beyond the last epoch: the validation part is for choosing rho and is not even tokenized here.
         check_val_every_n_epoch=epochs + 1,
         num_sanity_val_steps=0,
         callbacks=[times, *flat, checkpoints, RandomState(), progress_bar(method)],

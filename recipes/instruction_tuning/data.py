@@ -1,4 +1,4 @@
-"""InstructionData: conversations, split without leaks, tokenised, in batches that a resumed run continues."""
+"""InstructionData: conversations, split without leaks, tokenized, in batches that a resumed run continues."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class InstructionData(ResumableData):
         test_share: share of them held out for `test`; 0 holds out none.
         packing: put several conversations into one row of ``max_length`` tokens, in training; ``batch_size`` counts the
             rows. A model that does not keep them apart is refused before training.
-        processes: that read and tokenise the conversations; None is the training process alone.
+        processes: that read and tokenize the conversations; None is the training process alone.
         seed: of the order of the batches.
         num_workers: processes that load batches; 0 loads in the training process.
         prompts: a text file with one prompt a line, for `predict`.
@@ -150,7 +150,7 @@ class InstructionData(ResumableData):
         # Options are ranked in an evaluation; training reads the right one alone.
         encoder = partial(encode, encoder=self.encoder, with_options=part != "train")
         encoded = rows.map(
-            encoder, remove_columns=rows.column_names, num_proc=self.processes, desc=f"Tokenising {part}"
+            encoder, remove_columns=rows.column_names, num_proc=self.processes, desc=f"Tokenizing {part}"
         )
         # `datasets` adds no column to a table without rows.
         status = list(encoded["status"]) if len(rows) else []

@@ -65,7 +65,7 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
 def load_adapted(base: str, adapter: Path, dtype: DType) -> PeftModel:
     """A base with its adapter, as a language model or, where the adapter belongs to one, as a vision-language model.
 
-    A base that was quantised in training is loaded whole: 4 bits would not hold the sum.
+    A base that was quantized in training is loaded whole: 4 bits would not hold the sum.
 
     Raises:
         MisconfigurationException: the base can't be loaded, or the adapter's weights are those of another model.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.text_metrics import normalised
+from recipes.shared.text_metrics import normalized
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -88,7 +88,7 @@ def conversation(question: str, answer: str, options: Sequence[str], key: str) -
 
 
 def _row(messages: list[Message], key: str, options: Sequence[str] = (), problem: str = "") -> Row:
-    return {"messages": messages, "options": list(options), "key": normalised(key), "problem": problem}
+    return {"messages": messages, "options": list(options), "key": normalized(key), "problem": problem}
 
 
 def known_columns() -> str:

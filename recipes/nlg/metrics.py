@@ -69,7 +69,7 @@ def score(
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU in percent, without case, as sacrebleu tokenises (13a)."""
+    """Corpus BLEU in percent, without case, as sacrebleu tokenizes (13a)."""
     most = max(len(row) for row in references)
     # sacrebleu takes the first references of all texts, then the second ones; None where a text has no more.
     columns = []

@@ -1,1 +1,1 @@
-"""What recipes and programmes of every kind share: the command line, data, training, ledgers and progress."""
+"""What recipes and programs of every kind share: the command line, data, training, ledgers and progress."""

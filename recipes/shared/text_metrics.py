@@ -3,11 +3,11 @@
 import re
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """A text without case, punctuation and repeated spaces: what makes two questions the same.
 
     Example:
-        >>> normalised("What  is a\\nCAT?")
+        >>> normalized("What  is a\\nCAT?")
         'what is a cat'
     """
     return " ".join(re.findall(r"\w+", text.casefold()))
@@ -20,6 +20,6 @@ def is_same(answer: str, right: str) -> bool:
         >>> is_same("it is 7", "It is 7."), is_same("", "+"), is_same("-", "+")
         (True, False, False)
     """
-    if normalised(right):
-        return normalised(answer) == normalised(right)
+    if normalized(right):
+        return normalized(answer) == normalized(right)
     return answer.strip() == right.strip()

@@ -168,7 +168,7 @@ class VQAData(ResumableData):
         return table.select([i for i, key in enumerate(keys) if part_of(key, self.shares) == part])
 
     def _encoded(self, part: str) -> Any:
-        """One part with the texts that are to be tokenised, without the rows that can't teach or test anything."""
+        """One part with the texts that are to be tokenized, without the rows that can't teach or test anything."""
         table = self._chosen(part)
         name = f"{self.dataset}, split {self.splits[part] or self.splits['train']}"
         counts = Counter(asked=len(table))
@@ -176,7 +176,7 @@ class VQAData(ResumableData):
             table = table.select(usable(table, name, self.skip_unreadable))
             counts["without image"] = counts["asked"] - len(table)
         if len(table):
-            table = table.map(partial(_rendered, encoder=self.encoder, known={}), desc=f"Tokenising {part}")
+            table = table.map(partial(_rendered, encoder=self.encoder, known={}), desc=f"Tokenizing {part}")
             kept = table.select([i for i, length in enumerate(table["length"]) if length <= self.max_length])
             counts["too long"], table = len(table) - len(kept), kept
         self.reports[part] = self._report(f"{name}, for {part}", len(table), counts)

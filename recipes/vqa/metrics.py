@@ -49,7 +49,7 @@ def _contractions() -> dict[str, str]:
 _APOSTROPHES = _contractions()
 
 
-def normalised(answer: str) -> str:
+def normalized(answer: str) -> str:
     """An answer as the VQA challenges' script compares it.
 
     Lower case; without punctuation and articles; numbers up to ten in digits; contractions with their apostrophes. A
@@ -60,9 +60,9 @@ def normalised(answer: str) -> str:
         answer: of a person or of a model.
 
     Example:
-        >>> normalised("The two Cats, dont know.")
+        >>> normalized("The two Cats, dont know.")
         "2 cats don't know"
-        >>> normalised("A")
+        >>> normalized("A")
         'a'
     """
     text = " ".join(answer.split())
@@ -87,8 +87,8 @@ def expected_answer(answers: list[str]) -> str:
         >>> expected_answer(["red", "dark red", "Red", "dark red", "red."])
         'red'
     """
-    votes = Counter(normalised(answer) for answer in answers)
-    return max(answers, key=lambda answer: votes[normalised(answer)])
+    votes = Counter(normalized(answer) for answer in answers)
+    return max(answers, key=lambda answer: votes[normalized(answer)])
 
 
 def vqa_accuracy(answer: str, answers: list[str]) -> float:
@@ -105,8 +105,8 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
         >>> [round(vqa_accuracy("dog", ["dog"] * n + ["cat"] * (10 - n)), 3) for n in range(5)]
         [0.0, 0.3, 0.6, 0.9, 1.0]
     """
-    text = normalised(answer)
-    agrees = [text != "" and normalised(other) == text for other in answers]
+    text = normalized(answer)
+    agrees = [text != "" and normalized(other) == text for other in answers]
     agreeing = sum(agrees)
     shares = [min((agreeing - aside) / _AGREEING, 1.0) for aside in agrees]
     return sum(shares) / len(shares)
@@ -121,8 +121,8 @@ def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
     """
     if choices:
         return chosen_letter(answer, choices) == expected_answer(expected)
-    text = normalised(answer)
-    return text != "" and text == normalised(expected_answer(expected))
+    text = normalized(answer)
+    return text != "" and text == normalized(expected_answer(expected))
 
 
 class AnswerMetrics(nn.Module):

@@ -13,7 +13,7 @@ from recipes.shared import packaged
 PACKAGED = "packaged"
 # The language model's blocks, by the names that transformers gives them; the vision tower's are other ones.
 LANGUAGE_MODEL = r".*(language|text)_model.*\.(q|v)_proj"
-# Vision towers and connectors, by transformers' names: they stay as they are when the language model is quantised. The
+# Vision towers and connectors, by transformers' names: they stay as they are when the language model is quantized. The
 # patterns are compared with the beginnings of module names.
 _NOT_QUANTIZED = [r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|connector)", r"(.*\.)?lm_head"]
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_MODEL}

@@ -31,7 +31,7 @@ class VisionLanguageModel(LanguageModel):
         kwargs: of the next class: the optimizer's settings, ``gradient_checkpointing``, and others.
 
     Raises:
-        MisconfigurationException: all weights are to be trained, in another dtype than float32 or quantised.
+        MisconfigurationException: all weights are to be trained, in another dtype than float32 or quantized.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ def test_the_defaults_are_cheap_and_beside_efmlora_measure_its_average(tmp_path:
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_end: str) -> None:
-    """rho over time, scope and estimator too: the realised radius shows which were taken."""
+    """rho over time, scope and estimator too: the realized radius shows which were taken."""
     rho = CosineRho(0.8, 0.1)
     module, callbacks, kwargs = build(front_end, rho, estimator="projected", norm_scope="layer")
     seen: list[float] = []

@@ -119,7 +119,7 @@ class CalledOff(Automatic):
         return -1 if self.current_epoch == 0 and batch_idx == self.at else None
 
 
-class Synchronises(L.Callback):
+class Synchronizes(L.Callback):
     """Whether DDP would average the gradients of a backward, as each epoch ends."""
 
     def __init__(self) -> None:
@@ -130,12 +130,12 @@ class Synchronises(L.Callback):
 
 
 def train_called_off(alone: bool = False) -> dict[str, Any]:
-    """FMLoRA with an ascent of each rank's own, which keeps DDP from synchronising it; and a batch called off."""
-    net, answers = network(), Synchronises()
+    """FMLoRA with an ascent of each rank's own, which keeps DDP from synchronizing it; and a batch called off."""
+    net, answers = network(), Synchronizes()
     loader, trainer = (turns(), {"accumulate_grad_batches": 2}) if alone else on_two_ranks()
     callbacks = [FMLoRA(RHO, sync_ascent=alone), answers]
     fit_in_float64(CalledOff(net, at=6 if alone else 3), 2, callbacks, loader, **trainer)
-    return {"weights": trained(net), "synchronises": answers.answers}
+    return {"weights": trained(net), "synchronizes": answers.answers}
 
 
 class Skips(Manual):

@@ -67,7 +67,7 @@ def train(strategy: str, method: str, window: int = 1) -> dict[str, Any]:
     return {"loop": {"weights": weights, "E": E}, "callback": callback}
 
 
-def unsynchronised() -> dict[str, Any]:
+def unsynchronized() -> dict[str, Any]:
     """An ascent that FSDP2 keeps back."""
     fabric, net = fabric_of("fsdp2"), network()
     model = fabric.setup_module(net)

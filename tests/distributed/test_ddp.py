@@ -101,10 +101,10 @@ def test_an_ascent_of_each_rank_equals_one_of_each_micro_batch(
     assert difference(first["E"], second["E"]) > 1e-3
 
 
-def test_a_batch_called_off_leaves_ddp_synchronising(results: Results) -> None:
-    """FMLoRA, each rank's ascent its own: DDP was asked not to synchronise, and no backward came."""
+def test_a_batch_called_off_leaves_ddp_synchronizing(results: Results) -> None:
+    """FMLoRA, each rank's ascent its own: DDP was asked not to synchronize, and no backward came."""
     first, second = results["called off"]
-    assert first["synchronises"] == second["synchronises"] == [True, True]
+    assert first["synchronizes"] == second["synchronizes"] == [True, True]
     assert difference(first["weights"], second["weights"]) == 0
     assert difference(first["weights"], train_called_off(alone=True)["weights"]) < 1e-10
 

@@ -16,7 +16,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         arguments = {"strategy": strategy, "method": method, "window": window}
         runs[f"{strategy}:{method}:{window}"] = ("fabric_runs:train", arguments)
     runs["refused"] = ("fabric_runs:refused", {})
-    runs["unsynchronised"] = ("fabric_runs:unsynchronised", {})
+    runs["unsynchronized"] = ("fabric_runs:unsynchronized", {})
     return launch(tmp_path_factory.mktemp("fabric"), runs)
 
 
@@ -35,7 +35,7 @@ def test_two_ranks_equal_the_callback(results: Results, strategy: str, method: s
 
 
 def test_an_ascent_without_gradients_and_other_layouts_are_refused(results: Results) -> None:
-    assert all("leave no_backward_sync" in error for error in results.error("unsynchronised"))
+    assert all("leave no_backward_sync" in error for error in results.error("unsynchronized"))
     for rank in results["refused"]:
         assert "static_graph=True crashes" in rank["said"][0]
         assert "as by tensor parallelism or HSDP" in rank["said"][1]

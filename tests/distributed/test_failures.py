@@ -13,7 +13,7 @@ from launch import HERE, run_on, torchrun
 
 LONG = 150  # seconds; a hang lasts for gloo's half an hour
 CASES = {  # launcher, and the arguments of failing.py
-    # rank 0 waits in FMLoRA's own all-reduce, in a batch that DDP does not synchronise
+    # rank 0 waits in FMLoRA's own all-reduce, in a batch that DDP does not synchronize
     "the ascent of an accumulating batch": ("torchrun", "FMLoRA", "5"),
     "a callback": ("script", "EFMLoRA", "callback"),
 }

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         {"strategy_settings": {"static_graph": True}, "scheduled": {"1": 3}},
         ("EFMLoRA: DDP's", "accumulate_grad_batches=3", *LEFT_OUT),
     ),
-    "static_graph and ascents that don't synchronise": (
+    "static_graph and ascents that don't synchronize": (
         "ddp",
         "FMLoRA",
         {"strategy_settings": {"static_graph": True}, "sync_ascent": False},

@@ -10,7 +10,7 @@ from lightning_flatlora.flatness import (
     cosine,
     gradient_identity_residual,
     inner_product,
-    realised_radius,
+    realized_radius,
 )
 
 L, N, M, R = 3, 7, 5, 2
@@ -26,7 +26,7 @@ def test_inner_products_are_those_of_the_dense_perturbations() -> None:
     expected = (dense1 * dense2).sum((1, 2))
     norms = torch.linalg.matrix_norm(dense1), torch.linalg.matrix_norm(dense2)
     torch.testing.assert_close(inner_product(E1, E2, A, s), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(realised_radius(E1, A, s), norms[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(realized_radius(E1, A, s), norms[0], rtol=1e-12, atol=0)
     torch.testing.assert_close(cosine(E1, E2, A), expected / norms[0] / norms[1], rtol=1e-12, atol=0)
 
 

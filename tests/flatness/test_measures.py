@@ -16,7 +16,7 @@ from lightning_flatlora.flatness import (
     ema_sharpness,
     lora_sharpness,
     measure,
-    realised_radius,
+    realized_radius,
     sam_sharpness,
 )
 from lightning_flatlora.flatness.sharpness import read
@@ -80,7 +80,7 @@ def test_the_radius_is_that_of_the_whole_perturbation_relative_to_rho() -> None:
     quadratic.loss().backward()
     perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
     for pair, E in zip(quadratic.pairs, read(perturbation), strict=True):
-        expected = realised_radius(E, pair.A.detach(), pair.scaling) / RHO
+        expected = realized_radius(E, pair.A.detach(), pair.scaling) / RHO
         torch.testing.assert_close(found[f"radius/{pair.name}"], expected, rtol=1e-9, atol=0)
 
 

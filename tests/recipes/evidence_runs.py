@@ -1,4 +1,4 @@
-"""A tiny workload of the programme of evidence: a random encoder, and short made-up texts in three classes."""
+"""A tiny workload of the program of evidence: a random encoder, and short made-up texts in three classes."""
 
 from collections.abc import Iterator
 from functools import cache

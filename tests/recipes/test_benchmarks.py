@@ -124,9 +124,9 @@ def test_an_estimate_counts_kernels_bytes_and_operations() -> None:
         a.view(8, 4)
         a @ b.mT
         torch.linalg.cholesky_ex(K)
-    product, factorisation = kernels.seen
+    product, factorization = kernels.seen
     assert (product.operations, product.bytes) == (2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16))
-    assert (factorisation.operations, factorisation.dtype, factorisation.columns) == (3 * 6**3 / 3, torch.float64, 6)
+    assert (factorization.operations, factorization.dtype, factorization.columns) == (3 * 6**3 / 3, torch.float64, 6)
     assert product.seconds(estimate.CARDS["H100 SXM"]) == estimate.LAUNCH
     large = replace(product, operations=1e12)
     assert large.seconds(estimate.CARDS["RTX 4090"]) == 1e12 / 82.6e12

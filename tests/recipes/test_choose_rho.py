@@ -14,7 +14,7 @@ pytest.importorskip("datasets", reason="the recipes' dependencies are not instal
 from recipes.choose_rho import run as runs
 from recipes.choose_rho.__main__ import main
 from recipes.choose_rho.report import advice, chosen, draw, table
-from recipes.choose_rho.run import Run, Sweep, metric_values, monitored
+from recipes.choose_rho.run import Run, Sweep, logged_metrics, monitored
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError
@@ -25,6 +25,12 @@ pytestmark = [
 ]
 
 BASE = RECIPES / "classification" / "configs" / "base.yaml"
+
+
+@pytest.fixture(autouse=True)
+def clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes find the recipes from any folder."""
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
 
 
 def rows_of(values: dict[float, Sequence[float]], mode: str = "min") -> list[Row]:
@@ -65,7 +71,7 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
     assert [(row["rho"], row["seed"]) for row in rows] == [(0, 0), (0.5, 0), (0, 1), (0.5, 1)]
     assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
     metrics = tmp_path / "sweep" / "rho_0_seed_0" / "version_0" / "metrics.csv"
-    assert rows[0]["value"] == max(metric_values(metrics, "val_score"))
+    assert rows[0]["value"] == max(logged_metrics(metrics)["val_score"])
     out = capsys.readouterr().out
     assert "mean and standard error over the seeds" in out
     assert (tmp_path / "sweep" / "rho.png").stat().st_size > 0
@@ -96,23 +102,42 @@ def test_a_run_that_diverged_is_never_chosen() -> None:
     assert advice(rows_of({0.0: [math.inf, 1.0], 0.1: [0.5, 0.5], 1.0: [2.0, 2.0]})).startswith("Take rho = 0.1.")
 
 
-def test_what_judges_a_run_is_read_from_its_configuration(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text("trainer: {callbacks: [{class_path: A}, {class_path: B, init_args: {monitor: f1, mode: max}}]}")
+def test_what_judges_a_run_is_read_from_its_configuration() -> None:
+    config = "trainer: {callbacks: [{class_path: A}, {class_path: B, init_args: {monitor: f1, mode: max}}]}"
     assert monitored(config) == ("f1", "max")
-    config.write_text("trainer: {callbacks: null}")
-    assert monitored(config) == (None, None)
+    assert monitored("trainer: {callbacks: null}") == (None, None)
+
+
+def test_a_recipe_without_a_monitored_metric_is_refused_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(command: Sequence[str]) -> None:
+        raise AssertionError(command)
+
+    monkeypatch.setattr(runs, "run_process", never)
+    config = (RECIPES / "clip_fewshot" / "configs" / "base.yaml").read_text()
+    monkeypatch.setattr(runs, "configuration", lambda fit: config)
+    with pytest.raises(SystemExit, match="--metric"):
+        Sweep("clip_fewshot", [], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
+    with pytest.raises(AssertionError, match="fit"):
+        Sweep("clip_fewshot", [], "trainer.callbacks.rho", tmp_path, "val_accuracy").perform(Run(0.0, 0))
+
+
+def test_a_configuration_that_cannot_be_read_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StoppedError):
+        Sweep("nlg", ["--model.no_such_option=1"], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
+    assert "no_such_option" in capfd.readouterr().err
 
 
 def test_a_run_without_validation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_here(command: Sequence[str]) -> None:
         folder = tmp_path / "rho_0_seed_0" / "version_0"
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text("trainer: {callbacks: [{init_args: {monitor: val_loss}}]}")
         (folder / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
 
     monkeypatch.setattr(runs, "run_process", run_here)
-    with pytest.raises(SystemExit, match="has logged no val_loss"):
+    monkeypatch.setattr(runs, "configuration", lambda fit: "trainer: {callbacks: [{init_args: {monitor: val_loss}}]}")
+    with pytest.raises(SystemExit, match="has logged no val_loss, only train_loss"):
         Sweep("nlg", [], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
 
 

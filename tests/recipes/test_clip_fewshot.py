@@ -29,7 +29,7 @@ from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, plot_confusion
 from recipes.clip_fewshot.folders import image_files
 from recipes.clip_fewshot.module import FewShot
-from recipes.clip_fewshot.prompts import tokenise
+from recipes.clip_fewshot.prompts import tokenize
 from recipes.clip_fewshot.protocol import Protocol
 from recipes.shared.configs import config_arguments, methods_of
 from recipes.shared.random_state import RandomState
@@ -319,10 +319,10 @@ def test_a_text_that_does_not_fit_is_named(tiny_clip: str, images: Path, tmp_pat
         MisconfigurationException, match=r"3 text\(s\) are longer than the model's 16 tokens.*blue grey"
     ):
         trainer(tmp_path).fit(module, data)
-    fits = tokenise(["one " * 14], module.clip.tokenizer, 16)
+    fits = tokenize(["one " * 14], module.clip.tokenizer, 16)
     assert fits[0, -1] == module.clip.tokenizer.eot_token_id
     with pytest.raises(MisconfigurationException, match="longer"):
-        tokenise(["one " * 15], module.clip.tokenizer, 16)
+        tokenize(["one " * 15], module.clip.tokenizer, 16)
 
 
 def test_predict_needs_images(images: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The programme of evidence end to end, on a tiny random encoder and short made-up texts."""
+"""The program of evidence end to end, on a tiny random encoder and short made-up texts."""
 
 import json
 import math

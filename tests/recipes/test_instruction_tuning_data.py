@@ -17,7 +17,7 @@ from recipes.instruction_tuning.data import InstructionData  # noqa: E402
 from recipes.language.batches import LengthBatchSampler  # noqa: E402
 from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
 from recipes.shared.data import part_of  # noqa: E402
-from recipes.shared.text_metrics import normalised  # noqa: E402
+from recipes.shared.text_metrics import normalized  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -112,7 +112,7 @@ def test_packaged_tasks_are_split_without_leaks(task: str) -> None:
     questions: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
     for row in table:
         assert row["messages"][-1]["content"] in row["options"]
-        questions[part_of(row["key"], shares)].add(normalised(row["messages"][0]["content"]))
+        questions[part_of(row["key"], shares)].add(normalized(row["messages"][0]["content"]))
     assert all(questions.values())
     assert not questions["train"] & questions["test"]
     assert not questions["train"] & questions["validation"]

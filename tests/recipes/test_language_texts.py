@@ -20,7 +20,7 @@ def test_no_film_mail_or_question_is_in_two_parts(name: str) -> None:
     assert not train & validation
     assert not train & test
     assert not validation & test
-    every = [texts.normalised(example.text) for example in chain.from_iterable(parts.values())]
+    every = [texts.normalized(example.text) for example in chain.from_iterable(parts.values())]
     assert len(set(every)) == len(every)
     # The rarest of all subjects has 77 questions, and one of a pair about 400.
     least = {"all_subjects": (198, 702)}.get(name, (110, 300) if "_" in name else (300, 1000))

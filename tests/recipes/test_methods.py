@@ -33,7 +33,7 @@ def test_settings_replace_the_defaults() -> None:
     assert METHODS["efmlora"].callbacks()[0].size(0) == 0.5  # type: ignore[attr-defined]
 
 
-def test_titles_are_unique_and_every_programme_finds_its_methods() -> None:
+def test_titles_are_unique_and_every_program_finds_its_methods() -> None:
     assert len(BY_TITLE) == len(METHODS)
     assert set(ALL) | set(sweep.METHODS) == set(METHODS)
     assert set(OURS) <= set(BY_TITLE) & set(MEASURED) & set(COLOURS)

@@ -1,6 +1,6 @@
 """The direction of imports between the rooms of the recipes.
 
-shared <- language and clip <- the recipes <- the programmes that drive them.
+shared <- language and clip <- the recipes <- the programs that drive them.
 """
 
 import ast
@@ -13,7 +13,7 @@ import recipes
 ROOT = Path(recipes.__file__).parent
 SHARED = ("shared", "language", "clip")
 RECIPES = ("classification", "instruction_tuning", "nlg", "clip_contrastive", "clip_fewshot", "vqa")
-PROGRAMMES = ("demo", "clip_demo", "comparison", "benchmarks", "evidence", "reproduce", "choose_rho")
+PROGRAMS = ("demo", "clip_demo", "comparison", "benchmarks", "evidence", "reproduce", "choose_rho")
 
 
 def rooms_imported_by(path: Path) -> set[str]:
@@ -40,11 +40,11 @@ def may_import(room: str) -> set[str]:
 
 def test_every_folder_with_code_is_a_room() -> None:
     folders = {path.parent.name for path in ROOT.glob("*/*.py")}
-    assert folders == {*SHARED, *RECIPES, *PROGRAMMES}
+    assert folders == {*SHARED, *RECIPES, *PROGRAMS}
     assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("room", [*SHARED, *RECIPES, *PROGRAMMES])
+@pytest.mark.parametrize("room", [*SHARED, *RECIPES, *PROGRAMS])
 def test_imports_between_rooms_have_one_direction(room: str) -> None:
     files = list((ROOT / room).rglob("*.py"))
     assert files

@@ -159,14 +159,14 @@ def test_a_connector_of_another_model_is_named(kinds: dict[str, str]) -> None:
         module.configure_model()
 
 
-def test_the_language_model_alone_is_quantised(tmp_path: Path) -> None:
+def test_the_language_model_alone_is_quantized(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     dataset = f"--data.init_args.dataset={save_scienceqa(tmp_path / 'hub')}"
     # bitsandbytes' kernel for CPUs wants no fewer columns than a block has.
     model = saved(tmp_path / "wide", partial(qwen2_5_vl, width=64))
     cli = run("fit", model, ["scienceqa"], dataset, "--model.init_args.quantization=4bit")
-    quantised = [n for n, module in cli.model.net.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    assert len(quantised) == 14
-    assert all(".language_model.layers." in name for name in quantised)
+    quantized = [n for n, module in cli.model.net.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(quantized) == 14
+    assert all(".language_model.layers." in name for name in quantized)
     with pytest.raises(MisconfigurationException, match=r"lora=null.*quantization='4bit'"):
         VQA(model, None, quantization="4bit")

@@ -12,7 +12,7 @@ from lightning_flatlora.report.directions import (
     Direction,
     adversarial_direction,
     loss_at,
-    normalised,
+    normalized,
     orthogonal,
     random_direction,
 )
@@ -133,4 +133,4 @@ def test_nothing_stays_after_an_exception(net: nn.Module, pairs: list[LoRAPair])
 
 def test_a_zero_direction_stays_zero(pairs: list[LoRAPair]) -> None:
     zeros = [torch.zeros_like(pair.B) for pair in pairs]
-    assert not dense(pairs, normalised(pairs, zeros)).any()
+    assert not dense(pairs, normalized(pairs, zeros)).any()

@@ -217,7 +217,7 @@ def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -
     if others:
         text = (
             f"AdapterCheckpoint: {len(others)} tensors of the base, which the checkpoint leaves out, are not those of "
-            f"the run that was saved: {listed(others)}. Was it another base, or are these layers that are initialised "
+            f"the run that was saved: {listed(others)}. Was it another base, or are these layers that are initialized "
             "at random each time the base is loaded? "
         )
         if refuse:

@@ -194,7 +194,7 @@ def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Ent
 
 
 class _Group:
-    """Named tensors, recognised by their names or, where they are tied to others, by identity.
+    """Named tensors, recognized by their names or, where they are tied to others, by identity.
 
     Names come first, because peft's attention creates its parameters again with every walk through the modules.
     """

@@ -17,7 +17,7 @@ from lightning_flatlora.callbacks.methods.module_passes import module_passes_of
 from lightning_flatlora.callbacks.methods.second_pass import SecondPass
 from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, own_containers, takes_no_step
 from lightning_flatlora.callbacks.patches import at_training_step, put_on_instance, silenced_log
-from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronised
+from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.distributed import average_gradients
 
 
@@ -124,7 +124,7 @@ class TwoPassCallback(MethodCallback):
         # Not earlier: Lightning clears the gradients of the last step after the forward pass.
         with set_aside(self._second_pass.parameters, trainer.optimizers):
             loss = trainer.strategy.backward(loss, *args, **kwargs)
-            if self.sync_ascent and not has_synchronised(trainer.strategy):
+            if self.sync_ascent and not has_synchronized(trainer.strategy):
                 average_gradients(self.ascending)
             at_perturbed_weights = self.ascend(self.current_size(trainer))
         self._local_ascent.close()
