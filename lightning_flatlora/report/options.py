@@ -196,5 +196,5 @@ def _add_measurement(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=Options.samples, help="draws for expected sharpness and the Hessian's trace")
     add("--seed", type=int, default=Options.seed, help="of examples, directions and draws")
     switch = argparse.BooleanOptionalAction
-    add("--curvature", action=switch, default=True, help="Hessian, about the time of 100 points of a curve")
-    add("--surface", action=switch, default=True, help="points x points more")
+    add("--curvature", action=switch, default=True, help="measure the Hessian, in about the time of 100 points")
+    add("--surface", action=switch, default=True, help="draw the loss over a plane: points x points evaluations")

@@ -1,6 +1,6 @@
 """Choose rho for your own run of a recipe: a few short runs, judged on validation data.
 
-Give the recipe's name and the options of its ``fit``, the configuration of the method among them. Every radius is run
+Give the recipe's name and the options of its `fit`, the configuration of the method among them. Every radius is run
 with every seed, each run in a process of its own. What is finished is kept, and the same command resumes after Ctrl-C.
 The end is a table, a plot, and the radius with the best mean; rho = 0 is plain LoRA and belongs in every sweep.
 """
@@ -78,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "--rho", type=float, nargs="+", default=[0.0, 0.03, 0.1, 0.3, 1.0], help="radii; default 0 0.03 0.1 0.3 1"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each radius; default 0")
-    parser.add_argument("--metric", help="on validation; default: the one by which the configuration keeps checkpoints")
+    parser.add_argument("--metric", help="that validation logs; default: the one by which checkpoints are kept")
     parser.add_argument("--mode", choices=["min", "max"], help="of the metric; default: as the configuration has it")
     parser.add_argument(
         "--rho_option",
         default="trainer.callbacks.rho",
-        help="the option that sets rho; for an FMLoRAModule model.init_args.rho; default trainer.callbacks.rho, which "
-        "means the last callback of the configuration",
+        help="the option that sets rho; default trainer.callbacks.rho, the configuration's last callback; for an "
+        "FMLoRAModule give model.init_args.rho",
     )
     parser.add_argument("--folder", type=Path, help="where everything lands; default runs/choose_rho/RECIPE")
     return parser

@@ -1,4 +1,4 @@
-"""``make clip-demo``: a small CLIP trained here on emoji, then LoRA, EFMLoRA and FMLoRA on a style it has never seen.
+"""`make clip-demo`: a small CLIP trained here on emoji, then LoRA, EFMLoRA and FMLoRA on a style it has never seen.
 
 The model is a small one of open_clip's kind, no OpenAI CLIP: it knows emoji and nothing else. It is trained once and
 kept in the cache. Then every method adapts it with few images of each class, and all are tested on the same images.

@@ -1,9 +1,9 @@
-"""``python -m recipes.clip_fewshot sweep``: data sets x shots x seeds x methods, in one table.
+"""`python -m recipes.clip_fewshot sweep`: data sets x shots x seeds x methods, in one table.
 
 Each run is a process of its own. What is finished is kept, and the same command resumes a run that was stopped from its
 last checkpoint. With several values of --rho or --learning_rate, all are run with all seeds, and the table shows those
 with the best validation accuracy for each data set, method and number of shots. Options that are not listed here go to
-every run, as they would to `fit`, for example ``--data.init_args.root=data --model.init_args.pretrained=openai``.
+every run, as they would to `fit`, for example `--data.init_args.root=data --model.init_args.pretrained=openai`.
 """
 
 import argparse

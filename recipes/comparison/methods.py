@@ -40,7 +40,7 @@ _REGULARIZED = (
 )
 METHODS: dict[str, Tuning] = {
     "lora": Tuning("learning_rate", "learning_rate", start=None),
-    "lora_regularized": Tuning("weight_decay", _REGULARIZED),
+    "lora_regularised": Tuning("weight_decay", _REGULARIZED),
     "efmlora": Tuning("rho", "rho"),
     "fmlora": Tuning("rho", "rho"),
     "lora_sam": Tuning("rho", "lora_rho"),

@@ -1,4 +1,4 @@
-"""``make demo``: LoRA, EFMLoRA and FMLoRA from one seed on the same batches, then one table and one picture.
+"""`make demo`: LoRA, EFMLoRA and FMLoRA from one seed on the same batches, then one table and one picture.
 
 Each method runs in a process of its own, so that its peak memory is its own. What is finished is kept: after
 Ctrl-C the same command resumes from the last checkpoint.

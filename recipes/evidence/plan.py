@@ -115,15 +115,18 @@ class Plan:
         """All runs, in order: the primary hypothesis, its free competitors, the other methods, and what is explored."""
         grid = common_grid(self.chosen)
         primary = [arm for arm in self.arms if arm in PRIMARY]
-        free = [arm for arm in self.arms if arm in competitors_of(self.settings) or arm == PROBE]
+        probe = [arm for arm in self.arms if arm == PROBE]
+        free = [arm for arm in self.arms if arm in competitors_of(self.settings)]
         others = [[arm] for arm in self.arms if arm in SEARCHES and arm not in PRIMARY]
         explored = [arm for arm in self.arms if arm in EXPLORED]
         # What decides the verdict comes first, so that runs which are stopped early still answer something.
-        found = [self._search(primary, grid), self._tests(primary, grid), self._tests(free, grid)]
+        found = [self._search(primary, grid), self._tests(primary, grid), self._tests(probe, grid)]
+        always = len(found)
+        found.append(self._tests(free, grid))
         for other in others:
             found += [self._search(other, grid), self._tests(other, grid)]
         if self.has_ended_early:
-            found = found[:2]
+            found = found[:always]
         found.append(self._tests(explored, grid))
         return _without_shared(found)
 

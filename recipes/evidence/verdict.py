@@ -18,6 +18,9 @@ HYPOTHESES = 3  # primary ones, for Holm's correction
 _LEVEL = 0.05
 _MOST_SEEDS = 10_000
 
+Kind = Literal["gain", "no gain", "undecided", "no verdict yet"]
+"""The protocol's three, and what holds until all runs are there that they need."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -57,7 +60,7 @@ class Verdict:
         competitors: the differences to the free competitors.
     """
 
-    kind: Literal["gain", "no gain", "undecided"]
+    kind: Kind
     reason: str
     baseline: Difference
     p_holm: float | None
@@ -109,7 +112,7 @@ def verdict(candidate: BySeed, baseline: BySeed, competitors: Mapping[str, BySee
 
 def _decided(
     base: Difference, p_holm: float | None, competitors: Mapping[str, Difference], waits: bool
-) -> tuple[Literal["gain", "no gain", "undecided"], str]:
+) -> tuple[Kind, str]:
     if base.high < MARGIN:
         return "no gain", f"the upper end of the interval of the difference to LoRA, {base}, is below {MARGIN:g} points"
     # A competitor that costs nothing and does as well leaves no reason to use the method, whatever its gain over LoRA.
@@ -119,7 +122,7 @@ def _decided(
         if to_competitor.low <= 0 <= to_competitor.high:
             return "no gain", f"{name} matches it: the interval of the difference to it, {to_competitor}, contains 0"
     if waits:
-        return "undecided", "not all free competitors have been run"
+        return "no verdict yet", "not all free competitors have been run"
     is_significant = p_holm is None or p_holm < _LEVEL
     if base.low > 0 and base.estimate.mean >= MARGIN and is_significant:
         return "gain", f"the difference to LoRA, {base}, and those to all free competitors lie above 0"

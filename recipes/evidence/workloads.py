@@ -150,7 +150,11 @@ def competitors_of(settings: Settings) -> list[str]:
 PROBE = "linear_probe"
 """A linear classifier on the frozen encoder, beside every result."""
 
-EXPLORED: dict[str, Config] = {"efmlora_twice_the_steps": {"length_of_training": 2}, "efmlora_rho_0": {"rho": 0.0}}
+EXPLORED: dict[str, Config] = {
+    "efmlora_twice_the_steps": {"length_of_training": 2},
+    "efmlora_rho_0": {"rho": 0.0},
+    "efmlora_rank_2": {"rank": 2},
+}
 """What each changes of EFMLoRA's chosen settings. No hypothesis rests on these runs, and they come last."""
 
 ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED)
@@ -162,5 +166,6 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     PROBE: "linear probe, frozen encoder",
     "efmlora_twice_the_steps": "EFMLoRA, twice the steps",
     "efmlora_rho_0": "EFMLoRA's choice with rho 0",
+    "efmlora_rank_2": "EFMLoRA, rank 2",
 }
 """What the report calls each arm."""

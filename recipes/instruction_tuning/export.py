@@ -1,8 +1,8 @@
-"""``python -m recipes.instruction_tuning.export ADAPTER FOLDER``: a plain transformers model, without peft.
+"""`python -m recipes.instruction_tuning.export ADAPTER FOLDER`: a plain transformers model, without peft.
 
 The adapter of a run is added to the weights that it was trained on. The folder is what vLLM serves, llama.cpp converts
 and any program with transformers loads. It has a model card that says how the run was made. Nothing is sent anywhere
-unless ``--push_to_hub`` names a repository.
+unless `--push_to_hub` names a repository.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""``python -m recipes.nlg.export ADAPTER FOLDER``: a plain model of transformers, with the adapter merged in."""
+"""`python -m recipes.nlg.export ADAPTER FOLDER`: a plain model of transformers, with the adapter merged in."""
 
 import argparse
 import json

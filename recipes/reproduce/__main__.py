@@ -1,7 +1,7 @@
-"""``python -m recipes.reproduce TABLE``: one of the paper's tables, with what is published beside it.
+"""`python -m recipes.reproduce TABLE`: one of the paper's tables, with what is published beside it.
 
 Each run is a process of its own, and what is finished is kept: the same command resumes after a stop. Options that are
-not listed here go to every run, as they would to the recipe's `fit`, for example ``--model.model /models/roberta``.
+not listed here go to every run, as they would to the recipe's `fit`, for example `--model.model /models/roberta`.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    titles = "; ".join(f"{table.name}: {table.title}" for table in TABLES.values())
+    titles = "; ".join(f"{table.name} ({table.title})" for table in TABLES.values())
     parser.add_argument("table", choices=TABLES, metavar="TABLE", help=titles)
     parser.add_argument("--plan", action="store_true", help="print runs, steps and downloads, and start nothing")
     parser.add_argument(

@@ -57,7 +57,7 @@ def _balancedness(settings: Settings, kind: Any) -> list[L.Callback]:
 
 METHODS: dict[str, Method] = {
     "lora": Method("LoRA"),
-    "lora_regularized": Method("LoRA, regularized"),
+    "lora_regularised": Method("LoRA, regularized"),
     "efmlora": _efmlora("EFMLoRA"),
     "fmlora": _fmlora("FMLoRA"),
     # FMLoRA as a LightningModule in manual optimization: each recipe has one, whose name ends in FM.

@@ -1,4 +1,4 @@
-"""``python -m recipes.vqa.offline``: a small vision-language model, trained here on packaged data, without any hub.
+"""`python -m recipes.vqa.offline`: a small vision-language model, trained here on packaged data, without any hub.
 
 It is an Idefics3 (the class of SmolVLM) of a million parameters with random weights at the start, which learns to name
 the colours and shapes of easy-vqa and whether there is one. Questions with a negation it never sees: they are left for

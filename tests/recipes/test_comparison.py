@@ -234,7 +234,7 @@ def test_runs_through_the_command_line(
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "efmlora")])
 def test_every_method_runs(task: TextTask, name: str) -> None:
-    own = {"weight_decay": 0.1, "dropout": 0.1} if name == "lora_regularized" else {ALL[name].parameter: 0.05}
+    own = {"weight_decay": 0.1, "dropout": 0.1} if name == "lora_regularised" else {ALL[name].parameter: 0.05}
     row = perform(Run(task, name, {"learning_rate": 1e-3} | own, 0, "test"))
     assert math.isfinite(row["loss"])
     full = methods.METHODS[name].full

@@ -177,8 +177,8 @@ def test_edges_of_the_grid_are_told(rows: list[Row]) -> None:
     assert found["lora"].edge == ""
     assert found["efmlora"].edge == "highest"
     grid = [{"learning_rate": 1.0, "weight_decay": d, "dropout": p} for d, p in product((0.1, 1.0), (0.1, 0.3))]
-    two = [row("lora_regularized", config, seed, 0.5) for config, seed in product(grid, (0, 100))]
-    assert by_name(two)["lora_regularized"].edge == ""  # all of its four configurations are at some edge
+    two = [row("lora_regularised", config, seed, 0.5) for config, seed in product(grid, (0, 100))]
+    assert by_name(two)["lora_regularised"].edge == ""  # all of its four configurations are at some edge
 
 
 def test_the_cost_is_the_median_of_the_seeds_ratios(rows: list[Row]) -> None:

@@ -167,7 +167,7 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss() -> Non
     judged = replace(long, settings={**long.settings, "judged": "best"})
     assert figures(perform(judged)) == figures(found)
     plan = Plan(Path("nowhere"), "tiny", judged.settings, ARMS, STAGES, range(20))
-    assert [piece.number for piece in plan.pieces()[:3]] == [105, 40, 80]
+    assert [piece.number for piece in plan.pieces()[:4]] == [105, 40, 20, 60]
 
 
 def test_a_run_that_diverges_counts_as_chance() -> None:
@@ -260,7 +260,8 @@ def test_the_order_of_a_plan(finished: tuple[Plan, list[Run]]) -> None:
     tests = runs[first_test:]
     assert {run.arm for run in tests[:16]} == {"lora", "efmlora"}
     assert {run.seed for run in tests[:16]} == set(range(8))
-    assert {run.arm for run in tests[40:140]} == set(FREE)
+    assert {run.arm for run in tests[40:60]} == {PROBE}
+    assert {run.arm for run in tests[60:140]} == set(COMPETITORS)
     # What is searched next has chosen size 0, and so has LoRA's runs.
     assert {run.arm for run in runs[first_test + 140 :]} == {"fmlora"}
     assert len(tests) == 140 + 45
@@ -274,10 +275,11 @@ def test_what_is_explored_changes_efmloras_choice_and_comes_last(tmp_path: Path)
     plan = small_plan(tmp_path, ["lora", "efmlora", *EXPLORED])
     fake = Fake(gain=0.05)
     plan.work(fake, lambda run: None)
-    explored = {run.arm: run.config for run in fake.done[-40:]}
+    explored = {run.arm: run.config for run in fake.done[-60:]}
     assert explored == {
         "efmlora_twice_the_steps": {"learning_rate": 2e-3, "rho": 2.0, "length_of_training": 2},
         "efmlora_rho_0": {"learning_rate": 2e-3, "rho": 0.0},
+        "efmlora_rank_2": {"learning_rate": 2e-3, "rho": 2.0, "rank": 2},
     }
 
 
@@ -291,8 +293,8 @@ def test_a_run_of_an_explored_arm_is_efmlora() -> None:
 
 def test_the_runs_of_all_methods_are_counted_once(tmp_path: Path) -> None:
     pieces = small_plan(tmp_path).progress()
-    assert [total for _, _, total, _ in pieces[:4]] == [105, 40, 100, 45]
-    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 14 * 20
+    assert [total for _, _, total, _ in pieces[:5]] == [105, 40, 20, 80, 45]
+    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 15 * 20
 
 
 def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> None:
@@ -301,8 +303,8 @@ def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> Non
     assert plan.has_ended_early
     tests = [run for run in fake.done if run.stage == "test"]
     assert {run.arm for run in tests[:16]} == {"lora", "efmlora"}
-    # What is explored goes with the runs that there are.
-    assert {run.arm for run in tests[16:]} == set(EXPLORED)
+    # The probe stands beside every result, and what is explored goes with the runs that there are.
+    assert {run.arm for run in tests[16:]} == {PROBE, *EXPLORED}
     assert {run.seed for run in tests[16:]} == set(range(8))
 
 

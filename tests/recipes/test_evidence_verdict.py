@@ -92,10 +92,10 @@ def test_an_interval_above_0_is_undecided_while_holms_p_is_not() -> None:
 
 
 def test_there_is_no_gain_before_the_competitors_have_run() -> None:
-    assert kind_of(GAIN, FLAT, early={}) == "undecided"
+    assert kind_of(GAIN, FLAT, early={}) == "no verdict yet"
     # Neither for a gain nor against it, as long as seeds are missing.
-    assert kind_of(GAIN, FLAT, early=by_seed(*[51.0] * 7)) == "undecided"
-    assert kind_of(GAIN, FLAT, early=by_seed(*[53.0] * 7)) == "undecided"
+    assert kind_of(GAIN, FLAT, early=by_seed(*[51.0] * 7)) == "no verdict yet"
+    assert kind_of(GAIN, FLAT, early=by_seed(*[53.0] * 7)) == "no verdict yet"
     assert verdict({}, FLAT, {"early": FLAT}) is None
 
 
