@@ -134,7 +134,7 @@ class FMLoRA(LoopMethod):
     ) -> None:
         self.sync_ascent = sync_ascent
         super().__init__(model, optimizer, rho, **settings)
-        self._second_pass = SecondPass(unwrapped(model))
+        self._second_pass = SecondPass(unwrapped(model), is_sharded(model))
 
     @override
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:

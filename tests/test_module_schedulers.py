@@ -4,11 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    Classifier,
-    TwoPassClassifier,
-    make_loader,
-)
+from helpers import Classifier, TwoPassClassifier, build, fit, make_loader
 from module_runs import whole_run
 from torch.optim import lr_scheduler
 
@@ -89,3 +85,23 @@ def test_a_plateau_scheduler_without_its_metric(tmp_path):
     """The error names what is monitored and what was logged."""
     with pytest.raises(Exception, match=r"'nothing'.*was not logged.*strict=False"):
         whole_run(tmp_path, "module", scheduler=scheduled("epoch/1/nothing"))
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_epochs": 2, "max_steps": 3}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_schedule_is_as_long_as_the_run(tmp_path: Any, accumulate: int, limits: dict[str, int]) -> None:
+    """Lightning's own estimate counts optimizer steps, in the module's windows too."""
+    lengths = []
+    for front_end in ("fmlora", "module"):
+        module, callbacks, more = build(front_end, accumulate=accumulate)
+        optimizers = module.configure_optimizers
+
+        def configure_optimizers(module: Any = module, optimizers: Any = optimizers) -> Any:
+            lengths.append(module.trainer.estimated_stepping_batches)
+            return optimizers()
+
+        module.configure_optimizers = configure_optimizers
+        trainer = fit(tmp_path, module, callbacks, make_loader(6), **limits, **more)
+        assert trainer.global_step == lengths[-1]
+    assert lengths[0] == lengths[1]
+    assert trainer.accumulate_grad_batches == 1

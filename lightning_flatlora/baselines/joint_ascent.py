@@ -31,8 +31,12 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
         >>> joint_ascent([torch.tensor([3.0]), torch.tensor([0.0, 4.0])], rho=0.5)
         [tensor([0.3000]), tensor([0.0000, 0.4000])]
     """
-    wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
-    # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
+    wide = []
+    for gradient in gradients:
+        # An embedding's may be sparse.
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
+        wide.append(dense.to(torch.promote_types(dense.dtype, torch.float32)))
     norm = nn.utils.get_total_norm(wide)
     scale = torch.where(norm > 0, rho / norm, 0.0)
     finite = torch.isfinite(norm)

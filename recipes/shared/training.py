@@ -117,17 +117,17 @@ class RecipeModule(L.LightningModule):
                 )
 
     def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run; FMLoRA's module accumulates unseen by the trainer.
+        """Optimizer steps of the whole run.
 
         Raises:
             MisconfigurationException: the run has no end.
         """
-        batches = self.trainer.estimated_stepping_batches
-        if math.isinf(batches):
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
             raise MisconfigurationException(
                 "the learning rate's schedule spreads over the run, which has no end: set max_steps or max_epochs"
             )
-        return math.ceil(batches / getattr(self, "accumulate_grad_batches", 1))
+        return int(steps)
 
     @override
     def configure_gradient_clipping(

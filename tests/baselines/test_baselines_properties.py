@@ -92,6 +92,13 @@ def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float
     torch.testing.assert_close(flat, 0.7 * direction / direction.norm())
 
 
+def test_a_sparse_gradient_counts_as_the_dense_one() -> None:
+    dense, other = torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.randn(3)
+    # An embedding's may name a row twice.
+    sparse = torch.sparse_coo_tensor([[1, 1]], [[1.0, 0.0], [2.0, 1.0]], (2, 2), check_invariants=True)
+    torch.testing.assert_close(joint_ascent([sparse, other], 0.7), joint_ascent([dense, other], 0.7))
+
+
 def test_no_gradient_or_one_that_is_not_finite_gives_zero() -> None:
     for bad in (0.0, torch.inf, torch.nan):
         E = joint_ascent([torch.tensor([bad, 0.0]), torch.full((2,), 0.0 if bad == 0 else 1.0)], 0.7)

@@ -214,3 +214,41 @@ def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
     for callback in (EFMLoRA(0.5), FMLoRA(0.3)):
         fit(tmp_path, Classifier(), [callback, monitor], max_epochs=1, logger=logger, log_every_n_steps=1)
     assert ["ema_gap" in row for row in logger.measured] == [True, True, False, False]
+
+
+class Follows:
+    """A teacher that follows in the step, a codebook written in place, and a scripted part with BatchNorm."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(0)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)  # type: ignore[has-type]
+        self.codebook = nn.Parameter(torch.zeros(FEATURES), requires_grad=False)
+        self.extractor = torch.jit.script(nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES)))
+        self.extractor[0].eval()
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        inputs = self.extractor(batch[0])
+        with torch.no_grad():
+            for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                own.data = own.data * 0.9 + other.data * 0.1
+            self.codebook += inputs.mean(0)
+            target = self.teacher(inputs) + self.codebook.sum()
+        loss = super().loss((inputs, *batch[1:]), batch_idx)  # type: ignore[misc]
+        return loss + (self.net(inputs) - target).square().mean()  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("front_end", ["plain", *FRONT_ENDS])
+def test_what_a_step_writes_into_frozen_parameters_and_scripted_parts_is_put_back(
+    tmp_path: Any, front_end: str
+) -> None:
+    classes = type("Own", (Follows, Classifier), {}), type("Own", (Follows, TwoPassClassifier), {})
+    states, modes = [], []
+    for monitors in ([], [FlatnessMonitor(0.3, every_n_steps=1, batches=2, measures=ALL_BUT_EMA, samples=2)]):
+        module, callbacks, more = build(front_end, classes=classes)
+        fit(tmp_path, module, [*monitors, *callbacks], **more)
+        states.append(weights(module))
+        modes.append([part.training for part in module.extractor.modules()])
+    assert same(*states)
+    assert modes[0] == modes[1]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    CLASSES,
+    FEATURES,
     FRONT_ENDS,
     Classifier,
     E_hat,
@@ -28,6 +30,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora.baselines import SAM, LoRASAM
 
 BATCHES, SIZE = 8, 4
 
@@ -237,3 +240,30 @@ def test_gradient_that_is_not_finite_without_a_scaler(tmp_path, front_end, bad):
     else:
         assert not any(E.any() for E in history[bad].values())
     assert not torch.isfinite(weights(module)["net.base_model.model.0.lora_B.default.weight"]).any()
+
+
+@pytest.mark.parametrize(
+    "callback", [EFMLoRA(0.5), FMLoRA(0.5), SAM(0.5), LoRASAM(0.5)], ids=lambda c: type(c).__name__
+)
+def test_sparse_gradients_beside_the_pairs_are_those_of_a_dense_embedding(tmp_path: Any, callback: Any) -> None:
+    class Embeds(Classifier):
+        sparse = False
+
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            torch.manual_seed(0)
+            self.embedding = torch.nn.Embedding(CLASSES, FEATURES, sparse=self.sparse)
+
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            return super().loss((batch[0] + self.embedding(batch[1]), *batch[1:]), batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    trained = []
+    for sparse in (False, True):
+        module = type("Own", (Embeds,), {"sparse": sparse})()
+        fit(tmp_path, module, [copy.deepcopy(callback)], plugins=half_precision())
+        trained.append(weights(module))
+    for dense, of_sparse in zip(trained[0].values(), trained[1].values(), strict=True):
+        torch.testing.assert_close(of_sparse, dense)

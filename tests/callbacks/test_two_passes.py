@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 from transformers import BatchEncoding
+from two_pass_runs import TWO_PASSES, two_passes
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, LoRASAM
@@ -210,19 +211,6 @@ def test_a_batch_called_off_leaves_nothing_behind(tmp_path: Any) -> None:
         trainer = fit(tmp_path, module, [kind(0.5)], max_epochs=1)
         assert "training_step" not in module.__dict__
         assert "backward" not in trainer.strategy.__dict__
-
-
-TWO_PASSES = ("fmlora", "module", "lora_sam", "sam")
-
-
-def two_passes(kind: str, own: type[Any], rho: float = 0.5, **kwargs: Any) -> tuple[Any, list[Any], dict[str, Any]]:
-    """A front end with two passes, whose module has the methods of a class of the test's own."""
-    classes = type("Own", (own, Classifier), {}), type("Own", (own, TwoPassClassifier), {})
-    front_end = kind if kind in FRONT_ENDS else "plain"
-    module, callbacks, more = build(front_end, rho, classes=classes, **kwargs)
-    if kind in ("lora_sam", "sam"):
-        callbacks.append(LoRASAM(rho) if kind == "lora_sam" else SAM(rho))
-    return module, callbacks, more
 
 
 class FreeWeights:

@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 
 import lightning_flatlora.callbacks.monitor.snapshots as undisturbed_module
+from lightning_flatlora.callbacks import reachable
 from lightning_flatlora.callbacks.monitor.snapshots import read_without_trace, undisturbed
 
 CPU = torch.device("cpu")
@@ -190,8 +191,8 @@ class Tokens(Dataset):  # type: ignore[type-arg]
 def test_numbers_of_a_data_set_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for generators, nor to copy them: a data set that is small enough to be copied has its lists copied."""
     looked_at = []
-    parts = undisturbed_module._parts
-    monkeypatch.setattr(undisturbed_module, "_parts", lambda value: looked_at.append(value) or parts(value))
+    parts = reachable.parts
+    monkeypatch.setattr(reachable, "parts", lambda value: looked_at.append(value) or parts(value))
     copied = undisturbed_module._Copies._copied
     monkeypatch.setattr(
         undisturbed_module._Copies, "_copied", lambda self, value: looked_at.append(value) or copied(self, value)
@@ -220,10 +221,10 @@ def test_what_a_data_set_holds_in_all_is_data() -> None:
 
 def test_generators_near_by_are_found_where_much_is_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search ends at some time, and begins with what is nearest."""
-    monkeypatch.setattr(undisturbed_module, "_MOST_SEARCHED", 100)
+    monkeypatch.setattr(reachable, "_MOST_SEARCHED", 100)
     data = Tokens(samples=200, length=1)
     data.far = [[[[[[[[random.Random(2)]]]]]]]]  # type: ignore[attr-defined]
-    found = undisturbed_module._generators_in([data])
+    found = reachable.generators_in([data])
     assert found == [data.generator]
 
 

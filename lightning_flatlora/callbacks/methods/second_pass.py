@@ -1,33 +1,42 @@
 """The second pass of a step starts from what the first started from, and leaves what the first has left."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
-from lightning_flatlora.callbacks.patches import nothing
 from lightning_flatlora.callbacks.random_state import random_state
+from lightning_flatlora.callbacks.reachable import generators_in, state_restorer
+from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, writable_buffers
 
 
 class SecondPass:
     """Lets a second pass over a batch follow the first as if there were one.
 
-    Both passes draw the same random numbers, such as dropout masks, so that they see the same loss function. Buffers
-    and torchmetrics count the batch once: the first pass shows which of them a step writes (BatchNorm's statistics, a
-    queue, an accuracy), and only these are copied. Numbers and collections that a step keeps on the module itself may
-    belong to a single pass, so they are left alone. If both passes change one of them, a warning says so once.
+    Both passes draw the same random numbers, such as dropout masks, from PyTorch's, NumPy's and Python's generators and
+    from those that the module keeps. What a step writes into buffers and frozen parameters (BatchNorm's statistics, a
+    queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second
+    pass begins with the buffers and frozen parameters that the first began with, so that both see the same loss
+    function. Only what a first pass has been seen to write is copied: a momentum encoder in the first step has moved
+    when the second pass begins, and from the second step on it has not.
+
+    Numbers and collections that a step keeps on the module itself may belong to a single pass, so they are left alone.
+    If both passes change one of them, a warning says so once. Parameters are not watched under FSDP, nor where they are
+    written in place through ``.data``.
 
     Attributes:
         parameters: those of the module, listed once: between forward and backward FSDP shows stand-ins for them.
 
     Args:
         pl_module: the module, not what a strategy has wrapped around it.
+        is_sharded: whether ranks hold parts of its parameters.
 
     Example:
         >>> module = nn.Module()
@@ -41,39 +50,49 @@ class SecondPass:
         1
     """
 
-    def __init__(self, pl_module: nn.Module) -> None:
+    def __init__(self, pl_module: nn.Module, is_sharded: bool = False) -> None:
         self.parameters = list(pl_module.parameters())
         self._pl_module = pl_module
-        self._buffers_before: list[tuple[Tensor, int]] = []
+        self._is_sharded = is_sharded
+        # The identities of the tensors that a first pass has written. Before the first one, any buffer may be written.
+        self._written: set[int] | None = None
+        self._marks = Marks()
+        self._before = KeptValues()
+        self._bound_before = _Bindings([])
         self._updates_before: list[tuple[Metric, int]] = []
         self._counts_before: dict[str, int] | None = None
         self._may_warn = True
-        self._put_back_random_state: Callable[[], None] = nothing
+        self._random_states: list[Callable[[], None]] = []
         self.look_again()
 
     def look_again(self) -> None:
-        """Find again the parts that hold buffers or are metrics; a walk over all modules, so not for every step."""
+        """Find again what may be written or drawn from; a walk over all modules, so not for every step."""
         parts = list(self._pl_module.modules())
         self._owners = [part for part in parts if part._buffers]
         self._metrics = [part for part in parts if isinstance(part, Metric)]
+        self._frozen = [] if self._is_sharded else frozen_parameters(self._pl_module)
+        self._generators = generators_in([self._pl_module])
 
     def first_pass_starts(self, device: torch.device) -> None:
         """Record the current state, to see what the pass changes; the device is that on which it draws."""
-        self._put_back_random_state = random_state(device)
-        self._buffers_before = []
+        self._random_states = [random_state(device), *map(state_restorer, self._generators)]
+        buffers, read = [], []
         for owner in self._owners:
-            for buffer in _changing_buffers(owner):
-                self._buffers_before.append((buffer, buffer._version))
+            of_owner = writable_buffers(owner)
+            buffers += of_owner
+            # In training a norm only writes its statistics.
+            read += [] if _tracks(owner) else of_owner
+        self._marks = Marks([*buffers, *self._frozen])
+        self._before = KeptValues(read if self._written is None else self._known([*read, *self._frozen]))
+        self._bound_before = _Bindings(self._owners)
         self._updates_before = [(metric, metric.update_count) for metric in self._metrics]
         self._counts_before = _counts(self._pl_module) if self._may_warn else None
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the module draws again what it drew, and may count freely; its counts stay those of the first."""
-        self._put_back_random_state()
         counts = _counts(self._pl_module) if self._counts_before is not None else {}
-        references = [(owner, dict(owner._buffers)) for owner in self._owners]
-        values = [(buffer, buffer.clone()) for buffer in self._written_buffers()]
+        after, bound_after = KeptValues(self._written_tensors()), _Bindings(self._owners)
         metrics = []
         for metric, updates in self._updates_before:
             if metric.update_count != updates:
@@ -81,30 +100,40 @@ class SecondPass:
                 metrics.append((metric, attributes))
                 # The metric updates copies, so that its own states can be given back as the same objects.
                 metric.__dict__.update({name: _copied(value) for name, value in attributes.items()})
+        # What is drawn from them in the second pass may be less, where a step draws ahead.
+        drawn = [state_restorer(generator) for generator in self._generators]
+        for put_back in self._random_states:
+            put_back()
+        self._bound_before.put_back()
+        self._before.put_back()
         try:
             yield
         finally:
             for metric, attributes in metrics:
                 metric.__dict__.clear()
                 metric.__dict__.update(attributes)
-            # In place, because DDP and compiled graphs hold the buffers themselves.
-            with torch.no_grad():
-                for buffer, value in values:
-                    buffer.copy_(value)
-            for owner, buffers in references:
-                owner._buffers.update(buffers)
+            bound_after.put_back()
+            after.put_back()
+            for put_back in drawn:
+                put_back()
         self._warn_of_counts(counts)
 
-    def _written_buffers(self) -> list[Tensor]:
-        """All buffers of the parts in which the first pass has written one, as not every kernel counts its writes."""
-        versions = {id(buffer): version for buffer, version in self._buffers_before}
-        written = []
+    def _known(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those that a first pass has written."""
+        written = self._written or set()
+        return [tensor for tensor in tensors if id(tensor) in written]
+
+    def _written_tensors(self) -> list[Tensor]:
+        """All buffers of the parts in which the first pass has written one, and the parameters that it has written."""
+        written: list[Tensor] = [parameter for parameter in self._frozen if self._marks.has_moved(parameter)]
         for owner in self._owners:
-            buffers = _changing_buffers(owner)
-            # Among the norms is InstanceNorm, whose kernel leaves no mark on the buffers that it writes.
-            tracks = isinstance(owner, _NormBase) and owner.training
-            if tracks or any(versions.get(id(buffer)) != buffer._version for buffer in buffers):
+            buffers = writable_buffers(owner)
+            # Not every kernel counts its writes: InstanceNorm's, for one, leaves no mark on any buffer.
+            if _tracks(owner) or any(map(self._marks.has_moved, buffers)):
                 written += buffers
+        # What a step puts in a buffer's place is another tensor each time, and would be remembered for nothing.
+        lasting = {id(tensor) for tensor in written if self._marks.knows(tensor)}
+        self._written = lasting | (self._written or set())
         return written
 
     def _warn_of_counts(self, between: dict[str, int]) -> None:
@@ -126,9 +155,21 @@ class SecondPass:
             )
 
 
-def _changing_buffers(owner: nn.Module) -> list[Tensor]:
-    """A part's buffers, except those made in inference mode, which can't change and have no version."""
-    return [buffer for buffer in owner._buffers.values() if buffer is not None and not buffer.is_inference()]
+class _Bindings:
+    """Which tensors are the buffers of some parts, so that what a step puts in their place can be undone."""
+
+    def __init__(self, owners: Iterable[nn.Module]) -> None:
+        # A scripted module has its buffers in C++, and its steps write them in place.
+        self._bound = [(owner, dict(owner._buffers)) for owner in owners if not isinstance(owner, ScriptModule)]
+
+    def put_back(self) -> None:
+        for owner, buffers in self._bound:
+            owner._buffers.update(buffers)
+
+
+def _tracks(owner: nn.Module) -> bool:
+    """Whether a part is a norm in training, which writes its statistics and does not read them."""
+    return isinstance(owner, _NormBase) and owner.training
 
 
 def _counts(pl_module: nn.Module) -> dict[str, int]:

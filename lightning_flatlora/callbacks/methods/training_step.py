@@ -1,17 +1,19 @@
 """A training step as Lightning runs it: its batch, its loss, and whether an optimizer step follows."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def own_containers(batch: Any) -> Any:
-    """The same tensors in new dicts, lists and tuples, so that a pass that pops a key takes nothing from the next one.
+    """The same tensors in new containers, so that what a pass pops or replaces is still there for the next one.
 
-    The tensors are not copied: the next pass sees what a pass writes into them.
+    Containers are dicts and other mappings, lists, tuples, dataclasses, and objects with a method ``to``. The tensors
+    are not copied: the next pass sees what a pass writes into them.
 
     Example:
         >>> batch = {"x": 1, "more": [2]}
@@ -19,15 +21,35 @@ def own_containers(batch: Any) -> Any:
         >>> batch.pop("x"), batch["more"].pop(), own
         (1, 2, {'x': 1, 'more': [2]})
     """
-    # No subclasses: a named tuple, for example, can't be built from an iterable.
+    if isinstance(batch, (Tensor, nn.Module)) or callable(batch):
+        return batch
     if type(batch) in (list, tuple):
         return type(batch)(map(own_containers, batch))
-    if type(batch) is dict:
-        return {key: own_containers(value) for key, value in batch.items()}
-    # Such as transformers' BatchEncoding.
+    if isinstance(batch, tuple) and hasattr(batch, "_make"):  # a named tuple
+        return batch._make(map(own_containers, batch))
     if isinstance(batch, MutableMapping):
-        return copy.copy(batch)
+        own = copy.copy(batch)
+        for key, value in batch.items():
+            of_value = own_containers(value)
+            # Some mappings can't be written, and most values are tensors.
+            if of_value is not value:
+                own[key] = of_value
+        return own
+    # The other objects that Lightning moves to a device.
+    if dataclasses.is_dataclass(batch) or hasattr(batch, "to"):
+        return _own_attributes(batch)
     return batch
+
+
+def _own_attributes(thing: Any) -> Any:
+    own = copy.copy(thing)
+    # A class that says itself how it is copied has seen to what it holds.
+    if own is thing or hasattr(type(thing), "__copy__") or not hasattr(thing, "__dict__"):
+        return own
+    for name, value in vars(thing).items():
+        # Not by setattr, which frozen dataclasses refuse.
+        vars(own)[name] = own_containers(value)
+    return own
 
 
 def loss_of(output: Any, source: str) -> Tensor | None:

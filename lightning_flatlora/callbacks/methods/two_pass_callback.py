@@ -73,7 +73,7 @@ class TwoPassCallback(MethodCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._second_pass = SecondPass(pl_module)
+        self._second_pass = SecondPass(pl_module, self._is_sharded)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

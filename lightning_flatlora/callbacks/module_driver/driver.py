@@ -103,13 +103,13 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
         # After super().setup(), whose begin() forgets the set-up of the last fit.
         self._is_set_up = True
         if stage == "fit":
-            self.lr_schedulers.listen(pl_module)
+            self.lr_schedulers.listen(pl_module, self.window)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.lr_schedulers.complete_configs(trainer)
         super().on_fit_start(trainer, pl_module)
-        self.second_pass = SecondPass(pl_module)
+        self.second_pass = SecondPass(pl_module, self._is_sharded)
         module: Any = pl_module  # an FMLoRAModule
         # Where nothing is overridden, training_step is FMLoRAModule's own, and there is nothing to check.
         self.has_reached_step = not module._overrides_step

@@ -1,7 +1,8 @@
-"""LR schedulers under manual optimization, stepped when automatic optimization would step them."""
+"""LR schedulers under manual optimization, as long and stepped as under automatic optimization."""
 
 import functools
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +20,10 @@ class ManualSchedulers:
     There Lightning never steps them, and drops the keys of plateau schedulers (monitor, strict, reduce_on_plateau) from
     the module's configuration with a warning. So the keys are taken out before Lightning sees them, and put into its
     scheduler configurations afterwards.
+
+    Nor does Lightning know there of an accumulation window, so that ``trainer.estimated_stepping_batches``, by which a
+    schedule is made as long as the run, would count batches in place of optimizer steps. So the trainer is told the
+    window while ``configure_optimizers`` runs.
     """
 
     def __init__(self) -> None:
@@ -26,14 +31,20 @@ class ManualSchedulers:
         self._waiting: list[tuple[str, int]] = []
         self._listening = ExitStack()
 
-    def listen(self, pl_module: LightningModule) -> None:
-        """From now on, note the plateau keys of what ``configure_optimizers`` returns, and take them out."""
+    def listen(self, pl_module: LightningModule, window: int) -> None:
+        """From now on, note the plateau keys of what ``configure_optimizers`` returns, and take them out.
+
+        Args:
+            pl_module: whose schedulers they are.
+            window: batches of one optimizer step.
+        """
         # The class's, or one that LightningCLI has set.
         original = pl_module.configure_optimizers
 
         @functools.wraps(original)
         def configure_optimizers() -> Any:
-            return self._without_plateau_keys(original())
+            with _accumulation(pl_module.trainer, window):
+                return self._without_plateau_keys(original())
 
         self._listening.callback(put_on_instance(pl_module, "configure_optimizers", configure_optimizers))
 
@@ -106,3 +117,14 @@ class ManualSchedulers:
         if isinstance(configured, (list, tuple)):
             return type(configured)(self._without_plateau_keys(value) for value in configured)
         return configured
+
+
+@contextmanager
+def _accumulation(trainer: Trainer, window: int) -> Iterator[None]:
+    """Inside, the trainer counts so many batches as one optimizer step."""
+    before = trainer.accumulate_grad_batches
+    trainer.accumulate_grad_batches = window
+    try:
+        yield
+    finally:
+        trainer.accumulate_grad_batches = before

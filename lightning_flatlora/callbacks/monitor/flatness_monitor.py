@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.checks import choice_problems, finder_problems, integer_problems, refuse
@@ -18,6 +19,7 @@ from lightning_flatlora.callbacks.monitor.held_batches import HeldBatches, loss_
 from lightning_flatlora.callbacks.monitor.snapshots import undisturbed
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import monitor_problems
+from lightning_flatlora.callbacks.tensor_writes import Marks, frozen_parameters
 from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
 from lightning_flatlora.flatness.measures import measure_problems
 from lightning_flatlora.lightning_names import callback_of, callbacks_of
@@ -119,6 +121,8 @@ class FlatnessMonitor(Callback):
     def begin(self) -> None:
         """Set everything that belongs to one fit to what it is before the fit."""
         self._held: HeldBatches | None = None
+        self._marks = Marks()
+        self._written: dict[int, Tensor] = {}
         self._measured_at = 0
         self._has_measured = False
 
@@ -187,6 +191,7 @@ class FlatnessMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_at = self._count(trainer)
         self._has_measured = False
+        self._marks = Marks(frozen_parameters(pl_module))
         self._held = HeldBatches(trainer, pl_module, self.data, self.batches)
         if not self._held:
             refuse(self, [f"data={self.data!r} gives no batch to hold: choose the other, or give the loader"])
@@ -248,8 +253,12 @@ class FlatnessMonitor(Callback):
         measures = self.measures
         if measures is None:
             measures = (*DEFAULT_MEASURES, "ema") if isinstance(method, EFMLoRA) else DEFAULT_MEASURES
-        with undisturbed(pl_module):
+        # What the training has written since the last measurement, a measurement's passes are going to write, too.
+        self._written |= {id(parameter): parameter for parameter in self._marks.moved()}
+        with undisturbed(pl_module, self._written.values()):
             numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
+        # Anew, since noise on the weights has moved them and put them back.
+        self._marks = Marks(frozen_parameters(pl_module))
         values = {f"flatness/{name}": value.detach().cpu() for name, value in numbers.items()}
         # Not by the property trainer.callback_metrics: reading it would compute the module's own metrics too early.
         trainer._logger_connector._callback_metrics.update(values)

@@ -3,65 +3,94 @@
 import copy
 import dataclasses
 import functools
-import inspect
 import math
-import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
-from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.utils.data import Dataset
 
 from lightning_flatlora.callbacks.patches import silenced_log
 from lightning_flatlora.callbacks.random_state import random_state
+from lightning_flatlora.callbacks.reachable import (
+    GENERATORS,
+    MOST_ENTRIES,
+    entries_of,
+    generators_in,
+    is_plain,
+    package,
+    parts,
+    state_restorer,
+)
+from lightning_flatlora.callbacks.tensor_writes import KeptValues, frozen_parameters, writable_buffers
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_flatlora", *sys.stdlib_module_names}
-_PLAIN = {int, float, complex, bool, str, bytes, type(None)}
-_MOST_OF_DATA = 10_000
-"""What an attribute of a data set holds is taken to be data, which is not written to, beyond so many entries in all."""
 _MOST_OF_MODULES = 100_000
 """Of what an attribute of a module holds, only the outermost container is copied beyond so many entries in all."""
-_MOST_SEARCHED = 100_000
-"""How many objects are searched for random generators, the nearest first."""
-_TRAINING = {"lightning", "pytorch_lightning", "lightning_flatlora"}
-"""Packages whose objects are not entered: from a trainer, or a part of one, all of the training could be reached."""
 
 
 @contextmanager
-def undisturbed(pl_module: LightningModule) -> Iterator[None]:
+def undisturbed(pl_module: LightningModule, written: Iterable[Tensor] = ()) -> Iterator[None]:
     """Inside, a module is in eval mode, logs nothing, and works on copies of everything it keeps except parameters.
 
     So buffers (BatchNorm's), the states of torchmetrics, modes, and lists, counters or arrays that a step keeps on any
     of its modules, or on objects of the project's own classes there, are afterwards the same objects as before,
-    whatever happens inside. The random generators (Python, NumPy, PyTorch on the CPU and the module's device) are put
+    whatever happens inside. A frozen parameter that a pass replaces is put back, and one that it writes in place if it
+    is named. The random generators (Python, NumPy, PyTorch on the CPU and the module's device) are put
     back. Of a container with more than 100,000 entries in all, such as the samples of a data set, only the container
     itself is copied: what is written into its entries stays.
 
-    Memory: a copy of the buffers.
+    Memory: a copy of the buffers, and of the parameters named.
 
     Args:
         pl_module: the module, not what a strategy has wrapped around it.
+        written: frozen parameters that a training step writes in place, such as a momentum encoder's.
     """
     with ExitStack() as stack:
         stack.callback(random_state(pl_module.device))
         copies = _Copies([pl_module])
         stack.callback(copies.put_back)
+        for parameter in frozen_parameters(pl_module):
+            stack.callback(setattr, parameter, "data", parameter.data)
+        stack.callback(KeptValues(written).put_back)
+        stack.enter_context(_scripted_in_eval(pl_module))
         for module in pl_module.modules():
-            copies.enter(module)
-            # Not eval(), which a module may have overridden.
-            module.__dict__["training"] = False
+            if not isinstance(module, ScriptModule):
+                copies.enter(module)
+                # Not eval(), which a module may have overridden.
+                module.__dict__["training"] = False
         stack.enter_context(silenced_log(pl_module))
         yield
+
+
+@contextmanager
+def _scripted_in_eval(pl_module: LightningModule) -> Iterator[None]:
+    """Inside, scripted modules, whose state is in C++, are in eval mode; their modes and buffers are put back."""
+    modes, buffers = [], []
+    for module in pl_module.modules():
+        if isinstance(module, ScriptModule):
+            buffers += writable_buffers(module)
+            # One that was frozen by torch.jit has no mode.
+            if hasattr(module, "training"):
+                modes.append((module, module.training))
+    values = KeptValues(buffers)
+    for module, _ in modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        # Parents come first, and their children have modes of their own.
+        for module, mode in modes:
+            module.train(mode)
+        values.put_back()
 
 
 @contextmanager
@@ -76,8 +105,8 @@ def read_without_trace(*sources: Any) -> Iterator[None]:
         sources: data sets, functions, bound methods, or anything else.
     """
     with ExitStack() as stack:
-        for generator in _generators_in(sources):
-            stack.callback(_state_restorer(generator))
+        for generator in generators_in(sources):
+            stack.callback(state_restorer(generator))
         copies = _Copies(sources, of_data=True)
         stack.callback(copies.put_back)
         for source in sources:
@@ -98,8 +127,8 @@ class _Copies:
 
     def __init__(self, things: Iterable[Any], *, of_data: bool = False) -> None:
         self._packages, self._of_data = _packages(things), of_data
-        self._largest = _MOST_OF_DATA if of_data else _MOST_OF_MODULES
-        self._left: float = 10 * _MOST_OF_DATA if of_data else math.inf
+        self._largest = MOST_ENTRIES if of_data else _MOST_OF_MODULES
+        self._left: float = 10 * MOST_ENTRIES if of_data else math.inf
         # By the identity of the original: shared things stay shared, cycles end.
         self._copies: dict[int, Any] = {}
         # The objects whose attributes were replaced, and their own attributes.
@@ -140,8 +169,8 @@ class _Copies:
             elif (type(each) in _CONTAINERS or type(each) is tuple) and id(each) not in seen:
                 seen.add(id(each))
                 entries += len(each)
-                if entries <= self._largest and not _is_plain(each):
-                    waiting += _entries(each)
+                if entries <= self._largest and not is_plain(each):
+                    waiting += entries_of(each)
             if entries > min(self._largest, self._left):
                 return True
         self._left -= entries
@@ -155,7 +184,7 @@ class _Copies:
             self._copies[id(value)] = value.clone()
         elif isinstance(value, np.ndarray):
             self._copies[id(value)] = value.copy()
-        elif isinstance(value, _GENERATORS):
+        elif isinstance(value, GENERATORS):
             self._copies[id(value)] = copy.deepcopy(value)
         elif type(value) in _CONTAINERS:
             self._copy_container(value)
@@ -164,7 +193,7 @@ class _Copies:
             return tuple(self._copied(item) for item in value)
         elif isinstance(value, (MethodType, functools.partial)):
             # One by one: a list of them would be gone at once, and the next one might have its identity.
-            for part in _parts(value):
+            for part in parts(value):
                 self.copied(part)
         elif self._is_entered(value):
             self.enter(value)
@@ -174,7 +203,7 @@ class _Copies:
         twin = copy.copy(value)
         # Before its entries, which may hold the container itself.
         self._copies[id(value)] = twin
-        if _is_plain(value):
+        if is_plain(value):
             return
         if isinstance(twin, dict):
             for key, item in value.items():
@@ -192,7 +221,7 @@ class _Copies:
             return True
         if isinstance(value, (nn.Module, SimpleNamespace)) or dataclasses.is_dataclass(value):
             return True
-        packages = {_package(kind) for kind in type(value).__mro__}
+        packages = {package(kind) for kind in type(value).__mro__}
         # All bases have to be the project's: a library's base may hold what belongs to the whole program.
         return bool(packages & self._packages) and packages <= self._packages | set(sys.stdlib_module_names)
 
@@ -202,71 +231,5 @@ def _packages(things: Iterable[Any]) -> set[str]:
     packages: set[str] = set()
     for thing in things:
         owner = getattr(thing, "__self__", thing)  # of a bound method
-        packages.update(_package(kind) for kind in type(owner).__mro__)
+        packages.update(package(kind) for kind in type(owner).__mro__)
     return packages - _LIBRARIES
-
-
-def _package(kind: type[Any]) -> str:
-    return kind.__module__.partition(".")[0]
-
-
-def _generators_in(sources: Iterable[Any]) -> list[Any]:
-    """Every random generator that can be reached through attributes and containers alone."""
-    generators, waiting = [], deque(sources)
-    # With the objects themselves, so that no new one gets the identity of one that was seen.
-    seen: dict[int, Any] = {}
-    while waiting:
-        value = waiting.popleft()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, _GENERATORS):
-            generators.append(value)
-        else:
-            room = _MOST_SEARCHED - len(seen) - len(waiting)
-            waiting.extend(islice(_parts(value), max(room, 0)))
-    return generators
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, (dict, list, tuple, set, deque)):
-        return [] if len(value) > _MOST_OF_DATA or _is_plain(value) else _entries(value)
-    if isinstance(value, MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, FunctionType):
-        return _variables_of(value)
-    if isinstance(value, (type, ModuleType, Tensor, np.ndarray)) or not hasattr(value, "__dict__"):
-        return []
-    if not isinstance(value, nn.Module) and {_package(kind) for kind in type(value).__mro__} & _TRAINING:
-        return []
-    return list(vars(value).values())
-
-
-def _entries(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
-
-
-def _is_plain(container: Any) -> bool:
-    """Whether all entries of a container are numbers or strings, which nobody can write into."""
-    entries = container.values() if isinstance(container, dict) else container
-    return _PLAIN.issuperset(map(type, entries))
-
-
-def _variables_of(function: FunctionType) -> list[Any]:
-    """The variables of a function that are defined outside of it."""
-    try:
-        outside = inspect.getclosurevars(function)
-    except ValueError:  # a variable that is not defined yet
-        return []
-    return [*outside.nonlocals.values(), *outside.globals.values()]
-
-
-def _state_restorer(generator: Any) -> Callable[[], None]:
-    """A function that gives a random generator the state back that it has now."""
-    if isinstance(generator, random.Random):
-        return functools.partial(generator.setstate, generator.getstate())
-    if isinstance(generator, np.random.Generator):
-        return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    return functools.partial(generator.set_state, generator.get_state())

@@ -1,0 +1,99 @@
+"""Notice which tensors a pass writes, and give them back what they held."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+class Marks:
+    """Of some tensors, what changes when they are written: the version that PyTorch counts, and their memory.
+
+    A write in place through ``.data``, as ``key.data.mul_(0.9)``, leaves no mark.
+
+    Args:
+        tensors: made outside of inference mode.
+
+    Example:
+        >>> weight, other = torch.ones(2), torch.ones(2)
+        >>> marks = Marks([weight, other])
+        >>> _ = weight.add_(1)
+        >>> marks.moved() == [weight]
+        True
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        # With the tensors themselves, so that no new one gets the identity of one that is gone.
+        self._marks = {id(tensor): (tensor, _mark(tensor)) for tensor in tensors}
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether the tensor, the object itself, was there."""
+        return id(tensor) in self._marks
+
+    def has_moved(self, tensor: Tensor) -> bool:
+        """Whether a tensor has been written since, or was not there."""
+        return not self.knows(tensor) or self._marks[id(tensor)][1] != _mark(tensor)
+
+    def moved(self) -> list[Tensor]:
+        """Those that have been written since."""
+        return [tensor for tensor, mark in self._marks.values() if mark != _mark(tensor)]
+
+
+class KeptValues:
+    """Values that tensors get back, whatever has been written into them or put in their place.
+
+    Args:
+        tensors: whose values are kept, in a copy of each.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._kept = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the values into the memory that the tensors had, which DDP and compiled graphs hold."""
+        for tensor, data, value in self._kept:
+            if _memory(tensor) != _memory(data):
+                tensor.data = data
+            tensor.copy_(value)
+
+
+def frozen_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that no optimizer trains, but a step may write: a momentum encoder's, a codebook's.
+
+    Those of tensor subclasses, such as quantized weights and DTensors, are not among them.
+    """
+    found = []
+    for parameter in module.parameters():
+        # Without a shape, or without a version, nothing can be noticed.
+        if parameter.requires_grad or is_lazy(parameter) or parameter.is_inference():
+            continue
+        if type(parameter.data) is Tensor:
+            found.append(parameter)
+    return found
+
+
+def writable_buffers(owner: nn.Module) -> list[Tensor]:
+    """A part's own buffers that can be written: not those made in inference mode or by ``expand``."""
+    found = []
+    for buffer in owner._buffers.values():
+        if buffer is not None and not buffer.is_inference() and not _is_expanded(buffer):
+            found.append(buffer)
+    return found
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several entries are one place in memory, which PyTorch refuses to write."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    return tensor._version, _memory(tensor)
+
+
+def _memory(tensor: Tensor) -> int:
+    # A sparse tensor has several pieces, and its version is enough.
+    return tensor.data_ptr() if tensor.layout == torch.strided else 0

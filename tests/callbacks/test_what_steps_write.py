@@ -1,0 +1,174 @@
+"""A step of two passes writes what a step of one pass writes, whatever it writes and wherever it draws from."""
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import FEATURES, Classifier, TwoPassClassifier, build, fit, make_loader, same, weights
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from two_pass_runs import TWO_PASSES, two_passes
+
+from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, writable_buffers
+
+
+class Following:
+    """A momentum encoder, a count in a frozen parameter, a queue written in place, and noise of generators of its own.
+
+    ``seen`` holds of each pass what its loss depends on besides the weights.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)  # type: ignore[has-type]
+        self.count = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.noise, self.rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+        self.register_buffer("queue", torch.zeros(4))  # type: ignore[attr-defined]
+        self.seen: tuple[tuple[float, ...], ...] = ()
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                own.data = own.data * 0.5 + other.data * 0.5
+            self.count += 1
+            before = self.queue.sum()
+            self.queue[int(self.count) % 4] = self.count
+        noise = torch.randn((), generator=self.noise) + self.rng.random()
+        target = self.teacher(batch[0]).sum()
+        self.seen += ((float(target), float(before), float(noise)),)
+        return super().loss((batch[0] + noise, *batch[1:]), batch_idx)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_parameters_and_queues_move_once_and_both_passes_see_the_same(tmp_path: Any, kind: str) -> None:
+    states = []
+    for each in ("plain", kind):
+        module, callbacks, more = two_passes(each, Following, lr=0.0)
+        module.optimizer_class = torch.optim.SGD
+        fit(tmp_path, module, callbacks, max_epochs=1, **more)
+        states.append((weights(module), module.noise.get_state(), module.rng.random()))
+    assert same(*states)
+    assert module.count == 6
+    first, second = module.seen[::2], module.seen[1::2]
+    # SAM moves the weights themselves in the second pass, and the teacher follows them.
+    assert first == second or kind == "sam"
+
+
+def test_a_teacher_that_follows_a_moving_student_is_the_same_in_both_passes_from_the_second_step_on(
+    tmp_path: Any,
+) -> None:
+    module, callbacks, more = two_passes("fmlora", Following)
+    with torch.no_grad():
+        for parameter in module.teacher.parameters():
+            parameter.add_(0.1)
+    fit(tmp_path, module, callbacks, max_epochs=1, **more)
+    first, second = module.seen[::2], module.seen[1::2]
+    # The first step's first pass is the first to show that the teacher is written.
+    assert first[0][0] != second[0][0]
+    assert first[1:] == second[1:]
+
+
+class Scripted:
+    """A scripted part with BatchNorm, whose state is in C++, and a buffer that is expanded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(0)
+        self.extractor = torch.jit.script(nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES)))
+        self.register_buffer("mask", torch.ones(1, FEATURES).expand(4, FEATURES))  # type: ignore[attr-defined]
+        self.register_buffer("batches", torch.zeros(()))  # type: ignore[attr-defined]
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        self.batches += 1
+        return super().loss((self.extractor(batch[0] * self.mask), *batch[1:]), batch_idx)  # type: ignore[misc]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_scripted_parts_and_expanded_buffers_are_written_once(tmp_path: Any, kind: str) -> None:
+    states = []
+    for each in ("plain", kind):
+        module, callbacks, more = two_passes(each, Scripted, lr=0.0)
+        module.optimizer_class = torch.optim.SGD
+        fit(tmp_path, module, callbacks, max_epochs=1, **more)
+        states.append(weights(module))
+    assert same(*states)
+    assert module.batches == 6
+
+
+class Pair(NamedTuple):
+    """A batch that can't be built from an iterable."""
+
+    parts: dict[str, Tensor]
+    more: list[Tensor]
+
+
+@dataclass
+class Batch:
+    """A batch whose tensors a step may replace."""
+
+    inputs: Tensor
+    labels: Tensor
+    factor: Tensor
+
+
+BATCHES: dict[str, Any] = {
+    "dataclass": lambda batch: Batch(*batch),
+    "named tuple": lambda batch: Pair({"inputs": batch[0]}, [batch[1], batch[2]]),
+    "ordered": lambda batch: OrderedDict(parts={"inputs": batch[0]}, more=[batch[1], batch[2]]),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("front_end", ["fmlora", "module"])
+def test_a_step_may_take_batches_of_any_class_apart(tmp_path: Any, front_end: str, kind: str) -> None:
+    class Taking:
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            if kind == "dataclass":
+                # In place of the old tensor, as a step may normalize its batch.
+                batch.inputs = batch.inputs + 1
+                return super().loss((batch.inputs, batch.labels, batch.factor), batch_idx)  # type: ignore[misc]
+            parts, more = batch if kind == "named tuple" else batch.values()
+            factor, labels = more.pop(), more.pop()
+            return super().loss((parts.pop("inputs") + 1, labels, factor), batch_idx)  # type: ignore[misc]
+
+    class Shifting:
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            return super().loss((batch[0] + 1, *batch[1:]), batch_idx)  # type: ignore[misc]
+
+    trained = []
+    for own, as_batch in ((Shifting, tuple), (Taking, BATCHES[kind])):
+        classes = type("Own", (own, Classifier), {}), type("Own", (own, TwoPassClassifier), {})
+        module, callbacks, more = build(front_end, classes=classes)
+        batches = [as_batch(batch) for batch in make_loader(4)]
+        fit(tmp_path, module, callbacks, loader=DataLoader(batches, batch_size=None), **more)
+        trained.append(weights(module))
+    assert same(*trained)
+
+
+def test_what_is_written_is_noticed_and_put_back() -> None:
+    module = nn.Module()
+    module.replaced, module.in_place = (nn.Parameter(torch.ones(2), requires_grad=False) for _ in range(2))
+    module.trained = nn.Parameter(torch.ones(2))
+    module.register_buffer("sparse", torch.eye(2).to_sparse())
+    module.register_buffer("expanded", torch.ones(1).expand(3))
+    frozen, buffers = frozen_parameters(module), writable_buffers(module)
+    assert frozen == [module.replaced, module.in_place]
+    assert len(buffers) == 1
+    marks, values = Marks([*frozen, *buffers]), KeptValues([*frozen, *buffers])
+    assert marks.moved() == []
+    memory = module.replaced.data_ptr()
+    module.replaced.data = torch.zeros(2)
+    with torch.no_grad():
+        module.in_place.zero_()
+    module.sparse.zero_()
+    assert [id(tensor) for tensor in marks.moved()] == [id(tensor) for tensor in (*frozen, *buffers)]
+    assert marks.has_moved(torch.zeros(1))
+    values.put_back()
+    assert module.replaced.data_ptr() == memory
+    assert module.replaced.tolist() == module.in_place.tolist() == [1, 1]
+    assert torch.equal(module.sparse.to_dense(), torch.eye(2))
