@@ -122,7 +122,8 @@ def _try_the_disk(trainer: Trainer, folder: Path, selection: Selection, linked: 
             if size <= _MOST_BYTES and not is_sharded(trainer.strategy.model):
                 module = unwrapped(trainer.lightning_module)
                 finder = record_of(trainer.lightning_module).finder
-                save_adapters(module, module.state_dict(), trial, finder)
+                # In a folder of their own, since an adapter's subfolder has the adapter's name, whatever that is.
+                save_adapters(module, module.state_dict(), trial / "adapters", finder)
     finally:
         for each in made:
             # Another process may have written into the folder in the meantime.
