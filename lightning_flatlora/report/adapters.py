@@ -17,6 +17,8 @@ _MODELS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
 }
+_PREFIX = "base_model.model."
+"""What peft puts before the base's own names in an adapter's file."""
 Weights = dict[str, torch.Tensor]
 
 
@@ -130,10 +132,10 @@ def _tokenizer(folder: AdapterFolder, base: str) -> Any:
 
 
 def _base_model(base: str, task: str, saved: Weights, options: Options, tokenizer: Any) -> Any:
-    labels = _labels(saved) if task == "SEQ_CLS" else None
+    labels = _labels(base, saved) if task == "SEQ_CLS" else None
     extra = {"num_labels": labels} if labels else {}
     model, info = _MODELS[task].from_pretrained(base, dtype=DTYPES[options.dtype], output_loading_info=True, **extra)
-    in_adapter = {name.removeprefix("base_model.model.") for name in saved}
+    in_adapter = {name.removeprefix(_PREFIX) for name in saved}
     missing = sorted(set(info["missing_keys"]) - in_adapter)
     if missing:
         raise ReportError(
@@ -151,10 +153,26 @@ def padding(tokenizer: Any) -> int:
     return next((int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
-def _labels(saved: Weights) -> int | None:
-    """Number of classes of the head that an adapter brings: nothing else in it has so few rows."""
-    rows = [weight.shape[0] for name, weight in saved.items() if "lora_" not in name and weight.ndim == 2]
-    return min(rows, default=None)
+def _labels(base: str, saved: Weights) -> int | None:
+    """Number of classes of the head that an adapter brings, None if it brings none.
+
+    The head has another name in each kind of model, and an adapter may bring other layers too. So the base's own class
+    says which weight grows with the number of classes.
+    """
+    two, three = _shapes_of_classifier(base, 2), _shapes_of_classifier(base, 3)
+    for name, shape in two.items():
+        weight = saved.get(f"{_PREFIX}{name}")
+        if weight is not None and shape != three[name]:
+            return int(weight.shape[0])
+    return None
+
+
+def _shapes_of_classifier(base: str, labels: int) -> dict[str, torch.Size]:
+    """The shapes of a classifier's weights by their names; no weight is loaded."""
+    config = transformers.AutoConfig.from_pretrained(base, num_labels=labels)
+    with torch.device("meta"):
+        model = _MODELS["SEQ_CLS"].from_config(config)
+    return {name: weight.shape for name, weight in model.state_dict().items()}
 
 
 def _check_whole(where: str, saved: Weights, model: PeftModel) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import build, fit, same, weights
+from helpers import CLASSES, FEATURES, Classifier, build, fit, same, weights
 from lightning.pytorch.loggers import CSVLogger
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 from lightning_flatlora import AdapterCheckpoint
 from lightning_flatlora.callbacks.checkpoint import folder as folders
@@ -168,6 +170,15 @@ def test_a_folder_without_list_is_ours_if_its_file_is(tmp_path: Path) -> None:
     assert adapter_folder(tmp_path / "step=6.ckpt").name == "step=6"
     train(tmp_path, saver(tmp_path, enable_version_counter=False), max_epochs=1)
     assert json.loads((tmp_path / "step=6" / LIST).read_text())["checkpoint"] == "step=6.ckpt"
+
+
+@pytest.mark.parametrize("name", ["file", "other", "link", "adapters"])
+def test_an_adapter_may_have_any_name(tmp_path: Path, name: str) -> None:
+    """Its subfolder is not in the way of what is tried before the first step."""
+    base = nn.Sequential(nn.Linear(FEATURES, CLASSES))
+    net = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
+    fit(tmp_path, Classifier(net=net), [saver(tmp_path, save_last="link")], max_epochs=1)
+    assert (tmp_path / "last" / name / WEIGHTS).exists()
 
 
 @pytest.mark.parametrize("extension", [".pt", "", ".adapter.ckpt"])

@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from report_models import save_adapter, save_base, write_rows
+from report_models import make_tokenizer, save_adapter, save_base, transformers, write_rows
 
 from lightning_flatlora.report.adapters import Adapted, load
 from lightning_flatlora.report.options import AdapterFolder, Options, ReportError
+
+SIZES = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
 
 
 @pytest.fixture
@@ -52,6 +61,49 @@ def test_a_classifier_has_the_adapters_head(classifiers: tuple[Path, Path], data
     assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
     again = loaded(classifiers[0], data).model  # a random head would differ
     assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, again(torch.tensor([[5, 6, 7]])).logits)
+
+
+@pytest.mark.parametrize(
+    ("classes", "more"),
+    [
+        (3, {"trainable_token_indices": [1, 2]}),
+        (20, {"modules_to_save": ["k_proj"]}),
+        (20, {"trainable_token_indices": [1, 2], "modules_to_save": ["norm"]}),
+    ],
+)
+def test_the_number_of_classes_is_the_heads_whatever_else_an_adapter_brings(
+    classes: int, more: dict[str, Any], base: Path, tmp_path: Path, data: Path
+) -> None:
+    """Here trained tokens, or whole layers, that have fewer rows than there are classes."""
+    adapter = save_adapter(tmp_path / "adapter", base, task="SEQ_CLS", classes=classes, **more)
+    model = loaded(adapter, data).model
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, classes)
+
+
+def roberta() -> Any:
+    """Its head has two layers, the first of which has fewer rows than there are classes."""
+    return transformers.RobertaModel(transformers.RobertaConfig(**SIZES))
+
+
+def xlnet() -> Any:
+    """Its head has a name that peft does not save by itself."""
+    sizes = {"vocab_size": 20, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    return transformers.XLNetModel(transformers.XLNetConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (roberta, {"target_modules": ["query"]}),
+        (xlnet, {"target_modules": ["layer_1"], "modules_to_save": ["sequence_summary", "logits_proj"]}),
+    ],
+)
+def test_heads_of_other_models_are_found(make: Any, more: dict[str, Any], tmp_path: Path, data: Path) -> None:
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", task="SEQ_CLS", classes=20, **more)
+    assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
 
 
 def test_a_classifier_without_a_head_is_refused(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:

@@ -18,6 +18,7 @@ from lightning_flatlora.callbacks.checkpoint.export import save_adapters
 from lightning_flatlora.callbacks.checkpoint.loading import compare_base, read_adapters
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, found_hosts, hosts, unwrapped
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
+from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of
 from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
 from lightning_flatlora.callbacks.methods.checks import refuse
 from lightning_flatlora.callbacks.patches import without_logging
@@ -228,5 +229,5 @@ def _announce(selection: Selection) -> None:
 
 def _size(entries: dict[str, Entry]) -> str:
     tensors = {id(entry.value): entry.value for entry in entries.values() if isinstance(entry.value, Tensor)}
-    megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    megabytes = sum(bytes_of(tensor) for tensor in tensors.values()) / 1e6
     return f"{len(tensors)} tensors, {megabytes:.1f} MB"

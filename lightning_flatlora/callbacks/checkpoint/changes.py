@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
+from lightning_flatlora.callbacks.checkpoint.sparse import dense_parts
 from lightning_flatlora.lora_pair import Finder
 
 _WIDTH = 1021
@@ -190,6 +191,14 @@ def _if_readable(read: Callable[[Tensor], Tensor | None], tensor: Tensor) -> Ten
 
 
 def _sum(tensor: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in dense_parts(tensor):
+        # Times an odd number, so that it matters which part is which.
+        total = 31 * total + _sum_of_dense(part)
+    return total
+
+
+def _sum_of_dense(tensor: Tensor) -> Tensor:
     octets = tensor.contiguous().view(-1).view(torch.uint8)
     # A slice of another tensor, which can't be read in words in place.
     if octets.storage_offset() % _WORD:
@@ -215,11 +224,12 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _sample(tensor: Tensor) -> Tensor | None:
     """A few elements, evenly spaced from the first to the last, since new rows of an embedding stand at its end."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    values = dense_parts(tensor)[-1]
+    if not values.is_floating_point() or values.numel() == 0:
         return None
-    last = tensor.numel() - 1
-    places = torch.tensor([i * last // (_SAMPLES - 1) for i in range(_SAMPLES)], device=tensor.device)
-    return tensor.reshape(-1)[places].to(torch.float32)
+    last = values.numel() - 1
+    places = torch.tensor([i * last // (_SAMPLES - 1) for i in range(_SAMPLES)], device=values.device)
+    return values.reshape(-1)[places].to(torch.float32)
 
 
 def _fetched(results: Mapping[str, Tensor | None]) -> dict[str, Any]:

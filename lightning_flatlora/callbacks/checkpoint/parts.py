@@ -8,14 +8,17 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_flatlora.lora_pair import Finder, all_factors, pairs_from
 from lightning_flatlora.pairs import bare
+
+_OF_PEFT = (PeftModel, BaseTuner)
+"""Classes of peft's own around a model; with an adapter that is injected there is nothing around it."""
 
 
 class Kind(Enum):
@@ -120,11 +123,20 @@ def hosts(module: nn.Module) -> dict[str, nn.Module]:
         >>> list(hosts(nn.ModuleDict({"net": net, "head": nn.Linear(3, 2)})))
         ['net']
     """
-    outermost: dict[str, nn.Module] = {}
+    candidates: dict[str, nn.Module] = {}
     for name, part in module.named_modules():
-        is_inside = any(name.startswith(prefix_of(outer)) for outer in outermost)
-        # Of nested ones only the outermost counts, because peft saves everything inside of it.
-        if not is_inside and (isinstance(part, PeftModel) or _is_injected(part)):
+        if isinstance(part, _OF_PEFT) or _has_configs(part):
+            candidates[name] = part
+    holding: dict[str, nn.Module] = {}
+    for name, part in candidates.items():
+        inner = [other for other in candidates.values() if _is_inside(other, part)]
+        if isinstance(part, _OF_PEFT) or _has_layers_outside(part, inner):
+            holding[name] = part
+    outermost: dict[str, nn.Module] = {}
+    for name, part in holding.items():
+        # Of nested ones only the outermost counts, because peft saves everything inside of it. The names don't show
+        # what is nested: the base of a peft model may be an attribute of the module too.
+        if not any(_is_inside(part, other) for other in holding.values()):
             outermost[name] = part
     return outermost
 
@@ -139,11 +151,33 @@ def prefix_of(name: str) -> str:
     return f"{name}." if name else ""
 
 
-def _is_injected(part: nn.Module) -> bool:
+def _has_configs(part: nn.Module) -> bool:
+    """Whether a module has the attribute in which peft's injection leaves its configs; it may be a user's own."""
     configs = vars(part).get("peft_config")
     if not isinstance(configs, dict) or not configs:
         return False
-    return any(isinstance(layer, BaseTunerLayer) for layer in part.modules())
+    return all(isinstance(config, PeftConfig) for config in configs.values())
+
+
+def _has_layers_outside(part: nn.Module, inner: Iterable[nn.Module]) -> bool:
+    """Whether a module has peft's layers that are in none of those inside of it.
+
+    If it has none, its configs are an attribute of the user's, such as those that the peft model inside was made with.
+    """
+    covered = _ids(inner)
+    return any(isinstance(layer, BaseTunerLayer) and id(layer) not in covered for layer in part.modules())
+
+
+def _is_inside(part: nn.Module, outer: nn.Module) -> bool:
+    return part is not outer and any(inner is part for inner in outer.modules())
+
+
+def _ids(roots: Iterable[nn.Module]) -> set[int]:
+    """The ids of modules and of all that are inside of them."""
+    ids: set[int] = set()
+    for root in roots:
+        ids.update(id(part) for part in root.modules())
+    return ids
 
 
 def found_hosts(module: nn.Module, finder: Finder | None) -> dict[str, nn.Module]:
@@ -175,7 +209,8 @@ def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Ent
     # Before all else, since under FSDP2 this call brings back the sharded parameters.
     state = module.state_dict(keep_vars=True)
     factors = found_factors(module, finder)
-    bases = {**hosts(module), **_holding(module, factors), **_with_a_loader(module)}
+    roots = {**hosts(module), **_holding(module, factors), **_with_a_loader(module)}
+    bases = _places(module, roots.values())
     adapters = _Group(chain(_of_adapters(module), factors.items()))
     base = _Group(chain.from_iterable(_named_tensors(name, root) for name, root in bases.items()))
     tensors = {name for name, _ in _named_tensors("", module)}
@@ -191,6 +226,17 @@ def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Ent
             kind = Kind.DERIVED
         entries[name] = Entry(value, kind)
     return entries
+
+
+def _places(module: nn.Module, roots: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The outermost names under which modules, or parts of them, stand: a part may be an attribute elsewhere too."""
+    inside = _ids(roots)
+    places: dict[str, nn.Module] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        is_covered = name.startswith(tuple(prefix_of(place) for place in places))
+        if id(part) in inside and not is_covered:
+            places[name] = part
+    return places
 
 
 class _Group:

@@ -15,6 +15,7 @@ from lightning_flatlora.callbacks.checkpoint.export import check_configs, save_a
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import check_form
 from lightning_flatlora.callbacks.checkpoint.parts import Kind, unwrapped
 from lightning_flatlora.callbacks.checkpoint.saving import Selection
+from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of
 
@@ -118,11 +119,12 @@ def _try_the_disk(trainer: Trainer, folder: Path, selection: Selection, linked: 
             if linked:
                 os.symlink("other", trial / "link")
             adapters = [entry.value for entry in selection.saved.values() if entry.kind is Kind.ADAPTER]
-            size = sum(value.nbytes for value in adapters if isinstance(value, Tensor))
+            size = sum(bytes_of(value) for value in adapters if isinstance(value, Tensor))
             if size <= _MOST_BYTES and not is_sharded(trainer.strategy.model):
                 module = unwrapped(trainer.lightning_module)
                 finder = record_of(trainer.lightning_module).finder
-                save_adapters(module, module.state_dict(), trial, finder)
+                # In a folder of their own, since an adapter's subfolder has the adapter's name, whatever that is.
+                save_adapters(module, module.state_dict(), trial / "adapters", finder)
     finally:
         for each in made:
             # Another process may have written into the folder in the meantime.

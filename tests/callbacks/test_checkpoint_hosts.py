@@ -1,0 +1,161 @@
+"""Which parts of a module hold adapters, whatever attributes it has and under whatever names its parts stand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpointed_bases import saver, state
+from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same, weights
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraModel
+from quantized_bases import BASES
+from quantized_bases import network as quantized_network
+from torch import Tensor, nn
+
+from lightning_flatlora.callbacks.checkpoint.parts import Kind, entries_of, hosts
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+ARGUMENTS = {"r": 2, "target_modules": ["0", "2"]}
+
+
+def config(**kwargs: Any) -> LoraConfig:
+    return LoraConfig(**{**ARGUMENTS, "init_lora_weights": False, **kwargs})
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES))
+
+
+class Projects(Classifier):
+    """Has a frozen random layer before the network, which no loader gives again."""
+
+    def __init__(self, seed: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        torch.manual_seed(seed)
+        self.projection = nn.Linear(FEATURES, FEATURES).requires_grad_(False)
+
+    def loss(self, batch: Any, batch_idx: int) -> Tensor | None:
+        inputs, labels, factor = batch
+        return super().loss((self.projection(inputs), labels, factor), batch_idx)
+
+
+def in_a_peft_model() -> nn.Module:
+    return get_peft_model(base(), config())
+
+
+def injected() -> nn.Module:
+    return inject_adapter_in_model(config(), base())
+
+
+OWN_CONFIGS = {
+    "the arguments": lambda net: ARGUMENTS,
+    "the config by the adapter's name": lambda net: {"default": config()},
+    "the network's own": lambda net: net.peft_config,
+}
+
+
+@pytest.mark.parametrize("kind", OWN_CONFIGS)
+@pytest.mark.parametrize("make", [in_a_peft_model, injected])
+def test_a_modules_own_attribute_called_peft_config_changes_nothing(tmp_path: Path, make: Any, kind: str) -> None:
+    def module(seed: int) -> Projects:
+        made = Projects(seed, net=make())
+        made.peft_config = OWN_CONFIGS[kind](made.net)
+        return made
+
+    whole = module(1)
+    assert list(hosts(whole)) == ["net"]
+    fit(tmp_path, whole, [saver(tmp_path / "1")])
+    saved = state(tmp_path / "1" / "step=6.ckpt")
+    assert {"projection.weight", "projection.bias"} <= set(saved)
+    assert not [name for name in saved if "base_layer" in name]
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "1" / "step=12"))
+    inputs = torch.randn(5, FEATURES)
+    assert torch.equal(loaded(inputs), whole.net(inputs))
+    resumed = module(2)
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_peft_config_in_a_module_without_adapters_makes_it_no_host() -> None:
+    module = nn.ModuleDict({"net": in_a_peft_model(), "plain": base()})
+    module["plain"].peft_config = {"default": config()}
+    assert list(hosts(module)) == ["net"]
+
+
+HOSTS = {
+    "a peft model": (in_a_peft_model, "net"),
+    "a mixed model": (lambda: PeftMixedModel(base(), config()), "net.base_model"),
+    "a tuner": (lambda: LoraModel(base(), config(), "default"), "net"),
+    "a model into which an adapter was injected": (injected, "net"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_an_adapter_is_found_however_it_came_into_the_model(tmp_path: Path, kind: str) -> None:
+    make, expected = HOSTS[kind]
+    module = Classifier(net=make())
+    assert list(hosts(module)) == [expected]
+    fit(tmp_path, module, [saver(tmp_path)])
+    assert len(state(tmp_path / "step=12.ckpt")) == 4
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "step=12"))
+    inputs = torch.randn(5, FEATURES)
+    assert torch.equal(loaded(inputs), module.net(inputs))
+
+
+def test_an_adapter_that_was_injected_into_the_module_itself_is_found(tmp_path: Path) -> None:
+    """Beside another network, which had an adapter before."""
+    module = Classifier(net=base().requires_grad_(False))
+    module.teacher = in_a_peft_model()
+    inject_adapter_in_model(config(target_modules=["net.0", "net.2"]), module)
+    assert list(hosts(module)) == [""]
+    fit(tmp_path, module, [saver(tmp_path)])
+    assert "net.0.lora_A.default.weight" in state(tmp_path / "step=12.ckpt")
+    assert "net.0.base_layer.weight" not in state(tmp_path / "step=12.ckpt")
+
+
+class Keeps(Classifier):
+    """Its base, or a layer of that, is an attribute too, which is assigned before the peft model or after it."""
+
+    def __init__(self, order: tuple[str, ...], network: nn.Module) -> None:
+        super().__init__(net=nn.Identity())
+        del self.net
+        parts = {"net": network, "base": network.get_base_model(), "layer": network.get_base_model()[0]}
+        for name in order:
+            setattr(self, name, parts[name])
+
+
+ORDERS = [("base", "net"), ("net", "base"), ("layer", "net"), ("net", "layer"), ("layer", "base", "net")]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_base_that_the_module_keeps_beside_the_peft_model_is_no_second_host(
+    tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    whole = Keeps(order, in_a_peft_model())
+    assert hosts(whole) == {"net": whole.net}
+    fit(tmp_path, whole, [saver(tmp_path / "1", save_last=True)])
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "1" / "last"))
+    inputs = torch.randn(5, FEATURES)
+    assert torch.equal(loaded(inputs), whole.net(inputs))
+    saved = state(tmp_path / "1" / "last.ckpt")
+    assert not [name for name in saved if "base_layer" in name]
+    resumed = Keeps(order, in_a_peft_model())
+    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("quantize", BASES)
+def test_what_a_quantized_layer_keeps_is_derived_under_each_of_its_names(quantize: Any, order: tuple[str, ...]) -> None:
+    entries = entries_of(Keeps(order, quantized_network(quantize)))
+    kinds = {name: entry.kind for name, entry in entries.items()}
+    assert Kind.DERIVED in kinds.values()
+    assert Kind.OWN not in kinds.values()
+
+
+def test_two_peft_models_are_two_hosts() -> None:
+    module = nn.ModuleDict({"one": in_a_peft_model(), "other": in_a_peft_model()})
+    module.peft_config = {"default": config()}
+    assert list(hosts(module)) == ["one", "other"]
