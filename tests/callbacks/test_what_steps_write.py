@@ -54,8 +54,10 @@ def test_parameters_and_queues_move_once_and_both_passes_see_the_same(tmp_path: 
     assert same(*states)
     assert module.count == 6
     first, second = module.seen[::2], module.seen[1::2]
+    # The first step's first pass is the first to show what is written.
+    assert first[0] != second[0]
     # SAM moves the weights themselves in the second pass, and the teacher follows them.
-    assert first == second or kind == "sam"
+    assert first[1:] == second[1:] or kind == "sam"
 
 
 def test_a_teacher_that_follows_a_moving_student_is_the_same_in_both_passes_from_the_second_step_on(
@@ -67,7 +69,6 @@ def test_a_teacher_that_follows_a_moving_student_is_the_same_in_both_passes_from
             parameter.add_(0.1)
     fit(tmp_path, module, callbacks, max_epochs=1, **more)
     first, second = module.seen[::2], module.seen[1::2]
-    # The first step's first pass is the first to show that the teacher is written.
     assert first[0][0] != second[0][0]
     assert first[1:] == second[1:]
 

@@ -24,8 +24,8 @@ class SecondPass:
     from those that the module keeps. What a step writes into buffers and frozen parameters (BatchNorm's statistics, a
     queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second
     pass begins with the buffers and frozen parameters that the first began with, so that both see the same loss
-    function. Only what a first pass has been seen to write is copied: a momentum encoder in the first step has moved
-    when the second pass begins, and from the second step on it has not.
+    function. Only what a first pass has been seen to write is copied, so in the first step alone the second pass begins
+    with what the first has left.
 
     Numbers and collections that a step keeps on the module itself may belong to a single pass, so they are left alone.
     If both passes change one of them, a warning says so once. Parameters are not watched under FSDP, nor where they are
@@ -54,8 +54,8 @@ class SecondPass:
         self.parameters = list(pl_module.parameters())
         self._pl_module = pl_module
         self._is_sharded = is_sharded
-        # The identities of the tensors that a first pass has written. Before the first one, any buffer may be written.
-        self._written: set[int] | None = None
+        # The identities of the tensors that a first pass has written.
+        self._written: set[int] = set()
         self._marks = Marks()
         self._before = KeptValues()
         self._bound_before = _Bindings([])
@@ -76,14 +76,16 @@ class SecondPass:
     def first_pass_starts(self, device: torch.device) -> None:
         """Record the current state, to see what the pass changes; the device is that on which it draws."""
         self._random_states = [random_state(device), *map(state_restorer, self._generators)]
-        buffers, read = [], []
+        buffers: list[Tensor] = []
+        read: list[Tensor] = []
         for owner in self._owners:
             of_owner = writable_buffers(owner)
             buffers += of_owner
-            # In training a norm only writes its statistics.
-            read += [] if _tracks(owner) else of_owner
+            if not _tracks(owner):
+                read += of_owner
         self._marks = Marks([*buffers, *self._frozen])
-        self._before = KeptValues(read if self._written is None else self._known([*read, *self._frozen]))
+        # Of the others there may be too much to copy, such as a data set among the buffers.
+        self._before = KeptValues(tensor for tensor in [*read, *self._frozen] if id(tensor) in self._written)
         self._bound_before = _Bindings(self._owners)
         self._updates_before = [(metric, metric.update_count) for metric in self._metrics]
         self._counts_before = _counts(self._pl_module) if self._may_warn else None
@@ -118,11 +120,6 @@ class SecondPass:
                 put_back()
         self._warn_of_counts(counts)
 
-    def _known(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those that a first pass has written."""
-        written = self._written or set()
-        return [tensor for tensor in tensors if id(tensor) in written]
-
     def _written_tensors(self) -> list[Tensor]:
         """All buffers of the parts in which the first pass has written one, and the parameters that it has written."""
         written: list[Tensor] = [parameter for parameter in self._frozen if self._marks.has_moved(parameter)]
@@ -132,8 +129,7 @@ class SecondPass:
             if _tracks(owner) or any(map(self._marks.has_moved, buffers)):
                 written += buffers
         # What a step puts in a buffer's place is another tensor each time, and would be remembered for nothing.
-        lasting = {id(tensor) for tensor in written if self._marks.knows(tensor)}
-        self._written = lasting | (self._written or set())
+        self._written |= {id(tensor) for tensor in written if self._marks.knows(tensor)}
         return written
 
     def _warn_of_counts(self, between: dict[str, int]) -> None:
