@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.module_driver.manual_schedulers import counting_windows
+
 _SECONDS = 10.0  # between two lines
 
 
@@ -107,11 +109,11 @@ class ProgressLines(ProgressBar):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches
+        # FMLoRA's module accumulates by itself, which the trainer does not know.
+        with counting_windows(trainer, getattr(pl_module, "accumulate_grad_batches", trainer.accumulate_grad_batches)):
+            steps = trainer.estimated_stepping_batches
         if self._is_on and not math.isinf(steps):
-            # FMLoRA's module accumulates by itself, which the trainer's estimate leaves out.
-            steps = math.ceil(steps / getattr(pl_module, "accumulate_grad_batches", 1))
-            self._training = Lines(f"{self._name}, training steps", steps, trainer.global_step)
+            self._training = Lines(f"{self._name}, training steps", int(steps), trainer.global_step)
 
     @override
     def on_train_batch_end(

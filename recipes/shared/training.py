@@ -117,7 +117,7 @@ class RecipeModule(L.LightningModule):
                 )
 
     def optimizer_steps(self) -> int:
-        """Optimizer steps of the whole run.
+        """Optimizer steps of the whole run, for ``configure_optimizers``.
 
         Raises:
             MisconfigurationException: the run has no end.

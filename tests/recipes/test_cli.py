@@ -52,7 +52,8 @@ class Tiny(RecipeModule):
 
     @override
     def recipe_schedule(self, optimizer: Any) -> LRScheduler:
-        return LambdaLR(optimizer, lambda step: 1 - step / self.optimizer_steps())
+        steps = self.optimizer_steps()
+        return LambdaLR(optimizer, lambda step: 1 - step / steps)
 
     @override
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:

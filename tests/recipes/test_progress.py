@@ -8,7 +8,9 @@ pytest.importorskip("rich", reason="the recipes' dependencies are not installed"
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
+from peft import LoraConfig, get_peft_model
 
+from lightning_flatlora import FMLoRAModule
 from recipes.shared import progress as progress_module
 from recipes.shared.progress import Lines, ProgressLines, progress, progress_bar
 
@@ -89,3 +91,35 @@ def test_training_and_tests_are_told(capsys: pytest.CaptureFixture[str]) -> None
         " test batches: 0 of 2",
         " test batches: 2 of 2, 0 s",
     ]
+
+
+class OwnWindows(FMLoRAModule):
+    """Two batches a step, which the trainer does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__(rho=0.1, accumulate_grad_batches=2)
+        self.net = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+
+    def compute_loss(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.usefixtures("stopped_clock")
+@pytest.mark.parametrize(("max_steps", "steps"), [(-1, 4), (3, 3)])
+def test_the_windows_of_a_module_of_its_own_are_counted(
+    max_steps: int, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        max_steps=max_steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[ProgressLines("LoRA")],
+    )
+    trainer.fit(OwnWindows(), torch.utils.data.DataLoader(torch.ones(8, 4), batch_size=1))
+    assert f"training steps: {steps} of {steps}" in capsys.readouterr().out

@@ -43,7 +43,7 @@ class ManualSchedulers:
 
         @functools.wraps(original)
         def configure_optimizers() -> Any:
-            with _accumulation(pl_module.trainer, window):
+            with counting_windows(pl_module.trainer, window):
                 return self._without_plateau_keys(original())
 
         self._listening.callback(put_on_instance(pl_module, "configure_optimizers", configure_optimizers))
@@ -120,8 +120,8 @@ class ManualSchedulers:
 
 
 @contextmanager
-def _accumulation(trainer: Trainer, window: int) -> Iterator[None]:
-    """Inside, the trainer counts so many batches as one optimizer step."""
+def counting_windows(trainer: Trainer, window: int) -> Iterator[None]:
+    """Inside, ``trainer.estimated_stepping_batches`` counts so many batches as one optimizer step."""
     before = trainer.accumulate_grad_batches
     trainer.accumulate_grad_batches = window
     try:
