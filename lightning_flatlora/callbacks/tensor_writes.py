@@ -54,9 +54,19 @@ class KeptValues:
     def put_back(self) -> None:
         """Write the values into the memory that the tensors had, which DDP and compiled graphs hold."""
         for tensor, data, value in self._kept:
-            if _memory(tensor) != _memory(data):
-                tensor.data = data
+            put_memory_back(tensor, data)
             tensor.copy_(value)
+
+
+def put_memory_back(tensor: Tensor, data: Tensor) -> None:
+    """Let a tensor hold the memory again that it had, where another one has been put in its place.
+
+    Args:
+        tensor: whose ``data`` may have been replaced.
+        data: the former one.
+    """
+    if _memory(tensor) != _memory(data):
+        tensor.data = data
 
 
 def frozen_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -29,7 +29,7 @@ from lightning_flatlora.callbacks.reachable import (
     parts,
     state_restorer,
 )
-from lightning_flatlora.callbacks.tensor_writes import KeptValues, frozen_parameters, writable_buffers
+from lightning_flatlora.callbacks.tensor_writes import KeptValues, frozen_parameters, put_memory_back, writable_buffers
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_flatlora", *sys.stdlib_module_names}
@@ -59,7 +59,7 @@ def undisturbed(pl_module: LightningModule, written: Iterable[Tensor] = ()) -> I
         copies = _Copies([pl_module])
         stack.callback(copies.put_back)
         for parameter in frozen_parameters(pl_module):
-            stack.callback(setattr, parameter, "data", parameter.data)
+            stack.callback(put_memory_back, parameter, parameter.data)
         stack.callback(KeptValues(written).put_back)
         stack.enter_context(_scripted_in_eval(pl_module))
         for module in pl_module.modules():
