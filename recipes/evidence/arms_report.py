@@ -64,19 +64,20 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
         panels: by their title, what is measured at each number, in percent.
 
     Returns:
-        None where there are no arms.
+        None where there are no arms. Those with a single seed, whose mean has no interval, are left out.
     """
-    if not arms:
+    drawn = {arm: rows for arm, rows in arms.items() if len({row["seed"] for row in rows}) > 1}
+    if not drawn:
         return None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     others = cycle(_OTHER_COLOURS)
-    colours = {arm: COLOURS.get(TITLES[arm]) or next(others) for arm in arms}
+    colours = {arm: COLOURS.get(TITLES[arm]) or next(others) for arm in drawn}
     for axes, (name, measures) in zip(all_axes, panels.items(), strict=True):
-        for place, (arm, rows) in enumerate(arms.items()):
+        for place, (arm, rows) in enumerate(drawn.items()):
             found = [estimate(list(measure(rows).values())) for measure in measures.values()]
             # Side by side, so that no interval hides another one.
-            shift = _APART * (max(measures) - min(measures)) * (place - (len(arms) - 1) / 2)
+            shift = _APART * (max(measures) - min(measures)) * (place - (len(drawn) - 1) / 2)
             axes.errorbar(
                 [number + shift for number in measures],
                 [one.mean for one in found],

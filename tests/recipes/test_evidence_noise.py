@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,18 @@ def test_a_picture_needs_two_shares_and_a_table_one() -> None:
     assert losses.rows == [["LoRA", "2.000 → 3.000"]]
     assert noise_figure("w2", rows) is None
     assert noise_tables("w2", {}) == []
+
+
+def test_an_arm_with_a_single_seed_is_in_the_table_and_not_in_the_picture() -> None:
+    rows: dict[str, list[Any]] = {"lora": [], "efmlora": []}
+    for arm, seed in (("lora", 0), ("lora", 1), ("efmlora", 0)):
+        for noise in (0.0, 0.4):
+            best = {"test_accuracy": 0.5 + 0.1 * seed, "test_loss": 2.0}
+            rows[arm].append({"seed": seed, "settings": {"noise": noise}, **best, "at_end": best})
+    assert [line[0] for line in noise_tables("w2", rows)[0].rows] == ["LoRA", "EFMLoRA"]
+    figure = noise_figure("w2", rows)
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA"]
 
 
 def test_both_moments_of_a_run_are_told_apart_and_failed_runs_have_one() -> None:
