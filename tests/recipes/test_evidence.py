@@ -336,7 +336,7 @@ def test_rows_of_other_settings_do_not_count(tmp_path: Path) -> None:
     assert len(other.open_runs()) == 60
 
 
-@pytest.mark.parametrize("workload", ["w1", "w3"])
+@pytest.mark.parametrize("workload", ["w1", "w2", "w3"])
 def test_published_rows_are_those_of_the_workloads_runs(workload: str, tmp_path: Path) -> None:
     """A change of the settings would make all of them strangers."""
     published = Path(__file__).parents[2] / f"docs/results/evidence_{workload}.jsonl"
