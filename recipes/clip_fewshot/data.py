@@ -124,8 +124,8 @@ class FewShotData(ResumableData):
         # Its ``preprocess_cfg`` holds the model's image size, mean and standard deviation.
         module: Any = trainer.lightning_module
         if part == "train":
-            # The Trainer accumulates for callbacks, and FMLoRA's module by itself.
-            accumulated = trainer.accumulate_grad_batches * getattr(module, "accumulate_grad_batches", 1)
+            # FMLoRA's module accumulates by itself.
+            accumulated = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
             steps = self.iterations_per_shot * self.shots
             sampler: Any = Stream(len(examples), self.batch_size, steps * accumulated, seed=self.seed, **self.ranks())
             transform = train_transform(module.preprocess_cfg, self.crop_scale, self.flip)
