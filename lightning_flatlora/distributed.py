@@ -78,7 +78,7 @@ class Layout:
             if isinstance(parameter.grad, DTensor):
                 sharded.append(parameter.grad)
             elif parameter.grad is not None:
-                plain.append(dense_values(parameter.grad))
+                plain.append(_dense_values(parameter.grad))
         total = torch.zeros((), device=device)
         # PyTorch takes no norm over both kinds at once.
         for gradients in (sharded, plain):
@@ -231,7 +231,7 @@ def _sum_of_shards(tensor: DTensor, dim: int) -> Tensor:
     return full
 
 
-def dense_values(gradient: Tensor) -> Tensor:
+def _dense_values(gradient: Tensor) -> Tensor:
     """A gradient as it is; of a sparse one, as an embedding's may be, the entries that are not 0, in a dense tensor."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 

@@ -66,7 +66,11 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
     Returns:
         None where there are no arms. Those with a single seed, whose mean has no interval, are left out.
     """
-    drawn = {arm: rows for arm, rows in arms.items() if len({row["seed"] for row in rows}) > 1}
+    drawn = {}
+    for arm, rows in arms.items():
+        seeds = {row["seed"] for row in rows}
+        if len(seeds) > 1:
+            drawn[arm] = rows
     if not drawn:
         return None
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from helpers import FEATURES, Classifier, TwoPassClassifier, build, fit, make_loader, same, weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from two_pass_runs import TWO_PASSES, two_passes
+from two_pass_runs import TWO_PASSES, beside_a_plain_run, two_passes
 
 from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, writable_buffers
 
@@ -45,13 +46,10 @@ class Following:
 
 @pytest.mark.parametrize("kind", TWO_PASSES)
 def test_parameters_and_queues_move_once_and_both_passes_see_the_same(tmp_path: Any, kind: str) -> None:
-    states = []
-    for each in ("plain", kind):
-        module, callbacks, more = two_passes(each, Following, lr=0.0)
-        module.optimizer_class = torch.optim.SGD
-        fit(tmp_path, module, callbacks, max_epochs=1, **more)
-        states.append((weights(module), module.noise.get_state(), module.rng.random()))
-    assert same(*states)
+    plain, module = beside_a_plain_run(tmp_path, kind, Following)
+    assert same(weights(plain), weights(module))
+    assert same(plain.noise.get_state(), module.noise.get_state())
+    assert plain.rng.random() == module.rng.random()
     assert module.count == 6
     first, second = module.seen[::2], module.seen[1::2]
     # The first step's first pass is the first to show what is written.
@@ -91,13 +89,8 @@ class Scripted:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", TWO_PASSES)
 def test_scripted_parts_and_expanded_buffers_are_written_once(tmp_path: Any, kind: str) -> None:
-    states = []
-    for each in ("plain", kind):
-        module, callbacks, more = two_passes(each, Scripted, lr=0.0)
-        module.optimizer_class = torch.optim.SGD
-        fit(tmp_path, module, callbacks, max_epochs=1, **more)
-        states.append(weights(module))
-    assert same(*states)
+    plain, module = beside_a_plain_run(tmp_path, kind, Scripted)
+    assert same(weights(plain), weights(module))
     assert module.batches == 6
 
 
@@ -117,8 +110,16 @@ class Batch:
     factor: Tensor
 
 
+class Movable(SimpleNamespace):
+    """A batch of a library's own class, which says how it is moved to a device."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "Movable":
+        return copy.copy(self)
+
+
 BATCHES: dict[str, Any] = {
     "dataclass": lambda batch: Batch(*batch),
+    "movable": lambda batch: Movable(inputs=batch[0], labels=batch[1], factor=batch[2]),
     "named tuple": lambda batch: Pair({"inputs": batch[0]}, [batch[1], batch[2]]),
     "ordered": lambda batch: OrderedDict(parts={"inputs": batch[0]}, more=[batch[1], batch[2]]),
 }
@@ -129,7 +130,7 @@ BATCHES: dict[str, Any] = {
 def test_a_step_may_take_batches_of_any_class_apart(tmp_path: Any, front_end: str, kind: str) -> None:
     class Taking:
         def loss(self, batch: Any, batch_idx: int) -> Any:
-            if kind == "dataclass":
+            if kind in ("dataclass", "movable"):
                 # In place of the old tensor, as a step may normalize its batch.
                 batch.inputs = batch.inputs + 1
                 return super().loss((batch.inputs, batch.labels, batch.factor), batch_idx)  # type: ignore[misc]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def own_containers(batch: Any) -> Any:
@@ -21,7 +21,7 @@ def own_containers(batch: Any) -> Any:
         >>> batch.pop("x"), batch["more"].pop(), own
         (1, 2, {'x': 1, 'more': [2]})
     """
-    if isinstance(batch, (Tensor, nn.Module)) or callable(batch):
+    if isinstance(batch, Tensor) or callable(batch):
         return batch
     if type(batch) in (list, tuple):
         return type(batch)(map(own_containers, batch))

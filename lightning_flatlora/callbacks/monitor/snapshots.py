@@ -179,7 +179,8 @@ class _Copies:
     def _copied(self, value: Any) -> Any:
         if id(value) in self._copies:
             return self._copies[id(value)]
-        # Not parameters: no pass writes them, and copies would take the model's memory once more.
+        # Not parameters: few are written, those are put back by themselves, and copies of all would take the model's
+        # memory once more.
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             self._copies[id(value)] = value.clone()
         elif isinstance(value, np.ndarray):
