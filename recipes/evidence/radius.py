@@ -22,8 +22,9 @@ CAP = 32.0
 
 _MEMORY = 0.9  # weight of the past in the mean direction that batch noise is taken from
 
-Rule = Callable[[Perturbation, float], float]
-"""The radius of a step, from the perturbation, whose pairs hold the step's gradients, and the share of the run done."""
+Rule = Callable[[Perturbation, float, float], float]
+"""The radius of a step, from the perturbation, whose pairs hold the step's gradients, the share of the run done, and
+the loss of the step's batch in nats."""
 
 
 class RuledEFMLoRA(EFMLoRA):
@@ -37,12 +38,18 @@ class RuledEFMLoRA(EFMLoRA):
         # A schedule that knows the horizon, for the share of the run.
         super().__init__(CosineRho(1.0, 0.0))
         self.rule = rule
+        self.loss = 0.0  # of the step's batch, with the weights perturbed as they are in training, in nats
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        super().on_before_backward(trainer, pl_module, loss)
+        self.loss = float(loss.detach())
 
     @override
     def current_size(self, trainer: Trainer, pair_group: PairGroup | None = None) -> float:
         group = pair_group or self.main_group
         assert group.perturbation is not None
-        return self.rule(group.perturbation, group.step / self._horizon)
+        return self.rule(group.perturbation, group.step / self._horizon, self.loss)
 
 
 class BatchNoiseEFMLoRA(EFMLoRA):
@@ -130,18 +137,36 @@ def loss_budget(nats: float, cap: float = CAP, *, anneals: bool = False) -> Rule
         anneals: whether the budget falls to 0 along half a cosine wave over the run.
     """
 
-    def radius(perturbation: Perturbation, share: float) -> float:
-        rise = first_order_rise(perturbation)
+    def radius(perturbation: Perturbation, share: float, loss: float) -> float:
         budget = nats * (1 + math.cos(math.pi * share)) / 2 if anneals else nats
-        return min(cap, budget / rise) if rise > 0 else cap
+        return _radius_of_rise(perturbation, budget, cap)
 
     return radius
+
+
+def loss_share(part: float, cap: float = CAP) -> Rule:
+    """The radius at which the loss rises by this part of itself to first order.
+
+    Args:
+        part: of the loss of the step's batch, > 0.
+        cap: the largest radius.
+    """
+
+    def radius(perturbation: Perturbation, share: float, loss: float) -> float:
+        return _radius_of_rise(perturbation, part * loss, cap)
+
+    return radius
+
+
+def _radius_of_rise(perturbation: Perturbation, nats: float, cap: float) -> float:
+    rise = first_order_rise(perturbation)
+    return min(cap, nats / rise) if rise > 0 else cap
 
 
 def relative_to_update(factor: float) -> Rule:
     """The radius as a multiple of the norm of the adapter's whole update, over all pairs."""
 
-    def radius(perturbation: Perturbation, share: float) -> float:
+    def radius(perturbation: Perturbation, share: float, loss: float) -> float:
         squares = sum(squared_update(pair, pair.B.detach()) for pair in perturbation.pairs)
         return factor * math.sqrt(float(squares))
 
@@ -207,6 +232,12 @@ RULES: dict[str, RadiusRule] = {
         lambda c: RuledEFMLoRA(loss_budget(c["nats"], anneals=True)),
         "nats",
         (0.2, 0.8),
+    ),
+    "budget_of_loss": RadiusRule(
+        f"loss budget as a part of the loss, cap {CAP:g}",
+        lambda c: RuledEFMLoRA(loss_share(c["part"])),
+        "part",
+        (0.03, 0.1, 0.3),
     ),
     "relative": RadiusRule(
         "relative to the update's norm",

@@ -19,6 +19,7 @@ from lightning_flatlora import EFMLoRA, find_pairs
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from recipes.evidence import __main__ as command
 from recipes.evidence import radius, radius_study
+from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import STAGES, Plan
 from recipes.evidence.radius import DIRECTIONS, RULES, RadiusRule, RuledEFMLoRA
 from recipes.evidence.radius_study import RATES, RadiusPlan, Reference, lost, radius_table
@@ -81,18 +82,46 @@ def test_the_rise_is_the_slope_along_the_perturbation(net: Net, perturbation: Pe
 
 def test_a_loss_budget_gives_the_radius_of_its_rise_up_to_the_cap(perturbation: Perturbation) -> None:
     rise = radius.first_order_rise(perturbation)
-    assert radius.loss_budget(0.1)(perturbation, 0.3) == pytest.approx(0.1 / rise)
-    assert radius.loss_budget(0.1, cap=1e-3)(perturbation, 0.3) == 1e-3
+    assert radius.loss_budget(0.1)(perturbation, 0.3, 1.0) == pytest.approx(0.1 / rise)
+    assert radius.loss_budget(0.1, cap=1e-3)(perturbation, 0.3, 1.0) == 1e-3
     annealed = radius.loss_budget(0.1, anneals=True)
-    assert annealed(perturbation, 0.0) == pytest.approx(0.1 / rise)
-    assert annealed(perturbation, 0.5) == pytest.approx(0.05 / rise)
-    assert annealed(perturbation, 1.0) == 0
+    assert annealed(perturbation, 0.0, 1.0) == pytest.approx(0.1 / rise)
+    assert annealed(perturbation, 0.5, 1.0) == pytest.approx(0.05 / rise)
+    assert annealed(perturbation, 1.0, 1.0) == 0
+
+
+def test_a_budget_may_be_a_part_of_the_loss(perturbation: Perturbation) -> None:
+    rise = radius.first_order_rise(perturbation)
+    assert radius.loss_share(0.1)(perturbation, 0.3, 2.0) == pytest.approx(0.2 / rise)
+    assert radius.loss_share(0.1, cap=1e-3)(perturbation, 0.3, 2.0) == 1e-3
+
+
+def test_a_rule_is_given_the_loss_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def rule(perturbation: Perturbation, share: float, loss: float) -> float:
+        given.append(loss)
+        return 0.0
+
+    monkeypatch.setitem(RULES, "watching", RadiusRule("watching", lambda c: RuledEFMLoRA(rule), "value", (1.0,)))
+    losses: list[float] = []
+    training_step = ShotsClassifier.training_step
+
+    def watched_step(self: ShotsClassifier, batch: Any, batch_index: int) -> torch.Tensor:
+        loss = training_step(self, batch, batch_index)
+        losses.append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(ShotsClassifier, "training_step", watched_step)
+    changed("watching", value=1.0)
+    assert losses
+    assert given == losses
 
 
 def test_without_a_gradient_the_budget_gives_the_cap(perturbation: Perturbation) -> None:
     for pair in perturbation.pairs:
         pair.A.grad = pair.B.grad = None
-    assert radius.loss_budget(0.1, cap=2.0)(perturbation, 0.0) == 2.0
+    assert radius.loss_budget(0.1, cap=2.0)(perturbation, 0.0, 1.0) == 2.0
 
 
 def test_the_relative_radius_is_a_multiple_of_the_dense_update(net: Net, perturbation: Perturbation) -> None:
@@ -100,7 +129,7 @@ def test_the_relative_radius_is_a_multiple_of_the_dense_update(net: Net, perturb
     for module in net.modules():
         if hasattr(module, "get_delta_weight"):
             squares += float(module.get_delta_weight("default").detach().square().sum())
-    assert radius.relative_to_update(3.0)(perturbation, 0.0) == pytest.approx(3 * squares**0.5)
+    assert radius.relative_to_update(3.0)(perturbation, 0.0, 1.0) == pytest.approx(3 * squares**0.5)
 
 
 def test_the_norm_of_a_fresh_perturbation_is_its_radius(perturbation: Perturbation) -> None:
@@ -115,7 +144,9 @@ def changed(arm: str, **config: float) -> Row:
 
 
 def test_a_constant_rule_is_efmlora(monkeypatch: pytest.MonkeyPatch) -> None:
-    constant = RadiusRule("constant", lambda c: RuledEFMLoRA(lambda perturbation, share: c["value"]), "value", (2.0,))
+    constant = RadiusRule(
+        "constant", lambda c: RuledEFMLoRA(lambda perturbation, share, loss: c["value"]), "value", (2.0,)
+    )
     monkeypatch.setitem(RULES, "constant", constant)
     assert figures(changed("constant", value=2.0)) == figures(changed("efmlora", rho=2.0))
 
