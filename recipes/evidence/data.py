@@ -17,13 +17,39 @@ Batch = dict[str, Tensor]
 _EVAL_BATCH = 64
 
 
-def training_examples(settings: Settings, seed: int) -> list[Example]:
-    """What a seed draws to train on, with the workload's share of false labels."""
+def training_examples(settings: Settings, seed: int, states: Callable[[str], Tensor]) -> list[Example]:
+    """What a seed draws to train on, with the workload's share of false labels.
+
+    Args:
+        settings: of the workload.
+        seed: of the examples and of their noise.
+        states: gives the hidden states of a text, which say where needed what classes are similar.
+    """
     drawn = texts.shots(settings["data"], settings["shots"], seed)
-    return with_noise(drawn, settings["noise"], len(texts.TASKS[settings["data"]].classes), seed)
+    classes = len(texts.TASKS[settings["data"]].classes)
+    similar = most_similar_classes(drawn, classes, states) if settings.get("noise_to") == "most_similar" else None
+    return with_noise(drawn, settings["noise"], classes, seed, similar)
 
 
-def with_noise(examples: Sequence[Example], share: float, classes: int, seed: int) -> list[Example]:
+def most_similar_classes(examples: Sequence[Example], classes: int, states: Callable[[str], Tensor]) -> list[int]:
+    """For each class the other one whose mean hidden state is the nearest, by the Euclidean distance.
+
+    Args:
+        examples: with their true labels, at least one of each class.
+        classes: their number.
+        states: gives the hidden states of a text (tokens, d), of which the mean is taken.
+    """
+    of_texts = torch.stack([states(example.text).mean(dim=0) for example in examples])
+    labels = torch.tensor([example.label for example in examples])
+    means = torch.stack([of_texts[labels == label].mean(dim=0) for label in range(classes)])
+    distances = torch.cdist(means, means).fill_diagonal_(torch.inf)
+    nearest: list[int] = distances.argmin(dim=1).tolist()
+    return nearest
+
+
+def with_noise(
+    examples: Sequence[Example], share: float, classes: int, seed: int, similar: Sequence[int] | None = None
+) -> list[Example]:
     """Examples of which a share has another class in place of its own.
 
     Args:
@@ -31,6 +57,7 @@ def with_noise(examples: Sequence[Example], share: float, classes: int, seed: in
         share: of the examples, in [0, 1], rounded to whole ones.
         classes: their number.
         seed: draws which examples, and for each another class, all equally likely.
+        similar: by class, the one that takes its place; None draws it.
     """
     random = torch.Generator().manual_seed(seed)
     noisy = list(examples)
@@ -39,7 +66,8 @@ def with_noise(examples: Sequence[Example], share: float, classes: int, seed: in
     for place, shift in zip(chosen.tolist(), shifts.tolist(), strict=True):
         example = examples[place]
         # A shift of 0 would be the true class.
-        noisy[place] = example._replace(label=(example.label + shift) % classes)
+        other = (example.label + shift) % classes if similar is None else similar[example.label]
+        noisy[place] = example._replace(label=other)
     return noisy
 
 

@@ -113,9 +113,10 @@ class Report:
         plan = self.plan
         rows = {arm: list(of_arm) for arm, of_arm in self.rows.items()}
         for name, searched_as in SEARCHED_AS.items():
-            if searched_as != plan.workload:
-                continue
             settings = {**WORKLOADS[name], "precision": plan.settings["precision"]}
+            # Noise of another kind has a report of its own.
+            if searched_as != plan.workload or settings.get("noise_to") != plan.settings.get("noise_to"):
+                continue
             of_share = Plan(plan.folder, name, settings, plan.arms, plan.stages, plan.seeds)
             for arm in rows:
                 rows[arm] += of_share.test_rows(arm, self.configs[arm])

@@ -140,7 +140,7 @@ def _trained(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[Log
 def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnValidation]:
     """Train on the run's examples; the callbacks that keep better weights than the last ones, at most one."""
     settings, config = run.settings, run.config
-    examples = training_examples(settings, run.seed)
+    examples = training_examples(settings, run.seed, encoder.states)
     steps = settings["steps"] * config.get("length_of_training", 1)
     places = batch_places(len(examples), settings["batch_size"], steps, run.seed)
     # A free competitor is LoRA with another configuration.
@@ -174,7 +174,7 @@ def _all_parts(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> Logits
 
 def training_batches(run: Run, encoder: CutEncoder) -> list[Batch]:
     """The examples that a run trains on, once, for evaluation."""
-    return evaluation_batches(training_examples(run.settings, run.seed), encoder.states)
+    return evaluation_batches(training_examples(run.settings, run.seed, encoder.states), encoder.states)
 
 
 def probed(run: Run, encoder: CutEncoder, classes: int) -> Logits:

@@ -54,13 +54,15 @@ WORKLOADS: dict[str, Settings] = {
     "w2_no_noise": {**_W2, "noise": 0.0},
     "w2_20_noise": {**_W2, "noise": 0.2},
     "w2_60_noise": {**_W2, "noise": 0.6},
+    "w2_similar": {**_W2, "noise_to": "most_similar"},
     "w3": _W3,
     "w5": {**_TASKS, "in_turn": True},
 }
 """By name: all that decides a result besides the method, its configuration and the seed.
 
 ``frozen_layers`` of the encoder are computed once for each text; ``shots`` are the training examples of a class,
-``noise`` is the share of them whose label is replaced, ``length`` the tokens kept of a text, ``scaling`` LoRA's s.
+``noise`` is the share of them whose label is replaced, by any other one or by that of the class which ``noise_to``
+names, ``length`` the tokens kept of a text, ``scaling`` LoRA's s.
 ``judged`` is "best" where runs are judged with the weights of the lowest validation loss; without it they are judged at
 the end of training. W3 trains an adapter for each of its ``tasks`` in place of one on ``data``; ``validation`` and
 ``test`` are the most examples of each part, and the last three say how its adapters are merged. W5 trains one adapter
@@ -69,8 +71,9 @@ on all of them, ``in_turn``.
 WITH_HYPOTHESIS = ("w1", "w2", "w3")
 """All other workloads are secondary."""
 
-SEARCHED_AS = {"w2_no_noise": "w2", "w2_20_noise": "w2", "w2_60_noise": "w2"}
-"""Workloads that take the settings which another one's searches choose: nobody knows how many labels are wrong."""
+SEARCHED_AS = {"w2_no_noise": "w2", "w2_20_noise": "w2", "w2_60_noise": "w2", "w2_similar": "w2"}
+"""Workloads that take the settings which another one's searches choose: nobody knows how many labels are wrong, or how.
+"""
 
 
 def has_tasks(settings: Settings) -> bool:

@@ -22,7 +22,7 @@ from recipes.evidence import commands
 from recipes.evidence import plan as planning
 from recipes.evidence import run as running
 from recipes.evidence.__main__ import main
-from recipes.evidence.data import batch_places, packed, training_examples, with_noise
+from recipes.evidence.data import batch_places, most_similar_classes, packed, training_examples, with_noise
 from recipes.evidence.encoder import CutEncoder, pooled
 from recipes.evidence.module import ShotsClassifier, all_logits
 from recipes.evidence.plan import RESULTS, STAGES, Plan
@@ -107,9 +107,38 @@ def test_noise_replaces_the_share_by_other_classes_evenly() -> None:
     assert with_noise(examples, 0.0, classes=5, seed=3) == examples
 
 
+def test_noise_of_similar_classes_takes_the_nearest_mean() -> None:
+    # Two texts of each class, whose tokens have the mean of their class: 0, 1 and 5 along one axis.
+    positions = {"a": 0.0, "b": 1.0, "c": 5.0}
+    examples = [Example(name, label, "") for label, name in enumerate("abc") for _ in range(2)]
+
+    def states(text: str) -> torch.Tensor:
+        return torch.tensor([[positions[text] - 1, 0.0], [positions[text] + 1, 0.0]])
+
+    similar = most_similar_classes(examples, 3, states)
+    assert similar == [1, 0, 1]
+    noisy = with_noise(examples, 1.0, 3, seed=0, similar=similar)
+    assert [example.label for example in noisy] == [1, 1, 0, 0, 1, 1]
+    some = with_noise(examples, 0.5, 3, seed=0, similar=similar)
+    drawn = with_noise(examples, 0.5, 3, seed=0)
+    # The same examples are hit, whichever class takes the place of theirs.
+    hit = [old.label != new.label for old, new in zip(examples, some, strict=True)]
+    assert hit == [old.label != new.label for old, new in zip(examples, drawn, strict=True)]
+    assert sum(hit) == 3
+
+
+def test_a_workload_may_say_what_its_noise_goes_to() -> None:
+    states = tiny_encoder().states
+    clean = training_examples(SETTINGS, 0, states)
+    noisy = training_examples({**SETTINGS, "noise": 1.0, "noise_to": "most_similar"}, 0, states)
+    similar = most_similar_classes(clean, 3, states)
+    assert [example.label for example in noisy] == [similar[example.label] for example in clean]
+
+
 def test_noise_of_a_workload_reaches_its_training_examples_alone() -> None:
-    clean = training_examples(SETTINGS, seed=0)
-    noisy = training_examples({**SETTINGS, "noise": 0.5}, seed=0)
+    states = tiny_encoder().states
+    clean = training_examples(SETTINGS, 0, states)
+    noisy = training_examples({**SETTINGS, "noise": 0.5}, 0, states)
     assert sum(old.label != new.label for old, new in zip(clean, noisy, strict=True)) == 6
     true = {example.text: example.label for example in made_up()}
     assert all(true[example.text] == example.label for example in texts.parts("tiny")["validation"])
