@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.checks import integer_problems, is_number
 from lightning_flatlora.callbacks.methods.gradients import has_gradient, set_aside
-from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, own_containers, takes_no_step
+from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.patches import silenced_log
 from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
@@ -149,7 +149,7 @@ class FMLoRASteps(_Base):
         driver = self._driver
         perturbation, second_pass = driver.perturbation, driver.second_pass
         assert perturbation is not None
-        batch_of_second_pass = own_containers(batch)
+        batch_of_second_pass = second_pass.kept_batch(batch)
         second_pass.first_pass_starts(self.device)
         # E is of this micro-batch alone, so what the window has accumulated is set aside.
         with set_aside(second_pass.parameters, self.trainer.optimizers):

@@ -47,18 +47,6 @@ class RhoSchedule(ABC):
             The radius of the ball in the full weight space, >= 0.
         """
 
-    def __post_init__(self) -> None:
-        problems = []
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if field.name != "total_steps" and not is_radius(value):
-                problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
-        total = getattr(self, "total_steps", None)
-        if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
-            problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {total!r}")
-        if problems:
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
-
 
 def is_radius(value: object) -> bool:
     """Whether a value can be a radius: a finite number >= 0.
@@ -73,7 +61,24 @@ def is_radius(value: object) -> bool:
 
 # Not frozen, see RhoSchedule; and without unsafe_hash a dataclass that is not frozen has no hash.
 @dataclass(unsafe_hash=True)
-class ConstantRho(RhoSchedule):
+class _OfRadii(RhoSchedule):
+    """A schedule whose fields are radii, apart from ``total_steps``; others of a user's own may hold anything."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "total_steps" and not is_radius(value):
+                problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
+        total = getattr(self, "total_steps", None)
+        if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+            problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {total!r}")
+        if problems:
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+
+
+@dataclass(unsafe_hash=True)
+class ConstantRho(_OfRadii):
     """The same rho at every step; what a plain number means.
 
     Example:
@@ -88,7 +93,7 @@ class ConstantRho(RhoSchedule):
 
 
 @dataclass(unsafe_hash=True)
-class LinearRho(RhoSchedule):
+class LinearRho(_OfRadii):
     """From ``start`` to ``end`` in a straight line.
 
     Args:
@@ -111,7 +116,7 @@ class LinearRho(RhoSchedule):
 
 
 @dataclass(unsafe_hash=True)
-class CosineRho(RhoSchedule):
+class CosineRho(_OfRadii):
     """From ``start`` to ``end`` along half a cosine wave.
 
     Args:
@@ -135,7 +140,7 @@ class CosineRho(RhoSchedule):
 
 
 @dataclass(unsafe_hash=True)
-class InverseSqrtRho(RhoSchedule):
+class InverseSqrtRho(_OfRadii):
     """rho / sqrt(step + 1), the schedule of Theorem 2, under which the EMA's gap to SAM shrinks.
 
     Example:
@@ -150,7 +155,7 @@ class InverseSqrtRho(RhoSchedule):
 
 
 @dataclass(unsafe_hash=True)
-class LearningRateRho(RhoSchedule):
+class LearningRateRho(_OfRadii):
     """rho in proportion to the learning rate of the group that holds the pairs, ``rho`` at its initial value.
 
     The initial value is the group's ``initial_lr``, which every PyTorch scheduler sets (so warm-up starts small), or

@@ -1,6 +1,7 @@
 """rho over time: values at the ends and in between, and what is refused."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 
@@ -39,3 +40,18 @@ def test_a_schedule_of_ones_own() -> None:
 
     assert Every()(3) == 1.0
     assert not Every.needs_horizon
+
+
+def test_a_dataclass_of_ones_own_may_hold_what_is_no_radius() -> None:
+    @dataclass
+    class Milestones(RhoSchedule):
+        rho: float
+        milestones: list[int]
+        mode: str = "up"
+        offset: float = -3.0
+
+        def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
+            return self.rho * sum(step >= milestone for milestone in self.milestones)
+
+    schedule = Milestones(0.5, [3, 5])
+    assert [schedule(step) for step in (2, 3, 5)] == [0.0, 0.5, 1.0]

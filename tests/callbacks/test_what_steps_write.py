@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from two_pass_runs import TWO_PASSES, beside_a_plain_run, two_passes
 
+from lightning_flatlora.callbacks.methods.training_step import tensors_in
 from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, writable_buffers
 
 
@@ -150,6 +151,28 @@ def test_a_step_may_take_batches_of_any_class_apart(tmp_path: Any, front_end: st
         fit(tmp_path, module, callbacks, loader=DataLoader(batches, batch_size=None), **more)
         trained.append(weights(module))
     assert same(*trained)
+
+
+@pytest.mark.parametrize("kind", ["tuple", *BATCHES])
+@pytest.mark.parametrize("front_end", ["fmlora", "module"])
+def test_both_passes_see_the_batch_as_it_came_though_a_step_writes_it(tmp_path: Any, front_end: str, kind: str) -> None:
+    seen: list[float] = []
+
+    class Writing:
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            inputs, labels, factor = tensors_in(batch)
+            inputs.add_(1)
+            seen.append(float(inputs.sum()))
+            return super().loss((inputs, labels, factor), batch_idx)  # type: ignore[misc]
+
+    classes = type("Own", (Writing, Classifier), {}), type("Own", (Writing, TwoPassClassifier), {})
+    module, callbacks, more = build(front_end, classes=classes)
+    batches = [BATCHES.get(kind, tuple)(batch) for batch in make_loader(4)]
+    expected = [float((tensors_in(batch)[0] + 1).sum()) for batch in batches]
+    fit(tmp_path, module, callbacks, loader=DataLoader(batches, batch_size=None), max_epochs=1, **more)
+    # In the first step nobody knows yet that it is going to be written.
+    assert seen[0] == expected[0] != seen[1]
+    assert seen[2::2] == seen[3::2] == expected[1:]
 
 
 def test_what_is_written_is_noticed_and_put_back() -> None:

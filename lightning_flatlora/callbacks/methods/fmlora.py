@@ -14,11 +14,10 @@ class FMLoRA(TwoPassCallback, BPerturbationCallback):
     """Seek flat minima with a fresh perturbation at every step (Algorithm 1), in two passes.
 
     The gradient of the first pass gives E. The optimizer sees the gradient of the second, which is taken at B + E. Both
-    passes draw the same dropout masks and see the same batch, except for what the first writes into its tensors. The
-    loss is logged and returned from the first pass, at clean weights, and buffers (BatchNorm's statistics) and
-    torchmetrics are afterwards as that pass left them. Hooks around backward fire in each pass, with its gradient.
-    Other attributes that a training_step changes see both passes: count in on_train_batch_end. Under gradient
-    accumulation each micro-batch has its own ascent.
+    passes draw the same dropout masks and see the same batch. The loss is logged and returned from the first pass, at
+    clean weights, and buffers (BatchNorm's statistics) and torchmetrics are afterwards as that pass left them. Hooks
+    around backward fire in each pass, with its gradient. Other attributes that a training_step changes see both passes:
+    count in on_train_batch_end. Under gradient accumulation each micro-batch has its own ascent.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.

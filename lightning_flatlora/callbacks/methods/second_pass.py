@@ -12,6 +12,7 @@ from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
+from lightning_flatlora.callbacks.methods.training_step import own_containers, tensors_in
 from lightning_flatlora.callbacks.random_state import random_state
 from lightning_flatlora.callbacks.reachable import generators_in, state_restorer
 from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, writable_buffers
@@ -24,8 +25,8 @@ class SecondPass:
     from those that the module keeps. What a step writes into buffers and frozen parameters (BatchNorm's statistics, a
     queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second
     pass begins with the buffers and frozen parameters that the first began with, so that both see the same loss
-    function. Only what a first pass has been seen to write is copied, so in the first step alone the second pass begins
-    with what the first has left.
+    function, and the batch as it came. Only what a first pass has been seen to write is copied, so in the first step
+    alone the second pass begins with what the first has left.
 
     Numbers and collections that a step keeps on the module itself may belong to a single pass, so they are left alone.
     If both passes change one of them, a warning says so once. Parameters are not watched under FSDP, nor where they are
@@ -57,6 +58,8 @@ class SecondPass:
         # The identities of the tensors that a first pass has written.
         self._written: set[int] = set()
         self._marks = Marks()
+        self._batch_marks = Marks()
+        self._writes_batch = False
         self._before = KeptValues()
         self._bound_before = _Bindings([])
         self._updates_before: list[tuple[Metric, int]] = []
@@ -90,9 +93,22 @@ class SecondPass:
         self._updates_before = [(metric, metric.update_count) for metric in self._metrics]
         self._counts_before = _counts(self._pl_module) if self._may_warn else None
 
+    def kept_batch(self, batch: Any) -> Any:
+        """What the second pass gets in a batch's place, to be called before the first.
+
+        It has containers of its own. Once a first pass has been seen to write into a batch's tensors, as one that masks
+        tokens in place, the tensors are copies as well.
+        """
+        if self._writes_batch:
+            return own_containers(batch, Tensor.clone)
+        # Those made in inference mode have no version by which a write can be noticed.
+        self._batch_marks = Marks(tensor for tensor in tensors_in(batch) if not tensor.is_inference())
+        return own_containers(batch)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the module draws again what it drew, and may count freely; its counts stay those of the first."""
+        self._writes_batch = self._writes_batch or bool(self._batch_marks.moved())
         counts = _counts(self._pl_module) if self._counts_before is not None else {}
         after, bound_after = KeptValues(self._written_tensors()), _Bindings(self._owners)
         metrics = []

@@ -2,18 +2,22 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 
-def own_containers(batch: Any) -> Any:
+def own_containers(batch: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: tensor) -> Any:
     """The same tensors in new containers, so that what a pass pops or replaces is still there for the next one.
 
-    Containers are dicts and other mappings, lists, tuples, dataclasses, and objects with a method ``to``. The tensors
-    are not copied: the next pass sees what a pass writes into them.
+    Containers are dicts and other mappings, lists, tuples, dataclasses, and objects with a method ``to``.
+
+    Args:
+        batch: whatever a data loader gives.
+        of_tensor: what takes a tensor's place, such as a copy; the tensor itself where it is left out.
 
     Example:
         >>> batch = {"x": 1, "more": [2]}
@@ -21,34 +25,50 @@ def own_containers(batch: Any) -> Any:
         >>> batch.pop("x"), batch["more"].pop(), own
         (1, 2, {'x': 1, 'more': [2]})
     """
-    if isinstance(batch, Tensor) or callable(batch):
+    own_of = partial(own_containers, of_tensor=of_tensor)
+    if isinstance(batch, Tensor):
+        return of_tensor(batch)
+    if callable(batch):
         return batch
     if type(batch) in (list, tuple):
-        return type(batch)(map(own_containers, batch))
+        return type(batch)(map(own_of, batch))
     if isinstance(batch, tuple) and hasattr(batch, "_make"):  # a named tuple
-        return batch._make(map(own_containers, batch))
+        return batch._make(map(own_of, batch))
     if isinstance(batch, MutableMapping):
         own = copy.copy(batch)
         for key, value in batch.items():
-            of_value = own_containers(value)
+            of_value = own_of(value)
             # Some mappings can't be written, and most values are tensors.
             if of_value is not value:
                 own[key] = of_value
         return own
     # The other objects that Lightning moves to a device.
     if dataclasses.is_dataclass(batch) or hasattr(batch, "to"):
-        return _own_attributes(batch)
+        return _own_attributes(batch, own_of)
     return batch
 
 
-def _own_attributes(thing: Any) -> Any:
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors that :func:`own_containers` reaches.
+
+    Example:
+        >>> import torch
+        >>> len(tensors_in({"x": torch.ones(2), "more": [torch.ones(1), "a text"]}))
+        2
+    """
+    found: list[Tensor] = []
+    own_containers(batch, found.append)
+    return found
+
+
+def _own_attributes(thing: Any, own_of: Callable[[Any], Any]) -> Any:
     own = copy.copy(thing)
     # A class that says itself how it is copied has seen to what it holds.
     if own is thing or hasattr(type(thing), "__copy__") or not hasattr(thing, "__dict__"):
         return own
     for name, value in vars(thing).items():
         # Not by setattr, which frozen dataclasses refuse.
-        vars(own)[name] = own_containers(value)
+        vars(own)[name] = own_of(value)
     return own
 
 

@@ -15,7 +15,7 @@ from lightning_flatlora.callbacks.methods.gradients import set_aside
 from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
 from lightning_flatlora.callbacks.methods.module_passes import module_passes_of
 from lightning_flatlora.callbacks.methods.second_pass import SecondPass
-from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, own_containers, takes_no_step
+from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.callbacks.patches import at_training_step, put_on_instance, silenced_log
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.distributed import average_gradients
@@ -25,11 +25,10 @@ class TwoPassCallback(MethodCallback):
     """Base of the callbacks that take a step's gradient a second time, at perturbed weights.
 
     The gradient of the first pass gives the perturbation, and the optimizer sees that of the second. Both passes draw
-    the same dropout masks and see the same batch, except for what the first writes into its tensors. The loss is logged
-    and returned from the first pass, at clean weights. Buffers (BatchNorm's statistics) and torchmetrics are afterwards
-    as the first pass left them. Hooks around backward fire in each pass, with its gradient, and other attributes that a
-    training_step changes see both passes. Under gradient accumulation each micro-batch has its own ascent. Subclasses
-    say what is perturbed, and how.
+    the same dropout masks and see the same batch. The loss is logged and returned from the first pass, at clean
+    weights. Buffers (BatchNorm's statistics) and torchmetrics are afterwards as the first pass left them. Hooks around
+    backward fire in each pass, with its gradient, and other attributes that a training_step changes see both passes.
+    Under gradient accumulation each micro-batch has its own ascent. Subclasses say what is perturbed, and how.
     """
 
     @override
@@ -105,7 +104,7 @@ class TwoPassCallback(MethodCallback):
             self.follow(trainer, pl_module)
         self.follow_scaling()
         takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-        arguments = own_containers((batch, batch_idx) if takes_index else (batch,))
+        arguments = self._second_pass.kept_batch((batch, batch_idx) if takes_index else (batch,))
         self._second_pass.first_pass_starts(pl_module.device)
         # on_after_backward would be too late for the ascent: it comes inside the closure, but before the hooks of the
         # module and of later callbacks have seen the first gradient. So backward itself is replaced.
