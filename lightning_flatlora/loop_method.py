@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -60,8 +59,7 @@ class LoopMethod(ABC):
         problems += checks.perturbation_problems(self.beta, estimator, norm_scope)
         problems += [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
         problems += wrapping_problems(model, takes_two_passes=self.takes_two_passes)
-        if isinstance(optimizer, torch.optim.LBFGS):
-            problems.append("LBFGS takes several gradients a step, the perturbation knows one: use AdamW or SGD")
+        problems += checks.optimizer_problems([optimizer])
         if not self.sync_ascent and self.takes_two_passes and is_sharded(model):
             problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
         checks.refuse(self, problems)

@@ -29,6 +29,14 @@ else:
     _Base = object
 
 
+_NOT_CALLED = {
+    "optimizer_step": "warm up by an LR scheduler",
+    "optimizer_zero_grad": "leave it out, as gradients are cleared at the start of each window",
+    "on_before_zero_grad": "use on_train_batch_start, before which nothing clears the gradients",
+}
+"""Hooks that a subclass would override in vain, and what to do in their place."""
+
+
 class FMLoRASteps(_Base):
     """What an FMLoRAModule does, over the LightningModule of either name of Lightning; see :class:`FMLoRAModule`."""
 
@@ -100,6 +108,12 @@ class FMLoRASteps(_Base):
                 f"{name} defines training_step, in place of FMLoRAModule's, which takes the two passes and the "
                 "optimizer step, so nothing would be trained: rename it to compute_loss, and let it return the loss"
             )
+        for hook, instead in _NOT_CALLED.items():
+            if not _is_lightnings(type(self), hook):
+                problems.append(
+                    f"{name} overrides {hook}, which Lightning does not call in manual optimization: {instead}, or "
+                    "subclass LightningModule and use the FMLoRA callback"
+                )
         return problems
 
     @override
@@ -227,6 +241,12 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
 def _defines(module: FMLoRASteps, name: str) -> bool:
     """Whether a subclass, or the instance, replaces a method of FMLoRAModule."""
     return name in vars(module) or getattr(type(module), name) is not getattr(FMLoRASteps, name)
+
+
+def _is_lightnings(kind: type, name: str) -> bool:
+    """Whether a class has a method as Lightning wrote it."""
+    owner = next(each for each in kind.__mro__ if name in vars(each))
+    return owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
 
 
 def _step_problems(accumulate: object, clip_val: object, clip_algorithm: object) -> list[str]:

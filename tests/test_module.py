@@ -13,6 +13,7 @@ from helpers import (
     make_loader,
     make_net,
     same,
+    weights,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from module_runs import whole_run
@@ -120,6 +121,28 @@ def test_clipping_survives_the_users_own_hook(tmp_path, algorithm):
     assert max(sizes[6:]) <= 0.003 * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_clipping_may_be_the_subclass_own(tmp_path, clip):
+    """The hook is called as in automatic optimization, also where nothing is to be clipped by itself."""
+    seen = []
+
+    class Own(TwoPassClassifier):
+        def configure_gradient_clipping(
+            self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+        ) -> None:
+            seen.append((gradient_clip_val, gradient_clip_algorithm))
+            for p in self.parameters():
+                if p.grad is not None:
+                    p.grad.zero_()
+
+    module = Own(0.5, gradient_clip_val=clip)
+    module.optimizer_class = torch.optim.SGD
+    before = weights(module)
+    fit(tmp_path, module, [], max_epochs=1)
+    assert seen == [(clip, "norm")] * 6
+    assert same(before, weights(module))
+
+
 def test_accumulation_divides_by_the_window(tmp_path):
     """Two batches of a window with SGD move the weights as their mean does at rho = 0; the short window, as half."""
     loader = make_loader(3, dtype=torch.float64)
@@ -185,4 +208,11 @@ def test_automatic_optimization_is_refused(tmp_path):
     module = TwoPassClassifier(0.5)
     module.automatic_optimization = True
     with pytest.raises(MisconfigurationException, match="automatic_optimization must be False"):
+        fit(tmp_path, module, [])
+
+
+@pytest.mark.parametrize("hook", ["optimizer_step", "optimizer_zero_grad", "on_before_zero_grad"])
+def test_hooks_that_lightning_would_not_call_are_refused(tmp_path, hook):
+    module = type("Own", (TwoPassClassifier,), {hook: lambda self, *args: None})(0.5)
+    with pytest.raises(MisconfigurationException, match=rf"Own overrides {hook}, which Lightning does not call"):
         fit(tmp_path, module, [])

@@ -135,9 +135,11 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope 
     """
     with clean(pairs):
         at = at or slope(loss, trained_factors(pairs))
-        norm = torch.nn.utils.get_total_norm(at.gradients)
+        # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
+        wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in at.gradients]
+        norm = torch.nn.utils.get_total_norm(wide)
         scale = torch.where(norm == 0, 0.0, rho / norm)
-        moves = [gradient * scale.to(gradient.dtype) for gradient in at.gradients]
+        moves = [gradient * scale.to(gradient.device, gradient.dtype) for gradient in wide]
         with moved(at.parameters, moves):
             return Sharpness(at.loss, value(loss))
 

@@ -126,6 +126,26 @@ def test_what_cannot_be_right_is_refused(tmp_path: Any) -> None:
         fit(tmp_path, module, [EFMLoRA(LearningRateRho(0.5))])
 
 
+class Searching(torch.optim.SGD):
+    """Takes a second gradient within its step, as SAM's optimizer does."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("callback", [EFMLoRA(0.5), FMLoRA(0.5), LoRASAM(0.5)], ids=lambda c: type(c).__name__)
+def test_an_optimizer_that_takes_a_second_gradient_is_refused_before_its_first_step(
+    tmp_path: Any, callback: Any
+) -> None:
+    module = Classifier()
+    module.optimizer_class = Searching
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match="Searching takes several gradients"):
+        fit(tmp_path, module, [callback])
+    assert same(before, weights(module))
+
+
 HALVES = (EFMLoRA(1e-6), FMLoRA(1e-6), LoRASAM(1e-6), SAM(1e-6))
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from quadratics import RHO, Quadratic, average_of, state_of
 from reference import ascent, perturbations
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_flatlora import Perturbation
+from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import (
     MeanLoss,
     ema_sharpness,
@@ -70,6 +71,24 @@ def test_lora_sharpness_moves_both_factors_along_their_joint_gradient() -> None:
     found = lora_sharpness(quadratic.loss, pairs, RHO)
     torch.testing.assert_close(found.perturbed, quadratic.dense_loss(moves).detach(), rtol=1e-12, atol=0)
     assert found.sharpness > 0
+
+
+def test_gradients_whose_squares_underflow_in_half_precision_have_a_direction() -> None:
+    def sharpness_in(dtype: torch.dtype) -> float:
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        pairs = find_pairs(model).pairs
+        for pair in pairs:
+            nn.init.normal_(pair.B)
+            for factor in (pair.A, pair.B):
+                factor.data = factor.data.to(dtype)
+        found = lora_sharpness(lambda: 1e-5 * (pairs[0].B.float() @ pairs[0].A.float()).square().mean(), pairs, rho=1.0)
+        return float(found.sharpness)
+
+    wide = sharpness_in(torch.float32)
+    assert wide > 1e-6
+    # Within what rounding A and B to 11 bits leaves.
+    assert sharpness_in(torch.float16) == pytest.approx(wide, rel=0.02)
 
 
 def test_for_a_small_radius_sharpness_is_the_directional_derivative() -> None:

@@ -275,3 +275,8 @@ def test_sams_loss_is_at_the_end_of_the_gradient_and_weights_come_back() -> None
     assert (clean, perturbed) == pytest.approx((12.5, 5.5**2 / 2))
     assert torch.equal(weight, before)
     assert weight.grad is None
+
+
+def test_sams_loss_without_a_gradient_is_the_clean_one() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    assert sam_loss(MeanLoss([lambda: weight.square().sum()]), [weight], rho=0.5) == (0.0, 0.0)

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import MisconfigurationException
@@ -89,6 +90,17 @@ def warn_of_rounding(callback: object, what: str, parameters: Iterable[nn.Parame
             f"{type(callback).__name__}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
             "rho may be lost. Keep it in float32, as with precision='bf16-mixed'."
         )
+
+
+SEVERAL_GRADIENTS = "takes several gradients a step, the perturbation knows one: use AdamW or SGD"
+"""What is wrong with an optimizer that calls its closure more than once, after its name."""
+
+
+def optimizer_problems(optimizers: Iterable[Optimizer]) -> list[str]:
+    """What can't work about optimizers, as far as their classes say it."""
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        return [f"LBFGS {SEVERAL_GRADIENTS}"]
+    return []
 
 
 def refuse(callback: object, problems: list[str]) -> None:

@@ -4,14 +4,21 @@ import weakref
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks import strategies
-from lightning_flatlora.callbacks.methods.checks import changed_settings, message, refuse, value_problems
+from lightning_flatlora.callbacks.methods.checks import (
+    SEVERAL_GRADIENTS,
+    changed_settings,
+    message,
+    optimizer_problems,
+    refuse,
+    value_problems,
+)
 from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.methods.hidden_steps import refuse_hidden_steps
 from lightning_flatlora.callbacks.methods.module_passes import window_of
@@ -78,6 +85,7 @@ class MethodCallback(ScheduledSize):
         super().begin()
         self._loaded: dict[str, Any] | None = None
         self._is_training = False
+        self._has_gradient = False
         self._patches = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,9 +149,7 @@ class MethodCallback(ScheduledSize):
                 rivals.append(type(callback).__name__)
         if rivals:
             problems.append(f"it perturbs the same weights as {', '.join(rivals)} beside it: keep one")
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            problems.append("LBFGS takes several gradients a step, the perturbation knows one: use AdamW or SGD")
-        return problems
+        return problems + optimizer_problems(trainer.optimizers)
 
     def works_beside(self, other: "MethodCallback") -> bool:
         """Whether another of these callbacks may run in the same trainer."""
@@ -160,6 +166,23 @@ class MethodCallback(ScheduledSize):
         self._is_training = True
         # Weakly, so that a callback kept for its results does not keep the trainer and the model alive.
         self._last_trainer = weakref.ref(trainer)
+
+    # -- a batch
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Here and not at the end of the last batch, which an error may have taken away.
+        self._has_gradient = False
+
+    def check_gradient_is_first(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that calls its closure again within a step, as SAM and other searches along a line do.
+
+        To be called in on_before_optimizer_step. No class says it of itself except LBFGS. In manual optimization a
+        training_step may take as many steps as it likes.
+        """
+        if self._has_gradient and pl_module.automatic_optimization:
+            refuse(self, [f"{type(optimizer).__name__} {SEVERAL_GRADIENTS}"])
+        self._has_gradient = True
 
     # -- the end of a batch, however it comes, and of the fit
 

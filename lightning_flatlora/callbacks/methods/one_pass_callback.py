@@ -45,6 +45,7 @@ class OnePassCallback(MethodCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if takes_no_step(trainer):
             return
         begins_window = batch_idx % window_of(trainer) == 0
@@ -71,6 +72,7 @@ class OnePassCallback(MethodCallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.check_gradient_is_first(pl_module, optimizer)
         pair_group = self.pair_group_of(trainer, optimizer)
         if pair_group is None:
             return

@@ -81,6 +81,7 @@ class TwoPassCallback(MethodCallback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         # The module's own on_train_batch_start may have skipped the last batch.
         self.end_batch()
         if takes_no_step(trainer):
@@ -143,6 +144,7 @@ class TwoPassCallback(MethodCallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.check_gradient_is_first(pl_module, optimizer)
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
         if self.holds_pairs(trainer, optimizer):
             self.step += 1

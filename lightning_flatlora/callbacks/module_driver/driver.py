@@ -192,8 +192,8 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
             self._average(trainer, self._sum, self._efmlora.beta)
         # The gradient is complete and unscaled only now, and E, which clipping must not change, was taken before.
         module: Any = pl_module  # an FMLoRAModule
-        if module.gradient_clip_val is not None:
-            module.clip_gradients(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)
+        # The hook, which a subclass may override as in automatic optimization; Lightning's own clips nothing for None.
+        module.configure_gradient_clipping(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)
 
     def _check_reached(self, pl_module: LightningModule) -> None:
         """Refuse a subclass whose training_step does not call FMLoRAModule's, which takes the passes."""
