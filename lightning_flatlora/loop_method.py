@@ -72,6 +72,7 @@ class LoopMethod(ABC):
         self._horizon = math.inf if total_steps is None else total_steps
         self._group = PairGroup(0)
         self._begins_window = True
+        self._is_closed = False
         self._start(PairWatch(unwrapped(model), adapter_name, finder))
 
     def _start(self, watch: PairWatch) -> None:
@@ -135,6 +136,7 @@ class LoopMethod(ABC):
 
     def close(self) -> None:
         """Leave no trace on the model's layers and the optimizer, after the loop or an exception; the state stays."""
+        self._is_closed = True
         self._group.uninstall()
         if self._step_hook is not None:
             self._step_hook.remove()
@@ -210,6 +212,8 @@ class LoopMethod(ABC):
 
     def _begin_pass(self) -> None:
         """Take over what has changed about the pairs, which nearly always is nothing."""
+        if self._is_closed:
+            raise RuntimeError(f"close() has ended this {type(self).__name__}: make a new one for another run")
         if self._begins_window and self._watch.changed([self._optimizer]):
             search = self._watch.search([self._optimizer])
             self._install(assign_pairs(search.pairs, [self._optimizer]).pairs[0])

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_flatlora.lora_pair import (
     IS_SHARED,
@@ -166,20 +167,35 @@ def _why_not_factors(lora_A: object, lora_B: object) -> str | None:
 
 def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair]) -> list[tuple[LoRAPair, str]]:
     """The pairs one of whose factors also serves in another product than s B A."""
-    products: dict[int, set[tuple[int, int, float]]] = defaultdict(set)
+    products: dict[Hashable, set[tuple[Hashable, Hashable, float]]] = defaultdict(set)
     for _, layer in layers:
-        for adapter in layer.lora_B:
-            A, B = factors_of(layer, adapter)
-            for factor in (A, B):
-                products[id(factor)].add((id(A), id(B), float(layer.scaling[adapter])))
-    return [(p, IS_SHARED) for p in pairs.values() if len(products[id(p.A)] | products[id(p.B)]) > 1]
+        for adapter in _adapters(layer):
+            A, B = map(_place, factors_of(layer, adapter))
+            for place in (A, B):
+                products[place].add((A, B, float(layer.scaling[adapter])))
+    badly_tied = []
+    for pair in pairs.values():
+        if len(products[_place(pair.A)] | products[_place(pair.B)]) > 1:
+            badly_tied.append((pair, IS_SHARED))
+    return badly_tied
+
+
+def _place(factor: Any) -> Hashable:
+    """Where a factor's values lie: peft ties an output layer to its embedding by parameters that share memory."""
+    # A rank may hold nothing of a sharded parameter, and such ones lie at one place.
+    if type(factor) is not nn.Parameter or isinstance(factor.data, DTensor) or factor.numel() == 0:
+        return id(factor)
+    return factor.data_ptr() or id(factor)
 
 
 def factors_of(layer: LoraLayer, adapter: str) -> list[Any]:
     """The parameters A and B of an adapter."""
+    held: tuple[Any, Any] = (layer.lora_embedding_A, layer.lora_embedding_B)
+    if adapter in layer.lora_B:
+        held = (layer.lora_A, layer.lora_B)
     factors = []
-    # AdaLoRA keeps them as parameters, without a module around them.
-    for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+    # AdaLoRA and embeddings keep them as parameters, without a module around them.
+    for factor in (held[0][adapter], held[1][adapter]):
         factors.append(getattr(bare(factor), "weight", None) if isinstance(factor, nn.Module) else factor)
     return factors
 

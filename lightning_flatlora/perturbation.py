@@ -13,6 +13,7 @@ from lightning_flatlora.distributed import Layout
 from lightning_flatlora.functional import Estimator, NormScope, perturbation_scale
 from lightning_flatlora.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.pair_stacks import PairStack, PairState, stackable
+from lightning_flatlora.schedules import is_radius
 
 
 class FreshPerturbation(NamedTuple):
@@ -205,7 +206,12 @@ class Perturbation:
 
         Returns:
             E, equal on every rank if the gradients are.
+
+        Raises:
+            ValueError: rho is a number that can't be a radius.
         """
+        if not isinstance(rho, Tensor) and not is_radius(rho):
+            raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
         # A manual training_step runs inside autocast, where the products would be taken in half precision.
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self._ascend(rho, at_perturbed, also_finite)
@@ -250,7 +256,12 @@ class Perturbation:
         Args:
             fresh: from :meth:`ascend`.
             beta: weight of the fresh one, in (0, 1].
+
+        Raises:
+            ValueError: beta is out of range.
         """
+        if not 0 < beta <= 1:
+            raise ValueError(f"beta must be in (0, 1], got {beta!r}")
         for stack, fresh_E in zip(self._stacks, fresh.stacks, strict=True):
             stack.average(fresh_E, fresh.finite, beta, fresh.is_zero)
 

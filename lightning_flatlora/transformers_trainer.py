@@ -3,7 +3,9 @@
 Nothing else of the package imports this module, so that the other parts do without transformers.
 """
 
+import inspect
 import math
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from typing_extensions import override
 
 from lightning_flatlora import loops
-from lightning_flatlora.callbacks.methods.checks import refuse
+from lightning_flatlora.callbacks.methods import checks
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.schedules import RhoSchedule
 
 _FILE = "flatlora.pt"
@@ -44,8 +47,9 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
         loop: what drives the run, a :class:`lightning_flatlora.loops.EFMLoRA`; None before it starts.
 
     Raises:
-        MisconfigurationException: at the start of training, for values out of range, for a model or a kind of training
-            that can't work, or a checkpoint that is of another run.
+        TypeError: an unknown setting.
+        MisconfigurationException: values out of range; at the start of training, a model or a kind of training that
+            can't work, or a checkpoint that is of another run or damaged.
         NoPairsError: at the start of training, the model trains no LoRA pair.
 
     Example:
@@ -57,6 +61,17 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
         self._resume_from = resume_from
         self._settings = {"rho": rho, **settings}
         self._pass = ExitStack()
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        others = {name: value for name, value in self._settings.items() if name != "beta"}
+        arguments = inspect.signature(LoopMethod).bind(None, None, **others)
+        arguments.apply_defaults()
+        given = arguments.arguments
+        names = ("rho", "start_step", "every_n_steps", "adapter_name", "finder")
+        problems = checks.value_problems("rho", *(given[name] for name in names))
+        beta = self._settings.get("beta", 1.0)
+        checks.refuse(self, problems + checks.perturbation_problems(beta, given["estimator"], given["norm_scope"]))
 
     @override
     def on_train_begin(
@@ -70,12 +85,12 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
         if is_sharded(model):  # transformers can also shard a model as it loads it
             problem = _REFUSED["FSDP"]
         if problem is not None:
-            refuse(self, [f"{problem}: use one device, or DDP, as torchrun starts it"])
+            checks.refuse(self, [f"{problem}: use one device, or DDP, as torchrun starts it"])
         self.loop = loops.EFMLoRA(model, optimizer, **{"total_steps": state.max_steps or None, **self._settings})
         if state.global_step > 0:
             try:
                 self._resume(args, state)
-            except MisconfigurationException:
+            except BaseException:
                 self.close()
                 raise
 
@@ -85,7 +100,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         assert self.loop is not None
         self._complete_checkpoint(args, state, control)
-        # One pass for a whole accumulation window, as no hook comes between a micro-batch and the next.
+        # One pass for a whole accumulation window, within which transformers reads and saves nothing.
         self._pass.enter_context(self.loop.training_pass())
 
     @override
@@ -107,7 +122,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
                 f"{self.loop.step} steps, so the others were not perturbed: use a trainer with transformers' own loop"
             )
             self.close()
-            refuse(self, [problem])
+            checks.refuse(self, [problem])
         self._complete_checkpoint(args, state, control)
 
     @override
@@ -130,7 +145,11 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The checkpoints of a hyper-parameter search lie elsewhere, and nobody resumes from them.
         if self.loop is not None and args.should_save and not state.is_hyper_param_search:
-            torch.save({**self.loop.state_dict(), "norm_of_B": self._norm_of_B()}, _folder(args, state) / _FILE)
+            file = _folder(args, state) / _FILE
+            # Written aside, so that no half of a file ever has its name.
+            part = file.with_suffix(".part")
+            torch.save({**self.loop.state_dict(), "norm_of_B": self._norm_of_B()}, part)
+            os.replace(part, file)
 
     def _complete_checkpoint(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Add the file to a checkpoint that transformers has just saved on SIGTERM, of which on_save does not hear."""
@@ -152,12 +171,16 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
         for file in files:
             if not file.is_file():
                 continue
-            saved = torch.load(file, map_location="cpu", weights_only=True)
+            try:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:
+                problem = f"{file} can't be read ({error}): delete its checkpoint, and resume from the one before"
+                raise MisconfigurationException(checks.message(self, [problem])) from error
             if saved["step"] == state.global_step and math.isclose(saved["norm_of_B"], self._norm_of_B()):
                 self.loop.load_state_dict(saved)
                 return
             problem = f"{file} is not of the checkpoint that is resumed: give that one as resume_from"
-        refuse(self, [problem])
+        checks.refuse(self, [problem])
 
     def _norm_of_B(self) -> float:
         """The norm of all B, by which a checkpoint knows the weights that its perturbation belongs to."""

@@ -158,6 +158,20 @@ def test_a_factor_that_serves_in_two_products_is_left_out() -> None:
     assert "shared" in search.left_out[0]
 
 
+def test_an_output_layer_tied_to_its_embedding_by_memory_is_left_out() -> None:
+    """As peft ties them with ensure_weight_tying: by parameters of their own over the same values."""
+    net = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 6)})
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner", "head"]))
+    layers = model.base_model.model
+    head, embedding = layers["head"], layers["embedding"]
+    assert len(find_pairs(model).pairs) == 2
+    head.lora_B["default"].weight = nn.Parameter(embedding.lora_embedding_A["default"].data.mT)
+    head.lora_A["default"].weight = nn.Parameter(embedding.lora_embedding_B["default"].data.mT)
+    search = find_pairs(model)
+    assert [pair.name.split(".")[2] for pair in search.pairs] == ["inner"]
+    assert "shared with another pair" in search.left_out[1]
+
+
 def test_adapters() -> None:
     model = peft(["one"])
     model.add_adapter("other", LoraConfig(r=3, target_modules=["two"]))

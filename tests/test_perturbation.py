@@ -248,3 +248,11 @@ def test_bad_arguments_are_named() -> None:
         Perturbation(pairs, norm_scope="glob")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one LoRAPair"):
         Perturbation([])
+    perturbation = Perturbation(pairs)
+    for bad in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="rho must be a finite number >= 0, got"):
+            perturbation.ascend(bad, at_perturbed=False)
+    fresh = perturbation.ascend(0.5, at_perturbed=False)
+    for bad in (0.0, 1.5):
+        with pytest.raises(ValueError, match="beta must be in"):
+            perturbation.average(fresh, bad)

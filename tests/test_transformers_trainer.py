@@ -266,6 +266,23 @@ def test_a_trainer_with_a_loop_of_its_own_that_lacks_the_hooks_is_refused(tmp_pa
     assert_no_trace(trainer.model)
 
 
-def test_wrong_values_are_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="beta must be in"):
-        trainer_of(tmp_path, [EFMLoRA(RHO, beta=2.0)]).train()
+def test_wrong_values_are_refused_where_they_are_written() -> None:
+    with pytest.raises(
+        MisconfigurationException, match=r"(?s)3 problems.*rho must be.*every_n_steps must.*beta must be"
+    ):
+        EFMLoRA(-1.0, beta=2.0, every_n_steps=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
+        EFMLoRA(RHO, betta=0.5)
+
+
+def test_a_damaged_state_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(tmp_path, [EFMLoRA(RHO)], **saves).train()
+    folder = tmp_path / "checkpoint-3"
+    assert not list(folder.glob("*.part"))
+    file = folder / "flatlora.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    resumed = trainer_of(tmp_path, [EFMLoRA(RHO)], **saves)
+    with pytest.raises(MisconfigurationException, match=r"flatlora\.pt can't be read .* delete its checkpoint"):
+        resumed.train(resume_from_checkpoint=str(folder))
+    assert_no_trace(resumed.model)
