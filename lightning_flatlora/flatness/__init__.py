@@ -5,6 +5,7 @@ the same order, and all get the same numbers: losses, gradients and Hessian-vect
 """
 
 from lightning_flatlora.flatness.curvature import hessian_product, hessian_trace, top_eigenvalue
+from lightning_flatlora.flatness.estimate import Estimate
 from lightning_flatlora.flatness.factors import (
     balancedness,
     condition_number,
@@ -15,7 +16,6 @@ from lightning_flatlora.flatness.factors import (
 )
 from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, slope
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, MEASURES, Point, measure
-from lightning_flatlora.flatness.metrics import Estimate, MeanWithError
 from lightning_flatlora.flatness.sharpness import (
     EMASharpness,
     ExpectedSharpness,
@@ -37,7 +37,6 @@ __all__ = [
     "ExpectedSharpness",
     "Loss",
     "MeanLoss",
-    "MeanWithError",
     "Point",
     "Sharpness",
     "Slope",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_flatlora.distributed import average
+from lightning_flatlora.flatness.estimate import Estimate, estimate
 from lightning_flatlora.flatness.losses import Loss, parts
-from lightning_flatlora.flatness.metrics import Estimate, MeanWithError
 
 
 def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]) -> list[Tensor]:
@@ -137,14 +137,14 @@ def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int =
     """
     parameters = list(parameters)
     generator = torch.Generator().manual_seed(seed)
-    mean = MeanWithError(sync_on_compute=False)  # ranks have the same samples
+    traces = []
     size = sum(parameter.numel() for parameter in parameters)
     for _ in range(samples):
         vector = _split(torch.randint(0, 2, (size,), generator=generator) * 2 - 1, parameters)
         product = hessian_product(loss, parameters, vector)
         products = [(v.double() * p.double()).sum().cpu() for v, p in zip(vector, product, strict=True)]
-        mean.update(torch.stack(products).sum())
-    return mean.compute()
+        traces.append(torch.stack(products).sum())
+    return estimate(traces)
 
 
 def _split(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

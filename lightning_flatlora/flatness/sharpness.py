@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
+from lightning_flatlora.flatness.estimate import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product, realized_radius
 from lightning_flatlora.flatness.losses import Loss, Slope, slope, value
-from lightning_flatlora.flatness.metrics import MeanWithError
 from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
@@ -204,13 +204,14 @@ def expected_sharpness(
         >>> bool(expected_sharpness(loss, WeightNoise(model), sigma=0.5, samples=64).sharpness > 0)
         True
     """
-    at_weights, mean = value(loss), MeanWithError(sync_on_compute=False)  # ranks have the same samples
+    at_weights = value(loss)
+    at_noise = []
     # The seeds are the same on every rank, so that all of them measure at the same weights.
     for sample in range(samples):
         with noise.applied(sigma, seed + sample):
-            mean.update(value(loss))
-    estimate = mean.compute()
-    return ExpectedSharpness(at_weights, estimate.mean.to(at_weights.dtype), estimate.standard_error)
+            at_noise.append(value(loss))
+    mean, standard_error = estimate(at_noise)
+    return ExpectedSharpness(at_weights, mean.to(at_weights.dtype), standard_error)
 
 
 def fresh_perturbation(perturbation: Perturbation, rho: float, at: Slope) -> FreshPerturbation:

@@ -9,7 +9,6 @@ from peft import PeftModel
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora import FMLoRAModule
 from recipes.language.batches import Batch
 from recipes.language.joint_attention import split_attention
 from recipes.language.model import add_adapter, answer_log_likelihood, generate_answers, load_base
@@ -18,6 +17,7 @@ from recipes.nlg.data import MeaningData
 from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
 from recipes.nlg.metrics import METRICS, Metric, check_metrics
 from recipes.nlg.written import WrittenTexts
+from recipes.shared.training import AutomaticTraining, ManualTraining
 
 DEFAULT_LORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
 """That of LoRA's repository for E2E."""
@@ -133,17 +133,9 @@ class TextGenerator(LanguageModel):
         return generate_answers(self.net, prompt_ids, self.tokenizer, self.max_new_tokens, **options)
 
 
-class TextGeneration(TextGenerator):
+class TextGeneration(TextGenerator, AutomaticTraining):
     """Automatic optimization: plain LoRA, or with EFMLoRA or FMLoRA among the Trainer's callbacks."""
 
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)
 
-
-class TextGenerationFM(TextGenerator, FMLoRAModule):
+class TextGenerationFM(TextGenerator, ManualTraining):
     """FMLoRA in manual optimization; accumulation and clipping are arguments here, not of the Trainer."""
-
-    @override
-    def compute_loss(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.loss(batch)
