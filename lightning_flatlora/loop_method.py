@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -93,6 +94,8 @@ class LoopMethod(ABC):
         if self.rho.needs_learning_rate:
             problems += sizes.rate_problems(f"rho={self.rho}", self._followed_groups())
         checks.refuse(self, problems)
+        if search.left_out:
+            rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(search.left_out))
         checks.warn_of_rounding(self, "B", [pair.B for pair in search.pairs])
         self._install(assignment.pairs[0])
         self._watch_steps()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -171,6 +172,11 @@ class FMLoRA(LoopMethod):
                 raise RuntimeError(
                     "the first pass left no gradient: under FSDP2 each micro-batch must synchronize, so leave "
                     "no_backward_sync (set_requires_gradient_sync) out, or use EFMLoRA"
+                )
+            if not sharded and all(parameter.grad is None for parameter in parameters_of(self._optimizer)):
+                rank_zero_warn(
+                    "the first pass left no gradient, so E is 0: does backward stand inside each pass, and is this "
+                    "FMLoRA of the model and the optimizer that the loop trains?"
                 )
             if self.sync_ascent and not sharded:
                 average_gradients(trained_factors(perturbation.pairs))

@@ -14,7 +14,7 @@ from peft.tuners.lora.variants import (
     DoraConv3dVariant,
     DoraLinearVariant,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -251,6 +251,7 @@ def nothing_found(
         return _finder_found_nothing(model, finder, search)
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
     others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
+    tuners = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTuner)})
     if not layers and others:
         lines += [
             f"The model holds layers that look like another library's LoRA, {', '.join(others)}; without a finder only "
@@ -258,6 +259,10 @@ def nothing_found(
             "Give one, such as finder=lightning_flatlora.finders.litgpt_pairs, torchtune_pairs, nemo_pairs, or "
             'PairsByName(a="lora_A", b="lora_B", scaling="scaling") with the names that the layers have.',
         ]
+    elif not layers and tuners:
+        lines.append(
+            f"The model holds peft's {', '.join(tuners)}, and no LoRA layer: only LoRA's update is a product s B A."
+        )
     elif not layers:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         lines += [f"The model holds no LoRA layer, only {', '.join(kinds)}.", "Wrap it with peft.get_peft_model."]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -108,7 +109,11 @@ def _property_of(attribute: str) -> property:
         if isinstance(value, nn.Parameter) and not value.requires_grad:
             # Frozen, maybe for one pass alone, as by toggle_optimizer. Only what is being trained is perturbed.
             return value
-        return reading.added_to(value)
+        perturbed = reading.added_to(value)
+        # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.
+        if not torch.compiler.is_compiling() and value.grad is not None and value.grad.dtype == perturbed.dtype:
+            perturbed.grad = value.grad
+        return perturbed
 
     # For FSDP1, which sets and deletes its views under the parameter's name.
     def write(self: _ReadsPerturbed, value: Tensor | None) -> None:

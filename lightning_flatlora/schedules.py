@@ -6,6 +6,7 @@ A schedule is a pure function of the step, the horizon and the learning rate, so
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +56,8 @@ def is_radius(value: object) -> bool:
         >>> is_radius(0.5), is_radius(-1), is_radius(float("nan")), is_radius(True), is_radius("1")
         (True, False, False, False, False)
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Also NumPy's numbers, of which float64 alone is a float.
+    number = not isinstance(value, bool) and isinstance(value, Real)
     return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
 
 
@@ -71,7 +73,7 @@ class _OfRadii(RhoSchedule):
             if field.name != "total_steps" and not is_radius(value):
                 problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
         total = getattr(self, "total_steps", None)
-        if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+        if total is not None and (isinstance(total, bool) or not isinstance(total, Integral) or total < 1):
             problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {total!r}")
         if problems:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))

@@ -358,20 +358,6 @@ def test_a_step_without_before_step_or_the_other_way_round_is_refused(name: str)
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_closed_object_is_not_used_again(name: str) -> None:
-    def take_passes() -> None:
-        for each_pass in flat.training_passes():
-            with each_pass:
-                pass
-
-    net = net_of()
-    flat = method_of(name, net, optimizer_of(net), 0.3)
-    flat.close()
-    with pytest.raises(RuntimeError, match=rf"close\(\) has ended this {name}: make a new one"):
-        take_passes()
-
-
 def test_a_pass_that_is_not_entered_is_refused() -> None:
     net = make_net()
     flat = loops.FMLoRA(net, torch.optim.SGD(net.parameters(), lr=0.1), 0.3)

@@ -242,5 +242,5 @@ def test_the_lora_of_another_library_is_named_and_no_second_one_advised(kind: ty
 
 def test_peft_tuners_that_are_not_lora_are_no_other_library() -> None:
     model = get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"]))
-    with pytest.raises(NoPairsError, match="no LoRA layer, only"):
+    with pytest.raises(NoPairsError, match="holds peft's LoHaModel, and no LoRA layer: only LoRA's update"):
         find_pairs(model)

@@ -167,3 +167,21 @@ def test_reading_without_install_is_refused() -> None:
     _, pairs = model_and_pairs()
     with pytest.raises(RuntimeError, match="call install"), Perturbation(pairs).applied():
         pass
+
+
+def test_what_is_read_has_the_gradient_of_the_parameter() -> None:
+    """A project's own hook finds it by attribute, and may change it in place."""
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    backward(model)
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    reader = pairs[0].readers[0]
+    assert isinstance(reader, nn.Module)
+    with perturbation.applied():
+        assert reader.weight is not pairs[0].B
+        assert reader.weight.grad is pairs[0].B.grad
+        reader.weight.grad.zero_()
+    assert pairs[0].B.grad is not None
+    assert not pairs[0].B.grad.any()
+    perturbation.uninstall()

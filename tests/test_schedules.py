@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from lightning_flatlora import ConstantRho, CosineRho, InverseSqrtRho, LearningRateRho, LinearRho, RhoSchedule
@@ -55,3 +56,8 @@ def test_a_dataclass_of_ones_own_may_hold_what_is_no_radius() -> None:
 
     schedule = Milestones(0.5, [3, 5])
     assert [schedule(step) for step in (2, 3, 5)] == [0.0, 0.5, 1.0]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert ConstantRho(np.float32(0.5))(0) == 0.5  # type: ignore[arg-type]
+    assert LinearRho(np.int64(1), 0.0, total_steps=np.int64(4))(2) == 0.5  # type: ignore[arg-type]

@@ -72,14 +72,16 @@ def put_memory_back(tensor: Tensor, data: Tensor) -> None:
 def frozen_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that no optimizer trains, but a step may write: a momentum encoder's, a codebook's.
 
-    Those of tensor subclasses, such as quantized weights and DTensors, are not among them.
+    Those of other classes, such as quantized weights and DTensors, are not among them.
     """
     found = []
     for parameter in module.parameters():
         # Without a shape, or without a version, nothing can be noticed.
         if parameter.requires_grad or is_lazy(parameter) or parameter.is_inference():
             continue
-        if type(parameter.data) is Tensor:
+        # The class of a quantized weight may be that of the parameter alone, as bitsandbytes' Params4bit, whose values
+        # mean nothing without what the library keeps beside them and changes with them.
+        if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
             found.append(parameter)
     return found
 

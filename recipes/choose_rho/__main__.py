@@ -27,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, fit_options = _parser().parse_known_args(arguments)
     folder = options.folder or Path("runs/choose_rho") / options.recipe
     _check(options, fit_options)
-    keep_options(folder, [options.recipe, options.rho_option, *fit_options])
-    sweep = Sweep(options.recipe, fit_options, options.rho_option, folder, options.metric, options.mode)
+    metric, mode = options.metric, options.mode
+    # Rows of two metrics can't be compared.
+    asked = [f"--{name}={value}" for name, value in (("metric", metric), ("mode", mode)) if value is not None]
+    keep_options(folder, [options.recipe, options.rho_option, *asked, *fit_options])
+    sweep = Sweep(options.recipe, fit_options, options.rho_option, folder, metric, mode)
     ledger = Ledger(folder / "results.jsonl", entries("rho", "seed"))
     rows: list[Row] = []
     try:

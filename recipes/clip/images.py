@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from recipes.shared.ranks import rank
@@ -16,16 +16,23 @@ _SHOWN = 5  # broken files that a message names
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image in RGB; what is transparent becomes white.
+    """An image in RGB, turned as its EXIF orientation says; what is transparent becomes white.
 
     Args:
-        path: of any format that Pillow reads.
+        path: of any format that Pillow reads, with 8 bits a channel, or 16 in grey.
 
     Raises:
         MisconfigurationException: it can't be read; the message names the file and the reason.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            problem = _wide(opened)
+            if problem is not None:
+                raise ValueError(problem)
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):
+                # Pillow would cut every value above 255 to white.
+                image = image.convert("I").point(lambda value: value / 257).convert("L")
             return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except Exception as error:  # decoders raise of many kinds: OSError, SyntaxError, struct.error, ...
         raise MisconfigurationException(f"{path} can't be read as an image: {_reason(error)}") from error
@@ -81,12 +88,20 @@ def _problem(path: str | Path, refuses: Callable[[Size], str | None]) -> str | N
     """What is wrong with an image, or None."""
     try:
         with Image.open(path) as image:
-            problem = refuses(image.size)
+            problem = _wide(image) or refuses(image.size)
             image.draft("RGB", (1, 1))  # JPEG: read all, but decode to an eighth of the size, several times faster
             image.load()
     except Exception as error:
         return _reason(error)
     return problem
+
+
+def _wide(image: Image.Image) -> str | None:
+    """Why an image with 32 bits a value can't be used; None for all others."""
+    # A PNG has at most 16, for which some versions of Pillow say "I" and some "I;16".
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        return f"it has 32 bits a value (mode {image.mode}), whose range nobody knows: save it with 8 bits a channel"
+    return None
 
 
 def on_white(image: Image.Image) -> Image.Image:

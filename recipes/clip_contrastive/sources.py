@@ -113,6 +113,10 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
             rows = csv.DictReader(file, delimiter=_TABLES[path.suffix.lower()], strict=True)
             _check_columns(path, rows.fieldnames or (), image_column, caption_column)
             for row in rows:
+                if None in row:
+                    # A caption with commas has to stand in quotes, or its end would be lost.
+                    faults.append(f"line {rows.line_num} has more columns than the first line")
+                    continue
                 image, caption = (row[image_column] or "").strip(), (row[caption_column] or "").strip()
                 if image and caption:
                     captions.setdefault(image, []).append(caption)
@@ -120,7 +124,8 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
                     empty = caption_column if image else image_column
                     faults.append(f"line {rows.line_num} has an empty {empty!r}")
     except (csv.Error, UnicodeDecodeError) as error:
-        raise MisconfigurationException(f"{path} can't be read as a table in UTF-8: {error}") from error
+        line = f" (near line {rows.line_num})" if isinstance(error, csv.Error) else ""
+        raise MisconfigurationException(f"{path} can't be read as a table in UTF-8: {error}{line}") from error
     _refuse(path, faults)
     files = {image: path.parent / Path(image).expanduser() for image in captions}
     _refuse(path, [f"there is no {file}" for file in files.values() if not file.is_file()])
@@ -190,7 +195,8 @@ def _shards(pattern: str) -> list[Picture]:
         raise MisconfigurationException(f"dataset={pattern!r}: there is no {', '.join(missing[:5])}")
     pictures, faults = [], []
     for shard in tqdm(shards, "Reading shards", disable=len(shards) < 10 or rank() != 0):
-        images, captions = _members(shard)
+        images, captions, wrong = _members(shard)
+        faults += [f"{shard}: {fault}" for fault in wrong]
         faults += [f"{shard}: {key} has no .txt" for key in sorted(images.keys() - captions)]
         faults += [f"{shard}: {key} has a .txt, but no image" for key in sorted(captions.keys() - images)]
         faults += [f"{shard}: {key}.txt is empty" for key, texts in captions.items() if not texts]
@@ -199,9 +205,16 @@ def _shards(pattern: str) -> list[Picture]:
     return pictures
 
 
-def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, ...]]]:
-    """Images and captions of a shard by key, which is the name up to the first dot in its last part."""
-    images, captions = {}, {}
+def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, ...]], list[str]]:
+    """Images and captions of a shard by key, and what is wrong with its names.
+
+    The key is webdataset's, the name up to the first dot in its last part. Of "1.png", "1.txt" and "1.mask.png" the
+    last one is no image of the pair.
+    """
+    images: dict[str, StoredFile] = {}
+    captions: dict[str, tuple[str, ...]] = {}
+    faults: list[str] = []
+    others: list[tuple[str, str]] = []
     try:
         # Uncompressed archives alone: images are read from where they lie in the file.
         with tarfile.open(shard, "r:") as archive:
@@ -210,16 +223,21 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
                 base, _, suffix = name.partition(".")
                 key = f"{folder}/{base}" if folder else base
                 if f".{suffix.lower()}" in IMG_EXTENSIONS:
+                    faults += [f"there is a second image {member.name}"] if key in images else []
                     images[key] = StoredFile(shard, member.name, member.offset_data, member.size)
                 elif suffix.lower() == "txt":
+                    faults += [f"there is a second text {member.name}"] if key in captions else []
                     file = archive.extractfile(member)
                     if file is not None:  # a folder may have such a name too
                         captions[key] = lines_of(file.read().decode("utf-8-sig"))
+                elif Path(name).suffix.lower() in IMG_EXTENSIONS:
+                    others.append((member.name, key))
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise MisconfigurationException(
             f"{shard} can't be read as an uncompressed .tar with texts in UTF-8: {error}"
         ) from error
-    return images, captions
+    faults += [f"the key of {name} ends at the first dot, {key}" for name, key in others if key not in images]
+    return images, captions, faults
 
 
 def expanded(pattern: str) -> Iterator[str]:

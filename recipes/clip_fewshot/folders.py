@@ -10,23 +10,28 @@ Example = tuple[Path, int]
 Parts = dict[str, list[Example]]
 Found = tuple[Sequence[str], Parts]
 PARTS = ("train", "validation", "test")
-_FOLDERS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
+}
 
 
 def read(dataset: str) -> Found:
     """Classes, and (path, label) by part; all images as the part "train" where there are no parts.
 
     Args:
-        dataset: a folder with one folder for each class, or with folders train, test and perhaps validation (or valid,
-            or val) that hold these.
+        dataset: a folder with one folder for each class, or with folders train (or training), test (or testing) and
+            perhaps validation (or valid, or val) that hold these, in small letters or capitals.
 
     Raises:
         MisconfigurationException: a part is missing, a class has no images, or parts differ in their classes.
     """
     folder = Path(dataset).expanduser()
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     candidates = {}
     for part, names in _FOLDERS.items():
-        candidates[part] = [folder / name for name in names if (folder / name).is_dir()]
+        candidates[part] = [path for path in inside if path.name.lower() in names]
     if not candidates["train"] and not candidates["test"]:
         classes = class_folders(folder)
         return classes, {"train": images_of(folder, classes)}
@@ -51,7 +56,7 @@ def class_folders(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise MisconfigurationException(f"there is no folder {folder}")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
     if not classes:
         raise MisconfigurationException(f"{folder} holds no folder: it needs one for each class, with its images")
     return classes
@@ -76,8 +81,18 @@ def images_of(folder: Path, classes: Sequence[str]) -> list[Example]:
 
 def image_files(folder: Path) -> list[Path]:
     """All files below a folder whose name ends like an image's, in order."""
+    found = []
+    for path in folder.rglob("*"):
+        is_image = path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+        # Copies that a notebook or an archive has left, such as .ipynb_checkpoints/cat-checkpoint.png.
+        if is_image and not any(map(_is_hidden, path.relative_to(folder).parts)):
+            found.append(path)
     # Sorted, since file systems list files in different orders, and a seed has to draw the same ones.
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    return sorted(found)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def check_same(folder: Path, expected: Sequence[str], actual: Sequence[str]) -> None:

@@ -127,7 +127,11 @@ def perform(run: Run, folder: Path, fit_options: Sequence[str]) -> Row:
             f"{run} has ended without {path}: leave out options such as fast_dev_run, with which it tests nothing"
         )
     identity = {"recipe": "clip_fewshot", "method": run.method, "name": run.name, "rho": run.rho}
-    return {**identity, "learning_rate": run.learning_rate, **json.loads(path.read_text())}
+    row = {**identity, "learning_rate": run.learning_rate, **json.loads(path.read_text())}
+    if run.dataset is not None and row["dataset"] != run.dataset:
+        # Two folders may end alike, and the run's folder has the last part of the path alone.
+        raise SystemExit(f"{path} is of the data set {row['dataset']}, not of {run.dataset}: give another --folder")
+    return row
 
 
 def command(run: Run, folder: Path, fit_options: Sequence[str]) -> list[str]:

@@ -60,9 +60,6 @@ VARIANTS: dict[str, Tuning] = {
     "efmlora_every5": Tuning("rho", "rho"),
     "fmlora_every5": Tuning("rho", "rho"),
     "bi_lora": Tuning("rho", "rho"),
-    # One value each, the same on every task: whether a rule harms anywhere is the question.
-    "efmlora_budget": Tuning("nats", ({"nats": 0.2},)),
-    "efmlora_loss_share": Tuning("part", ({"part": 0.1},)),
 }
 """Beyond the paper, and a baseline that the published comparison has not; run only when they are named."""
 

@@ -2,9 +2,8 @@
 
 `run` does the runs and keeps a line of JSON for each, `robustness` judges the kept adapters under further conditions,
 `flatness` measures the loss around them, `merge_weights` merges kept adapters with a weight chosen on validation,
-`radius` tries rules that set rho without a search, `report` shows what is there so far, and `demo` merges a few
-adapters in minutes. After Ctrl-C the same command resumes; started twice on one folder, the two processes share the
-work.
+`report` shows what is there so far, and `demo` merges a few adapters in minutes. After Ctrl-C the same command resumes;
+started twice on one folder, the two processes share the work.
 """
 
 import argparse
@@ -40,9 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence", description=__doc__)
-    subparsers = parser.add_subparsers(
-        required=True, metavar="{run,robustness,flatness,merge_weights,radius,report,demo}"
-    )
+    subparsers = parser.add_subparsers(required=True, metavar="{run,robustness,flatness,merge_weights,report,demo}")
     for name, function, text in (
         ("run", commands.run, "do the runs that are not done yet"),
         ("robustness", commands.robustness, "judge kept adapters: rounded, at other scales, on texts with typos"),
@@ -70,12 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     command = subparsers.add_parser("demo", help=text, description=text)
     command.set_defaults(command=commands.demo)
     _add_folder(command, Path("runs/merging_demo"))
-    text = "try rules that set rho without a search, on workloads whose searches are done"
-    command = subparsers.add_parser("radius", help=text, description=text)
-    command.set_defaults(command=commands.radius)
-    command.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["w1"], help="w1 if left out")
-    command.add_argument("--report", action="store_true", help="only show what is there so far")
-    _add_folder(command)
     return parser
 
 

@@ -10,7 +10,7 @@ from recipes.evidence.verdict import BySeed, difference
 from recipes.evidence.workloads import BASELINE, PROBE, TITLES
 from recipes.shared.ledger import Row
 from recipes.shared.methods import COLOURS
-from recipes.shared.statistics import estimate, mean_cell
+from recipes.shared.statistics import Estimate, estimate, mean_cell
 from recipes.shared.tables import Table
 
 Arms = Mapping[str, Sequence[Row]]
@@ -64,7 +64,8 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
         panels: by their title, what is measured at each number, in percent.
 
     Returns:
-        None where there are no arms. Those with a single seed, whose mean has no interval, are left out.
+        None where there are no arms. Those with a single seed, whose mean has no interval, are left out, and so are
+        the numbers at which an arm has no two runs.
     """
     drawn = {}
     for arm, rows in arms.items():
@@ -79,13 +80,17 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
     colours = {arm: COLOURS.get(TITLES[arm]) or next(others) for arm in drawn}
     for axes, (name, measures) in zip(all_axes, panels.items(), strict=True):
         for place, (arm, rows) in enumerate(drawn.items()):
-            found = [estimate(list(measure(rows).values())) for measure in measures.values()]
+            found: dict[float, Estimate] = {}
+            for number, measure in measures.items():
+                values = list(measure(rows).values())
+                if len(values) > 1:
+                    found[number] = estimate(values)
             # Side by side, so that no interval hides another one.
             shift = _APART * (max(measures) - min(measures)) * (place - (len(drawn) - 1) / 2)
             axes.errorbar(
-                [number + shift for number in measures],
-                [one.mean for one in found],
-                yerr=[one.interval for one in found],
+                [number + shift for number in found],
+                [one.mean for one in found.values()],
+                yerr=[one.interval for one in found.values()],
                 color=colours[arm],
                 marker="o",
                 capsize=3,

@@ -19,8 +19,7 @@ from recipes.evidence.in_turn import perform_in_turn
 from recipes.evidence.kept import Judge, kept_runs, ledger_of, work
 from recipes.evidence.kept_report import SECONDARY, KeptReport, write_kept
 from recipes.evidence.merging import perform_merging
-from recipes.evidence.plan import RESULTS, STAGES, Plan
-from recipes.evidence.radius_study import RadiusPlan, radius_table
+from recipes.evidence.plan import RESULTS, Plan
 from recipes.evidence.report import Report, verdict_text, write
 from recipes.evidence.robustness_report import RobustnessReport
 from recipes.evidence.run import Run, perform
@@ -93,31 +92,6 @@ def _judge_kept(options: argparse.Namespace, results: str, judge: Judge) -> int:
     except KeyboardInterrupt:
         return _stopped()
     print(f"{path} holds all of them; now: {_report_command(options)}")
-    return 0
-
-
-def radius(options: argparse.Namespace) -> int:
-    """Do the runs of the rules for the radius, and compare them with the searched rho."""
-    _prepare()
-    plans = []
-    for workload in options.workloads:
-        plan = RadiusPlan(options.folder, workload, _settings(options, workload), (), STAGES, ())
-        if plan.reference() is None:
-            raise SystemExit(
-                f"{options.folder / RESULTS} lacks the searches of {workload}, which the rules are compared with: "
-                f"python -m recipes.evidence run --workload {workload} --methods lora efmlora --stages search"
-            )
-        plans.append(plan)
-    try:
-        for plan in () if options.report else plans:
-            plan.work(_performer(plan.settings), _Progress(plan))
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
-        return _stopped()
-    table = radius_table(plans)
-    table.show(Console(width=max(_WIDTH, Console().width)))
-    path = options.folder / "radius.md"
-    path.write_text(table.markdown(), encoding="utf-8")
-    print(f"Written: {path}")
     return 0
 
 

@@ -18,13 +18,12 @@ import lightning_flatlora
 from recipes.evidence.data import Batch, TrainingBatches, batch_places, evaluation_batches, training_examples
 from recipes.evidence.encoder import CutEncoder, load, pooled
 from recipes.evidence.module import BestOnValidation, ShotsClassifier, all_logits
-from recipes.evidence.radius import DIRECTIONS, RULES, RadiusRule
 from recipes.evidence.scores import both_scores, fitted_temperature, linear_probe, scores
 from recipes.evidence.weights import keep
 from recipes.evidence.workloads import BASELINE, CANDIDATE, EXPLORED, PROBE, Config, Settings
 from recipes.language import texts
 from recipes.shared.ledger import Row, commit
-from recipes.shared.methods import METHODS, Method
+from recipes.shared.methods import METHODS
 
 _commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
 _load = cache(load)
@@ -144,8 +143,7 @@ def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnVa
     steps = settings["steps"] * config.get("length_of_training", 1)
     places = batch_places(len(examples), settings["batch_size"], steps, run.seed)
     # A free competitor is LoRA with another configuration.
-    known: dict[str, Method | RadiusRule] = {**METHODS, **RULES, **DIRECTIONS}
-    method = known.get(run.arm, METHODS[CANDIDATE if run.arm in EXPLORED else BASELINE])
+    method = METHODS.get(run.arm, METHODS[CANDIDATE if run.arm in EXPLORED else BASELINE])
     best: list[BestOnValidation] = []
     if settings.get("judged") == "best" or config.get("early_stopping"):
         best = [BestOnValidation(batches_of(run, encoder, "validation"))]
@@ -154,7 +152,7 @@ def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnVa
         accelerator="cpu",
         precision=settings["precision"],
         max_epochs=1,
-        callbacks=[*method.callbacks(**config, seed=run.seed, steps=steps), *best],
+        callbacks=[*method.callbacks(**config, seed=run.seed), *best],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -39,7 +39,7 @@ def read_prompts(path: str | None, kind: str) -> list[str]:
         raise MisconfigurationException(f"predict needs --data.prompts FILE, a text file with one {kind} a line")
     try:
         # Not splitlines(), which also splits at characters that may stand in a prompt, such as U+2028.
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"prompts={path!r} can't be read: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -126,7 +126,7 @@ def _text_table(name: str) -> Any:
     """Lines of LoRA's format as rows with its names, ``context`` and ``completion``."""
     try:
         # Not splitlines(), which also splits at rare characters inside of a text.
-        lines = Path(name).expanduser().read_text(encoding="utf-8").split("\n")
+        lines = Path(name).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"dataset={name!r} can't be read: {error}") from error
     rows = []

@@ -1,6 +1,8 @@
 """Data sets that ``datasets`` reads, the part that a row belongs to, and batches in as many pieces as ranks need."""
 
+import glob
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,16 +38,25 @@ def read_table(
             if not path.is_file():
                 raise MisconfigurationException(f"dataset={name!r}: there is no such file")
             refuse_split_of_file(name, split)
-            return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+            # pandas takes the words None, NA, null and nan for nothing, which may be a class or an answer.
+            options = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+            files = glob.escape(str(path))
+            return datasets.load_dataset(FORMATS[path.suffix], data_files=files, split="train", **options)
         return datasets.load_dataset(name, config_name, split=split, revision=revision)
     except MisconfigurationException:
         raise
     except Exception as error:  # `datasets` raises a dozen types, from a bad name to a network down or broken JSON
         formats = ", ".join(FORMATS)
         raise MisconfigurationException(
-            f"dataset={name!r}, split={split!r} can't be read: {type(error).__name__}: {error}. Give a Hub name, "
+            f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. Give a Hub name, "
             + (f"a file ending in {formats}, or one of {tasks}" if tasks else f"or a file ending in {formats}")
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, with that of the one behind it: "an error occurred" alone helps nobody."""
+    reason = f"{type(error).__name__}: {error}"
+    return reason if error.__cause__ is None else f"{reason} ({_reason(error.__cause__)})"
 
 
 def is_packaged(name: str) -> bool:
@@ -124,10 +135,18 @@ def is_of_split(file: Path, split: str) -> bool:
     Example:
         >>> is_of_split(Path("data/questions_val.json"), "val"), is_of_split(Path("data/questions.json"), "val")
         (True, False)
+        >>> is_of_split(Path("data/latest.json"), "test"), is_of_split(Path("data/test-2024.json"), "test")
+        (False, True)
         >>> is_of_split(Path("data/dev.json"), "./data/dev.json")
         True
     """
-    return split in file.name or split in file.parts or Path(split).expanduser() == file.expanduser()
+    # Whole words, with whatever stands between them: "latest" is no test, and v2_OpenEnded_val2014 is val.
+    words = re.split(r"[\W_\d]+", file.name)
+    return split in words or split in file.name.split(".") or split in file.parts or _is_path_of(file, split)
+
+
+def _is_path_of(file: Path, split: str) -> bool:
+    return Path(split).expanduser() == file.expanduser()
 
 
 def part_of(key: str, shares: dict[str, float]) -> str:

@@ -8,7 +8,6 @@ import lightning as L
 
 from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
-from recipes.evidence.radius import RuledEFMLoRA, loss_budget, loss_share
 
 Settings = Mapping[str, Any]
 
@@ -77,9 +76,6 @@ METHODS: dict[str, Method] = {
     "efmlora_beta01": _efmlora("EFMLoRA, beta 0.1", beta=0.1),
     "efmlora_every5": _efmlora("EFMLoRA, every 5 steps", every_n_steps=5),
     "fmlora_every5": _fmlora("FMLoRA, every 5 steps", every_n_steps=5),
-    # Rules for the radius that are being tried; they leave recipes/evidence only if one of them pays.
-    "efmlora_budget": Method("EFMLoRA, budget", lambda s: [RuledEFMLoRA(loss_budget(s["nats"]))], {"nats": 0.2}),
-    "efmlora_loss_share": Method("EFMLoRA, share", lambda s: [RuledEFMLoRA(loss_share(s["part"]))], {"part": 0.1}),
 }
 BY_TITLE = {method.title: method for method in METHODS.values()}
 

@@ -17,6 +17,9 @@ _NAMED = re.compile(
 _ANNOUNCED = re.compile(r"^(?:the\s+)?(?:correct\s+|right\s+)?answer(?:\s+is\s*:?|\s*:)\s*", re.IGNORECASE)
 
 
+MOST_CHOICES = len(string.ascii_uppercase)
+
+
 def letter(number: int) -> str:
     """The letter of an option, counted from 0.
 

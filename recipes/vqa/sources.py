@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.data import is_packaged, packaged_names, read_table
 from recipes.vqa import easy_vqa
-from recipes.vqa.choices import letter
+from recipes.vqa.choices import MOST_CHOICES, letter
 from recipes.vqa.llava import last_question
 from recipes.vqa.prompts import Prompt
 
@@ -80,7 +80,7 @@ def read_json_lines(path: str, needs: str) -> list[Row]:
     """
     try:
         # Not splitlines(), which also splits at characters that JSON allows within a text, such as U+2028.
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
         rows = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
     except (OSError, ValueError) as error:
         raise MisconfigurationException(f"{needs}={path!r} can't be read: {error}") from error
@@ -128,7 +128,7 @@ class _Converter:
 
     def _asked(self, row: Row, where: str) -> Row:
         question, answers = (row["question"] or "").strip(), _answers(row)
-        choices = [str(choice) for choice in row.get("choices") or []]
+        choices = _choices(row.get("choices"), where)
         if not question:
             raise MisconfigurationException(f"{where} has no question")
         if not answers:
@@ -156,15 +156,33 @@ def _answers(row: Row) -> list[str]:
     return [str(text).strip() for text in texts if text is not None and str(text).strip()]
 
 
+def _choices(value: Any, where: str) -> list[str]:
+    """The texts of the options; also in ARC's form, which names the letters beside them."""
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
+    if value is not None and not isinstance(value, list):
+        raise MisconfigurationException(f"{where}: choices must be a list of texts, got {value!r}")
+    choices = [str(choice) for choice in value or []]
+    if len(choices) > MOST_CHOICES:
+        raise MisconfigurationException(f"{where} has {len(choices)} choices, and there are {MOST_CHOICES} letters")
+    return choices
+
+
 def _letter_of(answer: Any, choices: list[str], where: str) -> str:
     """The letter of the right choice, which the data give as its number from 0, its letter or its text."""
     letters = [letter(number) for number in range(len(choices))]
     if isinstance(answer, int) and 0 <= answer < len(choices):
         return letters[answer]
-    if str(answer) in letters:
-        return str(answer)
-    if str(answer) in choices:
-        return letters[choices.index(str(answer))]
+    text = str(answer)
+    if text in letters and text in choices and letters[choices.index(text)] != text:
+        raise MisconfigurationException(
+            f"{where}: answer={text!r} is the letter of one choice and the text of another, of {choices}: give its "
+            "number from 0"
+        )
+    if text in letters:
+        return text
+    if text in choices:
+        return letters[choices.index(text)]
     raise MisconfigurationException(
         f"{where}: answer={answer!r} is no choice: give the number from 0, the letter or the text of one of {choices}"
     )

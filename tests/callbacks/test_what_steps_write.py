@@ -179,6 +179,8 @@ def test_what_is_written_is_noticed_and_put_back() -> None:
     module = nn.Module()
     module.replaced, module.in_place = (nn.Parameter(torch.ones(2), requires_grad=False) for _ in range(2))
     module.trained = nn.Parameter(torch.ones(2))
+    # As bitsandbytes' Params4bit: a class of its own around values that are a plain tensor.
+    module.quantized = type("Quantized", (nn.Parameter,), {})(torch.ones(2), requires_grad=False)
     module.register_buffer("sparse", torch.eye(2).to_sparse())
     module.register_buffer("expanded", torch.ones(1).expand(3))
     frozen, buffers = frozen_parameters(module), writable_buffers(module)

@@ -75,8 +75,10 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
     out = capsys.readouterr().out
     assert "mean and standard error over the seeds" in out
     assert (tmp_path / "sweep" / "rho.png").stat().st_size > 0
-    with pytest.raises(MisconfigurationException, match="name another folder"):
-        main([*options, "--trainer.max_epochs=1"])
+    # Rows of another metric or of other options can't be compared with those that are there.
+    for other in (["--trainer.max_epochs=1"], ["--metric", "val_loss"], ["--mode", "min"]):
+        with pytest.raises(MisconfigurationException, match="name another folder"):
+            main([*options, *other])
 
 
 def test_the_best_mean_is_chosen_and_said_with_its_doubt() -> None:

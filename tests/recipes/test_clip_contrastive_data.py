@@ -120,6 +120,7 @@ def test_an_emoji_stays_in_one_part_in_all_styles(
         ([("", "x")], COLUMNS, "line 2 has an empty 'image'"),
         ([("a.png",)], COLUMNS, "line 2 has an empty 'caption'"),
         ([("nowhere.png", "x")], COLUMNS, "there is no .*nowhere.png"),
+        ([("a.png", "a cat", " with a hat")], COLUMNS, "line 2 has more columns than the first line"),
         ([], COLUMNS, "holds no image with a caption"),
     ],
 )
@@ -157,6 +158,24 @@ def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
     message = r"some/red-circle has no .txt; .*blank has a .txt, but no image; .*blank.txt is empty"
     with pytest.raises(MisconfigurationException, match=message):
         sources.load("bare.tar")
+
+
+def test_names_of_shards_that_would_lose_a_pair_are_refused(pictures: str, tmp_path: Path) -> None:
+    image, text = Path(pictures) / "red-circle.png", Path(pictures) / "red-circle.txt"
+    members = {
+        "good.tar": ("one.png", "one.txt", "one.mask.png"),
+        "twice.tar": ("one.png", "one.txt", "one.png"),
+        "dotted.tar": ("one.png", "one.txt", "two.v2.png", "two.v2.txt"),
+    }
+    for archive, names in members.items():
+        with tarfile.open(tmp_path / archive, "w") as shard:
+            for name in names:
+                shard.add(image if name.endswith("png") else text, name)
+    assert len(sources.load(str(tmp_path / "good.tar"))) == 1
+    with pytest.raises(MisconfigurationException, match=r"there is a second image one\.png"):
+        sources.load(str(tmp_path / "twice.tar"))
+    with pytest.raises(MisconfigurationException, match=r"the key of two\.v2\.png ends at the first dot, two"):
+        sources.load(str(tmp_path / "dotted.tar"))
 
 
 @pytest.mark.parametrize(

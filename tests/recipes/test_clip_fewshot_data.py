@@ -47,6 +47,41 @@ def test_folders_of_parts_are_taken_as_they_are(tmp_path: Path) -> None:
     assert [len(pooled.parts[part]) for part in PARTS] == [15, 6, 9]
 
 
+def test_folders_of_parts_may_have_other_names(tmp_path: Path) -> None:
+    for part, number in (("Training", 5), ("Validation", 3), ("Testing", 2)):
+        filled(tmp_path / part, number)
+    source = sources.load(str(tmp_path))
+    assert [len(source.parts[part]) for part in PARTS] == [15, 9, 6]
+
+
+def test_copies_in_hidden_folders_are_no_images(tmp_path: Path) -> None:
+    filled(tmp_path, 5)
+    expected = sources.load(str(tmp_path))
+    for hidden in (tmp_path / "__MACOSX" / "red", tmp_path / "red" / ".ipynb_checkpoints"):
+        picture(hidden / "copy.png", (255, 0, 0), seed=0)
+    assert sources.load(str(tmp_path)) == expected
+
+
+def test_grey_of_16_bits_is_scaled_and_32_bits_are_refused(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
+    Image.fromarray(values).save(tmp_path / "wide.png")
+    read = np.asarray(read_image(tmp_path / "wide.png"))
+    assert np.abs(read[..., 0] - values / 257).max() <= 1
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(MisconfigurationException, match=r"float.tif can't be read .* 32 bits a value \(mode F\)"):
+        read_image(tmp_path / "float.tif")
+    with pytest.raises(MisconfigurationException, match="32 bits a value"):
+        readable([tmp_path / "float.tif"])
+
+
+def test_an_image_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    image = Image.new("RGB", (6, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 6)
+
+
 def test_fewer_shots_are_among_more(images: Path) -> None:
     source = sources.load(str(images))
     drawn = {shots: few_shots(source, shots, 2, seed=3) for shots in (1, 2, 4)}

@@ -92,6 +92,15 @@ def test_a_sweep_over_rho_changes_it_in_the_configuration(
     assert str(run).endswith("rho 0.7, 1 shot, seed 0")
 
 
+def test_the_result_of_another_folder_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    run = sweep.Run("lora", None, 1, 0, "second/images")
+    folder = run.folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"dataset": "first/images"}))
+    with pytest.raises(SystemExit, match="is of the data set first/images, not of second/images"):
+        sweep.perform(run, tmp_path, [])
+
+
 def test_the_papers_table_of_two_data_sets_is_run_resumed_and_shown(
     tiny_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

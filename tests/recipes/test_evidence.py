@@ -30,7 +30,7 @@ from recipes.evidence.run import Run, perform
 from recipes.evidence.scores import scores
 from recipes.evidence.search import Grid
 from recipes.evidence.weights import restore
-from recipes.evidence.workloads import ARMS, COMPETITORS, EXPLORED, PROBE, SEARCHES, WORKLOADS, Config
+from recipes.evidence.workloads import ARMS, COMPETITORS, EXPLORED, PROBE, SEARCHED_AS, SEARCHES, WORKLOADS, Config
 from recipes.language.texts import Example
 from recipes.shared import packaged
 from recipes.shared.ledger import Row
@@ -310,6 +310,17 @@ def test_published_rows_are_those_of_the_workloads_runs(workload: str, tmp_path:
     plan = Plan(tmp_path, workload, {**WORKLOADS[workload], "precision": "bf16-mixed"}, ARMS, STAGES, range(20))
     runs = list(chain.from_iterable(piece.runs for piece in plan.pieces()))
     assert sum(plan.ledger.find(run) is not None for run in runs) == len(published.read_text().splitlines())
+
+
+@pytest.mark.parametrize("workload", SEARCHED_AS)
+def test_published_rows_of_other_noise_are_those_of_their_workloads(workload: str, tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "docs" / "results"
+    published = (results / "evidence_w2_noise.jsonl").read_text()
+    (tmp_path / RESULTS).write_text((results / "evidence_w2.jsonl").read_text() + published)
+    plan = Plan(tmp_path, workload, {**WORKLOADS[workload], "precision": "bf16-mixed"}, ARMS, STAGES, range(20))
+    runs = [run for piece in plan.pieces() for run in piece.runs if run.stage == "test"]
+    rows = [row for row in map(json.loads, published.splitlines()) if row["workload"] == workload]
+    assert sum(plan.ledger.find(run) is not None for run in runs) == len(rows) > 0
 
 
 # -- the command

@@ -106,6 +106,18 @@ def test_an_arm_with_a_single_seed_is_in_the_table_and_not_in_the_picture() -> N
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA"]
 
 
+def test_an_arm_that_was_run_at_one_share_alone_is_drawn_there() -> None:
+    rows: dict[str, list[Any]] = {"lora": [], "rank_2": []}
+    for seed in (0, 1):
+        for arm, noise in (("lora", 0.0), ("lora", 0.4), ("rank_2", 0.4)):
+            best = {"test_accuracy": 0.5 + 0.1 * seed, "test_loss": 2.0}
+            rows[arm].append({"seed": seed, "settings": {"noise": noise}, **best, "at_end": best})
+    figure = noise_figure("w2", rows)
+    assert figure is not None
+    for axes in figure.axes:
+        assert [len(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o"] == [2, 1]
+
+
 def test_both_moments_of_a_run_are_told_apart_and_failed_runs_have_one() -> None:
     settings = {"noise": 0.2}
     row = {"seed": 3, "settings": settings, "test_accuracy": 0.5, "at_end": {"test_accuracy": 0.4}}

@@ -1,4 +1,4 @@
-"""The file of prompts that `predict` reads."""
+"""Files that the language recipes read: prompts for `predict`, and tables."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.language.data import read_prompts
+from recipes.shared.data import read_table
 
 
 def test_a_prompt_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
@@ -19,3 +20,29 @@ def test_a_file_of_blank_lines_is_refused(tmp_path: Path) -> None:
     path.write_text("\n \n", encoding="utf-8")
     with pytest.raises(MisconfigurationException, match="holds no meaning"):
         read_prompts(str(path), "meaning")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n", encoding="utf-8-sig")
+    assert read_prompts(str(path), "prompt") == ["one"]
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_words_that_pandas_takes_for_nothing_are_kept(tmp_path: Path) -> None:
+    # The brackets are a pattern to those who expand names.
+    folder = tmp_path / "data [1]"
+    folder.mkdir()
+    file = folder / "words.csv"
+    file.write_text("text,label\nN/A,None\nnull,favor\nnan,\n", encoding="utf-8")
+    table = read_table(str(file), "train")
+    assert table["text"][:] == ["N/A", "null", "nan"]
+    assert table["label"][:] == ["None", "favor", None]
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_why_a_file_cannot_be_read_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "cut.jsonl"
+    file.write_text('{"text": "a", "label": 1}\n{"text": "b', encoding="utf-8")
+    with pytest.raises(MisconfigurationException, match=r"can't be read: .*\(.*JSON"):
+        read_table(str(file), "train")

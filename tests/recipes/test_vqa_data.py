@@ -22,6 +22,8 @@ from recipes.vqa.conversation import QuestionEncoder  # noqa: E402
 from recipes.vqa.data import VQAData  # noqa: E402
 from recipes.vqa.model import DEFAULT_LORA, load_processor  # noqa: E402
 from recipes.vqa.module import VQA  # noqa: E402
+from recipes.vqa.prompts import Prompt  # noqa: E402
+from recipes.vqa.sources import _Converter  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -197,6 +199,27 @@ def test_choices_become_lines_and_the_answer_a_letter(tiny_vlm: str, tmp_path: P
     )
     assert (row["answers"], row["type"]) == (["A"], "natural science")
     assert first_batch(data)["inputs"]["pixel_values"].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "expected"),
+    [
+        (["hydrogen", "carbon"], "carbon", "B"),
+        (["A", "B"], "B", "B"),
+        ({"text": ["red", "green"], "label": ["A", "B"]}, "B", "B"),
+        (["H", "C", "N"], "C", "the letter of one choice and the text of another"),
+        ("['red', 'green']", "A", "choices must be a list of texts"),
+        ([str(number) for number in range(30)], 0, "30 choices, and there are 26 letters"),
+    ],
+)
+def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, expected: str, tmp_path: Path) -> None:
+    converter = _Converter("made-up", tmp_path, ["image", "question", "choices", "answer"], None, Prompt())
+    row = {"image": None, "question": "Which?", "choices": choices, "answer": answer}
+    if len(expected) == 1:
+        assert converter(row, 0)["answers"] == [expected]
+        return
+    with pytest.raises(MisconfigurationException, match=f"row 0.*{expected}"):
+        converter(row, 0)
 
 
 def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> None:

@@ -1,6 +1,7 @@
 """Arguments that are refused, and the one message in which all problems of a configuration are reported."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
@@ -64,7 +65,9 @@ def changed_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> l
 
 def integer_problems(name: str, value: object, least: int) -> list[str]:
     """What is wrong with an argument that must be an integer of at least some size."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+    # Also NumPy's integers, of which none is an int.
+    is_integer = not isinstance(value, bool) and isinstance(value, Integral)
+    if is_integer and value >= least:  # type: ignore[operator]
         return []
     return [f"{name} must be an integer >= {least}, got {value!r}"]
 
@@ -79,7 +82,7 @@ def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
 
 def is_number(value: object) -> bool:
     """Whether a value is a number; a bool, which Python takes for an integer, is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def warn_of_rounding(callback: object, what: str, parameters: Iterable[nn.Parameter]) -> None:
@@ -96,11 +99,18 @@ SEVERAL_GRADIENTS = "takes several gradients a step, the perturbation knows one:
 """What is wrong with an optimizer that calls its closure more than once, after its name."""
 
 
-def optimizer_problems(optimizers: Iterable[Optimizer]) -> list[str]:
-    """What can't work about optimizers, as far as their classes say it."""
+def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
+    """What can't work about optimizers, as far as they say it themselves."""
+    problems = []
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
-        return [f"LBFGS {SEVERAL_GRADIENTS}"]
-    return []
+        problems.append(f"LBFGS {SEVERAL_GRADIENTS}")
+    # Of several, the one that maximizes may train something else.
+    if len(optimizers) == 1 and any(group.get("maximize") for group in optimizers[0].param_groups):
+        problems.append(
+            "the optimizer has maximize=True, and the perturbation raises what training_step returns, so it would go "
+            "to the better side: return its negative as the loss, and minimize"
+        )
+    return problems
 
 
 def refuse(callback: object, problems: list[str]) -> None:
