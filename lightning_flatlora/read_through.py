@@ -111,8 +111,10 @@ def _property_of(attribute: str) -> property:
             return value
         perturbed = reading.added_to(value)
         # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.
-        if not torch.compiler.is_compiling() and value.grad is not None and value.grad.dtype == perturbed.dtype:
-            perturbed.grad = value.grad
+        if isinstance(value, nn.Parameter) and not torch.compiler.is_compiling():
+            gradient = value.grad
+            if gradient is not None and gradient.dtype == perturbed.dtype:
+                perturbed.grad = gradient
         return perturbed
 
     # For FSDP1, which sets and deletes its views under the parameter's name.

@@ -105,7 +105,8 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         problems.append(f"LBFGS {SEVERAL_GRADIENTS}")
     # Of several, the one that maximizes may train something else.
-    if len(optimizers) == 1 and any(group.get("maximize") for group in optimizers[0].param_groups):
+    groups = getattr(optimizers[0], "param_groups", []) if len(optimizers) == 1 else []
+    if any(group.get("maximize") for group in groups):
         problems.append(
             "the optimizer has maximize=True, and the perturbation raises what training_step returns, so it would go "
             "to the better side: return its negative as the loss, and minimize"

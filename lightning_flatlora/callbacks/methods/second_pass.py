@@ -109,6 +109,8 @@ class SecondPass:
     def running(self) -> Iterator[None]:
         """Inside, the module draws again what it drew, and may count freely; its counts stay those of the first."""
         self._writes_batch = self._writes_batch or bool(self._batch_marks.moved())
+        # They hold the batch, which would otherwise stay in memory beside the next one.
+        self._batch_marks = Marks()
         counts = _counts(self._pl_module) if self._counts_before is not None else {}
         after, bound_after = KeptValues(self._written_tensors()), _Bindings(self._owners)
         metrics = []
