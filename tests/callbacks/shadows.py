@@ -8,7 +8,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from torch import nn
 
-from lightning_flatlora import read_through
+from lightning_flatlora import FMLoRAModule, read_through
+from lightning_flatlora.module import _NOT_CALLED
 
 CALLBACK_HOOKS = [name for name in dir(Callback) if name.startswith("on_")] + ["setup", "teardown"]
 
@@ -79,7 +80,7 @@ def spy(shadow: Shadow, name: str) -> Callback:
 
 
 def spied(base: type[Any]) -> type[Any]:
-    """A module class that looks around every hook it has."""
+    """A module class that looks around every hook it has, and that Lightning calls."""
 
     def hook_of(hook: str) -> Any:
         original = getattr(base, hook)
@@ -92,7 +93,9 @@ def spied(base: type[Any]) -> type[Any]:
 
         return method
 
-    return type(f"Spied{base.__name__}", (base,), {hook: hook_of(hook) for hook in MODULE_HOOKS})
+    # An FMLoRAModule refuses hooks that would wait for ever.
+    hooks = [hook for hook in MODULE_HOOKS if not (issubclass(base, FMLoRAModule) and hook in _NOT_CALLED)]
+    return type(f"Spied{base.__name__}", (base,), {hook: hook_of(hook) for hook in hooks})
 
 
 def watched(front_end: str, **settings: Any) -> tuple[Any, list[Callback], dict[str, Any], Shadow]:
