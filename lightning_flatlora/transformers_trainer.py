@@ -100,7 +100,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         assert self.loop is not None
         self._complete_checkpoint(args, state, control)
-        # One pass for a whole accumulation window, within which transformers reads and saves nothing.
+        # One pass for a whole accumulation window: between its micro-batches nothing but on_substep_end comes.
         self._pass.enter_context(self.loop.training_pass())
 
     @override

@@ -29,7 +29,9 @@ def read_image(path: str | Path) -> Image.Image:
             problem = _wide(opened)
             if problem is not None:
                 raise ValueError(problem)
-            image: Image.Image = ImageOps.exif_transpose(opened)
+            # In place, since a copy would be made of every image, turned or not.
+            ImageOps.exif_transpose(opened, in_place=True)
+            image: Image.Image = opened
             if image.mode.startswith("I"):
                 # Pillow would cut every value above 255 to white.
                 image = image.convert("I").point(lambda value: value / 257).convert("L")

@@ -29,9 +29,12 @@ def read(dataset: str) -> Found:
     """
     folder = Path(dataset).expanduser()
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    candidates = {}
+    candidates: dict[str, list[Path]] = {}
     for part, names in _FOLDERS.items():
-        candidates[part] = [path for path in inside if path.name.lower() in names]
+        candidates[part] = []
+        # In the order of the names: where there are several, the first is taken.
+        for name in names:
+            candidates[part] += [path for path in inside if path.name.lower() == name]
     if not candidates["train"] and not candidates["test"]:
         classes = class_folders(folder)
         return classes, {"train": images_of(folder, classes)}

@@ -137,16 +137,14 @@ def is_of_split(file: Path, split: str) -> bool:
         (True, False)
         >>> is_of_split(Path("data/latest.json"), "test"), is_of_split(Path("data/test-2024.json"), "test")
         (False, True)
+        >>> is_of_split(Path("data/mine_test_a.json"), "test_a")
+        True
         >>> is_of_split(Path("data/dev.json"), "./data/dev.json")
         True
     """
-    # Whole words, with whatever stands between them: "latest" is no test, and v2_OpenEnded_val2014 is val.
-    words = re.split(r"[\W_\d]+", file.name)
-    return split in words or split in file.name.split(".") or split in file.parts or _is_path_of(file, split)
-
-
-def _is_path_of(file: Path, split: str) -> bool:
-    return Path(split).expanduser() == file.expanduser()
+    # Between other letters it is a part of a word: "latest" is no test, and v2_OpenEnded_val2014 is val.
+    is_named = re.search(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])", file.name) is not None
+    return is_named or split in file.parts or Path(split).expanduser() == file.expanduser()
 
 
 def part_of(key: str, shares: dict[str, float]) -> str:

@@ -34,7 +34,9 @@ def test_noise_replaces_the_share_by_other_classes_evenly() -> None:
 def test_noise_of_similar_classes_takes_the_nearest_mean() -> None:
     # Two texts of each class, whose tokens have the mean of their class: 0, 1 and 5 along one axis.
     positions = {"a": 0.0, "b": 1.0, "c": 5.0}
-    examples = [Example(name, label, "") for label, name in enumerate("abc") for _ in range(2)]
+    examples = []
+    for label, name in enumerate("abc"):
+        examples += [Example(name, label, "")] * 2
 
     def states(text: str) -> torch.Tensor:
         return torch.tensor([[positions[text] - 1, 0.0], [positions[text] + 1, 0.0]])
