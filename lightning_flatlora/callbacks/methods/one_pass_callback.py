@@ -76,6 +76,7 @@ class OnePassCallback(MethodCallback):
         pair_group = self.pair_group_of(trainer, optimizer)
         if pair_group is None:
             return
+        self.look_for_gradients(pair_group)
         if pair_group.pairs:
             self.before_optimizer_step(trainer, pl_module, pair_group)
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.

@@ -17,6 +17,8 @@ from lightning_flatlora.lora_pair import Finder, NoPairsError, PairSearch
 from lightning_flatlora.pair_watch import PairWatch
 from lightning_flatlora.perturbation import Perturbation
 
+_MANY_STEPS = 100  # without a gradient: fewer may be an expert's that no sample was routed to
+
 
 class PairCallback(Callback):
     """Base of the callbacks that train LoRA pairs: it knows the pairs of each optimizer.
@@ -139,6 +141,24 @@ class PairCallback(Callback):
             )
         return problems
 
+    # -- what a step finds
+
+    def look_for_gradients(self, pair_group: PairGroup) -> None:
+        """Say once that the pairs had no gradient in many steps, so that nothing is perturbed.
+
+        To be called in on_before_optimizer_step.
+        """
+        pair_group.look_for_gradients()
+        if pair_group.missed_steps == _MANY_STEPS:
+            self._warn_of_missing_gradients()
+
+    def _warn_of_missing_gradients(self) -> None:
+        self._warn_once(
+            "no B of a pair has had a gradient in any step so far, so nothing was perturbed: the loss must depend on "
+            "what the adapted layers compute (not under torch.no_grad, not detached), and the gradients must still be "
+            "there in on_before_optimizer_step, which they are not where an optimizer steps inside backward"
+        )
+
     # -- the model may change
 
     def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,6 +200,8 @@ class PairCallback(Callback):
                 "no pair has been trained so far, so nothing was perturbed: every B is frozen or in no optimizer. "
                 "Those that are unfrozen and given to an optimizer later are perturbed from then on"
             )
+        if any(pair_group.missed_steps for pair_group in self.pair_groups):
+            self._warn_of_missing_gradients()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

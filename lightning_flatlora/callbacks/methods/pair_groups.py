@@ -26,6 +26,7 @@ class PairGroup:
         pairs: those whose factors the optimizer holds.
         perturbation: of their B, for the methods that keep one. It stays after the fit, for checkpoints.
         awaited: the state of a perturbation from a checkpoint, until there are pairs that it belongs to.
+        missed_steps: optimizer steps of the fit so far in which no pair had a gradient; None once one of them had.
     """
 
     index: int
@@ -34,6 +35,7 @@ class PairGroup:
     pairs: list[LoRAPair] = field(default_factory=list)
     perturbation: Perturbation | None = None
     awaited: dict[str, Any] | None = None
+    missed_steps: int | None = 0
 
     def install(self, estimator: Estimator, norm_scope: NormScope, model: nn.Module | None) -> None:
         """Give the pairs of a model, as it is wrapped, a perturbation, or let theirs follow what changed about them."""
@@ -56,6 +58,14 @@ class PairGroup:
         """Give the pairs' readers their own classes back; the perturbation stays for checkpoints."""
         if self.perturbation is not None:
             self.perturbation.uninstall()
+
+    def look_for_gradients(self) -> None:
+        """Count a step in which no pair has a gradient, until one has."""
+        perturbation = self.perturbation
+        # Where all pairs are frozen, nobody expects one.
+        if self.missed_steps is None or perturbation is None or not perturbation.learns:
+            return
+        self.missed_steps = None if perturbation.has_gradient else self.missed_steps + 1
 
     @property
     def averaged(self) -> Perturbation | None:

@@ -147,6 +147,7 @@ class TwoPassCallback(MethodCallback):
         self.check_gradient_is_first(pl_module, optimizer)
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
         if self.holds_pairs(trainer, optimizer):
+            self.look_for_gradients(self.main_group)
             self.step += 1
 
     @override

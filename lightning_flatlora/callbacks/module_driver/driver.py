@@ -155,7 +155,9 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
 
     def count_step(self) -> None:
         """Count an optimizer step, in EFMLoRA's count if there is one."""
-        (self._efmlora or self).step += 1
+        source = self._efmlora or self
+        source.look_for_gradients(source.main_group)
+        source.step += 1
 
     def ascend(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Take E from the current gradients of the pairs; beside EFMLoRA, Ê waits for the optimizer step.

@@ -1,0 +1,99 @@
+"""A fit whose pairs never have a gradient perturbs nothing, and says so."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit, make_loader, make_net
+from torch import Tensor, nn
+
+MISSING = "no B of a pair has had a gradient in any step so far"
+
+
+class Detached(nn.Module):
+    """A trained head on the features of adapted layers, which a mistake has put under no_grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+        self.head = nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.net(x)
+        return self.head(features)
+
+
+class _StepsInBackward:
+    """Each parameter has an optimizer that steps as soon as its gradient is there, as in PyTorch's tutorial."""
+
+    def configure_optimizers(self) -> Any:
+        module: Any = self
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+        def step(parameter: Tensor) -> None:
+            torch.optim.SGD([parameter], lr=0.01).step()
+            parameter.grad = None
+
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(step)
+        return torch.optim.SGD(trained, lr=0.0)
+
+
+class StepsInBackward(_StepsInBackward, Classifier):
+    pass
+
+
+class TwoPassStepsInBackward(_StepsInBackward, TwoPassClassifier):
+    pass
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_fit_without_gradients_says_it_once(tmp_path, front_end):
+    module, callbacks, kwargs = build(front_end, net=Detached())
+    with pytest.warns(UserWarning, match=MISSING) as warned:
+        fit(tmp_path, module, callbacks, **kwargs)
+    assert len([each for each in warned if MISSING in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_an_optimizer_that_steps_inside_backward(tmp_path, front_end):
+    module, callbacks, kwargs = build(front_end, classes=(StepsInBackward, TwoPassStepsInBackward))
+    with pytest.warns(UserWarning, match=MISSING):
+        fit(tmp_path, module, callbacks, **kwargs)
+
+
+def test_a_long_epoch_says_it_before_its_end(tmp_path):
+    module, callbacks, _ = build("efmlora", net=Detached())
+    said: list[int] = []
+
+    def look(module: Any, batch_idx: int) -> None:
+        if any(MISSING in str(each.message) for each in warned):
+            said.append(batch_idx)
+
+    module.inside.append(look)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit(tmp_path, module, callbacks, make_loader(105), max_epochs=1)
+    assert said == [100, 101, 102, 103, 104]
+
+
+class Late(Detached):
+    """The adapters join after some steps, as the layers of a staged fine-tuning do."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= 3:
+            return super().forward(x)
+        return self.head(self.net(x))
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_gradients_that_come_later_are_no_reason(tmp_path, front_end):
+    module, callbacks, kwargs = build(front_end, net=Late())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(tmp_path, module, callbacks, **kwargs)
