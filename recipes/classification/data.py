@@ -18,14 +18,15 @@ from recipes.classification.prompts import Prompt
 from recipes.language import texts
 from recipes.language.batches import LengthBatchSampler, pad, padding_id
 from recipes.shared.data import (
-    FORMATS,
     is_packaged,
+    mapped,
     packaged_names,
     packaged_task,
     part_of,
     read_table,
     refuse_bad_settings,
     split_problems,
+    table_ending,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.text_metrics import normalized
@@ -166,7 +167,7 @@ class TextData(ResumableData):
         encoder = self._encoder()
         for part in wanted:
             rows = self.parts[part]
-            self.parts[part] = rows.map(encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
+            self.parts[part] = mapped(rows, encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
 
     def _divided(self, rows: Any) -> dict[str, list[int]]:
         """The rows of the training split that are in each part."""
@@ -225,7 +226,7 @@ class TextData(ResumableData):
         return table
 
     def _table(self, split: str) -> Any:
-        if Path(split).suffix in FORMATS:
+        if table_ending(split) is not None:
             return read_table(split, split, _PACKAGED)
         if not is_packaged(self.dataset):
             return read_table(self.dataset, split, _PACKAGED, self.config_name, self.revision)

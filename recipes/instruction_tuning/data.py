@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +18,15 @@ from recipes.language.batches import Batch, Collate, LengthBatchSampler, padding
 from recipes.language.chat import ChatEncoder
 from recipes.language.data import read_prompts, tokenizer_of
 from recipes.language.packing import packed
-from recipes.shared.data import FORMATS, columns, is_packaged, part_of, refuse_bad_settings, split_problems
+from recipes.shared.data import (
+    columns,
+    is_packaged,
+    mapped,
+    part_of,
+    refuse_bad_settings,
+    split_problems,
+    table_ending,
+)
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
 
@@ -103,9 +110,9 @@ class InstructionData(ResumableData):
         for part, own in self.own_splits.items():
             if own is None:
                 continue
-            if is_packaged(self.dataset) and not _is_file(own):
+            if is_packaged(self.dataset) and table_ending(own) is None:
                 problems.append(f"{part}_split={own!r}: packaged tasks have no other splits, give a file or a share")
-            if own == self.split and not _is_file(self.dataset):
+            if own == self.split and table_ending(self.dataset) is None:
                 problems.append(f"{part}_split={own!r} is the split that is trained on")
         return problems + split_problems(self.dataset, self.own_splits.values())
 
@@ -149,8 +156,8 @@ class InstructionData(ResumableData):
         rows = self._conversations(part)
         # Options are ranked in an evaluation; training reads the right one alone.
         encoder = partial(encode, encoder=self.encoder, with_options=part != "train")
-        encoded = rows.map(
-            encoder, remove_columns=rows.column_names, num_proc=self.processes, desc=f"Tokenizing {part}"
+        encoded = mapped(
+            rows, encoder, remove_columns=rows.column_names, num_proc=self.processes, desc=f"Tokenizing {part}"
         )
         # `datasets` adds no column to a table without rows.
         status = list(encoded["status"]) if len(rows) else []
@@ -171,7 +178,8 @@ class InstructionData(ResumableData):
 
     def _packed(self, rows: Any) -> Any:
         """Rows of several conversations, which are the same in every epoch."""
-        made = rows.shuffle(seed=self.seed).map(
+        made = mapped(
+            rows.shuffle(seed=self.seed),
             partial(packed, room=self.max_length),
             batched=True,
             remove_columns=rows.column_names,
@@ -202,7 +210,7 @@ class InstructionData(ResumableData):
     def _read(self, split: str) -> Any:
         """The conversations of a split, or of a file."""
         if split not in self._tables:
-            name = split if _is_file(split) else self.dataset
+            name = self.dataset if table_ending(split) is None else split
             self._tables[split] = sources.load(
                 name, split, self.config_name, self.revision, self.columns, self.processes
             )
@@ -224,7 +232,3 @@ class InstructionData(ResumableData):
             ids = self.encoder.encode_prompt([{"role": "user", "content": prompt}])
             rows.append({"line": line, "prompt": prompt, "prompt_ids": ids})
         return rows
-
-
-def _is_file(name: str) -> bool:
-    return Path(name).suffix in FORMATS

@@ -39,6 +39,7 @@ _ROLES = {
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what Qwen, GPT-OSS and others call them
+_LISTS = ("messages", "conversations")  # columns of whole conversations
 _SYSTEM = ("system", "system_prompt")
 
 
@@ -114,7 +115,7 @@ def renamed(table: Any, columns: Mapping[str, str], source: str) -> Any:
     Raises:
         MisconfigurationException: a column is missing, or its new name means nothing.
     """
-    known = {"messages", "conversations", *_SYSTEM}
+    known = {*_LISTS, *_SYSTEM}
     for pair in PAIRS:
         known.update(filter(None, pair))
     missing = sorted(set(columns) - set(table.column_names))
@@ -137,17 +138,38 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
     Raises:
         MisconfigurationException: the columns are not understood.
     """
-    if "messages" in columns:
-        return partial(_converted, messages_of=partial(_read_messages, column="messages"), source=source)
-    if "conversations" in columns:
-        return partial(_converted, messages_of=partial(_read_messages, column="conversations"), source=source)
-    for pair in PAIRS:
-        if pair.question in columns and pair.answer in columns:
-            return partial(_converted, messages_of=partial(_read_pair, pair=pair), source=source)
+    found = _understood(columns)
+    if isinstance(found, Pair):
+        return partial(_converted, messages_of=partial(_read_pair, pair=found), source=source)
+    if found is not None:
+        return partial(_converted, messages_of=partial(_read_messages, column=found), source=source)
     raise MisconfigurationException(
         f"{source} has the columns {sorted(columns)}. Known are {known_columns()}. Give other names in columns, for "
         "example --data.columns '{problem: question, solution: answer}'"
     )
+
+
+def read_columns(columns: Sequence[str]) -> list[str]:
+    """Those of some columns that a :func:`converter` of them reads.
+
+    Example:
+        >>> read_columns(["id", "context", "question", "answer"])
+        ['question', 'answer']
+    """
+    found = _understood(columns)
+    wanted = found if isinstance(found, Pair) else (found,)
+    return [column for column in (*wanted, *_SYSTEM) if column in columns]
+
+
+def _understood(columns: Sequence[str]) -> str | Pair | None:
+    """What a table's rows are read from: a column of conversations, or the columns of a question and its answer."""
+    for column in _LISTS:
+        if column in columns:
+            return column
+    for pair in PAIRS:
+        if pair.question in columns and pair.answer in columns:
+            return pair
+    return None
 
 
 def _converted(row: Row, messages_of: Callable[[Row], list[Message]], source: str) -> Row:

@@ -9,10 +9,17 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, renamed
+from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns, renamed
 from recipes.language.texts import film_reviews
 from recipes.shared import packaged
-from recipes.shared.data import is_packaged, packaged_names, packaged_task, read_table
+from recipes.shared.data import (
+    is_packaged,
+    mapped,
+    packaged_names,
+    packaged_task,
+    read_table,
+    say_what_is_left_out,
+)
 
 
 def load(
@@ -47,7 +54,9 @@ def load(
     if columns:
         table = renamed(table, columns, source)
     convert = converter(table.column_names, source)
-    return table.map(
+    say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
+    return mapped(
+        table,
         convert,
         remove_columns=table.column_names,
         features=FEATURES,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import FORMATS, read_table, refuse_split_of_file
+from recipes.shared.data import read_table, refuse_split_of_file, table_ending
 
 LAYOUTS = (
     ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg
@@ -94,7 +94,7 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
 
 def is_file(name: str) -> bool:
     """Whether a name is that of a file, which need not be there."""
-    return Path(name).suffix in (*FORMATS, ".txt")
+    return table_ending(name) is not None or Path(name).suffix == ".txt"
 
 
 def grouped(pairs: Sequence[Pair]) -> list[Meaning]:

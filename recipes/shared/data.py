@@ -3,16 +3,20 @@
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_FILES = (*FORMATS, ".txt")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
+_CODE = Path(__file__).parents[2]  # of the recipes and the package
 Task = TypeVar("Task")
 
 
@@ -22,7 +26,8 @@ def read_table(
     """A local file or a Hub data set, as a ``datasets.Dataset``.
 
     Args:
-        name: a Hub name, a local folder of the same layout, or a local .json, .jsonl, .parquet or .csv file.
+        name: a Hub name, a local folder of the same layout, or a local .json, .jsonl, .parquet or .csv file, which may
+            be compressed, as .jsonl.gz is.
         split: to read from a Hub data set. A file has no splits: "train" is all of it, and another one has to be in
             its name.
         tasks: names of the packaged ones, for the message; "" where there are none.
@@ -33,15 +38,16 @@ def read_table(
         MisconfigurationException: it can't be read.
     """
     path = Path(name).expanduser()
+    ending = table_ending(name)
     try:
-        if path.suffix in FORMATS:
+        if ending is not None:
             if not path.is_file():
                 raise MisconfigurationException(f"dataset={name!r}: there is no such file")
             refuse_split_of_file(name, split)
             # pandas takes the words None, NA, null and nan for nothing, which may be a class or an answer.
-            options = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+            options = {"keep_default_na": False, "na_values": [""]} if ending == ".csv" else {}
             files = glob.escape(str(path))
-            return datasets.load_dataset(FORMATS[path.suffix], data_files=files, split="train", **options)
+            return datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
         return datasets.load_dataset(name, config_name, split=split, revision=revision)
     except MisconfigurationException:
         raise
@@ -51,6 +57,68 @@ def read_table(
             f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. Give a Hub name, "
             + (f"a file ending in {formats}, or one of {tasks}" if tasks else f"or a file ending in {formats}")
         ) from error
+
+
+def table_ending(name: str) -> str | None:
+    """The ending of a table's file, one of :data:`FORMATS`; None where a name is not one of such a file.
+
+    Example:
+        >>> table_ending("mine/questions.json"), table_ending("Reviews.CSV.gz"), table_ending("nyu-mll/glue")
+        ('.json', '.csv', None)
+    """
+    endings = [ending.lower() for ending in Path(name).suffixes]
+    if endings and endings[-1] in _COMPRESSED:
+        endings.pop()
+    return endings[-1] if endings and endings[-1] in FORMATS else None
+
+
+def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) -> Any:
+    """``table.map(function)``, whose kept result is one of the code as it is now.
+
+    `datasets` keeps what a function has made of a file, and finds it again by the function's name and arguments. After
+    an update it would give back what the code of the day before has made.
+
+    Args:
+        table: a ``datasets.Dataset``.
+        function: of a row, or of what the options say.
+        options: further ones of ``map``.
+    """
+    return table.map(_OfCode(function, _code()), **options)
+
+
+@dataclass(frozen=True)
+class _OfCode:
+    """A function with a name for the code that it is a part of, by both of which `datasets` finds a result."""
+
+    function: Callable[..., dict[str, Any]]
+    code: str
+
+    def __call__(self, *given: Any) -> dict[str, Any]:
+        return self.function(*given)
+
+
+@cache
+def _code() -> str:
+    """A name for the code of the recipes and the package, which is another one after each change."""
+    digest = hashlib.sha256()
+    for folder in ("recipes", "lightning_flatlora"):
+        for file in sorted((_CODE / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def say_what_is_left_out(source: str, columns: Iterable[str], used: Iterable[str]) -> None:
+    """Print the columns of a table that nobody reads, one of which may be what its user thought was read.
+
+    Args:
+        source: where the table is from.
+        columns: of the table.
+        used: those that are read.
+    """
+    used = set(used)
+    left_out = [column for column in columns if column not in used]
+    if left_out:
+        rank_zero_info(f"{source}: read are {', '.join(sorted(used))}; left out are {', '.join(left_out)}")
 
 
 def _reason(error: BaseException) -> str:
@@ -110,16 +178,21 @@ def split_problems(name: str | None, splits: Iterable[str | None]) -> list[str]:
         []
     """
     problems: list[str] = []
-    if name is None or Path(name).suffix not in _FILES or "{split}" in name:
+    if name is None or not _is_file(name) or "{split}" in name:
         return problems
     for split in splits:
-        if split in (None, "train") or Path(split).suffix in _FILES or is_of_split(Path(name), split):
+        if split in (None, "train") or _is_file(split) or is_of_split(Path(name), split):
             continue
         problems.append(
             f"dataset={name!r} is a file, and has no split {split!r}: give another file as test_split or "
             "validation_split, or null"
         )
     return problems
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a table's file, or of the text file that one recipe reads."""
+    return table_ending(name) is not None or Path(name).suffix == ".txt"
 
 
 def refuse_split_of_file(name: str, split: str) -> None:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from recipes.clip.images import blind_skips, read_image, readable
 from recipes.language.batches import Batch, LengthBatchSampler
-from recipes.shared.data import columns, part_of, refuse_bad_settings, split_problems
+from recipes.shared.data import columns, mapped, part_of, refuse_bad_settings, split_problems
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.vqa import easy_vqa, sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
@@ -176,7 +176,7 @@ class VQAData(ResumableData):
             table = table.select(usable(table, name, self.skip_unreadable))
             counts["without image"] = counts["asked"] - len(table)
         if len(table):
-            table = table.map(partial(_rendered, encoder=self.encoder, known={}), desc=f"Tokenizing {part}")
+            table = mapped(table, partial(_rendered, encoder=self.encoder, known={}), desc=f"Tokenizing {part}")
             kept = table.select([i for i, length in enumerate(table["length"]) if length <= self.max_length])
             counts["too long"], table = len(table) - len(kept), kept
         self.reports[part] = self._report(f"{name}, for {part}", len(table), counts)

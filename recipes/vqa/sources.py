@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import is_packaged, packaged_names, read_table
+from recipes.shared.data import is_packaged, mapped, packaged_names, read_table, say_what_is_left_out
 from recipes.vqa import easy_vqa
 from recipes.vqa.choices import MOST_CHOICES, letter
 from recipes.vqa.llava import last_question
@@ -67,8 +67,14 @@ def load(
         table = table.cast_column("image", datasets.Image(decode=False))
     folder = Path(name).parent if image_folder is None else Path(image_folder.replace("{split}", split))
     convert = _Converter(name, folder.expanduser(), table.column_names, type_column, prompt or Prompt())
-    return table.map(
-        convert, with_indices=True, remove_columns=table.column_names, features=FEATURES, desc="Reading questions"
+    say_what_is_left_out(f"dataset={name!r}", table.column_names, convert.used)
+    return mapped(
+        table,
+        convert,
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=FEATURES,
+        desc="Reading questions",
     )
 
 
@@ -114,6 +120,8 @@ class _Converter:
         self.name, self.folder, self.prompt = name, folder, prompt
         self.has_conversations = "conversations" in columns
         self.type_column = type_column or next((column for column in TYPE_COLUMNS if column in columns), None)
+        asked = ("conversations",) if self.has_conversations else ("question", "answers", "answer", "choices", "hint")
+        self.used = [column for column in ("image", *asked, self.type_column) if column in columns]
         if self.has_conversations and prompt.template is not None:
             raise MisconfigurationException(
                 f"dataset={name!r} holds conversations, which say themselves what the model is asked: set prompt to "

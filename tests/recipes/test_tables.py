@@ -1,0 +1,69 @@
+"""Tables that the recipes read through `datasets`: their files, what is kept of them, and what is not read."""
+
+import gzip
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from recipes.instruction_tuning import sources  # noqa: E402
+from recipes.shared import data  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("own_datasets")
+ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "context": "Numbers."} for n in range(3)]
+
+
+def written(file: Path, rows: list[dict[str, Any]] = ROWS) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    file.write_bytes(gzip.compress(text) if file.suffix == ".gz" else text)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.json.gz", "a.v2.jsonl.gz"])
+def test_files_of_other_endings(tmp_path: Path, name: str) -> None:
+    table = data.read_table(written(tmp_path / name), "train")
+    assert table.to_list() == ROWS
+
+
+def test_a_compressed_file_has_no_splits(tmp_path: Path) -> None:
+    assert data.split_problems(written(tmp_path / "mine.jsonl.gz"), ["test"])
+
+
+def noted(row: dict[str, Any], calls: str) -> dict[str, Any]:
+    with Path(calls).open("a") as file:
+        file.write("x")
+    return {"more": row["question"] + "!"}
+
+
+def test_an_update_of_the_code_converts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` knows a function of a module by its name alone."""
+    table = data.read_table(written(tmp_path / "a.jsonl"), "train")
+    calls = tmp_path / "calls"
+    lengths = []
+    for code in ("today's", "today's", "tomorrow's"):
+        monkeypatch.setattr(data, "_code", lambda code=code: code)
+        found = data.mapped(table, partial(noted, calls=str(calls)))
+        assert found["more"][0] == "What is 0?!"
+        lengths.append(len(calls.read_text()))
+    assert 0 < lengths[0] == lengths[1] < lengths[2]
+
+
+def test_the_code_has_a_name() -> None:
+    assert data._code() == data._code()
+    assert len(data._code()) == 64
+
+
+def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = written(tmp_path / "a.jsonl")
+    with caplog.at_level(logging.INFO):
+        sources.load(file, "train")
+    assert "read are answer, question; left out are context" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        sources.load(file, "train", columns={"question": "question", "answer": "answer"})
+    assert "left out are" not in caplog.text
