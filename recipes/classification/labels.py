@@ -26,11 +26,14 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    found = set(table[column]) - {None}
-    if len(found) < 2 or not all(isinstance(value, int | str) for value in found):
+    values = [value for value in table[column] if value is not None]
+    # Before they are made a set, which lists can't be in.
+    odd = [value for value in values if not isinstance(value, int | str)]
+    found = set() if odd else set(values)
+    if len(found) < 2:
         raise MisconfigurationException(
             f"{source}: the column {column!r} must hold numbers or names of two classes at least, got "
-            f"{sorted(map(repr, found))[:5]}; set regression to true if it holds numbers to predict"
+            f"{sorted(map(repr, odd or found))[:5]}; set regression to true if it holds numbers to predict"
         )
     others = found - {-1}
     if len(others) > 1 and all(isinstance(value, int) and value >= 0 for value in others):

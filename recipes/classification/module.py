@@ -130,6 +130,28 @@ class TextClassifier(RecipeModule):
         base.train()  # from_pretrained gives it in eval mode, where dropout would be off
         return add_adapter(base, self.lora, task_type="SEQ_CLS")
 
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["classes"] = list(self.data.classes)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that were trained on other classes, or on the same in another order.
+
+        Raises:
+            MisconfigurationException: the checkpoint is of such a run.
+        """
+        super().on_load_checkpoint(checkpoint)
+        # A label is a place in the list of classes, so another list would give each of them another meaning.
+        if self._trainer is None or "classes" not in checkpoint or checkpoint["classes"] == self.data.classes:
+            return
+        raise MisconfigurationException(
+            f"the checkpoint is of a run with {_listed(checkpoint['classes'])}, and "
+            f"dataset={self.data.dataset!r} has {_listed(self.data.classes)}: give the data set of that run, and "
+            "others as test_split or validation_split"
+        )
+
     def _add_metrics(self) -> None:
         """Metrics of every part; they depend on the number of classes, which only the data know."""
         classes = len(self.data.classes)
@@ -181,6 +203,13 @@ class TextClassifier(RecipeModule):
         metric = cast("MeanMetric", self.metrics[name])
         metric.update(*values)
         self.log(name, metric, prog_bar=True, add_dataloader_idx=False)
+
+
+def _listed(classes: Sequence[str]) -> str:
+    names = [repr(name) for name in classes[:8]]
+    if len(classes) > len(names):
+        names.append("...")
+    return f"the {len(classes)} classes {', '.join(names)}" if classes else "numbers to predict"
 
 
 class TextClassification(TextClassifier, AutomaticTraining):

@@ -56,10 +56,10 @@ def animals(write: Callable[[list[dict[str, Any]]], str]) -> str:
     return write(rows)
 
 
-def fit(model: str, dataset: str, *options: str) -> RecipeCLI:
+def run(command: str, model: str, dataset: str, *options: str) -> RecipeCLI:
     return RecipeCLI(
         [
-            "fit",
+            command,
             f"--config={CONFIG}",
             f"--model.model={model}",
             "--model.lora.target_modules=[q_proj,v_proj]",
@@ -73,6 +73,10 @@ def fit(model: str, dataset: str, *options: str) -> RecipeCLI:
             *options,
         ]
     )
+
+
+def fit(model: str, dataset: str, *options: str) -> RecipeCLI:
+    return run("fit", model, dataset, *options)
 
 
 def trained(cli: RecipeCLI) -> dict[str, torch.Tensor]:
@@ -162,3 +166,24 @@ def test_minilm_learns_sentiment(tmp_path: Path) -> None:
     assert cli.trainer.callback_metrics["val_accuracy"] > 0.62
     assert cli.datamodule.classes == ["negative", "positive"]
     assert list((tmp_path / "runs").rglob("adapter_model.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # it resumes from another run's folder
+def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, write: Any, tmp_path: Path) -> None:
+    """The same number of classes with other names, or in another order, would be scored without an error."""
+    saved = fit(tiny, animals, "--trainer.max_steps=1").trainer.checkpoint_callback.last_model_path
+    kept = Path(animals).rename(tmp_path / "animals.jsonl")
+    other = write([{"text": f"The {i}", "label": ("apple", "pear")[i % 2]} for i in range(60)])
+    with pytest.raises(MisconfigurationException, match=r"2 classes 'cat', 'dog', and dataset=.*'apple', 'pear'"):
+        run("test", tiny, other, f"--ckpt_path={saved}")
+    with pytest.raises(MisconfigurationException, match="'apple', 'pear'"):
+        fit(tiny, other, f"--ckpt_path={saved}")
+    run("test", tiny, str(kept), f"--ckpt_path={saved}")
+
+
+def test_labels_that_are_lists_are_refused(tiny: str, write: Any) -> None:
+    dataset = write([{"text": f"The {i}", "label": [i % 2]} for i in range(10)])
+    with pytest.raises(
+        MisconfigurationException, match=r"must hold numbers or names of two classes at least, got \['\[0\]'"
+    ):
+        fit(tiny, dataset)
