@@ -7,11 +7,12 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -48,7 +49,8 @@ class RecipeCLI(LightningCLI):
     ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
 
     ``--optimizer`` and ``--lr_scheduler`` each replace their own part of what the recipe trains with. ``--ckpt_path
-    last`` is the newest last checkpoint of the runs that log into the same folder, and an error if there is none.
+    last`` is the newest last checkpoint of the runs that log into the same folder, and an error if there is none. Where
+    that run had other settings of the model or the data, a warning names them.
     Switching the progress bar, the checkpoints or the model summary off drops the callbacks that the configuration
     lists for them.
 
@@ -138,7 +140,9 @@ class RecipeCLI(LightningCLI):
         """Put a file in the place of "last", for which Lightning looks in this run's folder alone, a new one."""
         settings = self.config_init[self.subcommand]
         if settings.ckpt_path == "last":
-            settings.ckpt_path = str(last_checkpoint(self.trainer))
+            newest = last_checkpoint(self.trainer)
+            self._warn_of_other_settings(newest)
+            settings.ckpt_path = str(newest)
         elif settings.ckpt_path == "best":
             raise MisconfigurationException(
                 "--ckpt_path best: which checkpoint is the best is known only to the run that has saved it. Give the "
@@ -149,8 +153,22 @@ class RecipeCLI(LightningCLI):
                 "--trainer.enable_checkpointing=false: without the configuration's AdapterCheckpoint no --ckpt_path "
                 "can be read, as it lacks the frozen weights. Leave one of the two out"
             )
-        if _is_missing(settings.ckpt_path):
-            raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: there is no such file")
+        problem = _problem_of(settings.ckpt_path)
+        if problem:
+            raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
+
+    def _warn_of_other_settings(self, checkpoint: Path) -> None:
+        """Name what another run's model and data had otherwise: the newest may be one of another data set."""
+        file = checkpoint.parent.parent / "config.yaml"
+        if not file.is_file():
+            return
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
+        differences: list[str] = []
+        for section in ("model", "data"):
+            differences += _differences(section, before.get(section), now.get(section))
+        if differences:
+            rank_zero_warn(f"--ckpt_path last is {checkpoint}, of a run with other settings: {'; '.join(differences)}")
 
 
 def with_torch_optimizers(arguments: Sequence[str]) -> list[str]:
@@ -224,11 +242,33 @@ def last_checkpoint(trainer: L.Trainer) -> Path:
     return newest
 
 
-def _is_missing(path: str | None) -> bool:
-    """Whether a checkpoint is a local file, or a folder of a sharded one, which is not there."""
-    # "hpc" and names of a registry are Lightning's own, and other places have an address.
-    is_local = path is not None and path != "hpc" and "://" not in path and not path.startswith("registry")
-    return is_local and not Path(str(path)).expanduser().exists()
+def _differences(name: str, before: Any, now: Any) -> list[str]:
+    """The settings that differ, a text for each; without those that were null, as the prompts to predict are in fit."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in dict.fromkeys([*before, *now]):
+            found += _differences(f"{name}.{key}", before.get(key), now.get(key))
+        return found
+    return (
+        [] if before is None or before == now else [f"{name.replace('.init_args', '')} {before!r} there, {now!r} here"]
+    )
+
+
+def _problem_of(path: str | None) -> str | None:
+    """Why a checkpoint can't be read, if it is a local file, or a folder of a sharded one; None where nothing is wrong.
+
+    "hpc" and names of a registry are Lightning's own, and other places have an address.
+    """
+    if path is None or path == "hpc" or "://" in path or path.startswith("registry"):
+        return None
+    place = Path(path).expanduser()
+    if not place.exists():
+        return "there is no such file"
+    # A sharded checkpoint of PyTorch's is a folder with this file.
+    if place.is_dir() and not (place / ".metadata").exists():
+        files = sorted(place.glob("*.ckpt")) or sorted(place.parent.glob(f"{place.name}.ckpt"))
+        return "it is a folder" + (f"; give a file, such as {files[0]}" if files else " without a checkpoint")
+    return None
 
 
 def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:

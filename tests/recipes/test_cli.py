@@ -294,6 +294,28 @@ def test_last_without_checkpoints_and_best_are_refused(config: str) -> None:
         run("test", config, "--ckpt_path=best")
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_last_of_a_run_with_other_settings_is_named(config: str, tmp_path: Path) -> None:
+    """The newest run may have been one on other data."""
+    run("fit", config, "--model.learning_rate=0.1")
+    with pytest.warns(
+        UserWarning, match=r"last\.ckpt, of a run with other settings: model\.learning_rate 0\.1 there, "
+    ):
+        run("test", config, "--ckpt_path=last", "--model.learning_rate=0.2")
+    run("test", config, "--ckpt_path=last", "--model.learning_rate=0.1")
+
+
+def test_a_folder_is_no_checkpoint(config: str, tmp_path: Path) -> None:
+    run("fit", config)
+    folder = "runs/tiny/version_0/checkpoints"
+    (tmp_path / folder / "empty").mkdir()
+    for given, answer in ((folder, r"give a file, such as .*\.ckpt"), (f"{folder}/last", r"such as .*/last\.ckpt")):
+        with pytest.raises(MisconfigurationException, match=f"--ckpt_path {given}: it is a folder; .*{answer}"):
+            run("test", config, f"--ckpt_path={given}")
+    with pytest.raises(MisconfigurationException, match="it is a folder without a checkpoint"):
+        run("test", config, f"--ckpt_path={folder}/empty")
+
+
 # -- others
 
 
