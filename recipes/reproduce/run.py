@@ -165,8 +165,9 @@ def score(metrics: Row, table: Table) -> float:
 
 def fit_command(run: Run, place: Place) -> list[str]:
     """What trains, or resumes a training that was stopped."""
-    last = _checkpoints(run, place.folder) / "last.ckpt"
-    more = [f"--ckpt_path={last}"] if last.exists() else []
+    # Of an epoch's end, or by time within a long one.
+    lasts = sorted(_checkpoints(run, place.folder).glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    more = [f"--ckpt_path={lasts[-1]}"] if lasts else []
     if run.start is not None:
         more.append(f"--model.start_from={checkpoint(run.start, place.folder).with_suffix('')}")
     if run.max_steps is not None:

@@ -294,6 +294,29 @@ def test_last_without_checkpoints_and_best_are_refused(config: str) -> None:
         run("test", config, "--ckpt_path=best")
 
 
+class Interrupts(L.Callback):
+    """Ctrl-C in the first epoch, after three of its four batches."""
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:You're resuming from a checkpoint that ended:UserWarning"
+)  # the recipes' data resume
+def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> None:
+    by_time = ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", "--trainer.callbacks.filename=last_by_time"]
+    by_time.append("--trainer.callbacks.train_time_interval=00:00:00")
+    with pytest.raises(SystemExit):
+        run("fit", config, *by_time, f"--trainer.callbacks+={__name__}.Interrupts")
+    resumed = run("fit", config, *by_time, "--ckpt_path=last")
+    assert len(resumed.model.rates) == 1
+    assert resumed.trainer.global_step == 4
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_last_of_a_run_with_other_settings_is_named(config: str, tmp_path: Path) -> None:
     """The newest run may have been one on other data."""
