@@ -11,13 +11,16 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from recipes.classification.labels import class_labels, class_names, few_shots, labelled, numbers
 from recipes.classification.prompts import Prompt
 from recipes.language import texts
 from recipes.language.batches import LengthBatchSampler, pad, padding_id
+from recipes.language.data import read_prompts
 from recipes.shared.data import (
+    columns,
     is_packaged,
     mapped,
     packaged_names,
@@ -70,6 +73,8 @@ class TextData(ResumableData):
         test_share: share of them held out for `test`.
         seed: of the order of the batches.
         num_workers: processes that load batches; 0 loads in the training process.
+        predict_file: texts without labels, for `predict`: a table with the columns of ``text``, or, where that is one
+            column, a .txt file with a text in each line.
 
     Attributes:
         classes: names of the classes, once `setup` has run; a label is a place in this list. Empty for a regression.
@@ -100,6 +105,7 @@ class TextData(ResumableData):
     test_share: float = 0.25
     seed: int = 0
     num_workers: int = 0
+    predict_file: str | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -142,6 +148,9 @@ class TextData(ResumableData):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "predict":
+            self._set_up_prediction()
+            return
         wanted = list(PARTS_OF_STAGE.get(stage, ()))
         if "validation" in wanted:
             wanted += self.validation_parts[1:]
@@ -169,6 +178,32 @@ class TextData(ResumableData):
             rows = self.parts[part]
             self.parts[part] = mapped(rows, encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
 
+    def _set_up_prediction(self) -> None:
+        if not self.regression:
+            self.classes = class_names(self._read(self.split), self.label, self._source(self.split))
+        texts_n = self._texts_to_predict()
+        rows = datasets.Dataset.from_dict({"texts": texts_n, "places": list(range(len(texts_n)))})
+        self.parts["predict"] = mapped(rows, self._encoder(), desc="Tokenizing predict")
+
+    def _texts_to_predict(self) -> list[list[str]]:
+        """The texts of each row of ``predict_file``."""
+        file = self.predict_file
+        if file is None or table_ending(file) is None:
+            if len(self.text) > 1:
+                raise MisconfigurationException(
+                    f"predict needs --data.predict_file FILE, a table with the columns {list(self.text)}, got {file!r}"
+                )
+            return [[text] for text in read_prompts(file, "text", "predict_file")]
+        table = read_table(file, file)
+        source = f"predict_file={file!r}"
+        missing = set(self.text) - set(table.column_names)
+        if missing or not len(table):
+            raise MisconfigurationException(
+                f"{source} must have rows with the columns {list(self.text)}, and has {len(table)} rows with "
+                f"{sorted(table.column_names)}"
+            )
+        return self._texts(table, source)
+
     def _divided(self, rows: Any) -> dict[str, list[int]]:
         """The rows of the training split that are in each part."""
         keys = [normalized(" ".join(columns)) for columns in rows["texts"]]
@@ -193,6 +228,19 @@ class TextData(ResumableData):
     def _labelled_rows(self, table: Any, split: str) -> Any:
         """A table with the columns ``texts`` and ``labels``."""
         source = self._source(split)
+        texts_n = self._texts(table, source)
+        labels: Sequence[Any]
+        if self.regression:
+            labels = numbers(table, self.label, source)
+        else:
+            labels = class_labels(table, self.label, self.classes, source)
+        rows = labelled(labels, self.label, source, self.skip_unlabelled)
+        return datasets.Dataset.from_dict(
+            {"texts": [texts_n[row] for row in rows], "labels": [labels[row] for row in rows]}
+        )
+
+    def _texts(self, table: Any, source: str) -> list[list[str]]:
+        """The texts of each row, one for each of the columns that the model reads."""
         columns = [table[name] for name in self.text]
         for name, column in zip(self.text, columns, strict=True):
             for row, value in enumerate(column):
@@ -200,16 +248,7 @@ class TextData(ResumableData):
                     raise MisconfigurationException(
                         f"{source}: the column {name!r} must hold texts, and row {row} holds {value!r}"
                     )
-        labels: Sequence[Any]
-        if self.regression:
-            labels = numbers(table, self.label, source)
-        else:
-            labels = class_labels(table, self.label, self.classes, source)
-        rows = labelled(labels, self.label, source, self.skip_unlabelled)
-        pairs = list(zip(*columns, strict=True))
-        return datasets.Dataset.from_dict(
-            {"texts": [list(pairs[row]) for row in rows], "labels": [labels[row] for row in rows]}
-        )
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def _source(self, split: str) -> str:
         return f"dataset={self.dataset!r}" if split == self.split else f"dataset={self.dataset!r}, split={split!r}"
@@ -258,6 +297,10 @@ class TextData(ResumableData):
             raise MisconfigurationException("there are no texts for the test: set test_split, or test_share above 0")
         return self.loader("test")
 
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self.prompts_loader(partial(_collate_rows, pad_id=padding_id(self._tokenizer())))
+
     def _encoder(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if self.template is None:
             return partial(_encode, tokenizer=self._tokenizer(), max_length=self.max_length)
@@ -275,6 +318,11 @@ def _encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, A
     if len(row["texts"]) == 2 and "token_type_ids" in encoded:  # BERT's, which say where the second text begins
         columns["token_type_ids"] = encoded["token_type_ids"]
     return columns
+
+
+def _collate_rows(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    table = columns(rows, list(rows[0]))
+    return {**_collate(table, pad_id), "texts": table["texts"], "places": table["places"]}
 
 
 def _collate(columns: dict[str, list[Any]], pad_id: int) -> dict[str, torch.Tensor]:

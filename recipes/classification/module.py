@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
+import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
@@ -24,6 +25,7 @@ from recipes.language.model import (
     weights_dtype,
 )
 from recipes.language.warm_start import load_factors
+from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, ManualTraining, RecipeModule, Schedule
 
@@ -49,6 +51,7 @@ class TextClassifier(RecipeModule):
             first is logged as the score, too. None is accuracy, or both correlations.
         start_from: folder of another run's adapter, whose LoRA weights this one starts from; the head is new. Only
             `fit` reads it; a run that resumes from a checkpoint may leave it out.
+        predictions: name of the file that `predict` writes, .jsonl or .csv.
         kwargs: of the next class, such as rho for FMLoRA's module.
     """
 
@@ -63,6 +66,7 @@ class TextClassifier(RecipeModule):
         warmup_share: float = 0.0,
         metrics: Sequence[str] | None = None,
         start_from: str | None = None,
+        predictions: str = "predictions.jsonl",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -76,6 +80,7 @@ class TextClassifier(RecipeModule):
         self.wanted_metrics = metrics
         self.metric_names: list[str] = []
         self.start_from = start_from
+        self.writer = PredictionWriter(predictions, "texts")
         self.net: PeftModel | None = None
         self.metrics = nn.ModuleDict()
 
@@ -198,6 +203,27 @@ class TextClassifier(RecipeModule):
             self._update(f"{prefix}_{name}", predicted, labels)
         score = self.metrics[f"{prefix}_{self.metric_names[0]}"]
         self.log(f"{prefix}_score", cast("MeanMetric", score), add_dataloader_idx=False)
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """The texts of each row by their columns, with ``class`` and its ``probability``, or with ``number``."""
+        logits = self.logits(batch)
+        if self.data.regression:
+            found = [{"number": number} for number in logits.squeeze(1).tolist()]
+        else:
+            probabilities, labels = logits.softmax(dim=1).max(dim=1)
+            found = []
+            for label, probability in zip(labels.tolist(), probabilities.tolist(), strict=True):
+                found.append({"class": self.data.classes[label], "probability": probability})
+        rows = []
+        for texts, of_row in zip(batch["texts"], found, strict=True):
+            rows.append({**dict(zip(self.data.text, texts, strict=True)), **of_row})
+        return rows
+
+    @override
+    def configure_callbacks(self) -> list[L.Callback]:
+        inherited = cast("Sequence[L.Callback]", super().configure_callbacks())  # FMLoRAModule has one
+        return [*inherited, self.writer]
 
     def _update(self, name: str, *values: Tensor) -> None:
         metric = cast("MeanMetric", self.metrics[name])

@@ -1,13 +1,10 @@
-"""What validation and test measure, the confusion matrix as a picture, and where predictions go."""
+"""What validation and test measure, and the confusion matrix as a picture."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -16,9 +13,8 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
 )
-from typing_extensions import override
 
-from recipes.shared.ranks import gathered
+from recipes.shared.predictions import run_folder
 
 _ANNOTATED = 30  # classes up to which the picture has numbers in its cells
 _NAMED = 110  # classes up to which it has their names at its sides
@@ -95,11 +91,6 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], path: Path, title:
     figure.savefig(path, dpi=110)
 
 
-def run_folder(trainer: L.Trainer) -> Path:
-    """Where a run leaves its files. Every rank has to ask: they agree on it then."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
 def write_evaluation(
     trainer: L.Trainer, name: str, values: Mapping[str, Tensor], confusion: Tensor, classes: Sequence[str]
 ) -> None:
@@ -115,54 +106,3 @@ def write_evaluation(
     scalars = {key: value.item() for key, value in values.items()}
     each = class_accuracies(confusion, classes)
     (folder / f"{name}.json").write_text(json.dumps({**scalars, "accuracy_of_class": each}, indent=2) + "\n")
-
-
-class PredictionWriter(L.Callback):
-    """Write each image's class and probability into the run's folder: all ranks' into one file, in the images' order.
-
-    Args:
-        name: of the file; .jsonl or .csv.
-
-    Raises:
-        MisconfigurationException: another ending.
-    """
-
-    def __init__(self, name: str) -> None:
-        if not name.endswith((".jsonl", ".csv")):
-            raise MisconfigurationException(f"predictions must end in .jsonl or .csv, got {name!r}")
-        self.name = name
-        self._rows: dict[int, dict[str, Any]] = {}
-
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._rows = {}
-
-    @override
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        # By place: where there are fewer images than ranks, some are classified twice and count once.
-        for of_rank in gathered(dict(zip(batch["places"], outputs, strict=True))):
-            self._rows |= of_rank
-
-    @override
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = run_folder(trainer) / self.name
-        if not trainer.is_global_zero:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for _, row in sorted(self._rows.items())]
-        with path.open("w", encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                table = csv.DictWriter(file, fieldnames=list(rows[0]))
-                table.writeheader()
-                table.writerows(rows)
-            else:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"Classes of {len(rows)} images are in {path}")

@@ -18,8 +18,9 @@ from typing_extensions import override
 from recipes.clip.model import DEFAULT_LORA, Clip, add_lora, hold_statistics, image_features, load_clip, text_features
 from recipes.clip_fewshot.batches import Batch
 from recipes.clip_fewshot.data import FewShotData
-from recipes.clip_fewshot.evaluation import Evaluation, PredictionWriter, write_evaluation
+from recipes.clip_fewshot.evaluation import Evaluation, write_evaluation
 from recipes.clip_fewshot.prompts import tokenize
+from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining
 
@@ -67,7 +68,7 @@ class ClipClassifier(EvaluatedModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.min_learning_rate = min_learning_rate
-        self.writer = PredictionWriter(predictions)
+        self.writer = PredictionWriter(predictions, "images")
         self.net: PeftModel | None = None
         self.classes: list[str] = []
         self.prompts: list[list[str]] = []

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 from typing_extensions import override
 
-from recipes.clip_fewshot.evaluation import run_folder, write_evaluation
+from recipes.clip_fewshot.evaluation import write_evaluation
 from recipes.clip_fewshot.module import ClipClassifier
 from recipes.shared.ledger import commit
+from recipes.shared.predictions import run_folder
 from recipes.shared.step_times import StepTimes
 
 

@@ -25,24 +25,25 @@ def tokenizer_of(data: L.LightningDataModule, name: str | None) -> Any:
     return data.trainer.lightning_module.tokenizer
 
 
-def read_prompts(path: str | None, kind: str) -> list[str]:
+def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[str]:
     """The lines of a text file, without blank ones.
 
     Args:
         path: of the file.
         kind: what a line holds, for the messages, such as "prompt".
+        option: of the data module that names the file.
 
     Raises:
         MisconfigurationException: there is no such file, it can't be read, or it is empty.
     """
     if path is None:
-        raise MisconfigurationException(f"predict needs --data.prompts FILE, a text file with one {kind} a line")
+        raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} a line")
     try:
         # Not splitlines(), which also splits at characters that may stand in a prompt, such as U+2028.
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise MisconfigurationException(f"prompts={path!r} can't be read: {error}") from error
+        raise MisconfigurationException(f"{option}={path!r} can't be read: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise MisconfigurationException(f"prompts={path!r} holds no {kind}: write one a line")
+        raise MisconfigurationException(f"{option}={path!r} holds no {kind}: write one a line")
     return prompts

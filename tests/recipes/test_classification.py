@@ -17,6 +17,7 @@ from recipes.shared.cli import RecipeCLI  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # a checkpoint of another run's folder
     pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of a few steps
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft reads it
 ]
@@ -168,7 +169,6 @@ def test_minilm_learns_sentiment(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").rglob("adapter_model.safetensors"))
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # it resumes from another run's folder
 def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, write: Any, tmp_path: Path) -> None:
     """The same number of classes with other names, or in another order, would be scored without an error."""
     saved = fit(tiny, animals, "--trainer.max_steps=1").trainer.checkpoint_callback.last_model_path
@@ -187,3 +187,48 @@ def test_labels_that_are_lists_are_refused(tiny: str, write: Any) -> None:
         MisconfigurationException, match=r"must hold numbers or names of two classes at least, got \['\[0\]'"
     ):
         fit(tiny, dataset)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_texts_are_classified(tiny: str, animals: str, tmp_path: Path, kind: str) -> None:
+    """As the model classifies each of them alone, without padding."""
+    saved = fit(tiny, animals, "--model.learning_rate=0.02").trainer.checkpoint_callback.last_model_path
+    texts = [f"The {('dog', 'cat')[i % 2]} number {i}" + " runs" * (i % 7) for i in range(20)]
+    file = tmp_path / f"texts.{kind}"
+    lines = texts if kind == "txt" else [json.dumps({"text": text, "source": "a zoo"}) for text in texts]
+    file.write_text("\n".join(lines))
+    model = run("predict", tiny, animals, f"--ckpt_path={saved}", f"--data.predict_file={file}").model
+    (found,) = tmp_path.glob("runs/classification/lora/*/predictions.jsonl")
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    assert [row["text"] for row in rows] == texts
+    for row in rows:
+        with torch.inference_mode():
+            probabilities = model.net(**model.tokenizer(row["text"], return_tensors="pt")).logits.softmax(dim=1)[0]
+        assert row["class"] == ("cat", "dog")[probabilities.argmax()]
+        assert row["probability"] == pytest.approx(float(probabilities.max()), abs=1e-5)
+
+
+def test_numbers_are_predicted_for_pairs(tiny: str, write: Any, tmp_path: Path) -> None:
+    rows = [{"one": f"Text {i}", "other": f"Text {i + 1}", "label": i / 10} for i in range(40)]
+    options = [
+        "--data.text=[one, other]",
+        "--data.regression=true",
+        "--model.metrics=[pearson]",
+        "--trainer.max_steps=1",
+    ]
+    dataset = write(rows)
+    saved = fit(tiny, dataset, *options).trainer.checkpoint_callback.last_model_path
+    file = tmp_path / "pairs.csv"
+    file.write_text("one,other\nA,B\nC,D\n")
+    run("predict", tiny, dataset, *options, f"--ckpt_path={saved}", f"--data.predict_file={file}")
+    (found,) = tmp_path.glob("runs/classification/*/*/predictions.jsonl")
+    first, second = (json.loads(line) for line in found.read_text().splitlines())
+    assert (first["one"], first["other"], second["one"]) == ("A", "B", "C")
+    assert isinstance(first["number"], float)
+    (tmp_path / "bad.csv").write_text("one\nA\n")
+    for wrong, message in (
+        ("bad.csv", r"must have rows with the columns \['one', 'other'\]"),
+        ("a.txt", "a table with"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            run("predict", tiny, dataset, *options, f"--ckpt_path={saved}", f"--data.predict_file={wrong}")
