@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -123,6 +124,11 @@ class RecipeCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
+        if self.subcommand == "predict" and not is_overridden("predict_dataloader", self.datamodule):
+            raise MisconfigurationException(
+                f"predict: {type(self.datamodule).__name__} holds nothing to predict, as this recipe has only fit, "
+                "validate and test"
+            )
         if self.subcommand is not None:
             self._find_checkpoint()
         optimizer, scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
@@ -110,7 +111,9 @@ class VQAData(ResumableData):
 
     @override
     def prepare_data(self) -> None:
-        easy_vqa.fetch(self.dataset)
+        # A prediction reads the user's own file alone.
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
+            easy_vqa.fetch(self.dataset)
 
     @override
     def setup(self, stage: str) -> None:

@@ -342,6 +342,11 @@ def test_a_folder_is_no_checkpoint(config: str, tmp_path: Path) -> None:
 # -- others
 
 
+def test_predict_is_refused_where_a_recipe_has_none(config: str) -> None:
+    with pytest.raises(MisconfigurationException, match="predict: Numbers holds nothing to predict"):
+        run("predict", config)
+
+
 def test_overfitting_some_batches_is_refused_with_the_remedy() -> None:
     data = ResumableData()
     data.trainer = SimpleNamespace(overfit_batches=1)  # type: ignore[assignment]
