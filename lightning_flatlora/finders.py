@@ -155,6 +155,13 @@ def torchtune_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
     Returns:
         The pairs, in the order of the modules.
+
+    Example:
+        >>> layer = nn.Module()
+        >>> layer.lora_a, layer.lora_b = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+        >>> layer.alpha, layer.rank = 16, 2
+        >>> [(pair.name, pair.scaling) for pair in torchtune_pairs(nn.Sequential(layer))]
+        [('0.lora_b.weight', 8.0)]
     """
     return _TORCHTUNE(model)
 

@@ -91,6 +91,25 @@ class Finder(Protocol):
     It is called at the start of a fit, at the start of each epoch, and when a factor is frozen or unfrozen or an
     optimizer takes in or gives up parameters. It must be a module's function or an object that can be pickled, if
     processes are spawned.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatlora import LoRAPair, Reader, find_pairs
+        >>> class LoRALinear(nn.Linear):
+        ...     def __init__(self):
+        ...         super().__init__(4, 3)
+        ...         self.A, self.B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))
+        ...     def forward(self, x):
+        ...         return super().forward(x) + 2.0 * x @ self.A.T @ self.B.T
+        >>> def my_pairs(model):
+        ...     pairs = []
+        ...     for name, layer in model.named_modules():
+        ...         if isinstance(layer, LoRALinear):
+        ...             where = {"readers": [Reader(layer, "B")], "A_readers": [Reader(layer, "A")]}
+        ...             pairs.append(LoRAPair(f"{name}.B", layer.A, layer.B, scaling=2.0, **where))
+        ...     return pairs
+        >>> [pair.name for pair in find_pairs(nn.Sequential(LoRALinear()), finder=my_pairs).pairs]
+        ['0.B']
     """
 
     def __call__(self, model: nn.Module, /) -> list[LoRAPair]:
@@ -111,7 +130,15 @@ def all_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
 
 
 def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
-    """The trained ones of :func:`all_factors`."""
+    """The parameters that hold the trained factors of pairs, each once, A before B: those with ``requires_grad``.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> net = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> [tuple(factor.shape) for factor in trained_factors(find_pairs(net).pairs)]
+        [(2, 4), (3, 2)]
+    """
     return [factor for factor in all_factors(pairs) if factor.requires_grad]
 
 

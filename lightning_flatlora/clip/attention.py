@@ -150,6 +150,14 @@ def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ValueError: there are still LoRA layers in the model.
+
+    Example:
+        >>> import open_clip
+        >>> model = open_clip.create_model("ViT-B-32", device="meta")
+        >>> _ = split_attention(model)
+        >>> unmodified = open_clip.create_model("ViT-B-32", device="meta").state_dict()
+        >>> joined_state_dict(model).keys() == unmodified.keys()
+        True
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("the model has an adapter still: merge it first, with peft's merge_and_unload()")

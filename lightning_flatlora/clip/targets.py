@@ -28,7 +28,7 @@ def lora_targets(
     blocks: Literal["all"] | int | Sequence[int] = "all",
     towers: Towers = "both",
 ) -> str:
-    """The Linears to adapt, for ``LoraConfig(target_modules=...)``.
+    r"""The Linears to adapt, for ``LoraConfig(target_modules=...)``.
 
     The result is a regular expression of their whole names. A list would not do: peft takes its entries to be ends of
     names, and the names in CLIP's text tower are ends of those in its vision tower.
@@ -44,6 +44,14 @@ def lora_targets(
 
     Raises:
         ValueError: a setting is not one of these, or a tower has no such Linear that LoRA could reach.
+
+    Example:
+        >>> import open_clip
+        >>> from lightning_flatlora.clip import split_attention
+        >>> model = open_clip.create_model("ViT-B-32", device="meta")
+        >>> _ = split_attention(model)
+        >>> lora_targets(model, ["q"], blocks=1, towers="vision")
+        'visual\\.transformer\\.resblocks\\.11\\.attn\\.q_proj'
     """
     problems = []
     for projection in projections:

@@ -14,7 +14,7 @@ from lightning_flatlora.flatness.factors import (
     inner_product,
     realized_radius,
 )
-from lightning_flatlora.flatness.losses import Loss, MeanLoss, Slope, slope
+from lightning_flatlora.flatness.losses import Loss, LossGradient, MeanLoss, loss_gradient
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, MEASURES, Point, measure
 from lightning_flatlora.flatness.sharpness import (
     EMASharpness,
@@ -36,10 +36,10 @@ __all__ = [
     "Estimate",
     "ExpectedSharpness",
     "Loss",
+    "LossGradient",
     "MeanLoss",
     "Point",
     "Sharpness",
-    "Slope",
     "balancedness",
     "condition_number",
     "cosine",
@@ -51,11 +51,11 @@ __all__ = [
     "hessian_trace",
     "inner_product",
     "lora_sharpness",
+    "loss_gradient",
     "measure",
     "moved",
     "realized_radius",
     "sam_sharpness",
-    "slope",
     "top_eigenvalue",
     "trained_factors",
 ]

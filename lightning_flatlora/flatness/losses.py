@@ -37,7 +37,7 @@ class MeanLoss:
         return torch.stack([loss() for loss in self.losses]).mean()
 
 
-class Slope(NamedTuple):
+class LossGradient(NamedTuple):
     """A loss and its gradient at one point.
 
     Attributes:
@@ -82,7 +82,7 @@ def value(loss: Loss) -> Tensor:
     return mean
 
 
-def slope(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> Slope:
+def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> LossGradient:
     """The loss and its gradient, in a forward and a backward pass; ``.grad`` and its hooks are not touched.
 
     Args:
@@ -91,11 +91,11 @@ def slope(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) ->
         scale: multiplies the loss in the backward pass and divides the gradient, like a loss scaler under float16.
 
     Returns:
-        The :class:`Slope` at the weights as the layers read them now.
+        The :class:`LossGradient` at the weights as the layers read them now.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([3.0]))
-        >>> slope(lambda: w.square().sum(), [w]).gradients
+        >>> loss_gradient(lambda: w.square().sum(), [w]).gradients
         [tensor([6.])]
     """
     parameters = list(parameters)
@@ -104,15 +104,15 @@ def slope(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) ->
     values = []
     with torch.enable_grad():
         for part in losses:
-            values.append(_add_slope(part, parameters, gradients, scale))
+            values.append(_add_gradient(part, parameters, gradients, scale))
     mean = torch.stack(values).mean()
     # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
     torch._foreach_div_(gradients, len(losses) * scale)
     average([mean, *gradients])
-    return Slope(mean, parameters, gradients)
+    return LossGradient(mean, parameters, gradients)
 
 
-def _add_slope(part: Loss, parameters: list[nn.Parameter], gradients: list[Tensor], scale: float) -> Tensor:
+def _add_gradient(part: Loss, parameters: list[nn.Parameter], gradients: list[Tensor], scale: float) -> Tensor:
     """One batch's loss, whose scaled gradient is added; its graph ends with the call."""
     # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
     loss = part()

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_flatlora.flatness import sharpness
 from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
 from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
-from lightning_flatlora.flatness.losses import Loss, Slope, slope
+from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient
 from lightning_flatlora.lora_pair import LoRAPair, rows_of, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
@@ -35,7 +35,7 @@ class Point:
         samples: draws of noise, and of vectors for "hessian_trace".
         seed: of these draws, and of the first vector of "top_eigenvalue".
         at: the loss and its gradient at the clean weights, where they are known already.
-        loss_scale: see :func:`slope`.
+        loss_scale: see :func:`loss_gradient`.
     """
 
     loss: Loss
@@ -47,7 +47,7 @@ class Point:
     sigma: float = 0.05
     samples: int = 8
     seed: int = 0
-    at: Slope | None = None
+    at: LossGradient | None = None
     loss_scale: float = 1.0
 
     @property
@@ -56,9 +56,9 @@ class Point:
         return self.perturbation.pairs
 
     @cached_property
-    def slope(self) -> Slope:
+    def gradient(self) -> LossGradient:
         """The loss and its gradient at the clean weights, taken when they are first needed."""
-        return self.at or slope(self.loss, trained_factors(self.pairs), self.loss_scale)
+        return self.at or loss_gradient(self.loss, trained_factors(self.pairs), self.loss_scale)
 
 
 def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> Values:
@@ -108,12 +108,12 @@ def _reduced(values: Values, pairs: list[LoRAPair], per_layer: bool) -> Values:
 
 
 def _sharpness(point: Point) -> Values:
-    sharp = sharpness.sam_sharpness(point.loss, point.perturbation, point.rho, point.slope)
+    sharp = sharpness.sam_sharpness(point.loss, point.perturbation, point.rho, point.gradient)
     return {"loss": sharp.loss, "sharpness": sharp.sharpness}
 
 
 def _lora_sharpness(point: Point) -> Values:
-    sharp = sharpness.lora_sharpness(point.loss, point.pairs, point.rho, point.slope)
+    sharp = sharpness.lora_sharpness(point.loss, point.pairs, point.rho, point.gradient)
     return {"loss": sharp.loss, "lora_sharpness": sharp.sharpness}
 
 
@@ -121,7 +121,7 @@ def _ema(point: Point) -> Values:
     if point.average is None:
         raise ValueError("the measure 'ema' needs Point.average, a Perturbation that keeps Ê")
     rho = point.rho if point.average_rho is None else point.average_rho
-    ema = sharpness.ema_sharpness(point.loss, point.average, rho, point.slope)
+    ema = sharpness.ema_sharpness(point.loss, point.average, rho, point.gradient)
     return {"ema_sharpness": ema.ema, "ema_gap": ema.gap, "ema_cosine": ema.cosine}
 
 
@@ -146,7 +146,7 @@ def _condition(point: Point) -> Values:
 
 
 def _radius(point: Point) -> Values:
-    fresh = sharpness.fresh_perturbation(point.perturbation, point.rho, point.slope)
+    fresh = sharpness.fresh_perturbation(point.perturbation, point.rho, point.gradient)
     realized = sharpness.radii(point.pairs, sharpness.read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
     return {"radius": realized / point.rho if point.rho > 0 else realized}
 
@@ -156,8 +156,8 @@ def _gradient_residual(point: Point) -> Values:
     for pair in point.pairs:
         if pair.learns_A:
             A, B = pair.matrices()
-            grad_A = rows_of(point.slope.of(pair.A), pair.A_rows).flatten(1)
-            grad_B = rows_of(point.slope.of(pair.B), pair.B_rows).flatten(1)
+            grad_A = rows_of(point.gradient.of(pair.A), pair.A_rows).flatten(1)
+            grad_B = rows_of(point.gradient.of(pair.B), pair.B_rows).flatten(1)
             residuals.append(gradient_identity_residual(A, B, grad_A, grad_B))
         else:  # without a second gradient there is nothing that could differ
             residuals.append(torch.zeros((), dtype=torch.float64, device=pair.B.device))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_flatlora import read_through
 from lightning_flatlora.flatness.estimate import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product, realized_radius
-from lightning_flatlora.flatness.losses import Loss, Slope, slope, value
+from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient, value
 from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
@@ -82,7 +82,7 @@ class ExpectedSharpness(NamedTuple):
         return self.perturbed - self.loss
 
 
-def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope | None = None) -> Sharpness:
+def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> Sharpness:
     r"""SAM sharpness in full weight space: the rise along the perturbation that FMLoRA would take (Eqs. 8, 10-15).
 
     .. math:: S_{SAM} = L(W_0 + s (B + E) A) - L(W_0 + s B A), \qquad \|s E A\|_F \le \rho
@@ -105,11 +105,11 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope 
         True
     """
     with clean(perturbation.pairs):
-        at = at or slope(loss, trained_factors(perturbation.pairs))
+        at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
         return Sharpness(at.loss, _at_fresh(loss, perturbation, fresh_perturbation(perturbation, rho, at)))
 
 
-def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope | None = None) -> Sharpness:
+def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGradient | None = None) -> Sharpness:
     r"""Sharpness in LoRA's own space: the rise where A and B move along their joint gradient (Eq. 7, "LoRA-SAM").
 
     .. math:: L(A + E_A, B + E_B) - L(A, B), \qquad (E_A, E_B) = \rho\,\frac{(G_A, G_B)}{\|(G_A, G_B)\|}
@@ -134,7 +134,7 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope 
         True
     """
     with clean(pairs):
-        at = at or slope(loss, trained_factors(pairs))
+        at = at or loss_gradient(loss, trained_factors(pairs))
         # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
         wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in at.gradients]
         norm = torch.nn.utils.get_total_norm(wide)
@@ -144,7 +144,7 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: Slope 
             return Sharpness(at.loss, value(loss))
 
 
-def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope | None = None) -> EMASharpness:
+def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> EMASharpness:
     r"""How far EFMLoRA's average Ê stands for the fresh perturbation E (Theorem 2, Figure 3).
 
     .. math:: |S_{EMA} - S_{SAM}| = |L(w + \hat E) - L(w + E)|
@@ -169,7 +169,7 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: Slope 
         (0.0, True, 0.0)
     """
     with clean(perturbation.pairs):
-        at = at or slope(loss, trained_factors(perturbation.pairs))
+        at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
         fresh = fresh_perturbation(perturbation, rho, at)
         similarity = full_cosine(perturbation.pairs, read(perturbation), read(perturbation, fresh))
         similarity = similarity.where(fresh.finite, torch.nan)
@@ -214,8 +214,29 @@ def expected_sharpness(
     return ExpectedSharpness(at_weights, mean.to(at_weights.dtype), standard_error)
 
 
-def fresh_perturbation(perturbation: Perturbation, rho: float, at: Slope) -> FreshPerturbation:
-    """E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes."""
+def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient) -> FreshPerturbation:
+    """E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes.
+
+    Args:
+        perturbation: which pairs, and how E is made of their gradients.
+        rho: radius of the ball in full weight space, in the weights' units.
+        at: the gradient, from :func:`loss_gradient` of at least the pairs' trained factors.
+
+    Returns:
+        E of all pairs, as :meth:`~lightning_flatlora.Perturbation.applied` takes it in ``stacks``.
+
+    Raises:
+        ValueError: rho is a number that can't be a radius.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> net = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> pairs = find_pairs(net).pairs
+        >>> at = loss_gradient(lambda: net(torch.ones(5, 4)).square().mean(), trained_factors(pairs))
+        >>> [tuple(E.shape) for E in fresh_perturbation(Perturbation(pairs), 0.5, at).stacks]  # one pair, E (n, r)
+        [(1, 3, 2)]
+    """
     with at.as_grad():
         return perturbation.ascend(rho, at_perturbed=False)
 
@@ -273,6 +294,13 @@ def moved(parameters: Sequence[nn.Parameter], moves: Sequence[Tensor]) -> Iterat
     Args:
         parameters: moved in place, so that whoever holds their memory, such as a compiled graph, sees the move.
         moves: one for each parameter, of its shape and of any floating dtype.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> with moved([weight], [torch.ones(2)]):
+        ...     inside = weight.tolist()
+        >>> inside, weight.tolist()
+        ([1.0, 1.0], [0.0, 0.0])
     """
     stored = [parameter.detach().clone() for parameter in parameters]
     try:

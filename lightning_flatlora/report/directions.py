@@ -11,7 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
-from lightning_flatlora.flatness import Loss, Slope, fresh_perturbation
+from lightning_flatlora.flatness import Loss, LossGradient, fresh_perturbation
 from lightning_flatlora.flatness.losses import value
 from lightning_flatlora.flatness.sharpness import clean, overlap, read
 from lightning_flatlora.functional import damped_inverse_root
@@ -22,7 +22,7 @@ from lightning_flatlora.weight_noise import adapted_layers
 Direction = list[Tensor]
 
 
-def adversarial_direction(perturbation: Perturbation, at: Slope) -> Direction:
+def adversarial_direction(perturbation: Perturbation, at: LossGradient) -> Direction:
     r"""SAM's perturbation E of a gradient (Eqs. 10-15), scaled to length one.
 
     .. math:: D = E / \|s E A\|_F

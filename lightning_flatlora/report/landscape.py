@@ -50,7 +50,7 @@ def measure_landscape(point: Point, norm: float, options: Options) -> Landscape:
         The :class:`Landscape`, after one forward pass for each of its numbers (see :func:`passes`).
     """
     loss, pairs, noise = point.loss, point.pairs, point.noise
-    adversarial = adversarial_direction(point.perturbation, point.slope)
+    adversarial = adversarial_direction(point.perturbation, point.gradient)
     steps = torch.linspace(-options.reach, options.reach, options.points, dtype=torch.float64)
     shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
     # Noise has no sign, so the sizes start at 0, where the middle of the other curves is.

@@ -68,7 +68,7 @@ def measure_numbers(point: Point, unit: str, options: Options) -> list[Quantity]
     def take(measure: str, rho: float = 1.0) -> Values:
         return MEASURES[measure](replace(point, rho=rho))
 
-    quantities = [Quantity(LOSS, unit, float(point.slope.loss))]
+    quantities = [Quantity(LOSS, unit, float(point.gradient.loss))]
     for rho in options.rho:
         quantities.append(_quantity(sam_name(rho), unit, take("sharpness", rho), "sharpness"))
     for rho in options.rho:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_flatlora.flatness import Loss, MeanLoss, Point, slope, trained_factors
+from lightning_flatlora.flatness import Loss, MeanLoss, Point, loss_gradient, trained_factors
 from lightning_flatlora.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
@@ -112,7 +112,7 @@ def _point(
     Raises:
         ReportError: one of them is not finite.
     """
-    at = slope(loss, trained_factors(pairs))
+    at = loss_gradient(loss, trained_factors(pairs))
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (at.loss, *at.gradients)):
         raise ReportError(f"--adapter {folder.path}: the loss or its gradient is not finite: try --dtype float32")
     perturbation, rho = Perturbation(pairs), 1.0

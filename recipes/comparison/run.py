@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
-from lightning_flatlora.flatness import MeanLoss, Point, measure, moved, slope
+from lightning_flatlora.flatness import MeanLoss, Point, loss_gradient, measure, moved
 from lightning_flatlora.report.directions import base_norm
 from lightning_flatlora.weight_noise import WeightNoise
 from recipes.comparison.task import Batch, Config, Task
@@ -161,7 +161,7 @@ def _loss_of(task: Task, module: Any, batch: Batch) -> Callable[[], Tensor]:
 
 def sam_loss(loss: MeanLoss, parameters: list[nn.Parameter], rho: float) -> tuple[float, float]:
     """L(w) and L(w + rho g / ||g||) of SAM over all these parameters (arXiv 2010.01412)."""
-    at = slope(loss, parameters)
+    at = loss_gradient(loss, parameters)
     with moved(parameters, joint_ascent(at.gradients, rho)), torch.no_grad():
         perturbed = loss()
     return float(at.loss), float(perturbed)

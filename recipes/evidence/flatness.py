@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
-from lightning_flatlora.flatness import MeanLoss, Slope, hessian_trace, moved, slope
+from lightning_flatlora.flatness import LossGradient, MeanLoss, hessian_trace, loss_gradient, moved
 from lightning_flatlora.flatness.losses import Loss, value
 from recipes.evidence.data import Batch
 from recipes.evidence.kept import Kept, restored
@@ -80,7 +80,7 @@ def measured(module: ShotsClassifier, batches: Sequence[Batch]) -> dict[str, Any
     layers = adapted_layers(module)
     weights = frozen_weights(layers)
     head = list(module.head.parameters())
-    at = slope(loss, [*weights, *head])
+    at = loss_gradient(loss, [*weights, *head])
     found: dict[str, Any] = {"loss": float(at.loss), "gradient": {}, "rise": {}}
     found["inputs"] = seen_shares(module, batches)
     for name, ball in balls(layers, at).items():
@@ -146,7 +146,7 @@ def frozen_weights(layers: Sequence[Any]) -> list[nn.Parameter]:
     return [layer.get_base_layer().weight.requires_grad_() for layer in layers]
 
 
-def balls(layers: Sequence[Any], at: Slope) -> dict[str, Ball]:
+def balls(layers: Sequence[Any], at: LossGradient) -> dict[str, Ball]:
     r"""The ball in each of :data:`SUBSPACES`.
 
     With :math:`P_A` and :math:`P_B`, the projectors on A's rows and on B's columns, a gradient G of a layer's W gives
@@ -195,7 +195,7 @@ def in_weight_units(layers: Sequence[Any], name: str) -> list[nn.Parameter]:
     return factors
 
 
-def _rise(loss: Loss, at: Slope, ball: Ball, rho: float) -> float:
+def _rise(loss: Loss, at: LossGradient, ball: Ball, rho: float) -> float:
     with moved(ball.weights, ball.moves(rho)):
         return float(value(loss) - at.loss)
 

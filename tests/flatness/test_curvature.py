@@ -9,7 +9,14 @@ import torch
 from quadratics import Quadratic, state_of
 from torch import Tensor, nn
 
-from lightning_flatlora.flatness import MeanLoss, hessian_product, hessian_trace, slope, top_eigenvalue, trained_factors
+from lightning_flatlora.flatness import (
+    MeanLoss,
+    hessian_product,
+    hessian_trace,
+    loss_gradient,
+    top_eigenvalue,
+    trained_factors,
+)
 
 
 def dense_hessian(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Tensor:
@@ -49,7 +56,7 @@ def test_products_are_the_finite_differences_of_the_gradient() -> None:
         with torch.no_grad():
             for p, v in zip(parameters, vector, strict=True):
                 p.add_(sign * step * v)
-        sides.append(flat(slope(quadratic.loss, parameters).gradients))
+        sides.append(flat(loss_gradient(quadratic.loss, parameters).gradients))
         with torch.no_grad():
             for p, v in zip(parameters, vector, strict=True):
                 p.sub_(sign * step * v)

@@ -16,8 +16,8 @@ from lightning_flatlora.flatness import (
     ema_sharpness,
     expected_sharpness,
     lora_sharpness,
+    loss_gradient,
     sam_sharpness,
-    slope,
     trained_factors,
 )
 from lightning_flatlora.flatness.sharpness import read
@@ -97,7 +97,7 @@ def test_for_a_small_radius_sharpness_is_the_directional_derivative() -> None:
     perturbation = Perturbation(quadratic.pairs)
     unit = [move / RHO for move in dense_moves(quadratic, "global")]
     along = sum((G * move).sum() for G, move in zip(quadratic.gradients(), unit, strict=True))
-    at = slope(quadratic.loss, trained_factors(quadratic.pairs))
+    at = loss_gradient(quadratic.loss, trained_factors(quadratic.pairs))
     norm = torch.stack([grad.square().sum() for grad in at.gradients]).sum().sqrt()
     rho = 1e-5
     assert abs(sam_sharpness(quadratic.loss, perturbation, rho).sharpness / rho / along - 1) < 1e-5
@@ -225,7 +225,7 @@ def test_a_zero_gradient_has_no_sharpness_and_one_not_finite_has_nan(instrument:
     assert getattr(broken, "sam" if instrument == "ema" else "sharpness").isnan()
 
 
-def test_a_slope_by_batches_is_the_slope_of_the_mean() -> None:
+def test_a_gradient_by_batches_is_the_gradient_of_the_mean() -> None:
     """One batch's graph is gone before the next is made: its memory is one batch's."""
     quadratic = Quadratic()
     parameters = trained_factors(quadratic.pairs)
@@ -238,7 +238,8 @@ def test_a_slope_by_batches_is_the_slope_of_the_mean() -> None:
         return loss
 
     losses = MeanLoss([lambda: part(1.0), lambda: part(2.0), lambda: part(6.0)])
-    found, expected = slope(losses, parameters, scale=8.0), slope(lambda: 3 * quadratic.loss(), parameters)
+    found = loss_gradient(losses, parameters, scale=8.0)
+    expected = loss_gradient(lambda: 3 * quadratic.loss(), parameters)
     torch.testing.assert_close(found.loss, expected.loss)
     torch.testing.assert_close(found.gradients, expected.gradients)
     assert len(graphs) == 3

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the recipes' dependencies are not in
 from evidence_runs import RUN, Fake, install, tiny_encoder
 
 from lightning_flatlora import Perturbation, find_pairs
-from lightning_flatlora.flatness import MeanLoss, hessian_product, moved, sam_sharpness, slope, trained_factors
+from lightning_flatlora.flatness import MeanLoss, hessian_product, loss_gradient, moved, sam_sharpness, trained_factors
 from lightning_flatlora.flatness.losses import value
 from recipes.evidence import commands
 from recipes.evidence.__main__ import main
@@ -110,7 +110,7 @@ def test_a_direction_is_the_steepest_of_its_subspace_at_its_radius(
     name: str, module: ShotsClassifier, loss: MeanLoss
 ) -> None:
     layers, onto = adapted_layers(module), projectors(module)
-    at = slope(loss, frozen_weights(layers))
+    at = loss_gradient(loss, frozen_weights(layers))
     ball, gradient = balls(layers, at)[name], flat(at.gradients)
     steepest = flat(projected(name, at.gradients, onto))
     for rho in RADII:
@@ -131,9 +131,9 @@ def test_a_direction_is_the_steepest_of_its_subspace_at_its_radius(
 
 def test_the_steepest_move_of_b_is_the_methods_own(module: ShotsClassifier, loss: MeanLoss) -> None:
     layers, pairs = adapted_layers(module), find_pairs(module).pairs
-    at = slope(loss, frozen_weights(layers))
+    at = loss_gradient(loss, frozen_weights(layers))
     ball = balls(layers, at)["B"]
-    of_factors = slope(loss, trained_factors(pairs))
+    of_factors = loss_gradient(loss, trained_factors(pairs))
     for rho in RADII:
         with moved(ball.weights, ball.moves(rho)):
             rise = float(value(loss) - at.loss)

@@ -6,7 +6,7 @@ from helpers import FEATURES, assert_no_trace, make_net
 from torch import Tensor, nn
 
 from lightning_flatlora import LoRAPair, Perturbation, find_pairs
-from lightning_flatlora.flatness import fresh_perturbation, sam_sharpness, slope, trained_factors
+from lightning_flatlora.flatness import fresh_perturbation, loss_gradient, sam_sharpness, trained_factors
 from lightning_flatlora.flatness.sharpness import radii, read
 from lightning_flatlora.report.directions import (
     Direction,
@@ -46,7 +46,7 @@ def dense(pairs: list[LoRAPair], direction: Direction) -> Tensor:
 
 
 def adversarial(net: nn.Module, pairs: list[LoRAPair]) -> Direction:
-    return adversarial_direction(Perturbation(pairs), slope(lambda: loss_of(net), trained_factors(pairs)))
+    return adversarial_direction(Perturbation(pairs), loss_gradient(lambda: loss_of(net), trained_factors(pairs)))
 
 
 def test_every_direction_has_length_one_in_full_weight_space(net: nn.Module, pairs: list[LoRAPair]) -> None:
@@ -55,7 +55,7 @@ def test_every_direction_has_length_one_in_full_weight_space(net: nn.Module, pai
 
 
 def test_the_adversarial_direction_is_that_of_the_perturbation(net: nn.Module, pairs: list[LoRAPair]) -> None:
-    perturbation, at = Perturbation(pairs), slope(lambda: loss_of(net), trained_factors(pairs))
+    perturbation, at = Perturbation(pairs), loss_gradient(lambda: loss_of(net), trained_factors(pairs))
     E = dense(pairs, read(perturbation, fresh_perturbation(perturbation, RHO, at)))
     torch.testing.assert_close(dense(pairs, adversarial(net, pairs)), E / torch.linalg.vector_norm(E))
 
@@ -110,7 +110,7 @@ def test_the_loss_along_directions_is_that_of_moved_weights(net: nn.Module, pair
 
 
 def test_the_adversarial_line_goes_through_the_sam_sharpness(net: nn.Module, pairs: list[LoRAPair]) -> None:
-    perturbation, at = Perturbation(pairs), slope(lambda: loss_of(net), trained_factors(pairs))
+    perturbation, at = Perturbation(pairs), loss_gradient(lambda: loss_of(net), trained_factors(pairs))
     sharpness = sam_sharpness(lambda: loss_of(net), perturbation, RHO, at)
     E = read(perturbation, fresh_perturbation(perturbation, RHO, at))
     radius = torch.linalg.vector_norm(radii(pairs, E)).item()
