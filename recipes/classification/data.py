@@ -28,6 +28,7 @@ from recipes.shared.data import (
     part_of,
     read_table,
     refuse_bad_settings,
+    remedy_of_empty,
     split_problems,
     table_ending,
 )
@@ -172,7 +173,8 @@ class TextData(ResumableData):
             else:
                 self.parts[part] = self._limited(part, rows.select(places[part]))
             if not len(self.parts[part]) and (part == "train" or part in splits or self.shares[part] or part in drawn):
-                raise MisconfigurationException(f"dataset={self.dataset!r}: no text is left for {part}")
+                remedy = "" if part in drawn else remedy_of_empty(part, self.shares)
+                raise MisconfigurationException(f"dataset={self.dataset!r}: no text is left for {part}{remedy}")
         encoder = self._encoder()
         for part in wanted:
             rows = self.parts[part]

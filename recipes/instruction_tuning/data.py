@@ -24,6 +24,7 @@ from recipes.shared.data import (
     mapped,
     part_of,
     refuse_bad_settings,
+    remedy_of_empty,
     split_problems,
     table_ending,
 )
@@ -169,7 +170,8 @@ class InstructionData(ResumableData):
         rank_zero_info(self.reports[part])
         may_be_empty = part != "train" and self.own_splits[part] is None and self.shares[part] == 0
         if len(kept) == 0 and not may_be_empty:
-            raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}")
+            remedy = remedy_of_empty(part, self.shares) if len(rows) == 0 else ""
+            raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}{remedy}")
         if len(kept) == 0 and part == "test":
             raise MisconfigurationException(
                 "test_share=0 leaves nothing to test: set test_split, or give it a part of the questions"

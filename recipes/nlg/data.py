@@ -17,7 +17,7 @@ from recipes.language.chat import IGNORED
 from recipes.language.data import read_prompts, tokenizer_of
 from recipes.nlg.encoding import PairEncoder
 from recipes.nlg.sources import Columns, Pair, grouped, is_file, read_pairs, read_source
-from recipes.shared.data import columns, part_of, refuse_bad_settings, split_problems
+from recipes.shared.data import columns, part_of, refuse_bad_settings, remedy_of_empty, split_problems
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.text_metrics import normalized
 
@@ -173,7 +173,8 @@ class MeaningData(ResumableData):
     def _encoded(self, part: str, pairs: Sequence[Pair]) -> Any:
         """Pairs as a table of token ids."""
         if not pairs and self.shares.get(part) != 0:
-            raise MisconfigurationException(f"dataset={self.dataset!r}: no meaning is left for {part}")
+            remedy = remedy_of_empty(part, self.shares)
+            raise MisconfigurationException(f"dataset={self.dataset!r}: no meaning is left for {part}{remedy}")
         encoded = [self.encoder.encode(*pair) for pair in pairs]
         for pair, row in zip(pairs, encoded, strict=True):
             # Its loss would be a mean over no token.

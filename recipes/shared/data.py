@@ -236,6 +236,21 @@ def part_of(key: str, shares: dict[str, float]) -> str:
     return "train"
 
 
+def remedy_of_empty(part: str, shares: Mapping[str, float]) -> str:
+    """What to do where nothing falls into a part, as the end of a message; "" where the part is no share.
+
+    Example:
+        >>> remedy_of_empty("validation", {"validation": 0.15})[:68]
+        '. It takes a share of 0.15, and what is equal stays together: give m'
+    """
+    if not shares.get(part):
+        return ""
+    return (
+        f". It takes a share of {shares[part]:g}, and what is equal stays together: give more rows, a larger "
+        f"{part}_share, or a {part}_split"
+    )
+
+
 def divided(batches: list[list[int]], number: int) -> list[list[int]]:
     """As many batches as asked for, or as can be, with the same examples in the same order: the last long are halved.
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from recipes.clip.images import blind_skips, read_image, readable
 from recipes.language.batches import Batch, LengthBatchSampler
-from recipes.shared.data import columns, mapped, part_of, refuse_bad_settings, split_problems
+from recipes.shared.data import columns, mapped, part_of, refuse_bad_settings, remedy_of_empty, split_problems
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.vqa import easy_vqa, sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
@@ -184,8 +184,9 @@ class VQAData(ResumableData):
             counts["too long"], table = len(table) - len(kept), kept
         self.reports[part] = self._report(f"{name}, for {part}", len(table), counts)
         rank_zero_info(self.reports[part])
-        if not len(table) and (part == "train" or counts["asked"]):
-            raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}")
+        remedy = "" if counts["asked"] else remedy_of_empty(part, self.shares)
+        if not len(table) and (part == "train" or counts["asked"] or remedy):
+            raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}{remedy}")
         return table
 
     def _report(self, name: str, left: int, counts: Counter[str]) -> str:

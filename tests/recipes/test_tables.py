@@ -67,3 +67,9 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         sources.load(file, "train", columns={"question": "question", "answer": "answer"})
     assert "left out are" not in caplog.text
+
+
+def test_a_share_that_nothing_falls_into_says_what_to_do() -> None:
+    assert "a larger validation_share, or a validation_split" in data.remedy_of_empty("validation", {"validation": 0.1})
+    assert data.remedy_of_empty("validation", {"validation": 0.0}) == ""
+    assert data.remedy_of_empty("train", {"validation": 0.1}) == ""
