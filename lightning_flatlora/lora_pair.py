@@ -40,6 +40,14 @@ class LoRAPair:
         base: the Linear to whose output the update is added, for noise on the whole weight; None where it is not known,
             and for peft's layers, which are asked themselves.
         base_rows: the rows of its weight that the update is of; None for all.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> config = LoraConfig(r=2, lora_alpha=8, target_modules=["0"])
+        >>> (pair,) = find_pairs(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)).pairs
+        >>> tuple(pair.A.shape), tuple(pair.B.shape), pair.scaling
+        ((2, 4), (3, 2), 4.0)
     """
 
     name: str
@@ -78,6 +86,14 @@ class PairSearch:
         pairs: in the order of the model's modules.
         left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
         resting: names of the pairs that could be perturbed, but whose B is not trained now, or whose scaling is 0.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from lightning_flatlora import find_pairs
+        >>> net = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
+        >>> search = find_pairs(net)
+        >>> len(search.pairs), search.left_out, search.resting
+        (1, [], [])
     """
 
     pairs: list[LoRAPair]

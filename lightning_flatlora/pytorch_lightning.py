@@ -6,7 +6,7 @@ Otherwise everything here is the same, checkpoints included: a run can be resume
 Example:
     >>> import pytorch_lightning as pl
     >>> from lightning_flatlora.pytorch_lightning import EFMLoRA
-    >>> trainer = pl.Trainer(callbacks=[EFMLoRA(rho=2.0)], accelerator="cpu", logger=False)
+    >>> trainer = pl.Trainer(callbacks=[EFMLoRA(rho=0.03)], accelerator="cpu", logger=False)
 """
 
 from pytorch_lightning import Callback, LightningModule

@@ -25,6 +25,16 @@ class RhoSchedule(ABC):
     Attributes:
         needs_horizon: the schedule spreads over the whole run, so training without an end is refused.
         needs_learning_rate: the schedule follows the learning rate of the parameter group that holds the pairs.
+
+    Example:
+        >>> @dataclass
+        ... class WarmupRho(RhoSchedule):
+        ...     rho: float
+        ...     steps: int
+        ...     def __call__(self, step, horizon=math.inf, learning_rate=1.0):
+        ...         return self.rho * min(step / self.steps, 1.0)
+        >>> WarmupRho(0.1, steps=100)(step=50)
+        0.05
     """
 
     needs_horizon: ClassVar[bool] = False
@@ -42,7 +52,7 @@ class RhoSchedule(ABC):
         Args:
             step: optimizer steps taken so far, from 0; steps that a loss scaler skipped count.
             horizon: optimizer steps of the whole run.
-            learning_rate: the group's learning rate divided by its initial value, no unit.
+            learning_rate: the group's learning rate divided by its initial value: a ratio, without a unit.
 
         Returns:
             The radius of the ball in the full weight space, >= 0.

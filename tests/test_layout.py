@@ -29,7 +29,7 @@ TORCH_ONLY = (
 )
 TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}
 ENGINE = 2
-FLOORS = {
+LAYERS = {
     "functional": 1,
     "callbacks": 3,
     "lightning_names": 3,
@@ -42,7 +42,7 @@ FLOORS = {
     "transformers_trainer": 4,
     "report": 5,
 }
-"""The floors of docs/architecture.md, by the package's own files and folders; all others belong to the engine."""
+"""The layers of docs/architecture.md, by the package's own files and folders; all others belong to the engine."""
 
 
 def imports(path: Path) -> set[str]:
@@ -64,10 +64,10 @@ def names_bound_by(froms: list[ast.ImportFrom]) -> set[str]:
     return names
 
 
-def floor_of(place: str) -> int:
-    """The floor of a file or folder of the package, without ``.py``; names that it exports are those of __init__."""
+def layer_of(place: str) -> int:
+    """The layer of a file or folder of the package, without ``.py``; names that it exports are those of __init__."""
     is_a_place = (ROOT / place).is_dir() or (ROOT / f"{place}.py").is_file()
-    return FLOORS.get(place, ENGINE if is_a_place else FLOORS["__init__"])
+    return LAYERS.get(place, ENGINE if is_a_place else LAYERS["__init__"])
 
 
 def places_imported_by(path: Path) -> set[str]:
@@ -88,14 +88,14 @@ def places_imported_by(path: Path) -> set[str]:
     return places
 
 
-def test_a_floor_imports_only_from_itself_and_from_those_below() -> None:
+def test_a_layer_imports_only_from_itself_and_from_those_below() -> None:
     for path in ROOT.rglob("*.py"):
         place = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        above = {each for each in places_imported_by(path) if floor_of(each) > floor_of(place)}
+        above = {each for each in places_imported_by(path) if layer_of(each) > layer_of(place)}
         assert not above, f"{path} imports {above}"
 
 
-def test_the_order_of_floors_is_seen(tmp_path: Path) -> None:
+def test_the_order_of_layers_is_seen(tmp_path: Path) -> None:
     """The test above would find an import in any of its forms."""
     path = tmp_path / "file.py"
     path.write_text(
@@ -105,8 +105,8 @@ def test_the_order_of_floors_is_seen(tmp_path: Path) -> None:
     )
     assert places_imported_by(path) == {"module", "loops", "Reader", "report"}
     from_below = ["functional", "pairs", "flatness", "callbacks", "loops", "Reader", "report"]
-    assert [floor_of(place) for place in from_below] == [1, 2, 2, 3, 4, 4, 5]
-    for place in FLOORS:
+    assert [layer_of(place) for place in from_below] == [1, 2, 2, 3, 4, 4, 5]
+    for place in LAYERS:
         assert (ROOT / place).is_dir() or (ROOT / f"{place}.py").is_file(), place
 
 

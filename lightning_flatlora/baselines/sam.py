@@ -21,7 +21,7 @@ class SAM(TwoPassCallback):
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
 
-    With full fine-tuning it is the ceiling that LoRA's methods are compared with; the model needs no LoRA layer. It
+    With full fine-tuning it is a reference for LoRA's methods; the model needs no LoRA layer. It
     perturbs everything that the one optimizer trains, with LoRA also heads and norms. The weights are moved in place
     and restored exactly, from copies: in the second pass, and in the hooks that fire around its backward, the stored
     weights are not clean. Memory: two copies of the trained weights. In all other respects (dropout, logging,

@@ -198,9 +198,14 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
             read, or in ``factors.safetensors``.
         kwargs: as for ModelCheckpoint.
 
+    Raises:
+        MisconfigurationException: at the start of a fit: the module holds no adapter, ``dirpath`` is not a local
+            folder, or the strategy can't save like this; on resuming, the base is another one than the checkpoint's.
+
     Example:
-        >>> AdapterCheckpoint(every_n_train_steps=100, save_top_k=-1).best_model_path
-        ''
+        >>> import lightning as L
+        >>> saver = AdapterCheckpoint(monitor="val_loss", save_top_k=2, save_last=True)
+        >>> trainer = L.Trainer(callbacks=[saver], accelerator="cpu", logger=False)
     """
 
 

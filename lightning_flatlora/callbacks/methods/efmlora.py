@@ -44,7 +44,7 @@ class EFMLoRA(OnePassCallback, BPerturbationCallback):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(callbacks=[EFMLoRA(rho=2.0)], accelerator="cpu", logger=False)
+        >>> trainer = L.Trainer(callbacks=[EFMLoRA(rho=0.03)], accelerator="cpu", logger=False)
     """
 
     averages = True

@@ -36,7 +36,7 @@ class FMLoRA(TwoPassCallback, BPerturbationCallback):
 
     Example:
         >>> import lightning as L
-        >>> trainer = L.Trainer(callbacks=[FMLoRA(rho=2.0)], accelerator="cpu", logger=False)
+        >>> trainer = L.Trainer(callbacks=[FMLoRA(rho=0.03)], accelerator="cpu", logger=False)
     """
 
     @property

@@ -1,4 +1,4 @@
-"""The direction of imports between the rooms of the recipes.
+"""The direction of imports between the folders of the recipes.
 
 shared <- language and clip <- the recipes <- the programs that drive them.
 """
@@ -16,8 +16,8 @@ RECIPES = ("classification", "instruction_tuning", "nlg", "clip_contrastive", "c
 PROGRAMS = ("demo", "clip_demo", "comparison", "benchmarks", "evidence", "reproduce", "choose_rho")
 
 
-def rooms_imported_by(path: Path) -> set[str]:
-    """The rooms of the recipes that a file imports, inside of functions too."""
+def folders_imported_by(path: Path) -> set[str]:
+    """The folders of the recipes that a file imports, inside of functions too."""
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -28,28 +28,28 @@ def rooms_imported_by(path: Path) -> set[str]:
     return {module.split(".")[1] for module in modules if module.startswith("recipes.")}
 
 
-def may_import(room: str) -> set[str]:
-    if room == "shared":
-        return {room}
-    if room in SHARED:
-        return {"shared", room}
-    if room in RECIPES:
-        return {*SHARED, room}
-    return {*SHARED, *RECIPES, room}
+def may_import(folder: str) -> set[str]:
+    if folder == "shared":
+        return {folder}
+    if folder in SHARED:
+        return {"shared", folder}
+    if folder in RECIPES:
+        return {*SHARED, folder}
+    return {*SHARED, *RECIPES, folder}
 
 
-def test_every_folder_with_code_is_a_room() -> None:
+def test_every_folder_with_code_is_known() -> None:
     folders = {path.parent.name for path in ROOT.glob("*/*.py")}
     assert folders == {*SHARED, *RECIPES, *PROGRAMS}
     assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("room", [*SHARED, *RECIPES, *PROGRAMS])
-def test_imports_between_rooms_have_one_direction(room: str) -> None:
-    files = list((ROOT / room).rglob("*.py"))
+@pytest.mark.parametrize("folder", [*SHARED, *RECIPES, *PROGRAMS])
+def test_imports_between_folders_have_one_direction(folder: str) -> None:
+    files = list((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
-        forbidden = rooms_imported_by(path) - may_import(room)
+        forbidden = folders_imported_by(path) - may_import(folder)
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
@@ -59,5 +59,5 @@ def test_the_direction_is_seen(tmp_path: Path) -> None:
     path.write_text(
         "import recipes.vqa.data\nfrom recipes import demo\ndef f():\n    from recipes.clip.model import x\n"
     )
-    assert rooms_imported_by(path) == {"vqa", "demo", "clip"}
+    assert folders_imported_by(path) == {"vqa", "demo", "clip"}
     assert not may_import("vqa") & {"demo", "instruction_tuning"}
