@@ -56,7 +56,7 @@ class PairStack:
 
     Args:
         pairs: as :func:`stackable` groups them.
-        estimator: which gradients the ascent is taken from; a frozen A leaves "projected" only.
+        estimator: which gradients the ascent is taken from; for a pair whose A has none it is "projected".
         layout: how the ranks share the factors.
     """
 
@@ -64,7 +64,9 @@ class PairStack:
         B = pairs[0].B
         self.pairs = pairs
         self._layout = layout
-        self.is_projected = estimator == "projected" or not pairs[0].learns_A
+        self._estimator = estimator
+        # Of which pairs the last ascent did not read the gradient of A.
+        self._projected_rows = [True] * len(pairs)
         self.dtype = torch.promote_types(B.dtype, torch.float32)
         self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
         n, r = matrix_shape(layout.shape(B))
@@ -145,11 +147,40 @@ class PairStack:
     def ascent(self, at_perturbed: bool) -> Ascent:
         """The batched ascent of the stack's pairs, from the gradients that they hold."""
         self._update_mask()
+        self._projected_rows = self._without_gradient_of_A()
         A = self._A()
         # A gradient may be left from before a scaling became 0 in the middle of an accumulation window.
         grad_B = self._masked(self._B(gradients=True))
-        if self.is_projected:
+        if all(self._projected_rows):
             return ascent_projected(A, grad_B, self.scaling)
+        averaged = self._averaged(A, grad_B, at_perturbed)
+        if not any(self._projected_rows):
+            return averaged
+        projected = ascent_projected(A, grad_B, self.scaling)
+        is_projected = self._row_mask(self._projected_rows)
+        return Ascent(
+            torch.where(is_projected[:, None, None], projected.direction, averaged.direction),
+            torch.where(is_projected, projected.squared_norm, averaged.squared_norm),
+        )
+
+    @property
+    def unread_A(self) -> list[nn.Parameter]:
+        """The A whose gradients the last ascent did not read."""
+        rows = zip(self.pairs, self._projected_rows, strict=True)
+        return [pair.A for pair, is_projected in rows if is_projected]
+
+    def _without_gradient_of_A(self) -> list[bool]:
+        """Which pairs are projected, since nothing else was asked for, or because their A is frozen, as in LoRA-FA.
+
+        Looked at in each ascent: an adapter whose turn comes inside a step, or in the middle of an accumulation window,
+        was frozen when the pairs were stacked, and one whose turn is over is frozen now and still has its gradients.
+        """
+        if self._estimator == "projected":
+            return [True] * len(self.pairs)
+        have = self._layout.have_gradients([pair.A for pair in self.pairs])
+        return [not (has or pair.learns_A) for pair, has in zip(self.pairs, have, strict=True)]
+
+    def _averaged(self, A: Tensor, grad_B: Tensor, at_perturbed: bool) -> Ascent:
         B = self._B()
         if at_perturbed:
             # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
@@ -169,10 +200,16 @@ class PairStack:
         if all(rows):
             self._with_gradient = None
             return
-        self._with_gradient = torch.ones_like(self.has_average)
-        for row, has in zip(self._with_gradient, rows, strict=True):
-            if not has:
+        self._with_gradient = self._row_mask(rows)
+
+    def _row_mask(self, rows: list[bool]) -> Tensor:
+        """Booleans on the device, shape (L,)."""
+        mask = torch.ones_like(self.has_average)
+        # Filled there, since the host would wait for a copy.
+        for row, is_true in zip(mask, rows, strict=True):
+            if not is_true:
                 row.zero_()
+        return mask
 
     def _masked(self, gradients: Tensor) -> Tensor:
         """Gradients (L, rows, columns), zero for pairs whose gradient is missing."""
@@ -204,12 +241,12 @@ class PairStack:
 
 
 def stackable(pairs: Iterable[LoRAPair], layout: Layout) -> list[list[LoRAPair]]:
-    """Pairs grouped by shapes, dtypes, device and trained factors, in parts of at most the largest stack."""
+    """Pairs grouped by shapes, dtypes and device, in parts of at most the largest stack."""
     groups: dict[Any, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
         A, B = pair.A, pair.B
         rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
-        key = (layout.shape(A), layout.shape(B), A.dtype, B.dtype, B.device, pair.learns_A, *rows)
+        key = (layout.shape(A), layout.shape(B), A.dtype, B.dtype, B.device, *rows)
         groups[key].append(pair)
     parts = []
     for (A_shape, B_shape, *_), group in groups.items():

@@ -162,7 +162,15 @@ def _why_not_factors(lora_A: object, lora_B: object) -> str | None:
                 return "a grouped convolution's update is not one product B A"
         elif not isinstance(factor, nn.Linear):
             return f"a factor is a {type(factor).__name__}, not a Linear or a convolution"
+        if _is_computed(factor):
+            return "a factor is computed from other parameters (parametrize, weight_norm, spectral_norm, prune)"
     return None
+
+
+def _is_computed(factor: nn.Module) -> bool:
+    """Whether a module's weight is no parameter of its own: what trains are parameters beside it, under other names."""
+    names = [name for name, _ in factor.named_parameters()]
+    return bool(names) and "weight" not in names
 
 
 def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair]) -> list[tuple[LoRAPair, str]]:

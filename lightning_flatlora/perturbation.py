@@ -46,7 +46,7 @@ class Perturbation:
 
     Args:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
-        estimator: "average" (Eq. 12) or "projected" (G P_A); pairs with a frozen A always take the latter.
+        estimator: "average" (Eq. 12) or "projected" (G P_A); pairs whose A has no gradient take the latter.
         norm_scope: "global", one ball of radius rho over all pairs, or "layer", one for each.
         layout: how the ranks share the factors; None where each holds them whole, or as DTensors.
 
@@ -241,8 +241,7 @@ class Perturbation:
         """
         unread = list(also_finite)
         for stack in self._stacks:
-            if stack.is_projected:
-                unread += [pair.A for pair in stack.pairs]
+            unread += stack.unread_A
         return self.all_finite(unread) & torch.isfinite(_total(norms, self._device, torch.float32))
 
     def assign(self, fresh: FreshPerturbation) -> None:

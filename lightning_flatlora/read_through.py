@@ -106,8 +106,9 @@ def _property_of(attribute: str) -> property:
         if isinstance(value, DTensor) or (reading.only_views and isinstance(value, nn.Parameter)):
             # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean.
             return value
-        if isinstance(value, nn.Parameter) and not value.requires_grad:
-            # Frozen, maybe for one pass alone, as by toggle_optimizer. Only what is being trained is perturbed.
+        if not value.requires_grad and (isinstance(value, nn.Parameter) or not reading.only_views):
+            # Frozen, maybe for one pass alone, as by toggle_optimizer, or the values of a teacher that functional_call
+            # has put here. Only what is being trained is perturbed.
             return value
         perturbed = reading.added_to(value)
         # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.

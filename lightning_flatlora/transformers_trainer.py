@@ -6,9 +6,11 @@ Nothing else of the package imports this module, so that the other parts do with
 import inspect
 import math
 import os
+from collections.abc import MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.state import AcceleratorState
@@ -23,6 +25,8 @@ from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.schedules import RhoSchedule
 
 _FILE = "flatlora.pt"
+_RUNNING: MutableMapping[Any, "EFMLoRA"] = WeakKeyDictionary()
+"""By optimizer, the callback of its run: callbacks don't see each other."""
 _REFUSED = {
     "DEEPSPEED": "accelerate steps DeepSpeed's engine within backward, where no callback sees the gradients",
     "FSDP": "FSDP has only been tested under Lightning",
@@ -86,6 +90,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
             problem = _REFUSED["FSDP"]
         if problem is not None:
             checks.refuse(self, [f"{problem}: use one device, or DDP, as torchrun starts it"])
+        self._refuse_rival(optimizer)
         self.loop = loops.EFMLoRA(model, optimizer, **{"total_steps": state.max_steps or None, **self._settings})
         if state.global_step > 0:
             try:
@@ -93,6 +98,18 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
             except BaseException:
                 self.close()
                 raise
+
+    def _refuse_rival(self, optimizer: Any) -> None:
+        """Refuse a second callback on one optimizer, which would silently take the layers over from the first."""
+        other = _RUNNING.get(optimizer)
+        of_one_adapter = other is None or other._adapter_name is None or self._adapter_name is None
+        if other not in (None, self) and (of_one_adapter or other._adapter_name == self._adapter_name):
+            checks.refuse(self, ["the Trainer has two EFMLoRA callbacks for the same weights: keep one"])
+        _RUNNING[optimizer] = self
+
+    @property
+    def _adapter_name(self) -> Any:
+        return self._settings.get("adapter_name")
 
     @override
     def on_step_begin(
@@ -167,7 +184,10 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
             # The Trainer does not read it. Scripts hand it to train(), or ask for the last checkpoint in spite of it.
             folders.append(Path(args.resume_from_checkpoint))
         files = [folder / _FILE for folder in folders]
-        problem = f"this run is resumed, and {files[0]} does not exist: give the checkpoint as resume_from"
+        problem = (
+            f"this run is resumed, and {files[0]} does not exist: give the checkpoint as resume_from. One of a run "
+            "without EFMLoRA has no such file and can't be resumed with it: load its adapter, and start a new run"
+        )
         for file in files:
             if not file.is_file():
                 continue

@@ -10,6 +10,7 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, LoraRuntimeConfig, XLora
 from peft.tuners.lora import Linear
 from peft.tuners.xlora.model import convert_layers_to_xlora
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs
 
@@ -244,3 +245,14 @@ def test_peft_tuners_that_are_not_lora_are_no_other_library() -> None:
     model = get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"]))
     with pytest.raises(NoPairsError, match="holds peft's LoHaModel, and no LoRA layer: only LoRA's update"):
         find_pairs(model)
+
+
+@pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.spectral_norm, prune.identity])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_leaves_out_factors_that_are_computed_from_other_parameters(computed: Any, factor: str) -> None:
+    model = peft(["one", "two"], init_lora_weights=False)
+    module = getattr(model.base_model.model.one, factor)["default"]
+    computed(module, "weight")
+    search = find_pairs(model)
+    assert [pair.name for pair in search.pairs] == ["base_model.model.two.lora_B.default.weight"]
+    assert "computed from other parameters" in search.left_out[0]

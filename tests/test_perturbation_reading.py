@@ -9,6 +9,7 @@ from helpers import is_installed
 from peft import LoraConfig, get_peft_model
 from perturbation_models import RHO, backward, model_and_pairs
 from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
 
 from lightning_flatlora import Perturbation, find_pairs, read_through
 from lightning_flatlora.flatness.sharpness import clean
@@ -184,4 +185,26 @@ def test_what_is_read_has_the_gradient_of_the_parameter() -> None:
         reader.weight.grad.zero_()
     assert pairs[0].B.grad is not None
     assert not pairs[0].B.grad.any()
+    perturbation.uninstall()
+
+
+@pytest.mark.parametrize("as_parameters", [False, True])
+def test_a_teacher_by_functional_call_computes_with_its_own_values(as_parameters: bool) -> None:
+    """And what is differentiated by torch.func is perturbed, as the parameters are."""
+    model, pairs = model_and_pairs()
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    inputs = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    model(inputs).square().sum().backward()
+    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
+    teacher = {name: torch.randn_like(value) for name, value in model.named_parameters()}
+    if as_parameters:
+        teacher = {name: nn.Parameter(value, requires_grad=False) for name, value in teacher.items()}
+    expected = functional_call(model, teacher, (inputs,))
+    with perturbation.applied():
+        assert torch.equal(functional_call(model, teacher, (inputs,)), expected)
+        student = {name: value.detach() for name, value in model.named_parameters()}
+        _, loss = grad_and_value(lambda values: functional_call(model, values, (inputs,)).square().sum())(student)
+        assert torch.equal(loss, model(inputs).square().sum())
+    assert not torch.equal(loss, model(inputs).square().sum())
     perturbation.uninstall()

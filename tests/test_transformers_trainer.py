@@ -286,3 +286,9 @@ def test_a_damaged_state_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"flatlora\.pt can't be read .* delete its checkpoint"):
         resumed.train(resume_from_checkpoint=str(folder))
     assert_no_trace(resumed.model)
+
+
+def test_two_callbacks_for_the_same_weights_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, [EFMLoRA(0.1), EFMLoRA(0.3)], net_of())
+    with pytest.raises(MisconfigurationException, match="two EFMLoRA callbacks for the same weights: keep one"):
+        trainer.train()

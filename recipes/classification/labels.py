@@ -26,14 +26,16 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    values = [value for value in table[column] if value is not None]
-    # Before they are made a set, which lists can't be in.
-    odd = [value for value in values if not isinstance(value, int | str)]
+    values = [_whole(value) for value in table[column] if value is not None]
+    # Before they are made a set, which lists can't be in. Numbers beside names have no order.
+    of_one_kind = int if values and isinstance(values[0], int) else str
+    odd = [value for value in values if not isinstance(value, of_one_kind)]
     found = set() if odd else set(values)
+    shown = [*values[:1], *odd] if odd else found
     if len(found) < 2:
         raise MisconfigurationException(
             f"{source}: the column {column!r} must hold numbers or names of two classes at least, got "
-            f"{sorted(map(repr, odd or found))[:5]}; set regression to true if it holds numbers to predict"
+            f"{sorted(set(map(repr, shown)))[:5]}; set regression to true if it holds numbers to predict"
         )
     others = found - {-1}
     if len(others) > 1 and all(isinstance(value, int) and value >= 0 for value in others):
@@ -50,7 +52,8 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
     places: dict[Any, int | None] = {name: place for place, name in enumerate(classes)}
     feature = table.features[column]
     labels: list[int | None] = []
-    for value in table[column]:
+    for given in table[column]:
+        value = _whole(given)
         name = None if value is None else str(value)
         if isinstance(feature, datasets.ClassLabel) and value is not None:
             name = feature.int2str(value) if value >= 0 else None
@@ -65,6 +68,11 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
     return labels
 
 
+def _whole(value: Any) -> Any:
+    """A class's number as an integer: beside missing labels, a CSV file's integers become floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def numbers(table: Any, column: str, source: str) -> list[float | None]:
     """Each row's number; None for one without, and for all rows if all are -1, as in the test set of STS-B.
 
@@ -73,7 +81,7 @@ def numbers(table: Any, column: str, source: str) -> list[float | None]:
     """
     values = table[column]
     for value in values:
-        if value is not None and not isinstance(value, int | float):
+        if value is not None and (not isinstance(value, int | float) or math.isinf(value)):
             raise MisconfigurationException(
                 f"{source}: the column {column!r} must hold numbers for a regression, got {value!r}"
             )

@@ -59,7 +59,8 @@ def read_pairs(table: Any, source: str, columns: Columns, with_references: bool 
         value = row[text_column]
         if with_references and columns.text is None and row.get(_REFERENCES):
             value = row[_REFERENCES]
-        texts = value if isinstance(value, list) else [value]
+        # An empty list is a meaning without a text, as None is.
+        texts = value if isinstance(value, list) and value else [value]
         for text in [row[meaning_column], *texts]:
             if not isinstance(text, str) or not text.strip():
                 raise MisconfigurationException(

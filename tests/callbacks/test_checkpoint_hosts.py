@@ -7,7 +7,15 @@ import pytest
 import torch
 from checkpointed_bases import saver, state
 from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same, weights
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import (
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import LoraModel
 from quantized_bases import BASES
 from quantized_bases import network as quantized_network
@@ -159,3 +167,55 @@ def test_two_peft_models_are_two_hosts() -> None:
     module = nn.ModuleDict({"one": in_a_peft_model(), "other": in_a_peft_model()})
     module.peft_config = {"default": config()}
     assert list(hosts(module)) == ["one", "other"]
+
+
+# -- state dicts of a module's own
+
+
+class OfTheNetwork(Classifier):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net.state_dict(*args, **{**kwargs, "prefix": ""})
+
+
+class OfTheAdapter(Classifier):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return get_peft_model_state_dict(self.net)
+
+
+@pytest.mark.parametrize("kind", [OfTheNetwork, OfTheAdapter])
+def test_the_folder_is_complete_whatever_the_modules_state_dict_calls_its_entries(tmp_path: Path, kind: Any) -> None:
+    module = kind(net=in_a_peft_model())
+    fit(tmp_path, module, [saver(tmp_path)])
+    exported = PeftModel.from_pretrained(base(), tmp_path / "step=12")
+    inputs = torch.randn(4, FEATURES)
+    assert torch.equal(exported(inputs), module.net(inputs))
+
+
+class WithoutArguments(Classifier):
+    def state_dict(self) -> Any:  # type: ignore[override]
+        return super().state_dict()
+
+
+class Renamed(Classifier):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_state_dict_post_hook(rename)
+
+
+def rename(module: nn.Module, state: dict[str, Any], *args: Any) -> None:
+    for name in list(state):
+        state[name.removeprefix("net.")] = state.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(WithoutArguments, "must take PyTorch's arguments"), (Renamed, "no name that begins with 'net.', so the folder")],
+)
+def test_a_state_dict_that_gives_no_folder_is_refused_before_the_first_step(
+    tmp_path: Path, kind: Any, message: str
+) -> None:
+    module = kind(net=in_a_peft_model())
+    before = weights(module.net)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module, [saver(tmp_path)])
+    assert same(weights(module.net), before)

@@ -138,3 +138,19 @@ def test_a_file_of_the_first_release_is_loaded(tmp_path: Path) -> None:
     resumed.frozen = module.frozen
     fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "old.ckpt")
     assert same(weights(resumed), weights(module))
+
+
+@pytest.mark.parametrize("values", [torch.tensor([1, 2, 3]), torch.tensor([True, False]), torch.tensor([1j, 2])])
+def test_indices_and_masks_of_a_base_are_compared(values: Tensor) -> None:
+    other = values.clone()
+    other[1] = other[0]
+    ours, theirs = prints_of({"index": values}), prints_of({"index": other})
+    assert differing(ours, prints_of({"index": values.clone()})) == ([], [])
+    assert differing(ours, theirs) == (["index"], [])
+    assert differing(ours, prints_of({"index": values[:1]})) == (["index"], [])
+
+
+def test_packed_weights_are_not_compared() -> None:
+    packed = [torch.tensor([1, 2], dtype=dtype) for dtype in (torch.int8, torch.uint8)]
+    for values in packed:
+        assert differing(prints_of({"w": values}), prints_of({"w": values + 1})) == ([], [])

@@ -87,8 +87,8 @@ def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_e
 
     fit(tmp_path, module, [Watched(every_n_steps=3, measures=["radius"]), *callbacks], **kwargs)
     assert [point.rho for point in points] == [rho(step, 12) for step in (3, 6, 9, 12)]
-    assert {(point.perturbation.norm_scope, point.perturbation._stacks[0].is_projected) for point in points} == {
-        ("layer", True)
+    assert {(point.perturbation.norm_scope, point.perturbation._estimator) for point in points} == {
+        ("layer", "projected")
     }
     assert all(abs(radius - math.sqrt(3)) < 0.05 for radius in seen[1:])  # three layers, each of radius rho
 

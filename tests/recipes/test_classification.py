@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are
 pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
 from recipes.classification import data as recipe_data  # noqa: E402
+from recipes.classification.labels import class_labels, class_names  # noqa: E402
 from recipes.shared.cli import RecipeCLI  # noqa: E402
+from recipes.shared.data import read_table  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
@@ -182,6 +184,28 @@ def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, write: Any, tmp
     with pytest.raises(MisconfigurationException, match="'apple', 'pear'"):
         fit(tiny, other, f"--ckpt_path={saved}")
     run("test", tiny, str(kept), f"--ckpt_path={saved}")
+
+
+class Table(dict[str, Any]):
+    """Columns of any kind; one of `datasets` holds values of one kind alone, or JSON."""
+
+    features: ClassVar[dict[str, Any]] = {"label": None}
+
+
+@pytest.mark.parametrize("labels", [[1, "one"], ["1", 1.5], [[0], [1]]])
+def test_labels_of_two_kinds_are_refused(labels: list[Any]) -> None:
+    table = Table({"label": labels})
+    with pytest.raises(MisconfigurationException, match="'label' must hold numbers or names of two classes at least"):
+        class_names(table, "label", "data")
+
+
+def test_classes_of_a_csv_file_beside_missing_labels(tmp_path: Path) -> None:
+    """pandas makes numbers of them that have a point."""
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\na,1\nb,\nc,0\n")
+    table = read_table(str(file), "train")
+    assert class_names(table, "label", "data") == ["0", "1"]
+    assert class_labels(table, "label", ["0", "1"], "data") == [1, None, 0]
 
 
 def test_labels_that_are_lists_are_refused(tiny: str, write: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.checkpoint import folder as folders
@@ -129,7 +129,8 @@ class SavesAdapters(_Base):
         module = unwrapped(trainer.lightning_module)
         # peft may need more of the base, such as a resized embedding.
         if not is_sharded(trainer.strategy.model):
-            state = {**module.state_dict(), **state}
+            # By PyTorch's method, since a module's own may leave entries out or name them otherwise.
+            state = {**nn.Module.state_dict(module), **state}
         folder = self._folder(path)
         partial = folders.begin_folder(folder)
         save_adapters(module, state, partial, self.finder)

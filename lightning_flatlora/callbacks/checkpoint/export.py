@@ -35,6 +35,12 @@ def save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fin
     modules = {**found, **hosts(module)}
     for name, host in modules.items():
         prefix = prefix_of(name)
+        if not any(key.startswith(prefix) for key in state):
+            raise MisconfigurationException(
+                f"AdapterCheckpoint: the state_dict of {type(module).__name__} has no name that begins with "
+                f"{prefix!r}, so the folder in peft's format would be empty: leave state_dict as Lightning has it, "
+                "since the files hold no frozen weights anyway, or use Lightning's ModelCheckpoint"
+            )
         of_host = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         place = folder if len(modules) == 1 else folder / name
         if name in found:

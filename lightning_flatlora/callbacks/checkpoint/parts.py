@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.lora_pair import Finder, all_factors, pairs_from
 from lightning_flatlora.pairs import bare
 
@@ -199,6 +200,19 @@ def found_factors(module: nn.Module, finder: Finder | None) -> dict[str, nn.Para
     return {name: parameter for name, parameter in named if id(parameter) in factors}
 
 
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    try:
+        return dict(module.state_dict(keep_vars=True))
+    except TypeError as error:
+        if "keep_vars" not in str(error):
+            raise
+        name = type(module).__name__
+        raise MisconfigurationException(
+            f"AdapterCheckpoint: {name}.state_dict must take PyTorch's arguments: write "
+            "`def state_dict(self, *args, **kwargs)`, and hand them to super().state_dict"
+        ) from error
+
+
 def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Entry]:
     """Every entry of an unwrapped module's state dict, by its name.
 
@@ -207,7 +221,7 @@ def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Ent
         finder: of the adapter's factors, where they are not peft's.
     """
     # Before all else, since under FSDP2 this call brings back the sharded parameters.
-    state = module.state_dict(keep_vars=True)
+    state = _state_of(module)
     factors = found_factors(module, finder)
     roots = {**hosts(module), **_holding(module, factors), **_with_a_loader(module)}
     bases = _places(module, roots.values())

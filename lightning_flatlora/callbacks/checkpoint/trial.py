@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.checkpoint.changes import record_of
 from lightning_flatlora.callbacks.checkpoint.export import check_configs, save_adapters
@@ -124,7 +124,7 @@ def _try_the_disk(trainer: Trainer, folder: Path, selection: Selection, linked: 
                 module = unwrapped(trainer.lightning_module)
                 finder = record_of(trainer.lightning_module).finder
                 # In a folder of their own, since an adapter's subfolder has the adapter's name, whatever that is.
-                save_adapters(module, module.state_dict(), trial / "adapters", finder)
+                save_adapters(module, nn.Module.state_dict(module), trial / "adapters", finder)
     finally:
         for each in made:
             # Another process may have written into the folder in the meantime.
