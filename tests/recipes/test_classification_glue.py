@@ -79,7 +79,7 @@ def test_each_task_trains_and_keeps_the_best_by_its_own_metric(task: str, robert
     }
     assert cli.datamodule.classes == GLUE[task][1]
     assert len(cli.datamodule.parts["train"]) == 48
-    (saver,) = cli.trainer.checkpoint_callbacks
+    saver = cli.trainer.checkpoint_callback
     assert saver.monitor == "val_score"
     assert Path(saver.best_model_path).is_file()
     assert saver.best_model_score == logged["val_score"]
@@ -178,7 +178,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
 def test_only_a_fit_reads_the_folder_and_a_resumed_one_may_leave_it_out(mnli: str, roberta: str, glue: str) -> None:
     options = [f"--model.start_from={mnli}", "--data.test_split=validation"]
     cli = run("fit", roberta, glue, "rte", *options)
-    (saver,) = cli.trainer.checkpoint_callbacks
+    saver = cli.trainer.checkpoint_callback
     shutil.move(mnli, "elsewhere")
     checkpoint = f"--ckpt_path={saver.last_model_path}"
     for command in ("validate", "test"):

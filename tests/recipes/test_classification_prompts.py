@@ -79,7 +79,7 @@ def test_a_masked_model_learns_and_its_best_checkpoint_is_what_a_test_loads(robe
     cli = run("fit", roberta, glue, "sst2", *options, *EFMLORA)
     assert cli.trainer.global_step == 30
     assert len(cli.datamodule.parts["train"]) == len(cli.datamodule.parts["validation"]) == 24
-    (saver,) = cli.trainer.checkpoint_callbacks
+    saver = cli.trainer.checkpoint_callback
     assert saver.best_model_score > 0.9
     best = run("validate", roberta, glue, "sst2", f"--ckpt_path={saver.best_model_path}").trainer.callback_metrics
     assert best["val_score"] == saver.best_model_score
