@@ -90,7 +90,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
             problem = _REFUSED["FSDP"]
         if problem is not None:
             checks.refuse(self, [f"{problem}: use one device, or DDP, as torchrun starts it"])
-        self._refuse_rival(optimizer)
+        self._refuse_rival(optimizer, state)
         self.loop = loops.EFMLoRA(model, optimizer, **{"total_steps": state.max_steps or None, **self._settings})
         if state.global_step > 0:
             try:
@@ -99,17 +99,16 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
                 self.close()
                 raise
 
-    def _refuse_rival(self, optimizer: Any) -> None:
-        """Refuse a second callback on one optimizer, which would silently take the layers over from the first."""
+    def _refuse_rival(self, optimizer: Any, state: TrainerState) -> None:
+        """Refuse a second callback of one run, which would silently take the layers over from the first."""
         other = _RUNNING.get(optimizer)
-        of_one_adapter = other is None or other._adapter_name is None or self._adapter_name is None
-        if other not in (None, self) and (of_one_adapter or other._adapter_name == self._adapter_name):
-            checks.refuse(self, ["the Trainer has two EFMLoRA callbacks for the same weights: keep one"])
         _RUNNING[optimizer] = self
-
-    @property
-    def _adapter_name(self) -> Any:
-        return self._settings.get("adapter_name")
+        # One that has taken steps already was left behind by a run that an exception has ended.
+        if other is None or other is self or other.loop is None or other.loop.step != state.global_step:
+            return
+        names = [each._settings.get("adapter_name") for each in (self, other)]
+        if None in names or names[0] == names[1]:
+            checks.refuse(self, ["the Trainer has two EFMLoRA callbacks for the same weights: keep one"])
 
     @override
     def on_step_begin(
@@ -155,6 +154,9 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
         self._pass.close()
         if self.loop is not None:
             self.loop.close()
+        for optimizer, running in list(_RUNNING.items()):
+            if running is self:
+                del _RUNNING[optimizer]
 
     # -- the state
 

@@ -292,3 +292,23 @@ def test_two_callbacks_for_the_same_weights_are_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, [EFMLoRA(0.1), EFMLoRA(0.3)], net_of())
     with pytest.raises(MisconfigurationException, match="two EFMLoRA callbacks for the same weights: keep one"):
         trainer.train()
+
+
+def test_a_second_run_with_the_same_optimizer_takes_another_callback(tmp_path: Path) -> None:
+    """After a whole run, and after one that an exception has ended."""
+    net = net_of()
+    optimizer = optimizer_of(net)
+
+    class Fails(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("ends here")
+
+    for callbacks in ([EFMLoRA(0.1)], [EFMLoRA(0.2), Fails()], [EFMLoRA(0.3)]):
+        trainer = trainer_of(tmp_path, callbacks, net)
+        trainer.optimizer = optimizer
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        if len(callbacks) == 1:
+            trainer.train()
+            continue
+        with pytest.raises(RuntimeError, match="ends here"):
+            trainer.train()
