@@ -104,7 +104,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
         other = _RUNNING.get(optimizer)
         _RUNNING[optimizer] = self
         # One that has taken steps already was left behind by a run that an exception has ended.
-        if other is None or other is self or other.loop is None or other.loop.step != state.global_step:
+        if other is None or other.loop is None or other.loop.step != state.global_step:
             return
         names = [each._settings.get("adapter_name") for each in (self, other)]
         if None in names or names[0] == names[1]:

@@ -173,7 +173,7 @@ class TextData(ResumableData):
             else:
                 self.parts[part] = self._limited(part, rows.select(places[part]))
             if not len(self.parts[part]) and (part == "train" or part in splits or self.shares[part] or part in drawn):
-                remedy = "" if part in drawn else remedy_of_empty(part, self.shares)
+                remedy = remedy_of_empty(part, self.shares)
                 raise MisconfigurationException(f"dataset={self.dataset!r}: no text is left for {part}{remedy}")
         encoder = self._encoder()
         for part in wanted:
@@ -243,14 +243,14 @@ class TextData(ResumableData):
 
     def _texts(self, table: Any, source: str) -> list[list[str]]:
         """The texts of each row, one for each of the columns that the model reads."""
-        columns = [table[name] for name in self.text]
-        for name, column in zip(self.text, columns, strict=True):
+        text_columns = [table[name] for name in self.text]
+        for name, column in zip(self.text, text_columns, strict=True):
             for row, value in enumerate(column):
                 if not isinstance(value, str):
                     raise MisconfigurationException(
                         f"{source}: the column {name!r} must hold texts, and row {row} holds {value!r}"
                     )
-        return [list(row) for row in zip(*columns, strict=True)]
+        return [list(row) for row in zip(*text_columns, strict=True)]
 
     def _source(self, split: str) -> str:
         return f"dataset={self.dataset!r}" if split == self.split else f"dataset={self.dataset!r}, split={split!r}"

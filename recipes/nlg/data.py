@@ -16,8 +16,8 @@ from recipes.language.batches import Batch, LengthBatchSampler, pad, padding_id
 from recipes.language.chat import IGNORED
 from recipes.language.data import read_prompts, tokenizer_of
 from recipes.nlg.encoding import PairEncoder
-from recipes.nlg.sources import Columns, Pair, grouped, is_file, read_pairs, read_source
-from recipes.shared.data import columns, part_of, refuse_bad_settings, remedy_of_empty, split_problems
+from recipes.nlg.sources import Columns, Pair, grouped, read_pairs, read_source
+from recipes.shared.data import columns, is_file, part_of, refuse_bad_settings, remedy_of_empty, split_problems
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.text_metrics import normalized
 

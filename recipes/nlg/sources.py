@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import read_table, refuse_split_of_file, table_ending
+from recipes.shared.data import read_table, refuse_split_of_file
 
 LAYOUTS = (
     ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg
@@ -91,11 +91,6 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
         return read_table(name, split, config_name=config_name, revision=revision)
     refuse_split_of_file(name, split)
     return _text_table(name)
-
-
-def is_file(name: str) -> bool:
-    """Whether a name is that of a file, which need not be there."""
-    return table_ending(name) is not None or Path(name).suffix == ".txt"
 
 
 def grouped(pairs: Sequence[Pair]) -> list[Meaning]:

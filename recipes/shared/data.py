@@ -178,10 +178,10 @@ def split_problems(name: str | None, splits: Iterable[str | None]) -> list[str]:
         []
     """
     problems: list[str] = []
-    if name is None or not _is_file(name) or "{split}" in name:
+    if name is None or not is_file(name) or "{split}" in name:
         return problems
     for split in splits:
-        if split in (None, "train") or _is_file(split) or is_of_split(Path(name), split):
+        if split in (None, "train") or is_file(split) or is_of_split(Path(name), split):
             continue
         problems.append(
             f"dataset={name!r} is a file, and has no split {split!r}: give another file as test_split or "
@@ -190,8 +190,8 @@ def split_problems(name: str | None, splits: Iterable[str | None]) -> list[str]:
     return problems
 
 
-def _is_file(name: str) -> bool:
-    """Whether a name is that of a table's file, or of the text file that one recipe reads."""
+def is_file(name: str) -> bool:
+    """Whether a name is that of a table's file, or of the text file that one recipe reads; it need not be there."""
     return table_ending(name) is not None or Path(name).suffix == ".txt"
 
 

@@ -304,9 +304,8 @@ class Interrupts(L.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
-@pytest.mark.filterwarnings(
-    "ignore:You're resuming from a checkpoint that ended:UserWarning"
-)  # the recipes' data resume
+# The recipes' own data resume.
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
 def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> None:
     by_time = ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", "--trainer.callbacks.filename=last_by_time"]
     by_time.append("--trainer.callbacks.train_time_interval=00:00:00")

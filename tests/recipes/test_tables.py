@@ -53,9 +53,18 @@ def test_an_update_of_the_code_converts_anew(tmp_path: Path, monkeypatch: pytest
     assert 0 < lengths[0] == lengths[1] < lengths[2]
 
 
-def test_the_code_has_a_name() -> None:
-    assert data._code() == data._code()
-    assert len(data._code()) == 64
+def test_each_change_of_a_file_gives_the_code_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_CODE", tmp_path)
+    name_of = data._code.__wrapped__  # without what it remembers
+    names = []
+    for file in ("recipes/new.py", "lightning_flatlora/new.py"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("x = 1")
+        names.append(name_of())
+        (tmp_path / file).write_text("x = 2")
+        names.append(name_of())
+    assert len(set(names)) == 4
+    assert name_of() == names[-1]
 
 
 def test_columns_that_nobody_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,10 +14,9 @@ from lightning_flatlora.callbacks.methods.pair_groups import PairAssignment, Pai
 from lightning_flatlora.callbacks.methods.training_step import takes_no_step
 from lightning_flatlora.lightning_names import callbacks_of, is_lightning
 from lightning_flatlora.lora_pair import Finder, NoPairsError, PairSearch
+from lightning_flatlora.pair_stacks import MOST_MISSED_STEPS
 from lightning_flatlora.pair_watch import PairWatch
 from lightning_flatlora.perturbation import Perturbation
-
-_MANY_STEPS = 100  # without a gradient: fewer may be an expert's that no sample was routed to
 
 
 class PairCallback(Callback):
@@ -149,7 +148,7 @@ class PairCallback(Callback):
         To be called in on_before_optimizer_step.
         """
         pair_group.look_for_gradients()
-        if pair_group.missed_steps == _MANY_STEPS:
+        if pair_group.missed_steps == MOST_MISSED_STEPS:
             self._warn_of_missing_gradients()
 
     def _warn_of_missing_gradients(self) -> None:
