@@ -22,6 +22,7 @@ from recipes.language.model import (
     load_pretrained,
     load_tokenizer,
     model_source,
+    positions,
     weights_dtype,
 )
 from recipes.language.warm_start import load_factors
@@ -107,8 +108,19 @@ class TextClassifier(RecipeModule):
             # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
             if self.start_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
                 load_factors(self.net, self.start_from)
+        self._check_lengths(self.net)
         if self.device_mesh is not None:
             shard(self.net, self.device_mesh["data_parallel"])
+
+    def _check_lengths(self, net: PeftModel) -> None:
+        """Refuse texts that are longer than a model with learnt positions can read."""
+        places = positions(net)
+        longest = max(max(rows["length"], default=0) for rows in self.data.parts.values())
+        if places is not None and longest > places:
+            raise MisconfigurationException(
+                f"model={self.model_name!r} reads {places} tokens, and the longest text has {longest}: set "
+                f"data.max_length to {places} or less, or take another model"
+            )
 
     def load_net(self) -> PeftModel:
         """The pretrained model with the adapter and a new head.

@@ -105,6 +105,8 @@ class InstructionData(ResumableData):
         self.parts = {}
         self.reports: dict[str, str] = {}
         self._tables: dict[str, Any] = {}  # conversations by the name of their split or file
+        self._conversation_lengths: dict[str, int] = {}  # tokens of each part's longest, before packing
+        self._prompt_lengths: dict[str, int] = {}
 
     def _bad_splits(self) -> list[str]:
         problems = []
@@ -135,6 +137,7 @@ class InstructionData(ResumableData):
         )
         if stage == "predict":
             self.parts["predict"] = self._read_prompts()
+            self._prompt_lengths["predict"] = max(len(row["prompt_ids"]) for row in self.parts["predict"])
             return
         for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
@@ -143,6 +146,10 @@ class InstructionData(ResumableData):
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self.prompts_loader(partial(columns, names=("line", "prompt", "prompt_ids")))
+
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest conversation, and of the longest prompt that an answer is written for; 0 for none."""
+        return max(self._conversation_lengths.values(), default=0), max(self._prompt_lengths.values(), default=0)
 
     @override
     def loader(self, part: str) -> LateLoader:
@@ -176,6 +183,9 @@ class InstructionData(ResumableData):
             raise MisconfigurationException(
                 "test_share=0 leaves nothing to test: set test_split, or give it a part of the questions"
             )
+        self._conversation_lengths[part] = max(kept["length"]) if len(kept) else 0
+        if part != "train":
+            self._prompt_lengths[part] = max((len(ids) for ids in kept["prompt_ids"]), default=0)
         return self._packed(kept) if part == "train" and self.packing else kept
 
     def _packed(self, rows: Any) -> Any:

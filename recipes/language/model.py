@@ -159,6 +159,25 @@ def add_adapter(base: nn.Module, lora: dict[str, Any], task_type: str | None = "
     return net
 
 
+def positions(net: nn.Module) -> int | None:
+    """Tokens that a model with learnt positions, such as GPT-2 or BERT, can read; None where it has none.
+
+    Example:
+        >>> from transformers import RobertaConfig, RobertaModel
+        >>> config = RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> positions(RobertaModel(config))  # it has a table of 512, of which two are for padding
+        510
+    """
+    places = []
+    for name, module in net.named_modules():
+        of_text = "vision" not in name and ("position" in name or name.endswith("wpe"))
+        if of_text and isinstance(module, nn.Embedding):
+            # RoBERTa begins to count after its padding's place, and OPT has an offset.
+            padding = 0 if module.padding_idx is None else module.padding_idx + 1
+            places.append(module.num_embeddings - padding - getattr(module, "offset", 0))
+    return min(places, default=None)
+
+
 def checkpoint_activations(net: nn.Module) -> None:
     """Let each block compute its activations again in backward, in place, instead of keeping them.
 

@@ -25,6 +25,7 @@ from recipes.language.model import (
     load_base,
     load_tokenizer,
     model_source,
+    positions,
     weights_dtype,
 )
 from recipes.language.packing import check_packing
@@ -107,6 +108,7 @@ class LanguageModel(EvaluatedModule):
             self.net = self.load_net()
             if self.gradient_checkpointing:
                 checkpoint_activations(self.net)
+        self._check_lengths(self.net)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
             shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])
 
@@ -120,6 +122,22 @@ class LanguageModel(EvaluatedModule):
                 raise MisconfigurationException("packing can't be tried under FSDP1: take FSDP2, or set it to false")
             with self.trainer.precision_plugin.forward_context():
                 check_packing(self.net, min(data.batch_size, 2), self.device)
+
+    def _check_lengths(self, net: PeftModel) -> None:
+        """Refuse texts that are longer than a model with learnt positions can read."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        places = positions(net)
+        # A user's own data module need not say how long its texts are.
+        if places is None or not hasattr(data, "longest"):
+            return
+        row, prompt = data.longest()
+        written = prompt + self.max_new_tokens if prompt else 0
+        if max(row, written) > places:
+            raise MisconfigurationException(
+                f"model={self.model_name!r} reads {places} tokens. The longest text has {row}, and the longest prompt "
+                f"to answer has {prompt} and max_new_tokens={self.max_new_tokens} besides: set data.max_length or "
+                "max_new_tokens lower, or take another model"
+            )
 
     def load_net(self) -> PeftModel:
         """The pretrained model with a new adapter."""

@@ -13,7 +13,6 @@ from recipes.language.batches import Batch
 from recipes.language.joint_attention import split_attention
 from recipes.language.model import add_adapter, answer_log_likelihood, generate_answers, load_base
 from recipes.language.module import LanguageModel
-from recipes.nlg.data import MeaningData
 from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
 from recipes.nlg.metrics import METRICS, Metric, check_metrics
 from recipes.nlg.written import WrittenTexts
@@ -67,25 +66,10 @@ class TextGenerator(LanguageModel):
     @override
     def load_net(self) -> PeftModel:
         base: Any = load_base(self.model_name, self.weights_dtype(), self.quantization, self.model_config)
-        self._check_lengths(base.config)
         lora: dict[str, Any] = self.lora
         # Before the adapter, which finds its layers by their names.
         split_attention(base, lora.get("target_modules"))
         return add_adapter(base, self.lora)
-
-    def _check_lengths(self, config: Any) -> None:
-        """A model with learnt positions, such as GPT-2, has no more of them."""
-        data = getattr(self._trainer, "datamodule", None)
-        places = getattr(config, "max_position_embeddings", None)
-        if places is None or not isinstance(data, MeaningData):
-            return
-        pair, prompt = data.longest()
-        if max(pair, prompt + self.max_new_tokens) > places:
-            raise MisconfigurationException(
-                f"model={self.model_name!r} reads {places} tokens. The longest meaning with its text has {pair}, and "
-                f"the longest meaning to write for has {prompt} and max_new_tokens={self.max_new_tokens} besides: set "
-                "data.max_length or max_new_tokens lower, or take another model"
-            )
 
     @override
     def loss(self, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
 from recipes.classification import data as recipe_data  # noqa: E402
 from recipes.classification.labels import class_labels, class_names  # noqa: E402
@@ -259,3 +259,16 @@ def test_numbers_are_predicted_for_pairs(tiny: str, write: Any, tmp_path: Path) 
     ):
         with pytest.raises(MisconfigurationException, match=message):
             run("predict", tiny, dataset, *options, f"--ckpt_path={saved}", f"--data.predict_file={wrong}")
+
+
+def test_texts_longer_than_a_model_reads_are_refused(tiny: str, write: Any, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(tmp_path / "short")
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **small)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "short")
+    texts = write([{"text": f"This is text number {i} " * 9, "label": i % 2} for i in range(40)])
+    options = ["--trainer.max_steps=1", "--model.lora.target_modules=[query]"]
+    with pytest.raises(MisconfigurationException, match=r"reads 16 tokens, and the longest text has \d+: set data.max"):
+        fit(str(tmp_path / "short"), texts, *options)
+    fit(str(tmp_path / "short"), texts, *options, "--data.max_length=16")

@@ -17,7 +17,7 @@ from trainers import trainer  # noqa: E402
 from lightning_flatlora import EFMLoRA  # noqa: E402
 from recipes.instruction_tuning.data import InstructionData  # noqa: E402
 from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
-from recipes.language.model import checkpoint_activations  # noqa: E402
+from recipes.language.model import checkpoint_activations, positions  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
@@ -63,3 +63,53 @@ def test_adamw_takes_the_betas_and_warms_up_over_a_share(tiny: str, sums: str, t
     (schedule,) = fit.lr_scheduler_configs
     shares = [schedule.scheduler.lr_lambdas[0](step) for step in range(5)]
     assert shares == [0, 0.5, 1, 0.5, 0]
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pad_token_id": 1}
+
+
+def with_positions(kind: str, given: int) -> tuple[Any, int]:
+    """A tiny model of a kind with so many learnt positions, and how many it can read."""
+    if kind == "gpt2":
+        options = {"n_positions": given, "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 40}
+        return transformers.GPT2Model(transformers.GPT2Config(**options)), given
+    if kind == "opt":
+        options = {**SMALL, "ffn_dim": 8, "word_embed_proj_dim": 8}
+        return transformers.OPTModel(transformers.OPTConfig(max_position_embeddings=given, **options)), given
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(max_position_embeddings=given, **SMALL)), given
+    # These two begin to count behind the padding's place.
+    config = getattr(transformers, f"{kind}Config")(max_position_embeddings=given, **SMALL)
+    return getattr(transformers, f"{kind}Model")(config), given - 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert", "Roberta", "MPNet"])
+def test_a_model_reads_as_many_tokens_as_it_has_positions(kind: str) -> None:
+    model, readable = with_positions(kind, 20)
+    assert positions(model) == readable
+    model.eval()
+    model(input_ids=torch.full((1, readable), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, readable + 1), 5))
+
+
+def test_rotary_positions_have_no_end(tiny: str) -> None:
+    assert positions(transformers.AutoModelForCausalLM.from_pretrained(tiny)) is None
+
+
+def test_conversations_longer_than_a_model_reads_are_refused(tiny: str, sums: str, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(tmp_path / "short")
+    config = transformers.GPT2Config(n_positions=48, n_embd=8, n_layer=1, n_head=1, vocab_size=len(tokenizer))
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    lora = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+
+    def fit(**options: Any) -> L.Trainer:
+        model = InstructionTuning(model=str(tmp_path / "short"), lora=lora, max_new_tokens=1, exact_match_examples=0)
+        runner = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+        runner.fit(model, InstructionData(sums, batch_size=4, **options))
+        return runner
+
+    with pytest.raises(MisconfigurationException, match=r"reads 48 tokens. The longest text .*data.max_length"):
+        fit()
+    assert fit(max_length=48).global_step == 1
