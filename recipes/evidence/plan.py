@@ -31,7 +31,7 @@ STAGES = ("search", "test")
 PRIMARY = (BASELINE, CANDIDATE)
 _WAIT = 2.0  # seconds, while other processes do all that can be done now
 _SECONDS = 25.0  # of a run where none is done yet: a rough guess for one thread of a CPU with fast bfloat16
-_PASSES = {"fmlora": 2, "lora_sam": 2, "twice_the_steps": 2, "efmlora_twice_the_steps": 2}
+_PASSES = {"fmlora": 2, "lora_sam": 2, "twice_the_steps": 2, "efmlora_twice_the_steps": 2, "fmlora_unsearched": 2}
 key_of_row = entries("workload", "arm", "config", "seed", "stage", "settings")
 
 

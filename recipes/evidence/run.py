@@ -20,7 +20,7 @@ from recipes.evidence.encoder import CutEncoder, load, pooled
 from recipes.evidence.module import BestOnValidation, ShotsClassifier, all_logits
 from recipes.evidence.scores import both_scores, fitted_temperature, linear_probe, scores
 from recipes.evidence.weights import keep
-from recipes.evidence.workloads import BASELINE, CANDIDATE, EXPLORED, PROBE, Config, Settings
+from recipes.evidence.workloads import PROBE, Config, Settings, method_of
 from recipes.language import texts
 from recipes.shared.ledger import Row, commit
 from recipes.shared.methods import METHODS
@@ -143,7 +143,7 @@ def fit(run: Run, module: ShotsClassifier, encoder: CutEncoder) -> list[BestOnVa
     steps = settings["steps"] * config.get("length_of_training", 1)
     places = batch_places(len(examples), settings["batch_size"], steps, run.seed)
     # A free competitor is LoRA with another configuration.
-    method = METHODS.get(run.arm, METHODS[CANDIDATE if run.arm in EXPLORED else BASELINE])
+    method = METHODS[method_of(run.arm)]
     best: list[BestOnValidation] = []
     if settings.get("judged") == "best" or config.get("early_stopping"):
         best = [BestOnValidation(batches_of(run, encoder, "validation"))]

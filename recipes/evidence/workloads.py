@@ -157,6 +157,7 @@ EXPLORED: dict[str, Config] = {
     "efmlora_twice_the_steps": {"length_of_training": 2},
     "efmlora_rho_0": {"rho": 0.0},
     "efmlora_rank_2": {"rank": 2},
+    "fmlora_unsearched": {},
 }
 """What each changes of EFMLoRA's chosen settings. No hypothesis rests on these runs, and they come last."""
 
@@ -170,5 +171,20 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "efmlora_twice_the_steps": "EFMLoRA, twice the steps",
     "efmlora_rho_0": "EFMLoRA's choice with rho 0",
     "efmlora_rank_2": "EFMLoRA, rank 2",
+    "fmlora_unsearched": "FMLoRA with EFMLoRA's choice",
 }
 """What the report calls each arm."""
+
+
+def method_of(arm: str) -> str:
+    """The name in :data:`recipes.shared.methods.METHODS` of what trains an arm that is no linear probe.
+
+    Example:
+        >>> method_of("nbar"), method_of("rank_2"), method_of("efmlora_rho_0"), method_of("fmlora_unsearched")
+        ('nbar', 'lora', 'efmlora', 'fmlora')
+    """
+    if arm in SEARCHES:
+        return arm
+    if arm == "fmlora_unsearched":
+        return "fmlora"
+    return CANDIDATE if arm in EXPLORED else BASELINE

@@ -241,26 +241,30 @@ def test_what_is_explored_changes_efmloras_choice_and_comes_last(tmp_path: Path)
     plan = small_plan(tmp_path, ["lora", "efmlora", *EXPLORED])
     fake = Fake(gain=0.05)
     plan.work(fake, lambda run: None)
-    explored = {run.arm: run.config for run in fake.done[-60:]}
+    explored = {run.arm: run.config for run in fake.done[-80:]}
     assert explored == {
         "efmlora_twice_the_steps": {"learning_rate": 2e-3, "rho": 2.0, "length_of_training": 2},
         "efmlora_rho_0": {"learning_rate": 2e-3, "rho": 0.0},
         "efmlora_rank_2": {"learning_rate": 2e-3, "rho": 2.0, "rank": 2},
+        "fmlora_unsearched": {"learning_rate": 2e-3, "rho": 2.0},
     }
 
 
-def test_a_run_of_an_explored_arm_is_efmlora() -> None:
+def test_a_run_of_an_explored_arm_is_that_of_its_method() -> None:
     without = figures(perform(replace(RUN, arm="efmlora_rho_0", config={"learning_rate": 1e-2, "rho": 0.0})))
     assert without == figures(perform(RUN))
     config = {"learning_rate": 1e-2, "rho": 2.0}
     found = figures(perform(replace(RUN, arm="efmlora_twice_the_steps", config=config)))
     assert found == figures(perform(replace(RUN, arm="efmlora", config=config)))
+    two_passes = figures(perform(replace(RUN, arm="fmlora_unsearched", config=config)))
+    assert two_passes == figures(perform(replace(RUN, arm="fmlora", config=config)))
+    assert two_passes != found
 
 
 def test_the_runs_of_all_methods_are_counted_once(tmp_path: Path) -> None:
     pieces = small_plan(tmp_path).progress()
     assert [total for _, _, total, _ in pieces[:5]] == [105, 40, 20, 80, 45]
-    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 15 * 20
+    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 16 * 20
 
 
 def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> None:
