@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.checks import integer_problems, is_number
 from lightning_flatlora.callbacks.methods.gradients import has_gradient, set_aside
+from lightning_flatlora.callbacks.methods.second_pass import leave_batch_out
 from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
 from lightning_flatlora.callbacks.patches import silenced_log
@@ -177,7 +178,7 @@ class FMLoRASteps(_Base):
             at_perturbed_weights = driver.ascend(self.trainer)
         with at_perturbed_weights, silenced_log(self), second_pass.running():
             if loss_of(self._one_pass(batch_of_second_pass, batch_idx, sync=last), "compute_loss") is None:
-                raise RuntimeError("compute_loss returned None in the second pass, but a loss in the first")
+                leave_batch_out(self.trainer, "compute_loss")
         return output
 
     def _one_pass(self, batch: Any, batch_idx: int, sync: bool) -> Any:

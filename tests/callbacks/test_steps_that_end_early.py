@@ -3,6 +3,7 @@
 import copy
 import signal
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from helpers import (
 )
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from shadows import shown, watched
 
 from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora.callbacks.methods.second_pass import leave_batch_out
 
 
 @pytest.mark.parametrize("hook_of", ["module", "callback"])
@@ -63,6 +66,40 @@ def test_training_step_returns_none(tmp_path, front_end, accumulate):
     fit(tmp_path, module, callbacks, **kwargs)
     assert all(torch.isfinite(w).all() for w in weights(module).values())
     assert_no_trace(module)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("front_end", ["fmlora", "module"])
+def test_a_second_pass_without_a_loss_leaves_the_batch_out(tmp_path, front_end, accumulate):
+    """As a first pass without one does: the weights are the same afterwards."""
+
+    def trained(pass_number: int) -> Any:
+        module, callbacks, kwargs = build(front_end, accumulate=accumulate)
+        calls: list[int] = []
+
+        def guard(module: Any, batch_idx: int) -> str | None:
+            calls.append(batch_idx)
+            return "skip" if batch_idx == 3 and is_perturbed(module) is (pass_number == 2) else None
+
+        module.inside.append(guard)
+        fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
+        assert calls.count(3) == pass_number
+        assert_no_trace(module)
+        return weights(module)
+
+    with pytest.warns(UserWarning, match="returned None in the second pass .* the batch is left out.*rho may be too"):
+        second = trained(2)
+    assert same(second, trained(1))
+
+
+def test_a_second_pass_without_a_loss_is_refused_where_it_would_break_the_step(tmp_path):
+    module, callbacks, kwargs = build("fmlora")
+    module.inside.append(lambda module, batch_idx: "skip" if is_perturbed(module) else None)
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    with pytest.raises(RuntimeError, match=r"second pass of a step.*the loss scaler refuses.*0 \* output.sum\(\)"):
+        fit(tmp_path, module, callbacks, plugins=[scaled], **kwargs)
+    with pytest.raises(RuntimeError, match=r"second pass of a step.*the other ranks would wait"):
+        leave_batch_out(Mock(world_size=2), "training_step")
 
 
 @pytest.mark.parametrize("pass_number", [1, 2])

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.jit import ScriptModule
@@ -167,6 +168,28 @@ class SecondPass:
                 "passes of a step change: count outside of them, as in on_train_batch_end. Buffers, torchmetrics and "
                 "self.log count a batch once already"
             )
+
+
+def leave_batch_out(trainer: Trainer, name: str) -> None:
+    """Warn that a batch with a loss in its first pass has none in its second, and so leaves no gradient.
+
+    A step that guards itself against losses which are not finite does so where E is large. Lightning leaves a batch
+    without a loss out as well.
+
+    Args:
+        trainer: that runs the step.
+        name: of the method that returned None.
+
+    Raises:
+        RuntimeError: other ranks would wait for this batch's gradient, or a loss scaler would refuse the step.
+    """
+    what = f"{name} returned None in the second pass of a step, and a loss in the first"
+    remedy = "return a loss of zero that depends on the parameters, as 0 * output.sum()"
+    if trainer.world_size > 1:
+        raise RuntimeError(f"{what}, and the other ranks would wait for its gradient for ever: {remedy}")
+    if trainer.lightning_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None):
+        raise RuntimeError(f"{what}, and the loss scaler refuses a step without gradients: {remedy}")
+    rank_zero_warn(f"{what}: the batch is left out. If this comes often, rho may be too large")
 
 
 class _Bindings:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.methods.gradients import set_aside
 from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
 from lightning_flatlora.callbacks.methods.module_passes import module_passes_of
-from lightning_flatlora.callbacks.methods.second_pass import SecondPass
+from lightning_flatlora.callbacks.methods.second_pass import SecondPass, leave_batch_out
 from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.callbacks.patches import at_training_step, put_on_instance, silenced_log
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
@@ -137,8 +137,8 @@ class TwoPassCallback(MethodCallback):
         # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
         loss = loss_of(trainer.strategy.training_step(*arguments), "training_step")
         if loss is None:
-            name = type(self).__name__
-            raise RuntimeError(f"training_step returned None in {name}'s second pass, but a loss in the first")
+            leave_batch_out(trainer, "training_step")
+            return
         # Lightning has divided the first pass's loss itself, but it does not see this one.
         trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
 
