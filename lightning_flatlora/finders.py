@@ -84,6 +84,10 @@ def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
     Returns:
         The pairs, in the order of the modules.
+
+    Example:
+        >>> from lightning_flatlora import EFMLoRA
+        >>> callback = EFMLoRA(rho=0.05, finder=litgpt_pairs)
     """
     pairs = []
     for name, layer in model.named_modules():
@@ -178,6 +182,13 @@ def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
     Returns:
         The pairs, kind by kind.
+
+    Example:
+        >>> layer = nn.Module()
+        >>> layer.linear_in, layer.linear_out = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+        >>> layer.alpha, layer.dim = 16, 2
+        >>> [(pair.name, pair.scaling) for pair in nemo_pairs(nn.Sequential(layer))]
+        [('0.linear_out.weight', 8.0)]
     """
     pairs: list[LoRAPair] = []
     for finder in _NEMO:

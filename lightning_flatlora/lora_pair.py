@@ -16,7 +16,15 @@ IS_SHARED = "a factor is shared with another pair or scaling, so its gradient is
 
 
 class NoPairsError(ValueError):
-    """The model holds nothing that can be perturbed; the message lists what it holds."""
+    """The model holds nothing that can be perturbed; the message lists what it holds.
+
+    Example:
+        >>> from lightning_flatlora import find_pairs
+        >>> try:
+        ...     pairs = find_pairs(nn.Linear(4, 3)).pairs
+        ... except NoPairsError:
+        ...     pairs = []
+    """
 
 
 # Compared by identity: fields are tensors, whose == gives tensors.

@@ -46,6 +46,14 @@ class Reader:
         module: has the factor as its own parameter.
         attribute: the parameter's name in the module.
         rows: those of the factor, where several are stacked in one parameter; None for the whole parameter.
+
+    Example:
+        A fused layer whose rows 0 to 3 are the queries' B:
+
+        >>> fused = nn.Linear(2, 12, bias=False)
+        >>> reader = Reader(fused, rows=range(4))
+        >>> reader.attribute, len(reader.rows)
+        ('weight', 4)
     """
 
     module: nn.Module

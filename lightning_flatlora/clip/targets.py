@@ -84,6 +84,18 @@ def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -
 
     Raises:
         ValueError: it names them.
+
+    Example:
+        >>> import open_clip
+        >>> import torch
+        >>> from lightning_flatlora.clip import split_attention
+        >>> towers = {"vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 64}}
+        >>> towers["text_cfg"] = {"context_length": 4, "vocab_size": 9, "width": 64, "heads": 1, "layers": 1}
+        >>> model = open_clip.CLIP(embed_dim=8, **towers)
+        >>> image, text = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, dtype=torch.long)
+        >>> _ = split_attention(model)
+        >>> targets = lora_targets(model, ["q", "v"], towers="vision")
+        >>> check_reached(model, targets, image, text)  # all of them are called
     """
     called: set[nn.Module] = set()
     layers = {name: module for name, module in model.named_modules() if re.fullmatch(targets, name)}
