@@ -57,6 +57,7 @@ WORKLOADS: dict[str, Settings] = {
     "w2_similar": {**_W2, "noise_to": "most_similar"},
     "w3": _W3,
     "w5": {**_TASKS, "in_turn": True},
+    "w6": {**_ALL, "data": "sentiment", "length": 48, "shots": 1024, "steps": 384},
 }
 """By name: all that decides a result besides the method, its configuration and the seed.
 
@@ -66,7 +67,8 @@ names, ``length`` the tokens kept of a text, ``scaling`` LoRA's s.
 ``judged`` is "best" where runs are judged with the weights of the lowest validation loss; without it they are judged at
 the end of training. W3 trains an adapter for each of its ``tasks`` in place of one on ``data``; ``validation`` and
 ``test`` are the most examples of each part, and the last three say how its adapters are merged. W5 trains one adapter
-on all of them, ``in_turn``.
+on all of them, ``in_turn``. W6 has enough examples for an adapter to be better than the frozen encoder, and its steps
+are three epochs.
 """
 WITH_HYPOTHESIS = ("w1", "w2", "w3")
 """All other workloads are secondary."""
