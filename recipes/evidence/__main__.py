@@ -15,6 +15,7 @@ from recipes.evidence import commands
 from recipes.evidence.plan import STAGES
 from recipes.evidence.workloads import (
     ARMS,
+    BY_ACCURACY,
     COMPETITORS,
     EXPLORED,
     PROBE,
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--methods", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD",
             help=f"all of them if left out: {', '.join(SEARCHES)}; LoRA with one change: {', '.join(COMPETITORS)}; "
-            f"{PROBE}; and {', '.join(EXPLORED)}",
+            f"{PROBE}; {', '.join(EXPLORED)}; and {BY_ACCURACY}",
         )  # fmt: skip
         command.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="both if left out")
         command.add_argument(

@@ -11,6 +11,7 @@ from recipes.evidence.search import Grid, arm_of, choose, common_grid
 from recipes.evidence.verdict import ends_early
 from recipes.evidence.workloads import (
     BASELINE,
+    BY_ACCURACY,
     CANDIDATE,
     COMPETITORS,
     EARLY_SEEDS,
@@ -118,7 +119,7 @@ class Plan:
         probe = [arm for arm in self.arms if arm == PROBE]
         free = [arm for arm in self.arms if arm in competitors_of(self.settings)]
         others = [[arm] for arm in self.arms if arm in SEARCHES and arm not in PRIMARY]
-        explored = [arm for arm in self.arms if arm in EXPLORED]
+        explored = [arm for arm in self.arms if arm in EXPLORED or arm == BY_ACCURACY]
         # What decides the verdict comes first, so that runs which are stopped early still answer something.
         found = [self._search(primary, grid), self._tests(primary, grid), self._tests(probe, grid)]
         always = len(found)
@@ -154,6 +155,9 @@ class Plan:
         """What an arm is run with; None while that has not been chosen."""
         if arm == PROBE:
             return {}
+        if arm == BY_ACCURACY:
+            trials = self._finished_trials(BASELINE, grid)
+            return None if trials is None else choose(trials, by_accuracy=True)
         changed = {**COMPETITORS, **EXPLORED}
         method = CANDIDATE if arm in EXPLORED else BASELINE
         chosen = self.chosen(arm if arm in SEARCHES else method, grid)
@@ -163,14 +167,21 @@ class Plan:
         """The trial that a method's search on a grid has chosen; None while it is not finished."""
         # Kept, since the rows of finished runs do not change, and each run asks again.
         if (method, grid) not in self._choices:
-            trials = []
-            for config in grid.trials(method):
-                rows = self.search_rows(method, config)
-                if len(rows) < len(SEARCH_SEEDS):
-                    return None
-                trials.append((config, rows))
+            trials = self._finished_trials(method, grid)
+            if trials is None:
+                return None
             self._choices[method, grid] = choose(trials)
         return self._choices[method, grid]
+
+    def _finished_trials(self, method: str, grid: Grid) -> list[tuple[Config, list[Row]]] | None:
+        """The trials of a method's search on a grid with the rows of all seeds; None while one is not finished."""
+        trials = []
+        for config in grid.trials(method):
+            rows = self.search_rows(method, config)
+            if len(rows) < len(SEARCH_SEEDS):
+                return None
+            trials.append((config, rows))
+        return trials
 
     def progress(self) -> list[tuple[str, int, int, float]]:
         """Of each piece its title, finished runs, all runs, and the estimated seconds of what is left."""

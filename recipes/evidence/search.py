@@ -90,23 +90,26 @@ def common_grid(chosen_on: Callable[[str, Grid], Config | None]) -> Grid:
         grid = wider
 
 
-def choose(trials: Sequence[tuple[Config, Sequence[Row]]]) -> Config:
+def choose(trials: Sequence[tuple[Config, Sequence[Row]]], by_accuracy: bool = False) -> Config:
     """The trial with the lowest mean validation loss; of equal ones the most accurate, and then the first.
 
     A run that has failed has an infinite loss.
 
     Args:
         trials: configurations with the rows of all their seeds.
+        by_accuracy: the highest mean accuracy comes first, and the loss decides between equal ones.
 
     Example:
         >>> low = {"validation_loss": 1.0, "validation_accuracy": 0.5}
         >>> high = {"validation_loss": 2.0, "validation_accuracy": 0.9}
-        >>> choose([({"rho": 1.0}, [high, low]), ({"rho": 2.0}, [low, low])])
-        {'rho': 2.0}
+        >>> trials = [({"rho": 1.0}, [high, low]), ({"rho": 2.0}, [low, low])]
+        >>> choose(trials), choose(trials, by_accuracy=True)
+        ({'rho': 2.0}, {'rho': 1.0})
     """
 
     def badness(trial: tuple[Config, Sequence[Row]]) -> tuple[float, float]:
-        return mean_loss(trial[1]), -statistics.mean(row["validation_accuracy"] for row in trial[1])
+        error = -statistics.mean(row["validation_accuracy"] for row in trial[1])
+        return (error, mean_loss(trial[1])) if by_accuracy else (mean_loss(trial[1]), error)
 
     return min(trials, key=badness)[0]
 

@@ -163,7 +163,10 @@ EXPLORED: dict[str, Config] = {
 }
 """What each changes of EFMLoRA's chosen settings. No hypothesis rests on these runs, and they come last."""
 
-ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED)
+BY_ACCURACY = "lora_by_accuracy"
+"""LoRA with the trial of the highest validation accuracy; it comes last as well, and no hypothesis rests on it."""
+
+ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED, BY_ACCURACY)
 TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "early_stopping": "LoRA, early stopping",
     "label_smoothing": "LoRA, label smoothing 0.1",
@@ -174,6 +177,7 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "efmlora_rho_0": "EFMLoRA's choice with rho 0",
     "efmlora_rank_2": "EFMLoRA, rank 2",
     "fmlora_unsearched": "FMLoRA with EFMLoRA's choice",
+    BY_ACCURACY: "LoRA, chosen by accuracy",
 }
 """What the report calls each arm."""
 
