@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_flatlora.lora_pair import Finder, LoRAPair, PairSearch, pairs_from, search_found
@@ -103,7 +103,7 @@ class PairWatch:
 
     def rescaled(self) -> bool:
         """Whether a scaling has changed since the last call, or since the last search if that was later."""
-        now = self._scalings()
+        now = self._scaling_marks()
         if now == self._seen_scalings:
             return False
         self._seen_scalings = now
@@ -116,7 +116,7 @@ class PairWatch:
     def search(self, optimizers: Sequence[Optimizer]) -> PairSearch:
         """The pairs as they are now: first those that are trained, then known ones that are not trained now."""
         self.walk()
-        self._seen, self._seen_scalings = self._state(optimizers), self._scalings()
+        self._seen, self._seen_scalings = self._state(optimizers), self._scaling_marks()
         of_peft = self._finder is None
         search = search_layers(self._layers, self._adapter_name) if of_peft else search_found(self._found)
         trained = {pair.key for pair in search.pairs}
@@ -139,13 +139,18 @@ class PairWatch:
     def _scalings(self) -> list[Any]:
         return [scaling.get(adapter) for scaling, adapter in self._scaled]
 
+    def _scaling_marks(self) -> list[Any]:
+        """Equal as long as no scaling has changed."""
+        # For compiled models peft keeps tensors and writes them in place, and their numbers would wait for the device.
+        return [(s, s._version) if isinstance(s, Tensor) else s for s in self._scalings()]
+
     def _state(self, optimizers: Sequence[Optimizer]) -> Any:
         """Everything that decides about the pairs, in lists: one tuple for each pair would take twice as long."""
         held = [(id(optimizer), _group_sizes(optimizer)) for optimizer in optimizers]
         active = [layer.active_adapter for _, layer in self._layers]
         adapters = [len(table) for table in self._tables]
         trained = [p.requires_grad for p in self._Bs], [p.requires_grad for p in self._As]
-        return held, active, adapters, trained, self._scalings(), self._Bs_seen
+        return held, active, adapters, trained, self._scaling_marks(), self._Bs_seen
 
 
 def _group_sizes(optimizer: Optimizer) -> list[int]:

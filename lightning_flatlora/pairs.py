@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
 from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import (
@@ -139,6 +140,8 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
         return "embedding LoRA keeps bare parameters, whose reading cannot be redirected"
     if adapter not in layer.lora_B:
         return None
+    if isinstance(layer, AdaLoraLayer):
+        return "AdaLoRA's update is B diag(E) A, and not a product s B A"
     if isinstance(layer, ParamWrapper):
         return "LoRA on a bare parameter (such as those of experts) shares one pair among several products"
     if isinstance(layer, LoraParallelLinear):

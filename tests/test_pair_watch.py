@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import make_net
 from peft import LoraConfig, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from lightning_flatlora.pair_watch import PairWatch
@@ -95,3 +96,15 @@ def test_a_pair_whose_scaling_is_zero_rests_with_its_last_one() -> None:
     assert "its scaling is 0" in search.left_out[0]
     net.base_model.model[2].set_scale("default", 1.0)
     assert [pair.is_off for pair in watch.search(optimizers).pairs] == [False] * 3
+
+
+def test_a_scaling_that_is_a_tensor_may_be_written_in_place() -> None:
+    """As peft's compiled hot swapping does."""
+    net, watch, optimizers = watched()
+    prepare_model_for_compiled_hotswap(net, target_rank=4)
+    watch.search(optimizers)
+    assert not watch.changed(optimizers)
+    net.base_model.model[2].scaling["default"].fill_(9.0)
+    assert [watch.rescaled(), watch.rescaled()] == [True, False]
+    assert watch.changed(optimizers)
+    assert [pair.scaling for pair in watch.search(optimizers).pairs] == [2.0, 9.0, 2.0]

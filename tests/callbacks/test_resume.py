@@ -4,6 +4,7 @@ Files are ModelCheckpoint's, in the middle of an epoch and at its end. Settings 
 state are refused with the reason; the radius may change; a file without our state starts afresh.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from helpers import (
     make_loader,
     make_net,
     same,
+    trainer_of,
     weights,
 )
 from lightning.pytorch import Callback
@@ -237,6 +239,7 @@ def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end):
     assert driver_of(trainer).step == 5
 
 
+@pytest.mark.filterwarnings("ignore:.* was not part of this run until now:UserWarning")
 @pytest.mark.parametrize("front_end", ["efmlora", "fmlora"])
 def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path, front_end):
     """Weights and optimizer are kept, steps and Ê begin anew."""
@@ -252,6 +255,19 @@ def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path, front_end):
     assert (step, started) == (0, False)
     assert not any(e.any() for e in E.values())
     assert (driver_of(trainer).step, trainer.global_step) == (8, 15)
+
+
+def test_a_schedule_that_joins_in_the_middle_says_that_it_will_not_end(tmp_path):
+    module, _, kwargs = build("plain")
+    fit(tmp_path, module, [], max_epochs=1, **kwargs).save_checkpoint(tmp_path / "plain.ckpt")
+    for rho in (CosineRho(1.0, 0.0), CosineRho(1.0, 0.0, total_steps=6)):
+        module, callbacks, kwargs = build("efmlora", rho)
+        trainer = trainer_of(tmp_path, callbacks, max_epochs=2, **kwargs)
+        expected = pytest.warns(UserWarning, match=r"until now, at step 6 of 12\. rho=CosineRho.*set its total_steps")
+        with expected if rho.total_steps is None else nullcontext():
+            trainer.fit(module, make_loader(), make_loader(1), ckpt_path=tmp_path / "plain.ckpt")
+        assert callbacks[0].step == 6
+        assert (callbacks[0].current_size(trainer) == 0) is (rho.total_steps is not None)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)

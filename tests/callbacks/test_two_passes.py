@@ -126,6 +126,19 @@ def test_what_cannot_be_right_is_refused(tmp_path: Any) -> None:
         fit(tmp_path, module, [EFMLoRA(LearningRateRho(0.5))])
 
 
+def test_a_batch_that_can_be_read_only_once_is_refused(tmp_path: Any) -> None:
+    class Summed(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return sum(self.loss(part, batch_idx) for part in batch)
+
+    def loader() -> Any:
+        return DataLoader(list(make_loader(4)), batch_size=2, collate_fn=iter)
+
+    fit(tmp_path, Summed(), [], loader(), max_epochs=1)
+    with pytest.raises(RuntimeError, match="a list_iterator can be read only once: let the loader give lists"):
+        fit(tmp_path, Summed(), [FMLoRA(0.5)], loader(), max_epochs=1)
+
+
 class Searching(torch.optim.SGD):
     """Takes a second gradient within its step, as SAM's optimizer does."""
 

@@ -165,6 +165,22 @@ def test_an_adapter_without_weights(adapters: tuple[Path, Path], tmp_path: Path,
         loaded(empty, data)
 
 
+@pytest.mark.parametrize("damage", ["a pointer of git-lfs", "cut off", "no pickle", "a rank in letters"])
+def test_a_damaged_adapter(damage: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    config = {"r": "two"} if damage == "a rank in letters" else {}
+    damaged = changed(adapters[0], tmp_path / "damaged", **config)
+    weights = damaged / "adapter_model.safetensors"
+    if damage == "a pointer of git-lfs":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    elif damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:40])
+    elif damage == "no pickle":
+        weights.unlink()
+        (damaged / "adapter_model.bin").write_text("nothing")
+    with pytest.raises(ReportError, match=r"base: can't be loaded \("):
+        loaded(damaged, data)
+
+
 def test_an_adapter_with_its_own_tokenizer(base: Path, tmp_path: Path, data: Path) -> None:
     adapter = save_adapter(tmp_path / "own", base)
     tokenizer = loaded(adapter, data).tokenizer

@@ -161,6 +161,7 @@ class MethodCallback(ScheduledSize):
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self._restore(state)
+        self.warn_of_late_start(trainer)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
         self._patches.push(refuse_hidden_steps(trainer, lambda optimizer: self.refuse_step(trainer, optimizer)))
         self._is_training = True

@@ -4,6 +4,7 @@ import math
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -98,3 +99,15 @@ class ScheduledSize(PairCallback):
         self._horizon = optimizer_steps(trainer, window_of(trainer))
         if sizes.lacks_horizon(self.size) and math.isinf(self._horizon):
             refuse(self, [no_end(self._size_argument)])
+
+    def warn_of_late_start(self, trainer: Trainer) -> None:
+        """Say that a schedule over the whole run begins in the middle of it, where no count has come with a checkpoint.
+
+        To be called as training starts, once the state of a checkpoint is restored.
+        """
+        if self.main_group.step == 0 and trainer.global_step > 0 and sizes.lacks_horizon(self.size):
+            rank_zero_warn(
+                f"{type(self).__name__} was not part of this run until now, at step {trainer.global_step} of "
+                f"{self._horizon:g}. {self._size_argument} begins at its own step 0 and will not come to its end: set "
+                "its total_steps to the steps that are left"
+            )

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,9 @@ def own_containers(batch: Any, of_tensor: Callable[[Tensor], Any] = lambda tenso
         batch: whatever a data loader gives.
         of_tensor: what takes a tensor's place, such as a copy; the tensor itself where it is left out.
 
+    Raises:
+        RuntimeError: the batch is an iterator, or holds one, which the first pass would leave empty.
+
     Example:
         >>> batch = {"x": 1, "more": [2]}
         >>> own = own_containers(batch)
@@ -28,6 +31,11 @@ def own_containers(batch: Any, of_tensor: Callable[[Tensor], Any] = lambda tenso
     own_of = partial(own_containers, of_tensor=of_tensor)
     if isinstance(batch, Tensor):
         return of_tensor(batch)
+    if isinstance(batch, Iterator):
+        raise RuntimeError(
+            f"a second pass over a batch needs the batch again, and a {type(batch).__name__} can be read only once: "
+            "let the loader give lists"
+        )
     if callable(batch):
         return batch
     if type(batch) in (list, tuple):
