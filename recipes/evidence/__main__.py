@@ -15,7 +15,7 @@ from recipes.evidence import commands
 from recipes.evidence.plan import STAGES
 from recipes.evidence.workloads import (
     ARMS,
-    BY_ACCURACY,
+    CHOSEN_OTHERWISE,
     COMPETITORS,
     EXPLORED,
     PROBE,
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--methods", nargs="+", choices=ARMS, default=list(ARMS), metavar="METHOD",
             help=f"all of them if left out: {', '.join(SEARCHES)}; LoRA with one change: {', '.join(COMPETITORS)}; "
-            f"{PROBE}; {', '.join(EXPLORED)}; and {BY_ACCURACY}",
+            f"{PROBE}; {', '.join([*EXPLORED, *CHOSEN_OTHERWISE])}",
         )  # fmt: skip
         command.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="both if left out")
         command.add_argument(

@@ -11,8 +11,8 @@ from recipes.evidence.search import Grid, arm_of, choose, common_grid
 from recipes.evidence.verdict import ends_early
 from recipes.evidence.workloads import (
     BASELINE,
-    BY_ACCURACY,
     CANDIDATE,
+    CHOSEN_OTHERWISE,
     COMPETITORS,
     EARLY_SEEDS,
     EXPLORED,
@@ -119,7 +119,7 @@ class Plan:
         probe = [arm for arm in self.arms if arm == PROBE]
         free = [arm for arm in self.arms if arm in competitors_of(self.settings)]
         others = [[arm] for arm in self.arms if arm in SEARCHES and arm not in PRIMARY]
-        explored = [arm for arm in self.arms if arm in EXPLORED or arm == BY_ACCURACY]
+        explored = [arm for arm in self.arms if arm in EXPLORED or arm in CHOSEN_OTHERWISE]
         # What decides the verdict comes first, so that runs which are stopped early still answer something.
         found = [self._search(primary, grid), self._tests(primary, grid), self._tests(probe, grid)]
         always = len(found)
@@ -155,9 +155,8 @@ class Plan:
         """What an arm is run with; None while that has not been chosen."""
         if arm == PROBE:
             return {}
-        if arm == BY_ACCURACY:
-            trials = self._finished_trials(BASELINE, grid)
-            return None if trials is None else choose(trials, by_accuracy=True)
+        if arm in CHOSEN_OTHERWISE:
+            return self._chosen_otherwise(arm, grid)
         changed = {**COMPETITORS, **EXPLORED}
         method = CANDIDATE if arm in EXPLORED else BASELINE
         chosen = self.chosen(arm if arm in SEARCHES else method, grid)
@@ -172,6 +171,14 @@ class Plan:
                 return None
             self._choices[method, grid] = choose(trials)
         return self._choices[method, grid]
+
+    def _chosen_otherwise(self, arm: str, grid: Grid) -> Config | None:
+        trials = self._finished_trials(CHOSEN_OTHERWISE[arm], grid)
+        if trials is None:
+            return None
+        if arm == "lora_by_accuracy":
+            return choose(trials, by_accuracy=True)
+        return choose([trial for trial in trials if "rho" in trial[0]])
 
     def _finished_trials(self, method: str, grid: Grid) -> list[tuple[Config, list[Row]]] | None:
         """The trials of a method's search on a grid with the rows of all seeds; None while one is not finished."""

@@ -159,14 +159,16 @@ EXPLORED: dict[str, Config] = {
     "efmlora_twice_the_steps": {"length_of_training": 2},
     "efmlora_rho_0": {"rho": 0.0},
     "efmlora_rank_2": {"rank": 2},
+    "efmlora_rho_0.1": {"rho": 0.1},
     "fmlora_unsearched": {},
 }
 """What each changes of EFMLoRA's chosen settings. No hypothesis rests on these runs, and they come last."""
 
-BY_ACCURACY = "lora_by_accuracy"
-"""LoRA with the trial of the highest validation accuracy; it comes last as well, and no hypothesis rests on it."""
+CHOSEN_OTHERWISE = {"lora_by_accuracy": BASELINE, "efmlora_above_0": CANDIDATE}
+"""Arms for which another trial of a method's search is chosen: the most accurate one, and the best with a rho above 0.
+No hypothesis rests on these either, and they come last as well. The methods whose search it is, by arm."""
 
-ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED, BY_ACCURACY)
+ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED, *CHOSEN_OTHERWISE)
 TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "early_stopping": "LoRA, early stopping",
     "label_smoothing": "LoRA, label smoothing 0.1",
@@ -176,8 +178,10 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "efmlora_twice_the_steps": "EFMLoRA, twice the steps",
     "efmlora_rho_0": "EFMLoRA's choice with rho 0",
     "efmlora_rank_2": "EFMLoRA, rank 2",
+    "efmlora_rho_0.1": "EFMLoRA's choice with rho 0.1",
     "fmlora_unsearched": "FMLoRA with EFMLoRA's choice",
-    BY_ACCURACY: "LoRA, chosen by accuracy",
+    "lora_by_accuracy": "LoRA, chosen by accuracy",
+    "efmlora_above_0": "EFMLoRA, best rho above 0",
 }
 """What the report calls each arm."""
 
@@ -191,6 +195,8 @@ def method_of(arm: str) -> str:
     """
     if arm in SEARCHES:
         return arm
+    if arm in CHOSEN_OTHERWISE:
+        return CHOSEN_OTHERWISE[arm]
     if arm == "fmlora_unsearched":
         return "fmlora"
     return CANDIDATE if arm in EXPLORED else BASELINE

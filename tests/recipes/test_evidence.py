@@ -32,7 +32,7 @@ from recipes.evidence.search import Grid
 from recipes.evidence.weights import restore
 from recipes.evidence.workloads import (
     ARMS,
-    BY_ACCURACY,
+    CHOSEN_OTHERWISE,
     COMPETITORS,
     EXPLORED,
     PROBE,
@@ -248,16 +248,18 @@ def test_the_order_of_a_plan(finished: tuple[Plan, list[Run]]) -> None:
 
 
 def test_what_is_explored_changes_efmloras_choice_and_comes_last(tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, ["lora", "efmlora", *EXPLORED, BY_ACCURACY])
+    plan = small_plan(tmp_path, ["lora", "efmlora", *EXPLORED, *CHOSEN_OTHERWISE])
     fake = Fake(gain=0.05)
     plan.work(fake, lambda run: None)
-    explored = {run.arm: run.config for run in fake.done[-100:]}
+    explored = {run.arm: run.config for run in fake.done[-140:]}
     assert explored == {
         "efmlora_twice_the_steps": {"learning_rate": 2e-3, "rho": 2.0, "length_of_training": 2},
         "efmlora_rho_0": {"learning_rate": 2e-3, "rho": 0.0},
         "efmlora_rank_2": {"learning_rate": 2e-3, "rho": 2.0, "rank": 2},
+        "efmlora_rho_0.1": {"learning_rate": 2e-3, "rho": 0.1},
         "fmlora_unsearched": {"learning_rate": 2e-3, "rho": 2.0},
         "lora_by_accuracy": {"learning_rate": 2e-3, "weight_decay": 0.1},
+        "efmlora_above_0": {"learning_rate": 2e-3, "rho": 2.0},
     }
 
 
@@ -275,7 +277,7 @@ def test_a_run_of_an_explored_arm_is_that_of_its_method() -> None:
 def test_the_runs_of_all_methods_are_counted_once(tmp_path: Path) -> None:
     pieces = small_plan(tmp_path).progress()
     assert [total for _, _, total, _ in pieces[:5]] == [105, 40, 20, 80, 45]
-    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 17 * 20
+    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15) * 3 + 19 * 20
 
 
 def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> Non
     tests = [run for run in fake.done if run.stage == "test"]
     assert {run.arm for run in tests[:16]} == {"lora", "efmlora"}
     # The probe stands beside every result, and what is explored goes with the runs that there are.
-    assert {run.arm for run in tests[16:]} == {PROBE, *EXPLORED, BY_ACCURACY}
+    assert {run.arm for run in tests[16:]} == {PROBE, *EXPLORED, *CHOSEN_OTHERWISE}
     assert {run.seed for run in tests[16:]} == set(range(8))
 
 
