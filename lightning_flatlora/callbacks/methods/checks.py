@@ -90,7 +90,7 @@ def warn_of_rounding(callback: object, what: str, parameters: Iterable[nn.Parame
     low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
     if low:
         rank_zero_warn(
-            f"{type(callback).__name__}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
+            f"{written_name(callback)}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
             "rho may be lost. Keep it in float32, as with precision='bf16-mixed'."
         )
 
@@ -114,6 +114,11 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
     return problems
 
 
+def written_name(callback: object) -> str:
+    """The name of the front end that the user wrote: FMLoRAModule for its FMLoRAModuleDriver."""
+    return type(callback).__name__.removeprefix("_").removesuffix("Driver")
+
+
 def refuse(callback: object, problems: list[str]) -> None:
     """Raise one error that lists all problems, if there are any."""
     if problems:
@@ -122,8 +127,7 @@ def refuse(callback: object, problems: list[str]) -> None:
 
 def message(callback: object, problems: list[str]) -> str:
     """One message for all problems, headed by the name of the front end that the user wrote."""
-    # A user writes FMLoRAModule, and the problems are those of its FMLoRAModuleDriver.
-    name = type(callback).__name__.removeprefix("_").removesuffix("Driver")
+    name = written_name(callback)
     if len(problems) == 1:
         return f"{name}: {problems[0]}"
     return "\n".join([f"{name}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

@@ -18,6 +18,7 @@ from lightning_flatlora.callbacks.methods.checks import (
     optimizer_problems,
     refuse,
     value_problems,
+    written_name,
 )
 from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.methods.hidden_steps import refuse_hidden_steps
@@ -136,7 +137,7 @@ class MethodCallback(ScheduledSize):
         problems += self.horizon_problems(trainer, pl_module)
         refuse(self, problems)
         if self.search.left_out:
-            rank_zero_info(f"{type(self).__name__} leaves unperturbed: " + "; ".join(self.search.left_out))
+            rank_zero_info(f"{written_name(self)} leaves unperturbed: " + "; ".join(self.search.left_out))
         self.install(trainer, pl_module)
         self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
 

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods import sizes
-from lightning_flatlora.callbacks.methods.checks import refuse
+from lightning_flatlora.callbacks.methods.checks import refuse, written_name
 from lightning_flatlora.callbacks.methods.horizon import horizon_problems, no_end, optimizer_steps
 from lightning_flatlora.callbacks.methods.module_passes import module_passes_of, window_of
 from lightning_flatlora.callbacks.methods.pair_callback import PairCallback
@@ -107,7 +107,7 @@ class ScheduledSize(PairCallback):
         """
         if self.main_group.step == 0 and trainer.global_step > 0 and sizes.lacks_horizon(self.size):
             rank_zero_warn(
-                f"{type(self).__name__} was not part of this run until now, at step {trainer.global_step} of "
+                f"{written_name(self)} was not part of this run until now, at step {trainer.global_step} of "
                 f"{self._horizon:g}. {self._size_argument} begins at its own step 0 and will not come to its end: set "
                 "its total_steps to the steps that are left"
             )

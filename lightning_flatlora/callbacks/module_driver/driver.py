@@ -128,6 +128,12 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
         self._is_set_up = False
         self.second_pass = SecondPass(nn.Module())
 
+    @override
+    def warn_of_late_start(self, trainer: Trainer) -> None:
+        # Beside EFMLoRA that callback has the count.
+        if self._efmlora is None:
+            super().warn_of_late_start(trainer)
+
     def ascends(self, trainer: Trainer) -> bool:
         """Whether the coming step has two passes; never while a tuner has removed our callbacks."""
         if not self._is_set_up:
