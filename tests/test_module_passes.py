@@ -102,14 +102,6 @@ def test_both_passes_draw_the_same_masks(tmp_path, front_end, others):
     assert not any(same(one, two) for one, two in pairwise(firsts))
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_second_pass_without_loss_is_an_error(tmp_path, front_end):
-    module, callbacks, kwargs = build(front_end)
-    module.inside.append(lambda module, _: "skip" if is_perturbed(module) else None)
-    with pytest.raises(RuntimeError, match=r"None in .*second pass"):
-        fit(tmp_path, module, callbacks, **kwargs)
-
-
 @pytest.mark.parametrize("wrong", [3.0, "loss", {"value": 1}])
 def test_compute_loss_must_return_a_loss(tmp_path, wrong):
     class Wrong(TwoPassClassifier):

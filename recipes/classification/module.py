@@ -115,7 +115,8 @@ class TextClassifier(RecipeModule):
     def _check_lengths(self, net: PeftModel) -> None:
         """Refuse texts that are longer than a model with learnt positions can read."""
         places = positions(net)
-        longest = max(max(rows["length"], default=0) for rows in self.data.parts.values())
+        lengths = [max(rows["length"]) for rows in self.data.parts.values() if len(rows)]
+        longest = max(lengths, default=0)
         if places is not None and longest > places:
             raise MisconfigurationException(
                 f"model={self.model_name!r} reads {places} tokens, and the longest text has {longest}: set "

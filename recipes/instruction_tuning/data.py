@@ -183,9 +183,10 @@ class InstructionData(ResumableData):
             raise MisconfigurationException(
                 "test_share=0 leaves nothing to test: set test_split, or give it a part of the questions"
             )
-        self._conversation_lengths[part] = max(kept["length"]) if len(kept) else 0
-        if part != "train":
-            self._prompt_lengths[part] = max((len(ids) for ids in kept["prompt_ids"]), default=0)
+        if len(kept):
+            self._conversation_lengths[part] = max(kept["length"])
+        if len(kept) and part != "train":
+            self._prompt_lengths[part] = max(len(ids) for ids in kept["prompt_ids"])
         return self._packed(kept) if part == "train" and self.packing else kept
 
     def _packed(self, rows: Any) -> Any:
