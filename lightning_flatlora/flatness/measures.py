@@ -37,14 +37,7 @@ class Point:
         at: the loss and its gradient at the clean weights, where they are known already.
         loss_scale: see :func:`loss_gradient`.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora import find_pairs
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
-        >>> point = Point(loss, Perturbation(find_pairs(model).pairs), rho=0.1)
-        >>> [pair.name for pair in point.pairs]
-        ['base_model.model.0.lora_B.default.weight']
+    The example of :func:`measure` makes one.
     """
 
     loss: Loss

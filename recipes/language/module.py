@@ -123,10 +123,14 @@ class LanguageModel(EvaluatedModule):
             with self.trainer.precision_plugin.forward_context():
                 check_packing(self.net, min(data.batch_size, 2), self.device)
 
+    def readable_tokens(self, net: PeftModel) -> int | None:
+        """The most tokens of a text; None where there is no bound."""
+        return positions(net)
+
     def _check_lengths(self, net: PeftModel) -> None:
-        """Refuse texts that are longer than a model with learnt positions can read."""
+        """Refuse texts that are longer than the model can read."""
         data: Any = getattr(self._trainer, "datamodule", None)
-        places = positions(net)
+        places = self.readable_tokens(net)
         # A user's own data module need not say how long its texts are.
         if places is None or not hasattr(data, "longest"):
             return

@@ -72,6 +72,13 @@ class TextGenerator(LanguageModel):
         return add_adapter(base, self.lora)
 
     @override
+    def readable_tokens(self, net: PeftModel) -> int | None:
+        """Without learnt positions as well, no more than the model's configuration names."""
+        config: Any = net.config
+        learnt, named = super().readable_tokens(net), getattr(config, "max_position_embeddings", None)
+        return min((places for places in (learnt, named) if places is not None), default=None)
+
+    @override
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss per token of the texts, in nats, with label smoothing; logged as ``train_loss``."""
         assert self.net is not None  # configure_model comes first

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,14 @@ from scipy import stats
 
 pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
+from evidence_runs import SETTINGS, Fake
+
+from recipes.evidence.plan import STAGES, Plan
+from recipes.evidence.run import Run
 from recipes.evidence.search import Grid, arm_of, choose, common_grid
 from recipes.evidence.verdict import difference, ends_early, seeds_to_decide, verdict
 from recipes.evidence.workloads import LEARNING_RATES, SEARCHES, Config
+from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate
 
 
@@ -171,3 +177,20 @@ def test_a_choice_at_an_end_extends_the_grid_of_all_until_it_is_not() -> None:
 def test_the_weakest_setting_is_no_end() -> None:
     assert Grid().extended("efmlora", {"learning_rate": 1e-3}) == Grid()
     assert Grid().extended("lora", {"learning_rate": 5e-4, "dropout": 0.3}) == Grid(lower_rates=1, further=1)
+
+
+class Harmed(Fake):
+    """Any rho makes it worse, and a larger one more."""
+
+    def __call__(self, run: Run, folder: Path | None = None) -> Row:
+        row = super().__call__(run, folder)
+        row["validation_loss"] += run.config.get("rho", 0.0)
+        return row
+
+
+def test_the_best_trial_above_0_is_not_the_one_that_the_search_chooses(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, "tiny", SETTINGS, ["lora", "efmlora", "efmlora_above_0"], STAGES, range(1))
+    plan.work(Harmed(gain=0.0), lambda run: None)
+    grid = common_grid(plan.chosen)
+    assert plan.config_of("efmlora", grid) == {"learning_rate": 2e-3}
+    assert plan.config_of("efmlora_above_0", grid) == {"learning_rate": 2e-3, "rho": 0.5}

@@ -295,3 +295,8 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 def test_bad_models_are_refused_before_training(options: list[str], message: str, model: str, e2e: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         run("fit", model, e2e, *options)
+
+
+def test_rotary_models_read_no_more_than_their_configuration_names(tiny: str) -> None:
+    net = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    assert TextGeneration().readable_tokens(net) == net.config.max_position_embeddings
