@@ -1,6 +1,7 @@
 """The labels of a table: classes by name or numbers to predict, with the rows that have none."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,10 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    values = [_whole(value) for value in table[column] if value is not None]
+    given = [value for value in table[column] if value is not None]
+    values = [_number(value) for value in given]
+    if any(isinstance(value, str) for value in values):  # then "1" is a name as well
+        values = given
     # Before they are made a set, which lists can't be in. Numbers beside names have no order.
     of_one_kind = int if values and isinstance(values[0], int) else str
     odd = [value for value in values if not isinstance(value, of_one_kind)]
@@ -53,7 +57,8 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
     feature = table.features[column]
     labels: list[int | None] = []
     for given in table[column]:
-        value = _whole(given)
+        is_name = isinstance(given, str) and given in places
+        value: Any = given if is_name else _number(given)
         name = None if value is None else str(value)
         if isinstance(feature, datasets.ClassLabel) and value is not None:
             name = feature.int2str(value) if value >= 0 else None
@@ -68,8 +73,11 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
     return labels
 
 
-def _whole(value: Any) -> Any:
-    """A class's number as an integer: beside missing labels, a CSV file's integers become floats."""
+def _number(value: Any) -> Any:
+    """A class that is written as a number, as in the texts of a CSV file: 1 for 1.0, "1" and "1.0"; others as given."""
+    # Not "01", which may be another class than "1".
+    if isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?", value):
+        value = float(value) if "." in value else int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -79,15 +87,20 @@ def numbers(table: Any, column: str, source: str) -> list[float | None]:
     Raises:
         MisconfigurationException: the column holds something else.
     """
-    values = table[column]
-    for value in values:
-        if value is not None and (not isinstance(value, int | float) or math.isinf(value)):
+    values: list[float | None] = []
+    for given in table[column]:
+        try:
+            value = math.nan if given is None else float(given)  # a CSV file holds texts, such as "3.5"
+        except (TypeError, ValueError):
+            value = math.inf
+        if math.isinf(value):
             raise MisconfigurationException(
-                f"{source}: the column {column!r} must hold numbers for a regression, got {value!r}"
+                f"{source}: the column {column!r} must hold numbers for a regression, got {given!r}"
             )
+        values.append(None if math.isnan(value) else value)
     if set(values) == {-1}:
         return [None] * len(values)
-    return [None if value is None or math.isnan(value) else float(value) for value in values]
+    return values
 
 
 def labelled(labels: Sequence[Any], column: str, source: str, skip: bool) -> list[int]:

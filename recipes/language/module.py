@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor
@@ -135,13 +136,17 @@ class LanguageModel(EvaluatedModule):
         if places is None or not hasattr(data, "longest"):
             return
         row, prompt = data.longest()
-        written = prompt + self.max_new_tokens if prompt else 0
+        written = prompt + self.max_new_tokens if prompt and self.writes_answers() else 0
         if max(row, written) > places:
             raise MisconfigurationException(
                 f"model={self.model_name!r} reads {places} tokens. The longest text has {row}, and the longest prompt "
                 f"to answer has {prompt} and max_new_tokens={self.max_new_tokens} besides: set data.max_length or "
                 "max_new_tokens lower, or take another model"
             )
+
+    def writes_answers(self) -> bool:
+        """Whether this stage generates answers to the data's prompts."""
+        return self.exact_match_examples > 0 or self.trainer.state.fn == TrainerFn.PREDICTING
 
     def load_net(self) -> PeftModel:
         """The pretrained model with a new adapter."""

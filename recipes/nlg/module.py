@@ -79,6 +79,10 @@ class TextGenerator(LanguageModel):
         return min((places for places in (learnt, named) if places is not None), default=None)
 
     @override
+    def writes_answers(self) -> bool:
+        return True  # a text for each meaning, which the metrics compare
+
+    @override
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss per token of the texts, in nats, with label smoothing; logged as ``train_loss``."""
         assert self.net is not None  # configure_model comes first

@@ -13,6 +13,8 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_flatlora.report.data import csv_options
+
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
@@ -44,9 +46,8 @@ def read_table(
             if not path.is_file():
                 raise MisconfigurationException(f"dataset={name!r}: there is no such file")
             refuse_split_of_file(name, split)
-            # pandas takes the words None, NA, null and nan for nothing, which may be a class or an answer.
-            options = {"keep_default_na": False, "na_values": [""]} if ending == ".csv" else {}
             files = glob.escape(str(path))
+            options = csv_options(files) if ending == ".csv" else {}
             return datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
         return datasets.load_dataset(name, config_name, split=split, revision=revision)
     except MisconfigurationException:

@@ -13,7 +13,7 @@ datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are
 transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
 from recipes.classification import data as recipe_data  # noqa: E402
-from recipes.classification.labels import class_labels, class_names  # noqa: E402
+from recipes.classification.labels import class_labels, class_names, numbers  # noqa: E402
 from recipes.shared.cli import RecipeCLI  # noqa: E402
 from recipes.shared.data import read_table  # noqa: E402
 
@@ -199,13 +199,42 @@ def test_labels_of_two_kinds_are_refused(labels: list[Any]) -> None:
         class_names(table, "label", "data")
 
 
-def test_classes_of_a_csv_file_beside_missing_labels(tmp_path: Path) -> None:
-    """pandas makes numbers of them that have a point."""
+@pytest.mark.parametrize(
+    ("written", "classes", "places"),
+    [
+        (["1", "", "0"], ["0", "1"], [1, None, 0]),
+        (["1.0", "", "0.0"], ["0", "1"], [1, None, 0]),  # as pandas saves integers beside missing ones
+        (["10", "2", "-1"], ["2", "10"], [1, 0, None]),
+        (["01", "1", "007"], ["007", "01", "1"], [1, 2, 0]),
+        (["1", "one", "1.0"], ["1", "1.0", "one"], [0, 2, 1]),
+        (["True", "False", "nan"], ["False", "True", "nan"], [1, 0, 2]),
+        (["12345678901234567891", "12345678901234567890", ""], None, [1, 0, None]),
+    ],
+)
+def test_classes_of_a_csv_file(
+    written: list[str], classes: list[str] | None, places: list[int | None], tmp_path: Path
+) -> None:
     file = tmp_path / "data.csv"
-    file.write_text("text,label\na,1\nb,\nc,0\n")
+    rows = [f"a,{label}" for label in written]
+    file.write_text("\n".join(["text,label", *rows]))
     table = read_table(str(file), "train")
-    assert class_names(table, "label", "data") == ["0", "1"]
-    assert class_labels(table, "label", ["0", "1"], "data") == [1, None, 0]
+    found = class_names(table, "label", "data")
+    assert found == (classes or sorted(written)[1:])
+    assert class_labels(table, "label", found, "data") == places
+
+
+def test_numbers_of_a_csv_file(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\na,0.5\nb,\nc,-1e3\n")
+    table = read_table(str(file), "train")
+    assert numbers(table, "label", "data") == [0.5, None, -1000.0]
+
+
+def test_decimal_numbers_of_a_csv_file_are_no_classes(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\na,0.5\nb,1\nc,2.25\n")
+    with pytest.raises(MisconfigurationException, match=r"'label' must hold .* set regression to true"):
+        class_names(read_table(str(file), "train"), "label", "data")
 
 
 def test_labels_that_are_lists_are_refused(tiny: str, write: Any) -> None:

@@ -41,6 +41,24 @@ def test_words_that_pandas_takes_for_nothing_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_datasets")
+def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
+    """Numbers too, and in a column that has texts only after more rows than pandas judges it by."""
+    file = tmp_path / "sums.csv"
+    rows = [f"{i} + 0?,{i}.50" for i in range(10_001)]
+    file.write_text("\n".join(["instruction,output", *rows, "who?,me"]), encoding="utf-8")
+    outputs = read_table(str(file), "train")["output"][:]
+    assert (outputs[0], outputs[10_000], outputs[10_001]) == ("0.50", "10000.50", "me")
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_a_csv_file_with_more_values_than_names_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "commas.csv"
+    file.write_text("text,label\nGood, but long,1\nBad, and long,0\n", encoding="utf-8")
+    with pytest.raises(MisconfigurationException, match=r"more values than the header has names.*quotation marks"):
+        read_table(str(file), "train")
+
+
+@pytest.mark.usefixtures("own_datasets")
 def test_why_a_file_cannot_be_read_is_said(tmp_path: Path) -> None:
     file = tmp_path / "cut.jsonl"
     file.write_text('{"text": "a", "label": 1}\n{"text": "b', encoding="utf-8")

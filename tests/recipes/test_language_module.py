@@ -104,12 +104,15 @@ def test_conversations_longer_than_a_model_reads_are_refused(tiny: str, sums: st
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
     lora = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
 
-    def fit(**options: Any) -> L.Trainer:
-        model = InstructionTuning(model=str(tmp_path / "short"), lora=lora, max_new_tokens=1, exact_match_examples=0)
+    def fit(exact_match_examples: int = 0, **options: Any) -> L.Trainer:
+        model = InstructionTuning(model=str(tmp_path / "short"), lora=lora, exact_match_examples=exact_match_examples)
         runner = trainer(tmp_path, max_steps=1, limit_val_batches=0)
         runner.fit(model, InstructionData(sums, batch_size=4, **options))
         return runner
 
     with pytest.raises(MisconfigurationException, match=r"reads 48 tokens. The longest text .*data.max_length"):
         fit()
+    # An answer of max_new_tokens has no room, which matters where one is written.
+    with pytest.raises(MisconfigurationException, match=r"reads 48 tokens. .*max_new_tokens=64"):
+        fit(max_length=48, exact_match_examples=1)
     assert fit(max_length=48).global_step == 1

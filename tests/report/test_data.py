@@ -10,7 +10,7 @@ from report_models import make_tokenizer, save_adapter, save_base, write_rows
 from torch.nn.functional import cross_entropy
 
 from lightning_flatlora.report.adapters import Adapted, load
-from lightning_flatlora.report.data import IGNORED, chat, mean_loss, read_rows
+from lightning_flatlora.report.data import IGNORED, _class, chat, mean_loss, read_rows
 from lightning_flatlora.report.options import AdapterFolder, Options, ReportError
 
 
@@ -41,6 +41,18 @@ def test_every_format_is_read(suffix: str, adapters: tuple[Path, Path], tmp_path
     table = datasets.Dataset.from_dict({"text": ["a b", "c"], "label": [0, 1]})
     {".csv": table.to_csv, ".parquet": table.to_parquet}.get(suffix, table.to_json)(path)
     assert sorted(row["text"] for row in read_rows(options(adapters[0], path))) == ["a b", "c"]
+
+
+def test_values_of_a_csv_file_stay_as_they_are_written(adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "data [1].CSV"
+    path.write_text("text,label\n007,1\nNA,0\n")
+    rows = read_rows(options(adapters[0], path))
+    assert sorted((row["text"], row["label"]) for row in rows) == [("007", "1"), ("NA", "0")]
+
+
+@pytest.mark.parametrize(("label", "number"), [("1", 1), ("one", 1), ("0", 2)])
+def test_a_class_by_its_number_or_its_name(label: str, number: int) -> None:
+    assert _class(label, {"zero": 0, "one": 1, "0": 2}) == number
 
 
 def test_examples_are_drawn_with_the_seed(adapters: tuple[Path, Path], tmp_path: Path) -> None:
@@ -187,6 +199,9 @@ def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path)
     (tmp_path / "broken.csv").write_text('text,label\n"a\n')
     with pytest.raises(ReportError, match=r"broken.csv can't be read \(.*Error tokenizing data"):
         read_rows(options(adapters[0], tmp_path / "broken.csv"))
+    (tmp_path / "commas.csv").write_text("text,label\nGood, but long,1\n")
+    with pytest.raises(ReportError, match=r"commas.csv can't be read .*the first row has more values than the header"):
+        read_rows(options(adapters[0], tmp_path / "commas.csv"))
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(ReportError, match=r"is empty|corresponds to no data"):
         read_rows(options(adapters[0], tmp_path / "empty.parquet"))
