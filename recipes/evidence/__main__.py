@@ -28,8 +28,6 @@ from recipes.evidence.workloads import (
 )
 from recipes.shared.precision import PRECISION_HELP, Precision
 
-_OF_KEPT = ("robustness", "flatness")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Do one of the commands; returns the exit status."""
@@ -72,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _workloads_of(name: str) -> list[str]:
-    """Those that a command is for: of a run on several tasks, there is no single adapter with its head to judge."""
+    """Those that a command is for: the loss around an adapter is measured where there is one adapter with one head."""
     if name == "merge_weights":
         return [one for one in WORKLOADS if is_merging(WORKLOADS[one])]
-    return [one for one in WORKLOADS if name not in _OF_KEPT or not has_tasks(WORKLOADS[one])]
+    return [one for one in WORKLOADS if name != "flatness" or not has_tasks(WORKLOADS[one])]
 
 
 def _add_folder(command: argparse.ArgumentParser, folder: Path = Path("runs/evidence")) -> None:

@@ -57,10 +57,11 @@ def judge(kept: Kept, folder: Path) -> Row:
     began, processor = time.perf_counter(), time.process_time()
     encoder = encoder_of(kept.run.settings)
     batches = {"train": training_batches(kept.run, encoder), "validation": batches_of(kept.run, encoder, "validation")}
-    row = kept.key() | _norms(restored(kept, folder))
+    data = kept.run.settings["data"]
+    row = kept.key() | _norms(restored(kept, folder)[data])
     for part in PARTS:
         # Anew, since measuring the curvature splits s B A into other factors.
-        row[part] = measured(restored(kept, folder), batches[part])
+        row[part] = measured(restored(kept, folder)[data], batches[part])
     seconds = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - processor}
     return row | seconds | surroundings()
 

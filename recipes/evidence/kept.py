@@ -1,14 +1,17 @@
 """Finished runs whose weights are kept, and ways to judge these once more. Nothing is trained."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import Plan, key_of_row
 from recipes.evidence.run import Run, encoder_of
 from recipes.evidence.weights import restore
+from recipes.evidence.workloads import Settings, has_tasks, is_in_turn, is_merging
 from recipes.language import texts
 from recipes.shared.ledger import Ledger, Row
 
@@ -75,11 +78,27 @@ def work(runs: Iterable[Kept], path: Path, judge: Judge, report: Callable[[int],
             report(len(runs) - len(left))
 
 
-def restored(kept: Kept, folder: Path) -> ShotsClassifier:
-    """A new module with the kept weights, in float32."""
+def restored(kept: Kept, folder: Path) -> dict[str, ShotsClassifier]:
+    """New modules with the kept weights, in float32, by the data that each is for.
+
+    A run on several tasks has a module for each: with the task's head, and with its own adapter before merging (W3) or
+    a copy of the one that has learned them in turn (W5).
+    """
     settings = kept.run.settings
-    module = ShotsClassifier(
-        encoder_of(settings), len(texts.TASKS[settings["data"]].classes), settings, kept.run.config
-    )
-    restore(module, folder / kept.weights)
-    return module
+    modules = {}
+    for data in settings["tasks"] if has_tasks(settings) else [settings["data"]]:
+        classes = len(texts.TASKS[data].classes)
+        modules[data] = ShotsClassifier(encoder_of(settings), classes, settings, kept.run.config)
+    for part in _as_written(modules, settings):
+        restore(part, folder / kept.weights)
+    return modules
+
+
+def _as_written(modules: Mapping[str, ShotsClassifier], settings: Settings) -> list[nn.Module]:
+    """What the modules are parts of, each with the names and the shapes of the file of weights."""
+    if is_merging(settings):
+        return [nn.ModuleDict(modules)]
+    if is_in_turn(settings):
+        heads = nn.ModuleDict({task: module.head for task, module in modules.items()})
+        return [nn.ModuleDict({"adapter": module.net, "heads": heads}) for module in modules.values()]
+    return list(modules.values())

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
-from recipes.evidence.kept import Kept
+from recipes.evidence.kept import Kept, restored
 from recipes.evidence.kept_report import difference_cell, with_judgements
 from recipes.evidence.merging import merged
 from recipes.evidence.module import ShotsClassifier, plain_logits
@@ -23,9 +23,7 @@ from recipes.evidence.report import Report
 from recipes.evidence.run import Run, batches_of, encoder_of, surroundings
 from recipes.evidence.scores import scores
 from recipes.evidence.verdict import difference
-from recipes.evidence.weights import restore
 from recipes.evidence.workloads import BASELINE, TITLES
-from recipes.language import texts
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import Table
@@ -46,7 +44,7 @@ def judge(kept: Kept, folder: Path) -> Row:
         ``seconds``, ``device``, ``commit`` and versions.
     """
     began = time.perf_counter()
-    modules = _restored(kept, folder)
+    modules = restored(kept, folder)
     ways = {}
     for way, weights in WEIGHTS.items():
         losses = {}
@@ -80,17 +78,6 @@ def _geometry(updates: Sequence[Tensor]) -> dict[str, float]:
     cosines = [float(torch.cosine_similarity(one, other, dim=0)) for one, other in combinations(updates, 2)]
     norms = [float(update.norm()) for update in updates]
     return {"update_norm": statistics.mean(norms), "update_cosine": statistics.mean(cosines)}
-
-
-def _restored(kept: Kept, folder: Path) -> dict[str, ShotsClassifier]:
-    """The modules of all tasks, with their kept weights."""
-    run = kept.run
-    encoder = encoder_of(run.settings)
-    modules = {}
-    for task in run.settings["tasks"]:
-        modules[task] = ShotsClassifier(encoder, len(texts.TASKS[task].classes), run.settings, run.config)
-    restore(nn.ModuleDict(modules), folder / kept.weights)
-    return modules
 
 
 def _scores(run: Run, modules: Mapping[str, ShotsClassifier], way: str, weight: float, part: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Kept adapters judged once more: rounded, at another scale, on texts with typos. Nothing is trained."""
 
+import statistics
 import time
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,8 @@ def judge(kept: Kept, folder: Path) -> Row:
 
     Returns:
         A JSON line: the run's key; ``conditions``, by name the :func:`~recipes.evidence.scores.both_scores` of the test
-        part and the ``temperature``, fitted on the validation part without typos, with the same change of the weights;
-        ``seconds``, ``device``, ``commit`` and versions.
+        part and the ``temperature``, fitted on the validation part without typos, with the same change of the weights,
+        means over the tasks where there are several; ``seconds``, ``device``, ``commit`` and versions.
     """
     began = time.perf_counter()
     found = {name: _scores(kept, folder, condition) for name, condition in CONDITIONS.items()}
@@ -34,21 +35,24 @@ def _scores(kept: Kept, folder: Path, condition: Condition) -> dict[str, float]:
     """In float32, in which rounding is what the condition does and nothing else."""
     settings = kept.run.settings
     encoder = encoder_of(settings)
+    most = settings.get("validation"), settings.get("test")
+    of_tasks = []
     # Anew for each condition, because merging and rounding can't be undone exactly.
-    module = restored(kept, folder)
-    if condition.change is not None:
-        condition.change(module)
-    validation = plain_logits(module, held_out(encoder, settings["data"], "validation"))
-    test = plain_logits(module, _test_batches(encoder, settings["data"], condition.typos))
-    temperature = fitted_temperature(*validation)
-    return {**both_scores(*test, temperature), "temperature": temperature}
+    for data, module in restored(kept, folder).items():
+        if condition.change is not None:
+            condition.change(module)
+        validation = plain_logits(module, held_out(encoder, data, "validation", most[0]))
+        test = plain_logits(module, _test_batches(encoder, data, condition.typos, most[1]))
+        temperature = fitted_temperature(*validation)
+        of_tasks.append({**both_scores(*test, temperature), "temperature": temperature})
+    return {name: statistics.mean(scores[name] for scores in of_tasks) for name in of_tasks[0]}
 
 
 @cache
-def _test_batches(encoder: CutEncoder, data: str, typos: float) -> list[Batch]:
+def _test_batches(encoder: CutEncoder, data: str, typos: float, most: int | None = None) -> list[Batch]:
     """The lower layers compute the texts with typos once in a process, too."""
     if not typos:
-        return held_out(encoder, data, "test")
-    examples = texts.parts(data)["test"]
+        return held_out(encoder, data, "test", most)
+    examples = texts.parts(data)["test"][:most]
     typed = [example._replace(text=with_typos(example.text, typos)) for example in examples]
     return evaluation_batches(typed, encoder.states)

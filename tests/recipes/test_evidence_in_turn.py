@@ -21,9 +21,12 @@ from recipes.evidence import __main__ as command
 from recipes.evidence import commands
 from recipes.evidence import tasks as on_tasks
 from recipes.evidence.__main__ import main
+from recipes.evidence.conditions import AS_TRAINED, scale_adapter
 from recipes.evidence.in_turn import perform_in_turn
+from recipes.evidence.kept import Kept, restored
 from recipes.evidence.module import ShotsClassifier, trained_parameters
 from recipes.evidence.plan import RESULTS, key_of_row
+from recipes.evidence.robustness import judge
 from recipes.evidence.run import Run, perform
 from recipes.evidence.tasks import CLASSES, judged_after_training, judged_again, short, trained
 from recipes.evidence.workloads import COMPETITORS, PROBE, WORKLOADS, Config
@@ -176,6 +179,20 @@ def test_the_kept_weights_are_those_that_the_end_is_judged_by(tmp_path: Path) ->
         module.head.load_state_dict({name: found[f"heads.{task}.{name}"] for name in ("weight", "bias")})
         again = judged_again(of_task(RUN, task), module, tiny_encoder())
         assert again["test_loss"] == row["after"]["3"][task]["test_loss"]
+
+
+def test_the_last_adapter_is_judged_with_each_head_under_other_conditions(tmp_path: Path) -> None:
+    row = perform_in_turn(RUN, tmp_path)
+    kept = Kept(RUN, row["weights"])
+    conditions = judge(kept, tmp_path)["conditions"]
+    for name in ("accuracy", "loss", "ece", "brier", "loss_scaled"):
+        assert conditions[AS_TRAINED][name] == pytest.approx(row[f"test_{name}"], rel=1e-6)
+    halved = []
+    for task, module in restored(kept, tmp_path).items():
+        scale_adapter(module, 0.5)
+        halved.append(judged_again(of_task(RUN, task), module, tiny_encoder())["test_loss"])
+    assert conditions["scale_0.5"]["loss"] == pytest.approx(sum(halved) / len(TASKS), rel=1e-6)
+    assert conditions["scale_0.5"]["loss"] != conditions[AS_TRAINED]["loss"]
 
 
 def test_a_search_does_not_see_the_test_part(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from recipes.evidence import __main__ as command
-from recipes.evidence import commands, demo, merge_weights
+from recipes.evidence import commands, demo, merge_weights, robustness
 from recipes.evidence import plan as planning
 from recipes.evidence.__main__ import main
+from recipes.evidence.conditions import AS_TRAINED, CONDITIONS
 from recipes.evidence.merging import FEWER, WAYS, merged, perform_merging
 from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import RESULTS
@@ -293,6 +294,19 @@ def test_the_weights_of_the_runs_give_the_figures_of_the_runs(
         assert found["update_norm"] > 0
 
 
+def test_the_adapters_before_merging_are_judged_under_other_conditions(options: list[str], tmp_path: Path) -> None:
+    assert main(["robustness", *options]) == 0
+    judged = [json.loads(line) for line in (tmp_path / robustness.RESULTS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
+    assert len(judged) == len(rows) == 2
+    for row, found in zip(rows, judged, strict=True):
+        for entry in ("accuracy", "loss"):
+            expected = sum(row["single"][task][f"test_{entry}"] for task in TASKS) / len(TASKS)
+            assert found["conditions"][AS_TRAINED][entry] == pytest.approx(expected, rel=1e-6)
+        losses = [scores["loss"] for scores in found["conditions"].values()]
+        assert len(set(losses)) == len(CONDITIONS)
+
+
 def test_norms_and_cosines_are_those_of_the_dense_updates() -> None:
     modules = adapters(3)
     whole = torch.cat([updates(modules, layer).flatten(1) for layer in LAYERS], dim=1)
@@ -312,7 +326,7 @@ def test_the_weight_is_the_best_on_validation_and_nothing_is_judged_twice(
             losses = of_way["validation_loss"]
             assert len(losses) == len(merge_weights.WEIGHTS[way])
             assert losses[f"{of_way['weight']:.4g}"] == min(losses.values())
-    monkeypatch.setattr(merge_weights, "_restored", lambda *arguments: pytest.fail("judged twice"))
+    monkeypatch.setattr(merge_weights, "restored", lambda *arguments: pytest.fail("judged twice"))
     assert main(["merge_weights", *options]) == 0
     assert "Kept adapters: 2 of 2" in capsys.readouterr().out
     # One run of each arm is no search, so the report has no table of test runs.
@@ -346,11 +360,9 @@ def test_the_demo_has_seeds_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("workload", ["w3", "w5"])
-def test_a_run_on_several_tasks_is_not_judged_under_other_conditions(
-    workload: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_loss_around_several_adapters_is_not_measured(workload: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["robustness", "--workload", workload])
+        main(["flatness", "--workload", workload])
     assert f"invalid choice: '{workload}'" in capsys.readouterr().err
 
 
