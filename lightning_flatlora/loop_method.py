@@ -38,6 +38,11 @@ class LoopMethod(ABC):
     """
 
     takes_two_passes: ClassVar[bool] = False
+    # What to do about a step that nothing announced; whoever drives this object says it in other words.
+    remedy_of_steps = (
+        "run forward and backward inside of flat.training_passes(), and call flat.before_step() between backward and "
+        "optimizer.step(). To go on without the method, call flat.close()"
+    )
     # Set before __init__ by the method that takes it as an argument, so that the other one refuses it.
     beta: float = 1.0
     sync_ascent: bool = False
@@ -59,6 +64,11 @@ class LoopMethod(ABC):
         problems = checks.value_problems("rho", rho, start_step, every_n_steps, adapter_name, finder)
         problems += checks.perturbation_problems(self.beta, estimator, norm_scope)
         problems += [] if total_steps is None else checks.integer_problems("total_steps", total_steps, 1)
+        # A DeepSpeed engine brings its own optimizer.
+        is_optimizer = hasattr(optimizer, "param_groups") or is_engine(model)
+        if not isinstance(model, nn.Module) or not is_optimizer:
+            given = f"{type(model).__name__} and {type(optimizer).__name__}"
+            checks.refuse(self, [*problems, f"the first two arguments must be a model and its optimizer, got {given}"])
         problems += wrapping_problems(model, takes_two_passes=self.takes_two_passes)
         problems += checks.optimizer_problems([optimizer])
         if not self.sync_ascent and self.takes_two_passes and is_sharded(model):
@@ -73,6 +83,7 @@ class LoopMethod(ABC):
         self._horizon = math.inf if total_steps is None else total_steps
         self._group = PairGroup(0)
         self._begins_window = True
+        self._may_step = False
         self._is_closed = False
         self._start(PairWatch(unwrapped(model), adapter_name, finder))
 
@@ -83,7 +94,7 @@ class LoopMethod(ABC):
         if not search.pairs:
             raise NoPairsError(watch.refusal(search))
         assignment = assign_pairs(search.pairs, [self._optimizer])
-        problems = []
+        problems = watch.merge_problems()
         if assignment.orphans:
             problems.append(
                 f"trainable LoRA factors are not in the optimizer, as {assignment.orphans[0].name}: give them to it, "
@@ -132,6 +143,7 @@ class LoopMethod(ABC):
         self._move_average()
         self._group.step += 1
         self._begins_window = True
+        self._may_step = True
 
     @abstractmethod
     def _move_average(self) -> None:
@@ -205,11 +217,11 @@ class LoopMethod(ABC):
             self._step_hook = _STEP_HOOKS[optimizer] = optimizer.register_step_pre_hook(self._check_step)
 
     def _check_step(self, *args: Any) -> None:
-        if not self._begins_window:
+        if not self._may_step:
             raise RuntimeError(
-                f"the optimizer was about to step after a pass of {type(self).__name__} and without its before_step: "
-                "call flat.before_step() between backward and optimizer.step()"
+                f"the optimizer was about to step without {type(self).__name__}'s before_step: {self.remedy_of_steps}"
             )
+        self._may_step = False
 
     # -- the model may change
 

@@ -136,6 +136,16 @@ class FMLoRA(LoopMethod):
         self.sync_ascent = sync_ascent
         super().__init__(model, optimizer, rho, **settings)
         self._second_pass = SecondPass(unwrapped(model), is_sharded(model))
+        self._lacks_second_pass = False
+
+    @override
+    def before_step(self) -> None:
+        if self._lacks_second_pass:
+            raise RuntimeError(
+                "FMLoRA.before_step came after the first of two passes, whose gradient is plain LoRA's: run both, "
+                "`for each_pass in flat.training_passes():` and in it `with each_pass:`"
+            )
+        super().before_step()
 
     @override
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:
@@ -181,9 +191,11 @@ class FMLoRA(LoopMethod):
             if self.sync_ascent and not sharded:
                 average_gradients(trained_factors(perturbation.pairs))
             perturbation.assign(perturbation.ascend(self.current_rho, at_perturbed=False))
+        self._lacks_second_pass = True
 
     @contextmanager
     def _descent(self, perturbation: Perturbation) -> Iterator[None]:
         """The second pass: the same random numbers at B + E."""
+        self._lacks_second_pass = False
         with perturbation.applied(), self._second_pass.running():
             yield

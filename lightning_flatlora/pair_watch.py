@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_flatlora.lora_pair import Finder, LoRAPair, PairSearch, pairs_from, search_found
-from lightning_flatlora.pairs import check_adapter, factors_of, lora_layers, nothing_found, search_layers
+from lightning_flatlora.pairs import check_adapter, clean_name, factors_of, lora_layers, nothing_found, search_layers
 
 
 class PairWatch:
@@ -131,6 +131,13 @@ class PairWatch:
         known = {pair.name for pair in self.pairs}
         self.resting = [name for name in search.resting if name not in known]
         return PairSearch(self.pairs, search.left_out, self.resting)
+
+    def merge_problems(self) -> list[str]:
+        """Why the pairs can't be trained as peft's layers are now: merged, they compute with their base alone."""
+        names = [clean_name(name) for name, layer in self._layers if layer.merged]
+        if not names:
+            return []
+        return [f"the adapter is merged into its base, as in {names[0]}, and can't learn: call unmerge_adapter() first"]
 
     def refusal(self, search: PairSearch) -> str:
         """Why a search found nothing."""

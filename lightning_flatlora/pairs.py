@@ -284,8 +284,8 @@ def nothing_found(
         lines += [f"Left out: {line}." for line in search.left_out]
         if not search.left_out:
             lines.append(
-                "Every B is frozen: was the adapter loaded with is_trainable=False, or never activated? Where it is "
-                "unfrozen later in the fit, let a BaseFinetuning callback do it"
+                "Every B is frozen: was the adapter loaded with is_trainable=False, disabled, or never activated? "
+                "Where it is unfrozen later in the fit, let a BaseFinetuning callback do it"
             )
     return " ".join(lines)
 

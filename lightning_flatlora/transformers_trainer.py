@@ -9,7 +9,7 @@ import os
 from collections.abc import MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +33,9 @@ _REFUSED = {
     "MEGATRON_LM": "Megatron splits the factors and keeps gradients in buffers of its own",
     "XLA": "TPUs have not been tested",
 }
+
+
+_REMEDY = "use a trainer with transformers' own loop, which calls on_step_begin and on_pre_optimizer_step in each step"
 
 
 class EFMLoRA(TrainerCallback):  # type: ignore[misc]
@@ -69,13 +72,23 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
 
     def _check_settings(self) -> None:
         others = {name: value for name, value in self._settings.items() if name != "beta"}
-        arguments = inspect.signature(LoopMethod).bind(None, None, **others)
+        try:
+            arguments = inspect.signature(LoopMethod).bind(None, None, **others)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
         arguments.apply_defaults()
         given = arguments.arguments
         names = ("rho", "start_step", "every_n_steps", "adapter_name", "finder")
         problems = checks.value_problems("rho", *(given[name] for name in names))
         beta = self._settings.get("beta", 1.0)
         checks.refuse(self, problems + checks.perturbation_problems(beta, given["estimator"], given["norm_scope"]))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Lightning's Trainer asks for a hook that is not here, and the other EFMLoRA has the same name.
+        raise AttributeError(
+            f"{name!r} is no attribute of this EFMLoRA, a callback of transformers' Trainer: Lightning's takes "
+            "lightning_flatlora.EFMLoRA"
+        )
 
     @override
     def on_train_begin(
@@ -92,6 +105,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
             checks.refuse(self, [f"{problem}: use one device, or DDP, as torchrun starts it"])
         self._refuse_rival(optimizer, state)
         self.loop = loops.EFMLoRA(model, optimizer, **{"total_steps": state.max_steps or None, **self._settings})
+        self.loop.remedy_of_steps = _REMEDY
         if state.global_step > 0:
             try:
                 self._resume(args, state)
@@ -135,7 +149,7 @@ class EFMLoRA(TrainerCallback):  # type: ignore[misc]
         if self.loop.step != state.global_step:
             problem = (
                 f"at step {state.global_step} of this trainer, on_step_begin and on_pre_optimizer_step came for "
-                f"{self.loop.step} steps, so the others were not perturbed: use a trainer with transformers' own loop"
+                f"{self.loop.step} steps, so the others were not perturbed: {_REMEDY}"
             )
             self.close()
             checks.refuse(self, [problem])

@@ -339,20 +339,22 @@ def test_a_step_without_before_step_or_the_other_way_round_is_refused(name: str)
     first = method_of(name, net, optimizer, 0.3)
     with pytest.raises(RuntimeError, match=f"{name}.before_step came without a pass"):
         first.before_step()
-    optimizer.step()  # of no pass, so of no interest
     take_passes(first)
     before = weights(net)
-    with pytest.raises(RuntimeError, match=f"after a pass of {name} and without its before_step"):
+    with pytest.raises(RuntimeError, match=f"about to step without {name}'s before_step"):
         optimizer.step()
     assert same(weights(net), before)
     first.before_step()
     optimizer.step()
     take_passes(first)
+    # The first object was left in the middle of a window, and the second takes its place.
     second = method_of(name, net, optimizer, 0.3)
-    optimizer.step()  # the first object was left in the middle of a window, and the second has taken its place
+    take_passes(second)
+    second.before_step()
+    optimizer.step()
     take_passes(second)
     first.close()
-    with pytest.raises(RuntimeError, match="without its before_step"):
+    with pytest.raises(RuntimeError, match=f"about to step without {name}'s before_step"):
         optimizer.step()
     second.close()
     optimizer.step()

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from float64_runs import BETA, Automatic, fit_in_float64, network, optimizer_of
 from helpers import assert_no_trace, is_perturbed, same, weights
 from hf_runs import RHO, SIZE, Samples, trainer_of
+from lightning.pytorch.demos.boring_classes import BoringModel
 from loop_runs import net_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -260,10 +261,21 @@ def test_a_trainer_with_a_loop_of_its_own_that_lacks_the_hooks_is_refused(tmp_pa
                 state.global_step += 1
                 handler.on_step_end(self.args, state, self.control)
 
-    trainer = trainer_of(tmp_path, [EFMLoRA(RHO)], kind=OwnLoop)
-    with pytest.raises(MisconfigurationException, match=r"at step 1 of this trainer, .* came for 0 steps"):
+    callback = EFMLoRA(RHO)
+    trainer = trainer_of(tmp_path, [callback], kind=OwnLoop)
+    with pytest.raises(RuntimeError, match=r"about to step without EFMLoRA's before_step: use a trainer with transf"):
         trainer.train()
+    callback.close()
     assert_no_trace(trainer.model)
+
+
+def test_each_trainer_names_the_callback_of_the_other(tmp_path: Path) -> None:
+    trainer = L.Trainer(callbacks=[EFMLoRA(RHO)], accelerator="cpu", logger=False, max_epochs=1)
+    with pytest.raises(AttributeError, match=r"Lightning's takes lightning_flatlora\.EFMLoRA"):
+        trainer.fit(BoringModel())
+    for callback in (LightningEFMLoRA(RHO), LightningFMLoRA(RHO)):
+        with pytest.raises(MisconfigurationException, match=r"transformers takes lightning_flatlora.transformers_tr"):
+            trainer_of(tmp_path, [callback])
 
 
 def test_wrong_values_are_refused_where_they_are_written() -> None:
@@ -271,7 +283,7 @@ def test_wrong_values_are_refused_where_they_are_written() -> None:
         MisconfigurationException, match=r"(?s)3 problems.*rho must be.*every_n_steps must.*beta must be"
     ):
         EFMLoRA(-1.0, beta=2.0, every_n_steps=0)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
+    with pytest.raises(TypeError, match=r"EFMLoRA: .*unexpected keyword argument 'betta'"):
         EFMLoRA(RHO, betta=0.5)
 
 

@@ -202,13 +202,6 @@ def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
     assert_no_trace(module)
 
 
-def test_a_batch_without_a_loss_is_an_error(tmp_path: Any) -> None:
-    module = Classifier()
-    module.inside.append(lambda module, batch_idx: None if module.training else "skip")
-    with pytest.raises(RuntimeError, match="training_step returned None for a held batch"):
-        fit(tmp_path, module, [FlatnessMonitor(0.3)])
-
-
 def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
     monitor, logger = FlatnessMonitor(every_n_steps=3), Recorder()
     for callback in (EFMLoRA(0.5), FMLoRA(0.3)):

@@ -46,6 +46,63 @@ def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
     assert expected["condition_B"] == math.inf  # B = 0 still
 
 
+class Skips(Classifier):
+    """Lightning trains on no batch for which a step returns None."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return None if self.skips(batch_idx) else loss
+
+    def skips(self, batch_idx: int) -> bool:
+        return batch_idx == 1
+
+
+class SkipsFromTheThirdStep(Skips):
+    def skips(self, batch_idx: int) -> bool:
+        return bool(self.trainer.global_step > 2)
+
+
+class SkipsAll(Skips):
+    def skips(self, batch_idx: int) -> bool:
+        return True
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_batches_for_which_the_step_gives_no_loss_are_left_out(tmp_path: Any) -> None:
+    net = make_net(0.3)
+    logger = Recorder()
+    monitor = FlatnessMonitor(0.3, every_n_steps=2, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
+    with pytest.warns(UserWarning, match="returned None for 1 of 3 held batches, which are left out"):
+        fit(tmp_path, Skips(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
+    net.eval()
+    held = [batch for number, batch in zip(range(3), make_loader(), strict=False) if number != 1]
+    losses = [lambda batch=batch: nn.functional.cross_entropy(net(batch[0]), batch[1]) for batch in held]
+    point = Point(
+        MeanLoss(losses), Perturbation(find_pairs(net).pairs), 0.3, noise=WeightNoise(net), sigma=0.1, samples=4
+    )
+    expected = {name: float(value) for name, value in measure(point, ALL_BUT_EMA).items()}
+    assert len(logger.measured) > 2
+    for measured in logger.measured:
+        assert measured == expected
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("kind", [SkipsFromTheThirdStep, SkipsAll])
+def test_where_no_loss_is_left_nan_is_logged_and_the_run_goes_on_as_without_the_monitor(
+    tmp_path: Any, kind: type[Skips]
+) -> None:
+    plain, module, logger = kind(net=make_net(0.3)), kind(net=make_net(0.3)), Recorder()
+    fit(tmp_path, plain, [], max_epochs=1)
+    monitor = FlatnessMonitor(0.3, every_n_epochs=1, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
+    with pytest.warns(UserWarning, match="returned None for a held batch, so NaN is logged"):
+        fit(tmp_path, module, [monitor], max_epochs=1, logger=logger, log_every_n_steps=1)
+    assert same(weights(module), weights(plain))
+    (measured,) = logger.measured
+    assert math.isnan(measured["loss"])
+    assert math.isnan(measured["sharpness"])
+    assert math.isnan(measured["top_eigenvalue"])
+
+
 def test_the_defaults_are_cheap_and_beside_efmlora_measure_its_average(tmp_path: Any) -> None:
     names = {}
     for front_end in ("plain", "efmlora"):

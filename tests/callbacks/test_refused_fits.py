@@ -9,6 +9,7 @@ from helpers import (
     Losses,
     TwoPassClassifier,
     assert_no_trace,
+    build,
     fit,
     make_loader,
     make_net,
@@ -43,6 +44,17 @@ def refused(
     assert [type(m) for m in module.modules()] == classes
     assert_no_trace(module)
     return str(error.value)
+
+
+@pytest.mark.parametrize("front_end", ["efmlora", "fmlora", "module"])
+def test_a_merged_adapter(tmp_path: Any, front_end: str) -> None:
+    """It computes with its base alone; with another trained part beside it nothing would have failed."""
+    module, callbacks, _ = build(front_end)
+    module.net.merge_adapter()
+    module.head = nn.Linear(3, 3)
+    message = refused(tmp_path, module, callbacks)
+    assert "the adapter is merged into its base, as in net.base_model.model." in message
+    assert "unmerge_adapter() first" in message
 
 
 class WithoutLoRA(Classifier):

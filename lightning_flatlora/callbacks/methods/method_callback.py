@@ -99,6 +99,14 @@ class MethodCallback(ScheduledSize):
         blank._is_alone = None
         return without_logging(blank)
 
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """What transformers' Trainer calls first: refuse it, since its callbacks have other hooks."""
+        problem = (
+            "this is a callback of Lightning's Trainer: that of transformers takes "
+            "lightning_flatlora.transformers_trainer.EFMLoRA, and docs/other_loops.md shows a trainer for FMLoRA"
+        )
+        refuse(self, [problem])
+
     # -- the start: everything that is wrong is reported in one message, before anything is changed
 
     @override

@@ -96,7 +96,8 @@ class PairCallback(Callback):
 
     def pair_problems(self, trainer: Trainer) -> list[str]:
         """What can't work with what was found, one line for each problem; subclasses add their own."""
-        return self._assignment_problems(trainer) + self.rate_problems(trainer)
+        merged = [] if self._watch is None else self._watch.merge_problems()
+        return merged + self._assignment_problems(trainer) + self.rate_problems(trainer)
 
     def rate_problems(self, trainer: Trainer) -> list[str]:
         """What can't work with the learning rates of the pairs, one line for each problem."""

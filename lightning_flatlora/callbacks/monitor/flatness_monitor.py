@@ -249,13 +249,16 @@ class FlatnessMonitor(Callback):
             return
         if method is not None and method.perturbation is None:
             return
-        self._has_measured = True
+        is_first, self._has_measured = not self._has_measured, True
         measures = self.measures
         if measures is None:
             measures = (*DEFAULT_MEASURES, "ema") if isinstance(method, EFMLoRA) else DEFAULT_MEASURES
         # What the training has written since the last measurement, a measurement's passes are going to write, too.
         self._written |= {id(parameter): parameter for parameter in self._marks.moved()}
         with undisturbed(pl_module, self._written.values()):
+            if is_first:
+                assert self._held is not None
+                self._held.leave_out_batches_without_loss()
             numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
         # Anew, since noise on the weights has moved them and put them back.
         self._marks = Marks(frozen_parameters(pl_module))

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -41,17 +42,43 @@ class HeldBatches:
         loader = trainer.fit_loop._combined_loader if data == "train" else _validation_loader(trainer)
         training = [*pl_module.modules(), trainer, trainer.datamodule]  # type: ignore[attr-defined]
         self._batches = first_batches(loader, count, pl_module.device, training) if loader is not None else []
+        self._usable = list(range(len(self)))
 
     def __len__(self) -> int:
         return len(self._batches)
 
+    def leave_out_batches_without_loss(self) -> None:
+        """Keep the batches for which the module's step gives a loss; all of them where it gives none for any."""
+        with torch.no_grad():
+            usable = [index for index in self._usable if self._loss(index) is not None]
+        without = len(self._usable) - len(usable)
+        if without and usable:
+            rank_zero_warn(
+                f"FlatnessMonitor: {self._step.__name__} returned None for {without} of {len(self)} held batches, "
+                "which are left out"
+            )
+            self._usable = usable
+
     @property
     def loss(self) -> MeanLoss:
         """The mean over the batches, as a function of the weights; it does not go through DDP's wrapper."""
-        return MeanLoss([partial(self._loss, index) for index in range(len(self))])
+        return MeanLoss([partial(self._loss_or_nan, index) for index in self._usable])
 
-    def _loss(self, index: int) -> Tensor:
-        """One batch's loss, with the same random draws at every call."""
+    def _loss_or_nan(self, index: int) -> Tensor:
+        """One batch's loss; where there is none, no number, which depends on what is trained as a loss does."""
+        loss = self._loss(index)
+        if loss is not None:
+            return loss
+        rank_zero_warn(
+            f"FlatnessMonitor: {self._step.__name__} returned None for a held batch, so NaN is logged for what was "
+            "measured on it"
+        )
+        trained = [parameter for parameter in self._pl_module.parameters() if parameter.requires_grad]
+        # Squared, so that the curvature is no number either.
+        return torch.stack([parameter.square().sum() for parameter in trained]).sum() * torch.nan
+
+    def _loss(self, index: int) -> Tensor | None:
+        """One batch's loss, with the same random draws at every call; None where the module's step gives none."""
         trainer, name = self._trainer, self._step.__name__
         # So that the losses at two weights differ by the weights alone, if a step draws at random.
         self._same_draws()
@@ -62,10 +89,7 @@ class HeldBatches:
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         takes_index = is_param_in_hook_signature(self._step, "batch_idx", min_args=2)
         with trainer.precision_plugin.train_step_context():
-            loss = loss_of(self._step(batch, index) if takes_index else self._step(batch), name)
-        if loss is None:
-            raise RuntimeError(f"{name} returned None for a held batch, which can't be measured")
-        return loss
+            return loss_of(self._step(batch, index) if takes_index else self._step(batch), name)
 
 
 def _loss_method(pl_module: LightningModule) -> Callable[..., Any]:
@@ -151,6 +175,7 @@ def _copied_loader(loader: Any, shared: Sequence[object]) -> Any:
         return copy.deepcopy(loader, memo)
     except Exception as error:
         raise MisconfigurationException(
-            f"batches can't be held of a {type(loader).__name__} that can't be copied ({error}): give a DataLoader, or "
-            "choose the other data, 'train' or 'val'"
+            f"FlatnessMonitor: batches can't be held of a {type(loader).__name__} that can't be copied ({error}): give "
+            "a DataLoader whose data set holds nothing that is open, such as a generator or a file, or choose the "
+            "other data, 'train' or 'val'"
         ) from error
