@@ -82,4 +82,4 @@ def test_what_can_not_be_exact_is_refused(results: Results) -> None:
         assert "ZeRO-3 splits the parameters" in stage_3
         assert "use EFMLoRA, which has one pass" in two_passes
         assert "give the engine of deepspeed.initialize itself" in wrapped
-        assert "without its before_step" in unannounced
+        assert "without EFMLoRA's before_step" in unannounced
