@@ -91,7 +91,7 @@ def test_a_step_after_the_first_of_two_passes_is_refused() -> None:
         nn.functional.cross_entropy(net(x), y).backward()
     with pytest.raises(RuntimeError, match="came after the first of two passes, whose gradient is plain LoRA's"):
         flat.before_step()
-    # An exception inside of the loop, such as one for want of memory, leaves nothing behind: the batch is tried again.
+    # Nothing is left behind: the batch is tried again from its first pass.
     optimizer.zero_grad()
     run(flat, net, optimizer, batches()[:2])
     assert flat.step == 2

@@ -85,8 +85,9 @@ def restored(kept: Kept, folder: Path) -> dict[str, ShotsClassifier]:
     a copy of the one that has learned them in turn (W5).
     """
     settings = kept.run.settings
+    names = settings["tasks"] if has_tasks(settings) else [settings["data"]]
     modules = {}
-    for data in settings["tasks"] if has_tasks(settings) else [settings["data"]]:
+    for data in names:
         classes = len(texts.TASKS[data].classes)
         modules[data] = ShotsClassifier(encoder_of(settings), classes, settings, kept.run.config)
     for part in _as_written(modules, settings):

@@ -35,17 +35,19 @@ def _scores(kept: Kept, folder: Path, condition: Condition) -> dict[str, float]:
     """In float32, in which rounding is what the condition does and nothing else."""
     settings = kept.run.settings
     encoder = encoder_of(settings)
-    most = settings.get("validation"), settings.get("test")
     of_tasks = []
     # Anew for each condition, because merging and rounding can't be undone exactly.
     for data, module in restored(kept, folder).items():
         if condition.change is not None:
             condition.change(module)
-        validation = plain_logits(module, held_out(encoder, data, "validation", most[0]))
-        test = plain_logits(module, _test_batches(encoder, data, condition.typos, most[1]))
+        validation = plain_logits(module, held_out(encoder, data, "validation", settings.get("validation")))
+        test = plain_logits(module, _test_batches(encoder, data, condition.typos, settings.get("test")))
         temperature = fitted_temperature(*validation)
         of_tasks.append({**both_scores(*test, temperature), "temperature": temperature})
-    return {name: statistics.mean(scores[name] for scores in of_tasks) for name in of_tasks[0]}
+    means = {}
+    for name in of_tasks[0]:
+        means[name] = statistics.mean(scores[name] for scores in of_tasks)
+    return means
 
 
 @cache

@@ -249,7 +249,8 @@ class FlatnessMonitor(Callback):
             return
         if method is not None and method.perturbation is None:
             return
-        is_first, self._has_measured = not self._has_measured, True
+        is_first = not self._has_measured
+        self._has_measured = True
         measures = self.measures
         if measures is None:
             measures = (*DEFAULT_MEASURES, "ema") if isinstance(method, EFMLoRA) else DEFAULT_MEASURES
