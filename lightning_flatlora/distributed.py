@@ -1,4 +1,4 @@
-"""How the ranks share factors and gradients, and how these are made whole again: all collectives of the package."""
+"""How the ranks share factors and gradients, and how these are made whole again: every collective of the engine."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -57,18 +57,20 @@ class PairsByName:
             if A_reader is None or B_reader is None or not (self.where is None or self.where(layer)):
                 continue
             pair = _pair(name, self.b, self._scaling_of(name, layer), A_reader, B_reader)
-            base = None if self.base is None else self._attribute(name, layer, self.base)
+            base = None if self.base is None else self._attribute(name, layer, self.base, "leave base out")
             pairs.append(replace(pair, base=base))
         return pairs
 
     def _scaling_of(self, name: str, layer: nn.Module) -> Any:
-        return self._attribute(name, layer, self.scaling) if isinstance(self.scaling, str) else self.scaling(layer)
+        if not isinstance(self.scaling, str):
+            return self.scaling(layer)
+        return self._attribute(name, layer, self.scaling, "give scaling as a function of the layer")
 
-    def _attribute(self, name: str, layer: nn.Module, attribute: str) -> Any:
+    def _attribute(self, name: str, layer: nn.Module, attribute: str, remedy: str) -> Any:
         if not hasattr(layer, attribute):
             raise ValueError(
                 f"{name or 'the model'} ({type(layer).__name__}) has {self.a} and {self.b}, but no {attribute}: "
-                "give scaling as a function of the layer, or leave such layers out by where"
+                f"{remedy}, or leave such layers out by where"
             )
         return getattr(layer, attribute)
 

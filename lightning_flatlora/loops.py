@@ -142,8 +142,8 @@ class FMLoRA(LoopMethod):
     def before_step(self) -> None:
         if self._lacks_second_pass:
             raise RuntimeError(
-                "FMLoRA.before_step came after the first of two passes, whose gradient is plain LoRA's: run both, "
-                "`for each_pass in flat.training_passes():` and in it `with each_pass:`"
+                "FMLoRA.before_step came after the first of two passes, which leaves no gradient for the step: run "
+                "both, `for each_pass in flat.training_passes():` and in it `with each_pass:`"
             )
         super().before_step()
 

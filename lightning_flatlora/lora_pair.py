@@ -113,7 +113,8 @@ class Finder(Protocol):
     """A function that says what the pairs of a model are, for LoRA layers that are not peft's.
 
     It is called at the start of a fit, at the start of each epoch, and when a factor is frozen or unfrozen or an
-    optimizer takes in or gives up parameters. It must be a module's function or an object that can be pickled, if
+    optimizer takes in or gives up parameters; by FlatnessMonitor at each measurement, and by AdapterCheckpoint at each
+    save and load. So it has to be quick. It must be a module's function or an object that can be pickled, if
     processes are spawned.
 
     Example:

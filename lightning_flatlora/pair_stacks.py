@@ -1,4 +1,4 @@
-"""Pairs of one shape, stacked so that their algebra is one batched call."""
+"""Pairs of one shape, stacked so that their algebra is a few batched calls, whatever their number."""
 
 import dataclasses
 from collections import defaultdict

@@ -50,7 +50,7 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Fin
 
     Raises:
         ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others. Or
-            the finder gave something that is no pair.
+            the finder gave something that is no pair, or both arguments were given.
         NoPairsError: no pair is left; the message lists the LoRA layers and module types that were seen.
 
     Example:
@@ -59,6 +59,8 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Fin
         >>> [(pair.name, pair.B.shape, pair.A.shape) for pair in find_pairs(model).pairs]
         [('base_model.model.0.lora_B.default.weight', torch.Size([3, 2]), torch.Size([2, 4]))]
     """
+    if finder is not None and adapter_name is not None:
+        raise ValueError("adapter_name is of peft's layers, and a finder of all others: give one of them")
     layers = lora_layers(model) if finder is None else []
     check_adapter(layers, adapter_name)
     search = search_layers(layers, adapter_name) if finder is None else search_found(pairs_from(finder, model))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ class WeightNoise:
         """
         if not is_radius(sigma):
             raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
         # Noise that is still on, from another seed, would be added to the new one.
         self.off()

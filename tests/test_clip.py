@@ -310,9 +310,12 @@ def test_blocks_leave_attention_pooling_out() -> None:
         ({"projections": ["qkv"]}, "projections must be of .*'qkv'"),
         ({"projections": []}, "projections must name at least one"),
         ({"towers": "image"}, "towers must be one of .*'image'"),
-        ({"blocks": 4}, r"blocks=4: a tower with 3 blocks has no \[-1\]"),
-        ({"blocks": [5]}, r"blocks=\[5\]: a tower with 3 blocks has no \[5\]"),
-        ({"blocks": 0}, r"the vision tower has no .* in blocks=0"),
+        ({"blocks": 4}, r"blocks=4: the tower has 3 blocks, .* the last \(1 to 3\), or numbers from 0 to 2"),
+        ({"blocks": [2, 5]}, r"blocks=\[2, 5\]: the tower has 3 blocks"),
+        ({"blocks": 0}, r"blocks=0: the tower has 3 blocks"),
+        ({"blocks": -1}, r"blocks=-1: the tower has 3 blocks"),
+        ({"blocks": True}, r"blocks=True: the tower has 3 blocks"),
+        ({"blocks": "last"}, r"blocks='last': the tower has 3 blocks"),
     ],
 )
 def test_settings_that_choose_nothing(settings: dict[str, Any], words: str) -> None:

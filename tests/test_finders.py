@@ -190,6 +190,8 @@ def test_what_a_finder_gives_is_checked() -> None:
         PairWatch(layer, finder=lambda model: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="gives 2 pairs the name 'pair'"):
         find_pairs(layer, finder=lambda model: [pair_of(layer), pair_of(other)])
+    with pytest.raises(ValueError, match="adapter_name is of peft's layers, and a finder of all others"):
+        find_pairs(layer, "default", finder=lambda model: [pair_of(layer)])
 
 
 def test_layers_with_the_names_of_lora_and_no_scaling_are_none() -> None:
@@ -200,6 +202,9 @@ def test_layers_with_the_names_of_lora_and_no_scaling_are_none() -> None:
             find_pairs(block, finder=finder)
     with pytest.raises(ValueError, match=r"the model \(Module\) has linear_in and linear_out, but no scale"):
         find_pairs(block, finder=PairsByName("linear_in", "linear_out", "scale"))
+    by_name = PairsByName("linear_in", "linear_out", lambda layer: 1.0, base="frozen")
+    with pytest.raises(ValueError, match="but no frozen: leave base out"):
+        find_pairs(block, finder=by_name)
     block.alpha, block.dim, block.activation = 16, 8, nn.SiLU()
     with pytest.raises(NoPairsError):  # an adapter whose update is no product of two factors
         find_pairs(block, finder=nemo_pairs)

@@ -89,7 +89,7 @@ def test_a_step_after_the_first_of_two_passes_is_refused() -> None:
     x, y = batches()[0]
     with next(iter(flat.training_passes())):
         nn.functional.cross_entropy(net(x), y).backward()
-    with pytest.raises(RuntimeError, match="came after the first of two passes, whose gradient is plain LoRA's"):
+    with pytest.raises(RuntimeError, match="came after the first of two passes, which leaves no gradient"):
         flat.before_step()
     # Nothing is left behind: the batch is tried again from its first pass.
     optimizer.zero_grad()

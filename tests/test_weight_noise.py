@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -246,9 +247,19 @@ def test_a_model_without_a_layer_for_noise_is_an_error(targets: list[str], dora:
         (float("nan"), 0, "sigma must be a finite number >= 0, got nan"),
         (0.1, -1, "seed must be an integer >= 0, got -1"),
         (0.1, 0.5, "seed must be an integer >= 0, got 0.5"),
+        (0.1, True, "seed must be an integer >= 0, got True"),
     ],
 )
 def test_values(sigma: float, seed: int, message: str) -> None:
     noise = WeightNoise(make_net())
     with pytest.raises(ValueError, match=message), noise.applied(sigma, seed):
         pass
+
+
+def test_a_seed_of_numpy_is_the_integer() -> None:
+    net, x = make_net(), torch.ones(3, 9, dtype=torch.float64)
+    outputs = []
+    for seed in (7, np.int64(7)):
+        with WeightNoise(net).applied(0.1, seed):
+            outputs.append(net(x))
+    assert torch.equal(*outputs)

@@ -89,7 +89,9 @@ class BalancednessRegularization(MethodCallback):
 
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(pair.B.dtype in (torch.bfloat16, torch.float16) for pair in self.search.pairs):
+        is_rounded = any(pair.B.dtype in (torch.bfloat16, torch.float16) for pair in self.search.pairs)
+        # Once at the start, and not again whenever the pairs change in the middle of a fit.
+        if is_rounded and not self._is_training:
             rank_zero_warn(
                 f"{type(self).__name__}: B is kept in {self.search.pairs[0].B.dtype}, where a factor as near to 1 as "
                 "1 + alpha * lr is rounded away. Keep it in float32, as with precision='bf16-mixed'."
@@ -97,6 +99,7 @@ class BalancednessRegularization(MethodCallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.check_gradient_is_first(pl_module, optimizer)
         # Followed here, at the step, because no pass is perturbed and so nothing earlier needs the pairs.
         self.follow(trainer, pl_module)
         if not self.holds_pairs(trainer, optimizer):

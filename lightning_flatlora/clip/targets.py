@@ -1,8 +1,9 @@
 """Which Linear layers of an open_clip model LoRA adapts: by projection, block and tower."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -137,15 +138,23 @@ def _is_wanted(name: str, projections: Sequence[Projection]) -> bool:
 
 
 def _of_blocks(names: list[str], blocks: Literal["all"] | int | Sequence[int]) -> list[str]:
-    if blocks == "all":
+    if blocks == "all" or not names:
         return names
     numbers = {name: _block_number(name) for name in names}
     count = 1 + max((number for number in numbers.values() if number is not None), default=-1)
-    wanted = set(range(count - blocks, count)) if isinstance(blocks, int) else set(blocks)
-    unknown = wanted - set(range(count))
-    if unknown:
-        raise ValueError(f"blocks={blocks!r}: a tower with {count} blocks has no {sorted(unknown)}")
+    is_count = isinstance(blocks, Integral) and not isinstance(blocks, bool) and blocks > 0
+    wanted = set(range(count - blocks, count)) if is_count else _numbers_in(blocks)
+    if not wanted or not wanted <= set(range(count)):
+        raise ValueError(
+            f"blocks={blocks!r}: the tower has {count} blocks, so give 'all', how many of the last (1 to {count}), or "
+            f"numbers from 0 to {count - 1}"
+        )
     return [name for name in names if numbers[name] in wanted]
+
+
+def _numbers_in(blocks: object) -> set[object]:
+    """What a sequence of block numbers holds; nothing where it is none."""
+    return set(blocks) if isinstance(blocks, Iterable) else set()
 
 
 def _block_number(name: str) -> int | None:

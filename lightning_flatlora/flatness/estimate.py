@@ -22,10 +22,15 @@ def estimate(samples: Sequence[Tensor]) -> Estimate:
     Args:
         samples: k of them, at least one, shape () each. The standard error of a single one is nan.
 
+    Raises:
+        ValueError: there is no sample.
+
     Example:
         >>> estimate(list(torch.tensor([1.0, 2.0, 3.0])))
         Estimate(mean=tensor(2., dtype=torch.float64), standard_error=tensor(0.5774, dtype=torch.float64))
     """
+    if not samples:
+        raise ValueError("a mean needs at least one sample: let samples be 1 or more")
     values = torch.stack(list(samples)).detach().double()
     spread = values.std(correction=1) if len(values) > 1 else values.new_tensor(torch.nan)
     return Estimate(values.mean(), spread / len(values) ** 0.5)

@@ -36,11 +36,11 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
             if options.surface:
                 draw_surfaces(results, folder / SURFACE)
             (folder / REPORT).write_text(_document(results, options, command), encoding="utf-8")
-            for name in (REPORT, CURVES, SURFACE):
-                # A picture that this report does not have must not stay from the last one.
-                (options.output / name).unlink(missing_ok=True)
+            for name in (CURVES, SURFACE, REPORT):
                 if (folder / name).exists():
                     (folder / name).replace(options.output / name)
+                else:  # a picture that this report does not have must not stay from the last one
+                    (options.output / name).unlink(missing_ok=True)
     except OSError as error:
         raise ReportError(f"--output {options.output} can't be written: {error.strerror}") from error
 

@@ -22,6 +22,7 @@ from recipes.clip.emoji import Folders
 from recipes.clip.export import write
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModel
+from recipes.shared.files import write_whole
 from recipes.shared.packaged import cache_dir
 from recipes.shared.precision import Precision, fast_precision
 from recipes.shared.progress import progress_bar
@@ -83,7 +84,7 @@ def pretrained(settings: Pretraining, data: Folders) -> Path:
             scores = trainer.validate(module, loaded, verbose=False)[0]
             write(module, folder)
             shown = json.dumps({"settings": asdict(settings), **scores}, indent=2)
-            (folder / _SCORES).write_text(shown + "\n")  # last: with it the folder counts as a model
+            write_whole(folder / _SCORES, shown + "\n")  # last: with it the folder counts as a model
             shutil.rmtree(training)
     return folder
 

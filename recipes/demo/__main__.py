@@ -6,7 +6,6 @@ Ctrl-C the same command resumes from the last checkpoint.
 
 import argparse
 import json
-import shutil
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, get_args
 from recipes.demo.report import plot, table
 from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize, validate
 from recipes.shared import demo_sweep
+from recipes.shared.files import set_aside, write_whole
 from recipes.shared.ledger import Row, StoppedError, run_process
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
@@ -87,7 +87,7 @@ def keep_earlier_precision(folder: Path) -> None:
     """Let a folder of an earlier demo, which kept the precision among its settings only, continue with it."""
     settings, precision = folder / "settings.json", folder / "precision.txt"
     if settings.exists() and not precision.exists():
-        precision.write_text(json.loads(settings.read_text())["precision"] + "\n")
+        write_whole(precision, json.loads(settings.read_text())["precision"] + "\n")
 
 
 def _drop_other_settings(folder: Path, settings: Settings) -> None:
@@ -96,15 +96,11 @@ def _drop_other_settings(folder: Path, settings: Settings) -> None:
     path = folder / "settings.json"
     before = json.loads(path.read_text()) if path.exists() else None
     if before not in (None, asdict(settings)):
-        number = 1
-        while folder.with_name(f"{folder.name}-{number}").exists():
-            number += 1
-        aside = folder.with_name(f"{folder.name}-{number}")
-        shutil.move(folder, aside)
+        aside = set_aside(folder)
         folder.mkdir()
         print(f"The results of other settings are now in {aside}")
     precision_of_runs(folder, settings.precision)
-    path.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    write_whole(path, json.dumps(asdict(settings), indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,6 +23,7 @@ from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.chat import PLAIN_TEMPLATE
 from recipes.language.model import model_source
+from recipes.shared.files import write_whole
 from recipes.shared.ledger import Ledger, Row, entries
 from recipes.shared.methods import BY_TITLE, OURS
 from recipes.shared.precision import Precision, fast_precision
@@ -107,7 +108,7 @@ def perform(run: Run) -> Row:
         "peak_memory_mib": _peak_memory_mib(),
     }
     row |= sharpness(run.method, module, data, run.settings)
-    (run.folder / "result.json").write_text(json.dumps(row, indent=2) + "\n")
+    write_whole(run.folder / "result.json", json.dumps(row, indent=2) + "\n")
     return row
 
 

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from recipes.language.batches import Batch
+from recipes.shared.files import set_aside
 from recipes.shared.ranks import gathered
 from recipes.shared.text_metrics import is_same
 
@@ -78,8 +79,10 @@ class AnswerWriter(L.Callback):
         path = self._path(trainer)
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Emptied, because every batch is appended.
-            path.write_text("")
+            earlier = set_aside(path)
+            if earlier is not None:
+                print(f"Earlier answers are now in {earlier}")
+            path.touch()
 
     @override
     def on_predict_batch_end(

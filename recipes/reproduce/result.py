@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from typing_extensions import override
 
+from recipes.shared.files import write_whole
 from recipes.shared.ledger import Row
 from recipes.shared.step_times import StepTimes
 
@@ -71,9 +72,7 @@ class RunResult(StepTimes):
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        partial.rename(self.folder / f"{name}.json")  # a stop must not leave half a file under the final name
+        write_whole(self.folder / f"{name}.json", json.dumps(found, indent=2) + "\n")
 
 
 def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:

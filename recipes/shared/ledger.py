@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.shared.files import write_whole
+
 Row = dict[str, Any]
 
 
@@ -179,12 +181,13 @@ def keep_options(folder: Path, options: Sequence[str]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "options.json"
-    if path.exists() and json.loads(path.read_text()) != list(options):
+    if not path.exists():
+        write_whole(path, json.dumps(list(options)) + "\n")
+    elif json.loads(path.read_text()) != list(options):
         raise MisconfigurationException(
             f"--folder={folder} holds runs with the options {json.loads(path.read_text())}, and now they are "
             f"{list(options)}: name another folder"
         )
-    path.write_text(json.dumps(list(options)) + "\n")
 
 
 # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.

@@ -31,5 +31,5 @@ def mistake_behind(error: BaseException | None) -> MisconfigurationException | N
     while error is not None:
         if isinstance(error, MisconfigurationException):
             return error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None

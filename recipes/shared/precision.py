@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from recipes.shared.files import write_whole
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 SETTING = "FLATLORA_PRECISION"
 PRECISION_HELP = "of all computation; by default what the folder began with, or what this device computes fast"
@@ -76,7 +78,7 @@ def precision_of_runs(folder: Path, chosen: Precision | None = None) -> Precisio
         return _checked(path.read_text().strip(), str(path))
     precision = chosen or fast_precision()
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{precision}\n")
+    write_whole(path, f"{precision}\n")
     return precision
 
 

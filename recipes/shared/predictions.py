@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from recipes.shared.files import set_aside
 from recipes.shared.ranks import gathered
 
 
@@ -62,6 +63,9 @@ class PredictionWriter(L.Callback):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for _, row in sorted(self._rows.items())]
+        earlier = set_aside(path)
+        if earlier is not None:
+            print(f"Earlier predictions are now in {earlier}")
         with path.open("w", encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
                 table = csv.DictWriter(file, fieldnames=list(rows[0]))

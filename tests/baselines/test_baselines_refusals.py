@@ -55,6 +55,19 @@ def test_two_passes_need_automatic_optimization(tmp_path: Path, name: str) -> No
     assert "a second pass can't be put into a training_step" in refused(tmp_path, ByHand(), [BASELINES[name](0.1)])
 
 
+class TakesTwoGradients(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+def test_balancedness_regularization_refuses_an_optimizer_that_takes_two_gradients(tmp_path: Path) -> None:
+    module = Classifier()
+    module.optimizer_class = TakesTwoGradients
+    with pytest.raises(MisconfigurationException, match="TakesTwoGradients takes several gradients a step"):
+        fit(tmp_path, module, [BalancednessRegularization(0.5)])
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_one_method_at_a_time(tmp_path: Path, name: str) -> None:
     for other in (EFMLoRA, FMLoRA):

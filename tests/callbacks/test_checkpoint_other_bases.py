@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_flatlora import load_adapter_checkpoint
 from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, differing, prints_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
 
@@ -154,3 +155,9 @@ def test_packed_weights_are_not_compared() -> None:
     packed = [torch.tensor([1, 2], dtype=dtype) for dtype in (torch.int8, torch.uint8)]
     for values in packed:
         assert differing(prints_of({"w": values}), prints_of({"w": values + 1})) == ([], [])
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"lora_A": torch.ones(2)}, tmp_path / "adapter.bin")
+    with pytest.raises(MisconfigurationException, match=r"adapter.bin has no state_dict: give a .ckpt of"):
+        load_adapter_checkpoint(nn.Linear(2, 1), tmp_path / "adapter.bin")

@@ -195,8 +195,10 @@ def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
             states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
 
     module.inside.append(fail)
+    monitor = FlatnessMonitor(every_n_steps=3)
     with pytest.raises(ZeroDivisionError):
-        fit(tmp_path, module, [*callbacks, Before(), FlatnessMonitor(every_n_steps=3)], **kwargs)
+        fit(tmp_path, module, [*callbacks, Before(), monitor], **kwargs)
+    assert monitor._held is None  # it would keep the module and the trainer alive
     assert len(states) == 3
     assert same(states[-1], (weights(module), [m.training for m in module.modules()], torch.get_rng_state()))
     assert_no_trace(module)

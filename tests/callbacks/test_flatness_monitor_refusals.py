@@ -4,18 +4,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import (
-    FEATURES,
-    Classifier,
-    fit,
-    make_loader,
-)
+from helpers import FEATURES, Classifier, fit, make_loader, make_net
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig
 from torch import nn
 
-from lightning_flatlora import FlatnessMonitor, find_pairs
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, find_pairs
 
 
 def test_all_bad_values_are_told_at_once() -> None:
@@ -83,6 +79,34 @@ def test_expected_sharpness_of_other_layers_is_refused_even_if_pairs_may_come_la
     monitor = FlatnessMonitor(1.0, measures=["expected_sharpness"], finder=lambda model: find_pairs(model).pairs)
     with pytest.raises(MisconfigurationException, match="'expected_sharpness' needs the pairs' base"):
         fit(tmp_path, Classifier(), [monitor, Unfreezes()])
+
+
+def test_one_of_two_average_perturbations_is_measured_with_a_warning(tmp_path: Any) -> None:
+    net = make_net()
+    net.add_adapter("second", LoraConfig(r=2, target_modules=["2"]))
+    net.base_model.set_adapter(["default", "second"])
+    callbacks = [EFMLoRA(0.5, adapter_name=name) for name in ("default", "second")]
+    with pytest.warns(UserWarning, match="EFMLoRA has 2 average perturbations .* and the first alone is measured"):
+        fit(tmp_path, Classifier(net=net), [*callbacks, FlatnessMonitor()], max_epochs=1)
+
+
+def test_a_finder_of_its_own_takes_the_place_of_the_methods_adapter(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(0.5, finder=lambda model: find_pairs(model).pairs)
+    fit(tmp_path, Classifier(), [EFMLoRA(0.5, adapter_name="default"), monitor], max_epochs=1)
+
+
+def test_a_measurement_that_a_finder_prevents_is_left_out_with_its_reason(tmp_path: Any) -> None:
+    calls = []
+
+    def finder(model: nn.Module) -> Any:
+        calls.append(model)
+        if len(calls) == 2:  # in the first measurement; the first call is at the start of the fit
+            raise ValueError("the layers have changed")
+        return find_pairs(model).pairs
+
+    with pytest.warns(UserWarning, match="FlatnessMonitor: a measurement was left out: the layers have changed"):
+        fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, every_n_steps=2, finder=finder)], max_epochs=1)
+    assert len(calls) == 4
 
 
 def test_loaders_that_give_nothing_to_hold_are_refused(tmp_path: Any) -> None:

@@ -25,7 +25,7 @@ from transformers import BatchEncoding
 from two_pass_runs import TWO_PASSES, two_passes
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
-from lightning_flatlora.baselines import SAM, LoRASAM
+from lightning_flatlora.baselines import SAM, LoRASAM, RandomPerturbation
 
 
 def taking(kind: str) -> Any:
@@ -147,7 +147,10 @@ class Searching(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("callback", [EFMLoRA(0.5), FMLoRA(0.5), LoRASAM(0.5)], ids=lambda c: type(c).__name__)
+METHODS = [EFMLoRA(0.5), FMLoRA(0.5), LoRASAM(0.5), RandomPerturbation(0.5)]
+
+
+@pytest.mark.parametrize("callback", METHODS, ids=lambda c: type(c).__name__)
 def test_an_optimizer_that_takes_a_second_gradient_is_refused_before_its_first_step(
     tmp_path: Any, callback: Any
 ) -> None:

@@ -33,8 +33,9 @@ def test_efmlora_adds_nothing_under_ddp(results: Results, accumulate: int) -> No
 def test_efmlora_gathers_the_factors_and_their_gradients_once_a_step_under_fsdp(
     results: Results, strategy: str, accumulate: int
 ) -> None:
-    added_bytes, _, factors = added(results, strategy, "EFMLoRA", accumulate)
+    added_bytes, added_calls, factors = added(results, strategy, "EFMLoRA", accumulate)
     assert added_bytes == 2 * factors
+    assert added_calls == 4 * 2  # the network's layers have two shapes, so two stacks
 
 
 def test_fmlora_sends_only_the_factors_gradients_for_an_ascent_under_ddp_with_accumulation(results: Results) -> None:

@@ -174,3 +174,8 @@ def test_without_scipy_the_error_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'lightning-flatlora\[flatness\]'"):
         top_eigenvalue(lambda: torch.ones(()), [nn.Parameter(torch.ones(3))])
+
+
+def test_a_trace_of_no_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="let samples be 1 or more"):
+        hessian_trace(lambda: torch.ones(()), [nn.Parameter(torch.ones(3))], samples=0)

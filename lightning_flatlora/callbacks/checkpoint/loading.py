@@ -47,7 +47,7 @@ def load_adapter_checkpoint(
         The module.
 
     Raises:
-        MisconfigurationException: the file is of another model or adapter.
+        MisconfigurationException: the file is of another model or adapter, or no checkpoint.
 
     Example:
         >>> from io import BytesIO
@@ -57,6 +57,11 @@ def load_adapter_checkpoint(
         tensor([[1., 1.]])
     """
     checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise MisconfigurationException(
+            f"{path} has no state_dict: give a .ckpt of AdapterCheckpoint or ModelCheckpoint. An adapter that peft has "
+            "saved is loaded by peft.PeftModel.from_pretrained"
+        )
     record_of(module).finder = finder
     if MARK not in checkpoint:
         module.load_state_dict(checkpoint["state_dict"], strict=strict)

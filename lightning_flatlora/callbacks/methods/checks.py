@@ -95,7 +95,7 @@ def warn_of_rounding(callback: object, what: str, parameters: Iterable[nn.Parame
         )
 
 
-SEVERAL_GRADIENTS = "takes several gradients a step, the perturbation knows one: use AdamW or SGD"
+SEVERAL_GRADIENTS = "takes several gradients a step, and the method knows one: use AdamW or SGD"
 """What is wrong with an optimizer that calls its closure more than once, after its name."""
 
 

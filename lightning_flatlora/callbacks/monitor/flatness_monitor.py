@@ -23,7 +23,7 @@ from lightning_flatlora.callbacks.tensor_writes import Marks, frozen_parameters
 from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
 from lightning_flatlora.flatness.measures import measure_problems
 from lightning_flatlora.lightning_names import callback_of, callbacks_of
-from lightning_flatlora.lora_pair import Finder, pairs_from
+from lightning_flatlora.lora_pair import Finder, NoPairsError, pairs_from
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import is_radius
@@ -49,6 +49,9 @@ class FlatnessMonitor(Callback):
     Cost of a measurement, in passes over the held batches: 4 with the default measures (forward, backward, two
     forwards), 6 beside EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
     :func:`~lightning_flatlora.flatness.measure`. Memory: one batch's graph, as in training, and a copy of the buffers.
+
+    Where EFMLoRA has several average perturbations, as several callbacks or optimizers give, the first one is measured,
+    with a warning.
 
     Args:
         rho: radius of the ball that is searched, in the weights' units, > 0; the estimate is then the "average" one
@@ -181,7 +184,8 @@ class FlatnessMonitor(Callback):
         Raises:
             ValueError: there is none.
         """
-        adapter_name, finder = method.adapter_name if method else None, self._finder(method)
+        finder = self._finder(method)
+        adapter_name = method.adapter_name if method is not None and finder is None else None
         perturbation = Perturbation(find_pairs(pl_module, adapter_name, finder=finder).pairs)
         if "expected_sharpness" not in (self.measures or ()):
             return perturbation, None
@@ -192,9 +196,21 @@ class FlatnessMonitor(Callback):
         self._measured_at = self._count(trainer)
         self._has_measured = False
         self._marks = Marks(frozen_parameters(pl_module))
+        self._warn_of_other_averages(trainer)
         self._held = HeldBatches(trainer, pl_module, self.data, self.batches)
         if not self._held:
             refuse(self, [f"data={self.data!r} gives no batch to hold: choose the other, or give the loader"])
+
+    def _warn_of_other_averages(self, trainer: Trainer) -> None:
+        averages = 0
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, EFMLoRA):
+                averages += sum(bool(pair_group.pairs) for pair_group in callback.pair_groups)
+        if averages > 1:
+            rank_zero_warn(
+                f"{type(self).__name__}: EFMLoRA has {averages} average perturbations in this run, one for each "
+                "adapter and optimizer, and the first alone is measured"
+            )
 
     # -- when
 
@@ -223,6 +239,11 @@ class FlatnessMonitor(Callback):
         )
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning does not call teardown after an error, and the held batches would keep the module alive.
+        self.begin()
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.begin()
 
@@ -245,7 +266,10 @@ class FlatnessMonitor(Callback):
                 callback.off()
         try:
             perturbation, noise = self._targets(pl_module, method)
-        except ValueError:  # no pair is trained now
+        except NoPairsError:  # none is trained now
+            return
+        except ValueError as error:
+            rank_zero_warn(f"{type(self).__name__}: a measurement was left out: {error}")
             return
         if method is not None and method.perturbation is None:
             return
