@@ -1,0 +1,52 @@
+"""Files that other runs and later starts rely on."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one step, in place of one that is there: a stop leaves the old file, and never half of the new.
+
+    Args:
+        path: of the file; its folder exists.
+        text: all that it is to hold, written in UTF-8.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "result.json")
+        ...     write_whole(path, "{}")
+        ...     path.read_text(encoding="utf-8")
+        '{}'
+    """
+    # With the process in its name, since several of them may share a folder.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def set_aside(path: Path) -> Path | None:
+    """Give a file or folder that is there another name, with the first number that is free, so that it is not lost.
+
+    Args:
+        path: that something new is about to take.
+
+    Returns:
+        The other name; None where there was nothing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     answers = Path(folder, "answers.jsonl")
+        ...     answers.touch()
+        ...     set_aside(answers).name, set_aside(answers)
+        ('answers-1.jsonl', None)
+    """
+    if not path.exists():
+        return None
+    # A folder's name has no ending, though it may have a dot in it.
+    stem, ending = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    number = 1
+    while path.with_name(f"{stem}-{number}{ending}").exists():
+        number += 1
+    return path.rename(path.with_name(f"{stem}-{number}{ending}"))
