@@ -1,19 +1,10 @@
 """Noise that one base layer adds to its output: one operator draws it again in every forward and backward."""
 
-import copyreg
-from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-class OutputTerm(Protocol):
-    """A term that a base layer can add to its output."""
-
-    def added(self, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's output for an input, with the term."""
 
 
 class LayerNoise:
@@ -31,50 +22,6 @@ class LayerNoise:
             return output
         noisy: Tensor = _noise_product(x.to(output.dtype), self._deviations, self._seed, x.shape[-1], False)
         return output + noisy
-
-
-class _AddsNoise:
-    """Mixin before a base layer's own class while it adds noise, or another term, to its output.
-
-    A compiled network has one graph for each class of a module, and makes one where it meets a new class. It
-    would ignore a hook added after the first call, and would keep for ever what an earlier hook refers to.
-    """
-
-    _noises: list[OutputTerm]
-    _plain_class: Any
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        for noise in self._noises:
-            output = noise.added(x, output)
-        return output
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A copy of the model adds nothing."""
-        state = {key: value for key, value in self.__dict__.items() if key != "_noises"}
-        return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
-
-
-@cache
-def _noisy_class(plain: Any) -> Any:
-    return type(f"Noisy{plain.__name__}", (_AddsNoise, plain), {"_plain_class": plain})
-
-
-def add_noise(module: Any, noise: OutputTerm) -> None:
-    """Let a base layer add noise to its output, until :func:`remove_noise`."""
-    if not isinstance(module, _AddsNoise):
-        module.__dict__["_noises"] = []
-        plain: Any = type(module)
-        module.__class__ = _noisy_class(plain)
-    module._noises.append(noise)
-
-
-def remove_noise(module: Any, noise: OutputTerm) -> None:
-    """Let a base layer no longer add this noise."""
-    module._noises.remove(noise)
-    if not module._noises:
-        module.__class__ = module._plain_class
-        del module.__dict__["_noises"]
 
 
 @torch.library.custom_op("lightning_flatlora::noise_product", mutates_args=())

@@ -13,7 +13,7 @@ from lightning_flatlora.distributed import Layout
 from lightning_flatlora.functional import Estimator, NormScope, perturbation_scale
 from lightning_flatlora.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.pair_stacks import PairStack, PairState, stackable
-from lightning_flatlora.schedules import is_radius
+from lightning_flatlora.schedules import is_size
 
 
 class FreshPerturbation(NamedTuple):
@@ -210,7 +210,7 @@ class Perturbation:
         Raises:
             ValueError: rho is a number that can't be a radius.
         """
-        if not isinstance(rho, Tensor) and not is_radius(rho):
+        if not isinstance(rho, Tensor) and not is_size(rho):
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
         # A manual training_step runs inside autocast, where the products would be taken in half precision.
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):

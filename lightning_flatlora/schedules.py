@@ -59,11 +59,11 @@ class RhoSchedule(ABC):
         """
 
 
-def is_radius(value: object) -> bool:
-    """Whether a value can be a radius: a finite number >= 0.
+def is_size(value: object) -> bool:
+    """Whether a value can be a radius, or another size: a finite number >= 0.
 
     Example:
-        >>> is_radius(0.5), is_radius(-1), is_radius(float("nan")), is_radius(True), is_radius("1")
+        >>> is_size(0.5), is_size(-1), is_size(float("nan")), is_size(True), is_size("1")
         (True, False, False, False, False)
     """
     # Also NumPy's numbers, of which float64 alone is a float.
@@ -74,13 +74,13 @@ def is_radius(value: object) -> bool:
 # Not frozen, see RhoSchedule; and without unsafe_hash a dataclass that is not frozen has no hash.
 @dataclass(unsafe_hash=True)
 class _OfRadii(RhoSchedule):
-    """A schedule whose fields are radii, apart from ``total_steps``; others of a user's own may hold anything."""
+    """Base of the schedules below, whose fields are radii apart from ``total_steps``; a user's schedule needs none of it."""
 
     def __post_init__(self) -> None:
         problems = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "total_steps" and not is_radius(value):
+            if field.name != "total_steps" and not is_size(value):
                 problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
         total = getattr(self, "total_steps", None)
         if total is not None and (isinstance(total, bool) or not isinstance(total, Integral) or total < 1):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.layer_noise import LayerNoise, add_noise, remove_noise
+from lightning_flatlora.layer_noise import LayerNoise
 from lightning_flatlora.lora_pair import Finder, LoRAPair, NoPairsError, readers_of
+from lightning_flatlora.output_terms import add_term, remove_term
 from lightning_flatlora.pairs import bare, clean_name, find_pairs, lora_layers
-from lightning_flatlora.schedules import is_radius
+from lightning_flatlora.schedules import is_size
 
 Factors = list[tuple[Tensor, Tensor]]
 """A (r, m) and s B^T (r, n) of every adapter of a layer, whose updates add up."""
@@ -89,9 +90,10 @@ class WeightNoise:
         Raises:
             ValueError: a value out of range.
         """
-        if not is_radius(sigma):
+        if not is_size(sigma):
             raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        integer: object = seed  # also NumPy's integers, of which none is an int
+        if isinstance(integer, bool) or not isinstance(integer, Integral) or seed < 0:
             raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
         # Noise that is still on, from another seed, would be added to the new one.
         self.off()
@@ -219,11 +221,11 @@ class _NoisyLayer:
     def on(self, sigma: float, seed: int) -> None:
         deviations = sigma * (self._squared_norms() / self._linear.shape[1]).sqrt()
         self._noise = LayerNoise(self._linear.layer, deviations, derived_seed(seed, self._index))
-        add_noise(self._linear.base, self._noise)
+        add_term(self._linear.base, self._noise)
 
     def off(self) -> None:
         if self._noise is not None:
-            remove_noise(self._linear.base, self._noise)
+            remove_term(self._linear.base, self._noise)
             self._noise = None
 
     @cached_property

@@ -21,6 +21,7 @@ TORCH_ONLY = (
     "clip/attention.py",
     "clip/targets.py",
     "layer_noise.py",
+    "output_terms.py",
     "weight_noise.py",
     "wrappers.py",
     "baselines/auxiliary_pairs.py",

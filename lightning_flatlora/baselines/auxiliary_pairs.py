@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
 from lightning_flatlora.distributed import Layout, average_gradients
-from lightning_flatlora.layer_noise import add_noise, remove_noise
+from lightning_flatlora.output_terms import add_term, remove_term
 from lightning_flatlora.pairs import bare
 from lightning_flatlora.weight_noise import AdaptedLinear, derived_seed
 
@@ -33,12 +33,12 @@ class _AuxiliaryPair:
 
     def on(self) -> None:
         if not self._is_on:
-            add_noise(self._linear.base, self)
+            add_term(self._linear.base, self)
             self._is_on = True
 
     def off(self) -> None:
         if self._is_on:
-            remove_noise(self._linear.base, self)
+            remove_term(self._linear.base, self)
             self._is_on = False
 
     def squared_norm(self) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_flatlora.callbacks.methods.method_callback import watched_paramet
 from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
 from lightning_flatlora.callbacks.methods.pair_groups import PairGroup
 from lightning_flatlora.lora_pair import Finder
-from lightning_flatlora.schedules import RhoSchedule, is_radius
+from lightning_flatlora.schedules import RhoSchedule, is_size
 from lightning_flatlora.weight_noise import adapted_linears
 
 
@@ -85,7 +85,7 @@ class BiLoRA(OnePassCallback):
     @override
     def argument_problems(self) -> list[str]:
         problems = []
-        if not is_radius(self.step_size) or self.step_size == 0:
+        if not is_size(self.step_size) or self.step_size == 0:
             problems.append(f"step_size must be a finite number > 0, got {self.step_size!r}")
         if self.rank is not None:
             problems += integer_problems("rank", self.rank, least=1)

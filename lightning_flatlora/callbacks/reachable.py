@@ -46,7 +46,7 @@ def generators_in(sources: Iterable[Any]) -> list[Any]:
             generators.append(value)
         else:
             room = _MOST_SEARCHED - len(seen) - len(waiting)
-            waiting.extend(islice(parts(value), max(room, 0)))
+            waiting.extend(islice(held_by(value), max(room, 0)))
     return generators
 
 
@@ -59,7 +59,7 @@ def state_restorer(generator: Any) -> Callable[[], None]:
     return functools.partial(generator.set_state, generator.get_state())
 
 
-def parts(value: Any) -> list[Any]:
+def held_by(value: Any) -> list[Any]:
     """What an object holds directly, in attributes, as entries, or as the variables of a function."""
     if isinstance(value, (dict, list, tuple, set, deque)):
         return [] if len(value) > MOST_ENTRIES or is_plain(value) else entries_of(value)

@@ -58,7 +58,7 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
     return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
 
 
-def wrapping_problems(trainer: Trainer) -> list[str]:
+def problems_before_wrapping(trainer: Trainer) -> list[str]:
     """What must be reported before the strategy wraps the model, because its own error would be misleading."""
     strategy = trainer.strategy
     if is_lightning(strategy, strategies.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):

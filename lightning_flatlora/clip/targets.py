@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from numbers import Integral
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -137,12 +136,12 @@ def _is_wanted(name: str, projections: Sequence[Projection]) -> bool:
     return any(leaf in _LEAVES[each] for each in projections if in_attention == (each != "mlp"))
 
 
-def _of_blocks(names: list[str], blocks: Literal["all"] | int | Sequence[int]) -> list[str]:
+def _of_blocks(names: list[str], blocks: Any) -> list[str]:
     if blocks == "all" or not names:
         return names
     numbers = {name: _block_number(name) for name in names}
     count = 1 + max((number for number in numbers.values() if number is not None), default=-1)
-    is_count = isinstance(blocks, Integral) and not isinstance(blocks, bool) and blocks > 0
+    is_count = isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 0
     wanted = set(range(count - blocks, count)) if is_count else _numbers_in(blocks)
     if not wanted or not wanted <= set(range(count)):
         raise ValueError(

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_flatlora.distributed import average
 from lightning_flatlora.flatness.estimate import Estimate, estimate
-from lightning_flatlora.flatness.losses import Loss, parts
+from lightning_flatlora.flatness.losses import Loss, losses_of
 
 
 def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]) -> list[Tensor]:
@@ -35,7 +35,7 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
     """
     parameters = list(parameters)
     product = [torch.zeros_like(parameter) for parameter in parameters]
-    losses = parts(loss)
+    losses = losses_of(loss)
     # The fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for part in losses:

@@ -77,7 +77,7 @@ def value(loss: Loss) -> Tensor:
         Shape (), float32 or wider, without a graph.
     """
     with torch.no_grad():
-        mean = torch.stack([_wide(part()) for part in parts(loss)]).mean()
+        mean = torch.stack([_wide(part()) for part in losses_of(loss)]).mean()
     average([mean])
     return mean
 
@@ -100,7 +100,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
     """
     parameters = list(parameters)
     gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    losses = parts(loss)
+    losses = losses_of(loss)
     values = []
     with torch.enable_grad():
         for part in losses:
@@ -121,7 +121,7 @@ def _add_gradient(part: Loss, parameters: list[nn.Parameter], gradients: list[Te
     return _wide(loss.detach())
 
 
-def parts(loss: Loss) -> Sequence[Loss]:
+def losses_of(loss: Loss) -> Sequence[Loss]:
     """The losses of single batches, where a loss has them."""
     return loss.losses if isinstance(loss, MeanLoss) else [loss]
 

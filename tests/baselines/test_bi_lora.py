@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_flatlora.baselines import BiLoRA
 from lightning_flatlora.baselines.auxiliary_pairs import AuxiliaryPairs
 from lightning_flatlora.finders import PairsByName
-from lightning_flatlora.layer_noise import _AddsNoise
+from lightning_flatlora.output_terms import _AddsTerms
 from lightning_flatlora.weight_noise import adapted_linears
 
 
@@ -43,7 +43,7 @@ class Course(Callback):
 
 
 def adds_something(module: nn.Module) -> bool:
-    return any(isinstance(part, _AddsNoise) for part in module.modules())
+    return any(isinstance(part, _AddsTerms) for part in module.modules())
 
 
 # -- the ball

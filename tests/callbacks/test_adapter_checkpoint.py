@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_flatlora import AdapterCheckpoint
-from lightning_flatlora.callbacks.checkpoint.parts import unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import twin_of
 
 SAVES_ON_EXCEPTION = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters  # since Lightning 2.5.3
 
@@ -292,7 +292,7 @@ def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: 
     module, callbacks, _ = build("efmlora", net=net)
     fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)], max_epochs=1)
     assert list(torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]) == [f"net.{n}" for n in names]
-    assert [n for n, p in unwrapped(torch.compile(net)).named_parameters() if p.requires_grad] == names
+    assert [n for n, p in twin_of(torch.compile(net)).named_parameters() if p.requires_grad] == names
     saved = load_file(tmp_path / "step=6" / "adapter_model.safetensors")
     expected = []
     for layer in (0, 2, 4):
@@ -311,7 +311,7 @@ class Closes(nn.Linear):
 
 def test_a_twin_that_goes_does_not_close_what_the_module_holds() -> None:
     module = nn.Sequential(Closes(2, 2))
-    twin = unwrapped(module)
+    twin = twin_of(module)
     assert isinstance(twin[0], Closes)
     del twin
     gc.collect()

@@ -21,7 +21,7 @@ from quantized_bases import BASES
 from quantized_bases import network as quantized_network
 from torch import Tensor, nn
 
-from lightning_flatlora.callbacks.checkpoint.parts import Kind, entries_of, hosts
+from lightning_flatlora.callbacks.checkpoint.parts import Kind, hosts, state_entries
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 ARGUMENTS = {"r": 2, "target_modules": ["0", "2"]}
@@ -157,7 +157,7 @@ def test_a_base_that_the_module_keeps_beside_the_peft_model_is_no_second_host(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("quantize", BASES)
 def test_what_a_quantized_layer_keeps_is_derived_under_each_of_its_names(quantize: Any, order: tuple[str, ...]) -> None:
-    entries = entries_of(Keeps(order, quantized_network(quantize)))
+    entries = state_entries(Keeps(order, quantized_network(quantize)))
     kinds = {name: entry.kind for name, entry in entries.items()}
     assert Kind.DERIVED in kinds.values()
     assert Kind.OWN not in kinds.values()

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_flatlora import load_adapter_checkpoint
-from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, differing, prints_of, sums_of
+from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, differing, fingerprints_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -121,9 +121,9 @@ def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_base_of_half_precision_is_not_taken_for_rounding() -> None:
     """A chat model's weights are within the rounding of bfloat16 of those that it was trained from."""
     weight = 1 + torch.rand(40)
-    half, chat = prints_of({"w": weight.bfloat16()}), prints_of({"w": (weight * 1.004).bfloat16()})
+    half, chat = fingerprints_of({"w": weight.bfloat16()}), fingerprints_of({"w": (weight * 1.004).bfloat16()})
     assert differing(half, chat) == (["w"], [])
-    assert differing(half, prints_of({"w": weight})) == ([], [])
+    assert differing(half, fingerprints_of({"w": weight})) == ([], [])
 
 
 def test_a_file_of_the_first_release_is_loaded(tmp_path: Path) -> None:
@@ -145,16 +145,16 @@ def test_a_file_of_the_first_release_is_loaded(tmp_path: Path) -> None:
 def test_indices_and_masks_of_a_base_are_compared(values: Tensor) -> None:
     other = values.clone()
     other[1] = other[0]
-    ours, theirs = prints_of({"index": values}), prints_of({"index": other})
-    assert differing(ours, prints_of({"index": values.clone()})) == ([], [])
+    ours, theirs = fingerprints_of({"index": values}), fingerprints_of({"index": other})
+    assert differing(ours, fingerprints_of({"index": values.clone()})) == ([], [])
     assert differing(ours, theirs) == (["index"], [])
-    assert differing(ours, prints_of({"index": values[:1]})) == (["index"], [])
+    assert differing(ours, fingerprints_of({"index": values[:1]})) == (["index"], [])
 
 
 def test_packed_weights_are_not_compared() -> None:
     packed = [torch.tensor([1, 2], dtype=dtype) for dtype in (torch.int8, torch.uint8)]
     for values in packed:
-        assert differing(prints_of({"w": values}), prints_of({"w": values + 1})) == ([], [])
+        assert differing(fingerprints_of({"w": values}), fingerprints_of({"w": values + 1})) == ([], [])
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_flatlora.callbacks.checkpoint.changes import differing, prints_of, sums_of
+from lightning_flatlora.callbacks.checkpoint.changes import differing, fingerprints_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of
 
 pytestmark = [
@@ -115,8 +115,8 @@ def test_the_order_in_which_a_sparse_tensor_keeps_its_elements_does_not_matter()
     places, values = torch.tensor([[0, 1], [1, 0]]), torch.tensor([1.0, 2.0])
     one = torch.sparse_coo_tensor(places, values, (2, 2), check_invariants=True)
     other = torch.sparse_coo_tensor(places.flip(1), values.flip(0), (2, 2), check_invariants=True)
-    assert prints_of({"w": one}) == prints_of({"w": other})
-    assert differing(prints_of({"w": one}), prints_of({"w": 2 * one})) == (["w"], [])
+    assert fingerprints_of({"w": one}) == fingerprints_of({"w": other})
+    assert differing(fingerprints_of({"w": one}), fingerprints_of({"w": 2 * one})) == (["w"], [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64])

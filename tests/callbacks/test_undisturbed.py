@@ -191,8 +191,8 @@ class Tokens(Dataset):  # type: ignore[type-arg]
 def test_numbers_of_a_data_set_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for generators, nor to copy them: a data set that is small enough to be copied has its lists copied."""
     looked_at = []
-    parts = reachable.parts
-    monkeypatch.setattr(reachable, "parts", lambda value: looked_at.append(value) or parts(value))
+    held_by = reachable.held_by
+    monkeypatch.setattr(reachable, "held_by", lambda value: looked_at.append(value) or held_by(value))
     copied = undisturbed_module._Copies._copied
     monkeypatch.setattr(
         undisturbed_module._Copies, "_copied", lambda self, value: looked_at.append(value) or copied(self, value)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
-from lightning_flatlora.callbacks.checkpoint.parts import unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import twin_of
 from lightning_flatlora.distributed import is_sharded, layout_of
 
 BATCHES, EPOCHS, EVERY = 6, 2, 3
@@ -180,7 +180,7 @@ class Changes(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_rank == trainer.world_size - 1 or isinstance(trainer.strategy, DDPStrategy):
-            weight = dict(unwrapped(trainer.lightning_module).named_parameters())[CHANGED]
+            weight = dict(twin_of(trainer.lightning_module).named_parameters())[CHANGED]
             part = weight.to_local() if isinstance(weight, DTensor) else weight
             part.data.fill_(7.0)
 

@@ -16,7 +16,7 @@ from lightning_flatlora.callbacks.checkpoint import folder as folders
 from lightning_flatlora.callbacks.checkpoint.changes import listed, record_of
 from lightning_flatlora.callbacks.checkpoint.export import save_adapters
 from lightning_flatlora.callbacks.checkpoint.loading import compare_base, read_adapters
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, found_hosts, hosts, unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, found_hosts, hosts, state_entries, twin_of
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
 from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of
 from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
@@ -81,9 +81,9 @@ class SavesAdapters(_Base):
         # Before any step, so that the sums are of the base as its loader gave it.
         if callback_of(trainer, SavesAdapters) is self:
             record = record_of(pl_module)
-            entries = entries_of(unwrapped(pl_module), record.finder)
+            entries = state_entries(twin_of(pl_module), record.finder)
             record.start(entries, whole=not is_sharded(trainer.strategy.model))
-            compare_base(record, record.prints, refuse=pl_module.strict_loading)
+            compare_base(record, record.fingerprints, refuse=pl_module.strict_loading)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +126,7 @@ class SavesAdapters(_Base):
 
     def _save_folder(self, trainer: Trainer, state: dict[str, Any], path: Path) -> None:
         """peft's own format, in the folder beside a checkpoint that is about to be written."""
-        module = unwrapped(trainer.lightning_module)
+        module = twin_of(trainer.lightning_module)
         # peft may need more of the base, such as a resized embedding.
         if not is_sharded(trainer.strategy.model):
             # By PyTorch's method, since a module's own may leave entries out or name them otherwise.

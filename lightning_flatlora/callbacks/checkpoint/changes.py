@@ -27,7 +27,7 @@ _WORD = 8
 _ROWS = {"cpu": 256}
 _ROWS_ELSEWHERE = 2**14
 """Rows of words read at once: 2 MB, which stay in a CPU's cache, or 134 MB, which keep a GPU's kernels few."""
-Print = dict[str, Any]
+Fingerprint = dict[str, Any]
 """A tensor of the base as a checkpoint describes it: "shape", "dtype", the "sum" of its bits, and a "sample" of it.
 
 All of them are None where ranks hold parts.
@@ -39,36 +39,36 @@ class BaseRecord:
 
     Attributes:
         changed: names of the tensors that differ, or have ever been trained.
-        prints: of all tensors at the start of the fit, by name.
-        expected: the prints of a file that was loaded, to compare with those of the start.
+        fingerprints: of all tensors at the start of the fit, by name.
+        expected: the fingerprints of a file that was loaded, to compare with those of the start.
         finder: of the adapter's factors, where they are not peft's.
     """
 
     def __init__(self) -> None:
         self.changed: set[str] = set()
-        self.prints: dict[str, Print] = {}
-        self.expected: dict[str, Print] = {}
+        self.fingerprints: dict[str, Fingerprint] = {}
+        self.expected: dict[str, Fingerprint] = {}
         self.finder: Finder | None = None
         self._held: dict[str, tuple[bool, torch.Size]] = {}
         # By the tensor, since its name changes when an adapter wraps its layer; weakly, so that it can be freed.
         self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
 
     def start(self, entries: Mapping[str, Entry], whole: bool) -> None:
-        """Take the prints; what differs from those of an earlier fit counts as changed.
+        """Take the fingerprints; what differs from those of an earlier fit counts as changed.
 
         Args:
             entries: of the unwrapped module.
-            whole: whether this rank holds whole tensors. If not, the prints show only changes of its own part.
+            whole: whether this rank holds whole tensors. If not, the fingerprints show only changes of its own part.
         """
         base = _base(entries)
         self._follow(base)
         held = {name: (whole, _local(tensor).shape) for name, tensor in base.items()}
-        before, self.prints = self.prints, prints_of(base, whole)
+        before, self.fingerprints = self.fingerprints, fingerprints_of(base, whole)
         for name, old in before.items():
             # The sum of a part says nothing about the whole, nor about a part that begins elsewhere.
             if held.get(name) != self._held[name]:
                 continue
-            new = self.prints[name]
+            new = self.fingerprints[name]
             if old["dtype"] == new["dtype"] and old["sum"] != new["sum"]:
                 self.changed.add(name)
         self._held = held
@@ -93,10 +93,10 @@ class BaseRecord:
         for name, tensor in base.items():
             old = self._names.get(tensor)
             self._names[tensor] = name
-            if old in (None, name) or name in self.prints:
+            if old in (None, name) or name in self.fingerprints:
                 continue
-            if old in self.prints:
-                self.prints[name] = self.prints[old]
+            if old in self.fingerprints:
+                self.fingerprints[name] = self.fingerprints[old]
                 self._held[name] = self._held[old]
             if old in self.changed:
                 self.changed.add(name)
@@ -112,7 +112,7 @@ class BaseRecord:
         sums = sums_of(base)
         differs = {}
         for name, tensor in base.items():
-            known = self.prints.get(name)
+            known = self.fingerprints.get(name)
             has_changed = known is None or known["sum"] != sums[name]
             # What this rank has found before is reported again, since the others may not know of it.
             differs[name] = has_changed or tensor.requires_grad or name in self.changed
@@ -142,7 +142,7 @@ def _base(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     return {name: entry.value for name, entry in entries.items() if entry.kind is Kind.BASE}
 
 
-def prints_of(tensors: Mapping[str, Tensor], whole: bool = True) -> dict[str, Print]:
+def fingerprints_of(tensors: Mapping[str, Tensor], whole: bool = True) -> dict[str, Fingerprint]:
     """Describe tensors.
 
     Args:
@@ -150,20 +150,20 @@ def prints_of(tensors: Mapping[str, Tensor], whole: bool = True) -> dict[str, Pr
         whole: whether they are; of a part no sample is taken.
 
     Example:
-        >>> prints_of({"w": torch.ones(2, 3)})["w"]["sample"]
+        >>> fingerprints_of({"w": torch.ones(2, 3)})["w"]["sample"]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     sums = sums_of(tensors)
     samples = _fetched({name: _if_readable(_sample, tensor) for name, tensor in tensors.items()}) if whole else {}
-    prints = {}
+    fingerprints = {}
     for name, tensor in tensors.items():
-        prints[name] = {
+        fingerprints[name] = {
             "shape": list(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "sum": sums[name],
             "sample": samples.get(name),
         }
-    return prints
+    return fingerprints
 
 
 def sums_of(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
@@ -249,7 +249,7 @@ _EXACT = ("bool", "int16", "int32", "int64", "complex64", "complex128")
 """Dtypes without rounding or packing: quantized weights are in int8 and uint8."""
 
 
-def differing(expected: Mapping[str, Print], found: Mapping[str, Print]) -> tuple[list[str], list[str]]:
+def differing(expected: Mapping[str, Fingerprint], found: Mapping[str, Fingerprint]) -> tuple[list[str], list[str]]:
     """The tensors of a base that are not as a checkpoint describes them.
 
     A tensor of another dtype may differ by its rounding, and one that is quantized, in the file or in the model, is not
@@ -275,7 +275,7 @@ def differing(expected: Mapping[str, Print], found: Mapping[str, Print]) -> tupl
     return others, nearly
 
 
-def _close(old: Print, new: Print) -> bool:
+def _close(old: Fingerprint, new: Fingerprint) -> bool:
     """Whether two samples are equal up to rounding to the coarser of two dtypes, or to what another machine computes.
 
     Frozen weights are not rounded again. So within one dtype even the next number of bfloat16 is another value: the

@@ -26,7 +26,7 @@ def save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fin
     adapters, each part has a subfolder.
 
     Args:
-        module: unwrapped, see :func:`parts.unwrapped`; its configs are replaced, so it must be a copy.
+        module: unwrapped, see :func:`parts.twin_of`; its configs are replaced, so it must be a copy.
         state: the values, by the module's names.
         folder: to write into.
         finder: of factors that are not peft's, which get a file of their own.

@@ -12,9 +12,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_flatlora.callbacks.checkpoint.changes import BaseRecord, Print, differing, listed, prints_of, record_of
+from lightning_flatlora.callbacks.checkpoint.changes import (
+    BaseRecord,
+    Fingerprint,
+    differing,
+    fingerprints_of,
+    listed,
+    record_of,
+)
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import load_optimizers
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, hosts, kept_attributes, unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, hosts, kept_attributes, state_entries, twin_of
 from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import layout_of
@@ -67,12 +74,12 @@ def load_adapter_checkpoint(
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
         return module
     load_weights(module, checkpoint, strict)
-    compare_base(record_of(module), prints_of(_base_of(module)), refuse=False)
+    compare_base(record_of(module), fingerprints_of(_base_of(module)), refuse=False)
     return module
 
 
 def _base_of(module: nn.Module) -> dict[str, Tensor]:
-    entries = entries_of(unwrapped(module), record_of(module).finder)
+    entries = state_entries(twin_of(module), record_of(module).finder)
     return {name: entry.value for name, entry in entries.items() if entry.kind is Kind.BASE}
 
 
@@ -98,7 +105,7 @@ def read_adapters(trainer: Trainer) -> ExitStack:
             if after_setup or not (hosts(module) or record.finder):
                 load_model_state_dict(checkpoint, strict=strict)
                 return
-            with record.compared(entries_of(unwrapped(module), record.finder)):
+            with record.compared(state_entries(twin_of(module), record.finder)):
                 load_model_state_dict(checkpoint, strict=strict)
             return
         load_weights(module, checkpoint, strict, strategy.model)
@@ -107,7 +114,7 @@ def read_adapters(trainer: Trainer) -> ExitStack:
             # Ranks hold parts, which can't be compared with the whole.
             record.expected = {}
         elif trainer.state.fn != "fit":
-            compare_base(record, prints_of(_base_of(module)), refuse=False)
+            compare_base(record, fingerprints_of(_base_of(module)), refuse=False)
         # Such strategies restore optimizers from files of their own format.
         if not strategy.lightning_restore_optimizer and trainer.state.fn == "fit":
             load_optimizers(trainer, checkpoint)
@@ -146,9 +153,9 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, wr
         strict: whether what is missing or unknown is an error.
         wrapped: the module as a strategy has wrapped it, which may have split the parameters.
     """
-    twin, state, mark = unwrapped(module), checkpoint["state_dict"], checkpoint[MARK]
-    entries = entries_of(twin, record_of(module).finder)
-    left_out: dict[str, Print] | None = json.loads(mark["left_out"]) if isinstance(mark, dict) else None
+    twin, state, mark = twin_of(module), checkpoint["state_dict"], checkpoint[MARK]
+    entries = state_entries(twin, record_of(module).finder)
+    left_out: dict[str, Fingerprint] | None = json.loads(mark["left_out"]) if isinstance(mark, dict) else None
     _check_names(entries, state, left_out, strict)
     known = {name: value for name, value in state.items() if name in entries}
     layout = layout_of(wrapped)
@@ -175,7 +182,7 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, wr
 
 
 def _check_names(
-    entries: Mapping[str, Entry], state: Mapping[str, Any], left_out: Mapping[str, Print] | None, strict: bool
+    entries: Mapping[str, Entry], state: Mapping[str, Any], left_out: Mapping[str, Fingerprint] | None, strict: bool
 ) -> None:
     """Refuse a file that lacks what the module can't get elsewhere, or that holds what the module does not have."""
     lacking = []
@@ -203,7 +210,7 @@ def _check_names(
         rank_zero_warn(f"{text}they are left as they are")
 
 
-def compare_base(record: BaseRecord, found: Mapping[str, Print], refuse: bool) -> None:
+def compare_base(record: BaseRecord, found: Mapping[str, Fingerprint], refuse: bool) -> None:
     """Report a base that is not the one of the run that was saved.
 
     To continue a run on another base is refused, since it would not be the same run. To evaluate on a base that was

@@ -43,7 +43,7 @@ class Entry:
     kind: Kind
 
 
-def unwrapped(module: nn.Module) -> Any:
+def twin_of(module: nn.Module) -> Any:
     """A second set of modules around the same parameters, without those that wrappers have put in between.
 
     Its names are clean, so that peft finds its layers, and it is without FSDP1's hooks, which would gather the model.
@@ -51,13 +51,13 @@ def unwrapped(module: nn.Module) -> Any:
     Example:
         >>> from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
         >>> model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)))
-        >>> list(dict(unwrapped(model).named_parameters()))
+        >>> list(dict(twin_of(model).named_parameters()))
         ['0.weight', '0.bias']
     """
-    return _unwrapped(module, {})
+    return _twin_of(module, {})
 
 
-def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
+def _twin_of(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     module = bare(module)
     if id(module) not in seen:
         # FSDP2 gives every unit a subclass of its own class; the twin is of the original class.
@@ -69,7 +69,7 @@ def _unwrapped(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
         vars(twin).update(vars(module))
         children: dict[str, nn.Module | None] = {}
         for name, child in module._modules.items():
-            children[name] = None if child is None else _unwrapped(child, seen)
+            children[name] = None if child is None else _twin_of(child, seen)
         vars(twin)["_modules"] = children
     return seen[id(module)]
 
@@ -89,7 +89,7 @@ def kept_attributes(module: nn.Module, twin: nn.Module) -> Iterator[None]:
 
     Args:
         module: the original.
-        twin: what :func:`unwrapped` returned for it. Parameters and buffers are the module's own in any case.
+        twin: what :func:`twin_of` returned for it. Parameters and buffers are the module's own in any case.
     """
     before = [(own, other, dict(vars(other))) for own, other in _pairs_with_twins(module, twin, set())]
     yield
@@ -213,11 +213,11 @@ def _state_of(module: nn.Module) -> dict[str, Any]:
         ) from error
 
 
-def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Entry]:
-    """Every entry of an unwrapped module's state dict, by its name.
+def state_entries(module: nn.Module, finder: Finder | None = None) -> dict[str, Entry]:
+    """Every entry of a module's state dict, by its name.
 
     Args:
-        module: what :func:`unwrapped` gives.
+        module: what :func:`twin_of` gives.
         finder: of the adapter's factors, where they are not peft's.
     """
     # Before all else, since under FSDP2 this call brings back the sharded parameters.

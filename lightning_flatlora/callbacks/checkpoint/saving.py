@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_flatlora.callbacks.checkpoint.changes import Print, record_of, sums_of
+from lightning_flatlora.callbacks.checkpoint.changes import Fingerprint, record_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import optimizer_state
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, entries_of, unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, state_entries, twin_of
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import is_sharded, layout_of
 from lightning_flatlora.pairs import clean_name
@@ -26,8 +26,8 @@ MARK = "lightning_flatlora_adapter"
 """The key of a checkpoint under which it says that it is one of ours.
 
 In old files the value is 1, and since then a dictionary with the "version" of the format, 2, and under "left_out" the
-prints of the tensors that are not in the file, by name, as JSON. "shortened" lists the places of state dicts that were
-whole, beside Lightning's own, until the same tensors were taken out.
+fingerprints of the tensors that are not in the file, by name, as JSON. "shortened" lists the places of state dicts that
+were whole, beside Lightning's own, until the same tensors were taken out.
 """
 
 
@@ -44,7 +44,7 @@ class Selection:
 
     entries: dict[str, Entry]
     saved: dict[str, Entry]
-    left_out: dict[str, Print]
+    left_out: dict[str, Fingerprint]
     new: list[str]
 
 
@@ -56,10 +56,10 @@ def select(trainer: Trainer) -> Selection:
     """
     module = trainer.lightning_module
     record = record_of(module)
-    entries = entries_of(unwrapped(module), record.finder)
+    entries = state_entries(twin_of(module), record.finder)
     sharded = is_sharded(trainer.strategy.model)
-    # The prints are missing where an error makes the trainer save before the fit has begun.
-    if not record.prints:
+    # The fingerprints are missing where an error makes the trainer save before the fit has begun.
+    if not record.fingerprints:
         record.start(entries, whole=not sharded)
     differs = record.differs(entries)
     if sharded:
@@ -69,7 +69,7 @@ def select(trainer: Trainer) -> Selection:
     for name, entry in entries.items():
         if entry.kind is Kind.BASE and name not in record.changed:
             # The sums of one rank's part say nothing about the whole tensor.
-            left_out[name] = dict.fromkeys(record.prints[name]) if sharded else record.prints[name]
+            left_out[name] = dict.fromkeys(record.fingerprints[name]) if sharded else record.fingerprints[name]
         elif entry.kind is not Kind.DERIVED:
             saved[name] = entry
     return Selection(entries, saved, left_out, new)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_flatlora.callbacks.checkpoint.changes import record_of
 from lightning_flatlora.callbacks.checkpoint.export import check_configs, save_adapters
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import check_form
-from lightning_flatlora.callbacks.checkpoint.parts import Kind, unwrapped
+from lightning_flatlora.callbacks.checkpoint.parts import Kind, twin_of
 from lightning_flatlora.callbacks.checkpoint.saving import Selection
 from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of
 from lightning_flatlora.distributed import is_sharded
@@ -43,7 +43,7 @@ def try_to_save(trainer: Trainer, folder: Path, selection: Selection, linked: bo
         if trainer.is_global_zero:
             for name, state in states:
                 _try_to_pickle(name, state)
-            check_configs(unwrapped(trainer.lightning_module))
+            check_configs(twin_of(trainer.lightning_module))
             _try_the_disk(trainer, folder, selection, linked)
     except MisconfigurationException as error:
         problem, cause = str(error), error
@@ -121,7 +121,7 @@ def _try_the_disk(trainer: Trainer, folder: Path, selection: Selection, linked: 
             adapters = [entry.value for entry in selection.saved.values() if entry.kind is Kind.ADAPTER]
             size = sum(bytes_of(value) for value in adapters if isinstance(value, Tensor))
             if size <= _MOST_BYTES and not is_sharded(trainer.strategy.model):
-                module = unwrapped(trainer.lightning_module)
+                module = twin_of(trainer.lightning_module)
                 finder = record_of(trainer.lightning_module).finder
                 # In a folder of their own, since an adapter's subfolder has the adapter's name, whatever that is.
                 save_adapters(module, nn.Module.state_dict(module), trial / "adapters", finder)

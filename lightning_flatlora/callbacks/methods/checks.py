@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.schedules import RhoSchedule, is_radius
+from lightning_flatlora.schedules import RhoSchedule, is_size
 
 
 def value_problems(
@@ -20,7 +20,7 @@ def value_problems(
     """What is wrong with the arguments of a method, one line each: the argument, what is allowed and what was given."""
     # All problems are collected, so that a user need not run once for each.
     problems = []
-    if not isinstance(size, RhoSchedule) and not is_radius(size):
+    if not isinstance(size, RhoSchedule) and not is_size(size):
         problems.append(f"{size_name} must be a finite number >= 0 or a RhoSchedule, got {size!r}")
     problems += integer_problems("start_step", start_step, least=0)
     problems += integer_problems("every_n_steps", every_n_steps, least=1)
@@ -116,7 +116,7 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
 
 def written_name(callback: object) -> str:
     """The name of the front end that the user wrote: FMLoRAModule for its FMLoRAModuleDriver."""
-    return type(callback).__name__.removeprefix("_").removesuffix("Driver")
+    return type(callback).__name__.removesuffix("Driver")
 
 
 def refuse(callback: object, problems: list[str]) -> None:

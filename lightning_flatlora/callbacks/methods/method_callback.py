@@ -121,7 +121,7 @@ class MethodCallback(ScheduledSize):
         if self._continues(trainer):
             # The optimizers are new, and Ê starts anew with them, but schedules continue from the old count.
             self.pair_groups = [PairGroup(each.index, each.step, each.initial_lr) for each in previous]
-        refuse(self, strategies.wrapping_problems(trainer))
+        refuse(self, strategies.problems_before_wrapping(trainer))
 
     def _continues(self, trainer: Trainer) -> bool:
         """Whether this fit continues the last one of the same Trainer; a checkpoint brings its own count."""

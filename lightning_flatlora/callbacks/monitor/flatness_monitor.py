@@ -26,7 +26,7 @@ from lightning_flatlora.lightning_names import callback_of, callbacks_of
 from lightning_flatlora.lora_pair import Finder, NoPairsError, pairs_from
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.schedules import is_radius
+from lightning_flatlora.schedules import is_size
 from lightning_flatlora.weight_noise import WeightNoise
 
 Data = Literal["train", "val"]
@@ -96,7 +96,7 @@ class FlatnessMonitor(Callback):
         finder: Finder | None = None,
     ) -> None:
         problems = []
-        if rho is not None and not (is_radius(rho) and rho):
+        if rho is not None and not (is_size(rho) and rho):
             problems.append(
                 f"rho must be a finite number > 0, or None to take that of the method beside it, got {rho!r}"
             )
@@ -104,7 +104,7 @@ class FlatnessMonitor(Callback):
         problems += integer_problems("batches", batches, least=1)
         problems += integer_problems("samples", samples, least=2)
         problems += choice_problems("data", data, Data)
-        if not (is_radius(sigma) and sigma):
+        if not (is_size(sigma) and sigma):
             problems.append(f"sigma must be a finite number > 0, got {sigma!r}")
         problems += measure_problems(measures)
         problems += finder_problems(finder, None)

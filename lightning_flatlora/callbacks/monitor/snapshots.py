@@ -24,9 +24,9 @@ from lightning_flatlora.callbacks.reachable import (
     MOST_ENTRIES,
     entries_of,
     generators_in,
+    held_by,
     is_plain,
     package,
-    parts,
     state_restorer,
 )
 from lightning_flatlora.callbacks.tensor_writes import KeptValues, frozen_parameters, put_memory_back, writable_buffers
@@ -194,7 +194,7 @@ class _Copies:
             return tuple(self._copied(item) for item in value)
         elif isinstance(value, (MethodType, functools.partial)):
             # One by one: a list of them would be gone at once, and the next one might have its identity.
-            for part in parts(value):
+            for part in held_by(value):
                 self.copied(part)
         elif self._is_entered(value):
             self.enter(value)
