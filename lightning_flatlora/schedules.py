@@ -74,7 +74,7 @@ def is_size(value: object) -> bool:
 # Not frozen, see RhoSchedule; and without unsafe_hash a dataclass that is not frozen has no hash.
 @dataclass(unsafe_hash=True)
 class _OfRadii(RhoSchedule):
-    """Base of the schedules below, all of whose fields but ``total_steps`` are radii; a user's need not derive from it."""
+    """Base of the schedules below, whose fields are radii, apart from ``total_steps``; a user's may have others."""
 
     def __post_init__(self) -> None:
         problems = []
