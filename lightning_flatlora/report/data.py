@@ -39,8 +39,10 @@ class Encoded(NamedTuple):
 
     @property
     def terms(self) -> int:
-        """How many terms the loss has: tokens that count and have one before them, or one for a class."""
-        return 1 if isinstance(self.labels, int) else sum(label != IGNORED for label in self.labels[1:])
+        """How many terms the loss has: tokens that count and have one before them, or one for the class of a text."""
+        if isinstance(self.labels, int):
+            return min(1, len(self.input_ids))  # some tokenizers make no token of an empty text
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 class Batch(NamedTuple):
@@ -61,9 +63,9 @@ def read_rows(options: Options) -> list[Row]:
         raise ReportError(f"--data {path}: its name must end in {', '.join(_FORMATS)}")
     try:
         rows = _drawn(path, options.examples, options.seed)
-    except StopIteration:  # the JSON reader's, of a file without a byte
-        rows = []
     except Exception as error:  # the readers of the four formats raise errors of many types
+        if is_of_empty_file(error):
+            raise ReportError(f"--data {path} is empty") from error
         raise ReportError(f"--data {path} can't be read ({first_line(error.__cause__ or error)})") from error
     if not rows:
         raise ReportError(f"--data {path} is empty")
@@ -82,6 +84,17 @@ def _drawn(path: Path, number: int, seed: int) -> list[Row]:
         table = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache, **options)
         rows: list[Row] = table.shuffle(seed=seed).select(range(min(number, len(table)))).to_list()
         return rows
+
+
+def is_of_empty_file(error: Exception) -> bool:
+    """Whether an error of ``datasets.load_dataset`` says that a file has no row.
+
+    Example:
+        >>> is_of_empty_file(StopIteration()), is_of_empty_file(ValueError("a column is missing"))
+        (True, False)
+    """
+    # Of a JSON file without a byte, and of a CSV file with a header alone.
+    return isinstance(error, StopIteration) or "corresponds to no data" in str(error)
 
 
 def csv_options(files: str, cache_dir: str | None = None) -> dict[str, Any]:
@@ -137,6 +150,7 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
         ReportError: a row that can't be encoded, or no token that counts.
     """
     columns = columns_for(adapted.task, rows)
+    _check_classes(adapted)
     if "messages" in columns and not adapted.tokenizer.chat_template:
         raise ReportError(f"--data has messages, but the tokenizer of {adapted.base} has no chat template")
     examples = []
@@ -154,6 +168,17 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
     # MeanLoss divides by the number of batches, while the mean over all terms is wanted.
     weight = len(batches) / total
     return MeanLoss([partial(_weighted_loss, adapted.model, batch, weight) for batch in batches]), total
+
+
+def _check_classes(adapted: Adapted) -> None:
+    """Refuse what has no classes of which each text is in one, since its loss is another."""
+    config = adapted.model.config
+    is_regression = config.num_labels == 1 or config.problem_type == "regression"
+    if adapted.task == "SEQ_CLS" and (is_regression or config.problem_type == "multi_label_classification"):
+        what = "predicts numbers" if is_regression else "gives a text several classes at once"
+        raise ReportError(
+            f"the adapter of {adapted.base} {what}: the report measures the cross-entropy of one class alone"
+        )
 
 
 def _weighted_loss(model: PeftModel, batch: Batch, weight: float) -> Tensor:
@@ -251,6 +276,8 @@ def _class(label: object, names: dict[str, int]) -> int:
     if isinstance(label, str):
         # A CSV file holds texts, also where they are numbers.
         number = int(label) if label.isdecimal() and label not in names else names.get(label)
+    if isinstance(label, (bool, float)) and float(label).is_integer():  # JSON's true, and 1.0 as pandas writes it
+        number = int(label)
     if not isinstance(number, int) or not 0 <= number < len(names):
         raise ValueError(f"label must be a number from 0 to {len(names) - 1} or one of {list(names)}, got {label!r}")
     return number

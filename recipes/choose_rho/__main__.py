@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_flatlora.schedules import is_size
 from recipes.choose_rho.report import advice, draw, table
 from recipes.choose_rho.run import Run, Sweep
 from recipes.shared.ledger import Ledger, Row, StoppedError, entries, keep_options
@@ -55,8 +56,9 @@ def _check(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
         problems.append(
             f"no --config: give recipes/{options.recipe}/configs/base.yaml and recipes/configs/methods/efmlora.yaml"
         )
-    if min(options.rho) < 0:
-        problems.append(f"--rho must be 0 or more, got {min(options.rho):g}")
+    wrong = [f"{rho:g}" for rho in options.rho if not is_size(rho)]
+    if wrong:
+        problems.append(f"--rho must be finite numbers of 0 or more, got {', '.join(wrong)}")
     for name in ("rho", "seeds"):
         values = getattr(options, name)
         if len(set(values)) < len(values):

@@ -316,6 +316,11 @@ class TextData(ResumableData):
 
 def _encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, Any]:
     encoded = tokenizer(*row["texts"], truncation=True, max_length=max_length)
+    if not encoded["input_ids"]:
+        raise MisconfigurationException(
+            f"the tokenizer makes no token of the text {' '.join(row['texts'])!r}, so there is nothing to classify: "
+            "leave such rows out"
+        )
     columns = {"input_ids": encoded["input_ids"], "length": len(encoded["input_ids"])}
     if len(row["texts"]) == 2 and "token_type_ids" in encoded:  # BERT's, which say where the second text begins
         columns["token_type_ids"] = encoded["token_type_ids"]

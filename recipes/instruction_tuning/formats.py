@@ -244,6 +244,8 @@ def _joined(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
+    if not isinstance(content, (list, dict)):
+        raise ValueError(f"a message's content must be a text or a list of parts, and a row holds {content!r}")
     texts = []
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, str):

@@ -13,7 +13,7 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_flatlora.report.data import csv_options
+from lightning_flatlora.report.data import csv_options, is_of_empty_file
 
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -53,6 +53,8 @@ def read_table(
     except MisconfigurationException:
         raise
     except Exception as error:  # `datasets` raises a dozen types, from a bad name to a network down or broken JSON
+        if ending is not None and is_of_empty_file(error):
+            raise MisconfigurationException(f"dataset={name!r} is empty") from error
         formats = ", ".join(FORMATS)
         raise MisconfigurationException(
             f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. Give a Hub name, "

@@ -81,6 +81,7 @@ class QuestionEncoder(TemplateEncoder):
                 mark of an image.
         """
         messages = [*self._asked(question, history), {"role": "assistant", "content": answer}]
+        self._refuse_mark("answer", answer)
         prompt = self.prompt(question, history)
         try:
             text, places = answer_spans(self._render, messages, self.tokenizer.eos_token)
@@ -100,11 +101,15 @@ class QuestionEncoder(TemplateEncoder):
         Raises:
             MisconfigurationException: a text holds the mark of an image.
         """
-        mark = getattr(self.processor, "image_token", None)
-        for text in (question, *(message["content"] for message in history)):
-            if mark and mark in text:
-                raise MisconfigurationException(f"the question {text!r} holds {mark!r}, the mark of an image")
+        self._refuse_mark("question", question)
+        for message in history:
+            self._refuse_mark("message", message["content"])
         return self._render(self._asked(question, history), True) + self._opening
+
+    def _refuse_mark(self, what: str, text: str) -> None:
+        mark = getattr(self.processor, "image_token", None)
+        if mark and mark in text:
+            raise MisconfigurationException(f"the {what} {text!r} holds {mark!r}, the mark of an image")
 
     def __call__(self, texts: Sequence[str], images: Sequence[Image], padding_side: str) -> dict[str, Tensor]:
         """The model's inputs for texts with an image each: tokens padded on a side, and pixels."""

@@ -209,7 +209,7 @@ class VQAData(ResumableData):
         readable(files, refuses=too_long)
         asked = []
         for line, (row, file) in enumerate(zip(rows, files, strict=True)):
-            question = self._prompt(row["question"], row.get("choices") or [], row.get("hint"))
+            question = self._prompt(row["question"], row["choices"], row["hint"])
             asked.append({**row, "line": line, "file": file, "prompt": self.encoder.prompt(question)})
         return asked
 

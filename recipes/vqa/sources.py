@@ -79,10 +79,11 @@ def load(
 
 
 def read_json_lines(path: str, needs: str) -> list[Row]:
-    """The rows of a .jsonl file that ``predict`` is to answer: ``image`` and ``question``.
+    """The rows of a .jsonl file that ``predict`` is to answer: ``image`` and ``question``, ``choices`` and ``hint``.
 
     Raises:
-        MisconfigurationException: it can't be read, is empty, or a line lacks one of them.
+        MisconfigurationException: it can't be read, is empty, or a line lacks one of the first two or holds anything
+            else in them than texts.
     """
     try:
         # Not splitlines(), which also splits at characters that JSON allows within a text, such as U+2028.
@@ -93,9 +94,14 @@ def read_json_lines(path: str, needs: str) -> list[Row]:
     if not rows:
         raise MisconfigurationException(f"{needs}={path!r} holds no question")
     for number, row in rows:
-        missing = [key for key in ("image", "question") if not (isinstance(row, dict) and row.get(key))]
+        where = f"{needs}={path!r}, line {number}"
+        missing = [key for key in ("image", "question") if not isinstance(row, dict) or row.get(key) in (None, "")]
         if missing:
-            raise MisconfigurationException(f"{needs}={path!r}, line {number}: no {' and no '.join(missing)}")
+            raise MisconfigurationException(f"{where}: no {' and no '.join(missing)}")
+        if not isinstance(row["image"], str):
+            raise MisconfigurationException(f"{where}: image must be the name of a file, got {row['image']!r}")
+        row |= {"question": _text(row, "question", where), "hint": _text(row, "hint", where)}
+        row["choices"] = _choices(row.get("choices"), where)
     return [row for _, row in rows]
 
 
@@ -135,7 +141,7 @@ class _Converter:
         return {"image": self._image(row["image"], where), **asked, "type": "" if kind is None else str(kind)}
 
     def _asked(self, row: Row, where: str) -> Row:
-        question, answers = (row["question"] or "").strip(), _answers(row)
+        question, answers = _text(row, "question", where), _answers(row, where)
         choices = _choices(row.get("choices"), where)
         if not question:
             raise MisconfigurationException(f"{where} has no question")
@@ -143,7 +149,7 @@ class _Converter:
             raise MisconfigurationException(f"{where} has no answer (its question: {question!r})")
         if choices:
             answers = [_letter_of(row.get("answer"), choices, where)]
-        question = self.prompt(question, choices, row.get("hint"))
+        question = self.prompt(question, choices, _text(row, "hint", where))
         return {"history": [], "question": question, "answers": answers, "choices": choices}
 
     def _image(self, image: Any, where: str) -> Any:
@@ -153,14 +159,30 @@ class _Converter:
             if len(image) > 1:
                 raise MisconfigurationException(f"{where} has {len(image)} images, and one is possible")
             return self._image(image[0] if image else None, where)
+        if image is not None and not isinstance(image, str):
+            raise MisconfigurationException(f"{where}: image must be an image or the name of a file, got {image!r}")
         return {"bytes": None, "path": str(self.folder / image)} if image else None
 
 
-def _answers(row: Row) -> list[str]:
+def _text(row: Row, name: str, where: str) -> str:
+    """A column's text without the spaces around it; "" where there is none."""
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise MisconfigurationException(f"{where}: {name} must be a text, got {value!r}")
+    return (value or "").strip()
+
+
+def _answers(row: Row, where: str) -> list[str]:
     """The answers of a row: texts, or texts in the form of the VQA challenges."""
     answers = row.get("answers") or row.get("answer")
     answers = answers if isinstance(answers, list) else [answers]
-    texts = [(answer["answer"] if isinstance(answer, dict) else answer) for answer in answers]
+    texts = []
+    for answer in answers:
+        if isinstance(answer, dict) and "answer" not in answer:
+            raise MisconfigurationException(
+                f"{where}: an answer must be a text, or hold one as 'answer', got {answer!r}"
+            )
+        texts.append(answer["answer"] if isinstance(answer, dict) else answer)
     return [str(text).strip() for text in texts if text is not None and str(text).strip()]
 
 
@@ -170,6 +192,9 @@ def _choices(value: Any, where: str) -> list[str]:
         value = value["text"]
     if value is not None and not isinstance(value, list):
         raise MisconfigurationException(f"{where}: choices must be a list of texts, got {value!r}")
+    for choice in value or []:
+        if choice is None or isinstance(choice, (list, dict)):
+            raise MisconfigurationException(f"{where}: choices must be a list of texts, got {value!r}")
     choices = [str(choice) for choice in value or []]
     if len(choices) > MOST_CHOICES:
         raise MisconfigurationException(f"{where} has {len(choices)} choices, and there are {MOST_CHOICES} letters")

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from checkpointed_bases import HEAD, module_of, saver, state
-from helpers import fit, make_loader, same, trainer_of, weights
+from helpers import FEATURES, Classifier, fit, make_loader, same, trainer_of, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import load_adapter_checkpoint
@@ -161,3 +162,27 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"lora_A": torch.ones(2)}, tmp_path / "adapter.bin")
     with pytest.raises(MisconfigurationException, match=r"adapter.bin has no state_dict: give a .ckpt of"):
         load_adapter_checkpoint(nn.Linear(2, 1), tmp_path / "adapter.bin")
+
+
+def initialized(init: str, seed: int) -> Classifier:
+    """A module on the same base, whose weights PiSSA has rewritten; its quick form draws random numbers."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(FEATURES, 64), nn.Tanh(), nn.Linear(64, 3))
+    torch.manual_seed(seed)
+    return Classifier(net=get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)))
+
+
+def test_a_base_that_was_rewritten_at_random_is_in_the_file(tmp_path: Path) -> None:
+    weight = "net.base_model.model.0.base_layer.weight"
+    whole, other = (initialized("pissa_niter_1", seed) for seed in (1, 2))
+    assert not same(other.state_dict()[weight], whole.state_dict()[weight])
+    with pytest.warns(UserWarning, match=rf"AdapterCheckpoint: {weight}, .* were rewritten when peft made the adapter"):
+        fit(tmp_path, whole, [saver(tmp_path / "1")])
+    fit(tmp_path, other, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    assert same(whole.state_dict(), other.state_dict())
+    assert same(state(tmp_path / "2" / "step=12.ckpt")[weight], whole.state_dict()[weight])
+
+
+def test_a_base_that_comes_out_the_same_is_left_out(tmp_path: Path) -> None:
+    fit(tmp_path, initialized("pissa", 1), [saver(tmp_path)])
+    assert "net.base_model.model.0.base_layer.weight" not in state(tmp_path / "step=6.ckpt")

@@ -147,7 +147,8 @@ def test_a_run_without_validation_is_refused(tmp_path: Path, monkeypatch: pytest
     ("wrong", "message"),
     [
         ([], "no --config"),
-        (["--config=x.yaml", "--rho", "-1"], "0 or more"),
+        (["--config=x.yaml", "--rho", "-1"], "0 or more, got -1"),
+        (["--config=x.yaml", "--rho", "0", "inf", "nan"], "finite numbers of 0 or more, got inf, nan"),
         (["--config=x.yaml", "--rho", "1", "1"], "twice"),
     ],
 )

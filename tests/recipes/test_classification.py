@@ -301,3 +301,16 @@ def test_texts_longer_than_a_model_reads_are_refused(tiny: str, write: Any, tmp_
     with pytest.raises(MisconfigurationException, match=r"reads 16 tokens, and the longest text has \d+: set data.max"):
         fit(str(tmp_path / "short"), texts, *options)
     fit(str(tmp_path / "short"), texts, *options, "--data.max_length=16")
+
+
+def test_a_text_of_no_token_is_refused(tiny: str, write: Any) -> None:
+    rows = [{"text": f"The {i}" if i else "", "label": i % 2} for i in range(40)]
+    with pytest.raises(MisconfigurationException, match="makes no token of the text '', so there is nothing to class"):
+        fit(tiny, write(rows))
+
+
+@pytest.mark.parametrize(("name", "content"), [("empty.jsonl", ""), ("header.csv", "text,label\n")])
+def test_an_empty_file_is_named(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(MisconfigurationException, match=rf"{name}' is empty$"):
+        read_table(str(tmp_path / name), "train")

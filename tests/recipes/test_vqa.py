@@ -258,6 +258,12 @@ ROW = {"image": "0.png", "question": "why?", "answer": "so"}
         (ROW | {"image": "broken.png"}, r"broken.png \(.*cannot identify"),
         (ROW | {"image": "line.jpg"}, r"line.jpg \(1 x 300 pixels: it may be 200 times as long as wide at most\)"),
         (ROW | {"question": "what is an <image>?"}, "holds '<image>', the mark of an image"),
+        (ROW | {"answer": "an <image>"}, "the answer 'an <image>' holds '<image>', the mark of an image"),
+        (ROW | {"question": 1}, "row 0: question must be a text, got 1"),
+        (ROW | {"hint": 2}, "row 0: hint must be a text, got 2"),
+        (ROW | {"image": 5}, "row 0: image must be an image or the name of a file, got 5"),
+        (ROW | {"answer": None, "answers": [{"text": "so"}]}, r"or hold one as 'answer', got \{'text': 'so'\}"),
+        (ROW | {"choices": ["so", None], "answer": 0}, r"choices must be a list of texts, got \['so', None\]"),
     ],
 )
 def test_bad_rows_are_named(row: Any, message: str, tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
@@ -286,6 +292,30 @@ def test_predict_needs_questions(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> N
         prepared("predict", tiny_vlm, questions=jsonl([{"question": "why?"}]))
     with pytest.raises(MisconfigurationException, match=r"0.png.*no such file"):
         prepared("predict", tiny_vlm, questions=jsonl([{"image": "0.png", "question": "why?"}]))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"image": ["0.png"]}, r"line 1: image must be the name of a file, got \['0.png'\]"),
+        ({"question": 0}, "line 1: question must be a text, got 0"),
+        ({"hint": 2}, "line 1: hint must be a text, got 2"),
+        ({"choices": "yes,no"}, "line 1: choices must be a list of texts, got 'yes,no'"),
+        ({"choices": [str(number) for number in range(40)]}, "line 1 has 40 choices, and there are 26 letters"),
+    ],
+)
+def test_predict_names_bad_lines(more: Any, message: str, tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
+    draw(tmp_path, 1)
+    with pytest.raises(MisconfigurationException, match=message):
+        prepared("predict", tiny_vlm, questions=jsonl([{"image": "0.png", "question": "why?", **more}]))
+
+
+def test_predict_asks_as_fit_does(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
+    draw(tmp_path, 1)
+    choices = {"text": ["a cat", "a dog"], "label": ["A", "B"]}
+    line = {"image": "0.png", "question": "who?", "choices": choices}
+    asked = prepared("predict", tiny_vlm, questions=jsonl([line])).parts["predict"]
+    assert "A. a cat\nB. a dog" in asked[0]["prompt"]
 
 
 def test_a_processor_without_chat_template_is_refused(tiny_vlm: str) -> None:

@@ -50,9 +50,43 @@ def test_values_of_a_csv_file_stay_as_they_are_written(adapters: tuple[Path, Pat
     assert sorted((row["text"], row["label"]) for row in rows) == [("007", "1"), ("NA", "0")]
 
 
-@pytest.mark.parametrize(("label", "number"), [("1", 1), ("one", 1), ("0", 2)])
-def test_a_class_by_its_number_or_its_name(label: str, number: int) -> None:
-    assert _class(label, {"zero": 0, "one": 1, "0": 2}) == number
+@pytest.mark.parametrize(("label", "number"), [("1", 1), ("one", 1), ("0", 2), (True, 1), (2.0, 2)])
+def test_a_class_by_its_number_or_its_name(label: Any, number: int) -> None:
+    found = _class(label, {"zero": 0, "one": 1, "0": 2})
+    assert (found, type(found)) == (number, int)
+
+
+@pytest.mark.parametrize("label", [3, -1, 0.5, float("nan"), None, "two"])
+def test_what_is_no_class_is_named(label: Any) -> None:
+    with pytest.raises(ValueError, match="label must be a number from 0 to 2 or one of"):
+        _class(label, {"zero": 0, "one": 1, "0": 2})
+
+
+def test_an_empty_text_has_no_class(base: Path, texts: Path, tmp_path: Path) -> None:
+    """The tokenizer makes no token of it, so that in a batch of its own there would be nothing to compute."""
+    adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS"), texts)
+    rows = [{"text": text, "label": 0} for text in ("a b", "", "c")]
+    settings = options(tmp_path / "adapter", texts, batch_size=1)
+    loss, terms = mean_loss(adapted, rows, settings)
+    without, _ = mean_loss(adapted, [rows[0], rows[2]], settings)
+    assert terms == 2
+    assert torch.equal(loss(), without())
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem", "message"),
+    [
+        (1, None, "predicts numbers: the report measures the cross-entropy"),
+        (3, "multi_label_classification", "gives a text several classes at once"),
+    ],
+)
+def test_other_losses_than_the_cross_entropy_of_a_class_are_refused(
+    classes: int, problem: str | None, message: str, base: Path, texts: Path, tmp_path: Path
+) -> None:
+    adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS", classes=classes), texts)
+    adapted.model.config.problem_type = problem
+    with pytest.raises(ReportError, match=message):
+        mean_loss(adapted, [{"text": "a b", "label": 0}], options(tmp_path / "adapter", texts))
 
 
 def test_examples_are_drawn_with_the_seed(adapters: tuple[Path, Path], tmp_path: Path) -> None:
@@ -199,6 +233,9 @@ def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path)
     (tmp_path / "broken.csv").write_text('text,label\n"a\n')
     with pytest.raises(ReportError, match=r"broken.csv can't be read \(.*Error tokenizing data"):
         read_rows(options(adapters[0], tmp_path / "broken.csv"))
+    (tmp_path / "header.csv").write_text("text,label\n")
+    with pytest.raises(ReportError, match=r"header.csv is empty$"):
+        read_rows(options(adapters[0], tmp_path / "header.csv"))
     (tmp_path / "commas.csv").write_text("text,label\nGood, but long,1\n")
     with pytest.raises(ReportError, match=r"commas.csv can't be read .*the first row has more values than the header"):
         read_rows(options(adapters[0], tmp_path / "commas.csv"))

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.checkpoint import folder as folders
 from lightning_flatlora.callbacks.checkpoint.changes import listed, record_of
 from lightning_flatlora.callbacks.checkpoint.export import save_adapters
+from lightning_flatlora.callbacks.checkpoint.initialization import rewritten_base, warn_of_rewritten_base
 from lightning_flatlora.callbacks.checkpoint.loading import compare_base, read_adapters
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, found_hosts, hosts, state_entries, twin_of
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
@@ -81,8 +82,12 @@ class SavesAdapters(_Base):
         # Before any step, so that the sums are of the base as its loader gave it.
         if callback_of(trainer, SavesAdapters) is self:
             record = record_of(pl_module)
-            entries = state_entries(twin_of(pl_module), record.finder)
+            twin = twin_of(pl_module)
+            entries = state_entries(twin, record.finder)
             record.start(entries, whole=not is_sharded(trainer.strategy.model))
+            rewritten = record.add(rewritten_base(twin, entries), entries)
+            if rewritten:
+                warn_of_rewritten_base(rewritten)
             compare_base(record, record.fingerprints, refuse=pl_module.strict_loading)
 
     @override
