@@ -135,7 +135,10 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
         ({"messages": "[]"}, "'messages' must hold lists of role and content, and a row holds '\\[\\]'"),
         ({"messages": [{"role": "narrator", "content": "Once"}]}, "a message of 'narrator'; the roles are system"),
         ({"conversations": ["Why?", "So."]}, "'conversations' must hold lists of role and content"),
-        ({"messages": [{"role": "user", "content": 4}]}, "content must be a text or a list of parts, and a row holds 4"),
+        (
+            {"messages": [{"role": "user", "content": 4}]},
+            "content must be a text or a list of parts, and a row holds 4",
+        ),
     ],
 )
 def test_what_is_not_understood_is_named(row: dict[str, Any], message: str, jsonl: Any) -> None:
