@@ -27,17 +27,17 @@ def rewritten_base(module: nn.Module, entries: Mapping[str, Entry]) -> list[str]
         rewriting = {name for name, init in inits.items() if init.startswith(_DIFFER_EACH_TIME)}
         for name, layer in host.named_modules():
             if isinstance(layer, LoraLayer) and rewriting & set(layer.r):
-                places.append(f"{prefix_of(host_name)}{prefix_of(name)}base_layer.")
+                places.append(f"{prefix_of(host_name)}{prefix_of(name)}base_layer.weight")
     return [name for name, entry in entries.items() if entry.kind is Kind.BASE and name.startswith(tuple(places))]
 
 
 def warn_of_rewritten_base(names: list[str]) -> None:
     """Say that a checkpoint file holds them, and that the folder beside it can't."""
     rank_zero_warn(
-        f"AdapterCheckpoint: {listed(names)} of the base were rewritten when peft made the adapter, as its "
-        "init_lora_weights says, and a new start would give others. So they are in the .ckpt files, from which a run "
-        "resumes. The folders hold the adapter alone, and peft would put it on another base: to use it elsewhere, load "
-        "the .ckpt by load_adapter_checkpoint, and merge_and_unload the adapter"
+        f"AdapterCheckpoint: peft rewrote {listed(names)} of the base when it made the adapter, as init_lora_weights "
+        "says, and would rewrite it otherwise the next time. So the .ckpt files hold it, and a run resumes from them. "
+        "The folders hold the adapter alone, which peft would put on another base: to use it elsewhere, load the .ckpt "
+        "by load_adapter_checkpoint, and merge the adapter by merge_and_unload"
     )
 
 
