@@ -20,6 +20,7 @@ from recipes.language import texts
 from recipes.language.batches import LengthBatchSampler, pad, padding_id
 from recipes.language.data import read_prompts
 from recipes.shared.data import (
+    FORMATS,
     columns,
     is_packaged,
     mapped,
@@ -194,6 +195,11 @@ class TextData(ResumableData):
             if len(self.text) > 1:
                 raise MisconfigurationException(
                     f"predict needs --data.predict_file FILE, a table with the columns {list(self.text)}, got {file!r}"
+                )
+            if file is not None and Path(file).suffix.lower() not in ("", ".txt"):
+                raise MisconfigurationException(
+                    f"predict_file={file!r} must be a .txt file with one text a line, or a table ending in "
+                    f"{', '.join(FORMATS)}"
                 )
             return [[text] for text in read_prompts(file, "text", "predict_file")]
         table = read_table(file, file)

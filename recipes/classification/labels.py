@@ -27,7 +27,7 @@ def class_names(table: Any, column: str, source: str) -> list[str]:
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    given = [value for value in table[column] if value is not None]
+    given = [value for value in map(_given, table[column]) if value is not None]
     values = [_number(value) for value in given]
     if any(isinstance(value, str) for value in values):  # then "1" is a name as well
         values = given
@@ -56,7 +56,7 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
     places: dict[Any, int | None] = {name: place for place, name in enumerate(classes)}
     feature = table.features[column]
     labels: list[int | None] = []
-    for given in table[column]:
+    for given in map(_given, table[column]):
         is_name = isinstance(given, str) and given in places
         value: Any = given if is_name else _number(given)
         name = None if value is None else str(value)
@@ -71,6 +71,11 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
             )
         labels.append(None if name is None else places[name])
     return labels
+
+
+def _given(value: Any) -> Any:
+    """A label without the spaces around it; None for an empty one."""
+    return value.strip() or None if isinstance(value, str) else value
 
 
 def _number(value: Any) -> Any:

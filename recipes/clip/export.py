@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recipes.clip.model import export_open_clip, image_features, text_features
+from recipes.shared.files import refuse_unless_new
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLOSE = 1e-3  # of normalized features; a wrong weight changes them by more
@@ -62,14 +63,13 @@ def export(checkpoint: Path, folder: Path, config: Path | None = None) -> float:
         The largest difference between features of the run's model and of the written one, as open_clip loads it.
 
     Raises:
-        MisconfigurationException: there is no such file, the two don't belong together, or the folder holds a model.
+        MisconfigurationException: there is no such file, the two don't belong together, or the folder holds something.
     """
     config = config or checkpoint.parent.parent / "config.yaml"
     for file, argument in ((checkpoint, "checkpoint"), (config, "--config")):
         if not file.is_file():
             raise MisconfigurationException(f"{argument}: there is no file {file}")
-    if (folder / _CONFIG).exists():
-        raise MisconfigurationException(f"{folder} holds an open_clip model already: give another folder")
+    refuse_unless_new(folder)
     module = trained(checkpoint, config)
     clip = module.clip
     expected = features(module.net, clip.preprocess_val, clip.tokenizer)

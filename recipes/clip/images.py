@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from recipes.shared.ranks import rank
@@ -116,3 +117,20 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return str(error) or type(error).__name__
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All files below a folder whose name ends like an image's, in order."""
+    found = []
+    for path in folder.rglob("*"):
+        is_image = path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+        # Copies that a notebook or an archive has left, such as .ipynb_checkpoints/cat-checkpoint.png.
+        if is_image and not any(map(is_hidden, path.relative_to(folder).parts)):
+            found.append(path)
+    # Sorted, since file systems list files in different orders, and a seed has to draw the same ones.
+    return sorted(found)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the user's own, as ``.DS_Store`` and ``__MACOSX``."""
+    return name.startswith(".") or name == "__MACOSX"

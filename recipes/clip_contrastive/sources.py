@@ -1,6 +1,7 @@
 """Images and their captions from a table, a folder, webdataset shards, or a package."""
 
 import csv
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from recipes.clip import emoji
+from recipes.clip.images import image_files
 from recipes.shared.data import is_packaged
 from recipes.shared.ranks import rank
 
@@ -77,7 +79,7 @@ def load(dataset: str, image_column: str = "image", caption_column: str = "capti
     """
     if is_packaged(dataset):
         pictures = _packaged(dataset)
-    elif dataset.endswith(".tar"):
+    elif dataset.lower().endswith(".tar"):
         pictures = _shards(dataset)
     else:
         pictures = _local(dataset, image_column, caption_column)
@@ -119,7 +121,8 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
                     continue
                 image, caption = (row[image_column] or "").strip(), (row[caption_column] or "").strip()
                 if image and caption:
-                    captions.setdefault(image, []).append(caption)
+                    # Without "./", since an image under two names would be two.
+                    captions.setdefault(os.path.normpath(image), []).append(caption)
                 else:
                     empty = caption_column if image else image_column
                     faults.append(f"line {rows.line_num} has an empty {empty!r}")
@@ -143,7 +146,7 @@ def _check_columns(path: Path, header: Iterable[str], image_column: str, caption
 
 
 def _folder(folder: Path) -> list[Picture]:
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    images = image_files(folder)
     if not images:
         raise MisconfigurationException(f"{folder} holds no image ending in {', '.join(IMG_EXTENSIONS)}")
     captions: dict[Path, tuple[str, ...]] = {}
@@ -220,6 +223,8 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
+                if name.startswith("."):  # what macOS adds, such as "._1.png"
+                    continue
                 base, _, suffix = name.partition(".")
                 key = f"{folder}/{base}" if folder else base
                 if f".{suffix.lower()}" in IMG_EXTENSIONS:

@@ -17,6 +17,7 @@ from recipes.clip_demo import report
 from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
 from recipes.clip_fewshot.emoji import examples
 from recipes.shared import demo_sweep
+from recipes.shared.ledger import each_once
 from recipes.shared.methods import OURS
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
@@ -77,7 +78,8 @@ def _choose_rho(arguments: list[str]) -> None:
     def cells(method: str, rho: float, precision: Precision) -> list[str]:
         settings = Settings(rho=rho, learning_rate=options.learning_rate, precision=precision)
         model = pretrained(Pretraining(precision=precision), data)
-        runs = [Run(method, options.shots, seed, settings, model, data.target, "validation") for seed in options.seeds]
+        seeds = each_once(options.seeds)
+        runs = [Run(method, options.shots, seed, settings, model, data.target, "validation") for seed in seeds]
         return [with_error(estimate([100 * row["accuracy"] for row in rows.complete(runs, perform)]))]
 
     demo_sweep.choose_rho(options, ["validation accuracy in %"], cells)
@@ -86,7 +88,7 @@ def _choose_rho(arguments: list[str]) -> None:
 def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: Path) -> list[Run]:
     """Zero-shot, and then the methods innermost: whatever else the machine does meanwhile slows them all alike."""
     runs = [Run(ZERO_SHOT, 0, options.seeds[0], settings, model, images)]
-    for seed, shots, method in product(options.seeds, options.shots, OURS):
+    for seed, shots, method in product(each_once(options.seeds), each_once(options.shots), OURS):
         runs.append(Run(method, shots, seed, settings, model, images))
     return runs
 

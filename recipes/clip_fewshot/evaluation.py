@@ -14,6 +14,7 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
 )
 
+from recipes.shared.files import set_aside
 from recipes.shared.predictions import run_folder
 
 _ANNOTATED = 30  # classes up to which the picture has numbers in its cells
@@ -102,6 +103,8 @@ def write_evaluation(
     folder = run_folder(trainer)
     if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
         return
+    for file in (folder / f"{name}_confusion.png", folder / f"{name}.json"):
+        set_aside(file)
     plot_confusion(confusion, classes, folder / f"{name}_confusion.png", f"{name}: accuracy {values['accuracy']:.3f}")
     scalars = {key: value.item() for key, value in values.items()}
     each = class_accuracies(confusion, classes)

@@ -6,6 +6,8 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from recipes.clip.images import image_files, is_hidden
+
 Example = tuple[Path, int]
 Parts = dict[str, list[Example]]
 Found = tuple[Sequence[str], Parts]
@@ -59,7 +61,7 @@ def class_folders(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise MisconfigurationException(f"there is no folder {folder}")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     if not classes:
         raise MisconfigurationException(f"{folder} holds no folder: it needs one for each class, with its images")
     return classes
@@ -80,22 +82,6 @@ def images_of(folder: Path, classes: Sequence[str]) -> list[Example]:
             )
         examples += [(path, label) for path in paths]
     return examples
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All files below a folder whose name ends like an image's, in order."""
-    found = []
-    for path in folder.rglob("*"):
-        is_image = path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
-        # Copies that a notebook or an archive has left, such as .ipynb_checkpoints/cat-checkpoint.png.
-        if is_image and not any(map(_is_hidden, path.relative_to(folder).parts)):
-            found.append(path)
-    # Sorted, since file systems list files in different orders, and a seed has to draw the same ones.
-    return sorted(found)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def check_same(folder: Path, expected: Sequence[str], actual: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from recipes.clip_fewshot.evaluation import write_evaluation
 from recipes.clip_fewshot.module import ClipClassifier
-from recipes.shared.files import write_whole
+from recipes.shared.files import set_aside, write_whole
 from recipes.shared.ledger import commit
 from recipes.shared.predictions import run_folder
 from recipes.shared.step_times import StepTimes
@@ -52,6 +52,7 @@ class Protocol(StepTimes):
         }
         folder = run_folder(trainer)
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            set_aside(folder / "result.json")
             write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
         rank_zero_info(f"Accuracy {test['accuracy']:.4f}, zero-shot {self.zero_shot.get('accuracy', float('nan')):.4f}")
 

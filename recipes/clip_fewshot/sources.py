@@ -127,6 +127,8 @@ def divided(examples: Sequence[Example], seed: int) -> Parts:
 
 
 def _check_classes(source: Source) -> None:
+    if len(source.classes) < 2:
+        raise MisconfigurationException(f"{source.name} has the class {source.classes} alone: two are needed at least")
     for part in ("train", "test"):
         labels = {label for _, label in source.parts[part]}
         empty = [name for label, name in enumerate(source.classes) if label not in labels]

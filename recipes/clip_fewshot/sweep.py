@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.clip_fewshot.table import counted, tables
 from recipes.shared import methods
 from recipes.shared.configs import config_arguments
-from recipes.shared.ledger import Ledger, Row, StoppedError, entries, keep_options, run_process
+from recipes.shared.ledger import Ledger, Row, StoppedError, each_once, entries, keep_options, run_process
 
 METHODS = ("lora", "efmlora", "fmlora", "fmlora_manual")
 
@@ -107,7 +107,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
     ):
         radii = [None] if method == "lora" else options.rho or [None]
         runs += [Run(method, rho, shots, seed, dataset, rate) for rho, rate in product(radii, rates)]
-    return runs
+    return each_once(runs)
 
 
 def perform(run: Run, folder: Path, fit_options: Sequence[str]) -> Row:
@@ -148,6 +148,8 @@ def command(run: Run, folder: Path, fit_options: Sequence[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "recipes.clip_fewshot", "fit", *configuration(run)),
         *fit_options,
+        # After the user's own configurations, of which one may set it too.
+        *([] if run.learning_rate is None else [f"--model.init_args.learning_rate={run.learning_rate}"]),
         f"--seed_everything={run.seed}",
         f"--data.init_args.shots={run.shots}",
         f"--data.init_args.seed={run.seed}",
@@ -162,14 +164,12 @@ def command(run: Run, folder: Path, fit_options: Sequence[str]) -> list[str]:
 
 
 def configuration(run: Run) -> list[str]:
-    """Arguments that set the method up, with the run's rho and learning rate."""
+    """Arguments that set the method up, with the run's rho."""
     arguments = config_arguments("clip_fewshot", run.method)
     if run.rho is not None:
         # The method's callback is the last one so far, which is what an option without a number means.
         owner = "model.init_args" if run.method == "fmlora_manual" else "trainer.callbacks.init_args"
         arguments.append(f"--{owner}.rho={run.rho}")
-    if run.learning_rate is not None:
-        arguments.append(f"--model.init_args.learning_rate={run.learning_rate}")
     return arguments
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from recipes.instruction_tuning.model_card import model_card
 from recipes.language.model import DType, load_pretrained, load_tokenizer
 from recipes.language.templates import read_template
+from recipes.shared.files import refuse_unless_new
 
 
 def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = None) -> None:
@@ -38,8 +39,7 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
         raise MisconfigurationException(
             f"{adapter} holds no adapter_config.json: give the folder beside a checkpoint, such as checkpoints/last"
         )
-    if to.exists() and any(to.iterdir()):
-        raise MisconfigurationException(f"{to}: this folder holds something already, give a new one")
+    refuse_unless_new(to)
     base = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     run = run_settings(adapter)
     model = load_adapted(str(base), adapter, dtype)

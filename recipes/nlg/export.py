@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from recipes.language.joint_attention import join_attention, split_attention
 from recipes.language.model import load_pretrained, load_tokenizer
+from recipes.shared.files import refuse_unless_new
 
 _CONFIG = "adapter_config.json"
 _CLOSE = 1e-2  # of logits in float32; a weight in the wrong place changes them by more
@@ -57,8 +58,7 @@ def export(adapter: Path, folder: Path, model: str | None = None) -> float:
     """
     if not (adapter / _CONFIG).is_file():
         raise MisconfigurationException(f"{adapter} holds no {_CONFIG}: give the folder beside a run's checkpoint")
-    if folder.exists() and any(folder.iterdir()):
-        raise MisconfigurationException(f"{folder} is not empty: give another folder")
+    refuse_unless_new(folder)
     config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
     name = model or config["base_model_name_or_path"]
     base = load_pretrained(AutoModelForCausalLM, name)

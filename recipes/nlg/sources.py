@@ -87,7 +87,7 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
     Raises:
         MisconfigurationException: it can't be read.
     """
-    if Path(name).suffix != ".txt":
+    if Path(name).suffix.lower() != ".txt":
         return read_table(name, split, config_name=config_name, revision=revision)
     refuse_split_of_file(name, split)
     return _text_table(name)

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from recipes.language.batches import Batch
 from recipes.nlg.metrics import score
+from recipes.shared.files import set_aside
 from recipes.shared.ranks import gathered, rank
 
 
@@ -69,6 +70,8 @@ class WrittenTexts:
     def _write(self, folder: Path, rows: Sequence[Written]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         texts, references = (folder / f"{self.stage}_{name}.tsv" for name in ("texts", "references"))
+        for file in (texts, references):
+            set_aside(file)
         _write_table(texts, "output", ((row.meaning, row.text) for row in rows))
         pairs = []
         for row in rows:

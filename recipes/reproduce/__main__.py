@@ -6,17 +6,16 @@ not listed here go to every run, as they would to the recipe's `fit`, for exampl
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from recipes.reproduce.methods import DEFAULT, METHODS
 from recipes.reproduce.plan import Plan, Results, Shard
 from recipes.reproduce.report import plan_text, table_text, time_left
 from recipes.reproduce.run import Place, Run, perform
 from recipes.reproduce.tables import TABLES
-from recipes.shared.ledger import StoppedError, keep_options
+from recipes.shared.ledger import StoppedError, each_once, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import precision_of_runs
 
@@ -69,24 +68,19 @@ def _announce(run: Run, plan: Plan) -> None:
 
 def _plan(options: argparse.Namespace) -> Plan:
     table = TABLES[options.table]
-    tasks = _each_once(options.tasks or table.tasks)
+    tasks = each_once(options.tasks or table.tasks)
     unknown = [task for task in tasks if task not in table.tasks]
     if unknown:
         raise SystemExit(f"--tasks: {table.name} has no {', '.join(unknown)}; there are {', '.join(table.tasks)}")
-    seeds = _each_once(options.seeds or table.seeds)
+    seeds = each_once(options.seeds or table.seeds)
     # A seed that has chosen the settings would favour them in the test.
     used = sorted(set(seeds) & set(table.tuning_seeds))
     if used:
         raise SystemExit(f"--seeds: {used} choose the settings and can't be tested too")
     shard = options.shard
     results = Results(options.folder or Path("runs/reproduce") / table.name, shard)
-    methods = _each_once(options.methods or table.methods)
+    methods = each_once(options.methods or table.methods)
     return Plan(table, methods, tasks, seeds, options.protocol, results, shard)
-
-
-def _each_once(values: Iterable[Any]) -> list[Any]:
-    # A task or seed that is named twice would otherwise be run once and counted twice.
-    return list(dict.fromkeys(values))
 
 
 def shard(text: str) -> Shard:

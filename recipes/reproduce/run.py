@@ -238,7 +238,7 @@ def clear(kept: Path, keep_adapter: bool) -> None:
     for path in kept.parent.iterdir():
         if path.suffix == ".ckpt":
             path.unlink()
-        elif path != kept.with_suffix("") or not keep_adapter:
+        elif path.is_dir() and (path != kept.with_suffix("") or not keep_adapter):
             shutil.rmtree(path)
 
 

@@ -195,7 +195,7 @@ def split_problems(name: str | None, splits: Iterable[str | None]) -> list[str]:
 
 def is_file(name: str) -> bool:
     """Whether a name is that of a table's file, or of the text file that one recipe reads; it need not be there."""
-    return table_ending(name) is not None or Path(name).suffix == ".txt"
+    return table_ending(name) is not None or Path(name).suffix.lower() == ".txt"
 
 
 def refuse_split_of_file(name: str, split: str) -> None:

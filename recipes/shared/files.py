@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file in one step, in place of one that is there: a stop leaves the old file, and never half of the new.
@@ -50,3 +52,16 @@ def set_aside(path: Path) -> Path | None:
     while path.with_name(f"{stem}-{number}{ending}").exists():
         number += 1
     return path.rename(path.with_name(f"{stem}-{number}{ending}"))
+
+
+def refuse_unless_new(folder: Path) -> None:
+    """Refuse to write a folder in which something lies already.
+
+    Raises:
+        MisconfigurationException: it is a file, or a folder that is not empty.
+
+    Example:
+        >>> refuse_unless_new(Path("nowhere"))
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise MisconfigurationException(f"{folder} is there already and is not an empty folder: give another one")

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -26,6 +26,7 @@ class Run(Protocol):
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
+Value = TypeVar("Value")
 
 
 class Ledger:
@@ -167,6 +168,16 @@ def _ends_within_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
+
+
+def each_once(values: Iterable[Value]) -> list[Value]:
+    """The values without repetitions, in their order: a seed that is named twice is still one seed.
+
+    Example:
+        >>> each_once([1, 0, 1])
+        [1, 0]
+    """
+    return list(dict.fromkeys(values))
 
 
 def keep_options(folder: Path, options: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """VQAData: questions about images, split without leaks, in batches that a resumed run continues."""
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -167,7 +168,8 @@ class VQAData(ResumableData):
         table = sources.load(self.dataset, split or str(self.splits["train"]), *settings)
         if (split is not None and part != "train") or not any(self.shares.values()):
             return table
-        keys = (_image_key(row["image"]) for row in table.select_columns("image"))
+        folder = sources.image_folder_of(self.dataset, split or str(self.splits["train"]), self.image_folder)
+        keys = (_image_key(row["image"], folder) for row in table.select_columns("image"))
         return table.select([i for i, key in enumerate(keys) if part_of(key, self.shares) == part])
 
     def _encoded(self, part: str) -> Any:
@@ -206,9 +208,9 @@ class VQAData(ResumableData):
         if self.image_folder is not None and "{split}" not in self.image_folder:
             folder = Path(self.image_folder)
         files = [folder.expanduser() / row["image"] for row in rows]
-        readable(files, refuses=too_long)
         asked = []
-        for line, (row, file) in enumerate(zip(rows, files, strict=True)):
+        for line, place in enumerate(readable(files, self.skip_unreadable, refuses=too_long)):
+            row, file = rows[place], files[place]
             question = self._prompt(row["question"], row["choices"], row["hint"])
             asked.append({**row, "line": line, "file": file, "prompt": self.encoder.prompt(question)})
         return asked
@@ -260,11 +262,16 @@ def _prompts(rows: list[dict[str, Any]], encoder: QuestionEncoder) -> Batch:
     return {"prompts": prompts, **columns(rows, ("line", "image", "question"))}
 
 
-def _image_key(image: dict[str, Any] | None) -> str:
-    """What decides on an image's part: its content if it is inside the data set, else its file's name."""
+def _image_key(image: dict[str, Any] | None, folder: Path) -> str:
+    """What decides on an image's part: its content if it is inside the data set, else its file's place in the folder.
+
+    Not the name alone, which may be rgb.png in every folder.
+    """
     if image is None:
         return ""
-    return hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else Path(image["path"]).name
+    if image["bytes"]:
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    return Path(os.path.relpath(image["path"], folder)).as_posix()
 
 
 def _pixel_problems(max_pixels: int | None, min_pixels: int | None) -> list[str]:

@@ -27,6 +27,7 @@ _CONTRACTED = {
 }
 _WHOLE = ("ma'am", "o'clock", "'twas", "'ow's'at", "y'all", "y'all'll", "y'all'd've")
 _AGREEING = 3  # people who make an answer fully right
+_TYPE = "type_"  # how the metrics of the questions' types are kept
 _PEOPLE = 4  # with at least so many answers, three are left when one is set aside
 
 
@@ -171,22 +172,25 @@ class AnswerMetrics(nn.Module):
     def log(self, module: L.LightningModule, stage: str) -> None:
         """Log those that some rank's data has updated, at the end of an evaluation; every rank has to call it."""
         self.compared = 0
-        for kind in sorted(set().union(*gathered(list(self.per_type)))):
-            self._of_type(kind)  # of other ranks too: they are reduced together
+        for key in sorted(set().union(*gathered(list(self.per_type)))):
+            self._kept(key)  # of other ranks too: they are reduced together
         names = ("loss", "exact_match", "lmms_eval_match", "vqa_accuracy")
         named: dict[str, MeanMetric] = {name: getattr(self, name) for name in names}
-        named |= {f"exact_match_{kind}": self._of_type(kind) for kind in sorted(self.per_type)}
+        for key in sorted(self.per_type):
+            named[f"exact_match_{key.removeprefix(_TYPE)}"] = self._kept(key)
         for name, metric in named.items():
             if module.trainer.strategy.reduce_boolean_decision(metric.update_called, all=False):
                 metric.update(0.0, weight=0.0)  # changes nothing; torchmetrics warns of ranks without an update
                 module.log(f"{stage}_{name}", metric, prog_bar=metric in (self.loss, self.exact_match))
 
     def _of_type(self, kind: str) -> MeanMetric:
-        # A submodule's name must not hold a dot.
-        name = re.sub(r"\W+", "_", kind.casefold())
-        if name not in self.per_type:
+        # A submodule's name must not hold a dot, nor be that of a method, such as "train".
+        return self._kept(_TYPE + re.sub(r"\W+", "_", kind.casefold()))
+
+    def _kept(self, key: str) -> MeanMetric:
+        if key not in self.per_type:
             # A type shows up in the middle of an evaluation, when the other metrics have long been moved.
-            self.per_type[name] = MeanMetric().to(self.loss.device)
-        metric = self.per_type[name]
+            self.per_type[key] = MeanMetric().to(self.loss.device)
+        metric = self.per_type[key]
         assert isinstance(metric, MeanMetric)
         return metric

@@ -65,8 +65,8 @@ def load(
     # Not decoded: an image is opened when its batch is made.
     if isinstance(table.features["image"], datasets.Image):
         table = table.cast_column("image", datasets.Image(decode=False))
-    folder = Path(name).parent if image_folder is None else Path(image_folder.replace("{split}", split))
-    convert = _Converter(name, folder.expanduser(), table.column_names, type_column, prompt or Prompt())
+    folder = image_folder_of(name, split, image_folder)
+    convert = _Converter(name, folder, table.column_names, type_column, prompt or Prompt())
     say_what_is_left_out(f"dataset={name!r}", table.column_names, convert.used)
     return mapped(
         table,
@@ -76,6 +76,12 @@ def load(
         features=FEATURES,
         desc="Reading questions",
     )
+
+
+def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
+    """Where relative image paths start: in the folder that is given, or in that of the data set's file."""
+    folder = Path(name).parent if image_folder is None else Path(image_folder)
+    return Path(str(folder).replace("{split}", split)).expanduser()
 
 
 def read_json_lines(path: str, needs: str) -> list[Row]:
@@ -204,9 +210,16 @@ def _choices(value: Any, where: str) -> list[str]:
 def _letter_of(answer: Any, choices: list[str], where: str) -> str:
     """The letter of the right choice, which the data give as its number from 0, its letter or its text."""
     letters = [letter(number) for number in range(len(choices))]
-    if isinstance(answer, int) and 0 <= answer < len(choices):
-        return letters[answer]
+    if isinstance(answer, float) and answer.is_integer():  # a column of numbers in which some are missing
+        answer = int(answer)
     text = str(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        if text in choices and choices.index(text) != answer:
+            raise MisconfigurationException(
+                f"{where}: answer={answer} is the number of one choice, from 0, and the text of another, of {choices}: "
+                "give its letter"
+            )
+        return letters[answer]
     if text in letters and text in choices and letters[choices.index(text)] != text:
         raise MisconfigurationException(
             f"{where}: answer={text!r} is the letter of one choice and the text of another, of {choices}: give its "

@@ -23,11 +23,11 @@ from clip_fewshot_runs import data_of, filled, options_of
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.clip.export import export
+from recipes.clip.images import image_files
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.__main__ import main
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, plot_confusion
-from recipes.clip_fewshot.folders import image_files
 from recipes.clip_fewshot.module import FewShot
 from recipes.clip_fewshot.prompts import tokenize
 from recipes.clip_fewshot.protocol import Protocol
