@@ -1,4 +1,4 @@
-"""``python -m recipes.classification fit|validate|test --config FILE``."""
+"""``python -m recipes.classification fit|validate|test|predict --config FILE``."""
 
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.mistakes import without_traceback

@@ -141,7 +141,7 @@ def _check_columns(path: Path, header: Iterable[str], image_column: str, caption
     if missing:
         raise MisconfigurationException(
             f"{path} has the columns {list(header)}, but not {' nor '.join(missing)}: name the columns that hold the "
-            "image's path and its caption (a table needs a first line with the columns' names)"
+            "image's path and its caption (a table needs a first line with the columns' names, separated by commas)"
         )
 
 

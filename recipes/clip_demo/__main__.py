@@ -19,6 +19,7 @@ from recipes.clip_fewshot.emoji import examples
 from recipes.shared import demo_sweep
 from recipes.shared.ledger import each_once
 from recipes.shared.methods import OURS
+from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
 from recipes.shared.statistics import estimate, with_error
@@ -113,4 +114,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with without_traceback():
+        sys.exit(main())

@@ -1,6 +1,7 @@
 """What validation and test measure, and the confusion matrix as a picture."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Evaluation(MetricCollection):
 
 
 def class_accuracies(confusion: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    """Each class's accuracy, by name; classes without an example are left out.
+    """Each class's accuracy, by name; classes without an example are left out. One name of several gets its number.
 
     Example:
         >>> import torch
@@ -57,9 +58,13 @@ def class_accuracies(confusion: Tensor, classes: Sequence[str]) -> dict[str, flo
         {'cat': 0.75}
     """
     totals = confusion.sum(dim=1)
-    return {
-        name: round((confusion[i, i] / totals[i]).item(), 6) for i, name in enumerate(classes) if totals[i].item() > 0
-    }
+    times = Counter(classes)  # two classes of ImageNet are called "missile"
+    accuracies = {}
+    for i, name in enumerate(classes):
+        if totals[i].item() > 0:
+            key = name if times[name] == 1 else f"{name} (class {i})"
+            accuracies[key] = round((confusion[i, i] / totals[i]).item(), 6)
+    return accuracies
 
 
 def plot_confusion(confusion: Tensor, classes: Sequence[str], path: Path, title: str) -> None:
@@ -80,6 +85,7 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], path: Path, title:
     figure.colorbar(image, ax=axes, label="share of the class's images", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true class", title=title)
     if number <= _NAMED:
+        classes = [name.replace("$", r"\$") for name in classes]  # between two of them Matplotlib reads a formula
         font = 9 if number <= _ANNOTATED else 7
         axes.set_xticks(range(number), classes, rotation=90, fontsize=font)
         axes.set_yticks(range(number), classes, fontsize=font)

@@ -23,6 +23,7 @@ from recipes.comparison.run import Run, perform
 from recipes.comparison.table import tables
 from recipes.comparison.tasks import TASKS
 from recipes.shared.ledger import Row, read
+from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
 
@@ -138,4 +139,5 @@ def _of(names: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with without_traceback():
+        sys.exit(main())

@@ -11,11 +11,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
+import docstring_parser
+
 from recipes.demo.report import plot, table
 from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize, validate
 from recipes.shared import demo_sweep
 from recipes.shared.files import set_aside, write_whole
 from recipes.shared.ledger import Row, StoppedError, run_process
+from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
 from recipes.shared.tables import print_and_write
@@ -112,12 +115,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything lands")
     parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
     kinds: dict[str, Any] = {"rho": float, "learning_rate": float, "dataset": str, "model": str}
+    helps = {parameter.arg_name: parameter.description for parameter in docstring_parser.parse(Settings.__doc__).params}
     for field in fields(Settings):
         if field.name != "precision":
-            parser.add_argument(f"--{field.name}", type=kinds.get(field.name, int), default=field.default, help=" ")
+            parser.add_argument(
+                f"--{field.name}", type=kinds.get(field.name, int), default=field.default, help=helps[field.name]
+            )
     parser.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with without_traceback():
+        sys.exit(main())

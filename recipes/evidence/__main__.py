@@ -26,6 +26,7 @@ from recipes.evidence.workloads import (
     has_tasks,
     is_merging,
 )
+from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import PRECISION_HELP, Precision
 
 
@@ -88,4 +89,5 @@ def _seed(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with without_traceback():
+        sys.exit(main())

@@ -223,6 +223,12 @@ def test_classes_of_a_csv_file(
     assert class_labels(table, "label", found, "data") == places
 
 
+def test_labels_are_read_without_spaces_and_empty_ones_are_missing() -> None:
+    table = datasets.Dataset.from_dict({"label": ["neg", "pos ", "", " ", None, "pos"]})
+    assert class_names(table, "label", "data") == ["neg", "pos"]
+    assert class_labels(table, "label", ["neg", "pos"], "data") == [0, 1, None, None, None, 1]
+
+
 def test_numbers_of_a_csv_file(tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
     file.write_text("text,label\na,0.5\nb,\nc,-1e3\n")
@@ -314,3 +320,9 @@ def test_an_empty_file_is_named(name: str, content: str, tmp_path: Path) -> None
     (tmp_path / name).write_text(content)
     with pytest.raises(MisconfigurationException, match=rf"{name}' is empty$"):
         read_table(str(tmp_path / name), "train")
+
+
+def test_a_table_of_an_unknown_kind_is_not_read_as_text(tiny: str, animals: str, tmp_path: Path) -> None:
+    (tmp_path / "texts.tsv").write_text("id\ttext\n1\tThe dog\n")
+    with pytest.raises(MisconfigurationException, match=r"texts.tsv' must be a .txt file with one text a line"):
+        run("predict", tiny, animals, f"--data.predict_file={tmp_path / 'texts.tsv'}")

@@ -145,6 +145,27 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
         sources.load(str(folder))
 
 
+def test_what_systems_leave_in_folders_is_no_picture(pictures: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for place in ("a.png", ".ipynb_checkpoints/a-checkpoint.png", "._a.png", "__MACOSX/a.png"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).symlink_to(Path(pictures) / "red-circle.png")
+    (folder / "a.txt").write_text("a circle")
+    with tarfile.open(tmp_path / "shard.TAR", "w") as shard:
+        for name in ("a.png", "a.txt", "._a.png"):
+            shard.add((folder / name).resolve(), name)
+    for dataset in (folder, tmp_path / "shard.TAR"):
+        (picture,) = sources.load(str(dataset))
+        assert picture.captions == ("a circle",)
+
+
+def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(Path(pictures) / "red-circle.png")
+    (tmp_path / "table.csv").write_text("image,caption\na.png,one\n./a.png,two\n")
+    (picture,) = sources.load(str(tmp_path / "table.csv"))
+    assert picture.captions == ("one", "two")
+
+
 def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"'no-\{0..1\}.tar': there is no no-0.tar, no-1.tar"):
         sources.load("no-{0..1}.tar")

@@ -27,7 +27,7 @@ from recipes.clip.images import image_files
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.__main__ import main
 from recipes.clip_fewshot.data import FewShotData
-from recipes.clip_fewshot.evaluation import Evaluation, plot_confusion
+from recipes.clip_fewshot.evaluation import Evaluation, class_accuracies, plot_confusion
 from recipes.clip_fewshot.module import FewShot
 from recipes.clip_fewshot.prompts import tokenize
 from recipes.clip_fewshot.protocol import Protocol
@@ -128,6 +128,12 @@ def test_confusion_is_a_picture(tmp_path: Path) -> None:
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[0] > 300
         assert (pixels[..., 2] > pixels[..., 0] + 60).any()  # blue cells
+
+
+def test_class_names_may_repeat_and_hold_dollars(tmp_path: Path) -> None:
+    names = ["missile", "$5_{ bill$", "missile"]
+    assert class_accuracies(torch.eye(3), names) == {"missile (class 0)": 1, "$5_{ bill$": 1, "missile (class 2)": 1}
+    plot_confusion(torch.eye(3, dtype=torch.int64), names, tmp_path / "names.png", "title")
 
 
 # -- the command line
@@ -310,6 +316,9 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "half" / "test" / "red").rename(tmp_path / "half" / "test" / "pink")
     refused(tmp_path / "half", r"missing \['red'\], unknown \['pink'\]")
     refused(filled(tmp_path / "few", 1), "class 'blue_grey' has no image in train")
+    (tmp_path / "single").mkdir()
+    (filled(tmp_path / "several", 4) / "red").rename(tmp_path / "single" / "red")
+    refused(tmp_path / "single", r"has the class \['red'\] alone: two are needed at least")
 
 
 def test_a_text_that_does_not_fit_is_named(tiny_clip: str, images: Path, tmp_path: Path) -> None:

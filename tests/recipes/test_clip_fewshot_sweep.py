@@ -92,6 +92,24 @@ def test_a_sweep_over_rho_changes_it_in_the_configuration(
     assert str(run).endswith("rho 0.7, 1 shot, seed 0")
 
 
+def test_a_sweep_over_rates_changes_them_beside_a_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CLIP-LoRA's protocol sets a rate of its own."""
+    run = sweep.Run("efmlora", 0.7, 1, 0, learning_rate=0.25)
+    options = [f"--config={RECIPES / 'clip_fewshot' / 'configs' / 'clip_lora.yaml'}"]
+    with pytest.raises(SystemExit):
+        RecipeCLI([*sweep.command(run, tmp_path, options)[3:], "--print_config"])
+    shown = capsys.readouterr().out
+    assert "learning_rate: 0.25" in shown
+    assert "rho: 0.7" in shown
+
+
+def test_what_is_named_twice_is_run_once() -> None:
+    options = sweep._parser().parse_args(["--seeds", "0", "0", "1", "--methods", "lora", "--shots", "1", "1"])
+    assert [(run.shots, run.seed) for run in sweep._runs(options)] == [(1, 0), (1, 1)]
+
+
 def test_the_result_of_another_folder_of_the_same_name_is_refused(tmp_path: Path) -> None:
     run = sweep.Run("lora", None, 1, 0, "second/images")
     folder = run.folder(tmp_path)

@@ -12,6 +12,7 @@ import processes
 import pytest
 
 from recipes.demo.__main__ import keep_earlier_precision
+from recipes.demo.run import Run, Settings, train
 from recipes.shared.precision import SETTING, precision_of_runs
 
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
@@ -87,3 +88,14 @@ def test_an_earlier_demo_keeps_its_precision(tmp_path: Path, monkeypatch: pytest
         (folder / "settings.json").write_text(json.dumps({"precision": precision}))
         keep_earlier_precision(folder)
         assert precision_of_runs(folder) == precision
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_training_goes_on_from_the_last_checkpoint(tmp_path: Path, tiny: str) -> None:
+    short = {"dataset": "packaged:commonsense_qa", "model": tiny, "max_length": 256, "batch_size": 4, "test_batches": 2}
+    trained = []
+    for steps in (2, 4):
+        settings = Settings(**short, steps=steps, precision="32-true")
+        trainer, _, _, times = train(Run("LoRA", settings, tmp_path / "LoRA"))
+        trained.append((trainer.global_step, len(times.seconds)))
+    assert trained == [(2, 2), (4, 2)]

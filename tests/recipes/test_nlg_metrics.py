@@ -73,10 +73,12 @@ def test_what_is_missing_is_named_and_the_rest_is_there(monkeypatch: pytest.Monk
     written = WrittenTexts("test", ["bleu", "cider"])
     batch: dict[str, Any] = {"number": [1, 0], "meaning": ["b\tc", "a"], "references": [["x y"], ["w", "z\nz"]]}
     written.add(batch, ["", 'say "w"'])
+    (tmp_path / "test_texts.tsv").write_text("somebody's own")
     with pytest.warns(UserWarning, match=r"test_cider is missing: .*install"):
         assert set(written.finish(tmp_path)) == {"bleu"}
     assert (tmp_path / "test_texts.tsv").read_text() == '"mr"\t"output"\n"a"\t"say ""w"""\n"b c"\t""\n'
     assert (tmp_path / "test_references.tsv").read_text() == '"mr"\t"reference"\n"a"\t"w"\n"a"\t"z z"\n"b c"\t"x y"\n'
+    assert (tmp_path / "test_texts-1.tsv").read_text() == "somebody's own"
     assert written.finish(tmp_path) == {}
 
 

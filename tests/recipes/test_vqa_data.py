@@ -19,7 +19,7 @@ from vqa_models import COLOURS, draw, first_batch, prepared  # noqa: E402
 from recipes.language.chat import IGNORED  # noqa: E402
 from recipes.vqa import easy_vqa, sources  # noqa: E402
 from recipes.vqa.conversation import QuestionEncoder  # noqa: E402
-from recipes.vqa.data import VQAData  # noqa: E402
+from recipes.vqa.data import VQAData, _image_key  # noqa: E402
 from recipes.vqa.model import DEFAULT_LORA, load_processor  # noqa: E402
 from recipes.vqa.module import VQA  # noqa: E402
 from recipes.vqa.prompts import Prompt  # noqa: E402
@@ -208,6 +208,10 @@ def test_choices_become_lines_and_the_answer_a_letter(tiny_vlm: str, tmp_path: P
         (["A", "B"], "B", "B"),
         ({"text": ["red", "green"], "label": ["A", "B"]}, "B", "B"),
         (["H", "C", "N"], "C", "the letter of one choice and the text of another"),
+        (["1", "2", "3"], 2, "the number of one choice, from 0, and the text of another"),
+        (["0", "1", "2"], 2, "C"),
+        (["red", "green"], 1.0, "B"),
+        (["red", "green"], True, "answer=True is no choice"),
         ("['red', 'green']", "A", "choices must be a list of texts"),
         ([str(number) for number in range(30)], 0, "30 choices, and there are 26 letters"),
     ],
@@ -220,6 +224,12 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
         return
     with pytest.raises(MisconfigurationException, match=f"row 0.*{expected}"):
         converter(row, 0)
+
+
+def test_images_of_one_name_in_many_folders_are_divided(tmp_path: Path) -> None:
+    keys = [_image_key({"bytes": None, "path": str(tmp_path / f"{i}" / "rgb.png")}, tmp_path) for i in range(3)]
+    assert keys == ["0/rgb.png", "1/rgb.png", "2/rgb.png"]
+    assert _image_key({"bytes": None, "path": str(tmp_path / "0.png")}, tmp_path) == "0.png"
 
 
 def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> None:
@@ -265,4 +275,4 @@ def test_a_question_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: P
     row = {"image": "0.png", "question": "one\u2028line"}
     path = tmp_path / "asked.jsonl"
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
-    assert sources.read_json_lines(str(path), "questions") == [row]
+    assert sources.read_json_lines(str(path), "questions") == [row | {"hint": "", "choices": []}]

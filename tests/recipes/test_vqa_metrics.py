@@ -44,7 +44,7 @@ def test_unanswerable_is_an_answer_like_others() -> None:
     given = ["Unanswerable", "Unanswerable.", "blue", ""]
     metrics.update_answers(given, [people] * 4, ["unanswerable"] * 4, [[]] * 4)
     assert metrics.vqa_accuracy.compute() == pytest.approx((1 + 1 + 0.3 + 0) / 4)
-    assert metrics.per_type["unanswerable"].compute() == pytest.approx(0.5)
+    assert metrics.per_type["type_unanswerable"].compute() == pytest.approx(0.5)
 
 
 def test_three_people_are_too_few_for_it() -> None:
@@ -163,7 +163,13 @@ def test_choices_count_as_exact_matches_and_by_type() -> None:
     given = ["B. Louisiana", "", "Texas"]
     metrics.update_answers(given, [["B"], ["A"], ["A"]], ["geography"] * 3, [list(STATES)] * 3)
     assert metrics.exact_match.compute() == pytest.approx(2 / 3)
-    assert metrics.per_type["geography"].compute() == pytest.approx(2 / 3)
+    assert metrics.per_type["type_geography"].compute() == pytest.approx(2 / 3)
+
+
+def test_a_type_may_have_the_name_of_a_modules_method() -> None:
+    metrics = AnswerMetrics()
+    metrics.update_answers(["a bus", "a car"], [["a bus"], ["a bus"]], ["train", "type"], [[], []])
+    assert [metrics.per_type[f"type_{kind}"].compute() for kind in ("train", "type")] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("answer", [1, "B", "Louisiana"])

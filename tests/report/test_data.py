@@ -236,6 +236,9 @@ def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path)
     (tmp_path / "header.csv").write_text("text,label\n")
     with pytest.raises(ReportError, match=r"header.csv is empty$"):
         read_rows(options(adapters[0], tmp_path / "header.csv"))
+    (tmp_path / "semicolons.csv").write_text("text;label\nGood, but long;1\n")
+    with pytest.raises(ReportError, match=r"semicolons.csv can't be read .*separated by semicolons: save it with"):
+        read_rows(options(adapters[0], tmp_path / "semicolons.csv"))
     (tmp_path / "commas.csv").write_text("text,label\nGood, but long,1\n")
     with pytest.raises(ReportError, match=r"commas.csv can't be read .*the first row has more values than the header"):
         read_rows(options(adapters[0], tmp_path / "commas.csv"))
