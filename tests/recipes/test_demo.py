@@ -6,6 +6,7 @@ import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import demo_runs
 import processes
@@ -14,6 +15,7 @@ import pytest
 from recipes.demo.__main__ import keep_earlier_precision
 from recipes.demo.run import Run, Settings, train
 from recipes.shared.precision import SETTING, precision_of_runs
+from recipes.shared.step_times import StepTimes
 
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
 
@@ -91,11 +93,20 @@ def test_an_earlier_demo_keeps_its_precision(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_training_goes_on_from_the_last_checkpoint(tmp_path: Path, tiny: str) -> None:
+def test_training_goes_on_from_the_last_checkpoint(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"dataset": "packaged:commonsense_qa", "model": tiny, "max_length": 256, "batch_size": 4, "test_batches": 2}
-    trained = []
-    for steps in (2, 4):
-        settings = Settings(**short, steps=steps, precision="32-true")
-        trainer, _, _, times = train(Run("LoRA", settings, tmp_path / "LoRA"))
-        trained.append((trainer.global_step, len(times.seconds)))
-    assert trained == [(2, 2), (4, 2)]
+    run = Run("LoRA", Settings(**short, steps=10, precision="32-true"), tmp_path / "LoRA")
+    begun: list[int] = []
+    real = StepTimes.on_train_batch_start
+
+    def begins(self: StepTimes, trainer: Any, *args: Any) -> None:
+        begun.append(trainer.global_step)
+        if len(begun) == 9:  # a checkpoint is saved after the eighth step
+            raise ZeroDivisionError
+        real(self, trainer, *args)
+
+    monkeypatch.setattr(StepTimes, "on_train_batch_start", begins)
+    with pytest.raises(ZeroDivisionError):
+        train(run)
+    train(run)
+    assert begun == [*range(9), 8, 9]
