@@ -194,7 +194,7 @@ def test_every_configuration_fits_tests_and_exports(
     assert any("lora_B" in name for name in weights) == (method != "full")
     with pytest.raises(SystemExit):
         export_main([str(checkpoint), "exported"])
-    assert "exported holds an open_clip model already" in capsys.readouterr().err
+    assert "exported is there already and is not an empty folder" in capsys.readouterr().err
 
 
 def test_efmlora_with_rho_0_is_lora_bit_for_bit(small_clip: str, pictures: str, tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_models_that_are_not_there(arguments: tuple[str, ...], words: str) -> No
         ({"rank": 2}, r"lora={'rank': 2} can't be used: .*rank"),
         ({"r": 0}, "can't be used"),
         ({"towers": "image"}, "towers must be one of"),
-        ({"blocks": 9}, "a tower with 2 blocks has no"),
+        ({"blocks": 9}, "the tower has 2 blocks, so give"),
         ({"towers": "text", "target_modules": ["c_fc"]}, "says twice where the adapter goes"),
     ],
 )

@@ -146,4 +146,4 @@ def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path, capsys:
     assert "holds no adapter_config.json: give the folder beside" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         exporting.main([str(adapter), str(adapter)])
-    assert "holds something already" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err

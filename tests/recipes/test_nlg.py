@@ -260,7 +260,7 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys:
     with loaded.disable_adapter():
         assert (plain(input_ids=ids).logits - loaded(input_ids=ids).logits).abs().max() > 1e-2
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == END
-    with pytest.raises(MisconfigurationException, match="is not empty"):
+    with pytest.raises(MisconfigurationException, match="is not an empty folder"):
         export(adapter, tmp_path / "plain")
     with pytest.raises(MisconfigurationException, match=r"no adapter_config.json"):
         export(tmp_path, tmp_path / "other")

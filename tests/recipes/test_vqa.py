@@ -67,7 +67,10 @@ def test_metrics_by_hand() -> None:
     assert metrics.loss.compute() == pytest.approx(5 / 4)
     assert metrics.exact_match.compute() == pytest.approx(2 / 4)
     assert metrics.vqa_accuracy.compute() == pytest.approx(0.6)
-    assert {name: metric.compute().item() for name, metric in metrics.per_type.items()} == {"yes_no": 0.5, "colour": 0}
+    assert {name: metric.compute().item() for name, metric in metrics.per_type.items()} == {
+        "type_yes_no": 0.5,
+        "type_colour": 0,
+    }
 
 
 def test_validation_answers_its_first_questions_and_testing_all(
