@@ -112,9 +112,10 @@ def csv_options(files: str, cache_dir: str | None = None) -> dict[str, Any]:
     """
     first_row = datasets.load_dataset("csv", data_files=files, split="train", cache_dir=cache_dir, nrows=1)
     names = first_row.column_names
-    if any(";" in name for name in names):
+    named = [name for name in names if name != "__index_level_0__"]
+    if len(named) == 1 and ";" in named[0]:
         raise ValueError("its columns are separated by semicolons: save it with commas")
-    if "__index_level_0__" in names:  # pandas has taken the first value for the row's name
+    if len(named) < len(names):  # pandas has taken the first value for the row's name
         raise ValueError(
             "the first row has more values than the header has names, and a text with a comma in it needs quotation "
             "marks around it"

@@ -45,7 +45,7 @@ def test_every_format_is_read(suffix: str, adapters: tuple[Path, Path], tmp_path
 
 def test_values_of_a_csv_file_stay_as_they_are_written(adapters: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "data [1].CSV"
-    path.write_text("text,label\n007,1\nNA,0\n")
+    path.write_text("text,label,a;b\n007,1,x\nNA,0,y\n")
     rows = read_rows(options(adapters[0], path))
     assert sorted((row["text"], row["label"]) for row in rows) == [("007", "1"), ("NA", "0")]
 

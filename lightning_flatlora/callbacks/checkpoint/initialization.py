@@ -10,7 +10,7 @@ from torch import nn
 from lightning_flatlora.callbacks.checkpoint.changes import listed
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, hosts, prefix_of
 
-# Drawn at random, or made from data or gradients. Plain PiSSA, OLoRA and LoftQ come out the same from the same base.
+# Drawn at random, or made from data or gradients. Plain PiSSA and OLoRA come out the same from the same base.
 _DIFFER_EACH_TIME = ("pissa_niter", "corda", "lora_ga")
 
 
