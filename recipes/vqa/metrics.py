@@ -19,10 +19,10 @@ _CONTRACTED = {
     "n't": "ai are ca could did do does had has have is might must need ought sha should was were wo would",
     "n't've": "could had might should would",
     "'ve": "could might must not should they we what where who would you",
-    "'d": "he how it someone something there they where who you",  # not "shed", which is a word
+    "'d": "he how it somebody someone something there they where who you",  # not "shed", which is a word
     "'d've": "he it she somebody someone something there they we who you",
     "'ll": "how it somebody someone something they what who why you",
-    "'s": "he how let she somebody someone that there what when where who why",
+    "'s": "he how somebody someone that there what when where who why",  # not "lets" and "shes", as in the script
     "'re": "there they what why you",
 }
 _WHOLE = ("ma'am", "o'clock", "'twas", "'ow's'at", "y'all", "y'all'll", "y'all'd've")
@@ -55,7 +55,8 @@ def normalized(answer: str) -> str:
 
     Lower case; without punctuation and articles; numbers up to ten in digits; contractions with their apostrophes. A
     mark of punctuation between letters separates words, unless there are others beside a space. Unlike in that script,
-    an answer of articles alone stays as it is: else "A" would be equal to no answer at all.
+    an answer of articles alone stays as it is: else "A" would be equal to no answer at all. And a contraction of three
+    words gets its apostrophes even where all of them are missing ("wouldntve").
 
     Args:
         answer: of a person or of a model.

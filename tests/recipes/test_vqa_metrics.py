@@ -65,6 +65,8 @@ def test_three_people_are_too_few_for_it() -> None:
         ("dont know", "don't know"),
         ("couldn'tve", "couldn't've"),
         ("its", "its"),  # a pronoun, and no contraction
+        ("lets", "lets"),
+        ("somebodyd", "somebody'd"),
         ("women's", "women's"),
         ("hadnt've", "hadn't've"),
         ("hadn'tve", "hadn't've"),
