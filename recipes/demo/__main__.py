@@ -99,9 +99,9 @@ def _drop_other_settings(folder: Path, settings: Settings) -> None:
     path = folder / "settings.json"
     before = json.loads(path.read_text()) if path.exists() else None
     if before not in (None, asdict(settings)):
-        aside = set_aside(folder)
+        print(f"{folder} holds the results of other settings")
+        set_aside(folder)
         folder.mkdir()
-        print(f"The results of other settings are now in {aside}")
     precision_of_runs(folder, settings.precision)
     write_whole(path, json.dumps(asdict(settings), indent=2) + "\n")
 

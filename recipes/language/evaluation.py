@@ -79,9 +79,7 @@ class AnswerWriter(L.Callback):
         path = self._path(trainer)
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            earlier = set_aside(path)
-            if earlier is not None:
-                print(f"Earlier answers are now in {earlier}")
+            set_aside(path)
             path.touch()
 
     @override

@@ -27,31 +27,34 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def set_aside(path: Path) -> Path | None:
-    """Give a file or folder that is there another name, with the first number that is free, so that it is not lost.
+def set_aside(path: Path) -> None:
+    """Give a file or folder that is there another name, with the first number that is free, and say so.
+
+    So nothing is lost of what an earlier start has written.
 
     Args:
         path: that something new is about to take.
-
-    Returns:
-        The other name; None where there was nothing.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     answers = Path(folder, "answers.jsonl")
         ...     answers.touch()
-        ...     set_aside(answers).name, set_aside(answers)
-        ('answers-1.jsonl', None)
+        ...     set_aside(answers)  # doctest: +ELLIPSIS
+        ...     set_aside(answers)  # there is none now
+        ...     [path.name for path in Path(folder).iterdir()]
+        /...answers.jsonl was there already, and is now called answers-1.jsonl
+        ['answers-1.jsonl']
     """
     if not path.exists():
-        return None
+        return
     # A folder's name has no ending, though it may have a dot in it.
     stem, ending = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     number = 1
     while path.with_name(f"{stem}-{number}{ending}").exists():
         number += 1
-    return path.rename(path.with_name(f"{stem}-{number}{ending}"))
+    aside = path.rename(path.with_name(f"{stem}-{number}{ending}"))
+    print(f"{path} was there already, and is now called {aside.name}", flush=True)
 
 
 def refuse_unless_new(folder: Path) -> None:

@@ -77,7 +77,7 @@ def fetch(package: str) -> Distribution:
         RuntimeError: pip could not install it; the message holds the command to run by hand.
     """
     if not _is_installed(package):
-        with _one_at_a_time(package):
+        with one_at_a_time(package):
             importlib.invalidate_caches()
             # Another process may have installed it while this one waited for the lock.
             if not _is_installed(package):
@@ -131,7 +131,7 @@ def smollm2() -> Path:
     """
     folder = cache_dir() / "SmolLM2-135M-Instruct"
     if not folder.exists():
-        with _one_at_a_time(folder.name):
+        with one_at_a_time(folder.name):
             if not folder.exists():
                 _write_smollm2(folder)
     return folder
@@ -163,7 +163,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _one_at_a_time(name: str) -> BaseFileLock:
+def one_at_a_time(name: str) -> BaseFileLock:
     """Of several processes that need something one makes it; the others wait, and then find it."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     return FileLock(cache_dir() / f"{name}.lock")

@@ -63,9 +63,7 @@ class PredictionWriter(L.Callback):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for _, row in sorted(self._rows.items())]
-        earlier = set_aside(path)
-        if earlier is not None:
-            print(f"Earlier predictions are now in {earlier}")
+        set_aside(path)
         with path.open("w", encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
                 table = csv.DictWriter(file, fieldnames=list(rows[0]))

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipes.shared.packaged import write_folder
+from recipes.shared.packaged import one_at_a_time, write_folder
 from recipes.shared.random_state import RandomState
 from recipes.vqa import easy_vqa, sources
 from recipes.vqa.data import VQAData
@@ -147,10 +147,17 @@ def train(work: Path, steps: int, dataset: str) -> VQA:
 
 
 def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
-    """The folder of the trained model, trained first if it must be."""
+    """The folder of the trained model, trained first if it must be; one that is there is kept, whatever its steps."""
     folder = packaged_model()
-    if folder.exists():
-        return folder
+    with one_at_a_time(folder.name):
+        if folder.exists():
+            print(f"The model has been trained before; delete {folder} to have it trained again")
+        else:
+            _build(folder, steps, dataset)
+    return folder
+
+
+def _build(folder: Path, steps: int, dataset: str) -> None:
     easy_vqa.fetch(dataset)
     work = folder.with_name(f"{folder.name}.training")
     if not (work / "untrained").exists():
@@ -164,7 +171,6 @@ def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
 
     write_folder(folder, save)
     shutil.rmtree(work)
-    return folder
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def test_a_stop_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_what_is_there_keeps_its_ending_under_another_name(tmp_path: Path) -> None:
+def test_what_is_there_keeps_its_ending_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("first", "second"):
         path = tmp_path / "answers.jsonl"
         set_aside(path)
@@ -35,5 +35,8 @@ def test_what_is_there_keeps_its_ending_under_another_name(tmp_path: Path) -> No
     assert (tmp_path / "answers-1.jsonl").read_text() == "first"
     assert (tmp_path / "answers-2.jsonl").read_text() == "second"
     (tmp_path / "v1.2").mkdir()
-    assert set_aside(tmp_path / "v1.2") == tmp_path / "v1.2-1"
-    assert not (tmp_path / "v1.2").exists()
+    set_aside(tmp_path / "v1.2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers-1.jsonl", "answers-2.jsonl", "v1.2-1"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{path} was there already, and is now called answers-1.jsonl"
+    assert len(said) == 3

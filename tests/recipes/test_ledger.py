@@ -96,6 +96,40 @@ def test_a_run_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> No
         assert is_second
 
 
+def test_a_run_that_another_process_does_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = ledger(tmp_path), ledger(tmp_path)
+    done: list[Run] = []
+    found: list[Row] = []
+
+    def perform(run: Run) -> Row:
+        done.append(run)
+        return {**run.key(), "by": "second"}
+
+    thread = Thread(target=lambda: found.extend(second.complete(RUNS[:2], perform)))
+    with first.claimed(RUNS[0]) as is_first:
+        assert is_first
+        thread.start()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+        assert done == []
+        first.append({**RUNS[0].key(), "by": "first"})
+    thread.join(timeout=60)
+    assert done == [RUNS[1]]
+    assert [row["by"] for row in found] == ["first", "second"]
+    assert "waits for it: lora, seed 0" in capsys.readouterr().out
+
+
+def test_a_run_whose_process_has_stopped_is_done_by_the_one_that_waited(tmp_path: Path) -> None:
+    found: list[Row] = []
+    thread = Thread(target=lambda: found.extend(ledger(tmp_path).complete(RUNS[:1], lambda run: run.key())))
+    with ledger(tmp_path).claimed(RUNS[0]):
+        thread.start()
+        thread.join(timeout=0.3)
+        assert thread.is_alive()
+    thread.join(timeout=60)
+    assert found == [RUNS[0].key()]
+
+
 def _append(path: Path, worker: int) -> None:
     rows = Ledger(path, entries("worker", "number"))
     for number in range(50):

@@ -194,7 +194,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_vlm: str, drawn: str, t
 
 
 def test_the_offline_model_is_trained_once_and_goes_on_after_a_stop(
-    drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(offline, "BATCH", 4)
@@ -217,7 +217,8 @@ def test_the_offline_model_is_trained_once_and_goes_on_after_a_stop(
     assert steps == [0, 1, 2, 3, 2, 3]
     assert offline.build(steps=4, dataset=drawn) == folder
     assert len(steps) == 6  # nothing is trained again
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert "delete" in capsys.readouterr().out
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
     module = VQA("packaged", DEFAULT_LORA)
     module.configure_model()
     processor = load_processor("packaged")
