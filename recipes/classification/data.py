@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from recipes.classification.labels import class_labels, class_names, few_shots, labelled, numbers
+from recipes.classification.labels import class_labels, class_names, draw_shots, labelled, numbers
 from recipes.classification.prompts import Prompt
 from recipes.language import texts
 from recipes.language.batches import LengthBatchSampler, pad, padding_id
@@ -221,7 +221,7 @@ class TextData(ResumableData):
         if self.shots is None:
             return places
         pool, labels = places["train"], rows["labels"][:]
-        train, others = few_shots(
+        train, others = draw_shots(
             [keys[row] for row in pool], [labels[row] for row in pool], self.shots, self.shots_seed
         )
         places["train"] = [pool[row] for row in train]

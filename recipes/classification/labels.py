@@ -131,7 +131,7 @@ def labelled(labels: Sequence[Any], column: str, source: str, skip: bool) -> lis
     return rows
 
 
-def few_shots(keys: Sequence[str], labels: Sequence[int], number: int, seed: int) -> tuple[list[int], list[int]]:
+def draw_shots(keys: Sequence[str], labels: Sequence[int], number: int, seed: int) -> tuple[list[int], list[int]]:
     """Rows for training and others for validation, drawn at random: ``number`` of each class, or what there is.
 
     No text is drawn twice. A class with too few rows for both fills the training rows first.
@@ -143,7 +143,7 @@ def few_shots(keys: Sequence[str], labels: Sequence[int], number: int, seed: int
         seed: of the draw.
 
     Example:
-        >>> train, validation = few_shots(["a", "b", "c", "d"], [0, 0, 1, 1], 1, seed=13)
+        >>> train, validation = draw_shots(["a", "b", "c", "d"], [0, 0, 1, 1], 1, seed=13)
         >>> len(train), len(validation), sorted(train + validation)
         (2, 2, [0, 1, 2, 3])
     """

@@ -83,7 +83,7 @@ def _choose_rho(arguments: list[str]) -> None:
         runs = [Run(method, options.shots, seed, settings, model, data.target, "validation") for seed in seeds]
         return [with_error(estimate([100 * row["accuracy"] for row in rows.complete(runs, perform)]))]
 
-    demo_sweep.choose_rho(options, ["validation accuracy in %"], cells)
+    demo_sweep.print_sweep(options, ["validation accuracy in %"], cells)
 
 
 def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: Path) -> list[Run]:

@@ -60,7 +60,7 @@ def load(dataset: str, root: str = "data", split: Split = "official", split_seed
         classes, parts = _found(dataset, root)
         note = "the parts that the data come in"
     if split == "seeded" or "test" not in parts:
-        parts = divided(list(chain.from_iterable(parts.get(part, []) for part in PARTS)), split_seed)
+        parts = split_within_classes(list(chain.from_iterable(parts.get(part, []) for part in PARTS)), split_seed)
         note = f"50/20/30 % of each class, divided by split_seed={split_seed}"
     source = Source(dataset, classes, parts, note, names)
     _check_classes(source)
@@ -114,7 +114,7 @@ def by_class(examples: Iterable[Example]) -> dict[int, list[Example]]:
     return dict(by_label)
 
 
-def divided(examples: Sequence[Example], seed: int) -> Parts:
+def split_within_classes(examples: Sequence[Example], seed: int) -> Parts:
     """Half of each class for training, a fifth for validation, the rest for testing, drawn by the seed."""
     parts: Parts = {part: [] for part in PARTS}
     for _, members in sorted(by_class(examples).items()):

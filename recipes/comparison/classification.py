@@ -22,7 +22,7 @@ from recipes.shared.training import AutomaticTraining
 _EVAL_BATCH = 64
 
 
-class TextClassifier(AutomaticTraining):
+class EncoderClassifier(AutomaticTraining):
     """all-MiniLM-L6-v2 with a head for the classes; LoRA of rank 8, alpha 16 on query and value, or all weights.
 
     Args:
@@ -107,12 +107,12 @@ class TextTask(Task):
         self._ids: dict[str, Tensor] = {}
 
     @override
-    def module(self, config: Config, full: bool) -> TextClassifier:
-        return TextClassifier(len(texts.TASKS[self.source].classes), config, full)
+    def module(self, config: Config, full: bool) -> EncoderClassifier:
+        return EncoderClassifier(len(texts.TASKS[self.source].classes), config, full)
 
     @override
     def data(self, seed: int) -> FewTexts:
-        examples = texts.few_shots(self.source, self.settings["examples"], seed)
+        examples = texts.balanced_shots(self.source, self.settings["examples"], seed)
         return FewTexts(examples, self._encode, self.settings["batch_size"], seed)
 
     @override
@@ -122,11 +122,11 @@ class TextTask(Task):
         return self._sorted(texts.parts(self.source)[part][: self.settings[part]])
 
     @override
-    def loss(self, module: TextClassifier, batch: Batch) -> Tensor:
+    def loss(self, module: EncoderClassifier, batch: Batch) -> Tensor:
         return module.loss(batch)
 
     @override
-    def judge(self, module: TextClassifier, batch: Batch) -> Judged:
+    def judge(self, module: EncoderClassifier, batch: Batch) -> Judged:
         logits, labels = module.logits(batch), batch["labels"]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(dim=1) == labels).sum()

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import lightning as L
@@ -27,7 +26,6 @@ from recipes.shared.training import BARE
 
 _NOISE_SAMPLES = 2
 _WARM_UP = 2  # steps
-_commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def perform(run: Run) -> Row:
         "peak_mib": round(watch.peak / 2**20) or None,  # resident, of a process that has done other runs before
         "device": torch.cuda.get_device_name() if module.device.type == "cuda" else f"{platform.machine()} CPU",
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 

@@ -83,7 +83,7 @@ def _choose_rho(arguments: list[str]) -> None:
         (row,) = rows.complete([run], validate)
         return [f"{row['val_loss']:.3f}", f"{row['val_accuracy']:.3f}"]
 
-    demo_sweep.choose_rho(options, ("validation loss", "validation accuracy"), cells)
+    demo_sweep.print_sweep(options, ("validation loss", "validation accuracy"), cells)
 
 
 def keep_earlier_precision(folder: Path) -> None:

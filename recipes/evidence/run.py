@@ -25,7 +25,6 @@ from recipes.language import texts
 from recipes.shared.ledger import Row, commit
 from recipes.shared.methods import METHODS
 
-_commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
 _load = cache(load)
 
 
@@ -112,7 +111,7 @@ def surroundings() -> Row:
         "lightning": L.__version__,
         "transformers": transformers.__version__,
         "lightning_flatlora": lightning_flatlora.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 

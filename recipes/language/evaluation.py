@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from recipes.language.batches import Batch
 from recipes.shared.files import set_aside
+from recipes.shared.predictions import run_folder
 from recipes.shared.ranks import gathered
 from recipes.shared.text_metrics import is_same
 
@@ -111,4 +112,4 @@ class AnswerWriter(L.Callback):
             print(f"Answers are in {path}")
 
     def _path(self, trainer: L.Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir) / "answers.jsonl"  # the ranks agree on log_dir
+        return run_folder(trainer) / "answers.jsonl"

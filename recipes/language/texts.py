@@ -61,7 +61,7 @@ def parts(task: str) -> dict[str, list[Example]]:
     return {part: _balanced(examples, classes) for part, examples in _all_of_parts(task).items()}
 
 
-def few_shots(task: str, number: int, seed: int) -> list[Example]:
+def balanced_shots(task: str, number: int, seed: int) -> list[Example]:
     """Examples to train on, equally many of each class, drawn by the seed from the training part."""
     return _balanced(in_order(parts(task)["train"], seed), len(TASKS[task].classes))[:number]
 
@@ -69,7 +69,8 @@ def few_shots(task: str, number: int, seed: int) -> list[Example]:
 def shots(task: str, number: int, seed: int) -> list[Example]:
     """So many examples of each class to train on, or all that there are of a rare one.
 
-    :func:`few_shots` draws from as many examples of each class as the rarest has; here each class has all of its own.
+    :func:`balanced_shots` draws from as many examples of each class as the rarest has; here each class has all of its
+    own.
     """
     drawn: list[Example] = []
     taken: Counter[int] = Counter()

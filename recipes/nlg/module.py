@@ -1,7 +1,6 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,6 +15,7 @@ from recipes.language.module import LanguageModel
 from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
 from recipes.nlg.metrics import METRICS, Metric, check_metrics
 from recipes.nlg.written import WrittenTexts
+from recipes.shared.predictions import run_folder
 from recipes.shared.training import AutomaticTraining, ManualTraining
 
 DEFAULT_LORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
@@ -116,7 +116,7 @@ class TextGenerator(LanguageModel):
             # The sanity check writes a few texts, which would be files and scores of an untrained model.
             self.written[stage].clear()
             return
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # the ranks agree on log_dir
+        folder = run_folder(self.trainer)
         for name, value in self.written[stage].finish(folder).items():
             self.log(f"{stage}_{name}", value, sync_dist=True)  # the same on all ranks
 

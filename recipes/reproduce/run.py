@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +18,6 @@ from recipes.shared.ledger import Row, commit, run_process
 
 Part = Literal["validation", "test"]
 _VALIDATIONS = 4  # of a shortened run
-
-_commit = cache(commit)  # of the code that runs, whatever is checked out meanwhile
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def perform(run: Run, place: Place) -> Row:
         **found,
         "seconds": time.perf_counter() - began,
         "options": list(place.options),
-        "commit": _commit(),
+        "commit": commit(),
         **entries,
     }
 

@@ -29,7 +29,7 @@ def parser(prog: str, radii: Sequence[float], folder: Path) -> argparse.Argument
     return made
 
 
-def choose_rho(
+def print_sweep(
     options: argparse.Namespace, columns: Cells, validated: Callable[[str, float, Precision], Cells]
 ) -> None:
     """Print what validation says of each method and rho; the table grows with every run.

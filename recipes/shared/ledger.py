@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -251,6 +252,7 @@ def run_process(command: Sequence[str]) -> None:
         raise StoppedError(status)
 
 
+@cache  # the code that runs stays the same, whatever is checked out meanwhile
 def commit() -> str | None:
     """The commit of this code, with a plus sign if files differ from it; None outside of a clone."""
     # Without tags, which would stand in place of the commit's hash.

@@ -50,7 +50,7 @@ def _contractions() -> dict[str, str]:
 _APOSTROPHES = _contractions()
 
 
-def normalized(answer: str) -> str:
+def normalized_answer(answer: str) -> str:
     """An answer as the VQA challenges' script compares it.
 
     Lower case; without punctuation and articles; numbers up to ten in digits; contractions with their apostrophes. A
@@ -62,9 +62,9 @@ def normalized(answer: str) -> str:
         answer: of a person or of a model.
 
     Example:
-        >>> normalized("The two Cats, dont know.")
+        >>> normalized_answer("The two Cats, dont know.")
         "2 cats don't know"
-        >>> normalized("A")
+        >>> normalized_answer("A")
         'a'
     """
     text = " ".join(answer.split())
@@ -89,8 +89,8 @@ def expected_answer(answers: list[str]) -> str:
         >>> expected_answer(["red", "dark red", "Red", "dark red", "red."])
         'red'
     """
-    votes = Counter(normalized(answer) for answer in answers)
-    return max(answers, key=lambda answer: votes[normalized(answer)])
+    votes = Counter(normalized_answer(answer) for answer in answers)
+    return max(answers, key=lambda answer: votes[normalized_answer(answer)])
 
 
 def vqa_accuracy(answer: str, answers: list[str]) -> float:
@@ -107,8 +107,8 @@ def vqa_accuracy(answer: str, answers: list[str]) -> float:
         >>> [round(vqa_accuracy("dog", ["dog"] * n + ["cat"] * (10 - n)), 3) for n in range(5)]
         [0.0, 0.3, 0.6, 0.9, 1.0]
     """
-    text = normalized(answer)
-    agrees = [text != "" and normalized(other) == text for other in answers]
+    text = normalized_answer(answer)
+    agrees = [text != "" and normalized_answer(other) == text for other in answers]
     agreeing = sum(agrees)
     shares = [min((agreeing - aside) / _AGREEING, 1.0) for aside in agrees]
     return sum(shares) / len(shares)
@@ -123,8 +123,8 @@ def is_right(answer: str, expected: list[str], choices: list[str]) -> bool:
     """
     if choices:
         return chosen_letter(answer, choices) == expected_answer(expected)
-    text = normalized(answer)
-    return text != "" and text == normalized(expected_answer(expected))
+    text = normalized_answer(answer)
+    return text != "" and text == normalized_answer(expected_answer(expected))
 
 
 class AnswerMetrics(nn.Module):

@@ -52,7 +52,7 @@ def test_several_reviews_of_a_film_are_together() -> None:
 
 
 def test_a_seed_draws_its_own_training_examples() -> None:
-    first, again, other = (texts.few_shots("sentiment", 16, seed) for seed in (0, 0, 1))
+    first, again, other = (texts.balanced_shots("sentiment", 16, seed) for seed in (0, 0, 1))
     assert first == again
     assert len(first) == 16
     assert set(first) != set(other)

@@ -14,7 +14,7 @@ from vqa_models import COLOURS, draw, save_model
 
 from recipes.clip.images import read_image
 from recipes.vqa.conversation import QuestionEncoder
-from recipes.vqa.metrics import normalized
+from recipes.vqa.metrics import normalized_answer
 from recipes.vqa.model import DEFAULT_LORA
 from recipes.vqa.module import VQA
 
@@ -49,7 +49,7 @@ def common(model: str, place: Path) -> list[str]:
     for row in rows[::2]:  # of which the model knows the answers
         prompt, image = encoder.prompt(row["question"]), read_image(place / row["image"])
         answer = module.answers(encoder([prompt], [image], padding_side="left"))[0]
-        row["answer"] = answer if normalized(answer) else row["answer"]
+        row["answer"] = answer if normalized_answer(answer) else row["answer"]
     for name, lines in (("data.jsonl", rows), ("asked.jsonl", asked)):
         (place / name).write_text("\n".join(json.dumps(row) for row in lines))
     return [

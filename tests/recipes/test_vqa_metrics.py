@@ -11,7 +11,7 @@ pytest.importorskip("datasets", reason="the recipes' dependencies are not instal
 
 from recipes.vqa import sources
 from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
-from recipes.vqa.metrics import AnswerMetrics, is_right, normalized, vqa_accuracy
+from recipes.vqa.metrics import AnswerMetrics, is_right, normalized_answer, vqa_accuracy
 from recipes.vqa.prompts import Prompt
 
 STATES = ("Texas", "Louisiana", "New York")
@@ -87,7 +87,7 @@ def test_three_people_are_too_few_for_it() -> None:
     ],
 )
 def test_texts_are_compared_as_in_the_challenges(answer: str, compared: str) -> None:
-    assert normalized(answer) == compared
+    assert normalized_answer(answer) == compared
 
 
 SPELLINGS = {
