@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     data = emoji.prepare()
     precision = precision_of_runs(options.folder, options.precision)
-    print(f"Precision: {precision}; --precision takes another", flush=True)
+    print(f"Precision: {precision}; --precision sets another", flush=True)
     settings = Settings(rho=options.rho, iterations_per_shot=options.iterations_per_shot, precision=precision)
     try:
         model = pretrained(Pretraining(steps=options.pretraining_steps, precision=precision), data)

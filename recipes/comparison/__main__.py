@@ -1,4 +1,4 @@
-"""All methods on the same real tasks: every method tuned alike, then run with many seeds and judged on test examples.
+"""All methods on the same real tasks: each method tuned alike, then run with several seeds and judged on test examples.
 
 `run` does the runs and keeps a line of JSON for each; `table` and `plot` show what is there so far. After Ctrl-C the
 same command resumes; started twice on one folder, the two processes share the runs.
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # a run repeats bit for bit, and a second process has the next core
     options.folder.mkdir(parents=True, exist_ok=True)
     precision = precision_of_runs(options.folder, options.precision)
-    print(f"Precision: {precision}; --precision takes another", flush=True)
+    print(f"Precision: {precision}; --precision sets another", flush=True)
     tasks = [TASKS[name].computed_in(precision) for name in options.tasks]
     plan = Plan(options.folder, tasks, options.methods, options.seeds)
     shown = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         perform(Run(options.only, settings, options.folder / options.only))
         return 0
     _drop_other_settings(options.folder, settings)
-    print(f"Precision: {settings.precision}; --precision takes another", flush=True)
+    print(f"Precision: {settings.precision}; --precision sets another", flush=True)
     rows = ledger(options.folder)
     runs = [Run(method, settings, options.folder / method) for method in METHODS]
     if any(rows.find(run) is None for run in runs):

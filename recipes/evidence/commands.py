@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         _show_plan(plan)
         return 0
-    print(f"Precision: {plan.settings['precision']}; --precision takes another", flush=True)
+    print(f"Precision: {plan.settings['precision']}; --precision sets another", flush=True)
     try:
         plan.work(partial(_performer(plan.settings), folder=options.folder), _Progress(plan))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
@@ -126,7 +126,7 @@ def demo(options: argparse.Namespace) -> int:
     _prepare()
     options.folder.mkdir(parents=True, exist_ok=True)
     precision = precision_of_runs(options.folder, options.precision)
-    print(f"Precision: {precision}; --precision takes another", flush=True)
+    print(f"Precision: {precision}; --precision sets another", flush=True)
     shown = Demo(options.folder, precision)
     try:
         shown.work()
@@ -189,10 +189,8 @@ def _show_plan(plan: Plan) -> None:
     pieces = plan.progress()
     for title, done, total, seconds in pieces:
         print(f"{title}: {done} of {total} runs done, about {_time(seconds)} left")
-    print(
-        f"All: about {_time(sum(piece[3] for piece in pieces))} left for one process. A search that ends at the end of"
-    )
-    print("its grid adds trials for all methods, and the rule for an early end may leave runs out.")
+    print(f"All: about {_time(sum(piece[3] for piece in pieces))} left for one process. A search whose choice is at an")
+    print("end of its grid adds trials for all methods, and the rule for an early end may leave runs out.")
 
 
 def _time(seconds: float) -> str:

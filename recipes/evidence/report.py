@@ -35,7 +35,7 @@ from recipes.shared.statistics import estimate
 from recipes.shared.tables import Table, settings_text
 
 _COLUMNS = (
-    "arm", "chosen", "seeds", "accuracy in %", "minus LoRA's", "EFMLoRA's minus it", "test loss", "scaled",
+    "arm", "chosen", "seeds", "accuracy in %", "minus LoRA's", "EFMLoRA minus this row", "test loss", "scaled",
     "ECE in %", "scaled", "Brier", "scaled", "train loss", "failed", "seconds",
 )  # fmt: skip
 

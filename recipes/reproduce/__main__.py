@@ -76,7 +76,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     # A seed that has chosen the settings would favour them in the test.
     used = sorted(set(seeds) & set(table.tuning_seeds))
     if used:
-        raise SystemExit(f"--seeds: {used} choose the settings and can't be tested too")
+        raise SystemExit(f"--seeds: the seeds {used} choose the settings, so they can't be used for testing")
     shard = options.shard
     results = Results(options.folder or Path("runs/reproduce") / table.name, shard)
     methods = each_once(options.methods or table.methods)
@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: those of the table")
     parser.add_argument(
         "--protocol", choices=("tuned", "paper"), default="tuned",
-        help="tuned chooses learning rate and rho on validation data; paper takes the paper's rates",
+        help="tuned chooses learning rate and rho on validation data; paper takes the learning rate of the paper's "
+        "protocol, and chooses only a rho that the paper does not state",
     )  # fmt: skip
     parser.add_argument("--shard", type=shard, default=Shard(), metavar="2/8", help="do the second of eight shares")
     parser.add_argument("--folder", type=Path, help="where everything lands; default runs/reproduce/TABLE")

@@ -120,7 +120,7 @@ class RecipeCLI(LightningCLI):
         chosen = fast_precision(settings.accelerator if isinstance(settings.accelerator, str) else "auto")
         for config in (self.config_init, self.config):  # of the trainer, and of the file that the run leaves
             self._get(config, "trainer").precision = chosen
-        rank_zero_info(f"Precision {chosen}, which this device computes fast; --trainer.precision takes another")
+        rank_zero_info(f"Precision {chosen}, in which this device computes fast; --trainer.precision sets another")
 
     @override
     def after_instantiate_classes(self) -> None:

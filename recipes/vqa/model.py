@@ -32,7 +32,7 @@ def model_source(name: str) -> str:
     """
     if name == PACKAGED and not packaged_model().exists():
         raise MisconfigurationException(
-            f"model={PACKAGED!r} has to be trained once, in a few minutes: python -m recipes.vqa.offline"
+            f"model={PACKAGED!r} has to be trained once, in about ten minutes: python -m recipes.vqa.offline"
         )
     return str(packaged_model()) if name == PACKAGED else name
 

@@ -273,7 +273,7 @@ def test_the_protocols_values_are_those_of_the_recipes_files(
         (["table9"], "invalid choice: 'table9'"),
         (["table1", "--methods", "adam"], "invalid choice: 'adam'"),
         (["table1", "--tasks", "cola"], "table1 has no cola; there are sst2, sst5"),
-        (["table1", "--seeds", "7"], r"[7] choose the settings and can't be tested too"),
+        (["table1", "--seeds", "7"], r"the seeds [7] choose the settings, so they can't be used for testing"),
         (["table1", "--shard", "0/8"], "'0/8' must be a share such as 2/8"),
         (["table1", "--shard", "3"], "'3' must be a share such as 2/8"),
     ],
