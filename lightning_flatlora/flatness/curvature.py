@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_flatlora.distributed import average
 from lightning_flatlora.flatness.estimate import Estimate, estimate
-from lightning_flatlora.flatness.losses import Loss, losses_of
+from lightning_flatlora.flatness.losses import Loss, add_if_finite, checked, losses_of
 
 
 def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]) -> list[Tensor]:
@@ -26,7 +26,11 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
         vector: v, of the parameters' shapes.
 
     Returns:
-        H v, of the parameters' shapes. Three passes: forward, and two backward, the second about twice as long.
+        H v, of the parameters' shapes, nan where the loss is not finite. Three passes: forward, and two backward, the
+        second about twice as long.
+
+    Raises:
+        ValueError: there are no parameters, or :func:`loss_gradient` would refuse the loss.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -34,6 +38,8 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
         [tensor([6., 0.])]
     """
     parameters = list(parameters)
+    if not parameters:
+        raise ValueError("parameters must hold at least one")
     product = [torch.zeros_like(parameter) for parameter in parameters]
     losses = losses_of(loss)
     # The fused attention kernels have no second derivative.
@@ -48,10 +54,13 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
 def _add_product(part: Loss, parameters: list[nn.Parameter], vector: Sequence[Tensor], product: list[Tensor]) -> None:
     """Add one batch's H v; its graph ends with the call."""
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-    gradients = torch.autograd.grad(part(), parameters, create_graph=True, **options)
+    loss = checked(part())
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, **options)
     along = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
+    new: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
     if along.requires_grad:  # else the loss is linear
-        torch._foreach_add_(product, list(torch.autograd.grad(along, parameters, **options)))
+        new = torch.autograd.grad(along, parameters, **options)
+    add_if_finite(product, new, loss)
 
 
 def top_eigenvalue(
@@ -66,7 +75,8 @@ def top_eigenvalue(
     Args:
         loss: of fixed batches, at the weights as the layers read them now.
         parameters: the factors A and B; see :func:`trained_factors`. Two numbers at least in all.
-        tolerance: relative error of the eigenvalue.
+        tolerance: at which Lanczos' method stops: the residual relative to the eigenvalue. Where many eigenvalues lie
+            close to the largest one, its relative error can be a little larger.
         restarts: of the method; each takes up to 19 Hessian-vector products, and the first 20.
         seed: of the first vector; no global generator is used.
 
@@ -77,6 +87,7 @@ def top_eigenvalue(
 
     Raises:
         ImportError: scipy is missing.
+        ValueError: the parameters are fewer than two numbers, or :func:`loss_gradient` would refuse the loss.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
@@ -86,6 +97,8 @@ def top_eigenvalue(
     linalg = _scipy_linalg()
     parameters = list(parameters)
     size = sum(parameter.numel() for parameter in parameters)
+    if size < 2:
+        raise ValueError(f"top_eigenvalue needs parameters of two numbers at least, got {size}")
     norms: list[float] = []
 
     def matvec(x: Any) -> Any:

@@ -15,6 +15,10 @@ or other noise. Where a process group runs, each rank gives its own batches' los
 values and gradients are means over the ranks."""
 
 
+class ReentrantCheckpointError(ValueError):
+    """A loss has reentrant activation checkpoints, in which torch.autograd.grad finds no parameters."""
+
+
 class MeanLoss:
     """The mean of the losses of several batches, whose gradients are taken one batch at a time: memory of one batch.
 
@@ -91,7 +95,11 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         scale: multiplies the loss in the backward pass and divides the gradient, like a loss scaler under float16.
 
     Returns:
-        The :class:`LossGradient` at the weights as the layers read them now.
+        The :class:`LossGradient` at the weights as the layers read them now; its gradient is nan where the loss is not
+        finite.
+
+    Raises:
+        ValueError: the loss gives no scalar with a graph, or has reentrant activation checkpoints.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([3.0]))
@@ -115,10 +123,53 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
 def _add_gradient(part: Loss, parameters: list[nn.Parameter], gradients: list[Tensor], scale: float) -> Tensor:
     """One batch's loss, whose scaled gradient is added; its graph ends with the call."""
     # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
-    loss = part()
+    loss = checked(part())
     new = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
-    torch._foreach_add_(gradients, list(new))
+    add_if_finite(gradients, new, loss)
     return _wide(loss.detach())
+
+
+def checked(loss: object) -> Tensor:
+    """A batch's loss, if its gradient can be taken.
+
+    Raises:
+        ValueError: it is no Tensor with one number and a graph.
+        ReentrantCheckpointError: a part of its graph is built in the backward pass alone.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a Tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"the loss must give a Tensor with one number, and has given {given}")
+    if loss.grad_fn is None and not loss.requires_grad:
+        raise ValueError("the loss has no graph: it must depend on parameters that require a gradient")
+    if _has_reentrant_checkpoint(loss):
+        raise ReentrantCheckpointError(
+            "the loss has reentrant activation checkpoints, whose parameters would seem to have no gradient: give "
+            "use_reentrant=False to torch.utils.checkpoint (to transformers gradient_checkpointing_kwargs="
+            "{'use_reentrant': False})"
+        )
+    return loss
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph has a node of reentrant checkpointing, which torch.autograd.grad leaves out."""
+    seen = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
+
+
+def add_if_finite(sums: list[Tensor], new: Sequence[Tensor], loss: Tensor) -> None:
+    """Add one batch's derivatives; nan where its loss is not finite, since a mean over no label has a gradient of 0."""
+    nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
+    for total, each in zip(sums, new, strict=True):
+        total += each + nan_or_0.to(each.device, each.dtype)
 
 
 def losses_of(loss: Loss) -> Sequence[Loss]:

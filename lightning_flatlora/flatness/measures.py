@@ -80,6 +80,10 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
         Numbers by name, shape (). Over the layers: the mean balancedness, the median condition numbers (a mean would be
         infinite as soon as one is), and the largest residual.
 
+    Raises:
+        ValueError: an unknown name, a measure whose setting the point lacks, or a loss that :func:`loss_gradient` would
+            refuse.
+
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from lightning_flatlora import find_pairs
@@ -89,6 +93,10 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
         >>> sorted(measure(point, ["sharpness", "condition", "radius"]))
         ['condition_A', 'condition_B', 'loss', 'radius', 'sharpness']
     """
+    measures = measures if isinstance(measures, str) else list(measures)
+    problems = measure_problems(measures)
+    if problems:
+        raise ValueError("; ".join(problems))
     result: Values = {}
     # Beside EFMLoRA the layers would otherwise read B + Ê.
     with sharpness.clean(point.pairs):
@@ -191,6 +199,9 @@ MEASURES: dict[str, Callable[[Point], Values]] = {
 
 DEFAULT_MEASURES = ("sharpness", "lora_sharpness", "balancedness", "condition", "radius")
 """Four passes in all: forward, backward, two forwards."""
+
+CURVATURES = ("top_eigenvalue", "hessian_trace")
+"""Measures that take second derivatives."""
 
 _OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "balancedness": torch.mean,

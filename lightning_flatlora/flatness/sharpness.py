@@ -17,6 +17,7 @@ from lightning_flatlora.flatness.factors import cosine_of, inner_product, realiz
 from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient, value
 from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
+from lightning_flatlora.schedules import is_size
 from lightning_flatlora.weight_noise import WeightNoise
 
 
@@ -125,6 +126,9 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
     Returns:
         :class:`Sharpness`; nan where the gradient is not finite. Three passes: forward, backward, forward.
 
+    Raises:
+        ValueError: rho is negative or not finite.
+
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from lightning_flatlora import find_pairs
@@ -133,6 +137,8 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
         >>> bool(lora_sharpness(loss, find_pairs(model).pairs, rho=0.1).sharpness > 0)
         True
     """
+    if not is_size(rho):
+        raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
     with clean(pairs):
         at = at or loss_gradient(loss, trained_factors(pairs))
         # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.

@@ -4,12 +4,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import FEATURES, Classifier, fit, make_loader, make_net
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, find_pairs
 
@@ -114,3 +116,31 @@ def test_loaders_that_give_nothing_to_hold_are_refused(tmp_path: Any) -> None:
         fit(tmp_path, Classifier(), [FlatnessMonitor(1.0, data="val")])
     with pytest.raises(MisconfigurationException, match="can't be copied"):
         fit(tmp_path, Classifier(), [FlatnessMonitor(1.0)], (batch for batch in make_loader()), max_epochs=1)
+
+
+@pytest.mark.parametrize("of_module", [False, True])
+def test_second_derivatives_of_compiled_code_are_refused(tmp_path: Any, of_module: bool) -> None:
+    module = Classifier()
+    if of_module:
+        module = torch.compile(module, backend="eager")
+    else:
+        module.net.compile(backend="eager")
+    monitor = FlatnessMonitor(1.0, measures=["sharpness", "hessian_trace"])
+    with pytest.raises(MisconfigurationException, match=r"hessian_trace need second derivatives, which torch\.compile"):
+        fit(tmp_path, module, [monitor])
+
+
+class Checkpointed(Classifier):
+    """With reentrant activation checkpointing, in eval mode as well."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, labels, _ = batch
+        logits = checkpoint(self.net, inputs.requires_grad_(), use_reentrant=True)
+        return nn.functional.cross_entropy(logits, labels)
+
+
+def test_reentrant_checkpoints_cost_the_measurement_and_not_the_run(tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match="a measurement was left out: the loss has reentrant"):
+        trainer = fit(tmp_path, Checkpointed(), [FlatnessMonitor(1.0)])
+    assert trainer.state.finished
+    assert not any(name.startswith("flatness") for name in trainer.callback_metrics)

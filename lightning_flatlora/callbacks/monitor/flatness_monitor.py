@@ -15,12 +15,13 @@ from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
 from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
 from lightning_flatlora.callbacks.methods.pair_callback import unfreezes_later
 from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
-from lightning_flatlora.callbacks.monitor.held_batches import HeldBatches, loss_problems
+from lightning_flatlora.callbacks.monitor.held_batches import HeldBatches, curvature_problems, loss_problems
 from lightning_flatlora.callbacks.monitor.snapshots import undisturbed
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import monitor_problems
 from lightning_flatlora.callbacks.tensor_writes import Marks, frozen_parameters
 from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
+from lightning_flatlora.flatness.losses import ReentrantCheckpointError
 from lightning_flatlora.flatness.measures import measure_problems
 from lightning_flatlora.lightning_names import callback_of, callbacks_of
 from lightning_flatlora.lora_pair import Finder, NoPairsError, pairs_from
@@ -150,7 +151,7 @@ class FlatnessMonitor(Callback):
         except ValueError as error:
             if not unfreezes_later(trainer):
                 problems.append(str(error))
-        problems += loss_problems(pl_module)
+        problems += loss_problems(pl_module) + curvature_problems(pl_module, self.measures or ())
         refuse(self, problems)
 
     def _configuration_problems(self, method: MethodCallback | None) -> list[str]:
@@ -284,7 +285,12 @@ class FlatnessMonitor(Callback):
             if is_first:
                 assert self._held is not None
                 self._held.leave_out_batches_without_loss()
-            numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
+            try:
+                numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
+            except ReentrantCheckpointError as error:
+                # No error, which may come hours after the start: the training itself is right.
+                rank_zero_warn(f"{type(self).__name__}: a measurement was left out: {error}")
+                numbers = {}
         # Anew, since noise on the weights has moved them and put them back.
         self._marks = Marks(frozen_parameters(pl_module))
         values = {f"flatness/{name}": value.detach().cpu() for name, value in numbers.items()}

@@ -1,7 +1,7 @@
 """The batches on which flatness is measured, and their loss."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -13,12 +13,14 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch._dynamo import OptimizedModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_flatlora.callbacks.methods.training_step import loss_of
 from lightning_flatlora.callbacks.monitor.snapshots import read_without_trace
 from lightning_flatlora.callbacks.random_state import random_state
 from lightning_flatlora.flatness import MeanLoss
+from lightning_flatlora.flatness.measures import CURVATURES
 from lightning_flatlora.lightning_names import MisconfigurationException
 
 
@@ -115,6 +117,22 @@ def loss_problems(pl_module: LightningModule) -> list[str]:
             "write training_step(batch, batch_idx)"
         ]
     return []
+
+
+def curvature_problems(pl_module: LightningModule, measures: Collection[str]) -> list[str]:
+    """Why the measures that take second derivatives can't be used: torch.compile gives none."""
+    chosen = [name for name in CURVATURES if name in measures]
+    if not chosen:
+        return []
+    is_compiled = getattr(pl_module, "_compiler_ctx", None) is not None  # where Lightning was given a compiled module
+    for module in pl_module.modules():
+        is_compiled |= isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+    if not is_compiled:
+        return []
+    return [
+        f"the measures {', '.join(chosen)} need second derivatives, which torch.compile does not give: leave them out, "
+        "or measure without torch.compile"
+    ]
 
 
 def first_batches(loader: CombinedLoader, count: int, device: torch.device, shared: Sequence[object] = ()) -> list[Any]:

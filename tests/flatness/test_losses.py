@@ -1,0 +1,98 @@
+"""Losses whose gradient can't be taken, or says nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+from quadratics import RHO, Quadratic
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_flatlora import Perturbation
+from lightning_flatlora.flatness import (
+    Point,
+    hessian_product,
+    hessian_trace,
+    lora_sharpness,
+    loss_gradient,
+    measure,
+    top_eigenvalue,
+    trained_factors,
+)
+
+
+def checkpointed(quadratic: Quadratic, use_reentrant: bool) -> Tensor:
+    """The same loss, with the forward of its first layer under activation checkpointing."""
+    first = quadratic.layers[0]
+    forward = first.forward
+
+    def inside(x: Tensor) -> Any:
+        return checkpoint(forward, x.requires_grad_(), use_reentrant=use_reentrant)
+
+    first.forward = inside
+    try:
+        return quadratic.loss()
+    finally:
+        first.forward = forward
+
+
+def test_reentrant_checkpoints_are_refused_and_others_change_nothing() -> None:
+    """Inside of the former torch.autograd.grad finds no parameters, and their part of the gradient would be 0."""
+    quadratic = Quadratic()
+    factors = trained_factors(quadratic.pairs)
+    expected = loss_gradient(quadratic.loss, factors).gradients
+    found = loss_gradient(lambda: checkpointed(quadratic, use_reentrant=False), factors).gradients
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for take in (
+        lambda loss: loss_gradient(loss, factors),
+        lambda loss: hessian_product(loss, factors, expected),
+    ):
+        with pytest.raises(ValueError, match=r"reentrant activation checkpoints.*use_reentrant=False"):
+            take(lambda: checkpointed(quadratic, use_reentrant=True))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda: 1.0, r"a Tensor with one number, and has given 1\.0"),
+        (lambda: torch.ones(2), r"has given a Tensor of the shape \(2,\)"),
+        (lambda: torch.ones(()), "the loss has no graph"),
+    ],
+)
+def test_what_is_no_loss_is_named(loss: Any, message: str) -> None:
+    parameters = [nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match=message):
+        loss_gradient(loss, parameters)
+    with pytest.raises(ValueError, match=message):
+        hessian_trace(loss, parameters)
+
+
+def test_a_loss_of_no_example_is_not_flat() -> None:
+    """The mean over no label is nan, and its gradient would be 0."""
+    quadratic = Quadratic()
+    no_label = torch.full((4,), -100)
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(quadratic.layers[0](torch.ones(4, 4, dtype=torch.float64)), no_label)
+
+    names = ["sharpness", "lora_sharpness", "radius", "gradient_residual", "top_eigenvalue", "hessian_trace"]
+    found = measure(Point(loss, Perturbation(quadratic.pairs), RHO), names)
+    assert [name for name, value in found.items() if not value.isnan()] == []
+
+
+def test_too_few_parameters_and_a_negative_radius_are_refused() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="two numbers at least, got 1"):
+        top_eigenvalue(lambda: parameter.square().sum(), [parameter])
+    with pytest.raises(ValueError, match="at least one"):
+        hessian_trace(lambda: parameter.square().sum(), [])
+    quadratic = Quadratic()
+    with pytest.raises(ValueError, match="rho must be a finite number >= 0, got -1"):
+        lora_sharpness(quadratic.loss, quadratic.pairs, rho=-1)
+
+
+@pytest.mark.parametrize("names", ["sharpness", ["sharp"]])
+def test_unknown_measures_are_named(names: Any) -> None:
+    quadratic = Quadratic()
+    with pytest.raises(ValueError, match=r"measures (must be|holds 'sharp')"):
+        measure(Point(quadratic.loss, Perturbation(quadratic.pairs), RHO), names)
