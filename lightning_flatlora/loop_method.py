@@ -18,7 +18,7 @@ from lightning_flatlora.deepspeed_engine import EngineOptimizer, is_engine, wind
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.lora_pair import Finder, LoRAPair, NoPairsError
+from lightning_flatlora.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.pair_watch import PairWatch
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
@@ -140,6 +140,8 @@ class LoopMethod(ABC):
             )
         if is_engine(self._model) and not window_is_complete(self._model):
             return
+        if self._watch.meets_others():
+            self._take_over(self._watch.search([self._optimizer], with_gradient=True))
         self._move_average()
         self._group.step += 1
         self._begins_window = True
@@ -230,10 +232,12 @@ class LoopMethod(ABC):
         if self._is_closed:
             raise RuntimeError(f"close() has ended this {type(self).__name__}: make a new one for another run")
         if self._begins_window and self._watch.changed([self._optimizer]):
-            search = self._watch.search([self._optimizer])
-            self._install(assign_pairs(search.pairs, [self._optimizer]).pairs[0])
+            self._take_over(self._watch.search([self._optimizer]))
         self._begins_window = False
         self._follow_scaling()
+
+    def _take_over(self, search: PairSearch) -> None:
+        self._install(assign_pairs(search.pairs, [self._optimizer]).pairs[0])
 
     def _follow_scaling(self) -> None:
         if self._watch.rescaled() and self.perturbation is not None:

@@ -59,6 +59,7 @@ class PairWatch:
         self.resting: list[str] = []
         self.is_stale = False
         self._seen: Any = None
+        self._met: set[Hashable] = set()
         self._seen_scalings: list[Any] = []
         self.walk()
         check_adapter(self._layers, adapter_name, must_be_active=must_be_active)
@@ -101,6 +102,14 @@ class PairWatch:
             self.walk()
         return bool(self._state(optimizers) != self._seen)
 
+    def meets_others(self) -> bool:
+        """Whether a B has a gradient whose pair no search has met, as of an adapter that a step itself activates."""
+        for key, (_, adapter), B in zip(self._keys, self._scaled, self._Bs, strict=True):
+            is_wanted = self._adapter_name in (None, adapter)
+            if is_wanted and B.grad is not None and key not in self._met:
+                return True
+        return False
+
     def rescaled(self) -> bool:
         """Whether a scaling has changed since the last call, or since the last search if that was later."""
         now = self._scaling_marks()
@@ -113,12 +122,19 @@ class PairWatch:
         """The scaling of every pair of the model now, by the pair's key."""
         return {key: float(s) for key, s in zip(self._keys, self._scalings(), strict=True) if s is not None}
 
-    def search(self, optimizers: Sequence[Optimizer]) -> PairSearch:
-        """The pairs as they are now: first those that are trained, then known ones that are not trained now."""
+    def search(self, optimizers: Sequence[Optimizer], *, with_gradient: bool = False) -> PairSearch:
+        """The pairs as they are now: first those that are trained, then known ones that are not trained now.
+
+        Args:
+            optimizers: those that may hold the factors.
+            with_gradient: pairs whose B has a gradient count as trained too, see :meth:`meets_others`.
+        """
         self.walk()
         self._seen, self._seen_scalings = self._state(optimizers), self._scaling_marks()
-        of_peft = self._finder is None
-        search = search_layers(self._layers, self._adapter_name) if of_peft else search_found(self._found)
+        if self._finder is None:
+            search = search_layers(self._layers, self._adapter_name, with_gradient=with_gradient)
+        else:
+            search = search_found(self._found)
         trained = {pair.key for pair in search.pairs}
         scalings = self.scalings()
         resting = []
@@ -128,6 +144,9 @@ class PairWatch:
                 # E is defined by a division by the scaling. Where that is 0, the last other value takes its place.
                 resting.append(dataclasses.replace(pair, scaling=scaling or pair.scaling, is_off=scaling == 0))
         self.pairs = search.pairs + resting
+        self._met |= {pair.key for pair in self.pairs}
+        if with_gradient:  # what was left out is no news the next time
+            self._met |= {key for key, B in zip(self._keys, self._Bs, strict=True) if B.grad is not None}
         known = {pair.name for pair in self.pairs}
         self.resting = [name for name in search.resting if name not in known]
         return PairSearch(self.pairs, search.left_out, self.resting)

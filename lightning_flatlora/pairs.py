@@ -74,8 +74,16 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
-def search_layers(layers: list[tuple[str, LoraLayer]], adapter_name: str | None) -> PairSearch:
-    """What :func:`find_pairs` gives, from the layers themselves; it may be nothing."""
+def search_layers(
+    layers: list[tuple[str, LoraLayer]], adapter_name: str | None, *, with_gradient: bool = False
+) -> PairSearch:
+    """What :func:`find_pairs` gives, from the layers themselves; it may be nothing.
+
+    Args:
+        layers: of :func:`lora_layers`.
+        adapter_name: see :func:`find_pairs`.
+        with_gradient: pairs whose B has a gradient count as trained too. Their adapter need not be active any more.
+    """
     pairs: dict[int, LoRAPair] = {}
     left_out: dict[str, list[str]] = defaultdict(list)
     resting: dict[str, None] = {}
@@ -91,7 +99,9 @@ def search_layers(layers: list[tuple[str, LoraLayer]], adapter_name: str | None)
                 new = _pair(layer_name, layer, adapter)
                 if is_active and new.scaling == 0:
                     left_out[f"{_kind(layer).__name__}: {SCALING_IS_0}"].append(clean_name(layer_name))
-                if not (is_active and new.B.requires_grad and new.scaling != 0):
+                is_trained = is_active and new.B.requires_grad
+                is_used = with_gradient and new.B.grad is not None
+                if new.scaling == 0 or not (is_trained or is_used):
                     # A dict and not a set, so that the names keep their order.
                     resting[new.name] = None
                     continue

@@ -108,13 +108,15 @@ def csv_options(files: str, cache_dir: str | None = None) -> dict[str, Any]:
         cache_dir: of `datasets`; None is its own.
 
     Raises:
-        ValueError: the first row has more values than the header has names, or the columns are separated by semicolons.
+        ValueError: the first row has more values than the header has names, or semicolons or tabs separate the columns.
     """
     first_row = datasets.load_dataset("csv", data_files=files, split="train", cache_dir=cache_dir, nrows=1)
     names = first_row.column_names
     named = [name for name in names if name != "__index_level_0__"]
     if len(named) == 1 and ";" in named[0]:
         raise ValueError("its columns are separated by semicolons: save it with commas")
+    if len(named) == 1 and "\t" in named[0]:
+        raise ValueError("its columns are separated by tabs: save it with commas")
     if len(named) < len(names):  # pandas has taken the first value for the row's name
         raise ValueError(
             "the first row has more values than the header has names, and a text with a comma in it needs quotation "
@@ -165,7 +167,10 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
     # A prompt that fills the whole length leaves nothing to predict.
     examples = [example for example in examples if example.terms]
     if not examples:
-        raise ReportError(f"--data: no token counts within --max_length {options.max_length}: take a larger one")
+        raise ReportError(
+            f"--data: no token counts within --max_length {options.max_length}: take a larger one, if the examples "
+            "have an answer at all (a completion, or a message of the assistant)"
+        )
     batches = _batches(examples, adapted, options)
     total = sum(example.terms for example in examples)
     # MeanLoss divides by the number of batches, while the mean over all terms is wanted.

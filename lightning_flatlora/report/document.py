@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_flatlora.report.options import Options, ReportError
+from lightning_flatlora.report.options import CURVES, HEADING, REPORT, SURFACE, Options, ReportError
 from lightning_flatlora.report.pictures import draw_curves, draw_surfaces
 from lightning_flatlora.report.result import Measured
 
-REPORT, CURVES, SURFACE = "report.md", "curves.png", "surface.png"
 _LIBRARIES = ("lightning-flatlora", "torch", "transformers", "peft")
 
 
@@ -66,7 +65,7 @@ def _table_line(cells: Sequence[str]) -> str:
 
 def _document(results: Sequence[Measured], options: Options, command: str) -> str:
     parts = [
-        "# Flatness of " + ", ".join(result.label for result in results),
+        HEADING + ", ".join(result.label for result in results),
         _adapters(results),
         "## Numbers",
         _numbers(results),

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+REPORT, CURVES, SURFACE = "report.md", "curves.png", "surface.png"
+HEADING = "# Flatness of "
+"""How a report begins."""
 _CONFIG = "adapter_config.json"
 
 
@@ -119,10 +122,21 @@ class Options:
         there = next(folder for folder in (output, *output.parents) if os.path.exists(folder))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             lines.append(f"--output {self.output} can't be written: {there} is no folder that can be written to")
+        lines += self._files_of_others()
         for adapter in self.adapter:
             if output.is_relative_to(adapter.path.resolve()):
                 lines.append(f"--output {self.output} lies in the adapter's folder {adapter.path}: take another")
         return lines + self._bad_numbers()
+
+    def _files_of_others(self) -> list[str]:
+        """What a report would replace although no report has written it."""
+        report = self.output / REPORT
+        if report.is_file() and report.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
+            return []
+        names = [name for name in (REPORT, CURVES, SURFACE) if (self.output / name).exists()]
+        if not names:
+            return []
+        return [f"--output {self.output} holds {', '.join(names)}, which no report has written: take another folder"]
 
     def _bad_numbers(self) -> list[str]:
         sizes = [("--rho", rho) for rho in self.rho]

@@ -114,7 +114,12 @@ def _point(
     """
     at = loss_gradient(loss, trained_factors(pairs))
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (at.loss, *at.gradients)):
-        raise ReportError(f"--adapter {folder.path}: the loss or its gradient is not finite: try --dtype float32")
+        broken = [pair.name for pair in pairs if not (pair.A.isfinite().all() and pair.B.isfinite().all())]
+        if broken:
+            problem = f"the adapter holds numbers that are not finite, as in {broken[0]}: its training has diverged"
+        else:
+            problem = "the loss or its gradient is not finite: try --dtype float32 or float64"
+        raise ReportError(f"--adapter {folder.path}: {problem}")
     perturbation, rho = Perturbation(pairs), 1.0
     return Point(
         loss, perturbation, rho, noise=noise, sigma=options.sigma, samples=options.samples, seed=options.seed, at=at

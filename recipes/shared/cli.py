@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.shared.configs import shipped_configs
+from recipes.shared.configs import check_config_files, shipped_configs
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import ProgressLines, is_live
 from recipes.shared.training import RecipeModule
@@ -41,6 +41,11 @@ class RecipeParser(LightningArgumentParser):
         # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
         if 'key "config"' in message or "arguments are required" in message:
             message = f"{message}\n{shipped_configs()}"
+        elif "is not accepted" in message:
+            message = (
+                f"{message}\nAn option of the model, the data or a callback comes behind the --config that chooses it, "
+                "as --trainer.callbacks.rho behind a method's file"
+            )
         super().error(message, ex)
 
 
@@ -84,6 +89,9 @@ class RecipeCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Lightning would read sys.argv itself, without the optimizers' full names.
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list):
+            check_config_files(given)
         if args is None:
             self.config = parser.parse_args(with_torch_optimizers(sys.argv[1:]))
         else:
@@ -233,6 +241,7 @@ def last_checkpoint(trainer: L.Trainer) -> Path:
             searched.append((runs, f"*/checkpoints/{pattern}"))
         else:
             searched.append((Path(trainer.default_root_dir, "checkpoints"), pattern))
+    searched = list(dict.fromkeys(searched))
     checkpoints: list[Path] = []
     for folder, pattern in searched:
         checkpoints += folder.glob(pattern)

@@ -1,6 +1,10 @@
 """The YAML files that come with the recipes: a base for each recipe, and overlays to lay over it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 RECIPES = Path(__file__).parent.parent
 STRATEGIES = RECIPES / "configs" / "strategies"
@@ -46,3 +50,29 @@ def shipped_configs() -> str:
     lines = [f"  {folder}: {', '.join(names)}" for folder, names in by_folder.items()]
     rule = "The first --config is a recipe's base.yaml; a method, data and a strategy are laid over it. There are, in"
     return "\n".join([f"{rule} {RECIPES.parent}:", *lines])
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Name a ``--config`` file that is empty or no YAML, since the parser does not say which of several it is.
+
+    Args:
+        arguments: of a command line.
+
+    Raises:
+        MisconfigurationException: there is such a file.
+
+    Example:
+        >>> check_config_files(["fit", "--config", "no_file.yaml"])  # left to the parser
+    """
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        follows = option == "--config" and not equals and place + 1 < len(arguments)
+        path = Path(arguments[place + 1] if follows else value)
+        if option != "--config" or not path.is_file():
+            continue
+        try:
+            read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise MisconfigurationException(f"--config {path} is no YAML: {error}") from error
+        if not isinstance(read, dict):
+            raise MisconfigurationException(f"--config {path} holds no settings: write lines such as `trainer:`")

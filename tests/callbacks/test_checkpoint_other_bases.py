@@ -186,3 +186,22 @@ def test_a_base_that_was_rewritten_at_random_is_in_the_file(tmp_path: Path) -> N
 def test_a_base_that_comes_out_the_same_is_left_out(tmp_path: Path) -> None:
     fit(tmp_path, initialized("pissa", 1), [saver(tmp_path)])
     assert "net.base_model.model.0.base_layer.weight" not in state(tmp_path / "step=6.ckpt")
+
+
+def test_another_scaling_of_the_adapter_is_told_of(tmp_path: Path) -> None:
+    """The same weights with another lora_alpha or use_rslora are another model, and have the same names and shapes."""
+    fit(tmp_path, module_of(), [saver(tmp_path / "1")])
+    file = tmp_path / "1" / "step=6.ckpt"
+    other = "1 layers scale their adapter otherwise.*base_model.model.first.default does by 16 and not by 4"
+
+    def module() -> Classifier:
+        rescaled = module_of()
+        rescaled.net.base_model.model.first.scaling["default"] = 16.0
+        return rescaled
+
+    with pytest.warns(UserWarning, match=other):
+        load_adapter_checkpoint(module(), file)
+    with pytest.warns(UserWarning, match=other):
+        trainer_of(tmp_path, [saver(tmp_path / "2")]).validate(module(), make_loader(1), ckpt_path=file, verbose=False)
+    with pytest.warns(UserWarning, match=other):
+        fit(tmp_path, module(), [saver(tmp_path / "3")], ckpt_path=file)

@@ -3,17 +3,26 @@
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
 from parsing import ParsingCLI
 
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES, STRATEGIES, config_arguments, methods_of, shipped_configs
+from recipes.shared.configs import (
+    RECIPES,
+    STRATEGIES,
+    check_config_files,
+    config_arguments,
+    methods_of,
+    shipped_configs,
+)
 
 ROOT = RECIPES.parent
 FILES = sorted(RECIPES.rglob("*.yaml"))
@@ -248,3 +257,29 @@ def test_loggers_with_a_name_keep_it(parse: Parse) -> None:
     assert parse([*arguments, "--trainer.logger.name=null"])[name] == "mine"
     assert parse([*arguments, "--trainer.logger.name=another"])[name] == "another"
     assert parse([*arguments, "--trainer.logger=false"])["trainer.logger"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no settings"),
+        ("# trainer:\n#   max_epochs: 3\n", "holds no settings"),
+        ("trainer:\n\tmax_epochs: 3\n", r"is no YAML: (?s:.)*line 2"),
+    ],
+)
+def test_a_configuration_that_can_not_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
+    """Of several files the parser does not say which one it means."""
+    broken = tmp_path / "mine.yaml"
+    broken.write_text(text)
+    base = config_arguments("classification", "lora")
+    for given in (["--config", str(broken)], [f"--config={broken}"]):
+        with pytest.raises(MisconfigurationException, match=f"--config {broken} {message}"):
+            check_config_files(["fit", *base, *given])
+    check_config_files(["fit", *base, "--config"])  # what lacks is left to the parser
+
+
+@pytest.mark.usefixtures("command_line")
+def test_an_option_that_comes_too_early_has_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        RecipeCLI([*config_arguments("classification", "lora"), "--trainer.callbacks.rho=0.1"], run=False)
+    assert "behind the --config that chooses it" in capsys.readouterr().err

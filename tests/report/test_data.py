@@ -239,6 +239,9 @@ def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path)
     (tmp_path / "semicolons.csv").write_text("text;label\nGood, but long;1\n")
     with pytest.raises(ReportError, match=r"semicolons.csv can't be read .*separated by semicolons: save it with"):
         read_rows(options(adapters[0], tmp_path / "semicolons.csv"))
+    (tmp_path / "tabs.csv").write_text("text\tlabel\nGood, but long\t1\n")
+    with pytest.raises(ReportError, match=r"tabs.csv can't be read .*separated by tabs: save it with"):
+        read_rows(options(adapters[0], tmp_path / "tabs.csv"))
     (tmp_path / "commas.csv").write_text("text,label\nGood, but long,1\n")
     with pytest.raises(ReportError, match=r"commas.csv can't be read .*the first row has more values than the header"):
         read_rows(options(adapters[0], tmp_path / "commas.csv"))

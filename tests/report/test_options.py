@@ -119,6 +119,20 @@ def test_a_report_that_can_not_be_written_is_told_before_anything_is_computed(
         parse([*given, "--output", str(tmp_path / "new" / "report")])
 
 
+@pytest.mark.parametrize("name", ["report.md", "curves.png", "surface.png"])
+def test_files_that_no_report_has_written_are_not_replaced(
+    adapter: Path, data: Path, tmp_path: Path, name: str
+) -> None:
+    output = tmp_path / "notes"
+    output.mkdir()
+    (output / name).write_text("mine")
+    given = ["--adapter", str(adapter), "--data", str(data), "--output", str(output)]
+    with pytest.raises(ReportError, match=f"holds {name}, which no report has written: take another folder"):
+        parse(given)
+    (output / "report.md").write_text("# Flatness of an earlier adapter\n")
+    assert parse(given).output == output
+
+
 def test_the_command_ends_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--adapter", str(tmp_path / "none"), "--data", str(tmp_path)])

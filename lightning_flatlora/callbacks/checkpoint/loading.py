@@ -1,6 +1,7 @@
 """Load a checkpoint of adapters into a model, under any strategy, and compare the model's base with the saved run's."""
 
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,7 +22,15 @@ from lightning_flatlora.callbacks.checkpoint.changes import (
     record_of,
 )
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import load_optimizers
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, hosts, kept_attributes, state_entries, twin_of
+from lightning_flatlora.callbacks.checkpoint.parts import (
+    Entry,
+    Kind,
+    hosts,
+    kept_attributes,
+    scalings_of,
+    state_entries,
+    twin_of,
+)
 from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import layout_of
@@ -174,6 +183,8 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], strict: bool, wr
         # Not strict, since the base is not in the file; _check_names has found what is missing.
         twin.load_state_dict(parts, strict=False)
     record = record_of(module)
+    if isinstance(mark, dict) and "scalings" in mark:
+        _compare_scalings(json.loads(mark["scalings"]), scalings_of(twin, record.finder))
     # A module's on_load_checkpoint may have completed the state dict by itself.
     not_in_the_file = left_out or {}
     of_base = [name for name in known if entries[name].kind is Kind.BASE]
@@ -208,6 +219,24 @@ def _check_names(
                 f"{text}it is of another model or adapter. To load what fits, set the module's strict_loading to False"
             )
         rank_zero_warn(f"{text}they are left as they are")
+
+
+def _compare_scalings(saved: Mapping[str, float], own: Mapping[str, float]) -> None:
+    """Warn of the same weights under another scaling, which are another model.
+
+    Not refused, as a callback that sets the scaling while a fit runs may be about to set it again.
+    """
+    others = []
+    for name, scaling in own.items():
+        if not math.isclose(scaling, saved.get(name, scaling), rel_tol=1e-5):
+            others.append(name)
+    if others:
+        first = others[0]
+        rank_zero_warn(
+            f"AdapterCheckpoint: {len(others)} layers scale their adapter otherwise than in the run that was saved, as "
+            f"{first} does by {own[first]:g} and not by {saved[first]:g}: the results are not that run's. The scaling "
+            "comes from lora_alpha, r and use_rslora of the LoraConfig"
+        )
 
 
 def compare_base(record: BaseRecord, found: Mapping[str, Fingerprint], refuse: bool) -> None:

@@ -305,3 +305,23 @@ def _named_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]
     both = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     for inner, tensor in both:
         yield f"{prefix}{inner}", tensor
+
+
+def scalings_of(module: nn.Module, finder: Finder | None = None) -> dict[str, float]:
+    """The scaling s by which a layer multiplies an adapter's product of factors, by names of both.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
+        >>> scalings_of(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
+        {'base_model.model.0.default': 2.0}
+    """
+    if finder is not None:
+        return {pair.name: float(pair.scaling) for pair in pairs_from(finder, module)}
+    scalings = {}
+    for name, layer in module.named_modules():
+        of_adapters = getattr(layer, "scaling", None) if isinstance(layer, BaseTunerLayer) else None
+        if isinstance(of_adapters, dict):
+            for adapter, scaling in of_adapters.items():
+                scalings[f"{name}.{adapter}"] = float(scaling)
+    return scalings

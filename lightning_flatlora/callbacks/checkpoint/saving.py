@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_flatlora.callbacks.checkpoint.changes import Fingerprint, record_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import optimizer_state
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, state_entries, twin_of
+from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, scalings_of, state_entries, twin_of
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import is_sharded, layout_of
 from lightning_flatlora.pairs import clean_name
@@ -27,7 +27,8 @@ MARK = "lightning_flatlora_adapter"
 
 In old files the value is 1, and since then a dictionary with the "version" of the format, 2, and under "left_out" the
 fingerprints of the tensors that are not in the file, by name, as JSON. "shortened" lists the places of state dicts that
-were whole, beside Lightning's own, until the same tensors were taken out.
+were whole, beside Lightning's own, until the same tensors were taken out. "scalings", which came later, is
+:func:`scalings_of` the module as JSON.
 """
 
 
@@ -40,12 +41,14 @@ class Selection:
         saved: those that go into the file.
         left_out: the others of the base, described.
         new: names of the base that differ since the last look.
+        scalings: see :func:`scalings_of`.
     """
 
     entries: dict[str, Entry]
     saved: dict[str, Entry]
     left_out: dict[str, Fingerprint]
     new: list[str]
+    scalings: dict[str, float]
 
 
 def select(trainer: Trainer) -> Selection:
@@ -56,7 +59,8 @@ def select(trainer: Trainer) -> Selection:
     """
     module = trainer.lightning_module
     record = record_of(module)
-    entries = state_entries(twin_of(module), record.finder)
+    twin = twin_of(module)
+    entries = state_entries(twin, record.finder)
     sharded = is_sharded(trainer.strategy.model)
     # The fingerprints are missing where an error makes the trainer save before the fit has begun.
     if not record.fingerprints:
@@ -72,7 +76,7 @@ def select(trainer: Trainer) -> Selection:
             left_out[name] = dict.fromkeys(record.fingerprints[name]) if sharded else record.fingerprints[name]
         elif entry.kind is not Kind.DERIVED:
             saved[name] = entry
-    return Selection(entries, saved, left_out, new)
+    return Selection(entries, saved, left_out, new, scalings_of(twin, record.finder))
 
 
 def _on_any_rank(trainer: Trainer, differs: dict[str, bool]) -> dict[str, bool]:
@@ -135,6 +139,7 @@ def _of_selection(checkpoint: dict[str, Any], selection: Selection) -> dict[str,
     and moves that to "current_model_state"; StochasticWeightAveraging has its averages in its own state.
     """
     mark: dict[str, Any] = {"version": 2, "left_out": json.dumps(selection.left_out), "shortened": []}
+    mark["scalings"] = json.dumps(selection.scalings)
     slim = {**checkpoint, MARK: mark}
     # A list, since the search walks through dictionaries that the loop replaces.
     for path in list(_whole_states(checkpoint, selection)):

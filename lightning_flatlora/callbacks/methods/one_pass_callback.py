@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
-from lightning_flatlora.callbacks.methods.module_passes import window_of
+from lightning_flatlora.callbacks.methods.module_passes import module_passes_of, window_of
 from lightning_flatlora.callbacks.methods.pair_groups import PairGroup
 from lightning_flatlora.callbacks.methods.training_step import takes_no_step
 from lightning_flatlora.callbacks.patches import at_training_step
@@ -73,6 +73,8 @@ class OnePassCallback(MethodCallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.check_gradient_is_first(pl_module, optimizer)
+        if module_passes_of(trainer) is None:  # an FMLoRAModule uses the pairs' state until its own hook
+            self.follow_step(trainer, pl_module)
         pair_group = self.pair_group_of(trainer, optimizer)
         if pair_group is None:
             return

@@ -163,9 +163,19 @@ class PairCallback(Callback):
 
     def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over what has changed about the pairs since the last batch, which nearly always is nothing."""
-        if self._watch is None or not self._watch.changed(trainer.optimizers):
-            return
-        self.search = self._watch.search(trainer.optimizers)
+        if self._watch is not None and self._watch.changed(trainer.optimizers):
+            self._take_over(trainer, pl_module, self._watch.search(trainer.optimizers))
+
+    def follow_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the pairs of adapters that only the step itself activates: they are perturbed from the next one on.
+
+        To be called in on_before_optimizer_step.
+        """
+        if self._watch is not None and self._watch.meets_others():
+            self._take_over(trainer, pl_module, self._watch.search(trainer.optimizers, with_gradient=True))
+
+    def _take_over(self, trainer: Trainer, pl_module: LightningModule, search: PairSearch) -> None:
+        self.search = search
         self._assign(trainer)
         for problem in self._assignment_problems(trainer):
             self._warn_once(f"{problem}. Until then these pairs are not perturbed")

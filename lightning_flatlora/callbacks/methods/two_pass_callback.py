@@ -145,6 +145,7 @@ class TwoPassCallback(MethodCallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.check_gradient_is_first(pl_module, optimizer)
+        self.follow_step(trainer, pl_module)
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
         if self.holds_pairs(trainer, optimizer):
             self.look_for_gradients(self.main_group)

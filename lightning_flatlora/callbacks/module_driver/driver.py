@@ -198,6 +198,9 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
             self.count_step()
         elif self._sum is not None:
             self._average(trainer, self._sum, self._efmlora.beta)
+        self.follow_step(trainer, pl_module)
+        if self._efmlora is not None:
+            self._efmlora.follow_step(trainer, pl_module)
         # The gradient is complete and unscaled only now, and E, which clipping must not change, was taken before.
         module: Any = pl_module  # an FMLoRAModule
         # The hook, which a subclass may override as in automatic optimization; Lightning's own clips nothing for None.
