@@ -323,5 +323,6 @@ def scalings_of(module: nn.Module, finder: Finder | None = None) -> dict[str, fl
         of_adapters = getattr(layer, "scaling", None) if isinstance(layer, BaseTunerLayer) else None
         if isinstance(of_adapters, dict):
             for adapter, scaling in of_adapters.items():
-                scalings[f"{name}.{adapter}"] = float(scaling)
+                if isinstance(scaling, int | float | Tensor):  # another tuner may keep something else there
+                    scalings[f"{name}.{adapter}"] = float(scaling)
     return scalings
