@@ -57,9 +57,11 @@ def _add_product(part: Loss, parameters: list[nn.Parameter], vector: Sequence[Te
     loss = checked(part())
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, **options)
     along = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
-    new: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
-    if along.requires_grad:  # else the loss is linear
+    new: Sequence[Tensor]
+    if along.requires_grad:
         new = torch.autograd.grad(along, parameters, **options)
+    else:  # the loss is linear
+        new = [torch.zeros_like(parameter) for parameter in parameters]
     add_if_finite(product, new, loss)
 
 

@@ -293,6 +293,8 @@ class FlatnessMonitor(Callback):
                 numbers = {}
         # Anew, since noise on the weights has moved them and put them back.
         self._marks = Marks(frozen_parameters(pl_module))
+        if not numbers:
+            return
         values = {f"flatness/{name}": value.detach().cpu() for name, value in numbers.items()}
         # Not by the property trainer.callback_metrics: reading it would compute the module's own metrics too early.
         trainer._logger_connector._callback_metrics.update(values)
