@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from typing_extensions import override
 pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 
 from lightning_flatlora import FMLoRAModule
-from recipes.shared.cli import RecipeCLI
+from recipes.shared.cli import RecipeCLI, last_checkpoint
 from recipes.shared.configs import config_arguments
 from recipes.shared.resumable import ResumableData
 from recipes.shared.training import RecipeModule
@@ -292,6 +292,13 @@ def test_last_without_checkpoints_and_best_are_refused(config: str) -> None:
         run("test", config, "--ckpt_path=some.ckpt", "--trainer.enable_checkpointing=false")
     with pytest.raises(MisconfigurationException, match="best is known only to the run that has saved it"):
         run("test", config, "--ckpt_path=best")
+
+
+def test_places_that_several_callbacks_share_are_named_once(tmp_path: Path) -> None:
+    savers: list[Any] = [ModelCheckpoint(tmp_path), ModelCheckpoint(tmp_path, monitor="val_loss")]
+    with pytest.raises(MisconfigurationException, match="there is no last checkpoint") as error:
+        last_checkpoint(L.Trainer(accelerator="cpu", logger=False, callbacks=savers))
+    assert str(error.value).count(str(tmp_path)) == 1
 
 
 class Interrupts(L.Callback):
