@@ -104,6 +104,7 @@ class BalancednessRegularization(MethodCallback):
         self.follow(trainer, pl_module)
         if not self.holds_pairs(trainer, optimizer):
             return
+        self.look_for_gradients(self.main_group)
         alpha = self.current_size(trainer)
         if alpha > 0:
             self._rescale(trainer, alpha)

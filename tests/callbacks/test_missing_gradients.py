@@ -8,6 +8,8 @@ import torch
 from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit, make_loader, make_net
 from torch import Tensor, nn
 
+from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
+
 MISSING = "no B of a pair has had a gradient in any step so far"
 
 
@@ -54,6 +56,13 @@ def test_a_fit_without_gradients_says_it_once(tmp_path, front_end):
     module, callbacks, kwargs = build(front_end, net=Detached())
     with pytest.warns(UserWarning, match=MISSING) as warned:
         fit(tmp_path, module, callbacks, **kwargs)
+    assert len([each for each in warned if MISSING in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize("baseline", [LoRASAM, BalancednessRegularization, RandomPerturbation, BiLoRA])
+def test_a_baseline_without_gradients_says_it_once(tmp_path, baseline):
+    with pytest.warns(UserWarning, match=MISSING) as warned:
+        fit(tmp_path, Classifier(net=Detached()), [baseline(0.5)])
     assert len([each for each in warned if MISSING in str(each.message)]) == 1
 
 

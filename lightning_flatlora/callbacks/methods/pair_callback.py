@@ -144,19 +144,19 @@ class PairCallback(Callback):
     # -- what a step finds
 
     def look_for_gradients(self, pair_group: PairGroup) -> None:
-        """Say once that the pairs had no gradient in many steps, so that nothing is perturbed.
+        """Say once that the pairs had no gradient in many steps, so that the method does nothing.
 
         To be called in on_before_optimizer_step.
         """
-        pair_group.look_for_gradients()
+        pair_group.look_for_gradients(self._is_sharded)
         if pair_group.missed_steps == MOST_MISSED_STEPS:
             self._warn_of_missing_gradients()
 
     def _warn_of_missing_gradients(self) -> None:
         self._warn_once(
-            "no B of a pair has had a gradient in any step so far, so nothing was perturbed: the loss must depend on "
-            "what the adapted layers compute (not under torch.no_grad, not detached), and the gradients must still be "
-            "there in on_before_optimizer_step, which they are not where an optimizer steps inside backward"
+            "no B of a pair has had a gradient in any step so far, so the method had no effect: the loss must depend "
+            "on what the adapted layers compute (not under torch.no_grad, not detached), and the gradients must still "
+            "be there in on_before_optimizer_step, which they are not where an optimizer steps inside backward"
         )
 
     # -- the model may change

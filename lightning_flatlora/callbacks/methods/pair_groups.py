@@ -59,13 +59,18 @@ class PairGroup:
         if self.perturbation is not None:
             self.perturbation.uninstall()
 
-    def look_for_gradients(self) -> None:
+    def look_for_gradients(self, is_sharded: bool) -> None:
         """Count a step in which no pair has a gradient, until one has."""
-        perturbation = self.perturbation
+        trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
         # Where all pairs are frozen, nobody expects one.
-        if self.missed_steps is None or perturbation is None or not perturbation.learns:
+        if self.missed_steps is None or not trained:
             return
-        self.missed_steps = None if perturbation.has_gradient else self.missed_steps + 1
+        if self.perturbation is not None:
+            has_gradient = self.perturbation.has_gradient
+        else:
+            # A rank that holds no part of a parameter can't know of its gradient.
+            has_gradient = is_sharded or any(B.grad is not None for B in trained)
+        self.missed_steps = None if has_gradient else self.missed_steps + 1
 
     @property
     def averaged(self) -> Perturbation | None:
