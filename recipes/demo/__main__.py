@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import docstring_parser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.demo.report import plot, table
 from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize, validate
@@ -94,11 +95,19 @@ def keep_earlier_precision(folder: Path) -> None:
 
 
 def _drop_other_settings(folder: Path, settings: Settings) -> None:
-    """Set aside what an earlier demo with other settings left: its results would not be comparable."""
+    """Set aside what an earlier demo with other settings left: its results would not be comparable.
+
+    Raises:
+        MisconfigurationException: that demo is still running.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     before = json.loads(path.read_text()) if path.exists() else None
     if before not in (None, asdict(settings)):
+        if ledger(folder).is_in_use():
+            raise MisconfigurationException(
+                f"{folder} belongs to a demo with other settings that is running: name another --folder"
+            )
         print(f"{folder} holds the results of other settings")
         set_aside(folder)
         folder.mkdir()

@@ -139,6 +139,17 @@ class Ledger:
         finally:
             lock.release()
 
+    def is_in_use(self) -> bool:
+        """Whether another process is doing a run now."""
+        for claim in sorted((self.path.parent / "claims").glob("*")):
+            lock = self._lock(claim.name)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                return True
+            lock.release()
+        return False
+
     def _lock(self, name: str) -> FileLock:
         """A lock that the processes share; its file stays in the folder ``claims``."""
         claims = self.path.parent / "claims"

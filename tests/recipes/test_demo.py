@@ -11,9 +11,10 @@ from typing import Any
 import demo_runs
 import processes
 import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.demo.__main__ import keep_earlier_precision
-from recipes.demo.run import Run, Settings, train
+from recipes.demo.__main__ import keep_earlier_precision, main
+from recipes.demo.run import Run, Settings, ledger, train
 from recipes.shared.precision import SETTING, precision_of_runs
 from recipes.shared.step_times import StepTimes
 
@@ -90,6 +91,16 @@ def test_an_earlier_demo_keeps_its_precision(tmp_path: Path, monkeypatch: pytest
         (folder / "settings.json").write_text(json.dumps({"precision": precision}))
         keep_earlier_precision(folder)
         assert precision_of_runs(folder) == precision
+
+
+def test_other_settings_leave_a_running_demo_its_folder(tmp_path: Path, tiny: str) -> None:
+    earlier = json.dumps({"precision": "32-true"})
+    (tmp_path / "settings.json").write_text(earlier)
+    run = Run("LoRA", Settings(), tmp_path / "LoRA")
+    with ledger(tmp_path).claimed(run), pytest.raises(MisconfigurationException, match="demo with other settings"):
+        main(command(tmp_path, tiny))
+    assert [path.name for path in tmp_path.parent.iterdir() if path.name.startswith(tmp_path.name)] == [tmp_path.name]
+    assert (tmp_path / "settings.json").read_text() == earlier
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")

@@ -87,11 +87,14 @@ def test_other_settings_are_another_run(tmp_path: Path) -> None:
 
 def test_a_run_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
     first, second = ledger(tmp_path), ledger(tmp_path)
+    assert not second.is_in_use()
     with first.claimed(RUNS[0]) as is_first, second.claimed(RUNS[0]) as is_second, second.claimed(RUNS[1]) as is_other:
         assert (is_first, is_second, is_other) == (True, False, True)
+        assert second.is_in_use()
         first.append(RUNS[0].key())
     with second.claimed(RUNS[0]) as is_second:
         assert not is_second  # it is done, which the second one finds as it looks again
+    assert not second.is_in_use()
     with second.claimed(RUNS[2]) as is_second:
         assert is_second
 
