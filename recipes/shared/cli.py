@@ -153,10 +153,11 @@ class RecipeCLI(LightningCLI):
     def _find_checkpoint(self) -> None:
         """Put a file in the place of "last", for which Lightning looks in this run's folder alone, a new one."""
         settings = self.config_init[self.subcommand]
+        # A run that goes on is meant to have the settings of the one that stopped. A file that is named for an
+        # evaluation may well be judged on other data.
+        is_compared = settings.ckpt_path == "last" or self.subcommand == "fit"
         if settings.ckpt_path == "last":
-            newest = last_checkpoint(self.trainer)
-            self._warn_of_other_settings(newest)
-            settings.ckpt_path = str(newest)
+            settings.ckpt_path = str(last_checkpoint(self.trainer))
         elif settings.ckpt_path == "best":
             raise MisconfigurationException(
                 "--ckpt_path best: which checkpoint is the best is known only to the run that has saved it. Give the "
@@ -170,19 +171,22 @@ class RecipeCLI(LightningCLI):
         problem = _problem_of(settings.ckpt_path)
         if problem:
             raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
+        if settings.ckpt_path and is_compared:
+            self._warn_of_other_settings(Path(settings.ckpt_path))
 
     def _warn_of_other_settings(self, checkpoint: Path) -> None:
-        """Name what another run's model and data had otherwise: the newest may be one of another data set."""
-        file = checkpoint.parent.parent / "config.yaml"
-        if not file.is_file():
+        """Name what a checkpoint's run had otherwise in model and data: the newest may be one of another data set."""
+        file = checkpoint.resolve().parent.parent / "config.yaml"
+        config = file.read_text(encoding="utf-8") if checkpoint.is_file() and file.is_file() else ""
+        if not config.startswith("# lightning.pytorch=="):  # a file of that name which is no run's
             return
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        before = yaml.safe_load(config)
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences: list[str] = []
         for section in ("model", "data"):
             differences += _differences(section, before.get(section), now.get(section))
         if differences:
-            rank_zero_warn(f"--ckpt_path last is {checkpoint}, of a run with other settings: {'; '.join(differences)}")
+            rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
 
 
 def with_torch_optimizers(arguments: Sequence[str]) -> list[str]:

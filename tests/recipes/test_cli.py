@@ -327,11 +327,14 @@ def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> No
 def test_last_of_a_run_with_other_settings_is_named(config: str, tmp_path: Path) -> None:
     """The newest run may have been one on other data."""
     run("fit", config, "--model.learning_rate=0.1")
-    with pytest.warns(
-        UserWarning, match=r"last\.ckpt, of a run with other settings: model\.learning_rate 0\.1 there, "
-    ):
+    warning = r"last\.ckpt is of a run with other settings: model\.learning_rate 0\.1 there, "
+    with pytest.warns(UserWarning, match=warning):
         run("test", config, "--ckpt_path=last", "--model.learning_rate=0.2")
     run("test", config, "--ckpt_path=last", "--model.learning_rate=0.1")
+    file = "runs/tiny/version_0/checkpoints/last.ckpt"
+    with pytest.warns(UserWarning, match=warning):
+        run("fit", config, f"--ckpt_path={file}", "--model.learning_rate=0.2")
+    run("test", config, f"--ckpt_path={file}", "--model.learning_rate=0.2")  # an evaluation may be of other data
 
 
 def test_a_folder_is_no_checkpoint(config: str, tmp_path: Path) -> None:
