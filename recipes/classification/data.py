@@ -29,6 +29,7 @@ from recipes.shared.data import (
     part_of,
     read_table,
     refuse_bad_settings,
+    refuse_training_data,
     remedy_of_empty,
     split_problems,
     table_ending,
@@ -153,6 +154,8 @@ class TextData(ResumableData):
         if stage == "predict":
             self._set_up_prediction()
             return
+        if stage == "fit":
+            refuse_training_data(self, self.dataset, self.split, [*self.validation_splits, self.test_split])
         wanted = list(PARTS_OF_STAGE.get(stage, ()))
         if "validation" in wanted:
             wanted += self.validation_parts[1:]

@@ -24,6 +24,7 @@ from recipes.shared.data import (
     mapped,
     part_of,
     refuse_bad_settings,
+    refuse_training_data,
     remedy_of_empty,
     split_problems,
     table_ending,
@@ -115,8 +116,6 @@ class InstructionData(ResumableData):
                 continue
             if is_packaged(self.dataset) and table_ending(own) is None:
                 problems.append(f"{part}_split={own!r}: packaged tasks have no other splits, give a file or a share")
-            if own == self.split and table_ending(self.dataset) is None:
-                problems.append(f"{part}_split={own!r} is the split that is trained on")
         return problems + split_problems(self.dataset, self.own_splits.values())
 
     @override
@@ -128,6 +127,8 @@ class InstructionData(ResumableData):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            refuse_training_data(self, self.dataset, self.split, self.own_splits.values())
         self.encoder = ChatEncoder(
             tokenizer_of(self, self.tokenizer),
             self.max_length,

@@ -8,15 +8,15 @@ unless `--push_to_hub` names a repository.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import yaml
 from huggingface_hub import HfApi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from recipes.instruction_tuning.model_card import model_card
+from recipes.language.export import base_of, merged, run_settings, with_adapter
 from recipes.language.model import DType, load_pretrained, load_tokenizer
 from recipes.language.templates import read_template
 from recipes.shared.files import refuse_unless_new
@@ -35,31 +35,24 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
         MisconfigurationException: there is no adapter, the base can't be loaded or is another model, the folder holds
             something already, or the merged weights are not finite.
     """
-    if not (adapter / "adapter_config.json").is_file():
-        raise MisconfigurationException(
-            f"{adapter} holds no adapter_config.json: give the folder beside a checkpoint, such as checkpoints/last"
-        )
+    named = base_of(adapter)
     refuse_unless_new(to)
-    base = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    base = base or named
     run = run_settings(adapter)
-    model = load_adapted(str(base), adapter, dtype)
-    try:
-        # safe_merge looks for values that are not finite, before they replace the weights.
-        merged: Any = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise MisconfigurationException(f"{adapter} can't be merged into {base}: {error}") from error
-    merged.save_pretrained(to)
+    model = load_adapted(base, adapter, dtype)
+    whole = merged(model, adapter)
+    whole.save_pretrained(to)
     data = run.get("data", {}).get("init_args", {})
-    tokenizer = load_tokenizer(data.get("tokenizer") or str(base))
+    tokenizer = load_tokenizer(data.get("tokenizer") or base)
     if data.get("chat_template"):
         # What the run was trained with has to be what others ask with.
         given = data["chat_template"]
         tokenizer.chat_template = given if "{" in given else read_template(given)
     # Programs load a vision-language model together with its image processor.
-    if "image" in getattr(merged, "input_modalities", ()):
-        load_pretrained(AutoProcessor, str(base)).save_pretrained(to)
+    if "image" in getattr(whole, "input_modalities", ()):
+        load_pretrained(AutoProcessor, base).save_pretrained(to)
     tokenizer.save_pretrained(to)
-    model_card(str(base), model.peft_config["default"], run).save(to / "README.md")
+    model_card(base, model.peft_config["default"], run).save(to / "README.md")
 
 
 def load_adapted(base: str, adapter: Path, dtype: DType) -> PeftModel:
@@ -70,30 +63,15 @@ def load_adapted(base: str, adapter: Path, dtype: DType) -> PeftModel:
     Raises:
         MisconfigurationException: the base can't be loaded, or the adapter's weights are those of another model.
     """
-    saved = load_peft_weights(str(adapter), device="cpu")
     problems = []
     for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
         try:
-            model = PeftModel.from_pretrained(load_pretrained(auto_class, base, dtype=dtype), str(adapter))
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            return with_adapter(load_pretrained(auto_class, base, dtype=dtype), adapter)
+        except MisconfigurationException as error:
             problems.append(f"{auto_class.__name__}: {error}")
-            continue
-        # peft only warns of weights that it has no place for, and the merged model would be the base.
-        if get_peft_model_state_dict(model).keys() == saved.keys():
-            return model
-        problems.append(f"{auto_class.__name__}: the adapter's weights have other names than this model's")
     raise MisconfigurationException(
         f"{adapter} does not fit {base}; --base gives the model that it was trained on. {' '.join(problems)}"
     )
-
-
-def run_settings(adapter: Path) -> dict[str, Any]:
-    """The settings of the run that an adapter is from; empty where the folder lies outside of a run."""
-    path = adapter.resolve().parent.parent / "config.yaml"  # of runs/…/version_N/checkpoints/NAME
-    if not path.is_file():
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return settings
 
 
 def push(folder: Path, repository: str) -> str:

@@ -17,7 +17,15 @@ from recipes.language.chat import IGNORED
 from recipes.language.data import read_prompts, tokenizer_of
 from recipes.nlg.encoding import PairEncoder
 from recipes.nlg.sources import Columns, Pair, grouped, read_pairs, read_source
-from recipes.shared.data import columns, is_file, part_of, refuse_bad_settings, remedy_of_empty, split_problems
+from recipes.shared.data import (
+    columns,
+    is_file,
+    part_of,
+    refuse_bad_settings,
+    refuse_training_data,
+    remedy_of_empty,
+    split_problems,
+)
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.text_metrics import normalized
 
@@ -101,6 +109,8 @@ class MeaningData(ResumableData):
         if stage == "predict":
             self.parts["predict"] = self._read_prompts()
             return
+        if stage == "fit":
+            refuse_training_data(self, str(self.dataset), self.split, [self.validation_split, self.test_split])
         for part in PARTS_OF_STAGE[stage]:
             if part in self.parts:
                 continue

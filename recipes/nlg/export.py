@@ -1,22 +1,21 @@
 """`python -m recipes.nlg.export ADAPTER FOLDER`: a plain model of transformers, with the adapter merged in."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from recipes.language.export import base_of, merged, run_settings, with_adapter
 from recipes.language.joint_attention import join_attention, split_attention
-from recipes.language.model import load_pretrained, load_tokenizer
+from recipes.language.model import load_base, load_tokenizer
 from recipes.shared.files import refuse_unless_new
 
-_CONFIG = "adapter_config.json"
 _CLOSE = 1e-2  # of logits in float32; a weight in the wrong place changes them by more
 
 
@@ -53,23 +52,28 @@ def export(adapter: Path, folder: Path, model: str | None = None) -> float:
         The largest difference between logits of the adapted model and of the written one, as transformers loads it.
 
     Raises:
-        MisconfigurationException: there is no such adapter or model, the folder holds something, or the written model
-            is another one.
+        MisconfigurationException: there is no such adapter or model, they don't belong together, the folder holds
+            something, a merged weight is not finite, or the written model is another one.
     """
-    if not (adapter / _CONFIG).is_file():
-        raise MisconfigurationException(f"{adapter} holds no {_CONFIG}: give the folder beside a run's checkpoint")
+    named = base_of(adapter)
     refuse_unless_new(folder)
-    config = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
-    name = model or config["base_model_name_or_path"]
-    base = load_pretrained(AutoModelForCausalLM, name)
+    name = model or named
+    run = run_settings(adapter)
+    base: Any = load_base(name, "float32", None, run.get("model", {}).get("init_args", {}).get("model_config"))
     # The adapter names q_proj and v_proj, which a plain GPT-2 does not have.
-    split_attention(base, config["target_modules"])
-    net = PeftModel.from_pretrained(base, str(adapter)).eval()
+    split_attention(base, PeftConfig.from_pretrained(str(adapter)).target_modules)
+    try:
+        net = with_adapter(base, adapter).eval()
+    except MisconfigurationException as error:
+        raise MisconfigurationException(
+            f"{adapter} does not fit {name}; --model gives the model that it was trained on. {error}"
+        ) from error
     expected = _logits(net)
-    merged: Any = net.merge_and_unload()
-    join_attention(merged)
-    merged.save_pretrained(folder)
-    load_tokenizer(name).save_pretrained(folder)
+    whole = merged(net, adapter)
+    join_attention(whole)
+    whole.save_pretrained(folder)
+    tokenizer = run.get("data", {}).get("init_args", {}).get("tokenizer")
+    load_tokenizer(tokenizer or name).save_pretrained(folder)
     # Loaded again from the disk, so that the comparison covers what was saved and not what is in memory.
     written = AutoModelForCausalLM.from_pretrained(folder).eval()
     difference = (_logits(written) - expected).abs().max().item()

@@ -205,6 +205,40 @@ def refuse_split_of_file(name: str, split: str) -> None:
         raise MisconfigurationException(problems[0])
 
 
+def refuse_training_data(data: object, name: str, training: str, own_splits: Iterable[str | None]) -> None:
+    """Refuse parts for which the data would be read on which a model is trained; to be asked before a training.
+
+    Args:
+        data: the data module.
+        name: of the data set; "{split}" in it stands for the split.
+        training: the split that is trained on.
+        own_splits: those of validation and test, or files; None takes a share, which is held out.
+
+    Raises:
+        MisconfigurationException: a part is read from where training is.
+
+    Example:
+        >>> refuse_training_data(object(), "mine.csv", "train", ["held_out.csv", None])
+    """
+    problems = []
+    for split in own_splits:
+        if split is not None and _place(name, split) == _place(name, training):
+            problems.append(
+                f"{split!r} is read from where the training data are: give another split or file as validation_split "
+                "or test_split, or null, which holds out a share"
+            )
+    refuse_bad_settings(data, {}, more=problems)
+
+
+def _place(name: str, split: str) -> Path | tuple[str, str]:
+    """Where a split of a data set is read from: equal for what is the same, however it is written."""
+    if is_file(split):
+        return Path(split).expanduser().resolve()
+    if is_file(name):
+        return Path(name.replace("{split}", split)).expanduser().resolve()
+    return name, split
+
+
 def is_of_split(file: Path, split: str) -> bool:
     """Whether a file's name, or that of a folder that it is in, says that it holds a split.
 

@@ -16,7 +16,15 @@ from typing_extensions import override
 
 from recipes.clip.images import blind_skips, read_image, readable
 from recipes.language.batches import Batch, LengthBatchSampler
-from recipes.shared.data import columns, mapped, part_of, refuse_bad_settings, remedy_of_empty, split_problems
+from recipes.shared.data import (
+    columns,
+    mapped,
+    part_of,
+    refuse_bad_settings,
+    refuse_training_data,
+    remedy_of_empty,
+    split_problems,
+)
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.vqa import easy_vqa, sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
@@ -122,6 +130,8 @@ class VQAData(ResumableData):
         if stage != "predict":
             own_splits = [self.splits["validation"], self.splits["test"]]
             refuse_bad_settings(self, {}, more=split_problems(self.dataset, own_splits))
+        if stage == "fit":
+            refuse_training_data(self, self.dataset, self.split, [self.validation_split, self.test_split])
         self.encoder = QuestionEncoder(
             self._processor(),
             self.chat_template,

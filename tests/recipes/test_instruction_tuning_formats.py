@@ -202,8 +202,9 @@ def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) 
 
 
 def test_wrong_splits_are_named(tiny: str, gsm8k: str) -> None:
-    with pytest.raises(MisconfigurationException, match="validation_split='train' is the split that is trained on"):
-        InstructionData(gsm8k, validation_split="train")
+    data = InstructionData(gsm8k, validation_split="train", tokenizer=tiny)
+    with pytest.raises(MisconfigurationException, match="'train' is read from where the training data are"):
+        data.setup("fit")
     with pytest.raises(MisconfigurationException, match="test_split='test': packaged tasks have no other splits"):
         InstructionData(test_split="test")
     with pytest.raises(MisconfigurationException, match="Config name is missing"):

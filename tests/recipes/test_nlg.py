@@ -243,10 +243,12 @@ def test_any_causal_model_and_any_columns(tiny: str, tmp_path: Path) -> None:
     assert cli.trainer.callback_metrics["val_loss"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys: Any) -> None:
-    cli = run("fit", model, e2e, "--trainer.max_steps=2", "--model.learning_rate=0.1", "--model.warmup_steps=0")
+    options = ["--model.learning_rate=0.1", "--model.warmup_steps=0", "--model.model_config={activation_function: relu}"]
+    cli = run("fit", model, e2e, "--trainer.max_steps=2", *options)
     adapter = tmp_path / "runs" / "nlg" / "lora" / "version_0" / "checkpoints" / "last"
-    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, activation_function="relu")
     split_attention(base, ["q_proj", "v_proj"])
     loaded = PeftModel.from_pretrained(base, str(adapter)).eval()
     ids = torch.tensor(prompts(cli.model)[:1])
@@ -264,6 +266,12 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys:
         export(adapter, tmp_path / "plain")
     with pytest.raises(MisconfigurationException, match=r"no adapter_config.json"):
         export(tmp_path, tmp_path / "other")
+    layers = base.config.n_layer
+    for n_layer in (layers - 1, layers + 1):
+        resized = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**base.config.to_dict(), "n_layer": n_layer}))
+        resized.save_pretrained(tmp_path / "resized")
+        with pytest.raises(MisconfigurationException, match="does not fit .*--model gives the model"):
+            export(adapter, tmp_path / "other", str(tmp_path / "resized"))
 
 
 # -- what is refused

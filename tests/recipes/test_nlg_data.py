@@ -182,6 +182,8 @@ def test_bad_files_are_refused_before_training(model: str, tmp_path: Path) -> No
     file = save_csv(tmp_path / "train.csv")
     with pytest.raises(MisconfigurationException, match=r"train.csv' is a file, and has no split 'test'"):
         prepared(model, file, "test", test_split="test")
+    with pytest.raises(MisconfigurationException, match=r"train.csv' is read from where the training data are"):
+        prepared(model, file, test_split=file)
     with pytest.raises(MisconfigurationException, match=r"no meaning is left for validation"):
         prepared(model, file, validation_share=0.0001)
     text = save_lora_text(tmp_path / "train.txt")

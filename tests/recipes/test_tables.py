@@ -3,11 +3,13 @@
 import gzip
 import json
 import logging
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 
@@ -32,6 +34,27 @@ def test_files_of_other_endings(tmp_path: Path, name: str) -> None:
 
 def test_a_compressed_file_has_no_splits(tmp_path: Path) -> None:
     assert data.split_problems(written(tmp_path / "mine.jsonl.gz"), ["test"])
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "is_refused"),
+    [
+        ("test/mine.csv", "test", True),  # which the folder's name would let pass for a split
+        ("mine.csv", "train", True),
+        ("mine.csv", "./mine.csv", True),
+        ("mine_{split}.csv", "mine_train.csv", True),
+        ("mine_{split}.csv", "train", True),
+        ("nyu-mll/glue", "train", True),
+        ("mine.csv", "other.csv", False),
+        ("mine_{split}.csv", "test", False),
+        ("nyu-mll/glue", "validation", False),
+        ("nyu-mll/glue", None, False),
+    ],
+)
+def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is_refused: bool) -> None:
+    refused = pytest.raises(MisconfigurationException, match="is read from where the training data are")
+    with refused if is_refused else nullcontext():
+        data.refuse_training_data(object(), name, "train", [None, split])
 
 
 def noted(row: dict[str, Any], calls: str) -> dict[str, Any]:

@@ -246,6 +246,8 @@ def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> No
 def test_a_split_that_a_file_does_not_have_is_found_before_training(tiny_vlm: str, drawn: str) -> None:
     with pytest.raises(MisconfigurationException, match="is a file, and has no split 'test'"):
         prepared("fit", tiny_vlm, dataset=drawn, test_split="test")
+    with pytest.raises(MisconfigurationException, match="'train' is read from where the training data are"):
+        prepared("fit", tiny_vlm, dataset=drawn, validation_split="train")
 
 
 def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:
