@@ -245,7 +245,11 @@ def test_any_causal_model_and_any_columns(tiny: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys: Any) -> None:
-    options = ["--model.learning_rate=0.1", "--model.warmup_steps=0", "--model.model_config={activation_function: relu}"]
+    options = [
+        "--model.learning_rate=0.1",
+        "--model.warmup_steps=0",
+        "--model.model_config={activation_function: relu}",
+    ]
     cli = run("fit", model, e2e, "--trainer.max_steps=2", *options)
     adapter = tmp_path / "runs" / "nlg" / "lora" / "version_0" / "checkpoints" / "last"
     base = transformers.AutoModelForCausalLM.from_pretrained(model, activation_function="relu")
