@@ -30,6 +30,7 @@ class Protocol(StepTimes):
     def __init__(self) -> None:
         super().__init__()
         self.zero_shot: dict[str, float] = {}
+        self.validation: dict[str, float] = {}
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -37,17 +38,22 @@ class Protocol(StepTimes):
             self.zero_shot = evaluated(trainer, "zero_shot")
 
     @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Kept, since a run that is resumed after its last validation has no other.
+        metrics = trainer.callback_metrics.items()
+        self.validation = {
+            name.removeprefix("val_"): value.item() for name, value in metrics if name.startswith("val_")
+        }
+
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         test = evaluated(trainer, "test")
-        metrics = trainer.callback_metrics.items()
         result = {
             **_settings(trainer),
             "steps": trainer.global_step,
             "seconds_per_step": statistics.median(self.seconds) if self.seconds else None,
             "zero_shot": self.zero_shot,
-            "validation": {
-                name.removeprefix("val_"): value.item() for name, value in metrics if name.startswith("val_")
-            },
+            "validation": self.validation,
             "test": test,
         }
         folder = run_folder(trainer)
@@ -58,12 +64,13 @@ class Protocol(StepTimes):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "zero_shot": self.zero_shot}
+        return {**super().state_dict(), "zero_shot": self.zero_shot, "validation": self.validation}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.zero_shot = state_dict["zero_shot"]
+        self.validation = state_dict.get("validation", {})  # checkpoints of before it was kept lack it
 
 
 def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:

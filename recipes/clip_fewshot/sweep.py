@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.clip_fewshot.table import counted, tables
 from recipes.shared import methods
 from recipes.shared.configs import config_arguments
+from recipes.shared.files import set_aside
 from recipes.shared.ledger import Ledger, Row, StoppedError, each_once, entries, keep_options, run_process
 
 METHODS = ("lora", "efmlora", "fmlora", "fmlora_manual")
@@ -121,6 +122,11 @@ def perform(run: Run, folder: Path, fit_options: Sequence[str]) -> Row:
     path = run.folder(folder) / "result.json"
     # A run may have ended although the sweep was stopped before it kept the row.
     if not path.exists():
+        run_process(command(run, folder, fit_options))
+    checkpoints = path.parent / "checkpoints"
+    if not path.exists() and checkpoints.exists():
+        # It was stopped in its last test, and Lightning does nothing more with a run whose training is complete.
+        set_aside(checkpoints)
         run_process(command(run, folder, fit_options))
     if not path.exists():
         raise SystemExit(

@@ -274,6 +274,10 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_validation(
     resumed = json.loads((runs / "version_2" / "result.json").read_text())
     assert resumed["test"] == whole["test"]
     assert resumed["zero_shot"] == whole["zero_shot"]
+    # Stopped in its last test, a run has no validation after its resumption.
+    last = runs / "version_0" / "checkpoints" / "last.ckpt"
+    run("fit", "efmlora", tiny_clip, images, f"--ckpt_path={last}")
+    assert json.loads((runs / "version_3" / "result.json").read_text())["validation"] == whole["validation"] != {}
 
 
 # -- what is refused

@@ -76,6 +76,25 @@ def test_a_stopped_run_of_a_sweep_goes_on(tmp_path: Path) -> None:
     assert f"--ckpt_path={last}" in sweep.command(run, tmp_path, [])
 
 
+def test_a_run_that_was_stopped_in_its_last_test_is_done_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = sweep.Run("lora", None, 1, 0)
+    last = run.folder(tmp_path) / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    resumed: list[bool] = []
+
+    def run_process(command: list[str]) -> None:
+        """A run whose training is complete ends at once, without a result."""
+        resumed.append(f"--ckpt_path={last}" in command)
+        if not resumed[-1]:
+            (run.folder(tmp_path) / "result.json").write_text('{"dataset": "mine"}')
+
+    monkeypatch.setattr(sweep, "run_process", run_process)
+    assert sweep.perform(run, tmp_path, [])["dataset"] == "mine"
+    assert resumed == [True, False]
+    assert (run.folder(tmp_path) / "checkpoints-1" / "last.ckpt").exists()
+
+
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "lora"])
 def test_a_sweep_over_rho_changes_it_in_the_configuration(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
