@@ -1,6 +1,8 @@
 """The peft folder beside a checkpoint: what stands in its place stays, and only what was written is deleted."""
 
 import json
+import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import CLASSES, FEATURES, Classifier, build, fit, same, weights
+from helpers import CLASSES, FEATURES, Classifier, build, fit, make_loader, same, weights
 from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -45,6 +47,26 @@ def source_code(folder: Path) -> dict[str, str]:
 
 def assert_untouched(folder: Path, files: dict[str, str]) -> None:
     assert {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()} == files
+
+
+@pytest.mark.parametrize("front_end", ["efmlora", "module"])
+@pytest.mark.parametrize("by", [{"train_time_interval": timedelta(0)}, {"every_n_train_steps": 3}])
+def test_both_kinds_of_optimization_save_within_an_epoch(tmp_path: Path, front_end: str, by: dict[str, Any]) -> None:
+    module, callbacks, kwargs = build(front_end)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "The dirpath has changed")
+        fit(
+            tmp_path,
+            module,
+            [*callbacks, AdapterCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, **by)],
+            make_loader(6),
+            max_epochs=1,
+            **kwargs,
+        )
+    saved = sorted(path.stem for path in (tmp_path / "kept").glob("*.ckpt"))
+    every = by.get("every_n_train_steps", 1)
+    assert saved == [f"step={step}" for step in range(every, 7, every)]
 
 
 @pytest.mark.parametrize("counter", [True, False])

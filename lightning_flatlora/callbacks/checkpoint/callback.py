@@ -3,6 +3,7 @@
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,13 @@ class SavesAdapters(_Base):
         try_to_save(trainer, Path(str(self.dirpath)), selection, linked=self.save_last == "link")
         if callback_of(trainer, SavesAdapters) is self:
             _announce(selection)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        # In manual optimization ModelCheckpoint never saves by time, and says that it would rather save the weights
+        # from before the step. A checkpoint at a batch's end is what is wanted in both kinds of optimization.
+        seen: Any = pl_module if pl_module.automatic_optimization else SimpleNamespace(automatic_optimization=True)
+        super().on_train_batch_end(trainer, seen, *args, **kwargs)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
