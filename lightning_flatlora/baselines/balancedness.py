@@ -117,7 +117,7 @@ class BalancednessRegularization(MethodCallback):
             for parameter in param_group["params"]:
                 strength[id(parameter)] = alpha * param_group["lr"]
         # A pair with a scaling of 0 does not reach the loss, so its gradients say nothing.
-        learning = [pair for pair in self.search.pairs if not pair.is_off]
+        learning = [pair for pair in self.main_group.pairs if not pair.is_off]
         pairs = [pair for pair in learning if pair.A.grad is not None and pair.B.grad is not None]
         signs = [self._sign(pair) for pair in pairs]
         watched = watched_parameters(trainer, self.main_group.index)

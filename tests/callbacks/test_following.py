@@ -196,6 +196,11 @@ class HeadOnly(Classifier):
         return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and "lora" not in n])
 
 
+class FirstLayerOnly(Classifier):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and ".0." in n])
+
+
 @pytest.mark.parametrize("part", ["", ".2."])
 def test_factors_that_join_the_optimizer_later(tmp_path, part):
     """What never joins is said at the end."""
@@ -205,6 +210,14 @@ def test_factors_that_join_the_optimizer_later(tmp_path, part):
         fit(tmp_path, module, [EFMLoRA(0.5), Joins(part)])
     assert watching.moved == [*[[]] * 7, *[["2.default"] if part else ALL] * 5]
     assert len([each for each in warned if "2 pairs" in str(each.message)]) == bool(part)
+
+
+@pytest.mark.parametrize("baseline", [LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization])
+def test_a_baseline_beside_factors_that_join_late_or_never(tmp_path, baseline):
+    module = FirstLayerOnly()
+    with pytest.warns(UserWarning, match="came into no optimizer and were not perturbed"):
+        fit(tmp_path, module, [baseline(0.5), Joins(".2.")])
+    assert_no_trace(module)
 
 
 def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):

@@ -1,0 +1,32 @@
+"""When two texts are the same, in any script."""
+
+import pytest
+
+from recipes.shared.text_metrics import is_same, normalized
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "expected"),
+    [
+        ("The answer is 5.", "the answer is 5", True),
+        ("v1.2.3", "v1.2.3.", True),
+        ("$5", "5", True),
+        ("stra\N{LATIN SMALL LETTER SHARP S}e", "STRASSE", True),
+        ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}", True),
+        ("\N{MINUS SIGN}3", "-3", True),
+        ("3-4", "3 - 4", True),
+        ("-3", "3", False),
+        ("1.5", "1 5", False),
+        ("\u092a\u093f\u0924\u093e", "\u092a\u0940\u0924\u093e", False),  # Hindi, which differ in a vowel's sign alone
+        ("\u0e17\u0e35\u0e48", "\u0e17\u0e39\u0e48", False),  # Thai, the same
+        ("", "+", False),
+        ("-", "+", False),
+        ("+", "+", True),
+    ],
+)
+def test_texts_that_are_the_same(answer: str, right: str, expected: bool) -> None:
+    assert is_same(answer, right) is expected
+
+
+def test_texts_of_emoji_alone_are_not_one_text() -> None:
+    assert normalized("\N{GRINNING FACE}") != normalized("\N{CRYING FACE}")
