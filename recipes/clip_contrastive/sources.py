@@ -1,6 +1,7 @@
 """Images and their captions from a table, a folder, webdataset shards, or a package."""
 
 import csv
+import io
 import os
 import re
 import tarfile
@@ -175,7 +176,8 @@ def lines_of(text: str) -> tuple[str, ...]:
         >>> lines_of("a cat\\n\\n on a mat ")
         ('a cat', 'on a mat')
     """
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    # Not splitlines(), which also splits at rare characters that may stand within a caption, such as U+2028.
+    return tuple(line.strip() for line in io.StringIO(text, newline=None) if line.strip())
 
 
 def _refuse(path: Path | str, faults: list[str]) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip_fewshot import folders
 from recipes.clip_fewshot.folders import PARTS, Example, Parts
+from recipes.shared.files import read_lines
 
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 _KEYS = dict(zip(PARTS, ("train", "val", "test"), strict=True))
@@ -135,7 +136,7 @@ def _split(file: Path) -> dict[str, list[tuple[str, int, str]]]:
             "are others than CoOp's"
         )
     try:
-        split = json.loads(file.read_text(encoding="utf-8"))
+        split = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # broken JSON, or no UTF-8
         raise MisconfigurationException(f"{file} can't be read as JSON: {error}") from error
     lists = [split.get(key) for key in _KEYS.values()] if isinstance(split, dict) else [None]
@@ -214,5 +215,4 @@ def _lines(file: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     if not file.is_file():
         raise MisconfigurationException(f"split='coop': there is no {file}. {GUIDE} says where to get it")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
+    return [line.strip() for line in read_lines(file) if line.strip()]

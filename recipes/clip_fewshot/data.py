@@ -220,7 +220,7 @@ def _mapping(names: Mapping[str, str] | str | None) -> Mapping[str, str] | None:
     if not isinstance(names, str):
         return names
     try:
-        read = json.loads(Path(names).expanduser().read_text(encoding="utf-8"))
+        read = json.loads(Path(names).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise MisconfigurationException(f"class_names={names!r} can't be read as a JSON file: {error}") from error
     if not (isinstance(read, dict) and all(isinstance(name, str) for name in read.values())):

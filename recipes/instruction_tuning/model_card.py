@@ -1,5 +1,6 @@
 """The model card of an exported run."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
 _PACKAGES = ("lightning-flatlora", "lightning", "torch", "transformers", "peft")
 _DATA = ("dataset", "config_name", "revision", "split", "columns", "max_length", "packing")
 _PROMPT = ("system_prompt", "template_arguments")
-_OPTIMIZER = ("learning_rate", "loraplus_ratio", "weight_decay", "betas", "schedule", "warmup_steps", "warmup_share")
+_OPTIMIZER = ("learning_rate", "loraplus_ratio", "weight_decay", "betas")
+_SCHEDULE = ("schedule", "warmup_steps", "warmup_share")
 _TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
 
@@ -41,14 +43,15 @@ def model_card(base: str, adapter: PeftConfig, run: dict[str, Any]) -> ModelCard
         _section("LoRA", lora),
         _section("Data", read),
         _section("Prompts in training", {field: data.get(field) for field in _PROMPT}),
-        _section("Optimizer", {field: model.get(field) for field in _OPTIMIZER}),
+        _section("Optimizer", _chosen_or(_OPTIMIZER, run, "optimizer") | _chosen_or(_SCHEDULE, run, "lr_scheduler")),
         _section(
             "Run",
             {
                 "seed": run.get("seed_everything"),
                 "batch_size": data.get("batch_size"),
                 "quantization in training": model.get("quantization"),
-                **{field: run.get("trainer", {}).get(field) for field in _TRAINER},
+                # An FMLoRAModule accumulates and clips itself, and the Trainer's fields hold nothing of it.
+                **{field: model.get(field, run.get("trainer", {}).get(field)) for field in _TRAINER},
             },
         ),
         _section("Versions at the export", {package: version(package) for package in _PACKAGES}),
@@ -81,14 +84,26 @@ def method(run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     if not run:
         return "LoRA", {"settings": "not known: the adapter was exported from outside of its run"}
+    methods = {}
     for callback in run.get("trainer", {}).get("callbacks") or []:
         module, _, name = callback["class_path"].rpartition(".")
         if module.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS:
-            return name, callback.get("init_args") or {}
+            methods[name] = callback.get("init_args") or {}
     model = _arguments(run, "model")
     if "rho" in model:  # of FMLoRAModule, whose settings are the module's
-        return "FMLoRA", {field: model.get(field) for field in ("rho", "estimator", "norm_scope", "sync_ascent")}
-    return "LoRA", {}
+        methods["FMLoRA"] = {field: model.get(field) for field in ("rho", "estimator", "norm_scope", "sync_ascent")}
+    if len(methods) > 1:  # such as EFMLoRA beside FMLoRAModule
+        return " and ".join(methods), methods
+    return next(iter(methods.items()), ("LoRA", {}))
+
+
+def _chosen_or(fields: Sequence[str], run: dict[str, Any], option: str) -> dict[str, Any]:
+    """The module's fields, or what ``--optimizer`` or ``--lr_scheduler`` has put in their place."""
+    chosen = run.get(option)
+    if chosen:
+        return {option: chosen["class_path"], **(chosen.get("init_args") or {})}
+    model = _arguments(run, "model")
+    return {field: model.get(field) for field in fields}
 
 
 def _arguments(run: dict[str, Any], part: str) -> dict[str, Any]:

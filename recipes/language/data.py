@@ -1,11 +1,12 @@
 """What data modules of texts have in common: the tokenizer, and the file of prompts for `predict`."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoTokenizer
+
+from recipes.shared.files import read_lines
 
 
 def tokenizer_of(data: L.LightningDataModule, name: str | None) -> Any:
@@ -39,8 +40,7 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
     if path is None:
         raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} a line")
     try:
-        # Not splitlines(), which also splits at characters that may stand in a prompt, such as U+2028.
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"{option}={path!r} can't be read: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -8,6 +8,7 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.data import read_table, refuse_split_of_file
+from recipes.shared.files import read_lines
 
 LAYOUTS = (
     ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg
@@ -121,8 +122,7 @@ def _columns(names: Sequence[str], source: str, columns: Columns) -> tuple[str, 
 def _text_table(name: str) -> Any:
     """Lines of LoRA's format as rows with its names, ``context`` and ``completion``."""
     try:
-        # Not splitlines(), which also splits at rare characters inside of a text.
-        lines = Path(name).expanduser().read_text(encoding="utf-8-sig").split("\n")
+        lines = read_lines(name)
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"dataset={name!r} can't be read: {error}") from error
     rows = []

@@ -27,6 +27,28 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file, without a byte order mark and without their ends.
+
+    Args:
+        path: of a file in UTF-8; "~" stands for the user's folder.
+
+    Raises:
+        OSError: it can't be read.
+        UnicodeDecodeError: it is in another encoding.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "prompts.txt")
+        ...     _ = path.write_bytes("\\ufeffWhy?\\r\\nHow\\u2028so?".encode())
+        ...     read_lines(path)
+        ['Why?', 'How\\u2028so?']
+    """
+    # Not splitlines(), which also splits at rare characters that may stand within a text, such as U+2028.
+    return Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+
+
 def set_aside(path: Path) -> None:
     """Give a file or folder that is there another name, with the first number that is free, and say so.
 

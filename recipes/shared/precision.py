@@ -74,7 +74,7 @@ def precision_of_runs(folder: Path, chosen: Precision | None = None) -> Precisio
         ValueError: ``precision.txt`` or the environment variable holds something else.
     """
     path = folder / "precision.txt"
-    if chosen is None and SETTING not in os.environ and path.exists():
+    if chosen is None and not os.environ.get(SETTING) and path.exists():
         return _checked(path.read_text().strip(), str(path))
     precision = chosen or fast_precision()
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.data import is_packaged, mapped, packaged_names, read_table, say_what_is_left_out
+from recipes.shared.files import read_lines
 from recipes.vqa import easy_vqa
 from recipes.vqa.choices import MOST_CHOICES, letter
 from recipes.vqa.llava import last_question
@@ -92,9 +93,7 @@ def read_json_lines(path: str, needs: str) -> list[Row]:
             else in them than texts.
     """
     try:
-        # Not splitlines(), which also splits at characters that JSON allows within a text, such as U+2028.
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
-        rows = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        rows = [(number, json.loads(line)) for number, line in enumerate(read_lines(path), 1) if line.strip()]
     except (OSError, ValueError) as error:
         raise MisconfigurationException(f"{needs}={path!r} can't be read: {error}") from error
     if not rows:

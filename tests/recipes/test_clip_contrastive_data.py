@@ -164,6 +164,7 @@ def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_
     (tmp_path / "table.csv").write_text("image,caption\na.png,one\n./a.png,two\n")
     (picture,) = sources.load(str(tmp_path / "table.csv"))
     assert picture.captions == ("one", "two")
+    assert sources.lines_of("one\u2028line\r\n\rtwo\n") == ("one\u2028line", "two")
 
 
 def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:

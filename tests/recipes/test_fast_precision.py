@@ -97,6 +97,9 @@ def test_runs_of_a_folder_keep_their_precision(
     assert precision_of_runs(folder) == "bf16-mixed"
     monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: False)  # another machine goes on
     assert precision_of_runs(folder) == "bf16-mixed"
+    monkeypatch.setenv(precision.SETTING, "")
+    assert precision_of_runs(folder) == "bf16-mixed"
+    monkeypatch.delenv(precision.SETTING)
     assert precision_of_runs(folder, "32-true") == "32-true"
     assert precision_of_runs(folder) == "32-true"
     monkeypatch.setenv(precision.SETTING, "bf16-mixed")

@@ -115,6 +115,35 @@ def test_methods_of_runs() -> None:
     assert card.data.base_model == "Qwen/Qwen3-0.6B"
 
 
+def test_a_card_says_what_had_an_effect() -> None:
+    run = {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+        "lr_scheduler": None,
+        "trainer": {
+            "accumulate_grad_batches": 1,
+            "gradient_clip_val": None,
+            "callbacks": [{"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.2}}],
+        },
+        "model": {
+            "init_args": {
+                "rho": 0.1,
+                "learning_rate": 0.001,
+                "schedule": "linear",
+                "accumulate_grad_batches": 8,
+                "gradient_clip_val": 1.0,
+            }
+        },
+    }
+    text = model_card("Qwen/Qwen3-0.6B", PeftModelConfig, run).content
+    for line in ("optimizer: torch.optim.SGD", "lr: 0.5", "schedule: linear", "accumulate_grad_batches: 8"):
+        assert f"\n{line}\n" in text
+    assert "gradient_clip_val: 1.0" in text
+    assert "learning_rate" not in text
+    assert "fine-tuned with EFMLoRA and FMLoRA" in text
+    assert "  rho: 0.1" in text
+    assert "  rho: 0.2" in text
+
+
 class PeftModelConfig:
     """A LoRA without any field, as of an older peft."""
 

@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.language.data import read_prompts
+from recipes.language.templates import read_template
 from recipes.shared.data import read_table
 
 
@@ -26,6 +27,15 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("one\n", encoding="utf-8-sig")
     assert read_prompts(str(path), "prompt") == ["one"]
+
+
+def test_a_template_file_of_another_editor_or_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text("{{ messages }}\n", encoding="utf-8-sig")
+    assert read_template(str(path)) == "{{ messages }}\n"
+    path.write_text("{{ 'Größe' }}", encoding="latin-1")
+    with pytest.raises(MisconfigurationException, match=r"chat.jinja' is neither .*can't decode"):
+        read_template(str(path))
 
 
 @pytest.mark.usefixtures("own_datasets")
