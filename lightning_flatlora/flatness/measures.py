@@ -205,7 +205,8 @@ CURVATURES = ("top_eigenvalue", "hessian_trace")
 
 _OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "balancedness": torch.mean,
-    # The median, since a single layer of deficient rank makes the mean infinite.
+    # The median, since a single layer of deficient rank makes the mean infinite. PyTorch's is the value of a layer: of
+    # an even number of them it takes the lower of the middle two.
     "condition_A": torch.median,
     "condition_B": torch.median,
     "radius": torch.linalg.vector_norm,

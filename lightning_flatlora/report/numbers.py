@@ -29,7 +29,7 @@ class Quantity(NamedTuple):
     Attributes:
         name: what is measured.
         unit: of the number; empty where it has none.
-        value: the number, or the median over the layers.
+        value: the number, or the median over the layers (of an even number the lower of the middle two).
         error: standard error over random draws.
         span: smallest and largest over the layers.
     """

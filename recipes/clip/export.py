@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_flatlora import load_adapter_checkpoint
 from recipes.clip.model import export_open_clip, image_features, text_features
 from recipes.shared.files import refuse_unless_new
 
@@ -95,15 +96,13 @@ def trained(checkpoint: Path, config: Path) -> Any:
     except (ArgumentError, TypeError) as error:
         raise MisconfigurationException(f"{config} has no model that can be built: {error}") from error
     module.configure_model()
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    # A checkpoint of AdapterCheckpoint lacks the frozen weights, which the module has loaded already.
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    missing = sorted({name for name, p in module.named_parameters() if p.requires_grad} & set(missing))
-    if missing or unexpected:
+    try:
+        load_adapter_checkpoint(module, checkpoint)
+    except (MisconfigurationException, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # PyTorch writes one over many lines
         raise MisconfigurationException(
-            f"{checkpoint} is not of the model in {config}: it lacks {missing[:3]} and has {unexpected[:3]} besides; "
-            "give the run's own --config"
-        )
+            f"{checkpoint} is not of the model in {config}; give the run's own --config. {reason}"
+        ) from error
     return module.eval()
 
 
