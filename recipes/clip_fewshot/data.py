@@ -170,12 +170,12 @@ def few_shots(
     labels = range(len(source.classes))
     broken: set[Path] = set()
     while True:
-        train, rest, place = _pools(source, shots, seed, broken)
+        train, rest, part = _pools(source, shots, seed, broken)
         _check_counts(source, train, "train", "shots", shots)
         number = validation_shots
         if number is None:
             number = min(shots, 4, *(len(rest.get(label, [])) for label in labels))
-        _check_counts(source, rest, place, "validation_shots", number)
+        _check_counts(source, rest, part, "validation_shots", number)
         training, validation = [], []
         for label in labels:
             training += train[label][:shots]

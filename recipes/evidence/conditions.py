@@ -4,10 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from recipes.evidence.module import ShotsClassifier
@@ -51,7 +49,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 @torch.no_grad()
 def round_adapter(module: ShotsClassifier, bits: int) -> None:
     """Round the rows of each A (r, n) and of each B (m, r); the head and the encoder's own weights stay."""
-    for layer in _adapted_layers(module):
+    for layer in module.adapted_layers:
         for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
             factor.weight.copy_(rounded(factor.weight, bits))
 
@@ -59,7 +57,7 @@ def round_adapter(module: ShotsClassifier, bits: int) -> None:
 @torch.no_grad()
 def round_merged(module: ShotsClassifier, bits: int) -> None:
     """Merge each adapted layer's W + s B A (m, n), and round its rows; all else stays, other linear layers too."""
-    for layer in _adapted_layers(module):
+    for layer in module.adapted_layers:
         layer.merge()
         weight = layer.get_base_layer().weight
         weight.copy_(rounded(weight, bits))
@@ -67,7 +65,7 @@ def round_merged(module: ShotsClassifier, bits: int) -> None:
 
 def scale_adapter(module: ShotsClassifier, factor: float) -> None:
     """Multiply the s of W + s B A by a factor."""
-    for layer in _adapted_layers(module):
+    for layer in module.adapted_layers:
         layer.scale_layer(factor)
 
 
@@ -95,10 +93,6 @@ def with_typos(text: str, share: float) -> str:
             typed += following + letter
             place += 1
     return typed
-
-
-def _adapted_layers(module: ShotsClassifier) -> list[Any]:
-    return [layer for layer in module.net.modules() if isinstance(layer, LoraLayer)]
 
 
 AS_TRAINED = "as_trained"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
@@ -78,7 +77,7 @@ def measured(module: ShotsClassifier, batches: Sequence[Batch]) -> dict[str, Any
     """
     module.eval()
     loss = mean_loss(module, batches)
-    layers = adapted_layers(module)
+    layers = module.adapted_layers
     weights = frozen_weights(layers)
     head = list(module.head.parameters())
     at = loss_gradient(loss, [*weights, *head])
@@ -118,7 +117,7 @@ def seen_shares(module: ShotsClassifier, batches: Sequence[Batch]) -> list[float
 
     A move of B changes nothing else: s E A x is s E A P_A x.
     """
-    layers, inputs = adapted_layers(module), {}
+    layers, inputs = module.adapted_layers, {}
 
     def keep(layer: nn.Module, arguments: tuple[Tensor]) -> None:
         inputs[layer] = arguments[0]
@@ -135,11 +134,6 @@ def seen_shares(module: ShotsClassifier, batches: Sequence[Batch]) -> list[float
         hook.remove()
     shares: list[float] = (seen / whole).tolist()
     return shares
-
-
-def adapted_layers(module: ShotsClassifier) -> list[Any]:
-    """peft's layers, each with W = W0 + s B A."""
-    return [layer for layer in module.net.modules() if isinstance(layer, LoraLayer)]
 
 
 def frozen_weights(layers: Sequence[Any]) -> list[nn.Parameter]:
@@ -208,7 +202,7 @@ def _random_ball(weights: list[nn.Parameter]) -> Ball:
 
 
 def _norms(module: ShotsClassifier) -> dict[str, float]:
-    layers = adapted_layers(module)
+    layers = module.adapted_layers
     updates = []
     for layer in layers:
         A, B, s = _factors(layer)

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -50,6 +51,11 @@ class ShotsClassifier(RecipeModule):
         )
         self.net = get_peft_model(encoder.upper(), lora)
         self.head = nn.Linear(encoder.width, classes)
+
+    @property
+    def adapted_layers(self) -> list[Any]:
+        """peft's layers, each with W = W0 + s B A."""
+        return [layer for layer in self.net.modules() if isinstance(layer, LoraLayer)]
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the classes, float32, (n, classes)."""

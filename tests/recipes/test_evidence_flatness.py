@@ -23,7 +23,6 @@ from recipes.evidence.flatness import (
     RADII,
     RESULTS,
     SUBSPACES,
-    adapted_layers,
     balls,
     frozen_weights,
     in_weight_units,
@@ -78,7 +77,7 @@ def loss(module: ShotsClassifier, batches: list[dict[str, Tensor]]) -> MeanLoss:
 def projectors(module: ShotsClassifier) -> list[tuple[Tensor, Tensor]]:
     """Of each layer, on B's columns (n, n) and on A's rows (m, m), by pseudo-inverses."""
     found = []
-    for layer in adapted_layers(module):
+    for layer in module.adapted_layers:
         A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
         found.append((B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A))
     return found
@@ -109,7 +108,7 @@ def test_the_loss_is_the_mean_over_the_examples(module: ShotsClassifier, loss: M
 def test_a_direction_is_the_steepest_of_its_subspace_at_its_radius(
     name: str, module: ShotsClassifier, loss: MeanLoss
 ) -> None:
-    layers, onto = adapted_layers(module), projectors(module)
+    layers, onto = module.adapted_layers, projectors(module)
     at = loss_gradient(loss, frozen_weights(layers))
     ball, gradient = balls(layers, at)[name], flat(at.gradients)
     steepest = flat(projected(name, at.gradients, onto))
@@ -130,7 +129,7 @@ def test_a_direction_is_the_steepest_of_its_subspace_at_its_radius(
 
 
 def test_the_steepest_move_of_b_is_the_methods_own(module: ShotsClassifier, loss: MeanLoss) -> None:
-    layers, pairs = adapted_layers(module), find_pairs(module).pairs
+    layers, pairs = module.adapted_layers, find_pairs(module).pairs
     at = loss_gradient(loss, frozen_weights(layers))
     ball = balls(layers, at)["B"]
     of_factors = loss_gradient(loss, trained_factors(pairs))
@@ -146,7 +145,7 @@ def test_the_steepest_move_of_b_is_the_methods_own(module: ShotsClassifier, loss
 def test_curvature_in_a_subspace_is_in_units_of_the_full_weights(
     name: str, module: ShotsClassifier, loss: MeanLoss
 ) -> None:
-    layers, onto = adapted_layers(module), projectors(module)
+    layers, onto = module.adapted_layers, projectors(module)
     weights = frozen_weights(layers)
     sizes = [W.numel() for W in weights]
     trace = 0.0
@@ -173,7 +172,7 @@ def test_curvature_in_a_subspace_is_in_units_of_the_full_weights(
 def test_the_share_of_the_inputs_is_that_of_each_text_alone(
     module: ShotsClassifier, batches: list[dict[str, Tensor]]
 ) -> None:
-    layers, onto = adapted_layers(module), projectors(module)
+    layers, onto = module.adapted_layers, projectors(module)
     seen, whole = torch.zeros(len(layers), **DOUBLE), torch.zeros(len(layers), **DOUBLE)
     tokens: dict[Any, Tensor] = {}
     for layer in layers:
