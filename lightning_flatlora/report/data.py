@@ -111,7 +111,15 @@ def csv_options(files: str, cache_dir: str | None = None) -> dict[str, Any]:
         ValueError: the first row has more values than the header has names, or semicolons or tabs separate the columns.
     """
     first_row = datasets.load_dataset("csv", data_files=files, split="train", cache_dir=cache_dir, nrows=1)
-    names = first_row.column_names
+    return texts_of_csv(first_row.column_names)
+
+
+def texts_of_csv(names: Sequence[str]) -> dict[str, Any]:
+    """Options as of :func:`csv_options`, from the names of the columns as `datasets` reads them.
+
+    Raises:
+        ValueError: as there.
+    """
     named = [name for name in names if name != "__index_level_0__"]
     if len(named) == 1 and ";" in named[0]:
         raise ValueError("its columns are separated by semicolons: save it with commas")

@@ -188,7 +188,7 @@ def _answers(row: Row, where: str) -> list[str]:
                 f"{where}: an answer must be a text, or hold one as 'answer', got {answer!r}"
             )
         texts.append(answer["answer"] if isinstance(answer, dict) else answer)
-    return [str(text).strip() for text in texts if text is not None and str(text).strip()]
+    return [_written(text).strip() for text in texts if text is not None and _written(text).strip()]
 
 
 def _choices(value: Any, where: str) -> list[str]:
@@ -200,10 +200,16 @@ def _choices(value: Any, where: str) -> list[str]:
     for choice in value or []:
         if choice is None or isinstance(choice, (list, dict)):
             raise MisconfigurationException(f"{where}: choices must be a list of texts, got {value!r}")
-    choices = [str(choice) for choice in value or []]
+    choices = [_written(choice) for choice in value or []]
     if len(choices) > MOST_CHOICES:
         raise MisconfigurationException(f"{where} has {len(choices)} choices, and there are {MOST_CHOICES} letters")
     return choices
+
+
+def _written(value: Any) -> str:
+    """An answer or a choice as a text; a whole number that stands among others of a column without a point."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if is_whole else str(value)
 
 
 def _letter_of(answer: Any, choices: list[str], where: str) -> str:

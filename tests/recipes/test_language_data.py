@@ -1,7 +1,9 @@
 """Files that the language recipes read: prompts for `predict`, and tables."""
 
+import json
 from pathlib import Path
 
+import fsspec
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -48,6 +50,27 @@ def test_words_that_pandas_takes_for_nothing_are_kept(tmp_path: Path) -> None:
     table = read_table(str(file), "train")
     assert table["text"][:] == ["N/A", "null", "nan"]
     assert table["label"][:] == ["None", "favor", None]
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine" / "train.csv"
+    file.write_text("question,answer\nNone,abc\nWhat is null?,NA\nn/a,007\n", encoding="utf-8")
+    table = read_table(str(file.parent), "train")
+    assert table["question"][:] == ["None", "What is null?", "n/a"]
+    assert table["answer"][:] == ["abc", "NA", "007"]
+
+
+@pytest.mark.usefixtures("own_datasets")
+@pytest.mark.parametrize("name", ["dates.json", "dates.jsonl", "dates.jsonl.gz"])
+def test_dates_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
+    for day in ("2020-01-01", "2021-01-01"):  # the file changes under its name
+        rows = [{"answer": day, "choices": [day, "2020-01-02"], "more": [{"answer": day}], "n": 1}] * 2
+        text = json.dumps(rows) if name == "dates.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        with fsspec.open(tmp_path / name, "wt", compression="infer") as file:
+            file.write(text)
+        assert read_table(str(tmp_path / name), "train").to_list() == rows
 
 
 @pytest.mark.usefixtures("own_datasets")
