@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -20,7 +21,6 @@ from recipes.language import texts
 from recipes.language.batches import LengthBatchSampler, pad, padding_id
 from recipes.language.data import read_prompts
 from recipes.shared.data import (
-    FORMATS,
     columns,
     is_packaged,
     mapped,
@@ -32,13 +32,14 @@ from recipes.shared.data import (
     refuse_training_data,
     remedy_of_empty,
     split_problems,
-    table_ending,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
+from recipes.shared.table_files import FORMATS, table_ending
 from recipes.shared.text_metrics import normalized
 
 _PACKAGED = packaged_names(texts.TASKS)
 _RESERVED = ("train", "validation", "val", "test")  # names of parts and metrics
+_MOST_SHOWN = 20  # classes by name
 _TEST_SEED = 42  # of the rows drawn for the test, so that all runs are tested on the same ones
 
 
@@ -165,6 +166,8 @@ class TextData(ResumableData):
         table = self._read(self.split)
         if not self.regression:
             self.classes = class_names(table, self.label, self._source(self.split))
+            shown = ", ".join(self.classes[:_MOST_SHOWN]) + (", ..." if len(self.classes) > _MOST_SHOWN else "")
+            rank_zero_info(f"{self._source(self.split)}: {len(self.classes)} classes, {shown}")
         rows = self._labelled_rows(table, self.split)
         places = self._divided(rows)
         drawn = () if self.shots is None else ("validation",)
@@ -246,6 +249,8 @@ class TextData(ResumableData):
         else:
             labels = class_labels(table, self.label, self.classes, source)
         rows = labelled(labels, self.label, source, self.skip_unlabelled)
+        if len(rows) < len(labels):
+            rank_zero_info(f"{source}: {len(labels) - len(rows)} of {len(labels)} rows have no label and are left out")
         return datasets.Dataset.from_dict(
             {"texts": [texts_n[row] for row in rows], "labels": [labels[row] for row in rows]}
         )

@@ -166,7 +166,12 @@ def shuffled(keys: set[str], seed: int) -> list[str]:
         >>> shuffled({"a", "b", "c"}, seed=0) == shuffled({"c", "b", "a"}, seed=0)
         True
     """
-    return sorted(keys, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+
+    def place(key: str) -> bytes:
+        # A key may be a file's name, which may hold bytes that are no UTF-8.
+        return hashlib.sha256(f"{seed}/{key}".encode(errors="surrogateescape")).digest()
+
+    return sorted(keys, key=place)
 
 
 def part_bounds(part: str, size: int, shares: dict[str, float]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from recipes.clip.images import image_files, is_hidden
@@ -14,7 +15,7 @@ Found = tuple[Sequence[str], Parts]
 PARTS = ("train", "validation", "test")
 _FOLDERS = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val"),
+    "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
 
@@ -24,7 +25,7 @@ def read(dataset: str) -> Found:
 
     Args:
         dataset: a folder with one folder for each class, or with folders train (or training), test (or testing) and
-            perhaps validation (or valid, or val) that hold these, in small letters or capitals.
+            perhaps validation (or valid, val or dev) that hold these, in small letters or capitals.
 
     Raises:
         MisconfigurationException: a part is missing, a class has no images, or parts differ in their classes.
@@ -44,9 +45,13 @@ def read(dataset: str) -> Found:
     if missing:
         raise MisconfigurationException(
             f"dataset={dataset!r} has no folder {missing[0]!r}: give it both train and test, or neither and one folder "
-            "for each class, which are then divided by split_seed"
+            "for each class, which are then divided by split_seed. A class whose folder has the name of a part needs "
+            "another name, which class_names can turn back"
         )
     parts = {part: folders[0] for part, folders in candidates.items() if folders}
+    left_out = [path.name for path in inside if path not in parts.values() and not is_hidden(path.name)]
+    if left_out:
+        rank_zero_warn(f"dataset={dataset!r}: the folders {', '.join(left_out)} are no part and are left out")
     classes = class_folders(parts["train"])
     for path in parts.values():
         check_same(path, classes, class_folders(path))

@@ -101,7 +101,9 @@ def in_order(examples: Iterable[Example], seed: int) -> list[Example]:
     """
 
     def place(example: Example) -> bytes:
-        return hashlib.sha256(f"{seed}/{'/'.join(example[0].parts[-2:])}".encode()).digest()
+        name = f"{seed}/{'/'.join(example[0].parts[-2:])}"
+        # A file's name may hold bytes that are no UTF-8.
+        return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
     return sorted(examples, key=place)
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.encoding import encode
-from recipes.instruction_tuning.formats import MORE_THAN_TEXT
+from recipes.instruction_tuning.formats import MORE_THAN_TEXT, NO_QUESTION
 from recipes.language.batches import Batch, Collate, LengthBatchSampler, padding_id
 from recipes.language.chat import ChatEncoder
 from recipes.language.data import read_prompts, tokenizer_of
@@ -27,9 +27,9 @@ from recipes.shared.data import (
     refuse_training_data,
     remedy_of_empty,
     split_problems,
-    table_ending,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
+from recipes.shared.table_files import table_ending
 
 
 @dataclass(eq=False)
@@ -235,6 +235,7 @@ class InstructionData(ResumableData):
             "cut": f"{counts['cut']} of them cut at max_length={self.max_length} tokens",
             "too long": f"{counts['too long']} dropped: no answer within max_length={self.max_length} tokens",
             "no answer": f"{counts['no answer']} dropped: no answer in the data",
+            NO_QUESTION: f"{counts[NO_QUESTION]} dropped: no question in the data",
             MORE_THAN_TEXT: f"{counts[MORE_THAN_TEXT]} dropped: {MORE_THAN_TEXT} in them",
         }
         parts = [f"{self.dataset}, {part}: {counts['kept'] + counts['cut']} conversations"]

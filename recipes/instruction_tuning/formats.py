@@ -32,6 +32,7 @@ FEATURES = datasets.Features(
     }
 )
 MORE_THAN_TEXT = "images, sounds or tool calls"
+NO_QUESTION = "no question"
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant")},
     "human": "user",
@@ -67,8 +68,8 @@ PAIRS = (
 )
 
 
-class _MoreThanTextError(Exception):
-    """A message that a language model can't read."""
+class _UnusableError(Exception):
+    """A row that can't be learnt; its text says why."""
 
 
 def turn(role: str, content: str, thoughts: str | None = None, learnt: bool = True) -> Message:
@@ -176,9 +177,9 @@ def _converted(row: Row, messages_of: Callable[[Row], list[Message]], source: st
     """Up to the last answer that is learnt; a conversation without one keeps no message, and is counted later."""
     try:
         messages = messages_of(row)
-    except _MoreThanTextError:
+    except _UnusableError as error:
         # One such row must not stop a run; how many there are is printed.
-        return _row([], "", problem=MORE_THAN_TEXT)
+        return _row([], "", problem=str(error))
     except ValueError as error:
         raise MisconfigurationException(f"{source}: {error}") from error
     system = next((row[name] for name in _SYSTEM if row.get(name)), None)
@@ -198,7 +199,10 @@ def _read_pair(row: Row, pair: Pair) -> list[Message]:
         messages += _messages(question, pair.question, learnt=False)
     else:
         parts = [_text_of(row, pair.question), _text_of(row, pair.more) if pair.more else ""]
-        messages.append(turn("user", "\n\n".join(part for part in parts if part)))
+        asked = "\n\n".join(part for part in parts if part)
+        if not asked.strip():
+            raise _UnusableError(NO_QUESTION)
+        messages.append(turn("user", asked))
     if isinstance(answer, list):
         return messages + _messages(answer, pair.answer)
     text = _text_of(row, pair.answer)
@@ -229,7 +233,7 @@ def _message(given: Mapping[str, Any], column: str, learnt: bool) -> Message:
     role = given.get("role") or given.get("from")
     content = given["content"] if "content" in given else given.get("value")
     if role in _TOOL_ROLES or given.get("tool_calls") or given.get("function_call"):
-        raise _MoreThanTextError
+        raise _UnusableError(MORE_THAN_TEXT)
     if role not in _ROLES:
         raise ValueError(f"the column {column!r} has a message of {role!r}; the roles are {', '.join(_ROLES)}")
     thoughts = next((given[name] for name in _THOUGHTS if given.get(name)), None)
@@ -253,5 +257,5 @@ def _joined(content: Any) -> str:
         elif isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise _MoreThanTextError
+            raise _UnusableError(MORE_THAN_TEXT)
     return "".join(texts)

@@ -1,26 +1,29 @@
 """Data sets that ``datasets`` reads, the part that a row belongs to, and batches in as many pieces as ranks need."""
 
-import copy
 import glob
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import fsspec
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_flatlora.report.data import csv_options, is_of_empty_file, texts_of_csv
+from recipes.shared.table_files import (
+    FORMATS,
+    is_of_csv_files,
+    refuse_other_forms,
+    refuse_rows_by_key,
+    table_ending,
+    with_dates_as_texts,
+)
 
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
 _CODE = Path(__file__).parents[2]  # of the recipes and the package
 Task = TypeVar("Task")
 
@@ -49,12 +52,15 @@ def read_table(
             if not path.is_file():
                 raise MisconfigurationException(f"dataset={name!r}: there is no such file")
             refuse_split_of_file(name, split)
+            if ending == ".json":
+                refuse_rows_by_key(name, path)
             files = glob.escape(str(path))
             options = csv_options(files) if ending == ".csv" else {}
             table = datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
-            return _with_dates_as_texts(table, path) if FORMATS[ending] == "json" else table
+            return with_dates_as_texts(table, path) if FORMATS[ending] == "json" else table
+        refuse_other_forms(name, path)
         options = {}
-        if path.is_dir() and _is_of_csv_files(path):
+        if path.is_dir() and is_of_csv_files(path):
             first_row = datasets.load_dataset(name, config_name, split=split, nrows=1)
             options = texts_of_csv(first_row.column_names)
         return datasets.load_dataset(name, config_name, split=split, revision=revision, **options)
@@ -68,65 +74,6 @@ def read_table(
             f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. Give a Hub name, "
             + (f"a file ending in {formats}, or one of {tasks}" if tasks else f"or a file ending in {formats}")
         ) from error
-
-
-def _is_of_csv_files(folder: Path) -> bool:
-    """Whether a folder's tables are CSV files alone, and no card declares how to read them."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    endings = {table_ending(path.name) for path in files} - {None}
-    return endings == {".csv"} and not (folder / "README.md").exists()
-
-
-def _with_dates_as_texts(table: Any, path: Path) -> Any:
-    """A table of a JSON file in which what looks like a date is the text that the file holds.
-
-    `datasets` makes a time of it, whose text is another one.
-    """
-    features = _with_texts_for_times(table.features)
-    if features == table.features:
-        return table
-    # With the time of the file's last change, since `datasets` keeps what it has once read under these arguments.
-    given = {"path": str(path), "changed": path.stat().st_mtime_ns}
-    return datasets.Dataset.from_generator(_json_rows, gen_kwargs=given, features=features, split="train")
-
-
-def _with_texts_for_times(feature: Any) -> Any:
-    if isinstance(feature, dict):
-        changed = {name: _with_texts_for_times(inner) for name, inner in feature.items()}
-        return type(feature)(changed)
-    if isinstance(feature, list):  # as older releases of `datasets` write them
-        return [_with_texts_for_times(inner) for inner in feature]
-    if hasattr(feature, "feature"):
-        changed_list = copy.copy(feature)
-        changed_list.feature = _with_texts_for_times(feature.feature)
-        return changed_list
-    is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time"))
-    return datasets.Value("string") if is_time else feature
-
-
-def _json_rows(path: str, changed: int) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines, or of one that holds a list of them."""
-    with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig") as file:
-        text = file.read()
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    for line in text.split("\n"):
-        if line.strip():
-            yield json.loads(line)
-
-
-def table_ending(name: str) -> str | None:
-    """The ending of a table's file, one of :data:`FORMATS`; None where a name is not one of such a file.
-
-    Example:
-        >>> table_ending("mine/questions.json"), table_ending("Reviews.CSV.gz"), table_ending("nyu-mll/glue")
-        ('.json', '.csv', None)
-    """
-    endings = [ending.lower() for ending in Path(name).suffixes]
-    if endings and endings[-1] in _COMPRESSED:
-        endings.pop()
-    return endings[-1] if endings and endings[-1] in FORMATS else None
 
 
 def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) -> Any:

@@ -30,6 +30,7 @@ FEATURES = datasets.Features(
         "type": datasets.Value("string"),
     }
 )
+_LISTS = {"questions", "annotations", "data"}  # in the files of VQAv2, OK-VQA and TextVQA
 TYPE_COLUMNS = ("type", "question_type", "answer_type", "category", "subject")
 
 
@@ -119,8 +120,13 @@ def _check_columns(name: str, columns: list[str], type_column: str | None) -> No
         missing.append(f"'{type_column}', which type_column names")
     if missing:
         raise MisconfigurationException(
-            f"dataset={name!r} has the columns {sorted(columns)}: it needs {', '.join(missing)}; "
-            "rename_columns of `datasets` helps"
+            f"dataset={name!r} has the columns {sorted(columns)}: it needs {', '.join(missing)}. "
+            + (
+                "The questions seem to be in a list within the file: write each as a row of its own, together with its "
+                "answers where these are in another file"
+                if _LISTS & set(columns)
+                else "rename_columns of `datasets` helps"
+            )
         )
 
 

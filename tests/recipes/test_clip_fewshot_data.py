@@ -1,6 +1,7 @@
 """Which images the few-shot recipe draws, what the classes are called, and the batches."""
 
 import json
+import os
 from itertools import chain, product
 from pathlib import Path
 
@@ -16,6 +17,7 @@ pytest.importorskip("open_clip", reason="the recipes' dependencies are not insta
 from clip_fewshot_runs import data_of, filled, picture
 
 from recipes.clip.images import read_image, readable
+from recipes.clip_contrastive.data import shuffled
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream
 from recipes.clip_fewshot.data import few_shots
@@ -52,6 +54,20 @@ def test_folders_of_parts_may_have_other_names(tmp_path: Path) -> None:
         filled(tmp_path / part, number)
     source = sources.load(str(tmp_path))
     assert [len(source.parts[part]) for part in PARTS] == [15, 9, 6]
+
+
+def test_folders_that_are_no_part_are_named(tmp_path: Path) -> None:
+    for part in ("train", "dev", "test", "unsorted"):
+        filled(tmp_path / part, 2)
+    with pytest.warns(UserWarning, match="the folders unsorted are no part and are left out"):
+        source = sources.load(str(tmp_path))
+    assert all(path.parts[-3] == "dev" for path, _ in source.parts["validation"])
+
+
+def test_names_that_are_no_utf_8_have_a_place_too(tmp_path: Path) -> None:
+    examples = [(tmp_path / os.fsdecode(name), 0) for name in (b"caf\xe9.png", b"tea.png")]
+    assert sorted(sources.in_order(examples, 0)) == sorted(examples)
+    assert len(shuffled({str(path) for path, _ in examples}, 0)) == 2
 
 
 def test_copies_in_hidden_folders_are_no_images(tmp_path: Path) -> None:

@@ -93,12 +93,14 @@ def test_what_is_cut_or_dropped_is_told(tiny: str, jsonl: Any) -> None:
         {"instruction": "long question " * 100, "output": "yes"},
         {"instruction": "no answer", "output": ""},
         {"instruction": "null", "output": None},
+        {"instruction": None, "output": "yes"},
     ]
     data = prepared("fit", tiny, dataset=jsonl(rows), max_length=60, validation_share=0, test_share=0)
     assert len(data.parts["train"]) == 2
     assert data.reports["train"].endswith(
         "train: 2 conversations; 1 of them cut at max_length=60 tokens; "
-        "1 dropped: no answer within max_length=60 tokens; 2 dropped: no answer in the data"
+        "1 dropped: no answer within max_length=60 tokens; 2 dropped: no answer in the data; "
+        "1 dropped: no question in the data"
     )
 
 

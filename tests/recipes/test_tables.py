@@ -57,6 +57,27 @@ def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is
         data.refuse_training_data(object(), name, "train", [None, split])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "a\tb\n1\t2\n", r"a.tsv': of tables, files that end in .json, .* are read.*to_parquet"),
+        ("keyed.json", json.dumps({"1": {"question": "a"}, "2": {"question": "b"}}), r"holds 2 objects by key, .*'1'"),
+        ("saved/state.json", "{}", r"written by save_to_disk .*to_parquet"),
+    ],
+)
+def test_forms_that_are_not_read_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    with pytest.raises(MisconfigurationException, match=message):
+        data.read_table(str(file if file.parent == tmp_path else file.parent), "train")
+
+
+def test_lines_that_begin_with_an_object_are_read(tmp_path: Path) -> None:
+    rows = [{"a": {"b": 1}, "c": {"d": 2}}] * 2
+    assert data.read_table(written(tmp_path / "lines.json", rows), "train").to_list() == rows
+
+
 def noted(row: dict[str, Any], calls: str) -> dict[str, Any]:
     with Path(calls).open("a") as file:
         file.write("x")

@@ -226,6 +226,22 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
         converter(row, 0)
 
 
+@pytest.mark.usefixtures("own_datasets")
+def test_numbers_and_dates_stay_as_they_are_written(jsonl: Any) -> None:
+    rows = []
+    for answer in (2, 2.5, 12345678901234567):
+        rows.append({"image": "a.png", "question": "How many?", "answer": answer, "hint": "x"})
+    assert [row["answers"] for row in sources.load(jsonl(rows, "numbers.jsonl"), "train")][:2] == [["2"], ["2.5"]]
+    dated = [{"image": "a.png", "question": "When?", "answer": "2020-01-01"}]
+    assert sources.load(jsonl(dated, "dates.jsonl"), "train")["answers"][:] == [["2020-01-01"]]
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_the_challenges_two_files_are_not_read_apart(jsonl: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="in a list within the file: write each as a row of its own"):
+        sources.load(jsonl([{"info": {"year": 2015}, "questions": [{"question": "a", "image_id": 1}]}]), "train")
+
+
 def test_images_of_one_name_in_many_folders_are_divided(tmp_path: Path) -> None:
     keys = [_image_key({"bytes": None, "path": str(tmp_path / f"{i}" / "rgb.png")}, tmp_path) for i in range(3)]
     assert keys == ["0/rgb.png", "1/rgb.png", "2/rgb.png"]
