@@ -48,10 +48,10 @@ def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
 
 @needs_weight_averaging
 @pytest.mark.parametrize("first", ["averaging", "saver"])
-@pytest.mark.parametrize("kind", ["mean", "ema"])
-def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, kind: str, first: str) -> None:
+@pytest.mark.parametrize("decay", [None, 0.5, 0.999])  # at 0.999 rounding moves the averages of frozen weights
+def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, decay: float | None, first: str) -> None:
     def callbacks(where: str) -> list[L.Callback]:
-        averaging = lightnings.WeightAveraging() if kind == "mean" else lightnings.EMAWeightAveraging(decay=0.5)
+        averaging = lightnings.EMAWeightAveraging(decay=decay) if decay else lightnings.WeightAveraging()
         both: list[L.Callback] = [averaging, saver(tmp_path / where)]
         return [EFMLoRA(0.1), *(both if first == "averaging" else both[::-1])]
 
@@ -60,7 +60,7 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, kind
     file = torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)
     averages, current = file["state_dict"], file["current_model_state"]
     assert averages.keys() == current.keys()
-    assert BASE not in averages
+    assert not any("base_layer.weight" in name for name in averages)
     assert not same(averages, current)
     found = load_file(tmp_path / "1" / "step=6" / "adapter_model.safetensors")
     assert len(found) == 6
@@ -68,7 +68,7 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, kind
         assert same(value, averages[f"net.{name.removesuffix('weight')}default.weight"])
     resumed, _, _ = build("plain")
     fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-6, atol=0)  # of the base an average, rounded
     ends = [torch.load(tmp_path / run / "step=12.ckpt") for run in ("1", "2")]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert same(ends[0][part], ends[1][part])

@@ -8,12 +8,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_flatlora.callbacks.checkpoint.changes import Fingerprint, record_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import optimizer_state
@@ -143,7 +145,8 @@ def _of_selection(checkpoint: dict[str, Any], selection: Selection) -> dict[str,
     slim = {**checkpoint, MARK: mark}
     # A list, since the search walks through dictionaries that the loop replaces.
     for path in list(_whole_states(checkpoint, selection)):
-        slim = changed_at(slim, path, lambda state: _shortened(state, selection))
+        is_average = path == ("state_dict",) and "current_model_state" in checkpoint
+        slim = changed_at(slim, path, partial(_shortened, selection=selection, is_average=is_average))
         mark["shortened"].append(list(path))
     return cast(dict[str, Any], on_cpu(slim, {}))
 
@@ -175,12 +178,13 @@ def _whole_states(value: Any, selection: Selection, path: tuple[Any, ...] = ()) 
         yield from _whole_states(inner, selection, (*path, key))
 
 
-def _shortened(state: dict[str, Any], selection: Selection) -> dict[str, Any]:
-    """A state dict by clean names, without what equals the base bit for bit."""
+def _shortened(state: dict[str, Any], selection: Selection, is_average: bool) -> dict[str, Any]:
+    """A state dict by clean names, without what equals the base bit for bit, or as an average of it by rounding."""
     named = {clean_name(name): value for name, value in state.items()}
     sums = sums_of({name: named[name] for name in selection.left_out if isinstance(named[name], Tensor)})
     for name, sum_of_bits in sums.items():
-        if sum_of_bits == selection.left_out[name]["sum"]:
+        is_base = sum_of_bits == selection.left_out[name]["sum"]
+        if is_base or (is_average and _is_rounded(named[name], selection.entries[name].value)):
             del named[name]
     shortened = {}
     for name, value in named.items():
@@ -188,6 +192,17 @@ def _shortened(state: dict[str, Any], selection: Selection) -> dict[str, Any]:
         if entry is None or entry.kind is not Kind.DERIVED:
             shortened[name] = value
     return shortened
+
+
+def _is_rounded(average: Tensor, weight: Any) -> bool:
+    """Whether an average differs from the weight, which has never changed, by the rounding of its updates alone."""
+    is_comparable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape == average.shape
+    if not is_comparable or isinstance(weight, DTensor) or isinstance(average, DTensor):
+        return False
+    # Each update rounds, and an exponential average forgets that after some hundred updates.
+    share = min(1000 * torch.finfo(weight.dtype).eps, 0.05)
+    difference = (average.to(weight.device) - weight).abs().max()
+    return bool(difference <= share * weight.abs().max())
 
 
 def changed_at(tree: dict[Any, Any], path: Sequence[Any], change: Callable[[Any], Any]) -> dict[Any, Any]:
