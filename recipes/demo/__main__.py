@@ -98,7 +98,7 @@ def _drop_other_settings(folder: Path, settings: Settings) -> None:
     """Set aside what an earlier demo with other settings left: its results would not be comparable.
 
     Raises:
-        MisconfigurationException: that demo is still running.
+        MisconfigurationException: that demo is doing a run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
@@ -106,7 +106,7 @@ def _drop_other_settings(folder: Path, settings: Settings) -> None:
     if before not in (None, asdict(settings)):
         if ledger(folder).is_in_use():
             raise MisconfigurationException(
-                f"{folder} belongs to a demo with other settings that is running: name another --folder"
+                f"{folder} belongs to a demo with other settings, which is doing a run: name another --folder"
             )
         print(f"{folder} holds the results of other settings")
         set_aside(folder)

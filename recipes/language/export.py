@@ -27,7 +27,10 @@ def run_settings(adapter: Path) -> dict[str, Any]:
     path = adapter.resolve().parent.parent / "config.yaml"  # of runs/…/version_N/checkpoints/NAME
     if not path.is_file():
         return {}
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = path.read_text(encoding="utf-8")
+    if not config.startswith("# lightning.pytorch=="):  # a file of that name which is no run's
+        return {}
+    settings: dict[str, Any] = yaml.safe_load(config)
     return settings
 
 

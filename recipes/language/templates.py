@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,7 +19,6 @@ from lightning_flatlora.report.conversation import (
     answer_end,
     answer_opening,
 )
-from recipes.shared.files import read_lines
 
 ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
 REMEDY = (
@@ -216,7 +216,7 @@ def opening_of(render: Render) -> str:
 def read_template(path: str) -> str:
     """The chat template in a file."""
     try:
-        return "\n".join(read_lines(path))
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(
             f"chat_template={path!r} is neither a Jinja template nor a file that can be read: {error}"

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_flatlora.report.data import csv_options, is_of_empty_file, texts_of_csv
 from recipes.shared.table_files import (
     FORMATS,
-    is_of_csv_files,
+    files_of_csv_folder,
     refuse_other_forms,
     refuse_rows_by_key,
     table_ending,
@@ -57,13 +57,15 @@ def read_table(
             files = glob.escape(str(path))
             options = csv_options(files) if ending == ".csv" else {}
             table = datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
-            return with_dates_as_texts(table, path) if FORMATS[ending] == "json" else table
+            return with_dates_as_texts(table, path, _code()) if FORMATS[ending] == "json" else table
         refuse_other_forms(name, path)
-        options = {}
-        if path.is_dir() and is_of_csv_files(path):
-            first_row = datasets.load_dataset(name, config_name, split=split, nrows=1)
+        csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
+        if csv_files:
+            parts = {split.partition("[")[0]: csv_files}
+            first_row = datasets.load_dataset("csv", data_files=parts, split=next(iter(parts)), nrows=1)
             options = texts_of_csv(first_row.column_names)
-        return datasets.load_dataset(name, config_name, split=split, revision=revision, **options)
+            return datasets.load_dataset("csv", data_files=parts, split=split, **options)
+        return datasets.load_dataset(name, config_name, split=split, revision=revision)
     except MisconfigurationException:
         raise
     except Exception as error:  # `datasets` raises a dozen types, from a bad name to a network down or broken JSON
@@ -213,7 +215,8 @@ def refuse_training_data(data: object, name: str, training: str, own_splits: Ite
         data: the data module.
         name: of the data set; "{split}" in it stands for the split.
         training: the split that is trained on.
-        own_splits: those of validation and test, or files; None takes a share, which is held out.
+        own_splits: those of validation and test, or files; None takes a share, which is held out. Of slices such as
+            "train[:10%]" only equal ones are found.
 
     Raises:
         MisconfigurationException: a part is read from where training is.

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
+_MOST_COLUMNS = 100  # of a table: more objects than that are rows by their ids
 _ROWS_BY_KEY = re.compile(r'\s*\{\s*"[^"]*"\s*:\s*\{')
 
 
@@ -31,7 +32,7 @@ def table_ending(name: str) -> str | None:
 
 def refuse_other_forms(name: str, path: Path) -> None:
     """Say of a file or folder that is there, but in a form that is not read, how to get one that is."""
-    if path.is_file():
+    if path.is_file() and path.suffix:  # without an ending it may be a data set of the Hub that is meant
         raise MisconfigurationException(
             f"dataset={name!r}: of tables, files that end in {', '.join(FORMATS)} are read. pandas and `datasets` "
             "write them, for example by to_parquet"
@@ -45,39 +46,58 @@ def refuse_other_forms(name: str, path: Path) -> None:
 
 def refuse_rows_by_key(name: str, path: Path) -> None:
     """Refuse a JSON object that holds rows by their ids, of which `datasets` would slowly make a column each."""
-    with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig") as file:
-        if not _ROWS_BY_KEY.match(file.read(1000)):
+    with _opened(path) as file:
+        first_line, more = file.readline(), file.read(1000)
+        is_of_lines = bool(more.strip()) and _is_json(first_line)
+        if is_of_lines or not _ROWS_BY_KEY.match(first_line + more):
             return
         file.seek(0)
         try:
             content = json.load(file)
-        except ValueError:  # lines of JSON
+        except ValueError:
             return
-    if len(content) > 1 and all(isinstance(row, dict) for row in content.values()):
+    if len(content) > _MOST_COLUMNS and all(isinstance(row, dict) for row in content.values()):
         raise MisconfigurationException(
             f"dataset={name!r} holds {len(content)} objects by key, such as {next(iter(content))!r}, and no list of "
             "rows: write the objects as a list, or one a line"
         )
 
 
-def is_of_csv_files(folder: Path) -> bool:
-    """Whether a folder's tables are CSV files alone, and no card declares how to read them."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    endings = {table_ending(path.name) for path in files} - {None}
-    return endings == {".csv"} and not (folder / "README.md").exists()
+def files_of_csv_folder(name: str, config_name: str | None, split: str) -> list[str] | None:
+    """The CSV files that hold a split of a local folder; None where it is another kind, or a card says what they hold.
+
+    Args:
+        name: of the folder.
+        config_name: which of its configurations.
+        split: to read, perhaps a slice such as "train[:10%]".
+    """
+    builder = datasets.load_dataset_builder(name, config_name)
+    if not type(builder).__module__.endswith("csv.csv") or builder.info.features is not None:
+        return None
+    files = builder.config.data_files or {}
+    return files.get(split.partition("[")[0])
 
 
-def with_dates_as_texts(table: Any, path: Path) -> Any:
+def with_dates_as_texts(table: Any, path: Path, code: str) -> Any:
     """A table of a JSON file in which what looks like a date is the text that the file holds.
 
     `datasets` makes a time of it, whose text is another one.
+
+    Args:
+        table: as `datasets` has read it.
+        path: of the file.
+        code: a name for the code as it is now.
     """
     features = _with_texts_for_times(table.features)
     if features == table.features:
         return table
-    # With the time of the file's last change, since `datasets` keeps what it has once read under these arguments.
-    given = {"path": str(path), "changed": path.stat().st_mtime_ns}
-    return datasets.Dataset.from_generator(_json_rows, gen_kwargs=given, features=features, split="train")
+    state = path.stat()
+    # All that the rows depend on, since `datasets` keeps what it has once read under these arguments.
+    given = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns, "code": code}
+    try:
+        return datasets.Dataset.from_generator(_json_rows, gen_kwargs=given, features=features, split="train")
+    except datasets.exceptions.DatasetGenerationError:  # written over several lines in another way than as one list
+        return table
 
 
 def _with_texts_for_times(feature: Any) -> Any:
@@ -94,13 +114,27 @@ def _with_texts_for_times(feature: Any) -> Any:
     return datasets.Value("string") if is_time else feature
 
 
-def _json_rows(path: str, changed: int) -> Iterator[dict[str, Any]]:
+def _json_rows(path: str, size: int, changed: int, code: str) -> Iterator[dict[str, Any]]:
     """The rows of a file of JSON lines, or of one that holds a list of them."""
-    with fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig") as file:
-        text = file.read()
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    for line in text.split("\n"):
-        if line.strip():
-            yield json.loads(line)
+    with _opened(Path(path)) as file:
+        first_line = file.readline()
+        file.seek(0)
+        if not _is_json(first_line) or first_line.lstrip().startswith("["):
+            yield from json.load(file)
+            return
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _opened(path: Path) -> Any:
+    """A file of text, unpacked where its ending says that it is compressed."""
+    return fsspec.filesystem("file").open(str(path), "rt", compression="infer", encoding="utf-8-sig")

@@ -4,7 +4,8 @@ import re
 import unicodedata
 
 # A minus sign before a number, and the point of a decimal, change the number's value.
-_OF_A_NUMBER = re.compile(r"(?<!\w)-(?=\.?\d)|(?<=\d)\.(?=\d)")
+_OF_A_NUMBER = re.compile(r"(?<!\w)-(?=\.?\d)|(?<![^\W\d])\.(?=\d)")
+_EMOJI_SELECTORS = re.compile("[\ufe00-\ufe0f]")  # which say how the sign before them is drawn
 _MINUS_SIGN = "\N{MINUS SIGN}"
 
 
@@ -37,10 +38,11 @@ def is_same(answer: str, right: str) -> bool:
 
 def _words(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text.casefold()).replace(_MINUS_SIGN, "-")
+    text = _EMOJI_SELECTORS.sub("", text)
     of_numbers = {match.start() for match in _OF_A_NUMBER.finditer(text)}
     kept = []
     for place, character in enumerate(text):
         # Letters, marks and numbers; spaces, punctuation, symbols and controls stand between words.
-        is_kept = unicodedata.category(character)[0] in "LMN" or place in of_numbers
+        is_kept = unicodedata.category(character)[0] in "LMN" or character == "_" or place in of_numbers
         kept.append(character if is_kept else " ")
     return "".join(kept).split()

@@ -1,15 +1,18 @@
 """Files that the language recipes read: prompts for `predict`, and tables."""
 
 import json
+import os
 from pathlib import Path
 
 import fsspec
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from PIL import Image
 
 from recipes.language.data import read_prompts
 from recipes.language.templates import read_template
 from recipes.shared.data import read_table
+from recipes.shared.table_files import files_of_csv_folder
 
 
 def test_a_prompt_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
@@ -57,9 +60,22 @@ def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     file = tmp_path / "mine" / "train.csv"
     file.write_text("question,answer\nNone,abc\nWhat is null?,NA\nn/a,007\n", encoding="utf-8")
+    (file.parent / "test.csv").write_text("question\nNA\n", encoding="utf-8")  # without answers
+    (file.parent / "README.md").write_text("# My notes\n", encoding="utf-8")
     table = read_table(str(file.parent), "train")
     assert table["question"][:] == ["None", "What is null?", "n/a"]
     assert table["answer"][:] == ["abc", "NA", "007"]
+    assert read_table(str(file.parent), "test").to_list() == [{"question": "NA"}]
+    assert len(read_table(str(file.parent), "train[:2]")) == 2
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    (folder / "metadata.csv").write_text("file_name,question\na.png,Why?\n", encoding="utf-8")
+    assert files_of_csv_folder(str(folder), None, "train") is None
 
 
 @pytest.mark.usefixtures("own_datasets")
@@ -71,6 +87,25 @@ def test_dates_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
         with fsspec.open(tmp_path / name, "wt", compression="infer") as file:
             file.write(text)
         assert read_table(str(tmp_path / name), "train").to_list() == rows
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_files_of_one_relative_name_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        file = folder / "train.json"
+        file.write_text(json.dumps([{"answer": "2020-01-01", "from": name}]))
+        os.utime(file, (1, 1))
+        monkeypatch.chdir(folder)
+        assert read_table("train.json", "train").to_list() == [{"answer": "2020-01-01", "from": name}]
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_a_pretty_object_with_a_date_is_read_as_before(tmp_path: Path) -> None:
+    file = tmp_path / "pretty.json"
+    file.write_text(json.dumps({"answer": "2020-01-01", "n": 1}, indent=2))
+    assert read_table(str(file), "train")["n"][:] == [1]
 
 
 @pytest.mark.usefixtures("own_datasets")

@@ -61,7 +61,7 @@ def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is
     ("name", "text", "message"),
     [
         ("a.tsv", "a\tb\n1\t2\n", r"a.tsv': of tables, files that end in .json, .* are read.*to_parquet"),
-        ("keyed.json", json.dumps({"1": {"question": "a"}, "2": {"question": "b"}}), r"holds 2 objects by key, .*'1'"),
+        ("keyed.json", json.dumps({str(n): {"question": "a"} for n in range(101)}), r"holds 101 objects by key, .*'0'"),
         ("saved/state.json", "{}", r"written by save_to_disk .*to_parquet"),
     ],
 )

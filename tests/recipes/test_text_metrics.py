@@ -19,6 +19,11 @@ from recipes.shared.text_metrics import is_same, normalized
         ("1.5", "1 5", False),
         ("\u092a\u093f\u0924\u093e", "\u092a\u0940\u0924\u093e", False),  # Hindi, which differ in a vowel's sign alone
         ("\u0e17\u0e35\u0e48", "\u0e17\u0e39\u0e48", False),  # Thai, the same
+        (".5", "5", False),
+        ("-.5", "-5", False),
+        ("snake_case", "snake case", False),
+        ("\u2600\ufe0f", "\u2764\ufe0f", False),  # a sun and a heart, each drawn as an emoji
+        ("Yes \u2714\ufe0f", "Yes", True),
         ("", "+", False),
         ("-", "+", False),
         ("+", "+", True),

@@ -229,9 +229,9 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
 @pytest.mark.usefixtures("own_datasets")
 def test_numbers_and_dates_stay_as_they_are_written(jsonl: Any) -> None:
     rows = []
-    for answer in (2, 2.5, 12345678901234567):
+    for answer in (2, 2.5):
         rows.append({"image": "a.png", "question": "How many?", "answer": answer, "hint": "x"})
-    assert [row["answers"] for row in sources.load(jsonl(rows, "numbers.jsonl"), "train")][:2] == [["2"], ["2.5"]]
+    assert [row["answers"] for row in sources.load(jsonl(rows, "numbers.jsonl"), "train")] == [["2"], ["2.5"]]
     dated = [{"image": "a.png", "question": "When?", "answer": "2020-01-01"}]
     assert sources.load(jsonl(dated, "dates.jsonl"), "train")["answers"][:] == [["2020-01-01"]]
 

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_flatlora.callbacks.checkpoint.changes import Fingerprint, record_of, sums_of
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import optimizer_state
@@ -179,12 +178,14 @@ def _whole_states(value: Any, selection: Selection, path: tuple[Any, ...] = ()) 
 
 
 def _shortened(state: dict[str, Any], selection: Selection, is_average: bool) -> dict[str, Any]:
-    """A state dict by clean names, without what equals the base bit for bit, or as an average of it by rounding."""
+    """A state dict by clean names, without what equals the base bit for bit; of averages, without the base's.
+
+    These are averages of weights that have never changed, and differ from them by the rounding of their updates alone.
+    """
     named = {clean_name(name): value for name, value in state.items()}
     sums = sums_of({name: named[name] for name in selection.left_out if isinstance(named[name], Tensor)})
     for name, sum_of_bits in sums.items():
-        is_base = sum_of_bits == selection.left_out[name]["sum"]
-        if is_base or (is_average and _is_rounded(named[name], selection.entries[name].value)):
+        if is_average or sum_of_bits == selection.left_out[name]["sum"]:
             del named[name]
     shortened = {}
     for name, value in named.items():
@@ -192,17 +193,6 @@ def _shortened(state: dict[str, Any], selection: Selection, is_average: bool) ->
         if entry is None or entry.kind is not Kind.DERIVED:
             shortened[name] = value
     return shortened
-
-
-def _is_rounded(average: Tensor, weight: Any) -> bool:
-    """Whether an average differs from the weight, which has never changed, by the rounding of its updates alone."""
-    is_comparable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape == average.shape
-    if not is_comparable or isinstance(weight, DTensor) or isinstance(average, DTensor):
-        return False
-    # Each update rounds, and an exponential average forgets that after some hundred updates.
-    share = min(1000 * torch.finfo(weight.dtype).eps, 0.05)
-    difference = (average.to(weight.device) - weight).abs().max()
-    return bool(difference <= share * weight.abs().max())
 
 
 def changed_at(tree: dict[Any, Any], path: Sequence[Any], change: Callable[[Any], Any]) -> dict[Any, Any]:
