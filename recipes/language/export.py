@@ -27,11 +27,9 @@ def run_settings(adapter: Path) -> dict[str, Any]:
     path = adapter.resolve().parent.parent / "config.yaml"  # of runs/…/version_N/checkpoints/NAME
     if not path.is_file():
         return {}
-    config = path.read_text(encoding="utf-8")
-    if not config.startswith("# lightning.pytorch=="):  # a file of that name which is no run's
-        return {}
-    settings: dict[str, Any] = yaml.safe_load(config)
-    return settings
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
+    return settings if is_of_run else {}  # another program may have a file of that name
 
 
 def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:
