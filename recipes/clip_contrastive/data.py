@@ -100,12 +100,24 @@ class ContrastiveData(ResumableData):
                     "ContrastiveData takes the model's tokenizer: set .clip, or use a Trainer"
                 )
             self.clip = self.trainer.lightning_module.clip
+        if stage == "fit":
+            self._refuse_training_data()
         for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not self.parts[part]:
             raise MisconfigurationException(f"nothing to evaluate: set {part}_dataset, or {part}_share above 0")
+
+    def _refuse_training_data(self) -> None:
+        problems = []
+        for part in ("validation", "test"):
+            own = self.datasets[part]
+            if own is not None and _place(own) == _place(self.dataset):
+                problems.append(
+                    f"{part}_dataset={own!r} is what is trained on: give another one, or null, which holds out a share"
+                )
+        refuse_bad_settings(self, {}, more=problems)
 
     @override
     def loader(self, part: str) -> LateLoader:
@@ -157,6 +169,11 @@ class ContrastiveData(ResumableData):
         self.reports[part] = report
         rank_zero_info(report)
         return pictures
+
+
+def _place(dataset: str) -> Path:
+    """Where a data set is, however its name is written."""
+    return Path(dataset).expanduser().resolve()
 
 
 def shuffled(keys: set[str], seed: int) -> list[str]:

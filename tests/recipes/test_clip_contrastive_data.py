@@ -210,6 +210,7 @@ def test_names_of_shards_that_would_lose_a_pair_are_refused(pictures: str, tmp_p
         ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on, got 0.5 and 0.5"),
         ({"skip_unreadable": True, "check_images": False}, "skip_unreadable needs check_images"),
         ({"validation_dataset": "missing.tsv"}, "missing.tsv.*no such file"),
+        ({"dataset": "data.csv", "test_dataset": "./data.csv"}, "test_dataset='./data.csv' is what is trained on"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str, clip: Any, pictures: str) -> None:
