@@ -266,7 +266,9 @@ def _differences(name: str, before: Any, now: Any) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in dict.fromkeys([*before, *now]):
-            found += _differences(f"{name}.{key}", before.get(key), now.get(key))
+            # What a run started from is of no account any more: its checkpoint holds all that it took over.
+            if key != "start_from":
+                found += _differences(f"{name}.{key}", before.get(key), now.get(key))
         return found
     return (
         [] if before is None or before == now else [f"{name.replace('.init_args', '')} {before!r} there, {now!r} here"]

@@ -183,7 +183,7 @@ def test_only_a_fit_reads_the_folder_and_a_resumed_one_may_leave_it_out(mnli: st
     checkpoint = f"--ckpt_path={saver.last_model_path}"
     for command in ("validate", "test"):
         run(command, roberta, glue, "rte", *options, checkpoint)
-    resumed = run("fit", roberta, glue, "rte", checkpoint, "--trainer.max_epochs=2")
+    resumed = run("fit", roberta, glue, "rte", options[1], checkpoint, "--trainer.max_epochs=2")
     assert resumed.trainer.current_epoch == 2
 
 
