@@ -50,7 +50,7 @@ def assert_untouched(folder: Path, files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("front_end", ["efmlora", "module"])
-@pytest.mark.parametrize("by", [{"train_time_interval": timedelta(0)}, {"every_n_train_steps": 3}])
+@pytest.mark.parametrize("by", [{"train_time_interval": timedelta(microseconds=1)}, {"every_n_train_steps": 3}])
 def test_both_kinds_of_optimization_save_within_an_epoch(tmp_path: Path, front_end: str, by: dict[str, Any]) -> None:
     module, callbacks, kwargs = build(front_end)
     with warnings.catch_warnings():
