@@ -97,29 +97,21 @@ def is_of_empty_file(error: Exception) -> bool:
     return isinstance(error, StopIteration) or "corresponds to no data" in str(error)
 
 
-def csv_options(files: str, cache_dir: str | None = None) -> dict[str, Any]:
+def csv_options(files: str | list[str], cache_dir: str | None = None) -> dict[str, Any]:
     """Options of ``datasets.load_dataset`` by which a CSV file's values stay the texts that they are.
 
     pandas, which reads the file, would make 3.5 of the answer "3.50" and 7 of the class "007". It would judge a column
     by its first 10,000 rows, and take the words None, NA, null and nan for nothing.
 
     Args:
-        files: the file, as ``data_files`` takes it.
+        files: the file, or several of the same columns, as ``data_files`` takes them.
         cache_dir: of `datasets`; None is its own.
 
     Raises:
         ValueError: the first row has more values than the header has names, or semicolons or tabs separate the columns.
     """
     first_row = datasets.load_dataset("csv", data_files=files, split="train", cache_dir=cache_dir, nrows=1)
-    return texts_of_csv(first_row.column_names)
-
-
-def texts_of_csv(names: Sequence[str]) -> dict[str, Any]:
-    """Options as of :func:`csv_options`, from the names of the columns as `datasets` reads them.
-
-    Raises:
-        ValueError: as there.
-    """
+    names = first_row.column_names
     named = [name for name in names if name != "__index_level_0__"]
     if len(named) == 1 and ";" in named[0]:
         raise ValueError("its columns are separated by semicolons: save it with commas")

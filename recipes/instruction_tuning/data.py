@@ -116,6 +116,8 @@ class InstructionData(ResumableData):
                 continue
             if is_packaged(self.dataset) and table_ending(own) is None:
                 problems.append(f"{part}_split={own!r}: packaged tasks have no other splits, give a file or a share")
+            if own == self.split and table_ending(self.dataset) is None:
+                problems.append(f"{part}_split={own!r} is the split that is trained on")
         return problems + split_problems(self.dataset, self.own_splits.values())
 
     @override

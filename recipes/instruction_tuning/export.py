@@ -16,9 +16,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from recipes.instruction_tuning.model_card import model_card
-from recipes.language.export import base_of, merged, run_settings, with_adapter
+from recipes.language.export import config_of, merged, with_adapter
 from recipes.language.model import DType, load_pretrained, load_tokenizer
 from recipes.language.templates import read_template
+from recipes.shared.configs import settings_of_run
 from recipes.shared.files import refuse_unless_new
 
 
@@ -35,10 +36,10 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
         MisconfigurationException: there is no adapter, the base can't be loaded or is another model, the folder holds
             something already, or the merged weights are not finite.
     """
-    named = base_of(adapter)
+    config = config_of(adapter)
     refuse_unless_new(to)
-    base = base or named
-    run = run_settings(adapter)
+    base = base or str(config.base_model_name_or_path)
+    run = settings_of_run(adapter)
     model = load_adapted(base, adapter, dtype)
     whole = merged(model, adapter)
     whole.save_pretrained(to)

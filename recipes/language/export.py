@@ -1,16 +1,15 @@
-"""What the exports of the language recipes share: an adapter on its base, and the settings of its run."""
+"""What the exports of the language recipes share: an adapter on its base, and in its weights."""
 
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
 
-def base_of(adapter: Path) -> str:
-    """The name of the model that an adapter names as its base.
+def config_of(adapter: Path) -> PeftConfig:
+    """The configuration of an adapter, which names its base.
 
     Raises:
         MisconfigurationException: the folder holds no adapter.
@@ -19,17 +18,7 @@ def base_of(adapter: Path) -> str:
         raise MisconfigurationException(
             f"{adapter} holds no adapter_config.json: give the folder beside a checkpoint, such as checkpoints/last"
         )
-    return str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
-
-
-def run_settings(adapter: Path) -> dict[str, Any]:
-    """The settings of the run that an adapter is from; empty where the folder lies outside of a run."""
-    path = adapter.resolve().parent.parent / "config.yaml"  # of runs/…/version_N/checkpoints/NAME
-    if not path.is_file():
-        return {}
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
-    return settings if is_of_run else {}  # another program may have a file of that name
+    return PeftConfig.from_pretrained(str(adapter))
 
 
 def with_adapter(base: nn.Module, adapter: Path) -> PeftModel:

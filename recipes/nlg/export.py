@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from recipes.language.export import base_of, merged, run_settings, with_adapter
+from recipes.language.export import config_of, merged, with_adapter
 from recipes.language.joint_attention import join_attention, split_attention
 from recipes.language.model import load_base, load_tokenizer
+from recipes.shared.configs import settings_of_run
 from recipes.shared.files import refuse_unless_new
 
 _CLOSE = 1e-2  # of logits in float32; a weight in the wrong place changes them by more
@@ -55,13 +55,13 @@ def export(adapter: Path, folder: Path, model: str | None = None) -> float:
         MisconfigurationException: there is no such adapter or model, they don't belong together, the folder holds
             something, a merged weight is not finite, or the written model is another one.
     """
-    named = base_of(adapter)
+    config = config_of(adapter)
     refuse_unless_new(folder)
-    name = model or named
-    run = run_settings(adapter)
+    name = model or str(config.base_model_name_or_path)
+    run = settings_of_run(adapter)
     base: Any = load_base(name, "float32", None, run.get("model", {}).get("init_args", {}).get("model_config"))
     # The adapter names q_proj and v_proj, which a plain GPT-2 does not have.
-    split_attention(base, PeftConfig.from_pretrained(str(adapter)).target_modules)
+    split_attention(base, config.target_modules)
     try:
         net = with_adapter(base, adapter).eval()
     except MisconfigurationException as error:

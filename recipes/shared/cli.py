@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.shared.configs import check_config_files, shipped_configs
+from recipes.shared.configs import check_config_files, settings_of_run, shipped_configs
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import ProgressLines, is_live
 from recipes.shared.training import RecipeModule
@@ -176,11 +176,10 @@ class RecipeCLI(LightningCLI):
 
     def _warn_of_other_settings(self, checkpoint: Path) -> None:
         """Name what a checkpoint's run had otherwise in model and data: the newest may be one of another data set."""
-        file = checkpoint.resolve().parent.parent / "config.yaml"
-        config = file.read_text(encoding="utf-8") if checkpoint.is_file() and file.is_file() else ""
-        if not config.startswith("# lightning.pytorch=="):  # a file of that name which is no run's
+        # "hpc" and addresses are no files of a run.
+        before = settings_of_run(checkpoint) if checkpoint.exists() else {}
+        if not before:
             return
-        before = yaml.safe_load(config)
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences: list[str] = []
         for section in ("model", "data"):

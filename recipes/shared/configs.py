@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -50,6 +51,24 @@ def shipped_configs() -> str:
     lines = [f"  {folder}: {', '.join(names)}" for folder, names in by_folder.items()]
     rule = "The first --config is a recipe's base.yaml; a method, data and a strategy are laid over it. There are, in"
     return "\n".join([f"{rule} {RECIPES.parent}:", *lines])
+
+
+def settings_of_run(saved: Path) -> dict[str, Any]:
+    """The settings of a run, as LightningCLI has written them; empty where there are none.
+
+    Args:
+        saved: a checkpoint of the run, or the folder beside it: ``runs/.../version_N/checkpoints/NAME``.
+    """
+    path = saved.resolve().parent.parent / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}
+    # Another program may have a file of that name.
+    is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
+    return settings if is_of_run else {}
 
 
 def check_config_files(arguments: Sequence[str]) -> None:

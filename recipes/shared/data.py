@@ -13,7 +13,7 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_flatlora.report.data import csv_options, is_of_empty_file, texts_of_csv
+from lightning_flatlora.report.data import csv_options, is_of_empty_file
 from recipes.shared.table_files import (
     FORMATS,
     files_of_csv_folder,
@@ -62,9 +62,7 @@ def read_table(
         csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
         if csv_files:
             parts = {split.partition("[")[0]: csv_files}
-            first_row = datasets.load_dataset("csv", data_files=parts, split=next(iter(parts)), nrows=1)
-            options = texts_of_csv(first_row.column_names)
-            return datasets.load_dataset("csv", data_files=parts, split=split, **options)
+            return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
         return datasets.load_dataset(name, config_name, split=split, revision=revision)
     except MisconfigurationException:
         raise

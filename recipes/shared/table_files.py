@@ -48,8 +48,9 @@ def refuse_rows_by_key(name: str, path: Path) -> None:
     """Refuse a JSON object that holds rows by their ids, of which `datasets` would slowly make a column each."""
     with _opened(path) as file:
         first_line, more = file.readline(), file.read(1000)
-        is_of_lines = bool(more.strip()) and _is_json(first_line)
-        if is_of_lines or not _ROWS_BY_KEY.match(first_line + more):
+        if not _ROWS_BY_KEY.match(first_line + more):
+            return
+        if more.strip() and _is_json(first_line):  # lines of JSON
             return
         file.seek(0)
         try:
@@ -96,7 +97,7 @@ def with_dates_as_texts(table: Any, path: Path, code: str) -> Any:
     given = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns, "code": code}
     try:
         return datasets.Dataset.from_generator(_json_rows, gen_kwargs=given, features=features, split="train")
-    except datasets.exceptions.DatasetGenerationError:  # written over several lines in another way than as one list
+    except datasets.exceptions.DatasetGenerationError:  # several objects, each over several lines
         return table
 
 
@@ -115,12 +116,13 @@ def _with_texts_for_times(feature: Any) -> Any:
 
 
 def _json_rows(path: str, size: int, changed: int, code: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines, or of one that holds a list of them."""
+    """The rows of a file of JSON lines, or of one that holds a list of them or a single one."""
     with _opened(Path(path)) as file:
         first_line = file.readline()
         file.seek(0)
-        if not _is_json(first_line) or first_line.lstrip().startswith("["):
-            yield from json.load(file)
+        if first_line.lstrip().startswith("[") or not _is_json(first_line):
+            content = json.load(file)
+            yield from content if isinstance(content, list) else [content]
             return
         for line in file:
             if line.strip():

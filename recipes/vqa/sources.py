@@ -118,16 +118,17 @@ def _check_columns(name: str, columns: list[str], type_column: str | None) -> No
         missing.append("'answer' or 'answers'")
     if type_column is not None and type_column not in columns:
         missing.append(f"'{type_column}', which type_column names")
-    if missing:
-        raise MisconfigurationException(
-            f"dataset={name!r} has the columns {sorted(columns)}: it needs {', '.join(missing)}. "
-            + (
-                "The questions seem to be in a list within the file: write each as a row of its own, together with its "
-                "answers where these are in another file"
-                if _LISTS & set(columns)
-                else "rename_columns of `datasets` helps"
-            )
+    if not missing:
+        return
+    remedy = "rename_columns of `datasets` helps"
+    if _LISTS & set(columns):
+        remedy = (
+            "The questions seem to be in a list within the file: write each as a row of its own, together with its "
+            "answers where these are in another file"
         )
+    raise MisconfigurationException(
+        f"dataset={name!r} has the columns {sorted(columns)}: it needs {', '.join(missing)}. {remedy}"
+    )
 
 
 class _Converter:
@@ -194,7 +195,8 @@ def _answers(row: Row, where: str) -> list[str]:
                 f"{where}: an answer must be a text, or hold one as 'answer', got {answer!r}"
             )
         texts.append(answer["answer"] if isinstance(answer, dict) else answer)
-    return [_written(text).strip() for text in texts if text is not None and _written(text).strip()]
+    written = [_written(text).strip() for text in texts if text is not None]
+    return [text for text in written if text]
 
 
 def _choices(value: Any, where: str) -> list[str]:

@@ -68,7 +68,9 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, deca
         assert same(value, averages[f"net.{name.removesuffix('weight')}default.weight"])
     resumed, _, _ = build("plain")
     fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-6, atol=0)  # of the base an average, rounded
+    for name, weight in weights(whole).items():
+        rounding = 1e-6 if decay == 0.999 and "lora" not in name else 0.0  # of an average of the base
+        torch.testing.assert_close(weights(resumed)[name], weight, rtol=rounding, atol=0)
     ends = [torch.load(tmp_path / run / "step=12.ckpt") for run in ("1", "2")]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert same(ends[0][part], ends[1][part])

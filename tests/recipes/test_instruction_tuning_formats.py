@@ -195,6 +195,9 @@ def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) 
     data.setup("fit")
     assert len(data.parts["train"]) == 12
     assert asked(data.parts["validation"], tokenizer) == {"Why?", "Q 3!"}
+    data = InstructionData(mine, test_split=mine, tokenizer=tiny)
+    with pytest.raises(MisconfigurationException, match=r"mine.jsonl' is read from where the training data are"):
+        data.setup("fit")
     Path(other).write_text(json.dumps({"question": "Q3?", "answer": "b"}))
     data = InstructionData(mine, validation_split=other, test_share=0, tokenizer=tiny)
     with pytest.warns(UserWarning, match="1 of 1 questions are in the training split too"):
@@ -202,9 +205,8 @@ def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) 
 
 
 def test_wrong_splits_are_named(tiny: str, gsm8k: str) -> None:
-    data = InstructionData(gsm8k, validation_split="train", tokenizer=tiny)
-    with pytest.raises(MisconfigurationException, match="'train' is read from where the training data are"):
-        data.setup("fit")
+    with pytest.raises(MisconfigurationException, match="validation_split='train' is the split that is trained on"):
+        InstructionData(gsm8k, validation_split="train")
     with pytest.raises(MisconfigurationException, match="test_split='test': packaged tasks have no other splits"):
         InstructionData(test_split="test")
     with pytest.raises(MisconfigurationException, match="Config name is missing"):

@@ -102,10 +102,13 @@ def test_files_of_one_relative_name_are_two_files(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("own_datasets")
-def test_a_pretty_object_with_a_date_is_read_as_before(tmp_path: Path) -> None:
+def test_pretty_objects_with_dates_are_read(tmp_path: Path) -> None:
     file = tmp_path / "pretty.json"
-    file.write_text(json.dumps({"answer": "2020-01-01", "n": 1}, indent=2))
-    assert read_table(str(file), "train")["n"][:] == [1]
+    row = {"answer": "2020-01-01", "n": 1}
+    file.write_text(json.dumps(row, indent=2))
+    assert read_table(str(file), "train").to_list() == [row]
+    file.write_text(json.dumps(row, indent=2) + "\n" + json.dumps(row, indent=2))
+    assert read_table(str(file), "train")["n"][:] == [1, 1]
 
 
 @pytest.mark.usefixtures("own_datasets")

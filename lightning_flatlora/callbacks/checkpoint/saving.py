@@ -183,9 +183,10 @@ def _shortened(state: dict[str, Any], selection: Selection, is_average: bool) ->
     These are averages of weights that have never changed, and differ from them by the rounding of their updates alone.
     """
     named = {clean_name(name): value for name, value in state.items()}
-    sums = sums_of({name: named[name] for name in selection.left_out if isinstance(named[name], Tensor)})
-    for name, sum_of_bits in sums.items():
-        if is_average or sum_of_bits == selection.left_out[name]["sum"]:
+    of_base = {name: named[name] for name in selection.left_out if isinstance(named[name], Tensor)}
+    sums = {} if is_average else sums_of(of_base)
+    for name in of_base:
+        if is_average or sums[name] == selection.left_out[name]["sum"]:
             del named[name]
     shortened = {}
     for name, value in named.items():

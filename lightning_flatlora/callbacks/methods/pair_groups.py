@@ -61,9 +61,11 @@ class PairGroup:
 
     def look_for_gradients(self, is_sharded: bool) -> None:
         """Count a step in which no pair has a gradient, until one has."""
+        if self.missed_steps is None:
+            return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
         # Where all pairs are frozen, nobody expects one.
-        if self.missed_steps is None or not trained:
+        if not trained:
             return
         if self.perturbation is not None:
             has_gradient = self.perturbation.has_gradient
