@@ -121,6 +121,13 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
                     faults.append(f"line {rows.line_num} has more columns than the first line")
                     continue
                 image, caption = (row[image_column] or "").strip(), (row[caption_column] or "").strip()
+                if "\t" in caption and "\n" in caption:
+                    # Whole lines, each with an image, would be lost in it.
+                    faults.append(
+                        f"line {rows.line_num} ends a caption that began lines before it with a quotation mark (a "
+                        'caption such as "Stop" says the sign has to be written """Stop"" says the sign")'
+                    )
+                    continue
                 if image and caption:
                     # Without "./", since an image under two names would be two.
                     captions.setdefault(os.path.normpath(image), []).append(caption)
@@ -239,12 +246,25 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
                         captions[key] = lines_of(file.read().decode("utf-8-sig"))
                 elif Path(name).suffix.lower() in IMG_EXTENSIONS:
                     others.append((member.name, key))
+            names = archive.getnames()
+            if names and not _ends_here(archive, shard):
+                faults.append(f"there is no end of an archive after {names[-1]}: it has been cut off")
     except (tarfile.TarError, UnicodeDecodeError) as error:
         raise MisconfigurationException(
             f"{shard} can't be read as an uncompressed .tar with texts in UTF-8: {error}"
         ) from error
     faults += [f"the key of {name} ends at the first dot, {key}" for name, key in others if key not in images]
     return images, captions, faults
+
+
+def _ends_here(archive: tarfile.TarFile, shard: Path) -> bool:
+    """Whether the block after the last member is the zeros that end an archive.
+
+    Where it is anything else, the shard was cut off or damaged there, which tarfile takes for the end without a word.
+    """
+    with shard.open("rb") as file:
+        file.seek(archive.offset)
+        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
 
 
 def expanded(pattern: str) -> Iterator[str]:

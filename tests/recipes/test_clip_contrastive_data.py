@@ -1,6 +1,7 @@
 """Where images and captions come from, their parts, and their batches."""
 
 import csv
+import io
 import random
 import shutil
 import tarfile
@@ -129,6 +130,21 @@ def test_faults_of_a_table_are_named(rows: Any, header: Any, message: str, write
         sources.load(write_table(rows, header=header))
 
 
+def test_a_quotation_mark_at_the_start_of_a_caption_swallows_no_lines(pictures: str, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).symlink_to(Path(pictures) / "red-circle.png")
+    table = tmp_path / "table.tsv"
+    # As a reader of tables takes it, the caption of a.png goes on to the end of b.png's line.
+    table.write_text('image\tcaption\na.png\t"Stop says the sign\nb.png\ta sign that says "Stop"\nc.png\tx\n')
+    with pytest.raises(MisconfigurationException, match=r"can't be read as a table"):
+        sources.load(str(table))
+    table.write_text('image\tcaption\na.png\t"Stop says the sign\nb.png\tthe sign says Stop"\nc.png\tx\n')
+    with pytest.raises(MisconfigurationException, match=r"line 3 ends a caption that began lines before"):
+        sources.load(str(table))
+    table.write_text('image\tcaption\na.png\t"""Stop"" says\nthe sign"\nb.png\tx\n')
+    assert described(str(table)) == {"a": ('"Stop" says\nthe sign',), "b": ("x",)}
+
+
 def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -180,6 +196,25 @@ def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
     message = r"some/red-circle has no .txt; .*blank has a .txt, but no image; .*blank.txt is empty"
     with pytest.raises(MisconfigurationException, match=message):
         sources.load("bare.tar")
+
+
+@pytest.mark.parametrize("kept", [512 * 2, 512 * 2 + 100, 512 * 3])
+def test_a_shard_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as archive:
+        for name in ("a.png", "a.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"abc"))
+    whole = shard.read_bytes()
+    assert len(sources.load(str(shard))) == 1
+    # After the first member, within the second one's header, or after it: archives end with zeros.
+    shard.write_bytes(whole[:kept])
+    with pytest.raises(MisconfigurationException, match=r"no end of an archive after a\.png|unexpected end of data"):
+        sources.load(str(shard))
+    shard.write_bytes(whole[:2048])
+    with pytest.raises(MisconfigurationException, match=r"no end of an archive after a\.txt: it has been cut off"):
+        sources.load(str(shard))
 
 
 def test_names_of_shards_that_would_lose_a_pair_are_refused(pictures: str, tmp_path: Path) -> None:
