@@ -164,7 +164,8 @@ def _radius(point: Point) -> Values:
 def _gradient_residual(point: Point) -> Values:
     residuals = []
     for pair in point.pairs:
-        if pair.learns_A:
+        # A pair rests once its B is frozen in mid-fit.
+        if pair.learns_A and pair.B.requires_grad:
             A, B = pair.matrices()
             grad_A = rows_of(point.gradient.of(pair.A), pair.A_rows).flatten(1)
             grad_B = rows_of(point.gradient.of(pair.B), pair.B_rows).flatten(1)

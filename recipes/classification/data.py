@@ -19,7 +19,7 @@ from recipes.classification.labels import class_labels, class_names, draw_shots,
 from recipes.classification.prompts import Prompt
 from recipes.language import texts
 from recipes.language.batches import LengthBatchSampler, pad, padding_id
-from recipes.language.data import read_prompts
+from recipes.language.data import read_prompts, token_keys
 from recipes.shared.data import (
     columns,
     is_packaged,
@@ -32,6 +32,7 @@ from recipes.shared.data import (
     refuse_training_data,
     remedy_of_empty,
     split_problems,
+    warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.table_files import FORMATS, table_ending
@@ -186,6 +187,10 @@ class TextData(ResumableData):
         for part in wanted:
             rows = self.parts[part]
             self.parts[part] = mapped(rows, encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
+        if stage == "fit":
+            trained = token_keys(self.parts["train"])
+            for part in self.validation_parts:
+                warn_of_training_data(part, token_keys(self.parts[part]), trained, "texts")
 
     def _set_up_prediction(self) -> None:
         if not self.regression:

@@ -16,7 +16,7 @@ from recipes.clip.images import blind_skips, readable
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.sources import Picture
-from recipes.shared.data import refuse_bad_settings
+from recipes.shared.data import refuse_bad_settings, warn_of_training_data
 from recipes.shared.ranks import rank
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
@@ -105,6 +105,9 @@ class ContrastiveData(ResumableData):
         for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
+        if stage == "fit":
+            trained, held_out = ([str(each.file) for each in self.parts[part]] for part in PARTS_OF_STAGE["fit"])
+            warn_of_training_data("validation", held_out, trained, "images")
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not self.parts[part]:
             raise MisconfigurationException(f"nothing to evaluate: set {part}_dataset, or {part}_share above 0")

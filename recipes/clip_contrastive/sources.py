@@ -109,6 +109,7 @@ def _local(dataset: str, image_column: str, caption_column: str) -> list[Picture
 
 def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
     captions: dict[str, list[str]] = {}
+    files: dict[str, Path] = {}
     faults = []
     try:
         # Tables from Excel begin with a byte order mark, which would be part of the first column's name.
@@ -129,8 +130,11 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
                     )
                     continue
                 if image and caption:
-                    # Without "./", since an image under two names would be two.
-                    captions.setdefault(os.path.normpath(image), []).append(caption)
+                    file = path.parent / Path(image).expanduser()
+                    # However it is written, since an image under two names would be two.
+                    key = os.path.relpath(file, path.parent)
+                    files.setdefault(key, file)
+                    captions.setdefault(key, []).append(caption)
                 else:
                     empty = caption_column if image else image_column
                     faults.append(f"line {rows.line_num} has an empty {empty!r}")
@@ -138,9 +142,8 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
         line = f" (near line {rows.line_num})" if isinstance(error, csv.Error) else ""
         raise MisconfigurationException(f"{path} can't be read as a table in UTF-8: {error}{line}") from error
     _refuse(path, faults)
-    files = {image: path.parent / Path(image).expanduser() for image in captions}
     _refuse(path, [f"there is no {file}" for file in files.values() if not file.is_file()])
-    return [Picture(files[image], tuple(texts), image) for image, texts in captions.items()]
+    return [Picture(files[key], tuple(texts), key) for key, texts in captions.items()]
 
 
 def _check_columns(path: Path, header: Iterable[str], image_column: str, caption_column: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -27,6 +27,7 @@ from recipes.shared.data import (
     refuse_training_data,
     remedy_of_empty,
     split_problems,
+    warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.table_files import table_ending
@@ -214,13 +215,7 @@ class InstructionData(ResumableData):
             chosen = [i for i, key in enumerate(table["key"]) if part_of(key, self.shares) == part]
             return table.select(chosen)
         rows = self._read(own)
-        trained = set(table["key"])
-        repeated = sum(key in trained for key in rows["key"])
-        if repeated:
-            rank_zero_warn(
-                f"{part}_split={own!r}: {repeated} of {len(rows)} questions are in the training split too, so that "
-                "this part measures partly what was learnt by heart"
-            )
+        warn_of_training_data(f"{part}_split={own!r}", rows["key"][:], table["key"][:], "questions")
         return rows
 
     def _read(self, split: str) -> Any:

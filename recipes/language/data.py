@@ -1,9 +1,10 @@
-"""What data modules of texts have in common: the tokenizer, and the file of prompts for `predict`."""
+"""What data modules of texts have in common: the tokenizer, keys of rows, and the file of prompts for `predict`."""
 
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import AutoTokenizer
 
 from recipes.shared.files import read_lines
@@ -26,6 +27,23 @@ def tokenizer_of(data: L.LightningDataModule, name: str | None) -> Any:
     return data.trainer.lightning_module.tokenizer
 
 
+def token_keys(rows: Any) -> list[int]:
+    """A key of each row of a table with ``input_ids``; rows with equal tokens have equal keys.
+
+    Example:
+        >>> import datasets
+        >>> first, second, third = token_keys(datasets.Dataset.from_dict({"input_ids": [[1, 2], [3], [1, 2]]}))
+        >>> first == third, first == second
+        (True, False)
+    """
+    keys: list[int] = []
+    if len(rows):  # a table without rows has no columns
+        for batch in rows.select_columns("input_ids").iter(batch_size=1000):
+            # Numbers in place of the tokens, which may take gigabytes.
+            keys += [hash(tuple(ids)) for ids in batch["input_ids"]]
+    return keys
+
+
 def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[str]:
     """The lines of a text file, without blank ones.
 
@@ -43,7 +61,11 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
         lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"{option}={path!r} can't be read: {error}") from error
+    lines = "\n".join(lines).rstrip().split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise MisconfigurationException(f"{option}={path!r} holds no {kind}: write one a line")
+    if len(prompts) < len(lines):
+        # What is written for them is numbered without these.
+        rank_zero_info(f"{option}={path!r}: {len(lines) - len(prompts)} of {len(lines)} lines are blank and left out")
     return prompts

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from recipes.language.batches import Batch, LengthBatchSampler, pad, padding_id
 from recipes.language.chat import IGNORED
-from recipes.language.data import read_prompts, tokenizer_of
+from recipes.language.data import read_prompts, token_keys, tokenizer_of
 from recipes.nlg.encoding import PairEncoder
 from recipes.nlg.sources import Columns, Pair, grouped, read_pairs, read_source
 from recipes.shared.data import (
@@ -25,6 +25,7 @@ from recipes.shared.data import (
     refuse_training_data,
     remedy_of_empty,
     split_problems,
+    warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.text_metrics import normalized
@@ -118,6 +119,9 @@ class MeaningData(ResumableData):
             self.parts[part] = self._encoded(part, pairs)
             if part != "train":
                 self.meanings[part] = self._prompts(pairs)
+        if stage == "fit":
+            keys = {part: token_keys(self.parts[part]) for part in ("train", "validation")}
+            warn_of_training_data("validation", keys["validation"], keys["train"], "texts and their meanings")
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest pair, and of the longest prompt that a text is written for."""

@@ -28,6 +28,10 @@ _SWITCHES = {
     "enable_model_summary": ModelSummary,
 }
 
+_STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+_NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
+"""Callbacks of the package that leave the training as it is."""
+
 
 class RecipeParser(LightningArgumentParser):
     """Lightning's parser, which names the shipped configurations in its help and where one is missing."""
@@ -56,7 +60,8 @@ class RecipeCLI(LightningCLI):
 
     ``--optimizer`` and ``--lr_scheduler`` each replace their own part of what the recipe trains with. ``--ckpt_path
     last`` is the newest last checkpoint of the runs that log into the same folder, and an error if there is none. Where
-    that run had other settings of the model or the data, a warning names them.
+    that run had other settings of the model or the data, a warning names them; a fit names those of the method, the
+    optimizer, the precision, accumulation and clipping, too.
     Switching the progress bar, the checkpoints or the model summary off drops the callbacks that the configuration
     lists for them.
 
@@ -175,15 +180,19 @@ class RecipeCLI(LightningCLI):
             self._warn_of_other_settings(Path(settings.ckpt_path))
 
     def _warn_of_other_settings(self, checkpoint: Path) -> None:
-        """Name what a checkpoint's run had otherwise in model and data: the newest may be one of another data set."""
+        """Name what a checkpoint's run had otherwise: the newest may be one of other data, or of another rho."""
         # "hpc" and addresses are no files of a run.
         before = settings_of_run(checkpoint) if checkpoint.exists() else {}
         if not before:
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences: list[str] = []
-        for section in ("model", "data"):
+        # An evaluation needs neither an optimizer nor a method.
+        sections = ("model", "data", "optimizer", "lr_scheduler") if self.subcommand == "fit" else ("model", "data")
+        for section in sections:
             differences += _differences(section, before.get(section), now.get(section))
+        if self.subcommand == "fit":
+            differences += _differences("trainer", _of_a_step(before), _of_a_step(now))
         if differences:
             rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
 
@@ -272,6 +281,19 @@ def _differences(name: str, before: Any, now: Any) -> list[str]:
     return (
         [] if before is None or before == now else [f"{name.replace('.init_args', '')} {before!r} there, {now!r} here"]
     )
+
+
+def _of_a_step(settings: dict[str, Any]) -> dict[str, Any]:
+    """The Trainer's settings that change what a step does; the method has its name, or "none" where there is none."""
+    trainer = settings.get("trainer") or {}
+    chosen = {name: trainer.get(name) for name in _STEP_SETTINGS}
+    callbacks = trainer.get("callbacks") or []
+    methods = {}
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        package, _, name = callback["class_path"].rpartition(".")
+        if package.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS:
+            methods[name] = callback.get("init_args")
+    return {**chosen, "method": ", ".join(methods) or "none", **methods}
 
 
 def _problem_of(path: str | None) -> str | None:

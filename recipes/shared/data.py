@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_flatlora.report.data import csv_options, is_of_empty_file
 from recipes.shared.table_files import (
@@ -214,7 +214,7 @@ def refuse_training_data(data: object, name: str, training: str, own_splits: Ite
         name: of the data set; "{split}" in it stands for the split.
         training: the split that is trained on.
         own_splits: those of validation and test, or files; None takes a share, which is held out. Of slices such as
-            "train[:10%]" only equal ones are found.
+            "train[:10%]" only equal ones are found; :func:`warn_of_training_data` finds the others.
 
     Raises:
         MisconfigurationException: a part is read from where training is.
@@ -230,6 +230,29 @@ def refuse_training_data(data: object, name: str, training: str, own_splits: Ite
                 "or test_split, or null, which holds out a share"
             )
     refuse_bad_settings(data, {}, more=problems)
+
+
+def warn_of_training_data(part: str, keys: Collection[Hashable], trained: Collection[Hashable], what: str) -> None:
+    """Warn where a part repeats what is trained on, as a copied file and an overlapping slice do.
+
+    A warning and not an error, since many public data sets repeat a few of their texts.
+
+    Args:
+        part: its name, or what it is read from.
+        keys: of its rows: equal keys are the same to a model.
+        trained: the keys of the training data.
+        what: the keys stand for, in the plural.
+
+    Example:
+        >>> warn_of_training_data("validation", ["a"], ["b"], "texts")
+    """
+    known = set(trained)
+    repeated = sum(key in known for key in keys)
+    if repeated:
+        rank_zero_warn(
+            f"{part}: {repeated} of {len(keys)} {what} are in the training split too, so that this part measures "
+            "partly what was learnt by heart"
+        )
 
 
 def _place(name: str, split: str) -> Path | tuple[str, str]:

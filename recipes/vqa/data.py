@@ -24,6 +24,7 @@ from recipes.shared.data import (
     refuse_training_data,
     remedy_of_empty,
     split_problems,
+    warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.vqa import easy_vqa, sources
@@ -45,8 +46,9 @@ class VQAData(ResumableData):
         dataset: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:easy_vqa", "packaged:easy_vqa_plain"
             (without negation) or "packaged:easy_vqa_negated" (those with it). "{split}" stands for the split.
         split: for training.
-        validation_split: for validation; None takes ``validation_share`` of the training split's images.
-        test_split: for testing; None takes ``test_share``.
+        validation_split: for validation, or a file of its own; None takes ``validation_share`` of the training split's
+            images.
+        test_split: for testing, or a file of its own; None takes ``test_share``.
         config_name: which of a Hub data set's configurations; None where it has one.
         image_folder: where relative image paths start, None for the file's own folder; "{split}" stands for the split.
             In `predict`, which has no split, a folder of splits counts as None.
@@ -146,6 +148,9 @@ class VQAData(ResumableData):
         for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._encoded(part)
+        if stage == "fit" and self.validation_split is not None:
+            trained, held_out = (_question_keys(self.parts[part]) for part in ("train", "validation"))
+            warn_of_training_data("validation", held_out, trained, "questions about the same image")
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not len(self.parts[part]):
             raise MisconfigurationException(f"nothing to evaluate: set {part}_split, or {part}_share above 0")
@@ -282,6 +287,15 @@ def _image_key(image: dict[str, Any] | None, folder: Path) -> str:
     if image["bytes"]:
         return hashlib.sha256(image["bytes"]).hexdigest()
     return Path(os.path.relpath(image["path"], folder)).as_posix()
+
+
+def _question_keys(rows: Any) -> list[int]:
+    """A key of each row's image, question and conversation before it."""
+    keys = []
+    for row in rows.select_columns(["image", "question", "history"]):
+        image = row["image"] or {"bytes": None, "path": ""}
+        keys.append(hash((image["bytes"] or os.path.abspath(image["path"]), row["question"], str(row["history"]))))
+    return keys
 
 
 def _pixel_problems(max_pixels: int | None, min_pixels: int | None) -> list[str]:

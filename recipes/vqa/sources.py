@@ -12,7 +12,14 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import is_packaged, mapped, packaged_names, read_table, say_what_is_left_out
+from recipes.shared.data import (
+    is_file,
+    is_packaged,
+    mapped,
+    packaged_names,
+    read_table,
+    say_what_is_left_out,
+)
 from recipes.shared.files import read_lines
 from recipes.vqa import easy_vqa
 from recipes.vqa.choices import MOST_CHOICES, letter
@@ -47,7 +54,7 @@ def load(
     Args:
         name: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:" and a task. "{split}" in it, and in
             ``image_folder``, stands for the split.
-        split: the split to read.
+        split: the split to read, or a file that is read in place of the data set.
         image_folder: where relative image paths start; None is the file's own folder.
         config_name: which of a Hub data set's configurations; None where it has one.
         type_column: the column with the questions' types; None takes the first of :data:`TYPE_COLUMNS` that is there.
@@ -57,7 +64,10 @@ def load(
         MisconfigurationException: there is no such file, data set, task, split or column, no row in it, or a row
             without question or answer.
     """
-    if is_packaged(name):
+    folder = image_folder_of(name, split, image_folder)
+    if is_file(split):
+        name = split
+    elif is_packaged(name):
         return datasets.Dataset.from_list(easy_vqa.load(name, split), features=FEATURES)
     name = name.replace("{split}", split)
     table = read_table(name, split, packaged_names(easy_vqa.TASKS), config_name)
@@ -67,7 +77,6 @@ def load(
     # Not decoded: an image is opened when its batch is made.
     if isinstance(table.features["image"], datasets.Image):
         table = table.cast_column("image", datasets.Image(decode=False))
-    folder = image_folder_of(name, split, image_folder)
     convert = _Converter(name, folder, table.column_names, type_column, prompt or Prompt())
     say_what_is_left_out(f"dataset={name!r}", table.column_names, convert.used)
     return mapped(
@@ -81,8 +90,9 @@ def load(
 
 
 def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
-    """Where relative image paths start: in the folder that is given, or in that of the data set's file."""
-    folder = Path(name).parent if image_folder is None else Path(image_folder)
+    """Where relative image paths start: in the folder that is given, or in that of the file which is read."""
+    file = split if is_file(split) else name
+    folder = Path(file).parent if image_folder is None else Path(image_folder)
     return Path(str(folder).replace("{split}", split)).expanduser()
 
 

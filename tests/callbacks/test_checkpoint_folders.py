@@ -89,6 +89,22 @@ def test_a_users_folder_of_the_checkpoints_name_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", folder.name, Path(save.best_model_path).name])
 
 
+def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who deletes the large files and keeps the small folders may train again into the same place."""
+    train(tmp_path, saver(tmp_path))
+    for file in tmp_path.glob("*.ckpt"):
+        file.unlink()
+    kept = {path: load_file(path / WEIGHTS) for path in tmp_path.iterdir()}
+    assert len(kept) > 1
+    with caplog.at_level("INFO"):
+        train(tmp_path, saver(tmp_path, save_top_k=1, monitor="step", mode="max"))
+    for path, weights_before in kept.items():
+        assert same(load_file(path / WEIGHTS), weights_before)
+    (file,) = tmp_path.glob("*.ckpt")
+    assert adapter_folder(file).name == f"{file.stem}-adapter"
+    assert "is not of AdapterCheckpoint and stays as it is" in caplog.text
+
+
 def test_a_users_own_adapter_of_the_checkpoints_name_stays(tmp_path: Path) -> None:
     """It holds nothing but peft's files, and lies beside a checkpoint of ours from the second save on."""
     (tmp_path / "best").mkdir()

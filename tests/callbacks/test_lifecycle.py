@@ -22,7 +22,7 @@ from helpers import (
     weights,
 )
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -65,6 +65,52 @@ def test_a_second_fit_goes_on_with_the_schedule(tmp_path, front_end, schedule):
         assert sizes.sizes[6:] == pytest.approx([1 - step / 24 for step in range(6, 24)])
     else:
         assert sizes.sizes == pytest.approx([1.0] * 6 + [0.5] * 18)
+
+
+@pytest.mark.parametrize("between", ["validate", "resumed"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_second_fit_goes_on_whatever_was_loaded_before(tmp_path, front_end, between):
+    """Lightning still knows the last run's checkpoint when the second fit begins."""
+    module, callbacks, kwargs = build(front_end, rho=LinearRho(1.0, 0.0, total_steps=24))
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = fit(tmp_path, module, [*callbacks, saving], max_epochs=1, **kwargs)
+    last = tmp_path / "last.ckpt"
+    if between == "validate":
+        trainer.validate(module, make_loader(1), ckpt_path=last, verbose=False)
+    else:
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, make_loader(), make_loader(1), ckpt_path=last)
+    before = trainer.global_step
+    trainer.fit_loop.max_epochs = 3
+    sizes = Sizes()
+    trainer.callbacks.append(sizes)
+    trainer.fit(module, make_loader(), make_loader(1))
+    assert driver_of(trainer).step == 18
+    assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(before, 18)])
+
+
+def test_a_used_trainer_takes_no_count_from_a_checkpoint_of_plain_lora(tmp_path):
+    fit(tmp_path, Classifier(), [ModelCheckpoint(tmp_path, save_last=True)], max_epochs=1)
+    callback = EFMLoRA(LinearRho(1.0, 0.0, total_steps=24))
+    trainer = fit(tmp_path, Classifier(), [callback])
+    sizes = Sizes(callback)
+    trainer.callbacks.append(sizes)
+    trainer.fit(Classifier(), make_loader(), make_loader(1), ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 12
+    assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(6)])
+
+
+def test_a_second_fit_goes_on_after_a_finder_of_the_rate(tmp_path):
+    callback = EFMLoRA(LinearRho(1.0, 0.0, total_steps=24))
+    finder = LearningRateFinder(num_training_steps=5, min_lr=1e-3, max_lr=1e-2)
+    module = Classifier()
+    trainer = fit(tmp_path, module, [callback, finder], max_epochs=1)
+    trainer.callbacks.remove(finder)
+    trainer.fit_loop.max_epochs = 2
+    sizes = Sizes(callback)
+    trainer.callbacks.append(sizes)
+    trainer.fit(module, make_loader(), make_loader(1))
+    assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(6, 12)])
 
 
 def test_another_trainer_starts_anew(tmp_path):

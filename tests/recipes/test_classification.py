@@ -135,6 +135,17 @@ def test_equal_texts_are_in_one_part(tiny: str, write: Any) -> None:
     assert sum(len(rows) for rows in data.parts.values()) == 200
 
 
+def test_validation_on_training_data_is_noticed(tiny: str, animals: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.jsonl"
+    others = [json.dumps({"text": f"A cow number {i}", "label": "cat"}) for i in range(5)]
+    copy.write_text("\n".join([*Path(animals).read_text().splitlines()[:10], *others]))
+    options = ["--data.test_share=0", "--trainer.max_steps=1"]
+    with pytest.warns(UserWarning, match="validation: 10 of 15 texts are in the training split too"):
+        fit(tiny, animals, f"--data.validation_split={copy}", *options)
+    copy.write_text("\n".join(others))
+    fit(tiny, animals, f"--data.validation_split={copy}", *options)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

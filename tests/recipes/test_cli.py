@@ -337,6 +337,30 @@ def test_last_of_a_run_with_other_settings_is_named(config: str, tmp_path: Path)
     run("test", config, f"--ckpt_path={file}", "--model.learning_rate=0.2")  # an evaluation may be of other data
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_fit_that_goes_on_with_other_steps_is_named(config: str) -> None:
+    efmlora, quiet = "--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.enable_model_summary=false"
+    first = [
+        efmlora,
+        "--trainer.callbacks.rho=0.1",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.precision=32-true",
+    ]
+    run("fit", config, *first)
+    run("fit", config, *first, "--ckpt_path=runs/tiny/version_0/checkpoints/last.ckpt", "--trainer.max_epochs=2")
+    other = [efmlora, "--trainer.callbacks.rho=0.2", "--trainer.precision=bf16-mixed", quiet]
+    message = (
+        "settings: trainer.precision '32-true' there, 'bf16-mixed' here; trainer.accumulate_grad_batches 2 there, 1 "
+        "here; trainer.EFMLoRA.rho 0.1 there, 0.2 here"
+    )
+    with pytest.warns(UserWarning, match=message):
+        run("fit", config, *other, "--ckpt_path=last", "--trainer.max_epochs=3")
+    with pytest.warns(UserWarning, match="settings: trainer.method 'EFMLoRA' there, 'none' here"):
+        run("fit", config, "--trainer.precision=bf16-mixed", quiet, "--ckpt_path=last", "--trainer.max_epochs=4")
+    run("test", config, "--ckpt_path=last", "--trainer.precision=32-true")
+
+
 def test_a_folder_is_no_checkpoint(config: str, tmp_path: Path) -> None:
     run("fit", config)
     folder = "runs/tiny/version_0/checkpoints"

@@ -177,9 +177,10 @@ def test_what_systems_leave_in_folders_is_no_picture(pictures: str, tmp_path: Pa
 
 def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(Path(pictures) / "red-circle.png")
-    (tmp_path / "table.csv").write_text("image,caption\na.png,one\n./a.png,two\n")
+    absolute = tmp_path / "some" / ".." / "a.png"
+    (tmp_path / "table.csv").write_text(f"image,caption\na.png,one\n./a.png,two\n{absolute},three\n")
     (picture,) = sources.load(str(tmp_path / "table.csv"))
-    assert picture.captions == ("one", "two")
+    assert picture == sources.Picture(tmp_path / "a.png", ("one", "two", "three"), "a.png")
     assert sources.lines_of("one\u2028line\r\n\rtwo\n") == ("one\u2028line", "two")
 
 
@@ -305,7 +306,8 @@ def test_no_image_is_on_two_sides(clip: Any, pictures: str, write_table: Callabl
 
 def test_validation_may_be_given(clip: Any, pictures: str, write_table: Callable[..., str]) -> None:
     table = write_table([(str(Path(pictures) / "red-circle.png"), "a red circle")])
-    data = prepared(clip, "fit", pictures, validation_dataset=table, test_share=0.0)
+    with pytest.warns(UserWarning, match="validation: 1 of 1 images are in the training split too"):
+        data = prepared(clip, "fit", pictures, validation_dataset=table, test_share=0.0)
     assert len(data.parts["train"]) == 32
     assert len(data.parts["validation"]) == 1
     with pytest.raises(MisconfigurationException, match="set test_dataset, or test_share above 0"):

@@ -21,6 +21,19 @@ def test_a_prompt_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Pat
     assert read_prompts(str(path), "prompt") == ["one\u2028line", "another"]
 
 
+def test_blank_lines_between_prompts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is written for the prompts is numbered without them."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\none\n \ntwo\n\n", encoding="utf-8")
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        assert read_prompts(str(path), "prompt") == ["one", "two"]
+    assert "2 of 4 lines are blank and left out" in caplog.text
+    caplog.clear()
+    path.write_text("one\ntwo\n\n", encoding="utf-8")
+    read_prompts(str(path), "prompt")
+    assert not caplog.text
+
+
 def test_a_file_of_blank_lines_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n \n", encoding="utf-8")

@@ -67,7 +67,8 @@ def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: s
         path = tmp_path / "gem" / f"{split}.parquet"
         path.parent.mkdir(exist_ok=True)
         datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    data = prepared(model, str(path.parent), validation_split="validation", test_share=0.0)
+    with pytest.warns(UserWarning, match="4 of 11 texts and their meanings are in the training split too"):
+        data = prepared(model, str(path.parent), validation_split="validation", test_share=0.0)
     assert lines(data, "train") == [f"{meaning}{END} {texts[0]}{END}" for meaning, texts in meanings(0, 4)]
     assert data.meanings["validation"]["references"][:] == [texts for _, texts in meanings(0, 4)]
     assert len(data.parts["validation"]) == sum(len(texts) for _, texts in meanings(0, 4))
@@ -176,6 +177,16 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 def test_bad_rows_are_refused_before_training(model: str, jsonl: Any, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         prepared(model, jsonl(rows), validation_share=0.0, test_share=0.0, max_length=20)
+
+
+def test_validation_on_training_data_is_noticed(model: str, tmp_path: Path) -> None:
+    file, other = save_csv(tmp_path / "train.csv"), save_csv(tmp_path / "other.csv", 35, 37)
+    repeated = len(meanings(35, 36)[0][1])
+    number = repeated + len(meanings(36, 37)[0][1])
+    with pytest.warns(
+        UserWarning, match=rf"validation: {repeated} of {number} texts and their meanings are in the train"
+    ):
+        prepared(model, file, validation_split=other, test_share=0.0)
 
 
 def test_bad_files_are_refused_before_training(model: str, tmp_path: Path) -> None:

@@ -266,6 +266,16 @@ def test_a_split_that_a_file_does_not_have_is_found_before_training(tiny_vlm: st
         prepared("fit", tiny_vlm, dataset=drawn, validation_split="train")
 
 
+def test_validation_on_training_data_is_noticed(tiny_vlm: str, drawn: str) -> None:
+    copy = Path(drawn).with_name("copy.jsonl")
+    rows = [json.loads(line) for line in Path(drawn).read_text().splitlines()[:3]]
+    rows[0]["question"] = "Is this another question?"
+    copy.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="validation: 2 of 3 questions about the same image are in the training split"):
+        data = prepared("fit", tiny_vlm, dataset=drawn, validation_split=str(copy))
+    assert data.parts["validation"]["question"][:] == [row["question"] for row in rows]
+
+
 def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:
     data = prepared("test", tiny_vlm, dataset="packaged:easy_vqa_negated", test_split="test", check_images=False)
     rows = data.parts["test"]

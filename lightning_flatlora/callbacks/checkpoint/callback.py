@@ -123,8 +123,9 @@ class SavesAdapters(_Base):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         def write(checkpoint: dict[str, Any], path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._save_folder(trainer, checkpoint["state_dict"], path)
+            folder = self._save_folder(trainer, checkpoint["state_dict"], path)
             _save_file(checkpoint, path)
+            folders.confirm(folder)
 
         with written_as_adapter(trainer, write) as selection:
             super()._save_checkpoint(trainer, filepath)
@@ -137,17 +138,19 @@ class SavesAdapters(_Base):
             # Now, because ModelCheckpoint may remove the link's old target before it turns the link itself.
             self._link_checkpoint(trainer, filepath, self.last_model_path)
 
-    def _save_folder(self, trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    def _save_folder(self, trainer: Trainer, state: dict[str, Any], path: Path) -> Path:
         """peft's own format, in the folder beside a checkpoint that is about to be written."""
         module = twin_of(trainer.lightning_module)
         # peft may need more of the base, such as a resized embedding.
         if not is_sharded(trainer.strategy.model):
             # By PyTorch's method, since a module's own may leave entries out or name them otherwise.
             state = {**nn.Module.state_dict(module), **state}
+        folders.leave_to_user(path, self.FILE_EXTENSION)
         folder = self._folder(path)
         partial = folders.begin_folder(folder)
         save_adapters(module, state, partial, self.finder)
         folders.put_in_place(partial, folder, path)
+        return folder
 
     def _folder(self, path: Path) -> Path:
         folder = folders.adapter_folder(path, self.FILE_EXTENSION)

@@ -15,7 +15,7 @@ from typing import Any
 from lightning_flatlora.callbacks.checkpoint.loading import is_of_first_release
 
 LIST = ".adapter_checkpoint.json"
-"""In each folder: the name of its checkpoint, and its files."""
+"""In each folder: the name of its checkpoint, its files, and whether that checkpoint has been written since."""
 _PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
 
 
@@ -145,6 +145,34 @@ def put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
         (partial / name).replace(folder / name)
     _unlink(folder, old)
     shutil.rmtree(partial)
+
+
+def confirm(folder: Path) -> None:
+    """Note in a folder's list that its checkpoint is written."""
+    _replace_list(folder, {**_listed(folder), "has_checkpoint": True})
+
+
+def leave_to_user(checkpoint: Path, extension: str = ".ckpt") -> None:
+    """Give up the folder of a finished checkpoint whose file somebody has deleted, and kept the folder.
+
+    A folder whose file was never written is of a process that was killed, and stays ours.
+
+    Args:
+        checkpoint: a file that is about to be written.
+        extension: what to take off its name.
+    """
+    folder = existing_folder(checkpoint, extension)
+    if folder is None or folder.is_symlink() or checkpoint.exists():
+        return
+    content = _listed(folder)
+    if content.get("has_checkpoint"):
+        _replace_list(folder, {**content, "checkpoint": ""})
+
+
+def _replace_list(folder: Path, content: dict[str, Any]) -> None:
+    partial = aside(folder / LIST)
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(folder / LIST)
 
 
 def remove_folder(folder: Path) -> None:

@@ -124,9 +124,10 @@ class MethodCallback(ScheduledSize):
         refuse(self, strategies.problems_before_wrapping(trainer))
 
     def _continues(self, trainer: Trainer) -> bool:
-        """Whether this fit continues the last one of the same Trainer; a checkpoint brings its own count."""
+        """Whether this fit continues the last one of the same Trainer."""
+        # Not by trainer.ckpt_path, which is still that of the last run here: a checkpoint is restored after the setup.
         last = self._last_trainer() if self._last_trainer else None
-        return last is trainer and trainer.global_step > 0 and trainer.ckpt_path is None
+        return last is trainer and trainer.global_step > 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,6 +246,15 @@ class MethodCallback(ScheduledSize):
         states = checkpoint.get("callbacks", {})
         if self._is_alone is None and self.state_key in states and self.is_alone_in(trainer):
             states[type(self).__qualname__] = states.pop(self.state_key)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget how far the last fit came: the checkpoint brings its own count, or none if it is another method's."""
+        # Called in an evaluation too, after which a fit may go on from where the last one was.
+        if trainer.state.fn != "fit":
+            return
+        for pair_group in self.pair_groups:
+            pair_group.step, pair_group.initial_lr = 0, None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -99,9 +99,10 @@ class OnePassCallback(MethodCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self.step == 0 and self.main_group.pairs and not pl_module.automatic_optimization:
+        steps = [pair_group.step for pair_group in self.pair_groups if pair_group.pairs]
+        if steps and not any(steps) and not pl_module.automatic_optimization:
             rank_zero_warn(
-                f"{type(self).__name__} saw no optimizer step in this epoch, so nothing was perturbed: step the "
+                f"{type(self).__name__} has seen no optimizer step so far, so nothing was perturbed: step the "
                 "optimizer that self.optimizers() gives, not the one inside it"
             )
 

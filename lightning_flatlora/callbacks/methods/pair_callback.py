@@ -150,13 +150,16 @@ class PairCallback(Callback):
         """
         pair_group.look_for_gradients(self._is_sharded)
         if pair_group.missed_steps == MOST_MISSED_STEPS:
-            self._warn_of_missing_gradients()
+            self._warn_of_missing_gradients(pair_group)
 
-    def _warn_of_missing_gradients(self) -> None:
+    def _warn_of_missing_gradients(self, pair_group: PairGroup) -> None:
+        others = any(other.pairs for other in self.pair_groups if other is not pair_group)
+        of_which = f" of optimizer {pair_group.index}" if others else ""
         self._warn_once(
-            "no B of a pair has had a gradient in any step so far, so the method had no effect: the loss must depend "
-            "on what the adapted layers compute (not under torch.no_grad, not detached), and the gradients must still "
-            "be there in on_before_optimizer_step, which they are not where an optimizer steps inside backward"
+            f"no B of a pair{of_which} has had a gradient in any step so far, so the method had no effect there: the "
+            "loss must depend on what the adapted layers compute (not under torch.no_grad, not detached), and the "
+            "gradients must still be there in on_before_optimizer_step, which they are not where an optimizer steps "
+            "inside backward"
         )
 
     # -- the model may change
@@ -210,8 +213,9 @@ class PairCallback(Callback):
                 "no pair has been trained so far, so nothing was perturbed: every B is frozen or in no optimizer. "
                 "Those that are unfrozen and given to an optimizer later are perturbed from then on"
             )
-        if any(pair_group.missed_steps for pair_group in self.pair_groups):
-            self._warn_of_missing_gradients()
+        for pair_group in self.pair_groups:
+            if pair_group.missed_steps:
+                self._warn_of_missing_gradients(pair_group)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
