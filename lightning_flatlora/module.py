@@ -125,7 +125,7 @@ class FMLoRASteps(_Base):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
-        self._driver.has_reached_step = True
+        self._driver.has_reached_step = self._driver.has_reached_batch = True
         # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
         if takes_no_step(self.trainer):
             return recursive_detach(self.compute_loss(batch, batch_idx))

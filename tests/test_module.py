@@ -204,6 +204,20 @@ def test_a_training_step_around_ours_is_welcome(tmp_path):
     assert fit(tmp_path, module, [], max_epochs=1).global_step == 5
 
 
+class SkipsBatches(TwoPassClassifier):
+    """Leaves batches out before FMLoRAModule's step, which keeps no window then."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+def test_a_batch_that_is_skipped_around_ours_is_refused_in_a_window(tmp_path):
+    with pytest.raises(MisconfigurationException, match="Return None from compute_loss to skip a batch"):
+        fit(tmp_path, SkipsBatches(rho=0.1, accumulate_grad_batches=2), [])
+    trainer = fit(tmp_path, SkipsBatches(rho=0.1), [], max_epochs=1)
+    assert trainer.global_step == 3
+
+
 def test_automatic_optimization_is_refused(tmp_path):
     module = TwoPassClassifier(0.5)
     module.automatic_optimization = True

@@ -46,6 +46,35 @@ class LoggingTwoPass(Logging, TwoPassClassifier):
     pass
 
 
+class EndsEarly:
+    """Leaves out the last two batches of each epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        self.log("count", 1.0)  # type: ignore[attr-defined]
+        return -1 if batch_idx == 4 else None
+
+
+class EndsEarlyClassifier(EndsEarly, Classifier):
+    pass
+
+
+class EndsEarlyTwoPass(EndsEarly, TwoPassClassifier):
+    pass
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 6}], ids=["ended", "stopped"])
+@pytest.mark.parametrize("kind", ["epoch/1/-", "epoch/2/-", "epoch/1/count"])
+def test_an_epoch_that_a_hook_ends_early_is_one(tmp_path, kind, settings):
+    """Or is none, where the run was stopped within it, as under automatic optimization."""
+    rates = []
+    for module in (EndsEarlyClassifier(), EndsEarlyTwoPass(rho=0.0)):
+        module.scheduler = scheduled(kind)
+        trainer = fit(tmp_path, module, [], max_epochs=4, **settings)
+        rates.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
+    assert rates[0] == rates[1]
+    assert settings or rates[0][1] < module.lr
+
+
 @pytest.mark.parametrize(
     "kind",
     [

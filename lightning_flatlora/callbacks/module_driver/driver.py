@@ -28,7 +28,8 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
     Attributes:
         lr_schedulers: steps the module's LR schedulers, which Lightning does not under manual optimization.
         second_pass: lets the second pass of a step follow the first.
-        has_reached_step: whether a training_step of the user's own has called FMLoRAModule's.
+        has_reached_step: whether a training_step of the user's own has ever called FMLoRAModule's.
+        has_reached_batch: whether it has in this batch.
     """
 
     def __init__(self, *args: Any, window: int, step_problems: Sequence[str], **kwargs: Any) -> None:
@@ -45,6 +46,7 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
         super().begin()
         self.second_pass = SecondPass(nn.Module())
         self.has_reached_step = True
+        self.has_reached_batch = False
         self._efmlora: EFMLoRA | None = None
         self._sum: FreshPerturbation | None = None
         self._ascents = 0
@@ -237,15 +239,24 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
         # A step that returns nothing may have skipped its batch before it called super().
         if outputs:
             self._check_reached(pl_module)
+        reached, self.has_reached_batch = self.has_reached_batch, False
+        if not reached and self.window > 1:
+            # The gradients are reset in a window's first batch, and the step is taken in its last one.
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__}: with accumulate_grad_batches={self.window}, every batch must reach "
+                "FMLoRAModule.training_step, and one has not: either a training_step of yours returned before it called "
+                "super(), or the dataloader gave None. Return None from compute_loss to skip a batch"
+            )
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_reached(pl_module)
+        self.lr_schedulers.end_epoch(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.lr_schedulers.step_waiting(trainer)
+        self.lr_schedulers.begin_batch(trainer)
         # Here and not in begin_window, which runs inside the forward of a sharded model.
         if self._is_sharded and batch_idx % window_of(trainer) == 0:
             self.follow(trainer, pl_module)

@@ -29,6 +29,7 @@ class ManualSchedulers:
     def __init__(self) -> None:
         self._plateau: dict[int, dict[str, Any]] = {}
         self._waiting: list[tuple[str, int]] = []
+        self._is_in_epoch = False
         self._listening = ExitStack()
 
     def listen(self, pl_module: LightningModule, window: int) -> None:
@@ -80,9 +81,22 @@ class ManualSchedulers:
             interval: "step" or "epoch".
             index: of the batch or epoch, from 0.
         """
+        if interval == "epoch":
+            self._is_in_epoch = False
         self._step(trainer, interval, index, plateau=False)
         # Plateau schedulers need a metric that the validation after this step may be about to log.
         self._waiting.append((interval, index))
+
+    def begin_batch(self, trainer: Trainer) -> None:
+        """Step the plateau schedulers that wait, and expect the end of the epoch; before each batch."""
+        self.step_waiting(trainer)
+        self._is_in_epoch = True
+
+    def end_epoch(self, trainer: Trainer) -> None:
+        """Step what is due at an epoch's end, where its last batch was left out, as by an on_train_batch_start."""
+        # Not where the run was stopped within the epoch, nor where a resumed run has found it at its end.
+        if self._is_in_epoch and trainer.is_last_batch:
+            self.step(trainer, "epoch", trainer.current_epoch)
 
     def step_waiting(self, trainer: Trainer) -> None:
         """Step the plateau schedulers that became due, now that validation and epoch-end metrics are there."""
