@@ -1,6 +1,6 @@
 """Notice which tensors a pass writes, and give them back what they held."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,34 @@ class KeptValues:
         self._kept = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Write the values into the memory that the tensors had, which DDP and compiled graphs hold."""
+    def put_back(self, among: Container[int] | None = None) -> None:
+        """Write the values into the memory that the tensors had, which DDP and compiled graphs hold.
+
+        Args:
+            among: the identities of the tensors that are written; None writes all. The others are not touched, since
+                their memory may be read-only, as that of a file.
+        """
         for tensor, data, value in self._kept:
-            put_memory_back(tensor, data)
-            tensor.copy_(value)
+            if among is None or id(tensor) in among:
+                put_memory_back(tensor, data)
+                tensor.copy_(value)
+
+
+def that_fit(tensors: Iterable[Tensor], room: int) -> list[Tensor]:
+    """Those of some tensors that fit into a number of bytes, the first ones first, leaving out whichever does not.
+
+    Example:
+        >>> small, large, other = torch.ones(1), torch.ones(100), torch.ones(2)
+        >>> [tensor.numel() for tensor in that_fit([small, large, other], room=12)]
+        [1, 2]
+    """
+    fitting = []
+    for tensor in tensors:
+        # Only tensors of memory of their own are copied: sparse ones, and those on "meta", have none to count.
+        if tensor.layout == torch.strided and not tensor.is_meta and tensor.nbytes <= room:
+            room -= tensor.nbytes
+            fitting.append(tensor)
+    return fitting
 
 
 def put_memory_back(tensor: Tensor, data: Tensor) -> None:

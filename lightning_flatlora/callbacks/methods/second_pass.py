@@ -16,7 +16,10 @@ from torchmetrics import Metric
 from lightning_flatlora.callbacks.methods.training_step import own_containers, tensors_in
 from lightning_flatlora.callbacks.random_state import random_state
 from lightning_flatlora.callbacks.reachable import generators_in, state_restorer
-from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, writable_buffers
+from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, that_fit, writable_buffers
+
+_MOST_BYTES = 2**27
+"""Of the buffers and frozen parameters that are copied while nobody knows yet which of them the step writes."""
 
 
 class SecondPass:
@@ -26,8 +29,9 @@ class SecondPass:
     from those that the module keeps. What a step writes into buffers and frozen parameters (BatchNorm's statistics, a
     queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second
     pass begins with the buffers and frozen parameters that the first began with, so that both see the same loss
-    function, and the batch as it came. Only what a first pass has been seen to write is copied, so in the first step
-    alone the second pass begins with what the first has left.
+    function, and the batch as it came. From the second step on, only what a first pass has been seen to write is
+    copied. In the first step all of them are, up to 128 MB: of what is larger, such as a momentum encoder of a large
+    model, the second pass of that step begins with what the first has left.
 
     Numbers and collections that a step keeps on the module itself may belong to a single pass, so they are left alone.
     If both passes change one of them, a warning says so once. Parameters are not watched under FSDP, nor where they are
@@ -60,6 +64,7 @@ class SecondPass:
         self._written: set[int] = set()
         self._marks = Marks()
         self._batch_marks = Marks()
+        self._is_first_step = True
         self._writes_batch = False
         self._before = KeptValues()
         self._bound_before = _Bindings([])
@@ -88,8 +93,12 @@ class SecondPass:
             if not _tracks(owner):
                 read += of_owner
         self._marks = Marks([*buffers, *self._frozen])
-        # Of the others there may be too much to copy, such as a data set among the buffers.
-        self._before = KeptValues(tensor for tensor in [*read, *self._frozen] if id(tensor) in self._written)
+        # There may be too much to copy in every step, such as a data set among the buffers.
+        if self._is_first_step:
+            kept = that_fit([*read, *self._frozen], _MOST_BYTES)
+        else:
+            kept = [tensor for tensor in [*read, *self._frozen] if id(tensor) in self._written]
+        self._before = KeptValues(kept)
         self._bound_before = _Bindings(self._owners)
         self._updates_before = [(metric, metric.update_count) for metric in self._metrics]
         self._counts_before = _counts(self._pl_module) if self._may_warn else None
@@ -97,13 +106,14 @@ class SecondPass:
     def kept_batch(self, batch: Any) -> Any:
         """What the second pass gets in a batch's place, to be called before the first.
 
-        It has containers of its own. Once a first pass has been seen to write into a batch's tensors, as one that masks
-        tokens in place, the tensors are copies as well.
+        It has containers of its own. In the first step, and once a first pass has been seen to write into a batch's
+        tensors, as one that masks tokens in place, the tensors are copies as well.
         """
-        if self._writes_batch:
+        if not self._writes_batch:
+            # Those made in inference mode have no version by which a write can be noticed.
+            self._batch_marks = Marks(tensor for tensor in tensors_in(batch) if not tensor.is_inference())
+        if self._writes_batch or self._is_first_step:
             return own_containers(batch, Tensor.clone)
-        # Those made in inference mode have no version by which a write can be noticed.
-        self._batch_marks = Marks(tensor for tensor in tensors_in(batch) if not tensor.is_inference())
         return own_containers(batch)
 
     @contextmanager
@@ -126,7 +136,8 @@ class SecondPass:
         for put_back in self._random_states:
             put_back()
         self._bound_before.put_back()
-        self._before.put_back()
+        self._before.put_back(among=self._written)
+        self._is_first_step = False
         try:
             yield
         finally:

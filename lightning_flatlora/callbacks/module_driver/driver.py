@@ -243,8 +243,8 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
         if not reached and self.window > 1:
             # The gradients are reset in a window's first batch, and the step is taken in its last one.
             raise MisconfigurationException(
-                f"{type(pl_module).__name__}: with accumulate_grad_batches={self.window}, every batch must reach "
-                "FMLoRAModule.training_step, and one has not: either a training_step of yours returned before it called "
+                f"{type(pl_module).__name__}: with accumulate_grad_batches={self.window}, every batch must "
+                "reach FMLoRAModule.training_step, and one has not: a training_step of yours returned before it called "
                 "super(), or the dataloader gave None. Return None from compute_loss to skip a batch"
             )
 
