@@ -1,5 +1,6 @@
 """What a checkpoint holds beside adapters: everything that differs from what the base's own loader gives again."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,25 @@ class TrainsHeadInFirstEpoch(Classifier):
 
     def on_train_epoch_start(self) -> None:
         self.net.base_model.model.head.requires_grad_(self.current_epoch == 0)
+
+
+@pytest.fixture
+def swaps() -> Iterator[None]:
+    """Tensors move to a device by being swapped, as those of torchao always do."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swaps")
+def test_weights_can_be_moved_after_a_fit(tmp_path: Path) -> None:
+    module = module_of()
+    fit(tmp_path, module, [epochs(tmp_path)], max_epochs=1)
+    before = weights(module)
+    module.to(torch.float64).to(torch.float32)
+    assert same(before, weights(module))
+    fit(tmp_path, module, [epochs(tmp_path / "again")], max_epochs=1)
+    assert HEAD not in state(tmp_path / "again" / "epoch=0.ckpt")
 
 
 def test_a_head_that_was_trained_and_frozen_is_in_the_file(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ matter what has written to it: an optimizer, ``tensor.data``, or a layer that me
 What has differed once is in every file from then on, even after it was frozen, and so is what a loaded file held.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind
 from lightning_flatlora.callbacks.checkpoint.sparse import dense_parts
@@ -50,8 +49,9 @@ class BaseRecord:
         self.expected: dict[str, Fingerprint] = {}
         self.finder: Finder | None = None
         self._held: dict[str, tuple[bool, torch.Size]] = {}
-        # By the tensor, since its name changes when an adapter wraps its layer; weakly, so that it can be freed.
-        self._names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        # By the tensor's identity, since its name changes when an adapter wraps its layer. Not by a weak reference: a
+        # tensor that has one can't be moved to another device where PyTorch swaps tensors, as for those of torchao.
+        self._names: dict[int, str] = {}
 
     def start(self, entries: Mapping[str, Entry], whole: bool) -> None:
         """Take the fingerprints; what differs from those of an earlier fit counts as changed.
@@ -90,10 +90,13 @@ class BaseRecord:
 
     def _follow(self, base: Mapping[str, Tensor]) -> None:
         """Carry what is known of a tensor to its new name: an adapter that is added later renames what it wraps."""
+        before, self._names = self._names, {id(tensor): name for name, tensor in base.items()}
         for name, tensor in base.items():
-            old = self._names.get(tensor)
-            self._names[tensor] = name
-            if old in (None, name) or name in self.fingerprints:
+            old = before.get(id(tensor))
+            if old is None or name in self.fingerprints:
+                continue
+            # Another tensor has that name now, so this one only has the identity of one that is gone.
+            if old in base and base[old] is not tensor:
                 continue
             if old in self.fingerprints:
                 self.fingerprints[name] = self.fingerprints[old]
