@@ -130,10 +130,10 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
                     )
                     continue
                 if image and caption:
-                    file = path.parent / Path(image).expanduser()
+                    place = path.parent / Path(image).expanduser()
                     # However it is written, since an image under two names would be two.
-                    key = os.path.relpath(file, path.parent)
-                    files.setdefault(key, file)
+                    key = os.path.relpath(place, path.parent)
+                    files.setdefault(key, place)
                     captions.setdefault(key, []).append(caption)
                 else:
                     empty = caption_column if image else image_column

@@ -1,15 +1,20 @@
 """Schedules among a module's hyper-parameters: checkpoints load with weights_only, and loggers take them."""
 
+import pickle
 from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TwoPassClassifier, fit, make_loader, trainer_of
+from helpers import Classifier, TwoPassClassifier, fit, make_loader, make_net, trainer_of
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_flatlora import (
+    AdapterCheckpoint,
     ConstantRho,
     CosineRho,
     EFMLoRA,
@@ -49,6 +54,42 @@ class Module(TwoPassClassifier):
     def __init__(self, rho: RhoSchedule, name: str = "any") -> None:
         super().__init__(rho)
         self.save_hyperparameters()
+
+
+class OfModules(Classifier):
+    """As templates have it, whose configuration makes the network."""
+
+    def __init__(self, net: Any, settings: Any = None) -> None:
+        super().__init__(net=net)
+        self.save_hyperparameters(ignore=[] if settings is None else ["net"])
+
+
+@dataclass
+class Settings:
+    rate: float
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of:UserWarning")  # Lightning's own
+def test_a_network_among_the_hyperparameters_is_named_at_the_start(tmp_path: Path) -> None:
+    module = OfModules(make_net())
+    with pytest.warns(UserWarning, match=r"hold modules of 0\.0 MB, .* whole.*save_hyperparameters\(ignore=\['net'\]"):
+        fit(tmp_path, module, [AdapterCheckpoint(tmp_path)], max_epochs=1)
+    assert "net" in torch.load(next(tmp_path.glob("*.ckpt")), weights_only=False)["hyper_parameters"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+@pytest.mark.skipif("weights_only" not in signature(Trainer.fit).parameters, reason="this Lightning loads anything")
+def test_hyperparameters_that_pytorch_would_not_load_are_named_at_the_start(tmp_path: Path) -> None:
+    saver, last = AdapterCheckpoint(tmp_path, save_last=True), tmp_path / "last.ckpt"
+    with pytest.warns(UserWarning, match=r"hyper-parameters \['settings'\] of OfModules hold objects that PyTorch"):
+        fit(tmp_path, OfModules(make_net(), Settings(0.1)), [saver], max_epochs=1)
+    module = OfModules(make_net(), {"rate": 0.1})
+    saver = AdapterCheckpoint(tmp_path / "other")
+    with pytest.raises(pickle.UnpicklingError):
+        fit(tmp_path, module, [saver], ckpt_path=last)
+    trainer = trainer_of(tmp_path, [saver], max_epochs=2, limit_val_batches=0)
+    trainer.fit(module, make_loader(), make_loader(1), ckpt_path=last, weights_only=False)
+    assert trainer.global_step == 12
 
 
 SCHEDULES = [

@@ -112,6 +112,9 @@ def test_a_manual_module_that_passes_the_hooks_by_is_refused(tmp_path: Any) -> N
 
 def test_what_cannot_be_right_is_refused(tmp_path: Any) -> None:
     module = Classifier()
+    module.optimizer_class = type("DPOptimizer", (torch.optim.SGD,), {"__module__": "opacus.optimizers.optimizer"})
+    with pytest.raises(MisconfigurationException, match="which the privacy budget does not cover"):
+        fit(tmp_path, module, [EFMLoRA(0.5)])
     module.optimizer_class = torch.optim.LBFGS
     with pytest.raises(MisconfigurationException, match="LBFGS takes several gradients"):
         fit(tmp_path, module, [EFMLoRA(0.5)])

@@ -1,6 +1,9 @@
 """Tries, when the fit begins, whatever would fail at the first save, and leaves nothing behind."""
 
+import inspect
+import io
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.checkpoint.changes import record_of
@@ -43,6 +47,8 @@ def try_to_save(trainer: Trainer, folder: Path, selection: Selection, linked: bo
         if trainer.is_global_zero:
             for name, state in states:
                 _try_to_pickle(name, state)
+            for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
+                _warn_of_hyperparameters(owner)
             check_configs(twin_of(trainer.lightning_module))
             _try_the_disk(trainer, folder, selection, linked)
     except MisconfigurationException as error:
@@ -94,6 +100,40 @@ def _try_to_pickle(name: str, state: Any) -> None:
             f"AdapterCheckpoint: {name}{where} can't be pickled, so no checkpoint could be written: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _warn_of_hyperparameters(owner: Any) -> None:
+    """Name hyper-parameters that would make every file large, or that PyTorch would refuse to load."""
+    hparams = dict(owner.hparams) if owner is not None else {}
+    modules = {name: value for name, value in hparams.items() if isinstance(value, nn.Module)}
+    if modules:
+        size = sum(bytes_of(tensor) for module in modules.values() for tensor in module.state_dict().values())
+        rank_zero_warn(
+            f"AdapterCheckpoint: the hyper-parameters of {type(owner).__name__} hold modules of {size / 1e6:.1f} MB, "
+            "which go into every file whole, and the files then load with weights_only=False alone: use "
+            f"self.save_hyperparameters(ignore={list(modules)})"
+        )
+        return
+    refused = [name for name, value in hparams.items() if not _loads(value)]
+    # Earlier releases of Lightning load whatever is in a file.
+    if refused and "weights_only" in inspect.signature(Trainer.fit).parameters:
+        rank_zero_warn(
+            f"AdapterCheckpoint: the hyper-parameters {refused} of {type(owner).__name__} hold objects that PyTorch "
+            "loads only from a file that you trust. Give weights_only=False along with ckpt_path, or leave them out: "
+            f"self.save_hyperparameters(ignore={refused})"
+        )
+
+
+def _loads(value: Any) -> bool:
+    """Whether PyTorch loads a value from a file that need not be trusted."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
 
 
 def _first_that_fails(state: Any) -> str | None:

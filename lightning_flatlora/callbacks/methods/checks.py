@@ -104,6 +104,12 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
     problems = []
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         problems.append(f"LBFGS {SEVERAL_GRADIENTS}")
+    if any(_is_private(optimizer) for optimizer in optimizers):
+        problems.append(
+            "Opacus clips the gradient of each example and adds its noise inside the optimizer's step, and the "
+            "perturbation would be taken from the gradients before that, which the privacy budget does not cover: "
+            "train plain LoRA under Opacus"
+        )
     # Of several, the one that maximizes may train something else.
     groups = getattr(optimizers[0], "param_groups", []) if len(optimizers) == 1 else []
     if any(group.get("maximize") for group in groups):
@@ -112,6 +118,11 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
             "to the better side: return its negative as the loss, and minimize"
         )
     return problems
+
+
+def _is_private(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is one of Opacus, for differential privacy."""
+    return any(kind.__module__.split(".")[0] == "opacus" for kind in type(optimizer).__mro__)
 
 
 def written_name(callback: object) -> str:
