@@ -97,8 +97,8 @@ class LoopMethod(ABC):
         problems = watch.merge_problems()
         if assignment.orphans:
             problems.append(
-                f"trainable LoRA factors are not in the optimizer, as {assignment.orphans[0].name}: give them to it, "
-                "or freeze them"
+                f"trainable LoRA factors, such as {assignment.orphans[0].name}, are not in the optimizer: give them to "
+                "it, or freeze them"
             )
         if sizes.lacks_horizon(self.rho) and math.isinf(self._horizon):
             problems.append(f"rho={self.rho} spreads over the run, whose length a loop does not say: set total_steps")

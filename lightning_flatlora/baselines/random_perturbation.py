@@ -1,5 +1,6 @@
 """Flat-LoRA's random perturbation: fresh Gaussian noise on the whole weight in each step."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -7,7 +8,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.checks import integer_problems
 from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
-from lightning_flatlora.lora_pair import Finder, PairSearch
+from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.weight_noise import WeightNoise, derived_seed
 
@@ -85,7 +86,7 @@ class RandomPerturbation(OnePassCallback):
         self.noise = None
         if any(pair.B.requires_grad for pair in self.main_group.pairs):
             self.noise = WeightNoise(pl_module, self.adapter_name, finder=self.finder)
-            self.search = PairSearch(self.search.pairs, self.noise.left_out)
+            self.search = replace(self.search, left_out=self.noise.left_out)
 
     @override
     def perturbs(self, trainer: Trainer) -> bool:

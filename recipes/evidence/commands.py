@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         _show_plan(plan)
         return 0
-    print(f"Precision: {plan.settings['precision']}; --precision sets another", flush=True)
+    precision = precision_of_runs(options.folder, options.precision)
+    print(f"Precision: {precision}; --precision sets another", flush=True)
     try:
         plan.work(partial(_performer(plan.settings), folder=options.folder), _Progress(plan))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
@@ -204,5 +205,6 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _settings(options: argparse.Namespace, workload: str) -> Settings:
-    options.folder.mkdir(parents=True, exist_ok=True)
-    return {**WORKLOADS[workload], "precision": precision_of_runs(options.folder, options.precision)}
+    # A report or a plan leaves the folder as it is.
+    precision = precision_of_runs(options.folder, options.precision, keep=False)
+    return {**WORKLOADS[workload], "precision": precision}

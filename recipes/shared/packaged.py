@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from filelock import BaseFileLock, FileLock
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 REQUIREMENTS = {
@@ -74,7 +75,7 @@ def fetch(package: str) -> Distribution:
     """The installed distribution of a package of :data:`REQUIREMENTS`; pip installs it, alone, if it is missing.
 
     Raises:
-        RuntimeError: pip could not install it; the message holds the command to run by hand.
+        MisconfigurationException: pip could not install it; the message holds the command to run by hand.
     """
     if not _is_installed(package):
         with one_at_a_time(package):
@@ -93,12 +94,12 @@ def packaged_file(package: str, path: str) -> Path:
         path: relative to site-packages, with slashes.
 
     Raises:
-        FileNotFoundError: this version of the package has no such file.
+        MisconfigurationException: this version of the package has no such file.
     """
     release = fetch(package)
     located = Path(str(release.locate_file(path)))
     if not located.exists():
-        raise FileNotFoundError(
+        raise MisconfigurationException(
             f"{package} {release.version} holds no {path}: install '{REQUIREMENTS[package]}' with --no-deps"
         )
     return located
@@ -111,7 +112,8 @@ def npm_folder(package: str) -> Path:
     taken as it is.
 
     Raises:
-        RuntimeError: it could not be fetched or is not what it should be; the message holds the command to run by hand.
+        MisconfigurationException: it could not be fetched or is not what it should be; the message holds the command to
+            run by hand.
     """
     wanted = NPM[package]
     folder = cache_dir() / "npm" / f"{package}-{wanted.version}"
@@ -181,7 +183,7 @@ def _install(requirement: str) -> None:
     command = [sys.executable, "-m", "pip", "install", "--no-deps", requirement]
     _say(f"Fetching {requirement}")
     if subprocess.run(command, check=False).returncode != 0:
-        raise RuntimeError(
+        raise MisconfigurationException(
             f"pip could not install {requirement!r} (its output is above): check the network and the package index, "
             f"or run by hand: {' '.join(command)}"
         )
@@ -224,9 +226,9 @@ def _tarball_name(package: NpmPackage, version: str) -> str:
     return f"{package.name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
-def _not_fetched(package: NpmPackage, reason: str) -> RuntimeError:
+def _not_fetched(package: NpmPackage, reason: str) -> MisconfigurationException:
     command = f"npm pack '{package.requirement}' --pack-destination '{cache_dir() / 'npm'}'"
-    return RuntimeError(
+    return MisconfigurationException(
         f"The npm package {package.requirement} could not be fetched: {reason}. Check the network and npm's settings, "
         f"or run by hand, here or on another machine whose file you then copy: {command}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from recipes.shared.files import write_whole
@@ -43,7 +44,7 @@ def fast_precision(accelerator: str = "auto") -> Precision:
         device may have changed.
 
     Raises:
-        ValueError: the environment variable holds something else.
+        MisconfigurationException: the environment variable holds something else.
 
     Example:
         >>> fast_precision("cpu") in ("32-true", "bf16-mixed")
@@ -59,26 +60,28 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     return "bf16-mixed" if _has_fast_bfloat16() else "32-true"
 
 
-def precision_of_runs(folder: Path, chosen: Precision | None = None) -> Precision:
+def precision_of_runs(folder: Path, chosen: Precision | None = None, keep: bool = True) -> Precision:
     """One precision for all runs whose results land in a folder, which are compared with each other.
 
     Args:
         folder: of the runs; the precision is written into its ``precision.txt``.
         chosen: by the user; None is what the folder began with, and at first :func:`fast_precision`. The environment
             variable overrides what the folder began with, too.
+        keep: write it. False leaves the folder as it is, for a command that makes no runs.
 
     Returns:
         The precision.
 
     Raises:
-        ValueError: ``precision.txt`` or the environment variable holds something else.
+        MisconfigurationException: ``precision.txt`` or the environment variable holds something else.
     """
     path = folder / "precision.txt"
     if chosen is None and not os.environ.get(SETTING) and path.exists():
         return _checked(path.read_text().strip(), str(path))
     precision = chosen or fast_precision()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"{precision}\n")
+    if keep:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, f"{precision}\n")
     return precision
 
 
@@ -86,7 +89,9 @@ def _checked(value: str, where: str) -> Precision:
     for precision in get_args(Precision):
         if value == precision:
             return precision  # type: ignore[no-any-return]
-    raise ValueError(f"{where} must hold one of {', '.join(get_args(Precision))}, or be absent, got {value!r}")
+    raise MisconfigurationException(
+        f"{where} must hold one of {', '.join(get_args(Precision))}, or be absent, got {value!r}"
+    )
 
 
 def _of_gpu() -> Precision:

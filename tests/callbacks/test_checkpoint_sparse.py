@@ -134,4 +134,4 @@ def test_the_user_is_told_the_size_of_what_is_stored(tmp_path: Path, caplog: pyt
     with caplog.at_level("INFO"):
         fit(tmp_path, made, [saver(tmp_path)], max_epochs=1)
     (message,) = [record.message for record in caplog.records if "the files hold the adapters" in record.message]
-    assert "beside them 2 tensors, 0.1 MB" in message
+    assert "beside them 2 tensors, 80.1 kB" in message

@@ -17,14 +17,30 @@ from helpers import (
     same,
     weights,
 )
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from monitored_runs import ALL_BUT_EMA, Recorder
 from torch import nn
 
 from lightning_flatlora import CosineRho, EFMLoRA, FlatnessMonitor, Perturbation, find_pairs
 from lightning_flatlora.baselines import RandomPerturbation
-from lightning_flatlora.flatness import DEFAULT_MEASURES, MeanLoss, Point, ema_sharpness, measure
+from lightning_flatlora.flatness import DEFAULT_MEASURES, MEASURES, MeanLoss, Point, ema_sharpness, measure
 from lightning_flatlora.weight_noise import WeightNoise
+
+
+class FreezesOneB(Callback):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            next(iter(find_pairs(pl_module).pairs)).B.requires_grad_(False)
+
+
+@pytest.mark.parametrize("rho", [None, 0.5])
+def test_every_measure_goes_on_where_a_pair_rests(tmp_path: Any, rho: float | None) -> None:
+    logger = Recorder()
+    monitor = FlatnessMonitor(rho, every_n_epochs=1, batches=2, measures=list(MEASURES), sigma=0.1)
+    callbacks = [EFMLoRA(0.5), monitor, FreezesOneB()]
+    fit(tmp_path, Classifier(), callbacks, max_epochs=2, logger=logger, log_every_n_steps=1)
+    assert [math.isfinite(row["gradient_residual"]) for row in logger.measured] == [True, True]
 
 
 def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:

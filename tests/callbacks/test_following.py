@@ -222,7 +222,7 @@ def test_a_baseline_beside_factors_that_join_late_or_never(tmp_path, baseline):
 
 def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
     change = At(3, lambda module: module.net.set_adapter("other"))
-    with pytest.warns(UserWarning, match="in no optimizer, as .*other.* Until then these pairs are not perturbed"):
+    with pytest.warns(UserWarning, match="such as .*other.*, are in no optimizer.* Until then these pairs are not"):
         fit(tmp_path, TrainedOnly(net=two_adapters()), [EFMLoRA(0.5), change], max_epochs=1)
 
 

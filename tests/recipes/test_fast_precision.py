@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 pytest.importorskip("jsonargparse", reason="the recipes' dependencies are not installed")
 
@@ -86,7 +87,7 @@ def test_the_setting_overrides(monkeypatch: pytest.MonkeyPatch, slow_bfloat16: N
     monkeypatch.setenv(precision.SETTING, "bf16-mixed")
     assert fast_precision() == "bf16-mixed"
     monkeypatch.setenv(precision.SETTING, "float7")
-    with pytest.raises(ValueError, match=r"FLATLORA_PRECISION must hold one of 32-true, .*got 'float7'"):
+    with pytest.raises(MisconfigurationException, match=r"FLATLORA_PRECISION must hold one of 32-true, .*got 'float7'"):
         fast_precision()
 
 
@@ -106,7 +107,7 @@ def test_runs_of_a_folder_keep_their_precision(
     assert precision_of_runs(folder) == "bf16-mixed"
     monkeypatch.delenv(precision.SETTING)
     (folder / "precision.txt").write_text("float7")
-    with pytest.raises(ValueError, match=r"precision\.txt must hold one of 32-true"):
+    with pytest.raises(MisconfigurationException, match=r"precision\.txt must hold one of 32-true"):
         precision_of_runs(folder)
 
 

@@ -317,5 +317,5 @@ def test_a_failing_pip_says_what_to_run(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         packaged.subprocess, "run", lambda command, check: packaged.subprocess.CompletedProcess(command, 1)
     )
-    with pytest.raises(RuntimeError, match=r"pip install --no-deps no-such-thing==0"):
+    with pytest.raises(MisconfigurationException, match=r"pip install --no-deps no-such-thing==0"):
         packaged.fetch("no-such-thing")

@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared import packaged
 from recipes.shared.packaged import NpmPackage, npm_folder
@@ -34,7 +35,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_npm_the_message_tells_what_to_do(cache: Path) -> None:
-    with pytest.raises(RuntimeError, match=f"Node.js.*npm pack '@some/pictures@1.2' --pack-destination '{cache}'"):
+    with pytest.raises(
+        MisconfigurationException, match=f"Node.js.*npm pack '@some/pictures@1.2' --pack-destination '{cache}'"
+    ):
         npm_folder("pictures")
     assert list(cache.iterdir()) == []
 
@@ -60,7 +63,7 @@ def test_npm_is_asked_where_there_is_one(cache: Path) -> None:
 
 def test_a_failing_npm_is_told(cache: Path) -> None:
     _fake_npm(cache, "exit 1")
-    with pytest.raises(RuntimeError, match=r"npm failed.*npm pack '@some/pictures@1.2'"):
+    with pytest.raises(MisconfigurationException, match=r"npm failed.*npm pack '@some/pictures@1.2'"):
         npm_folder("pictures")
 
 
@@ -80,7 +83,7 @@ def test_a_tarball_fetched_by_hand_is_taken(cache: Path) -> None:
 )
 def test_a_wrong_tarball_is_refused(cache: Path, files: dict[str, bytes] | None, said: str) -> None:
     (cache / "some-pictures-1.2.0.tgz").write_bytes(tarball(files) if files else b"?")
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(MisconfigurationException, match=said):
         npm_folder("pictures")
     assert not list(cache.parent.rglob("out.png"))
     assert not (cache / "pictures-1.2").exists()

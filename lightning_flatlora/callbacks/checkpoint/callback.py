@@ -20,7 +20,7 @@ from lightning_flatlora.callbacks.checkpoint.initialization import rewritten_bas
 from lightning_flatlora.callbacks.checkpoint.loading import compare_base, read_adapters
 from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, found_hosts, hosts, state_entries, twin_of
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
-from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of
+from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of, size_text
 from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
 from lightning_flatlora.callbacks.methods.checks import refuse
 from lightning_flatlora.callbacks.patches import without_logging
@@ -242,7 +242,7 @@ def _announce(selection: Selection) -> None:
     left_out = {name: selection.entries[name] for name in selection.left_out}
     adapters = {name: entry for name, entry in selection.saved.items() if entry.kind is Kind.ADAPTER}
     more = {name: entry for name, entry in selection.saved.items() if name not in adapters}
-    beside = f", and beside them {_size(more)}, as {listed(more)}" if more else ""
+    beside = f", and beside them {_size(more)}: {listed(more)}" if more else ""
     rank_zero_info(
         f"AdapterCheckpoint: the files hold the adapters ({_size(adapters)}){beside}. {_size(left_out)} of the base "
         "are left out as long as nothing changes them"
@@ -251,5 +251,5 @@ def _announce(selection: Selection) -> None:
 
 def _size(entries: dict[str, Entry]) -> str:
     tensors = {id(entry.value): entry.value for entry in entries.values() if isinstance(entry.value, Tensor)}
-    megabytes = sum(bytes_of(tensor) for tensor in tensors.values()) / 1e6
-    return f"{len(tensors)} tensors, {megabytes:.1f} MB"
+    number = "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
+    return f"{number}, {size_text(map(bytes_of, tensors.values()))}"

@@ -269,8 +269,8 @@ def compare_base(record: BaseRecord, found: Mapping[str, Fingerprint], refuse: b
         rank_zero_warn(f"{text}What follows is of the base that the module has now")
     elif nearly:
         rank_zero_warn(
-            f"AdapterCheckpoint: {len(nearly)} tensors of the base differ a little from those of the run that was "
-            f"saved, as {listed(nearly)}: results will not be equal to the last bit"
+            f"AdapterCheckpoint: the base differs a little from that of the run that was saved, in {listed(nearly)}: "
+            "results will not be equal to the last bit"
         )
 
 

@@ -1,5 +1,7 @@
 """What a sparse tensor consists of, such as a graph's adjacency: PyTorch can't read its bits or its size at once."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,17 @@ def bytes_of(tensor: Tensor) -> int:
         (4000000, 20000)
     """
     return sum(part.nbytes for part in dense_parts(tensor))
+
+
+def size_text(sizes: Iterable[int]) -> str:
+    """The sum of sizes in bytes, for messages.
+
+    Example:
+        >>> size_text([1000, 500]), size_text([2_000_000])
+        ('1.5 kB', '2.0 MB')
+    """
+    total = sum(sizes)
+    return f"{total / 1e6:.1f} MB" if total >= 1e5 else f"{total / 1e3:.1f} kB"
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:

@@ -19,7 +19,7 @@ from lightning_flatlora.callbacks.checkpoint.export import check_configs, save_a
 from lightning_flatlora.callbacks.checkpoint.optimizer_states import check_form
 from lightning_flatlora.callbacks.checkpoint.parts import Kind, twin_of
 from lightning_flatlora.callbacks.checkpoint.saving import Selection
-from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of
+from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of, size_text
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, callbacks_of
 
@@ -107,9 +107,9 @@ def _warn_of_hyperparameters(owner: Any) -> None:
     hparams = dict(owner.hparams) if owner is not None else {}
     modules = {name: value for name, value in hparams.items() if isinstance(value, nn.Module)}
     if modules:
-        size = sum(bytes_of(tensor) for module in modules.values() for tensor in module.state_dict().values())
+        sizes = [bytes_of(tensor) for module in modules.values() for tensor in module.parameters()]
         rank_zero_warn(
-            f"AdapterCheckpoint: the hyper-parameters of {type(owner).__name__} hold modules of {size / 1e6:.1f} MB, "
+            f"AdapterCheckpoint: the hyper-parameters of {type(owner).__name__} hold modules of {size_text(sizes)}, "
             "which go into every file whole, and the files then load with weights_only=False alone: use "
             f"self.save_hyperparameters(ignore={list(modules)})"
         )

@@ -104,7 +104,7 @@ class PairCallback(Callback):
         return []
 
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepare what was found, after all checks and before the first step."""
+        """Prepare what was found: after all checks and before the first step, and whenever the pairs change."""
 
     def _may_come(self, trainer: Trainer) -> bool:
         """Whether another callback has the task of unfreezing or activating pairs later."""
@@ -125,8 +125,8 @@ class PairCallback(Callback):
         problems = []
         if assignment.orphans and not self._may_come(trainer):
             problems.append(
-                f"trainable LoRA factors are in no optimizer, as {assignment.orphans[0].name}: give them to it, or "
-                "freeze them; where they join it later in the fit, let a BaseFinetuning callback do it"
+                f"trainable LoRA factors, such as {assignment.orphans[0].name}, are in no optimizer: give them to it, "
+                "or freeze them; where they join it later in the fit, let a BaseFinetuning callback do it"
             )
         several = [index for index, pairs in enumerate(assignment.pairs) if pairs]
         if assignment.spread:
@@ -149,7 +149,7 @@ class PairCallback(Callback):
         To be called in on_before_optimizer_step.
         """
         pair_group.look_for_gradients(self._is_sharded)
-        if pair_group.missed_steps == MOST_MISSED_STEPS:
+        if pair_group.steps_without_gradient == MOST_MISSED_STEPS:
             self._warn_of_missing_gradients(pair_group)
 
     def _warn_of_missing_gradients(self, pair_group: PairGroup) -> None:
@@ -214,7 +214,7 @@ class PairCallback(Callback):
                 "Those that are unfrozen and given to an optimizer later are perturbed from then on"
             )
         for pair_group in self.pair_groups:
-            if pair_group.missed_steps:
+            if pair_group.steps_without_gradient:
                 self._warn_of_missing_gradients(pair_group)
 
     @override

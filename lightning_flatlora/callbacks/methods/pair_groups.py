@@ -26,7 +26,7 @@ class PairGroup:
         pairs: those whose factors the optimizer holds.
         perturbation: of their B, for the methods that keep one. It stays after the fit, for checkpoints.
         awaited: the state of a perturbation from a checkpoint, until there are pairs that it belongs to.
-        missed_steps: optimizer steps of the fit so far in which no pair had a gradient; None once one of them had.
+        steps_without_gradient: of the fit so far, in which no pair had one; None once a pair had one.
     """
 
     index: int
@@ -35,7 +35,7 @@ class PairGroup:
     pairs: list[LoRAPair] = field(default_factory=list)
     perturbation: Perturbation | None = None
     awaited: dict[str, Any] | None = None
-    missed_steps: int | None = 0
+    steps_without_gradient: int | None = 0
 
     def install(self, estimator: Estimator, norm_scope: NormScope, model: nn.Module | None) -> None:
         """Give the pairs of a model, as it is wrapped, a perturbation, or let theirs follow what changed about them."""
@@ -61,7 +61,7 @@ class PairGroup:
 
     def look_for_gradients(self, is_sharded: bool) -> None:
         """Count a step in which no pair has a gradient, until one has."""
-        if self.missed_steps is None:
+        if self.steps_without_gradient is None:
             return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
         # Where all pairs are frozen, nobody expects one.
@@ -72,7 +72,7 @@ class PairGroup:
         else:
             # A rank that holds no part of a parameter can't know of its gradient.
             has_gradient = is_sharded or any(B.grad is not None for B in trained)
-        self.missed_steps = None if has_gradient else self.missed_steps + 1
+        self.steps_without_gradient = None if has_gradient else self.steps_without_gradient + 1
 
     @property
     def averaged(self) -> Perturbation | None:
