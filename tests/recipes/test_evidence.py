@@ -358,6 +358,7 @@ def test_the_command_runs_and_reports(
         main(["report", *folder])
     assert main(["run", *folder, "--plan"]) == 0
     assert "search, lora, efmlora: 0 of 105 runs done" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
     lines = (finished[0].folder / RESULTS).read_text().splitlines(keepends=True)
     few = [line for line in lines if json.loads(line)["seed"] in (0, 1, 2, 100, 101, 102)]
     (tmp_path / RESULTS).write_text("".join(few))
