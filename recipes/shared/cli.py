@@ -290,9 +290,10 @@ def _of_a_step(settings: dict[str, Any]) -> dict[str, Any]:
     callbacks = trainer.get("callbacks") or []
     methods = {}
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        package, _, name = callback["class_path"].rpartition(".")
+        given = callback if isinstance(callback, dict) else {}
+        package, _, name = str(given.get("class_path")).rpartition(".")
         if package.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS:
-            methods[name] = callback.get("init_args")
+            methods[name] = given.get("init_args")
     return {**chosen, "method": ", ".join(methods) or "none", **methods}
 
 

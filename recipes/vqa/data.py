@@ -293,8 +293,9 @@ def _question_keys(rows: Any) -> list[int]:
     """A key of each row's image, question and conversation before it."""
     keys = []
     for row in rows.select_columns(["image", "question", "history"]):
-        image = row["image"] or {"bytes": None, "path": ""}
-        keys.append(hash((image["bytes"] or os.path.abspath(image["path"]), row["question"], str(row["history"]))))
+        image = row["image"] or {}
+        shown = image.get("bytes") or os.path.abspath(image.get("path") or "")
+        keys.append(hash((shown, row["question"], str(row["history"]))))
     return keys
 
 

@@ -3,7 +3,6 @@
 import inspect
 import io
 import os
-import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,7 +130,7 @@ def _loads(value: Any) -> bool:
     file.seek(0)
     try:
         torch.load(file, weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception:
         return False
     return True
 
