@@ -65,19 +65,21 @@ class KeptValues:
 
 
 def that_fit(tensors: Iterable[Tensor], room: int) -> list[Tensor]:
-    """Those of some tensors that fit into a number of bytes, the first ones first, leaving out whichever does not.
+    """Those of some tensors that fit into a number of bytes, the smallest first.
 
     Example:
         >>> small, large, other = torch.ones(1), torch.ones(100), torch.ones(2)
-        >>> [tensor.numel() for tensor in that_fit([small, large, other], room=12)]
+        >>> [tensor.numel() for tensor in that_fit([large, other, small], room=12)]
         [1, 2]
     """
+    # Only tensors of memory of their own are copied: sparse ones, and those on "meta", have none to count.
+    dense = [tensor for tensor in tensors if tensor.layout == torch.strided and not tensor.is_meta]
     fitting = []
-    for tensor in tensors:
-        # Only tensors of memory of their own are copied: sparse ones, and those on "meta", have none to count.
-        if tensor.layout == torch.strided and not tensor.is_meta and tensor.nbytes <= room:
-            room -= tensor.nbytes
-            fitting.append(tensor)
+    for tensor in sorted(dense, key=lambda each: each.nbytes):
+        room -= tensor.nbytes
+        if room < 0:
+            break
+        fitting.append(tensor)
     return fitting
 
 

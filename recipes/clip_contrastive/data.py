@@ -1,6 +1,7 @@
 """ContrastiveData: images and captions, split without leaks, in batches that a resumed run continues."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
@@ -106,7 +107,7 @@ class ContrastiveData(ResumableData):
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
         if stage == "fit":
-            trained, held_out = ([str(each.file) for each in self.parts[part]] for part in PARTS_OF_STAGE["fit"])
+            trained, held_out = ([_identity(each) for each in self.parts[part]] for part in PARTS_OF_STAGE["fit"])
             warn_of_training_data("validation", held_out, trained, "images")
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not self.parts[part]:
@@ -172,6 +173,11 @@ class ContrastiveData(ResumableData):
         self.reports[part] = report
         rank_zero_info(report)
         return pictures
+
+
+def _identity(picture: Picture) -> str:
+    """Where an image lies, however its path is written."""
+    return os.path.realpath(picture.file) if isinstance(picture.file, Path) else str(picture.file)
 
 
 def _place(dataset: str) -> Path:

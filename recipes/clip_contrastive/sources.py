@@ -110,6 +110,7 @@ def _local(dataset: str, image_column: str, caption_column: str) -> list[Picture
 def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
     captions: dict[str, list[str]] = {}
     files: dict[str, Path] = {}
+    is_of_tabs = _TABLES[path.suffix.lower()] == "\t"
     faults = []
     try:
         # Tables from Excel begin with a byte order mark, which would be part of the first column's name.
@@ -122,7 +123,7 @@ def _table(path: Path, image_column: str, caption_column: str) -> list[Picture]:
                     faults.append(f"line {rows.line_num} has more columns than the first line")
                     continue
                 image, caption = (row[image_column] or "").strip(), (row[caption_column] or "").strip()
-                if "\t" in caption and "\n" in caption:
+                if is_of_tabs and "\t" in caption and "\n" in caption:
                     # Whole lines, each with an image, would be lost in it.
                     faults.append(
                         f"line {rows.line_num} ends a caption that began lines before it with a quotation mark (a "

@@ -187,12 +187,14 @@ class RecipeCLI(LightningCLI):
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences: list[str] = []
-        # An evaluation needs neither an optimizer nor a method.
-        sections = ("model", "data", "optimizer", "lr_scheduler") if self.subcommand == "fit" else ("model", "data")
+        # An evaluation needs neither an optimizer nor a method. Another schedule is refused when it is loaded.
+        sections = ("model", "data", "optimizer") if self.subcommand == "fit" else ("model", "data")
         for section in sections:
-            differences += _differences(section, before.get(section), now.get(section))
+            # What was null in the model or the data may be what an evaluation or a prediction adds.
+            or_null = section not in ("model", "data")
+            differences += _differences(section, before.get(section), now.get(section), or_null)
         if self.subcommand == "fit":
-            differences += _differences("trainer", _of_a_step(before), _of_a_step(now))
+            differences += _differences("trainer", _of_a_step(before), _of_a_step(now), or_null=True)
         if differences:
             rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
 
@@ -269,18 +271,18 @@ def last_checkpoint(trainer: L.Trainer) -> Path:
     return newest
 
 
-def _differences(name: str, before: Any, now: Any) -> list[str]:
-    """The settings that differ, a text for each; without those that were null, as the prompts to predict are in fit."""
+def _differences(name: str, before: Any, now: Any, or_null: bool = False) -> list[str]:
+    """The settings that differ, a text for each; those that were null only where they are asked for."""
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in dict.fromkeys([*before, *now]):
             # What a run started from is of no account any more: its checkpoint holds all that it took over.
             if key != "start_from":
-                found += _differences(f"{name}.{key}", before.get(key), now.get(key))
+                found += _differences(f"{name}.{key}", before.get(key), now.get(key), or_null)
         return found
-    return (
-        [] if before is None or before == now else [f"{name.replace('.init_args', '')} {before!r} there, {now!r} here"]
-    )
+    if before == now or (before is None and not or_null):
+        return []
+    return [f"{name.replace('.init_args', '')} {before!r} there, {now!r} here"]
 
 
 def _of_a_step(settings: dict[str, Any]) -> dict[str, Any]:

@@ -90,9 +90,13 @@ def load(
 
 
 def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
-    """Where relative image paths start: in the folder that is given, or in that of the file which is read."""
-    file = split if is_file(split) else name
-    folder = Path(file).parent if image_folder is None else Path(image_folder)
+    """Where relative image paths start: in the folder that is given, or in that of the file which is read.
+
+    A file that is given as a split has no name that could stand in a folder of splits.
+    """
+    if is_file(split) and (image_folder is None or "{split}" in image_folder):
+        return Path(split).expanduser().parent
+    folder = Path(name).parent if image_folder is None else Path(image_folder)
     return Path(str(folder).replace("{split}", split)).expanduser()
 
 

@@ -79,7 +79,7 @@ def test_a_users_folder_of_the_checkpoints_name_stays(
     with caplog.at_level("INFO"):
         train(tmp_path, save)
     assert_untouched(tmp_path / "model", files)
-    assert len([r for r in caplog.records if "model is not of AdapterCheckpoint and stays" in r.message]) == 1
+    assert len([r for r in caplog.records if "model stays as it is, since it is somebody else's" in r.message]) == 1
     folder = adapter_folder(save.best_model_path)
     assert folder.name in ("model-adapter", "model-v1")
     saved = torch.load(save.best_model_path, weights_only=True)["state_dict"]
@@ -102,7 +102,35 @@ def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path, caplog: p
         assert same(load_file(path / WEIGHTS), weights_before)
     (file,) = tmp_path.glob("*.ckpt")
     assert adapter_folder(file).name == f"{file.stem}-adapter"
-    assert "is not of AdapterCheckpoint and stays as it is" in caplog.text
+    assert "stays as it is, since it is somebody else's or its checkpoint was deleted" in caplog.text
+
+
+def test_a_kept_folder_stays_where_a_link_or_a_removal_comes(tmp_path: Path) -> None:
+    settings = {"save_top_k": 1, "every_n_train_steps": None, "filename": "{epoch}"}
+    train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
+    (tmp_path / "last.ckpt").unlink()
+    kept = load_file(tmp_path / "last" / WEIGHTS)
+    train(tmp_path, saver(tmp_path, save_last="link", **settings), max_epochs=1)
+    assert same(load_file(tmp_path / "last" / WEIGHTS), kept)
+    assert (tmp_path / "last-adapter").is_symlink()
+    # The resumed run removes its former best checkpoint, which is gone.
+    (file,) = tmp_path.glob("epoch=0-v1.ckpt")
+    resumed = tmp_path / "resumed.ckpt"
+    file.rename(resumed)
+    kept = load_file(tmp_path / "epoch=0-v1" / WEIGHTS)
+    train(tmp_path, saver(tmp_path, **settings), max_epochs=2, ckpt_path=resumed)
+    assert same(load_file(tmp_path / "epoch=0-v1" / WEIGHTS), kept)
+
+
+def test_a_folder_whose_removal_was_interrupted_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file goes before the folder."""
+    monkeypatch.setattr(folders, "remove_folder", lambda folder: None)
+    train(tmp_path, saver(tmp_path, save_top_k=1, filename="first-{step}"))
+    monkeypatch.undo()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"first-step=3", "first-step=6"} <= names
+    train(tmp_path, saver(tmp_path, filename="first-{step}"), max_epochs=1)
+    assert not list(tmp_path.glob("*-adapter"))
 
 
 def test_a_users_own_adapter_of_the_checkpoints_name_stays(tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ def test_a_quotation_mark_at_the_start_of_a_caption_swallows_no_lines(pictures: 
     table.write_text('image\tcaption\na.png\t"Stop says the sign\nb.png\tthe sign says Stop"\nc.png\tx\n')
     with pytest.raises(MisconfigurationException, match=r"line 3 ends a caption that began lines before"):
         sources.load(str(table))
+    other = tmp_path / "table.csv"
+    other.write_text('image,caption\na.png,"soup\t3 euro\nbread\t1 euro"\n')
+    assert described(str(other)) == {"a": ("soup\t3 euro\nbread\t1 euro",)}
     table.write_text('image\tcaption\na.png\t"""Stop"" says\nthe sign"\nb.png\tx\n')
     assert described(str(table)) == {"a": ('"Stop" says\nthe sign',), "b": ("x",)}
 

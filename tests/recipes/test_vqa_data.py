@@ -274,6 +274,8 @@ def test_validation_on_training_data_is_noticed(tiny_vlm: str, drawn: str) -> No
     with pytest.warns(UserWarning, match="validation: 2 of 3 questions about the same image are in the training split"):
         data = prepared("fit", tiny_vlm, dataset=drawn, validation_split=str(copy))
     assert data.parts["validation"]["question"][:] == [row["question"] for row in rows]
+    assert sources.image_folder_of("{split}.jsonl", "held/val.jsonl", "images/{split}") == Path("held")
+    assert sources.image_folder_of("{split}.jsonl", "held/val.jsonl", "images") == Path("images")
 
 
 def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:

@@ -125,7 +125,7 @@ class SavesAdapters(_Base):
             path.parent.mkdir(parents=True, exist_ok=True)
             folder = self._save_folder(trainer, checkpoint["state_dict"], path)
             _save_file(checkpoint, path)
-            folders.confirm(folder)
+            folders.note_checkpoint(folder, is_there=True)
 
         with written_as_adapter(trainer, write) as selection:
             super()._save_checkpoint(trainer, filepath)
@@ -158,8 +158,8 @@ class SavesAdapters(_Base):
         if folder != wanted and not self._has_reported_other_folder:
             self._has_reported_other_folder = True
             rank_zero_info(
-                f"AdapterCheckpoint: {wanted} is not of AdapterCheckpoint and stays as it is; the adapter beside "
-                f"{path.name} is in {folder.name}"
+                f"AdapterCheckpoint: {wanted} stays as it is, since it is somebody else's or its checkpoint was "
+                f"deleted. The adapter beside {path.name} is in {folder.name}"
             )
         return folder
 
@@ -169,7 +169,9 @@ class SavesAdapters(_Base):
         # On rank zero alone: for a slower rank the folder would vanish while it looks. And before the file is removed,
         # since the file may be what shows that the folder is ours.
         if trainer.is_global_zero:
-            folder = folders.existing_folder(Path(filepath), self.FILE_EXTENSION)
+            folder = folders.leave_to_user(Path(filepath), self.FILE_EXTENSION)
+        if folder is not None:
+            folders.note_checkpoint(folder, is_there=False)
         super()._remove_checkpoint(trainer, filepath)
         if folder is not None:
             folders.remove_folder(folder)
@@ -177,6 +179,7 @@ class SavesAdapters(_Base):
     @override
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
         if trainer.is_global_zero and filepath != linkpath:
+            folders.leave_to_user(Path(linkpath), self.FILE_EXTENSION)
             target, place = folders.adapter_folder(filepath, self.FILE_EXTENSION), self._folder(Path(linkpath))
             # An existing link is turned in one move.
             if not place.is_symlink():

@@ -147,26 +147,32 @@ def put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
     shutil.rmtree(partial)
 
 
-def confirm(folder: Path) -> None:
-    """Note in a folder's list that its checkpoint is written."""
-    _replace_list(folder, {**_listed(folder), "has_checkpoint": True})
+def note_checkpoint(folder: Path, is_there: bool) -> None:
+    """Note in a folder's list whether its checkpoint is written: after the file is, and before it is removed."""
+    if not folder.is_symlink():
+        _replace_list(folder, {**_listed(folder), "has_checkpoint": is_there})
 
 
-def leave_to_user(checkpoint: Path, extension: str = ".ckpt") -> None:
+def leave_to_user(checkpoint: Path, extension: str = ".ckpt") -> Path | None:
     """Give up the folder of a finished checkpoint whose file somebody has deleted, and kept the folder.
 
     A folder whose file was never written is of a process that was killed, and stays ours.
 
     Args:
-        checkpoint: a file that is about to be written.
+        checkpoint: a file that is about to be written or removed.
         extension: what to take off its name.
+
+    Returns:
+        The checkpoint's folder, where it stays ours.
     """
     folder = existing_folder(checkpoint, extension)
     if folder is None or folder.is_symlink() or checkpoint.exists():
-        return
+        return folder
     content = _listed(folder)
-    if content.get("has_checkpoint"):
-        _replace_list(folder, {**content, "checkpoint": ""})
+    if not content.get("has_checkpoint"):
+        return folder
+    _replace_list(folder, {**content, "checkpoint": ""})
+    return None
 
 
 def _replace_list(folder: Path, content: dict[str, Any]) -> None:

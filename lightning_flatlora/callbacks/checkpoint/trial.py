@@ -103,7 +103,9 @@ def _try_to_pickle(name: str, state: Any) -> None:
 
 def _warn_of_hyperparameters(owner: Any) -> None:
     """Name hyper-parameters that would make every file large, or that PyTorch would refuse to load."""
-    hparams = dict(owner.hparams) if owner is not None else {}
+    if owner is None:
+        return
+    hparams = dict(owner.hparams)
     modules = {name: value for name, value in hparams.items() if isinstance(value, nn.Module)}
     if modules:
         sizes = [bytes_of(tensor) for module in modules.values() for tensor in module.parameters()]
@@ -114,6 +116,9 @@ def _warn_of_hyperparameters(owner: Any) -> None:
         )
         return
     refused = [name for name, value in hparams.items() if not _loads(value)]
+    # Lightning saves a configuration of OmegaConf as the object that it is.
+    if not refused and type(owner.hparams).__module__.startswith("omegaconf") and not _loads(owner.hparams):
+        refused = list(hparams)
     # Earlier releases of Lightning load whatever is in a file.
     if refused and "weights_only" in inspect.signature(Trainer.fit).parameters:
         rank_zero_warn(

@@ -29,9 +29,9 @@ class SecondPass:
     from those that the module keeps. What a step writes into buffers and frozen parameters (BatchNorm's statistics, a
     queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second
     pass begins with the buffers and frozen parameters that the first began with, so that both see the same loss
-    function, and the batch as it came. From the second step on, only what a first pass has been seen to write is
-    copied. In the first step all of them are, up to 128 MB: of what is larger, such as a momentum encoder of a large
-    model, the second pass of that step begins with what the first has left.
+    function, and the batch as it came. In the first step all of them are copied, the smallest first, up to 128 MB; from
+    then on only what a first pass has been seen to write. So in the first step that writes a tensor which the first
+    step of all did not write, or did not copy, the second pass begins with what the first has left.
 
     Numbers and collections that a step keeps on the module itself may belong to a single pass, so they are left alone.
     If both passes change one of them, a warning says so once. Parameters are not watched under FSDP, nor where they are
@@ -113,7 +113,7 @@ class SecondPass:
             # Those made in inference mode have no version by which a write can be noticed.
             self._batch_marks = Marks(tensor for tensor in tensors_in(batch) if not tensor.is_inference())
         if self._writes_batch or self._is_first_step:
-            return own_containers(batch, Tensor.clone)
+            return own_containers(batch, _clone)
         return own_containers(batch)
 
     @contextmanager
@@ -137,6 +137,7 @@ class SecondPass:
             put_back()
         self._bound_before.put_back()
         self._before.put_back(among=self._written)
+        self._before = KeptValues()
         self._is_first_step = False
         try:
             yield
@@ -213,6 +214,13 @@ class _Bindings:
     def put_back(self) -> None:
         for owner, buffers in self._bound:
             owner._buffers.update(buffers)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A copy of a batch's tensor, with the attributes that a user has put on it."""
+    copy = tensor.clone()
+    copy.__dict__.update(tensor.__dict__)
+    return copy
 
 
 def _tracks(owner: nn.Module) -> bool:
