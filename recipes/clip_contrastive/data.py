@@ -107,7 +107,8 @@ class ContrastiveData(ResumableData):
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
         if stage == "fit":
-            trained, held_out = ([_identity(each) for each in self.parts[part]] for part in PARTS_OF_STAGE["fit"])
+            trained = [_identity(picture) for picture in self.parts["train"]]
+            held_out = [_identity(picture) for picture in self.parts["validation"]]
             warn_of_training_data("validation", held_out, trained, "images")
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not self.parts[part]:

@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         _show_plan(plan)
         return 0
-    precision = precision_of_runs(options.folder, options.precision)
+    # Written down now that there are going to be runs.
+    precision = precision_of_runs(options.folder, plan.settings["precision"])
     print(f"Precision: {precision}; --precision sets another", flush=True)
     try:
         plan.work(partial(_performer(plan.settings), folder=options.folder), _Progress(plan))

@@ -120,8 +120,8 @@ class MeaningData(ResumableData):
             if part != "train":
                 self.meanings[part] = self._prompts(pairs)
         if stage == "fit":
-            keys = {part: token_keys(self.parts[part]) for part in ("train", "validation")}
-            warn_of_training_data("validation", keys["validation"], keys["train"], "texts and their meanings")
+            trained, held_out = token_keys(self.parts["train"]), token_keys(self.parts["validation"])
+            warn_of_training_data("validation", held_out, trained, "texts and their meanings")
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest pair, and of the longest prompt that a text is written for."""

@@ -149,7 +149,8 @@ class VQAData(ResumableData):
             if part not in self.parts:
                 self.parts[part] = self._encoded(part)
         if stage == "fit" and self.validation_split is not None:
-            trained, held_out = (_question_keys(self.parts[part]) for part in ("train", "validation"))
+            trained = _question_keys(self.parts["train"])
+            held_out = _question_keys(self.parts["validation"])
             warn_of_training_data("validation", held_out, trained, "questions about the same image")
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not len(self.parts[part]):

@@ -108,7 +108,9 @@ def _warn_of_hyperparameters(owner: Any) -> None:
     hparams = dict(owner.hparams)
     modules = {name: value for name, value in hparams.items() if isinstance(value, nn.Module)}
     if modules:
-        sizes = [bytes_of(tensor) for module in modules.values() for tensor in module.parameters()]
+        sizes: list[int] = []
+        for module in modules.values():
+            sizes += map(bytes_of, module.parameters())
         rank_zero_warn(
             f"AdapterCheckpoint: the hyper-parameters of {type(owner).__name__} hold modules of {size_text(sizes)}, "
             "which go into every file whole, and the files then load with weights_only=False alone: use "
@@ -135,7 +137,7 @@ def _loads(value: Any) -> bool:
     file.seek(0)
     try:
         torch.load(file, weights_only=True)
-    except Exception:
+    except Exception:  # whatever PyTorch says of it, a user's run goes on without this check
         return False
     return True
 
