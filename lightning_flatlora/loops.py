@@ -135,7 +135,7 @@ class FMLoRA(LoopMethod):
     ) -> None:
         self.sync_ascent = sync_ascent
         super().__init__(model, optimizer, rho, **settings)
-        self._second_pass = SecondPass(unwrapped(model), is_sharded(model))
+        self._second_pass = SecondPass(unwrapped(model), [self._optimizer], is_sharded(model))
         self._lacks_second_pass = False
 
     @override

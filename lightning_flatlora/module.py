@@ -15,7 +15,7 @@ from lightning_flatlora.callbacks.methods.gradients import has_gradient, set_asi
 from lightning_flatlora.callbacks.methods.second_pass import leave_batch_out
 from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
-from lightning_flatlora.callbacks.patches import silenced_log
+from lightning_flatlora.callbacks.patches import silenced
 from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope
@@ -176,7 +176,7 @@ class FMLoRASteps(_Base):
             if averages and self.sync_ascent:
                 average_gradients(trained_factors(perturbation.pairs))
             at_perturbed_weights = driver.ascend(self.trainer)
-        with at_perturbed_weights, silenced_log(self), second_pass.running():
+        with at_perturbed_weights, silenced(self), second_pass.running():
             if loss_of(self._one_pass(batch_of_second_pass, batch_idx, sync=last), "compute_loss") is None:
                 leave_batch_out(self.trainer, "compute_loss")
         return output

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -242,7 +243,9 @@ class Perturbation:
         unread = list(also_finite)
         for stack in self._stacks:
             unread += stack.unread_A
-        return self.all_finite(unread) & torch.isfinite(_total(norms, self._device, torch.float32))
+        # Not float32 for all, in which the squares of large float64 gradients are infinite.
+        dtype = reduce(torch.promote_types, [norm.dtype for norm in norms])
+        return self.all_finite(unread) & torch.isfinite(_total(norms, self._device, dtype))
 
     def assign(self, fresh: FreshPerturbation) -> None:
         """E := fresh (Algorithm 1)."""

@@ -49,6 +49,18 @@ def test_2_the_loss_may_be_scaled(estimator: str, norm_scope: str) -> None:
 
 @settings
 @scopes
+def test_2_the_loss_may_be_scaled_by_more_than_float32_can_square(estimator: str, norm_scope: str) -> None:
+    model, pairs = model_and_pairs()
+    found = []
+    for scale in (1.0, 1e30, 1e-30):
+        backward(model, scale=scale)
+        found.append(fresh(pairs, estimator=estimator, norm_scope=norm_scope))
+    for other in found[1:]:
+        assert all(torch.allclose(found[0][name], other[name], rtol=1e-9) for name in other)
+
+
+@settings
+@scopes
 def test_3_the_full_space_perturbation_does_not_depend_on_the_factors(estimator: str, norm_scope: str) -> None:
     """(B M, M^-1 A) for M = c orthogonal, exactly; for a general M up to the damping."""
     model, pairs = model_and_pairs()

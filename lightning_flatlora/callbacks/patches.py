@@ -88,13 +88,40 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
     return cancel
 
 
-def silenced_log(pl_module: LightningModule) -> ExitStack:
-    """Inside, ``self.log`` and ``self.log_dict`` of the module do nothing: the clean pass has logged already."""
-    return put_on(pl_module, {"log": lambda *args, **kwargs: None})
+def silenced(pl_module: LightningModule) -> ExitStack:
+    """Inside, nothing that the module logs is taken up, and no scheduler steps: the clean pass has done both."""
+    lr_schedulers = functools.partial(_resting, pl_module.lr_schedulers)
+    patches = put_on(pl_module, {"log": nothing, "lr_schedulers": lr_schedulers})
+    results = getattr(pl_module._trainer, "_results", None)
+    if results is not None:
+        # A loss object may hold the method self.log of before, and an override may call super().log.
+        patches.enter_context(put_on(results, {"log": nothing}))
+    return patches
 
 
-def nothing() -> None:
-    """Do nothing: stands where there is nothing to put back."""
+class _RestingScheduler:
+    """A scheduler whose step does nothing. The scheduler's own method stays, since it is a part of what is saved."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+
+def _resting(lr_schedulers: Callable[[], Any]) -> Any:
+    """What the module's method gives, one scheduler, several, or None."""
+    found = lr_schedulers()
+    if isinstance(found, list):
+        return [_RestingScheduler(scheduler) for scheduler in found]
+    return None if found is None else _RestingScheduler(found)
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Do nothing: stands where there is nothing to put back, or to log."""
 
 
 def without_logging(callback: Callback) -> dict[str, Any]:

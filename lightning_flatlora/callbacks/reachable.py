@@ -1,4 +1,4 @@
-"""What an object leads to through its attributes and containers, and the random generators among it."""
+"""What an object leads to through its attributes and containers, such as random generators."""
 
 import functools
 import inspect
@@ -17,24 +17,31 @@ GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ran
 MOST_ENTRIES = 10_000
 """A container with more entries is taken to hold data, and is not entered."""
 _MOST_SEARCHED = 100_000
-"""How many objects are searched for random generators, the nearest first."""
+"""How many objects are searched, the nearest first."""
 _PLAIN = {int, float, complex, bool, str, bytes, type(None)}
 _TRAINING = {"lightning", "pytorch_lightning", "lightning_flatlora"}
 """Packages whose objects are not entered: from a trainer, or a part of one, all of the training could be reached."""
 
 
 def generators_in(sources: Iterable[Any]) -> list[Any]:
-    """Every random generator that can be reached through attributes and containers alone.
-
-    Args:
-        sources: where the search begins; it ends after 100,000 objects.
+    """Every random generator that :func:`objects_in` finds.
 
     Example:
         >>> generator = random.Random(0)
         >>> generators_in([{"noise": [generator]}]) == [generator]
         True
     """
-    generators, waiting = [], deque(sources)
+    return objects_in(sources, GENERATORS)
+
+
+def objects_in(sources: Iterable[Any], kinds: tuple[type[Any], ...]) -> list[Any]:
+    """Every object of some classes that can be reached through attributes and containers alone.
+
+    Args:
+        sources: where the search begins; it ends after 100,000 objects.
+        kinds: the classes.
+    """
+    objects, waiting = [], deque(sources)
     # With the objects themselves, so that no new one gets the identity of one that was seen.
     seen: dict[int, Any] = {}
     while waiting:
@@ -42,12 +49,12 @@ def generators_in(sources: Iterable[Any]) -> list[Any]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, GENERATORS):
-            generators.append(value)
-        else:
+        if isinstance(value, kinds):
+            objects.append(value)
+        if not isinstance(value, GENERATORS):
             room = _MOST_SEARCHED - len(seen) - len(waiting)
             waiting.extend(islice(held_by(value), max(room, 0)))
-    return generators
+    return objects
 
 
 def state_restorer(generator: Any) -> Callable[[], None]:

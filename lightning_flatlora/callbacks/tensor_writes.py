@@ -5,6 +5,7 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 
 class Marks:
@@ -94,15 +95,24 @@ def put_memory_back(tensor: Tensor, data: Tensor) -> None:
         tensor.data = data
 
 
-def frozen_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that no optimizer trains, but a step may write: a momentum encoder's, a codebook's.
+def untrained_parameters(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
+    """The parameters that no optimizer trains, but a step may write: a momentum encoder's, an average's, a codebook's.
 
-    Those of other classes, such as quantized weights and DTensors, are not among them.
+    Not all of them are frozen: a copy of a module, as ``torch.optim.swa_utils.AveragedModel`` makes it, has parameters
+    that require gradients and get none. Those of other classes, such as quantized weights and DTensors, are not here.
+
+    Args:
+        module: that owns them.
+        optimizers: all that train it.
     """
+    trained: set[int] = set()
+    for optimizer in optimizers:
+        for param_group in optimizer.param_groups:
+            trained.update(map(id, param_group["params"]))
     found = []
     for parameter in module.parameters():
         # Without a shape, or without a version, nothing can be noticed.
-        if parameter.requires_grad or is_lazy(parameter) or parameter.is_inference():
+        if id(parameter) in trained or is_lazy(parameter) or parameter.is_inference():
             continue
         # The class of a quantized weight may be that of the parameter alone, as bitsandbytes' Params4bit, whose values
         # mean nothing without what the library keeps beside them and changes with them.

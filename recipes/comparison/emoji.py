@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.patches import silenced_log
+from lightning_flatlora.callbacks.patches import silenced
 from recipes.clip import emoji
 from recipes.clip.model import DEFAULT_LORA
 from recipes.clip_contrastive.pretrain import Pretraining, pretrained
@@ -59,7 +59,7 @@ class EmojiTask(Task):
     @override
     def loss(self, module: FewShot, batch: Batch) -> Tensor:
         # The loss logs itself, which Lightning refuses outside of its loops.
-        with silenced_log(module):
+        with silenced(module):
             return module.loss(batch)
 
     @override

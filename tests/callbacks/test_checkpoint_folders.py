@@ -173,6 +173,45 @@ def test_a_users_file_in_a_last_that_becomes_a_link_stays(tmp_path: Path) -> Non
     assert (tmp_path / "last-adapter" / WEIGHTS).samefile(tmp_path / "step=6" / WEIGHTS)
 
 
+def test_a_link_into_a_folder_beside_it_moves_on(tmp_path: Path) -> None:
+    """A metric such as val/loss in the files' names makes folders of them."""
+    for _ in range(2):
+        settings = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
+        train(tmp_path, saver(tmp_path / "kept", filename="{epoch}/{step}", **settings), max_epochs=2)
+    assert sorted(path.name for path in (tmp_path / "kept").glob("last*")) == ["last", "last.ckpt"]
+    assert (tmp_path / "kept" / "last" / WEIGHTS).samefile(tmp_path / "kept" / "epoch=1" / "step=12" / WEIGHTS)
+
+
+class Merged(Classifier):
+    """Validates with its adapter merged into the base."""
+
+    unmerge_at = "on_validation_epoch_end"
+
+    def on_validation_start(self) -> None:
+        self.net.merge_adapter()  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        if self.unmerge_at == "on_validation_epoch_end":
+            self.net.unmerge_adapter()  # type: ignore[operator]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.unmerge_at == "on_train_batch_start":
+            self.net.unmerge_adapter()  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore:.*already unmerged:UserWarning")
+def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"monitor": "val_loss", "every_n_train_steps": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "The dirpath has changed")
+        fit(tmp_path, Merged(), [saver(tmp_path / "kept", **settings)], max_epochs=2, val=make_loader(1))
+    module = Merged()
+    module.unmerge_at = "on_train_batch_start"
+    with pytest.warns(UserWarning, match=r"merged into its base while a checkpoint is saved, as in net\.base_model"):
+        fit(tmp_path, module, [saver(tmp_path / "late", **settings)], max_epochs=2, val=make_loader(1))
+
+
 def test_rank_zero_alone_looks_at_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a slower rank the files would vanish while it reads them."""
     looks: list[Any] = []
@@ -195,11 +234,12 @@ def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> No
 
 def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "step=3").symlink_to("elsewhere")
+    (tmp_path / "elsewhere" / "deep").mkdir()
+    (tmp_path / "step=3").symlink_to("elsewhere/deep")
     (tmp_path / "step=6").write_text("a file")
     train(tmp_path, saver(tmp_path), max_epochs=1)
     assert (tmp_path / "step=3").is_symlink()
-    assert not any((tmp_path / "elsewhere").iterdir())
+    assert not any((tmp_path / "elsewhere" / "deep").iterdir())
     assert (tmp_path / "step=6").read_text() == "a file"
     assert (tmp_path / "step=3-adapter" / WEIGHTS).exists()
     assert (tmp_path / "step=6-adapter" / WEIGHTS).exists()

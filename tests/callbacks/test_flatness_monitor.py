@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from monitored_runs import ALL_BUT_EMA, Recorder
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
+from two_pass_runs import Keeping
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
 
@@ -209,6 +210,16 @@ def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
     for callback in (EFMLoRA(0.5), FMLoRA(0.3)):
         fit(tmp_path, Classifier(), [callback, monitor], max_epochs=1, logger=logger, log_every_n_steps=1)
     assert ["ema_gap" in row for row in logger.measured] == [True, True, False, False]
+
+
+def test_averages_wrapped_metrics_and_logged_values_are_those_without_it(tmp_path: Any) -> None:
+    found = []
+    for monitors in ([], [FlatnessMonitor(0.3, every_n_steps=2)], [FlatnessMonitor(0.3, every_n_epochs=1)]):
+        module = type("Own", (Keeping, Classifier), {})()
+        fit(tmp_path, module, monitors, max_epochs=2)
+        found.append(module.found())
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
 
 
 class Follows:

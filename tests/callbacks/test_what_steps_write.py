@@ -13,11 +13,11 @@ from helpers import FEATURES, Classifier, TwoPassClassifier, build, fit, make_lo
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from two_pass_runs import TWO_PASSES, beside_a_plain_run, two_passes
+from two_pass_runs import TWO_PASSES, Keeping, beside_a_plain_run, two_passes
 
 from lightning_flatlora.callbacks.methods import second_pass
 from lightning_flatlora.callbacks.methods.training_step import tensors_in
-from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, writable_buffers
+from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, untrained_parameters, writable_buffers
 
 
 class Following:
@@ -72,7 +72,7 @@ def test_what_is_too_large_to_copy_unseen_is_copied_from_the_second_step_on(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, callbacks, more = two_passes("fmlora", Following)
-    written = [*module.buffers(), *frozen_parameters(module)]
+    written = [*module.buffers(), *module.teacher.parameters(), module.count]
     small = [tensor.nbytes for tensor in written if tensor.nbytes <= module.queue.nbytes]
     monkeypatch.setattr(second_pass, "_MOST_BYTES", sum(small))
     with torch.no_grad():
@@ -109,6 +109,16 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(tmp_path: Any, kind:
         fit(tmp_path, module, [*callbacks, saver], max_epochs=2, ckpt_path=ckpt_path, **more)
         trained.append({**weights(module), "queue": module.queue.clone()})
     assert same(*trained)
+
+
+# In manual optimization the loss comes before the first optimizer step.
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_averages_wrapped_metrics_and_logged_values_count_a_batch_once(tmp_path: Any, kind: str) -> None:
+    plain, module = beside_a_plain_run(tmp_path, kind, Keeping)
+    assert [float(count) for count in plain.found()["sums"]] == [6, 6]
+    assert {"around", "own/stored_epoch"} <= set(plain.found()["logged"])
+    assert same(plain.found(), module.found())
 
 
 class Scripted:
@@ -220,8 +230,11 @@ def test_what_is_written_is_noticed_and_put_back() -> None:
     module.quantized = type("Quantized", (nn.Parameter,), {})(torch.ones(2), requires_grad=False)
     module.register_buffer("sparse", torch.eye(2).to_sparse())
     module.register_buffer("expanded", torch.ones(1).expand(3))
-    frozen, buffers = frozen_parameters(module), writable_buffers(module)
-    assert frozen == [module.replaced, module.in_place]
+    module.average = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([module.trained], lr=0.1)
+    untrained, buffers = untrained_parameters(module, [optimizer]), writable_buffers(module)
+    assert untrained == [module.replaced, module.in_place, module.average]
+    frozen = untrained[:2]
     assert len(buffers) == 1
     marks, values = Marks([*frozen, *buffers]), KeptValues([*frozen, *buffers])
     assert marks.moved() == []

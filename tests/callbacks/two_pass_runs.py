@@ -3,7 +3,11 @@
 from typing import Any
 
 import torch
-from helpers import FRONT_ENDS, Classifier, TwoPassClassifier, build, fit
+from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torchmetrics import MeanMetric, SumMetric
+from torchmetrics.wrappers import MinMaxMetric, Running
 
 from lightning_flatlora.baselines import SAM, LoRASAM
 
@@ -29,3 +33,66 @@ def beside_a_plain_run(tmp_path: Any, kind: str, own: type[Any]) -> tuple[Any, A
         fit(tmp_path, module, callbacks, max_epochs=1, **more)
         modules.append(module)
     return modules[0], modules[1]
+
+
+class LoggedLoss(nn.Module):
+    """Logs by a method that it was given, as before anything could take that method's place."""
+
+    def __init__(self, log: Any) -> None:
+        super().__init__()
+        self.log = log
+
+    def forward(self, loss: Tensor) -> Tensor:
+        self.log("stored", loss, on_step=True, on_epoch=True, batch_size=4)
+        return loss
+
+
+class Keeping:
+    """An average of the weights whose copy requires gradients, torchmetrics' wrappers, a metric in a dictionary, values
+    that are logged around the module's own ``log``, and a scheduler that the step itself steps.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(0)
+        self.head = nn.Linear(CLASSES, CLASSES)
+        self.average = AveragedModel(self.head, avg_fn=get_ema_avg_fn(0.5))
+        # The first update of all would be a copy, which shows nothing.
+        self.average.update_parameters(self.head)
+        with torch.no_grad():
+            for parameter in self.average.parameters():
+                parameter.add_(1)
+        self.last, self.range = Running(SumMetric(), window=20), MinMaxMetric(MeanMetric())
+        self.kept = {"sum": SumMetric()}
+        self.criterion = LoggedLoss(self.log)  # type: ignore[has-type]
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().log(f"own/{name}", *args, **kwargs)  # type: ignore[misc]
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().loss(batch, batch_idx)  # type: ignore[misc]
+        loss = self.criterion(loss + self.head(batch[0][:, :CLASSES]).square().mean())
+        self.average.update_parameters(self.head)
+        self.last(1.0)
+        self.range(loss.detach())
+        self.kept["sum"].update(1.0)
+        self.lr_schedulers().step()  # type: ignore[attr-defined]
+        super().log("around", loss, on_step=False, on_epoch=True, batch_size=4)  # type: ignore[misc]
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        of_net = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        trained = [*of_net, *self.head.parameters()]
+        optimizer = torch.optim.SGD(trained, lr=self.lr)  # type: ignore[attr-defined]
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    def found(self) -> dict[str, Any]:
+        """What all of them hold."""
+        logged = self.trainer.callback_metrics  # type: ignore[attr-defined]
+        return {
+            "average": [parameter.detach().clone() for parameter in self.average.parameters()],
+            "sums": [self.last.compute(), self.kept["sum"].compute()],
+            "range": self.range.compute(),
+            "schedule": self.lr_schedulers().state_dict(),  # type: ignore[attr-defined]
+            "logged": {name: value for name, value in logged.items() if not name.startswith("flatness/")},
+        }

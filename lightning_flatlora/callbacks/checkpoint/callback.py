@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -127,6 +128,7 @@ class SavesAdapters(_Base):
             _save_file(checkpoint, path)
             folders.note_checkpoint(folder, is_there=True)
 
+        _warn_of_merged(trainer.lightning_module)
         with written_as_adapter(trainer, write) as selection:
             super()._save_checkpoint(trainer, filepath)
         if selection.new:
@@ -238,6 +240,18 @@ def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _warn_of_merged(module: nn.Module) -> None:
+    """Warn of a save while an adapter is merged: the file holds the sum as the base, and the adapter beside it."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            rank_zero_warn(
+                f"AdapterCheckpoint: the adapter is merged into its base while a checkpoint is saved, as in {name}, so "
+                "whoever loads the file has it in the weights twice: call unmerge_adapter() before the save, as in "
+                "on_validation_epoch_end"
+            )
+            return
 
 
 def _announce(selection: Selection) -> None:

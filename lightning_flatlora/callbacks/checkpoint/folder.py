@@ -73,10 +73,12 @@ def belongs_to(folder: Path, checkpoint: Path) -> bool:
     """Whether we wrote a folder for a checkpoint, or turned it into a link to another of ours."""
     if folder.is_symlink():
         target = Path(os.readlink(folder))
-        # Our links lead to a neighbour. One that leads elsewhere is a user's.
-        if len(target.parts) != 1:
+        # Ours lead to a neighbour, or into a folder beside them where a metric in the files' names has a slash. One
+        # that leads elsewhere is a user's.
+        if target.is_absolute() or ".." in target.parts:
             return False
-        return checkpoint.is_symlink() or (folder / LIST).exists()
+        is_neighbour = len(target.parts) == 1
+        return (folder / LIST).exists() or (checkpoint.is_symlink() and (is_neighbour or not folder.exists()))
     if (folder / LIST).is_file():
         return bool(_listed(folder)["checkpoint"] == checkpoint.name)
     return folder.is_dir() and _is_of_old_file(folder, checkpoint)

@@ -11,37 +11,46 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_flatlora.callbacks.methods.training_step import own_containers, tensors_in
 from lightning_flatlora.callbacks.random_state import random_state
-from lightning_flatlora.callbacks.reachable import generators_in, state_restorer
-from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, frozen_parameters, that_fit, writable_buffers
+from lightning_flatlora.callbacks.reachable import GENERATORS, objects_in, state_restorer
+from lightning_flatlora.callbacks.tensor_writes import (
+    KeptValues,
+    Marks,
+    that_fit,
+    untrained_parameters,
+    writable_buffers,
+)
 
 _MOST_BYTES = 2**27
-"""Of the buffers and frozen parameters that are copied while nobody knows yet which of them the step writes."""
+"""Of the buffers and untrained parameters that are copied while nobody knows yet which of them the step writes."""
 
 
 class SecondPass:
     """Lets a second pass over a batch follow the first as if there were one.
 
     Both passes draw the same random numbers, such as dropout masks, from PyTorch's, NumPy's and Python's generators and
-    from those that the module keeps. What a step writes into buffers and frozen parameters (BatchNorm's statistics, a
-    queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second
-    pass begins with the buffers and frozen parameters that the first began with, so that both see the same loss
-    function, and the batch as it came. In the first step all of them are copied, the smallest first, up to 128 MB; from
-    then on only what a first pass has been seen to write. So in the first step that writes a tensor which the first
-    step of all did not write, or did not copy, the second pass begins with what the first has left.
+    from those that the module keeps. What a step writes into buffers and into parameters that no optimizer trains
+    (BatchNorm's statistics, a queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first
+    pass left them. The second pass begins with the buffers and such parameters that the first began with, so that both
+    see the same loss function, and the batch as it came. In the first step all of them are copied, the smallest first,
+    up to 128 MB; from then on only what a first pass has been seen to write. So in the first step that writes a tensor
+    which the first step of all did not write, or did not copy, the second pass begins with what the first has left.
 
-    Numbers and collections that a step keeps on the module itself may belong to a single pass, so they are left alone.
-    If both passes change one of them, a warning says so once. Parameters are not watched under FSDP, nor where they are
-    written in place through ``.data``.
+    What else a step keeps in attributes may belong to a single pass, so it is left alone. If both passes change a whole
+    number or the length of a collection of the module itself, a warning says so once. Parameters are not watched under
+    FSDP, nor where they are written in place through ``.data``.
 
     Attributes:
         parameters: those of the module, listed once: between forward and backward FSDP shows stand-ins for them.
 
     Args:
         pl_module: the module, not what a strategy has wrapped around it.
+        optimizers: all that train it.
         is_sharded: whether ranks hold parts of its parameters.
 
     Example:
@@ -56,7 +65,7 @@ class SecondPass:
         1
     """
 
-    def __init__(self, pl_module: nn.Module, is_sharded: bool = False) -> None:
+    def __init__(self, pl_module: nn.Module, optimizers: Iterable[Optimizer] = (), is_sharded: bool = False) -> None:
         self.parameters = list(pl_module.parameters())
         self._pl_module = pl_module
         self._is_sharded = is_sharded
@@ -72,15 +81,18 @@ class SecondPass:
         self._counts_before: dict[str, int] | None = None
         self._may_warn = True
         self._random_states: list[Callable[[], None]] = []
-        self.look_again()
+        self.look_again(optimizers)
 
-    def look_again(self) -> None:
+    def look_again(self, optimizers: Iterable[Optimizer]) -> None:
         """Find again what may be written or drawn from; a walk over all modules, so not for every step."""
         parts = list(self._pl_module.modules())
         self._owners = [part for part in parts if part._buffers]
-        self._metrics = [part for part in parts if isinstance(part, Metric)]
-        self._frozen = [] if self._is_sharded else frozen_parameters(self._pl_module)
-        self._generators = generators_in([self._pl_module])
+        self._untrained = [] if self._is_sharded else untrained_parameters(self._pl_module, optimizers)
+        # Metrics may also lie in a plain list or dictionary of the module's.
+        reachable = objects_in([self._pl_module], (Metric, *GENERATORS))
+        self._metrics = [found for found in reachable if isinstance(found, Metric)]
+        self._uncounted = _in_wrappers(self._metrics)
+        self._generators = [found for found in reachable if isinstance(found, GENERATORS)]
 
     def first_pass_starts(self, device: torch.device) -> None:
         """Record the current state, to see what the pass changes; the device is that on which it draws."""
@@ -92,12 +104,12 @@ class SecondPass:
             buffers += of_owner
             if not _tracks(owner):
                 read += of_owner
-        self._marks = Marks([*buffers, *self._frozen])
+        self._marks = Marks([*buffers, *self._untrained])
         # There may be too much to copy in every step, such as a data set among the buffers.
         if self._is_first_step:
-            kept = that_fit([*read, *self._frozen], _MOST_BYTES)
+            kept = that_fit([*read, *self._untrained], _MOST_BYTES)
         else:
-            kept = [tensor for tensor in [*read, *self._frozen] if id(tensor) in self._written]
+            kept = [tensor for tensor in [*read, *self._untrained] if id(tensor) in self._written]
         self._before = KeptValues(kept)
         self._bound_before = _Bindings(self._owners)
         self._updates_before = [(metric, metric.update_count) for metric in self._metrics]
@@ -126,7 +138,7 @@ class SecondPass:
         after, bound_after = KeptValues(self._written_tensors()), _Bindings(self._owners)
         metrics = []
         for metric, updates in self._updates_before:
-            if metric.update_count != updates:
+            if metric.update_count != updates or id(metric) in self._uncounted:
                 attributes = dict(metric.__dict__)
                 metrics.append((metric, attributes))
                 # The metric updates copies, so that its own states can be given back as the same objects.
@@ -153,7 +165,7 @@ class SecondPass:
 
     def _written_tensors(self) -> list[Tensor]:
         """All buffers of the parts in which the first pass has written one, and the parameters that it has written."""
-        written: list[Tensor] = [parameter for parameter in self._frozen if self._marks.has_moved(parameter)]
+        written: list[Tensor] = [each for each in self._untrained if self._marks.has_moved(each)]
         for owner in self._owners:
             buffers = writable_buffers(owner)
             # Not every kernel counts its writes: InstanceNorm's, for one, leaves no mark on any buffer.
@@ -214,6 +226,18 @@ class _Bindings:
     def put_back(self) -> None:
         for owner, buffers in self._bound:
             owner._buffers.update(buffers)
+
+
+def _in_wrappers(metrics: Iterable[Metric]) -> set[int]:
+    """The identities of torchmetrics' wrappers and of what they wrap, whose counts of updates say nothing.
+
+    A wrapper's own stays 0, and some reset the metric that they wrap in each step.
+    """
+    found: set[int] = set()
+    for metric in metrics:
+        if isinstance(metric, WrapperMetric):
+            found.update(map(id, metric.modules()))
+    return found
 
 
 def _clone(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
 from lightning_flatlora.callbacks.methods.module_passes import module_passes_of
 from lightning_flatlora.callbacks.methods.second_pass import SecondPass, leave_batch_out
 from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
-from lightning_flatlora.callbacks.patches import at_training_step, put_on_instance, silenced_log
+from lightning_flatlora.callbacks.patches import at_training_step, put_on_instance, silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.distributed import average_gradients
 
@@ -72,12 +72,12 @@ class TwoPassCallback(MethodCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._second_pass = SecondPass(pl_module, self._is_sharded)
+        self._second_pass = SecondPass(pl_module, trainer.optimizers, self._is_sharded)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        self._second_pass.look_again()
+        self._second_pass.look_again(trainer.optimizers)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -128,7 +128,7 @@ class TwoPassCallback(MethodCallback):
                 average_gradients(self.ascending)
             at_perturbed_weights = self.ascend(self.current_size(trainer))
         self._local_ascent.close()
-        with at_perturbed_weights, silenced_log(trainer.lightning_module), self._second_pass.running():
+        with at_perturbed_weights, silenced(trainer.lightning_module), self._second_pass.running():
             self._descend(trainer, arguments)
         return loss
 

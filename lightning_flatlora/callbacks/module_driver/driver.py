@@ -111,7 +111,7 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.lr_schedulers.complete_configs(trainer)
         super().on_fit_start(trainer, pl_module)
-        self.second_pass = SecondPass(pl_module, self._is_sharded)
+        self.second_pass = SecondPass(pl_module, trainer.optimizers, self._is_sharded)
         module: Any = pl_module  # an FMLoRAModule
         # Where nothing is overridden, training_step is FMLoRAModule's own, and there is nothing to check.
         self.has_reached_step = not module._overrides_step
@@ -231,7 +231,7 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         self.lr_schedulers.step_waiting(trainer)
-        self.second_pass.look_again()
+        self.second_pass.look_again(trainer.optimizers)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:

@@ -19,7 +19,7 @@ from lightning_flatlora.callbacks.monitor.held_batches import HeldBatches, curva
 from lightning_flatlora.callbacks.monitor.snapshots import undisturbed
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import monitor_problems
-from lightning_flatlora.callbacks.tensor_writes import Marks, frozen_parameters
+from lightning_flatlora.callbacks.tensor_writes import Marks, untrained_parameters
 from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
 from lightning_flatlora.flatness.losses import ReentrantCheckpointError
 from lightning_flatlora.flatness.measures import measure_problems
@@ -196,7 +196,7 @@ class FlatnessMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_at = self._count(trainer)
         self._has_measured = False
-        self._marks = Marks(frozen_parameters(pl_module))
+        self._marks = Marks(untrained_parameters(pl_module, trainer.optimizers))
         self._warn_of_other_averages(trainer)
         self._held = HeldBatches(trainer, pl_module, self.data, self.batches)
         if not self._held:
@@ -292,7 +292,7 @@ class FlatnessMonitor(Callback):
                 rank_zero_warn(f"{type(self).__name__}: a measurement was left out: {error}")
                 numbers = {}
         # Anew, since noise on the weights has moved them and put them back.
-        self._marks = Marks(frozen_parameters(pl_module))
+        self._marks = Marks(untrained_parameters(pl_module, trainer.optimizers))
         if not numbers:
             return
         values = {f"flatness/{name}": value.detach().cpu() for name, value in numbers.items()}

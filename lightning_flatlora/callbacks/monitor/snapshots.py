@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.utils.data import Dataset
 
-from lightning_flatlora.callbacks.patches import silenced_log
+from lightning_flatlora.callbacks.patches import silenced
 from lightning_flatlora.callbacks.random_state import random_state
 from lightning_flatlora.callbacks.reachable import (
     GENERATORS,
@@ -29,7 +29,12 @@ from lightning_flatlora.callbacks.reachable import (
     package,
     state_restorer,
 )
-from lightning_flatlora.callbacks.tensor_writes import KeptValues, frozen_parameters, put_memory_back, writable_buffers
+from lightning_flatlora.callbacks.tensor_writes import (
+    KeptValues,
+    put_memory_back,
+    untrained_parameters,
+    writable_buffers,
+)
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_flatlora", *sys.stdlib_module_names}
@@ -43,22 +48,23 @@ def undisturbed(pl_module: LightningModule, written: Iterable[Tensor] = ()) -> I
 
     So buffers (BatchNorm's), the states of torchmetrics, modes, and lists, counters or arrays that a step keeps on any
     of its modules, or on objects of the project's own classes there, are afterwards the same objects as before,
-    whatever happens inside. A frozen parameter that a pass replaces is put back, and one that it writes in place if it
-    is named. The random generators (Python, NumPy, PyTorch on the CPU and the module's device) are put
-    back. Of a container with more than 100,000 entries in all, such as the samples of a data set, only the container
-    itself is copied: what is written into its entries stays.
+    whatever happens inside. A parameter that no optimizer trains is put back if a pass replaces it, and one that it
+    writes in place if it is named. The random generators (Python, NumPy, PyTorch on the CPU and the module's device)
+    are put back. Of a container with more than 100,000 entries in all, such as the samples of a data set, only the
+    container itself is copied: what is written into its entries stays.
 
     Memory: a copy of the buffers, and of the parameters named.
 
     Args:
         pl_module: the module, not what a strategy has wrapped around it.
-        written: frozen parameters that a training step writes in place, such as a momentum encoder's.
+        written: parameters that a training step writes in place and no optimizer trains, such as a momentum encoder's.
     """
+    optimizers = [] if pl_module._trainer is None else pl_module.trainer.optimizers
     with ExitStack() as stack:
         stack.callback(random_state(pl_module.device))
         copies = _Copies([pl_module])
         stack.callback(copies.put_back)
-        for parameter in frozen_parameters(pl_module):
+        for parameter in untrained_parameters(pl_module, optimizers):
             stack.callback(put_memory_back, parameter, parameter.data)
         stack.callback(KeptValues(written).put_back)
         stack.enter_context(_scripted_in_eval(pl_module))
@@ -67,7 +73,9 @@ def undisturbed(pl_module: LightningModule, written: Iterable[Tensor] = ()) -> I
                 copies.enter(module)
                 # Not eval(), which a module may have overridden.
                 module.__dict__["training"] = False
-        stack.enter_context(silenced_log(pl_module))
+        stack.enter_context(silenced(pl_module))
+        # A log that can't be replaced refuses what may not be logged in the hook that measures.
+        pl_module.__dict__["_current_fx_name"] = "training_step"
         yield
 
 
