@@ -93,8 +93,9 @@ def is_of_empty_file(error: Exception) -> bool:
         >>> is_of_empty_file(StopIteration()), is_of_empty_file(ValueError("a column is missing"))
         (True, False)
     """
-    # Of a JSON file without a byte, and of a CSV file with a header alone.
-    return isinstance(error, StopIteration) or "corresponds to no data" in str(error)
+    # Of a JSON file without a byte, of a CSV file with a header alone, and of a Parquet file without a row.
+    text = f"{error} {error.__cause__}"
+    return isinstance(error, StopIteration) or "corresponds to no data" in text or "BatchSize must be" in text
 
 
 def csv_options(files: str | list[str], cache_dir: str | None = None) -> dict[str, Any]:

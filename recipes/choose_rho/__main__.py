@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metric, mode = options.metric, options.mode
     # Rows of two metrics can't be compared.
     asked = [f"--{name}={value}" for name, value in (("metric", metric), ("mode", mode)) if value is not None]
-    keep_options(folder, [options.recipe, options.rho_option, *asked, *fit_options])
+    given = [options.recipe, options.rho_option, *asked, *fit_options]
+    keep_options(folder, given, written=["table.txt", "rho.png"])
     sweep = Sweep(options.recipe, fit_options, options.rho_option, folder, metric, mode)
     ledger = Ledger(folder / "results.jsonl", entries("rho", "seed"))
     rows: list[Row] = []

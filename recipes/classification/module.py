@@ -26,6 +26,7 @@ from recipes.language.model import (
     weights_dtype,
 )
 from recipes.language.warm_start import load_factors
+from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, ManualTraining, RecipeModule, Schedule
@@ -210,7 +211,7 @@ class TextClassifier(RecipeModule):
 
     def _evaluate(self, prefix: str, batch: Batch) -> None:
         logits, labels = self.logits(batch), batch["labels"]
-        predicted = logits.squeeze(1) if self.data.regression else logits.argmax(dim=1)
+        predicted = logits.squeeze(1) if self.data.regression else wrong_where_nan(logits, labels).argmax(dim=1)
         self._update(f"{prefix}_loss", self.losses(logits, labels))
         for name in self.metric_names:
             self._update(f"{prefix}_{name}", predicted, labels)

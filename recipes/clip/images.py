@@ -1,5 +1,6 @@
 """Reading images: errors that name the file, and one pass over a folder before training that finds what is broken."""
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,12 +9,13 @@ from pathlib import Path
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from recipes.shared.ranks import rank
 
 _SHOWN = 5  # broken files that a message names
+_LONGEST = 200  # characters of a broken file's name, which may be an image in text form by mistake
+_OF_PHONES = (".heic", ".heif")  # which Pillow reads with a plugin alone
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -67,7 +69,7 @@ def readable(
         # Every rank has to know which images can be read, but one progress bar is enough.
         hidden = len(paths) < 1000 or rank() != 0
         problems = list(tqdm(results, total=len(paths), desc="Checking images", unit="image", disable=hidden))
-    broken = [f"{path} ({problem})" for path, problem in zip(paths, problems, strict=True) if problem]
+    broken = [f"{shortened(str(path))} ({problem})" for path, problem in zip(paths, problems, strict=True) if problem]
     if not broken:
         return list(range(len(paths)))
     problem = f"{len(broken)} of {len(paths)} images can't be read: {', '.join(broken[:_SHOWN])}"
@@ -78,6 +80,17 @@ def readable(
         raise MisconfigurationException(f"{problem}. Nothing is left")
     rank_zero_warn(f"skip_unreadable: {problem}; left out")
     return [place for place, problem in enumerate(problems) if problem is None]
+
+
+def shortened(text: str) -> str:
+    """A text for a message, without its middle where it is very long.
+
+    Example:
+        >>> len(shortened("x" * 10_000)), shortened("cat.jpg")
+        (200, 'cat.jpg')
+    """
+    half = _LONGEST // 2 - 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}....{text[-half:]}"
 
 
 def blind_skips(skip_unreadable: bool, check_images: bool) -> list[str]:
@@ -116,17 +129,42 @@ def on_white(image: Image.Image) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    return str(error) or type(error).__name__
+    return shortened(str(error)) or type(error).__name__
+
+
+def image_endings() -> frozenset[str]:
+    """The endings, in lower case, of files that are taken for images: all that Pillow knows, and those of telephones.
+
+    Whether a file can be read is found out later, with an error that names it.
+
+    Example:
+        >>> {".jpg", ".gif", ".heic"} <= image_endings(), ".pdf" in image_endings()
+        (True, False)
+    """
+    of_images = set(_OF_PHONES)
+    for ending, kind in Image.registered_extensions().items():
+        if kind in Image.OPEN and Image.MIME.get(kind, "image/").startswith("image/"):
+            of_images.add(ending)
+    return frozenset(of_images)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All files below a folder whose name ends like an image's, in order."""
-    found = []
-    for path in folder.rglob("*"):
-        is_image = path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+    """All files at any depth below a folder whose name ends like an image's, in order; links are followed."""
+    found, seen = [], set()
+    endings = image_endings()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        # A link to a folder above would go on for ever.
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         # Copies that a notebook or an archive has left, such as .ipynb_checkpoints/cat-checkpoint.png.
-        if is_image and not any(map(is_hidden, path.relative_to(folder).parts)):
-            found.append(path)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() in endings and not is_hidden(name) and path.is_file():
+                found.append(path)
     # Sorted, since file systems list files in different orders, and a seed has to draw the same ones.
     return sorted(found)
 

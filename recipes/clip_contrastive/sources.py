@@ -7,15 +7,14 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from recipes.clip import emoji
-from recipes.clip.images import image_files
+from recipes.clip.images import image_endings, image_files
 from recipes.shared.data import is_packaged
 from recipes.shared.ranks import rank
 
@@ -160,7 +159,7 @@ def _check_columns(path: Path, header: Iterable[str], image_column: str, caption
 def _folder(folder: Path) -> list[Picture]:
     images = image_files(folder)
     if not images:
-        raise MisconfigurationException(f"{folder} holds no image ending in {', '.join(IMG_EXTENSIONS)}")
+        raise MisconfigurationException(f"{folder} holds no file with an image's ending, such as .jpg or .png")
     captions: dict[Path, tuple[str, ...]] = {}
     faults = []
     for image in images:
@@ -204,7 +203,9 @@ def _shards(pattern: str) -> list[Picture]:
     """Pictures of webdataset shards, found in one pass over the archives' headers."""
     shards: list[Path] = []
     for one in expanded(pattern):
-        files = sorted(glob(str(Path(one).expanduser())))
+        path = Path(one).expanduser()
+        # A folder may have brackets in its own name.
+        files = sorted(glob(str(path))) or sorted(glob(f"{escape(str(path.parent))}/{path.name}"))
         shards += map(Path, files or [one])
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
@@ -231,6 +232,7 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
     captions: dict[str, tuple[str, ...]] = {}
     faults: list[str] = []
     others: list[tuple[str, str]] = []
+    endings = image_endings()
     try:
         # Uncompressed archives alone: images are read from where they lie in the file.
         with tarfile.open(shard, "r:") as archive:
@@ -240,7 +242,7 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
                     continue
                 base, _, suffix = name.partition(".")
                 key = f"{folder}/{base}" if folder else base
-                if f".{suffix.lower()}" in IMG_EXTENSIONS:
+                if f".{suffix.lower()}" in endings:
                     faults += [f"there is a second image {member.name}"] if key in images else []
                     images[key] = StoredFile(shard, member.name, member.offset_data, member.size)
                 elif suffix.lower() == "txt":
@@ -248,7 +250,7 @@ def _members(shard: Path) -> tuple[dict[str, StoredFile], dict[str, tuple[str, .
                     file = archive.extractfile(member)
                     if file is not None:  # a folder may have such a name too
                         captions[key] = lines_of(file.read().decode("utf-8-sig"))
-                elif Path(name).suffix.lower() in IMG_EXTENSIONS:
+                elif Path(name).suffix.lower() in endings:
                     others.append((member.name, key))
             names = archive.getnames()
             if names and not _ends_here(archive, shard):

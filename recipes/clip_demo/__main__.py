@@ -17,6 +17,7 @@ from recipes.clip_demo import report
 from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
 from recipes.clip_fewshot.emoji import examples
 from recipes.shared import demo_sweep
+from recipes.shared.files import begin_folder
 from recipes.shared.ledger import each_once
 from recipes.shared.methods import OURS
 from recipes.shared.mistakes import without_traceback
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     options = _parser().parse_args(arguments)
     quiet()
-    options.folder.mkdir(parents=True, exist_ok=True)
+    begin_folder(options.folder, "results.jsonl", ["table.txt", "shots.png", "predictions.png"])
     data = emoji.prepare()
     precision = precision_of_runs(options.folder, options.precision)
     print(f"Precision: {precision}; --precision sets another", flush=True)

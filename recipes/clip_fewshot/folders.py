@@ -5,7 +5,6 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from recipes.clip.images import image_files, is_hidden
 
@@ -83,7 +82,7 @@ def images_of(folder: Path, classes: Sequence[str]) -> list[Example]:
         paths = image_files(folder / name)
         if not paths:
             raise MisconfigurationException(
-                f"class {name!r} is empty: {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)})"
+                f"class {name!r} is empty: {folder / name} holds no file with an image's ending, such as .jpg or .png"
             )
         examples += [(path, label) for path in paths]
     return examples

@@ -20,6 +20,7 @@ from recipes.clip_fewshot.batches import Batch
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, write_evaluation
 from recipes.clip_fewshot.prompts import tokenize
+from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining
@@ -186,7 +187,8 @@ class ClipClassifier(EvaluatedModule):
 
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:
-        self.evaluation(stage).update(self.probabilities(batch["images"]), batch["labels"])
+        probabilities = wrong_where_nan(self.probabilities(batch["images"]), batch["labels"])
+        self.evaluation(stage).update(probabilities, batch["labels"])
 
     @override
     def log_evaluation(self, stage: str) -> None:

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, more = _parser().parse_known_args(arguments)
     fit_options = [f"--config={Path(path).resolve()}" for path in options.config] + more
     _check_names(options.datasets or [])
-    keep_options(options.folder, fit_options)
+    keep_options(options.folder, fit_options, written=["table.md"])
     names = ["method", "rho", "learning_rate", "shots", "seed"]
     # Without the option it is the configuration's, whose name is in the row but not in the run.
     ledger = Ledger(options.folder / "results.jsonl", entries(*names, *(["dataset"] if options.datasets else [])))

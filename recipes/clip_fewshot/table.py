@@ -163,7 +163,16 @@ def _shown(setting: Setting) -> list[str]:
 
 
 def _accuracies(rows: Sequence[Row], shots: int, part: str) -> list[float]:
-    return [100 * row[part]["accuracy"] for row in rows if row["shots"] == shots]
+    accuracies = []
+    for row in rows:
+        if row["shots"] == shots:
+            if "accuracy" not in row[part]:
+                raise MisconfigurationException(
+                    f"these runs have no accuracy on the {part} part: set --data.init_args.validation_shots above 0, "
+                    "or leave --part out"
+                )
+            accuracies.append(100 * row[part]["accuracy"])
+    return accuracies
 
 
 def _seconds(rows: Sequence[Row]) -> float | None:

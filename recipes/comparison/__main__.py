@@ -22,12 +22,14 @@ from recipes.comparison.plot import plot
 from recipes.comparison.run import Run, perform
 from recipes.comparison.table import tables
 from recipes.comparison.tasks import TASKS
+from recipes.shared.files import begin_folder
 from recipes.shared.ledger import Row, read
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
 from recipes.shared.progress import quiet
 
 _WIDTH = 180
+_WRITTEN = ("table.md", "gain.png", "sharpness.png", "tuning.png", "cost.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     """Do what is not done yet."""
     _quiet()
     torch.set_num_threads(1)  # a run repeats bit for bit, and a second process has the next core
-    options.folder.mkdir(parents=True, exist_ok=True)
+    begin_folder(options.folder, RESULTS, _WRITTEN)
     precision = precision_of_runs(options.folder, options.precision)
     print(f"Precision: {precision}; --precision sets another", flush=True)
     tasks = [TASKS[name].computed_in(precision) for name in options.tasks]

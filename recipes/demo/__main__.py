@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.demo.report import plot, table
 from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize, validate
 from recipes.shared import demo_sweep
-from recipes.shared.files import set_aside, write_whole
+from recipes.shared.files import begin_folder, set_aside, write_whole
 from recipes.shared.ledger import Row, StoppedError, run_process
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     _drop_other_settings(options.folder, settings)
     print(f"Precision: {settings.precision}; --precision sets another", flush=True)
+    begin_folder(options.folder, "results.jsonl", ["table.txt", "curves.png"])
     rows = ledger(options.folder)
     runs = [Run(method, settings, options.folder / method) for method in METHODS]
     if any(rows.find(run) is None for run in runs):

@@ -30,6 +30,7 @@ from recipes.evidence.workloads import (
     is_in_turn,
     is_merging,
 )
+from recipes.shared.files import begin_folder
 from recipes.shared.ledger import Row
 from recipes.shared.precision import precision_of_runs
 from recipes.shared.progress import Lines, quiet
@@ -126,7 +127,7 @@ def report(options: argparse.Namespace) -> int:
 def demo(options: argparse.Namespace) -> int:
     """Merge adapters of LoRA and EFMLoRA, beside free competitors; in minutes."""
     _prepare()
-    options.folder.mkdir(parents=True, exist_ok=True)
+    begin_folder(options.folder, RESULTS, ["merging.md", "merging.png"])
     precision = precision_of_runs(options.folder, options.precision)
     print(f"Precision: {precision}; --precision sets another", flush=True)
     shown = Demo(options.folder, precision)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.encoding import encode
-from recipes.instruction_tuning.formats import MORE_THAN_TEXT, NO_QUESTION
+from recipes.instruction_tuning.formats import MORE_THAN_TEXT, NO_ANSWER, NO_QUESTION
 from recipes.language.batches import Batch, Collate, LengthBatchSampler, padding_id
 from recipes.language.chat import ChatEncoder
 from recipes.language.data import read_prompts, tokenizer_of
@@ -231,7 +231,7 @@ class InstructionData(ResumableData):
         notes = {
             "cut": f"{counts['cut']} of them cut at max_length={self.max_length} tokens",
             "too long": f"{counts['too long']} dropped: no answer within max_length={self.max_length} tokens",
-            "no answer": f"{counts['no answer']} dropped: no answer in the data",
+            NO_ANSWER: f"{counts[NO_ANSWER]} dropped: no answer in the data",
             NO_QUESTION: f"{counts[NO_QUESTION]} dropped: no question in the data",
             MORE_THAN_TEXT: f"{counts[MORE_THAN_TEXT]} dropped: {MORE_THAN_TEXT} in them",
         }

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_flatlora.report.conversation import THOUGHTS
+from recipes.instruction_tuning.formats import NO_ANSWER
 from recipes.language.chat import IGNORED, ChatEncoder
 
 Row = dict[str, Any]
@@ -24,7 +25,7 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     """
     if row["problem"] or not row["messages"] or not row["messages"][-1]["content"].strip():
         # An answer of spaces alone has no token to learn.
-        return _unusable(row["problem"] or "no answer")
+        return _unusable(row["problem"] or NO_ANSWER)
     messages = [template_message(message) for message in row["messages"]]
     context, answer = messages[:-1], messages[-1]
     options = (row["options"] if with_options else None) or [answer["content"]]

@@ -33,12 +33,13 @@ FEATURES = datasets.Features(
 )
 MORE_THAN_TEXT = "images, sounds or tool calls"
 NO_QUESTION = "no question"
+NO_ANSWER = "no answer"
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant")},
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
 }
-_TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+_TOOL_ROLES = ("tool", "ipython", "function", "function_call", "observation", "tool_call", "tool_response")
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what Qwen, GPT-OSS and others call them
 _LISTS = ("messages", "conversations")  # columns of whole conversations
 _SYSTEM = ("system", "system_prompt")
@@ -185,11 +186,29 @@ def _converted(row: Row, messages_of: Callable[[Row], list[Message]], source: st
     system = next((row[name] for name in _SYSTEM if row.get(name)), None)
     if system is not None and not any(message["role"] == "system" for message in messages):
         messages.insert(0, turn("system", str(system)))
-    while messages and not (messages[-1]["role"] == "assistant" and messages[-1]["learnt"]):
+    while messages and not _is_learnt(messages[-1]):
         # What comes after the last answer that is learnt teaches nothing.
         messages.pop()
+    problem = _lack(messages)
+    if problem:
+        return _row([], "", problem=problem)
     question = next((message["content"] for message in messages if message["role"] == "user"), "")
     return _row(messages, question)
+
+
+def _is_learnt(message: Message) -> bool:
+    return bool(message["role"] == "assistant" and message["learnt"])
+
+
+def _lack(messages: Sequence[Message]) -> str:
+    """Which of a conversation's messages is empty, of those that teach something; "" where none is."""
+    for message in messages:
+        if not message["content"].strip():
+            if message["role"] == "user":
+                return NO_QUESTION
+            if _is_learnt(message):
+                return NO_ANSWER
+    return ""
 
 
 def _read_pair(row: Row, pair: Pair) -> list[Message]:

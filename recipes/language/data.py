@@ -5,8 +5,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from transformers import AutoTokenizer
 
+from recipes.language.model import load_tokenizer
 from recipes.shared.files import read_lines
 
 
@@ -18,10 +18,10 @@ def tokenizer_of(data: L.LightningDataModule, name: str | None) -> Any:
         name: or folder of a tokenizer; None takes that of the module which is trained.
 
     Raises:
-        MisconfigurationException: there is neither a name nor a Trainer.
+        MisconfigurationException: there is neither a name nor a Trainer, or no tokenizer of this name.
     """
     if name is not None:
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name, option="tokenizer")
     if data.trainer is None:
         raise MisconfigurationException("tokenizer=None takes the module's: set it, or use a Trainer")
     return data.trainer.lightning_module.tokenizer

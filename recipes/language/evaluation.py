@@ -59,7 +59,10 @@ class EvaluationMetrics(nn.Module):
         first = 0
         for count, gold in zip(batch["options"], batch["gold"].tolist(), strict=True):
             if count > 1:
-                self.accuracy.update((scores[first : first + count].argmax() + first == gold).float())
+                of_options = scores[first : first + count]
+                # Of a model that has diverged argmax would take the first option.
+                is_right = (of_options.argmax() + first == gold) & ~of_options.isnan().any()
+                self.accuracy.update(is_right.float())
             first += count
 
     def update_exact_match(self, answers: list[str], expected: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,12 +30,13 @@ def model_source(name: str) -> str:
         return str(packaged.smollm2())
     if name == PACKAGED_ENCODER:
         return str(packaged.minilm())
-    return name
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model; see :func:`load_base` for the name."""
-    return load_pretrained(AutoTokenizer, name)
+def load_tokenizer(name: str, option: str = "model") -> Any:
+    """The tokenizer of a model; see :func:`load_base` for the name, which the user has given as an option."""
+    return load_pretrained(AutoTokenizer, name, option=option)
 
 
 def weights_dtype(precision: str | None) -> DType:
@@ -110,13 +112,14 @@ def quantization_config(
     )
 
 
-def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
+def load_pretrained(auto_class: Any, name: str, *, option: str = "model", **options: Any) -> Any:
     """What one of transformers' auto classes loads for a name.
 
     Args:
         auto_class: AutoTokenizer, AutoModelForCausalLM or another.
         name: a Hub name, a local directory, "packaged" for SmolLM2-135M-Instruct, or "packaged:minilm" for
             all-MiniLM-L6-v2.
+        option: by which the user has given the name, for the message.
         options: of its ``from_pretrained``.
 
     Raises:
@@ -126,7 +129,7 @@ def load_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         return auto_class.from_pretrained(model_source(name), **options)
     except (OSError, ValueError, ImportError) as error:  # the last where a package is missing, such as flash_attn
         raise MisconfigurationException(
-            f"model={name!r} can't be loaded by {auto_class.__name__}: give a name on the Hub (reachable, or in the "
+            f"{option}={name!r} can't be loaded by {auto_class.__name__}: give a name on the Hub (reachable, or in the "
             f"local cache), a local directory, {PACKAGED!r} for SmolLM2-135M-Instruct, or {PACKAGED_ENCODER!r} for "
             f"all-MiniLM-L6-v2. {type(error).__name__}: {error}"
         ) from error

@@ -21,9 +21,10 @@ def load_factors(net: PeftModel, folder: str) -> None:
     Raises:
         MisconfigurationException: there is no adapter, or it is one of other layers or with other settings.
     """
+    given, folder = folder, str(Path(folder).expanduser())
     if not (Path(folder) / "adapter_config.json").is_file():
         raise MisconfigurationException(
-            f"start_from={folder!r} holds no adapter_config.json: give the folder of an adapter, beside a checkpoint"
+            f"start_from={given!r} holds no adapter_config.json: give the folder of an adapter, beside a checkpoint"
         )
     saved, own = PeftConfig.from_pretrained(folder), net.peft_config["default"]
     different = [name for name in _SAME if getattr(saved, name) != getattr(own, name)]

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(plan_text(plan))
         return 0
     folder = plan.results.folder
-    keep_options(folder, more)
+    keep_options(folder, more, written=["table.md"])
     place = Place(folder, precision_of_runs(folder), more)
     try:
         plan.work(partial(perform, place=place), partial(_announce, plan=plan))

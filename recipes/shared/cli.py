@@ -1,6 +1,7 @@
 """The command line that all recipes share."""
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,7 +10,13 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerTypeTuple,
+    SaveConfigCallback,
+)
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,6 +25,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from recipes.shared.configs import check_config_files, settings_of_run, shipped_configs
+from recipes.shared.files import set_aside
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import ProgressLines, is_live
 from recipes.shared.training import RecipeModule
@@ -53,6 +61,30 @@ class RecipeParser(LightningArgumentParser):
         super().error(message, ex)
 
 
+class ConfigSaver(SaveConfigCallback):
+    """Writes the run's ``config.yaml``, and gives another file of that name a new one first.
+
+    A run that is resumed into its old folder finds one there, and a run without a logger writes where it was started,
+    which may be where a user keeps a file of that name.
+    """
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # every rank has to ask
+        assert folder is not None  # without a logger it is the Trainer's default_root_dir
+        path = Path(folder, self.config_filename)
+        if trainer.is_global_zero and not self.already_saved and path.is_file() and not self._would_write(path):
+            set_aside(path)
+        super().setup(trainer, pl_module, stage)
+
+    def _would_write(self, path: Path) -> bool:
+        """Whether a file holds just what this run is going to write."""
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder, path.name)
+            self.parser.save(self.config, str(written), skip_none=False, multifile=self.multifile)
+            return written.read_bytes() == path.read_bytes()
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI for any module and data module, whose loggers write into one folder a run.
 
@@ -76,8 +108,8 @@ class RecipeCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            # A resumed run that logs into its old folder finds its config.yaml there, which Lightning would refuse to
-            # replace.
+            save_config_callback=ConfigSaver,
+            # ConfigSaver has set aside whatever must not be lost.
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,  # it wants the parameters before configure_model has made them
             parser_class=RecipeParser,

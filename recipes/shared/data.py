@@ -59,6 +59,13 @@ def read_table(
             table = datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
             return with_dates_as_texts(table, path, _code()) if FORMATS[ending] == "json" else table
         refuse_other_forms(name, path)
+        if path.is_dir():
+            if glob.has_magic(str(path)):
+                raise MisconfigurationException(
+                    f"dataset={name!r}: `datasets` takes *, ? and [ in a folder's name for a pattern, and finds "
+                    "nothing: rename the folder, or give a file"
+                )
+            name = str(path)
         csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
         if csv_files:
             parts = {split.partition("[")[0]: csv_files}

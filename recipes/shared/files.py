@@ -1,6 +1,7 @@
 """Files that other runs and later starts rely on."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -77,6 +78,27 @@ def set_aside(path: Path) -> None:
         number += 1
     aside = path.rename(path.with_name(f"{stem}-{number}{ending}"))
     print(f"{path} was there already, and is now called {aside.name}", flush=True)
+
+
+def begin_folder(folder: Path, own: str, written: Sequence[str]) -> None:
+    """Make a command's folder, and set aside what others have left in it under the names of the command's own files.
+
+    Args:
+        folder: that the user has named, which may hold other things.
+        own: the file by which the command knows a folder that it has begun.
+        written: names of the files that it replaces in its folder.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "table.md").touch()
+        ...     begin_folder(Path(folder), "results.jsonl", ["table.md"])  # doctest: +ELLIPSIS
+        /...table.md was there already, and is now called table-1.md
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / own).exists():
+        for name in written:
+            set_aside(folder / name)
 
 
 def refuse_unless_new(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.files import write_whole
+from recipes.shared.files import begin_folder, set_aside, write_whole
 
 Row = dict[str, Any]
 
@@ -206,25 +206,41 @@ def each_once(values: Iterable[Value]) -> list[Value]:
     return list(dict.fromkeys(values))
 
 
-def keep_options(folder: Path, options: Sequence[str]) -> None:
+def keep_options(folder: Path, options: Sequence[str], written: Sequence[str]) -> None:
     """Refuse to mix runs of other options into a folder: their results would not be comparable.
 
     Args:
         folder: of the runs; the options are written into its ``options.json``.
         options: that all runs share.
+        written: names of the files that the command replaces in its folder; those of others are set aside.
 
     Raises:
         MisconfigurationException: the folder holds runs with others.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "options.json"
-    if not path.exists():
+    before = _options_in(path)
+    if before is None:
+        set_aside(path)  # a file of that name, but another program's
+    begin_folder(folder, path.name, written)
+    if before is None:
         write_whole(path, json.dumps(list(options)) + "\n")
-    elif json.loads(path.read_text()) != list(options):
+    elif before != list(options):
         raise MisconfigurationException(
-            f"--folder={folder} holds runs with the options {json.loads(path.read_text())}, and now they are "
-            f"{list(options)}: name another folder"
+            f"--folder={folder} holds runs with the options {before}, and now they are {list(options)}: name another "
+            "folder"
         )
+
+
+def _options_in(path: Path) -> list[str] | None:
+    """The options that :func:`keep_options` has written; None where it has not."""
+    if not path.is_file():
+        return None
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    is_ours = isinstance(options, list) and all(isinstance(option, str) for option in options)
+    return options if is_ours else None
 
 
 # Of a signal that ends a process, Python reports the negative number, and a shell 128 more than the number.

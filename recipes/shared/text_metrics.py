@@ -23,9 +23,10 @@ def normalized(text: str) -> str:
 
 
 def is_same(answer: str, right: str) -> bool:
-    """Whether two texts are equal except for case, punctuation and spaces; texts of punctuation alone must be equal.
+    """Whether two texts have the same words in the same order, in any case; texts of punctuation alone must be equal.
 
-    The marks that some scripts write as characters of their own count, and so do a number's sign and decimal point.
+    Spaces and punctuation only stand between words, so "e-mail" is not "email", nor "1,000" the number 1000. The marks
+    that some scripts write as characters of their own count, and so do a number's sign and decimal point.
 
     Example:
         >>> is_same("it is 7", "It is 7."), is_same("", "+"), is_same("-3", "3")

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -56,6 +57,11 @@ class RecipeModule(L.LightningModule):
         """The learning rate in time where none was chosen, which is stepped with every optimizer step."""
         steps = self.optimizer_steps()
         warmup_steps = max(self.warmup_steps, math.ceil(self.warmup_share * steps))
+        if warmup_steps >= steps:
+            rank_zero_info(
+                f"The learning rate rises over {warmup_steps} steps, and the run has {steps}, so it never reaches "
+                f"{self.learning_rate:g}: lower warmup_steps or warmup_share"
+            )
         scheduler = get_scheduler(self.schedule, optimizer, warmup_steps, steps)
         return cast("LRScheduler", scheduler)
 

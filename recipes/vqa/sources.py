@@ -6,6 +6,8 @@ and ``type`` (of the question, "" where the data don't say).
 """
 
 import json
+import reprlib
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,9 @@ class _Converter:
                 raise MisconfigurationException(f"{where} has {len(image)} images, and one is possible")
             return self._image(image[0] if image else None, where)
         if image is not None and not isinstance(image, str):
-            raise MisconfigurationException(f"{where}: image must be an image or the name of a file, got {image!r}")
+            raise MisconfigurationException(
+                f"{where}: image must be an image or the name of a file, got {reprlib.repr(image)}"
+            )
         return {"bytes": None, "path": str(self.folder / image)} if image else None
 
 
@@ -230,6 +234,11 @@ def _choices(value: Any, where: str) -> list[str]:
 
 def _written(value: Any) -> str:
     """An answer or a choice as a text; a whole number that stands among others of a column without a point."""
+    if isinstance(value, date):
+        raise MisconfigurationException(
+            f"the answer or choice {value} is a date in the data set, and the text that was meant is not known: write "
+            "it as a text. Of JSON lines it is `datasets` that makes dates of texts in a folder: give the file itself"
+        )
     is_whole = isinstance(value, float) and value.is_integer()
     return str(int(value)) if is_whole else str(value)
 

@@ -151,7 +151,9 @@ def test_a_quotation_mark_at_the_start_of_a_caption_swallows_no_lines(pictures: 
 def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(MisconfigurationException, match=r"folder holds no image ending in .*\.png"):
+    with pytest.raises(
+        MisconfigurationException, match=r"folder holds no file with an image's ending, such as .*\.png"
+    ):
         sources.load(str(folder))
     (folder / "one.png").symlink_to(Path(pictures) / "red-circle.png")
     with pytest.raises(MisconfigurationException, match=r"one.png has neither a one.txt.*captions.csv"):
@@ -185,6 +187,18 @@ def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_
     (picture,) = sources.load(str(tmp_path / "table.csv"))
     assert picture == sources.Picture(tmp_path / "a.png", ("one", "two", "three"), "a.png")
     assert sources.lines_of("one\u2028line\r\n\rtwo\n") == ("one\u2028line", "two")
+
+
+def test_a_folder_of_shards_may_have_brackets_in_its_name(pictures: str, tmp_path: Path) -> None:
+    folder = tmp_path / "shards [1]"
+    folder.mkdir()
+    (tmp_path / "red.txt").write_text("a red circle")
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as shard:
+            shard.add(Path(pictures) / "red-circle.png", f"{number}.png")
+            shard.add(tmp_path / "red.txt", f"{number}.txt")
+    for pattern in ("*.tar", "{0..1}.tar"):
+        assert len(sources.load(str(folder / pattern))) == 2
 
 
 def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("open_clip", reason="the recipes' dependencies are not insta
 
 from clip_fewshot_runs import data_of, filled, picture
 
-from recipes.clip.images import read_image, readable
+from recipes.clip.images import image_files, read_image, readable
 from recipes.clip_contrastive.data import shuffled
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream
@@ -76,6 +76,28 @@ def test_copies_in_hidden_folders_are_no_images(tmp_path: Path) -> None:
     for hidden in (tmp_path / "__MACOSX" / "red", tmp_path / "red" / ".ipynb_checkpoints"):
         picture(hidden / "copy.png", (255, 0, 0), seed=0)
     assert sources.load(str(tmp_path)) == expected
+
+
+def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("a.png", "deep/b.gif", "deep/c.jfif"):
+        picture(elsewhere / name, (255, 0, 0), seed=0)
+    (elsewhere / "deep" / "d.heic").write_bytes(b"of a telephone")
+    (elsewhere / "deep" / "notes.pdf").touch()
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    found = [str(path.relative_to(folder)) for path in image_files(folder)]
+    assert found == ["linked/a.png", "linked/deep/b.gif", "linked/deep/c.jfif", "linked/deep/d.heic"]
+    with pytest.raises(MisconfigurationException, match=r"1 of 4 images can't be read: .*d.heic"):
+        readable(image_files(folder))
+
+
+def test_a_message_does_not_hold_an_image_that_was_given_as_its_name() -> None:
+    with pytest.raises(MisconfigurationException) as raised:
+        readable(["A" * 100_000])
+    assert len(str(raised.value)) < 1000
 
 
 def test_grey_of_16_bits_is_scaled_and_32_bits_are_refused(tmp_path: Path) -> None:

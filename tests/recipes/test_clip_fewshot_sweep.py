@@ -204,6 +204,8 @@ def test_validation_chooses_and_the_test_part_does_not() -> None:
     every = tables(rows, "validation")
     assert "| EFMLoRA, rho 0.3, lr 0.01 | 50.0 ± 40.0 (2) | - | - |" in every
     rows[0]["validation"] = {}
+    with pytest.raises(MisconfigurationException, match=r"no accuracy on the validation part: set .*leave --part out"):
+        tables(rows, "validation")
     with pytest.raises(MisconfigurationException, match=r"runs have none: set .*validation_shots above 0"):
         tables(rows)
 

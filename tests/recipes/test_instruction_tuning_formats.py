@@ -114,7 +114,26 @@ def test_images_and_tool_calls_are_counted(tiny: str, jsonl: Any) -> None:
         ).reports["train"]
     )
     rows = [OPENHERMES, {**OPENHERMES, "conversations": [OPENHERMES["conversations"][0], call]}]
-    assert "1 dropped: images" in encoded(tiny, jsonl(rows, "tools.jsonl")).reports["train"]
+    rows.append({**OPENHERMES, "conversations": [*OPENHERMES["conversations"], {"from": "ipython", "value": "7"}]})
+    assert "2 dropped: images" in encoded(tiny, jsonl(rows, "tools.jsonl")).reports["train"]
+
+
+def test_empty_messages_of_a_conversation_are_counted(tiny: str, jsonl: Any) -> None:
+    """Learnt, an empty answer in the middle would teach the model to say nothing."""
+    said, nothing = {"from": "gpt", "value": "So."}, {"from": "gpt", "value": " "}
+    asked, silence = {"from": "human", "value": "Why?"}, {"from": "human", "value": None}
+    of_no_answer = [[asked, nothing, asked, said], [asked, nothing]]
+    of_no_question = [[silence, said], [asked, said, silence, said]]
+    rows = [{"conversations": turns} for turns in (*of_no_answer, *of_no_question, [asked, said])]
+    # What is not learnt, and what comes after the last answer, may be empty.
+    rows += [
+        {"conversations": [asked, {**nothing, "weight": 0}, asked, said]},
+        {"conversations": [asked, said, silence]},
+    ]
+    report = encoded(tiny, jsonl(rows)).reports["train"]
+    assert "3 conversations" in report
+    assert "2 dropped: no answer in the data" in report
+    assert "2 dropped: no question in the data" in report
 
 
 def test_other_names_of_columns_are_given(jsonl: Any) -> None:

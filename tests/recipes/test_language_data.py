@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import fsspec
 import pytest
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
-from recipes.language.data import read_prompts
+from recipes.language.data import read_prompts, tokenizer_of
 from recipes.language.templates import read_template
 from recipes.shared.data import read_table
 from recipes.shared.table_files import files_of_csv_folder
@@ -80,6 +82,33 @@ def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
     assert table["answer"][:] == ["abc", "NA", "007"]
     assert read_table(str(file.parent), "test").to_list() == [{"question": "NA"}]
     assert len(read_table(str(file.parent), "train[:2]")) == 2
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_a_folder_in_the_users_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.jsonl").write_text('{"question": "Why?"}\n')
+    assert read_table("~/mine", "train").to_list() == [{"question": "Why?"}]
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine [1]").mkdir()
+    with pytest.raises(MisconfigurationException, match=r"takes \*, \? and \[ in a folder's name for a pattern"):
+        read_table(str(tmp_path / "mine [1]"), "train")
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_a_table_without_rows_is_empty(tmp_path: Path) -> None:
+    file = tmp_path / "none.parquet"
+    datasets.Dataset.from_dict({"question": []}).to_parquet(file)
+    with pytest.raises(MisconfigurationException, match=r"none.parquet' is empty"):
+        read_table(str(file), "train")
+
+
+def test_a_tokenizer_that_is_nowhere_is_named() -> None:
+    with pytest.raises(MisconfigurationException, match=r"tokenizer='nowhere' can't be loaded"):
+        tokenizer_of(LightningDataModule(), "nowhere")
 
 
 @pytest.mark.usefixtures("own_datasets")

@@ -237,6 +237,24 @@ def test_numbers_and_dates_stay_as_they_are_written(jsonl: Any) -> None:
 
 
 @pytest.mark.usefixtures("own_datasets")
+def test_an_answer_that_became_a_date_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    row = '{"image": "a.png", "question": "When?", "answer": "1969-07-20"}\n'
+    (tmp_path / "mine" / "train.jsonl").write_text(row * 2)
+    with pytest.raises(MisconfigurationException, match=r"1969-07-20.* is a date .*give the file itself"):
+        sources.load(str(tmp_path / "mine"), "train")
+
+
+@pytest.mark.usefixtures("own_datasets")
+def test_an_image_as_bytes_is_refused_in_few_words(tmp_path: Path) -> None:
+    rows = {"image": [bytes(10_000)], "question": ["What?"], "answer": ["It."]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "bytes.parquet")
+    with pytest.raises(MisconfigurationException, match="image must be an image or the name of a file") as raised:
+        sources.load(str(tmp_path / "bytes.parquet"), "train")
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.usefixtures("own_datasets")
 def test_the_challenges_two_files_are_not_read_apart(jsonl: Any) -> None:
     with pytest.raises(MisconfigurationException, match="in a list within the file: write each as a row of its own"):
         sources.load(jsonl([{"info": {"year": 2015}, "questions": [{"question": "a", "image_id": 1}]}]), "train")
