@@ -90,8 +90,10 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
 
 def silenced(pl_module: LightningModule) -> ExitStack:
     """Inside, nothing that the module logs is taken up, and no scheduler steps: the clean pass has done both."""
-    lr_schedulers = functools.partial(_resting, pl_module.lr_schedulers)
-    patches = put_on(pl_module, {"log": nothing, "lr_schedulers": lr_schedulers})
+    patches = put_on(pl_module, {"log": nothing})
+    # A user may keep something else under the name of this method.
+    if callable(pl_module.lr_schedulers):
+        patches.enter_context(put_on(pl_module, {"lr_schedulers": functools.partial(_resting, pl_module.lr_schedulers)}))
     results = getattr(pl_module._trainer, "_results", None)
     if results is not None:
         # A loss object may hold the method self.log of before, and an override may call super().log.
