@@ -93,7 +93,8 @@ def silenced(pl_module: LightningModule) -> ExitStack:
     patches = put_on(pl_module, {"log": nothing})
     # A user may keep something else under the name of this method.
     if callable(pl_module.lr_schedulers):
-        patches.enter_context(put_on(pl_module, {"lr_schedulers": functools.partial(_resting, pl_module.lr_schedulers)}))
+        resting = functools.partial(_resting, pl_module.lr_schedulers)
+        patches.enter_context(put_on(pl_module, {"lr_schedulers": resting}))
     results = getattr(pl_module._trainer, "_results", None)
     if results is not None:
         # A loss object may hold the method self.log of before, and an override may call super().log.

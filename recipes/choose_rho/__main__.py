@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rho", type=float, nargs="+", default=[0.0, 0.03, 0.1, 0.3, 1.0], help="radii; default 0 0.03 0.1 0.3 1"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each radius; default 0")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of each radius, as --seed_everything; default 0"
+    )
     parser.add_argument("--metric", help="that validation logs; default: the one by which checkpoints are kept")
     parser.add_argument("--mode", choices=["min", "max"], help="of the metric; default: as the configuration has it")
     parser.add_argument(

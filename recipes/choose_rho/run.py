@@ -19,7 +19,7 @@ class Run(NamedTuple):
 
     Attributes:
         rho: radius of the perturbation.
-        seed: of everything.
+        seed: of ``--seed_everything``; the data's own seed, of batches and few shots, is the same in all runs.
     """
 
     rho: float

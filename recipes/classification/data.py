@@ -195,8 +195,8 @@ class TextData(ResumableData):
     def _set_up_prediction(self) -> None:
         if not self.regression:
             self.classes = class_names(self._read(self.split), self.label, self._source(self.split))
-        texts_n = self._texts_to_predict()
-        rows = datasets.Dataset.from_dict({"texts": texts_n, "places": list(range(len(texts_n)))})
+        row_texts = self._texts_to_predict()
+        rows = datasets.Dataset.from_dict({"texts": row_texts, "places": list(range(len(row_texts)))})
         self.parts["predict"] = mapped(rows, self._encoder(), desc="Tokenizing predict")
 
     def _texts_to_predict(self) -> list[list[str]]:
@@ -247,7 +247,7 @@ class TextData(ResumableData):
     def _labelled_rows(self, table: Any, split: str) -> Any:
         """A table with the columns ``texts`` and ``labels``."""
         source = self._source(split)
-        texts_n = self._texts(table, source)
+        row_texts = self._texts(table, source)
         labels: Sequence[Any]
         if self.regression:
             labels = numbers(table, self.label, source)
@@ -257,7 +257,7 @@ class TextData(ResumableData):
         if len(rows) < len(labels):
             rank_zero_info(f"{source}: {len(labels) - len(rows)} of {len(labels)} rows have no label and are left out")
         return datasets.Dataset.from_dict(
-            {"texts": [texts_n[row] for row in rows], "labels": [labels[row] for row in rows]}
+            {"texts": [row_texts[row] for row in rows], "labels": [labels[row] for row in rows]}
         )
 
     def _texts(self, table: Any, source: str) -> list[list[str]]:

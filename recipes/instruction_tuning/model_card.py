@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 
-_NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
+from recipes.shared.configs import methods_of_run
+
 _PACKAGES = ("lightning-flatlora", "lightning", "torch", "transformers", "peft")
 _DATA = ("dataset", "config_name", "revision", "split", "columns", "max_length", "packing")
 _PROMPT = ("system_prompt", "template_arguments")
@@ -84,11 +85,7 @@ def method(run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     if not run:
         return "LoRA", {"settings": "not known: the adapter was exported from outside of its run"}
-    methods = {}
-    for callback in run.get("trainer", {}).get("callbacks") or []:
-        module, _, name = callback["class_path"].rpartition(".")
-        if module.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS:
-            methods[name] = callback.get("init_args") or {}
+    methods = methods_of_run(run)
     model = _arguments(run, "model")
     if "rho" in model:  # of FMLoRAModule, whose settings are the module's
         methods["FMLoRA"] = {field: model.get(field) for field in ("rho", "estimator", "norm_scope", "sync_ascent")}

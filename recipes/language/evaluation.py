@@ -1,9 +1,10 @@
 """What validation and test measure, and where predicted answers go."""
 
 import json
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torch import Tensor, nn
@@ -25,6 +26,23 @@ class Perplexity(MeanMetric):
         return super().compute().exp()
 
 
+def log_updated(
+    module: L.LightningModule, stage: str, metrics: Mapping[str, MeanMetric], shown: Collection[str]
+) -> None:
+    """Log the metrics that some rank's data has updated, at the end of an evaluation; every rank has to call it.
+
+    Args:
+        module: that logs them.
+        stage: "val" or "test", with which the names begin.
+        metrics: by name, in the same order on all ranks.
+        shown: names of those for the progress bar.
+    """
+    for name, metric in metrics.items():
+        if module.trainer.strategy.reduce_boolean_decision(metric.update_called, all=False):
+            metric.update(0.0, weight=0.0)  # changes nothing; torchmetrics warns of ranks without an update
+            module.log(f"{stage}_{name}", metric, prog_bar=name in shown)
+
+
 class EvaluationMetrics(nn.Module):
     """Metrics of one evaluation: loss and perplexity per answer token, accuracy of choices or free answers.
 
@@ -43,11 +61,8 @@ class EvaluationMetrics(nn.Module):
     def log(self, module: L.LightningModule, stage: str) -> None:
         """Log those that some rank's data has updated, at the end of an evaluation; every rank has to call it."""
         self.compared = 0
-        for name, metric in self.named_children():
-            assert isinstance(metric, MeanMetric)
-            if module.trainer.strategy.reduce_boolean_decision(metric.update_called, all=False):
-                metric.update(0.0, weight=0.0)  # changes nothing; torchmetrics warns of ranks without an update
-                module.log(f"{stage}_{name}", metric, prog_bar=name != "perplexity")
+        metrics = cast("dict[str, MeanMetric]", dict(self.named_children()))
+        log_updated(module, stage, metrics, shown=("loss", "accuracy", "exact_match"))
 
     def update_loss(self, log_likelihood: Tensor, tokens: Tensor) -> None:
         """Take up right answers' log-likelihoods in nats and numbers of tokens, each (examples,)."""

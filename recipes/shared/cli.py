@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.shared.configs import check_config_files, settings_of_run, shipped_configs
+from recipes.shared.configs import check_config_files, methods_of_run, settings_of_run, shipped_configs
 from recipes.shared.files import set_aside
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import ProgressLines, is_live
@@ -37,8 +37,6 @@ _SWITCHES = {
 }
 
 _STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-_NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
-"""Callbacks of the package that leave the training as it is."""
 
 
 class RecipeParser(LightningArgumentParser):
@@ -321,13 +319,7 @@ def _of_a_step(settings: dict[str, Any]) -> dict[str, Any]:
     """The Trainer's settings that change what a step does; the method has its name, or "none" where there is none."""
     trainer = settings.get("trainer") or {}
     chosen = {name: trainer.get(name) for name in _STEP_SETTINGS}
-    callbacks = trainer.get("callbacks") or []
-    methods = {}
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        given = callback if isinstance(callback, dict) else {}
-        package, _, name = str(given.get("class_path")).rpartition(".")
-        if package.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS:
-            methods[name] = given.get("init_args")
+    methods = methods_of_run(settings)
     return {**chosen, "method": ", ".join(methods) or "none", **methods}
 
 

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 RECIPES = Path(__file__).parent.parent
 STRATEGIES = RECIPES / "configs" / "strategies"
+_NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
+"""Callbacks of the package that leave the training as it is."""
 
 
 def config_files(recipe: str, method: str) -> list[Path]:
@@ -69,6 +71,27 @@ def settings_of_run(saved: Path) -> dict[str, Any]:
     # Another program may have a file of that name.
     is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
     return settings if is_of_run else {}
+
+
+def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The package's methods among the callbacks of a run, by name, with their arguments; none is plain LoRA.
+
+    Args:
+        settings: as :func:`settings_of_run` gives them.
+
+    Example:
+        >>> callback = {"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.1}}
+        >>> methods_of_run({"trainer": {"callbacks": [callback]}})
+        {'EFMLoRA': {'rho': 0.1}}
+    """
+    callbacks = (settings.get("trainer") or {}).get("callbacks") or []
+    found = {}
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        given = callback if isinstance(callback, dict) else {}
+        module, _, name = str(given.get("class_path")).rpartition(".")
+        if module.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS:
+            found[name] = given.get("init_args") or {}
+    return found
 
 
 def check_config_files(arguments: Sequence[str]) -> None:

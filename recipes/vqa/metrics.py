@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from recipes.language.evaluation import log_updated
 from recipes.shared.ranks import gathered
 from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
 
@@ -179,10 +180,7 @@ class AnswerMetrics(nn.Module):
         named: dict[str, MeanMetric] = {name: getattr(self, name) for name in names}
         for key in sorted(self.per_type):
             named[f"exact_match_{key.removeprefix(_TYPE)}"] = self._kept(key)
-        for name, metric in named.items():
-            if module.trainer.strategy.reduce_boolean_decision(metric.update_called, all=False):
-                metric.update(0.0, weight=0.0)  # changes nothing; torchmetrics warns of ranks without an update
-                module.log(f"{stage}_{name}", metric, prog_bar=metric in (self.loss, self.exact_match))
+        log_updated(module, stage, named, shown=("loss", "exact_match"))
 
     def _of_type(self, kind: str) -> MeanMetric:
         # A submodule's name must not hold a dot, nor be that of a method, such as "train".
