@@ -197,5 +197,5 @@ class FMLoRA(LoopMethod):
     def _descent(self, perturbation: Perturbation) -> Iterator[None]:
         """The second pass: the same random numbers at B + E."""
         self._lacks_second_pass = False
-        with perturbation.applied(), self._second_pass.running():
+        with self._second_pass.running(), perturbation.applied():
             yield

@@ -176,7 +176,7 @@ class FMLoRASteps(_Base):
             if averages and self.sync_ascent:
                 average_gradients(trained_factors(perturbation.pairs))
             at_perturbed_weights = driver.ascend(self.trainer)
-        with at_perturbed_weights, silenced(self), second_pass.running():
+        with second_pass.running(), at_perturbed_weights, silenced(self):
             if loss_of(self._one_pass(batch_of_second_pass, batch_idx, sync=last), "compute_loss") is None:
                 leave_batch_out(self.trainer, "compute_loss")
         return output

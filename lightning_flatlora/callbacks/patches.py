@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 
+from lightning_flatlora.callbacks.scheduler_states import schedule_restorer
+
 
 class _OnInstance:
     """A method that replaces its class's on one object; copies and pickles of the object have their class's own."""
@@ -89,38 +91,23 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
 
 
 def silenced(pl_module: LightningModule) -> ExitStack:
-    """Inside, nothing that the module logs is taken up, and no scheduler steps: the clean pass has done both."""
+    """Inside, nothing that the module or a callback logs is taken up, and afterwards schedulers are as they were.
+
+    The clean pass has logged and stepped already.
+    """
     patches = put_on(pl_module, {"log": nothing})
-    # A user may keep something else under the name of this method.
-    if callable(pl_module.lr_schedulers):
-        resting = functools.partial(_resting, pl_module.lr_schedulers)
-        patches.enter_context(put_on(pl_module, {"lr_schedulers": resting}))
-    results = getattr(pl_module._trainer, "_results", None)
+    trainer = pl_module._trainer
+    if trainer is None:
+        return patches
+    patches.callback(schedule_restorer(trainer))
+    results = trainer._results
     if results is not None:
-        # A loss object may hold the method self.log of before, and an override may call super().log.
-        patches.enter_context(put_on(results, {"log": nothing}))
+        # A loss object, and a callback, hold the method self.log of before, and an override may call super().log. That
+        # method also forgets what was logged before by the same hook, if another one has logged since.
+        patches.enter_context(put_on(results, {"log": nothing, "reset": nothing}))
+        connector = trainer._logger_connector
+        patches.callback(setattr, connector, "_current_fx", connector._current_fx)
     return patches
-
-
-class _RestingScheduler:
-    """A scheduler whose step does nothing. The scheduler's own method stays, since it is a part of what is saved."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scheduler, name)
-
-
-def _resting(lr_schedulers: Callable[[], Any]) -> Any:
-    """What the module's method gives, one scheduler, several, or None."""
-    found = lr_schedulers()
-    if isinstance(found, list):
-        return [_RestingScheduler(scheduler) for scheduler in found]
-    return None if found is None else _RestingScheduler(found)
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:

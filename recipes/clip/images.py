@@ -15,7 +15,7 @@ from recipes.shared.ranks import rank
 
 _SHOWN = 5  # broken files that a message names
 _LONGEST = 200  # characters of a broken file's name, which may be an image in text form by mistake
-_OF_PHONES = (".heic", ".heif")  # which Pillow reads with a plugin alone
+_MORE_ENDINGS = (".heic", ".heif", ".qoi", ".dds")  # of telephones, which Pillow reads with a plugin alone; and others
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -133,17 +133,18 @@ def _reason(error: Exception) -> str:
 
 
 def image_endings() -> frozenset[str]:
-    """The endings, in lower case, of files that are taken for images: all that Pillow knows, and those of telephones.
+    """The endings, in lower case, of files that are taken for images: those that Pillow knows, and those of telephones.
 
     Whether a file can be read is found out later, with an error that names it.
 
     Example:
-        >>> {".jpg", ".gif", ".heic"} <= image_endings(), ".pdf" in image_endings()
-        (True, False)
+        >>> {".jpg", ".gif", ".heic"} <= image_endings(), {".pdf", ".h5"} & image_endings()
+        (True, set())
     """
-    of_images = set(_OF_PHONES)
+    of_images = set(_MORE_ENDINGS)
     for ending, kind in Image.registered_extensions().items():
-        if kind in Image.OPEN and Image.MIME.get(kind, "image/").startswith("image/"):
+        # Without such a type are formats of data, as HDF5's, for which Pillow has a name but no decoder.
+        if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/"):
             of_images.add(ending)
     return frozenset(of_images)
 
@@ -160,13 +161,20 @@ def image_files(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         # Copies that a notebook or an archive has left, such as .ipynb_checkpoints/cat-checkpoint.png.
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        folders[:] = _links_last(place, [name for name in folders if not is_hidden(name)])
         for name in files:
             path = Path(place, name)
             if path.suffix.lower() in endings and not is_hidden(name) and path.is_file():
                 found.append(path)
     # Sorted, since file systems list files in different orders, and a seed has to draw the same ones.
     return sorted(found)
+
+
+def _links_last(place: str, folders: list[str]) -> list[str]:
+    """The folders in a place in one order on every machine, since of two ways to a folder the first one counts."""
+    links = [name for name in folders if Path(place, name).is_symlink()]
+    own = set(folders) - set(links)
+    return [*sorted(own), *sorted(links)]
 
 
 def is_hidden(name: str) -> bool:

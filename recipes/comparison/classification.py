@@ -17,6 +17,7 @@ from recipes.language import texts
 from recipes.language.batches import pad
 from recipes.language.texts import Example
 from recipes.shared import packaged
+from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.training import AutomaticTraining
 
 _EVAL_BATCH = 64
@@ -129,7 +130,7 @@ class TextTask(Task):
     def judge(self, module: EncoderClassifier, batch: Batch) -> Judged:
         logits, labels = module.logits(batch), batch["labels"]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
+        correct = (wrong_where_nan(logits, labels).argmax(dim=1) == labels).sum()
         return Judged(correct, loss, torch.tensor(len(labels)), len(labels))
 
     def _sorted(self, examples: Sequence[Example]) -> list[Batch]:

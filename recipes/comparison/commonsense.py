@@ -79,5 +79,6 @@ class CommonsenseTask(Task):
         firsts = np.cumsum([0, *counts[:-1]]).tolist()
         correct = []
         for of_question, first, right in zip(scores, firsts, gold, strict=True):
-            correct.append(of_question.argmax() + first == right)
+            # Of a model that has diverged argmax would take the first option.
+            correct.append((of_question.argmax() + first == right) & ~of_question.isnan().any())
         return Judged(torch.stack(correct).sum(), -log_likelihood[gold].sum(), tokens[gold].sum(), len(counts))

@@ -17,6 +17,7 @@ from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.emoji import emoji_data, examples
 from recipes.clip_fewshot.module import FewShot
 from recipes.comparison.task import Batch, Config, Judged, Task, with_network
+from recipes.shared.diverged import wrong_where_nan
 
 
 class EmojiTask(Task):
@@ -66,5 +67,5 @@ class EmojiTask(Task):
     def judge(self, module: FewShot, batch: Batch) -> Judged:
         probabilities, labels = module.probabilities(batch["images"]), batch["labels"]
         loss = nn.functional.nll_loss(probabilities.log(), labels, reduction="sum")
-        correct = (probabilities.argmax(dim=1) == labels).sum()
+        correct = (wrong_where_nan(probabilities, labels).argmax(dim=1) == labels).sum()
         return Judged(correct, loss, torch.tensor(len(labels)), len(labels))

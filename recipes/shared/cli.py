@@ -71,7 +71,8 @@ class ConfigSaver(SaveConfigCallback):
         folder = trainer.log_dir  # every rank has to ask
         assert folder is not None  # without a logger it is the Trainer's default_root_dir
         path = Path(folder, self.config_filename)
-        if trainer.is_global_zero and not self.already_saved and path.is_file() and not self._would_write(path):
+        writes = self.save_to_log_dir and not self.already_saved and trainer.is_global_zero
+        if writes and path.is_file() and not self._would_write(path):
             set_aside(path)
         super().setup(trainer, pl_module, stage)
 

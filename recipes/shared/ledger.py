@@ -218,13 +218,16 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str]) -
         MisconfigurationException: the folder holds runs with others.
     """
     path = folder / "options.json"
-    before = _options_in(path)
-    if before is None:
-        set_aside(path)  # a file of that name, but another program's
-    begin_folder(folder, path.name, written)
-    if before is None:
-        write_whole(path, json.dumps(list(options)) + "\n")
-    elif before != list(options):
+    claims = folder / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    # One process at a time, of several that share the runs and start together.
+    with FileLock(claims / "options"):
+        before = _options_in(path)
+        if before is None:
+            set_aside(path)  # a file of that name, but another program's
+            begin_folder(folder, path.name, written)
+            write_whole(path, json.dumps(list(options)) + "\n")
+    if before is not None and before != list(options):
         raise MisconfigurationException(
             f"--folder={folder} holds runs with the options {before}, and now they are {list(options)}: name another "
             "folder"

@@ -57,10 +57,10 @@ class RecipeModule(L.LightningModule):
         """The learning rate in time where none was chosen, which is stepped with every optimizer step."""
         steps = self.optimizer_steps()
         warmup_steps = max(self.warmup_steps, math.ceil(self.warmup_share * steps))
-        if warmup_steps >= steps:
+        if self.warmup_steps >= steps:
             rank_zero_info(
-                f"The learning rate rises over {warmup_steps} steps, and the run has {steps}, so it never reaches "
-                f"{self.learning_rate:g}: lower warmup_steps or warmup_share"
+                f"The learning rate rises over {self.warmup_steps} steps, and the run has {steps}, so it never reaches "
+                f"{self.learning_rate:g}: lower warmup_steps"
             )
         scheduler = get_scheduler(self.schedule, optimizer, warmup_steps, steps)
         return cast("LRScheduler", scheduler)

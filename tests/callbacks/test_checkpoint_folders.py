@@ -206,10 +206,16 @@ def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "The dirpath has changed")
         fit(tmp_path, Merged(), [saver(tmp_path / "kept", **settings)], max_epochs=2, val=make_loader(1))
+    base = "net.base_model.model.0.base_layer.weight"
     module = Merged()
     module.unmerge_at = "on_train_batch_start"
     with pytest.warns(UserWarning, match=r"merged into its base while a checkpoint is saved, as in net\.base_model"):
         fit(tmp_path, module, [saver(tmp_path / "late", **settings)], max_epochs=2, val=make_loader(1))
+    for folder, holds_sum in (("kept", False), ("late", True)):
+        for path in (tmp_path / folder).glob("*.ckpt"):
+            start = build("plain")[0].state_dict()[base]
+            saved = torch.load(path, weights_only=True)["state_dict"].get(base, start)
+            assert torch.allclose(saved, start, atol=1e-6) != holds_sum, path
 
 
 def test_rank_zero_alone_looks_at_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

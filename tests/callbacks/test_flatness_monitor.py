@@ -212,14 +212,22 @@ def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
     assert ["ema_gap" in row for row in logger.measured] == [True, True, False, False]
 
 
-def test_averages_wrapped_metrics_and_logged_values_are_those_without_it(tmp_path: Any) -> None:
+class LogsBatchEnds(Callback):
+    """Logs in another hook than the module."""
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.log("batches", float(trainer.global_step), on_step=False, on_epoch=True)
+
+
+@pytest.mark.parametrize("every", [{"every_n_steps": 1}, {"every_n_steps": 2}, {"every_n_epochs": 1}])
+def test_averages_wrapped_metrics_and_logged_values_are_those_without_it(tmp_path: Any, every: dict[str, int]) -> None:
     found = []
-    for monitors in ([], [FlatnessMonitor(0.3, every_n_steps=2)], [FlatnessMonitor(0.3, every_n_epochs=1)]):
+    for monitors in ([], [FlatnessMonitor(0.3, **every)]):
         module = type("Own", (Keeping, Classifier), {})()
-        fit(tmp_path, module, monitors, max_epochs=2)
+        fit(tmp_path, module, [LogsBatchEnds(), *monitors], val=make_loader(2, seed=7), max_epochs=2)
         found.append(module.found())
-    assert same(found[0], found[1])
-    assert same(found[0], found[2])
+    assert {"own/stored_epoch", "around", "own/batches", "own/val_loss"} <= set(found[0]["logged"])
+    assert same(*found)
 
 
 class Follows:

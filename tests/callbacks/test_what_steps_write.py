@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FEATURES, Classifier, TwoPassClassifier, build, fit, make_loader, same, weights
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -116,9 +117,69 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(tmp_path: Any, kind:
 @pytest.mark.parametrize("kind", TWO_PASSES)
 def test_averages_wrapped_metrics_and_logged_values_count_a_batch_once(tmp_path: Any, kind: str) -> None:
     plain, module = beside_a_plain_run(tmp_path, kind, Keeping)
-    assert [float(count) for count in plain.found()["sums"]] == [6, 6]
+    assert [float(count) for count in plain.found()["sums"]] == [6, 6, 6]
     assert {"around", "own/stored_epoch"} <= set(plain.found()["logged"])
     assert same(plain.found(), module.found())
+
+
+class Logs(Callback):
+    """Logs around the backward pass, by the method that Lightning gives to callbacks."""
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        self.log("before", loss.detach(), on_step=False, on_epoch=True, batch_size=4)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.log("after", float(trainer.global_step), on_step=False, on_epoch=True, batch_size=4)
+
+
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_what_callbacks_log_around_the_backward_pass_is_that_of_the_first(tmp_path: Any, kind: str) -> None:
+    logged = []
+    for each in ("plain", kind):
+        module, callbacks, more = two_passes(each, Plain, lr=0.0)
+        module.optimizer_class = torch.optim.SGD
+        logged.append(fit(tmp_path, module, [*callbacks, Logs()], **more).callback_metrics)
+    assert set(logged[0]) == {"before", "after"}
+    assert same(*logged)
+
+
+class Plain:
+    """Adds nothing to the module."""
+
+
+class Joining(Callback):
+    """Gives a head to the optimizer at the start of the first epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.optimizers[0].add_param_group({"params": list(pl_module.head.parameters())})
+
+
+class WithHead:
+    """A head that no optimizer holds at first; ``seen`` has the norm of its weight in each pass."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(0)
+        self.head, self.seen = nn.Linear(FEATURES, FEATURES), ()
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        self.seen += (float(self.head.weight.detach().norm()),)  # type: ignore[assignment]
+        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)  # type: ignore[misc]
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]  # type: ignore[attr-defined]
+        return torch.optim.SGD(trained, lr=self.lr)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_weights_that_join_the_optimizer_are_perturbed_in_every_second_pass(tmp_path: Any, comes_first: bool) -> None:
+    module, callbacks, more = two_passes("sam", WithHead, lr=0.0)
+    callbacks = [Joining(), *callbacks] if comes_first else [*callbacks, Joining()]
+    fit(tmp_path, module, callbacks, max_epochs=1, **more)
+    first, second = module.seen[::2], module.seen[1::2]
+    assert len(set(first)) == 1
+    assert all(moved != first[0] for moved in second)
 
 
 class Scripted:

@@ -7,7 +7,7 @@ from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, f
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.wrappers import MinMaxMetric, Running
+from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 
 from lightning_flatlora.baselines import SAM, LoRASAM
 
@@ -48,8 +48,9 @@ class LoggedLoss(nn.Module):
 
 
 class Keeping:
-    """An average of the weights whose copy requires gradients, torchmetrics' wrappers, a metric in a dictionary, values
-    that are logged around the module's own ``log``, and a scheduler that the step itself steps.
+    """An average of the weights whose copy requires gradients, torchmetrics' wrappers, a metric in a dictionary and one
+    that comes with each epoch, values that are logged around the module's own ``log``, and a scheduler that the step
+    itself steps.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -63,7 +64,7 @@ class Keeping:
             for parameter in self.average.parameters():
                 parameter.add_(1)
         self.last, self.range = Running(SumMetric(), window=20), MinMaxMetric(MeanMetric())
-        self.kept = {"sum": SumMetric()}
+        self.kept, self.tracked = {"sum": SumMetric()}, MetricTracker(SumMetric(), maximize=True)
         self.criterion = LoggedLoss(self.log)  # type: ignore[has-type]
 
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +77,8 @@ class Keeping:
         self.last(1.0)
         self.range(loss.detach())
         self.kept["sum"].update(1.0)
-        self.lr_schedulers().step()  # type: ignore[attr-defined]
+        self.tracked.update(1.0)
+        self.schedule.step()
         super().log("around", loss, on_step=False, on_epoch=True, batch_size=4)  # type: ignore[misc]
         return loss
 
@@ -84,15 +86,21 @@ class Keeping:
         of_net = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         trained = [*of_net, *self.head.parameters()]
         optimizer = torch.optim.SGD(trained, lr=self.lr)  # type: ignore[attr-defined]
-        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+        parts = [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma) for gamma in (0.9, 0.8)]
+        self.schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
+        return [optimizer], [self.schedule]
+
+    def on_train_epoch_start(self) -> None:
+        self.tracked.increment()
 
     def found(self) -> dict[str, Any]:
         """What all of them hold."""
         logged = self.trainer.callback_metrics  # type: ignore[attr-defined]
         return {
             "average": [parameter.detach().clone() for parameter in self.average.parameters()],
-            "sums": [self.last.compute(), self.kept["sum"].compute()],
+            "sums": [self.last.compute(), self.kept["sum"].compute(), self.tracked.compute()],
             "range": self.range.compute(),
-            "schedule": self.lr_schedulers().state_dict(),  # type: ignore[attr-defined]
+            "schedule": self.schedule.state_dict(),
+            "rate": self.schedule.get_last_lr(),
             "logged": {name: value for name, value in logged.items() if not name.startswith("flatness/")},
         }

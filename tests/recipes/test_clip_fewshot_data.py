@@ -83,7 +83,8 @@ def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path)
     for name in ("a.png", "deep/b.gif", "deep/c.jfif"):
         picture(elsewhere / name, (255, 0, 0), seed=0)
     (elsewhere / "deep" / "d.heic").write_bytes(b"of a telephone")
-    (elsewhere / "deep" / "notes.pdf").touch()
+    for other in ("notes.pdf", "features.h5"):
+        (elsewhere / "deep" / other).touch()
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "linked").symlink_to(elsewhere)
@@ -92,6 +93,20 @@ def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path)
     assert found == ["linked/a.png", "linked/deep/b.gif", "linked/deep/c.jfif", "linked/deep/d.heic"]
     with pytest.raises(MisconfigurationException, match=r"1 of 4 images can't be read: .*d.heic"):
         readable(image_files(folder))
+
+
+def test_of_two_ways_to_an_image_one_counts_on_every_machine(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "images"
+    for name in ("b/of_b.png", "c/of_c.png"):
+        picture(elsewhere / name, (255, 0, 0), seed=0)
+    folder.mkdir()
+    (folder / "z").symlink_to(elsewhere / "b")
+    (folder / "y").symlink_to(elsewhere / "b")
+    (folder / "own").mkdir()
+    (folder / "a").symlink_to(folder / "own")
+    picture(folder / "own" / "mine.png", (255, 0, 0), seed=0)
+    found = [str(path.relative_to(folder)) for path in image_files(folder)]
+    assert found == ["own/mine.png", "y/of_b.png"]
 
 
 def test_a_message_does_not_hold_an_image_that_was_given_as_its_name() -> None:

@@ -77,25 +77,41 @@ class SecondPass:
         self._writes_batch = False
         self._before = KeptValues()
         self._bound_before = _Bindings([])
-        self._updates_before: list[tuple[Metric, int]] = []
+        self._metrics_before: list[tuple[Metric, Any]] = []
         self._counts_before: dict[str, int] | None = None
         self._may_warn = True
         self._random_states: list[Callable[[], None]] = []
-        self.look_again(optimizers)
+        self._to_look_at: Iterable[Optimizer] | None = None
+        self._look(optimizers)
 
     def look_again(self, optimizers: Iterable[Optimizer]) -> None:
-        """Find again what may be written or drawn from; a walk over all modules, so not for every step."""
+        """At the next first pass, find again what may be written or drawn from.
+
+        That takes a walk over all modules, so it is not for every step. And not now, at the start of an epoch, since
+        the hooks of others may still change the module.
+        """
+        self._to_look_at = optimizers
+
+    def _look(self, optimizers: Iterable[Optimizer]) -> None:
+        self._to_look_at = None
         parts = list(self._pl_module.modules())
         self._owners = [part for part in parts if part._buffers]
         self._untrained = [] if self._is_sharded else untrained_parameters(self._pl_module, optimizers)
-        # Metrics may also lie in a plain list or dictionary of the module's.
         reachable = objects_in([self._pl_module], (Metric, *GENERATORS))
-        self._metrics = [found for found in reachable if isinstance(found, Metric)]
-        self._uncounted = _in_wrappers(self._metrics)
         self._generators = [found for found in reachable if isinstance(found, GENERATORS)]
+        # Those among the modules, however many there are, and others, as in a plain list or dictionary, as far as the
+        # search goes. By identity, since torchmetrics makes a new metric of "one == another".
+        metrics: dict[int, Metric] = {}
+        for found in (*parts, *reachable):
+            if isinstance(found, Metric):
+                metrics[id(found)] = found
+        self._metrics = list(metrics.values())
+        self._uncounted = _in_wrappers(self._metrics)
 
     def first_pass_starts(self, device: torch.device) -> None:
         """Record the current state, to see what the pass changes; the device is that on which it draws."""
+        if self._to_look_at is not None:
+            self._look(self._to_look_at)
         self._random_states = [random_state(device), *map(state_restorer, self._generators)]
         buffers: list[Tensor] = []
         read: list[Tensor] = []
@@ -112,7 +128,7 @@ class SecondPass:
             kept = [tensor for tensor in [*read, *self._untrained] if id(tensor) in self._written]
         self._before = KeptValues(kept)
         self._bound_before = _Bindings(self._owners)
-        self._updates_before = [(metric, metric.update_count) for metric in self._metrics]
+        self._metrics_before = [(metric, self._mark_of(metric)) for metric in self._metrics]
         self._counts_before = _counts(self._pl_module) if self._may_warn else None
 
     def kept_batch(self, batch: Any) -> Any:
@@ -137,8 +153,8 @@ class SecondPass:
         counts = _counts(self._pl_module) if self._counts_before is not None else {}
         after, bound_after = KeptValues(self._written_tensors()), _Bindings(self._owners)
         metrics = []
-        for metric, updates in self._updates_before:
-            if metric.update_count != updates or id(metric) in self._uncounted:
+        for metric, mark in self._metrics_before:
+            if self._mark_of(metric) != mark:
                 attributes = dict(metric.__dict__)
                 metrics.append((metric, attributes))
                 # The metric updates copies, so that its own states can be given back as the same objects.
@@ -162,6 +178,10 @@ class SecondPass:
             for put_back in drawn:
                 put_back()
         self._warn_of_counts(counts)
+
+    def _mark_of(self, metric: Metric) -> Any:
+        """What changes when a metric is updated."""
+        return _StateMark(metric) if id(metric) in self._uncounted else metric.update_count
 
     def _written_tensors(self) -> list[Tensor]:
         """All buffers of the parts in which the first pass has written one, and the parameters that it has written."""
@@ -226,6 +246,29 @@ class _Bindings:
     def put_back(self) -> None:
         for owner, buffers in self._bound:
             owner._buffers.update(buffers)
+
+
+class _StateMark:
+    """What a metric holds, and how often each of it has been written: equal while nothing has changed."""
+
+    def __init__(self, metric: Metric) -> None:
+        # With the values themselves, so that no new one gets the identity of one that is gone.
+        self._values = dict(vars(metric))
+        self._writes = {}
+        for name, value in self._values.items():
+            if isinstance(value, Tensor):
+                self._writes[name] = value._version
+            elif isinstance(value, (list, dict)):
+                self._writes[name] = len(value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _StateMark) or self._writes != other._writes:
+            return False
+        if self._values.keys() != other._values.keys():
+            return False
+        return all(value is other._values[name] for name, value in self._values.items())
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _in_wrappers(metrics: Iterable[Metric]) -> set[int]:

@@ -128,7 +128,8 @@ class TwoPassCallback(MethodCallback):
                 average_gradients(self.ascending)
             at_perturbed_weights = self.ascend(self.current_size(trainer))
         self._local_ascent.close()
-        with at_perturbed_weights, silenced(trainer.lightning_module), self._second_pass.running():
+        # What the first pass has written is asked before the perturbation may move weights in place.
+        with self._second_pass.running(), at_perturbed_weights, silenced(trainer.lightning_module):
             self._descend(trainer, arguments)
         return loss
 

@@ -280,7 +280,10 @@ class FlatnessMonitor(Callback):
         if measures is None:
             measures = (*DEFAULT_MEASURES, "ema") if isinstance(method, EFMLoRA) else DEFAULT_MEASURES
         # What the training has written since the last measurement, a measurement's passes are going to write, too.
-        self._written |= {id(parameter): parameter for parameter in self._marks.moved()}
+        untrained = untrained_parameters(pl_module, trainer.optimizers)
+        moved = {id(parameter) for parameter in self._marks.moved()} | self._written.keys()
+        # Others have joined an optimizer since, whose steps have written them.
+        self._written = {id(parameter): parameter for parameter in untrained if id(parameter) in moved}
         with undisturbed(pl_module, self._written.values()):
             if is_first:
                 assert self._held is not None
