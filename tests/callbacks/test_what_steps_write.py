@@ -14,6 +14,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import SumMetric
+from torchmetrics.wrappers import ClasswiseWrapper
 from two_pass_runs import TWO_PASSES, Keeping, beside_a_plain_run, two_passes
 
 from lightning_flatlora.callbacks.methods import second_pass
@@ -120,6 +122,21 @@ def test_averages_wrapped_metrics_and_logged_values_count_a_batch_once(tmp_path:
     assert [float(count) for count in plain.found()["sums"]] == [6, 6, 6]
     assert {"around", "own/stored_epoch"} <= set(plain.found()["logged"])
     assert same(plain.found(), module.found())
+
+
+def test_metrics_among_the_modules_are_found_beside_many_samples() -> None:
+    module = nn.Module()
+    module.samples = [{name: [number] for name in "abcdefghijkl"} for number in range(9_000)]
+    module.metrics = nn.ModuleList([SumMetric(), ClasswiseWrapper(SumMetric()), ClasswiseWrapper(SumMetric())])
+    steps = second_pass.SecondPass(module)
+    for _ in range(2):
+        steps.first_pass_starts(torch.device("cpu"))
+        module.metrics[0].update(1.0)
+        with steps.running():
+            module.metrics[0].update(1.0)
+    assert module.metrics[0].compute() == 2
+    # torchmetrics' == of two metrics is a third metric, which is true.
+    assert len(steps._metrics) == 5
 
 
 class Logs(Callback):
