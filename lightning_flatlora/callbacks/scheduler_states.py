@@ -9,24 +9,29 @@ from torch import Tensor
 
 def schedule_restorer(trainer: Trainer) -> Callable[[], None]:
     """A function that gives the schedulers of a trainer, and what they set in the optimizers, back as they are now."""
-    kept = []
+    states, groups = [], []
     for config in trainer.lr_scheduler_configs:
         for scheduler in _with_inner_ones(config.scheduler):
-            optimizer = getattr(scheduler, "optimizer", None)
-            param_groups = getattr(optimizer, "param_groups", [])
-            kept.append((vars(scheduler), dict(vars(scheduler)), [(group, _settings(group)) for group in param_groups]))
+            states.append((vars(scheduler), dict(vars(scheduler))))
+    # Without a scheduler nothing is copied.
+    for optimizer in trainer.optimizers if states else []:
+        groups += [(param_group, _settings(param_group)) for param_group in optimizer.param_groups]
 
     def put_back() -> None:
-        for state, before, groups in kept:
-            # Those that nobody has stepped stay untouched.
-            if all(state.get(name) is value for name, value in before.items()):
-                continue
+        # Where nobody has stepped any, all stays untouched.
+        if not any(_differs(state, before) for state, before in states):
+            return
+        for state, before in states:
             state.clear()
             state.update(before)
-            for group, settings in groups:
-                _put_back(group, settings)
+        for param_group, settings in groups:
+            _put_back(param_group, settings)
 
     return put_back
+
+
+def _differs(state: dict[str, Any], before: dict[str, Any]) -> bool:
+    return any(state.get(name) is not value for name, value in before.items())
 
 
 def _with_inner_ones(scheduler: Any) -> Iterator[Any]:

@@ -126,7 +126,9 @@ def test_averages_wrapped_metrics_and_logged_values_count_a_batch_once(tmp_path:
 
 def test_metrics_among_the_modules_are_found_beside_many_samples() -> None:
     module = nn.Module()
-    module.samples = [{name: [number] for name in "abcdefghijkl"} for number in range(9_000)]
+    module.samples = []
+    for number in range(9_000):
+        module.samples.append({name: [number] for name in "abcdefghijkl"})
     module.metrics = nn.ModuleList([SumMetric(), ClasswiseWrapper(SumMetric()), ClasswiseWrapper(SumMetric())])
     steps = second_pass.SecondPass(module)
     for _ in range(2):
