@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from recipes.instruction_tuning import sources
-from recipes.instruction_tuning.encoding import encode
+from recipes.instruction_tuning.encoding import REFUSED, encode
 from recipes.instruction_tuning.formats import MORE_THAN_TEXT, NO_ANSWER, NO_QUESTION
 from recipes.language.batches import Batch, Collate, LengthBatchSampler, padding_id
 from recipes.language.chat import ChatEncoder
@@ -236,7 +236,13 @@ class InstructionData(ResumableData):
             MORE_THAN_TEXT: f"{counts[MORE_THAN_TEXT]} dropped: {MORE_THAN_TEXT} in them",
         }
         parts = [f"{self.dataset}, {part}: {counts['kept'] + counts['cut']} conversations"]
-        return "; ".join(parts + [note for status, note in notes.items() if counts[status]])
+        parts += [note for status, note in notes.items() if counts[status]]
+        refused = Counter({status: count for status, count in counts.items() if status.startswith(REFUSED)})
+        if refused:
+            # Templates have few reasons, and data mostly one.
+            reason = refused.most_common(1)[0][0].removeprefix(REFUSED)
+            parts.append(f"{refused.total()} dropped: the chat template can't render them ({reason})")
+        return "; ".join(parts)
 
     def _read_prompts(self) -> list[dict[str, Any]]:
         rows = []

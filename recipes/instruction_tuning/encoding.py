@@ -5,8 +5,10 @@ from typing import Any
 from lightning_flatlora.report.conversation import THOUGHTS
 from recipes.instruction_tuning.formats import NO_ANSWER
 from recipes.language.chat import IGNORED, ChatEncoder
+from recipes.language.templates import RefusedConversationError
 
 Row = dict[str, Any]
+REFUSED = "refused: "  # how the status of a row begins that the chat template can't render; the reason follows
 
 
 def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
@@ -20,12 +22,20 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     Returns:
         ``input_ids`` and ``labels`` of each option, the greatest ``length`` in tokens, the place ``gold`` of the right
         option, ``answer`` and ``prompt_ids`` of a free answer that is to be generated, whether the template
-        ``leaves_thoughts`` of an answer out, and the ``status``: "kept", "cut", "too long", "no answer", or the row's
-        problem.
+        ``leaves_thoughts`` of an answer out, and the ``status``: "kept", "cut", "too long", "no answer", the row's
+        problem, or :data:`REFUSED` and why.
     """
     if row["problem"] or not row["messages"] or not row["messages"][-1]["content"].strip():
         # An answer of spaces alone has no token to learn.
         return _unusable(row["problem"] or NO_ANSWER)
+    try:
+        return _usable(row, encoder, with_options)
+    except RefusedConversationError as error:
+        # One such row must not stop a run, such as a conversation of ShareGPT that begins with an answer.
+        return _unusable(REFUSED + error.reason)
+
+
+def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     messages = [template_message(message) for message in row["messages"]]
     context, answer = messages[:-1], messages[-1]
     options = (row["options"] if with_options else None) or [answer["content"]]

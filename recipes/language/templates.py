@@ -30,6 +30,21 @@ _PROBE = "5d1probe5d1"  # a text that no template holds
 _SWITCHES = ({"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}, {"thinking": True})
 
 
+class RefusedConversationError(MisconfigurationException):
+    """A conversation that a chat template can't render.
+
+    Args:
+        reason: what the template objects to.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"the model's chat template can't render a conversation: {reason}. Mend the data (many templates want user "
+            "and assistant in turns), or set chat_template to another one"
+        )
+
+
 class TemplateEncoder:
     """What encoders of conversations have in common.
 
@@ -150,10 +165,7 @@ def template_errors() -> Iterator[None]:
     try:
         yield
     except (TemplateError, TypeError, ValueError) as error:
-        raise MisconfigurationException(
-            f"the model's chat template can't render a conversation: {type(error).__name__}: {error}. Mend the data "
-            "(many templates want user and assistant in turns), or set chat_template to another one"
-        ) from error
+        raise RefusedConversationError(f"{type(error).__name__}: {error}") from error
 
 
 def takes_system(render: Render) -> bool:

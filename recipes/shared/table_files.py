@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
-_MOST_COLUMNS = 100  # of a table: more objects than that are rows by their ids
+_MOST_COLUMNS = 100  # of a table: more objects than that are rows by their ids, even where these differ
 _ROWS_BY_KEY = re.compile(r'\s*\{\s*"[^"]*"\s*:\s*\{')
 
 
@@ -57,10 +57,14 @@ def refuse_rows_by_key(name: str, path: Path) -> None:
             content = json.load(file)
         except ValueError:
             return
-    if len(content) > _MOST_COLUMNS and all(isinstance(row, dict) for row in content.values()):
+    rows = list(content.values())
+    if len(rows) < 2 or not all(isinstance(row, dict) for row in rows):
+        return
+    are_alike = all(row.keys() == rows[0].keys() for row in rows)
+    if are_alike or len(rows) > _MOST_COLUMNS:
         raise MisconfigurationException(
-            f"dataset={name!r} holds {len(content)} objects by key, such as {next(iter(content))!r}, and no list of "
-            "rows: write the objects as a list, or one a line"
+            f"dataset={name!r} holds {len(rows)} objects by key, such as {next(iter(content))!r}, and no list of "
+            "rows: write the rows as a list, or one a line (with pandas, to_json(orient='records'))"
         )
 
 

@@ -104,6 +104,23 @@ def test_what_is_cut_or_dropped_is_told(tiny: str, jsonl: Any) -> None:
     )
 
 
+def test_a_conversation_that_the_template_refuses_is_dropped_and_told(tiny: str, jsonl: Any) -> None:
+    """In ShareGPT's data some begin with an answer, which templates with user and assistant in turns refuse."""
+    template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    answered = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    rows = [{"conversations": turns} for turns in (answered, [{"from": "gpt", "value": "Hello!"}, *answered])]
+    settings: dict[str, Any] = {"chat_template": template, "validation_share": 0, "test_share": 0}
+    data = prepared("fit", tiny, dataset=jsonl(rows), **settings)
+    told = "1 dropped: the chat template can't render them (TemplateError: Conversation roles must alternate)"
+    assert data.reports["train"].endswith(f"train: 1 conversations; {told}")
+
+    with pytest.raises(MisconfigurationException, match=r"nothing is left to use.*roles must alternate"):
+        prepared("fit", tiny, dataset=jsonl(rows[1:]), **settings)
+
+
 # -- parts and batches
 
 

@@ -62,6 +62,9 @@ def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is
     [
         ("a.tsv", "a\tb\n1\t2\n", r"a.tsv': of tables, files that end in .json, .* are read.*to_parquet"),
         ("keyed.json", json.dumps({str(n): {"question": "a"} for n in range(101)}), r"holds 101 objects by key, .*'0'"),
+        # Few rows by their ids, as a part of GQA's questions, and a table as pandas writes it by default.
+        ("gqa.json", '{"07": {"question": "a", "answer": "b"}, "08": {"question": "c", "answer": "d"}}', r"2 .*'07'"),
+        ("pandas.json", '{"question": {"0": "a"}, "answer": {"0": "b"}}', r"'question', .*orient='records'"),
         ("saved/state.json", "{}", r"written by save_to_disk .*to_parquet"),
     ],
 )
@@ -71,6 +74,11 @@ def test_forms_that_are_not_read_are_named(tmp_path: Path, name: str, text: str,
     file.write_text(text)
     with pytest.raises(MisconfigurationException, match=message):
         data.read_table(str(file if file.parent == tmp_path else file.parent), "train")
+
+
+def test_one_row_of_objects_is_read(tmp_path: Path) -> None:
+    row = {"a": {"b": 1}, "c": {"d": 2}}
+    assert data.read_table(written(tmp_path / "row.json", [row]), "train").to_list() == [row]
 
 
 def test_lines_that_begin_with_an_object_are_read(tmp_path: Path) -> None:
