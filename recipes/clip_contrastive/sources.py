@@ -3,13 +3,13 @@
 import csv
 import io
 import os
-import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
 
+from braceexpand import braceexpand
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
@@ -70,7 +70,7 @@ def load(dataset: str, image_column: str = "image", caption_column: str = "capti
     Args:
         dataset: a .csv or .tsv file; a folder of images with a .txt file of the same name beside each, one caption a
             line, or with a captions.csv or .tsv; webdataset shards, such as ``shards/*.tar`` or
-            ``shards/{000..009}.tar``; or one of :data:`PACKAGED`.
+            ``{train,more}/{000..009}.tar``; or one of :data:`PACKAGED`.
         image_column: of a table: paths, relative to the table's folder, or absolute.
         caption_column: of a table.
 
@@ -202,7 +202,7 @@ def _refuse(path: Path | str, faults: list[str]) -> None:
 def _shards(pattern: str) -> list[Picture]:
     """Pictures of webdataset shards, found in one pass over the archives' headers."""
     shards: list[Path] = []
-    for one in expanded(pattern):
+    for one in _expanded(pattern):
         path = Path(one).expanduser()
         # A folder may have brackets in its own name.
         files = sorted(glob(str(path))) or sorted(glob(f"{escape(str(path.parent))}/{path.name}"))
@@ -273,20 +273,18 @@ def _ends_here(archive: tarfile.TarFile, shard: Path) -> bool:
         return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
 
 
-def expanded(pattern: str) -> Iterator[str]:
-    """The patterns that a range in braces stands for, which users of webdataset write: one for each number.
+def _expanded(pattern: str) -> list[str]:
+    """The patterns that braces stand for, as in webdataset; one with a lone brace in a name stays as it is.
 
     Example:
-        >>> list(expanded("shards/{008..010}.tar"))
-        ['shards/008.tar', 'shards/009.tar', 'shards/010.tar']
+        >>> _expanded("{old,new}/{09..10}.tar")
+        ['old/09.tar', 'old/10.tar', 'new/09.tar', 'new/10.tar']
     """
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last = match.groups()
-    for number in range(int(first), int(last) + 1):
-        yield from expanded(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+    try:
+        # A backslash stands in paths of Windows, and escapes nothing.
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:  # unbalanced braces
+        return [pattern]
 
 
 # -- packages

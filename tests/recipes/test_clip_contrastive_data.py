@@ -197,7 +197,7 @@ def test_a_folder_of_shards_may_have_brackets_in_its_name(pictures: str, tmp_pat
         with tarfile.open(folder / f"{number}.tar", "w") as shard:
             shard.add(Path(pictures) / "red-circle.png", f"{number}.png")
             shard.add(tmp_path / "red.txt", f"{number}.txt")
-    for pattern in ("*.tar", "{0..1}.tar"):
+    for pattern in ("*.tar", "{0..1}.tar", "{0,1}.tar"):
         assert len(sources.load(str(folder / pattern))) == 2
 
 
