@@ -186,6 +186,9 @@ class Report:
             return ""
         accuracy = 100 * statistics.mean(row["validation_accuracy"] for row in rows)
         cell = f"{mean_loss(rows):.3f} ({accuracy:.0f})"
+        if len(rows) < len(SEARCH_SEEDS):
+            # Of a search that is not done yet.
+            cell += f", runs: {len(rows)}"
         return f"[{cell}]" if config == chosen else cell
 
 
