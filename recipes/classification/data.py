@@ -62,7 +62,7 @@ class TextData(ResumableData):
         validation_split: for validation: another split or a file, or several; None takes ``validation_share``. Those
             after the first are logged under their names, or their files' names, which must be different.
         test_split: for `test`: another split or a file; None takes ``test_share``.
-        text: columns that the model reads: one, or two for pairs.
+        text: the column that the model reads, or two for pairs.
         label: the column of the classes, numbers or names, or of the numbers to predict.
         regression: ``label`` holds numbers to predict.
         skip_unlabelled: leave out rows without a label, instead of an error.
@@ -95,7 +95,7 @@ class TextData(ResumableData):
     split: str = "train"
     validation_split: str | list[str] | None = None
     test_split: str | None = None
-    text: Sequence[str] = ("text",)
+    text: str | list[str] = "text"
     label: str = "label"
     regression: bool = False
     skip_unlabelled: bool = False
@@ -116,6 +116,7 @@ class TextData(ResumableData):
         super().__init__()
         given = self.validation_split
         self.validation_splits = [given] if isinstance(given, str) else list(given or ())
+        self.text_columns = [self.text] if isinstance(self.text, str) else list(self.text)
         self.shares = {"validation": self.validation_share, "test": self.test_share}
         if self.validation_splits or self.shots is not None:
             self.shares["validation"] = 0.0
@@ -203,9 +204,10 @@ class TextData(ResumableData):
         """The texts of each row of ``predict_file``."""
         file = self.predict_file
         if file is None or table_ending(file) is None:
-            if len(self.text) > 1:
+            if len(self.text_columns) > 1:
                 raise MisconfigurationException(
-                    f"predict needs --data.predict_file FILE, a table with the columns {list(self.text)}, got {file!r}"
+                    f"predict needs --data.predict_file FILE, a table with the columns {self.text_columns}, got "
+                    f"{file!r}"
                 )
             if file is not None and Path(file).suffix.lower() not in ("", ".txt"):
                 raise MisconfigurationException(
@@ -215,10 +217,10 @@ class TextData(ResumableData):
             return [[text] for text in read_prompts(file, "text", "predict_file")]
         table = read_table(file, file)
         source = f"predict_file={file!r}"
-        missing = set(self.text) - set(table.column_names)
+        missing = set(self.text_columns) - set(table.column_names)
         if missing or not len(table):
             raise MisconfigurationException(
-                f"{source} must have rows with the columns {list(self.text)}, and has {len(table)} rows with "
+                f"{source} must have rows with the columns {self.text_columns}, and has {len(table)} rows with "
                 f"{sorted(table.column_names)}"
             )
         return self._texts(table, source)
@@ -262,14 +264,14 @@ class TextData(ResumableData):
 
     def _texts(self, table: Any, source: str) -> list[list[str]]:
         """The texts of each row, one for each of the columns that the model reads."""
-        text_columns = [table[name] for name in self.text]
-        for name, column in zip(self.text, text_columns, strict=True):
+        columns = [table[name] for name in self.text_columns]
+        for name, column in zip(self.text_columns, columns, strict=True):
             for row, value in enumerate(column):
                 if not isinstance(value, str):
                     raise MisconfigurationException(
                         f"{source}: the column {name!r} must hold texts, and row {row} holds {value!r}"
                     )
-        return [list(row) for row in zip(*text_columns, strict=True)]
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def _source(self, split: str) -> str:
         return f"dataset={self.dataset!r}" if split == self.split else f"dataset={self.dataset!r}, split={split!r}"
@@ -277,7 +279,7 @@ class TextData(ResumableData):
     def _read(self, split: str) -> Any:
         """A split or a file, which has the columns."""
         table = self._table(split)
-        missing = {*self.text, self.label} - set(table.column_names)
+        missing = {*self.text_columns, self.label} - set(table.column_names)
         if missing:
             raise MisconfigurationException(
                 f"{self._source(split)} has the columns {sorted(table.column_names)}, and not {sorted(missing)}: "
@@ -298,7 +300,7 @@ class TextData(ResumableData):
         examples = list(task.read())
         names = task.classes
         return datasets.Dataset.from_dict(
-            {self.text[0]: [e.text for e in examples], self.label: [names[e.label] for e in examples]}
+            {self.text_columns[0]: [e.text for e in examples], self.label: [names[e.label] for e in examples]}
         )
 
     @override
@@ -325,7 +327,7 @@ class TextData(ResumableData):
     def _encoder(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if self.template is None:
             return partial(_encode, tokenizer=self._tokenizer(), max_length=self.max_length)
-        prompt = Prompt(self.template, self.text, self._tokenizer(), self.max_length, self.text_tokens)
+        prompt = Prompt(self.template, self.text_columns, self._tokenizer(), self.max_length, self.text_tokens)
         prompt.check()
         return prompt
 

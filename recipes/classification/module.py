@@ -66,7 +66,7 @@ class TextClassifier(RecipeModule):
         schedule: Schedule = "linear",
         warmup_steps: int = 0,
         warmup_share: float = 0.0,
-        metrics: Sequence[str] | None = None,
+        metrics: str | list[str] | None = None,
         start_from: str | None = None,
         predictions: str = "predictions.jsonl",
         **kwargs: Any,
@@ -79,7 +79,7 @@ class TextClassifier(RecipeModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.warmup_share = warmup_share
-        self.wanted_metrics = metrics
+        self.wanted_metrics = [metrics] if isinstance(metrics, str) else metrics
         self.metric_names: list[str] = []
         self.start_from = start_from
         self.writer = PredictionWriter(predictions, "texts")
@@ -231,7 +231,7 @@ class TextClassifier(RecipeModule):
                 found.append({"class": self.data.classes[label], "probability": probability})
         rows = []
         for texts, of_row in zip(batch["texts"], found, strict=True):
-            rows.append({**dict(zip(self.data.text, texts, strict=True)), **of_row})
+            rows.append({**dict(zip(self.data.text_columns, texts, strict=True)), **of_row})
         return rows
 
     @override

@@ -50,8 +50,9 @@ class FewShotData(ResumableData):
         batch_size: images of a batch on each device.
         iterations_per_shot: optimizer steps for each shot.
         eval_batch_size: images of a batch in evaluation and prediction.
-        templates: texts with {} for the class's name; "coop" for CoOp's own of this data set; None for "a photo of a
-            {}.", or with the emoji the name alone. The first is the one to train with where the text tower is adapted.
+        templates: a text with {} for the class's name, or several; "coop" for CoOp's own of this data set; None for "a
+            photo of a {}.", or with the emoji the name alone. The first is the one to train with where the text tower
+            is adapted.
         class_names: words for each class, as a mapping from the data's own names, or a JSON file with one; None takes
             the data set's, or makes the folders' names readable.
         crop_scale: smallest and largest share of an image's area that a random crop keeps in training.

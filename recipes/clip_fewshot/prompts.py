@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -27,7 +26,7 @@ COOP_TEMPLATES = {
 }
 """CoOp's own prompt for each of its data sets, by hand (arXiv 2109.01134)."""
 
-Templates = list[str] | Literal["coop"] | None
+Templates = str | list[str] | None
 
 # Names that folders abbreviate, as written out by CoOp (arXiv 2109.01134), whose protocol CLIP-LoRA follows.
 READABLE: dict[str, dict[str, str]] = {
@@ -66,7 +65,7 @@ def templates_of(dataset: str, given: Templates) -> Sequence[str]:
 
     Args:
         dataset: whose classes they are.
-        given: the texts; "coop" for CoOp's own of this data set; None for CLIP-LoRA's, which is one for all.
+        given: the text or texts; "coop" for CoOp's own of this data set; None for CLIP-LoRA's, which is one for all.
 
     Raises:
         MisconfigurationException: CoOp has none for this data set.
@@ -74,7 +73,7 @@ def templates_of(dataset: str, given: Templates) -> Sequence[str]:
     if given is None:
         return TEMPLATES.get(dataset, DEFAULT_TEMPLATES)
     if given != "coop":
-        return given
+        return [given] if isinstance(given, str) else given
     if dataset not in COOP_TEMPLATES:
         raise MisconfigurationException(
             f"templates='coop' is for the data sets {', '.join(COOP_TEMPLATES)}, got dataset={dataset!r}: give the "

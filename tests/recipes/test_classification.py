@@ -125,6 +125,13 @@ def test_pairs_of_texts_are_read_together(tiny: str, tokenizer: Any, write: Any)
     assert "Answer" in text
 
 
+def test_one_column_and_one_metric_need_no_list(tiny: str, tokenizer: Any, write: Any) -> None:
+    rows = [{"one": f"Question {i}", "label": i % 2} for i in range(40)]
+    cli = fit(tiny, write(rows), "--data.text=one", "--model.metrics=f1", "--trainer.max_steps=1")
+    assert "Question" in tokenizer.decode(cli.datamodule.parts["train"][0]["input_ids"])
+    assert cli.model.metric_names == ["f1"]
+
+
 def test_equal_texts_are_in_one_part(tiny: str, write: Any) -> None:
     rows = [{"text": f"Text {i // 2}", "label": i % 2} for i in range(200)]
     data = fit(tiny, write(rows), "--trainer.max_steps=1").datamodule

@@ -210,7 +210,8 @@ def test_the_prompts_of_the_protocol(task: str, roberta: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
     data, words = settings["data"]["init_args"], settings["model"]["init_args"]["label_words"]
     length = data.get("max_length", 128)
-    prompt = Prompt(data["template"], data["text"], tokenizer, length, data.get("text_tokens"))
+    columns = recipe_data.TextData(**data).text_columns
+    prompt = Prompt(data["template"], columns, tokenizer, length, data.get("text_tokens"))
     prompt.check()
     texts, expected = ROWS[task]
     encoded = prompt({"texts": texts})

@@ -100,6 +100,9 @@ def test_templates_are_one_for_all_or_coops(tmp_path: Path) -> None:
     data = data_of(tmp_path, "dtd", templates="coop")
     data.setup("fit")
     assert data.prompts[1] == ["polka-dotted texture."]
+    data = data_of(tmp_path, "dtd", templates="one {}")
+    data.setup("fit")
+    assert data.prompts[1] == ["one polka-dotted"]
     data = FewShotData(str(filled(tmp_path / "mine", 8)), templates="coop", shots=1)
     with pytest.raises(MisconfigurationException, match=r"templates='coop' is for the data sets caltech101.*mine"):
         data.setup("fit")
