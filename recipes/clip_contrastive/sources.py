@@ -279,6 +279,8 @@ def _expanded(pattern: str) -> list[str]:
     Example:
         >>> _expanded("{old,new}/{09..10}.tar")
         ['old/09.tar', 'old/10.tar', 'new/09.tar', 'new/10.tar']
+        >>> _expanded("{old/1.tar")
+        ['{old/1.tar']
     """
     try:
         # A backslash stands in paths of Windows, and escapes nothing.

@@ -241,7 +241,7 @@ class InstructionData(ResumableData):
         if refused:
             # Templates have few reasons, and data mostly one.
             reason = refused.most_common(1)[0][0].removeprefix(REFUSED)
-            parts.append(f"{refused.total()} dropped: the chat template can't render them ({reason})")
+            parts.append(f"{refused.total()} dropped: {reason}")
         return "; ".join(parts)
 
     def _read_prompts(self) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.language.templates import RefusedConversationError
 
 Row = dict[str, Any]
-REFUSED = "refused: "  # how the status of a row begins that the chat template can't render; the reason follows
+REFUSED = "refused: "  # how the status of a row begins that the chat template can't render; the error's text follows
 
 
 def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
@@ -32,7 +32,7 @@ def encode(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
         return _usable(row, encoder, with_options)
     except RefusedConversationError as error:
         # One such row must not stop a run, such as a conversation of ShareGPT that begins with an answer.
-        return _unusable(REFUSED + error.reason)
+        return _unusable(f"{REFUSED}{error}")
 
 
 def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:

@@ -31,18 +31,7 @@ _SWITCHES = ({"enable_thinking": False}, {"enable_thinking": True}, {"thinking":
 
 
 class RefusedConversationError(MisconfigurationException):
-    """A conversation that a chat template can't render.
-
-    Args:
-        reason: what the template objects to.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(
-            f"the model's chat template can't render a conversation: {reason}. Mend the data (many templates want user "
-            "and assistant in turns), or set chat_template to another one"
-        )
+    """A conversation that a chat template can't render."""
 
 
 class TemplateEncoder:
@@ -165,7 +154,10 @@ def template_errors() -> Iterator[None]:
     try:
         yield
     except (TemplateError, TypeError, ValueError) as error:
-        raise RefusedConversationError(f"{type(error).__name__}: {error}") from error
+        raise RefusedConversationError(
+            f"the model's chat template can't render a conversation: {type(error).__name__}: {error}. Mend the data "
+            "(many templates want user and assistant in turns), or set chat_template to another one"
+        ) from error
 
 
 def takes_system(render: Render) -> bool:
