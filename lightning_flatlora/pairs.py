@@ -161,12 +161,14 @@ def _why_not(layer: LoraLayer, adapter: str) -> str | None:
     # X-LoRA replaces the forward of each layer by a method of its own.
     if isinstance(getattr(vars(layer).get("forward"), "__self__", None), XLoraLayer):
         return "X-LoRA weighs the adapters by a router, so the update is s B A times something that changes"
+    if any(router in layer.active_adapters for router in getattr(layer, "lora_arrow", {})):
+        return "Arrow weighs the adapters by a router, so the update is s B A times something that changes"
     if not _kind(layer).__module__.startswith("peft.tuners.lora."):
         return "not one of peft's own LoRA layers, so the product of its factors is unknown"
     # A variant changes what the layer computes. Only those of which s B A is known to be a term are allowed.
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, _EXACT_VARIANTS):
-        return f"the variant {type(variant).__name__} does not add exactly s B A"
+        return f"the variant {type(variant).__name__} is not known to add exactly s B A, with a B that is trained"
     return _why_not_factors(bare(layer.lora_A[adapter]), bare(layer.lora_B[adapter]))
 
 

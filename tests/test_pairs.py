@@ -6,13 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, LoraRuntimeConfig, XLoraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    ArrowConfig,
+    LoHaConfig,
+    LoraConfig,
+    LoraRuntimeConfig,
+    XLoraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import Linear
 from peft.tuners.xlora.model import convert_layers_to_xlora
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs
+from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs, lora_layers, search_layers
 
 
 class Net(nn.Module):
@@ -91,6 +99,23 @@ def test_leaves_out_xlora_whose_router_weighs_the_adapters() -> None:
     search = find_pairs(model)
     assert names(model) == ["conv.lora_B.default.weight"]  # which X-LoRA leaves alone
     assert "Linear: X-LoRA weighs the adapters by a router" in search.left_out[0]
+
+
+def test_leaves_out_arrows_experts_also_those_that_have_a_gradient() -> None:
+    """The router is the active adapter, and the experts that it weighs are trained without being active."""
+    model: Any = peft(["one"])
+    arrow = ArrowConfig()
+    arrow.task_adapter_names = ["default"]
+    model.add_adapter("arrow_router", LoraConfig(r=2, target_modules=["one"], arrow_config=arrow))
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["two"]))
+    model.base_model.set_adapter(["arrow_router", "plain"])
+    expert = model.base_model.model.one.lora_B["default"].weight
+    expert.requires_grad_(True).grad = torch.ones_like(expert)
+    search = search_layers(lora_layers(model), None, with_gradient=True)
+    assert [pair.name for pair in search.pairs] == ["base_model.model.two.lora_B.plain.weight"]
+    assert "Linear: Arrow weighs the adapters by a router" in search.left_out[0]
+    model.base_model.set_adapter(["default", "plain"])
+    assert names(model) == ["one.lora_B.default.weight", "two.lora_B.plain.weight"]
 
 
 EXACT = [

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_flatlora.distributed import average
 from lightning_flatlora.flatness.estimate import Estimate, estimate
-from lightning_flatlora.flatness.losses import Loss, add_if_finite, checked, losses_of
+from lightning_flatlora.flatness.losses import Loss, add_if_finite, checked, computed, losses_of
 
 
 def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]) -> list[Tensor]:
@@ -54,7 +54,7 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
 def _add_product(part: Loss, parameters: list[nn.Parameter], vector: Sequence[Tensor], product: list[Tensor]) -> None:
     """Add one batch's H v; its graph ends with the call."""
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-    loss = checked(part())
+    loss = checked(computed(part))
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, **options)
     along = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
     new: Sequence[Tensor]

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
+from peft.helpers import DoraCaching
 from torch import Tensor, nn
 
 from lightning_flatlora.distributed import average
@@ -81,7 +82,7 @@ def value(loss: Loss) -> Tensor:
         Shape (), float32 or wider, without a graph.
     """
     with torch.no_grad():
-        mean = torch.stack([_wide(part()) for part in losses_of(loss)]).mean()
+        mean = torch.stack([_wide(computed(part)) for part in losses_of(loss)]).mean()
     average([mean])
     return mean
 
@@ -123,10 +124,16 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
 def _add_gradient(part: Loss, parameters: list[nn.Parameter], gradients: list[Tensor], scale: float) -> Tensor:
     """One batch's loss, whose scaled gradient is added; its graph ends with the call."""
     # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
-    loss = checked(part())
+    loss = checked(computed(part))
     new = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
     add_if_finite(gradients, new, loss)
     return _wide(loss.detach())
+
+
+def computed(part: Loss) -> Tensor:
+    """One batch's loss from the weights as they are: of DoRA's layers peft may cache what they have computed before."""
+    with DoraCaching(enabled=False):
+        return part()
 
 
 def checked(loss: object) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointed_bases import HEAD, module_of, saver, state
+from checkpointed_bases import HEAD, module_of, network, saver, state
 from helpers import FEATURES, Classifier, fit, make_loader, same, trainer_of, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -60,6 +60,23 @@ def test_a_full_checkpoint_of_another_base_is_not_forgotten(tmp_path: Path) -> N
     saved = state(tmp_path / "2" / "step=12.ckpt")
     assert HEAD in saved
     assert "net.base_model.model.first.base_layer.weight" not in saved
+
+
+class BuiltLater(Classifier):
+    """Makes its net in Lightning's hook for that, and the wrong one before it."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self.net, "peft_config"):
+            self.net = network()
+
+
+def test_a_module_that_is_built_in_configure_model_is_built_before_it_is_loaded(tmp_path: Path) -> None:
+    """As Lightning's load_from_checkpoint does it."""
+    trained = BuiltLater(net=nn.Identity())
+    fit(tmp_path, trained, [saver(tmp_path)], max_epochs=1)
+    again = BuiltLater(net=nn.Identity())
+    load_adapter_checkpoint(again, tmp_path / "step=6.ckpt")
+    assert same(weights(again), weights(trained))
 
 
 def base_of(tensor: Tensor) -> dict[str, Entry]:

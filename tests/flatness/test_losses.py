@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.helpers import DoraCaching
 from quadratics import RHO, Quadratic
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_flatlora import Perturbation
+from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import (
     Point,
     hessian_product,
@@ -65,6 +67,23 @@ def test_what_is_no_loss_is_named(loss: Any, message: str) -> None:
         loss_gradient(loss, parameters)
     with pytest.raises(ValueError, match=message):
         hessian_trace(loss, parameters)
+
+
+def test_what_peft_caches_of_dora_is_not_taken_for_the_moved_weights() -> None:
+    """In eval mode its layers would keep the product B A and the norm of the weights where they stood first."""
+    config = LoraConfig(r=2, target_modules=["0", "1"], use_dora=True, init_lora_weights=False)
+    net = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), config).eval()
+    x, labels = torch.randn(8, 4), torch.randint(3, (8,))
+
+    def measured() -> dict[str, Tensor]:
+        point = Point(lambda: nn.functional.cross_entropy(net(x), labels), Perturbation(find_pairs(net).pairs), RHO)
+        return measure(point, ["sharpness", "lora_sharpness", "radius", "top_eigenvalue", "hessian_trace"])
+
+    expected = measured()
+    with DoraCaching():
+        assert measured() == expected
+        found = net(x)
+    assert torch.equal(net(x), found)
 
 
 def test_a_loss_of_no_example_is_not_flat() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from lightning_flatlora.callbacks.checkpoint.parts import (
 from lightning_flatlora.callbacks.checkpoint.saving import MARK, changed_at
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import layout_of
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
 from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.pairs import clean_name
 
@@ -49,10 +49,11 @@ def load_adapter_checkpoint(
     """Load the weights of a checkpoint that AdapterCheckpoint has written, without a Trainer.
 
     Lightning's ``load_from_checkpoint`` and a Trainer without an AdapterCheckpoint expect the frozen base in the file.
-    This function expects that the module has its base already, from the same source as in training.
+    This function expects that the module has its base already, from the same source as in training, or makes it in
+    ``configure_model``, which is called first.
 
     Args:
-        module: the LightningModule, with the base and the adapter in place.
+        module: the LightningModule, with the base and the adapter in place once ``configure_model`` has been called.
         path: the file, or its name; one of Lightning's own is loaded too.
         strict: refuse a file that lacks an adapter's weight or has one that the module doesn't know.
         weights_only: let the file create only tensors and plain values. Turn this off for a file that you trust and
@@ -78,6 +79,9 @@ def load_adapter_checkpoint(
             f"{path} has no state_dict: give a .ckpt of AdapterCheckpoint or ModelCheckpoint. An adapter that peft has "
             "saved is loaded by peft.PeftModel.from_pretrained"
         )
+    if is_lightning(module, LightningModule):
+        # As load_from_checkpoint does. Lightning calls it before each fit and test too, so it may be called again.
+        module.configure_model()
     record_of(module).finder = finder
     if MARK not in checkpoint:
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
