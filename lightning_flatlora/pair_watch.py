@@ -78,7 +78,8 @@ class PairWatch:
         for _, layer in self._layers:
             for adapter in layer.lora_B:
                 A, B = factors_of(layer, adapter)
-                if A is not None and B is not None:
+                # A weight that is computed from other parameters, as by pruning, has no gradient that may be read.
+                if A is not None and B is not None and B.is_leaf:
                     self._see(layer.scaling, adapter, A, B, id(B))
         # By identity, since a B that was replaced may have the name, the shape and the flags of the old one.
         self._Bs_seen = [id(B) for B in self._Bs]

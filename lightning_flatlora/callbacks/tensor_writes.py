@@ -51,6 +51,10 @@ class KeptValues:
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._kept = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
 
+    def changed(self) -> list[Tensor]:
+        """Those that hold other values now, however these were written."""
+        return [tensor for tensor, _, value in self._kept if not _is_equal(tensor.detach(), value)]
+
     @torch.no_grad()
     def put_back(self, among: Container[int] | None = None) -> None:
         """Write the values into the memory that the tensors had, which DDP and compiled graphs hold.
@@ -121,12 +125,15 @@ def untrained_parameters(module: nn.Module, optimizers: Iterable[Optimizer]) -> 
     return found
 
 
-def writable_buffers(owner: nn.Module) -> list[Tensor]:
-    """A part's own buffers that can be written: not those made in inference mode or by ``expand``."""
-    found = []
-    for buffer in owner._buffers.values():
-        if buffer is not None and not buffer.is_inference() and not _is_expanded(buffer):
-            found.append(buffer)
+def writable_buffers(owner: nn.Module) -> dict[str, Tensor]:
+    """A part's own buffers that can be written, by name: not those made in inference mode or by ``expand``."""
+    found = {}
+    for name, buffer in owner._buffers.items():
+        # One of a lazy module has no values before the first forward pass.
+        if buffer is None or is_lazy(buffer):
+            continue
+        if not buffer.is_inference() and not _is_expanded(buffer):
+            found[name] = buffer
     return found
 
 
@@ -135,6 +142,12 @@ def _is_expanded(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return False
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _is_equal(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.device != other.device or tensor.dtype != other.dtype:
+        return False
+    return torch.equal(tensor, other)
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
@@ -256,6 +257,21 @@ def test_pairs_that_never_come_are_said_once(tmp_path):
     with pytest.warns(UserWarning, match="EFMLoRA: no pair has been trained so far") as warned:
         fit(tmp_path, TrainedOnly(), [EFMLoRA(0.5), Never()])
     assert len([each for each in warned if "no pair" in str(each.message)]) == 1
+
+
+class Pruning(Callback):
+    """As Lightning's ModelPruning does to every layer, from the second epoch on."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            for name, layer in pl_module.named_modules():
+                if "lora_B." in name:
+                    prune.identity(layer, "weight")
+
+
+def test_pairs_that_are_gone_are_said_as_such(tmp_path):
+    with pytest.warns(UserWarning, match="EFMLoRA: no pair is trained any more, .*as by pruning"):
+        fit(tmp_path, Classifier(), [EFMLoRA(0.5), Pruning()], max_epochs=3)
 
 
 class Experts(nn.Module):

@@ -228,6 +228,29 @@ def test_generators_near_by_are_found_where_much_is_to_be_looked_at(monkeypatch:
     assert found == [data.generator]
 
 
+GENERATOR = np.random.default_rng(0)
+
+
+class Drawing(Writes):
+    """Draws from a generator of its class, and from a global variable in a function that it calls."""
+
+    rng = random.Random(0)
+
+    def draw(self) -> tuple[float, float]:
+        return self.rng.random(), drawn()
+
+
+def drawn() -> float:
+    return GENERATOR.random()
+
+
+def test_generators_of_classes_and_of_global_variables_are_put_back() -> None:
+    module = Drawing()
+    with undisturbed(module):
+        inside = module.draw()
+    assert module.draw() == inside
+
+
 def test_of_much_data_on_a_module_the_list_alone_is_copied() -> None:
     """At every measurement: what is appended is taken back, and the samples are not copied."""
     module = Writes()

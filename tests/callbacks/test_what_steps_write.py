@@ -18,7 +18,7 @@ from torchmetrics import SumMetric
 from torchmetrics.wrappers import ClasswiseWrapper
 from two_pass_runs import TWO_PASSES, Keeping, beside_a_plain_run, two_passes
 
-from lightning_flatlora.callbacks.methods import second_pass
+from lightning_flatlora.callbacks.methods import second_pass, written_tensors
 from lightning_flatlora.callbacks.methods.training_step import tensors_in
 from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, untrained_parameters, writable_buffers
 
@@ -77,7 +77,7 @@ def test_what_is_too_large_to_copy_unseen_is_copied_from_the_second_step_on(
     module, callbacks, more = two_passes("fmlora", Following)
     written = [*module.buffers(), *module.teacher.parameters(), module.count]
     small = [tensor.nbytes for tensor in written if tensor.nbytes <= module.queue.nbytes]
-    monkeypatch.setattr(second_pass, "_MOST_BYTES", sum(small))
+    monkeypatch.setattr(written_tensors, "_MOST_BYTES", sum(small))
     with torch.no_grad():
         for parameter in module.teacher.parameters():
             parameter.add_(0.1)
@@ -100,6 +100,72 @@ class Remembering:
         loss = super().loss((inputs + self.queue, *batch[1:]), batch_idx)  # type: ignore[misc]
         self.queue.copy_(inputs.mean(dim=0))
         return loss
+
+
+GENERATOR = torch.Generator()
+
+
+class Counting(nn.Module):
+    """Registers its first buffer in its first forward pass."""
+
+    def forward(self) -> float:
+        if not self._buffers:
+            self.register_buffer("count", torch.zeros(()))
+        self.count += 1
+        return float(self.count)
+
+
+class Slotted:
+    __slots__ = ("rng",)
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+
+class Unusual:
+    """Writes through ``.data``, replaces what it has written, has buffers without a value or a shape, and draws from
+    generators in a global variable, in a class and in slots.
+    """
+
+    rng: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        module: Any = self
+        module.register_buffer("average", torch.zeros(FEATURES))
+        module.register_buffer("queue", torch.ones(FEATURES))
+        module.register_buffer("bank", torch.empty(0))
+        self.teacher = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.part, self.norm, self.slotted = Counting(), nn.LazyBatchNorm1d(affine=False), Slotted()
+        self.seen: tuple[tuple[float, ...], ...] = ()
+        type(self).rng = np.random.default_rng(0)
+        GENERATOR.manual_seed(0)
+
+    @property
+    def noise(self) -> float:
+        return float(torch.rand((), generator=GENERATOR)) + self.rng.random() + self.slotted.rng.random()
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        inputs = batch[0] + self.average + self.queue
+        if not len(self.bank):
+            self.bank = torch.zeros(FEATURES)
+        tensors = (self.teacher, self.average.sum(), self.queue.sum(), self.bank.sum())
+        self.seen += ((self.noise, self.part(), *map(float, tensors)),)
+        self.average.data.lerp_(batch[0].mean(0), 0.5)
+        self.teacher.data += 1
+        self.queue[0] += 1
+        self.queue = nn.functional.normalize(self.queue, dim=0)
+        self.bank += batch[0].mean(0)
+        return super().loss((self.norm(inputs), *batch[1:]), batch_idx)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_unusual_writes_and_generators_count_once_from_the_first_step_on(tmp_path: Any, kind: str) -> None:
+    plain, module = beside_a_plain_run(tmp_path, kind, Unusual)
+    assert module.seen[::2] == module.seen[1::2] == plain.seen
+    assert same(weights(plain), weights(module))
+    assert same(dict(plain.named_buffers()), dict(module.named_buffers()))
+    assert module.slotted.rng.random() == plain.slotted.rng.random()
 
 
 @pytest.mark.parametrize("kind", TWO_PASSES)
@@ -312,7 +378,7 @@ def test_what_is_written_is_noticed_and_put_back() -> None:
     module.register_buffer("expanded", torch.ones(1).expand(3))
     module.average = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([module.trained], lr=0.1)
-    untrained, buffers = untrained_parameters(module, [optimizer]), writable_buffers(module)
+    untrained, buffers = untrained_parameters(module, [optimizer]), list(writable_buffers(module).values())
     assert untrained == [module.replaced, module.in_place, module.average]
     frozen = untrained[:2]
     assert len(buffers) == 1

@@ -209,9 +209,11 @@ class PairCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.follow(trainer, pl_module)
         if self._watch is not None and not self.main_group.pairs:
+            had_some = self.main_group.steps_without_gradient is None
+            what = "no pair is trained any more" if had_some else "no pair has been trained so far"
             self._warn_once(
-                "no pair has been trained so far, so nothing was perturbed: every B is frozen or in no optimizer. "
-                "Those that are unfrozen and given to an optimizer later are perturbed from then on"
+                f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
+                "parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from then on"
             )
         for pair_group in self.pair_groups:
             if pair_group.steps_without_gradient:

@@ -9,41 +9,32 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.jit import ScriptModule
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_flatlora.callbacks.methods.training_step import own_containers, tensors_in
+from lightning_flatlora.callbacks.methods.written_tensors import WrittenTensors
 from lightning_flatlora.callbacks.random_state import random_state
-from lightning_flatlora.callbacks.reachable import GENERATORS, objects_in, state_restorer
-from lightning_flatlora.callbacks.tensor_writes import (
-    KeptValues,
-    Marks,
-    that_fit,
-    untrained_parameters,
-    writable_buffers,
-)
-
-_MOST_BYTES = 2**27
-"""Of the buffers and untrained parameters that are copied while nobody knows yet which of them the step writes."""
+from lightning_flatlora.callbacks.reachable import GENERATORS, objects_in, state_restorer, variables_of_code
+from lightning_flatlora.callbacks.tensor_writes import Marks
 
 
 class SecondPass:
     """Lets a second pass over a batch follow the first as if there were one.
 
-    Both passes draw the same random numbers, such as dropout masks, from PyTorch's, NumPy's and Python's generators and
-    from those that the module keeps. What a step writes into buffers and into parameters that no optimizer trains
-    (BatchNorm's statistics, a queue, a momentum encoder), and the states of torchmetrics, are afterwards as the first
-    pass left them. The second pass begins with the buffers and such parameters that the first began with, so that both
-    see the same loss function, and the batch as it came. In the first step all of them are copied, the smallest first,
-    up to 128 MB; from then on only what a first pass has been seen to write. So in the first step that writes a tensor
-    which the first step of all did not write, or did not copy, the second pass begins with what the first has left.
+    Both passes draw the same random numbers, such as dropout masks, from PyTorch's, NumPy's and Python's generators,
+    from those that the module keeps, and from those that its own code finds in its classes or in global variables. What
+    a step writes into buffers and into parameters that no optimizer trains (BatchNorm's statistics, a queue, a momentum
+    encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second pass begins with
+    the buffers and such parameters that the first began with, so that both see the same loss function, and the batch as
+    it came. In the first step all of them are copied, the smallest first, up to 128 MB; from then on only what a first
+    pass has been seen to write. So in the first step that writes a tensor which the first step of all did not write, or
+    did not copy, the second pass begins with what the first has left. Such a tensor is not noticed at all where it is
+    written in place through ``.data``. Parameters are not watched under FSDP.
 
     What else a step keeps in attributes may belong to a single pass, so it is left alone. If both passes change a whole
-    number or the length of a collection of the module itself, a warning says so once. Parameters are not watched under
-    FSDP, nor where they are written in place through ``.data``.
+    number or the length of a collection of the module itself, a warning says so once.
 
     Attributes:
         parameters: those of the module, listed once: between forward and backward FSDP shows stand-ins for them.
@@ -68,21 +59,16 @@ class SecondPass:
     def __init__(self, pl_module: nn.Module, optimizers: Iterable[Optimizer] = (), is_sharded: bool = False) -> None:
         self.parameters = list(pl_module.parameters())
         self._pl_module = pl_module
-        self._is_sharded = is_sharded
-        # The identities of the tensors that a first pass has written.
-        self._written: set[int] = set()
-        self._marks = Marks()
+        self._tensors = WrittenTensors(pl_module, optimizers, is_sharded)
         self._batch_marks = Marks()
         self._is_first_step = True
         self._writes_batch = False
-        self._before = KeptValues()
-        self._bound_before = _Bindings([])
         self._metrics_before: list[tuple[Metric, Any]] = []
         self._counts_before: dict[str, int] | None = None
         self._may_warn = True
         self._random_states: list[Callable[[], None]] = []
         self._to_look_at: Iterable[Optimizer] | None = None
-        self._look(optimizers)
+        self._look()
 
     def look_again(self, optimizers: Iterable[Optimizer]) -> None:
         """At the next first pass, find again what may be written or drawn from.
@@ -92,17 +78,13 @@ class SecondPass:
         """
         self._to_look_at = optimizers
 
-    def _look(self, optimizers: Iterable[Optimizer]) -> None:
-        self._to_look_at = None
-        parts = list(self._pl_module.modules())
-        self._owners = [part for part in parts if part._buffers]
-        self._untrained = [] if self._is_sharded else untrained_parameters(self._pl_module, optimizers)
-        reachable = objects_in([self._pl_module], (Metric, *GENERATORS))
+    def _look(self) -> None:
+        reachable = objects_in([self._pl_module, *variables_of_code(self._pl_module)], (Metric, *GENERATORS))
         self._generators = [found for found in reachable if isinstance(found, GENERATORS)]
         # Those among the modules, however many there are, and others, as in a plain list or dictionary, as far as the
         # search goes. By identity, since torchmetrics makes a new metric of "one == another".
         metrics: dict[int, Metric] = {}
-        for found in (*parts, *reachable):
+        for found in (*self._pl_module.modules(), *reachable):
             if isinstance(found, Metric):
                 metrics[id(found)] = found
         self._metrics = list(metrics.values())
@@ -111,23 +93,11 @@ class SecondPass:
     def first_pass_starts(self, device: torch.device) -> None:
         """Record the current state, to see what the pass changes; the device is that on which it draws."""
         if self._to_look_at is not None:
-            self._look(self._to_look_at)
+            self._tensors.look(self._to_look_at)
+            self._look()
+            self._to_look_at = None
         self._random_states = [random_state(device), *map(state_restorer, self._generators)]
-        buffers: list[Tensor] = []
-        read: list[Tensor] = []
-        for owner in self._owners:
-            of_owner = writable_buffers(owner)
-            buffers += of_owner
-            if not _tracks(owner):
-                read += of_owner
-        self._marks = Marks([*buffers, *self._untrained])
-        # There may be too much to copy in every step, such as a data set among the buffers.
-        if self._is_first_step:
-            kept = that_fit([*read, *self._untrained], _MOST_BYTES)
-        else:
-            kept = [tensor for tensor in [*read, *self._untrained] if id(tensor) in self._written]
-        self._before = KeptValues(kept)
-        self._bound_before = _Bindings(self._owners)
+        self._tensors.first_pass_starts()
         self._metrics_before = [(metric, self._mark_of(metric)) for metric in self._metrics]
         self._counts_before = _counts(self._pl_module) if self._may_warn else None
 
@@ -151,7 +121,6 @@ class SecondPass:
         # They hold the batch, which would otherwise stay in memory beside the next one.
         self._batch_marks = Marks()
         counts = _counts(self._pl_module) if self._counts_before is not None else {}
-        after, bound_after = KeptValues(self._written_tensors()), _Bindings(self._owners)
         metrics = []
         for metric, mark in self._metrics_before:
             if self._mark_of(metric) != mark:
@@ -163,9 +132,7 @@ class SecondPass:
         drawn = [state_restorer(generator) for generator in self._generators]
         for put_back in self._random_states:
             put_back()
-        self._bound_before.put_back()
-        self._before.put_back(among=self._written)
-        self._before = KeptValues()
+        self._tensors.first_pass_ended()
         self._is_first_step = False
         try:
             yield
@@ -173,8 +140,7 @@ class SecondPass:
             for metric, attributes in metrics:
                 metric.__dict__.clear()
                 metric.__dict__.update(attributes)
-            bound_after.put_back()
-            after.put_back()
+            self._tensors.second_pass_ended()
             for put_back in drawn:
                 put_back()
         self._warn_of_counts(counts)
@@ -182,18 +148,6 @@ class SecondPass:
     def _mark_of(self, metric: Metric) -> Any:
         """What changes when a metric is updated."""
         return _StateMark(metric) if id(metric) in self._uncounted else metric.update_count
-
-    def _written_tensors(self) -> list[Tensor]:
-        """All buffers of the parts in which the first pass has written one, and the parameters that it has written."""
-        written: list[Tensor] = [each for each in self._untrained if self._marks.has_moved(each)]
-        for owner in self._owners:
-            buffers = writable_buffers(owner)
-            # Not every kernel counts its writes: InstanceNorm's, for one, leaves no mark on any buffer.
-            if _tracks(owner) or any(map(self._marks.has_moved, buffers)):
-                written += buffers
-        # What a step puts in a buffer's place is another tensor each time, and would be remembered for nothing.
-        self._written |= {id(tensor) for tensor in written if self._marks.knows(tensor)}
-        return written
 
     def _warn_of_counts(self, between: dict[str, int]) -> None:
         if self._counts_before is None:
@@ -236,18 +190,6 @@ def leave_batch_out(trainer: Trainer, name: str) -> None:
     rank_zero_warn(f"{what}: the batch is left out. If this comes often, rho may be too large")
 
 
-class _Bindings:
-    """Which tensors are the buffers of some parts, so that what a step puts in their place can be undone."""
-
-    def __init__(self, owners: Iterable[nn.Module]) -> None:
-        # A scripted module has its buffers in C++, and its steps write them in place.
-        self._bound = [(owner, dict(owner._buffers)) for owner in owners if not isinstance(owner, ScriptModule)]
-
-    def put_back(self) -> None:
-        for owner, buffers in self._bound:
-            owner._buffers.update(buffers)
-
-
 class _StateMark:
     """What a metric holds, and how often each of it has been written: equal while nothing has changed."""
 
@@ -288,11 +230,6 @@ def _clone(tensor: Tensor) -> Tensor:
     copy = tensor.clone()
     copy.__dict__.update(tensor.__dict__)
     return copy
-
-
-def _tracks(owner: nn.Module) -> bool:
-    """Whether a part is a norm in training, which writes its statistics and does not read them."""
-    return isinstance(owner, _NormBase) and owner.training
 
 
 def _counts(pl_module: nn.Module) -> dict[str, int]:

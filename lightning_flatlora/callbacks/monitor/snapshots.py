@@ -26,8 +26,10 @@ from lightning_flatlora.callbacks.reachable import (
     generators_in,
     held_by,
     is_plain,
+    own_packages,
     package,
     state_restorer,
+    variables_of_code,
 )
 from lightning_flatlora.callbacks.tensor_writes import (
     KeptValues,
@@ -37,7 +39,6 @@ from lightning_flatlora.callbacks.tensor_writes import (
 )
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
-_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_flatlora", *sys.stdlib_module_names}
 _MOST_OF_MODULES = 100_000
 """Of what an attribute of a module holds, only the outermost container is copied beyond so many entries in all."""
 
@@ -62,6 +63,8 @@ def undisturbed(pl_module: LightningModule, written: Iterable[Tensor] = ()) -> I
     optimizers = [] if pl_module._trainer is None else pl_module.trainer.optimizers
     with ExitStack() as stack:
         stack.callback(random_state(pl_module.device))
+        for generator in generators_in(variables_of_code(pl_module)):
+            stack.callback(state_restorer(generator))
         copies = _Copies([pl_module])
         stack.callback(copies.put_back)
         for parameter in untrained_parameters(pl_module, optimizers):
@@ -82,10 +85,11 @@ def undisturbed(pl_module: LightningModule, written: Iterable[Tensor] = ()) -> I
 @contextmanager
 def _scripted_in_eval(pl_module: LightningModule) -> Iterator[None]:
     """Inside, scripted modules, whose state is in C++, are in eval mode; their modes and buffers are put back."""
-    modes, buffers = [], []
+    modes: list[tuple[ScriptModule, bool]] = []
+    buffers: list[Tensor] = []
     for module in pl_module.modules():
         if isinstance(module, ScriptModule):
-            buffers += writable_buffers(module)
+            buffers += writable_buffers(module).values()
             # One that was frozen by torch.jit has no mode.
             if hasattr(module, "training"):
                 modes.append((module, module.training))
@@ -134,7 +138,7 @@ class _Copies:
     """
 
     def __init__(self, things: Iterable[Any], *, of_data: bool = False) -> None:
-        self._packages, self._of_data = _packages(things), of_data
+        self._packages, self._of_data = own_packages(things), of_data
         self._largest = MOST_ENTRIES if of_data else _MOST_OF_MODULES
         self._left: float = 10 * MOST_ENTRIES if of_data else math.inf
         # By the identity of the original: shared things stay shared, cycles end.
@@ -226,19 +230,10 @@ class _Copies:
             return False
         # A library's may hold the project's own, as a Subset does.
         if isinstance(value, Dataset):
-            self._packages |= _packages([value])
+            self._packages |= own_packages([value])
             return True
         if isinstance(value, (nn.Module, SimpleNamespace)) or dataclasses.is_dataclass(value):
             return True
         packages = {package(kind) for kind in type(value).__mro__}
         # All bases have to be the project's: a library's base may hold what belongs to the whole program.
         return bool(packages & self._packages) and packages <= self._packages | set(sys.stdlib_module_names)
-
-
-def _packages(things: Iterable[Any]) -> set[str]:
-    """The packages of some objects' classes, except for libraries."""
-    packages: set[str] = set()
-    for thing in things:
-        owner = getattr(thing, "__self__", thing)  # of a bound method
-        packages.update(package(kind) for kind in type(owner).__mro__)
-    return packages - _LIBRARIES
