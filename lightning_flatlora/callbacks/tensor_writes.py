@@ -147,6 +147,9 @@ def _is_expanded(tensor: Tensor) -> bool:
 def _is_equal(tensor: Tensor, other: Tensor) -> bool:
     if tensor.device != other.device or tensor.dtype != other.dtype:
         return False
+    # PyTorch compares no numbers of four bits, of which a byte holds two.
+    if tensor.element_size() == 1:
+        tensor, other = tensor.view(torch.uint8), other.view(torch.uint8)
     return torch.equal(tensor, other)
 
 

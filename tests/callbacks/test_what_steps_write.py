@@ -118,9 +118,6 @@ class Counting(nn.Module):
 class Slotted:
     __slots__ = ("rng",)
 
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng(0)
-
 
 class Unusual:
     """Writes through ``.data``, replaces what it has written, has buffers without a value or a shape, and draws from
@@ -138,7 +135,7 @@ class Unusual:
         self.teacher = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.part, self.norm, self.slotted = Counting(), nn.LazyBatchNorm1d(affine=False), Slotted()
         self.seen: tuple[tuple[float, ...], ...] = ()
-        type(self).rng = np.random.default_rng(0)
+        type(self).rng, self.slotted.rng = np.random.default_rng(0), np.random.default_rng(0)
         GENERATOR.manual_seed(0)
 
     @property
@@ -382,6 +379,10 @@ def test_what_is_written_is_noticed_and_put_back() -> None:
     assert untrained == [module.replaced, module.in_place, module.average]
     frozen = untrained[:2]
     assert len(buffers) == 1
+    small = [torch.zeros(2, dtype=torch.uint8).view(dtype) for dtype in (torch.bool, torch.float8_e4m3fn)]
+    of_bytes = KeptValues(small)
+    small[1].view(torch.uint8)[1] = 1
+    assert [id(tensor) for tensor in of_bytes.changed()] == [id(small[1])]
     marks, values = Marks([*frozen, *buffers]), KeptValues([*frozen, *buffers])
     assert marks.moved() == []
     memory = module.replaced.data_ptr()
