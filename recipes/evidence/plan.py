@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipes.evidence.run import Run
-from recipes.evidence.search import Grid, arm_of, choose, common_grid
+from recipes.evidence.search import Grid, arm_of, choose, common_grid, has_diverged
 from recipes.evidence.verdict import ends_early
 from recipes.evidence.workloads import (
     BASELINE,
@@ -180,10 +180,22 @@ class Plan:
             return choose(trials, by_accuracy=True)
         return choose([trial for trial in trials if "rho" in trial[0]])
 
+    def _trials(self, method: str, grid: Grid) -> list[Config]:
+        """The configurations of a method's search, without those that can be of no use and have not been run."""
+
+        def is_finished(config: Config) -> bool:
+            return len(self.search_rows(method, config)) == len(SEARCH_SEEDS)
+
+        def diverges(config: Config) -> bool:
+            return is_finished(config) and has_diverged(self.search_rows(method, config))
+
+        wanted = grid.trials(method, diverges)
+        return [config for config in grid.trials(method) if config in wanted or is_finished(config)]
+
     def _finished_trials(self, method: str, grid: Grid) -> list[tuple[Config, list[Row]]] | None:
         """The trials of a method's search on a grid with the rows of all seeds; None while one is not finished."""
         trials = []
-        for config in grid.trials(method):
+        for config in self._trials(method, grid):
             rows = self.search_rows(method, config)
             if len(rows) < len(SEARCH_SEEDS):
                 return None
@@ -220,7 +232,7 @@ class Plan:
         runs: list[Run] = []
         if "search" in self.stages:
             for method in methods:
-                runs += self._runs(method, grid.trials(method), SEARCH_SEEDS, "search")
+                runs += self._runs(method, self._trials(method, grid), SEARCH_SEEDS, "search")
         runs = _without_repeats(runs)
         return Piece(f"search, {', '.join(methods)}", runs, len(runs), methods)
 

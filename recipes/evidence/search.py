@@ -10,6 +10,7 @@ from recipes.shared.ledger import Row
 
 _FACTOR = 2.0  # between neighbouring learning rates
 _EXTENSIONS = 6  # at most, at each end of the learning rates
+_NOTHING_LEARNED = 0.99  # of the loss of a guess at random
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,20 @@ class Grid:
         search = SEARCHES[method]
         return [*search.settings, *search.further[: self.further]]
 
-    def trials(self, method: str) -> list[Config]:
-        """The configurations of a method."""
-        found = []
-        for rate in self.learning_rates:
-            for setting in self.settings(method):
-                found.append({"learning_rate": rate, **setting})
+    def trials(self, method: str, diverges: Callable[[Config], bool] = lambda config: False) -> list[Config]:
+        """The configurations of a method, from the weakest setting to the strongest, each with all learning rates.
+
+        Args:
+            method: of the searches.
+            diverges: whether the runs of a trial are done and training has diverged in them. After a setting with which
+                it has at every rate no stronger one is tried.
+        """
+        found: list[Config] = []
+        for setting in self.settings(method):
+            of_setting = [{"learning_rate": rate, **setting} for rate in self.learning_rates]
+            found += of_setting
+            if all(map(diverges, of_setting)):
+                break
         return found
 
     def extended(self, method: str, chosen: Config) -> "Grid":
@@ -112,6 +121,16 @@ def choose(trials: Sequence[tuple[Config, Sequence[Row]]], by_accuracy: bool = F
         return (error, mean_loss(trial[1])) if by_accuracy else (mean_loss(trial[1]), error)
 
     return min(trials, key=badness)[0]
+
+
+def has_diverged(rows: Sequence[Row]) -> bool:
+    """Whether the runs of a trial have learned next to nothing: their mean loss is that of a guess at random, or more.
+
+    Example:
+        >>> [has_diverged([{"validation_loss": loss, "chance": 0.5}]) for loss in (0.69, 0.6)]
+        [True, False]
+    """
+    return mean_loss(rows) >= _NOTHING_LEARNED * -math.log(rows[0]["chance"])
 
 
 def mean_loss(rows: Sequence[Row]) -> float:

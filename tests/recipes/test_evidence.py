@@ -377,7 +377,7 @@ def test_the_command_runs_and_reports(
     assert "EFMLoRA minus LoRA, 20 seeds: **gain**" in shown
     text = (tmp_path / "tiny.md").read_text()
     assert "| EFMLoRA | rate 0.002, rho 2 | 20 |" in text
-    assert "[1.910 (" in text  # the chosen trial
+    assert "[0.910 (" in text  # the chosen trial
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
 
 

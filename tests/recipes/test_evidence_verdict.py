@@ -14,7 +14,7 @@ from evidence_runs import SETTINGS, Fake
 
 from recipes.evidence.plan import STAGES, Plan
 from recipes.evidence.run import Run
-from recipes.evidence.search import Grid, arm_of, choose, common_grid
+from recipes.evidence.search import Grid, arm_of, choose, common_grid, has_diverged
 from recipes.evidence.verdict import difference, ends_early, seeds_to_decide, verdict
 from recipes.evidence.workloads import LEARNING_RATES, SEARCHES, Config
 from recipes.shared.ledger import Row
@@ -139,7 +139,7 @@ def test_every_method_has_twenty_trials_and_as_many_after_an_extension() -> None
 def test_at_size_0_every_method_is_lora() -> None:
     for method in SEARCHES:
         assert arm_of(method, {"learning_rate": 1e-3}) == "lora"
-        assert arm_of(method, Grid().trials(method)[1]) == method
+        assert arm_of(method, Grid().trials(method)[len(LEARNING_RATES)]) == method
 
 
 def row(loss: float | None, accuracy: float = 0.5) -> dict[str, Any]:
@@ -174,9 +174,29 @@ def test_a_choice_at_an_end_extends_the_grid_of_all_until_it_is_not() -> None:
     assert grid == Grid(lower_rates=0, higher_rates=2, further=2)  # one value beyond the best
 
 
+def test_sizes_end_where_training_diverges_at_every_rate() -> None:
+    def diverges(config: Config) -> bool:
+        return config.get("rho", 0) >= 8 and (config["rho"] > 8 or config["learning_rate"] > 5e-4)
+
+    sizes = [config.get("rho", 0) for config in Grid(further=3).trials("efmlora", diverges)]
+    assert dict.fromkeys(sizes, 5) == {size: sizes.count(size) for size in (0, 0.5, 2, 8, 32)}
+    assert has_diverged([{"chance": 0.1, **row(2.25)}, {"chance": 0.1, **row(None)}])
+    assert not has_diverged([{"chance": 0.1, **row(2.25)}, {"chance": 0.1, **row(2.29)}])
+
+
 def test_the_weakest_setting_is_no_end() -> None:
     assert Grid().extended("efmlora", {"learning_rate": 1e-3}) == Grid()
     assert Grid().extended("lora", {"learning_rate": 5e-4, "dropout": 0.3}) == Grid(lower_rates=1, further=1)
+
+
+class Dropped(Fake):
+    """Dropout of 0.5 is best, and from rho 8 on nothing is learned."""
+
+    def __call__(self, run: Run, folder: Path | None = None) -> Row:
+        row = super().__call__(run, folder)
+        of_dropout = 0.01 * abs(run.config.get("dropout", 0) - 0.5)
+        row["validation_loss"] += of_dropout + 0.1 * (run.config.get("rho", 0) >= 8)
+        return row
 
 
 class Harmed(Fake):
@@ -186,6 +206,16 @@ class Harmed(Fake):
         row = super().__call__(run, folder)
         row["validation_loss"] += run.config.get("rho", 0.0)
         return row
+
+
+def test_a_search_is_finished_where_training_has_diverged(tmp_path: Path) -> None:
+    """LoRA's choice at the end of its grid extends all, and EFMLoRA's largest rho of the first is not exceeded."""
+    plan = Plan(tmp_path, "tiny", SETTINGS, ["lora", "efmlora"], STAGES, range(1))
+    plan.work(Dropped(gain=0.0), lambda run: None)
+    grid = common_grid(plan.chosen)
+    assert grid == Grid(further=2)
+    assert plan.chosen("lora", grid) == {"learning_rate": 2e-3, "dropout": 0.5}
+    assert {row["config"].get("rho", 0) for row in plan.ledger.rows if row["arm"] == "efmlora"} == {0.5, 2.0, 8.0}
 
 
 def test_the_best_trial_above_0_is_not_the_one_that_the_search_chooses(tmp_path: Path) -> None:
