@@ -16,6 +16,7 @@ from recipes.evidence.workloads import (
     COMPETITORS,
     EARLY_SEEDS,
     EXPLORED,
+    MORE_DROPOUT,
     PROBE,
     SEARCH_SEEDS,
     SEARCHED_AS,
@@ -128,6 +129,8 @@ class Plan:
             found += [self._search(other, grid), self._tests(other, grid)]
         if self.has_ended_early:
             found = found[:always]
+        if MORE_DROPOUT in explored:
+            found.append(self._search([BASELINE], grid.with_all_settings(BASELINE)))
         found.append(self._tests(explored, grid))
         return _without_shared(found)
 
@@ -173,6 +176,8 @@ class Plan:
         return self._choices[method, grid]
 
     def _chosen_otherwise(self, arm: str, grid: Grid) -> Config | None:
+        if arm == MORE_DROPOUT:
+            return self.chosen(BASELINE, grid.with_all_settings(BASELINE))
         trials = self._finished_trials(CHOSEN_OTHERWISE[arm], grid)
         if trials is None:
             return None

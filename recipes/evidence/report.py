@@ -170,9 +170,11 @@ class Report:
         chosen = self.plan.chosen(method, self.grid)
         rates = self.grid.learning_rates
         lines = []
-        for setting in self.grid.settings(method):
+        # Those beyond the common grid have lines where an arm has tried them.
+        for setting in self.grid.with_all_settings(method).settings(method):
             cells = [self._trial(method, {"learning_rate": rate, **setting}, chosen) for rate in rates]
-            lines.append([settings_text(setting) or "none", *cells])
+            if any(cells) or setting in self.grid.settings(method):
+                lines.append([settings_text(setting) or "none", *cells])
         # The first line is LoRA's own, which all methods have.
         if not any(any(line[1:]) for line in lines[1:]):
             return None

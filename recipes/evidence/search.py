@@ -55,6 +55,10 @@ class Grid:
                 break
         return found
 
+    def with_all_settings(self, method: str) -> "Grid":
+        """The grid with everything that a method's settings can be extended by."""
+        return replace(self, further=len(SEARCHES[method].further))
+
     def extended(self, method: str, chosen: Config) -> "Grid":
         """The grid with one more value at each end where the chosen trial of a method is."""
         rates, grid = self.learning_rates, self

@@ -164,9 +164,13 @@ EXPLORED: dict[str, Config] = {
 }
 """What each changes of EFMLoRA's chosen settings. No hypothesis rests on these runs, and they come last."""
 
-CHOSEN_OTHERWISE = {"lora_by_accuracy": BASELINE, "efmlora_above_0": CANDIDATE}
-"""Arms for which another trial of a method's search is chosen: the most accurate one, and the best with a rho above 0.
-No hypothesis rests on these either, and they come last as well. The methods whose search it is, by arm."""
+MORE_DROPOUT = "lora_more_dropout"
+"""LoRA's best trial where its grid alone has all dropouts up to 0.9, whether or not an extension has come to them."""
+
+CHOSEN_OTHERWISE = {"lora_by_accuracy": BASELINE, MORE_DROPOUT: BASELINE, "efmlora_above_0": CANDIDATE}
+"""Arms for which another trial of a method's search is chosen: the most accurate one, the best of any dropout, and the
+best with a rho above 0. No hypothesis rests on these either, and they come last as well. The methods whose search it
+is, by arm."""
 
 ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED, *CHOSEN_OTHERWISE)
 TITLES = {name: METHODS[name].title for name in SEARCHES} | {
@@ -181,6 +185,7 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "efmlora_rho_0.1": "EFMLoRA's choice with rho 0.1",
     "fmlora_unsearched": "FMLoRA with EFMLoRA's choice",
     "lora_by_accuracy": "LoRA, chosen by accuracy",
+    MORE_DROPOUT: "LoRA, dropout up to 0.9",
     "efmlora_above_0": "EFMLoRA, best rho above 0",
 }
 """What the report calls each arm."""
