@@ -17,6 +17,7 @@ from recipes.evidence.workloads import (
     EARLY_SEEDS,
     EXPLORED,
     MORE_DROPOUT,
+    MORE_DROPOUT_RANK_2,
     PROBE,
     SEARCH_SEEDS,
     SEARCHED_AS,
@@ -129,7 +130,7 @@ class Plan:
             found += [self._search(other, grid), self._tests(other, grid)]
         if self.has_ended_early:
             found = found[:always]
-        if MORE_DROPOUT in explored:
+        if MORE_DROPOUT in explored or MORE_DROPOUT_RANK_2 in explored:
             found.append(self._search([BASELINE], grid.with_all_settings(BASELINE)))
         found.append(self._tests(explored, grid))
         return _without_shared(found)
@@ -176,8 +177,11 @@ class Plan:
         return self._choices[method, grid]
 
     def _chosen_otherwise(self, arm: str, grid: Grid) -> Config | None:
-        if arm == MORE_DROPOUT:
-            return self.chosen(BASELINE, grid.with_all_settings(BASELINE))
+        if arm in (MORE_DROPOUT, MORE_DROPOUT_RANK_2):
+            chosen = self.chosen(BASELINE, grid.with_all_settings(BASELINE))
+            if chosen is None or arm == MORE_DROPOUT:
+                return chosen
+            return {**chosen, **COMPETITORS["rank_2"]}
         trials = self._finished_trials(CHOSEN_OTHERWISE[arm], grid)
         if trials is None:
             return None

@@ -166,8 +166,15 @@ EXPLORED: dict[str, Config] = {
 
 MORE_DROPOUT = "lora_more_dropout"
 """LoRA's best trial where its grid alone has all dropouts up to 0.9, whether or not an extension has come to them."""
+MORE_DROPOUT_RANK_2 = "rank_2_more_dropout"
+"""The same trial with rank 2."""
 
-CHOSEN_OTHERWISE = {"lora_by_accuracy": BASELINE, MORE_DROPOUT: BASELINE, "efmlora_above_0": CANDIDATE}
+CHOSEN_OTHERWISE = {
+    "lora_by_accuracy": BASELINE,
+    MORE_DROPOUT: BASELINE,
+    MORE_DROPOUT_RANK_2: BASELINE,
+    "efmlora_above_0": CANDIDATE,
+}
 """Arms for which another trial of a method's search is chosen: the most accurate one, the best of any dropout, and the
 best with a rho above 0. No hypothesis rests on these either, and they come last as well. The methods whose search it
 is, by arm."""
@@ -186,6 +193,7 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "fmlora_unsearched": "FMLoRA with EFMLoRA's choice",
     "lora_by_accuracy": "LoRA, chosen by accuracy",
     MORE_DROPOUT: "LoRA, dropout up to 0.9",
+    MORE_DROPOUT_RANK_2: "LoRA, rank 2, dropout up to 0.9",
     "efmlora_above_0": "EFMLoRA, best rho above 0",
 }
 """What the report calls each arm."""
