@@ -1,6 +1,6 @@
 """The buffers and untrained parameters that a step writes: both passes begin with the same, and a batch counts once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.jit import ScriptModule
@@ -57,7 +57,6 @@ class WrittenTensors:
         self._watched: set[Place] = set()
         self._written: set[Place] = set()
         self._parts: list[nn.Module] = []
-        self._in_python: list[nn.Module] = []
         self._norms: list[_NormBase] = []
         self._untrained: list[nn.Parameter] = []
         self.look(optimizers)
@@ -66,8 +65,6 @@ class WrittenTensors:
         """Find the parts of the module, and what no optimizer trains."""
         before = set(map(id, [*self._parts, *self._untrained]))
         self._parts = list(self._module.modules())
-        # A scripted module has its buffers in C++, and its steps write them in place.
-        self._in_python = [part for part in self._parts if not isinstance(part, ScriptModule)]
         self._norms = [part for part in self._parts if isinstance(part, _NormBase)]
         self._untrained = [] if self._is_sharded else untrained_parameters(self._module, optimizers)
         # What is new may have the identity of what is gone.
@@ -77,7 +74,8 @@ class WrittenTensors:
 
     def first_pass_starts(self) -> None:
         """Keep the values that the second pass may have to begin with."""
-        self._tensors = self._tensors_now()
+        owners = self._buffer_owners()
+        self._tensors = self._tensors_now(owners)
         self._marks = Marks(self._tensors.values())
         written, unknown = [], []
         tracking = self._tracking()
@@ -92,23 +90,24 @@ class WrittenTensors:
         self._before = KeptValues(written)
         # There may be too much to copy in every step, such as a data set among the buffers.
         self._unknown_before = KeptValues(that_fit(unknown, _MOST_BYTES))
-        self._bound_before = _Bindings(self._in_python)
+        self._bound_before = _Bindings(owners)
 
     def first_pass_ended(self) -> None:
         """Note what the pass has written, and let the tensors be as they were before it."""
-        tensors = self._tensors_now()
+        owners = self._buffer_owners()
+        tensors = self._tensors_now(owners)
         # By their values too, since not every write leaves a mark.
         changed = {id(tensor) for tensor in [*self._marks.moved(), *self._unknown_before.changed()]}
         self._written.update(place for place, tensor in self._tensors.items() if id(tensor) in changed)
         # Where a step has put another tensor, also if it had written the former one in place.
         self._written.update(place for place, tensor in tensors.items() if not self._marks.knows(tensor))
         # A part that writes one of its buffers may write the others without a mark, as InstanceNorm's kernel does.
-        owners = self._tracking().union(owner for owner, _ in self._written)
-        self._written.update(place for place in tensors if place[0] in owners)
+        writers = self._tracking().union(owner for owner, _ in self._written)
+        self._written.update(place for place in tensors if place[0] in writers)
         self._watched.update(tensors)
         self._after = KeptValues([tensor for place, tensor in tensors.items() if place in self._written])
-        self._bound_after = _Bindings(self._in_python)
-        self._bound_before.put_back()
+        self._bound_after = _Bindings(owners)
+        self._bound_before.put_back(owners)
         self._before.put_back()
         written = {id(tensor) for place, tensor in self._tensors.items() if place in self._written}
         self._unknown_before.put_back(among=written)
@@ -116,17 +115,20 @@ class WrittenTensors:
 
     def second_pass_ended(self) -> None:
         """Let the tensors be as the first pass has left them."""
-        self._bound_after.put_back()
+        self._bound_after.put_back(self._buffer_owners())
         self._after.put_back()
         self._after = KeptValues()
 
-    def _tensors_now(self) -> dict[Place, Tensor]:
-        """What a step may write, of which there may be more after it: a part may register its buffers in a step."""
+    def _buffer_owners(self) -> list[nn.Module]:
+        """The few parts that have buffers now: any part may register some in a step, or remove them."""
+        return [part for part in self._parts if part._buffers]
+
+    def _tensors_now(self, owners: Iterable[nn.Module]) -> dict[Place, Tensor]:
+        """What a step may write."""
         tensors: dict[Place, Tensor] = {(id(parameter), ""): parameter for parameter in self._untrained}
-        for part in self._parts:
-            if part._buffers:
-                for name, buffer in writable_buffers(part).items():
-                    tensors[id(part), name] = buffer
+        for owner in owners:
+            for name, buffer in writable_buffers(owner).items():
+                tensors[id(owner), name] = buffer
         return tensors
 
     def _tracking(self) -> set[int]:
@@ -135,17 +137,27 @@ class WrittenTensors:
 
 
 class _Bindings:
-    """Which tensors are the buffers of some parts, so that what a step puts in their place can be undone."""
+    """Which tensors are the buffers of some parts, so that what a step puts in their place can be undone.
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self._parts = parts
-        self._bound = {id(part): dict(part._buffers) for part in parts if part._buffers}
+    Args:
+        owners: the parts that have buffers.
+    """
 
-    def put_back(self) -> None:
-        for part in self._parts:
-            bound = self._bound.get(id(part), {})
-            if part._buffers or bound:
-                # A step may have registered some or removed them.
-                if part._buffers.keys() != bound.keys():
-                    part._buffers.clear()
-                part._buffers.update(bound)
+    def __init__(self, owners: Iterable[nn.Module]) -> None:
+        self._owners = list(owners)
+        self._bound = {id(owner): dict(owner._buffers) for owner in self._owners}
+
+    def put_back(self, owners: Iterable[nn.Module]) -> None:
+        """Let them be so again.
+
+        Args:
+            owners: the parts that have buffers now, which may be others.
+        """
+        for owner in [*self._owners, *owners]:
+            # A scripted module has its buffers in C++, and its steps write them in place.
+            if isinstance(owner, ScriptModule):
+                continue
+            bound = self._bound.get(id(owner), {})
+            if owner._buffers.keys() != bound.keys():
+                owner._buffers.clear()
+            owner._buffers.update(bound)
