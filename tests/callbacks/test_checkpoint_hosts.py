@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraModel
 from quantized_bases import BASES
 from quantized_bases import network as quantized_network
 from torch import Tensor, nn
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from lightning_flatlora.callbacks.checkpoint.parts import Kind, hosts, state_entries
 
@@ -121,6 +122,49 @@ def test_an_adapter_that_was_injected_into_the_module_itself_is_found(tmp_path: 
     fit(tmp_path, module, [saver(tmp_path)])
     assert "net.0.lora_A.default.weight" in state(tmp_path / "step=12.ckpt")
     assert "net.0.base_layer.weight" not in state(tmp_path / "step=12.ckpt")
+
+
+def speech_model() -> Wav2Vec2ForCTC:
+    """A tiny one, without embeddings of tokens; peft asks for them since its output layer is called lm_head."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=WIDTH,
+        conv_dim=(WIDTH,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        apply_spec_augment=False,
+        vocab_size=20,
+    )
+    return Wav2Vec2ForCTC(config)
+
+
+class Speech(Classifier):
+    """Learns two words from a little noise."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Tensor | None:
+        sound = torch.arange(800.0).reshape(2, 400).sin()
+        return self.net(input_values=sound, labels=torch.tensor([[1, 2], [3, 4]])).loss
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_model_without_embeddings_whose_output_layer_is_adapted_is_saved(tmp_path: Path, inject: bool) -> None:
+    """Its ``get_input_embeddings`` raises, and peft's own save with it."""
+    adapted = config(target_modules="all-linear" if not inject else ["lm_head"])
+    net = inject_adapter_in_model(adapted, speech_model()) if inject else get_peft_model(speech_model(), adapted)
+    with pytest.raises(NotImplementedError):
+        get_peft_model_state_dict(net)
+    module = Speech(net=net)
+    fit(tmp_path, module, [saver(tmp_path)], max_epochs=1)
+    loaded = PeftModel.from_pretrained(speech_model(), str(tmp_path / "step=6"))
+    sound = torch.randn(1, 400)
+    assert torch.equal(loaded.eval()(sound).logits, module.net.eval()(sound).logits)
 
 
 class Keeps(Classifier):

@@ -49,7 +49,7 @@ def save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fin
             continue
         with_plain_configs(host)
         if isinstance(host, PeftModel):
-            host.save_pretrained(str(place), state_dict=of_host)
+            host.save_pretrained(str(place), state_dict=of_host, save_embedding_layers=_save_embeddings(host))
         else:
             _save_injected(host, of_host, place)
 
@@ -60,13 +60,29 @@ def _save_injected(host: Any, state: dict[str, Any], folder: Path) -> None:
     for name, config in host.peft_config.items():
         place = folder if name == "default" else folder / name
         place.mkdir(parents=True, exist_ok=True)
-        weights = get_peft_model_state_dict(host, state_dict=state, adapter_name=name)
+        weights = get_peft_model_state_dict(
+            host, state_dict=state, adapter_name=name, save_embedding_layers=_save_embeddings(host)
+        )
         named = {f"{prefix}{key}": _alone(value) for key, value in weights.items()}
         save_file(named, place / "adapter_model.safetensors", metadata={"format": "pt"})
         for_inference = copy.copy(config)
         # As peft's save_pretrained does, so that a loaded adapter is frozen unless is_trainable is given.
         for_inference.inference_mode = True
         for_inference.save_pretrained(str(place))
+
+
+def _save_embeddings(host: nn.Module) -> Any:
+    """What peft is told about embeddings: to save them where it finds them adapted, or that there are none.
+
+    It asks for them where an adapted layer is called lm_head, and transformers' speech models have none to give.
+    """
+    get_input_embeddings = getattr(host, "get_input_embeddings", None)
+    if get_input_embeddings is not None:
+        try:
+            get_input_embeddings()
+        except NotImplementedError:
+            return False
+    return "auto"
 
 
 def _save_factors(factors: dict[str, Tensor], folder: Path, of_litgpt: bool) -> None:
