@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 
 from matplotlib.figure import Figure
 
@@ -18,6 +18,7 @@ Measure = Callable[[Sequence[Row]], BySeed]
 """Takes the rows of an arm and gives a figure of each run."""
 
 _OTHER_COLOURS = ("#ccbb44", "#aa3377", "#66ccee", "#bbbbbb", "#332288", "#882255", "#ddaa33", "#000000")
+_MARKERS = ("o", "s", "^")
 _APART = 0.01  # between the points of two arms, as a share of the axis
 
 
@@ -76,8 +77,12 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
         return None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    others = cycle(_OTHER_COLOURS)
-    colours = {arm: COLOURS.get(TITLES[arm]) or next(others) for arm in drawn}
+    # The colours come round again with another marker.
+    others = cycle(product(_MARKERS, _OTHER_COLOURS))
+    styles = {}
+    for arm in drawn:
+        own = COLOURS.get(TITLES[arm])
+        styles[arm] = (_MARKERS[0], own) if own else next(others)
     for axes, (name, measures) in zip(all_axes, panels.items(), strict=True):
         for place, (arm, rows) in enumerate(drawn.items()):
             found: dict[float, Estimate] = {}
@@ -87,12 +92,13 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
                     found[number] = estimate(values)
             # Side by side, so that no interval hides another one.
             shift = _APART * (max(measures) - min(measures)) * (place - (len(drawn) - 1) / 2)
+            marker, colour = styles[arm]
             axes.errorbar(
                 [number + shift for number in found],
                 [one.mean for one in found.values()],
                 yerr=[one.interval for one in found.values()],
-                color=colours[arm],
-                marker="o",
+                color=colour,
+                marker=marker,
                 capsize=3,
                 label=TITLES[arm],
             )
