@@ -25,7 +25,15 @@ from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import RESULTS
 from recipes.evidence.run import Run
 from recipes.evidence.tasks import CLASSES, trained
-from recipes.evidence.workloads import COMPETITORS, PROBE, SEARCH_SEEDS, SEEDS, WORKLOADS
+from recipes.evidence.workloads import (
+    COMPETITORS,
+    MORE_DROPOUT,
+    MORE_DROPOUT_RANK_2,
+    PROBE,
+    SEARCH_SEEDS,
+    SEEDS,
+    WORKLOADS,
+)
 from recipes.language import texts
 from recipes.language.texts import Source
 from recipes.shared.ledger import Row
@@ -345,10 +353,12 @@ def test_the_demo_runs_resumes_and_compares(
     assert main(options) == 0
     rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
     assert [row["seed"] for row in rows] == sorted([*demo.SEEDS] * 6)
-    assert {row["arm"] for row in rows} == {"lora", "efmlora", "early_stopping", "label_smoothing", "rank_2", PROBE}
+    competitors = {"rank_2", MORE_DROPOUT, MORE_DROPOUT_RANK_2, PROBE}
+    assert {row["arm"] for row in rows} == {"lora", "efmlora", *competitors}
     shown = " ".join(capsys.readouterr().out.split())
-    assert "EFMLoRA minus LoRA after merging by TIES" in shown
-    assert "a linear classifier on the frozen encoder, without any adapter" in shown
+    assert "EFMLoRA after merging by TIES, in points of accuracy, 3 seeds: minus LoRA" in shown
+    assert "minus LoRA, rank 2, dropout up to 0.9" in shown
+    assert "minus linear probe, frozen encoder" in shown
     assert "2 adapters | 4 adapters |" in (tmp_path / "merging.md").read_text()
     assert (tmp_path / "merging.png").stat().st_size > 10_000
     monkeypatch.setattr(demo, "perform_merging", lambda run: pytest.fail("done twice"))
