@@ -28,10 +28,10 @@ class SecondPass:
     a step writes into buffers and into parameters that no optimizer trains (BatchNorm's statistics, a queue, a momentum
     encoder), and the states of torchmetrics, are afterwards as the first pass left them. The second pass begins with
     the buffers and such parameters that the first began with, so that both see the same loss function, and the batch as
-    it came. In the first step all of them are copied, the smallest first, up to 128 MB; from then on only what a first
-    pass has been seen to write. So in the first step that writes a tensor which the first step of all did not write, or
-    did not copy, the second pass begins with what the first has left. Such a tensor is not noticed at all where it is
-    written in place through ``.data``. Parameters are not watched under FSDP.
+    it came. A tensor that no first pass has met yet is copied, the smallest first, up to 128 MB; from then on only
+    those that a first pass has been seen to write. So in the step that is the first to write a tensor, if earlier steps
+    have left it alone or it was not copied, the second pass begins with what the first has left. If such a tensor is
+    written in place through ``.data``, it is not noticed at all. Parameters are not watched under FSDP.
 
     What else a step keeps in attributes may belong to a single pass, so it is left alone. If both passes change a whole
     number or the length of a collection of the module itself, a warning says so once.
