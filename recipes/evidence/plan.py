@@ -18,6 +18,9 @@ from recipes.evidence.workloads import (
     EXPLORED,
     MORE_DROPOUT,
     MORE_DROPOUT_RANK_2,
+    ON_DROPOUT,
+    ON_DROPOUT_RATES,
+    ON_DROPOUT_RHO,
     PROBE,
     SEARCH_SEEDS,
     SEARCHED_AS,
@@ -130,8 +133,10 @@ class Plan:
             found += [self._search(other, grid), self._tests(other, grid)]
         if self.has_ended_early:
             found = found[:always]
-        if MORE_DROPOUT in explored or MORE_DROPOUT_RANK_2 in explored:
+        if {MORE_DROPOUT, MORE_DROPOUT_RANK_2, ON_DROPOUT} & set(explored):
             found.append(self._search([BASELINE], grid.with_all_settings(BASELINE)))
+        if ON_DROPOUT in explored:
+            found.append(self._search_on_dropout(grid))
         found.append(self._tests(explored, grid))
         return _without_shared(found)
 
@@ -170,7 +175,7 @@ class Plan:
         """The trial that a method's search on a grid has chosen; None while it is not finished."""
         # Kept, since the rows of finished runs do not change, and each run asks again.
         if (method, grid) not in self._choices:
-            trials = self._finished_trials(method, grid)
+            trials = self._finished(method, self._trials(method, grid))
             if trials is None:
                 return None
             self._choices[method, grid] = choose(trials)
@@ -182,7 +187,11 @@ class Plan:
             if chosen is None or arm == MORE_DROPOUT:
                 return chosen
             return {**chosen, **COMPETITORS["rank_2"]}
-        trials = self._finished_trials(CHOSEN_OTHERWISE[arm], grid)
+        if arm == ON_DROPOUT:
+            on_dropout = self._finished(ON_DROPOUT, self._trials_on_dropout(grid))
+            return choose(on_dropout) if on_dropout else None
+        method = CHOSEN_OTHERWISE[arm]
+        trials = self._finished(method, self._trials(method, grid))
         if trials is None:
             return None
         if arm == "lora_by_accuracy":
@@ -201,10 +210,21 @@ class Plan:
         wanted = grid.trials(method, diverges)
         return [config for config in grid.trials(method) if config in wanted or is_finished(config)]
 
-    def _finished_trials(self, method: str, grid: Grid) -> list[tuple[Config, list[Row]]] | None:
-        """The trials of a method's search on a grid with the rows of all seeds; None while one is not finished."""
+    def _trials_on_dropout(self, grid: Grid) -> list[Config]:
+        """The configurations of EFMLoRA beside strong dropout and rank 2; none while that has not been chosen."""
+        base = self.config_of(MORE_DROPOUT_RANK_2, grid)
+        if base is None:
+            return []
+        found = []
+        for factor in ON_DROPOUT_RATES:
+            for rho in ON_DROPOUT_RHO:
+                found.append({**base, "learning_rate": factor * base["learning_rate"], "rho": rho})
+        return found
+
+    def _finished(self, method: str, configs: Sequence[Config]) -> list[tuple[Config, list[Row]]] | None:
+        """Trials with the rows of all seeds; None while one is not finished."""
         trials = []
-        for config in self._trials(method, grid):
+        for config in configs:
             rows = self.search_rows(method, config)
             if len(rows) < len(SEARCH_SEEDS):
                 return None
@@ -244,6 +264,14 @@ class Plan:
                 runs += self._runs(method, self._trials(method, grid), SEARCH_SEEDS, "search")
         runs = _without_repeats(runs)
         return Piece(f"search, {', '.join(methods)}", runs, len(runs), methods)
+
+    def _search_on_dropout(self, grid: Grid) -> Piece:
+        runs: list[Run] = []
+        if "search" in self.stages:
+            runs = self._runs(ON_DROPOUT, self._trials_on_dropout(grid), SEARCH_SEEDS, "search")
+        trials = len(ON_DROPOUT_RATES) * len(ON_DROPOUT_RHO)
+        number = trials * len(SEARCH_SEEDS) if "search" in self.stages else 0
+        return Piece(f"search, {ON_DROPOUT}", runs, number, [ON_DROPOUT])
 
     def _tests(self, arms: Sequence[str], grid: Grid) -> Piece:
         if "test" not in self.stages:

@@ -169,15 +169,21 @@ MORE_DROPOUT = "lora_more_dropout"
 MORE_DROPOUT_RANK_2 = "rank_2_more_dropout"
 """The same trial with rank 2."""
 
+ON_DROPOUT = "efmlora_on_dropout"
+"""EFMLoRA with that dropout and that rank, after a search of its own over rates and rho."""
+ON_DROPOUT_RATES = (1, 2, 4)  # times the rate of the arm with rank 2
+ON_DROPOUT_RHO = (0.0, 0.5, 2.0, 8.0)
+
 CHOSEN_OTHERWISE = {
     "lora_by_accuracy": BASELINE,
     MORE_DROPOUT: BASELINE,
     MORE_DROPOUT_RANK_2: BASELINE,
+    ON_DROPOUT: CANDIDATE,
     "efmlora_above_0": CANDIDATE,
 }
-"""Arms for which another trial of a method's search is chosen: the most accurate one, the best of any dropout, and the
-best with a rho above 0. No hypothesis rests on these either, and they come last as well. The methods whose search it
-is, by arm."""
+"""Arms for which another trial than the search's own is chosen: the most accurate one, the best of any dropout, the
+best beside that dropout, and the best with a rho above 0. No hypothesis rests on these either, and they come last as
+well. What trains each, by arm."""
 
 ARMS = (*SEARCHES, *COMPETITORS, PROBE, *EXPLORED, *CHOSEN_OTHERWISE)
 TITLES = {name: METHODS[name].title for name in SEARCHES} | {
@@ -194,6 +200,7 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     "lora_by_accuracy": "LoRA, chosen by accuracy",
     MORE_DROPOUT: "LoRA, dropout up to 0.9",
     MORE_DROPOUT_RANK_2: "LoRA, rank 2, dropout up to 0.9",
+    ON_DROPOUT: "EFMLoRA, rank 2, dropout up to 0.9",
     "efmlora_above_0": "EFMLoRA, best rho above 0",
 }
 """What the report calls each arm."""

@@ -14,7 +14,7 @@ from recipes.evidence import plan as planning
 from recipes.evidence import run as running
 from recipes.evidence.encoder import CutEncoder
 from recipes.evidence.run import Run
-from recipes.evidence.workloads import WORKLOADS
+from recipes.evidence.workloads import ON_DROPOUT, WORKLOADS
 from recipes.language import texts
 from recipes.language.texts import Example, Source
 from recipes.shared import packaged
@@ -75,7 +75,7 @@ class Fake:
     def __call__(self, run: Run, folder: Path | None = None) -> Row:
         self.done.append(run)
         rate = run.config.get("learning_rate", 2e-3)
-        is_better = run.arm == "efmlora" and run.config["rho"] == 2.0
+        is_better = run.arm in ("efmlora", ON_DROPOUT) and run.config["rho"] == 2.0
         decays = "weight_decay" in run.config
         loss = 1 + abs(rate - 2e-3) - 0.1 * is_better + 0.01 * decays
         accuracy = (
