@@ -170,10 +170,10 @@ class Report:
         chosen = self.plan.chosen(method, self.grid)
         rates = self.grid.learning_rates
         lines = []
-        # Those beyond the common grid have lines where an arm has tried them.
+        # Those beyond the common grid, which an arm may have tried, and not those that the end of a grid has left out.
         for setting in self.grid.with_all_settings(method).settings(method):
             cells = [self._trial(method, {"learning_rate": rate, **setting}, chosen) for rate in rates]
-            if any(cells) or setting in self.grid.settings(method):
+            if any(cells):
                 lines.append([settings_text(setting) or "none", *cells])
         # The first line is LoRA's own, which all methods have.
         if not any(any(line[1:]) for line in lines[1:]):
