@@ -58,10 +58,44 @@ def damped_inverse_root(X: Tensor) -> Tensor:
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.2500]])
     """
+    return _root_and_damping(X)[0].to(X.dtype)
+
+
+def _root_and_damping(X: Tensor) -> tuple[Tensor, Tensor]:
+    """R of :func:`damped_inverse_root` and what was added to the Gram matrix's diagonal, in float64 where there is."""
     gram = _lower_gram(X if X.device.type == "mps" else X.double())
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal += (DAMPING * diagonal.sum(-1, keepdim=True)).clamp_min(torch.finfo(X.dtype).tiny)
-    return _inverse(torch.linalg.cholesky_ex(gram).L).to(X.dtype)
+    damping = (DAMPING * diagonal.sum(-1, keepdim=True)).clamp_min(torch.finfo(X.dtype).tiny)
+    diagonal += damping
+    return _inverse(torch.linalg.cholesky_ex(gram).L), damping[..., None]
+
+
+def pseudo_inverse_roots(A: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Two factors of the damped pseudo-inverse of A's Gram matrix, which is 0 where the rows of A are dependent.
+
+    .. math:: S_A R_A = K_A^+ K_A K_A^+,\qquad K_A^+ = R_A^\top R_A,\qquad
+        S_A = K_A^+ K_A R_A^\top = R_A^\top (I - d\, R_A R_A^\top),\qquad d = \delta\,\mathrm{tr}(K_A)
+
+    For a true pseudo-inverse :math:`K^+ K K^+ = K^+`. The damped inverse alone is 1/d in the null space of K, of which
+    there is one wherever A has more rows than columns. B's gradient is zero there up to rounding, and E would consist
+    of this rounding, a million times enlarged. The weight s E A would not show it, but the gradient of A would.
+
+    Args:
+        A: shape (L, r, m), float32 or float64.
+
+    Returns:
+        S_A and R_A, both of shape (L, r, r), R_A lower triangular.
+
+    Example:
+        >>> S, R = pseudo_inverse_roots(torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]]))
+        >>> (S @ R)[0].round(decimals=3).abs()
+        tensor([[0.2500, 0.2500, 0.0000],
+                [0.2500, 0.2500, 0.0000],
+                [0.0000, 0.0000, 0.2500]])
+    """
+    root, damping = _root_and_damping(A.mT)
+    kept = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device) - (damping * root) @ root.mT
+    return (root.mT @ kept).to(A.dtype), root.to(A.dtype)
 
 
 def _lower_gram(X: Tensor) -> Tensor:
@@ -132,14 +166,15 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
 
     .. math::
         \bar G &= \tfrac{1}{2s}\left(G_B (A^\top)^+ + (B^\top)^+ G_A\right) = \tfrac12 (G P_A + P_B G) \\
-        \bar G A^+ &= \tfrac{1}{2s}\,(I + B K_B^+ B^\top)\,G_B K_A^+ \\
-        \|\bar G\|^2 &= \tfrac{1}{4s^2}\left[\|G_B R_A^\top\|^2 + 3\,\|R_B C R_A^\top\|^2
-            + w \left(\|R_B G_A\|^2 - \|R_B C_A R_A^\top\|^2\right)\right]
+        \bar G A^+ &= \tfrac{1}{2s}\,(I + B K_B^+ B^\top)\,G_B S_A R_A \\
+        \|\bar G\|^2 &= \tfrac{1}{4s^2}\left[\|G_B S_A\|^2 + 3\,\|R_B C S_A\|^2
+            + w \left(\|R_B G_A\|^2 - \|R_B C_A S_A\|^2\right)\right]
 
-    with :math:`K^+ = R^\top R`, :math:`C = B^\top G_B`, :math:`C_A = G_A A^\top` and
+    with :math:`K_B^+ = R_B^\top R_B`, S_A and R_A from :func:`pseudo_inverse_roots`, :math:`C = B^\top G_B`,
+    :math:`C_A = G_A A^\top` and
 
     .. math::
-        w = \frac{\|R_B C R_A^\top\|^2}{\|R_B C R_A^\top\|^2 + \|R_B (C - C_A) R_A^\top\|^2}
+        w = \frac{\|R_B C S_A\|^2}{\|R_B C S_A\|^2 + \|R_B (C - C_A) S_A\|^2}
 
     Gradients of a loss that knows A and B through W alone have :math:`C = C_A`, at the very A and B at which they were
     taken. Then w = 1 and this is Eq. 12. A penalty on a factor breaks the equality, and in the square brackets the
@@ -163,16 +198,17 @@ def ascent_average(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, scaling
         >>> ascent_average(A, B, torch.zeros(1, 2, 3), grad_B, torch.ones(1)).squared_norm.round(decimals=3)
         tensor([2.])
     """
-    root_A, root_B = damped_inverse_root(A.mT), damped_inverse_root(B)
-    half = _times_transposed_root(grad_B, root_A)
+    first_root_A, root_A = pseudo_inverse_roots(A)
+    root_B = damped_inverse_root(B)
+    half = grad_B @ first_root_A
     seen_A = _root_times(root_B, grad_A)
     from_B = root_B @ (B.mT @ half)
-    from_A = seen_A @ A.mT @ root_A.mT
+    from_A = seen_A @ A.mT @ first_root_A
     # sqrt(w) goes into R_B G_A, not into its norm: at B = 0, R_B is so large that the norm of a penalty would overflow.
     agreement = _agreement(from_B, from_A)[:, None, None]
     beyond_A = _squared_norm(seen_A.mul_(agreement)) - _squared_norm(agreement * from_A)
     squares = _squared_norm(half) + 3 * _squared_norm(from_B) + beyond_A
-    half.baddbmm_(B, root_B.mT @ from_B)  # (I + B K_B⁺ B^T) G_B R_A^T, in place: these are the largest tensors here
+    half.baddbmm_(B, root_B.mT @ from_B)  # (I + B K_B⁺ B^T) G_B S_A, in place: these are the largest tensors here
     direction = _times_root(half, root_A / (2 * scaling**2)[:, None, None])
     return Ascent(direction, squares / (4 * scaling**2))
 
@@ -189,8 +225,8 @@ def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
     r"""The ascent from B's gradient alone: the estimator ``"projected"`` (first half of Eq. 10, 14).
 
     .. math:: \hat G = \tfrac1s G_B (A^\top)^+ = G P_A,\qquad
-        \hat G A^+ = \tfrac1s G_B K_A^+,\qquad
-        \|\hat G\|^2 = \tfrac{1}{s^2} \langle G_B K_A^+, G_B\rangle
+        \hat G A^+ = \tfrac1s G_B S_A R_A,\qquad
+        \|\hat G\|^2 = \tfrac{1}{s^2} \|G_B S_A\|^2
 
     It is the exact solution of Eq. 14's inner problem among the perturbations that B can express, and the only estimate
     there is where A is frozen (LoRA-FA).
@@ -208,9 +244,9 @@ def ascent_projected(A: Tensor, grad_B: Tensor, scaling: Tensor) -> Ascent:
         >>> ascent_projected(A, torch.ones(1, 4, 2), torch.tensor([2.0])).squared_norm.round(decimals=3)
         tensor([2.])
     """
-    root_A = damped_inverse_root(A.mT)
-    half = _times_transposed_root(grad_B, root_A)
-    direction = _times_root(half, root_A / (scaling**2)[:, None, None])
+    first_root, root = pseudo_inverse_roots(A)
+    half = grad_B @ first_root
+    direction = _times_root(half, root / (scaling**2)[:, None, None])
     return Ascent(direction, _squared_norm(half) / scaling**2)
 
 

@@ -25,18 +25,22 @@ def ascent(A: Tensor, B: Tensor, G_A: Tensor | None, G_B: Tensor, s: float, esti
 
     What A's gradient adds beyond A's row space counts as far as B^T G_B and G_A A^T, equal without penalties, agree.
     """
-    X = G_B @ pinv_of_gram(A @ A.T)
+    K_A = pinv_of_gram(A @ A.T)
+    # Exact gradients of B are in A's row space; a damped inverse, unlike a pseudo-inverse, enlarges what is not.
+    projector = K_A @ A @ A.T
+    G_B = G_B @ projector
+    X = G_B @ K_A
     if estimator == "projected" or G_A is None:
         return X / s**2, (X * G_B).sum() / s**2
-    K_A, K_B = pinv_of_gram(A @ A.T), pinv_of_gram(B.T @ B)
+    K_B = pinv_of_gram(B.T @ B)
     direction = (torch.eye(len(B), dtype=B.dtype) + B @ K_B @ B.T) @ X / (2 * s**2)
-    C, C_A = B.T @ G_B, G_A @ A.T
+    C, C_A = B.T @ G_B, G_A @ A.T @ projector
     agreeing = (C * (K_B @ C @ K_A)).sum()
     differing = ((C - C_A) * (K_B @ (C - C_A) @ K_A)).sum()
     norm = (X * G_B).sum() + 3 * agreeing
     if agreeing > 0:
-        beyond_A = G_A @ (torch.eye(A.shape[1], dtype=A.dtype) - A.T @ K_A @ A)
-        norm = norm + agreeing / (agreeing + differing) * (G_A * (K_B @ beyond_A)).sum()
+        beyond_A = (G_A * (K_B @ G_A)).sum() - (C_A * (K_B @ C_A @ K_A)).sum()
+        norm = norm + agreeing / (agreeing + differing) * beyond_A
     return direction, norm / (4 * s**2)
 
 

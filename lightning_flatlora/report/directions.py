@@ -14,7 +14,7 @@ from lightning_flatlora import read_through
 from lightning_flatlora.flatness import Loss, LossGradient, fresh_perturbation
 from lightning_flatlora.flatness.losses import value
 from lightning_flatlora.flatness.sharpness import clean, overlap, read
-from lightning_flatlora.functional import damped_inverse_root
+from lightning_flatlora.functional import pseudo_inverse_roots
 from lightning_flatlora.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import adapted_layers
@@ -40,10 +40,10 @@ def adversarial_direction(perturbation: Perturbation, at: LossGradient) -> Direc
 def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
     r"""A direction drawn evenly from all that B can express: uniform on the sphere in full weight space.
 
-    .. math:: D = \tfrac1s Z R,\quad R^\top R = (A A^\top)^{-1},\quad Z_{ij} \sim \mathcal N(0, 1)
+    .. math:: D = \tfrac1s Z R,\quad R^\top R = (A A^\top)^+,\quad Z_{ij} \sim \mathcal N(0, 1)
 
-    then scaled to length one. The rows of R A are orthonormal, so the draw does not depend on how the update is
-    factored into B and A.
+    then scaled to length one. The rows of R A are orthonormal, or some are 0 where A's are dependent, so the draw does
+    not depend on how the update is factored into B and A.
 
     Args:
         pairs: the layers.
@@ -57,7 +57,7 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
     for pair in pairs:
         A, B = pair.matrices()
         wide = torch.promote_types(B.dtype, torch.float32)
-        root = damped_inverse_root(A.mT.to(wide)) / pair.scaling
+        root = pseudo_inverse_roots(A[None].to(wide))[0][0].mT / pair.scaling
         # On the CPU, so that the draw does not depend on the device.
         normal = torch.randn(B.shape, generator=generator, dtype=torch.float64)
         direction.append((normal.to(root) @ root).to(wide))

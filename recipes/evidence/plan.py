@@ -21,6 +21,7 @@ from recipes.evidence.workloads import (
     ON_DROPOUT,
     ON_DROPOUT_RATES,
     ON_DROPOUT_RHO,
+    ON_DROPOUT_RHO_0,
     PROBE,
     SEARCH_SEEDS,
     SEARCHED_AS,
@@ -133,9 +134,10 @@ class Plan:
             found += [self._search(other, grid), self._tests(other, grid)]
         if self.has_ended_early:
             found = found[:always]
-        if {MORE_DROPOUT, MORE_DROPOUT_RANK_2, ON_DROPOUT} & set(explored):
+        on_dropout = {ON_DROPOUT, ON_DROPOUT_RHO_0} & set(explored)
+        if on_dropout or {MORE_DROPOUT, MORE_DROPOUT_RANK_2} & set(explored):
             found.append(self._search([BASELINE], grid.with_all_settings(BASELINE)))
-        if ON_DROPOUT in explored:
+        if on_dropout:
             found.append(self._search_on_dropout(grid))
         found.append(self._tests(explored, grid))
         return _without_shared(found)
@@ -187,8 +189,10 @@ class Plan:
             if chosen is None or arm == MORE_DROPOUT:
                 return chosen
             return {**chosen, **COMPETITORS["rank_2"]}
-        if arm == ON_DROPOUT:
-            on_dropout = self._finished(ON_DROPOUT, self._trials_on_dropout(grid))
+        if arm in (ON_DROPOUT, ON_DROPOUT_RHO_0):
+            on_dropout = self._finished(ON_DROPOUT, self._trials_on_dropout(grid)) or []
+            if arm == ON_DROPOUT_RHO_0:
+                on_dropout = [trial for trial in on_dropout if trial[0]["rho"] == 0]
             return choose(on_dropout) if on_dropout else None
         method = CHOSEN_OTHERWISE[arm]
         trials = self._finished(method, self._trials(method, grid))

@@ -171,6 +171,8 @@ MORE_DROPOUT_RANK_2 = "rank_2_more_dropout"
 
 ON_DROPOUT = "efmlora_on_dropout"
 """EFMLoRA with that dropout and that rank, after a search of its own over rates and rho."""
+ON_DROPOUT_RHO_0 = "efmlora_on_dropout_rho_0"
+"""The best trial of that search whose rho is 0, which is LoRA of rank 2 at a rate that suits it."""
 ON_DROPOUT_RATES = (1, 2, 4)  # times the rate of the arm with rank 2
 ON_DROPOUT_RHO = (0.0, 0.5, 2.0, 8.0)
 
@@ -179,6 +181,7 @@ CHOSEN_OTHERWISE = {
     MORE_DROPOUT: BASELINE,
     MORE_DROPOUT_RANK_2: BASELINE,
     ON_DROPOUT: CANDIDATE,
+    ON_DROPOUT_RHO_0: CANDIDATE,
     "efmlora_above_0": CANDIDATE,
 }
 """Arms for which another trial than the search's own is chosen: the most accurate one, the best of any dropout, the
@@ -201,6 +204,7 @@ TITLES = {name: METHODS[name].title for name in SEARCHES} | {
     MORE_DROPOUT: "LoRA, dropout up to 0.9",
     MORE_DROPOUT_RANK_2: "LoRA, rank 2, dropout up to 0.9",
     ON_DROPOUT: "EFMLoRA, rank 2, dropout up to 0.9",
+    ON_DROPOUT_RHO_0: "the same search with rho 0",
     "efmlora_above_0": "EFMLoRA, best rho above 0",
 }
 """What the report calls each arm."""
