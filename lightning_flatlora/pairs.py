@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
 from peft.tuners.lora.tp_layer import LoraParallelLinear
@@ -276,7 +277,7 @@ def nothing_found(
         return _finder_found_nothing(model, finder, search)
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
     others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
-    tuners = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTuner)})
+    tuners = sorted(_other_methods_of_peft(model))
     if not layers and others:
         lines += [
             f"The model holds layers that look like another library's LoRA, {', '.join(others)}; without a finder only "
@@ -302,6 +303,17 @@ def nothing_found(
                 "Where it is unfrozen later in the fit, let a BaseFinetuning callback do it"
             )
     return " ".join(lines)
+
+
+def _other_methods_of_peft(model: nn.Module) -> set[str]:
+    """The names of peft's methods in a model: of those that adapt layers their classes, of prompts their kinds."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, BaseTuner):
+            found.add(type(module).__name__)
+        elif isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+            found.add(str(module.active_peft_config.peft_type.value))
+    return found
 
 
 def _finder_found_nothing(model: nn.Module, finder: Finder, search: PairSearch) -> str:

@@ -12,6 +12,7 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     LoraRuntimeConfig,
+    PrefixTuningConfig,
     XLoraConfig,
     get_peft_model,
 )
@@ -19,6 +20,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.xlora.model import convert_layers_to_xlora
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs, lora_layers, search_layers
 
@@ -270,6 +272,11 @@ def test_peft_tuners_that_are_not_lora_are_no_other_library() -> None:
     model = get_peft_model(Net(), LoHaConfig(r=2, target_modules=["one"]))
     with pytest.raises(NoPairsError, match="holds peft's LoHaModel, and no LoRA layer: only LoRA's update"):
         find_pairs(model)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    prompted = get_peft_model(llama, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(NoPairsError, match="holds peft's PREFIX_TUNING, and no LoRA layer"):
+        find_pairs(prompted)
 
 
 @pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.spectral_norm, prune.identity])

@@ -184,22 +184,40 @@ def test_checkpoints_can_follow_a_measure(tmp_path: Any) -> None:
 
 
 def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
-    module, callbacks, kwargs = build("efmlora")
-    states: list[Any] = []
+    """It says so once, and measures no more; Ctrl-C in the middle of a measurement leaves everything in place, too."""
+    plain, callbacks, kwargs = build("efmlora")
+    fit(tmp_path, plain, callbacks, **kwargs)
+    failing: list[int] = []
+    error: type[BaseException] = ZeroDivisionError
 
     def fail(module: Any, batch_idx: int) -> None:
         if not module.training:
-            raise ZeroDivisionError
+            failing.append(batch_idx)
+            raise error
+
+    module, callbacks, kwargs = build("efmlora")
+    module.inside.append(fail)
+    monitor = FlatnessMonitor(every_n_steps=3)
+    with pytest.warns(UserWarning, match="nothing is measured in this run: .*ZeroDivisionError"):
+        fit(tmp_path, module, [*callbacks, monitor], **kwargs)
+    assert failing == [0]
+    assert monitor._held is None  # it would keep the module and the trainer alive
+    assert same(weights(module), weights(plain))
+    assert_no_trace(module)
+
+    class Interrupt(BaseException):
+        pass
+
+    error = Interrupt
+    states: list[Any] = []
 
     class Before(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
 
-    module.inside.append(fail)
-    monitor = FlatnessMonitor(every_n_steps=3)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Interrupt):
         fit(tmp_path, module, [*callbacks, Before(), monitor], **kwargs)
-    assert monitor._held is None  # it would keep the module and the trainer alive
+    assert monitor._held is None
     assert len(states) == 3
     assert same(states[-1], (weights(module), [m.training for m in module.modules()], torch.get_rng_state()))
     assert_no_trace(module)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, find_pairs
+from lightning_flatlora.callbacks.monitor import flatness_monitor
 
 
 def test_all_bad_values_are_told_at_once() -> None:
@@ -109,6 +110,53 @@ def test_a_measurement_that_a_finder_prevents_is_left_out_with_its_reason(tmp_pa
     with pytest.warns(UserWarning, match="FlatnessMonitor: a measurement was left out: the layers have changed"):
         fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, every_n_steps=2, finder=finder)], max_epochs=1)
     assert len(calls) == 4
+
+
+class DetectsInEvalMode(Classifier):
+    """Gives its losses in training mode alone, as torchvision's detection models do."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        if not self.training:
+            return {"boxes": []}["losses"]
+        return super().loss(batch, batch_idx)
+
+
+class WritesItsGraph(Classifier):
+    """Has a loss in eval mode, and no gradient, as RWKV and the RNNs of cuDNN."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().loss(batch, batch_idx)
+        assert loss is not None
+        if not self.training:
+            square = loss.square()
+            root = square.sqrt()
+            root.mul_(1)
+            return root
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(DetectsInEvalMode, "KeyError: 'losses'"), (WritesItsGraph, "RuntimeError: .* inplace operation")],
+)
+def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: Any, kind: Any, reason: str) -> None:
+    monitor = FlatnessMonitor(0.5)
+    with pytest.warns(
+        UserWarning, match=f"nothing is measured in this run: training_step fails in eval mode.*{reason}"
+    ):
+        trainer = fit(tmp_path, kind(), [monitor])
+    assert trainer.global_step == 12
+    assert not [name for name in trainer.callback_metrics if name.startswith("flatness")]
+
+
+def test_a_measurement_that_fails_is_left_out(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        raise ZeroDivisionError("no pass")
+
+    monkeypatch.setattr(flatness_monitor, "measure", failing)
+    with pytest.warns(UserWarning, match="FlatnessMonitor: a measurement was left out: ZeroDivisionError: no pass"):
+        trainer = fit(tmp_path, Classifier(), [FlatnessMonitor(0.5)])
+    assert trainer.global_step == 12
 
 
 def test_loaders_that_give_nothing_to_hold_are_refused(tmp_path: Any) -> None:

@@ -134,7 +134,8 @@ class SavesAdapters(_Base):
         if selection.new:
             rank_zero_info(
                 f"AdapterCheckpoint: {listed(selection.new)} of the base changed in the training or is trained, and is "
-                "in the checkpoints from now on"
+                "in the .ckpt files from now on. The folders beside them hold the adapter alone: where this matters, "
+                "load the .ckpt files, by load_adapter_checkpoint for example"
             )
         if self.save_last == "link" and self.last_model_path not in ("", filepath):
             # Now, because ModelCheckpoint may remove the link's old target before it turns the link itself.

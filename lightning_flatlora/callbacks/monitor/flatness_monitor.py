@@ -129,6 +129,7 @@ class FlatnessMonitor(Callback):
         self._written: dict[int, Tensor] = {}
         self._measured_at = 0
         self._has_measured = False
+        self._has_failed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The settings: a copy or pickle that is made in the middle of a fit has no part in that fit."""
@@ -260,6 +261,8 @@ class FlatnessMonitor(Callback):
         Lightning counts the batches that stepped, minus one at the end of an epoch. ``global_step`` would count each of
         several optimizers.
         """
+        if self._has_failed:
+            return
         method = _method_of(trainer)
         # A perturbation that is still switched on would be taken for a part of the weights.
         for callback in callbacks_of(trainer):
@@ -285,14 +288,19 @@ class FlatnessMonitor(Callback):
         # Others have joined an optimizer since, whose steps have written them.
         self._written = {id(parameter): parameter for parameter in untrained if id(parameter) in moved}
         with undisturbed(pl_module, self._written.values()):
-            if is_first:
-                assert self._held is not None
-                self._held.leave_out_batches_without_loss()
+            # No error in what follows, which may come hours after the start: the training itself is right.
+            if is_first and self._fails(trainer):
+                return
             try:
                 numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
             except ReentrantCheckpointError as error:
-                # No error, which may come hours after the start: the training itself is right.
                 rank_zero_warn(f"{type(self).__name__}: a measurement was left out: {error}")
+                numbers = {}
+            except Exception as error:
+                # Other ranks may be waiting for this one's loss.
+                if trainer.world_size > 1:
+                    raise
+                rank_zero_warn(f"{type(self).__name__}: a measurement was left out: {type(error).__name__}: {error}")
                 numbers = {}
         # Anew, since noise on the weights has moved them and put them back.
         self._marks = Marks(untrained_parameters(pl_module, trainer.optimizers))
@@ -303,6 +311,16 @@ class FlatnessMonitor(Callback):
         trainer._logger_connector._callback_metrics.update(values)
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
+
+    def _fails(self, trainer: Trainer) -> bool:
+        """Whether the module's step can't be measured, on this rank or another one; a warning says why."""
+        assert self._held is not None
+        problem = self._held.try_out()
+        self._has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+        if self._has_failed:
+            reason = problem or "the step of another rank fails in eval mode, in which it measures"
+            rank_zero_warn(f"{type(self).__name__}: nothing is measured in this run: {reason}")
+        return self._has_failed
 
     def _point(
         self, trainer: Trainer, method: MethodCallback | None, perturbation: Perturbation, noise: WeightNoise | None

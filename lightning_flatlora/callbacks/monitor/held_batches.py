@@ -49,7 +49,22 @@ class HeldBatches:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def leave_out_batches_without_loss(self) -> None:
+    def try_out(self) -> str | None:
+        """Leave out the batches without a loss, and say why nothing can be measured, if so: the module is in eval mode.
+
+        Detection models give their losses in training mode alone, and an RNN of cuDNN no gradient in eval mode.
+        """
+        try:
+            self._leave_out_batches_without_loss()
+            loss = self._loss(self._usable[0])
+            if loss is not None and loss.requires_grad:
+                trained = [parameter for parameter in self._pl_module.parameters() if parameter.requires_grad]
+                torch.autograd.grad(loss, trained, allow_unused=True)
+        except Exception as error:
+            return f"{self._step.__name__} fails in eval mode, in which it measures: {type(error).__name__}: {error}"
+        return None
+
+    def _leave_out_batches_without_loss(self) -> None:
         """Keep the batches for which the module's step gives a loss; all of them where it gives none for any."""
         with torch.no_grad():
             usable = [index for index in self._usable if self._loss(index) is not None]
