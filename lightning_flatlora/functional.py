@@ -81,14 +81,14 @@ def pseudo_inverse_roots(A: Tensor) -> tuple[Tensor, Tensor]:
     of this rounding, a million times enlarged. The weight s E A would not show it, but the gradient of A would.
 
     Args:
-        A: shape (L, r, m), float32 or float64.
+        A: shape (..., r, m), float32 or float64.
 
     Returns:
-        S_A and R_A, both of shape (L, r, r), R_A lower triangular.
+        S_A and R_A, both of shape (..., r, r), R_A lower triangular.
 
     Example:
-        >>> S, R = pseudo_inverse_roots(torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]]))
-        >>> (S @ R)[0].round(decimals=3).abs()
+        >>> S, R = pseudo_inverse_roots(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]))
+        >>> (S @ R).round(decimals=3).abs()
         tensor([[0.2500, 0.2500, 0.0000],
                 [0.2500, 0.2500, 0.0000],
                 [0.0000, 0.0000, 0.2500]])

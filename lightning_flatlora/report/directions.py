@@ -57,7 +57,8 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
     for pair in pairs:
         A, B = pair.matrices()
         wide = torch.promote_types(B.dtype, torch.float32)
-        root = pseudo_inverse_roots(A[None].to(wide))[0][0].mT / pair.scaling
+        first_root, _ = pseudo_inverse_roots(A.to(wide))
+        root = first_root.mT / pair.scaling
         # On the CPU, so that the draw does not depend on the device.
         normal = torch.randn(B.shape, generator=generator, dtype=torch.float64)
         direction.append((normal.to(root) @ root).to(wide))

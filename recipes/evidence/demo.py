@@ -1,6 +1,6 @@
 """``make merging-demo``: adapters of four tasks merged into one, trained by LoRA and by EFMLoRA, in minutes.
 
-This is where the study has found its gain over LoRA, and a free competitor that nearly matches it. Rates, rho and
+This is where the study has found its gain over LoRA, and a free competitor that matches it. Rates, rho and
 dropout are those that W3's searches have chosen, and the seeds are new.
 """
 

@@ -78,6 +78,16 @@ def test_a_random_direction_does_not_depend_on_the_factors_scale(pairs: list[LoR
     torch.testing.assert_close(dense(pairs, random_direction(pairs, 0)), before)
 
 
+def test_a_random_direction_has_nothing_that_dependent_rows_of_a_take_out_again() -> None:
+    """It would be thousands of times as large as what the weight shows of it."""
+    A = nn.Parameter(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))
+    pair = LoRAPair("few", A, nn.Parameter(torch.zeros(5, 16)), scaling=2.0)
+    (direction,) = random_direction([pair], 0)
+    assert (pair.scaling * direction @ A.detach()).norm().item() == pytest.approx(1, abs=1e-4)
+    in_row_space = direction @ A.detach() @ torch.linalg.pinv(A.detach())
+    torch.testing.assert_close(direction, in_row_space, rtol=0, atol=1e-3)
+
+
 def test_random_directions_fill_what_b_can_express_evenly(pairs: list[LoRAPair]) -> None:
     """Every layer's share of the squared length is its share of the dimensions n r, along each row of A's space."""
     pair = pairs[1]

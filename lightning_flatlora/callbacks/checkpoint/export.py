@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -71,7 +71,7 @@ def _save_injected(host: Any, state: dict[str, Any], folder: Path) -> None:
         for_inference.save_pretrained(str(place))
 
 
-def _save_embeddings(host: nn.Module) -> Any:
+def _save_embeddings(host: nn.Module) -> bool | Literal["auto"]:
     """What peft is told about embeddings: to save them where it finds them adapted, or that there are none.
 
     It asks for them where an adapted layer is called lm_head, and transformers' speech models have none to give.
