@@ -41,8 +41,8 @@ class LoRAPair:
             :class:`~lightning_flatlora.Reader` for another attribute or some rows of it. Several where the adapter is
             tied.
         A_readers: where the layers read A.
-        is_off: whether the layer's scaling is 0 at the moment, so that no perturbation of B moves its weight; the
-            pair's own scaling is then the last one that was not.
+        layers: the modules in whose forward B is read, for the methods of :mod:`lightning_flatlora.loops`; empty where
+            these are the readers themselves.
         A_rows: which rows of the parameter are this pair's A, where one parameter holds several; None for all of it.
         B_rows: which rows of the parameter are this pair's B.
         base: the Linear to whose output the update is added, for noise on the whole weight; None where it is not known,
@@ -64,7 +64,7 @@ class LoRAPair:
     scaling: float
     readers: list[AnyReader] = field(default_factory=list)
     A_readers: list[AnyReader] = field(default_factory=list)
-    is_off: bool = False
+    layers: list[nn.Module] = field(default_factory=list)
     A_rows: range | None = None
     B_rows: range | None = None
     base: nn.Module | None = None
@@ -93,7 +93,7 @@ class PairSearch:
     Attributes:
         pairs: in the order of the model's modules.
         left_out: one line for each kind of LoRA layer that cannot be perturbed, naming it and the reason.
-        resting: names of the pairs that could be perturbed, but whose B is not trained now, or whose scaling is 0.
+        resting: the other pairs: their B is not trained now, or their scaling is 0.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -106,15 +106,19 @@ class PairSearch:
 
     pairs: list[LoRAPair]
     left_out: list[str]
-    resting: list[str] = field(default_factory=list)
+    resting: list[LoRAPair] = field(default_factory=list)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all pairs, trained or not."""
+        return {pair.name for pair in (*self.pairs, *self.resting)}
 
 
 class Finder(Protocol):
     """A function that says what the pairs of a model are, for LoRA layers that are not peft's.
 
-    It is called at the start of a fit, at the start of each epoch, and when a factor is frozen or unfrozen or an
-    optimizer takes in or gives up parameters; by FlatnessMonitor at each measurement, and by AdapterCheckpoint at each
-    save and load. So it has to be quick. It must be a module's function or an object that can be pickled, if
+    It is called at the start of a fit and of each epoch, by FlatnessMonitor at each measurement, and by
+    AdapterCheckpoint at each save and load. It must be a function of a module or an object that can be pickled if
     processes are spawned.
 
     Example:
@@ -221,7 +225,7 @@ def search_found(pairs: Sequence[LoRAPair]) -> PairSearch:
         if pair.B.requires_grad and pair.scaling != 0:
             search.pairs.append(pair)
         else:
-            search.resting.append(pair.name)
+            search.resting.append(pair)
     for reason, names in reasons.items():
         search.left_out.append(f"{reason} ({len(names)} in all, first {names[0]})")
     return search
@@ -234,8 +238,12 @@ def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
         product = (id(pair.A), pair.A_rows, id(pair.B), pair.B_rows, pair.scaling)
         if product in by_product:
             first = by_product[product]
-            readers, A_readers = [*first.readers, *pair.readers], [*first.A_readers, *pair.A_readers]
-            pair = replace(first, readers=readers, A_readers=A_readers)
+            pair = replace(
+                first,
+                readers=[*first.readers, *pair.readers],
+                A_readers=[*first.A_readers, *pair.A_readers],
+                layers=[*first.layers, *pair.layers],
+            )
         by_product[product] = pair
     return list(by_product.values())
 

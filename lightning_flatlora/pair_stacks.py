@@ -1,8 +1,7 @@
 """Pairs of one shape, stacked so that their algebra is a few batched calls, whatever their number."""
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -94,21 +93,6 @@ class PairStack:
         self.has_average[i] = state.has_average
         self.missed_steps[i] = state.missed_steps
 
-    def rescale(self, scalings: Mapping[Hashable, float]) -> None:
-        """Take over scalings by the pairs' keys, see :meth:`Perturbation.rescale`."""
-        for i, pair in enumerate(self.pairs):
-            scaling = scalings.get(pair.key)
-            if scaling is None:
-                continue
-            is_off = scaling == 0
-            if is_off:
-                # s = 0 is not stored: E could not be scaled back from it.
-                scaling = pair.scaling
-            if scaling != pair.scaling:
-                self.E[i].mul_(pair.scaling / scaling)
-                self.scaling[i].fill_(scaling)
-            self.pairs[i] = dataclasses.replace(pair, scaling=scaling, is_off=is_off)
-
     def average(self, fresh_E: Tensor, finite: Tensor, beta: float, is_zero: bool) -> None:
         """Move E towards a fresh one, see :meth:`Perturbation.average`."""
         is_taken = finite.to(fresh_E.device)
@@ -137,9 +121,9 @@ class PairStack:
             reads_E = pair.B.requires_grad or self._layout.splits(pair.B)
             if have_gradients[i]:
                 self.missed_steps[i] = 0
-            elif reads_E and not pair.is_off and missed + 1 < MOST_MISSED_STEPS:
+            elif reads_E and missed + 1 < MOST_MISSED_STEPS:
                 self.missed_steps[i] = missed + 1
-            elif reads_E and not pair.is_off:
+            elif reads_E:
                 self.E[i].zero_()
                 self.has_average[i].zero_()
                 self.missed_steps[i] = None
@@ -148,9 +132,7 @@ class PairStack:
         """The batched ascent of the stack's pairs, from the gradients that they hold."""
         self._update_mask()
         self._projected_rows = self._without_gradient_of_A()
-        A = self._A()
-        # A gradient may be left from before a scaling became 0 in the middle of an accumulation window.
-        grad_B = self._masked(self._B(gradients=True))
+        A, grad_B = self._A(), self._B(gradients=True)
         if all(self._projected_rows):
             return ascent_projected(A, grad_B, self.scaling)
         averaged = self._averaged(A, grad_B, at_perturbed)
@@ -191,9 +173,7 @@ class PairStack:
 
     def _update_mask(self) -> None:
         """Note which B have a gradient; the mask is filled on the device when it changes, so no copy is waited for."""
-        have = self._layout.have_gradients([pair.B for pair in self.pairs])
-        # Where a scaling is 0, the gradient of B carries no information and counts as missing.
-        rows = [has and not pair.is_off for pair, has in zip(self.pairs, have, strict=True)]
+        rows = self._layout.have_gradients([pair.B for pair in self.pairs])
         if rows == self._rows_with_gradient:
             return
         self._rows_with_gradient = rows

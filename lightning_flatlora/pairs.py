@@ -39,7 +39,7 @@ _WRAPPER_NAMES = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.)")
 
 
 def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Finder | None = None) -> PairSearch:
-    """Every pair whose B is trained and whose update is exactly s B A, each parameter once.
+    """Find every pair whose B is trained and whose update is exactly s B A, each parameter once.
 
     Args:
         model: a module that contains LoRA layers at any depth.
@@ -51,7 +51,7 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Fin
 
     Raises:
         ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others. Or
-            the finder gave something that is no pair, or both arguments were given.
+            the finder gave something that is not a pair, or both arguments were given.
         NoPairsError: no pair is left; the message lists the LoRA layers and module types that were seen.
 
     Example:
@@ -60,34 +60,44 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Fin
         >>> [(pair.name, pair.B.shape, pair.A.shape) for pair in find_pairs(model).pairs]
         [('base_model.model.0.lora_B.default.weight', torch.Size([3, 2]), torch.Size([2, 4]))]
     """
-    if finder is not None and adapter_name is not None:
-        raise ValueError("adapter_name is of peft's layers, and a finder of all others: give one of them")
-    layers = lora_layers(model) if finder is None else []
-    check_adapter(layers, adapter_name)
-    search = search_layers(layers, adapter_name) if finder is None else search_found(pairs_from(finder, model))
+    search = search_pairs(model, adapter_name, finder)
     if not search.pairs:
-        raise NoPairsError(nothing_found(model, finder, layers, adapter_name, search))
+        raise NoPairsError(nothing_found(model, adapter_name, finder, search))
     return search
 
 
+def search_pairs(
+    model: nn.Module, adapter_name: str | None, finder: Finder | None, *, must_be_active: bool = True
+) -> PairSearch:
+    """Find what :func:`find_pairs` gives; it may be nothing.
+
+    Args:
+        model: see :func:`find_pairs`, as the other two.
+        adapter_name: may be the name of an adapter that is activated later, if ``must_be_active`` is False.
+        finder: for layers that are not peft's.
+        must_be_active: whether a named adapter that is not active is refused.
+
+    Raises:
+        ValueError: as :func:`find_pairs`.
+    """
+    if finder is not None and adapter_name is not None:
+        raise ValueError("adapter_name applies to peft layers, finder to all others: give one of them")
+    if finder is not None:
+        return search_found(pairs_from(finder, model))
+    layers = lora_layers(model)
+    _check_adapter(layers, adapter_name, must_be_active)
+    return _search_layers(layers, adapter_name)
+
+
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """Every peft LoRA layer of a model, with its name."""
+    """List every peft LoRA layer of a model, with its name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
-def search_layers(
-    layers: list[tuple[str, LoraLayer]], adapter_name: str | None, *, with_gradient: bool = False
-) -> PairSearch:
-    """What :func:`find_pairs` gives, from the layers themselves; it may be nothing.
-
-    Args:
-        layers: of :func:`lora_layers`.
-        adapter_name: see :func:`find_pairs`.
-        with_gradient: pairs whose B has a gradient count as trained too. Their adapter need not be active any more.
-    """
+def _search_layers(layers: list[tuple[str, LoraLayer]], adapter_name: str | None) -> PairSearch:
     pairs: dict[int, LoRAPair] = {}
+    trained: set[int] = set()
     left_out: dict[str, list[str]] = defaultdict(list)
-    resting: dict[str, None] = {}
     for layer_name, layer in layers:
         for adapter in _adapters(layer) if adapter_name is None else [adapter_name]:
             is_active = adapter in layer.active_adapters
@@ -100,21 +110,23 @@ def search_layers(
                 new = _pair(layer_name, layer, adapter)
                 if is_active and new.scaling == 0:
                     left_out[f"{_kind(layer).__name__}: {SCALING_IS_0}"].append(clean_name(layer_name))
-                is_trained = is_active and new.B.requires_grad
-                is_used = with_gradient and new.B.grad is not None
-                if new.scaling == 0 or not (is_trained or is_used):
-                    # A dict and not a set, so that the names keep their order.
-                    resting[new.name] = None
-                    continue
                 # A tied adapter is met once for each layer that reads it, and is still one pair.
                 pair = pairs.setdefault(id(new.B), new)
                 pair.readers.append(bare(layer.lora_B[adapter]))
                 pair.A_readers.append(bare(layer.lora_A[adapter]))
+                pair.layers.append(layer)
+                if is_active and new.scaling != 0 and new.B.requires_grad:
+                    trained.add(id(new.B))
     for pair, reason in _badly_tied(layers, pairs):
-        left_out[reason].append(pair.name)
+        # As above, nobody misses what is not trained.
+        if id(pair.B) in trained:
+            left_out[reason].append(pair.name)
         del pairs[id(pair.B)]
     lines = [f"{kind} ({len(names)} in all, first {names[0]})" for kind, names in left_out.items()]
-    return PairSearch(list(pairs.values()), lines, list(resting))
+    search = PairSearch([], lines)
+    for pair in pairs.values():
+        (search.pairs if id(pair.B) in trained else search.resting).append(pair)
+    return search
 
 
 def clean_name(name: str) -> str:
@@ -196,7 +208,7 @@ def _badly_tied(layers: list[tuple[str, LoraLayer]], pairs: dict[int, LoRAPair])
     products: dict[Hashable, set[tuple[Hashable, Hashable, float]]] = defaultdict(set)
     for _, layer in layers:
         for adapter in _adapters(layer):
-            A, B = map(_place, factors_of(layer, adapter))
+            A, B = map(_place, _factors_of(layer, adapter))
             for place in (A, B):
                 products[place].add((A, B, float(layer.scaling[adapter])))
     badly_tied = []
@@ -214,7 +226,7 @@ def _place(factor: Any) -> Hashable:
     return factor.data_ptr() or id(factor)
 
 
-def factors_of(layer: LoraLayer, adapter: str) -> list[Any]:
+def _factors_of(layer: LoraLayer, adapter: str) -> list[Any]:
     """The parameters A and B of an adapter."""
     held: tuple[Any, Any] = (layer.lora_embedding_A, layer.lora_embedding_B)
     if adapter in layer.lora_B:
@@ -226,14 +238,15 @@ def factors_of(layer: LoraLayer, adapter: str) -> list[Any]:
     return factors
 
 
-def check_adapter(
-    layers: Sequence[tuple[str, LoraLayer]], adapter_name: str | None, *, must_be_active: bool = True
-) -> None:
-    """Check that an adapter can be the one to perturb.
+def merge_problems(model: nn.Module) -> list[str]:
+    """Say why pairs can't be trained as peft's layers are now: merged, they compute with their base only."""
+    names = [clean_name(name) for name, layer in lora_layers(model) if layer.merged]
+    if not names:
+        return []
+    return [f"the adapter is merged into its base, as in {names[0]}, and can't learn: call unmerge_adapter() first"]
 
-    Raises:
-        ValueError: no LoRA layer has an adapter of that name, or it is active in none; the message lists the others.
-    """
+
+def _check_adapter(layers: Sequence[tuple[str, LoraLayer]], adapter_name: str | None, must_be_active: bool) -> None:
     known = set(chain.from_iterable(_adapters(layer) for _, layer in layers))
     active = _active_adapters(layers)
     if adapter_name is None or not known:
@@ -265,16 +278,11 @@ def _adapters(layer: LoraLayer) -> Iterator[str]:
     yield from layer.lora_embedding_B
 
 
-def nothing_found(
-    model: nn.Module,
-    finder: Finder | None,
-    layers: list[tuple[str, LoraLayer]],
-    adapter_name: str | None,
-    search: PairSearch,
-) -> str:
-    """Why a model has no pair to perturb, with the LoRA layers and module types that were seen."""
+def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | None, search: PairSearch) -> str:
+    """Say why a model has no pair to perturb, with the LoRA layers and module types that were seen."""
     if finder is not None:
         return _finder_found_nothing(model, finder, search)
+    layers = lora_layers(model)
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
     others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
     tuners = sorted(_other_methods_of_peft(model))
@@ -321,7 +329,7 @@ def _finder_found_nothing(model: nn.Module, finder: Finder, search: PairSearch) 
     lines = [f"no LoRA pair to perturb: {getattr(finder, '__name__', finder)} found none whose B is trained."]
     lines += [f"Left out: {line}." for line in search.left_out]
     if search.resting:
-        lines.append(f"{len(search.resting)} are not trained, {search.resting[0]} among them: unfreeze their B.")
+        lines.append(f"{len(search.resting)} are not trained, {search.resting[0].name} among them: unfreeze their B.")
     if not search.left_out and not search.resting:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         lines.append(f"The model holds {', '.join(kinds)}: does the finder know these layers?")

@@ -1,7 +1,7 @@
 """The perturbation E of every pair of a model: from gradients, averaged over steps, and read through by the layers."""
 
 import warnings
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple, get_args
@@ -44,6 +44,7 @@ class Perturbation:
     Attributes:
         pairs: the pairs that are perturbed.
         norm_scope: "global" or "layer".
+        is_installed: whether the readers are able to read B + E.
 
     Args:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
@@ -82,7 +83,7 @@ class Perturbation:
         self._estimator: Estimator = estimator
         self._layout = layout or Layout()
         self._stacks = self._stacked(pairs)
-        self._installed = False
+        self.is_installed = False
         self._switch = read_through.Switch()
         # By name, from a checkpoint: the states of pairs that the model does not train yet.
         self._waiting: dict[str, PairState] = {}
@@ -103,14 +104,14 @@ class Perturbation:
     def follow(self, pairs: list[LoRAPair], layout: Layout | None = None) -> None:
         """Continue with the pairs that the model has now: those that stay keep their E, new ones start at zero.
 
-        Where a pair's scaling s has changed, s E stays what it was, and with it the perturbation of the full weight.
-        The layers read the clean B until the next :meth:`on`.
+        If a pair's scaling s has changed, s E stays what it was, and with it the perturbation of the full weight. The
+        layers read the clean B until the next :meth:`on`.
 
         Args:
             pairs: at least one, from another search of the same model.
             layout: how the ranks share their factors; None where each holds them whole, or as DTensors.
         """
-        was_installed = self._installed
+        was_installed = self.is_installed
         self.uninstall()
         # By the identity of B: names change when a module is wrapped.
         before = {pair.key: (pair, stack.state(i)) for stack, i, pair in self._places()}
@@ -134,32 +135,22 @@ class Perturbation:
         if was_installed:
             self.install()
 
-    def rescale(self, scalings: Mapping[Hashable, float]) -> None:
-        """Take over scalings that have changed, and nothing else: s E stays what it was, as in :meth:`follow`.
-
-        Args:
-            scalings: s by the key of each pair; a pair whose s is missing is left as it is, and one whose s is 0 rests.
-        """
-        for stack in self._stacks:
-            stack.rescale(scalings)
-        self.pairs = [pair for _, _, pair in self._places()]
-
     def install(self) -> None:
         """Make every reader able to read B + E; until :meth:`on` they read B."""
-        if not self._installed:
+        if not self.is_installed:
             for reader in readers_of(self.pairs):
                 read_through.install(reader, self._layout.only_views)
-        self._installed = True
+        self.is_installed = True
 
     def uninstall(self) -> None:
         """Give every reader its own class back; E stays, for :meth:`state_dict`."""
-        if self._installed:
+        if self.is_installed:
             self.off()
             # Readers that somebody else keeps installed still listen to the old switch, which is off.
             self._switch = read_through.Switch()
             for reader in readers_of(self.pairs):
                 read_through.uninstall(reader)
-        self._installed = False
+        self.is_installed = False
 
     def on(self) -> None:
         """Let the layers read B + E, with the kept E, whose updates they follow."""
@@ -171,6 +162,11 @@ class Perturbation:
     def off(self) -> None:
         """Let the layers read the clean B."""
         self._switch.is_on = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the layers read B + E now."""
+        return self._switch.is_on
 
     @contextmanager
     def applied(self, perturbations: list[Tensor] | None = None) -> Iterator[None]:
@@ -322,8 +318,7 @@ class Perturbation:
         """Take a :meth:`state_dict` over.
 
         Args:
-            state: also one of an older version, where ``averaged`` is one boolean for all pairs and ``missed`` does
-                not exist: the steps without a gradient are then counted from 0.
+            state: of this or another process.
             may_come: names of pairs that the model has and does not train yet; their state waits for :meth:`follow`.
             may_be_new: whether pairs that the state does not have keep what they have.
 
@@ -353,15 +348,13 @@ class Perturbation:
 
 
 def _saved_states(state: dict[str, Any]) -> dict[str, PairState]:
-    """The pairs of a :meth:`Perturbation.state_dict`, also of an older version, by name."""
-    averaged = state["averaged"]
-    missed = state.get("missed", {})
+    """The pairs of a :meth:`Perturbation.state_dict`, by name."""
     saved = {}
     for name, E in state["E"].items():
-        has_average = averaged[name] if isinstance(averaged, dict) else bool(averaged)
+        has_average = state["averaged"][name]
         # An average that began while rho was 0 is zero, so there is nothing to forget.
         is_zero = not (has_average and state["started"])
-        saved[name] = PairState(E, has_average, None if is_zero else missed.get(name, 0))
+        saved[name] = PairState(E, has_average, None if is_zero else state["missed"].get(name, 0))
     return saved
 
 

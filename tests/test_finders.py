@@ -11,12 +11,12 @@ from helpers import assert_no_trace
 from imitated_layers import BY_NAME, KINDS, Bare, OfNeMo, OfTorchtune, model_of
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_flatlora.pair_watch import PairWatch
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LoRAPair, NoPairsError, Perturbation, Reader, find_pairs
 from lightning_flatlora.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.pair_watch import PairWatch
 
 RHO = 0.2
 

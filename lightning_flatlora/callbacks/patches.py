@@ -1,6 +1,5 @@
 """Methods that replace those of a class on one object, for a limited time."""
 
-import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -58,36 +57,6 @@ def put_on(owner: Any, methods: dict[str, Callable[..., Any]]) -> ExitStack:
     for name, method in methods.items():
         patches.callback(put_on_instance(owner, name, method))
     return patches
-
-
-def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> Callable[[], None]:
-    """Call an action once, when the module's next training_step starts, which is after every hook before it.
-
-    Returns:
-        A function that cancels it, if it has not happened yet.
-    """
-    original = pl_module.training_step
-    waiting = [action]
-
-    @functools.wraps(original)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        due = list(waiting)
-        cancel()
-        for each in due:
-            each()
-        return original(*args, **kwargs)
-
-    # Lightning reads the arguments of what lies one layer below a decorator, and no deeper. So where the original is
-    # decorated, too, what it decorates must lie there.
-    training_step.__wrapped__ = getattr(original, "__wrapped__", original)
-    put_back = put_on_instance(pl_module, "training_step", training_step)
-
-    def cancel() -> None:
-        # Emptied as well as put back: where another patch lies on top, this one remains callable.
-        waiting.clear()
-        put_back()
-
-    return cancel
 
 
 def silenced(pl_module: LightningModule) -> ExitStack:

@@ -114,7 +114,7 @@ def test_a_checkpoint_with_a_schedule_loads(tmp_path, schedule):
     again = Module(schedule)
     trainer = trainer_of(tmp_path, [], max_epochs=2)
     trainer.fit(again, make_loader(), make_loader(1), ckpt_path=file)
-    assert again._driver.step == 12
+    assert again._callback.step == 12
 
 
 @pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])

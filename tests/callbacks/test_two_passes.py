@@ -106,7 +106,7 @@ def test_a_manual_module_that_passes_the_hooks_by_is_refused(tmp_path: Any) -> N
             self.manual_backward(self.loss(batch, batch_idx))
             optimizer.step()
 
-    with pytest.raises(MisconfigurationException, match=r"stepped past Lightning.*self\.optimizers\(\)"):
+    with pytest.raises(MisconfigurationException, match=r"stepped without Lightning.*self\.optimizers\(\)"):
         fit(tmp_path, Inner(), [EFMLoRA(0.5)], max_epochs=1)
 
 
@@ -235,7 +235,7 @@ def test_a_whole_window_of_skipped_batches_is_no_step(tmp_path: Any) -> None:
     module.inside.append(lambda self, batch_idx: "skip" if batch_idx in (2, 3) else None)
     trainer = fit(tmp_path, module, [], make_loader(6), max_epochs=1)
     assert trainer.global_step == 2
-    assert module._driver.step == 3
+    assert module._callback.step == 3
 
 
 def test_a_batch_called_off_leaves_nothing_behind(tmp_path: Any) -> None:

@@ -23,12 +23,12 @@ from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, found_hos
 from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
 from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of, size_text
 from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
-from lightning_flatlora.callbacks.methods.checks import refuse
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, callback_of
 from lightning_flatlora.lora_pair import Finder
+from lightning_flatlora.methods.checks import refuse
 
 if TYPE_CHECKING:
     _Base = ModelCheckpoint

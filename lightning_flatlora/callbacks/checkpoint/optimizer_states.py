@@ -7,9 +7,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.distributed import Layout, layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.methods.gradients import parameters_of
 
 
 def optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:

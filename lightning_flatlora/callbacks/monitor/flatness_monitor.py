@@ -8,13 +8,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.methods.checks import choice_problems, finder_problems, integer_problems, refuse
-from lightning_flatlora.callbacks.methods.efmlora import EFMLoRA
-from lightning_flatlora.callbacks.methods.fmlora import FMLoRA
-from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
-from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
-from lightning_flatlora.callbacks.methods.pair_callback import unfreezes_later
-from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
+from lightning_flatlora.callbacks.base import MethodCallback, unfreezes_later
+from lightning_flatlora.callbacks.efmlora import EFMLoRA
+from lightning_flatlora.callbacks.fmlora import FMLoRA
+from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.monitor.held_batches import HeldBatches, curvature_problems, loss_problems
 from lightning_flatlora.callbacks.monitor.snapshots import undisturbed
 from lightning_flatlora.callbacks.patches import without_logging
@@ -25,6 +22,7 @@ from lightning_flatlora.flatness.losses import ReentrantCheckpointError
 from lightning_flatlora.flatness.measures import measure_problems
 from lightning_flatlora.lightning_names import callback_of, callbacks_of
 from lightning_flatlora.lora_pair import Finder, NoPairsError, pairs_from
+from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import is_size
@@ -207,7 +205,7 @@ class FlatnessMonitor(Callback):
         averages = 0
         for callback in callbacks_of(trainer):
             if isinstance(callback, EFMLoRA):
-                averages += sum(bool(pair_group.pairs) for pair_group in callback.pair_groups)
+                averages += sum(bool(method.pairs) for method in callback.methods)
         if averages > 1:
             rank_zero_warn(
                 f"{type(self).__name__}: EFMLoRA has {averages} average perturbations in this run, one for each "
@@ -264,10 +262,6 @@ class FlatnessMonitor(Callback):
         if self._has_failed:
             return
         method = _method_of(trainer)
-        # A perturbation that is still switched on would be taken for a part of the weights.
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, OnePassCallback):
-                callback.off()
         try:
             perturbation, noise = self._targets(pl_module, method)
         except NoPairsError:  # none is trained now
@@ -325,7 +319,7 @@ class FlatnessMonitor(Callback):
     def _point(
         self, trainer: Trainer, method: MethodCallback | None, perturbation: Perturbation, noise: WeightNoise | None
     ) -> Point:
-        current = method.current_size(trainer) if method else None
+        current = method.current_rho if method else None
         if self.rho is None and method is not None:
             assert method.perturbation is not None
             perturbation = method.perturbation
@@ -349,7 +343,7 @@ class FlatnessMonitor(Callback):
 def _method_of(trainer: Trainer) -> MethodCallback | None:
     """The paper's method in this trainer; EFMLoRA, which also schedules an FMLoRAModule, comes before the others."""
     first = callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA)
-    return first or callback_of(trainer, FMLoRAModuleDriver)
+    return first or callback_of(trainer, FMLoRAModuleCallback)
 
 
 def _interval_problems(every_n_steps: object, every_n_epochs: object) -> list[str]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_flatlora.callbacks.methods.training_step import loss_of
 from lightning_flatlora.callbacks.monitor.snapshots import read_without_trace
 from lightning_flatlora.callbacks.random_state import random_state
+from lightning_flatlora.callbacks.training_step import loss_of
 from lightning_flatlora.flatness import MeanLoss
 from lightning_flatlora.flatness.measures import CURVATURES
 from lightning_flatlora.lightning_names import MisconfigurationException

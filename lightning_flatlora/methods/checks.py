@@ -37,7 +37,7 @@ def finder_problems(finder: object, adapter_name: object) -> list[str]:
     if finder is not None and not callable(finder):
         problems.append(f"finder must be a function of the model, or None for peft's layers, got {finder!r}")
     if finder is not None and adapter_name is not None:
-        problems.append("adapter_name is of peft's layers, and a finder of all others: give one of them")
+        problems.append("adapter_name applies to peft layers, finder to all others: give one of them")
     return problems
 
 
@@ -58,7 +58,7 @@ def changed_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> l
         if saved[name] != value:
             problems.append(
                 f"{name} must be {saved[name]!r} as in the checkpoint, got {value!r}: "
-                "change it back, or start anew from the weights alone"
+                "change it back, or start a new run from the weights"
             )
     return problems
 
@@ -85,12 +85,12 @@ def is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
-def warn_of_rounding(callback: object, what: str, parameters: Iterable[nn.Parameter]) -> None:
+def warn_of_rounding(owner: object, what: str, parameters: Iterable[nn.Parameter]) -> None:
     """Warn, once, that a small perturbation of parameters that are stored in 16 bits may be lost."""
     low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
     if low:
         rank_zero_warn(
-            f"{written_name(callback)}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
+            f"{title_of(owner)}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
             "rho may be lost. Keep it in float32, as with precision='bf16-mixed'."
         )
 
@@ -125,20 +125,19 @@ def _is_private(optimizer: Optimizer) -> bool:
     return any(kind.__module__.split(".")[0] == "opacus" for kind in type(optimizer).__mro__)
 
 
-def written_name(callback: object) -> str:
-    """The name of the front end that the user wrote: FMLoRAModule for its FMLoRAModuleDriver."""
-    return type(callback).__name__.removesuffix("Driver")
+def title_of(owner: object) -> str:
+    """The name that the user wrote for what is wrong: its class's, or the one that it gives as its ``title``."""
+    return getattr(owner, "title", type(owner).__name__)
 
 
-def refuse(callback: object, problems: list[str]) -> None:
+def refuse(owner: object, problems: list[str]) -> None:
     """Raise one error that lists all problems, if there are any."""
     if problems:
-        raise MisconfigurationException(message(callback, problems))
+        raise MisconfigurationException(message(owner, problems))
 
 
-def message(callback: object, problems: list[str]) -> str:
-    """One message for all problems, headed by the name of the front end that the user wrote."""
-    name = written_name(callback)
+def message(owner: object, problems: list[str]) -> str:
+    """Write one message for all problems, headed by the name that the user wrote."""
     if len(problems) == 1:
-        return f"{name}: {problems[0]}"
-    return "\n".join([f"{name}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+        return f"{title_of(owner)}: {problems[0]}"
+    return "\n".join([f"{title_of(owner)}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
