@@ -80,14 +80,10 @@ class EFMLoRA(MethodCallback):
         return bool(self.adapter_name != other.adapter_name)
 
     @override
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().install(trainer, pl_module)
-        if module_window(trainer) is None:
-            return
-        # The module takes the passes, and this callback only schedules them.
-        assert self._passes is not None
-        self._passes.close()
-        self._passes = Passes(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
+    def wrap_passes(self, kind: type[Passes], trainer: Trainer, pl_module: LightningModule) -> None:
+        # If a module takes the passes, this callback only schedules them.
+        schedules = module_window(trainer) is not None
+        super().wrap_passes(Passes if schedules else kind, trainer, pl_module)
         for method in self.methods:
             assert isinstance(method, EFMLoRAStep)
-            method.schedules_module = True
+            method.schedules_module = schedules

@@ -137,10 +137,12 @@ class FMLoRAModuleCallback(MethodCallback):
     @override
     def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._efmlora = callback_of(trainer, EFMLoRA)
-        for method in self.methods:
-            method.install()
+        super().install(trainer, pl_module)
+
+    @override
+    def wrap_passes(self, kind: type[Passes], trainer: Trainer, pl_module: LightningModule) -> None:
         # The module takes the passes itself.
-        self._passes = Passes(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
+        super().wrap_passes(Passes, trainer, pl_module)
 
     @override
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -244,3 +245,19 @@ class TwoPasses(Passes):
             return
         # Lightning has divided the first pass's loss itself, but it does not see this one.
         self._original_backward(loss / self.trainer.accumulate_grad_batches, self.trainer.optimizers[0])
+
+
+def two_pass_problems(pl_module: LightningModule) -> list[str]:
+    """List why a second pass can't be put into the steps of a module."""
+    problems = []
+    if not pl_module.automatic_optimization:
+        problems.append(
+            "a second pass can't be put into a training_step with manual optimization: "
+            "use automatic optimization, or subclass FMLoRAModule, or use EFMLoRA"
+        )
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        problems.append(
+            "training_step(dataloader_iter) takes batches itself, so a batch can't be passed twice: "
+            "write training_step(batch, batch_idx), or use EFMLoRA"
+        )
+    return problems

@@ -7,9 +7,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_flatlora.lightning_names import callbacks_of, is_lightning
+from lightning_flatlora.methods.gradients import parameters_of
 
 
 def loss_of(output: Any, source: str) -> Tensor | None:
@@ -127,3 +128,10 @@ def _epochs(trainer: Trainer) -> int:
         if is_lightning(each, StochasticWeightAveraging):
             epochs = min(epochs, each.swa_end + 1)
     return max(epochs, 1)
+
+
+def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parameter]:
+    """List the parameters whose overflow makes a loss scaler skip the step; none if there is no scaler."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return []
+    return parameters_of(trainer.optimizers[optimizer_index])

@@ -19,7 +19,6 @@ class BPerturbationStep(StepMethod):
 
     Attributes:
         beta: weight of the fresh perturbation in the average; 1 if there is none.
-        perturbation: of the pairs' B; None while there is no pair. It stays after the run, for checkpoints.
     """
 
     beta: float = 1.0
@@ -58,7 +57,7 @@ class BPerturbationStep(StepMethod):
     @override
     def reset(self) -> None:
         super().reset()
-        self.perturbation: Perturbation | None = None
+        self.perturbation = None
         # The state of pairs that are in no optimizer yet, from a checkpoint.
         self.awaited: dict[str, Any] | None = None
 

@@ -15,6 +15,7 @@ from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.methods.checks import changed_settings, message, refuse, value_problems
 from lightning_flatlora.pair_stacks import MOST_MISSED_STEPS
+from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
@@ -32,6 +33,7 @@ class StepMethod:
         pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
+        perturbation: of the pairs' B; None for a method without one, or while there is no pair.
 
     Args:
         rho: a number >= 0, or a schedule over optimizer steps.
@@ -46,6 +48,7 @@ class StepMethod:
     """
 
     title: str
+    perturbation: Perturbation | None = None
     size_name: ClassVar[str] = "rho"
     needs_pairs: ClassVar[bool] = True
     takes_two_passes: ClassVar[bool] = False

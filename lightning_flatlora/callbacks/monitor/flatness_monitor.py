@@ -8,10 +8,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.base import MethodCallback, unfreezes_later
+from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.fmlora import FMLoRA
 from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
+from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
 from lightning_flatlora.callbacks.monitor.held_batches import HeldBatches, curvature_problems, loss_problems
 from lightning_flatlora.callbacks.monitor.snapshots import undisturbed
 from lightning_flatlora.callbacks.patches import without_logging
