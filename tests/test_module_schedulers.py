@@ -69,7 +69,7 @@ def test_a_plateau_scheduler_is_refused(tmp_path):
     """It waits for a metric, and the module does not know when one is there."""
     module = TwoPassClassifier(rho=0.5)
     module.scheduler = lr_scheduler.ReduceLROnPlateau
-    with pytest.raises(MisconfigurationException, match="ReduceLROnPlateau .* step it yourself"):
+    with pytest.raises(MisconfigurationException, match=r"ReduceLROnPlateau .* step it yourself"):
         fit(tmp_path, module, [])
 
 
