@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_flatlora import AdapterCheckpoint
-from lightning_flatlora.callbacks.checkpoint.parts import twin_of
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import unwrapped
 
 SAVES_ON_EXCEPTION = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters  # since Lightning 2.5.3
 

@@ -1,0 +1,263 @@
+"""Gather what goes into a checkpoint, whole and on the CPU under every strategy; the frozen base is never gathered."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim import Optimizer
+
+from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import Identity, identities_of
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
+    Kind,
+    entries_of,
+    note_trained,
+    plain_name,
+    scalings_of,
+    trained_names,
+)
+from lightning_flatlora.callbacks.patches import put_on
+from lightning_flatlora.distributed import is_sharded, layout_of
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.lora_pair import Finder
+from lightning_flatlora.pairs import clean_name
+
+MARK = "lightning_flatlora_adapter"
+"""The key under which a checkpoint says that it is one of ours.
+
+There it has the identities of the parameters that are "left_out", and the "scalings" of the adapters, both by name.
+"""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a checkpoint holds of a module.
+
+    Attributes:
+        saved: entries of the state dict, by clean name, as this rank holds them.
+        kinds: of all entries.
+        mark: what the checkpoint says of the rest, see :data:`MARK`.
+    """
+
+    saved: dict[str, Any]
+    kinds: dict[str, Kind]
+    mark: dict[str, Any]
+
+
+def select(trainer: Trainer, finder: Finder | None) -> Selection:
+    """Decide what a checkpoint holds.
+
+    Args:
+        trainer: in a fit, after the strategy's setup.
+        finder: of the adapter's factors, if they are not peft's.
+    """
+    module = trainer.lightning_module
+    note_trained(module)
+    trained = trained_names(module)
+    entries = entries_of(module, finder)
+    saved: dict[str, Any] = {}
+    base: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if entry.kind is Kind.BASE and plain_name(name) not in trained:
+            base[name] = entry.value
+        elif entry.kind is not Kind.DERIVED:
+            saved[name] = entry.value
+    left_out: dict[str, Identity] = identities_of(base, whole=not is_sharded(trainer.strategy.model))
+    kinds = {name: entry.kind for name, entry in entries.items()}
+    return Selection(saved, kinds, {"left_out": left_out, "scalings": scalings_of(module, finder)})
+
+
+@contextmanager
+def adapters_only(
+    trainer: Trainer, finder: Finder | None, write: Callable[[dict[str, Any], Path], None]
+) -> Iterator[Selection]:
+    """Inside, a checkpoint that the trainer saves leaves out the frozen base, under every strategy.
+
+    Args:
+        trainer: in a fit.
+        finder: of the adapter's factors, if they are not peft's.
+        write: called with the checkpoint and its path, on rank zero only; every rank takes part in the gathering.
+    """
+    strategy, selection = trainer.strategy, select(trainer, finder)
+    whole: dict[str, Any] = {}
+
+    def lightning_module_state_dict() -> dict[str, Any]:
+        # Kept, since callbacks may take weights out of the state dict before it is written.
+        whole.update(_whole(selection.saved, strategy.model))
+        return dict(whole)
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
+        if strategy.is_global_zero:
+            write(_slim(checkpoint, whole, selection), Path(filepath))
+
+    # The strategy's methods are replaced, because its own would gather the whole model, and no hook says what is saved.
+    methods: dict[str, Any] = {
+        "lightning_module_state_dict": lightning_module_state_dict,
+        "save_checkpoint": save_checkpoint,
+    }
+    if is_sharded(strategy.model):
+        methods["optimizer_state"] = lambda optimizer: _whole_optimizer_state(trainer, optimizer)
+    with put_on(strategy, methods):
+        yield selection
+
+
+def _whole(values: dict[str, Any], model: nn.Module | None) -> dict[str, Any]:
+    """Values whole and on the CPU; a tensor with two names is gathered once, and stays one tensor."""
+    layout = layout_of(model)
+    whole: dict[int, Any] = {}
+    for value in values.values():
+        if id(value) not in whole:
+            gathered = layout.gather(value, value) if isinstance(value, Tensor) else value  # type: ignore[arg-type]
+            whole[id(value)] = _on_cpu(gathered)
+    return {name: whole[id(value)] for name, value in values.items()}
+
+
+def _slim(checkpoint: dict[str, Any], whole: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """A checkpoint with our mark, on the CPU, whose state dict holds everything that is selected, and nothing else.
+
+    A module's ``on_save_checkpoint`` may have taken weights out, to make Lightning's own file smaller; without them no
+    run could be resumed. WeightAveraging puts the averages of the whole model in place of the state dict. Those of
+    weights that are left out differ from the weights by rounding only.
+    """
+    state = dict(whole)
+    for name, value in checkpoint.get("state_dict", {}).items():
+        clean = clean_name(name)
+        if clean not in selection.mark["left_out"] and selection.kinds.get(clean) is not Kind.DERIVED:
+            state[clean] = value
+    slim: dict[str, Any] = _on_cpu({**checkpoint, "state_dict": state, MARK: selection.mark})
+    return slim
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested plain containers with their tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if type(value) is dict:
+        return {key: _on_cpu(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_on_cpu(each) for each in value)
+    return value
+
+
+def _whole_optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
+    """The state of a sharded optimizer as ``optimizer.state_dict()`` has it on one device; complete on rank zero."""
+    _check_form(trainer, optimizer)
+    # Without any state PyTorch would take a step to create it, which the run has not taken.
+    if not trainer.strategy.reduce_boolean_decision(bool(optimizer.state), all=False):
+        return optimizer.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    packed: dict[str, Any] = get_optimizer_state_dict(trainer.strategy.model, optimizer, options=options)  # type: ignore[arg-type]
+    numbers: dict[str, int] = {}
+    param_groups = []
+    for group in packed.get("param_groups", []):
+        for name in group["params"]:
+            numbers[name] = len(numbers)
+        param_groups.append({**group, "params": [numbers[name] for name in group["params"]]})
+    state = {numbers[name]: values for name, values in packed.get("state", {}).items()}
+    return {"state": state, "param_groups": param_groups}
+
+
+def _check_form(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Raise on every rank, so that none waits for another, if a state can't be made whole."""
+    problem = ""
+    if set(optimizer.state_dict()) != {"state", "param_groups"}:
+        problem = f"the state of {type(optimizer).__name__} has the entries {sorted(map(str, optimizer.state_dict()))}"
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                problem = f"the optimizer keeps {key!r} of the shape {tuple(value.shape)} for a parameter"
+    if trainer.strategy.reduce_boolean_decision(bool(problem), all=False):
+        raise MisconfigurationException(
+            f"AdapterCheckpoint: {problem or 'the state on another rank is not of the known form'}, and it can't be "
+            "known how to make it whole, as the model is sharded: use an optimizer that keeps its state as PyTorch's "
+            "do, or train on one device or under DDP"
+        )
+
+
+def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) -> None:
+    """Write a whole checkpoint into a temporary place and remove it; every rank must call this.
+
+    Args:
+        trainer: in a fit that is about to take its first step, inside of :func:`adapters_only`.
+        folder: the checkpoint callback's.
+        weights_only: as the checkpoint callback saves.
+        linked: whether a link will be made, too.
+
+    Raises:
+        MisconfigurationException: on every rank, if one of them could not write.
+    """
+    problem: str | None = None
+    cause: Exception | None = None
+    checkpoint: dict[str, Any] = {}
+    try:
+        # On every rank, since the weights are gathered and a state_dict() may communicate.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+        if trainer.is_global_zero:
+            _save_and_remove(trainer, checkpoint, folder, linked)
+            for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
+                _warn_of_hyperparameters(owner, checkpoint)
+    except Exception as error:
+        cause, problem = error, f"saving into {folder} would fail: {type(error).__name__}: {error}"
+        culprit = _unpicklable(checkpoint)
+        if culprit is not None:
+            problem = f"{culprit} can't be pickled, so no checkpoint could be written: {type(error).__name__}: {error}"
+    # One rank may fail alone, for example by a callback's state. It ends the others, too, which would wait for it.
+    fails = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+    of_rank_zero = trainer.strategy.broadcast(problem)
+    if fails:
+        elsewhere = f"saving into {folder} would fail on another rank, whose error says why"
+        raise MisconfigurationException(f"AdapterCheckpoint: {problem or of_rank_zero or elsewhere}") from cause
+
+
+def _save_and_remove(trainer: Trainer, checkpoint: dict[str, Any], folder: Path, linked: bool) -> None:
+    # The folders that are missing are made at the first save.
+    while not folder.exists():
+        folder = folder.parent
+    with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
+        trainer.strategy.save_checkpoint(checkpoint, Path(name) / "dry_run.ckpt")
+        if linked:  # which some file systems can't
+            os.symlink("dry_run.ckpt", Path(name) / "link")
+
+
+def _unpicklable(state: dict[Any, Any], place: str = "checkpoint") -> str | None:
+    """The place in nested dictionaries of the first value that can't be pickled."""
+    for key, value in state.items():
+        try:
+            torch.save(value, io.BytesIO())
+        except Exception:
+            inner = f"{place}[{key!r}]"
+            return (_unpicklable(value, inner) if isinstance(value, dict) else None) or inner
+    return None
+
+
+def _warn_of_hyperparameters(owner: Any, checkpoint: dict[str, Any]) -> None:
+    """Name hyper-parameters that PyTorch would refuse to load, modules among them."""
+    hparams = checkpoint.get(getattr(owner, "CHECKPOINT_HYPER_PARAMS_KEY", ""), {})
+    if not _loads(hparams):
+        # Lightning saves a configuration of OmegaConf as the object that it is.
+        refused = [name for name, value in dict(hparams).items() if not _loads(value)] or list(hparams)
+        rank_zero_warn(
+            f"AdapterCheckpoint: the hyper-parameters {refused} of {type(owner).__name__} hold objects that PyTorch "
+            "loads only from a file that you trust, and modules are in every file whole. Leave them out, "
+            f"self.save_hyperparameters(ignore={refused}), or give weights_only=False along with ckpt_path"
+        )
+
+
+def _loads(value: Any) -> bool:
+    """Report whether PyTorch loads a value from a file that need not be trusted."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    try:
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except Exception:  # whatever PyTorch says of it, a user's run goes on without this check
+        return False
+    return True
