@@ -11,13 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.adapter_checkpoint import export
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import listed
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
-    Kind,
     hosts_of,
     note_rewritten,
     note_trained,
@@ -254,11 +253,10 @@ def _warn_of_merged(module: nn.Module) -> None:
 
 
 def _announce(selection: Selection) -> None:
-    """Report once what the files hold with the adapters, and how much they leave out."""
-    more = [name for name in selection.saved if selection.kinds[name] is not Kind.ADAPTER]
-    size = sum(value.numel() * value.element_size() for value in selection.saved.values() if isinstance(value, Tensor))
+    """Report once what the files hold, and how much they leave out."""
+    more = [name for name in selection.saved if ".lora_" not in name]
     rank_zero_info(
-        f"AdapterCheckpoint: the .ckpt files hold {len(selection.saved)} tensors, on this rank {size / 1e6:.1f} MB: "
-        f"the adapters, and with them {listed(more) or 'nothing else'}. The folders hold only the adapters. "
-        f"{len(selection.mark['left_out'])} tensors of the base are left out as long as they are frozen"
+        f"AdapterCheckpoint: the .ckpt files hold {len(selection.saved)} tensors: the adapters, and with them "
+        f"{listed(more) or 'nothing else'}. {len(selection.left_out)} tensors of the base are left out as long as they "
+        "are frozen. The folders hold only the adapters"
     )

@@ -1,7 +1,7 @@
 """Say what a checkpoint holds: adapters, all that is outside of the base, buffers, and what has been trained."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -30,9 +30,7 @@ class Kind(Enum):
     ADAPTER = "adapter"
     """What peft has put in, or a finder has found: always saved."""
     BASE = "base"
-    """A parameter that the base's own loader gives again: saved once it has been trained."""
-    DERIVED = "derived"
-    """What a quantized layer of a base keeps beside its weight: created again with the weight, never saved."""
+    """What the base's own loader gives again: parameters, and what a quantized layer keeps with its weight."""
     OTHER = "other"
     """Buffers, and everything outside of the base: always saved, as Lightning does."""
 
@@ -99,9 +97,8 @@ def _kind_of(name: str, parts: dict[str, nn.Module], in_base: set[int], adapters
     # The innermost module with a part of this name: a quantized layer's entries may have a dot of their own.
     owner = next((place for place in reversed(outer) if place in parts), "")
     own_name = name.removeprefix(prefix_of(owner))
-    if id(parts[owner]) not in in_base or own_name in parts[owner]._buffers or own_name == "_extra_state":
-        return Kind.OTHER
-    return Kind.BASE if own_name in parts[owner]._parameters else Kind.DERIVED
+    is_kept = own_name in parts[owner]._buffers or own_name == "_extra_state"
+    return Kind.BASE if id(parts[owner]) in in_base and not is_kept else Kind.OTHER
 
 
 def _adapter_places(module: nn.Module) -> Iterator[str]:
@@ -204,6 +201,12 @@ def trained_names(module: nn.Module) -> set[str]:
     """The plain names of what has ever required a gradient in a module, or was in a file that it has loaded."""
     # Outside of the module, whose attributes belong to the user, and weakly, so that it goes with the module.
     return _TRAINED.setdefault(bare(module), set())
+
+
+def base_of(entries: Mapping[str, Entry]) -> dict[str, nn.Parameter]:
+    """The parameters of the base among the entries of a module, by name."""
+    of_base = {name: entry.value for name, entry in entries.items() if entry.kind is Kind.BASE}
+    return {name: value for name, value in of_base.items() if isinstance(value, nn.Parameter)}
 
 
 def note_trained(module: nn.Module) -> None:

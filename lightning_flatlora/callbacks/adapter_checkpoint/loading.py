@@ -16,6 +16,7 @@ from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import differ
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
     Entry,
     Kind,
+    base_of,
     entries_of,
     plain_name,
     scalings_of,
@@ -159,7 +160,7 @@ def _load_weights(
         # By PyTorch's method, as it was saved. Not strict, since the base is not in the file.
         nn.Module.load_state_dict(module, parts, strict=False)
     _compare_scalings(mark["scalings"], scalings_of(module, finder))
-    base = {name: tensor for name, tensor in _base_of(entries).items() if name not in parts}
+    base = {name: parameter for name, parameter in base_of(entries).items() if name not in parts}
     _compare_base(mark["left_out"], identities_of(base, whole=not is_sharded(model)), refuse=is_fit and strict)
 
 
@@ -173,10 +174,6 @@ def _part_of(name: str, value: Any, parameter: Any, layout: Layout) -> Any:
             f"in the checkpoint {tuple(value.shape)}: it is of another model or adapter"
         )
     return layout.part(value, parameter)
-
-
-def _base_of(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    return {name: entry.value for name, entry in entries.items() if entry.kind is Kind.BASE}
 
 
 def _check_names(entries: Mapping[str, Entry], state: Mapping[str, Any], left_out: Any, strict: bool) -> None:
@@ -241,15 +238,11 @@ def _compare_base(expected: Mapping[str, Any], found: Mapping[str, Any], refuse:
 @contextmanager
 def _another_base_noted(module: nn.Module, finder: Finder | None, model: nn.Module | None = None) -> Iterator[None]:
     """What a checkpoint of Lightning's own changes of the base, when it is loaded inside, counts as trained."""
-    # Parts can't be compared.
-    if is_sharded(model):
-        yield
-        return
-    base = _base_of(entries_of(module, finder))
-    before = identities_of(base)
+    base, whole = base_of(entries_of(module, finder)), not is_sharded(model)
+    before = identities_of(base, whole)
     yield
-    for name in differing(before, identities_of(base)):
-        trained_names(module).add(plain_name(name))
+    others = differing(before, identities_of(base, whole))
+    trained_names(module).update(plain_name(name) for name in others)
 
 
 def _load_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

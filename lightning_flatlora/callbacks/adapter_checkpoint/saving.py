@@ -13,18 +13,19 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import Identity, identities_of
+from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import identities_of
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
     Kind,
+    base_of,
     entries_of,
     note_trained,
     plain_name,
     scalings_of,
     trained_names,
 )
+from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import is_sharded, layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
@@ -44,36 +45,25 @@ class Selection:
 
     Attributes:
         saved: entries of the state dict, by clean name, as this rank holds them.
-        kinds: of all entries.
-        mark: what the checkpoint says of the rest, see :data:`MARK`.
+        left_out: the names of the others.
+        mark: what the checkpoint says of those, see :data:`MARK`.
     """
 
     saved: dict[str, Any]
-    kinds: dict[str, Kind]
+    left_out: set[str]
     mark: dict[str, Any]
 
 
-def select(trainer: Trainer, finder: Finder | None) -> Selection:
-    """Decide what a checkpoint holds.
-
-    Args:
-        trainer: in a fit, after the strategy's setup.
-        finder: of the adapter's factors, if they are not peft's.
-    """
+def _select(trainer: Trainer, finder: Finder | None) -> Selection:
     module = trainer.lightning_module
     note_trained(module)
     trained = trained_names(module)
     entries = entries_of(module, finder)
-    saved: dict[str, Any] = {}
-    base: dict[str, Tensor] = {}
-    for name, entry in entries.items():
-        if entry.kind is Kind.BASE and plain_name(name) not in trained:
-            base[name] = entry.value
-        elif entry.kind is not Kind.DERIVED:
-            saved[name] = entry.value
-    left_out: dict[str, Identity] = identities_of(base, whole=not is_sharded(trainer.strategy.model))
-    kinds = {name: entry.kind for name, entry in entries.items()}
-    return Selection(saved, kinds, {"left_out": left_out, "scalings": scalings_of(module, finder)})
+    left_out = {name for name, entry in entries.items() if entry.kind is Kind.BASE and plain_name(name) not in trained}
+    saved = {name: entry.value for name, entry in entries.items() if name not in left_out}
+    base = {name: value for name, value in base_of(entries).items() if name in left_out}
+    identities = identities_of(base, whole=not is_sharded(trainer.strategy.model))
+    return Selection(saved, left_out, {"left_out": identities, "scalings": scalings_of(module, finder)})
 
 
 @contextmanager
@@ -87,7 +77,7 @@ def adapters_only(
         finder: of the adapter's factors, if they are not peft's.
         write: called with the checkpoint and its path, on rank zero only; every rank takes part in the gathering.
     """
-    strategy, selection = trainer.strategy, select(trainer, finder)
+    strategy, selection = trainer.strategy, _select(trainer, finder)
     whole: dict[str, Any] = {}
 
     def lightning_module_state_dict() -> dict[str, Any]:
@@ -130,9 +120,8 @@ def _slim(checkpoint: dict[str, Any], whole: dict[str, Any], selection: Selectio
     """
     state = dict(whole)
     for name, value in checkpoint.get("state_dict", {}).items():
-        clean = clean_name(name)
-        if clean not in selection.mark["left_out"] and selection.kinds.get(clean) is not Kind.DERIVED:
-            state[clean] = value
+        if clean_name(name) not in selection.left_out:
+            state[clean_name(name)] = value
     slim: dict[str, Any] = _on_cpu({**checkpoint, "state_dict": state, MARK: selection.mark})
     return slim
 
@@ -149,38 +138,47 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _whole_optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
-    """The state of a sharded optimizer as ``optimizer.state_dict()`` has it on one device; complete on rank zero."""
-    _check_form(trainer, optimizer)
-    # Without any state PyTorch would take a step to create it, which the run has not taken.
-    if not trainer.strategy.reduce_boolean_decision(bool(optimizer.state), all=False):
-        return optimizer.state_dict()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    packed: dict[str, Any] = get_optimizer_state_dict(trainer.strategy.model, optimizer, options=options)  # type: ignore[arg-type]
-    numbers: dict[str, int] = {}
-    param_groups = []
-    for group in packed.get("param_groups", []):
-        for name in group["params"]:
-            numbers[name] = len(numbers)
-        param_groups.append({**group, "params": [numbers[name] for name in group["params"]]})
-    state = {numbers[name]: values for name, values in packed.get("state", {}).items()}
-    return {"state": state, "param_groups": param_groups}
-
-
-def _check_form(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Raise on every rank, so that none waits for another, if a state can't be made whole."""
-    problem = ""
-    if set(optimizer.state_dict()) != {"state", "param_groups"}:
-        problem = f"the state of {type(optimizer).__name__} has the entries {sorted(map(str, optimizer.state_dict()))}"
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
-                problem = f"the optimizer keeps {key!r} of the shape {tuple(value.shape)} for a parameter"
-    if trainer.strategy.reduce_boolean_decision(bool(problem), all=False):
+    """The state of a sharded optimizer in its own format, with whole values on the CPU."""
+    # Not PyTorch's get_optimizer_state_dict, which steps an optimizer without state, as one is under FSDP1 on a rank
+    # that has no part of what it trains.
+    parameters, layout, packed = parameters_of(optimizer), layout_of(trainer.strategy.model), optimizer.state_dict()
+    if set(packed) != {"state", "param_groups"}:
         raise MisconfigurationException(
-            f"AdapterCheckpoint: {problem or 'the state on another rank is not of the known form'}, and it can't be "
-            "known how to make it whole, as the model is sharded: use an optimizer that keeps its state as PyTorch's "
-            "do, or train on one device or under DDP"
+            f"AdapterCheckpoint: the state of {type(optimizer).__name__} has the entries {sorted(map(str, packed))}, "
+            "and it can't be known which of them are split over the ranks: use an optimizer that keeps its state as "
+            "PyTorch's do, or train on one device or under DDP"
         )
+    outline: dict[tuple[Any, str], Any] = {}
+    for index, values in packed["state"].items():
+        parameter = parameters[index] if index in range(len(parameters)) else None
+        for key, value in values.items():
+            if parameter is None or parameter.numel():
+                outline[index, key] = _outlined(key, value, parameter)
+    whole: dict[Any, dict[str, Any]] = {}
+    # All ranks agree on what there is, since under FSDP1 a rank without a part of a parameter has no state for it.
+    for (index, key), value in layout.merged(outline).items():
+        if isinstance(value, torch.Size):
+            raise MisconfigurationException(
+                f"AdapterCheckpoint: the optimizer keeps {key!r} of the shape {tuple(value)} for a parameter that is "
+                "sharded, and it can't be known how to make it whole: use another optimizer, or Lightning's "
+                "ModelCheckpoint"
+            )
+        if isinstance(value, torch.dtype):
+            parameter = parameters[index]
+            part = packed["state"].get(index, {}).get(key, parameter.detach().new_empty(0, dtype=value))
+            value = layout.gather(part, parameter)
+        whole.setdefault(index, {})[key] = value
+    return {**packed, "state": _on_cpu(whole)}
+
+
+def _outlined(key: str, value: Any, parameter: nn.Parameter | None) -> Any:
+    """The dtype of a value that is split as its parameter is, the shape of one split in another way, or the value."""
+    if not isinstance(value, Tensor):
+        return value
+    # The count of steps is a tensor of shape (), which is a scalar parameter's shape, too, and is whole on every rank.
+    if parameter is not None and value.shape == parameter.shape and key != "step":
+        return value.dtype
+    return value.shape if value.numel() > 1 else value.cpu()
 
 
 def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) -> None:
