@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 _SAMPLES = 8
-Identity = dict[str, Any]
-"""Of a parameter: "shape", "dtype", and a "sample" of its values, None if they can't be compared."""
+Identity = dict[str, Any] | None
+"""Of a parameter: "shape", "dtype", and a "sample" of its values; None if these can't be compared."""
 
 
 def identities_of(parameters: Mapping[str, Tensor], whole: bool = True) -> dict[str, Identity]:
@@ -22,13 +22,11 @@ def identities_of(parameters: Mapping[str, Tensor], whole: bool = True) -> dict[
         >>> identities_of({"w": torch.ones(2, 3)})["w"]["sample"]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    identities = {}
+    identities: dict[str, Identity] = {}
     for name, tensor in parameters.items():
-        identities[name] = {
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "sample": _sample(tensor.detach()) if whole else None,
-        }
+        sample, dtype = _sample(tensor.detach()) if whole else None, str(tensor.dtype).removeprefix("torch.")
+        is_readable = sample is not None
+        identities[name] = {"shape": list(tensor.shape), "dtype": dtype, "sample": sample} if is_readable else None
     return identities
 
 
@@ -52,12 +50,11 @@ def _sample(tensor: Tensor) -> list[float] | None:
 def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -> list[str]:
     """The names of parameters that are not as a checkpoint describes them, or that only one side has.
 
-    A parameter of another dtype may differ by its rounding. What has no sample on one side is not compared.
+    A parameter of another dtype may differ by its rounding. What can't be read on one side is not compared.
     """
     names = []
     for name in dict.fromkeys([*expected, *found]):
-        old, new = expected.get(name), found.get(name)
-        if old is None or new is None or not _same(old, new):
+        if name not in expected or name not in found or not _same(expected[name], found[name]):
             names.append(name)
     return names
 
@@ -68,7 +65,7 @@ def _same(old: Identity, new: Identity) -> bool:
     Frozen weights are not rounded again. So within one dtype even the next number of bfloat16 is another value: the
     weights of a chat model differ that little from those of its base.
     """
-    if old["sample"] is None or new["sample"] is None:
+    if old is None or new is None:
         return True
     if old["shape"] != new["shape"]:
         return False

@@ -137,7 +137,10 @@ def hosts(module: nn.Module) -> dict[str, nn.Module]:
         if id(part) not in covered and (has_layers or isinstance(part, PeftModel | BaseTuner)):
             found[name] = part
             covered.update(inside)
-    return found
+    nested: set[int] = set()
+    for part in found.values():
+        nested.update(id(inner) for inner in part.modules() if inner is not part)
+    return {name: part for name, part in found.items() if id(part) not in nested}
 
 
 def hosts_of(module: nn.Module, finder: Finder | None) -> dict[str, nn.Module]:
