@@ -304,7 +304,7 @@ def test_names_are_clean_and_peft_finds_its_layers_in_a_wrapped_model(tmp_path: 
 
 
 def test_what_a_killed_run_left_is_not_in_the_way(tmp_path: Path) -> None:
-    """The folder comes before the file: one without a file keeps its name, and hidden parts of both are written anew."""
+    """The folder comes before the file: one without a file keeps its name, and hidden parts are written again."""
     module, callbacks, _ = build("efmlora")
     fit(tmp_path, module, [*callbacks, checkpoint(tmp_path)], max_epochs=1)
     (tmp_path / "step=3.ckpt").unlink()
