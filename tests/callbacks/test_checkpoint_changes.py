@@ -261,13 +261,3 @@ def test_attention_that_drifts_in_each_forward_resumes_bit_for_bit(tmp_path: Pat
     resumed = module()
     fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
     assert same(resumed.state_dict(), whole.state_dict())
-
-
-def test_the_user_is_told_what_is_in_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module = module_of()
-    module.head = nn.Linear(50, 50)
-    with caplog.at_level("INFO"):
-        fit(tmp_path, module, [saver(tmp_path)])
-    (message,) = [record.message for record in caplog.records if "AdapterCheckpoint" in record.message]
-    assert "the .ckpt files hold 8 tensors: the adapters, and with them" in message
-    assert "left out as long as they are frozen" in message

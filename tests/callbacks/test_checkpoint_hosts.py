@@ -22,7 +22,7 @@ from quantized_bases import network as quantized_network
 from torch import Tensor, nn
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import Kind, base_of, entries_of, hosts
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import contents_of, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 ARGUMENTS = {"r": 2, "target_modules": ["0", "2"]}
@@ -200,12 +200,10 @@ def test_a_base_that_the_module_keeps_beside_the_peft_model_is_no_second_host(
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("quantize", BASES)
-def test_what_a_quantized_layer_keeps_belongs_to_the_base(quantize: Any, order: tuple[str, ...]) -> None:
-    """Under each of its names, though it is no parameter."""
-    entries = entries_of(Keeps(order, quantized_network(quantize)))
-    in_base = {name for name, entry in entries.items() if entry.kind is Kind.BASE}
-    assert in_base > base_of(entries).keys()
-    assert Kind.OTHER not in {entry.kind for entry in entries.values()}
+def test_what_a_quantized_layer_keeps_is_derived_under_each_of_its_names(quantize: Any, order: tuple[str, ...]) -> None:
+    contents = contents_of(Keeps(order, quantized_network(quantize)))
+    assert contents.derived
+    assert not contents.others
 
 
 def test_two_peft_models_are_two_hosts() -> None:

@@ -48,7 +48,7 @@ def _sample(tensor: Tensor) -> list[float] | None:
 
 
 def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -> list[str]:
-    """The names of parameters that are not as a checkpoint describes them, or that only one side has.
+    """Name the parameters that are not as a checkpoint describes them, or that only one side has.
 
     A parameter of another dtype may differ by its rounding. What can't be read on one side is not compared.
     """
@@ -79,7 +79,7 @@ def _same(old: Identity, new: Identity) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """The first three names of many.
+    """Give the first three names of many.
 
     Example:
         >>> listed(["a", "b", "c", "d", "e"])

@@ -23,7 +23,7 @@ from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
     unwrapped,
 )
 from lightning_flatlora.callbacks.adapter_checkpoint.loading import read_adapters
-from lightning_flatlora.callbacks.adapter_checkpoint.saving import Selection, adapters_only, dry_run
+from lightning_flatlora.callbacks.adapter_checkpoint.saving import adapters_only, dry_run
 from lightning_flatlora.callbacks.methods.checks import refuse
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
@@ -88,21 +88,19 @@ class SavesAdapters(_Base):
         # In these cases nothing will be saved.
         if getattr(trainer, "fast_dev_run", False) or (self.save_top_k == 0 and not self.save_last):
             return
-        is_first = callback_of(trainer, SavesAdapters) is self
-        if rewritten and is_first:
+        if rewritten:
             rank_zero_warn(
                 f"AdapterCheckpoint: peft rewrote {listed(rewritten)} of the base when it made the adapter, as "
                 "init_lora_weights says, and would rewrite it otherwise the next time. So the .ckpt files hold it, and "
                 "a run resumes from them. The folders hold only the adapter, which peft would put on another base: to "
                 "use it elsewhere, load the .ckpt by load_adapter_checkpoint, and merge it by merge_and_unload"
             )
-        with adapters_only(trainer, self.finder, self._writer(trainer)) as selection:
+        with adapters_only(trainer, self.finder, self._writer(trainer)):
             dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only, linked=self.save_last == "link")
-        if is_first:
-            _announce(selection)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         # At the first batch of an epoch all hooks that freeze and unfreeze at its start have run.
         if batch_idx == 0:
             note_trained(pl_module)
@@ -250,13 +248,3 @@ def _warn_of_merged(module: nn.Module) -> None:
                 "unmerge_adapter() before the save, as in on_validation_epoch_end"
             )
             return
-
-
-def _announce(selection: Selection) -> None:
-    """Report once what the files hold, and how much they leave out."""
-    more = [name for name in selection.saved if ".lora_" not in name]
-    rank_zero_info(
-        f"AdapterCheckpoint: the .ckpt files hold {len(selection.saved)} tensors: the adapters, and with them "
-        f"{listed(more) or 'nothing else'}. {len(selection.left_out)} tensors of the base are left out as long as they "
-        "are frozen. The folders hold only the adapters"
-    )

@@ -1,10 +1,9 @@
 """Say what a checkpoint holds: adapters, all that is outside of the base, buffers, and what has been trained."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,23 +23,21 @@ _PUT_AROUND = re.compile(r"\.(base_layer|original_module)(?=\.)")
 _TRAINED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 
 
-class Kind(Enum):
-    """Where an entry of a state dict belongs."""
-
-    ADAPTER = "adapter"
-    """What peft has put in, or a finder has found: always saved."""
-    BASE = "base"
-    """What the base's own loader gives again: parameters, and what a quantized layer keeps with its weight."""
-    OTHER = "other"
-    """Buffers, and everything outside of the base: always saved, as Lightning does."""
-
-
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """One entry of a state dict; the value is the parameter or buffer itself, as this rank holds it."""
+class Contents:
+    """Divide the entries of a module's state dict, by clean names; values are as this rank holds them.
 
-    value: Any
-    kind: Kind
+    Attributes:
+        adapters: what peft has put in, or a finder has found.
+        base: parameters that the base's own loader gives again.
+        derived: names of what a quantized layer of the base keeps with its weight, and creates again with it.
+        others: buffers, and everything outside of the base.
+    """
+
+    adapters: dict[str, Any]
+    base: dict[str, nn.Parameter]
+    derived: set[str]
+    others: dict[str, Any]
 
 
 @contextmanager
@@ -70,8 +67,8 @@ def unwrapped(module: nn.Module) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Entry]:
-    """Every entry of a module's state dict, by its clean name.
+def contents_of(module: nn.Module, finder: Finder | None = None) -> Contents:
+    """Divide the entries of a module's state dict.
 
     Args:
         module: a LightningModule, or a part of one.
@@ -87,22 +84,26 @@ def entries_of(module: nn.Module, finder: Finder | None = None) -> dict[str, Ent
             in_base.update(id(part) for part in host.modules())
         # With duplicates, since the base of a peft model may be an attribute of the module too.
         parts = dict(module.named_modules(remove_duplicate=False))
-    return {name: Entry(value, _kind_of(name, parts, in_base, adapters)) for name, value in state.items()}
-
-
-def _kind_of(name: str, parts: dict[str, nn.Module], in_base: set[int], adapters: set[str]) -> Kind:
-    outer = [name[: end.start()] for end in re.finditer(r"\.", name)]
-    if name in adapters or not adapters.isdisjoint(outer):
-        return Kind.ADAPTER
-    # The innermost module with a part of this name: a quantized layer's entries may have a dot of their own.
-    owner = next((place for place in reversed(outer) if place in parts), "")
-    own_name = name.removeprefix(prefix_of(owner))
-    is_kept = own_name in parts[owner]._buffers or own_name == "_extra_state"
-    return Kind.BASE if id(parts[owner]) in in_base and not is_kept else Kind.OTHER
+    contents = Contents({}, {}, set(), {})
+    for name, value in state.items():
+        outer = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+        # The innermost module with a part of this name: a quantized layer's entries may have a dot of their own.
+        owner = next((place for place in reversed(outer) if place in parts), "")
+        own_name = name.removeprefix(prefix_of(owner))
+        is_buffer = own_name in parts[owner]._buffers or own_name == "_extra_state"
+        if name in adapters or not adapters.isdisjoint(outer):
+            contents.adapters[name] = value
+        elif is_buffer or id(parts[owner]) not in in_base:
+            contents.others[name] = value
+        elif isinstance(value, nn.Parameter):
+            contents.base[name] = value
+        else:
+            contents.derived.add(name)
+    return contents
 
 
 def _adapter_places(module: nn.Module) -> Iterator[str]:
-    """The names under which adapters, active or not, keep modules and tensors, and those of prompt encoders."""
+    """Find the names under which adapters, active or not, keep modules and tensors, and those of prompt encoders."""
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
             for attribute in (*part.adapter_layer_names, *part.other_param_names):
@@ -112,7 +113,7 @@ def _adapter_places(module: nn.Module) -> Iterator[str]:
 
 
 def hosts(module: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules that hold peft's adapters, by name.
+    """Find the outermost modules that hold peft's adapters, by name.
 
     These are peft models, and modules into which ``add_adapter`` of transformers or diffusers, or
     ``peft.inject_adapter_in_model``, has put peft's layers.
@@ -144,14 +145,14 @@ def hosts(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def hosts_of(module: nn.Module, finder: Finder | None) -> dict[str, nn.Module]:
-    """The modules whose insides are the base: peft's hosts, and the child modules in which a finder finds factors."""
+    """Find the modules that hold the base: peft's hosts, and the child modules in which a finder finds factors."""
     first_parts = {name.partition(".")[0] for name in found_factors(module, finder)}
     found = {name: child for name, child in module.named_children() if name in first_parts}
     return {**found, **hosts(module)}
 
 
 def found_factors(module: nn.Module, finder: Finder | None) -> dict[str, nn.Parameter]:
-    """The parameters that hold a finder's factors, by each of their names."""
+    """Find the parameters that hold a finder's factors, by each of their names."""
     pairs = [] if finder is None else pairs_from(finder, module)
     factors = {id(factor) for factor in all_factors(pairs)}
     named = module.named_parameters(remove_duplicate=False)
@@ -159,7 +160,7 @@ def found_factors(module: nn.Module, finder: Finder | None) -> dict[str, nn.Para
 
 
 def prefix_of(name: str) -> str:
-    """What the names of a module's parts begin with.
+    """Give what the names of a module's parts begin with.
 
     Example:
         >>> prefix_of("net"), prefix_of("")
@@ -169,7 +170,7 @@ def prefix_of(name: str) -> str:
 
 
 def scalings_of(module: nn.Module, finder: Finder | None = None) -> dict[str, float]:
-    """The scaling s by which a layer multiplies an adapter's product of factors, by names of both.
+    """Read the scaling s by which a layer multiplies an adapter's product of factors, by names of both.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -191,7 +192,7 @@ def scalings_of(module: nn.Module, finder: Finder | None = None) -> dict[str, fl
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the layers that peft has put around it, which may come in the middle of a fit.
+    """Give a parameter's name without the layers that peft has put around it, which may come in the middle of a fit.
 
     Example:
         >>> plain_name("net.head.base_layer.weight"), plain_name("net._orig_mod.head.original_module.bias")
@@ -201,15 +202,9 @@ def plain_name(name: str) -> str:
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """The plain names of what has ever required a gradient in a module, or was in a file that it has loaded."""
+    """Give the plain names of what has ever required a gradient in a module, or was in a file that it has loaded."""
     # Outside of the module, whose attributes belong to the user, and weakly, so that it goes with the module.
     return _TRAINED.setdefault(bare(module), set())
-
-
-def base_of(entries: Mapping[str, Entry]) -> dict[str, nn.Parameter]:
-    """The parameters of the base among the entries of a module, by name."""
-    of_base = {name: entry.value for name, entry in entries.items() if entry.kind is Kind.BASE}
-    return {name: value for name, value in of_base.items() if isinstance(value, nn.Parameter)}
 
 
 def note_trained(module: nn.Module) -> None:
@@ -224,7 +219,8 @@ def note_rewritten(module: nn.Module) -> list[str]:
     """Record which frozen weights under adapters peft itself writes, as if they were trained.
 
     Returns:
-        Plain names of those that it wrote when it made the adapter, and would write otherwise the next time.
+        Plain names of those that it wrote when it made the adapter, and would write otherwise the next time, without
+        those that are known already.
     """
     at_random: list[str] = []
     for host_name, host in hosts(module).items():
@@ -240,5 +236,6 @@ def note_rewritten(module: nn.Module) -> list[str]:
             # peft's attention merges its adapter in each forward and takes it out, which moves the weights by rounding.
             elif isinstance(layer, MultiheadAttention):
                 trained_names(module).update(names)
-    trained_names(module).update(at_random)
-    return at_random
+    new = [name for name in at_random if name not in trained_names(module)]
+    trained_names(module).update(new)
+    return new

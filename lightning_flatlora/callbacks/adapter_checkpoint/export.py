@@ -1,4 +1,4 @@
-"""The folder beside a checkpoint: adapters in peft's own format, and which files on the disk are ours.
+"""Write the folder beside a checkpoint in peft's own format, and know which files on the disk are ours.
 
 Each folder holds a small list of the files that were written into it. Nothing else is ever deleted.
 """
@@ -96,7 +96,7 @@ def _check_config(name: str, config: PeftConfig) -> None:
 
 
 def _save_embeddings(host: nn.Module) -> bool | Literal["auto"]:
-    """What peft is told about embeddings: to save them if it finds them adapted, or that there are none.
+    """Tell peft about embeddings: to save them if it finds them adapted, or that there are none.
 
     It asks for them if an adapted layer is called lm_head, and transformers' speech models have none to give.
     """
@@ -121,7 +121,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def adapter_folder(checkpoint: Path) -> Path:
-    """The folder of a checkpoint: its own if there is one, or a free name.
+    """Give the folder of a checkpoint: its own if there is one, or a free name.
 
     It is called like the file without its extension, or, if something that is not ours has that name, the same with
     "-adapter" behind it.
@@ -134,7 +134,7 @@ def adapter_folder(checkpoint: Path) -> Path:
 
 
 def folder_names(checkpoint: Path) -> Iterator[Path]:
-    """The possible names of a checkpoint's folder, the wanted one first."""
+    """Give the possible names of a checkpoint's folder, the wanted one first."""
     if checkpoint.stem != checkpoint.name:
         yield checkpoint.with_name(checkpoint.stem)
     yield checkpoint.with_name(f"{checkpoint.stem}-adapter")
@@ -164,12 +164,12 @@ def _listed(folder: Path) -> dict[str, Any]:
 
 
 def aside(path: Path) -> Path:
-    """A hidden name beside a file or folder, which only we use, for what is not complete yet."""
+    """Give a hidden name beside a file or folder, which only we use, for what is not complete yet."""
     return path.with_name(f".{path.name}.adapter-checkpoint-partial")
 
 
 def begin_folder(folder: Path) -> Path:
-    """An empty hidden folder beside the one to be written, which is moved into place once it is complete."""
+    """Make an empty hidden folder beside the one to be written, which is moved into place once it is complete."""
     partial = aside(folder)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)

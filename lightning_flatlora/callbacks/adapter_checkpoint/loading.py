@@ -10,20 +10,11 @@ from typing import IO, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import differing, identities_of, listed
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
-    Entry,
-    Kind,
-    base_of,
-    entries_of,
-    plain_name,
-    scalings_of,
-    trained_names,
-    unwrapped,
-)
-from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK
+from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK, is_split
 from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import Layout, is_sharded, layout_of
@@ -146,26 +137,27 @@ def _load_weights(
         model: the module as a strategy has wrapped it, which may have split the parameters.
         is_fit: whether the run goes on, which is refused on another base.
     """
-    entries, layout, mark = entries_of(module, finder), layout_of(model), checkpoint[MARK]
+    found, layout, mark = contents.contents_of(module, finder), layout_of(model), checkpoint[MARK]
     # A module's on_load_checkpoint may have completed the state dict by itself.
-    state = {name: value for name, value in checkpoint["state_dict"].items() if name not in mark["left_out"]}
-    _check_names(entries, state, mark["left_out"], strict)
-    parts = {}
-    for name, value in state.items():
-        if name in entries:
-            parts[name] = _part_of(name, value, entries[name].value, layout)
-            if entries[name].kind is Kind.BASE:
-                trained_names(module).add(plain_name(name))
-    with unwrapped(module):
+    left_out = found.derived.union(mark["left_out"])
+    state = {name: value for name, value in checkpoint["state_dict"].items() if name not in left_out}
+    own = {**found.adapters, **found.base, **found.others}
+    lacking = [name for name in own if name not in state and name not in left_out and name not in found.base]
+    _refuse_names(lacking, f"lacks {len(lacking)} weights that the module has", strict)
+    surplus = [name for name in state if name not in own]
+    _refuse_names(surplus, f"has {len(surplus)} weights that the module lacks", strict)
+    parts = {name: _part_of(name, value, own[name], layout) for name, value in state.items() if name in own}
+    contents.trained_names(module).update(contents.plain_name(name) for name in parts if name in found.base)
+    with contents.unwrapped(module):
         # By PyTorch's method, as it was saved. Not strict, since the base is not in the file.
         nn.Module.load_state_dict(module, parts, strict=False)
-    _compare_scalings(mark["scalings"], scalings_of(module, finder))
-    base = {name: parameter for name, parameter in base_of(entries).items() if name not in parts}
+    _compare_scalings(mark["scalings"], contents.scalings_of(module, finder))
+    base = {name: parameter for name, parameter in found.base.items() if name not in parts}
     _compare_base(mark["left_out"], identities_of(base, whole=not is_sharded(model)), refuse=is_fit and strict)
 
 
 def _part_of(name: str, value: Any, parameter: Any, layout: Layout) -> Any:
-    """What this rank keeps of a value in a file."""
+    """Cut out what this rank keeps of a value in a file."""
     if not isinstance(parameter, nn.Parameter):
         return value
     if value.shape != layout.shape(parameter):
@@ -176,25 +168,14 @@ def _part_of(name: str, value: Any, parameter: Any, layout: Layout) -> Any:
     return layout.part(value, parameter)
 
 
-def _check_names(entries: Mapping[str, Entry], state: Mapping[str, Any], left_out: Any, strict: bool) -> None:
+def _refuse_names(names: list[str], what: str, strict: bool) -> None:
     """Refuse a file that lacks what the module can't get elsewhere, or that holds what the module does not have."""
-    lacking = []
-    for name, entry in entries.items():
-        if entry.kind in (Kind.ADAPTER, Kind.OTHER) and name not in state and name not in left_out:
-            lacking.append(name)
-    surplus = [name for name in state if name not in entries]
-    cases = (
-        (lacking, f"lacks {len(lacking)} weights that the module has"),
-        (surplus, f"has {len(surplus)} weights that the module lacks"),
-    )
-    for names, what in cases:
-        if not names:
-            continue
-        text = f"AdapterCheckpoint: the checkpoint {what}, such as {names[0]}: "
-        if strict:
-            raise MisconfigurationException(
-                f"{text}it is of another model or adapter. To load what fits, set the module's strict_loading to False"
-            )
+    text = f"AdapterCheckpoint: the checkpoint {what}, such as {''.join(names[:1])}: "
+    if names and strict:
+        raise MisconfigurationException(
+            f"{text}it is of another model or adapter. To load what fits, set the module's strict_loading to False"
+        )
+    if names:
         rank_zero_warn(f"{text}they are left as they are")
 
 
@@ -237,12 +218,12 @@ def _compare_base(expected: Mapping[str, Any], found: Mapping[str, Any], refuse:
 
 @contextmanager
 def _another_base_noted(module: nn.Module, finder: Finder | None, model: nn.Module | None = None) -> Iterator[None]:
-    """What a checkpoint of Lightning's own changes of the base, when it is loaded inside, counts as trained."""
-    base, whole = base_of(entries_of(module, finder)), not is_sharded(model)
+    """Count as trained what a checkpoint of Lightning's own, loaded inside, changes of the base."""
+    base, whole = contents.contents_of(module, finder).base, not is_sharded(model)
     before = identities_of(base, whole)
     yield
     others = differing(before, identities_of(base, whole))
-    trained_names(module).update(plain_name(name) for name in others)
+    contents.trained_names(module).update(contents.plain_name(name) for name in others)
 
 
 def _load_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -261,17 +242,13 @@ def _load_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         state = {}
         for number, values in saved["state"].items():
             parameter = parameters.get(number)
-            # A state of an unknown parameter is refused by the optimizer itself, with its own message.
-            if parameter is None:
+            # A rank without a part of a parameter has no state for it, which would keep its old step. A state of an
+            # unknown parameter is refused by the optimizer itself, with its own message.
+            if parameter is None or parameter.numel():
                 state[number] = values
-            elif parameter.numel():  # a rank without a part has no state for it, which would keep its old step
-                state[number] = {key: _part_of_state(key, value, parameter, layout) for key, value in values.items()}
+            for key, value in state.get(number, {}).items():
+                if parameter is not None and is_split(key, value, layout.shape(parameter)):
+                    state[number] = {**state[number], key: layout.part(value, parameter)}
         # Not PyTorch's set_optimizer_state_dict, which takes a step to create the state of every parameter, also of
         # those that had none in the saved run.
         optimizer.load_state_dict({**saved, "state": state})
-
-
-def _part_of_state(key: str, value: Any, parameter: nn.Parameter, layout: Layout) -> Any:
-    # The count of steps is a tensor of shape (), which is a scalar parameter's shape, too, and is whole on every rank.
-    is_split = isinstance(value, Tensor) and key != "step" and value.shape == layout.shape(parameter)
-    return layout.part(value, parameter) if is_split else value

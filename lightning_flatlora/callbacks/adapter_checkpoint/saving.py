@@ -15,16 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import identities_of
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
-    Kind,
-    base_of,
-    entries_of,
-    note_trained,
-    plain_name,
-    scalings_of,
-    trained_names,
-)
 from lightning_flatlora.callbacks.methods.gradients import parameters_of
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import is_sharded, layout_of
@@ -41,7 +33,7 @@ There it has the identities of the parameters that are "left_out", and the "scal
 
 @dataclass(frozen=True)
 class Selection:
-    """What a checkpoint holds of a module.
+    """Say what a checkpoint holds of a module.
 
     Attributes:
         saved: entries of the state dict, by clean name, as this rank holds them.
@@ -56,21 +48,20 @@ class Selection:
 
 def _select(trainer: Trainer, finder: Finder | None) -> Selection:
     module = trainer.lightning_module
-    note_trained(module)
-    trained = trained_names(module)
-    entries = entries_of(module, finder)
-    left_out = {name for name, entry in entries.items() if entry.kind is Kind.BASE and plain_name(name) not in trained}
-    saved = {name: entry.value for name, entry in entries.items() if name not in left_out}
-    base = {name: value for name, value in base_of(entries).items() if name in left_out}
-    identities = identities_of(base, whole=not is_sharded(trainer.strategy.model))
-    return Selection(saved, left_out, {"left_out": identities, "scalings": scalings_of(module, finder)})
+    contents.note_trained(module)
+    trained, found = contents.trained_names(module), contents.contents_of(module, finder)
+    frozen = {name: value for name, value in found.base.items() if contents.plain_name(name) not in trained}
+    learnt = {name: value for name, value in found.base.items() if name not in frozen}
+    identities = identities_of(frozen, whole=not is_sharded(trainer.strategy.model))
+    mark = {"left_out": identities, "scalings": contents.scalings_of(module, finder)}
+    return Selection({**found.adapters, **learnt, **found.others}, found.derived.union(frozen), mark)
 
 
 @contextmanager
 def adapters_only(
     trainer: Trainer, finder: Finder | None, write: Callable[[dict[str, Any], Path], None]
-) -> Iterator[Selection]:
-    """Inside, a checkpoint that the trainer saves leaves out the frozen base, under every strategy.
+) -> Iterator[None]:
+    """Let the checkpoints that a trainer saves inside leave out the frozen base, under every strategy.
 
     Args:
         trainer: in a fit.
@@ -97,11 +88,11 @@ def adapters_only(
     if is_sharded(strategy.model):
         methods["optimizer_state"] = lambda optimizer: _whole_optimizer_state(trainer, optimizer)
     with put_on(strategy, methods):
-        yield selection
+        yield
 
 
 def _whole(values: dict[str, Any], model: nn.Module | None) -> dict[str, Any]:
-    """Values whole and on the CPU; a tensor with two names is gathered once, and stays one tensor."""
+    """Make values whole, on the CPU; a tensor with two names is gathered once, and stays one tensor."""
     layout = layout_of(model)
     whole: dict[int, Any] = {}
     for value in values.values():
@@ -112,7 +103,7 @@ def _whole(values: dict[str, Any], model: nn.Module | None) -> dict[str, Any]:
 
 
 def _slim(checkpoint: dict[str, Any], whole: dict[str, Any], selection: Selection) -> dict[str, Any]:
-    """A checkpoint with our mark, on the CPU, whose state dict holds everything that is selected, and nothing else.
+    """Give a checkpoint our mark, on the CPU, and a state dict with all that is selected and nothing that is left out.
 
     A module's ``on_save_checkpoint`` may have taken weights out, to make Lightning's own file smaller; without them no
     run could be resumed. WeightAveraging puts the averages of the whole model in place of the state dict. Those of
@@ -127,7 +118,7 @@ def _slim(checkpoint: dict[str, Any], whole: dict[str, Any], selection: Selectio
 
 
 def _on_cpu(value: Any) -> Any:
-    """Nested plain containers with their tensors on the CPU."""
+    """Move the tensors in nested plain containers to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if type(value) is dict:
@@ -138,7 +129,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _whole_optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
-    """The state of a sharded optimizer in its own format, with whole values on the CPU."""
+    """Give the state of a sharded optimizer in its own format, with whole values on the CPU."""
     # Not PyTorch's get_optimizer_state_dict, which steps an optimizer without state, as one is under FSDP1 on a rank
     # that has no part of what it trains.
     parameters, layout, packed = parameters_of(optimizer), layout_of(trainer.strategy.model), optimizer.state_dict()
@@ -172,13 +163,16 @@ def _whole_optimizer_state(trainer: Trainer, optimizer: Optimizer) -> dict[str, 
 
 
 def _outlined(key: str, value: Any, parameter: nn.Parameter | None) -> Any:
-    """The dtype of a value that is split as its parameter is, the shape of one split in another way, or the value."""
-    if not isinstance(value, Tensor):
-        return value
-    # The count of steps is a tensor of shape (), which is a scalar parameter's shape, too, and is whole on every rank.
-    if parameter is not None and value.shape == parameter.shape and key != "step":
+    """Give the dtype of a value that is split as its parameter is, the shape of one split otherwise, or the value."""
+    if parameter is not None and is_split(key, value, parameter.shape):
         return value.dtype
-    return value.shape if value.numel() > 1 else value.cpu()
+    return value.shape if isinstance(value, Tensor) and value.numel() > 1 else value
+
+
+def is_split(key: str, value: Any, shape: torch.Size) -> bool:
+    """Report whether an optimizer's value is split over the ranks as a parameter of some shape is."""
+    # The count of steps is a tensor of shape (), which is a scalar parameter's shape, too, and is whole on every rank.
+    return isinstance(value, Tensor) and value.shape == shape and key != "step"
 
 
 def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) -> None:
@@ -201,12 +195,10 @@ def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) ->
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
         if trainer.is_global_zero:
             _save_and_remove(trainer, checkpoint, folder, linked)
-            for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
-                _warn_of_hyperparameters(owner, checkpoint)
     except Exception as error:
         cause, problem = error, f"saving into {folder} would fail: {type(error).__name__}: {error}"
-        culprit = _unpicklable(checkpoint)
-        if culprit is not None:
+        culprit = _first_that_fails(checkpoint, _pickled)
+        if culprit:
             problem = f"{culprit} can't be pickled, so no checkpoint could be written: {type(error).__name__}: {error}"
     # One rank may fail alone, for example by a callback's state. It ends the others, too, which would wait for it.
     fails = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
@@ -214,6 +206,15 @@ def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) ->
     if fails:
         elsewhere = f"saving into {folder} would fail on another rank, whose error says why"
         raise MisconfigurationException(f"AdapterCheckpoint: {problem or of_rank_zero or elsewhere}") from cause
+    # Tensors are loaded in any case, and are the large part.
+    settings = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    refused = _first_that_fails(settings, _loaded)
+    if refused:
+        rank_zero_warn(
+            f"AdapterCheckpoint: PyTorch loads {refused} only from a file that you trust, and a module there is in "
+            "every file whole. If it is a hyper-parameter, leave it out by self.save_hyperparameters(ignore=[...]), or "
+            "give weights_only=False along with ckpt_path"
+        )
 
 
 def _save_and_remove(trainer: Trainer, checkpoint: dict[str, Any], folder: Path, linked: bool) -> None:
@@ -226,36 +227,23 @@ def _save_and_remove(trainer: Trainer, checkpoint: dict[str, Any], folder: Path,
             os.symlink("dry_run.ckpt", Path(name) / "link")
 
 
-def _unpicklable(state: dict[Any, Any], place: str = "checkpoint") -> str | None:
-    """The place in nested dictionaries of the first value that can't be pickled."""
+def _first_that_fails(state: dict[Any, Any], use: Callable[[Any], Any], place: str = "checkpoint") -> str | None:
+    """Find the place in nested dictionaries of the first value that a function can't use."""
     for key, value in state.items():
         try:
-            torch.save(value, io.BytesIO())
-        except Exception:
+            use(value)
+        except Exception:  # whatever PyTorch says of it
             inner = f"{place}[{key!r}]"
-            return (_unpicklable(value, inner) if isinstance(value, dict) else None) or inner
+            return (_first_that_fails(value, use, inner) if isinstance(value, dict) else None) or inner
     return None
 
 
-def _warn_of_hyperparameters(owner: Any, checkpoint: dict[str, Any]) -> None:
-    """Name hyper-parameters that PyTorch would refuse to load, modules among them."""
-    hparams = checkpoint.get(getattr(owner, "CHECKPOINT_HYPER_PARAMS_KEY", ""), {})
-    if not _loads(hparams):
-        # Lightning saves a configuration of OmegaConf as the object that it is.
-        refused = [name for name, value in dict(hparams).items() if not _loads(value)] or list(hparams)
-        rank_zero_warn(
-            f"AdapterCheckpoint: the hyper-parameters {refused} of {type(owner).__name__} hold objects that PyTorch "
-            "loads only from a file that you trust, and modules are in every file whole. Leave them out, "
-            f"self.save_hyperparameters(ignore={refused}), or give weights_only=False along with ckpt_path"
-        )
-
-
-def _loads(value: Any) -> bool:
-    """Report whether PyTorch loads a value from a file that need not be trusted."""
+def _pickled(value: Any) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(value, file)
-    try:
-        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    except Exception:  # whatever PyTorch says of it, a user's run goes on without this check
-        return False
-    return True
+    file.seek(0)
+    return file
+
+
+def _loaded(value: Any) -> Any:
+    return torch.load(_pickled(value), weights_only=True)
