@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, load_adapter_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -146,6 +146,23 @@ def test_all_buffers_are_saved(tmp_path: Path) -> None:
     resumed = module_of()
     fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
     assert same(resumed.state_dict(), module.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+def test_sparse_buffers_are_saved_too(tmp_path: Path, layout: str) -> None:
+    """Such as a graph's adjacency, inside of the base and outside."""
+
+    def module(weight: float) -> Classifier:
+        made = module_of()
+        for part in (made, made.net.base_model.model):
+            part.register_buffer("adjacency", getattr(weight * torch.eye(4), layout)())
+        return made
+
+    fit(tmp_path, module(2.0), [saver(tmp_path)], max_epochs=1)
+    loaded = load_adapter_checkpoint(module(1.0), tmp_path / "step=6.ckpt")
+    for part in (loaded, loaded.net.base_model.model):
+        assert torch.equal(part.adjacency.to_dense(), 2 * torch.eye(4))
 
 
 class Writes(L.Callback):

@@ -18,13 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
-    found_factors,
-    hosts,
-    hosts_of,
-    prefix_of,
-    unwrapped,
-)
+from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.finders import litgpt_pairs
 from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.lora_pair import Finder
@@ -45,10 +39,10 @@ def save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fin
         folder: to write into.
         finder: of factors that are not peft's, which get a file of their own.
     """
-    with unwrapped(module):
-        modules, of_peft = hosts_of(module, finder), hosts(module)
+    with contents.unwrapped(module):
+        modules, of_peft = contents.hosts_of(module, finder), contents.hosts(module)
         for name, host in modules.items():
-            prefix = prefix_of(name)
+            prefix = contents.prefix_of(name)
             of_host = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             if not of_host:
                 raise MisconfigurationException(
@@ -62,7 +56,7 @@ def save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fin
             else:
                 # The name and the form that litgpt's scripts read, or plain safetensors.
                 file = "lit_model.pth.lora" if finder is litgpt_pairs else "factors.safetensors"
-                _save_tensors({key: of_host[key] for key in found_factors(host, finder)}, place / file)
+                _save_tensors({key: of_host[key] for key in contents.found_factors(host, finder)}, place / file)
 
 
 def _save_of_peft(host: Any, state: dict[str, Any], folder: Path) -> None:
