@@ -11,18 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.checkpoint import folder as folders
-from lightning_flatlora.callbacks.checkpoint.changes import listed, record_of
-from lightning_flatlora.callbacks.checkpoint.export import save_adapters
-from lightning_flatlora.callbacks.checkpoint.initialization import rewritten_base, warn_of_rewritten_base
-from lightning_flatlora.callbacks.checkpoint.loading import compare_base, read_adapters
-from lightning_flatlora.callbacks.checkpoint.parts import Entry, Kind, found_hosts, hosts, state_entries, twin_of
-from lightning_flatlora.callbacks.checkpoint.saving import Selection, select, written_as_adapter
-from lightning_flatlora.callbacks.checkpoint.sparse import bytes_of, size_text
-from lightning_flatlora.callbacks.checkpoint.trial import try_to_save
+from lightning_flatlora.callbacks.adapter_checkpoint import export
+from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import listed
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
+    hosts_of,
+    note_rewritten,
+    note_trained,
+    unwrapped,
+)
+from lightning_flatlora.callbacks.adapter_checkpoint.loading import read_adapters
+from lightning_flatlora.callbacks.adapter_checkpoint.saving import adapters_only, dry_run
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.distributed import is_sharded
@@ -38,9 +39,7 @@ else:
 
 
 class SavesAdapters(_Base):
-    """What AdapterCheckpoint adds to ModelCheckpoint, which must come after it among the base classes."""
-
-    _has_reported_other_folder = False
+    """Add what AdapterCheckpoint does to ModelCheckpoint, which must come after it among the base classes."""
 
     def __init__(self, *args: Any, finder: Finder | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,15 +47,15 @@ class SavesAdapters(_Base):
         self._reading = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to a fit: a copy or pickle that is made in the middle of one has no part in it."""
+        """Leave out what belongs to a fit: a copy or pickle that is made in the middle of one has no part in it."""
         return without_logging(self) | {"_reading": ExitStack()}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not any(callback is self for callback in trainer.checkpoint_callbacks):
             raise MisconfigurationException(
-                "AdapterCheckpoint: this Trainer is of pytorch_lightning, which takes it for no checkpoint callback: "
-                "import AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
+                "AdapterCheckpoint: this Trainer is of pytorch_lightning, which does not recognise it as a checkpoint "
+                "callback: import AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
             )
         super().setup(trainer, pl_module, stage)
         # peft writes with plain file operations, which know no remote file systems.
@@ -68,40 +67,43 @@ class SavesAdapters(_Base):
         self._reading.close()
         # Several callbacks may save, but one handles the loading.
         if callback_of(trainer, SavesAdapters) is self:
-            record_of(pl_module).finder = self.finder
-            self._reading = read_adapters(trainer)
+            self._reading = read_adapters(trainer, self.finder)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not (hosts(pl_module) or found_hosts(pl_module, self.finder)):
+        if not hosts_of(pl_module, self.finder):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: {type(pl_module).__name__} holds no peft model: wrap its network with "
                 "peft.get_peft_model or give it an adapter with add_adapter, or give a finder for other layers, or use "
                 "Lightning's ModelCheckpoint"
             )
         refuse(self, checkpoint_problems(trainer.strategy))
-        # Before any step, so that the sums are of the base as its loader gave it.
-        if callback_of(trainer, SavesAdapters) is self:
-            record = record_of(pl_module)
-            twin = twin_of(pl_module)
-            entries = state_entries(twin, record.finder)
-            record.start(entries, whole=not is_sharded(trainer.strategy.model))
-            rewritten = record.add(rewritten_base(twin, entries), entries)
-            if rewritten:
-                warn_of_rewritten_base(rewritten)
-            compare_base(record, record.fingerprints, refuse=pl_module.strict_loading)
+        note_trained(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        rewritten = note_rewritten(pl_module)
         # In these cases nothing will be saved.
         if getattr(trainer, "fast_dev_run", False) or (self.save_top_k == 0 and not self.save_last):
             return
-        selection = select(trainer)
-        try_to_save(trainer, Path(str(self.dirpath)), selection, linked=self.save_last == "link")
-        if callback_of(trainer, SavesAdapters) is self:
-            _announce(selection)
+        if rewritten:
+            rank_zero_warn(
+                f"AdapterCheckpoint: peft rewrote {listed(rewritten)} of the base when it made the adapter, as "
+                "init_lora_weights says, and would rewrite it otherwise the next time. So the .ckpt files hold it, and "
+                "a run resumes from them. The folders hold only the adapter, which peft would put on another base: to "
+                "use it elsewhere, load the .ckpt by load_adapter_checkpoint, and merge it by merge_and_unload"
+            )
+        with adapters_only(trainer, self.finder, self._writer(trainer)):
+            dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only, linked=self.save_last == "link")
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        # At the first batch of an epoch all hooks that freeze and unfreeze at its start have run.
+        if batch_idx == 0:
+            note_trained(pl_module)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -121,80 +123,74 @@ class SavesAdapters(_Base):
         self._reading.close()
 
     @override
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        def write(checkpoint: dict[str, Any], path: Path) -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folder = self._save_folder(trainer, checkpoint["state_dict"], path)
-            _save_file(checkpoint, path)
-            folders.note_checkpoint(folder, is_there=True)
+    def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
+        """Report whether a name is taken, by a file or by a folder that stands where the checkpoint's own would be."""
+        if super().file_exists(filepath, trainer):
+            return True
+        is_taken = trainer.is_global_zero and not export.is_free(next(export.folder_names(Path(filepath))))
+        return bool(trainer.strategy.reduce_boolean_decision(is_taken, all=False))
 
+    @override
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         _warn_of_merged(trainer.lightning_module)
-        with written_as_adapter(trainer, write) as selection:
+        with adapters_only(trainer, self.finder, self._writer(trainer)):
             super()._save_checkpoint(trainer, filepath)
-        if selection.new:
-            rank_zero_info(
-                f"AdapterCheckpoint: {listed(selection.new)} of the base changed in the training or is trained, and is "
-                "in the .ckpt files from now on. The folders beside them hold the adapter alone: where this matters, "
-                "load the .ckpt files, by load_adapter_checkpoint for example"
-            )
         if self.save_last == "link" and self.last_model_path not in ("", filepath):
             # Now, because ModelCheckpoint may remove the link's old target before it turns the link itself.
             self._link_checkpoint(trainer, filepath, self.last_model_path)
 
-    def _save_folder(self, trainer: Trainer, state: dict[str, Any], path: Path) -> Path:
-        """peft's own format, in the folder beside a checkpoint that is about to be written."""
-        module = twin_of(trainer.lightning_module)
-        # peft may need more of the base, such as a resized embedding.
-        if not is_sharded(trainer.strategy.model):
-            # By PyTorch's method, since a module's own may leave entries out or name them otherwise.
-            state = {**nn.Module.state_dict(module), **state}
-        folders.leave_to_user(path, self.FILE_EXTENSION)
-        folder = self._folder(path)
-        partial = folders.begin_folder(folder)
-        save_adapters(module, state, partial, self.finder)
-        folders.put_in_place(partial, folder, path)
-        return folder
+    def _writer(self, trainer: Trainer) -> Any:
+        def write(checkpoint: dict[str, Any], path: Path) -> None:
+            module, state = trainer.lightning_module, checkpoint["state_dict"]
+            # peft may need more of the base, such as a resized embedding.
+            if not is_sharded(trainer.strategy.model):
+                with unwrapped(module):
+                    state = {**nn.Module.state_dict(module), **state}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = self._folder(path)
+            partial = export.begin_folder(folder)
+            export.save_adapters(module, state, partial, self.finder)
+            export.put_in_place(partial, folder, path)
+            _save_file(checkpoint, path)
+
+        return write
 
     def _folder(self, path: Path) -> Path:
-        folder = folders.adapter_folder(path, self.FILE_EXTENSION)
-        wanted = folders.wanted_folder(path, self.FILE_EXTENSION)
-        if folder != wanted and not self._has_reported_other_folder:
-            self._has_reported_other_folder = True
+        folder, wanted = export.adapter_folder(path), next(export.folder_names(path))
+        if folder != wanted and not folder.exists():
             rank_zero_info(
-                f"AdapterCheckpoint: {wanted} stays as it is, since it is somebody else's or its checkpoint was "
-                f"deleted. The adapter beside {path.name} is in {folder.name}"
+                f"AdapterCheckpoint: {wanted} stays as it is, since it was not written by AdapterCheckpoint for "
+                f"{path.name}. The adapter beside that is in {folder.name}"
             )
         return folder
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        folder = None
-        # On rank zero alone: for a slower rank the folder would vanish while it looks. And before the file is removed,
-        # since the file may be what shows that the folder is ours.
-        if trainer.is_global_zero:
-            folder = folders.leave_to_user(Path(filepath), self.FILE_EXTENSION)
-        if folder is not None:
-            folders.note_checkpoint(folder, is_there=False)
+        path, folder = Path(filepath), None
+        # On rank zero only: for a slower rank the folder would vanish while it looks. A folder whose file somebody has
+        # deleted was kept on purpose.
+        if trainer.is_global_zero and path.exists():
+            found = export.adapter_folder(path)
+            folder = found if export.is_ours(found, path) else None
         super()._remove_checkpoint(trainer, filepath)
         if folder is not None:
-            folders.remove_folder(folder)
+            export.remove_folder(folder)
 
     @override
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
         if trainer.is_global_zero and filepath != linkpath:
-            folders.leave_to_user(Path(linkpath), self.FILE_EXTENSION)
-            target, place = folders.adapter_folder(filepath, self.FILE_EXTENSION), self._folder(Path(linkpath))
+            target, place = export.adapter_folder(Path(filepath)), self._folder(Path(linkpath))
             # An existing link is turned in one move.
             if not place.is_symlink():
-                folders.remove_folder(place)
+                export.remove_folder(place)
             # Asked again, because a user's file may remain in the place; the link then gets another name.
-            folders.link(target, self._folder(Path(linkpath)))
-            folders.link(Path(filepath), Path(linkpath))
+            export.link(target, self._folder(Path(linkpath)))
+            export.link(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
 
 class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
-    """Lightning's ModelCheckpoint without the frozen base: adapters, trained weights, optimizer, schedulers, callbacks.
+    """Save as Lightning's ModelCheckpoint does, without the frozen base: what learns, optimizer, schedulers, callbacks.
 
     Its files are the same under every strategy: one ``NAME.ckpt``, whole values on the CPU, written by rank zero. So a
     run may be resumed on another number of processes, or under another strategy, as long as its Trainer has an
@@ -202,17 +198,16 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
     loads (with one subfolder for each adapter that is not called "default", as peft writes them).
 
     It works with any LightningModule that holds a peft model, or a model with an adapter by ``add_adapter``. The file
-    holds everything except the tensors of the base that equal what the base's own loader gives, whatever
-    ``requires_grad`` says at the moment: a head that was trained and then frozen, buffers that count or average, and
-    all that is outside of the base. The file describes what it leaves out, so that another base is noticed on loading.
-    A checkpoint that lacks an adapter's weight, or has one that the module doesn't know, is refused (unless the
-    module's ``strict_loading`` is off).
+    holds the adapters, everything outside of the base, all buffers, and every parameter of the base that has ever
+    required a gradient, such as a head that was trained and then frozen. It describes what it leaves out by shapes and
+    a few values, so that another base is noticed on loading. A checkpoint that lacks an adapter's weight, or has one
+    that the module doesn't know, is refused (unless the module's ``strict_loading`` is off).
 
     Files appear whole or not at all, the folder before the file, and a file is removed only after the next one exists.
     So a process that is killed at any moment leaves a checkpoint to resume from. No file is deleted that this callback
     has not written, and what would fail at the first save fails when the fit starts. Rank zero writes directly, not
-    through a CheckpointIO plugin. Other checkpoint callbacks beside it write what they always do. docs/checkpoints.md
-    has more.
+    through a CheckpointIO plugin. Other checkpoint callbacks in the Trainer write what they always do.
+    docs/checkpoints.md has more.
 
     Args:
         args: as for ModelCheckpoint.
@@ -234,7 +229,7 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
 
 def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a hidden file in the same folder and rename it (Lightning may write to another disk, and copies)."""
-    partial = folders.aside(path)
+    partial = export.aside(path)
     with partial.open("wb") as file:
         torch.save(checkpoint, file)
         # On the disk before the rename, so that a crash leaves the old file or the whole new one.
@@ -244,30 +239,12 @@ def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _warn_of_merged(module: nn.Module) -> None:
-    """Warn of a save while an adapter is merged: the file holds the sum as the base, and the adapter beside it."""
+    """Warn of a save while an adapter is merged: what is read of the base then is the sum."""
     for name, layer in module.named_modules():
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             rank_zero_warn(
                 f"AdapterCheckpoint: the adapter is merged into its base while a checkpoint is saved, as in {name}, so "
-                "whoever loads the file has it in the weights twice: call unmerge_adapter() before the save, as in "
-                "on_validation_epoch_end"
+                "the base is not the one that a loader gives, and a run can't be resumed on that: call "
+                "unmerge_adapter() before the save, as in on_validation_epoch_end"
             )
             return
-
-
-def _announce(selection: Selection) -> None:
-    """Report once what the files hold beside the adapters, and what they leave out."""
-    left_out = {name: selection.entries[name] for name in selection.left_out}
-    adapters = {name: entry for name, entry in selection.saved.items() if entry.kind is Kind.ADAPTER}
-    more = {name: entry for name, entry in selection.saved.items() if name not in adapters}
-    beside = f", and beside them {_size(more)}: {listed(more)}" if more else ""
-    rank_zero_info(
-        f"AdapterCheckpoint: the files hold the adapters ({_size(adapters)}){beside}. {_size(left_out)} of the base "
-        "are left out as long as nothing changes them"
-    )
-
-
-def _size(entries: dict[str, Entry]) -> str:
-    tensors = {id(entry.value): entry.value for entry in entries.values() if isinstance(entry.value, Tensor)}
-    number = "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
-    return f"{number}, {size_text(map(bytes_of, tensors.values()))}"
