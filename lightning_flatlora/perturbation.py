@@ -322,8 +322,7 @@ class Perturbation:
         """Take a :meth:`state_dict` over.
 
         Args:
-            state: also one of an older version, where ``averaged`` is one boolean for all pairs and ``missed`` does
-                not exist: the steps without a gradient are then counted from 0.
+            state: of the same pairs, by name.
             may_come: names of pairs that the model has and does not train yet; their state waits for :meth:`follow`.
             may_be_new: whether pairs that the state does not have keep what they have.
 
@@ -353,15 +352,13 @@ class Perturbation:
 
 
 def _saved_states(state: dict[str, Any]) -> dict[str, PairState]:
-    """The pairs of a :meth:`Perturbation.state_dict`, also of an older version, by name."""
-    averaged = state["averaged"]
-    missed = state.get("missed", {})
+    """The pairs of a :meth:`Perturbation.state_dict`, by name."""
     saved = {}
     for name, E in state["E"].items():
-        has_average = averaged[name] if isinstance(averaged, dict) else bool(averaged)
+        has_average = state["averaged"][name]
         # An average that began while rho was 0 is zero, so there is nothing to forget.
         is_zero = not (has_average and state["started"])
-        saved[name] = PairState(E, has_average, None if is_zero else missed.get(name, 0))
+        saved[name] = PairState(E, has_average, None if is_zero else state["missed"].get(name, 0))
     return saved
 
 

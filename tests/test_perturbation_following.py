@@ -143,17 +143,6 @@ def test_a_state_waits_for_pairs_that_come_later() -> None:
     assert other.state_dict()["missed"] == state["missed"]
 
 
-def test_a_state_of_an_older_version_loads() -> None:
-    """There one boolean said for all pairs whether the average had begun."""
-    model, pairs = model_and_pairs()
-    state = averaged_once(pairs, model).state_dict()
-    other = Perturbation(pairs)
-    del state["missed"]
-    other.load_state_dict(state | {"averaged": True})
-    assert other.state_dict()["missed"] == {}
-    assert other.state_dict()["averaged"] == state["averaged"]
-
-
 def test_a_state_that_waits_and_is_of_another_shape_starts_anew() -> None:
     """(6, 1) would be broadcast into (6, 3) without a word."""
     model, pairs = model_and_pairs()
