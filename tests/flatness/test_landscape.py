@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from lightning_flatlora import LoRAPair, Perturbation, find_pairs
 from lightning_flatlora.flatness import fresh_perturbation, loss_gradient, sam_sharpness, trained_factors
-from lightning_flatlora.flatness.sharpness import radii, read
-from lightning_flatlora.report.directions import (
+from lightning_flatlora.flatness.landscape import (
     Direction,
     adversarial_direction,
     loss_at,
     normalized,
-    orthogonal,
+    orthogonal_direction,
     random_direction,
 )
+from lightning_flatlora.flatness.sharpness import radii, read
 from lightning_flatlora.weight_noise import derived_seed
 
 RHO = 0.3
@@ -62,7 +62,7 @@ def test_the_adversarial_direction_is_that_of_the_perturbation(net: nn.Module, p
 
 def test_what_is_made_orthogonal_is_so_in_full_weight_space(net: nn.Module, pairs: list[LoRAPair]) -> None:
     first, second = adversarial(net, pairs), random_direction(pairs, 0)
-    across = dense(pairs, orthogonal(pairs, second, first))
+    across = dense(pairs, orthogonal_direction(pairs, second, first))
     assert torch.dot(across, dense(pairs, first)).item() == pytest.approx(0, abs=1e-12)
     assert torch.linalg.vector_norm(across).item() == pytest.approx(1, abs=1e-12)
     along = torch.stack([dense(pairs, first), dense(pairs, second)])

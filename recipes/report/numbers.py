@@ -7,7 +7,7 @@ import torch
 
 from lightning_flatlora.flatness import MEASURES, Point
 from lightning_flatlora.flatness.measures import Values
-from lightning_flatlora.report.options import Options
+from recipes.report.options import Options
 
 EIGENVALUE_PRODUCTS = 20
 """Hessian-vector products that the largest eigenvalue takes at least; each is three passes."""

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lightning_flatlora.report.numbers import LOSS, RADIUS, sam_name
-from lightning_flatlora.report.options import Options
-from lightning_flatlora.report.result import Measured
+from recipes.report.numbers import LOSS, RADIUS, sam_name
+from recipes.report.options import Options
+from recipes.report.result import Measured
 
 _COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#999933", "#666666")  # distinct to most eyes
 _STYLES = ("-", "--", ":")
