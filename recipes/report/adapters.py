@@ -44,7 +44,7 @@ class Adapted:
 
 
 def load(folder: AdapterFolder, options: Options) -> Adapted:
-    """The base with one adapter on it; the adapter's folder is only read.
+    """Load a base with one adapter on it; the adapter's folder is only read.
 
     Args:
         folder: the adapter's.
@@ -76,7 +76,7 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
 
 
 def base_of(folder: AdapterFolder, options: Options) -> str:
-    """Name or folder of an adapter's base."""
+    """Give the name or folder of an adapter's base."""
     base = options.base or folder.config.get("base_model_name_or_path")
     if not base:
         raise MisconfigurationException(f"--adapter {folder.path} names no base model: say --base")
@@ -84,7 +84,7 @@ def base_of(folder: AdapterFolder, options: Options) -> str:
 
 
 def task_of(folder: AdapterFolder) -> str:
-    """An adapter's task, one of those that can be measured."""
+    """Read an adapter's task, one of those that can be measured."""
     task = folder.config.get("task_type")
     if task not in _MODELS:
         way_out = "" if task else '; for a language model write "task_type": "CAUSAL_LM" into its adapter_config.json'
@@ -95,7 +95,7 @@ def task_of(folder: AdapterFolder) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, and where that opens a list, the first entry; libraries write whole pages.
+    """Take the first line of an error, and where that opens a list, the first entry; libraries write whole pages.
 
     Example:
         >>> first_line(ValueError("no such file\\nDid you mean ..."))
@@ -110,7 +110,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers and peft report neither progress nor missing weights, which are checked here."""
+    """Keep transformers and peft from reporting progress and missing weights, which are checked here."""
     logging = transformers.utils.logging
     with ExitStack() as stack, warnings.catch_warnings():
         stack.callback(logging.set_verbosity, logging.get_verbosity())

@@ -164,7 +164,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The options of a command line.
+    """Parse a command line.
 
     Raises:
         MisconfigurationException: with all that is wrong.
