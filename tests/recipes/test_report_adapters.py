@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from report_models import make_tokenizer, save_adapter, save_base, transformers, write_rows
 
-from lightning_flatlora.report.adapters import Adapted, load
-from lightning_flatlora.report.options import AdapterFolder, Options, ReportError
+from recipes.report.adapters import Adapted, load
+from recipes.report.options import AdapterFolder, Options
 
 SIZES = {
     "vocab_size": 20,
@@ -108,26 +109,32 @@ def test_heads_of_other_models_are_found(make: Any, more: dict[str, Any], tmp_pa
 
 def test_a_classifier_without_a_head_is_refused(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
     headless = changed(adapters[0], tmp_path / "headless", task_type="SEQ_CLS")
-    with pytest.raises(ReportError, match=r"neither it nor the adapter holds score.weight, which SEQ_CLS needs"):
+    with pytest.raises(
+        MisconfigurationException, match=r"neither it nor the adapter holds score.weight, which SEQ_CLS needs"
+    ):
         loaded(headless, data)
 
 
 def test_tasks_that_can_not_be_measured(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
     other = changed(adapters[0], tmp_path / "other", task_type=None)
-    with pytest.raises(ReportError, match="task_type None: only CAUSAL_LM and SEQ_CLS can be measured") as raised:
+    with pytest.raises(
+        MisconfigurationException, match="task_type None: only CAUSAL_LM and SEQ_CLS can be measured"
+    ) as raised:
         loaded(other, data)
     assert 'write "task_type": "CAUSAL_LM" into its adapter_config.json' in str(raised.value)
     tokens = torch.tensor([[5, 6, 7]])
     named = loaded(changed(other, tmp_path / "named", task_type="CAUSAL_LM"), data).model(tokens).logits
     assert torch.equal(named, loaded(adapters[0], data).model(tokens).logits)
     translates = changed(adapters[0], tmp_path / "translates", task_type="SEQ_2_SEQ_LM")
-    with pytest.raises(ReportError, match=r"task_type 'SEQ_2_SEQ_LM': only CAUSAL_LM and SEQ_CLS can be measured$"):
+    with pytest.raises(
+        MisconfigurationException, match=r"task_type 'SEQ_2_SEQ_LM': only CAUSAL_LM and SEQ_CLS can be measured$"
+    ):
         loaded(translates, data)
 
 
 def test_no_base_is_named(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
     nameless = changed(adapters[0], tmp_path / "nameless", base_model_name_or_path=None)
-    with pytest.raises(ReportError, match="names no base model: say --base"):
+    with pytest.raises(MisconfigurationException, match="names no base model: say --base"):
         loaded(nameless, data)
 
 
@@ -143,7 +150,7 @@ def test_an_adapter_of_another_base(
     config: dict[str, int], says: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path
 ) -> None:
     other = save_base(tmp_path / "base", **config)
-    with pytest.raises(ReportError, match=says) as raised:
+    with pytest.raises(MisconfigurationException, match=says) as raised:
         loaded(adapters[0], data, base=str(other))
     assert "\n" not in str(raised.value)
 
@@ -154,14 +161,14 @@ def test_a_base_that_is_not_there(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     says = r"small on --base .*nowhere \(no folder here, so looked for on the Hub\): can't be loaded \("
-    with pytest.raises(ReportError, match=says):
+    with pytest.raises(MisconfigurationException, match=says):
         loaded(adapters[0], data, base=name.format(tmp_path))
 
 
 def test_an_adapter_without_weights(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
     empty = changed(adapters[0], tmp_path / "empty")
     (empty / "adapter_model.safetensors").unlink()
-    with pytest.raises(ReportError, match=r"base: can't be loaded \("):
+    with pytest.raises(MisconfigurationException, match=r"base: can't be loaded \("):
         loaded(empty, data)
 
 
@@ -177,7 +184,7 @@ def test_a_damaged_adapter(damage: str, adapters: tuple[Path, Path], tmp_path: P
     elif damage == "no pickle":
         weights.unlink()
         (damaged / "adapter_model.bin").write_text("nothing")
-    with pytest.raises(ReportError, match=r"base: can't be loaded \("):
+    with pytest.raises(MisconfigurationException, match=r"base: can't be loaded \("):
         loaded(damaged, data)
 
 

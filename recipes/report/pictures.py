@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from lightning_flatlora.report.numbers import LOSS, RADIUS, sam_name
-from lightning_flatlora.report.options import Options
-from lightning_flatlora.report.result import Measured
+from recipes.report.numbers import LOSS, RADIUS, sam_name
+from recipes.report.options import Options
+from recipes.report.result import Measured
 
 _COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#999933", "#666666")  # distinct to most eyes
 _STYLES = ("-", "--", ":")
@@ -20,7 +20,7 @@ _COLUMNS = 3  # surfaces in a row
 
 
 def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> None:
-    """The loss's rise along the adversarial direction, random ones, and under noise, one line an adapter, as a PNG."""
+    """Draw the loss's rise along the adversarial direction, random ones and under noise, a line per adapter."""
     noisy = any(result.landscape.noise is not None for result in results)
     figure = Figure(figsize=(15 if noisy else 10, 5.2), layout="constrained")
     panels = figure.subplots(1, 3 if noisy else 2)
@@ -48,7 +48,7 @@ def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> No
 
 
 def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
-    """The loss's rise on a plane through each adapter, with the same levels for all, as a PNG."""
+    """Draw the loss's rise on a plane through each adapter, with the same levels for all, as a PNG."""
     rises = [r.landscape.surface - r.value(LOSS) for r in results if r.landscape.surface is not None]
     rows, columns = -(-len(rises) // _COLUMNS), min(len(rises), _COLUMNS)
     # The same levels for all, or the surfaces could not be compared.

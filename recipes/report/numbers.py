@@ -7,11 +7,10 @@ import torch
 
 from lightning_flatlora.flatness import MEASURES, Point
 from lightning_flatlora.flatness.measures import Values
-from lightning_flatlora.report.options import Options
+from recipes.report.options import Options
 
 EIGENVALUE_PRODUCTS = 20
 """Hessian-vector products that the largest eigenvalue takes at least; each is three passes."""
-
 
 LOSS = "loss"
 NORM = "norm of the adapted weights ‖W0‖"
@@ -19,7 +18,7 @@ RADIUS = "realized radius ‖s E A‖ / rho"
 
 
 def sam_name(rho: float) -> str:
-    """What SAM sharpness is called."""
+    """Name the SAM sharpness at a radius."""
     return f"SAM sharpness, rho {rho:g}"
 
 
@@ -54,7 +53,7 @@ class Quantity(NamedTuple):
 
 
 def measure_numbers(point: Point, unit: str, options: Options) -> list[Quantity]:
-    """Every number of the report, in its order.
+    """Measure every number of the report, in its order.
 
     Args:
         point: the loss around the adapter; without noise, expected sharpness is left out.
@@ -91,7 +90,7 @@ def measure_numbers(point: Point, unit: str, options: Options) -> list[Quantity]
 
 
 def passes(options: Options) -> int:
-    """About how many forward passes' work the numbers are, with two for a backward pass.
+    """Estimate how many forward passes' work the numbers are, with two for a backward pass.
 
     Example:
         >>> from unittest.mock import Mock

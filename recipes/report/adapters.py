@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 import transformers
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-from lightning_flatlora.report.options import DTYPES, AdapterFolder, Options, ReportError
+from recipes.language.batches import padding_id
+from recipes.report.options import DTYPES, AdapterFolder, Options
 
 _MODELS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -42,7 +44,7 @@ class Adapted:
 
 
 def load(folder: AdapterFolder, options: Options) -> Adapted:
-    """The base with one adapter on it; the adapter's folder is only read.
+    """Load a base with one adapter on it; the adapter's folder is only read.
 
     Args:
         folder: the adapter's.
@@ -52,7 +54,7 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
         The model, of the class that the adapter's task asks for.
 
     Raises:
-        ReportError: the task can't be measured, a file is missing, or the adapter is of another base.
+        MisconfigurationException: the task can't be measured, a file is missing, or the adapter is of another base.
     """
     base, task = base_of(folder, options), task_of(folder)
     where = f"--adapter {folder.path} on --base {base}"
@@ -62,11 +64,11 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
             tokenizer = _tokenizer(folder, base)
             model = _base_model(base, task, saved, options, tokenizer)
             model = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True)
-    except ReportError:
+    except MisconfigurationException:
         raise
     except Exception as error:  # the readers of safetensors and pickles have types of their own, derived from nothing
         source = "" if Path(base).is_dir() else " (no folder here, so looked for on the Hub)"
-        raise ReportError(f"{where}{source}: can't be loaded ({first_line(error)})") from error
+        raise MisconfigurationException(f"{where}{source}: can't be loaded ({first_line(error)})") from error
     # Not left to peft, which only warns of missing keys and ignores surplus ones.
     _check_whole(where, saved, model)
     model.to(options.torch_device).eval()
@@ -74,26 +76,26 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
 
 
 def base_of(folder: AdapterFolder, options: Options) -> str:
-    """Name or folder of an adapter's base."""
+    """Give the name or folder of an adapter's base."""
     base = options.base or folder.config.get("base_model_name_or_path")
     if not base:
-        raise ReportError(f"--adapter {folder.path} names no base model: say --base")
+        raise MisconfigurationException(f"--adapter {folder.path} names no base model: say --base")
     return str(base)
 
 
 def task_of(folder: AdapterFolder) -> str:
-    """An adapter's task, one of those that can be measured."""
+    """Read an adapter's task, one of those that can be measured."""
     task = folder.config.get("task_type")
     if task not in _MODELS:
         way_out = "" if task else '; for a language model write "task_type": "CAUSAL_LM" into its adapter_config.json'
-        raise ReportError(
+        raise MisconfigurationException(
             f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured{way_out}"
         )
     return str(task)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, and where that opens a list, the first entry; libraries write whole pages.
+    """Take the first line of an error, and where that opens a list, the first entry; libraries write whole pages.
 
     Example:
         >>> first_line(ValueError("no such file\\nDid you mean ..."))
@@ -108,7 +110,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers and peft report neither progress nor missing weights, which are checked here."""
+    """Keep transformers and peft from reporting progress and missing weights, which are checked here."""
     logging = transformers.utils.logging
     with ExitStack() as stack, warnings.catch_warnings():
         stack.callback(logging.set_verbosity, logging.get_verbosity())
@@ -125,7 +127,7 @@ def _tokenizer(folder: AdapterFolder, base: str) -> Any:
     has_own = (folder.path / "tokenizer_config.json").exists()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if has_own else base)
     if not tokenizer.is_fast:
-        raise ReportError(
+        raise MisconfigurationException(
             f"--base {base}: its tokenizer is not a fast one, and only those know where a token lies in the text"
         )
     return tokenizer
@@ -138,19 +140,14 @@ def _base_model(base: str, task: str, saved: Weights, options: Options, tokenize
     in_adapter = {name.removeprefix(_PREFIX) for name in saved}
     missing = sorted(set(info["missing_keys"]) - in_adapter)
     if missing:
-        raise ReportError(
+        raise MisconfigurationException(
             f"--base {base}: neither it nor the adapter holds {', '.join(missing[:3])}, which {task} needs"
         )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # as peft's AutoPeftModel does
         model.resize_token_embeddings(len(tokenizer))
     # A decoder that classifies looks for the last token that is not padding, and rows are padded by the tokenizer's.
-    model.config.get_text_config().pad_token_id = padding(tokenizer)
+    model.config.get_text_config().pad_token_id = padding_id(tokenizer)
     return model
-
-
-def padding(tokenizer: Any) -> int:
-    """The token that fills up short rows."""
-    return next((int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def _labels(base: str, saved: Weights) -> int | None:
@@ -181,7 +178,7 @@ def _check_whole(where: str, saved: Weights, model: PeftModel) -> None:
     theirs = {name for name in saved if "lora_" in name}
     ours = {name for name in expected if "lora_" in name}
     if theirs != ours:
-        raise ReportError(
+        raise MisconfigurationException(
             f"{where}: trained on another base, {len(theirs - ours)} of its factors have no place in this one and "
             f"{len(ours - theirs)} places have no factors"
         )

@@ -6,45 +6,45 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_flatlora.flatness import Loss, MeanLoss, Point, loss_gradient, trained_factors
+from lightning_flatlora.flatness import Loss, MeanLoss, Point, base_norm, loss_gradient, trained_factors
 from lightning_flatlora.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.report import landscape, numbers
-from lightning_flatlora.report.adapters import Adapted, base_of, load, task_of
-from lightning_flatlora.report.data import Row, columns_for, mean_loss, read_rows
-from lightning_flatlora.report.directions import base_norm
-from lightning_flatlora.report.document import write
-from lightning_flatlora.report.options import AdapterFolder, Options, ReportError, parse
-from lightning_flatlora.report.result import UNITS, Measured
 from lightning_flatlora.weight_noise import WeightNoise
+from recipes.report import landscape, numbers
+from recipes.report.adapters import Adapted, base_of, load, task_of
+from recipes.report.data import Row, columns_for, mean_loss, read_rows
+from recipes.report.document import write
+from recipes.report.options import AdapterFolder, Options, parse
+from recipes.report.result import UNITS, Measured
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the report that a command line asks for; mistakes end it in one line, before anything is written.
+    """Write the report that a command line asks for.
 
     Args:
         arguments: of the command line; None takes the process's own.
+
+    Raises:
+        MisconfigurationException: for a mistake of the user's, before anything is written.
     """
-    command = ["python", "-m", "lightning_flatlora.report", *(sys.argv[1:] if arguments is None else arguments)]
-    try:
-        options = parse(arguments)
-        write(measure(options), options, shlex.join(command))
-    except ReportError as error:
-        sys.exit(f"error: {error}")
+    command = ["python", "-m", "recipes.report", *(sys.argv[1:] if arguments is None else arguments)]
+    options = parse(arguments)
+    write(measure(options), options, shlex.join(command))
     Console(stderr=True).print(f"Wrote {options.output / 'report.md'}")
 
 
 def measure(options: Options) -> list[Measured]:
-    """Every adapter's numbers and landscape; one model at a time is in memory.
+    """Measure every adapter's numbers and landscape, with one model at a time in memory.
 
     Raises:
-        ReportError: an adapter or the data can't be used, or a loss is not finite. Whatever can be checked without a
-            model is reported first, and all the rest before the first adapter is measured.
+        MisconfigurationException: an adapter or the data can't be used, or a loss is not finite. Whatever can be
+            checked without a model is reported first, and all the rest before the first adapter is measured.
     """
     rows = read_rows(options)
     for folder in options.adapter:
@@ -94,13 +94,13 @@ def _load(folder: AdapterFolder, rows: list[Row], options: Options) -> tuple[Ada
     """An adapter, its pairs, its loss and the number of the loss's terms.
 
     Raises:
-        ReportError: they don't fit together.
+        MisconfigurationException: they don't fit together.
     """
     adapted = load(folder, options)
     try:
         search = find_pairs(adapted.model)
     except NoPairsError as error:
-        raise ReportError(f"--adapter {folder.path}: {error}") from error
+        raise MisconfigurationException(f"--adapter {folder.path}: {error}") from error
     return adapted, search, *mean_loss(adapted, rows, options)
 
 
@@ -110,7 +110,7 @@ def _point(
     """The loss around an adapter, with its gradient there.
 
     Raises:
-        ReportError: one of them is not finite.
+        MisconfigurationException: one of them is not finite.
     """
     at = loss_gradient(loss, trained_factors(pairs))
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (at.loss, *at.gradients)):
@@ -119,7 +119,7 @@ def _point(
             problem = f"the adapter holds numbers that are not finite, as in {broken[0]}: its training has diverged"
         else:
             problem = "the loss or its gradient is not finite: try --dtype float32 or float64"
-        raise ReportError(f"--adapter {folder.path}: {problem}")
+        raise MisconfigurationException(f"--adapter {folder.path}: {problem}")
     perturbation, rho = Perturbation(pairs), 1.0
     return Point(
         loss, perturbation, rho, noise=noise, sigma=options.sigma, samples=options.samples, seed=options.seed, at=at

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from lightning_flatlora.report.landscape import Landscape
-from lightning_flatlora.report.numbers import Quantity
+from recipes.report.landscape import Landscape
+from recipes.report.numbers import Quantity
 
 UNITS = {"CAUSAL_LM": "nats per token", "SEQ_CLS": "nats per example"}
 """Of the loss, by the adapter's task."""

@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 REPORT, CURVES, SURFACE = "report.md", "curves.png", "surface.png"
 HEADING = "# Flatness of "
 """How a report begins."""
 _CONFIG = "adapter_config.json"
-
-
-class ReportError(ValueError):
-    """What keeps the report from being written, in one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,10 @@ class AdapterFolder:
 
     @property
     def problems(self) -> list[str]:
-        """Why it can't be measured, before any model is loaded."""
+        """Why it can't be measured, as far as can be told before a model is loaded."""
         name = f"--adapter {self.path}"
         if not self.path.is_dir():
-            return [f"{name} is no folder"]
+            return [f"{name} is not a folder"]
         if not (self.path / _CONFIG).exists():
             inside = sorted(str(config.parent) for config in self.path.glob(f"*/{_CONFIG}"))
             return [f"{name} holds no {_CONFIG}: " + (f"take {' or '.join(inside)}" if inside else "not peft's folder")]
@@ -66,7 +63,11 @@ class AdapterFolder:
             kind = self.config.get("peft_type")
         except (ValueError, AttributeError) as error:
             return [f"{name}/{_CONFIG} is not a JSON object: {error}"]
-        return [] if kind == "LORA" else [f"{name} is of type {kind}, which has no factors A and B: only LORA can do"]
+        return (
+            []
+            if kind == "LORA"
+            else [f"{name} is of type {kind}, which has no factors A and B: only LoRA adapters can be measured"]
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Options:
     examples: int = 32
     batch_size: int = 8
     max_length: int = 512
+    chat_template: str | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
@@ -95,7 +97,7 @@ class Options:
     def __post_init__(self) -> None:
         problems = self._problems()
         if problems:
-            raise ReportError("; ".join(problems))
+            raise MisconfigurationException("; ".join(problems))
 
     @property
     def reach(self) -> float:
@@ -117,11 +119,11 @@ class Options:
         if len(set(labels)) < len(labels):
             lines.append(f"--adapter: labels must differ, got {', '.join(labels)}: write LABEL=FOLDER")
         if not self.data.is_file():
-            lines.append(f"--data {self.data} is no file")
+            lines.append(f"--data {self.data} is not a file")
         output = self.output.resolve()
         there = next(folder for folder in (output, *output.parents) if os.path.exists(folder))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            lines.append(f"--output {self.output} can't be written: {there} is no folder that can be written to")
+            lines.append(f"--output {self.output} can't be written: {there} is not a folder that can be written to")
         lines += self._files_of_others()
         for adapter in self.adapter:
             if output.is_relative_to(adapter.path.resolve()):
@@ -162,14 +164,14 @@ class Options:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    """The options of a command line.
+    """Parse a command line.
 
     Raises:
-        ReportError: with all that is wrong.
+        MisconfigurationException: with all that is wrong.
         SystemExit: for --help, and for what argparse can't read.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_flatlora.report",
+        prog="python -m recipes.report",
         description="How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -192,6 +194,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=int, default=Options.examples, help="how many of the data, drawn with the seed")
     add("--batch_size", type=int, default=Options.batch_size, help="examples at once: changes memory, not results")
     add("--max_length", type=int, default=Options.max_length, help="tokens kept of an example")
+    add("--chat_template", default=argparse.SUPPRESS, metavar="FILE",
+        help="a Jinja template for messages; by default the tokenizer's own")  # fmt: skip
     add("--device", default=Options.device, help="as torch calls it; auto is a GPU where there is one")
     add("--dtype", choices=DTYPES, default=Options.dtype, help="of the base; bfloat16 rounds away small rises")
 

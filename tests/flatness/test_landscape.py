@@ -7,15 +7,17 @@ from torch import Tensor, nn
 
 from lightning_flatlora import LoRAPair, Perturbation, find_pairs
 from lightning_flatlora.flatness import fresh_perturbation, loss_gradient, sam_sharpness, trained_factors
-from lightning_flatlora.flatness.sharpness import radii, read
-from lightning_flatlora.report.directions import (
+from lightning_flatlora.flatness.landscape import (
     Direction,
     adversarial_direction,
+    loss_along_line,
     loss_at,
+    loss_on_plane,
     normalized,
-    orthogonal,
+    orthogonal_direction,
     random_direction,
 )
+from lightning_flatlora.flatness.sharpness import radii, read
 from lightning_flatlora.weight_noise import derived_seed
 
 RHO = 0.3
@@ -62,7 +64,7 @@ def test_the_adversarial_direction_is_that_of_the_perturbation(net: nn.Module, p
 
 def test_what_is_made_orthogonal_is_so_in_full_weight_space(net: nn.Module, pairs: list[LoRAPair]) -> None:
     first, second = adversarial(net, pairs), random_direction(pairs, 0)
-    across = dense(pairs, orthogonal(pairs, second, first))
+    across = dense(pairs, orthogonal_direction(pairs, second, first))
     assert torch.dot(across, dense(pairs, first)).item() == pytest.approx(0, abs=1e-12)
     assert torch.linalg.vector_norm(across).item() == pytest.approx(1, abs=1e-12)
     along = torch.stack([dense(pairs, first), dense(pairs, second)])
@@ -117,6 +119,16 @@ def test_the_loss_along_directions_is_that_of_moved_weights(net: nn.Module, pair
     for pair, B in zip(pairs, stored, strict=True):
         pair.B.data = B
     assert loss_at(lambda: loss_of(net), pairs, (0.0, first)).item() == loss_of(net).item()
+
+
+def test_lines_and_planes_hold_the_loss_after_each_step(net: nn.Module, pairs: list[LoRAPair]) -> None:
+    first, second = random_direction(pairs, 0), random_direction(pairs, 1)
+    steps, heights = torch.tensor([-0.4, 0.0, 0.7]), torch.tensor([0.0, 0.2])
+    plane = loss_on_plane(lambda: loss_of(net), pairs, (second, heights), (first, steps))
+    assert plane.shape == (2, 3)
+    assert torch.equal(plane[0], loss_along_line(lambda: loss_of(net), pairs, first, steps))
+    corner = loss_at(lambda: loss_of(net), pairs, (heights[1].item(), second), (steps[2].item(), first))
+    assert torch.equal(plane[1, 2], corner)
 
 
 def test_the_adversarial_line_goes_through_the_sam_sharpness(net: nn.Module, pairs: list[LoRAPair]) -> None:

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from report_models import make_tokenizer, save_adapter, save_base, write_rows
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from report_models import TEMPLATE, make_tokenizer, save_adapter, save_base, write_rows
 from torch.nn.functional import cross_entropy
 
-from lightning_flatlora.report.adapters import Adapted, load
-from lightning_flatlora.report.data import IGNORED, _class, chat, mean_loss, read_rows
-from lightning_flatlora.report.options import AdapterFolder, Options, ReportError
+from recipes.language.chat import IGNORED
+from recipes.report.adapters import Adapted, load
+from recipes.report.data import class_of, mean_loss, read_rows
+from recipes.report.options import AdapterFolder, Options
 
 
 @pytest.fixture
@@ -35,31 +36,16 @@ def by_hand(adapted: Adapted, words: str, counted: list[str]) -> float:
     return losses[-len(counted) :].mean().item()
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_every_format_is_read(suffix: str, adapters: tuple[Path, Path], tmp_path: Path) -> None:
-    path = tmp_path / f"data{suffix}"
-    table = datasets.Dataset.from_dict({"text": ["a b", "c"], "label": [0, 1]})
-    {".csv": table.to_csv, ".parquet": table.to_parquet}.get(suffix, table.to_json)(path)
-    assert sorted(row["text"] for row in read_rows(options(adapters[0], path))) == ["a b", "c"]
-
-
-def test_values_of_a_csv_file_stay_as_they_are_written(adapters: tuple[Path, Path], tmp_path: Path) -> None:
-    path = tmp_path / "data [1].CSV"
-    path.write_text("text,label,a;b\n007,1,x\nNA,0,y\n")
-    rows = read_rows(options(adapters[0], path))
-    assert sorted((row["text"], row["label"]) for row in rows) == [("007", "1"), ("NA", "0")]
-
-
 @pytest.mark.parametrize(("label", "number"), [("1", 1), ("one", 1), ("0", 2), (True, 1), (2.0, 2)])
 def test_a_class_by_its_number_or_its_name(label: Any, number: int) -> None:
-    found = _class(label, {"zero": 0, "one": 1, "0": 2})
+    found = class_of(label, {"zero": 0, "one": 1, "0": 2})
     assert (found, type(found)) == (number, int)
 
 
 @pytest.mark.parametrize("label", [3, -1, 0.5, float("nan"), None, "two"])
 def test_what_is_no_class_is_named(label: Any) -> None:
     with pytest.raises(ValueError, match="label must be a number from 0 to 2 or one of"):
-        _class(label, {"zero": 0, "one": 1, "0": 2})
+        class_of(label, {"zero": 0, "one": 1, "0": 2})
 
 
 def test_an_empty_text_has_no_class(base: Path, texts: Path, tmp_path: Path) -> None:
@@ -85,7 +71,7 @@ def test_other_losses_than_the_cross_entropy_of_a_class_are_refused(
 ) -> None:
     adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS", classes=classes), texts)
     adapted.model.config.problem_type = problem
-    with pytest.raises(ReportError, match=message):
+    with pytest.raises(MisconfigurationException, match=message):
         mean_loss(adapted, [{"text": "a b", "label": 0}], options(tmp_path / "adapter", texts))
 
 
@@ -125,12 +111,10 @@ def test_only_answers_of_a_conversation_count(adapted: Adapted, adapters: tuple[
         {"role": "user", "content": "bad film"},
         {"role": "assistant", "content": "no it is good"},
     ]
-    text, spans = chat(make_tokenizer(), messages)
-    assert [text[start:end].split() for start, end in spans] == [["yes", "</s>"], ["no", "it", "is", "good", "</s>"]]
     data = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}])
     loss, terms = mean_loss(adapted, read_rows(settings := options(adapters[0], data)), settings)
     assert terms == 7
-    ids = torch.tensor([adapted.tokenizer(text)["input_ids"]])
+    ids = torch.tensor([adapted.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]])
     labels = torch.full_like(ids, IGNORED)
     labels[0, 6:8], labels[0, -5:] = ids[0, 6:8], ids[0, -5:]
     expected = cross_entropy(adapted.model(ids).logits[0, :-1], labels[0, 1:])
@@ -172,7 +156,7 @@ def test_what_is_too_long_is_cut_and_what_counts_no_token_left_out(
     loss, terms = mean_loss(adapted, rows, settings)
     assert terms == 2
     assert loss().item() == pytest.approx(by_hand(adapted, "a no </s>", ["no", "</s>"]), rel=1e-10)
-    with pytest.raises(ReportError, match="no token counts within --max_length 4: take a larger one"):
+    with pytest.raises(MisconfigurationException, match="no token counts within --max_length 4: take a larger one"):
         mean_loss(adapted, rows[:1], settings)
 
 
@@ -187,7 +171,7 @@ def test_what_is_too_long_is_cut_and_what_counts_no_token_left_out(
 def test_rows_that_can_not_be_used(
     row: dict[str, Any], says: str, adapted: Adapted, adapters: tuple[Path, Path], texts: Path
 ) -> None:
-    with pytest.raises(ReportError) as raised:
+    with pytest.raises(MisconfigurationException) as raised:
         mean_loss(adapted, [row], options(adapters[0], texts))
     assert says in str(raised.value)
 
@@ -195,7 +179,7 @@ def test_rows_that_can_not_be_used(
 @pytest.mark.parametrize("label", [3, -1, "bad", 0.5, None])
 def test_labels_that_are_no_class(label: object, classifiers: tuple[Path, Path], texts: Path) -> None:
     adapted = loaded(classifiers[0], texts)
-    with pytest.raises(ReportError, match="label must be a number from 0 to 2 or one of"):
+    with pytest.raises(MisconfigurationException, match="label must be a number from 0 to 2 or one of"):
         mean_loss(adapted, [{"text": "a", "label": label}], options(classifiers[0], texts))
 
 
@@ -204,54 +188,20 @@ def test_a_template_that_rewrites_and_one_that_is_missing(
 ) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     adapted.tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ReportError, match=r"rewrites earlier messages, .* so answer 1 can't be located"):
+    with pytest.raises(MisconfigurationException, match=r"rewrites earlier messages, .* so answer 1 can't be located"):
         mean_loss(adapted, [{"messages": messages}], options(adapters[0], texts))
+    given = options(adapters[0], texts, chat_template=TEMPLATE)
+    assert mean_loss(adapted, [{"messages": messages}], given)[1] == 2
     adapted.tokenizer.chat_template = None
-    with pytest.raises(ReportError, match="has no chat template"):
+    with pytest.raises(MisconfigurationException, match="has no single chat template: set chat_template"):
         mean_loss(adapted, [{"messages": messages}], options(adapters[0], texts))
 
 
-def test_a_template_that_refuses_a_conversation(adapted: Adapted, adapters: tuple[Path, Path], texts: Path) -> None:
-    adapted.tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-        "{% endif %}{{ m['content'] }}{% endfor %}"
-    )
-    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
-    answer = {"role": "assistant", "content": "c"}
-    rows = [{"messages": [user, answer]}, {"messages": [system, user, answer]}]
-    with pytest.raises(ReportError, match=r"^--data: example 1 of those drawn: TemplateError: System role"):
-        mean_loss(adapted, rows, options(adapters[0], texts))
-
-
+@pytest.mark.usefixtures("own_datasets")
 def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("a")
-    with pytest.raises(ReportError, match=r"its name must end in .jsonl, .json, .csv, .parquet"):
-        read_rows(options(adapters[0], tmp_path / "data.txt"))
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(ReportError, match=r"broken.jsonl can't be read \(.*JSON parse error: Invalid value. in row 1"):
-        read_rows(options(adapters[0], tmp_path / "broken.jsonl"))
-    (tmp_path / "broken.csv").write_text('text,label\n"a\n')
-    with pytest.raises(ReportError, match=r"broken.csv can't be read \(.*Error tokenizing data"):
-        read_rows(options(adapters[0], tmp_path / "broken.csv"))
-    (tmp_path / "header.csv").write_text("text,label\n")
-    with pytest.raises(ReportError, match=r"header.csv is empty$"):
-        read_rows(options(adapters[0], tmp_path / "header.csv"))
-    (tmp_path / "semicolons.csv").write_text("text;label\nGood, but long;1\n")
-    with pytest.raises(ReportError, match=r"semicolons.csv can't be read .*separated by semicolons: save it with"):
-        read_rows(options(adapters[0], tmp_path / "semicolons.csv"))
-    (tmp_path / "tabs.csv").write_text("text\tlabel\nGood, but long\t1\n")
-    with pytest.raises(ReportError, match=r"tabs.csv can't be read .*separated by tabs: save it with"):
-        read_rows(options(adapters[0], tmp_path / "tabs.csv"))
-    (tmp_path / "commas.csv").write_text("text,label\nGood, but long,1\n")
-    with pytest.raises(ReportError, match=r"commas.csv can't be read .*the first row has more values than the header"):
-        read_rows(options(adapters[0], tmp_path / "commas.csv"))
-    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(ReportError, match=r"is empty|corresponds to no data"):
-        read_rows(options(adapters[0], tmp_path / "empty.parquet"))
-
-
-@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json"])
-def test_an_empty_file(name: str, adapters: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(ReportError, match=f"{name} is empty$"):
-        read_rows(options(adapters[0], tmp_path / name))
+    (tmp_path / "empty.jsonl").touch()
+    for name, says in (("data.txt", "end in .json"), ("broken.jsonl", "can't be read"), ("empty.jsonl", "is empty")):
+        with pytest.raises(MisconfigurationException, match=f"^--data: .*{name}.* {says}"):
+            read_rows(options(adapters[0], tmp_path / name))

@@ -7,10 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_flatlora.report.options import CURVES, HEADING, REPORT, SURFACE, Options, ReportError
-from lightning_flatlora.report.pictures import draw_curves, draw_surfaces
-from lightning_flatlora.report.result import Measured
+from recipes.report.options import CURVES, HEADING, REPORT, SURFACE, Options
+from recipes.report.pictures import draw_curves, draw_surfaces
+from recipes.report.result import Measured
+from recipes.shared.tables import markdown
 
 _LIBRARIES = ("lightning-flatlora", "torch", "transformers", "peft")
 
@@ -24,7 +26,7 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
         command: the command line, which goes into it.
 
     Raises:
-        ReportError: the folder can't be written.
+        MisconfigurationException: the folder can't be written.
     """
     try:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -41,26 +43,7 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
                 else:  # a picture that this report does not have must not stay from the last one
                     (options.output / name).unlink(missing_ok=True)
     except OSError as error:
-        raise ReportError(f"--output {options.output} can't be written: {error.strerror}") from error
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table.
-
-    Example:
-        >>> print(table(["a", "b"], [["1", "2"]]))
-        | a | b |
-        |---|---|
-        | 1 | 2 |
-    """
-    lines = [_table_line(head), "|" + "---|" * len(head)]
-    lines += [_table_line(row) for row in rows]
-    return "\n".join(lines)
-
-
-def _table_line(cells: Sequence[str]) -> str:
-    escaped = [cell.replace("|", "\\|") for cell in cells]
-    return "| " + " | ".join(escaped) + " |"
+        raise MisconfigurationException(f"--output {options.output} can't be written: {error.strerror}") from error
 
 
 def _document(results: Sequence[Measured], options: Options, command: str) -> str:
@@ -90,7 +73,7 @@ def _adapters(results: Sequence[Measured]) -> str:
     for r in results:
         ranks, over = ", ".join(map(str, r.ranks)), f"{r.terms:,} {r.unit.removeprefix('nats per ')}s"
         rows.append([r.label, f"`{r.folder}`", f"`{r.base}`", r.task, ranks, str(r.pairs), f"{r.parameters:,}", over])
-    parts = [table(head, rows)]
+    parts = [markdown([head, *rows])]
     for result in results:
         parts += [f"Left out of {result.label}: {line}." for line in result.left_out]
     return "\n\n".join(parts)
@@ -104,7 +87,7 @@ def _numbers(results: Sequence[Measured]) -> str:
         texts = {quantity.name: str(quantity) for quantity in result.quantities}
         for row in rows:
             row.append(texts.get(row[0], "-"))
-    return table(["", "unit", *(result.label for result in results)], rows)
+    return markdown([["", "unit", *(result.label for result in results)], *rows])
 
 
 def _settings(options: Options) -> str:

@@ -1,17 +1,22 @@
 """The loss around an adapter: along lines in the weights, and on a plane through them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_flatlora.flatness import Loss, Point
+from lightning_flatlora.flatness import (
+    Loss,
+    Point,
+    adversarial_direction,
+    loss_along_line,
+    loss_on_plane,
+    orthogonal_direction,
+    random_direction,
+)
 from lightning_flatlora.flatness.losses import value
-from lightning_flatlora.lora_pair import LoRAPair
-from lightning_flatlora.report.directions import Direction, adversarial_direction, loss_at, orthogonal, random_direction
-from lightning_flatlora.report.options import Options
 from lightning_flatlora.weight_noise import WeightNoise, derived_seed
+from recipes.report.options import Options
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,11 @@ class Landscape:
 
 
 def measure_landscape(point: Point, norm: float, options: Options) -> Landscape:
-    """The losses along all lines and on the plane.
+    """Measure the losses along all lines and on the plane.
 
     Args:
         point: the loss around the adapter; without noise, its lines are left out.
-        norm: from :func:`base_norm`.
+        norm: from :func:`lightning_flatlora.flatness.base_norm`.
         options: how far, how many and which draws.
 
     Returns:
@@ -55,25 +60,24 @@ def measure_landscape(point: Point, norm: float, options: Options) -> Landscape:
     shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
     # Noise has no sign, so the sizes start at 0, where the middle of the other curves is.
     sigmas = 2 * shares[options.points // 2 :]
-    drawn = [derived_seed(options.seed, index) for index in range(options.directions)]
+    seeds = [derived_seed(options.seed, index) for index in range(options.directions)]
     surface = None
     if options.surface:
-        across = orthogonal(pairs, random_direction(pairs, drawn[0]), adversarial)
-        rows = [_curve(loss, pairs, adversarial, steps, (y, across)) for y in (norm * shares).tolist()]
-        surface = torch.stack(rows)
+        across = orthogonal_direction(pairs, random_direction(pairs, seeds[0]), adversarial)
+        surface = loss_on_plane(loss, pairs, (across, norm * shares), (adversarial, steps))
     return Landscape(
         steps,
-        _curve(loss, pairs, adversarial, steps),
+        loss_along_line(loss, pairs, adversarial, steps),
         shares,
-        torch.stack([_curve(loss, pairs, random_direction(pairs, seed), norm * shares) for seed in drawn]),
+        torch.stack([loss_along_line(loss, pairs, random_direction(pairs, seed), norm * shares) for seed in seeds]),
         sigmas,
-        None if noise is None else torch.stack([_noise_curve(loss, noise, seed, sigmas) for seed in drawn]),
+        None if noise is None else torch.stack([_noise_curve(loss, noise, seed, sigmas) for seed in seeds]),
         surface,
     )
 
 
 def passes(options: Options) -> int:
-    """Forward passes that a landscape takes.
+    """Count the forward passes that a landscape takes.
 
     Example:
         >>> from unittest.mock import Mock
@@ -82,13 +86,6 @@ def passes(options: Options) -> int:
     """
     lines = options.points * (1 + options.directions) + (options.points // 2 + 1) * options.directions
     return lines + (options.points**2 if options.surface else 0)
-
-
-def _curve(
-    loss: Loss, pairs: Sequence[LoRAPair], direction: Direction, steps: Tensor, *start: tuple[float, Direction]
-) -> Tensor:
-    """Losses along a line through the weights, or through where steps from them lead."""
-    return torch.stack([loss_at(loss, pairs, *start, (x, direction)) for x in steps.tolist()]).cpu().double()
 
 
 def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> Tensor:
