@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from lightning_flatlora.lora_pair import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.read_through import as_reader
 

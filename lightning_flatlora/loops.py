@@ -22,7 +22,6 @@ from typing_extensions import override
 
 from lightning_flatlora.distributed import average_gradients, is_sharded
 from lightning_flatlora.forward_gate import ForwardGate
-from lightning_flatlora.lora_pair import NoPairsError, PairSearch
 from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse
@@ -31,6 +30,7 @@ from lightning_flatlora.methods.fmlora import FMLoRAStep
 from lightning_flatlora.methods.gradients import parameters_of, set_aside
 from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
+from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.wrappers import unwrapped, without_sync, wrapping_problems

@@ -17,10 +17,10 @@ from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import is_lightning
-from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.methods.checks import integer_problems, is_number
 from lightning_flatlora.methods.fmlora import FMLoRAStep
 from lightning_flatlora.methods.gradients import has_gradient, set_aside
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 
 if TYPE_CHECKING:

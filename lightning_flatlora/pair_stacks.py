@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora.distributed import Layout, matrix_shape
 from lightning_flatlora.functional import Ascent, Estimator, ascent_average, ascent_projected
-from lightning_flatlora.lora_pair import LoRAPair, rows_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
 
 LARGEST_STACK = 2**18
 """Elements of a stacked factor in one computation on a CPU: 1 MB of float32, which its caches hold.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_flatlora import read_through
 from lightning_flatlora.distributed import Layout
 from lightning_flatlora.functional import Estimator, NormScope, perturbation_scale
-from lightning_flatlora.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.pair_stacks import PairStack, PairState, stackable
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.schedules import is_size
 
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.layer_noise import LayerNoise
-from lightning_flatlora.lora_pair import Finder, LoRAPair, NoPairsError, readers_of
 from lightning_flatlora.output_terms import add_term, remove_term
 from lightning_flatlora.pairs import bare, clean_name, find_pairs, lora_layers
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, readers_of
 from lightning_flatlora.schedules import is_size
 
 Factors = list[tuple[Tensor, Tensor]]

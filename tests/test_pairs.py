@@ -88,7 +88,7 @@ def test_every_variant_that_peft_knows_is_either_exact_or_left_out() -> None:
     """A variant that peft adds later must not be perturbed in silence."""
     from peft.tuners.lora import variants
 
-    from lightning_flatlora.pairs import _EXACT_VARIANTS
+    from lightning_flatlora.pairs.peft_pairs import _EXACT_VARIANTS
 
     known = {v for v in vars(variants).values() if isinstance(v, type) and v.__name__.endswith("LinearVariant")}
     assert {v.__name__ for v in known if issubclass(v, _EXACT_VARIANTS)} == {"DoraLinearVariant"}

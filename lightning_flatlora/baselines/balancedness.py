@@ -10,9 +10,9 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.distributed import Layout
-from lightning_flatlora.lora_pair import Finder, LoRAPair, rows_of
 from lightning_flatlora.methods.checks import choice_problems
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of
 from lightning_flatlora.schedules import RhoSchedule
 
 Kind = Literal["nBAR", "oBAR"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import read_through
 from lightning_flatlora.distributed import Layout
-from lightning_flatlora.lora_pair import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 
 
 def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:

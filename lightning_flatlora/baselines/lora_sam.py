@@ -7,9 +7,9 @@ from typing_extensions import override
 
 from lightning_flatlora.baselines.joint_ascent import FactorPerturbation
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.lora_pair import Finder, LoRAPair
 from lightning_flatlora.methods.checks import warn_of_rounding
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule
 
 

@@ -6,9 +6,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.lora_pair import Finder, LoRAPair
 from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.weight_noise import WeightNoise, derived_seed
 

@@ -7,8 +7,8 @@ from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.passes import Passes
 from lightning_flatlora.callbacks.training_step import module_window
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 
 

@@ -2,8 +2,8 @@
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.methods.fmlora import FMLoRAStep
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 
 

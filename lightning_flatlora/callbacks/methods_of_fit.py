@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_flatlora.callbacks.training_step import module_window, no_end, optimizer_steps
 from lightning_flatlora.lightning_names import callbacks_of, is_lightning
-from lightning_flatlora.lora_pair import NoPairsError, PairSearch
 from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
+from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
 
 
 class MethodsOfFit:

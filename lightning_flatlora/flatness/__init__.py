@@ -37,7 +37,7 @@ from lightning_flatlora.flatness.sharpness import (
     moved,
     sam_sharpness,
 )
-from lightning_flatlora.lora_pair import trained_factors
+from lightning_flatlora.pairs.lora_pair import trained_factors
 
 __all__ = [
     "DEFAULT_MEASURES",

@@ -14,7 +14,7 @@ from lightning_flatlora import read_through
 from lightning_flatlora.flatness.losses import Loss, LossGradient, value
 from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlap, read
 from lightning_flatlora.functional import pseudo_inverse_roots
-from lightning_flatlora.lora_pair import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import adapted_layers
 

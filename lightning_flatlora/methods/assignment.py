@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch.optim import Optimizer
 
-from lightning_flatlora.lora_pair import LoRAPair, PairSearch
 from lightning_flatlora.methods.gradients import parameters_of
+from lightning_flatlora.pairs.lora_pair import LoRAPair, PairSearch
 
 
 class PairAssignment(NamedTuple):

@@ -7,9 +7,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lora_pair import Finder, LoRAPair
 from lightning_flatlora.methods.checks import perturbation_problems, warn_of_rounding
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 

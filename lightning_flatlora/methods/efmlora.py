@@ -9,9 +9,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.gradients import has_gradient
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.perturbation import FreshPerturbation
 from lightning_flatlora.schedules import RhoSchedule
 

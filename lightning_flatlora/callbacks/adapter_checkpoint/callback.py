@@ -28,8 +28,8 @@ from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.lightning_names import MisconfigurationException, callback_of
-from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.methods.checks import refuse
+from lightning_flatlora.pairs.lora_pair import Finder
 
 if TYPE_CHECKING:
     _Base = ModelCheckpoint

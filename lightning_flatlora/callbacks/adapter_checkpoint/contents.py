@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lightning_flatlora.lora_pair import Finder, all_factors, pairs_from
 from lightning_flatlora.pairs import bare, clean_name
+from lightning_flatlora.pairs.lora_pair import Finder, all_factors, pairs_from
 
 # Drawn at random, or made from data or gradients. Plain PiSSA and OLoRA come out the same from the same base.
 _DIFFER_EACH_TIME = ("pissa_niter", "corda", "lora_ga")

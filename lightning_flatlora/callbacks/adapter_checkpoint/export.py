@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.finders import litgpt_pairs
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.lora_pair import Finder
+from lightning_flatlora.pairs.lora_pair import Finder
 
 LIST = ".adapter_checkpoint.json"
 """In each folder: the name of its checkpoint, and the files that we wrote."""

@@ -18,9 +18,9 @@ from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK, is_spli
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import Layout, is_sharded, layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
-from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs import clean_name
+from lightning_flatlora.pairs.lora_pair import Finder
 
 
 def load_adapter_checkpoint(

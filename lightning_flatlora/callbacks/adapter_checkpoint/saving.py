@@ -20,9 +20,9 @@ from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import identi
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.distributed import is_sharded, layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.lora_pair import Finder
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs import clean_name
+from lightning_flatlora.pairs.lora_pair import Finder
 
 MARK = "lightning_flatlora_adapter"
 """The key under which a checkpoint says that it is one of ours.

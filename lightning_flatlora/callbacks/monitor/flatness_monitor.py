@@ -22,9 +22,9 @@ from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
 from lightning_flatlora.flatness.losses import ReentrantCheckpointError
 from lightning_flatlora.flatness.measures import measure_problems
 from lightning_flatlora.lightning_names import callback_of, callbacks_of
-from lightning_flatlora.lora_pair import Finder, NoPairsError, pairs_from
 from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
+from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError, pairs_from
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.weight_noise import WeightNoise

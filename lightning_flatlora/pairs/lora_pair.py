@@ -1,18 +1,12 @@
 """A LoRA pair (A, B), and what a search for the pairs of a model gives."""
 
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
-from math import isfinite
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from lightning_flatlora.read_through import AnyReader, as_reader
-
-SCALING_IS_0 = "its scaling is 0, so that no perturbation of B moves its weight"
-IS_SHARED = "a factor is shared with another pair or scaling, so its gradient is of several products"
+from lightning_flatlora.read_through import AnyReader
 
 
 class NoPairsError(ValueError):
@@ -193,107 +187,3 @@ def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
         if not isinstance(pair, LoRAPair):
             raise ValueError(f"the finder must return a list of LoRAPair, got {pair!r} in it")
     return pairs
-
-
-def search_found(pairs: Sequence[LoRAPair]) -> PairSearch:
-    """Check what a finder gave, and divide it into pairs that are trained, pairs that rest, and those left out.
-
-    Pairs of the same factors and scaling are one pair with the readers of all: a tied adapter.
-
-    Raises:
-        ValueError: a pair that is none: shapes or rows that don't fit, a scaling that is no number, a reader that does
-            not hold the factor, or the name of another pair.
-    """
-    for pair in pairs:
-        problem = _misfit(pair)
-        if problem:
-            raise ValueError(f"the finder's pair {pair.name} can't be perturbed: {problem}")
-    pairs = _tied_as_one(pairs)
-    counts = Counter(pair.name for pair in pairs)
-    for name, count in counts.items():
-        if count > 1:  # checkpoints know a pair by its name
-            raise ValueError(f"the finder gives {count} pairs the name {name!r}: give each a name of its own")
-    search = PairSearch([], [])
-    reasons: dict[str, list[str]] = defaultdict(list)
-    shared = _shared(pairs)
-    for pair in pairs:
-        if pair.key in shared:
-            reasons[IS_SHARED].append(pair.name)
-            continue
-        if pair.scaling == 0:
-            reasons[SCALING_IS_0].append(pair.name)
-        if pair.B.requires_grad and pair.scaling != 0:
-            search.pairs.append(pair)
-        else:
-            search.resting.append(pair)
-    for reason, names in reasons.items():
-        search.left_out.append(f"{reason} ({len(names)} in all, first {names[0]})")
-    return search
-
-
-def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
-    """The pairs, those of one product with the readers of all of its layers."""
-    by_product: dict[Hashable, LoRAPair] = {}
-    for pair in pairs:
-        product = (id(pair.A), pair.A_rows, id(pair.B), pair.B_rows, pair.scaling)
-        if product in by_product:
-            first = by_product[product]
-            pair = replace(
-                first,
-                readers=[*first.readers, *pair.readers],
-                A_readers=[*first.A_readers, *pair.A_readers],
-                layers=[*first.layers, *pair.layers],
-            )
-        by_product[product] = pair
-    return list(by_product.values())
-
-
-def _misfit(pair: LoRAPair) -> str | None:
-    """Why a pair can't be read as s B A; None if it can."""
-    if not isfinite(pair.scaling):
-        return f"scaling must be a finite number, got {pair.scaling!r}"
-    if not pair.readers:
-        return "no reader is given, so nothing would read B + E"
-    if pair.A.requires_grad and not pair.A_readers:
-        return "A is trained and no reader of it is given (A_readers)"
-    for factor, rows, readers in ((pair.A, pair.A_rows, pair.A_readers), (pair.B, pair.B_rows, pair.readers)):
-        for each in readers:
-            reader = as_reader(each)
-            owner = f"{reader.attribute} of the reader {type(reader.module).__name__}"
-            if reader.module._parameters.get(reader.attribute) is not factor:
-                return f"{owner} is another parameter"
-            if reader.rows != rows:
-                return f"{owner} is read in the rows {reader.rows}, but the pair's are {rows}"
-        if rows is not None and (rows.step != 1 or rows.start < 0 or not rows):
-            return f"rows must be a range of rows one after another, got {rows}"
-        if rows is not None and factor.ndim > 1 and rows.stop > len(factor):
-            return f"the rows {rows} are not all there: the parameter has {len(factor)}"
-    # Between its passes FSDP1 leaves a flat part of each parameter, which says nothing about shapes.
-    if min(pair.A.ndim, pair.B.ndim) < 2:
-        return None
-    A, B = (factor.shape for factor in pair.matrices())
-    if A[0] != B[1]:
-        return f"A must be (r, m) and B (n, r), got {tuple(A)} and {tuple(B)}"
-    if A[0] > max(A[1], B[0]):
-        return f"A must be (r, m) and B (n, r), got {tuple(A)} and {tuple(B)}, which look transposed"
-    return None
-
-
-def _shared(pairs: Sequence[LoRAPair]) -> set[Hashable]:
-    """The keys of the pairs one of whose factors also serves in another product than s B A."""
-    uses: dict[int, list[tuple[Hashable, range | None]]] = defaultdict(list)
-    for pair in pairs:
-        uses[id(pair.A)].append((pair.key, pair.A_rows))
-        uses[id(pair.B)].append((pair.key, pair.B_rows))
-    shared: set[Hashable] = set()
-    for of_factor in uses.values():
-        for (key, rows), (other, other_rows) in combinations(of_factor, 2):
-            if _overlap(rows, other_rows):
-                shared |= {key, other}
-    return shared
-
-
-def _overlap(rows: range | None, other: range | None) -> bool:
-    if rows is None or other is None:
-        return True
-    return rows.start < other.stop and other.start < rows.stop
