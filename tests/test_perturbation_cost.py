@@ -18,7 +18,7 @@ def test_large_models_are_computed_in_parts_of_bounded_size(monkeypatch: pytest.
     model, pairs = model_and_pairs()
     backward(model)
     whole = fresh(pairs)
-    monkeypatch.setattr("lightning_flatlora.pair_stacks.LARGEST_STACK", 1)
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 1)
     parts = Perturbation(pairs).ascend(RHO, at_perturbed=False).stacks
     assert [len(stack) for stack in parts] == [1, 1, 1]
     assert all(torch.allclose(E, whole[p.name]) for p, E in zip(pairs, slices(parts), strict=True))
@@ -57,7 +57,7 @@ def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.Monke
     ]
     for pair in pairs:
         pair.A.grad, pair.B.grad = torch.randn(r, m), torch.randn(n, r)
-    monkeypatch.setattr("lightning_flatlora.pair_stacks.LARGEST_STACK", 2 * n * r)  # two layers in a stack
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 2 * n * r)  # two layers in a stack
     all_B = sum(pair.B.numel() * 4 for pair in pairs)
     perturbation = Perturbation(pairs)
     kept = sum(stack.E.numel() * stack.E.element_size() for stack in perturbation._stacks)
@@ -75,8 +75,8 @@ def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_accelerator_takes_more_layers_at_once(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """There the launches of kernels count, on a CPU what its caches hold."""
-    monkeypatch.setattr("lightning_flatlora.pair_stacks.LARGEST_STACK", 8)
-    monkeypatch.setattr("lightning_flatlora.pair_stacks.LARGEST_STACK_ON_ACCELERATORS", 32)
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 8)
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK_ON_ACCELERATORS", 32)
     pairs = []
     for i in range(5):
         A = nn.Parameter(torch.zeros(2, 4, device=device))

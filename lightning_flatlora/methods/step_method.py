@@ -13,9 +13,9 @@ from typing_extensions import Self
 from lightning_flatlora.distributed import Layout, layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.methods.checks import changed_settings, message, refuse, value_problems
-from lightning_flatlora.pair_stacks import MOST_MISSED_STEPS
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 

@@ -38,7 +38,7 @@ ALL = ["0.default", "2.default", "4.default"]
 @pytest.mark.parametrize("how", ["frozen", "cut"])
 def test_pairs_that_stop_learning_are_read_clean(tmp_path, how, monkeypatch):
     """Frozen, or cut off from the loss for long: the run is then plain LoRA's, and when they learn again it is not."""
-    monkeypatch.setattr("lightning_flatlora.pair_stacks.MOST_MISSED_STEPS", 2)
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.MOST_MISSED_STEPS", 2)
     module, callback = Classifier(), EFMLoRA(0.5)
     watching = Watching(module)
     if how == "frozen":

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_flatlora.distributed import Layout, matrix_shape
 from lightning_flatlora.functional import Ascent, Estimator, ascent_average, ascent_projected
 from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
+from lightning_flatlora.perturbation.pair_state import PairState
 
 LARGEST_STACK = 2**18
 """Elements of a stacked factor in one computation on a CPU: 1 MB of float32, which its caches hold.
@@ -27,20 +28,6 @@ MOST_MISSED_STEPS = 100
 Experts, dropped layers and tasks that take turns miss some steps and come back, so their E has to last until then. A
 layer that is out of use for good must not be read perturbed forever.
 """
-
-
-class PairState(NamedTuple):
-    """What is kept of one pair where the stacks are built anew, and in a checkpoint.
-
-    Attributes:
-        E: its perturbation, shape (n, r).
-        has_average: whether its moving average has begun, also as a tensor of shape ().
-        missed_steps: optimizer steps in a row that it has spent without a gradient; None where the average is zero.
-    """
-
-    E: Tensor
-    has_average: bool | Tensor
-    missed_steps: int | None
 
 
 class PairStack:

@@ -3,32 +3,19 @@
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
 from lightning_flatlora.distributed import Layout
-from lightning_flatlora.functional import Estimator, NormScope, perturbation_scale
-from lightning_flatlora.pair_stacks import PairStack, PairState, stackable
+from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
+from lightning_flatlora.perturbation.ascent import FreshPerturbation, fresh_perturbation
+from lightning_flatlora.perturbation.pair_stack import PairStack, stackable
+from lightning_flatlora.perturbation.pair_state import PairState, other_shape, problems_text, state_problems
 from lightning_flatlora.schedules import is_size
-
-
-class FreshPerturbation(NamedTuple):
-    """E as one gradient gives it.
-
-    Attributes:
-        stacks: one (L, n, r) tensor for each stack of layers of one shape; zeros where ``finite`` is false.
-        finite: whether every gradient was finite, a boolean on the device, shape ().
-        is_zero: rho was the number 0, so E is known to be zero without asking the device.
-    """
-
-    stacks: list[Tensor]
-    finite: Tensor
-    is_zero: bool
 
 
 class Perturbation:
@@ -126,12 +113,12 @@ class Perturbation:
                 continue
             saved = self._waiting.pop(pair.name, None)
             if saved is not None and saved.E.shape != stack.E[i].shape:
-                reshaped.append(_other_shape(pair, stack.E[i], saved))
+                reshaped.append(other_shape(pair.name, stack.E[i].shape, saved))
             elif saved is not None:
                 stack.put(i, saved)
         if reshaped:
-            more = f" (and {len(reshaped) - 1} more)" if len(reshaped) > 1 else ""
-            warnings.warn(f"a perturbation starts anew because its shape changed: {reshaped[0]}{more}", stacklevel=2)
+            text = f"a perturbation starts anew because its shape changed: {problems_text(reshaped)}"
+            warnings.warn(text, stacklevel=2)
         if was_installed:
             self.install()
 
@@ -216,32 +203,7 @@ class Perturbation:
     def _ascend(
         self, rho: float | Tensor, at_perturbed: bool, also_finite: Iterable[nn.Parameter]
     ) -> FreshPerturbation:
-        ascents = [stack.ascent(at_perturbed) for stack in self._stacks]
-        norms = [ascent.squared_norm for ascent in ascents]
-        finite = self._finite(norms, also_finite)
-        if self.norm_scope == "global":
-            total = _total(norms, norms[0].device, norms[0].dtype)
-            norms = [total.to(norm.device, norm.dtype).expand_as(norm) for norm in norms]
-        fresh = []
-        for ascent, norm in zip(ascents, norms, strict=True):
-            scale = perturbation_scale(norm, rho)[:, None, None]
-            fresh.append(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0))
-        # Not of a tensor, which the host would have to wait for.
-        is_zero = not isinstance(rho, Tensor) and rho == 0
-        return FreshPerturbation(fresh, finite, is_zero)
-
-    def _finite(self, norms: list[Tensor], also_finite: Iterable[nn.Parameter]) -> Tensor:
-        """Whether all gradients of the pairs and of ``also_finite`` are finite, shape ().
-
-        Every entry of a gradient enters a norm, so the norms answer for the pairs, except for the gradients of A that a
-        projected estimate does not read.
-        """
-        unread = list(also_finite)
-        for stack in self._stacks:
-            unread += stack.unread_A
-        # Not float32 for all, in which the squares of large float64 gradients are infinite.
-        dtype = reduce(torch.promote_types, [norm.dtype for norm in norms])
-        return self.all_finite(unread) & torch.isfinite(_total(norms, self._device, dtype))
+        return fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, also_finite, self._layout)
 
     def assign(self, fresh: FreshPerturbation) -> None:
         """E := fresh (Algorithm 1)."""
@@ -267,10 +229,9 @@ class Perturbation:
         """Count the steps that each pair misses; after 100 in a row, E := 0, and its next E is taken whole again.
 
         To be called once for each optimizer step, while the gradients are there. A pair without one may be an expert
-        that no sample was routed to, a dropped layer, or part of a task whose turn it is not. After 100 steps its layer
-        is taken to be out of use, or its adapter to be switched off. Frozen pairs are not counted, since their layers
-        read the clean B, nor are those whose scaling is 0. The host knows all this without waiting, except under FSDP1,
-        where a missing gradient counts as zero and the average fades.
+        that no sample was routed to, or a dropped layer. After 100 steps its layer is taken to be out of use. Frozen
+        pairs are not counted, since their layers read the clean B. The host knows all this without waiting, except
+        under FSDP1, where a missing gradient counts as zero and the average fades.
         """
         for stack in self._stacks:
             stack.count_missed_steps()
@@ -306,10 +267,9 @@ class Perturbation:
             for pair, E, has, missed in zip(stack.pairs, stack.E, has_average, stack.missed_steps, strict=True):
                 saved[pair.name] = PairState(E.detach().cpu().clone(), has, missed)
         return {
-            "started": any(each.missed_steps is not None for each in saved.values()),
-            "averaged": {name: each.has_average for name, each in saved.items()},
-            "missed": {name: each.missed_steps for name, each in saved.items() if each.missed_steps},
             "E": {name: each.E for name, each in saved.items()},
+            "averaged": {name: each.has_average for name, each in saved.items()},
+            "missed": {name: each.missed_steps for name, each in saved.items()},
         }
 
     def load_state_dict(
@@ -325,49 +285,19 @@ class Perturbation:
         Raises:
             ValueError: the state belongs to other pairs; the message says which are missing, new or of another shape.
         """
-        saved = _saved_states(state)
-        known = set()
-        problems = []
-        for stack, i, pair in self._places():
-            known.add(pair.name)
-            if pair.name not in saved:
-                if not may_be_new:
-                    problems.append(f"{pair.name} is not in the checkpoint")
-            elif saved[pair.name].E.shape != stack.E[i].shape:
-                problems.append(_other_shape(pair, stack.E[i], saved[pair.name]))
-        for name in saved:
-            if name not in known and name not in may_come:
-                problems.append(f"{name} is in the checkpoint but not in the model")
+        saved = {}
+        for name, E in state["E"].items():
+            saved[name] = PairState(E, state["averaged"][name], state["missed"][name])
+        expected = {pair.name: stack.E[i].shape for stack, i, pair in self._places()}
+        problems = state_problems(saved, expected, may_come, may_be_new)
         if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise ValueError("the checkpoint's perturbation is of other pairs: " + "; ".join(problems[:3]) + more)
+            raise ValueError(f"the checkpoint's perturbation is of other pairs: {problems_text(problems)}")
         for stack, i, pair in self._places():
             if pair.name in saved:
                 stack.put(i, saved.pop(pair.name))
         self._waiting = saved
 
 
-def _saved_states(state: dict[str, Any]) -> dict[str, PairState]:
-    """The pairs of a :meth:`Perturbation.state_dict`, by name."""
-    saved = {}
-    for name, E in state["E"].items():
-        has_average = state["averaged"][name]
-        # An average that began while rho was 0 is zero, so there is nothing to forget.
-        is_zero = not (has_average and state["started"])
-        saved[name] = PairState(E, has_average, None if is_zero else state["missed"].get(name, 0))
-    return saved
-
-
-def _other_shape(pair: LoRAPair, E: Tensor, saved: PairState) -> str:
-    return f"{pair.name} has shape {tuple(E.shape)}, in the checkpoint {tuple(saved.E.shape)}"
-
-
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _total(norms: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The sum over all layers of all stacks, which may be on several devices, shape ()."""
-    sums = [norm.sum().to(device, dtype) for norm in norms]
-    return torch.stack(sums).sum()
