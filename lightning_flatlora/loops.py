@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.gradients import parameters_of, set_aside
-from lightning_flatlora.callbacks.methods.second_pass import SecondPass
 from lightning_flatlora.distributed import average_gradients, is_sharded
 from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.lora_pair import trained_factors
+from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.wrappers import unwrapped, without_sync
@@ -135,7 +135,7 @@ class FMLoRA(LoopMethod):
     ) -> None:
         self.sync_ascent = sync_ascent
         super().__init__(model, optimizer, rho, **settings)
-        self._second_pass = SecondPass(unwrapped(model), [self._optimizer], is_sharded(model))
+        self._second_pass = Replay(unwrapped(model), [self._optimizer], is_sharded(model))
         self._lacks_second_pass = False
 
     @override

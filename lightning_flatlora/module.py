@@ -12,10 +12,9 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.checks import integer_problems, is_number
 from lightning_flatlora.callbacks.methods.gradients import has_gradient, set_aside
-from lightning_flatlora.callbacks.methods.second_pass import leave_batch_out
-from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
+from lightning_flatlora.callbacks.methods.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
 from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
-from lightning_flatlora.callbacks.patches import silenced
+from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope

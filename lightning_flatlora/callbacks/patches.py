@@ -7,8 +7,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
 
-from lightning_flatlora.callbacks.scheduler_states import schedule_restorer
-
 
 class _OnInstance:
     """A method that replaces its class's on one object; copies and pickles of the object have their class's own."""
@@ -88,26 +86,6 @@ def at_training_step(pl_module: LightningModule, action: Callable[[], None]) -> 
         put_back()
 
     return cancel
-
-
-def silenced(pl_module: LightningModule) -> ExitStack:
-    """Inside, nothing that the module or a callback logs is taken up, and afterwards schedulers are as they were.
-
-    The clean pass has logged and stepped already.
-    """
-    patches = put_on(pl_module, {"log": nothing})
-    trainer = pl_module._trainer
-    if trainer is None:
-        return patches
-    patches.callback(schedule_restorer(trainer))
-    results = trainer._results
-    if results is not None:
-        # A loss object, and a callback, hold the method self.log of before, and an override may call super().log. That
-        # method also forgets what was logged before by the same hook, if another one has logged since.
-        patches.enter_context(put_on(results, {"log": nothing, "reset": nothing}))
-        connector = trainer._logger_connector
-        patches.callback(setattr, connector, "_current_fx", connector._current_fx)
-    return patches
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from shadows import shown, watched
 
 from lightning_flatlora import EFMLoRA, FMLoRA
-from lightning_flatlora.callbacks.methods.second_pass import leave_batch_out
+from lightning_flatlora.callbacks.methods.training_step import leave_batch_out
 
 
 @pytest.mark.parametrize("hook_of", ["module", "callback"])

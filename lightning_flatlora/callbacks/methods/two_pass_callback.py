@@ -14,11 +14,12 @@ from typing_extensions import override
 from lightning_flatlora.callbacks.methods.gradients import set_aside
 from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
 from lightning_flatlora.callbacks.methods.module_passes import module_passes_of
-from lightning_flatlora.callbacks.methods.second_pass import SecondPass, leave_batch_out
-from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
-from lightning_flatlora.callbacks.patches import at_training_step, put_on_instance, silenced
+from lightning_flatlora.callbacks.methods.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
+from lightning_flatlora.callbacks.patches import at_training_step, put_on_instance
+from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.distributed import average_gradients
+from lightning_flatlora.methods.replay import Replay
 
 
 class TwoPassCallback(MethodCallback):
@@ -34,7 +35,7 @@ class TwoPassCallback(MethodCallback):
     @override
     def begin(self) -> None:
         super().begin()
-        self._second_pass = SecondPass(nn.Module())
+        self._second_pass = Replay(nn.Module())
         # Two, since they end at different moments: the methods return before the first backward, which is the real one,
         # and gradients are averaged over the ranks again from the second pass on.
         self._replaced = ExitStack()
@@ -72,7 +73,7 @@ class TwoPassCallback(MethodCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._second_pass = SecondPass(pl_module, trainer.optimizers, self._is_sharded)
+        self._second_pass = Replay(pl_module, trainer.optimizers, self._is_sharded)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -160,4 +161,4 @@ class TwoPassCallback(MethodCallback):
     @override
     def uninstall(self) -> None:
         super().uninstall()
-        self._second_pass = SecondPass(nn.Module())
+        self._second_pass = Replay(nn.Module())

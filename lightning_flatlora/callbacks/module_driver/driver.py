@@ -14,9 +14,9 @@ from lightning_flatlora.callbacks.methods.b_perturbation_callback import BPertur
 from lightning_flatlora.callbacks.methods.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.methods.method_callback import MethodCallback, watched_parameters
 from lightning_flatlora.callbacks.methods.module_passes import ModulePasses, window_of
-from lightning_flatlora.callbacks.methods.second_pass import SecondPass
 from lightning_flatlora.callbacks.module_driver.manual_schedulers import ManualSchedulers
 from lightning_flatlora.lightning_names import MisconfigurationException, callback_of, callbacks_of
+from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 
 
@@ -44,7 +44,7 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
     @override
     def begin(self) -> None:
         super().begin()
-        self.second_pass = SecondPass(nn.Module())
+        self.second_pass = Replay(nn.Module())
         self.has_reached_step = True
         self.has_reached_batch = False
         self._efmlora: EFMLoRA | None = None
@@ -111,7 +111,7 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.lr_schedulers.complete_configs(trainer)
         super().on_fit_start(trainer, pl_module)
-        self.second_pass = SecondPass(pl_module, trainer.optimizers, self._is_sharded)
+        self.second_pass = Replay(pl_module, trainer.optimizers, self._is_sharded)
         module: Any = pl_module  # an FMLoRAModule
         # Where nothing is overridden, training_step is FMLoRAModule's own, and there is nothing to check.
         self.has_reached_step = not module._overrides_step
@@ -128,7 +128,7 @@ class FMLoRAModuleDriver(ModulePasses, BPerturbationCallback):
         super().uninstall()
         self.lr_schedulers.release()
         self._is_set_up = False
-        self.second_pass = SecondPass(nn.Module())
+        self.second_pass = Replay(nn.Module())
 
     @override
     def warn_of_late_start(self, trainer: Trainer) -> None:

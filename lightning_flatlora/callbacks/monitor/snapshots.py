@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.utils.data import Dataset
 
-from lightning_flatlora.callbacks.patches import silenced
 from lightning_flatlora.callbacks.random_state import random_state
 from lightning_flatlora.callbacks.reachable import (
     GENERATORS,
@@ -31,6 +30,7 @@ from lightning_flatlora.callbacks.reachable import (
     state_restorer,
     variables_of_code,
 )
+from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.tensor_writes import (
     KeptValues,
     put_memory_back,

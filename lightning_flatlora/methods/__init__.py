@@ -1,0 +1,1 @@
+"""What the flatness methods are made of, without a Trainer."""
