@@ -2,8 +2,8 @@
 
 from lightning_flatlora.callbacks.checkpoint.callback import AdapterCheckpoint
 from lightning_flatlora.callbacks.checkpoint.loading import load_adapter_checkpoint
+from lightning_flatlora.callbacks.flatness_monitor import FlatnessMonitor
 from lightning_flatlora.callbacks.methods.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.methods.fmlora import FMLoRA
-from lightning_flatlora.callbacks.monitor.flatness_monitor import FlatnessMonitor
 
 __all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA", "FlatnessMonitor", "load_adapter_checkpoint"]

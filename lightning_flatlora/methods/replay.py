@@ -25,7 +25,7 @@ class Replay:
     attributes. Afterwards these, and torchmetrics among the modules, are as the first pass has left them.
 
     No parameter is copied. One that a step writes and no optimizer trains, such as a momentum encoder's, is refused.
-    Parameters are not watched under FSDP.
+    Parameters are not watched under FSDP. :meth:`undone` does the same for passes that stand outside of any step.
 
     Attributes:
         parameters: those of the module, listed once: between forward and backward FSDP shows stand-ins for them.
@@ -112,7 +112,12 @@ class Replay:
         Raises:
             MisconfigurationException: the first pass has written a parameter that no optimizer trains.
         """
-        self._refuse_written_parameters()
+        written = self.written_parameter()
+        if written is not None:
+            raise MisconfigurationException(
+                f"a step writes the parameter {written}, which no optimizer trains, as a momentum encoder's: a second "
+                "pass would write it again. Update it in on_train_batch_end, or use EFMLoRA, which takes one pass"
+            )
         self._writes_batch |= any(mark_of(tensor) != mark for tensor, mark in self._batch_marks)
         # They hold the batch, which would otherwise stay in memory beside the next one.
         self._batch_marks = []
@@ -143,27 +148,37 @@ class Replay:
                 updated.append(metric)
         return updated
 
-    def _refuse_written_parameters(self) -> None:
+    def written_parameter(self) -> str | None:
+        """Name a parameter that the pass has written and no optimizer trains; None if there is none."""
         marks = list(map(mark_of, self._watched))
         if marks == self._marks:
-            return
+            return None
         trained: set[int] = set()
         for optimizer in self._optimizers:
             for param_group in optimizer.param_groups:
                 trained.update(map(id, param_group["params"]))
         for parameter, mark, before in zip(self._watched, marks, self._marks, strict=True):
             if mark != before and id(parameter) not in trained:
-                raise MisconfigurationException(written_parameter_problem(self._module, parameter))
+                names = [name for name, each in self._module.named_parameters() if each is parameter]
+                return names[0] if names else "of a part that is gone"
+        return None
 
+    @contextmanager
+    def undone(self, device: torch.device) -> Iterator[None]:
+        """Inside, any passes may run, and afterwards all is as before them, except for parameters.
 
-def written_parameter_problem(module: nn.Module, parameter: nn.Parameter) -> str:
-    """Say why a parameter that a step writes and no optimizer trains is refused."""
-    names = [name for name, each in module.named_parameters() if each is parameter]
-    return (
-        f"a step writes the parameter {names[0] if names else 'of a part that is gone'}, which no optimizer trains, as "
-        "a momentum encoder's: a second pass would write it again. Update it in on_train_batch_end, or use EFMLoRA, "
-        "which takes one pass"
-    )
+        Args:
+            device: on which they draw random numbers.
+        """
+        self.first_pass_starts(device)
+        metrics = metrics_on_copies(self._metrics)
+        try:
+            yield
+        finally:
+            metrics()
+            self._buffers.first_pass_ended()
+            self._attributes()
+            self._draws()
 
 
 def _plain(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

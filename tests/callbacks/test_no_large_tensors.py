@@ -30,9 +30,10 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.operations += 1
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.numel() in self.numels:
-                if tensor.untyped_storage().data_ptr() not in self.memory:
-                    self.made.append(str(func))
+            if not isinstance(tensor, Tensor) or tensor.numel() not in self.numels:
+                continue
+            if tensor.untyped_storage().data_ptr() not in self.memory:
+                self.made.append(str(func))
         return out
 
 
