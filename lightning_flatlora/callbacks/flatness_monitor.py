@@ -8,18 +8,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.methods.checks import choice_problems, finder_problems, integer_problems, refuse
-from lightning_flatlora.callbacks.methods.efmlora import EFMLoRA
-from lightning_flatlora.callbacks.methods.fmlora import FMLoRA
-from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
 from lightning_flatlora.callbacks.methods.pair_callback import unfreezes_later
-from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
+from lightning_flatlora.callbacks.monitored_method import count_averages, has_average, method_of, switch_off
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.probe_batches import ProbeBatches, curvature_problems, loss_problems
 from lightning_flatlora.callbacks.strategies import monitor_problems
 from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
 from lightning_flatlora.flatness.losses import ReentrantCheckpointError
 from lightning_flatlora.flatness.measures import measure_problems
-from lightning_flatlora.lightning_names import callback_of, callbacks_of
 from lightning_flatlora.lora_pair import Finder, NoPairsError
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.perturbation import Perturbation
@@ -33,14 +29,13 @@ class FlatnessMonitor(Callback):
     """Measure how flat the loss is around the weights, every few steps or epochs, on the same held batches.
 
     The loss is the module's own ``training_step`` (``compute_loss`` of an :class:`~lightning_flatlora.FMLoRAModule`) in
-    eval mode, at the clean weights, with the same random draws in every pass. Weights, gradients, the global random
-    generators, modes, buffers, torchmetrics among the modules and what ``self.log`` collects stay exactly as they are,
-    and so do the numbers, lists, dicts and sets among the module's own attributes, one level deep. Whatever else a step
-    writes, put behind ``if self.training``. The numbers go to every logger of the trainer and into
-    ``trainer.callback_metrics`` as ``flatness/sharpness`` and so on; docs/flatness.md lists them.
+    eval mode, at the clean weights, with the same random draws in every pass. Training goes on as if nothing had been
+    measured; docs/flatness.md says what is put back. Other side effects of a step belong behind ``if self.training``.
+    The numbers go to every logger of the trainer and into ``trainer.callback_metrics`` as ``flatness/sharpness`` and so
+    on.
 
-    The monitor works alone under plain LoRA, and beside EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures
-    on its own batches, and losses and gradients are averaged, so that all ranks log the same.
+    The monitor works under plain LoRA, and next to EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its
+    own batches, and losses and gradients are averaged, so that all ranks log the same numbers.
 
     Cost of a measurement, in passes over the held batches: 4 with the default measures (forward, backward, two
     forwards), 6 beside EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
@@ -127,18 +122,16 @@ class FlatnessMonitor(Callback):
         """Give the settings: a copy or pickle that is made in the middle of a fit has no part in that fit."""
         return without_logging(self) | {"_held": None}
 
-    # -- the start
-
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By itself: what follows takes weights to be whole, and would report a sharded model as another problem.
         refuse(self, monitor_problems(trainer.strategy))
-        method, measures, problems = _method_of(trainer), self.measures or (), []
+        method, measures, problems = method_of(trainer), self.measures or (), []
         if method is None and self.rho is None:
             problems.append(
                 "rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one to take over: rho=0.5, for example"
             )
-        if "ema" in measures and not _has_average(method):
+        if "ema" in measures and not has_average(method):
             problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
         try:
             self._targets(pl_module, method)
@@ -172,14 +165,12 @@ class FlatnessMonitor(Callback):
             refuse(self, ["data='val' gives no batch to hold: choose the other, or give the loader"])
         assert self._held is not None
         self._held.measured_at = self._count(trainer)
-        averages = _averages(trainer)
+        averages = count_averages(trainer)
         if averages > 1:
             self._warn(
                 f"EFMLoRA has {averages} average perturbations in this run, one for each adapter and optimizer, and "
                 "the first alone is measured"
             )
-
-    # -- when
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -239,19 +230,17 @@ class FlatnessMonitor(Callback):
         """Steps or epochs trained so far, whichever unit the measurements go by."""
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
-    # -- what
-
     def _measure(self, trainer: Trainer, pl_module: LightningModule, held: ProbeBatches, step: int) -> None:
         """Measure, and log at the step at which Lightning logs what self.log collected.
 
         Lightning counts the batches that stepped, minus one at the end of an epoch. ``global_step`` would count each of
         several optimizers.
         """
-        method = _method_of(trainer)
+        method = method_of(trainer)
         if not len(held) or held.has_failed or (method is not None and method.perturbation is None):
             return
         # A perturbation that is still switched on would be taken for a part of the weights.
-        _switch_off(trainer)
+        switch_off(trainer)
         try:
             perturbation, noise = self._targets(pl_module, method)
         except NoPairsError:  # none is trained now
@@ -259,7 +248,7 @@ class FlatnessMonitor(Callback):
         except ValueError as error:
             self._warn(f"a measurement was left out: {error}")
             return
-        measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if _has_average(method) else []))
+        measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if has_average(method) else []))
         held.has_measured = True
         with held.undisturbed():
             # No error in what follows, which may come hours after the start: the training itself is right.
@@ -298,7 +287,7 @@ class FlatnessMonitor(Callback):
             # Without a radius of the monitor's own the method's estimator and scope are taken, too.
             method.perturbation if self.rho is None else perturbation,
             size if self.rho is None else self.rho,  # type: ignore[arg-type]
-            average=method.perturbation if _has_average(method) else None,
+            average=method.perturbation if has_average(method) else None,
             average_rho=size,
             noise=noise,
             sigma=self.sigma,
@@ -308,34 +297,3 @@ class FlatnessMonitor(Callback):
 
     def _warn(self, what: str) -> None:
         rank_zero_warn(f"{type(self).__name__}: {what}")
-
-
-def _method_of(trainer: Trainer) -> Any:
-    """Find the paper's method in this trainer, or None.
-
-    Of it the monitor takes ``perturbation``, ``finder``, ``adapter_name`` and ``current_size(trainer)``. EFMLoRA, which
-    also schedules an FMLoRAModule, comes before the others.
-    """
-    first = callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA)
-    return first or callback_of(trainer, FMLoRAModuleDriver)
-
-
-def _has_average(method: Any) -> bool:
-    """Say whether a method keeps an average perturbation."""
-    return isinstance(method, EFMLoRA)
-
-
-def _averages(trainer: Trainer) -> int:
-    """Count the average perturbations in this trainer: EFMLoRA keeps one for each optimizer."""
-    averages = 0
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, EFMLoRA):
-            averages += sum(bool(pair_group.pairs) for pair_group in callback.pair_groups)
-    return averages
-
-
-def _switch_off(trainer: Trainer) -> None:
-    """Let the layers read the stored weights."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, OnePassCallback):
-            callback.off()
