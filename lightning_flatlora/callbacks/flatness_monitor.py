@@ -37,13 +37,12 @@ class FlatnessMonitor(Callback):
     The monitor works under plain LoRA, and next to EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its
     own batches, and losses and gradients are averaged, so that all ranks log the same numbers.
 
-    Cost of a measurement, in passes over the held batches: 4 with the default measures (forward, backward, two
-    forwards), 6 beside EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
-    :func:`~lightning_flatlora.flatness.measure`. Memory: one batch's graph, as in training, the held batches, and a
-    copy of the buffers that a step writes.
+    A measurement costs 4 passes over the held batches with the default measures (forward, backward, two forwards), and
+    6 next to EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
+    :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the held batches, and a copy of
+    the buffers that a step writes.
 
-    Where EFMLoRA has several average perturbations, as several callbacks or optimizers give, the first one is measured,
-    with a warning.
+    Of several average perturbations of EFMLoRA (several callbacks or optimizers) the first is measured, with a warning.
 
     Args:
         rho: radius of the ball that is searched, in the weights' units, > 0; the estimate is then the "average" one
@@ -154,23 +153,20 @@ class FlatnessMonitor(Callback):
         if "expected_sharpness" not in (self.measures or ()):
             return perturbation, None
         if finder is not None and all(pair.base is None for pair in perturbation.pairs):
-            raise ValueError(
-                "the measure 'expected_sharpness' needs the pairs' base, which the finder does not name: leave it out"
-            )
+            what = "the pairs' base, which the finder does not name"
+            raise ValueError(f"the measure 'expected_sharpness' needs {what}: leave it out")
         return perturbation, WeightNoise(pl_module, adapter_name, finder=finder)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "val" and not trainer.enable_validation:
             refuse(self, ["data='val' gives no batch to hold: choose the other, or give the loader"])
-        assert self._held is not None
-        self._held.measured_at = self._count(trainer)
+        if self._held is not None:
+            self._held.measured_at = self._count(trainer)
         averages = count_averages(trainer)
         if averages > 1:
-            self._warn(
-                f"EFMLoRA has {averages} average perturbations in this run, one for each adapter and optimizer, and "
-                "the first alone is measured"
-            )
+            which = "one for each adapter and optimizer, and the first alone is measured"
+            self._warn(f"EFMLoRA has {averages} average perturbations in this run, {which}")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -193,10 +189,18 @@ class FlatnessMonitor(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         held, every, step = self._held, self.every_n_steps, trainer.global_step
+        if held is None:
+            return
+        if len(held) and not held.tried:
+            # At once, so that a run whose step can't be measured says so at its start.
+            switch_off(trainer)
+            with held.undisturbed():
+                self._try_out(trainer, held)
         # Multiples are counted, since step % every == 0 would hold in every batch of an accumulation window, and
         # several optimizers skip numbers.
-        if held is not None and every is not None and step // every > held.measured_at // every:
+        if every is not None and step // every > held.measured_at // every:
             held.measured_at = step
+            # As Lightning counts, minus one at the end of an epoch: global_step counts each of several optimizers.
             self._measure(trainer, pl_module, held, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
@@ -209,11 +213,13 @@ class FlatnessMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._held is None or self._held.has_measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        held = self._held
+        # A step that can't be measured has been told of already.
+        if held is None or held.has_measured or held.has_failed or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         unit, every = ("epoch", self.every_n_epochs) if self.every_n_steps is None else ("step", self.every_n_steps)
         self._warn(
-            f"nothing was measured: every_n_{unit}s is {every}, and training went from {unit} {self._held.measured_at} "
+            f"nothing was measured: every_n_{unit}s is {every}, and training went from {unit} {held.measured_at} "
             f"to {self._count(trainer)}"
         )
 
@@ -231,11 +237,7 @@ class FlatnessMonitor(Callback):
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, held: ProbeBatches, step: int) -> None:
-        """Measure, and log at the step at which Lightning logs what self.log collected.
-
-        Lightning counts the batches that stepped, minus one at the end of an epoch. ``global_step`` would count each of
-        several optimizers.
-        """
+        """Measure, and log at the step at which Lightning logs what self.log collected."""
         method = method_of(trainer)
         if not len(held) or held.has_failed or (method is not None and method.perturbation is None):
             return
@@ -252,7 +254,7 @@ class FlatnessMonitor(Callback):
         held.has_measured = True
         with held.undisturbed():
             # No error in what follows, which may come hours after the start: the training itself is right.
-            if not held.is_tried and self._fails(trainer, held):
+            if held.tried < len(held) and not self._try_out(trainer, held):
                 return
             try:
                 numbers = measure(self._point(trainer, held, method, perturbation, noise), measures, self.per_layer)
@@ -268,14 +270,14 @@ class FlatnessMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
 
-    def _fails(self, trainer: Trainer, held: ProbeBatches) -> bool:
-        """Say whether the module's step can't be measured, on this rank or another one; a warning says why."""
+    def _try_out(self, trainer: Trainer, held: ProbeBatches) -> bool:
+        """Say whether the module's step can be measured, on this rank and all others; a warning says why not."""
         problem = held.try_out()
         held.has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
         if held.has_failed:
             reason = problem or "the step of another rank fails in eval mode, in which it measures"
             self._warn(f"nothing is measured in this run: {reason}")
-        return held.has_failed
+        return not held.has_failed
 
     def _point(
         self, trainer: Trainer, held: ProbeBatches, method: Any, perturbation: Perturbation, noise: WeightNoise | None

@@ -29,7 +29,7 @@ class ProbeBatches:
         measured_at: the step or epoch of the last measurement; at first that at which training started.
         has_measured: whether there has been a measurement.
         has_failed: whether the module's step can't be measured.
-        is_tried: whether the step has been tried on all batches.
+        tried: the number of batches on which it has been tried.
 
     Args:
         trainer: that runs the steps.
@@ -39,7 +39,8 @@ class ProbeBatches:
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
         self.measured_at = 0
-        self.has_measured = self.has_failed = self.is_tried = False
+        self.has_measured = self.has_failed = False
+        self.tried = 0
         self._trainer, self._pl_module, self._step = trainer, pl_module, _loss_method(pl_module)
         self._replay = Replay(pl_module, trainer.optimizers)
         self._same_draws = random_state(pl_module.device)
@@ -85,7 +86,7 @@ class ProbeBatches:
         Raises:
             MisconfigurationException: the step writes a parameter that no optimizer trains.
         """
-        name = self._step.__name__
+        name, self.tried = self._step.__name__, len(self._batches)
         try:
             with torch.no_grad():
                 usable = [held for held in self._batches if self._loss(*held) is not None]
@@ -104,7 +105,7 @@ class ProbeBatches:
                 f"FlatnessMonitor: {name} returned None for {without} of {len(self._batches)} held batches, which are "
                 "left out"
             )
-        self._batches, self.is_tried = usable, self._missing == 0
+        self._batches, self.tried = usable, len(usable)
         return None
 
     def _refuse_written_parameter(self) -> None:

@@ -217,7 +217,7 @@ def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
     with pytest.raises(Interrupt):
         fit(tmp_path, module, [*callbacks, Before(), monitor], **kwargs)
     assert monitor._held is None
-    assert len(states) == 3
+    assert len(states) == 1  # the step is tried out after the first batch
     assert same(states[-1], (weights(module), [m.training for m in module.modules()], torch.get_rng_state()))
     assert_no_trace(module)
 

@@ -185,7 +185,7 @@ def test_a_momentum_encoder_that_is_written_in_eval_mode_is_refused(tmp_path: An
     with pytest.raises(
         MisconfigurationException, match=r"writes the parameter teacher\.weight in eval mode.*behind `if self.training`"
     ):
-        fit(tmp_path, Teaches(only_in_training=False), [monitor])
+        fit(tmp_path, Teaches(only_in_training=False), [monitor], max_steps=1)  # before the first measurement
     trainer = fit(tmp_path, Teaches(only_in_training=True), [monitor])
     assert "flatness/sharpness" in trainer.callback_metrics
 
