@@ -31,8 +31,7 @@ class FlatnessMonitor(Callback):
     The loss is the module's own ``training_step`` (``compute_loss`` of an :class:`~lightning_flatlora.FMLoRAModule`) in
     eval mode, at the clean weights, with the same random draws in every pass. Training goes on as if nothing had been
     measured; docs/flatness.md says what is put back. Other side effects of a step belong behind ``if self.training``.
-    The numbers go to every logger of the trainer and into ``trainer.callback_metrics`` as ``flatness/sharpness`` and so
-    on.
+    The numbers go to every logger of the trainer and into ``trainer.callback_metrics``, as ``flatness/sharpness``.
 
     The monitor works under plain LoRA, and next to EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its
     own batches, and losses and gradients are averaged, so that all ranks log the same numbers.
@@ -257,7 +256,7 @@ class FlatnessMonitor(Callback):
             if held.tried < len(held) and not self._try_out(trainer, held):
                 return
             try:
-                numbers = measure(self._point(trainer, held, method, perturbation, noise), measures, self.per_layer)
+                numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
             except Exception as error:
                 # Other ranks may be waiting for this one's loss, unless all of them have this error.
                 if trainer.world_size > 1 and not isinstance(error, ReentrantCheckpointError):
@@ -279,13 +278,12 @@ class FlatnessMonitor(Callback):
             self._warn(f"nothing is measured in this run: {reason}")
         return not held.has_failed
 
-    def _point(
-        self, trainer: Trainer, held: ProbeBatches, method: Any, perturbation: Perturbation, noise: WeightNoise | None
-    ) -> Point:
+    def _point(self, trainer: Trainer, method: Any, perturbation: Perturbation, noise: WeightNoise | None) -> Point:
+        assert self._held is not None
         size = method.current_size(trainer) if method else None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return Point(
-            held.loss,
+            self._held.loss,
             # Without a radius of the monitor's own the method's estimator and scope are taken, too.
             method.perturbation if self.rho is None else perturbation,
             size if self.rho is None else self.rho,  # type: ignore[arg-type]

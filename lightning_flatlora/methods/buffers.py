@@ -37,8 +37,8 @@ class Buffers:
     """Gives the buffers of some modules what they held before a first pass, and afterwards what it has left.
 
     Of a module that has been seen to write one of its buffers, all are copied before each first pass. To see it from
-    the first step on, the others are copied once, the smallest first and up to 64 MB in all. So a larger buffer that a
-    step writes in place begins that one second pass with what the first has left.
+    the first step on, the others are copied once after each :meth:`look`, the smallest first and up to 64 MB in all. So
+    a larger buffer that a step writes in place begins that one second pass with what the first has left.
 
     Args:
         modules: that may have buffers.
@@ -60,16 +60,16 @@ class Buffers:
         # By identity, since a torchmetric has a hash that changes with its state.
         self._known: set[int] = set()
         self._writers: set[int] = set()
+        self._before = _Held(())
         self.look(modules)
 
     def look(self, modules: Iterable[nn.Module]) -> None:
-        """Take other modules, and keep what is known of those that stay."""
+        """Take other modules, and remember which of those that stay write their buffers."""
         before = set(map(id, self._modules))
         self._modules = list(modules)
+        self._known = set()
         # What is new may have the identity of what is gone, so only those of both lists are the same.
-        kept = before.intersection(map(id, self._modules))
-        self._known &= kept
-        self._writers &= kept
+        self._writers &= before.intersection(map(id, self._modules))
         # The kernel of InstanceNorm leaves no mark on its statistics.
         self._writers |= {id(module) for module in self._modules if isinstance(module, _NormBase)}
 
@@ -98,6 +98,7 @@ class Buffers:
         self._known.update(map(id, after.owners))
         after.keep_values([(owner, buffer) for owner, buffer in after.writable if id(owner) in self._writers])
         before.put_back(self._writers, after.owners)
+        self._before = _Held(())  # its copies are not needed any more
         return lambda: after.put_back(self._writers, before.owners)
 
 
