@@ -51,7 +51,7 @@ class Replay:
         self.parameters = list(module.parameters())
         self._module = module
         self._optimizers = list(optimizers)
-        self._watched = [] if is_sharded else _plain(self.parameters)
+        self._watched = [] if is_sharded else _watchable(module)
         self._device = torch.device("cpu")
         self._batch_marks: list[tuple[Tensor, Mark]] = []
         self._is_first_step = True
@@ -181,16 +181,20 @@ class Replay:
             self._draws()
 
 
-def _plain(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Leave out the parameters whose marks say nothing.
+def _watchable(module: nn.Module) -> list[nn.Parameter]:
+    """List the parameters whose marks say whether a step has written them.
 
-    These have no version or no shape yet, or are of other classes, such as quantized weights, which their library may
+    Others have no version or no shape yet, or are of other classes, such as quantized weights, which their library may
     put somewhere else in the first forward pass.
     """
-    plain = []
-    for parameter in parameters:
-        if is_lazy(parameter) or parameter.is_inference():
+    watchable = []
+    for part in module.modules():
+        # An RNN's flatten_parameters, which many call in forward, moves them in the memory of a GPU.
+        if isinstance(part, nn.RNNBase):
             continue
-        if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
-            plain.append(parameter)
-    return plain
+        for parameter in part.parameters(recurse=False):
+            if is_lazy(parameter) or parameter.is_inference():
+                continue
+            if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
+                watchable.append(parameter)
+    return watchable
