@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
-from lightning_flatlora.callbacks.patches import silenced
+from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
 from lightning_flatlora.distributed import average_gradients

@@ -34,6 +34,7 @@ LAYERS = {
     "functional": 1,
     "callbacks": 3,
     "lightning_names": 3,
+    "methods": 3,
     "__init__": 4,
     "baselines": 4,
     "loop_method": 4,

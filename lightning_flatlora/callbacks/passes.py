@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.patches import put_on_instance, silenced
+from lightning_flatlora.callbacks.patches import put_on_instance
+from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
 from lightning_flatlora.distributed import average_gradients, is_sharded

@@ -1,17 +1,16 @@
-"""A training step as Lightning runs it: its batch, its loss, and whether an optimizer step follows."""
+"""Batches that a step may take apart."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 
 def own_containers(batch: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: tensor) -> Any:
-    """The same tensors in new containers, so that what a pass pops or replaces is still there for the next one.
+    """Give the same tensors in new containers, so that what a pass pops or replaces is still there for the next one.
 
     Containers are dicts and other mappings, lists, tuples, dataclasses, and objects with a method ``to``.
 
@@ -57,7 +56,7 @@ def own_containers(batch: Any, of_tensor: Callable[[Tensor], Any] = lambda tenso
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
-    """The tensors that :func:`own_containers` reaches.
+    """List the tensors that :func:`own_containers` reaches.
 
     Example:
         >>> import torch
@@ -69,6 +68,13 @@ def tensors_in(batch: Any) -> list[Tensor]:
     return found
 
 
+def clone_with_attributes(tensor: Tensor) -> Tensor:
+    """Copy a batch's tensor, with the attributes that a user has put on it."""
+    copied = tensor.clone()
+    copied.__dict__.update(tensor.__dict__)
+    return copied
+
+
 def _own_attributes(thing: Any, own_of: Callable[[Any], Any]) -> Any:
     own = copy.copy(thing)
     # A class that says itself how it is copied has seen to what it holds.
@@ -78,35 +84,3 @@ def _own_attributes(thing: Any, own_of: Callable[[Any], Any]) -> Any:
         # Not by setattr, which frozen dataclasses refuse.
         vars(own)[name] = own_of(value)
     return own
-
-
-def loss_of(output: Any, source: str) -> Tensor | None:
-    """The loss in the output of a step: a tensor, a mapping with "loss", or None for a skipped batch.
-
-    Args:
-        output: what the step returned.
-        source: the step's name, for the error.
-
-    Raises:
-        TypeError: the output is something else.
-    """
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if loss is None and not isinstance(output, Mapping):
-        return None
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{source} must return the loss as a tensor, a dict with the key 'loss', or None to skip the batch; "
-            f"got {type(output).__name__}"
-        )
-    return loss
-
-
-def ends_window(trainer: Trainer, batch_idx: int, accumulate_grad_batches: int) -> bool:
-    """Whether a batch is the last of its accumulation window, which may be shorter at the end of an epoch."""
-    return (batch_idx + 1) % accumulate_grad_batches == 0 or trainer.is_last_batch
-
-
-def takes_no_step(trainer: Trainer) -> bool:
-    """Whether batches only update BatchNorm's statistics now, as in the epoch that weight averaging (SWA) adds."""
-    # Private, but Lightning says it nowhere else: StochasticWeightAveraging sets it for the epoch that it adds.
-    return bool(trainer.fit_loop._skip_backward)
