@@ -201,10 +201,14 @@ class MethodCallback(Callback):
 
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search the model in the first batch of an epoch."""
-        if self._is_stale and self.method.needs_pairs:
+        if not self._is_stale:
+            return
+        self._is_stale = False
+        if self._passes is not None:
+            self._passes.look_again()
+        if self.method.needs_pairs:
             self._find(trainer, pl_module)
             self._warn_once(self.fit_methods.install_again())
-        self._is_stale = False
 
     def _warn_once(self, problems: list[str]) -> None:
         # The same problem is found again in every epoch.

@@ -145,6 +145,12 @@ class FMLoRAModuleCallback(MethodCallback):
         super().wrap_passes(Passes, trainer, pl_module)
 
     @override
+    def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_stale:
+            self.replay.look_again(trainer.optimizers)
+        super().look_again(trainer, pl_module)
+
+    @override
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Otherwise EFMLoRA finds the pairs and has their perturbation.
         if callback_of(trainer, EFMLoRA) is None:

@@ -62,6 +62,9 @@ class Passes:
         """Give the strategy its own methods back."""
         self._patches.close()
 
+    def look_again(self) -> None:
+        """Take over what has changed about the module, in the first batch of an epoch."""
+
     # -- what is wrapped
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,6 +191,10 @@ class TwoPasses(Passes):
     def method(self) -> StepMethod:
         """The one of the first optimizer that trains pairs."""
         return next((method for method in self.methods if method.pairs), self.methods[0])
+
+    def look_again(self) -> None:
+        """Find what a step may write again, before the first pass of an epoch."""
+        self._replay.look_again(self.trainer.optimizers)
 
     def close(self) -> None:
         """Give the strategy its own methods back, and forget a batch that an error has ended."""

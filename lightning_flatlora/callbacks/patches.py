@@ -7,38 +7,29 @@ from typing import Any
 from lightning.pytorch import Callback
 
 
-class _OnInstance:
-    """A method that replaces its class's on one object."""
-
-    def __init__(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
-        self.method = method
-        self.beneath = owner.__dict__.get(name)
-        self.is_over = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.method(*args, **kwargs)
-
-
-def put_on_instance(module: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+def put_on_instance(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
     """Replace a method on one object, whether it comes from the class or was put on the object before.
 
     Returns:
         A function that restores the former method; calling it again does nothing. If another method has been put over
-        this one in the meantime, the former method is restored when that other one is removed.
+        this one in the meantime, that one stays.
     """
-    attributes = module.__dict__
-    patch = _OnInstance(module, name, method)
-    attributes[name] = patch
+    attributes = owner.__dict__
+    # Patches may end in any order, so all of them are kept, under them what the object itself had, or None.
+    place = f"_replaced_{name}"
+    layers = attributes.setdefault(place, [attributes.get(name)])
+    layers.append(method)
+    attributes[name] = method
 
     def put_back() -> None:
-        patch.is_over = True
-        # Patches may end in any order: those that are over go only when they lie on top.
-        top = attributes.get(name)
-        while isinstance(top, _OnInstance) and top.is_over:
-            del attributes[name]
-            if top.beneath is not None:
-                attributes[name] = top.beneath
-            top = attributes.get(name)
+        if method in layers:
+            layers.remove(method)
+        if layers[-1] is None:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = layers[-1]
+        if len(layers) == 1:
+            attributes.pop(place, None)
 
     return put_back
 

@@ -12,8 +12,7 @@ from lightning_flatlora import read_through
 from lightning_flatlora.distributed import Layout
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
-from lightning_flatlora.perturbation.ascent import FreshPerturbation, fresh_perturbation
-from lightning_flatlora.perturbation.pair_stack import PairStack, stackable
+from lightning_flatlora.perturbation.pair_stack import FreshPerturbation, PairStack, fresh_perturbation, stackable
 from lightning_flatlora.perturbation.pair_state import PairState, other_shape, problems_text, state_problems
 from lightning_flatlora.schedules import is_size
 
@@ -196,7 +195,7 @@ class Perturbation:
         """
         if not isinstance(rho, Tensor) and not is_size(rho):
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
-        # A manual training_step runs inside autocast, where the products would be taken in half precision.
+        # A manual training_step runs inside autocast, which would take the products in half precision.
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self._ascend(rho, at_perturbed, also_finite)
 
@@ -206,7 +205,7 @@ class Perturbation:
         return fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, also_finite, self._layout)
 
     def assign(self, fresh: FreshPerturbation) -> None:
-        """E := fresh (Algorithm 1)."""
+        """Set E := fresh (Algorithm 1)."""
         for stack, fresh_E in zip(self._stacks, fresh.stacks, strict=True):
             stack.E.copy_(fresh_E)
 

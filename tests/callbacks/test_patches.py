@@ -23,6 +23,12 @@ def test_put_on_instance_restores_what_was_there() -> None:
     put_back()
     put_back()
     assert module.log is repr
+    below, above = put_on_instance(module, "log", str), put_on_instance(module, "log", int)
+    below()  # patches may end in any order
+    assert module.log is int
+    above()
+    assert module.log is repr
+    assert not [name for name in module.__dict__ if "replaced" in name]
 
 
 @pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
