@@ -24,7 +24,7 @@ from lightning_flatlora.distributed import average_gradients, is_sharded
 from lightning_flatlora.forward_gate import ForwardGate
 from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
-from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse
+from lightning_flatlora.methods.checks import changed_settings, integer_problems, optimizer_problems, refuse
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.fmlora import FMLoRAStep
 from lightning_flatlora.methods.gradients import parameters_of, set_aside
@@ -220,7 +220,7 @@ class LoopMethod:
         Raises:
             MisconfigurationException: the state belongs to other pairs or settings.
         """
-        problems = self.method.settings_problems(state["settings"])
+        problems = changed_settings(self.method.settings(), state["settings"])
         if "optimizers" in state:
             problems.append(f"the state is of {len(state['optimizers'])} optimizers, and a loop's object follows one")
         refuse(self.method, problems)

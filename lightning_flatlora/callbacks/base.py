@@ -30,6 +30,7 @@ class MethodCallback(Callback):
 
     Attributes:
         fit_methods: the methods of the optimizers, and the pairs that they train.
+        passes: what wraps the strategy's methods during a fit.
         perturbation: of the pairs' B; None for a method without one, or while there is no pair.
         module_window: batches of an optimizer step, if this is the callback of a module that takes the passes itself.
 
@@ -51,7 +52,7 @@ class MethodCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._is_training = False
         self._is_stale = False
-        self._passes: Passes | None = None
+        self.passes: Any = None
         self._patches = ExitStack()
         self._warnings = WarningCache()
 
@@ -62,8 +63,7 @@ class MethodCallback(Callback):
         blank._begin()
         blank.fit_methods = MethodsOfFit(self.method.for_another_optimizer())
         blank._loaded = self.state_dict()
-        blank._last_trainer = None
-        blank._is_alone = None
+        blank._last_trainer = blank._is_alone = None
         return without_logging(blank)
 
     def __getattr__(self, name: str) -> Any:
@@ -170,8 +170,8 @@ class MethodCallback(Callback):
 
     def wrap_passes(self, kind: type[Passes], trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap the strategy's methods until the end of the fit."""
-        self._passes = kind(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
-        self._patches.callback(self._passes.close)
+        self.passes = kind(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
+        self._patches.callback(self.passes.close)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,8 +181,7 @@ class MethodCallback(Callback):
             self.fit_methods.load_state_dict(state)
         self.fit_methods.warn_of_late_start(trainer)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
-        assert self._passes is not None
-        self._passes.watch_steps()
+        self.passes.watch_steps()
         self._is_training = True
         # Weakly, so that a callback kept for its results does not keep the trainer and the model alive.
         self._last_trainer = weakref.ref(trainer)
@@ -204,8 +203,7 @@ class MethodCallback(Callback):
         if not self._is_stale:
             return
         self._is_stale = False
-        if self._passes is not None:
-            self._passes.look_again()
+        self.passes.look_again()
         if self.method.needs_pairs:
             self._find(trainer, pl_module)
             self._warn_once(self.fit_methods.install_again())
@@ -224,8 +222,7 @@ class MethodCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        assert self._passes is not None
-        self._passes.check_gradient_is_first(pl_module, optimizer)
+        self.passes.check_gradient_is_first(pl_module, optimizer)
         method = None if takes_no_step(trainer) else self.fit_methods.of(trainer, optimizer)
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
         if method is not None:
@@ -247,7 +244,6 @@ class MethodCallback(Callback):
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
         self._is_training = False
         self._patches.close()
-        self._passes = None
         for method in self.methods:
             method.close()
         # The next Trainer reads state_key before it calls any hook.

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_flatlora.callbacks.training_step import module_window, no_end, optimizer_steps
 from lightning_flatlora.lightning_names import callbacks_of, is_lightning
 from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
-from lightning_flatlora.methods.checks import refuse
+from lightning_flatlora.methods.checks import changed_settings, refuse
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
 from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
@@ -191,7 +191,7 @@ class MethodsOfFit:
         Raises:
             MisconfigurationException: it is of other settings, optimizers or pairs.
         """
-        problems = self.main.settings_problems(state["settings"])
+        problems = changed_settings(self.main.settings(), state["settings"])
         states = state.get("optimizers", [state])
         if len(states) not in (1, len(self.methods)):
             problems.append(

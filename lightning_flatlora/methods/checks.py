@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_flatlora.functional import Estimator, NormScope
@@ -49,6 +49,32 @@ def perturbation_problems(beta: object, estimator: object, norm_scope: object) -
     problems += choice_problems("estimator", estimator, Estimator)
     problems += choice_problems("norm_scope", norm_scope, NormScope)
     return problems
+
+
+def rate_problems(argument: str, param_groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List why a size, as the user wrote it, can't follow the learning rate of parameter groups."""
+    problems = []
+    if any(isinstance(group["lr"], Tensor) for group in param_groups):
+        problems.append(
+            f"{argument} follows the learning rate, a tensor here: reading it would make the host wait. Give the "
+            "optimizer a float, or choose another schedule"
+        )
+    if len(param_groups) > 1:
+        problems.append(
+            f"{argument} follows the learning rate, but what it moves is in several parameter groups: put it into "
+            "one, or choose another schedule"
+        )
+    return problems
+
+
+def without_gradient(place: str) -> str:
+    """Say that no pair of an optimizer has had a gradient so far."""
+    return (
+        f"no B of a pair{place} has had a gradient in any step so far, so the method had no effect there: the "
+        "loss must depend on what the adapted layers compute (not under torch.no_grad, not detached), and the "
+        "gradients must still be there in on_before_optimizer_step, which they are not if an optimizer steps "
+        "inside backward"
+    )
 
 
 def changed_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

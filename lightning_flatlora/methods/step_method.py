@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
 from lightning_flatlora.distributed import Layout, layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.methods.checks import changed_settings, message, refuse, value_problems
+from lightning_flatlora.methods.checks import message, rate_problems, refuse, value_problems, without_gradient
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
@@ -105,10 +105,10 @@ class StepMethod:
     # -- the pairs
 
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        """Take the pairs that the optimizer holds now; those that stay keep their state.
+        """Take the pairs that the optimizer holds now, maybe none; those that stay keep their state.
 
         Args:
-            pairs: maybe none.
+            pairs: of the module.
             module: that holds them.
             wrapped: the same as the strategy or the loop has wrapped it, which says how ranks share the factors.
 
@@ -188,19 +188,7 @@ class StepMethod:
         """List why the size can't follow the learning rate, if it is to do so."""
         if not self.rho.needs_learning_rate or self.optimizer is None:
             return []
-        groups = self._followed_groups()
-        problems = []
-        if any(isinstance(group["lr"], Tensor) for group in groups):
-            problems.append(
-                f"{self.argument} follows the learning rate, a tensor here: reading it would make the host wait. Give "
-                "the optimizer a float, or choose another schedule"
-            )
-        if len(groups) > 1:
-            problems.append(
-                f"{self.argument} follows the learning rate, but what it moves is in several parameter groups: put it "
-                "into one, or choose another schedule"
-            )
-        return problems
+        return rate_problems(self.argument, self._followed_groups())
 
     def pair_problems(self) -> list[str]:
         """List what can't work with the pairs that were found; subclasses add their own."""
@@ -279,13 +267,7 @@ class StepMethod:
         if not self._steps_without_gradient or self._has_warned:
             return
         self._has_warned = True
-        problem = (
-            f"no B of a pair{self.place} has had a gradient in any step so far, so the method had no effect there: the "
-            "loss must depend on what the adapted layers compute (not under torch.no_grad, not detached), and the "
-            "gradients must still be there in on_before_optimizer_step, which they are not if an optimizer steps "
-            "inside backward"
-        )
-        rank_zero_warn(message(self, [problem]))
+        rank_zero_warn(message(self, [without_gradient(self.place)]))
 
     # -- the state
 
@@ -315,7 +297,3 @@ class StepMethod:
         Raises:
             ValueError: the state belongs to other pairs.
         """
-
-    def settings_problems(self, saved: dict[str, Any]) -> list[str]:
-        """List the arguments that are not what they were in the run of a checkpoint."""
-        return changed_settings(self.settings(), saved)
