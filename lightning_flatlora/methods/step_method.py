@@ -90,7 +90,7 @@ class StepMethod:
         self._layout = Layout()
         # None as soon as a pair has had a gradient.
         self._steps_without_gradient: int | None = 0
-        self._has_warned = False
+        self._has_said_so = False
 
     def for_another_optimizer(self) -> Self:
         """Make a method with these settings and no pairs."""
@@ -264,9 +264,9 @@ class StepMethod:
 
     def warn_without_gradient(self) -> None:
         """Say, once, that no pair has had a gradient so far, if this is so."""
-        if not self._steps_without_gradient or self._has_warned:
+        if not self._steps_without_gradient or self._has_said_so:
             return
-        self._has_warned = True
+        self._has_said_so = True
         rank_zero_warn(message(self, [without_gradient(self.place)]))
 
     # -- the state
