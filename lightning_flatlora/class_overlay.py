@@ -37,6 +37,11 @@ class Overlay:
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
 
+def plain_class(module: nn.Module) -> Any:
+    """Give a module's own class, whatever lies over it."""
+    return module._plain_class if isinstance(module, Overlay) else type(module)
+
+
 def put_on(module: nn.Module, overlay: type[Overlay], attributes: tuple[str, ...] = ()) -> None:
     """Lay a mixin over a module's class, or change the attributes of one that lies there."""
     module.__dict__.setdefault("_overlays", {})[overlay] = attributes
@@ -51,7 +56,7 @@ def take_off(module: nn.Module, overlay: type[Overlay]) -> None:
 
 
 def _set_class(module: nn.Module) -> None:
-    plain: Any = module._plain_class if isinstance(module, Overlay) else type(module)
+    plain = plain_class(module)
     overlays: dict[type[Overlay], tuple[str, ...]] = module.__dict__["_overlays"]
     if overlays:
         # A subclass and not members of the class, since other modules of the class must stay as they are.

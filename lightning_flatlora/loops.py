@@ -145,11 +145,10 @@ class FMLoRA(LoopMethod):
         if not self.method.ascends:
             yield nullcontext()
             return
-        self._has_ascended = False
         yield self._ascent()
-        if not self._has_ascended:
+        if not self._lacks_second_pass:
             raise RuntimeError(
-                "the first pass was not entered: write `for each_pass in flat.training_passes():` and in it "
+                "the first pass was not entered, or has not come to its end: write `for each_pass in flat.training_passes():` and in it "
                 "`with each_pass:`"
             )
         yield self._descent()
@@ -172,7 +171,6 @@ class FMLoRA(LoopMethod):
     @contextmanager
     def _ascent(self) -> Iterator[None]:
         """The first pass: its gradient gives E and is then dropped."""
-        self._has_ascended = True
         self._replay.first_pass_starts(self.method.pairs[0].B.device)
         with set_aside(self._replay.parameters, [self._optimizer]):
             # In an accumulation window DDP would otherwise take the ascent's gradient for the window's.

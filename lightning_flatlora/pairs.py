@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_flatlora.class_overlay import plain_class
 from lightning_flatlora.lora_pair import (
     IS_SHARED,
     SCALING_IS_0,
@@ -149,8 +150,9 @@ def bare(module: Any) -> Any:
 
 
 def _kind(layer: nn.Module) -> type[nn.Module]:
-    """A layer's own class; FSDP2 gives every unit a subclass of it."""
-    return type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
+    """A layer's own class; FSDP2 gives every unit a subclass of it, and so does a loop's object."""
+    kind = plain_class(layer)
+    return kind.__bases__[-1] if issubclass(kind, FSDPModule) else kind
 
 
 def _pair(layer_name: str, layer: LoraLayer, adapter: str) -> LoRAPair:
