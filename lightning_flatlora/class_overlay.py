@@ -37,9 +37,10 @@ class Overlay:
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
 
-def plain_class(module: nn.Module) -> Any:
+def plain_class(module: nn.Module) -> type[nn.Module]:
     """Give a module's own class, whatever lies over it."""
-    return module._plain_class if isinstance(module, Overlay) else type(module)
+    kind: type[nn.Module] = module._plain_class if isinstance(module, Overlay) else type(module)
+    return kind
 
 
 def put_on(module: nn.Module, overlay: type[Overlay], attributes: tuple[str, ...] = ()) -> None:
@@ -56,7 +57,7 @@ def take_off(module: nn.Module, overlay: type[Overlay]) -> None:
 
 
 def _set_class(module: nn.Module) -> None:
-    plain = plain_class(module)
+    plain: Any = plain_class(module)
     overlays: dict[type[Overlay], tuple[str, ...]] = module.__dict__["_overlays"]
     if overlays:
         # A subclass and not members of the class, since other modules of the class must stay as they are.

@@ -148,8 +148,8 @@ class FMLoRA(LoopMethod):
         yield self._ascent()
         if not self._lacks_second_pass:
             raise RuntimeError(
-                "the first pass was not entered, or has not come to its end: write `for each_pass in flat.training_passes():` and in it "
-                "`with each_pass:`"
+                "the first pass was not entered, or has not come to its end: write "
+                "`for each_pass in flat.training_passes():` and in it `with each_pass:`"
             )
         yield self._descent()
 

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -265,13 +265,6 @@ def test_an_object_that_has_ended_leaves_plain_layers(end: Callable[..., None]) 
     end(flats, net)
     assert same(net(INPUTS[0]).detach(), clean)
     assert_no_trace(net)
-
-
-@pytest.fixture(autouse=True)
-def _no_cycles() -> Iterator[None]:
-    """Objects of earlier tests are gone."""
-    gc.collect()
-    yield
 
 
 def test_looking_again_finds_a_new_adapter() -> None:
