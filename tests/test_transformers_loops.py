@@ -193,6 +193,7 @@ def test_a_peft_model_with_gradient_checkpointing_saves_its_adapter(tmp_path: Pa
         flat = EFMLoRA(trainer.model, trainer.create_optimizer(), 0.05)
         resume = str(tmp_path / "plain" / "checkpoint-4") if place == "asked" and reentrant is None else None
         trainer.train(resume_from_checkpoint=resume)
+        assert model.base_model.model.is_gradient_checkpointing == (place == "asked" and reentrant is not None)
         assert flat.step == STEPS
         ends.append(weights(model))
     assert same(*ends)
