@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -63,7 +64,8 @@ class LoopMethod:
         self._close_others()
         self._install()
         self._handles = [
-            inner.register_step_pre_hook(self._before_step),
+            # Not traced with a compiled step, which would be compiled again for each count of steps.
+            inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),
             inner.register_step_post_hook(self._after_step),
             inner.register_state_dict_post_hook(self._add_state),
             inner.register_load_state_dict_pre_hook(self._take_state),
@@ -290,7 +292,7 @@ def _innermost(optimizer: Any) -> Any:
 
 
 def _refuse_others(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for method in list(_RUNNING):
+    for method in [] if torch.compiler.is_compiling() else list(_RUNNING):
         method.refuse_other(optimizer)
 
 

@@ -260,8 +260,9 @@ def test_a_closure_gives_the_gradients_of_its_step(as_keyword: bool) -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled(name: str, backend: str) -> None:
+    torch._dynamo.reset()
     net, other = net_of(), net_of()
-    compiled = torch.compile(net, backend=backend)
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
     optimizer = optimizer_of(net)
     flat = method_of(name, compiled, optimizer)
     run(flat, compiled, optimizer, batches()[:4])
@@ -269,6 +270,25 @@ def test_compiled(name: str, backend: str) -> None:
     run(method_of(name, other, optimizer), other, optimizer, batches()[:4])
     assert close(weights(net), weights(other))
     assert not [pair.name for pair in flat.perturbation.pairs if "_orig_mod" in pair.name]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.:DeprecationWarning")  # torch's own
+def test_a_compiled_step_of_the_optimizer() -> None:
+    net, other = net_of(), net_of()
+    optimizer = optimizer_of(net)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    torch._dynamo.reset()
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in batches()[:4]:
+            loss(net, batch).backward()
+            step()
+            optimizer.zero_grad()
+    optimizer = optimizer_of(other)
+    run(method_of("EFMLoRA", other, optimizer, 0.3), other, optimizer, batches()[:4])
+    assert flat.step == 4
+    # A compiled AdamW counts in float32.
+    assert close(weights(net), weights(other), 1e-6)
 
 
 def test_a_compiled_model_of_length_zero_is_unwrapped() -> None:
