@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointFunction
+from torch.autograd.function import FunctionCtx
 
 from lightning_flatlora import class_overlay
 from lightning_flatlora.lora_pair import LoRAPair
@@ -105,14 +105,19 @@ def layers_of(pairs: Iterable[LoRAPair]) -> dict[nn.Module, None]:
 def _in_reentrant_checkpoint() -> bool:
     """Say whether this is the first forward of reentrant activation checkpointing, which records nothing.
 
-    It computes the loss, and its backward computes the same forward again with autograd: both must read B + E.
-    Nothing public says so, so the calls that have led here are looked at.
+    It computes the loss, and its backward computes the same forward again with autograd: both must read B + E. PyTorch
+    and other libraries do so inside of an autograd Function. Nothing public says so, so the calls that have led here
+    are looked at.
     """
     if torch.compiler.is_compiling():
         return False
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
+        # By this name first, since f_locals would keep all tensors of a frame alive.
+        if frame.f_code.co_varnames[:1] == ("ctx",):
+            ctx = frame.f_locals["ctx"]
+            if isinstance(ctx, FunctionCtx):
+                # In generation there is such a Function too, but nothing to go back to.
+                return bool(getattr(ctx, "next_functions", ()))
         frame = frame.f_back
     return False
