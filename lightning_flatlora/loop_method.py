@@ -65,7 +65,7 @@ class LoopMethod:
         self._install()
         self._handles = [
             # Not traced with a compiled step, which would be compiled again for each count of steps.
-            inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
             inner.register_step_post_hook(self._after_step),
             inner.register_state_dict_post_hook(self._add_state),
             inner.register_load_state_dict_pre_hook(self._take_state),
@@ -201,7 +201,7 @@ class LoopMethod:
         if pairs[0].B.device != self._device:
             self.look_again()
 
-    def refuse_other(self, optimizer: Optimizer) -> None:
+    def _refuse_other(self, optimizer: Optimizer) -> None:
         """Refuse a step of another optimizer that holds the pairs: it would train plain LoRA, or read an old Ê.
 
         Raises:
@@ -293,7 +293,7 @@ def _innermost(optimizer: Any) -> Any:
 
 def _refuse_others(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for method in [] if torch.compiler.is_compiling() else list(_RUNNING):
-        method.refuse_other(optimizer)
+        method._refuse_other(optimizer)
 
 
 # Not one for each object, which it would keep alive.

@@ -164,6 +164,13 @@ def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path: Path) -> No
     assert flat.step == 0
 
 
+@pytest.mark.parametrize("kind", [LightningEFMLoRA, LightningFMLoRA])
+def test_the_callback_of_the_other_trainer_names_the_line(tmp_path: Path, kind: type[Any]) -> None:
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(MisconfigurationException, match=r"loops\.EFMLoRA\(trainer\.model, trainer\.create_optimizer"):
+        Trainer(trainer.model, trainer.args, callbacks=[kind(RHO)])
+
+
 # -- a language model, by transformers and trl
 
 
