@@ -20,6 +20,7 @@ from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse
 from lightning_flatlora.methods.gradients import parameters_of
+from lightning_flatlora.optimizer_hooks import before_loading, innermost
 from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.read_through import as_reader
@@ -48,7 +49,7 @@ class LoopMethod:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, method: BPerturbationStep, total_steps: int | None = None
     ) -> None:
-        inner = _innermost(optimizer)
+        inner = innermost(optimizer)
         refuse(method, _problems(model, optimizer, inner, method, total_steps))
         self.method = method
         self.search = PairSearch([], [])
@@ -68,7 +69,7 @@ class LoopMethod:
             inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
             inner.register_step_post_hook(self._after_step),
             inner.register_state_dict_post_hook(self._add_state),
-            inner.register_load_state_dict_pre_hook(self._take_state),
+            before_loading(inner, self._take_state),
         ]
         _RUNNING.add(self)
         # The layers of an object that nobody has closed must not read its last Ê when the optimizer is gone.
@@ -281,14 +282,6 @@ def _current_B(pair: LoRAPair) -> nn.Parameter | None:
     """The parameter that the layer has for B now."""
     reader = as_reader(pair.readers[0])
     return reader.module._parameters.get(reader.attribute)
-
-
-def _innermost(optimizer: Any) -> Any:
-    """The optimizer of PyTorch in what Fabric, accelerate or a method over another one has made of it."""
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer):
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    return optimizer
 
 
 def _refuse_others(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -78,6 +78,7 @@ class EFMLoRA(LoopMethod):
 
     @override
     def _use_gradients(self) -> None:
+        # Until there is an Ê both modes read the same, and nobody expects a call of layers that have no gradient.
         if self.method.perturbs and not self._gate.has_opened and self.perturbation.has_gradient:
             raise RuntimeError(
                 "EFMLoRA: no LoRA layer was called in training mode since the last step, and otherwise they read the "
@@ -141,6 +142,7 @@ class FMLoRA(LoopMethod):
         """
         self._check_open()
         self._passes_begun += 1
+        # A batch whose second pass was left out may be tried again from its first.
         self._lacks_second_pass = False
         if not self.method.ascends:
             yield nullcontext()

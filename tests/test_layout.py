@@ -12,6 +12,7 @@ TORCH_ONLY = (
     "forward_gate.py",
     "functional.py",
     "lora_pair.py",
+    "optimizer_hooks.py",
     "pair_stacks.py",
     "pair_watch.py",
     "pairs.py",

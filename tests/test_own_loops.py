@@ -1,4 +1,4 @@
-"""EFMLoRA and FMLoRA in plain PyTorch: the callbacks' weights, clean, resumed, scaled and compiled."""
+"""EFMLoRA and FMLoRA in plain PyTorch: the callbacks' weights, clean, scaled and compiled."""
 
 import copy
 from typing import Any
@@ -13,8 +13,6 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho, loops
-from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.loop_method import STATE_KEY
 from lightning_flatlora.wrappers import unwrapped
 
 METHODS = ("EFMLoRA", "FMLoRA")
@@ -110,91 +108,6 @@ def test_buffers_count_a_batch_once_and_gradients_of_the_ascent_are_dropped() ->
             gradient = net[1].weight.grad.clone()
     assert int(net[1].num_batches_tracked) == 1
     assert same(net[1].weight.grad, gradient)
-
-
-# -- the state
-
-
-@pytest.mark.parametrize("order", ["before the load", "after the load"])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_loop_equals_an_uninterrupted_one(name: str, order: str) -> None:
-    """The optimizer's state carries the method's; an object that is made later takes it from state_dict."""
-
-    def start(net: nn.Module) -> tuple[Any, Any]:
-        optimizer = optimizer_of(net)
-        return optimizer, method_of(name, net, optimizer)
-
-    whole, first, second = net_of(), net_of(), net_of()
-    optimizer, flat = start(whole)
-    run(flat, whole, optimizer, batches())
-    optimizer, flat = start(first)
-    run(flat, first, optimizer, batches()[:5])
-    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict(), flat.state_dict()))
-    second.load_state_dict(saved[0])
-    if order == "before the load":
-        optimizer, resumed = start(second)
-        optimizer.load_state_dict(saved[1])
-    else:
-        optimizer = optimizer_of(second)
-        optimizer.load_state_dict(saved[1])
-        resumed = method_of(name, second, optimizer)
-        resumed.load_state_dict(saved[2])
-    run(resumed, second, optimizer, batches()[5:])
-    assert resumed.step == 10
-    assert same(weights(second), weights(whole))
-    with pytest.raises(MisconfigurationException, match="estimator must be 'average' as in the checkpoint"):
-        method_of(name, second, optimizer, estimator="projected").load_state_dict(saved[2])
-    with pytest.raises(MisconfigurationException, match="of 2 optimizers, and a loop's object follows one"):
-        resumed.load_state_dict({**saved[2], "optimizers": [saved[2], saved[2]]})
-
-
-def test_optimizer_states_go_from_runs_with_the_method_to_runs_without_and_back() -> None:
-    net, plain = net_of(), net_of()
-    optimizer, other = optimizer_of(net), optimizer_of(plain)
-    run(method_of("EFMLoRA", net, optimizer, 0.3), net, optimizer, batches()[:3])
-    run(None, plain, other, batches()[:3])
-    with pytest.warns(UserWarning, match="the optimizer's state has none of EFMLoRA, as after a run without it"):
-        optimizer.load_state_dict(other.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    assert STATE_KEY in optimizer.state_dict()
-    assert STATE_KEY not in other.state_dict()
-    # Of two methods each finds its own.
-    first = method_of("EFMLoRA", net, optimizer, 0.3, adapter_name="default")
-    state = optimizer.state_dict()
-    assert set(state[STATE_KEY]) == {"EFMLoRA[default]"}
-    run(first, net, optimizer, batches()[:1])
-    optimizer.load_state_dict(state)
-    assert first.step == 0
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_preparing_a_distributed_checkpoint_is_no_step(name: str) -> None:
-    """It steps the optimizer once, with zero gradients, and keeps nothing of ours: state_dict is there for that."""
-    from torch.distributed.checkpoint import state_dict as dcp
-
-    net, plain = net_of(), net_of()
-    optimizer, other = optimizer_of(net), optimizer_of(plain)
-    flat, unprepared = method_of(name, net, optimizer), method_of(name, plain, other)
-    assert STATE_KEY not in dcp.get_optimizer_state_dict(net, optimizer)
-    assert (flat.step, len(optimizer.state)) == (0, len(other.param_groups[0]["params"]))
-    # The preparation counts as a step in AdamW's own bias correction.
-    optimizer.state.clear()
-    run(flat, net, optimizer, batches()[:3])
-    run(unprepared, plain, other, batches()[:3])
-    assert same(weights(net), weights(plain))
-
-
-def test_a_state_of_other_pairs_changes_nothing() -> None:
-    net = net_of()
-    flat = train("EFMLoRA", net, batches()[:2], 0.3)
-    state = flat.state_dict()
-    state["perturbation"]["E"]["another"] = torch.zeros(3, 2)
-    state["perturbation"]["averaged"]["another"] = True
-    other = method_of("EFMLoRA", net, optimizer_of(net), 0.3)
-    with pytest.raises(MisconfigurationException, match="another is in the checkpoint but not in the model"):
-        other.load_state_dict(state)
-    assert other.step == 0
-    assert not other.perturbation.may_be_nonzero
 
 
 # -- steps of other kinds
