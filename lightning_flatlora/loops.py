@@ -9,222 +9,25 @@ the optimizer moves Ê by its gradients, and the optimizer's state dict carries 
 well, see :meth:`FMLoRA.training_passes`. Both use the engine of the callbacks of these names, and give their weights.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
-from weakref import WeakSet
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.distributed import average_gradients, is_sharded
-from lightning_flatlora.forward_gate import ForwardGate
-from lightning_flatlora.methods.assignment import assign_pairs
-from lightning_flatlora.methods.b_perturbation import BPerturbationStep
-from lightning_flatlora.methods.checks import changed_settings, integer_problems, optimizer_problems, refuse
+from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.fmlora import FMLoRAStep
 from lightning_flatlora.methods.gradients import parameters_of, set_aside
 from lightning_flatlora.methods.replay import Replay
-from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
-from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
-from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.wrappers import unwrapped, without_sync, wrapping_problems
+from lightning_flatlora.wrappers import unwrapped, without_sync
 
 __all__ = ["EFMLoRA", "FMLoRA"]
-
-STATE_KEY = "lightning_flatlora"
-"""Under which an optimizer's state dict carries the states of the methods."""
-
-_RUNNING: "WeakSet[LoopMethod]" = WeakSet()
-
-
-class LoopMethod:
-    """Base of both classes: a method that is driven by the hooks of an optimizer.
-
-    Attributes:
-        method: the step of the method, with its settings and state.
-        search: the pairs of the model, and what was left out.
-
-    Args:
-        model: as the loop calls it.
-        optimizer: that trains the pairs, also as a library has wrapped it.
-        method: with its settings.
-        total_steps: optimizer steps of the run, for a schedule that spreads over it.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: Optimizer, method: BPerturbationStep, total_steps: int | None = None
-    ) -> None:
-        problems = [] if total_steps is None else integer_problems("total_steps", total_steps, 1)
-        inner = _innermost(optimizer)
-        if not isinstance(model, nn.Module) or "_optimizer_step_pre_hooks" not in getattr(inner, "__dict__", {}):
-            given = f"{type(model).__name__} and {type(optimizer).__name__}"
-            problems.append(f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}")
-            refuse(method, problems)
-        problems += wrapping_problems(model, takes_two_passes=method.takes_two_passes)
-        problems += optimizer_problems([inner])
-        if not method.sync_ascent and is_sharded(model):
-            problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")
-        if method.lacks_horizon and total_steps is None:
-            problems.append(
-                f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps"
-            )
-        refuse(method, problems)
-        self.method = method
-        self._model = model
-        self._optimizer = method.optimizer = inner
-        method.horizon = math.inf if total_steps is None else total_steps
-        self._handles: list[Any] = []
-        self.search = PairSearch([], [])
-        self.look_again()
-        if self.search.left_out:
-            rank_zero_info(f"{method.title} leaves unperturbed: " + "; ".join(self.search.left_out))
-        # An object that an interrupted cell of a notebook has left on the same layers has no more say.
-        names = {id(pair.B) for pair in method.pairs}
-        for other in list(_RUNNING):
-            if names & {id(pair.B) for pair in other.method.pairs}:
-                other.close()
-        self._install()
-        self._handles = [
-            inner.register_step_pre_hook(self._before_step),
-            inner.register_state_dict_post_hook(self._add_state),
-            inner.register_load_state_dict_pre_hook(self._take_state),
-        ]
-        _RUNNING.add(self)
-
-    def look_again(self) -> None:
-        """Search the model for pairs again, after adapters or scalings have changed; those that stay keep their Ê.
-
-        Raises:
-            NoPairsError: the model holds no pair that is trained.
-            MisconfigurationException: the optimizer holds none, or an adapter is merged.
-        """
-        method, module = self.method, unwrapped(self._model)
-        search = search_pairs(module, method.adapter_name, method.finder)
-        if not search.pairs:
-            raise NoPairsError(nothing_found(module, method.adapter_name, method.finder, search))
-        assignment = assign_pairs(search, [self._optimizer])
-        problems = merge_problems(module)
-        if not assignment.pairs[0]:
-            problems.append(
-                f"trainable LoRA factors, such as {search.pairs[0].name}, are not in the optimizer: give them to it, "
-                "or give the optimizer that holds them"
-            )
-        refuse(method, problems)
-        is_installed = bool(self._handles)
-        self._uninstall()
-        self.search = search
-        method.follow(assignment.pairs[0], module, self._model)
-        refuse(method, method.pair_problems())
-        if is_installed:
-            self._install()
-
-    def _install(self) -> None:
-        self.method.install()
-
-    def _uninstall(self) -> None:
-        self.method.close()
-
-    def close(self) -> None:
-        """Leave no trace on the model's layers and the optimizer; the state stays. Calling it again does nothing."""
-        self._uninstall()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        _RUNNING.discard(self)
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken so far; those that a ``GradScaler`` skips are not seen."""
-        return self.method.step
-
-    @property
-    def perturbation(self) -> Perturbation:
-        """The perturbation of the pairs' B."""
-        assert self.method.perturbation is not None
-        return self.method.perturbation
-
-    @property
-    def current_rho(self) -> float:
-        """The radius of the coming optimizer step."""
-        return self.method.current_rho
-
-    # -- the optimizer's hooks
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Use the gradients of the coming step; a closure gives them within it."""
-        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._use_gradients()
-            return None
-
-        def then_use_gradients() -> Any:
-            loss = closure()
-            self._use_gradients()
-            return loss
-
-        if len(args) > 1:
-            return (args[0], then_use_gradients, *args[2:]), kwargs
-        return args, {**kwargs, "closure": then_use_gradients}
-
-    def _use_gradients(self) -> None:
-        self._check_parameters()
-        # If any gradient of these is not finite, a loss scaler skips the step within a fused optimizer.
-        self.method.before_step(parameters_of(self._optimizer))
-
-    def _check_parameters(self) -> None:
-        """Refuse a model whose parameters were replaced, as by fully_shard after this object was made."""
-        held = {id(parameter) for parameter in parameters_of(self._optimizer)}
-        if self.method.pairs and not any(id(pair.B) in held for pair in self.method.pairs):
-            raise RuntimeError(
-                f"the optimizer holds none of the parameters that {self.method.title} knows: make it after the model "
-                "is sharded, or call look_again()"
-            )
-
-    @property
-    def _name(self) -> str:
-        adapter_name = self.method.adapter_name
-        return self.method.title if adapter_name is None else f"{self.method.title}[{adapter_name}]"
-
-    def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict.setdefault(STATE_KEY, {})[self._name] = self.state_dict()
-
-    def _take_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        states = state_dict.get(STATE_KEY, {})
-        if self._name in states:
-            self.load_state_dict(states[self._name])
-        elif state_dict["state"]:
-            rank_zero_warn(
-                f"the optimizer's state has none of {self._name}, as after a run without it: its perturbation and its "
-                "count of steps begin here"
-            )
-
-    # -- the state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs, as CPU tensors and numbers.
-
-        The optimizer's own state dict carries it already, except in a distributed checkpoint, which keeps only what it
-        knows of an optimizer.
-        """
-        return {**self.method.state_dict(), "settings": self.method.settings()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state_dict`, or that of the callback of this name, returned.
-
-        Raises:
-            MisconfigurationException: the state belongs to other pairs or settings.
-        """
-        problems = changed_settings(self.method.settings(), state["settings"])
-        if "optimizers" in state:
-            problems.append(f"the state is of {len(state['optimizers'])} optimizers, and a loop's object follows one")
-        refuse(self.method, problems)
-        self.method.load_state_dict(state, self.search.names)
 
 
 class EFMLoRA(LoopMethod):
@@ -271,33 +74,23 @@ class EFMLoRA(LoopMethod):
         total_steps: int | None = None,
         **settings: Any,
     ) -> None:
-        self._gate = ForwardGate()
         super().__init__(model, optimizer, EFMLoRAStep(rho, beta=beta, **settings), total_steps)
 
     @override
-    def _install(self) -> None:
-        super()._install()
-        self._gate.install(self.perturbation)
-
-    @override
-    def _uninstall(self) -> None:
-        # First, since its classes lie over those of the perturbation.
-        self._gate.uninstall()
-        super()._uninstall()
-
-    @override
     def _use_gradients(self) -> None:
+        # Until there is an Ê both modes read the same, and nobody expects a call of layers that have no gradient.
         if self.method.perturbs and not self._gate.has_opened and self.perturbation.has_gradient:
             raise RuntimeError(
-                "EFMLoRA: the LoRA layers have run in eval mode since the last step, in which they read the clean "
-                "weights, so the step would be plain LoRA: call model.train() before it, and switch single layers, "
-                "such as dropout, to eval mode by themselves"
+                "EFMLoRA: no LoRA layer was called in training mode since the last step, and otherwise they read the "
+                "clean weights, so the step would be plain LoRA: call model.train() before it, and switch single "
+                "layers, such as dropout, to eval mode by themselves"
             )
         super()._use_gradients()
         self._gate.has_opened = False
 
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:
         """Give one pass, which does nothing, so that a loop may be written for both methods."""
+        self._check_open()
         yield nullcontext()
 
 
@@ -347,18 +140,18 @@ class FMLoRA(LoopMethod):
         ``no_backward_sync`` and ``no_sync`` inside. They are the ascent and the descent, or one pass if the step does
         not perturb.
         """
-        if not self._handles:
-            raise RuntimeError("close() has ended this FMLoRA: make a new one for another run")
+        self._check_open()
         self._passes_begun += 1
+        # A batch whose second pass was left out may be tried again from its first.
+        self._lacks_second_pass = False
         if not self.method.ascends:
             yield nullcontext()
             return
-        self._has_ascended = False
         yield self._ascent()
-        if not self._has_ascended:
+        if not self._lacks_second_pass:
             raise RuntimeError(
-                "the first pass was not entered: write `for each_pass in flat.training_passes():` and in it "
-                "`with each_pass:`"
+                "the first pass was not entered, or has not come to its end: write "
+                "`for each_pass in flat.training_passes():` and in it `with each_pass:`"
             )
         yield self._descent()
 
@@ -380,7 +173,6 @@ class FMLoRA(LoopMethod):
     @contextmanager
     def _ascent(self) -> Iterator[None]:
         """The first pass: its gradient gives E and is then dropped."""
-        self._has_ascended = True
         self._replay.first_pass_starts(self.method.pairs[0].B.device)
         with set_aside(self._replay.parameters, [self._optimizer]):
             # In an accumulation window DDP would otherwise take the ascent's gradient for the window's.
@@ -408,11 +200,3 @@ class FMLoRA(LoopMethod):
         self._lacks_second_pass = False
         with self._replay.running(), self._at_perturbed_weights:
             yield
-
-
-def _innermost(optimizer: Any) -> Any:
-    """The optimizer of PyTorch in what Fabric, accelerate or a method over another one has made of it."""
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer):
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    return optimizer

@@ -7,17 +7,18 @@ Parameters, names and state dicts are untouched, so the stored weights are the c
 convolutions.)
 """
 
-import copyreg
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_flatlora import class_overlay
 
 
 class Switch:
@@ -85,17 +86,18 @@ class _Reading:
         return perturbed if perturbed.dtype == value.dtype else perturbed.to(value.dtype)
 
 
-class _ReadsPerturbed:
+class _ReadsPerturbed(class_overlay.Overlay):
     """Mixin before a module's own class, in which the attributes that are read through are properties."""
 
+    _overlay_prefix = "Perturbed"
+    _overlay_state = "_readings"
     _parameters: dict[str, nn.Parameter | None]
-    _plain_class: Any
     _readings: dict[str, _Reading]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
-        state = {key: value for key, value in self.__dict__.items() if key != "_readings"}
-        return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
+    @staticmethod
+    @override
+    def _overlay_members(attributes: tuple[str, ...]) -> dict[str, Any]:
+        return {attribute: _property_of(attribute) for attribute in attributes}
 
 
 def _property_of(attribute: str) -> property:
@@ -136,13 +138,6 @@ def _property_of(attribute: str) -> property:
     return property(read, write, delete)
 
 
-# One class for each kind of module, not one for each module: compiled graphs are guarded by the class.
-@cache
-def _reading_class(plain: Any, attributes: tuple[str, ...]) -> Any:
-    members: dict[str, Any] = {attribute: _property_of(attribute) for attribute in attributes}
-    return type(f"Perturbed{plain.__name__}", (_ReadsPerturbed, plain), {"_plain_class": plain, **members})
-
-
 def as_reader(reader: AnyReader) -> Reader:
     """A reader as such; a module stands for its weight."""
     return reader if isinstance(reader, Reader) else Reader(reader)
@@ -170,7 +165,7 @@ def install(reader: AnyReader, only_views: bool = False) -> None:
     readings: dict[str, _Reading] = module.__dict__.setdefault("_readings", {})
     if reader.attribute not in readings:
         readings[reader.attribute] = _Reading(only_views)
-        _set_class(module, readings)
+        class_overlay.put_on(module, _ReadsPerturbed, tuple(sorted(readings)))
     readings[reader.attribute].installs += 1
 
 
@@ -185,17 +180,10 @@ def uninstall(reader: AnyReader) -> None:
             perturb(reader, None)
             readings: dict[str, _Reading] = module.__dict__["_readings"]
             del readings[reader.attribute]
-            _set_class(module, readings)
-
-
-def _set_class(module: nn.Module, readings: dict[str, _Reading]) -> None:
-    plain: Any = module._plain_class if isinstance(module, _ReadsPerturbed) else type(module)
-    if readings:
-        # A subclass and not a property on the class, since other modules of the class must stay as they are.
-        module.__class__ = _reading_class(plain, tuple(sorted(readings)))
-        return
-    module.__class__ = plain
-    del module.__dict__["_readings"]
+            if readings:
+                class_overlay.put_on(module, _ReadsPerturbed, tuple(sorted(readings)))
+            else:
+                class_overlay.take_off(module, _ReadsPerturbed)
 
 
 def _reading_of(reader: Reader) -> _Reading | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, read_through
+from lightning_flatlora.class_overlay import Overlay
 
 
 def since_lightning(version: str, reason: str) -> pytest.MarkDecorator:
@@ -221,9 +222,9 @@ def is_installed(module: nn.Module) -> bool:
 
 
 def assert_no_trace(module: nn.Module) -> None:
-    """No reading class and no attribute of it is left in a module."""
-    assert not is_installed(module)
-    assert not [name for name, m in module.named_modules() if "_readings" in m.__dict__]
+    """No overlaid class and no attribute of one is left in a module."""
+    hidden = {"_overlays", "_readings", "_gates"}
+    assert not [name for name, m in module.named_modules() if isinstance(m, Overlay) or hidden & m.__dict__.keys()]
 
 
 def assert_same_run(trainer: Trainer, other: Trainer) -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from float64_runs import BETA, dataset, network, optimizer_of
-from lightning_flatlora.transformers_trainer import EFMLoRA
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lightning_flatlora.loops import EFMLoRA, FMLoRA
 
 RHO, SIZE = 0.3, 4
 
@@ -44,14 +45,13 @@ class Seeds(TrainerCallback):  # type: ignore[misc]
 
 def trainer_of(
     folder: Path,
-    callbacks: list[Any],
     net: nn.Module | None = None,
     steps: int = 8,
     kind: type[Any] = Trainer,
     data: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """A quiet Trainer on CPU processes, with the samples in their order."""
+    """Make a quiet Trainer on CPU processes, with the samples in their order."""
     net = network() if net is None else net
     settings = {
         "per_device_train_batch_size": SIZE,
@@ -70,20 +70,42 @@ def trainer_of(
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     both = (optimizer, constant)
     data = {"train_dataset": Samples(steps * args.gradient_accumulation_steps * SIZE), **(data or {})}
-    return kind(Model(net), args, callbacks=[Seeds(), *callbacks], optimizers=both, **data)
+    return kind(Model(net), args, callbacks=[Seeds()], optimizers=both, **data)
 
 
-def on_two_ranks(folder: str, window: int = 1) -> dict[str, Any]:
+class TwoPasses(Trainer):  # type: ignore[misc]
+    """The Trainer of transformers with FMLoRA, as on docs/other_loops.md."""
+
+    flat: FMLoRA
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+        losses = []
+        for each_pass in self.flat.training_passes():
+            with each_pass:
+                losses.append(super().training_step(model, dict(inputs), *args))
+        return losses[0]
+
+
+def trained_by(name: str, folder: Path, resume: str | None = None, **settings: Any) -> tuple[Any, Any]:
+    """Train by a method; the trainer and the method's object."""
+    if name == "FMLoRA":
+        trainer = trainer_of(folder, kind=TwoPasses, **settings)
+        flat: Any = FMLoRA(trainer.model, trainer.create_optimizer(), RHO)
+        trainer.flat = flat
+    else:
+        trainer = trainer_of(folder, **settings)
+        flat = EFMLoRA(trainer.model, trainer.create_optimizer(), RHO, beta=BETA)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, flat
+
+
+def on_two_ranks(folder: str, name: str, window: int = 1) -> dict[str, Any]:
     """The trained weights and E of this rank, under the DDP that transformers starts."""
-    callback = EFMLoRA(RHO, beta=BETA)
     settings = {"per_device_train_batch_size": SIZE // 2, "gradient_accumulation_steps": window}
-    trainer = trainer_of(Path(folder), [callback], ddp_backend="gloo", **settings)
-    trainer.train()
-    assert callback.loop is not None
-    assert callback.loop.perturbation is not None
+    trainer, flat = trained_by(name, Path(folder), ddp_backend="gloo", **settings)
     trained = {name: p.detach() for name, p in trainer.model.net.named_parameters() if p.requires_grad}
     return {
         "weights": trained,
-        "E": callback.loop.perturbation.state_dict()["E"],
+        "E": flat.perturbation.state_dict()["E"],
         "wrapped": type(trainer.model_wrapped).__name__,
     }

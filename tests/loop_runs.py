@@ -60,11 +60,11 @@ def run(
     scheduler: Any = None,
     after_step: Callable[[int], Any] | None = None,
 ) -> None:
-    """The loop as Lightning's Trainer runs it; ``flat`` is None for plain LoRA."""
+    """The loop as Lightning's Trainer runs it. EFMLoRA's is the loop of plain LoRA, for which ``flat`` is None."""
     for index, batch in enumerate(data):
         torch.manual_seed(index)
         steps = (index + 1) % window == 0 or index == len(data) - 1
-        for each_pass in one_pass() if flat is None else flat.training_passes():
+        for each_pass in flat.training_passes() if isinstance(flat, loops.FMLoRA) else one_pass():
             with each_pass, torch.enable_grad() if no_sync is None else no_sync(not steps):
                 backward(loss(model, batch) / window)
         if not steps:

@@ -1,7 +1,7 @@
 """The package on a CUDA device: `make gpu-test`. Elsewhere these skip."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.amp import GradScaler
 
-from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, loops
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
@@ -126,6 +126,25 @@ def test_the_hooks_of_a_step_never_wait_for_the_device(tmp_path: Path, callback_
     module, _, more = build("plain")
     fit(tmp_path, module, [Watched(0.5)], make_loader(), accelerator=DEVICE, **more)
     assert steps > 5
+
+
+@pytest.mark.parametrize("moves_later", [False, True])
+def test_a_loop_never_waits_and_follows_a_model_that_moves(moves_later: bool) -> None:
+    """The object may be made before the model is on its device, as before accelerate prepares both."""
+    net = make_net().to("cpu" if moves_later else DEVICE)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.02, foreach=True)
+    flat = loops.EFMLoRA(net, optimizer, 0.5)
+    net.to(DEVICE)
+    inputs = torch.randn(4, 6, device=DEVICE)
+    for index in range(4):
+        net(inputs).square().sum().backward()
+        torch.cuda.synchronize()
+        with no_waiting() if index > 1 else nullcontext():  # the first ones make states, handles and workspaces
+            optimizer.step()
+        optimizer.zero_grad()
+    assert flat.step == 4
+    assert all(float(E.norm()) > 0 for E in E_hat(flat).values())
+    assert {stack.E.device.type for stack in flat.perturbation._stacks} == {DEVICE}
 
 
 def test_noise_is_the_same_in_both_directions_and_is_not_waited_for() -> None:

@@ -129,23 +129,37 @@ def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: 
         assert any(isinstance(callback, EFMLoRA) for callback in cli.trainer.callbacks)
 
 
-@pytest.mark.parametrize("index", range(4))
+PROGRAMS = ("diff of plain PyTorch", "fabric", "transformers", "FMLoRA", "FMLoRA in transformers")
+
+
+@pytest.mark.parametrize("index", range(len(PROGRAMS)), ids=PROGRAMS)
 def test_the_programs_for_other_loops_run(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (API.parent / "other_loops.md").read_text(encoding="utf-8")
-    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    # DeepSpeed's runs with its tests, since it needs processes of its own.
-    programs = [program for program in programs if "deepspeed" not in program]
-    assert len(programs) == 4
+    changed = re.search(r"```diff\n(.*?)```", page, re.DOTALL)
+    assert changed is not None
+    programs = [re.sub(r"^[+ ]", "", changed[1], flags=re.MULTILINE)]
+    programs += re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(programs) == len(PROGRAMS)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(programs[index], names)
-    if index == 0:
-        assert (tmp_path / "out" / "checkpoint-4" / "flatlora.pt").exists()
-    if index == 1:  # the subclass, with the model and the arguments of the program before it
-        exec(programs[0], names)
-        trainer = names["TwoPassTrainer"](names["model"], names["args"], train_dataset=names["rows"])
+    if index == 4:  # the subclass, with the model and the arguments of another program
+        of_trainer: dict[str, Any] = {}
+        exec(programs[2], of_trainer)
+        of_trainer["flat"].close()
+        trainer = names["TwoPassTrainer"](of_trainer["model"], of_trainer["args"], train_dataset=of_trainer["rows"])
+        (line,) = re.findall(r"`(trainer\.flat = .*)`", page)
+        exec("from lightning_flatlora.loops import FMLoRA", names)
+        exec(line, {**names, "trainer": trainer})
         trainer.train()
         assert trainer.flat.step == 4
-    if index > 1:
-        assert names["flat"].step == 10
-        assert names["flat"].perturbation.may_be_nonzero == (index == 2)
+        return
+    assert names["flat"].step == (4 if index == 2 else 10)
+    assert names["flat"].perturbation.may_be_nonzero == (index != 3)
+    assert (tmp_path / "out" / "checkpoint-4").exists() == (index == 2)
+
+
+def test_litgpts_line_is_the_one_that_the_tests_insert() -> None:
+    page = (API.parent / "other_loops.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"\n \s+max_steps = .*\n\+(.*)\n", page)
+    assert line.strip() == "flat = EFMLoRA(model, optimizer, rho=0.05, finder=litgpt_pairs)"

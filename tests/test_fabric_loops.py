@@ -3,8 +3,9 @@
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from float64_runs import loss, optimizer_of
 from helpers import same, weights
 from lightning.fabric.plugins import MixedPrecision
 from loop_runs import batches, method_of, net_of, run
+from torch import nn
 from torch.amp import GradScaler
 
 from lightning_flatlora import loops
@@ -28,13 +30,14 @@ def fabric_run(name: str, data: list[Any], file: Path | None = None, resume: boo
     fabric = L.Fabric(accelerator="cpu", devices=1, **settings)
     net = net_of(torch.float32)
     model, optimizer = fabric.setup(net, optimizer_of(net))
-    state = {"model": model, "optimizer": optimizer, "flat": method_of(name, model, optimizer, 0.3)}
+    flat = method_of(name, model, optimizer, 0.3)
+    state = {"model": model, "optimizer": optimizer}
     if resume:
         fabric.load(file, state)
-    run(state["flat"], model, optimizer, data, backward=fabric.backward)
+    run(flat, model, optimizer, data, backward=fabric.backward)
     if file is not None and not resume:
         fabric.save(file, state)
-    return net, state["flat"]
+    return net, flat
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -67,35 +70,65 @@ def own_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_loops_of_accelerate(own_accelerate: None) -> None:
-    """Its own loop, without a Trainer, in which an accumulating step is no step."""
-    accelerator, net, plain = Accelerator(cpu=True, gradient_accumulation_steps=2), net_of(), net_of()
-    model, optimizer = accelerator.prepare(net, optimizer_of(net))
-    flat = method_of("EFMLoRA", model, optimizer, 0.3)
-    for batch in batches():
-        with accelerator.accumulate(model):
-            with flat.training_pass():
-                accelerator.backward(loss(model, batch))
-            if accelerator.sync_gradients:
-                flat.before_step()
-            optimizer.step()
-            optimizer.zero_grad()
+def by_fabric(net: nn.Module, optimizer: Any) -> tuple[Any, Any, Any]:
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    return *fabric.setup(net, optimizer), fabric.backward
+
+
+def by_accelerate(net: nn.Module, optimizer: Any) -> tuple[Any, Any, Any]:
+    accelerator = Accelerator(cpu=True)
+    return *accelerator.prepare(net, optimizer), accelerator.backward
+
+
+@pytest.mark.parametrize("wrap", [by_fabric, by_accelerate])
+@pytest.mark.parametrize("made", ["before", "after", "after, with the bare ones"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_object_may_be_made_before_and_after_wrapping(
+    own_accelerate: None, name: str, made: str, wrap: Callable[..., Any]
+) -> None:
+    """accelerate loads an optimizer's state into it as it wraps it."""
+    net, plain = net_of(), net_of()
+    bare = optimizer_of(net)
+    flat = method_of(name, net, bare) if made == "before" else None
+    model, optimizer, backward = wrap(net, bare)
+    if flat is None:
+        flat = method_of(name, net, bare) if "bare" in made else method_of(name, model, optimizer)
+    run(flat, model, optimizer, batches(), backward=backward)
     other = optimizer_of(plain)
-    run(method_of("EFMLoRA", plain, other, 0.3), plain, other, batches(), window=2)
+    run(method_of(name, plain, other), plain, other, batches())
+    assert flat.step == 10
     assert same(weights(net), weights(plain))
+
+
+def test_loops_of_accelerate(own_accelerate: None) -> None:
+    """Its own loop, without a Trainer, in which an accumulating step is no step; and its own checkpoints."""
+    whole, first, second = net_of(), net_of(), net_of()
+    other = optimizer_of(whole)
+    run(method_of("EFMLoRA", whole, other, 0.3), whole, other, batches(), window=2)
+    with TemporaryDirectory() as folder:
+        for net, data in ((first, batches()[:4]), (second, batches()[4:])):
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+            model, optimizer = accelerator.prepare(net, optimizer_of(net))
+            flat = method_of("EFMLoRA", model, optimizer, 0.3)
+            if net is second:
+                accelerator.load_state(folder)
+            for batch in data:
+                with accelerator.accumulate(model):
+                    accelerator.backward(loss(model, batch))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if net is first:
+                accelerator.save_state(folder)
+    assert flat.step == 5
+    assert same(weights(second), weights(whole))
 
 
 # -- litgpt's own program
 
 
 WORDS = ["<unk>", "</s>", *(f"w{index}" for index in range(40))]
-THREE_LINES = {
-    'max_steps = train.max_steps or float("inf")\n': 'max_steps = train.max_steps or float("inf")\n'
-    "    flat = EFMLoRA(model, optimizer, rho=RHO, finder=litgpt_pairs)\n",
-    "with fabric.no_backward_sync": "with flat.training_pass(), fabric.no_backward_sync",
-    "            optimizer.step()\n": "            flat.before_step()\n            optimizer.step()\n",
-}
-"""What is changed in the loop of ``litgpt finetune_lora``, text by text."""
+LINE = '    max_steps = train.max_steps or float("inf")\n'
+"""After which the line is inserted into the loop of ``litgpt finetune_lora``."""
 
 
 @pytest.fixture
@@ -126,16 +159,16 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def finetune(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rho: float | None) -> Path:
-    """Run litgpt's program, with the three lines unless rho is None; the folder that it leaves."""
+    """Run litgpt's program, with the line unless rho is None; the folder that it leaves."""
     from litgpt.args import EvalArgs, TrainArgs
     from litgpt.data import JSON
     from litgpt.finetune import lora
 
     source = inspect.getsource(lora.fit)
     names = {**vars(lora), "EFMLoRA": loops.EFMLoRA, "RHO": rho, "litgpt_pairs": litgpt_pairs}
-    for old, new in THREE_LINES.items() if rho is not None else ():
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
+    if rho is not None:
+        assert source.count(LINE) == 1
+        source = source.replace(LINE, LINE + "    EFMLoRA(model, optimizer, rho=RHO, finder=litgpt_pairs)\n")
     exec(source, names)
     out = checkpoint.parent / f"out-{rho}"
     with monkeypatch.context() as patched:
@@ -153,7 +186,7 @@ def finetune(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rho: float | Non
 
 
 @pytest.mark.filterwarnings("ignore")  # of jsonargparse, by which litgpt reads its own settings
-def test_litgpts_own_loop_with_three_lines(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_litgpts_own_loop_with_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """rho = 0 is litgpt's own run bit for bit, more is not, and litgpt's script merges what was trained."""
     from litgpt.config import Config
     from litgpt.finetune import lora

@@ -1,117 +1,272 @@
-"""Mistakes in a loop of one's own that would leave nothing perturbed, or the wrong thing."""
+"""What can't work in a loop is refused: at the start, or before a step that would leave nothing perturbed."""
 
 import logging
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from float64_runs import optimizer_of
+from float64_runs import loss, optimizer_of
+from helpers import assert_no_trace, make_net, same, weights
 from loop_runs import batches, method_of, net_of, run
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_flatlora import loops
+from lightning_flatlora import LinearRho, NoPairsError, loops
 from lightning_flatlora.lightning_names import MisconfigurationException
 
+METHODS = ("EFMLoRA", "FMLoRA")
 
-@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
-def test_a_closed_object_is_not_used_again(name: str) -> None:
-    def take_passes() -> None:
-        for each_pass in flat.training_passes():
-            with each_pass:
-                pass
-
-    net = net_of()
-    flat = method_of(name, net, optimizer_of(net), 0.3)
-    flat.close()
-    with pytest.raises(RuntimeError, match=rf"close\(\) has ended this {name}: make a new one"):
-        take_passes()
+# -- at the start
 
 
-def test_a_first_pass_without_any_gradient_is_told() -> None:
-    """As of an object that was made for another model, or a backward that stands outside of the passes."""
-    net = net_of()
-    flat = loops.FMLoRA(net, optimizer_of(net), 0.3)
-    x, y = batches()[0]
-
-    def backward_outside() -> None:
-        for each_pass in flat.training_passes():
-            with each_pass:
-                loss = nn.functional.cross_entropy(net(x), y)
-            loss.backward()
-
-    with pytest.warns(UserWarning, match="the first pass left no gradient, so E is 0"):
-        backward_outside()
-    flat.close()
+def of_library(name: str) -> nn.Module:
+    return type("Engine", (nn.Sequential,), {"__module__": f"{name}.runtime.engine"})(make_net())
 
 
-def test_an_optimizer_that_maximizes_is_refused() -> None:
-    net = net_of()
-    with pytest.raises(MisconfigurationException, match="the optimizer has maximize=True"):
-        loops.EFMLoRA(net, torch.optim.SGD(net.parameters(), lr=0.1, maximize=True), 0.3)
+def merged() -> nn.Module:
+    net: Any = make_net()
+    net.merge_adapter()
+    return net
+
+
+def sgd(net: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.1, **settings)
+
+
+def of_a_part(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([next(p for p in net.parameters() if p.requires_grad)], lr=0.1)
+
+
+class Case:
+    """What is refused, and which words the message has."""
+
+    def __init__(
+        self,
+        *words: str,
+        model: Callable[[], nn.Module] = make_net,
+        optimizer: Callable[[nn.Module], Any] = sgd,
+        rho: Any = 0.3,
+        **settings: Any,
+    ) -> None:
+        self.words, self.model, self.optimizer, self.rho, self.settings = words, model, optimizer, rho, settings
+
+
+REFUSED = {
+    "arguments, together": Case(
+        "rho must be", "every_n_steps must be", "finder must be", rho=-1.0, every_n_steps=0, finder="litgpt"
+    ),
+    "no horizon": Case("set total_steps", rho=LinearRho(1.0, 0.0)),
+    "total_steps": Case("total_steps must be an integer >= 1, got 0", rho=LinearRho(1.0, 0.0), total_steps=0),
+    "each other's place": Case("must be a model and its torch.optim.Optimizer", optimizer=lambda net: net),
+    "an optimizer of other parameters": Case("are not in the optimizer", optimizer=of_a_part),
+    "LBFGS": Case("LBFGS takes several gradients", optimizer=lambda net: torch.optim.LBFGS(net.parameters())),
+    "maximize": Case("the optimizer has maximize=True", optimizer=lambda net: sgd(net, maximize=True)),
+    "a merged adapter": Case("the adapter is merged into its base", "unmerge_adapter", model=merged),
+    "DeepSpeed": Case("DeepSpeed's engine owns the gradients", model=lambda: of_library("deepspeed")),
+    "Megatron": Case("Megatron keeps gradients", model=lambda: of_library("megatron")),
+    "DataParallel": Case("DataParallel copies the layers", model=lambda: nn.DataParallel(make_net())),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("name", METHODS)
+def test_what_can_not_work_is_refused_by_name(name: str, what: str) -> None:
+    case = REFUSED[what]
+    model = case.model()
+    with pytest.raises(MisconfigurationException) as caught:
+        getattr(loops, name)(model, case.optimizer(model), case.rho, **case.settings)
+    assert str(caught.value).startswith(f"{name}: ")
+    for word in case.words:
+        assert word in str(caught.value)
+    assert_no_trace(model)
+
+
+def test_megatron_that_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = types.SimpleNamespace(model_parallel_is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)  # type: ignore[arg-type]
+    net = make_net()
+    with pytest.raises(MisconfigurationException, match="tensor parallelism splits the factors"):
+        loops.EFMLoRA(net, sgd(net), 0.3)
+
+
+def test_arguments_of_the_other_method_and_models_without_pairs_are_refused() -> None:
+    net = make_net()
+    with pytest.raises(TypeError, match="beta"):
+        loops.FMLoRA(net, sgd(net), 0.3, beta=0.5)
+    with pytest.raises(TypeError, match="sync_ascent"):
+        loops.EFMLoRA(net, sgd(net), 0.3, sync_ascent=False)
+    with pytest.raises(MisconfigurationException, match="beta must be"):
+        loops.EFMLoRA(net, sgd(net), 0.3, beta=2.0)
+    plain = nn.Linear(2, 2)
+    with pytest.raises(NoPairsError, match="LoRA"):
+        loops.EFMLoRA(plain, sgd(plain), 0.3)
 
 
 def test_layers_that_stay_unperturbed_are_named(caplog: pytest.LogCaptureFixture) -> None:
     net = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4)})
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner"]))
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        loops.EFMLoRA(model, torch.optim.SGD(model.parameters(), lr=0.1), 0.3).close()
+        loops.EFMLoRA(model, sgd(model), 0.3).close()
     assert "EFMLoRA leaves unperturbed: Embedding: embedding LoRA keeps bare parameters" in caplog.text
 
 
-def step_without_the_method(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    x, y = batches()[0]
-    nn.functional.cross_entropy(net(x), y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def test_schedules_of_a_users_own_are_checked() -> None:
+    class Negative(LinearRho):
+        def __call__(self, *args: Any) -> float:
+            return -1.0
+
+    net = make_net()
+    optimizer = sgd(net)
+    loops.EFMLoRA(net, optimizer, Negative(1.0, 0.0, total_steps=3))
+    net(torch.randn(4, 6)).sum().backward()
+    with pytest.raises(MisconfigurationException, match=r"must give a finite number >= 0, and gave -1\.0 at step 0"):
+        optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
+# -- before a step
+
+
+def backward(net: nn.Module) -> None:
+    loss(net, batches()[0]).backward()
+
+
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_a_step_without_a_pass_and_before_step_is_refused(name: str, steps_before: int) -> None:
-    net = net_of()
-    optimizer = optimizer_of(net)
-    flat = method_of(name, net, optimizer, 0.3)
-    run(flat, net, optimizer, batches()[:steps_before])
-    before = [parameter.detach().clone() for parameter in net.parameters()]
-    with pytest.raises(RuntimeError, match=rf"about to step without {name}'s before_step: .*flat.close\(\)"):
-        step_without_the_method(net, optimizer)
-    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
-    # After the end nobody asks.
-    flat.close()
-    step_without_the_method(net, optimizer)
-    assert flat.step == steps_before
-
-
-def test_a_step_after_the_first_of_two_passes_is_refused() -> None:
+def test_fmlora_without_its_passes_is_refused(steps_before: int) -> None:
     net = net_of()
     optimizer = optimizer_of(net)
     flat = loops.FMLoRA(net, optimizer, 0.3)
-    x, y = batches()[0]
+    run(flat, net, optimizer, batches()[:steps_before])
+    backward(net)
+    before = weights(net)
+    with pytest.raises(RuntimeError, match=r"about to step without FMLoRA's passes: .*flat.close\(\)"):
+        optimizer.step()
+    assert same(weights(net), before)
+    # After the end nobody asks.
+    flat.close()
+    optimizer.step()
+    assert flat.step == steps_before
+
+
+def test_fmloras_first_pass_alone_is_refused() -> None:
+    net = net_of()
+    optimizer = optimizer_of(net)
+    flat = loops.FMLoRA(net, optimizer, 0.3)
+    passes = flat.training_passes()
+    next(passes)
+    with pytest.raises(RuntimeError, match="the first pass was not entered"):
+        next(passes)
     with next(iter(flat.training_passes())):
-        nn.functional.cross_entropy(net(x), y).backward()
-    with pytest.raises(RuntimeError, match="came after the first of two passes, which leaves no gradient"):
-        flat.before_step()
+        backward(net)
+    with pytest.raises(RuntimeError, match="after the first of two passes, which leaves no gradient"):
+        optimizer.step()
     # Nothing is left behind: the batch is tried again from its first pass.
     optimizer.zero_grad()
     run(flat, net, optimizer, batches()[:2])
     assert flat.step == 2
+
+
+def test_a_first_pass_without_any_gradient_is_told() -> None:
+    net = net_of()
+    flat = loops.FMLoRA(net, optimizer_of(net), 0.3)
+
+    def backward_outside() -> None:
+        for each_pass in flat.training_passes():
+            with each_pass:
+                value = loss(net, batches()[0])
+            value.backward()
+
+    with pytest.warns(UserWarning, match="the first pass left no gradient, so E is 0"):
+        backward_outside()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_closed_object_gives_no_passes(name: str) -> None:
+    net = net_of()
+    flat = method_of(name, net, optimizer_of(net), 0.3)
     flat.close()
+    flat.close()
+    with pytest.raises(RuntimeError, match=rf"close\(\), or a newer object, has ended this {name}: make a new one"):
+        next(iter(flat.training_passes()))
 
 
-@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
-def test_a_model_and_an_optimizer_in_each_others_place_are_named(name: str) -> None:
+def test_training_in_eval_mode_is_refused() -> None:
+    """The layers would read the clean weights, and nobody would see it."""
     net = net_of()
-    with pytest.raises(MisconfigurationException, match=rf"{name}: .*must be a model and its optimizer, got AdamW and"):
-        method_of(name, optimizer_of(net), net, 0.3)
+    optimizer = optimizer_of(net)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    run(flat, net, optimizer, batches()[:2])
+    net.eval()
+    backward(net)
+    with pytest.raises(RuntimeError, match=r"no LoRA layer was called in training mode .* call model.train\(\)"):
+        optimizer.step()
+    optimizer.zero_grad()
+    # Single layers may be in eval mode, and so may all in evaluation between the steps.
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    run(flat, net, optimizer, batches()[:1])
+    assert flat.step == 3
 
 
-@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
-def test_a_merged_adapter_is_refused(name: str) -> None:
+def of_the_same_factors(net: nn.Module) -> torch.optim.Optimizer:
+    return optimizer_of(net)
+
+
+def of_new_parameters(net: nn.Module) -> torch.optim.Optimizer:
+    """As after fully_shard, which puts others into the layers; see tests/distributed/test_fabric.py for itself."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:
+            module.weight = nn.Parameter(module.weight.detach().clone())
+    return optimizer_of(net)
+
+
+@pytest.mark.parametrize("another", [of_the_same_factors, of_new_parameters])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_of_another_optimizer_is_refused(name: str, another: Callable[[nn.Module], Any]) -> None:
+    """It would train plain LoRA, or at the last Ê: as when a trainer makes an optimizer of its own."""
     net = net_of()
-    net.merge_adapter()
-    with pytest.raises(
-        MisconfigurationException, match=rf"{name}: the adapter is merged into its base.*unmerge_adapter"
-    ):
-        method_of(name, net, optimizer_of(net), 0.3)
-    net.unmerge_adapter()
-    method_of(name, net, optimizer_of(net), 0.3).close()
+    flat = method_of(name, net, optimizer_of(net), 0.3)
+    other = another(net)
+    backward(net)
+    with pytest.raises(RuntimeError, match=f"AdamW was about to step LoRA factors of which {name} knows another"):
+        other.step()
+    flat.close()
+    other.step()
+    # An optimizer of something else may step.
+    flat = method_of(name, net, other, 0.3)
+    head = nn.Linear(2, 2)
+    head(torch.ones(1, 2)).sum().backward()
+    sgd(head).step()
+
+
+def test_an_optimizer_that_no_longer_holds_the_factors_is_refused() -> None:
+    net = net_of()
+    optimizer = optimizer_of(net)
+    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    backward(net)
+    optimizer.param_groups[0]["params"] = list(nn.Linear(2, 2).parameters())
+    with pytest.raises(RuntimeError, match="holds none of the parameters that EFMLoRA knows"):
+        optimizer.step()
+    assert flat.step == 0
+
+
+def test_an_optimizer_may_step_another_one_within() -> None:
+    """As PyTorch's ZeroRedundancyOptimizer does with each rank's part."""
+
+    class Outer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return inner.step()
+
+    net, plain = net_of(), net_of()
+    inner = optimizer_of(net)
+    outer = Outer([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    flat = method_of("EFMLoRA", net, outer, 0.3)
+    run(flat, net, outer, batches()[:3])
+    other = optimizer_of(plain)
+    run(method_of("EFMLoRA", plain, other, 0.3), plain, other, batches()[:3])
+    assert flat.step == 3
+    assert same(weights(net), weights(plain))

@@ -19,6 +19,7 @@ from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_flatlora.class_overlay import plain_class
 from lightning_flatlora.pairs.division import divided
 from lightning_flatlora.pairs.lora_pair import LoRAPair, PairSearch
 
@@ -81,8 +82,9 @@ def bare(module: Any) -> Any:
 
 
 def kind_of(layer: nn.Module) -> type[nn.Module]:
-    """Give a layer's own class; FSDP2 gives every unit a subclass of it."""
-    return type(layer).__bases__[-1] if isinstance(layer, FSDPModule) else type(layer)
+    """Give a layer's own class; FSDP2 gives every unit a subclass of it, and so does a loop's object."""
+    kind = plain_class(layer)
+    return kind.__bases__[-1] if issubclass(kind, FSDPModule) else kind
 
 
 def _pair(layer_name: str, layer: LoraLayer, adapter: str) -> LoRAPair:

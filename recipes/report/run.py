@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_flatlora.flatness import Loss, MeanLoss, Point, base_norm, loss_gradient, trained_factors
-from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.pairs import find_pairs
+from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
 from recipes.report import landscape, numbers

@@ -1,6 +1,7 @@
 """The methods in a loop under Fabric, on two processes, against the callbacks under the same strategy."""
 
 import os
+import warnings
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from float64_runs import RHO, dataset, network, optimizer_of, scheduler_of
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from loop_runs import run
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_flatlora import loops
@@ -65,6 +66,93 @@ def train(strategy: str, method: str, window: int = 1) -> dict[str, Any]:
     weights = {name: Layout().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad}
     callback = fits.train(strategy, method, window, epochs=1, batches=BATCHES)
     return {"loop": {"weights": weights, "E": E}, "callback": callback}
+
+
+def resumed(folder: str) -> dict[str, Any]:
+    """The weights of a run under FSDP2, and of one that is saved and resumed by a distributed checkpoint."""
+    ends = []
+    for parts in ([(0, 6)], [(0, 3), (3, 6)]):
+        for first, last in parts:
+            fabric, net = fabric_of("fsdp2"), network()
+            model = fabric.setup_module(net)
+            optimizer = fabric.setup_optimizers(optimizer_of(model))
+            flat = loops.EFMLoRA(model, optimizer, RHO)
+            state = {"model": model, "optimizer": optimizer, "flat": flat.state_dict()}
+            if first > 0:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "the optimizer's state has none of EFMLoRA")
+                    fabric.load(folder, state)
+                assert flat.step == 0
+                flat.load_state_dict(state["flat"])
+            loader = Sharded(dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+            run(flat, model, optimizer, list(islice(loader, first, last)), backward=fabric.backward)
+            if last < 6:
+                fabric.save(folder, {**state, "flat": flat.state_dict()})
+        ends.append({name: Layout().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad})
+        flat.close()
+    return {"whole": ends[0], "resumed": ends[1]}
+
+
+class Skips(nn.Module):
+    """Leaves a LoRA layer out of each second batch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers: Any = self.net.base_model.model  # type: ignore[union-attr]
+        self.calls += 1
+        for index, layer in enumerate(layers):
+            if index != 2 or self.calls % 2:
+                x = layer(x)
+        return x
+
+
+def of_ddp(kind: str, ranks: int | None = None) -> dict[str, Any]:
+    """Plain PyTorch under DDP, or on one process with the whole batches."""
+    if ranks != 1:
+        fabric_of("ddp")  # starts the processes' group
+    ranks, rank = (1, 0) if ranks == 1 else (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    net = network()
+    model: Any = Skips(net) if kind == "unused" else net
+    if ranks > 1:
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=kind == "unused")
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(trained, lr=3e-3)
+    if kind == "zero" and ranks > 1:
+        # Not at the top, since the import warns, of itself.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=3e-3)
+    flat = loops.EFMLoRA(model, optimizer, RHO)
+    run(flat, model, optimizer, list(islice(Sharded(dataset(), ranks, rank), BATCHES)))
+    found: dict[str, Any] = {"weights": {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}}
+    if kind == "zero" and ranks > 1:
+        optimizer.consolidate_state_dict()
+        found["keys"] = list(optimizer.state_dict()) if rank == 0 else []
+    flat.close()
+    return found
+
+
+def sharded_later() -> dict[str, Any]:
+    """What a loop says whose model is sharded after the object was made."""
+    fabric_of("fsdp2")
+    said = []
+    for is_made_anew in (False, True):
+        net = network()
+        optimizer = optimizer_of(net)
+        flat = loops.EFMLoRA(net, optimizer, RHO)
+        fully_shard(net)
+        if is_made_anew:
+            optimizer = optimizer_of(net)
+        net(dataset().tensors[0][:2]).sum().backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            said.append(str(error))
+        flat.close()
+    return {"said": said}
 
 
 def unsynchronized() -> dict[str, Any]:

@@ -2,11 +2,16 @@
 
 from itertools import product
 
+import fabric_runs
 import pytest
 from helpers import same
 from launch import Results, launch
 
+from lightning_flatlora.loop_method import STATE_KEY
+
 RUNS = list(product(("ddp", "fsdp2"), ("EFMLoRA", "FMLoRA"), (1, 4)))
+
+OF_DDP = ("plain", "zero", "unused")
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +20,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for strategy, method, window in RUNS:
         arguments = {"strategy": strategy, "method": method, "window": window}
         runs[f"{strategy}:{method}:{window}"] = ("fabric_runs:train", arguments)
+    runs["resumed"] = ("fabric_runs:resumed", {"folder": str(tmp_path_factory.mktemp("saved") / "run")})
+    for kind in OF_DDP:
+        runs[kind] = ("fabric_runs:of_ddp", {"kind": kind})
+    runs["sharded later"] = ("fabric_runs:sharded_later", {})
     runs["refused"] = ("fabric_runs:refused", {})
     runs["unsynchronized"] = ("fabric_runs:unsynchronized", {})
     return launch(tmp_path_factory.mktemp("fabric"), runs)
@@ -32,6 +41,28 @@ def test_two_ranks_equal_the_callback(results: Results, strategy: str, method: s
         else:
             assert same(ours, theirs)
     assert all(float(E.norm()) > 0 for E in first["loop"]["E"].values())
+
+
+def test_a_distributed_checkpoint_resumes_a_run(results: Results) -> None:
+    """It keeps nothing of ours in the optimizer's state, and fabric.save keeps the object's own."""
+    for rank in results["resumed"]:
+        assert same(rank["whole"], rank["resumed"])
+
+
+@pytest.mark.parametrize("kind", OF_DDP)
+def test_ddp_equals_one_process(results: Results, kind: str) -> None:
+    """Also with PyTorch's ZeroRedundancyOptimizer, and with layers that a batch leaves out."""
+    first, second = results[kind]
+    assert same(first["weights"], second["weights"])
+    for name, value in fabric_runs.of_ddp(kind, ranks=1)["weights"].items():
+        assert float((value - first["weights"][name]).abs().max()) < 1e-12, name
+    assert kind != "zero" or STATE_KEY in first["keys"]
+
+
+def test_a_model_that_is_sharded_later_is_refused(results: Results) -> None:
+    for rank in results["sharded later"]:
+        assert "make it after the model is sharded" in rank["said"][0]
+        assert "as they are trained, after fully_shard" in rank["said"][1]
 
 
 def test_an_ascent_without_gradients_and_other_layouts_are_refused(results: Results) -> None:

@@ -1,40 +1,38 @@
 """transformers' Trainer on two processes: DDP gives what one process gives with the whole batches."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from float64_runs import BETA, network
 from helpers import same
-from hf_runs import RHO, trainer_of
+from hf_runs import trained_by
 from launch import Results, launch
-from lightning_flatlora.transformers_trainer import EFMLoRA
 
-WINDOWS = (1, 2)
+RUNS = list(product(("EFMLoRA", "FMLoRA"), (1, 2)))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("transformers")
     runs = {}
-    for window in WINDOWS:
-        runs[f"window-{window}"] = ("hf_runs:on_two_ranks", {"folder": str(folder / "out"), "window": window})
+    for name, window in RUNS:
+        arguments = {"folder": str(folder / "out"), "name": name, "window": window}
+        runs[f"{name}-{window}"] = ("hf_runs:on_two_ranks", arguments)
     return launch(folder, runs)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-def test_two_ranks_equal_one(results: Results, tmp_path: Path, window: int) -> None:
-    first, second = results[f"window-{window}"]
+@pytest.mark.parametrize(("name", "window"), RUNS)
+def test_two_ranks_equal_one(results: Results, tmp_path: Path, name: str, window: int) -> None:
+    """The object is made before transformers wraps the model in DDP."""
+    first, second = results[f"{name}-{window}"]
     assert first["wrapped"] == "DistributedDataParallel"
     assert same(first, second)
-    net, callback = network(), EFMLoRA(RHO, beta=BETA)
-    trainer_of(tmp_path, [callback], net, gradient_accumulation_steps=window).train()
-    weights = dict(net.named_parameters())
-    for name, value in first["weights"].items():
-        assert float((value - weights[name].detach()).abs().max()) < 1e-10, name
-    assert callback.loop is not None
-    assert callback.loop.perturbation is not None
-    E = callback.loop.perturbation.state_dict()["E"]
-    for name, value in first["E"].items():
+    trainer, flat = trained_by(name, tmp_path, gradient_accumulation_steps=window)
+    weights = dict(trainer.model.net.named_parameters())
+    for key, value in first["weights"].items():
+        assert float((value - weights[key].detach()).abs().max()) < 1e-10, key
+    E = flat.perturbation.state_dict()["E"]
+    for key, value in first["E"].items():
         assert float(value.norm()) > 0
-        assert torch.allclose(value, E[name], atol=1e-10), name
+        assert torch.allclose(value, E[key], atol=1e-10), key

@@ -1,0 +1,243 @@
+"""transformers' Trainer and trl's, with one line: Lightning's weights, clean between steps, resumed, checkpointed."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning as L
+import pytest
+import torch
+from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
+from helpers import assert_no_trace, is_perturbed, same, weights
+from hf_runs import RHO, SIZE, Samples, trained_by, trainer_of
+from loop_runs import net_of
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lightning_flatlora import EFMLoRA as LightningEFMLoRA
+from lightning_flatlora import FMLoRA as LightningFMLoRA
+from lightning_flatlora import LinearRho
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.loop_method import STATE_KEY
+from lightning_flatlora.loops import EFMLoRA
+
+WINDOW, STEPS = 2, 8
+
+
+class Unscheduled(Automatic):
+    def configure_optimizers(self) -> Any:
+        return optimizer_of(self.net)
+
+
+class Seeds(L.Callback):
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            torch.manual_seed(batch_idx // trainer.accumulate_grad_batches)
+
+
+def by_lightning(callback: Any, window: int = 1, clip: float | None = None, dropout: float = 0.0) -> nn.Module:
+    net = net_of(dropout=dropout)
+    data = Samples(STEPS * window * SIZE)
+    batches = list(zip(data.x.split(SIZE), data.y.split(SIZE), strict=True))
+    settings = {"accumulate_grad_batches": window, "gradient_clip_val": clip}
+    fit_in_float64(Unscheduled(net), 1, [Seeds(), callback], DataLoader(batches, batch_size=None), **settings)
+    return net
+
+
+@pytest.mark.parametrize("window", [1, WINDOW])
+def test_weights_equal_the_lightning_callbacks_bit_for_bit(tmp_path: Path, window: int) -> None:
+    """With dropout and a schedule over the run."""
+    net = net_of(dropout=0.2)
+    trainer = trainer_of(tmp_path, net, gradient_accumulation_steps=window)
+    rho = LinearRho(RHO, 0.1)
+    flat = EFMLoRA(trainer.model, trainer.create_optimizer(), rho, beta=BETA, total_steps=STEPS)
+    trainer.train()
+    theirs = LightningEFMLoRA(rho, beta=BETA)
+    assert same(weights(net), weights(by_lightning(theirs, window, dropout=0.2)))
+    assert flat.step == STEPS
+    ours = flat.perturbation.state_dict()["E"]
+    assert same(list(ours.values()), list(theirs.perturbation.state_dict()["E"].values()))
+    flat.close()
+    assert_no_trace(net)
+
+
+def test_clipping_by_norm_changes_no_more_than_rounding(tmp_path: Path) -> None:
+    net = net_of()
+    trained_by("EFMLoRA", tmp_path, net=net, max_grad_norm=0.05)
+    expected = weights(by_lightning(LightningEFMLoRA(RHO, beta=BETA), clip=0.05))
+    assert not same(expected, weights(by_lightning(LightningEFMLoRA(RHO, beta=BETA))))
+    for name, value in weights(net).items():
+        assert float((value - expected[name]).abs().max()) < 1e-10, name
+
+
+def test_two_passes_by_their_own_training_step(tmp_path: Path) -> None:
+    net = net_of(dropout=0.2)
+    trained_by("FMLoRA", tmp_path, net=net, gradient_accumulation_steps=WINDOW)
+    assert same(weights(net), weights(by_lightning(LightningFMLoRA(RHO), WINDOW, dropout=0.2)))
+
+
+def test_rho_zero_is_their_own_run_bit_for_bit_and_more_is_not(tmp_path: Path) -> None:
+    finals = []
+    for rho in (None, 0.0, RHO):
+        net = net_of(dropout=0.2)
+        trainer = trainer_of(tmp_path, net)
+        if rho is not None:
+            EFMLoRA(trainer.model, trainer.create_optimizer(), rho)
+        trainer.train()
+        finals.append(weights(net))
+    assert same(finals[0], finals[1])
+    assert not same(finals[0], finals[2])
+
+
+class Looks(TrainerCallback):  # type: ignore[misc]
+    """Whether layers read B + E, in the hooks between steps and in evaluation."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def look(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seen.append(is_perturbed(model))
+
+    on_step_end = on_save = on_evaluate = on_prediction_step = on_optimizer_step = look
+
+
+def test_evaluation_and_saving_see_clean_weights(tmp_path: Path) -> None:
+    """What is evaluated and saved is what a run without training gives for the same weights."""
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(tmp_path, steps=4, data={"eval_dataset": Samples(4)}, **settings)
+    looks = Looks()
+    trainer.add_callback(looks)
+    inside: list[bool] = []
+    layer = trainer.model.net.get_submodule("base_model.model.0.lora_B.default")
+    layer.register_forward_hook(lambda *args: inside.append(is_perturbed(trainer.model)))
+    EFMLoRA(trainer.model, trainer.create_optimizer(), RHO)
+    trainer.train()
+    assert inside.count(True) == 3
+    assert len(looks.seen) >= 12
+    assert not any(looks.seen)
+    fresh = trainer_of(tmp_path / "fresh", steps=4, data={"eval_dataset": Samples(4)})
+    fresh.model.load_state_dict(load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
+    assert fresh.evaluate()["eval_loss"] == trainer.state.log_history[-2]["eval_loss"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": WINDOW, "max_grad_norm": 0.05}])
+@pytest.mark.parametrize("name", ["EFMLoRA", "FMLoRA"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    """optimizer.pt carries the state, wherever the checkpoint lies."""
+    saves = {"save_strategy": "steps", "save_steps": 3, **settings}
+    whole, _ = trained_by(name, tmp_path / "whole", **saves)
+    folder = tmp_path / "whole" / "checkpoint-3"
+    assert STATE_KEY in torch.load(folder / "optimizer.pt", weights_only=True)
+    second, flat = trained_by(name, tmp_path / "elsewhere", resume=str(folder), **saves)
+    assert flat.step == STEPS
+    assert same(weights(second.model), weights(whole.model))
+    if name == "EFMLoRA":
+        other = trainer_of(tmp_path / "elsewhere", **saves)
+        EFMLoRA(other.model, other.create_optimizer(), RHO, beta=BETA, estimator="projected")
+        with pytest.raises(MisconfigurationException, match="estimator must be 'average' as in the checkpoint"):
+            other.train(resume_from_checkpoint=str(folder))
+
+
+def test_compiled_by_the_trainer(tmp_path: Path) -> None:
+    net, compiled = net_of(), net_of()
+    trained_by("EFMLoRA", tmp_path, net=net, steps=3)
+    trained_by("EFMLoRA", tmp_path, net=compiled, steps=3, torch_compile=True, torch_compile_backend="eager")
+    assert same(weights(compiled), weights(net))
+
+
+def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    flat = EFMLoRA(trainer.model, optimizer_of(trainer.model), RHO)
+    with pytest.raises(RuntimeError, match="of which EFMLoRA knows another optimizer"):
+        trainer.train()
+    assert flat.step == 0
+
+
+@pytest.mark.parametrize("kind", [LightningEFMLoRA, LightningFMLoRA])
+def test_the_callback_of_the_other_trainer_names_the_line(tmp_path: Path, kind: type[Any]) -> None:
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(MisconfigurationException, match=r"loops\.EFMLoRA\(trainer\.model, trainer\.create_optimizer"):
+        Trainer(trainer.model, trainer.args, callbacks=[kind(RHO)])
+
+
+# -- a language model, by transformers and trl
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, pad_token_id=0, **sizes)).double()
+
+
+def arguments(folder: Path, kind: type[Any] = TrainingArguments, **settings: Any) -> Any:
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "save_steps": 4}
+    return kind(str(folder), max_steps=STEPS, learning_rate=0.01, bf16=False, **{**quiet, **settings})
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # the name that old releases know
+def test_a_peft_model_with_gradient_checkpointing_saves_its_adapter(tmp_path: Path, reentrant: bool | None) -> None:
+    """Checkpointing changes no bit, and a resumed run ends with the same ones."""
+    ends = []
+    for place in ("plain", "asked"):
+        model = get_peft_model(llama(), LoraConfig(r=2, lora_dropout=0.1))
+        rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(12)]
+        if place == "asked" and reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        trainer = Trainer(model, arguments(tmp_path / place), train_dataset=rows)
+        flat = EFMLoRA(trainer.model, trainer.create_optimizer(), 0.05)
+        resume = str(tmp_path / "plain" / "checkpoint-4") if place == "asked" and reentrant is None else None
+        trainer.train(resume_from_checkpoint=resume)
+        assert model.base_model.model.is_gradient_checkpointing == (place == "asked" and reentrant is not None)
+        assert flat.step == STEPS
+        ends.append(weights(model))
+    assert same(*ends)
+    saved = {path.name for path in (tmp_path / "asked" / "checkpoint-8").iterdir()}
+    assert "adapter_model.safetensors" in saved
+
+
+def tokenizer() -> Any:
+    words = ["<pad>", "</s>", *(f"w{index}" for index in range(30))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+@pytest.mark.filterwarnings("ignore")  # trl's own
+def test_trls_trainers(tmp_path: Path, kind: str) -> None:
+    """rho = 0 is their own run bit for bit, more is not, and a resumed run equals an uninterrupted one."""
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    rows = []
+    for i in range(16):
+        prompt, answers = f"w{i} w{i + 1}", {"chosen": f" w{i + 2} w{i + 3}", "rejected": f" w{i + 9} w{i + 4}"}
+        rows.append({"text": prompt + answers["chosen"]} if kind == "SFT" else {"prompt": prompt, **answers})
+    ends = []
+    for place, rho in (("plain", None), ("zero", 0.0), ("flat", 0.5), ("resumed", 0.5)):
+        trainer = getattr(trl, f"{kind}Trainer")(
+            llama(),
+            args=arguments(tmp_path / place, getattr(trl, f"{kind}Config"), gradient_accumulation_steps=2),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+        )
+        if rho is not None:
+            flat = EFMLoRA(trainer.model, trainer.create_optimizer(), rho)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "flat" / "checkpoint-4") if place == "resumed" else None)
+        ends.append(weights(trainer.model))
+    assert flat.step == STEPS
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+    assert same(ends[2], ends[3])
