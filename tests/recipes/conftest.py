@@ -9,11 +9,31 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+for library in ("datasets", "jsonargparse", "open_clip", "rich", "transformers"):
+    pytest.importorskip(library, reason="the recipes' dependencies are not installed")
 
+import transformers  # noqa: E402
+from hub_sets import save_glue, save_roberta  # noqa: E402
+from one_command import one_command  # noqa: E402
 from vqa_models import KINDS, draw, save_model  # noqa: E402
 
 from recipes.shared import packaged  # noqa: E402
+
+OF_SHORT_RUNS = (
+    "The dirpath has changed",  # a checkpoint of another run's folder
+    "Experiment logs directory",
+    ".*is smaller than the logging interval",
+    ".*could not find the monitored key",
+    "Precision bf16-mixed is not supported by the model summary",
+)
+"""What Lightning remarks of runs of a few steps, and of those that go on in another folder."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for remark in OF_SHORT_RUNS:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{remark}:UserWarning"))
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +43,12 @@ def _log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_command() -> Iterator[None]:
+    with one_command():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +76,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random RoBERTa of two layers."""
+    return save_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder like the repository of GLUE."""
+    return save_glue(tmp_path_factory.mktemp("glue"))
 
 
 @pytest.fixture(scope="session")

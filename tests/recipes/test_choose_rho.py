@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
 from recipes.choose_rho import run as runs
 from recipes.choose_rho.__main__ import main
 from recipes.choose_rho.report import advice, chosen, draw, table
@@ -19,10 +17,7 @@ from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError
 
-pytestmark = [
-    pytest.mark.usefixtures("command_line", "own_datasets"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft reads it
-]
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 BASE = RECIPES / "classification" / "configs" / "base.yaml"
 

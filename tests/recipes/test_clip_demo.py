@@ -18,8 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
-
 from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
 from recipes.clip_contrastive.data import too_long

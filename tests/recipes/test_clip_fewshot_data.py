@@ -8,13 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_fewshot_runs import data_of, filled, picture
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
-
-pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
-
-from clip_fewshot_runs import data_of, filled, picture
 
 from recipes.clip.images import image_files, read_image, readable
 from recipes.clip_contrastive.data import shuffled

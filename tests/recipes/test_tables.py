@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
-from recipes.instruction_tuning import sources  # noqa: E402
-from recipes.shared import data  # noqa: E402
+from recipes.instruction_tuning import sources
+from recipes.shared import data
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "context": "Numbers."} for n in range(3)]
