@@ -12,11 +12,17 @@ import torch
 for library in ("datasets", "jsonargparse", "open_clip", "rich", "transformers"):
     pytest.importorskip(library, reason="the recipes' dependencies are not installed")
 
+import datasets  # noqa: E402
 import transformers  # noqa: E402
+from clip_contrastive_runs import CLIP, save_pictures  # noqa: E402
+from clip_contrastive_runs import save_model as save_clip  # noqa: E402
+from clip_fewshot_runs import filled  # noqa: E402
+from clip_fewshot_runs import tiny_clip as save_tiny_clip  # noqa: E402
 from hub_sets import save_glue, save_roberta  # noqa: E402
 from one_command import one_command  # noqa: E402
 from vqa_models import KINDS, draw, save_model  # noqa: E402
 
+from recipes.clip_contrastive.module import ContrastiveModel  # noqa: E402
 from recipes.shared import packaged  # noqa: E402
 
 OF_SHORT_RUNS = (
@@ -93,40 +99,30 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random CLIP for contrastive training."""
-    import clip_contrastive_runs
-
-    return clip_contrastive_runs.save_model(tmp_path_factory.mktemp("small") / "clip", clip_contrastive_runs.CLIP)
+    return save_clip(tmp_path_factory.mktemp("small") / "clip", CLIP)
 
 
 @pytest.fixture(scope="session")
 def clip(small_clip: str) -> Any:
     """The same, loaded."""
-    from recipes.clip_contrastive.module import ContrastiveModel
-
     return ContrastiveModel(small_clip).clip
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of drawn shapes, each with a file of captions."""
-    from clip_contrastive_runs import save_pictures
-
     return save_pictures(tmp_path_factory.mktemp("drawn") / "pictures")
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random CLIP for classification."""
-    import clip_fewshot_runs
-
-    return clip_fewshot_runs.tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
+    return save_tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, twelve images each."""
-    from clip_fewshot_runs import filled
-
     return filled(tmp_path_factory.mktemp("images"), 12)
 
 
@@ -182,7 +178,6 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache of `datasets` of its own, and no progress bars."""
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     datasets.disable_progress_bars()
     yield

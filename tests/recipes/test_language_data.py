@@ -45,13 +45,6 @@ def test_blank_lines_between_prompts_are_counted(tmp_path: Path, caplog: pytest.
     assert not caplog.text
 
 
-def test_a_file_of_blank_lines_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n \n", encoding="utf-8")
-    with pytest.raises(MisconfigurationException, match="holds no meaning"):
-        read_prompts(str(path), "meaning")
-
-
 def test_a_template_file_of_another_editor_or_encoding(tmp_path: Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages }}\n", encoding="utf-8-sig")
