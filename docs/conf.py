@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import lightning_flatlora
-from lightning_flatlora.report.options import parse
+from recipes.report.options import parse
 
 project = "lightning-flatlora"
 author = "The lightning-flatlora developers"

@@ -1,9 +1,9 @@
 """Flat minima for LoRA fine-tuning in PyTorch Lightning: FMLoRA and EFMLoRA (arXiv 2508.00522)."""
 
 from lightning_flatlora.callbacks import AdapterCheckpoint, EFMLoRA, FlatnessMonitor, FMLoRA, load_adapter_checkpoint
-from lightning_flatlora.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.module import FMLoRAModule
 from lightning_flatlora.pairs import find_pairs
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.read_through import Reader
 from lightning_flatlora.schedules import (

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_flatlora.lora_pair import LoRAPair
 from lightning_flatlora.pairs import bare, clean_name
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.read_through import Reader
 
 

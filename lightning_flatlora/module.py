@@ -10,17 +10,17 @@ from lightning.pytorch.utilities.memory import recursive_detach
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.methods.checks import integer_problems, is_number
-from lightning_flatlora.callbacks.methods.gradients import has_gradient, set_aside
-from lightning_flatlora.callbacks.methods.second_pass import leave_batch_out
-from lightning_flatlora.callbacks.methods.training_step import ends_window, loss_of, takes_no_step
-from lightning_flatlora.callbacks.module_driver.driver import FMLoRAModuleDriver
-from lightning_flatlora.callbacks.patches import silenced
+from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
+from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
+from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
 from lightning_flatlora.distributed import average_gradients
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import is_lightning
-from lightning_flatlora.lora_pair import Finder, trained_factors
+from lightning_flatlora.methods.checks import integer_problems, is_number
+from lightning_flatlora.methods.fmlora import FMLoRAStep
+from lightning_flatlora.methods.gradients import has_gradient, set_aside
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class FMLoRASteps(_Base):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self._driver = FMLoRAModuleDriver(
+        method = _ModuleStep(
             rho,
             estimator=estimator,
             norm_scope=norm_scope,
@@ -66,10 +66,10 @@ class FMLoRASteps(_Base):
             every_n_steps=every_n_steps,
             adapter_name=adapter_name,
             finder=finder,
-            window=accumulate_grad_batches,
             sync_ascent=sync_ascent,
             step_problems=_step_problems(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm),
         )
+        self._callback = FMLoRAModuleCallback(method, accumulate_grad_batches)
         self._in_window = False
         self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -79,8 +79,8 @@ class FMLoRASteps(_Base):
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor | Mapping[str, Any] | None:
         """Compute the loss of one batch: this method is yours to write, and may log as training_step does.
 
-        A step with an ascent calls it twice. Logging, buffers and torchmetrics count the first call alone. Other
-        attributes see both: count in on_train_batch_end.
+        A step with an ascent calls it twice. Logging, buffers, torchmetrics and the module's own numbers, lists, dicts
+        and sets count the first call only. What lies deeper sees both: move it to on_train_batch_end.
 
         Args:
             batch: from the training dataloader.
@@ -119,38 +119,40 @@ class FMLoRASteps(_Base):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """The driver of the perturbation; when you override this, keep ``super().configure_callbacks()``."""
-        return [self._driver]
+        """Give the callback of the perturbation; when you override this, keep ``super().configure_callbacks()``."""
+        return [self._callback]
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
-        self._driver.has_reached_step = self._driver.has_reached_batch = True
+        callback = self._callback
+        callback.has_reached_step = callback.has_reached_batch = True
         # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
         if takes_no_step(self.trainer):
             return recursive_detach(self.compute_loss(batch, batch_idx))
         optimizer = self.optimizers()
         assert is_lightning(optimizer, LightningOptimizer)  # checked in on_fit_start
+        ascends = callback.ascends(self.trainer)
         if batch_idx % self.accumulate_grad_batches == 0:
             # At the start of a window and not after the step, as Lightning does: hooks may read the last gradients.
             optimizer.zero_grad()
-            self._driver.begin_window(self.trainer, self)
+            callback.source.forget_ascents()
         last = ends_window(self.trainer, batch_idx, self.accumulate_grad_batches)
         self._in_window = not last
-        if self._driver.ascends(self.trainer):
+        if ascends:
             output = self._two_passes(batch, batch_idx, last)
         else:
-            with self._driver.between_ascents():
+            with callback.source.between_ascents():
                 output = self._one_pass(batch, batch_idx, sync=last)
         if last:
             if has_gradient(optimizer.optimizer):
                 optimizer.step()
             else:
                 # Every batch of the window was skipped, and a loss scaler refuses a step without gradients.
-                self._driver.count_step()
-            self._driver.lr_schedulers.step(self.trainer, "step", batch_idx)
+                callback.source.before_step()
+            callback.step_schedulers(self.trainer, "step", batch_idx)
         if self.trainer.is_last_batch:
-            self._driver.lr_schedulers.step(self.trainer, "epoch", self.current_epoch)
+            callback.step_schedulers(self.trainer, "epoch", self.current_epoch)
         return recursive_detach(output)
 
     @override
@@ -161,23 +163,21 @@ class FMLoRASteps(_Base):
 
     def _two_passes(self, batch: Any, batch_idx: int, last: bool) -> Any:
         """The ascent at the clean B, then the descent's gradient at B + E; returns the clean pass's output."""
-        driver = self._driver
-        perturbation, second_pass = driver.perturbation, driver.second_pass
-        assert perturbation is not None
-        batch_of_second_pass = second_pass.kept_batch(batch)
-        second_pass.first_pass_starts(self.device)
+        method, replay = self._callback.source, self._callback.replay
+        kept_batch = replay.kept_batch(batch)
+        replay.first_pass_starts(self.device)
         # E is of this micro-batch alone, so what the window has accumulated is set aside.
-        with set_aside(second_pass.parameters, self.trainer.optimizers):
+        with set_aside(replay.parameters, self.trainer.optimizers):
             averages = averages_window_itself(self.trainer.strategy, self.accumulate_grad_batches)
             output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent and not averages)
             if loss_of(output, "compute_loss") is None:
                 # The batch is skipped, and the window continues with what it had.
                 return output
             if averages and self.sync_ascent:
-                average_gradients(trained_factors(perturbation.pairs))
-            at_perturbed_weights = driver.ascend(self.trainer)
-        with second_pass.running(), at_perturbed_weights, silenced(self):
-            if loss_of(self._one_pass(batch_of_second_pass, batch_idx, sync=last), "compute_loss") is None:
+                average_gradients(method.ascending)
+            at_perturbed_weights = method.ascend()
+        with replay.running(), at_perturbed_weights, silenced(self):
+            if loss_of(self._one_pass(kept_batch, batch_idx, sync=last), "compute_loss") is None:
                 leave_batch_out(self.trainer, "compute_loss")
         return output
 
@@ -186,8 +186,8 @@ class FMLoRASteps(_Base):
         loss = loss_of(output, "compute_loss")
         if loss is None and self.trainer.world_size > 1:
             raise RuntimeError(
-                "compute_loss returned None on one of several ranks, and the others would wait for its gradient for "
-                "ever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
+                "compute_loss returned None on one of several ranks, and the others would wait for its gradient "
+                "forever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
             )
         if loss is not None:
             with nullcontext() if sync else backward_without_sync(self.trainer.strategy):
@@ -201,9 +201,9 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
     Subclass it, call ``super().__init__(rho=...)``, and write ``compute_loss`` and ``configure_optimizers`` (one
     optimizer). ``training_step`` is defined already: one of your own must call
     ``super().training_step(batch, batch_idx)``. The module itself does what the Trainer refuses under manual
-    optimization: gradient accumulation, clipping, and stepping of LR schedulers (their interval, frequency and monitor
-    are honoured). An :class:`~lightning_flatlora.EFMLoRA` callback beside it schedules the two passes (cost
-    1 + 1/every_n_steps) and perturbs by Ê in between.
+    optimization: gradient accumulation, clipping, and stepping of LR schedulers (their interval and frequency are
+    honoured; step a ReduceLROnPlateau yourself). An :class:`~lightning_flatlora.EFMLoRA` callback next to it schedules
+    the two passes (cost 1 + 1/every_n_steps) and perturbs by Ê in between.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
@@ -212,7 +212,7 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
         sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
         accumulate_grad_batches: batches of one optimizer step.
         gradient_clip_val: largest norm, or absolute value, of the gradient; None does not clip.
@@ -237,6 +237,20 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
         >>> Regression().automatic_optimization
         False
     """
+
+
+class _ModuleStep(FMLoRAStep):
+    """FMLoRA's step under the module's name, which reports what is wrong with the module's arguments too."""
+
+    title = "FMLoRAModule"
+
+    def __init__(self, *args: Any, step_problems: list[str], **kwargs: Any) -> None:
+        self._step_problems = step_problems
+        super().__init__(*args, **kwargs)
+
+    @override
+    def argument_problems(self) -> list[str]:
+        return [*super().argument_problems(), *self._step_problems]
 
 
 def _defines(module: FMLoRASteps, name: str) -> bool:

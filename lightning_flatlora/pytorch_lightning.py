@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_flatlora import baselines, callbacks
-from lightning_flatlora.callbacks.checkpoint.callback import SavesAdapters
+from lightning_flatlora.callbacks.adapter_checkpoint import SavesAdapters
 from lightning_flatlora.module import FMLoRASteps
 
 __all__ = [

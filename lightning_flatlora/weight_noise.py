@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.layer_noise import LayerNoise
-from lightning_flatlora.lora_pair import Finder, LoRAPair, NoPairsError, readers_of
 from lightning_flatlora.output_terms import add_term, remove_term
 from lightning_flatlora.pairs import bare, clean_name, find_pairs, lora_layers
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, readers_of
 from lightning_flatlora.schedules import is_size
 
 Factors = list[tuple[Tensor, Tensor]]
@@ -102,8 +102,13 @@ class WeightNoise:
         for layer in self._layers:
             layer.on(sigma, seed)
 
+    def on_again(self) -> None:
+        """Let the layers compute with the noise that they had last."""
+        for layer in self._layers:
+            layer.on_again()
+
     def off(self) -> None:
-        """Let the layers compute with W' alone."""
+        """Let the layers compute with W' only."""
         for layer in self._layers:
             layer.off()
 
@@ -217,16 +222,22 @@ class _NoisyLayer:
     def __init__(self, linear: AdaptedLinear, index: int) -> None:
         self._linear, self._index = linear, index
         self._noise: LayerNoise | None = None
+        self._is_on = False
 
     def on(self, sigma: float, seed: int) -> None:
         deviations = sigma * (self._squared_norms() / self._linear.shape[1]).sqrt()
         self._noise = LayerNoise(self._linear.layer, deviations, derived_seed(seed, self._index))
-        add_term(self._linear.base, self._noise)
+        self.on_again()
+
+    def on_again(self) -> None:
+        if self._noise is not None and not self._is_on:
+            add_term(self._linear.base, self._noise)
+            self._is_on = True
 
     def off(self) -> None:
-        if self._noise is not None:
+        if self._noise is not None and self._is_on:
             remove_term(self._linear.base, self._noise)
-            self._noise = None
+            self._is_on = False
 
     @cached_property
     def _base_squared(self) -> Tensor:

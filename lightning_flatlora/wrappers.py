@@ -9,15 +9,13 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_flatlora.deepspeed_engine import engine_problems, is_engine
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without what Fabric, torch.compile, DDP, DataParallel and DeepSpeed have put around it."""
+    """Give the model itself, without what Fabric, torch.compile, DDP and DataParallel have put around it."""
     while True:
         # Not by "or", since a module may have a length, and be false where that is 0.
         inner = model._modules.get("_original_module", model._modules.get("_orig_mod"))
-        if isinstance(model, (DistributedDataParallel, DataParallel)) or is_engine(model):
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
             inner = model._modules["module"]
         if inner is None:
             return model
@@ -42,14 +40,8 @@ def wrapping_problems(model: nn.Module, *, takes_two_passes: bool) -> list[str]:
     """
     modules = list(model.modules())
     problems = []
-    if is_engine(model):
-        problems += engine_problems(model, takes_two_passes=takes_two_passes)
-    of_deepspeed = [module for module in modules if module is not model and _is_of("deepspeed", module)]
-    if of_deepspeed:
-        problems.append(
-            f"DeepSpeed's {type(of_deepspeed[0]).__name__} inside a model or another wrapper has not been tested: "
-            "give the engine of deepspeed.initialize itself, or a model without DeepSpeed's own layers"
-        )
+    if any(_is_of("deepspeed", module) for module in modules):
+        problems.append(f"DeepSpeed's engine owns the gradients and the optimizer's step: {_USE}")
     megatron = sys.modules.get("megatron.core.parallel_state")
     megatron_runs = megatron is not None and megatron.model_parallel_is_initialized()
     if megatron_runs or any(_is_of("megatron", module) for module in modules):
@@ -68,7 +60,7 @@ def wrapping_problems(model: nn.Module, *, takes_two_passes: bool) -> list[str]:
     return problems + _mesh_problems(model)
 
 
-_USE = "use one device, DDP, FSDP2 (fully_shard), or DeepSpeed's engine with ZeRO-1 or 2"
+_USE = "use one device, DDP, or FSDP2 (fully_shard)"
 
 
 def _mesh_problems(model: nn.Module) -> list[str]:

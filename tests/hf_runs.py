@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from float64_runs import BETA, dataset, network, optimizer_of
+from lightning_flatlora.transformers_trainer import EFMLoRA
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-
-from lightning_flatlora.transformers_trainer import EFMLoRA
 
 RHO, SIZE = 0.3, 4
 

@@ -69,8 +69,6 @@ def run(
                 backward(loss(model, batch) / window)
         if not steps:
             continue
-        if flat is not None:
-            flat.before_step()
         if clip is not None:
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip)
         optimizer.step()

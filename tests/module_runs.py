@@ -28,7 +28,7 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
         callback = driver_of(trainer)
-        self.radii.append((callback.step, callback.current_size(trainer)))
+        self.radii.append((callback.step, callback.current_rho))
 
 
 def whole_run(

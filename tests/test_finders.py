@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_flatlora import EFMLoRA, FMLoRA, LoRAPair, NoPairsError, Perturbation, Reader, find_pairs
 from lightning_flatlora.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.pair_watch import PairWatch
 
 RHO = 0.2
 
@@ -186,11 +185,9 @@ def test_what_a_finder_gives_is_checked() -> None:
         find_pairs(layer, finder=lambda model: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="must return a list of LoRAPair, got 'lora_B' in it"):
         find_pairs(layer, finder=lambda model: ["lora_B"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="must return a list of LoRAPair, got None"):
-        PairWatch(layer, finder=lambda model: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="gives 2 pairs the name 'pair'"):
         find_pairs(layer, finder=lambda model: [pair_of(layer), pair_of(other)])
-    with pytest.raises(ValueError, match="adapter_name is of peft's layers, and a finder of all others"):
+    with pytest.raises(ValueError, match="adapter_name applies to peft layers, finder to all others"):
         find_pairs(layer, "default", finder=lambda model: [pair_of(layer)])
 
 
@@ -260,17 +257,9 @@ def test_arguments_that_are_refused(method: type[Any]) -> None:
         method(RHO, finder=litgpt_pairs, adapter_name="default")
 
 
-def test_a_watch_follows_what_a_finder_finds() -> None:
+def test_pairs_of_a_finder_that_are_not_trained_now_are_known() -> None:
     model = model_of(Bare)
-    watch, layer = PairWatch(model, finder=litgpt_pairs), model[0]
-    assert len(watch.search([]).pairs) == 2
-    assert not watch.changed([])
-    layer.lora_B.requires_grad_(False)
-    assert watch.changed([])
-    search = watch.search([])
-    assert [pair.name for pair in search.pairs] == ["2.lora_B", "0.lora_B"], "trained ones first, then frozen ones"
-    layer.lora_B.requires_grad_(True)
-    layer.scaling = 3.0
-    watch.is_stale = True
-    assert watch.changed([])
-    assert {pair.name: pair.scaling for pair in watch.search([]).pairs} == {"0.lora_B": 3.0, "2.lora_B": 1.5}
+    model[0].lora_B.requires_grad_(False)
+    search = find_pairs(model, finder=litgpt_pairs)
+    assert [pair.name for pair in search.pairs] == ["2.lora_B"]
+    assert [pair.name for pair in search.resting] == ["0.lora_B"]

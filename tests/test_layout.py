@@ -34,6 +34,7 @@ LAYERS = {
     "functional": 1,
     "callbacks": 3,
     "lightning_names": 3,
+    "methods": 3,
     "__init__": 4,
     "baselines": 4,
     "loop_method": 4,
@@ -41,7 +42,6 @@ LAYERS = {
     "module": 4,
     "pytorch_lightning": 4,
     "transformers_trainer": 4,
-    "report": 5,
 }
 """The layers of docs/architecture.md, by the package's own files and folders; all others belong to the engine."""
 
@@ -102,11 +102,11 @@ def test_the_order_of_layers_is_seen(tmp_path: Path) -> None:
     path.write_text(
         "import lightning_flatlora.module\n"
         "from lightning_flatlora import Reader, loops\n"
-        "def f():\n    from lightning_flatlora.report.run import x\n"
+        "def f():\n    from lightning_flatlora.baselines.sam import x\n"
     )
-    assert places_imported_by(path) == {"module", "loops", "Reader", "report"}
-    from_below = ["functional", "pairs", "flatness", "callbacks", "loops", "Reader", "report"]
-    assert [layer_of(place) for place in from_below] == [1, 2, 2, 3, 4, 4, 5]
+    assert places_imported_by(path) == {"module", "loops", "Reader", "baselines"}
+    from_below = ["functional", "pairs", "flatness", "callbacks", "loops", "Reader"]
+    assert [layer_of(place) for place in from_below] == [1, 2, 2, 3, 4, 4]
     for place in LAYERS:
         assert (ROOT / place).is_dir() or (ROOT / f"{place}.py").is_file(), place
 
@@ -197,19 +197,15 @@ def test_the_method_knows_no_baseline() -> None:
         assert path.parent.name == "baselines" or not used, path
 
 
-def test_only_the_report_needs_its_libraries() -> None:
-    """Nobody else imports the report, nor what its extra installs; transformers' Trainer has a file of its own."""
-    extra = {"datasets", "matplotlib", "rich", "transformers"}
+def test_the_package_does_without_the_libraries_of_the_recipes() -> None:
+    """Only the file for transformers' Trainer imports transformers, and nothing else imports that file."""
     for path in ROOT.rglob("*.py"):
-        if path.parent.name != "report":
-            found = imports(path)
-            assert "lightning_flatlora.transformers_trainer" not in found, path
-            assert not any(module.startswith("lightning_flatlora.report") for module in found), path
-            if path == ROOT / "transformers_trainer.py":  # which nothing else imports
-                found.remove("transformers")
-            assert not extra & {module.split(".")[0] for module in found}, path
-    for path in (ROOT / "report").glob("*.py"):
-        assert not any(module.split(".")[0] == "lightning" for module in imports(path)), path
+        found = imports(path)
+        assert "lightning_flatlora.transformers_trainer" not in found, path
+        if path == ROOT / "transformers_trainer.py":
+            found.remove("transformers")
+        libraries = {module.split(".")[0] for module in found}
+        assert not {"datasets", "matplotlib", "rich", "transformers"} & libraries, path
 
 
 def test_test_files_are_short_and_import_no_other_one() -> None:

@@ -15,7 +15,6 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho, NoPairsError, loops
-from lightning_flatlora.deepspeed_engine import engine_problems
 from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.wrappers import unwrapped
 
@@ -235,7 +234,7 @@ def test_steps_without_a_refresh_and_frozen_pairs() -> None:
     flat.before_step()
     for key, p in net.named_parameters():
         p.requires_grad_(p.requires_grad and "lora_B" not in key)
-    assert flat.is_refresh_step
+    assert flat.method.refreshes
     assert len(list(flat.training_passes())) == 1
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs, lora_layers, search_layers
+from lightning_flatlora.pairs import NoPairsError, clean_name, find_pairs
 
 
 class Net(nn.Module):
@@ -88,7 +88,7 @@ def test_every_variant_that_peft_knows_is_either_exact_or_left_out() -> None:
     """A variant that peft adds later must not be perturbed in silence."""
     from peft.tuners.lora import variants
 
-    from lightning_flatlora.pairs import _EXACT_VARIANTS
+    from lightning_flatlora.pairs.peft_pairs import _EXACT_VARIANTS
 
     known = {v for v in vars(variants).values() if isinstance(v, type) and v.__name__.endswith("LinearVariant")}
     assert {v.__name__ for v in known if issubclass(v, _EXACT_VARIANTS)} == {"DoraLinearVariant"}
@@ -113,8 +113,8 @@ def test_leaves_out_arrows_experts_also_those_that_have_a_gradient() -> None:
     model.base_model.set_adapter(["arrow_router", "plain"])
     expert = model.base_model.model.one.lora_B["default"].weight
     expert.requires_grad_(True).grad = torch.ones_like(expert)
-    search = search_layers(lora_layers(model), None, with_gradient=True)
-    assert [pair.name for pair in search.pairs] == ["base_model.model.two.lora_B.plain.weight"]
+    search = find_pairs(model)
+    assert search.names == {"base_model.model.two.lora_B.plain.weight"}
     assert "Linear: Arrow weighs the adapters by a router" in search.left_out[0]
     model.base_model.set_adapter(["default", "plain"])
     assert names(model) == ["one.lora_B.default.weight", "two.lora_B.plain.weight"]
@@ -208,6 +208,23 @@ def test_adapters() -> None:
     assert names(model) == ["two.lora_B.other.weight"]
     with pytest.raises(ValueError, match=r"adapter_name must be None or one of \['default', 'other'\], got 'third'"):
         find_pairs(model, "third")
+
+
+def test_pairs_that_are_not_trained_now_are_known() -> None:
+    """Frozen, of an adapter that is not active, or without a scaling: they may be trained later."""
+    model = peft(["one", "two", "conv"])
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["two"]))
+    net = model.base_model.model
+    net.one.lora_B["default"].weight.requires_grad_(False)
+    net.conv.scaling["default"] = 0.0
+    search = find_pairs(model)
+    assert [pair.name.split(".")[2:5:2] for pair in search.pairs] == [["two", "default"]]
+    assert [pair.name.split(".")[2:5:2] for pair in search.resting] == [
+        ["conv", "default"],
+        ["one", "default"],
+        ["two", "other"],
+    ]
+    assert "its scaling is 0" in search.left_out[0]
 
 
 def test_frozen_B_is_not_perturbed_and_frozen_A_is() -> None:

@@ -130,7 +130,7 @@ def test_training_equals_the_literal_algorithm(quantize: Any, front_end: str) ->
         module = QuantizedAutomatic(net)
         callbacks = [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)]
     fit_in_float64(module, 1, callbacks, loader(), precision="32-true")
-    driver = callbacks[0] if callbacks else module._driver
+    driver = callbacks[0] if callbacks else module._callback
     assert all((E != 0).any() for E in driver.perturbation.state_dict()["E"].values())
     beta = BETA if front_end == "EFMLoRA" else None
     assert difference(net, reference(quantize, RHO, beta)) < 1e-5

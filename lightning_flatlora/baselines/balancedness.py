@@ -1,18 +1,18 @@
 """Balancedness-aware regularization: SAM's implicit regularizer on LoRA, made explicit."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.methods.checks import choice_problems
-from lightning_flatlora.callbacks.methods.method_callback import MethodCallback, watched_parameters
+from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.distributed import Layout
-from lightning_flatlora.lora_pair import Finder, LoRAPair, rows_of
+from lightning_flatlora.methods.checks import choice_problems
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of
 from lightning_flatlora.schedules import RhoSchedule
 
 Kind = Literal["nBAR", "oBAR"]
@@ -55,9 +55,6 @@ class BalancednessRegularization(MethodCallback):
         >>> trainer = L.Trainer(callbacks=[regularizer], accelerator="cpu", logger=False)
     """
 
-    size_name = "alpha"
-    works_sharded = False
-
     def __init__(
         self,
         alpha: float | RhoSchedule,
@@ -65,6 +62,19 @@ class BalancednessRegularization(MethodCallback):
         *,
         adapter_name: str | None = None,
         finder: Finder | None = None,
+    ) -> None:
+        super().__init__(BalancednessStep(alpha, kind, adapter_name=adapter_name, finder=finder))
+
+
+class BalancednessStep(StepMethod):
+    """The step of :class:`BalancednessRegularization`: no pass is perturbed, and the factors are scaled before it."""
+
+    title = "BalancednessRegularization"
+    size_name = "alpha"
+    works_sharded = False
+
+    def __init__(
+        self, alpha: float | RhoSchedule, kind: Kind, *, adapter_name: str | None, finder: Finder | None
     ) -> None:
         self.kind: Kind = kind
         super().__init__(alpha, adapter_name=adapter_name, finder=finder)
@@ -78,9 +88,14 @@ class BalancednessRegularization(MethodCallback):
         return {"kind": self.kind}
 
     @override
-    def pair_problems(self, trainer: Trainer) -> list[str]:
-        problems = super().pair_problems(trainer)
-        frozen = [pair.name for pair in self.search.pairs if not pair.learns_A]
+    def reset(self) -> None:
+        super().reset()
+        self._has_warned = False
+
+    @override
+    def pair_problems(self) -> list[str]:
+        problems = super().pair_problems()
+        frozen = [pair.name for pair in self.pairs if pair.B.requires_grad and not pair.learns_A]
         if frozen:
             problems.append(
                 f"A of {len(frozen)} pairs is frozen, as beside {frozen[0]}, and can't be scaled: train it as well"
@@ -88,39 +103,30 @@ class BalancednessRegularization(MethodCallback):
         return problems
 
     @override
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        is_rounded = any(pair.B.dtype in (torch.bfloat16, torch.float16) for pair in self.search.pairs)
-        # Once at the start, and not again whenever the pairs change in the middle of a fit.
-        if is_rounded and not self._is_training:
+    def install(self) -> None:
+        low = [pair.B.dtype for pair in self.pairs if pair.B.dtype in (torch.bfloat16, torch.float16)]
+        if low and not self._has_warned:
+            self._has_warned = True
             rank_zero_warn(
-                f"{type(self).__name__}: B is kept in {self.search.pairs[0].B.dtype}, where a factor as near to 1 as "
+                f"{self.title}: B is kept in {low[0]}, where a factor as near to 1 as "
                 "1 + alpha * lr is rounded away. Keep it in float32, as with precision='bf16-mixed'."
             )
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.check_gradient_is_first(pl_module, optimizer)
-        # Followed here, at the step, because no pass is perturbed and so nothing earlier needs the pairs.
-        self.follow(trainer, pl_module)
-        if not self.holds_pairs(trainer, optimizer):
-            return
-        self.look_for_gradients(self.main_group)
-        alpha = self.current_size(trainer)
+    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
+        """Scale the factors, unless the step is about to be skipped."""
+        alpha = self.current_rho
         if alpha > 0:
-            self._rescale(trainer, alpha)
-        self.step += 1
+            self._rescale(alpha, list(also_finite))
 
     @torch.no_grad()
-    def _rescale(self, trainer: Trainer, alpha: float) -> None:
+    def _rescale(self, alpha: float, watched: list[nn.Parameter]) -> None:
         strength = {}
-        for param_group in trainer.optimizers[self.main_group.index].param_groups:
+        for param_group in self.optimizer.param_groups:
             for parameter in param_group["params"]:
                 strength[id(parameter)] = alpha * param_group["lr"]
-        # A pair with a scaling of 0 does not reach the loss, so its gradients say nothing.
-        learning = [pair for pair in self.main_group.pairs if not pair.is_off]
-        pairs = [pair for pair in learning if pair.A.grad is not None and pair.B.grad is not None]
+        pairs = [pair for pair in self.pairs if pair.A.grad is not None and pair.B.grad is not None]
         signs = [self._sign(pair) for pair in pairs]
-        watched = watched_parameters(trainer, self.main_group.index)
         if watched:
             # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
             happens = Layout().all_finite(watched, watched[0].device)

@@ -1,23 +1,21 @@
 """Bi-LoRA: SAM's perturbation of the full weight as a second low-rank pair, which climbs while LoRA's pair descends."""
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from torch.optim import Optimizer
+from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.baselines.auxiliary_pairs import AuxiliaryPairs
-from lightning_flatlora.callbacks.methods.checks import integer_problems
-from lightning_flatlora.callbacks.methods.method_callback import watched_parameters
-from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
-from lightning_flatlora.callbacks.methods.pair_groups import PairGroup
-from lightning_flatlora.lora_pair import Finder
+from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.methods.checks import integer_problems
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule, is_size
 from lightning_flatlora.weight_noise import adapted_linears
 
 
-class BiLoRA(OnePassCallback):
+class BiLoRA(MethodCallback):
     r"""Take each step's gradient where an auxiliary pair perturbs every adapted weight (Bi-LoRA), in one pass.
 
     .. math:: \text{gradient at } W_0 + s B A + B_2 A_2, \qquad
@@ -65,8 +63,6 @@ class BiLoRA(OnePassCallback):
         >>> trainer = L.Trainer(callbacks=[BiLoRA(rho=0.5)], accelerator="cpu", logger=False)
     """
 
-    works_sharded = False
-
     def __init__(
         self,
         rho: float | RhoSchedule,
@@ -76,6 +72,29 @@ class BiLoRA(OnePassCallback):
         seed: int = 0,
         adapter_name: str | None = None,
         finder: Finder | None = None,
+    ) -> None:
+        super().__init__(BiLoRAStep(rho, step_size, rank, seed, adapter_name=adapter_name, finder=finder))
+
+
+class BiLoRAStep(StepMethod):
+    """The step of :class:`BiLoRA`.
+
+    Attributes:
+        auxiliary: the pairs that climb.
+    """
+
+    title = "BiLoRA"
+    works_sharded = False
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        step_size: float,
+        rank: int | None,
+        seed: int,
+        *,
+        adapter_name: str | None,
+        finder: Finder | None,
     ) -> None:
         self.step_size = step_size
         self.rank = rank
@@ -92,37 +111,37 @@ class BiLoRA(OnePassCallback):
         return problems + integer_problems("seed", self.seed, least=0)
 
     @override
-    def begin(self) -> None:
-        super().begin()
-        self.auxiliary = AuxiliaryPairs(self.rank, self.seed)
-
-    @override
     def settings(self) -> dict[str, Any]:
         return {"rank": self.rank, "seed": self.seed}
 
     @override
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().find(trainer, pl_module)
-        if not self._is_sharded and not self.pair_problems(trainer):
-            # Also here, where layers that can have no pair are still reported together with all other problems.
-            self.install(trainer, pl_module)
+    def reset(self) -> None:
+        super().reset()
+        self.auxiliary = AuxiliaryPairs(self.rank, self.seed)
+        self._left_out: list[str] | None = None
 
     @override
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the layers of the pairs that are trained now an auxiliary pair; none where none is."""
-        if not any(pair.B.requires_grad for pair in self.main_group.pairs):
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().follow(pairs, module, wrapped)
+        # None if no pair is trained now.
+        if not any(pair.B.requires_grad for pair in pairs):
             self.auxiliary.follow([])
             return
-        linears, left_out = adapted_linears(pl_module, self.adapter_name, self.finder)
+        linears, self._left_out = adapted_linears(module, self.adapter_name, self.finder)
         self.auxiliary.follow(linears)
-        self.search = replace(self.search, left_out=left_out)
+
+    @property
+    @override
+    def left_out(self) -> list[str] | None:
+        return self._left_out
+
+    @property
+    @override
+    def perturbs(self) -> bool:
+        return len(self.auxiliary) > 0 and self.current_rho > 0
 
     @override
-    def perturbs(self, trainer: Trainer) -> bool:
-        return len(self.auxiliary) > 0 and self.current_size(trainer) > 0
-
-    @override
-    def on(self, trainer: Trainer) -> None:
+    def on(self) -> None:
         self.auxiliary.on()
 
     @override
@@ -130,25 +149,21 @@ class BiLoRA(OnePassCallback):
         self.auxiliary.off()
 
     @override
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # A window that did not end in a step has left its gradients, which Lightning drops here, too.
+    def forget_gradients(self) -> None:
+        # A window that did not end in a step has left its gradients.
         self.auxiliary.forget_gradients()
 
     @override
-    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, pair_group: PairGroup) -> None:
+    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
         """Move the auxiliary pairs by the gradients of the pass that this step is about to use."""
-        if self.perturbs(trainer):
-            rho = self.current_size(trainer, pair_group)
-            self.auxiliary.ascend(rho, self.step_size, watched_parameters(trainer, pair_group.index))
+        if self.perturbs:
+            self.auxiliary.ascend(self.current_rho, self.step_size, also_finite)
         self.auxiliary.forget_gradients()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._loaded is not None:
-            return self._loaded
         return {**super().state_dict(), "auxiliary": self.auxiliary.state_dict()}
 
     @override
-    def _restore(self, state: dict[str, Any]) -> None:
-        super()._restore(state)
+    def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
         self.auxiliary.load_state_dict(state["auxiliary"])

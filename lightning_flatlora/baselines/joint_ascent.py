@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import read_through
 from lightning_flatlora.distributed import Layout
-from lightning_flatlora.lora_pair import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 
 
 def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
@@ -51,7 +51,7 @@ class FactorPerturbation:
     """Perturbations of A and B of every pair that only the layers read; the stored factors stay clean.
 
     Args:
-        pairs: from :func:`~lightning_flatlora.pairs.find_pairs`; a frozen A stays where it is.
+        pairs: from :func:`~lightning_flatlora.pairs.find_pairs`; a frozen factor stays where it is.
         layout: how the ranks share the factors.
 
     Example:
@@ -74,27 +74,31 @@ class FactorPerturbation:
         self._readers: dict[nn.Parameter, list[read_through.AnyReader]] = {}
         for pair in pairs:
             for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
-                if factor.requires_grad:
-                    # Pairs that are rows of one parameter may be read by different modules.
-                    known = self._readers.setdefault(factor, [])
-                    known += [reader for reader in _of_whole(readers) if reader not in known]
+                # Pairs that are rows of one parameter may be read by different modules.
+                known = self._readers.setdefault(factor, [])
+                known += [reader for reader in _of_whole(readers) if reader not in known]
         self._all_readers = list(chain.from_iterable(self._readers.values()))
         self._E: list[tuple[nn.Parameter, Tensor]] = []
+        self._is_installed = False
 
     @property
     def factors(self) -> list[nn.Parameter]:
-        """What is perturbed: the trained factors of each pair."""
-        return list(self._readers)
+        """What is perturbed: the factors of each pair that are trained now."""
+        return [factor for factor in self._readers if factor.requires_grad]
 
     def install(self) -> None:
-        """Make every reader able to read a perturbed factor."""
-        for reader in self._all_readers:
-            read_through.install(reader, self._layout.only_views)
+        """Make every reader able to read a perturbed factor; calling it again does nothing."""
+        if not self._is_installed:
+            for reader in self._all_readers:
+                read_through.install(reader, self._layout.only_views)
+        self._is_installed = True
 
     def uninstall(self) -> None:
-        """Give every reader its own class back."""
-        for reader in self._all_readers:
-            read_through.uninstall(reader)
+        """Give every reader its own class back; calling it again does nothing."""
+        if self._is_installed:
+            for reader in self._all_readers:
+                read_through.uninstall(reader)
+        self._is_installed = False
 
     @torch.no_grad()
     def ascend(self, rho: float) -> None:
@@ -119,7 +123,7 @@ class FactorPerturbation:
     def _alike(self) -> list[list[nn.Parameter]]:
         """Factors that stack, in the same order on every rank."""
         groups: dict[object, list[nn.Parameter]] = {}
-        for factor in self._readers:
+        for factor in self.factors:
             groups.setdefault((self._layout.shape(factor), factor.dtype, factor.device), []).append(factor)
         return list(groups.values())
 

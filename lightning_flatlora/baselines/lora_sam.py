@@ -2,17 +2,18 @@
 
 from contextlib import AbstractContextManager
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.baselines.joint_ascent import FactorPerturbation
-from lightning_flatlora.callbacks.methods.checks import warn_of_rounding
-from lightning_flatlora.callbacks.methods.two_pass_callback import TwoPassCallback
-from lightning_flatlora.distributed import layout_of
+from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.methods.checks import warn_of_rounding
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
+from lightning_flatlora.schedules import RhoSchedule
 
 
-class LoRASAM(TwoPassCallback):
+class LoRASAM(MethodCallback):
     r"""Take each step's gradient where A and B are moved along their joint gradient (SAM in LoRA's space): two passes.
 
     .. math:: (E_A, E_B) = \rho\, \frac{(G_A, G_B)}{\lVert (G_A, G_B) \rVert_F},
@@ -42,31 +43,59 @@ class LoRASAM(TwoPassCallback):
         >>> trainer = L.Trainer(callbacks=[LoRASAM(rho=0.1)], accelerator="cpu", logger=False)
     """
 
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+        sync_ascent: bool = True,
+    ) -> None:
+        super().__init__(
+            LoRASAMStep(
+                rho,
+                start_step=start_step,
+                every_n_steps=every_n_steps,
+                adapter_name=adapter_name,
+                finder=finder,
+                sync_ascent=sync_ascent,
+            )
+        )
+
+
+class LoRASAMStep(StepMethod):
+    """The step of :class:`LoRASAM`."""
+
+    title = "LoRASAM"
+    takes_two_passes = True
+
     @override
-    def begin(self) -> None:
-        super().begin()
+    def reset(self) -> None:
+        super().reset()
         self._factors: FactorPerturbation | None = None
+        self._has_warned = False
 
     @override
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pairs = self.main_group.pairs
-        self._leave()
-        if pairs:
-            # Once at the start, and not again whenever the pairs change in the middle of a fit.
-            if not self._is_training:
-                warn_of_rounding(self, "B", [pair.B for pair in pairs])
-            self._factors = FactorPerturbation(pairs, layout_of(trainer.strategy.model))
-            self._factors.install()
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().follow(pairs, module, wrapped)
+        self.close()
+        self._factors = FactorPerturbation(pairs, self._layout) if pairs else None
 
     @override
-    def uninstall(self) -> None:
-        self._leave()
-        super().uninstall()
+    def install(self) -> None:
+        if self._factors is None:
+            return
+        if not self._has_warned:
+            warn_of_rounding(self, "B", [pair.B for pair in self.pairs])
+            self._has_warned = True
+        self._factors.install()
 
-    def _leave(self) -> None:
+    @override
+    def close(self) -> None:
         if self._factors is not None:
             self._factors.uninstall()
-            self._factors = None
 
     @property
     @override
@@ -74,7 +103,7 @@ class LoRASAM(TwoPassCallback):
         return self._factors.factors if self._factors is not None else []
 
     @override
-    def ascend(self, rho: float) -> AbstractContextManager[None]:
+    def ascend(self) -> AbstractContextManager[None]:
         assert self._factors is not None
-        self._factors.ascend(rho)
+        self._factors.ascend(self.current_rho)
         return self._factors.applied()

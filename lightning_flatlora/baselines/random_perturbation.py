@@ -1,19 +1,19 @@
 """Flat-LoRA's random perturbation: fresh Gaussian noise on the whole weight in each step."""
 
-from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.methods.checks import integer_problems
-from lightning_flatlora.callbacks.methods.one_pass_callback import OnePassCallback
-from lightning_flatlora.lora_pair import Finder
+from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.methods.checks import integer_problems
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.weight_noise import WeightNoise, derived_seed
 
 
-class RandomPerturbation(OnePassCallback):
+class RandomPerturbation(MethodCallback):
     r"""Take each step's gradient where every adapted weight carries fresh Gaussian noise (Flat-LoRA), in one pass.
 
     .. math:: \text{gradient at } W' + \varepsilon, \qquad
@@ -45,9 +45,6 @@ class RandomPerturbation(OnePassCallback):
         >>> trainer = L.Trainer(callbacks=[RandomPerturbation(CosineRho(0, 0.05))], accelerator="cpu", logger=False)
     """
 
-    size_name = "sigma"
-    works_sharded = False
-
     def __init__(
         self,
         sigma: float | RhoSchedule,
@@ -55,6 +52,23 @@ class RandomPerturbation(OnePassCallback):
         *,
         adapter_name: str | None = None,
         finder: Finder | None = None,
+    ) -> None:
+        super().__init__(RandomPerturbationStep(sigma, seed, adapter_name=adapter_name, finder=finder))
+
+
+class RandomPerturbationStep(StepMethod):
+    """The step of :class:`RandomPerturbation`.
+
+    Attributes:
+        noise: on the layers of the pairs that are trained; None if none is.
+    """
+
+    title = "RandomPerturbation"
+    size_name = "sigma"
+    works_sharded = False
+
+    def __init__(
+        self, sigma: float | RhoSchedule, seed: int, *, adapter_name: str | None, finder: Finder | None
     ) -> None:
         self.seed = seed
         super().__init__(sigma, adapter_name=adapter_name, finder=finder)
@@ -64,39 +78,42 @@ class RandomPerturbation(OnePassCallback):
         return integer_problems("seed", self.seed, least=0)
 
     @override
-    def begin(self) -> None:
-        super().begin()
-        self.noise: WeightNoise | None = None
-
-    @override
     def settings(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
     @override
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().find(trainer, pl_module)
-        if not self.pair_problems(trainer):
-            # Also here, where layers that can have no noise are still reported together with all other problems.
-            self.install(trainer, pl_module)
+    def reset(self) -> None:
+        super().reset()
+        self.noise: WeightNoise | None = None
+        self._drawn_at: int | None = None
 
     @override
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put noise on the layers of the pairs that are trained now; none where none is."""
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().follow(pairs, module, wrapped)
         self.off()
-        self.noise = None
-        if any(pair.B.requires_grad for pair in self.main_group.pairs):
-            self.noise = WeightNoise(pl_module, self.adapter_name, finder=self.finder)
-            self.search = replace(self.search, left_out=self.noise.left_out)
+        self.noise, self._drawn_at = None, None
+        if any(pair.B.requires_grad for pair in pairs):
+            self.noise = WeightNoise(module, self.adapter_name, finder=self.finder)
+
+    @property
+    @override
+    def left_out(self) -> list[str] | None:
+        return None if self.noise is None else self.noise.left_out
+
+    @property
+    @override
+    def perturbs(self) -> bool:
+        return self.noise is not None and self.current_rho > 0
 
     @override
-    def perturbs(self, trainer: Trainer) -> bool:
-        return self.noise is not None and self.current_size(trainer) > 0
-
-    @override
-    def on(self, trainer: Trainer) -> None:
+    def on(self) -> None:
         assert self.noise is not None
+        if self._drawn_at == self.step:
+            self.noise.on_again()
+            return
         # From the step, so that a resumed run and every rank draw the same noise without any state.
-        self.noise.on(self.current_size(trainer), derived_seed(self.seed, self.step))
+        self.noise.on(self.current_rho, derived_seed(self.seed, self.step))
+        self._drawn_at = self.step
 
     @override
     def off(self) -> None:

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
-from lightning_flatlora.callbacks.methods.checks import warn_of_rounding
-from lightning_flatlora.callbacks.methods.gradients import parameters_of
-from lightning_flatlora.callbacks.methods.two_pass_callback import TwoPassCallback
+from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import moved
+from lightning_flatlora.methods.checks import warn_of_rounding
+from lightning_flatlora.methods.gradients import parameters_of
+from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.schedules import RhoSchedule
 
 
-class SAM(TwoPassCallback):
+class SAM(MethodCallback):
     r"""Take each step's gradient where every trained parameter is moved along its gradient, in two passes.
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
@@ -46,8 +47,6 @@ class SAM(TwoPassCallback):
         >>> trainer = L.Trainer(callbacks=[SAM(rho=0.05)], accelerator="cpu", logger=False)
     """
 
-    works_sharded = False
-
     def __init__(
         self,
         rho: float | RhoSchedule,
@@ -56,59 +55,60 @@ class SAM(TwoPassCallback):
         every_n_steps: int = 1,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent)
+        super().__init__(SAMStep(rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent))
 
     @override
-    def begin(self) -> None:
-        super().begin()
-        self._trained: list[nn.Parameter] = []
-
-    @override
-    def find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if len(trainer.optimizers) == 1:
-            self.follow(trainer, pl_module)
-
-    @override
-    def pair_problems(self, trainer: Trainer) -> list[str]:
+    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        problems = super().configuration_problems(trainer, pl_module)
         if len(trainer.optimizers) != 1:
-            return [f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}"]
-        if not self._trained:
+            return [*problems, f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}"]
+        return problems
+
+
+class SAMStep(StepMethod):
+    """The step of :class:`SAM`: it perturbs what the optimizer trains at the moment."""
+
+    title = "SAM"
+    needs_pairs = False
+    takes_two_passes = True
+    works_sharded = False
+
+    @override
+    def pair_problems(self) -> list[str]:
+        if not self.ascending:
             return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
-        return self.rate_problems(trainer)
+        return super().pair_problems()
 
     @override
-    def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take what the optimizer trains now: parameters may join it, and freeze, in the middle of a fit."""
-        self._trained = [p for p in parameters_of(trainer.optimizers[0]) if p.requires_grad]
-
-    @override
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_of_rounding(self, "a weight", self._trained)
+    def install(self) -> None:
+        warn_of_rounding(self, "a weight", self.ascending)
 
     @property
     @override
     def followed(self) -> list[nn.Parameter]:
-        return self._trained
+        return self.ascending
 
     @property
     @override
     def ascending(self) -> list[nn.Parameter]:
-        return self._trained
+        if self.optimizer is None:
+            return []
+        return [parameter for parameter in parameters_of(self.optimizer) if parameter.requires_grad]
 
     @override
-    def ascend(self, rho: float) -> AbstractContextManager[None]:
+    def ascend(self) -> AbstractContextManager[None]:
         parameters, gradients = [], []
-        for parameter in self._trained:
+        for parameter in self.ascending:
             if parameter.grad is not None:
                 parameters.append(parameter)
                 gradients.append(parameter.grad)
-        return self._moved(parameters, joint_ascent(gradients, rho))
+        return self._moved(parameters, joint_ascent(gradients, self.current_rho))
 
     @contextmanager
     def _moved(self, parameters: list[nn.Parameter], moves: list[Tensor]) -> Iterator[None]:
         """Inside, the parameters are moved in place; afterwards they have exactly their old values."""
         with moved(parameters, moves):
-            for parameter in self._trained:
+            for parameter in self.ascending:
                 # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
                 torch.autograd.graph.increment_version(parameter)
             yield

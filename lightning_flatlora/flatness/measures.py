@@ -12,7 +12,7 @@ from lightning_flatlora.flatness import sharpness
 from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
 from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
 from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient
-from lightning_flatlora.lora_pair import LoRAPair, rows_of, trained_factors
+from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
 

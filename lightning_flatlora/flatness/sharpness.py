@@ -15,7 +15,7 @@ from lightning_flatlora import read_through
 from lightning_flatlora.flatness.estimate import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product, realized_radius
 from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient, value
-from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.weight_noise import WeightNoise

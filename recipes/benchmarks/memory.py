@@ -174,7 +174,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit("this benchmark reads /proc, which only Linux has")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(options.output.with_suffix(".rows.jsonl"), entries(*Run._fields))
-    _keep_rows_of_before(ledger, options.output)
     for _ in ledger.complete(_runs(options), partial(perform, output=options.output)):
         result = _result(ledger, options)
         options.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -186,16 +185,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     Console().print(table)
     print(f"written to {options.output}")
     return result
-
-
-def _keep_rows_of_before(ledger: Ledger, output: Path) -> None:
-    """Take the rows of an output that was written before there was a ledger."""
-    if ledger.rows or not output.exists():
-        return
-    result = json.loads(output.read_text())
-    shared = {name: result[name] for name in Run._fields if name in result}
-    for row in result.get("rows", []):
-        ledger.append({**shared, **row})
 
 
 def _runs(options: argparse.Namespace) -> list[Run]:

@@ -70,7 +70,7 @@ class Protocol(StepTimes):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.zero_shot = state_dict["zero_shot"]
-        self.validation = state_dict.get("validation", {})  # checkpoints of before it was kept lack it
+        self.validation = state_dict["validation"]
 
 
 def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:

@@ -48,8 +48,9 @@ def table(rows: Sequence[Row], part: str = "test") -> str:
         part: as in :func:`tables`.
 
     Example:
-        >>> cost = {"dataset": "dtd", "seconds_per_step": 0.5, "zero_shot": {"accuracy": 0.25}}
-        >>> runs = [{"name": "LoRA", "shots": 1, "test": {"accuracy": a}, **cost} for a in (0.5, 0.6)]
+        >>> data = {"dataset": "dtd", "split": "torchvision", "shots": 1, "zero_shot": {"accuracy": 0.25}}
+        >>> method = {"name": "LoRA", "rho": None, "learning_rate": None, "seconds_per_step": 0.5}
+        >>> runs = [{**data, **method, "test": {"accuracy": accuracy}} for accuracy in (0.5, 0.6)]
         >>> print(table(runs))
         | method | 1 shot | step time |
         |---|---|---|
@@ -104,8 +105,8 @@ def chosen(rows: Sequence[Row]) -> Setting:
         MisconfigurationException: the runs have not been validated.
 
     Example:
-        >>> runs = [{"rho": r, "validation": {"accuracy": a}} for r, a in ((0.1, 0.5), (0.3, 0.6), (0.1, 0.4))]
-        >>> chosen(runs)
+        >>> tried = ((0.1, 0.5), (0.3, 0.6), (0.1, 0.4))
+        >>> chosen([{"rho": rho, "learning_rate": None, "validation": {"accuracy": a}} for rho, a in tried])
         (0.3, None)
     """
     scores: dict[Setting, list[float]] = {}
@@ -141,8 +142,7 @@ def _published(rows: Sequence[Row], shots: Sequence[int]) -> list[list[str]]:
 
 
 def _is_published(method: dict[str, Any], row: Row) -> bool:
-    # Rows of before there was a choice of splits have none.
-    return row["dataset"] in method["accuracy"] and row.get("split") == "coop"
+    return row["dataset"] in method["accuracy"] and row["split"] == "coop"
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -155,7 +155,7 @@ def _settings(rows: Sequence[Row], name: str) -> list[Setting]:
 
 
 def _setting(row: Row) -> Setting:
-    return row.get("rho"), row.get("learning_rate")
+    return row["rho"], row["learning_rate"]
 
 
 def _shown(setting: Setting) -> list[str]:

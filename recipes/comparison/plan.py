@@ -9,12 +9,11 @@ from statistics import mean
 
 from recipes.comparison.methods import ALL
 from recipes.comparison.run import Run
-from recipes.comparison.task import Config, Task, all_settings
+from recipes.comparison.task import Config, Task
 from recipes.shared.ledger import Ledger, Row, entries
 
 RESULTS = "results.jsonl"
 TUNING_SEEDS = (100, 101)  # none of the seeds of the test
-_entries = entries("task", "method", "config", "seed", "part")
 _WAIT = 2.0  # seconds, while other processes do all that can be done now
 
 
@@ -36,7 +35,7 @@ class Plan:
         self.tasks = tasks
         self.methods = methods
         self.seeds = seeds
-        self.ledger = Ledger(folder / RESULTS, _key)
+        self.ledger = Ledger(folder / RESULTS, entries("task", "method", "config", "seed", "part", "settings"))
 
     def work(self, perform: Callable[[Run], Row], report: Callable[[Run | None], None]) -> None:
         """Do what is not done and not being done by another process, until nothing is left.
@@ -74,15 +73,15 @@ class Plan:
         for task in self.tasks:
             for name in tuned:
                 total += len(TUNING_SEEDS) * len(ALL[name].configurations(task.grids, None))
-        settings = {task.name: all_settings(task.settings) for task in self.tasks}
+        settings = {task.name: task.settings for task in self.tasks}
         wanted = {"validation": (tuned, TUNING_SEEDS), "test": (set(self.methods), self.seeds)}
         done = 0
         for row in self.ledger.rows:
             methods, seeds = wanted[row["part"]]
-            is_of_task = all_settings(row["settings"]) == settings.get(row["task"])
+            is_of_task = row["settings"] == settings.get(row["task"])
             if is_of_task and row["method"] in methods and row["seed"] in seeds:
                 done += 1
-        return min(done, total), total  # a folder may hold more, of a grid that has changed since
+        return done, total
 
     def _next(self, task: Task, name: str) -> list[Run]:
         """Of one task and method, what is not done of the first stage that has something left."""
@@ -133,8 +132,3 @@ def choose(rows: Iterable[Row]) -> Config:
 
     chosen: Config = json.loads(max(by_config, key=score))
     return chosen
-
-
-def _key(row: Row) -> Row:
-    """What makes a run that one; rows of before there was a choice of precision get the one that they were run in."""
-    return {**_entries(row), "settings": all_settings(row["settings"])}

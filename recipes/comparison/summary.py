@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from recipes.comparison.methods import ALL, METHODS, VARIANTS
-from recipes.comparison.task import Config, all_settings
+from recipes.comparison.task import Config
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, estimate, holm
 
@@ -86,7 +86,7 @@ def corrected_p_values(by_task: Mapping[str, Sequence[Outcome]]) -> dict[tuple[s
 def of_task(rows: Sequence[Row], task: str) -> list[Row]:
     """The rows of a task that have the settings of its last one."""
     task_rows = [row for row in rows if row["task"] == task]
-    return [row for row in task_rows if all_settings(row["settings"]) == all_settings(task_rows[-1]["settings"])]
+    return [row for row in task_rows if row["settings"] == task_rows[-1]["settings"]]
 
 
 def tuning(rows: Sequence[Row], method: str) -> list[tuple[Config, Estimate]]:

@@ -13,7 +13,6 @@ from recipes.comparison.summary import (
     outcomes,
     sharpness_correlation,
 )
-from recipes.comparison.task import all_settings
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, with_error
 from recipes.shared.tables import Table, settings_text
@@ -36,7 +35,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _of_task(task: str, task_outcomes: Sequence[Outcome]) -> Table:
     seeds = max(len(outcome.runs) for outcome in task_outcomes)
-    settings = all_settings(next(iter(task_outcomes[0].runs.values()))["settings"])  # the same of all runs
+    settings = next(iter(task_outcomes[0].runs.values()))["settings"]  # the same of all runs
     notes = [f"computed in {settings['precision']}"]
     notes += [f"{o.method}: the chosen value is the {o.edge} of its grid" for o in task_outcomes if o.edge]
     for name in ("sharpness", "expected_sharpness"):

@@ -9,7 +9,7 @@ import lightning as L
 from peft import PeftModel
 from torch import Tensor
 
-from recipes.shared.precision import Precision, fast_precision
+from recipes.shared.precision import Precision
 from recipes.shared.training import RecipeModule
 
 Batch = dict[str, Any]
@@ -40,7 +40,8 @@ class Task(ABC):
         name: of the task.
         settings: all that decides a result besides the method, its configuration and the seed; every row holds them.
             ``epochs``, ``sharpness_rho`` and ``noise`` (sigma), at which every method's sharpness and expected
-            sharpness are measured, are always among them; ``precision`` may be; the others are the task's own.
+            sharpness are measured, are always among them; ``precision`` is once :meth:`computed_in` has added it; the
+            others are the task's own.
         grids: values to choose from on the validation part, by the names that :mod:`recipes.comparison.methods` gives.
     """
 
@@ -52,8 +53,8 @@ class Task(ABC):
 
     @property
     def precision(self) -> Precision:
-        """Of its runs: the one in its settings, or else what the device computes fast."""
-        precision: Precision = self.settings.get("precision") or fast_precision()
+        """Of its runs."""
+        precision: Precision = self.settings["precision"]
         return precision
 
     def computed_in(self, precision: Precision) -> "Task":
@@ -97,11 +98,6 @@ class Task(ABC):
     @abstractmethod
     def judge(self, module: Any, batch: Batch) -> Judged:
         """What the model makes of examples of "validation" or "test"."""
-
-
-def all_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """A task's settings with their precision: rows from before there was a choice hold none, and are of bf16-mixed."""
-    return {"precision": "bf16-mixed", **settings}
 
 
 def with_network(module: Any, full: bool) -> Any:

@@ -34,7 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     values = {field.name: getattr(options, field.name) for field in fields(Settings)}
     if options.precision is None:
-        keep_earlier_precision(options.folder)
         values["precision"] = precision_of_runs(options.folder)
     settings = Settings(**values)
     if options.only:
@@ -86,13 +85,6 @@ def _choose_rho(arguments: list[str]) -> None:
         return [f"{row['val_loss']:.3f}", f"{row['val_accuracy']:.3f}"]
 
     demo_sweep.print_sweep(options, ("validation loss", "validation accuracy"), cells)
-
-
-def keep_earlier_precision(folder: Path) -> None:
-    """Let a folder of an earlier demo, which kept the precision among its settings only, continue with it."""
-    settings, precision = folder / "settings.json", folder / "precision.txt"
-    if settings.exists() and not precision.exists():
-        write_whole(precision, json.loads(settings.read_text())["precision"] + "\n")
 
 
 def _drop_other_settings(folder: Path, settings: Settings) -> None:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lightning_flatlora.report.conversation import THOUGHTS
 from recipes.instruction_tuning.formats import NO_ANSWER
 from recipes.language.chat import IGNORED, ChatEncoder
+from recipes.language.conversation import THOUGHTS
 from recipes.language.templates import RefusedConversationError
 
 Row = dict[str, Any]

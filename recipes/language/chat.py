@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_flatlora.report.conversation import HiddenAnswerError, Message, answer_spans
+from recipes.language.conversation import HiddenAnswerError, Message, answer_spans
 from recipes.language.templates import REMEDY, TemplateEncoder, template_errors
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out

@@ -212,7 +212,7 @@ def answer_log_likelihood(
         label_smoothing: the share of each token's log-likelihood that is replaced by the mean over the vocabulary.
 
     Returns:
-        Its sum over the answer's tokens in nats, float32, and the number of those tokens, each (rows,).
+        Its sum over the answer's tokens in nats, float32 or wider, and the number of those tokens, each (rows,).
     """
     targets_nt = labels_nt[:, 1:]
     # Most positions are prompt: the head, a third of a small model's work, runs only where some row has an answer.
@@ -224,8 +224,9 @@ def answer_log_likelihood(
     else:
         logits_nkv = net(**inputs, use_cache=False).logits[:, positions_k]
     targets_nk = targets_nt[:, positions_k]
+    logits_kv = logits_nkv.flatten(0, 1)
     losses_nk = nn.functional.cross_entropy(
-        logits_nkv.flatten(0, 1).float(),
+        logits_kv.to(torch.promote_types(logits_kv.dtype, torch.float32)),
         targets_nk.flatten(),
         ignore_index=IGNORED,
         reduction="none",

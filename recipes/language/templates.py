@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_flatlora.report.conversation import (
+from recipes.language.conversation import (
     THOUGHTS,
     HiddenAnswerError,
     Message,

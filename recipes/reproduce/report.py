@@ -41,14 +41,14 @@ def plan_text(plan: Plan) -> str:
 
 
 def time_left(plan: Plan) -> str:
-    """How long all that is left takes one process, by what the runs so far took for their steps."""
+    """How long one process trains for all that is left, by what the runs so far took for their steps."""
     rows = _done(plan).values()
-    steps_done = sum(row.get("steps") or 0 for row in rows)
+    steps_done = sum(row["steps"] for row in rows)
     if not steps_done:
         return "How long they take is known when runs are done."
-    pace = sum(row.get("seconds") or row["training_seconds"] for row in rows) / steps_done
+    pace = sum(row["training_seconds"] for row in rows) / steps_done
     hours = pace * max(0, count(plan, plan.tasks).steps - steps_done) / 3600
-    return f"At the pace of the runs so far, {hours:.1f} h at most are left for one process."
+    return f"At the pace of the runs so far, {hours:.1f} h of training at most are left for one process."
 
 
 def _done(plan: Plan) -> dict[str, Row]:

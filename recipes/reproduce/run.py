@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,14 +105,12 @@ def perform(run: Run, place: Place) -> Row:
     Returns:
         The run's row: its key; with the part "validation" the ``score`` that the choice is by, of which more is better,
         and the ``loss`` where the recipe logs one; ``metrics``, all that was logged in the validation of the kept
-        checkpoint or in the test; ``seconds`` of the commands, without those before a stop; and what
-        :class:`recipes.reproduce.result.RunResult` writes.
+        checkpoint or in the test; and what :class:`recipes.reproduce.result.RunResult` writes.
 
     Raises:
         StoppedError: a command has failed, or the user has stopped it.
     """
     folder = place.folder / run.name
-    began = time.perf_counter()
     if not (folder / "fit.json").exists():
         run_process(fit_command(run, place))
     fitted = _read(folder / "fit.json")
@@ -135,7 +132,6 @@ def perform(run: Run, place: Place) -> Row:
     return {
         **run.key(),
         **found,
-        "seconds": time.perf_counter() - began,
         "options": list(place.options),
         "commit": commit(),
         **entries,

@@ -13,10 +13,11 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_flatlora.report.data import csv_options, is_of_empty_file
 from recipes.shared.table_files import (
     FORMATS,
+    csv_options,
     files_of_csv_folder,
+    is_of_empty_file,
     refuse_other_forms,
     refuse_rows_by_key,
     table_ending,

@@ -161,15 +161,15 @@ class Ledger:
 
 
 def entries(*names: str) -> Callable[[Row], Row]:
-    """A ledger's key that consists of these entries; rows of before there was one of them hold None for it.
+    """Make a ledger's key that consists of these entries of a row.
 
     Example:
-        >>> entries("method", "seed")({"method": "lora", "accuracy": 0.5})
-        {'method': 'lora', 'seed': None}
+        >>> entries("method", "seed")({"method": "lora", "seed": 0, "accuracy": 0.5})
+        {'method': 'lora', 'seed': 0}
     """
 
     def key(row: Row) -> Row:
-        return {name: row.get(name) for name in names}
+        return {name: row[name] for name in names}
 
     return key
 

@@ -85,9 +85,9 @@ class ResumableData(L.LightningDataModule):
     def resumed(self, loader: LateLoader) -> LateLoader:
         """The training loader, put once at the place that a checkpoint holds."""
         ranks = loader.sampler.num_replicas
-        if "train_loader" in self._place and self._place.get("ranks", 1) != ranks:
+        if "train_loader" in self._place and self._place["ranks"] != ranks:
             rank_zero_warn(
-                f"The checkpoint is of {self._place.get('ranks', 1)} devices and this run has {ranks}: the rest of its "
+                f"The checkpoint is of {self._place['ranks']} devices and this run has {ranks}: the rest of its "
                 "epoch repeats examples and leaves others out"
             )
         loader.sampler.set_epoch(self._place.get("epoch", 0))

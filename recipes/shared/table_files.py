@@ -68,6 +68,47 @@ def refuse_rows_by_key(name: str, path: Path) -> None:
         )
 
 
+def is_of_empty_file(error: Exception) -> bool:
+    """Say whether an error of ``datasets.load_dataset`` says that a file has no row.
+
+    Example:
+        >>> is_of_empty_file(StopIteration()), is_of_empty_file(ValueError("a column is missing"))
+        (True, False)
+    """
+    # Of a JSON file without a byte, of a CSV file with a header alone, and of a Parquet file without a row.
+    text = f"{error} {error.__cause__}"
+    return isinstance(error, StopIteration) or "corresponds to no data" in text or "BatchSize must be" in text
+
+
+def csv_options(files: str | list[str], cache_dir: str | None = None) -> dict[str, Any]:
+    """Give options of ``datasets.load_dataset`` by which a CSV file's values stay the texts that they are.
+
+    pandas, which reads the file, would make 3.5 of the answer "3.50" and 7 of the class "007". It would judge a column
+    by its first 10,000 rows, and take the words None, NA, null and nan for nothing.
+
+    Args:
+        files: the file, or several of the same columns, as ``data_files`` takes them.
+        cache_dir: of `datasets`; None is its own.
+
+    Raises:
+        ValueError: the first row has more values than the header has names, or semicolons or tabs separate the columns.
+    """
+    first_row = datasets.load_dataset("csv", data_files=files, split="train", cache_dir=cache_dir, nrows=1)
+    names = first_row.column_names
+    named = [name for name in names if name != "__index_level_0__"]
+    if len(named) == 1 and ";" in named[0]:
+        raise ValueError("its columns are separated by semicolons: save it with commas")
+    if len(named) == 1 and "\t" in named[0]:
+        raise ValueError("its columns are separated by tabs: save it with commas")
+    if len(named) < len(names):  # pandas has taken the first value for the row's name
+        raise ValueError(
+            "the first row has more values than the header has names, and a text with a comma in it needs quotation "
+            "marks around it"
+        )
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
+
+
 def files_of_csv_folder(name: str, config_name: str | None, split: str) -> list[str] | None:
     """The CSV files that hold a split of a local folder; None where it is another kind, or a card says what they hold.
 

@@ -10,8 +10,8 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.report.conversation import HiddenAnswerError, Message, answer_spans
 from recipes.language.chat import IGNORED
+from recipes.language.conversation import HiddenAnswerError, Message, answer_spans
 from recipes.language.templates import TemplateEncoder
 
 

@@ -155,8 +155,8 @@ def test_a_graph_of_the_clean_weights_fails_where_sam_has_moved_them() -> None:
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     kept = weight.square().sum()
     kept.backward(retain_graph=True)
-    sam = SAM(0.1)
-    sam._trained = [weight]
-    with sam.ascend(0.1), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    sam = SAM(0.1).method
+    sam.optimizer = torch.optim.SGD([weight], lr=0.1)
+    with sam.ascend(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
     assert torch.equal(weight, torch.tensor([1.0, 2.0]))

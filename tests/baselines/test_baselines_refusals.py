@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
-from lightning_flatlora.callbacks.methods.method_callback import MethodCallback
+from lightning_flatlora.callbacks.base import MethodCallback
 
 
 def refused(tmp_path: Path, module: Any, callbacks: list[Callback], **kwargs: Any) -> str:

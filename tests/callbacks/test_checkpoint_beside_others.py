@@ -1,6 +1,6 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, deca
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler", "ignore:SWA is currently only supported every epoch")
-def test_stochastic_weight_averaging_does_not_bring_the_base(tmp_path: Path) -> None:
-    """It keeps a copy of the whole model in its state."""
+def test_stochastic_weight_averaging_is_resumed(tmp_path: Path) -> None:
+    """Its state is in the file as it gives it, with its copy of the whole model."""
 
     def callbacks(where: str) -> list[L.Callback]:
         averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
@@ -89,8 +89,8 @@ def test_stochastic_weight_averaging_does_not_bring_the_base(tmp_path: Path) -> 
     fit(tmp_path, whole, callbacks("1"), max_epochs=4)
     file = torch.load(tmp_path / "1" / "epoch=2.ckpt", weights_only=False)
     averages = file["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
-    assert averages.keys() == file["state_dict"].keys()
-    assert BASE not in averages
+    assert BASE in averages
+    assert BASE not in file["state_dict"]
     fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "epoch=1.ckpt", max_epochs=4)
     assert same(weights(resumed), weights(whole))
 
@@ -122,29 +122,11 @@ class ListOfAnotherKind(Sequence[Any]):
         return len(self.values)
 
 
-class DictOfAnotherKind(Mapping[str, Any]):
-    def __init__(self, **values: Any) -> None:
-        self.values_ = values
-
-    def __getitem__(self, key: str) -> Any:
-        return self.values_[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_)
-
-    def __len__(self) -> int:
-        return len(self.values_)
-
-
-def test_configs_of_other_containers_are_written(tmp_path: Path) -> None:
+def test_a_config_with_other_containers_is_refused_at_the_start(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES))
-    config = LoraConfig(r=2, target_modules=ListOfAnotherKind("0", "2"), rank_pattern=DictOfAnotherKind(**{"0": 3}))
-    net: Any = get_peft_model(base, config)
-    fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
-    saved = LoraConfig.from_pretrained(str(tmp_path / "step=12"))
-    assert set(saved.target_modules) == {"0", "2"}
-    assert saved.rank_pattern == {"0": 3}
-    assert isinstance(net.peft_config["default"].target_modules, ListOfAnotherKind)
+    net: Any = get_peft_model(base, LoraConfig(r=2, target_modules=ListOfAnotherKind("0", "2")))
+    with pytest.raises(MisconfigurationException, match=r"as its target_modules is .* plain numbers, strings, lists"):
+        fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
 
 
 def never(*args: Any) -> Any:
@@ -159,7 +141,7 @@ class Unpicklable(L.Callback):
 def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) -> None:
     module, _, _ = build("plain")
     module.inside.append(never)
-    with pytest.raises(MisconfigurationException, match=r"state of Unpicklable \('stream'\) can't be pickled"):
+    with pytest.raises(MisconfigurationException, match=r"\['Unpicklable'\]\['stream'\] can't be pickled"):
         fit(tmp_path, module, [Unpicklable(), saver(tmp_path / "new" / "folder")])
     module.net.peft_config["default"].revision = object()
     with pytest.raises(MisconfigurationException, match=r"config of adapter 'default', as its revision is <object"):
@@ -226,14 +208,14 @@ def test_what_a_module_keeps_outside_of_its_tensors_is_resumed(tmp_path: Path) -
     assert same(loaded.average.metric_state, whole.average.metric_state)
 
 
-def test_the_trial_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_the_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     seen: list[list[Path]] = []
     module, _, _ = build("plain")
     module.inside.append(lambda *_: seen.append(list((tmp_path / "a").rglob("*"))))
     (tmp_path / "a").mkdir()
     fit(tmp_path, module, [saver(tmp_path / "a" / "b", save_last="link")])
     assert seen[0] == []
-    assert not list((tmp_path / "a").rglob(".trial*"))
+    assert not list((tmp_path / "a").rglob(".dry-run*"))
 
 
 class Injected(nn.Module):

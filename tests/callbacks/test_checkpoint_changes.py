@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside adapters: everything that differs from what the base's own loader gives again."""
+"""What a checkpoint holds beside adapters: what is outside of the base, buffers, and all that has ever been trained."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +10,11 @@ import torch
 from checkpointed_bases import HEAD, module_of, network, saver, state
 from helpers import CLASSES, FEATURES, Classifier, fit, make_loader, same, trainer_of, weights
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, load_adapter_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -134,28 +135,49 @@ def test_a_frozen_model_is_tested(tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_buffers_that_change_are_saved_however_they_do(tmp_path: Path) -> None:
-    """Counted in place, written through .data in one element of many, and replaced."""
+def test_all_buffers_are_saved(tmp_path: Path) -> None:
+    """Counted in place, written through .data in one element of many, replaced, and never changed."""
     module = module_of()
     fit(tmp_path, module, [saver(tmp_path)])
     saved = state(tmp_path / "step=6.ckpt")
     base = "net.base_model.model."
     assert saved[f"{base}count"] == saved[f"{base}ema"][2000] == saved[f"{base}codes"][0] == 6
-    assert f"{base}never" not in saved
+    assert f"{base}never" in saved
     resumed = module_of()
     fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
     assert same(resumed.state_dict(), module.state_dict())
 
 
-def test_weights_that_are_written_to_and_stay_equal_are_left_out(tmp_path: Path) -> None:
-    """As averaging callbacks and tuners do, which copy a whole model back."""
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+def test_sparse_buffers_are_saved_too(tmp_path: Path, layout: str) -> None:
+    """Such as a graph's adjacency, inside of the base and outside."""
 
-    class CopiesBack(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-            pl_module.load_state_dict({name: value.clone() for name, value in pl_module.state_dict().items()})
+    def module(weight: float) -> Classifier:
+        made = module_of()
+        for part in (made, made.net.base_model.model):
+            part.register_buffer("adjacency", getattr(weight * torch.eye(4), layout)())
+        return made
 
-    fit(tmp_path, module_of(), [CopiesBack(), saver(tmp_path)])
-    assert HEAD not in state(tmp_path / "step=12.ckpt")
+    fit(tmp_path, module(2.0), [saver(tmp_path)], max_epochs=1)
+    loaded = load_adapter_checkpoint(module(1.0), tmp_path / "step=6.ckpt")
+    for part in (loaded, loaded.net.base_model.model):
+        assert torch.equal(part.adjacency.to_dense(), 2 * torch.eye(4))
+
+
+class Writes(L.Callback):
+    """Changes a frozen weight of the base by hand."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        pl_module.net.base_model.model.head.weight.data.add_(1)
+
+
+def test_what_is_written_into_a_frozen_weight_is_not_saved_and_noticed_on_loading(tmp_path: Path) -> None:
+    """As the page on checkpoints says."""
+    fit(tmp_path, module_of(), [Writes(), saver(tmp_path)])
+    assert HEAD not in state(tmp_path / "step=6.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"1 tensors of the base.*head.weight"):
+        fit(tmp_path, module_of(), [Writes(), saver(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
 
 
 def test_what_is_outside_of_the_base_is_saved_though_frozen(tmp_path: Path) -> None:
@@ -173,37 +195,33 @@ def test_what_is_outside_of_the_base_is_saved_though_frozen(tmp_path: Path) -> N
     assert same(other.random_head.state_dict(), first.random_head.state_dict())
 
 
-class Pretrained(nn.Linear):
-    """Knows where it is from, as models of transformers and diffusers do."""
+class FreezesWithinAnEpoch(Classifier):
+    """Nothing is saved while its head is trained."""
 
-    name_or_path = ""
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
 
-    @classmethod
-    def from_pretrained(cls, name: str) -> "Pretrained":
-        torch.manual_seed(0)
-        made = cls(5, 5)
-        made.name_or_path = name
-        return made
+    def on_train_epoch_start(self) -> None:
+        self.net.base_model.model.head.requires_grad_(self.current_epoch == 0)
 
-
-def test_a_frozen_model_that_knows_its_source_is_left_out(tmp_path: Path) -> None:
-    module = module_of()
-    module.teacher = Pretrained.from_pretrained("a/teacher").requires_grad_(False)
-    module.teacher.bias.requires_grad_(True)
-    module.nameless = Pretrained(5, 5).requires_grad_(False)
-    fit(tmp_path, module, [saver(tmp_path)])
-    saved = state(tmp_path / "step=12.ckpt")
-    assert "teacher.weight" not in saved
-    assert {"teacher.bias", "nameless.weight", "nameless.bias"} <= set(saved)
+    def on_train_epoch_end(self) -> None:
+        self.net.base_model.model.head.requires_grad_(False)
 
 
-def test_a_second_fit_remembers_what_changed_between(tmp_path: Path) -> None:
-    module = module_of()
+def test_what_was_trained_between_two_saves_is_in_the_file(tmp_path: Path) -> None:
+    module = FreezesWithinAnEpoch(net=network())
+    fit(tmp_path, module, [saver(tmp_path, every_n_train_steps=12)])
+    assert same(state(tmp_path / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
+
+
+def test_a_second_fit_remembers_what_the_first_one_trained(tmp_path: Path) -> None:
+    module = TrainsHeadInFirstEpoch(net=network())
     fit(tmp_path, module, [saver(tmp_path / "1")])
-    with torch.no_grad():
-        module.net.base_model.model.head.weight.add_(1)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    module.on_train_epoch_start = lambda: None
+    module.net.base_model.model.head.requires_grad_(False)
     fit(tmp_path, module, [saver(tmp_path / "2")])
-    assert same(state(tmp_path / "2" / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
+    assert HEAD in state(tmp_path / "2" / "step=12.ckpt")
 
 
 class AddsAnAdapter(L.Callback):
@@ -260,16 +278,3 @@ def test_attention_that_drifts_in_each_forward_resumes_bit_for_bit(tmp_path: Pat
     resumed = module()
     fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
     assert same(resumed.state_dict(), whole.state_dict())
-
-
-def test_the_user_is_told_what_is_in_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module = module_of()
-    module.head = nn.Linear(50, 50)
-    with caplog.at_level("INFO"):
-        fit(tmp_path, module, [saver(tmp_path)])
-    messages = [record.message for record in caplog.records if "AdapterCheckpoint" in record.message]
-    assert "the adapters (2 tensors" in messages[0]
-    assert "head.weight" in messages[0]
-    assert "base are left out as long as nothing changes them" in messages[0]
-    assert "count" in messages[1]
-    assert len(messages) == 2

@@ -12,14 +12,14 @@ import pytest
 import torch
 from helpers import CLASSES, FEATURES, Classifier, build, fit, make_loader, same, weights
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
 from lightning_flatlora import AdapterCheckpoint
-from lightning_flatlora.callbacks.checkpoint import folder as folders
-from lightning_flatlora.callbacks.checkpoint.folder import LIST, adapter_folder, remove_folder
-from lightning_flatlora.callbacks.checkpoint.saving import MARK
+from lightning_flatlora.callbacks.adapter_checkpoint import export
+from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, adapter_folder, remove_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 WEIGHTS = "adapter_model.safetensors"
@@ -73,15 +73,16 @@ def test_both_kinds_of_optimization_save_within_an_epoch(tmp_path: Path, front_e
 def test_a_users_folder_of_the_checkpoints_name_stays(
     tmp_path: Path, counter: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Overwritten, removed or kept: the adapter goes elsewhere, and one message says so."""
+    """The checkpoint gets the next version's name, or without versions its folder another name."""
     files = source_code(tmp_path / "model")
     save = saver(tmp_path, filename="model", save_top_k=1, enable_version_counter=counter)
     with caplog.at_level("INFO"):
         train(tmp_path, save)
     assert_untouched(tmp_path / "model", files)
-    assert len([r for r in caplog.records if "model stays as it is, since it is somebody else's" in r.message]) == 1
-    folder = adapter_folder(save.best_model_path)
-    assert folder.name in ("model-adapter", "model-v1")
+    told = "model stays as it is, since it was not written by AdapterCheckpoint"
+    assert len([record for record in caplog.records if told in record.message]) == (not counter)
+    folder = adapter_folder(Path(save.best_model_path))
+    assert folder.name == ("model-v1" if counter else "model-adapter")
     saved = torch.load(save.best_model_path, weights_only=True)["state_dict"]
     found = load_file(folder / WEIGHTS)
     name = "base_model.model.0.lora_A.weight"
@@ -89,20 +90,19 @@ def test_a_users_folder_of_the_checkpoints_name_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", folder.name, Path(save.best_model_path).name])
 
 
-def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path) -> None:
     """Who deletes the large files and keeps the small folders may train again into the same place."""
     train(tmp_path, saver(tmp_path))
     for file in tmp_path.glob("*.ckpt"):
         file.unlink()
     kept = {path: load_file(path / WEIGHTS) for path in tmp_path.iterdir()}
     assert len(kept) > 1
-    with caplog.at_level("INFO"):
-        train(tmp_path, saver(tmp_path, save_top_k=1, monitor="step", mode="max"))
+    train(tmp_path, saver(tmp_path, save_top_k=1, monitor="step", mode="max"))
     for path, weights_before in kept.items():
         assert same(load_file(path / WEIGHTS), weights_before)
     (file,) = tmp_path.glob("*.ckpt")
-    assert adapter_folder(file).name == f"{file.stem}-adapter"
-    assert "stays as it is, since it is somebody else's or its checkpoint was deleted" in caplog.text
+    assert file.stem.endswith("-v1")
+    assert (file.with_suffix("") / WEIGHTS).exists()
 
 
 def test_a_kept_folder_stays_where_a_link_or_a_removal_comes(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_kept_folder_stays_where_a_link_or_a_removal_comes(tmp_path: Path) -> 
     kept = load_file(tmp_path / "last" / WEIGHTS)
     train(tmp_path, saver(tmp_path, save_last="link", **settings), max_epochs=1)
     assert same(load_file(tmp_path / "last" / WEIGHTS), kept)
-    assert (tmp_path / "last-adapter").is_symlink()
+    assert (tmp_path / "last-v1").is_symlink()
     # The resumed run removes its former best checkpoint, which is gone.
     (file,) = tmp_path.glob("epoch=0-v1.ckpt")
     resumed = tmp_path / "resumed.ckpt"
@@ -120,17 +120,6 @@ def test_a_kept_folder_stays_where_a_link_or_a_removal_comes(tmp_path: Path) -> 
     kept = load_file(tmp_path / "epoch=0-v1" / WEIGHTS)
     train(tmp_path, saver(tmp_path, **settings), max_epochs=2, ckpt_path=resumed)
     assert same(load_file(tmp_path / "epoch=0-v1" / WEIGHTS), kept)
-
-
-def test_a_folder_whose_removal_was_interrupted_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file goes before the folder."""
-    monkeypatch.setattr(folders, "remove_folder", lambda folder: None)
-    train(tmp_path, saver(tmp_path, save_top_k=1, filename="first-{step}"))
-    monkeypatch.undo()
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"first-step=3", "first-step=6"} <= names
-    train(tmp_path, saver(tmp_path, filename="first-{step}"), max_epochs=1)
-    assert not list(tmp_path.glob("*-adapter"))
 
 
 def test_a_users_own_adapter_of_the_checkpoints_name_stays(tmp_path: Path) -> None:
@@ -150,8 +139,9 @@ def test_a_users_folder_called_last_stays(tmp_path: Path, save_last: Any) -> Non
     train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1))
     train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1, enable_version_counter=False))
     assert_untouched(tmp_path / "last", files)
-    assert (tmp_path / "last-adapter").is_symlink() == (save_last == "link")
-    assert (tmp_path / "last-adapter" / WEIGHTS).exists()
+    for name in ("last-v1", "last-adapter"):
+        assert (tmp_path / name).is_symlink() == (save_last == "link")
+        assert (tmp_path / name / WEIGHTS).exists()
 
 
 def test_a_users_folder_in_the_place_of_a_link_to_a_file_stays(tmp_path: Path) -> None:
@@ -206,27 +196,27 @@ def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "The dirpath has changed")
         fit(tmp_path, Merged(), [saver(tmp_path / "kept", **settings)], max_epochs=2, val=make_loader(1))
-    base = "net.base_model.model.0.base_layer.weight"
     module = Merged()
     module.unmerge_at = "on_train_batch_start"
     with pytest.warns(UserWarning, match=r"merged into its base while a checkpoint is saved, as in net\.base_model"):
         fit(tmp_path, module, [saver(tmp_path / "late", **settings)], max_epochs=2, val=make_loader(1))
-    for folder, holds_sum in (("kept", False), ("late", True)):
-        for path in (tmp_path / folder).glob("*.ckpt"):
-            start = build("plain")[0].state_dict()[base]
-            saved = torch.load(path, weights_only=True)["state_dict"].get(base, start)
-            assert torch.allclose(saved, start, atol=1e-6) != holds_sum, path
+    resumed = {"max_epochs": 3, "val": make_loader(1)}
+    fit(tmp_path, Merged(), [saver(tmp_path / "2")], ckpt_path=next((tmp_path / "kept").glob("*.ckpt")), **resumed)
+    late = next(path for path in (tmp_path / "late").glob("*.ckpt"))
+    with pytest.raises(MisconfigurationException, match="tensors of the base"):
+        fit(tmp_path, Merged(), [saver(tmp_path / "3")], ckpt_path=late, **resumed)
 
 
 def test_rank_zero_alone_looks_at_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a slower rank the files would vanish while it reads them."""
     looks: list[Any] = []
-    monkeypatch.setattr(folders, "existing_folder", lambda *args: looks.append(args))
+    monkeypatch.setattr(export, "is_ours", lambda *args: looks.append(args))
+    (tmp_path / "step=3.ckpt").touch()
     strategy = SimpleNamespace(remove_checkpoint=lambda path: None)
     for is_global_zero in (False, True):
         trainer: Any = SimpleNamespace(is_global_zero=is_global_zero, strategy=strategy)
         saver(tmp_path)._remove_checkpoint(trainer, str(tmp_path / "step=3.ckpt"))
-        assert len(looks) == is_global_zero
+        assert bool(looks) == is_global_zero
 
 
 def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> None:
@@ -238,17 +228,18 @@ def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("counter", [True, False])
+def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path, counter: bool) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "deep").mkdir()
     (tmp_path / "step=3").symlink_to("elsewhere/deep")
     (tmp_path / "step=6").write_text("a file")
-    train(tmp_path, saver(tmp_path), max_epochs=1)
+    train(tmp_path, saver(tmp_path, enable_version_counter=counter), max_epochs=1)
     assert (tmp_path / "step=3").is_symlink()
     assert not any((tmp_path / "elsewhere" / "deep").iterdir())
     assert (tmp_path / "step=6").read_text() == "a file"
-    assert (tmp_path / "step=3-adapter" / WEIGHTS).exists()
-    assert (tmp_path / "step=6-adapter" / WEIGHTS).exists()
+    for name in ("step=3", "step=6"):
+        assert (tmp_path / f"{name}-{'v1' if counter else 'adapter'}" / WEIGHTS).exists()
 
 
 def test_a_loggers_folder_keeps_its_rows(tmp_path: Path) -> None:
@@ -270,21 +261,7 @@ def test_a_users_file_in_our_folder_outlives_the_checkpoint(tmp_path: Path) -> N
     assert (tmp_path / "step=12" / WEIGHTS).exists()
 
 
-def test_a_folder_without_list_is_ours_if_its_file_is(tmp_path: Path) -> None:
-    """As the first release wrote them; with a file of somebody else it is a folder of somebody else."""
-    train(tmp_path, saver(tmp_path), max_epochs=1)
-    for step in (3, 6):
-        (tmp_path / f"step={step}" / LIST).unlink()
-    old = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
-    torch.save({**old, MARK: 1}, tmp_path / "step=6.ckpt")
-    torch.save({"state_dict": {}}, tmp_path / "step=3.ckpt")
-    assert adapter_folder(tmp_path / "step=3.ckpt").name == "step=3-adapter"
-    assert adapter_folder(tmp_path / "step=6.ckpt").name == "step=6"
-    train(tmp_path, saver(tmp_path, enable_version_counter=False), max_epochs=1)
-    assert json.loads((tmp_path / "step=6" / LIST).read_text())["checkpoint"] == "step=6.ckpt"
-
-
-@pytest.mark.parametrize("name", ["file", "other", "link", "adapters"])
+@pytest.mark.parametrize("name", ["link", "dry_run"])
 def test_an_adapter_may_have_any_name(tmp_path: Path, name: str) -> None:
     """Its subfolder is not in the way of what is tried before the first step."""
     base = nn.Sequential(nn.Linear(FEATURES, CLASSES))
@@ -293,7 +270,7 @@ def test_an_adapter_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "last" / name / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize("extension", [".pt", "", ".adapter.ckpt"])
+@pytest.mark.parametrize("extension", [".pt", ""])
 def test_any_extension(tmp_path: Path, extension: str) -> None:
     class Other(AdapterCheckpoint):
         FILE_EXTENSION = extension

@@ -22,7 +22,7 @@ from quantized_bases import network as quantized_network
 from torch import Tensor, nn
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
-from lightning_flatlora.callbacks.checkpoint.parts import Kind, hosts, state_entries
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import contents_of, hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 ARGUMENTS = {"r": 2, "target_modules": ["0", "2"]}
@@ -201,10 +201,9 @@ def test_a_base_that_the_module_keeps_beside_the_peft_model_is_no_second_host(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("quantize", BASES)
 def test_what_a_quantized_layer_keeps_is_derived_under_each_of_its_names(quantize: Any, order: tuple[str, ...]) -> None:
-    entries = state_entries(Keeps(order, quantized_network(quantize)))
-    kinds = {name: entry.kind for name, entry in entries.items()}
-    assert Kind.DERIVED in kinds.values()
-    assert Kind.OWN not in kinds.values()
+    contents = contents_of(Keeps(order, quantized_network(quantize)))
+    assert contents.derived
+    assert not contents.others
 
 
 def test_two_peft_models_are_two_hosts() -> None:
@@ -222,22 +221,19 @@ class OfTheNetwork(Classifier):
 
 
 class OfTheAdapter(Classifier):
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self) -> Any:  # type: ignore[override]
         return get_peft_model_state_dict(self.net)
 
 
 @pytest.mark.parametrize("kind", [OfTheNetwork, OfTheAdapter])
-def test_the_folder_is_complete_whatever_the_modules_state_dict_calls_its_entries(tmp_path: Path, kind: Any) -> None:
-    module = kind(net=in_a_peft_model())
-    fit(tmp_path, module, [saver(tmp_path)])
-    exported = PeftModel.from_pretrained(base(), tmp_path / "step=12")
+def test_file_and_folder_are_the_same_whatever_the_modules_own_state_dict_gives(tmp_path: Path, kind: Any) -> None:
+    module, plain = kind(net=in_a_peft_model()), Classifier(net=in_a_peft_model())
+    fit(tmp_path, module, [saver(tmp_path / "1")])
+    fit(tmp_path, plain, [saver(tmp_path / "2")])
+    assert same(state(tmp_path / "1" / "step=12.ckpt"), state(tmp_path / "2" / "step=12.ckpt"))
+    exported = PeftModel.from_pretrained(base(), tmp_path / "1" / "step=12")
     inputs = torch.randn(4, FEATURES)
     assert torch.equal(exported(inputs), module.net(inputs))
-
-
-class WithoutArguments(Classifier):
-    def state_dict(self) -> Any:  # type: ignore[override]
-        return super().state_dict()
 
 
 class Renamed(Classifier):
@@ -251,15 +247,9 @@ def rename(module: nn.Module, state: dict[str, Any], *args: Any) -> None:
         state[name.removeprefix("net.")] = state.pop(name)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [(WithoutArguments, "must take PyTorch's arguments"), (Renamed, "no name that begins with 'net.', so the folder")],
-)
-def test_a_state_dict_that_gives_no_folder_is_refused_before_the_first_step(
-    tmp_path: Path, kind: Any, message: str
-) -> None:
-    module = kind(net=in_a_peft_model())
+def test_a_state_dict_that_gives_no_folder_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = Renamed(net=in_a_peft_model())
     before = weights(module.net)
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(MisconfigurationException, match=r"no name that begins with 'net.', so the folder"):
         fit(tmp_path, module, [saver(tmp_path)])
     assert same(weights(module.net), before)

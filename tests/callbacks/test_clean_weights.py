@@ -61,8 +61,9 @@ def test_stored_bits_in_every_hook(tmp_path, front_end, accumulate):
         assert {"Before", "After"} <= shadow.seen[hook], hook
     for hook in ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "backward"):
         assert "module" in shadow.seen[hook], hook
+    if front_end == "efmlora":  # no hook of a callback lies inside of the passes
+        assert shadow.seen["perturbed"] == {"training_step", "backward"}
     assert "training_step" in shadow.seen["perturbed"]
-    assert "on_before_backward" in shadow.seen["perturbed"]
     for hook in shadow.seen["perturbed"]:
         assert "validation" not in hook
         assert "checkpoint" not in hook

@@ -47,7 +47,7 @@ def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
     """Weights that don't move: every measurement is that of the functions, on the first batches, in eval mode."""
     net = make_net(0.3)
     logger = Recorder()
-    monitor = FlatnessMonitor(0.3, every_n_steps=2, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
+    monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
     fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
     net.eval()
     held = [batch for _, batch in zip(range(3), make_loader(), strict=False)]
@@ -55,7 +55,7 @@ def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
     perturbation = Perturbation(find_pairs(net).pairs)
     point = Point(MeanLoss(losses), perturbation, 0.3, noise=WeightNoise(net), sigma=0.1, samples=4)
     expected = {name: float(value) for name, value in measure(point, ALL_BUT_EMA).items()}
-    assert len(logger.measured) == 6
+    assert len(logger.measured) == 4
     for measured in logger.measured:
         assert measured == expected
     assert expected["sharpness"] > 0
@@ -87,7 +87,7 @@ class SkipsAll(Skips):
 def test_batches_for_which_the_step_gives_no_loss_are_left_out(tmp_path: Any) -> None:
     net = make_net(0.3)
     logger = Recorder()
-    monitor = FlatnessMonitor(0.3, every_n_steps=2, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
+    monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
     with pytest.warns(UserWarning, match="returned None for 1 of 3 held batches, which are left out"):
         fit(tmp_path, Skips(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
     net.eval()
@@ -259,19 +259,38 @@ def test_a_resumed_run_that_is_too_short_is_told_from_where_it_went_on(tmp_path:
             fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=3, ckpt_path=checkpoint)
 
 
-def test_validation_batches_are_held_before_the_first_validation(tmp_path: Any) -> None:
-    """And without a change of when validation runs, or of what it sees."""
+@pytest.mark.parametrize(("sanity", "measured"), [(0, [11, 17, 23]), (1, [5, 11, 17, 23])])
+def test_validation_batches_are_those_of_the_first_validation(tmp_path: Any, sanity: int, measured: list[int]) -> None:
+    """Those of the sanity check come earlier, and none is held twice; what validation sees is not changed."""
     runs = []
     for monitors in ([], [FlatnessMonitor(0.5, data="val", batches=3)]):
         module, logger = Classifier(), Recorder()
         settings = {"check_val_every_n_epoch": 2, "logger": logger, "log_every_n_steps": 1}
-        fit(tmp_path, module, monitors, val=make_loader(2, seed=9), max_epochs=4, **settings)
+        settings |= {"num_sanity_val_steps": sanity, "max_epochs": 4}
+        fit(tmp_path, module, monitors, val=make_loader(2, seed=9), **settings)
         validated = [(step, row["val_loss"]) for step, row in logger.rows if "val_loss" in row]
         runs.append((weights(module), validated))
     assert same(*runs)
     assert len(runs[0][1]) == 2
-    assert len(logger.measured) == 4
+    assert [step for step, row in logger.rows if "flatness/loss" in row] == measured
     assert math.isclose(logger.measured[-1]["loss"], runs[0][1][-1][1], rel_tol=1e-6)
+
+
+def test_a_measurement_before_all_batches_have_passed_by_takes_those_that_have(tmp_path: Any) -> None:
+    net, logger = make_net(), Recorder()
+    monitor = FlatnessMonitor(0.3, every_n_steps=1, batches=3, measures=["sharpness"])
+    fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
+    losses = [nn.functional.cross_entropy(net(inputs), labels).item() for inputs, labels, _ in make_loader()]
+    expected = [sum(losses[:count]) / count for count in (1, 2, *[3] * 10)]
+    assert [row["loss"] for row in logger.measured] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loader_with_fewer_batches_gives_those(tmp_path: Any) -> None:
+    logger = Recorder()
+    monitor = FlatnessMonitor(0.3, every_n_steps=1, batches=9, measures=["sharpness"])
+    fit(tmp_path, Classifier(lr=0.0), [monitor], make_loader(2), logger=logger, log_every_n_steps=1)
+    losses = [row["loss"] for row in logger.measured]
+    assert losses[0] != losses[1] == losses[2] == losses[3]
 
 
 def test_mixed_precision_is_that_of_training(tmp_path: Any) -> None:
@@ -335,7 +354,7 @@ def test_the_perturbation_of_another_callback_is_not_measured(tmp_path: Any) -> 
 def test_a_step_draws_the_same_in_every_pass(tmp_path: Any) -> None:
     """So that weights which don't move have one loss, and a tiny radius a tiny sharpness, whatever the step draws."""
     logger = Recorder()
-    monitor = FlatnessMonitor(1e-6, every_n_steps=1, measures=["sharpness"])
+    monitor = FlatnessMonitor(1e-6, every_n_steps=1, batches=1, measures=["sharpness"])
 
     class Draws(Classifier):
         def loss(self, batch: Any, batch_idx: int) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FEATURES, Classifier, fit, make_loader, make_net
+from helpers import FEATURES, Classifier, fit, make_net
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, find_pairs
-from lightning_flatlora.callbacks.monitor import flatness_monitor
+from lightning_flatlora.callbacks import flatness_monitor
 
 
 def test_all_bad_values_are_told_at_once() -> None:
@@ -108,7 +108,7 @@ def test_a_measurement_that_a_finder_prevents_is_left_out_with_its_reason(tmp_pa
         return find_pairs(model).pairs
 
     with pytest.warns(UserWarning, match="FlatnessMonitor: a measurement was left out: the layers have changed"):
-        fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, every_n_steps=2, finder=finder)], max_epochs=1)
+        fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, every_n_steps=2, batches=1, finder=finder)], max_epochs=1)
     assert len(calls) == 4
 
 
@@ -159,11 +159,35 @@ def test_a_measurement_that_fails_is_left_out(tmp_path: Any, monkeypatch: pytest
     assert trainer.global_step == 12
 
 
-def test_loaders_that_give_nothing_to_hold_are_refused(tmp_path: Any) -> None:
+def test_validation_data_needs_a_validation(tmp_path: Any) -> None:
     with pytest.raises(MisconfigurationException, match="data='val' gives no batch to hold"):
         fit(tmp_path, Classifier(), [FlatnessMonitor(1.0, data="val")])
-    with pytest.raises(MisconfigurationException, match="can't be copied"):
-        fit(tmp_path, Classifier(), [FlatnessMonitor(1.0)], (batch for batch in make_loader()), max_epochs=1)
+
+
+class Teaches(Classifier):
+    """A momentum encoder that a step updates, in training mode alone or always."""
+
+    def __init__(self, only_in_training: bool) -> None:
+        super().__init__()
+        self.only_in_training = only_in_training
+        self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.teacher.requires_grad_(False)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        if self.training or not self.only_in_training:
+            for own, other in zip(self.teacher.parameters(), self.head.parameters(), strict=True):
+                own.data = own.data * 0.5 + other.data * 0.5
+        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
+
+
+def test_a_momentum_encoder_that_is_written_in_eval_mode_is_refused(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(0.5, every_n_steps=4)
+    with pytest.raises(
+        MisconfigurationException, match=r"writes the parameter teacher\.weight in eval mode.*behind `if self.training`"
+    ):
+        fit(tmp_path, Teaches(only_in_training=False), [monitor], max_steps=1)  # before the first measurement
+    trainer = fit(tmp_path, Teaches(only_in_training=True), [monitor])
+    assert "flatness/sharpness" in trainer.callback_metrics
 
 
 @pytest.mark.parametrize("of_module", [False, True])
@@ -188,7 +212,7 @@ class Checkpointed(Classifier):
 
 
 def test_reentrant_checkpoints_cost_the_measurement_and_not_the_run(tmp_path: Any) -> None:
-    with pytest.warns(UserWarning, match="a measurement was left out: the loss has reentrant"):
+    with pytest.warns(UserWarning, match="a measurement was left out: .* the loss has reentrant"):
         trainer = fit(tmp_path, Checkpointed(), [FlatnessMonitor(1.0)])
     assert trainer.state.finished
     assert not any(name.startswith("flatness") for name in trainer.callback_metrics)

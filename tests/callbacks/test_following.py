@@ -38,7 +38,7 @@ ALL = ["0.default", "2.default", "4.default"]
 @pytest.mark.parametrize("how", ["frozen", "cut"])
 def test_pairs_that_stop_learning_are_read_clean(tmp_path, how, monkeypatch):
     """Frozen, or cut off from the loss for long: the run is then plain LoRA's, and when they learn again it is not."""
-    monkeypatch.setattr("lightning_flatlora.pair_stacks.MOST_MISSED_STEPS", 2)
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.MOST_MISSED_STEPS", 2)
     module, callback = Classifier(), EFMLoRA(0.5)
     watching = Watching(module)
     if how == "frozen":
@@ -224,7 +224,7 @@ def test_a_baseline_beside_factors_that_join_late_or_never(tmp_path, baseline):
 def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
     change = At(3, lambda module: module.net.set_adapter("other"))
     with pytest.warns(UserWarning, match="such as .*other.*, are in no optimizer.* Until then these pairs are not"):
-        fit(tmp_path, TrainedOnly(net=two_adapters()), [EFMLoRA(0.5), change], max_epochs=1)
+        fit(tmp_path, TrainedOnly(net=two_adapters()), [EFMLoRA(0.5), change])
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -340,7 +340,7 @@ def test_the_monitor_sees_a_layer_that_was_put_in(tmp_path):
 def test_sam_moves_what_joins_the_optimizer_later(tmp_path):
     module, sam = TrainedOnly(), SAM(0.1)
     fit(tmp_path, module, [sam, Unfreeze()])
-    assert len(sam._trained) == 7
+    assert len(sam.method.ascending) == 7
 
 
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM])

@@ -47,7 +47,7 @@ class Sizes(Callback):
         self.callback, self.sizes = callback, []
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        self.sizes.append((self.callback or driver_of(trainer)).current_size(trainer))
+        self.sizes.append((self.callback or driver_of(trainer)).current_rho)
 
 
 @pytest.mark.parametrize("schedule", [LinearRho(1.0, 0.0), LearningRateRho(1.0)], ids=lambda s: type(s).__name__)
@@ -158,7 +158,7 @@ def test_the_epoch_that_refreshes_batch_norm_is_clean(tmp_path, front_end):
     assert [moved for epoch, moved in passes if epoch == 2] == [False] * 6
     assert any(moved for epoch, moved in passes if epoch < 2)
     driver = driver_of(trainer)
-    assert driver.step == driver._horizon == 12
+    assert driver.step == driver.method.horizon == 12
     assert_no_trace(module)
 
 

@@ -132,10 +132,10 @@ def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeyp
     module = TwoPassClassifier(1.0, sync_ascent=False)
     trainer.strategy.connect(module)
     monkeypatch.setattr(type(trainer), "world_size", 2)
-    problems = module._driver.configuration_problems(trainer, module)
+    problems = module._callback.configuration_problems(trainer, module)
     assert any("sync_ascent=False leaves each rank its own E" in problem for problem in problems)
     monkeypatch.setattr(type(trainer), "world_size", 1)
-    assert not any("sync_ascent" in problem for problem in module._driver.configuration_problems(trainer, module))
+    assert not any("sync_ascent" in problem for problem in module._callback.configuration_problems(trainer, module))
 
 
 class ByHand(Classifier):
@@ -259,7 +259,7 @@ def test_schedule_with_an_end_of_its_own(tmp_path, settings):
     """total_steps, or the Trainer's max_steps, is enough."""
     callback = EFMLoRA(CosineRho(1.0, 0.5, **settings))
     fit(tmp_path, Classifier(), [callback], endless_loader(), max_epochs=1, **({} if settings else {"max_steps": 4}))
-    assert callback.size(4, callback._horizon) == pytest.approx(0.5)
+    assert callback.rho(4, callback.method.horizon) == pytest.approx(0.5)
 
 
 # -- several at once

@@ -37,7 +37,7 @@ def fake_trainer(strategy: Any, module: Any, callback: Any, accumulate: int = 1)
 
 def strategy_problems_of(strategy: Any, front_end: Any, accumulate: int = 1) -> list[str]:
     module = front_end(1.0) if front_end is TwoPassClassifier else Classifier()
-    callback = module._driver if isinstance(module, TwoPassClassifier) else front_end(1.0)
+    callback = module._callback if isinstance(module, TwoPassClassifier) else front_end(1.0)
     return callback.configuration_problems(fake_trainer(strategy, module, callback, accumulate), module)
 
 

@@ -267,7 +267,7 @@ def test_a_schedule_that_joins_in_the_middle_says_that_it_will_not_end(tmp_path)
         with expected if rho.total_steps is None else nullcontext():
             trainer.fit(module, make_loader(), make_loader(1), ckpt_path=tmp_path / "plain.ckpt")
         assert callbacks[0].step == 6
-        assert (callbacks[0].current_size(trainer) == 0) is (rho.total_steps is not None)
+        assert (callbacks[0].current_rho == 0) is (rho.total_steps is not None)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)

@@ -70,9 +70,9 @@ def test_one_callback_follows_the_pairs_of_each_optimizer(tmp_path, toggle):
     torch.manual_seed(0)
     module, callback = Pair(toggle), EFMLoRA(0.1, estimator="projected", beta=1.0)
     fit(tmp_path, module, [callback], max_epochs=1)
-    assert [course.step for course in callback.pair_groups] == [3, 6]
-    assert [len(course.pairs) for course in callback.pair_groups] == [1, 1]
-    for course in callback.pair_groups:
+    assert [course.step for course in callback.methods] == [3, 6]
+    assert [len(course.pairs) for course in callback.methods] == [1, 1]
+    for course in callback.methods:
         (pair,) = course.pairs
         (E,) = course.perturbation.state_dict()["E"].values()
         radius = float((pair.scaling * E @ pair.A.detach()).norm())
@@ -105,7 +105,7 @@ def test_only_the_optimizer_that_learns_nothing_is_named(tmp_path):
     said = [str(each.message) for each in warned if "EFMLoRA" in str(each.message)]
     assert len(said) == 1
     assert "no B of a pair of optimizer 0 has had a gradient in any step so far" in said[0]
-    assert [group.step for group in callback.pair_groups] == [6, 12]
+    assert [group.step for group in callback.methods] == [6, 12]
 
 
 @pytest.mark.parametrize("callbacks", [1, 2])
@@ -121,7 +121,7 @@ def test_a_run_of_several_optimizers_is_resumed(tmp_path, callbacks):
         fit(tmp_path, module, [*ours, saving], max_epochs=3, ckpt_path=ckpt_path)
         states = []
         for each in ours:
-            states += [group.state_dict(True) for group in each.pair_groups if group.pairs]
+            states += [group.state_dict() for group in each.methods if group.pairs]
         return module, states
 
     whole = run()

@@ -1,91 +1,220 @@
-"""A step of two passes writes what a step of one pass writes, whatever it writes and wherever it draws from."""
+"""A step of two passes writes what a step of one pass writes, and refuses what it can't put back."""
 
-import copy
-from collections import OrderedDict
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import FEATURES, Classifier, TwoPassClassifier, build, fit, make_loader, same, weights
+from helpers import FEATURES, fit, same, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchmetrics import SumMetric
-from torchmetrics.wrappers import ClasswiseWrapper
+from torch.optim.swa_utils import AveragedModel
 from two_pass_runs import TWO_PASSES, Keeping, beside_a_plain_run, two_passes
 
-from lightning_flatlora.callbacks.methods import second_pass, written_tensors
-from lightning_flatlora.callbacks.methods.training_step import tensors_in
-from lightning_flatlora.callbacks.tensor_writes import KeptValues, Marks, untrained_parameters, writable_buffers
+from lightning_flatlora.methods import buffers
 
 
-class Following:
-    """A momentum encoder, a count in a frozen parameter, a queue written in place, and noise of generators of its own.
+class Registering(nn.Module):
+    """Registers its first buffer in its first forward pass."""
 
-    ``seen`` holds of each pass what its loss depends on besides the weights.
+    def forward(self) -> float:
+        if not self._buffers:
+            self.register_buffer("count", torch.zeros(()))
+        self.count += 1
+        return float(self.count)
+
+
+class Writing:
+    """Writes buffers in every way, keeps lists and numbers, and draws from all global generators.
+
+    ``seen``, a tuple, holds of each pass what its loss depends on besides the weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = copy.deepcopy(self.net).requires_grad_(False)  # type: ignore[has-type]
-        self.count = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.noise, self.rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-        self.register_buffer("queue", torch.zeros(4))  # type: ignore[attr-defined]
+        module: Any = self
+        module.register_buffer("average", torch.zeros(FEATURES))
+        module.register_buffer("queue", torch.ones(FEATURES))
+        module.register_buffer("bank", torch.empty(0))
+        module.register_buffer("small", torch.zeros(4).to(torch.float8_e4m3fn))
+        self.part, self.norm = Registering(), nn.LazyBatchNorm1d(affine=False)
+        self.steps, self.rate, self._private = 0, 1.0, [0]
+        self.losses: list[float] = []
+        self.table: dict[str, float] = {}
+        self.kinds, self.recent, self.tally = {0}, deque([0], maxlen=2), Counter(a=1)
         self.seen: tuple[tuple[float, ...], ...] = ()
+        random.seed(0)
+        np.random.seed(0)
+
+    @property
+    def own(self) -> list[Any]:
+        """Every number, list, dict and set."""
+        containers = [self._private, self.losses, self.table, self.kinds, list(self.recent), dict(self.tally)]
+        return [self.steps, self.rate, *containers]
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        with torch.no_grad():
-            for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
-                own.data = own.data * 0.5 + other.data * 0.5
-            self.count += 1
-            before = self.queue.sum()
-            self.queue[int(self.count) % 4] = self.count
-        noise = torch.randn((), generator=self.noise) + self.rng.random()
-        target = self.teacher(batch[0]).sum()
-        self.seen += ((float(target), float(before), float(noise)),)
-        return super().loss((batch[0] + noise, *batch[1:]), batch_idx)  # type: ignore[misc]
+        inputs = batch[0] + self.average + self.queue
+        if not len(self.bank):
+            self.bank = torch.zeros(FEATURES)
+        drawn = float(torch.rand(())), random.random(), np.random.rand()
+        state = (self.average.sum(), self.queue.sum(), self.bank.sum(), self.small.float().sum(), self.steps)
+        self.seen += ((*drawn, self.part(), len(self.losses), sum(self.kinds), *map(float, state)),)
+        self.average.data.lerp_(batch[0].mean(0), 0.5)
+        self.queue[0] += 1
+        self.queue = nn.functional.normalize(self.queue, dim=0)
+        self.bank += batch[0].mean(0)
+        self.small.data = (self.small.float() + 1).to(torch.float8_e4m3fn)
+        self.steps, self.rate = self.steps + 1, self.rate * 0.5
+        self._private.append(self.steps)
+        self.kinds.add(self.steps)
+        self.recent.append(self.steps)
+        self.tally["a"] += 1
+        self.table[str(self.steps)] = self.rate
+        loss = super().loss((self.norm(inputs) * sum(drawn), *batch[1:]), batch_idx)  # type: ignore[misc]
+        # One list is written into, as well as replaced by another one.
+        self.losses = [*self.losses, loss.item()]
+        return loss
 
 
 @pytest.mark.parametrize("kind", TWO_PASSES)
-def test_parameters_and_queues_move_once_and_both_passes_see_the_same(tmp_path: Any, kind: str) -> None:
-    plain, module = beside_a_plain_run(tmp_path, kind, Following)
+def test_buffers_generators_and_own_attributes_count_once_from_the_first_step_on(tmp_path: Any, kind: str) -> None:
+    plain, module = beside_a_plain_run(tmp_path, kind, Writing)
+    assert module.seen[::2] == module.seen[1::2] == plain.seen
+    assert module.steps == 6
+    assert same(plain.own, module.own)
     assert same(weights(plain), weights(module))
-    assert same(plain.noise.get_state(), module.noise.get_state())
-    assert plain.rng.random() == module.rng.random()
-    assert module.count == 6
-    first, second = module.seen[::2], module.seen[1::2]
-    # SAM moves the weights themselves in the second pass, and the teacher follows them.
-    assert first == second or kind == "sam"
+    assert same(dict(plain.named_buffers()), dict(module.named_buffers()))
 
 
-def test_a_teacher_that_follows_a_moving_student_is_the_same_in_both_passes(tmp_path: Any) -> None:
-    module, callbacks, more = two_passes("fmlora", Following)
-    with torch.no_grad():
-        for parameter in module.teacher.parameters():
-            parameter.add_(0.1)
+def test_own_attributes_stay_the_same_objects(tmp_path: Any) -> None:
+    module, callbacks, more = two_passes("fmlora", Writing)
+    kept, shared = module.kinds, module.recent
     fit(tmp_path, module, callbacks, max_epochs=1, **more)
-    assert module.seen[::2] == module.seen[1::2]
+    assert module.kinds is kept
+    assert module.recent is shared
 
 
-def test_what_is_too_large_to_copy_unseen_is_copied_from_the_second_step_on(
+class Deeper:
+    """Counts one level deeper than what is put back."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.counts = {"batches": [0]}
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        self.counts["batches"][0] += 1
+        return super().loss(batch, batch_idx)  # type: ignore[misc]
+
+
+def test_what_lies_deeper_sees_both_passes(tmp_path: Any) -> None:
+    """The documented limit: such counts belong in on_train_batch_end."""
+    module, callbacks, more = two_passes("fmlora", Deeper)
+    fit(tmp_path, module, callbacks, max_epochs=1, **more)
+    assert module.counts == {"batches": [12]}
+
+
+def test_a_buffer_too_large_to_copy_unseen_is_put_back_from_the_second_step_on(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, callbacks, more = two_passes("fmlora", Following)
-    written = [*module.buffers(), *module.teacher.parameters(), module.count]
-    small = [tensor.nbytes for tensor in written if tensor.nbytes <= module.queue.nbytes]
-    monkeypatch.setattr(written_tensors, "_MOST_BYTES", sum(small))
+    class Large:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.register_buffer("large", torch.zeros(100))  # type: ignore[attr-defined]
+            self.seen: tuple[float, ...] = ()
+
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            self.seen += (float(self.large.sum()),)
+            self.large += 1
+            return super().loss(batch, batch_idx)  # type: ignore[misc]
+
+    monkeypatch.setattr(buffers, "_MOST_BYTES", 399)
+    module, callbacks, more = two_passes("fmlora", Large)
+    fit(tmp_path, module, callbacks, max_epochs=2, **more)
+    assert module.seen[::2] == tuple(100.0 * step for step in range(12))
+    assert module.seen[1] == 100
+    assert module.seen[3::2] == module.seen[2::2]
+
+
+# -- parameters that no optimizer trains
+
+
+def by_lerp(module: Any) -> None:
     with torch.no_grad():
-        for parameter in module.teacher.parameters():
-            parameter.add_(0.1)
-    fit(tmp_path, module, callbacks, max_epochs=1, **more)
-    first, second = module.seen[::2], module.seen[1::2]
-    assert first[0][0] != second[0][0]
-    assert first[0][1:] == second[0][1:]
-    assert first[1:] == second[1:]
+        for own, other in zip(module.teacher.parameters(), module.head.parameters(), strict=True):
+            own.lerp_(other, 0.5)
+
+
+def by_data(module: Any) -> None:
+    for own, other in zip(module.teacher.parameters(), module.head.parameters(), strict=True):
+        own.data = own.data * 0.5 + other.data * 0.5
+
+
+def by_average(module: Any) -> None:
+    module.average.update_parameters(module.head)
+
+
+UPDATES: dict[str, Callable[[Any], None]] = {"lerp_": by_lerp, ".data": by_data, "AveragedModel": by_average}
+
+
+class Teaching:
+    """A momentum encoder of a head, and an average whose copies require gradients and get none."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(0)
+        self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.teacher.requires_grad_(False)
+        self.average = AveragedModel(self.head)
+        # The first update of all would be a copy, which shows nothing.
+        self.average.update_parameters(self.teacher)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)  # type: ignore[misc]
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]  # type: ignore[attr-defined]
+        return torch.optim.SGD([*trained, *self.head.parameters()], lr=self.lr)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=list(UPDATES))
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_a_momentum_encoder_is_refused_inside_of_a_step(
+    tmp_path: Any, kind: str, update: Callable[[Any], None]
+) -> None:
+    class Inside(Teaching):
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            update(self)
+            return super().loss(batch, batch_idx)
+
+    module, callbacks, more = two_passes(kind, Inside)
+    name = "average.module" if update is by_average else "teacher"
+    with pytest.raises(
+        MisconfigurationException, match=rf"writes the parameter {name}\..* no optimizer trains.*on_train_batch_end"
+    ):
+        fit(tmp_path, module, callbacks, max_epochs=1, **more)
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=list(UPDATES))
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_a_momentum_encoder_is_updated_after_a_step(tmp_path: Any, kind: str, update: Callable[[Any], None]) -> None:
+    """And a trained weight may be written inside, as one that is kept in a range."""
+
+    class After(Teaching):
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                self.head.weight.clamp_(-0.1, 0.1)
+            return super().loss(batch, batch_idx)
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            update(self)
+
+    plain, module = beside_a_plain_run(tmp_path, kind, After)
+    assert same(weights(plain), weights(module))
 
 
 class Remembering:
@@ -102,69 +231,6 @@ class Remembering:
         return loss
 
 
-GENERATOR = torch.Generator()
-
-
-class Counting(nn.Module):
-    """Registers its first buffer in its first forward pass."""
-
-    def forward(self) -> float:
-        if not self._buffers:
-            self.register_buffer("count", torch.zeros(()))
-        self.count += 1
-        return float(self.count)
-
-
-class Slotted:
-    __slots__ = ("rng",)
-
-
-class Unusual:
-    """Writes through ``.data``, replaces what it has written, has buffers without a value or a shape, and draws from
-    generators in a global variable, in a class and in slots.
-    """
-
-    rng: Any = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        module: Any = self
-        module.register_buffer("average", torch.zeros(FEATURES))
-        module.register_buffer("queue", torch.ones(FEATURES))
-        module.register_buffer("bank", torch.empty(0))
-        self.teacher = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.part, self.norm, self.slotted = Counting(), nn.LazyBatchNorm1d(affine=False), Slotted()
-        self.seen: tuple[tuple[float, ...], ...] = ()
-        type(self).rng, self.slotted.rng = np.random.default_rng(0), np.random.default_rng(0)
-        GENERATOR.manual_seed(0)
-
-    @property
-    def noise(self) -> float:
-        return float(torch.rand((), generator=GENERATOR)) + self.rng.random() + self.slotted.rng.random()
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        inputs = batch[0] + self.average + self.queue
-        if not len(self.bank):
-            self.bank = torch.zeros(FEATURES)
-        tensors = (self.teacher, self.average.sum(), self.queue.sum(), self.bank.sum())
-        self.seen += ((self.noise, self.part(), *map(float, tensors)),)
-        self.average.data.lerp_(batch[0].mean(0), 0.5)
-        self.teacher.data += 1
-        self.queue[0] += 1
-        self.queue = nn.functional.normalize(self.queue, dim=0)
-        self.bank += batch[0].mean(0)
-        return super().loss((self.norm(inputs), *batch[1:]), batch_idx)  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("kind", TWO_PASSES)
-def test_unusual_writes_and_generators_count_once_from_the_first_step_on(tmp_path: Any, kind: str) -> None:
-    plain, module = beside_a_plain_run(tmp_path, kind, Unusual)
-    assert module.seen[::2] == module.seen[1::2] == plain.seen
-    assert same(weights(plain), weights(module))
-    assert same(dict(plain.named_buffers()), dict(module.named_buffers()))
-    assert module.slotted.rng.random() == plain.slotted.rng.random()
-
-
 @pytest.mark.parametrize("kind", TWO_PASSES)
 def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(tmp_path: Any, kind: str) -> None:
     """Though the first step of its process can't know what is written."""
@@ -177,31 +243,12 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(tmp_path: Any, kind:
     assert same(*trained)
 
 
-# In manual optimization the loss comes before the first optimizer step.
-@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
 @pytest.mark.parametrize("kind", TWO_PASSES)
-def test_averages_wrapped_metrics_and_logged_values_count_a_batch_once(tmp_path: Any, kind: str) -> None:
+def test_wrapped_metrics_and_logged_values_count_a_batch_once(tmp_path: Any, kind: str) -> None:
     plain, module = beside_a_plain_run(tmp_path, kind, Keeping)
-    assert [float(count) for count in plain.found()["sums"]] == [6, 6, 6]
+    assert [float(count) for count in plain.found()["sums"]] == [6, 6]
     assert {"around", "own/stored_epoch"} <= set(plain.found()["logged"])
     assert same(plain.found(), module.found())
-
-
-def test_metrics_among_the_modules_are_found_beside_many_samples() -> None:
-    module = nn.Module()
-    module.samples = []
-    for number in range(9_000):
-        module.samples.append({name: [number] for name in "abcdefghijkl"})
-    module.metrics = nn.ModuleList([SumMetric(), ClasswiseWrapper(SumMetric()), ClasswiseWrapper(SumMetric())])
-    steps = second_pass.SecondPass(module)
-    for _ in range(2):
-        steps.first_pass_starts(torch.device("cpu"))
-        module.metrics[0].update(1.0)
-        with steps.running():
-            module.metrics[0].update(1.0)
-    assert module.metrics[0].compute() == 2
-    # torchmetrics' == of two metrics is a third metric, which is true.
-    assert len(steps._metrics) == 5
 
 
 class Logs(Callback):
@@ -285,114 +332,3 @@ def test_scripted_parts_and_expanded_buffers_are_written_once(tmp_path: Any, kin
     plain, module = beside_a_plain_run(tmp_path, kind, Scripted)
     assert same(weights(plain), weights(module))
     assert module.batches == 6
-
-
-class Pair(NamedTuple):
-    """A batch that can't be built from an iterable."""
-
-    parts: dict[str, Tensor]
-    more: list[Tensor]
-
-
-@dataclass
-class Batch:
-    """A batch whose tensors a step may replace."""
-
-    inputs: Tensor
-    labels: Tensor
-    factor: Tensor
-
-
-class Movable(SimpleNamespace):
-    """A batch of a library's own class, which says how it is moved to a device."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "Movable":
-        return copy.copy(self)
-
-
-BATCHES: dict[str, Any] = {
-    "dataclass": lambda batch: Batch(*batch),
-    "movable": lambda batch: Movable(inputs=batch[0], labels=batch[1], factor=batch[2]),
-    "named tuple": lambda batch: Pair({"inputs": batch[0]}, [batch[1], batch[2]]),
-    "ordered": lambda batch: OrderedDict(parts={"inputs": batch[0]}, more=[batch[1], batch[2]]),
-}
-
-
-@pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("front_end", ["fmlora", "module"])
-def test_a_step_may_take_batches_of_any_class_apart(tmp_path: Any, front_end: str, kind: str) -> None:
-    class Taking:
-        def loss(self, batch: Any, batch_idx: int) -> Any:
-            if kind in ("dataclass", "movable"):
-                # In place of the old tensor, as a step may normalize its batch.
-                batch.inputs = batch.inputs + 1
-                return super().loss((batch.inputs, batch.labels, batch.factor), batch_idx)  # type: ignore[misc]
-            parts, more = batch if kind == "named tuple" else batch.values()
-            factor, labels = more.pop(), more.pop()
-            return super().loss((parts.pop("inputs") + 1, labels, factor), batch_idx)  # type: ignore[misc]
-
-    class Shifting:
-        def loss(self, batch: Any, batch_idx: int) -> Any:
-            return super().loss((batch[0] + 1, *batch[1:]), batch_idx)  # type: ignore[misc]
-
-    trained = []
-    for own, as_batch in ((Shifting, tuple), (Taking, BATCHES[kind])):
-        classes = type("Own", (own, Classifier), {}), type("Own", (own, TwoPassClassifier), {})
-        module, callbacks, more = build(front_end, classes=classes)
-        batches = [as_batch(batch) for batch in make_loader(4)]
-        fit(tmp_path, module, callbacks, loader=DataLoader(batches, batch_size=None), **more)
-        trained.append(weights(module))
-    assert same(*trained)
-
-
-@pytest.mark.parametrize("kind", ["tuple", *BATCHES])
-@pytest.mark.parametrize("front_end", ["fmlora", "module"])
-def test_both_passes_see_the_batch_as_it_came_though_a_step_writes_it(tmp_path: Any, front_end: str, kind: str) -> None:
-    seen: list[float] = []
-
-    class Writing:
-        def loss(self, batch: Any, batch_idx: int) -> Any:
-            inputs, labels, factor = tensors_in(batch)
-            inputs.add_(1)
-            seen.append(float(inputs.sum()))
-            return super().loss((inputs, labels, factor), batch_idx)  # type: ignore[misc]
-
-    classes = type("Own", (Writing, Classifier), {}), type("Own", (Writing, TwoPassClassifier), {})
-    module, callbacks, more = build(front_end, classes=classes)
-    batches = [BATCHES.get(kind, tuple)(batch) for batch in make_loader(4)]
-    expected = [float((tensors_in(batch)[0] + 1).sum()) for batch in batches]
-    fit(tmp_path, module, callbacks, loader=DataLoader(batches, batch_size=None), max_epochs=1, **more)
-    assert seen[::2] == seen[1::2] == expected
-
-
-def test_what_is_written_is_noticed_and_put_back() -> None:
-    module = nn.Module()
-    module.replaced, module.in_place = (nn.Parameter(torch.ones(2), requires_grad=False) for _ in range(2))
-    module.trained = nn.Parameter(torch.ones(2))
-    # As bitsandbytes' Params4bit: a class of its own around values that are a plain tensor.
-    module.quantized = type("Quantized", (nn.Parameter,), {})(torch.ones(2), requires_grad=False)
-    module.register_buffer("sparse", torch.eye(2).to_sparse())
-    module.register_buffer("expanded", torch.ones(1).expand(3))
-    module.average = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([module.trained], lr=0.1)
-    untrained, buffers = untrained_parameters(module, [optimizer]), list(writable_buffers(module).values())
-    assert untrained == [module.replaced, module.in_place, module.average]
-    frozen = untrained[:2]
-    assert len(buffers) == 1
-    small = [torch.zeros(2, dtype=torch.uint8).view(dtype) for dtype in (torch.bool, torch.float8_e4m3fn)]
-    of_bytes = KeptValues(small)
-    small[1].view(torch.uint8)[1] = 1
-    assert [id(tensor) for tensor in of_bytes.changed()] == [id(small[1])]
-    marks, values = Marks([*frozen, *buffers]), KeptValues([*frozen, *buffers])
-    assert marks.moved() == []
-    memory = module.replaced.data_ptr()
-    module.replaced.data = torch.zeros(2)
-    with torch.no_grad():
-        module.in_place.zero_()
-    module.sparse.zero_()
-    assert [id(tensor) for tensor in marks.moved()] == [id(tensor) for tensor in (*frozen, *buffers)]
-    assert marks.has_moved(torch.zeros(1))
-    values.put_back()
-    assert module.replaced.data_ptr() == memory
-    assert module.replaced.tolist() == module.in_place.tolist() == [1, 1]
-    assert torch.equal(module.sparse.to_dense(), torch.eye(2))

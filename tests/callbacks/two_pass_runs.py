@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit
+from helpers import FRONT_ENDS, Classifier, TwoPassClassifier, build, fit
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 
@@ -48,47 +47,24 @@ class LoggedLoss(nn.Module):
 
 
 class Keeping:
-    """An average of the weights whose copy requires gradients, torchmetrics' wrappers, a metric in a dictionary and one
-    that comes with each epoch, values that are logged around the module's own ``log``, and a scheduler that the step
-    itself steps.
-    """
+    """torchmetrics' wrappers, one that grows with each epoch, and values logged around the module's own ``log``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        torch.manual_seed(0)
-        self.head = nn.Linear(CLASSES, CLASSES)
-        self.average = AveragedModel(self.head, avg_fn=get_ema_avg_fn(0.5))
-        # The first update of all would be a copy, which shows nothing.
-        self.average.update_parameters(self.head)
-        with torch.no_grad():
-            for parameter in self.average.parameters():
-                parameter.add_(1)
         self.last, self.range = Running(SumMetric(), window=20), MinMaxMetric(MeanMetric())
-        self.kept, self.tracked = {"sum": SumMetric()}, MetricTracker(SumMetric(), maximize=True)
+        self.tracked = MetricTracker(SumMetric(), maximize=True)
         self.criterion = LoggedLoss(self.log)  # type: ignore[has-type]
 
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         super().log(f"own/{name}", *args, **kwargs)  # type: ignore[misc]
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().loss(batch, batch_idx)  # type: ignore[misc]
-        loss = self.criterion(loss + self.head(batch[0][:, :CLASSES]).square().mean())
-        self.average.update_parameters(self.head)
+        loss = self.criterion(super().loss(batch, batch_idx))  # type: ignore[misc]
         self.last(1.0)
         self.range(loss.detach())
-        self.kept["sum"].update(1.0)
         self.tracked.update(1.0)
-        self.schedule.step()
         super().log("around", loss, on_step=False, on_epoch=True, batch_size=4)  # type: ignore[misc]
         return loss
-
-    def configure_optimizers(self) -> Any:
-        of_net = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        trained = [*of_net, *self.head.parameters()]
-        optimizer = torch.optim.SGD(trained, lr=self.lr)  # type: ignore[attr-defined]
-        parts = [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma) for gamma in (0.9, 0.8)]
-        self.schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
-        return [optimizer], [self.schedule]
 
     def on_train_epoch_start(self) -> None:
         self.tracked.increment()
@@ -97,10 +73,7 @@ class Keeping:
         """What all of them hold."""
         logged = self.trainer.callback_metrics  # type: ignore[attr-defined]
         return {
-            "average": [parameter.detach().clone() for parameter in self.average.parameters()],
-            "sums": [self.last.compute(), self.kept["sum"].compute(), self.tracked.compute()],
+            "sums": [self.last.compute(), self.tracked.compute()],
             "range": self.range.compute(),
-            "schedule": self.schedule.state_dict(),
-            "rate": self.schedule.get_last_lr(),
             "logged": {name: value for name, value in logged.items() if not name.startswith("flatness/")},
         }

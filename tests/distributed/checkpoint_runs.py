@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
-from lightning_flatlora.callbacks.checkpoint.parts import twin_of
 from lightning_flatlora.distributed import is_sharded, layout_of
 
 BATCHES, EPOCHS, EVERY = 6, 2, 3
@@ -170,29 +169,6 @@ def parts_of_ranks(folder: str, strategy: str, **settings: Any) -> dict[str, Any
     trainer = trainer_of(strategy, [start, save], max_steps=2, **settings)
     trainer.fit(ShardedAutomatic(net), loader(), ckpt_path=f"{folder}/step=1.ckpt")
     return {"saved": fill.filled, "loaded": start.seen}
-
-
-CHANGED = "net.base_model.model.2.base_layer.bias"
-
-
-class Changes(L.Callback):
-    """Writes to what the last rank holds of a frozen weight."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_rank == trainer.world_size - 1 or isinstance(trainer.strategy, DDPStrategy):
-            weight = dict(twin_of(trainer.lightning_module).named_parameters())[CHANGED]
-            part = weight.to_local() if isinstance(weight, DTensor) else weight
-            part.data.fill_(7.0)
-
-
-def changed_base(folder: str, strategy: str, **settings: Any) -> dict[str, Any]:
-    """Change a frozen weight, save it, and resume twice from the file: it stays as it was changed."""
-    for run, more in enumerate(([Changes()], [], [])):
-        save = AdapterCheckpoint(f"{folder}-{run}", filename="{step}", save_top_k=-1, every_n_train_steps=1)
-        trainer = trainer_of(strategy, [*more, save], max_steps=run + 1, **settings)
-        resume = f"{folder}-{run - 1}/step={run}.ckpt" if run else None
-        trainer.fit(ShardedAutomatic(network()), loader(), ckpt_path=resume)
-    return {}
 
 
 class Traffic(TorchDispatchMode):

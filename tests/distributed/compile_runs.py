@@ -49,5 +49,5 @@ def train(
     loader, ranks = on_two_ranks()
     fitted = torch.compile(module, backend=backend) if compiled == "module" else module
     fit_in_float64(fitted, 1, [*callbacks, count], loader, **trainer, **ranks)
-    driver = callbacks[0] if callbacks else module._driver
+    driver = callbacks[0] if callbacks else module._callback
     return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"], "graphs": count.graphs}

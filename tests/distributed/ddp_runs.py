@@ -36,7 +36,7 @@ def train_alone(
     net = network()
     module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
     fit_in_float64(module, epochs, callbacks, joint_batches() if loader is None else loader, **trainer)
-    driver = callbacks[0] if callbacks else module._driver
+    driver = callbacks[0] if callbacks else module._callback
     return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"]}
 
 

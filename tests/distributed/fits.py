@@ -99,7 +99,7 @@ def train(
     fit_in_float64(
         module, epochs, [*callbacks, *more], loader, strategy=used, precision=precision, **devices, **trainer
     )
-    driver = callbacks[0] if callbacks else getattr(module, "_driver", None)
+    driver = callbacks[0] if callbacks else getattr(module, "_callback", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}
     return {"weights": full_weights(used, net), "E": E}
 

@@ -147,7 +147,7 @@ def alone(strategy: str, front_end: str, accumulate: int, precision: str, accele
         **trainer,
     }
     fit_in_float64(module, 1, callbacks, loader, strategy=used, **settings)
-    driver = callbacks[0] if callbacks else getattr(module, "_driver", None)
+    driver = callbacks[0] if callbacks else getattr(module, "_callback", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}
     return {"weights": {n: w.cpu() for n, w in full_weights(used, net).items()}, "E": E}
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_runs import CHANGED, END, MIDDLE, train
-from float64_runs import network
+from checkpoint_runs import END, MIDDLE, train
 from helpers import same
 from launch import Results, launch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+
+from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
@@ -26,7 +27,6 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp2-distributed": ("fsdp2", {"save_distributed_checkpoint": True}),
 }
 SHARDED = [name for name in STRATEGIES if name != "ddp"]
-CHANGED_BASE = ("ddp", "fsdp1-full", "fsdp2-full")
 FROZEN_A = ("ddp", "fsdp1-full", "fsdp1-linears", "fsdp2-full")
 
 
@@ -59,8 +59,6 @@ class Runs:
             if name in FROZEN_A:
                 yield planned("frozen", frozen_A=1.0)
                 yield planned("frozen-resumed", frozen_A=2.0, resume=self.file(f"{name}-frozen"))
-            if name in CHANGED_BASE:
-                yield planned("changed", function="changed_base")
             if name in ("fsdp1-full", "fsdp2-full"):
                 yield planned("lightning-traffic", function="traffic", saver="lightning")
         yield "wrapped-inside", ("checkpoint_runs:wrapped_inside", {})
@@ -129,9 +127,10 @@ def test_saved_on_one_resumed_on_two_ranks(runs: Runs, name: str) -> None:
 def test_every_strategy_writes_the_file_of_one_process(runs: Runs, name: str) -> None:
     """The same entries, shapes and dtypes, so nothing of the base and no wrapper's name in any of them."""
     file, expected = saved(runs, name), torch.load(runs.file("one"), weights_only=True)
-    assert outline({**file, "callbacks": None, "loops": None}) == outline(
-        {**expected, "callbacks": None, "loops": None}
-    )
+    # Parts of the base have no sample, from which another base could be recognized.
+    assert file[MARK]["left_out"].keys() == expected[MARK]["left_out"].keys()
+    not_compared = {"callbacks": None, "loops": None, MARK: None}
+    assert outline({**file, **not_compared}) == outline({**expected, **not_compared})
     assert_close(file["state_dict"], expected["state_dict"])
     E = file["callbacks"]["EFMLoRA"]["perturbation"]["E"]
     assert sorted(E) == [f"net.base_model.model.{layer}.lora_B.default.weight" for layer in (0, 2, 4)]
@@ -197,19 +196,3 @@ def test_a_frozen_A_is_saved_with_its_B(runs: Runs, name: str) -> None:
     assert {key for key in factors if "lora_A" in key} == {
         key.replace("lora_B", "lora_A") for key in factors if "lora_B" in key
     }
-
-
-@pytest.mark.parametrize("name", CHANGED_BASE)
-def test_a_change_of_the_base_on_one_rank_is_saved_by_all(runs: Runs, name: str) -> None:
-    """Though frozen, and though the other ranks' parts are as they were."""
-    assert runs.two[f"{name}-changed"]
-    files = [runs.folder / f"{name}-changed-{run}" / f"step={run + 1}.ckpt" for run in range(3)]
-    states = [torch.load(file, weights_only=True)["state_dict"] for file in files]
-    original = dict(network().named_parameters())[CHANGED.removeprefix("net.")].detach()
-    changed = states[0][CHANGED] != original
-    assert (states[0][CHANGED][changed] == 7).all()
-    assert changed.any()
-    assert name != "fsdp2-full" or not changed.all()  # under FSDP1 a rank may hold the whole of it
-    assert not [key for key in states[0] if "base_layer" in key and key != CHANGED]
-    for state in states[1:]:
-        assert same(state[CHANGED], states[0][CHANGED])

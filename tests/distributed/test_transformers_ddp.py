@@ -8,7 +8,6 @@ from float64_runs import BETA, network
 from helpers import same
 from hf_runs import RHO, trainer_of
 from launch import Results, launch
-
 from lightning_flatlora.transformers_trainer import EFMLoRA
 
 WINDOWS = (1, 2)

@@ -174,11 +174,6 @@ def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     again = capsys.readouterr().out
     assert "between steps" in again
     assert "[1/1]" not in again  # nothing is measured again
-    # An output from before there was a ledger keeps its rows.
-    (output.parent / "memory.rows.jsonl").unlink()
-    memory.main([*sizes, "--output", str(output)])
-    assert json.loads(output.read_text())["rows"] == [row]
-    assert "[1/1]" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")

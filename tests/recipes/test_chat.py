@@ -13,7 +13,6 @@ pytest.importorskip("datasets", reason="the recipes' dependencies are not instal
 from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, messages, tokenizer  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from lightning_flatlora.report.data import chat  # noqa: E402
 from recipes.language.batches import Collate, padding_id  # noqa: E402
 from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
 from recipes.language.model import (  # noqa: E402
@@ -89,12 +88,6 @@ def test_a_conversation_that_an_answer_begins_is_read() -> None:
     turns = [{"role": "assistant", "content": "hello"}, *messages("why?", "so")]
     labels = encoder.encode(turns).labels
     assert encoder.tokenizer.decode([label for label in labels if label != IGNORED]) == "hello<|eot|>so<|eot|>"
-
-
-@TEMPLATES
-def test_the_report_counts_the_same_tokens(template: str) -> None:
-    text, ((start, end),) = chat(tokenizer(template), messages("why?", "so"))
-    assert text[start:end] == ANSWERED[template]
 
 
 # -- system messages

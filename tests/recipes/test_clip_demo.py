@@ -219,7 +219,7 @@ def _wait_for(there: Any, process: BaseProcess) -> None:
 
 
 def test_a_run_is_found_again_by_all_that_decides_it(tmp_path: Path) -> None:
-    """In a line of the form that earlier versions wrote."""
+    """In a line that holds what a run has found too."""
     run = Run("LoRA", 4, 0, Settings(), tmp_path, tmp_path)
     line = {"method": "LoRA", "shots": 4, "seed": 0, "model": tmp_path.name, "part": "test"}
     line |= {"settings": asdict(Settings()), "accuracy": 0.5, "given": [1, 2], "seconds_per_step": 0.1}

@@ -31,7 +31,7 @@ from recipes.comparison.tasks import TASKS
 from recipes.shared import methods
 from recipes.shared.ledger import read
 
-FLATNESS = {"sharpness_rho": 1.0, "noise": 0.5}
+FLATNESS = {"sharpness_rho": 1.0, "noise": 0.5, "precision": "32-true"}
 SETTINGS = {"examples": 16, "length": 16, "epochs": 1, "batch_size": 8, "validation": 20, "test": 20, **FLATNESS}
 GRIDS = {"learning_rate": (1e-3, 1e-2), "full_learning_rate": (1e-4, 1e-3), "rho": (0.5, 2.0), "sam_rho": (0.01, 0.1)}
 
@@ -189,8 +189,8 @@ def test_a_run_that_failed_is_free_again(tmp_path: Path, task: TextTask) -> None
     assert len(fake.done) == 22
 
 
-def test_runs_of_before_there_was_a_choice_of_precision_are_done(tmp_path: Path, task: TextTask) -> None:
-    planned(tmp_path, task).work(Fake(task), lambda run: None)  # whose settings tell no precision
+def test_runs_of_another_precision_are_not_done(tmp_path: Path, task: TextTask) -> None:
+    planned(tmp_path, task.computed_in("bf16-mixed")).work(Fake(task), lambda run: None)
     for precision, left in (("bf16-mixed", False), ("32-true", True)):
         plan = Plan(tmp_path, [task.computed_in(precision)], ["efmlora", "full_sam"], [0, 1, 2])  # type: ignore[arg-type]
         assert bool(plan.open_runs()) == left

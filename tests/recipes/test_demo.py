@@ -13,9 +13,8 @@ import processes
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.demo.__main__ import keep_earlier_precision, main
+from recipes.demo.__main__ import main
 from recipes.demo.run import Run, Settings, ledger, train
-from recipes.shared.precision import SETTING, precision_of_runs
 from recipes.shared.step_times import StepTimes
 
 METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
@@ -91,16 +90,6 @@ def _wait_for(path: Path, process: BaseProcess) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"{path} did not appear")
-
-
-def test_an_earlier_demo_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(SETTING, raising=False)
-    for precision in ("32-true", "bf16-mixed"):
-        folder = tmp_path / precision
-        folder.mkdir()
-        (folder / "settings.json").write_text(json.dumps({"precision": precision}))
-        keep_earlier_precision(folder)
-        assert precision_of_runs(folder) == precision
 
 
 def test_other_settings_leave_a_running_demo_its_folder(tmp_path: Path, tiny: str) -> None:

@@ -98,7 +98,7 @@ def test_a_table_from_plan_to_figures(
         assert row["steps"] == 4
         assert row["precision"] == "32-true"
         assert row["devices"] == 1
-        assert row["seconds"] > row["training_seconds"] > 0
+        assert row["training_seconds"] > 0
         assert set(row["versions"]) >= {"torch", "peft"}
         assert row["part"] == "test" or row["metrics"]["val_score"] == row["score"]
         assert not list(folder.rglob("*.ckpt"))

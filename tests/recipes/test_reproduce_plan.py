@@ -34,7 +34,7 @@ class Fake:
 
     def __call__(self, run: Run) -> Row:
         self.done.append(run.name)
-        found: Row = {"score": sum(run.config.values()) / 10, "loss": 1.0, "training_seconds": 1.0}
+        found: Row = {"score": sum(run.config.values()) / 10, "loss": 1.0, "steps": 0, "training_seconds": 1.0}
         metrics = [metric.name for metric in run.table.tasks[run.task].metrics]
         found["metrics"] = dict.fromkeys([f"test_{name}" for name in metrics], 0.5)
         return {**run.key(), **found, **dict.fromkeys(("device", "precision", "commit"), "here")}
@@ -138,12 +138,12 @@ def test_the_plan_says_how_long_it_takes_once_runs_are_done(tmp_path: Path) -> N
     def perform(run: Run) -> Row:
         if len(fake.done) == 4:
             raise StoppedError(130)
-        return {**fake(run), "steps": 100, "seconds": 72.0}
+        return {**fake(run), "steps": 100, "training_seconds": 72.0}
 
     with pytest.raises(StoppedError):
         plan.work(perform, lambda run: None)
     left = count(plan, ["sst2"]).steps - 400
-    assert f"{0.72 * left / 3600:.1f} h at most are left for one process" in plan_text(plan)
+    assert f"{0.72 * left / 3600:.1f} h of training at most are left for one process" in plan_text(plan)
 
 
 def test_equal_scores_are_decided_by_the_loss(tmp_path: Path) -> None:

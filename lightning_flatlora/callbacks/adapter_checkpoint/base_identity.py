@@ -1,0 +1,89 @@
+"""Recognize a base by the shapes of its parameters and a few of their values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 8
+Identity = dict[str, Any] | None
+"""Of a parameter: "shape", "dtype", and a "sample" of its values; None if these can't be compared."""
+
+
+def identities_of(parameters: Mapping[str, Tensor], whole: bool = True) -> dict[str, Identity]:
+    """Describe the parameters of a base, so that another base is recognized as another one.
+
+    Args:
+        parameters: by name.
+        whole: whether this rank holds whole tensors; the sample of a part would say nothing.
+
+    Example:
+        >>> identities_of({"w": torch.ones(2, 3)})["w"]["sample"]
+        [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    identities: dict[str, Identity] = {}
+    for name, tensor in parameters.items():
+        sample, dtype = _sample(tensor.detach()) if whole else None, str(tensor.dtype).removeprefix("torch.")
+        is_readable = sample is not None
+        identities[name] = {"shape": list(tensor.shape), "dtype": dtype, "sample": sample} if is_readable else None
+    return identities
+
+
+def _sample(tensor: Tensor) -> list[float] | None:
+    """Read a few elements, evenly spaced from the first to the last, since new rows of an embedding are at its end."""
+    # Packed weights of 4 or 8 bits are of integers, and change with the way in which they are packed.
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        return None
+    last = tensor.numel() - 1
+    places = torch.tensor([i * last // (_SAMPLES - 1) for i in range(_SAMPLES)], device=tensor.device)
+    try:
+        # Not reshape(-1), which would copy a weight that is transposed.
+        values = tensor[torch.unravel_index(places, tensor.shape)]
+        return values.to(torch.float32).tolist()
+    except torch.OutOfMemoryError:  # a RuntimeError too, but it says nothing about the tensor
+        raise
+    except (NotImplementedError, RuntimeError, TypeError):  # a quantizer's own kind of tensor
+        return None
+
+
+def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -> list[str]:
+    """Name the parameters that are not as a checkpoint describes them, or that only one side has.
+
+    A parameter of another dtype may differ by its rounding. What can't be read on one side is not compared.
+    """
+    names = []
+    for name in dict.fromkeys([*expected, *found]):
+        if name not in expected or name not in found or not _same(expected[name], found[name]):
+            names.append(name)
+    return names
+
+
+def _same(old: Identity, new: Identity) -> bool:
+    """Compare two samples up to rounding to the coarser of two dtypes, or to what another machine computes.
+
+    Frozen weights are not rounded again. So within one dtype even the next number of bfloat16 is another value: the
+    weights of a chat model differ that little from those of its base.
+    """
+    if old is None or new is None:
+        return True
+    if old["shape"] != new["shape"]:
+        return False
+    tolerance = 1e-4
+    if old["dtype"] != new["dtype"]:
+        # One of them was rounded to the coarser dtype.
+        tolerance = max(tolerance, *(torch.finfo(getattr(torch, each["dtype"])).eps for each in (old, new)))
+    one, other = torch.tensor(old["sample"]), torch.tensor(new["sample"])
+    size = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+
+def listed(names: list[str]) -> str:
+    """Give the first three names of many.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

@@ -1,0 +1,300 @@
+"""The callback under every method: when its hooks are called, the method does its work."""
+
+import weakref
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import WarningCache, rank_zero_info
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_flatlora.callbacks import strategies
+from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, is_alone_in, unfreezes_later
+from lightning_flatlora.callbacks.passes import OnePass, Passes, TwoPasses, two_pass_problems
+from lightning_flatlora.callbacks.patches import without_logging
+from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, watched_parameters, window_of
+from lightning_flatlora.lightning_names import callbacks_of
+from lightning_flatlora.methods.checks import message, optimizer_problems, refuse
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import PairSearch
+from lightning_flatlora.schedules import ConstantRho, RhoSchedule
+
+
+class MethodCallback(Callback):
+    """Train the LoRA pairs of a LightningModule by a method.
+
+    Every product s B A that the model holds is known, and a pair takes part in a step if its B has a gradient. The
+    model is searched at the start of a fit and of each epoch: a scaling or an adapter that changes inside an epoch acts
+    from the next one.
+
+    Attributes:
+        fit_methods: the methods of the optimizers, and the pairs that they train.
+        perturbation: of the pairs' B; None for a method without one, or while there is no pair.
+        module_window: batches of an optimizer step, if this is the callback of a module that takes the passes itself.
+
+    Args:
+        method: with its settings.
+    """
+
+    module_window: int | None = None
+
+    def __init__(self, method: StepMethod) -> None:
+        self.fit_methods = MethodsOfFit(method)
+        # None while no Trainer is known: Lightning and users read state_key before a fit, too.
+        self._is_alone: bool | None = None
+        self._last_trainer: weakref.ref[Trainer] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Set everything that belongs to one fit to what it is before the fit."""
+        self._loaded: dict[str, Any] | None = None
+        self._is_training = False
+        self._is_stale = False
+        self._passes: Passes | None = None
+        self._patches = ExitStack()
+        self._warnings = WarningCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give settings and state: a copy or pickle that is made in the middle of a fit has no part in that fit."""
+        blank = object.__new__(type(self))
+        blank.__dict__.update(self.__dict__)
+        blank._begin()
+        blank.fit_methods = MethodsOfFit(self.method.for_another_optimizer())
+        blank._loaded = self.state_dict()
+        blank._last_trainer = None
+        blank._is_alone = None
+        return without_logging(blank)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up settings, such as ``beta``, in the method."""
+        # Not while a copy is being made, which has no attributes at first.
+        if name.startswith("_") or "fit_methods" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.method, name)
+
+    @property
+    def methods(self) -> list[StepMethod]:
+        """For each optimizer, what trains its pairs; nearly every run has one."""
+        return self.fit_methods.methods
+
+    @property
+    def method(self) -> StepMethod:
+        """The method of the first optimizer that trains pairs."""
+        return self.fit_methods.main
+
+    @property
+    def search(self) -> PairSearch:
+        """The pairs of the model, and what was left out, as they were at the last search."""
+        return self.fit_methods.search
+
+    @property
+    def rho(self) -> RhoSchedule:
+        """The size of the perturbation. A number that is assigned becomes a constant schedule."""
+        return self.method.rho
+
+    @rho.setter
+    def rho(self, rho: float | RhoSchedule) -> None:
+        for method in self.methods:
+            method.rho = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
+
+    @property
+    def step(self) -> int:
+        """Steps that the pairs' optimizer has taken, from 0; steps that a loss scaler skipped count."""
+        return self.method.step
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse transformers' Trainer, which calls this first and has other hooks."""
+        problem = (
+            "this is a callback of Lightning's Trainer. With that of transformers write, after the Trainer is made and "
+            "before train(): lightning_flatlora.loops.EFMLoRA(trainer.model, trainer.create_optimizer(), rho=...)"
+        )
+        refuse(self, [problem])
+
+    # -- the start: everything that is wrong is reported in one message, before anything is changed
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # A fit that was killed between hooks, as in a notebook, may have left something behind.
+        self.uninstall()
+        self._is_alone = is_alone_in(trainer, self)
+        if stage != "fit":
+            return
+        # A further fit of the same Trainer continues. Not by trainer.ckpt_path, which is still that of the last run.
+        last = self._last_trainer() if self._last_trainer else None
+        self._begin()
+        self.fit_methods.begin(continues=last is trainer and trainer.global_step > 0)
+        refuse(self, strategies.problems_before_wrapping(trainer))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fit_methods.take(trainer.optimizers)
+        self.fit_methods.may_come = not is_alone_in(trainer, self) or unfreezes_later(trainer)
+        problems = self.configuration_problems(trainer, pl_module)
+        try:
+            self._find(trainer, pl_module)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            problems += self.fit_methods.problems(pl_module)
+        if self.method.lacks_horizon:
+            problems += horizon_problems(self.method.argument, trainer, pl_module)
+        refuse(self, problems)
+        left_out = self.search.left_out if self.method.left_out is None else self.method.left_out
+        if left_out:
+            rank_zero_info(f"{self.method.title} leaves unperturbed: " + "; ".join(left_out))
+        self.install(trainer, pl_module)
+        self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
+
+    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """List what can't work about the trainer and its other callbacks; subclasses add their own."""
+        method = self.methods[0]
+        problems = strategies.strategy_problems(trainer, window_of(trainer), method.sync_ascent, method.works_sharded)
+        others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
+        rivals = [type(other).__name__ for other in others if not self.works_beside(other)]
+        if rivals:
+            problems.append(f"it perturbs the same weights as {', '.join(rivals)} beside it: keep one")
+        if method.takes_two_passes and self.module_window is None:
+            problems += two_pass_problems(pl_module)
+        return problems + optimizer_problems(trainer.optimizers)
+
+    def works_beside(self, other: "MethodCallback") -> bool:
+        """Say whether another of these callbacks may run in the same trainer."""
+        return False
+
+    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepare layers and strategy for the first step, after all checks."""
+        for method in self.methods:
+            method.install()
+        self.wrap_passes(TwoPasses if self.method.takes_two_passes else OnePass, trainer, pl_module)
+
+    def wrap_passes(self, kind: type[Passes], trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap the strategy's methods until the end of the fit."""
+        self._passes = kind(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
+        self._patches.callback(self._passes.close)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fit_methods.set_horizon(trainer)
+        if self._loaded is not None:
+            state, self._loaded = self._loaded, None
+            self.fit_methods.load_state_dict(state)
+        self.fit_methods.warn_of_late_start(trainer)
+        # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
+        assert self._passes is not None
+        self._passes.watch_steps()
+        self._is_training = True
+        # Weakly, so that a callback kept for its results does not keep the trainer and the model alive.
+        self._last_trainer = weakref.ref(trainer)
+
+    # -- the pairs
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search the model for pairs; a ValueError says that there is none, or no adapter of the given name."""
+        if self.method.needs_pairs:
+            self.fit_methods.find(trainer, pl_module, must_be_there=not self._is_training)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Searched at the first pass, since hooks of others may still change the model.
+        self._is_stale = True
+
+    def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search the model in the first batch of an epoch."""
+        if self._is_stale and self.method.needs_pairs:
+            self._find(trainer, pl_module)
+            self._warn_once(self.fit_methods.install_again())
+        self._is_stale = False
+
+    def _warn_once(self, problems: list[str]) -> None:
+        # The same problem is found again in every epoch.
+        for problem in problems:
+            self._warnings.warn(message(self, [problem]))
+
+    # -- a step
+
+    @override
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for method in self.methods:
+            method.forget_gradients()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert self._passes is not None
+        self._passes.check_gradient_is_first(pl_module, optimizer)
+        method = None if takes_no_step(trainer) else self.fit_methods.of(trainer, optimizer)
+        # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
+        if method is not None:
+            method.before_step(watched_parameters(trainer, self.methods.index(method)))
+
+    # -- the end
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_once(self.fit_methods.without_effect(trainer, pl_module))
+        for method in self.methods:
+            method.warn_without_gradient()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_once(self.fit_methods.never_trained())
+
+    def uninstall(self) -> None:
+        """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
+        self._is_training = False
+        self._patches.close()
+        self._passes = None
+        for method in self.methods:
+            method.close()
+        # The next Trainer reads state_key before it calls any hook.
+        self._is_alone = None
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.uninstall()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.uninstall()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.uninstall()
+
+    # -- the state
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The class's name, and the adapter's if callbacks of one class share a Trainer with an adapter each."""
+        adapter_name = self.methods[0].adapter_name
+        if adapter_name is None or self._is_alone:
+            return type(self).__qualname__
+        return self._generate_state_key(adapter_name=adapter_name)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store a state that is saved after the fit under the key of the fit, where a resumed run looks for it."""
+        states = checkpoint.get("callbacks", {})
+        if self._is_alone is None and self.state_key in states and is_alone_in(trainer, self):
+            states[type(self).__qualname__] = states.pop(self.state_key)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget how far the last fit came: the checkpoint brings its own count, or none if it is another method's."""
+        # Called in an evaluation too, after which a fit may go on from where the last one was.
+        if trainer.state.fn == "fit":
+            for method in self.methods:
+                method.step, method.initial_lr = 0, None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.fit_methods.state_dict() if self._loaded is None else self._loaded
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # The pairs are known in a fit only, in the middle of which a tuner restores the state that it began with.
+        if self._is_training:
+            self.fit_methods.load_state_dict(state_dict)
+        else:
+            self._loaded = state_dict

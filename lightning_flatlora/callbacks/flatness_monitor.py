@@ -1,0 +1,296 @@
+"""FlatnessMonitor: flatness measured on held batches while a model trains, without disturbing the training."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
+from lightning_flatlora.callbacks.monitored_method import count_averages, has_average, method_of
+from lightning_flatlora.callbacks.patches import without_logging
+from lightning_flatlora.callbacks.probe_batches import ProbeBatches, curvature_problems, loss_problems
+from lightning_flatlora.callbacks.strategies import monitor_problems
+from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
+from lightning_flatlora.flatness.losses import ReentrantCheckpointError
+from lightning_flatlora.flatness.measures import measure_problems
+from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
+from lightning_flatlora.pairs import find_pairs
+from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.schedules import is_size
+from lightning_flatlora.weight_noise import WeightNoise
+
+Data = Literal["train", "val"]
+
+
+class FlatnessMonitor(Callback):
+    """Measure how flat the loss is around the weights, every few steps or epochs, on the same held batches.
+
+    The loss is the module's own ``training_step`` (``compute_loss`` of an :class:`~lightning_flatlora.FMLoRAModule`) in
+    eval mode, at the clean weights, with the same random draws in every pass. Training goes on as if nothing had been
+    measured; docs/flatness.md says what is put back. Other side effects of a step belong behind ``if self.training``.
+    The numbers go to every logger of the trainer and into ``trainer.callback_metrics``, as ``flatness/sharpness``.
+
+    The monitor works under plain LoRA, and next to EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its
+    own batches, and losses and gradients are averaged, so that all ranks log the same numbers.
+
+    A measurement costs 4 passes over the held batches with the default measures (forward, backward, two forwards), and
+    6 next to EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
+    :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the held batches, and a copy of
+    the buffers that a step writes.
+
+    Of several average perturbations of EFMLoRA (several callbacks or optimizers) the first is measured, with a warning.
+
+    Args:
+        rho: radius of the ball that is searched, in the weights' units, > 0; the estimate is then the "average" one
+            under the global norm, so that runs of different methods can be compared. None takes the current rho, the
+            estimator and the norm scope of the EFMLoRA, FMLoRA or FMLoRAModule beside it.
+        every_n_steps: optimizer steps between measurements; None measures by epochs.
+        every_n_epochs: epochs between measurements, at their ends; None, without every_n_steps, means 1. A run that is
+            too short for one measurement ends with a warning.
+        batches: how many batches are held on each rank: the first that pass by in an epoch. They are the same at every
+            measurement, except that one which comes before so many have passed by takes those that have.
+        data: "train" or "val", which batches these are; a validation batch has to be of the form that training_step
+            takes. With "val" nothing is measured before the first of them, which may be of the sanity check.
+        measures: names in :data:`~lightning_flatlora.flatness.MEASURES`; None takes DEFAULT_MEASURES, and beside
+            EFMLoRA "ema".
+        per_layer: also log balancedness, condition numbers, radius and residual of each pair.
+        sigma: size of the noise of "expected_sharpness", relative to the rows' norms.
+        samples: draws of noise, and of vectors for "hessian_trace".
+        finder: says what the pairs are where the layers are not peft's; None takes that of the method beside it.
+
+    Raises:
+        MisconfigurationException: values out of range (here), or a model or strategy that can't be measured (at the
+            start of fit, before the first step).
+
+    Example:
+        >>> import lightning as L
+        >>> monitor = FlatnessMonitor(rho=0.5, every_n_steps=100)
+        >>> trainer = L.Trainer(callbacks=[monitor], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        rho: float | None = None,
+        *,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        batches: int = 4,
+        data: Data = "train",
+        measures: Sequence[str] | None = None,
+        per_layer: bool = False,
+        sigma: float = 0.05,
+        samples: int = 8,
+        finder: Finder | None = None,
+    ) -> None:
+        problems = []
+        if rho is not None and not (is_size(rho) and rho):
+            problems.append(
+                f"rho must be a finite number > 0, or None to take that of the method beside it, got {rho!r}"
+            )
+        if every_n_steps is not None and every_n_epochs is not None:
+            problems.append("every_n_steps and every_n_epochs can't both be given: leave one out")
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if value is not None:
+                problems += integer_problems(name, value, least=1)
+        problems += integer_problems("batches", batches, least=1)
+        problems += integer_problems("samples", samples, least=2)
+        problems += choice_problems("data", data, Data)
+        if not (is_size(sigma) and sigma):
+            problems.append(f"sigma must be a finite number > 0, got {sigma!r}")
+        problems += measure_problems(measures)
+        problems += finder_problems(finder, None)
+        refuse(self, problems)
+        self.rho = rho
+        self.every_n_steps = every_n_steps
+        self.every_n_epochs = 1 if every_n_steps is None and every_n_epochs is None else every_n_epochs
+        self.batches = batches
+        self.data: Data = data
+        self.measures = measures
+        self.per_layer = per_layer
+        self.sigma = sigma
+        self.samples = samples
+        self.finder = finder
+        # Everything that belongs to one fit.
+        self._held: ProbeBatches | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give the settings: a copy or pickle that is made in the middle of a fit has no part in that fit."""
+        return without_logging(self) | {"_held": None}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # By itself: what follows takes weights to be whole, and would report a sharded model as another problem.
+        refuse(self, monitor_problems(trainer.strategy))
+        method, measures, problems = method_of(trainer), self.measures or (), []
+        if method is None and self.rho is None:
+            problems.append(
+                "rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one to take over: rho=0.5, for example"
+            )
+        if "ema" in measures and not has_average(method):
+            problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
+        try:
+            self._targets(pl_module, method)
+        except ValueError as error:
+            # Without pairs only if none may come later in the fit.
+            if not isinstance(error, NoPairsError) or not unfreezes_later(trainer):
+                problems.append(str(error))
+        refuse(self, problems + loss_problems(pl_module) + curvature_problems(pl_module, measures))
+        self._held = ProbeBatches(trainer, pl_module, self.batches)
+
+    def _targets(self, pl_module: LightningModule, method: Any) -> tuple[Perturbation, WeightNoise | None]:
+        """Find what is perturbed: the pairs that the model trains now and, where noise is measured, their weights.
+
+        Raises:
+            ValueError: there is none.
+        """
+        finder = self.finder or (method.finder if method else None)
+        adapter_name = method.adapter_name if method is not None and finder is None else None
+        perturbation = Perturbation(find_pairs(pl_module, adapter_name, finder=finder).pairs)
+        if "expected_sharpness" not in (self.measures or ()):
+            return perturbation, None
+        if finder is not None and all(pair.base is None for pair in perturbation.pairs):
+            what = "the pairs' base, which the finder does not name"
+            raise ValueError(f"the measure 'expected_sharpness' needs {what}: leave it out")
+        return perturbation, WeightNoise(pl_module, adapter_name, finder=finder)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.data == "val" and not trainer.enable_validation:
+            refuse(self, ["data='val' gives no batch to hold: choose the other, or give the loader"])
+        if self._held is not None:
+            self._held.measured_at = self._count(trainer)
+        averages = count_averages(trainer)
+        if averages > 1:
+            which = "one for each adapter and optimizer, and the first alone is measured"
+            self._warn(f"EFMLoRA has {averages} average perturbations in this run, {which}")
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._held is not None and self.data == "train":
+            self._held.pass_by(batch, batch_idx)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._held is not None and self.data == "val" and dataloader_idx == 0:
+            self._held.pass_by(batch, batch_idx)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The sanity check before training shows the first few.
+        if self._held is not None and self.data == "val" and not trainer.sanity_checking:
+            self._held.end()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        held, every, step = self._held, self.every_n_steps, trainer.global_step
+        if held is None:
+            return
+        if len(held) and not held.tried:
+            # At once, so that a run whose step can't be measured says so at its start.
+            with held.undisturbed():
+                self._try_out(trainer, held)
+        # Multiples are counted, since step % every == 0 would hold in every batch of an accumulation window, and
+        # several optimizers skip numbers.
+        if every is not None and step // every > held.measured_at // every:
+            held.measured_at = step
+            # As Lightning counts, minus one at the end of an epoch: global_step counts each of several optimizers.
+            self._measure(trainer, pl_module, held, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._held is not None and self.data == "train":
+            self._held.end()
+        is_due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if self._held is not None and is_due:
+            self._measure(trainer, pl_module, self._held, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        held = self._held
+        # A step that can't be measured has been told of already.
+        if held is None or held.has_measured or held.has_failed or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        unit, every = ("epoch", self.every_n_epochs) if self.every_n_steps is None else ("step", self.every_n_steps)
+        self._warn(
+            f"nothing was measured: every_n_{unit}s is {every}, and training went from {unit} {held.measured_at} "
+            f"to {self._count(trainer)}"
+        )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning does not call teardown after an error, and the held batches would keep the module alive.
+        self._held = None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._held = None
+
+    def _count(self, trainer: Trainer) -> int:
+        """Steps or epochs trained so far, whichever unit the measurements go by."""
+        return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, held: ProbeBatches, step: int) -> None:
+        """Measure, and log at the step at which Lightning logs what self.log collected."""
+        method = method_of(trainer)
+        if not len(held) or held.has_failed or (method is not None and method.perturbation is None):
+            return
+        try:
+            perturbation, noise = self._targets(pl_module, method)
+        except NoPairsError:  # none is trained now
+            return
+        except ValueError as error:
+            self._warn(f"a measurement was left out: {error}")
+            return
+        measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if has_average(method) else []))
+        held.has_measured = True
+        with held.undisturbed():
+            # No error in what follows, which may come hours after the start: the training itself is right.
+            if held.tried < len(held) and not self._try_out(trainer, held):
+                return
+            try:
+                numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
+            except Exception as error:
+                # Other ranks may be waiting for this one's loss, unless all of them have this error.
+                if trainer.world_size > 1 and not isinstance(error, ReentrantCheckpointError):
+                    raise
+                self._warn(f"a measurement was left out: {type(error).__name__}: {error}")
+                return
+        values = {f"flatness/{name}": value.detach().cpu() for name, value in numbers.items()}
+        # Not by the property trainer.callback_metrics: reading it would compute the module's own metrics too early.
+        trainer._logger_connector._callback_metrics.update(values)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
+
+    def _try_out(self, trainer: Trainer, held: ProbeBatches) -> bool:
+        """Say whether the module's step can be measured, on this rank and all others; a warning says why not."""
+        problem = held.try_out()
+        held.has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+        if held.has_failed:
+            reason = problem or "the step of another rank fails in eval mode, in which it measures"
+            self._warn(f"nothing is measured in this run: {reason}")
+        return not held.has_failed
+
+    def _point(self, trainer: Trainer, method: Any, perturbation: Perturbation, noise: WeightNoise | None) -> Point:
+        assert self._held is not None
+        size = method.current_rho if method else None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return Point(
+            self._held.loss,
+            # Without a radius of the monitor's own the method's estimator and scope are taken, too.
+            method.perturbation if self.rho is None else perturbation,
+            size if self.rho is None else self.rho,  # type: ignore[arg-type]
+            average=method.perturbation if has_average(method) else None,
+            average_rho=size,
+            noise=noise,
+            sigma=self.sigma,
+            samples=self.samples,
+            loss_scale=scaler.get_scale() if scaler else 1.0,
+        )
+
+    def _warn(self, what: str) -> None:
+        rank_zero_warn(f"{type(self).__name__}: {what}")

@@ -1,1 +1,0 @@
-"""The methods as callbacks: when the weights are perturbed, and from which gradient."""

@@ -1,0 +1,219 @@
+"""The methods of a callback in a fit, one for each optimizer: which pairs they train, and their state."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_flatlora.callbacks.training_step import module_window, no_end, optimizer_steps
+from lightning_flatlora.lightning_names import callbacks_of, is_lightning
+from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
+from lightning_flatlora.methods.checks import refuse
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
+from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
+
+
+class MethodsOfFit:
+    """A method for each optimizer of a fit; nearly every fit has one.
+
+    Attributes:
+        methods: in the order of the optimizers.
+        search: the pairs of the model, and what was left out, as they were at the last search.
+        assignment: which optimizer trains which pair.
+
+    Args:
+        method: the first, with the settings of all.
+    """
+
+    def __init__(self, method: StepMethod) -> None:
+        self.methods = [method]
+        self._forget_pairs()
+
+    def _forget_pairs(self) -> None:
+        self.search = PairSearch([], [])
+        self.assignment = PairAssignment([], [], [], [])
+        # Whether another callback has the task of unfreezing or activating pairs later.
+        self.may_come = False
+
+    @property
+    def main(self) -> StepMethod:
+        """The method of the first optimizer that trains pairs."""
+        return next((method for method in self.methods if method.pairs), self.methods[0])
+
+    def begin(self, continues: bool) -> None:
+        """Forget the last fit, except for the counts if this one continues it."""
+        self._forget_pairs()
+        before, self.methods = self.methods, [method.for_another_optimizer() for method in self.methods]
+        if continues:
+            # The optimizers are new, and Ê starts again with them, but schedules continue from the old count.
+            for method, old in zip(self.methods, before, strict=True):
+                method.step, method.initial_lr = old.step, old.initial_lr
+
+    def take(self, optimizers: Sequence[Optimizer]) -> None:
+        """Have one method for each optimizer; those of the last fit keep their counts."""
+        while len(self.methods) < len(optimizers):
+            self.methods.append(self.methods[0].for_another_optimizer())
+        del self.methods[max(len(optimizers), 1) :]
+        for method, optimizer in zip(self.methods, optimizers, strict=False):
+            method.optimizer = optimizer
+
+    def of(self, trainer: Trainer, optimizer: Any) -> StepMethod | None:
+        """Find the method that an optimizer, as a hook receives it, steps; None if there is none."""
+        # Only Lightning's wrapper is unpacked: with any other, the wrapper itself is in trainer.optimizers.
+        if is_lightning(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        for method, own in zip(self.methods, trainer.optimizers, strict=False):
+            if own is optimizer:
+                return method if method is self.main or method.takes_several_optimizers else None
+        return None
+
+    def set_horizon(self, trainer: Trainer) -> None:
+        """Take the number of optimizer steps of the run, which is known once the loaders are set up."""
+        for method in self.methods:
+            method.horizon = optimizer_steps(trainer)
+        if self.main.lacks_horizon and math.isinf(self.main.horizon):
+            refuse(self.main, [no_end(self.main.argument)])
+
+    def warn_of_late_start(self, trainer: Trainer) -> None:
+        """Say that a schedule over the whole run begins in the middle of it, as no count has come with a checkpoint."""
+        method = self.main
+        # Next to EFMLoRA an FMLoRAModule's callback has no pairs and no count.
+        is_in_use = bool(self.search.names) or not method.needs_pairs
+        if is_in_use and method.step == 0 and trainer.global_step > 0 and method.lacks_horizon:
+            rank_zero_warn(
+                f"{method.title} was not part of this run until now, at step {trainer.global_step} of "
+                f"{method.horizon:g}. {method.argument} begins at its own step 0 and will not come to its end: set its "
+                "total_steps to the steps that are left"
+            )
+
+    # -- the pairs
+
+    def find(self, trainer: Trainer, module: LightningModule, must_be_there: bool) -> None:
+        """Search the model, and give each method the pairs whose factors its optimizer holds.
+
+        Raises:
+            ValueError: there is no pair though one must be there, or no adapter of the given name.
+        """
+        # If pairs may be unfrozen or activated later, a start without any is no error.
+        may_come = self.may_come
+        adapter_name, finder = self.methods[0].adapter_name, self.methods[0].finder
+        self.search = search_pairs(module, adapter_name, finder, must_be_active=not may_come)
+        if must_be_there and not self.search.pairs and not (may_come and self.search.resting):
+            raise NoPairsError(nothing_found(module, adapter_name, finder, self.search))
+        self.assignment = assign_pairs(self.search, trainer.optimizers)
+        for method, pairs in zip(self.methods, self.assignment.pairs, strict=False):
+            method.follow(pairs, module, trainer.strategy.model or module)
+        if sum(bool(method.pairs) for method in self.methods) > 1:
+            for index, method in enumerate(self.methods):
+                method.place = f" of optimizer {index}"
+
+    def problems(self, module: LightningModule) -> list[str]:
+        """List what can't work with the pairs as the fit starts."""
+        problems = merge_problems(module) + self.assignment_problems()
+        for method in self.methods:
+            problems += method.pair_problems()
+        return problems
+
+    def assignment_problems(self) -> list[str]:
+        """List what can't work with the optimizers that hold the pairs."""
+        assignment = self.assignment
+        problems = []
+        if assignment.orphans and not self.may_come:
+            problems.append(
+                f"trainable LoRA factors, such as {assignment.orphans[0].name}, are in no optimizer: give them to it, "
+                "or freeze them; if they join it later in the fit, let a BaseFinetuning callback do it"
+            )
+        several = [index for index, pairs in enumerate(assignment.pairs) if pairs]
+        if assignment.spread:
+            problems.append(
+                f"the factors of pairs, {assignment.spread[0].name} among them, are spread over optimizers "
+                f"{sorted(set(assignment.places))}: one optimizer must hold A and B of all of them"
+            )
+        elif len(several) > 1 and not self.methods[0].takes_several_optimizers:
+            problems.append(
+                f"the pairs are spread over optimizers {several}: one optimizer must hold A and B of all of them, or "
+                "use EFMLoRA, which follows the pairs of each optimizer"
+            )
+        return problems
+
+    def install_again(self) -> list[str]:
+        """Prepare the layers of pairs that a later search has found; list what can't work with them."""
+        problems = [f"{each}. Until then these pairs are not perturbed" for each in self.assignment_problems()]
+        for method in self.methods:
+            method.install()
+            problems += [f"{each}. Until then the first group's is followed" for each in method.rate_problems()]
+        return problems
+
+    def without_effect(self, trainer: Trainer, module: LightningModule) -> list[str]:
+        """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
+        method = self.main
+        if method.needs_pairs and not method.pairs:
+            what = "no pair is trained any more" if method.has_learned else "no pair has been trained so far"
+            return [
+                f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
+                "parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from the "
+                "next epoch on"
+            ]
+        steps = [method.step for method in self.methods if method.pairs]
+        steps_itself = not module.automatic_optimization and module_window(trainer) is None
+        if steps_itself and steps and not any(steps):
+            return [
+                "no optimizer step was seen so far, so nothing was perturbed: step the optimizer that "
+                "self.optimizers() gives, not the one inside it"
+            ]
+        return []
+
+    def never_trained(self) -> list[str]:
+        """Say, at the end of a fit, which pairs came into no optimizer though another callback was to see to it."""
+        left = [pair.name for pair in self.assignment.orphans]
+        if left and self.may_come and self.main.pairs:
+            return [f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed"]
+        return []
+
+    # -- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state of all methods; with one optimizer it lies at the top level, as in a loop."""
+        state: dict[str, Any] = {"settings": self.main.settings()}
+        if len(self.methods) == 1:
+            return {**self.main.state_dict(), **state}
+        return {**state, "step": self.main.step, "optimizers": [method.state_dict() for method in self.methods]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`.
+
+        Raises:
+            MisconfigurationException: it is of other settings, optimizers or pairs.
+        """
+        problems = self.main.settings_problems(state["settings"])
+        states = state.get("optimizers", [state])
+        if len(states) not in (1, len(self.methods)):
+            problems.append(
+                f"the checkpoint holds the state of {len(states)} optimizers, and this run has "
+                f"{len(self.methods)}: configure as many as it had, or start a new run from the weights"
+            )
+        refuse(self.main, problems)
+        methods = [self.main] if len(states) == 1 else self.methods
+        for method, of_method in zip(methods, states, strict=True):
+            # Another optimizer's pairs have their own state.
+            known = set(self.search.names)
+            for other in self.methods:
+                if other is not method:
+                    known -= {pair.name for pair in other.pairs}
+            method.load_state_dict(of_method, known)
+
+
+def is_alone_in(trainer: Trainer, callback: Callback) -> bool:
+    """Say whether a Trainer has no other callback of a callback's class."""
+    return not any(type(other) is type(callback) and other is not callback for other in callbacks_of(trainer))
+
+
+def unfreezes_later(trainer: Trainer) -> bool:
+    """Say whether a callback has the task of unfreezing parameters in the middle of a fit."""
+    return any(is_lightning(each, BaseFinetuning) for each in callbacks_of(trainer))

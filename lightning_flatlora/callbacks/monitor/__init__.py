@@ -1,1 +1,0 @@
-"""FlatnessMonitor, which measures flatness while a model trains and leaves the training undisturbed."""

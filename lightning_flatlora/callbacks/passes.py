@@ -1,0 +1,264 @@
+"""The passes of a step inside Lightning's strategy, whose methods are wrapped once for a fit.
+
+``Strategy.training_step`` runs after every hook of a batch and before the wrapper's forward, and Lightning looks it up
+on the instance, as it does ``backward`` and ``optimizer_step``. So the user's module stays as it is, and no hook of
+another callback runs while the layers read perturbed weights in automatic optimization.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_flatlora.callbacks.patches import put_on_instance
+from lightning_flatlora.callbacks.silenced import silenced
+from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
+from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
+from lightning_flatlora.distributed import average_gradients, is_sharded
+from lightning_flatlora.lightning_names import callbacks_of
+from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
+from lightning_flatlora.methods.gradients import set_aside
+from lightning_flatlora.methods.replay import Replay
+from lightning_flatlora.methods.step_method import StepMethod
+
+
+class Passes:
+    """Wrap a strategy's methods for one fit; this class changes no pass, and its subclasses do.
+
+    Args:
+        owner: the callback; while a tuner has removed it from the trainer, nothing is done.
+        trainer: as the fit starts.
+        methods: for each optimizer, what trains its pairs.
+        before_pass: called in each batch before its first pass.
+    """
+
+    def __init__(
+        self, owner: Any, trainer: Trainer, methods: Sequence[StepMethod], before_pass: Callable[[], None]
+    ) -> None:
+        self.owner, self.trainer, self.methods = owner, trainer, methods
+        self._before_pass = before_pass
+        self._original_optimizer_step = trainer.strategy.optimizer_step
+        self._announced = 0
+        self._gradients = 0
+        self._patches = ExitStack()
+        self._put_on(trainer.strategy, "optimizer_step", self.optimizer_step)
+        self._original_training_step = trainer.strategy.training_step
+        self._put_on(trainer.strategy, "training_step", self._training_step)
+
+    def _put_on(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
+        self._patches.callback(put_on_instance(owner, name, method))
+
+    @property
+    def is_active(self) -> bool:
+        """Whether batches train now, with the callback in the trainer."""
+        # A tuner, such as the batch size finder, removes callbacks for its trial steps, and these must be plain.
+        return self.owner in callbacks_of(self.trainer) and not takes_no_step(self.trainer)
+
+    def close(self) -> None:
+        """Give the strategy its own methods back."""
+        self._patches.close()
+
+    # -- what is wrapped
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_active:
+            return self._original_training_step(*args, **kwargs)
+        self._before_pass()
+        return self.training_step(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass of a batch."""
+        return self._original_training_step(*args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run an optimizer step, in automatic optimization with the passes in it."""
+        self._announced += 1
+        self._gradients = 0
+        try:
+            return self._original_optimizer_step(*args, **kwargs)
+        finally:
+            self._announced -= 1
+
+    # -- steps that can't be followed
+
+    def check_gradient_is_first(self, module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that calls its closure again within a step, as SAM and searches along a line do.
+
+        To be called in on_before_optimizer_step. No class says it of itself except LBFGS. In manual optimization a
+        training_step may take as many steps as it likes.
+        """
+        if self._gradients and module.automatic_optimization:
+            refuse(self.owner, [f"{type(optimizer).__name__} {SEVERAL_GRADIENTS}"])
+        self._gradients += 1
+
+    def watch_steps(self) -> None:
+        """Refuse steps that bypass the strategy, which is what calls ``on_before_optimizer_step``.
+
+        An override of ``optimizer_step``, or a training_step in manual optimization, makes one by stepping the
+        optimizer inside Lightning's own. Optimizers that are not PyTorch's (wrappers that keep one inside) can't be
+        watched.
+        """
+        for optimizer in self.trainer.optimizers:
+            # A wrapper may inherit from Optimizer without calling its constructor, which creates this table.
+            if "_optimizer_step_pre_hooks" in vars(optimizer):
+                self._patches.callback(optimizer.register_step_pre_hook(self._check_announced).remove)
+
+    def _check_announced(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._announced or not self.is_active:
+            return
+        index = self.trainer.optimizers.index(optimizer)
+        # Another optimizer may train the pairs.
+        if not self.methods[index].pairs and any(method.pairs for method in self.methods):
+            return
+        problem = (
+            f"the {type(optimizer).__name__} that learns the pairs is stepped without Lightning's knowledge, so that "
+            "on_before_optimizer_step is not called and nothing would be perturbed: in an optimizer_step "
+            "of your own call optimizer.step(closure=optimizer_closure) on the optimizer that it is given, "
+            "and in manual optimization step what self.optimizers() gives, not the .optimizer inside it"
+        )
+        refuse(self.owner, [problem])
+
+
+class OnePass(Passes):
+    """Let the layers read perturbed weights in the forward and in the backward pass, and nowhere else.
+
+    In manual optimization the perturbation lasts until the end of training_step, except for optimizer steps.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._is_inside = False
+        # Not the strategy's, inside of which hooks of other callbacks run.
+        plugin = self.trainer.precision_plugin
+        self._original_backward = plugin.backward
+        self._put_on(plugin, "backward", self.backward)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward pass at perturbed weights."""
+        return self._run(self._original_training_step, True, *args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass at perturbed weights, since checkpointed layers compute their forward in it again."""
+        self._run(self._original_backward, True, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run an optimizer step, whose hooks see the clean weights."""
+        return self._run(super().optimizer_step, False, *args, **kwargs)
+
+    def _run(self, original: Callable[..., Any], is_inside: bool, *args: Any, **kwargs: Any) -> Any:
+        was_inside, self._is_inside = self._is_inside, is_inside
+        self._switch()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._is_inside = was_inside
+            self._switch()
+
+    def _switch(self) -> None:
+        is_on = self._is_inside and self.is_active
+        for method in self.methods:
+            # Asked each time: in manual optimization the first perturbation comes within a training_step.
+            if is_on and method.perturbs:
+                method.on()
+            else:
+                method.off()
+
+
+class TwoPasses(Passes):
+    """Take a step's gradient a second time, at perturbed weights, in automatic optimization.
+
+    The gradient of the first pass gives the perturbation, and the optimizer sees that of the second. Hooks around
+    backward fire in each pass, with its gradient. Under gradient accumulation each micro-batch has its own ascent.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._original_backward = self.trainer.strategy.backward
+        self._put_on(self.trainer.strategy, "backward", self.backward)
+        module = self.trainer.lightning_module
+        self._replay = Replay(module, self.trainer.optimizers, is_sharded(self.trainer.strategy.model))
+        self._local_ascent = ExitStack()
+        self._arguments: tuple[Any, ...] | None = None
+
+    @property
+    def method(self) -> StepMethod:
+        """The one of the first optimizer that trains pairs."""
+        return next((method for method in self.methods if method.pairs), self.methods[0])
+
+    def close(self) -> None:
+        """Give the strategy its own methods back, and forget a batch that an error has ended."""
+        super().close()
+        self._arguments = None
+        self._local_ascent.close()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the first forward pass, at the clean weights."""
+        if not self.method.ascends:
+            return self._original_training_step(*args, **kwargs)
+        arguments = self._replay.kept_batch(args)
+        self._replay.first_pass_starts(self.trainer.lightning_module.device)
+        ends = ends_window(self.trainer, self.trainer.fit_loop.batch_idx, self.trainer.accumulate_grad_batches)
+        if ends and ascent_stays_local(self.trainer, self.method.sync_ascent):
+            # Before the forward, in which DDP decides whether the backward is going to average.
+            self._local_ascent.enter_context(backward_without_sync(self.trainer.strategy))
+        try:
+            output = self._original_training_step(*args, **kwargs)
+        except BaseException:
+            self._local_ascent.close()
+            raise
+        if output is None:  # Lightning skips the batch
+            self._local_ascent.close()
+        else:
+            self._arguments = arguments
+        return output
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the ascent's backward and, after all of its hooks, the second pass."""
+        arguments, self._arguments = self._arguments, None
+        original = self._original_backward
+        if arguments is None:
+            return original(loss, *args, **kwargs)
+        method, strategy = self.method, self.trainer.strategy
+        try:
+            # Not earlier: Lightning clears the gradients of the last step after the forward pass.
+            with set_aside(self._replay.parameters, self.trainer.optimizers):
+                loss = original(loss, *args, **kwargs)
+                if method.sync_ascent and not has_synchronized(strategy):
+                    average_gradients(method.ascending)
+                at_perturbed_weights = method.ascend()
+        finally:
+            self._local_ascent.close()
+        # What the first pass has written is asked before the perturbation may move weights in place.
+        with self._replay.running(), at_perturbed_weights, silenced(self.trainer.lightning_module):
+            self._descend(arguments)
+        return loss
+
+    def _descend(self, arguments: tuple[Any, ...]) -> None:
+        """Add the gradient at the perturbed weights to what was accumulated."""
+        # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
+        loss = loss_of(self._original_training_step(*arguments), "training_step")
+        if loss is None:
+            leave_batch_out(self.trainer, "training_step")
+            return
+        # Lightning has divided the first pass's loss itself, but it does not see this one.
+        self._original_backward(loss / self.trainer.accumulate_grad_batches, self.trainer.optimizers[0])
+
+
+def two_pass_problems(pl_module: LightningModule) -> list[str]:
+    """List why a second pass can't be put into the steps of a module."""
+    problems = []
+    if not pl_module.automatic_optimization:
+        problems.append(
+            "a second pass can't be put into a training_step with manual optimization: "
+            "use automatic optimization, or subclass FMLoRAModule, or use EFMLoRA"
+        )
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        problems.append(
+            "training_step(dataloader_iter) takes batches itself, so a batch can't be passed twice: "
+            "write training_step(batch, batch_idx), or use EFMLoRA"
+        )
+    return problems

@@ -1,0 +1,137 @@
+"""A training step as Lightning runs it: its loss, its window, and how many of them a run takes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_flatlora.lightning_names import callbacks_of, is_lightning
+from lightning_flatlora.methods.gradients import parameters_of
+
+
+def loss_of(output: Any, source: str) -> Tensor | None:
+    """Find the loss in the output of a step: a tensor, a mapping with "loss", or None for a skipped batch.
+
+    Args:
+        output: what the step returned.
+        source: the step's name, for the error.
+
+    Raises:
+        TypeError: the output is something else.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None and not isinstance(output, Mapping):
+        return None
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{source} must return the loss as a tensor, a dict with the key 'loss', or None to skip the batch; "
+            f"got {type(output).__name__}"
+        )
+    return loss
+
+
+def leave_batch_out(trainer: Trainer, name: str) -> None:
+    """Warn that a batch with a loss in its first pass has none in its second, and so leaves no gradient.
+
+    A step that guards itself against losses which are not finite does so if E is large. Lightning leaves a batch
+    without a loss out as well.
+
+    Args:
+        trainer: that runs the step.
+        name: of the method that returned None.
+
+    Raises:
+        RuntimeError: other ranks would wait for this batch's gradient, or a loss scaler would refuse the step.
+    """
+    what = f"{name} returned None in the second pass of a step, and a loss in the first"
+    remedy = "return a loss of zero that depends on the parameters, as 0 * output.sum()"
+    if trainer.world_size > 1:
+        raise RuntimeError(f"{what}, and the other ranks would wait for its gradient forever: {remedy}")
+    if trainer.lightning_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None):
+        raise RuntimeError(f"{what}, and the loss scaler refuses a step without gradients: {remedy}")
+    rank_zero_warn(f"{what}: the batch is left out. If this comes often, rho may be too large")
+
+
+def takes_no_step(trainer: Trainer) -> bool:
+    """Say whether batches only update BatchNorm's statistics now, as in the epoch that weight averaging (SWA) adds."""
+    # Private, but Lightning says it nowhere else: StochasticWeightAveraging sets it for the epoch that it adds.
+    return bool(trainer.fit_loop._skip_backward)
+
+
+def module_window(trainer: Trainer) -> int | None:
+    """Batches of an optimizer step as an FMLoRAModule accumulates them; None if the model is another module."""
+    for callback in callbacks_of(trainer):
+        window: int | None = getattr(callback, "module_window", None)
+        if window is not None:
+            return window
+    return None
+
+
+def window_of(trainer: Trainer) -> int:
+    """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
+    return module_window(trainer) or trainer.accumulate_grad_batches
+
+
+def ends_window(trainer: Trainer, batch_idx: int, accumulate_grad_batches: int) -> bool:
+    """Say whether a batch is the last of its accumulation window, which may be shorter at the end of an epoch."""
+    return (batch_idx + 1) % accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def horizon_problems(argument: str, trainer: Trainer, module: LightningModule) -> list[str]:
+    """Say why the number of optimizer steps can't be known, as far as can be said before the loaders are set up.
+
+    Args:
+        argument: the schedule that needs the number, as the user wrote it.
+        trainer: as fit starts.
+        module: the model.
+    """
+    if trainer.max_steps == -1 and trainer.max_epochs == -1:
+        return [no_end(argument)]
+    # FMLoRAModule's optimization is manual, too, but its window says when it steps.
+    own_steps = not module.automatic_optimization and module_window(trainer) is None
+    changing = any(is_lightning(each, GradientAccumulationScheduler) for each in callbacks_of(trainer))
+    if own_steps or changing:
+        cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
+        return [f"{argument} spreads over the run, whose steps are not known as {cause}: set its total_steps"]
+    return []
+
+
+def no_end(argument: str) -> str:
+    """Say what is wrong with a schedule over the whole run if the run has no end."""
+    return (
+        f"{argument} spreads over the whole run, and this run has no end: "
+        "set its total_steps, or the Trainer's max_steps, or max_epochs with a loader of known length"
+    )
+
+
+def optimizer_steps(trainer: Trainer) -> float:
+    """Count the optimizer steps of the whole run, as training starts; infinite if the length is not known.
+
+    Not ``trainer.estimated_stepping_batches``: before training it sets the loaders up too early for a resumed one to
+    take its state, and under manual optimization it counts batches.
+    """
+    steps = math.inf
+    if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
+        # Rounded up, because the last window of an epoch steps even if it is shorter.
+        steps = math.ceil(trainer.num_training_batches / window_of(trainer)) * _epochs(trainer)
+    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+
+
+def _epochs(trainer: Trainer) -> int:
+    """Epochs that train: without the one in which weight averaging refreshes BatchNorm's statistics."""
+    epochs = trainer.max_epochs or 1
+    for each in callbacks_of(trainer):
+        if is_lightning(each, StochasticWeightAveraging):
+            epochs = min(epochs, each.swa_end + 1)
+    return max(epochs, 1)
+
+
+def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parameter]:
+    """List the parameters whose overflow makes a loss scaler skip the step; none if there is no scaler."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return []
+    return parameters_of(trainer.optimizers[optimizer_index])

@@ -1,0 +1,98 @@
+"""What EFMLoRA and FMLoRA share: the perturbation of B alone, its settings and its state."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_flatlora.functional import Estimator, NormScope
+from lightning_flatlora.methods.checks import perturbation_problems, warn_of_rounding
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.schedules import RhoSchedule
+
+
+class BPerturbationStep(StepMethod):
+    """Base of the paper's two methods.
+
+    Attributes:
+        beta: weight of the fresh perturbation in the average; 1 if there is none.
+    """
+
+    beta: float = 1.0
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        estimator: Estimator = "average",
+        norm_scope: NormScope = "global",
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+        sync_ascent: bool = True,
+    ) -> None:
+        self.estimator: Estimator = estimator
+        self.norm_scope: NormScope = norm_scope
+        super().__init__(
+            rho,
+            start_step=start_step,
+            every_n_steps=every_n_steps,
+            adapter_name=adapter_name,
+            finder=finder,
+            sync_ascent=sync_ascent,
+        )
+
+    @override
+    def argument_problems(self) -> list[str]:
+        return perturbation_problems(self.beta, self.estimator, self.norm_scope)
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"estimator": self.estimator, "norm_scope": self.norm_scope}
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self.perturbation = None
+        # The state of pairs that are in no optimizer yet, from a checkpoint.
+        self.awaited: dict[str, Any] | None = None
+
+    @override
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().follow(pairs, module, wrapped)
+        if not pairs:
+            self.close()
+            self.perturbation = None
+        elif self.perturbation is not None:
+            self.perturbation.follow(pairs, self._layout)
+        else:
+            self.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, self._layout)
+            if self.awaited is not None:
+                self.perturbation.load_state_dict(self.awaited, self.awaited["E"], may_be_new=True)
+                self.awaited = None
+
+    @override
+    def install(self) -> None:
+        if self.perturbation is not None and not self.perturbation.is_installed:
+            warn_of_rounding(self, "B", [pair.B for pair in self.pairs])
+            self.perturbation.install()
+
+    @override
+    def close(self) -> None:
+        super().close()
+        if self.perturbation is not None:
+            self.perturbation.uninstall()
+
+    @override
+    def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
+        saved = state.get("perturbation")
+        if saved is None or self.perturbation is None:
+            # Its pairs are frozen or not there yet. When they come, the new perturbation starts from this state.
+            self.awaited = saved
+        else:
+            names: Collection[str] = set(known)
+            self.perturbation.load_state_dict(saved, names)

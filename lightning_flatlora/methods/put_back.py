@@ -1,0 +1,133 @@
+"""Remember what a pass may change, and put it back afterwards (the parts of rule R3).
+
+Each function notes a state at the moment of the call and gives a function that puts it back, any number of times.
+"""
+
+import copy
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.jit import ScriptModule
+from torchmetrics import Metric
+
+PutBack = Callable[[], None]
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+"""The attributes that every module has: its parts, hooks and mode."""
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+
+
+def random_state(device: torch.device) -> PutBack:
+    """Note the states of the global random generators: Python's, NumPy's, and torch's on the CPU and the device.
+
+    Example:
+        >>> put_back = random_state(torch.device("cpu"))
+        >>> first = torch.rand(3); put_back(); bool((torch.rand(3) == first).all())
+        True
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # Dropout on an accelerator draws from the device's own generator.
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    accelerator_state = accelerator.get_rng_state(device) if accelerator else None
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if accelerator:
+            accelerator.set_rng_state(accelerator_state, device)
+
+    return put_back
+
+
+def own_attributes(module: nn.Module) -> PutBack:
+    """Note the numbers, lists, dicts and sets among a module's own attributes, one level deep.
+
+    What lies inside of a container is put back, but not what is written into it: a list that was appended to, but not a
+    tensor in it that was changed.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.steps, module.losses = 1, [0.5]
+        >>> put_back = own_attributes(module)
+        >>> module.steps += 1; module.losses.append(0.25); put_back()
+        >>> module.steps, module.losses
+        (1, [0.5])
+    """
+    attributes = vars(module)
+    numbers: dict[str, Any] = {}
+    containers: dict[str, tuple[Any, Any]] = {}
+    for name, value in attributes.items():
+        if name in _OF_TORCH:
+            continue
+        if type(value) in _CONTAINERS:
+            containers[name] = value, copy.copy(value)
+        elif isinstance(value, Number):
+            numbers[name] = value
+
+    def put_back() -> None:
+        attributes.update(numbers)
+        for name, (container, contents) in containers.items():
+            # The same object, which others may hold as well.
+            attributes[name] = container
+            container.clear()
+            if isinstance(container, (list, deque)):
+                container.extend(contents)
+            else:
+                container.update(contents)
+
+    return put_back
+
+
+def metrics_on_copies(metrics: Iterable[Metric]) -> PutBack:
+    """Let torchmetrics work on copies of their states, until they get back the same objects that they hold now."""
+    kept = []
+    for metric in metrics:
+        attributes = dict(vars(metric))
+        kept.append((metric, attributes))
+        vars(metric).update({name: _copied(value) for name, value in attributes.items()})
+
+    def put_back() -> None:
+        for metric, attributes in kept:
+            vars(metric).clear()
+            vars(metric).update(attributes)
+
+    return put_back
+
+
+def eval_mode(module: nn.Module) -> PutBack:
+    """Put a module and all of its parts into eval mode, until they get back the modes that they have now."""
+    # One that was frozen by torch.jit has no mode. Parents come first, so their children have the last say.
+    modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
+    for part, _ in modes:
+        _set_mode(part, False)
+
+    def put_back() -> None:
+        for part, mode in modes:
+            _set_mode(part, mode)
+
+    return put_back
+
+
+def _set_mode(part: nn.Module, mode: bool) -> None:
+    if isinstance(part, ScriptModule):
+        part.train(mode)  # its state is in C++
+    else:
+        # Not by train(), which a module may have overridden.
+        vars(part)["training"] = mode
+
+
+def _copied(value: Any) -> Any:
+    """Copy a metric's state, a tensor or a list of tensors; give anything else as it is."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.clone()
+    if type(value) is list:
+        return list(value)
+    return value

@@ -1,0 +1,200 @@
+"""Run a second pass over a batch as if there were only the first (rule R3 of extra passes)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.methods.batches import clone_with_attributes, own_containers, tensors_in
+from lightning_flatlora.methods.buffers import Buffers, Mark, mark_of
+from lightning_flatlora.methods.put_back import PutBack, metrics_on_copies, own_attributes, random_state
+
+
+class Replay:
+    """Lets a second pass over a batch follow the first as if there were none.
+
+    The second pass starts from what the first one started from: the batch, the states of the global random generators
+    (Python's, NumPy's and torch's), the buffers, and the numbers, lists, dicts and sets among the module's own
+    attributes. Afterwards these, and torchmetrics among the modules, are as the first pass has left them.
+
+    No parameter is copied. One that a step writes and no optimizer trains, such as a momentum encoder's, is refused.
+    Parameters are not watched under FSDP. :meth:`undone` does the same for passes that stand outside of any step.
+
+    Attributes:
+        parameters: those of the module, listed once: between forward and backward FSDP shows stand-ins for them.
+
+    Args:
+        module: the module, not what a strategy has wrapped around it.
+        optimizers: all that train it.
+        is_sharded: whether ranks hold parts of its parameters.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.norm = nn.BatchNorm1d(2)
+        >>> replay = Replay(module)
+        >>> replay.first_pass_starts(torch.device("cpu"))
+        >>> _ = module.norm(torch.ones(3, 2))
+        >>> with replay.running():
+        ...     _ = module.norm(torch.ones(3, 2))
+        >>> int(module.norm.num_batches_tracked)
+        1
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer] = (), is_sharded: bool = False) -> None:
+        self.parameters = list(module.parameters())
+        self._module = module
+        self._optimizers = list(optimizers)
+        self._watched = [] if is_sharded else _watchable(module)
+        self._device = torch.device("cpu")
+        self._batch_marks: list[tuple[Tensor, Mark]] = []
+        self._is_first_step = True
+        self._writes_batch = False
+        self._is_outdated = False
+        self._buffers = Buffers()
+        self._look()
+
+    def look_again(self, optimizers: Iterable[Optimizer]) -> None:
+        """At the next first pass, find the modules again, which takes too long for every step.
+
+        Not now, at the start of an epoch, since the hooks of others may still change the module.
+        """
+        self._optimizers = list(optimizers)
+        self._is_outdated = True
+
+    def _look(self) -> None:
+        modules = list(self._module.modules())
+        self._buffers.look(modules)
+        self._metrics = [module for module in modules if isinstance(module, Metric)]
+        # A wrapper's own count of updates stays 0, and some reset the metric that they wrap in each step.
+        self._uncounted: set[int] = set()
+        for metric in self._metrics:
+            if isinstance(metric, WrapperMetric):
+                self._uncounted.update(map(id, metric.modules()))
+        self._is_outdated = False
+
+    def first_pass_starts(self, device: torch.device) -> None:
+        """Note the state from which both passes start; the device is that on which they draw random numbers."""
+        if self._is_outdated:
+            self._look()
+        self._device = device
+        self._draws = random_state(device)
+        self._attributes = own_attributes(self._module)
+        self._buffers.first_pass_starts()
+        self._marks = list(map(mark_of, self._watched))
+        self._update_counts = [metric.update_count for metric in self._metrics]
+
+    def kept_batch(self, batch: Any) -> Any:
+        """Keep what the second pass gets in a batch's place; to be called before the first.
+
+        It has containers of its own. In the first step, and once a first pass has been seen to write into a batch's
+        tensors, as one that masks tokens in place, the tensors are copies as well.
+        """
+        if self._writes_batch or self._is_first_step:
+            kept = own_containers(batch, clone_with_attributes)
+        else:
+            kept = own_containers(batch)
+        # Those made in inference mode have no version by which a write can be noticed.
+        written = [tensor for tensor in tensors_in(batch) if not tensor.is_inference()]
+        self._batch_marks = [(tensor, mark_of(tensor)) for tensor in written]
+        return kept
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the second pass starts where the first one started; afterwards all is as the first has left it.
+
+        Raises:
+            MisconfigurationException: the first pass has written a parameter that no optimizer trains.
+        """
+        written = self.written_parameter()
+        if written is not None:
+            raise MisconfigurationException(
+                f"a step writes the parameter {written}, which no optimizer trains, as a momentum encoder's: a second "
+                "pass would write it again. Update it in on_train_batch_end, or use EFMLoRA, which takes one pass"
+            )
+        self._writes_batch |= any(mark_of(tensor) != mark for tensor, mark in self._batch_marks)
+        # They hold the batch, which would otherwise stay in memory beside the next one.
+        self._batch_marks = []
+        self._is_first_step = False
+        of_first: list[PutBack] = [random_state(self._device), own_attributes(self._module)]
+        of_first += [metrics_on_copies(self._updated_metrics()), self._buffers.first_pass_ended()]
+        self._draws()
+        self._attributes()
+        try:
+            yield
+        except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise RuntimeError(
+                    "the second pass of a step needs a graph that the first one's backward has freed, since it was "
+                    "built outside of the step, as in a hook that prepares the batch: compute it inside the step, or "
+                    "detach it, or use EFMLoRA, which takes one pass"
+                ) from error
+            raise
+        finally:
+            for put_back in of_first:
+                put_back()
+
+    def _updated_metrics(self) -> list[Metric]:
+        """Find the metrics that the first pass has updated; with a wrapper all of its own, whose counts say nothing."""
+        updated = []
+        for metric, count in zip(self._metrics, self._update_counts, strict=True):
+            if id(metric) in self._uncounted or metric.update_count != count:
+                updated.append(metric)
+        return updated
+
+    def written_parameter(self) -> str | None:
+        """Name a parameter that the pass has written and no optimizer trains; None if there is none."""
+        marks = list(map(mark_of, self._watched))
+        if marks == self._marks:
+            return None
+        trained: set[int] = set()
+        for optimizer in self._optimizers:
+            for param_group in optimizer.param_groups:
+                trained.update(map(id, param_group["params"]))
+        for parameter, mark, before in zip(self._watched, marks, self._marks, strict=True):
+            if mark != before and id(parameter) not in trained:
+                names = [name for name, each in self._module.named_parameters() if each is parameter]
+                return names[0] if names else "of a part that is gone"
+        return None
+
+    @contextmanager
+    def undone(self, device: torch.device) -> Iterator[None]:
+        """Inside, any passes may run, and afterwards all is as before them, except for parameters.
+
+        Args:
+            device: on which they draw random numbers.
+        """
+        self.first_pass_starts(device)
+        metrics = metrics_on_copies(self._metrics)
+        try:
+            yield
+        finally:
+            metrics()
+            self._buffers.first_pass_ended()
+            self._attributes()
+            self._draws()
+
+
+def _watchable(module: nn.Module) -> list[nn.Parameter]:
+    """List the parameters whose marks say whether a step has written them.
+
+    Others have no version or no shape yet, or are of other classes, such as quantized weights, which their library may
+    put somewhere else in the first forward pass.
+    """
+    watchable = []
+    for part in module.modules():
+        # An RNN's flatten_parameters, which many call in forward, moves them in the memory of a GPU.
+        if isinstance(part, nn.RNNBase):
+            continue
+        for parameter in part.parameters(recurse=False):
+            if is_lazy(parameter) or parameter.is_inference():
+                continue
+            if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
+                watchable.append(parameter)
+    return watchable

@@ -1,0 +1,321 @@
+"""What every method does in a training step, whoever runs the loop: the pairs of one optimizer, rho, and the count."""
+
+import copy
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_flatlora.distributed import Layout, layout_of
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.methods.checks import changed_settings, message, refuse, value_problems
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
+from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
+from lightning_flatlora.schedules import ConstantRho, RhoSchedule
+
+
+class StepMethod:
+    """A method for the LoRA pairs of one optimizer; subclasses say what is perturbed, and when.
+
+    Whoever runs the loop gives it the pairs (:meth:`follow`), runs the passes of a step as ``takes_two_passes`` says,
+    and calls :meth:`before_step` when the gradients of a step are complete.
+
+    Attributes:
+        title: the name of the method as users write it, for messages.
+        rho: the size of the perturbation over optimizer steps, under the name that most methods give it.
+        optimizer: the one that trains the pairs; only its ``param_groups`` are read.
+        place: says in messages which optimizer this is, if there are several.
+        pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
+        step: optimizer steps taken so far, from 0.
+        horizon: optimizer steps of the whole run, infinite if unknown.
+        perturbation: of the pairs' B; None for a method without one, or while there is no pair.
+
+    Args:
+        rho: a number >= 0, or a schedule over optimizer steps.
+        start_step: optimizer steps before the first perturbation.
+        every_n_steps: optimizer steps between fresh perturbations.
+        adapter_name: the peft adapter to perturb; None takes the active ones.
+        finder: says what the pairs are if the layers are not peft's.
+        sync_ascent: whether the ascent's gradient is averaged over the ranks.
+
+    Raises:
+        MisconfigurationException: values out of range.
+    """
+
+    title: str
+    perturbation: Perturbation | None = None
+    size_name: ClassVar[str] = "rho"
+    needs_pairs: ClassVar[bool] = True
+    takes_two_passes: ClassVar[bool] = False
+    takes_several_optimizers: ClassVar[bool] = False
+    works_sharded: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+        sync_ascent: bool = True,
+    ) -> None:
+        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name, finder)
+        refuse(self, problems + self.argument_problems())
+        self.rho = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
+        self.start_step = start_step
+        self.every_n_steps = every_n_steps
+        self.adapter_name = adapter_name
+        self.finder = finder
+        self.sync_ascent = sync_ascent
+        self.reset()
+
+    def argument_problems(self) -> list[str]:
+        """List what is wrong with a subclass's own arguments, which it has stored before this ``__init__``."""
+        return []
+
+    def reset(self) -> None:
+        """Forget the pairs and the count of the last run; subclasses add their own."""
+        self.optimizer: Any = None
+        self.place = ""
+        self.pairs: list[LoRAPair] = []
+        self.step = 0
+        self.horizon = math.inf
+        self.initial_lr: float | None = None
+        self._layout = Layout()
+        # None as soon as a pair has had a gradient.
+        self._steps_without_gradient: int | None = 0
+        self._has_warned = False
+
+    def for_another_optimizer(self) -> Self:
+        """Make a method with these settings and no pairs."""
+        other = copy.copy(self)
+        other.reset()
+        return other
+
+    def settings(self) -> dict[str, Any]:
+        """Name the arguments that a resumed run must not change."""
+        return {}
+
+    # -- the pairs
+
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        """Take the pairs that the optimizer holds now; those that stay keep their state.
+
+        Args:
+            pairs: maybe none.
+            module: that holds them.
+            wrapped: the same as the strategy or the loop has wrapped it, which says how ranks share the factors.
+
+        Raises:
+            ValueError: the method can't work with any of these layers.
+        """
+        self.pairs = pairs
+        self._layout = layout_of(wrapped)
+
+    def install(self) -> None:
+        """Let the layers be able to read perturbed weights, after all checks."""
+
+    def close(self) -> None:
+        """Leave no trace on the layers; what a checkpoint needs stays."""
+        self.off()
+
+    def trained_factors(self) -> list[nn.Parameter]:
+        """List the factors of the pairs whose B is trained now, each once, A before B, without a frozen A."""
+        return trained_factors([pair for pair in self.pairs if pair.B.requires_grad])
+
+    @property
+    def left_out(self) -> list[str] | None:
+        """Lines about the layers that the method leaves out; None for those of the search."""
+        return None
+
+    # -- the size
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether the coming step takes a fresh perturbation."""
+        # The count starts at start_step, so that this step is the first to perturb whatever every_n_steps is.
+        since_start = self.step - self.start_step
+        return since_start >= 0 and since_start % self.every_n_steps == 0
+
+    @property
+    def current_rho(self) -> float:
+        """The size of the coming step's perturbation."""
+        share = 1.0
+        groups = self._followed_groups() if self.rho.needs_learning_rate else []
+        if groups:
+            # Not only None: a hand-written warm-up may start at 0.
+            if not self.initial_lr:
+                self.initial_lr = float(groups[0].get("initial_lr", groups[0]["lr"]))
+            # Relative to the initial value, so that a schedule starts at the size that the user gave.
+            share = groups[0]["lr"] / self.initial_lr if self.initial_lr else 0.0
+        size = self.rho(self.step, self.horizon, share)
+        # The package's own schedules are checked when they are made; a user's may give anything.
+        if not 0 <= size < math.inf:
+            refuse(self, [f"{self.argument} must give a finite number >= 0, and gave {size} at step {self.step}"])
+        return size
+
+    @property
+    def argument(self) -> str:
+        """The size as a user would write it."""
+        return f"{self.size_name}={self.rho}"
+
+    @property
+    def lacks_horizon(self) -> bool:
+        """Whether the schedule spreads over a run whose length its own arguments do not give."""
+        return self.rho.needs_horizon and getattr(self.rho, "total_steps", None) is None
+
+    @property
+    def followed(self) -> list[nn.Parameter]:
+        """The parameters whose learning rate a schedule may follow."""
+        return [pair.B for pair in self.pairs]
+
+    def _followed_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups that hold a followed parameter."""
+        identities = {id(parameter) for parameter in self.followed}
+        groups = []
+        for group in self.optimizer.param_groups:
+            if any(id(parameter) in identities for parameter in group["params"]):
+                groups.append(group)
+        return groups
+
+    def rate_problems(self) -> list[str]:
+        """List why the size can't follow the learning rate, if it is to do so."""
+        if not self.rho.needs_learning_rate or self.optimizer is None:
+            return []
+        groups = self._followed_groups()
+        problems = []
+        if any(isinstance(group["lr"], Tensor) for group in groups):
+            problems.append(
+                f"{self.argument} follows the learning rate, a tensor here: reading it would make the host wait. Give "
+                "the optimizer a float, or choose another schedule"
+            )
+        if len(groups) > 1:
+            problems.append(
+                f"{self.argument} follows the learning rate, but what it moves is in several parameter groups: put it "
+                "into one, or choose another schedule"
+            )
+        return problems
+
+    def pair_problems(self) -> list[str]:
+        """List what can't work with the pairs that were found; subclasses add their own."""
+        return self.rate_problems()
+
+    # -- the passes of a step
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the coming pass of a one-pass method reads perturbed weights."""
+        return False
+
+    def on(self) -> None:
+        """Let the layers read perturbed weights; for methods of one pass."""
+
+    def off(self) -> None:
+        """Let the layers read the clean weights."""
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the coming step of a two-pass method takes two passes; with a size of 0 it is a plain step."""
+        return bool(self.ascending) and self.refreshes and self.current_rho > 0
+
+    @property
+    def ascending(self) -> list[nn.Parameter]:
+        """The trained parameters whose gradients give the perturbation, in the same order on every rank."""
+        return []
+
+    def ascend(self) -> AbstractContextManager[None]:
+        """Take the perturbation from the first pass's gradients; it is zero if one of them is not finite.
+
+        Returns:
+            A context in which the layers read perturbed weights. After it, whatever happens, they read the clean ones.
+        """
+        raise NotImplementedError(f"{self.title} takes one pass")
+
+    def before_step(self, also_finite: Iterable[nn.Parameter] = ()) -> None:
+        """Use the gradients of the coming optimizer step, and count it.
+
+        Args:
+            also_finite: parameters whose overflow makes a loss scaler skip the step, so that nothing may move.
+        """
+        self._look_for_gradients()
+        if self.pairs:
+            self.use_gradients(also_finite)
+        self.step += 1
+
+    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
+        """Do what the method does with the gradients of the coming step; nothing in many methods of two passes."""
+
+    def forget_gradients(self) -> None:
+        """Drop gradients of the method's own, at the moment at which a loop clears those of the model."""
+
+    # -- steps in which nothing can be perturbed
+
+    def _look_for_gradients(self) -> None:
+        """Say once that the pairs had no gradient in many steps, so that the method does nothing."""
+        if self._steps_without_gradient is None:
+            return
+        trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
+        # Nobody expects a gradient while all pairs are frozen.
+        if not trained:
+            return
+        missed = None if self._layout.has_gradient(trained) else self._steps_without_gradient + 1
+        self._steps_without_gradient = missed
+        if missed == MOST_MISSED_STEPS:
+            self.warn_without_gradient()
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether any pair has had a gradient in a step."""
+        return self._steps_without_gradient is None
+
+    def warn_without_gradient(self) -> None:
+        """Say, once, that no pair has had a gradient so far, if this is so."""
+        if not self._steps_without_gradient or self._has_warned:
+            return
+        self._has_warned = True
+        problem = (
+            f"no B of a pair{self.place} has had a gradient in any step so far, so the method had no effect there: the "
+            "loss must depend on what the adapted layers compute (not under torch.no_grad, not detached), and the "
+            "gradients must still be there in on_before_optimizer_step, which they are not if an optimizer steps "
+            "inside backward"
+        )
+        rank_zero_warn(message(self, [problem]))
+
+    # -- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a resumed run needs, as CPU tensors and numbers."""
+        return {"step": self.step, "initial_lr": self.initial_lr}
+
+    def load_state_dict(self, state: dict[str, Any], known: Iterable[str]) -> None:
+        """Continue from a :meth:`state_dict`.
+
+        Args:
+            state: may hold the perturbation of pairs that are in no optimizer yet.
+            known: the names of all pairs of the model.
+
+        Raises:
+            MisconfigurationException: the state belongs to other pairs; nothing has changed then.
+        """
+        try:
+            self.restore(state, known)
+        except ValueError as error:
+            raise MisconfigurationException(message(self, [str(error)])) from error
+        self.step, self.initial_lr = state["step"], state["initial_lr"]
+
+    def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
+        """Take what a subclass has added to the state.
+
+        Raises:
+            ValueError: the state belongs to other pairs.
+        """
+
+    def settings_problems(self, saved: dict[str, Any]) -> list[str]:
+        """List the arguments that are not what they were in the run of a checkpoint."""
+        return changed_settings(self.settings(), saved)

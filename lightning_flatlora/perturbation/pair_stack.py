@@ -1,0 +1,224 @@
+"""Pairs of one shape, stacked so that their algebra is a few batched calls, whatever their number."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatlora.distributed import Layout, matrix_shape
+from lightning_flatlora.functional import Ascent, Estimator, ascent_average, ascent_projected
+from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
+from lightning_flatlora.perturbation.pair_state import PairState
+
+LARGEST_STACK = 2**18
+"""Elements of a stacked factor in one computation on a CPU: 1 MB of float32, which its caches hold.
+
+A larger factor is computed by itself, without a copy. Stacks exist to save calls, and from this size on the work of a
+call takes far longer than making it.
+"""
+
+LARGEST_STACK_ON_ACCELERATORS = 2**23
+"""The same limit where launching a kernel costs more than a large allocation: 32 MB of float32."""
+
+MOST_MISSED_STEPS = 100
+"""Optimizer steps in a row without a gradient after which a pair's E is forgotten.
+
+Experts, dropped layers and tasks that take turns miss some steps and come back, so their E has to last until then. A
+layer that is out of use for good must not be read perturbed forever.
+"""
+
+
+class PairStack:
+    """Pairs of one shape, dtype and device, with their perturbations.
+
+    Attributes:
+        pairs: the pairs, L of them.
+        E: their perturbations, shape (L, n, r), float32 or wider.
+        has_average: whether the moving average of each has begun, booleans, shape (L,).
+        missed_steps: the optimizer steps in a row that each has spent without a gradient. None where the average is
+            zero, since it has never been anything else or was forgotten: the host knows this without asking the device.
+
+    Args:
+        pairs: as :func:`stackable` groups them.
+        estimator: which gradients the ascent is taken from; for a pair whose A has none it is "projected".
+        layout: how the ranks share the factors.
+    """
+
+    def __init__(self, pairs: list[LoRAPair], estimator: Estimator, layout: Layout) -> None:
+        B = pairs[0].B
+        self.pairs = pairs
+        self._layout = layout
+        self._estimator = estimator
+        # Of which pairs the last ascent did not read the gradient of A.
+        self._projected_rows = [True] * len(pairs)
+        self.dtype = torch.promote_types(B.dtype, torch.float32)
+        self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
+        n, r = matrix_shape(layout.shape(B))
+        if pairs[0].B_rows is not None:
+            n = len(pairs[0].B_rows)
+        self.E = torch.zeros(len(pairs), n, r, dtype=self.dtype, device=B.device)
+        self.has_average = torch.zeros(len(pairs), dtype=torch.bool, device=B.device)
+        self.missed_steps: list[int | None] = [None] * len(pairs)
+        # Which B had a gradient in the last ascent, shape (L,), None where all had one; and the same for the host.
+        self._with_gradient: Tensor | None = None
+        self._rows_with_gradient = [True] * len(pairs)
+
+    @property
+    def may_be_nonzero(self) -> bool:
+        """Whether any E may be other than zero, as far as the host knows."""
+        return self.missed_steps.count(None) < len(self.pairs)
+
+    def state(self, i: int) -> PairState:
+        """What is to be kept of a pair; its tensors are views."""
+        return PairState(self.E[i], self.has_average[i], self.missed_steps[i])
+
+    def put(self, i: int, state: PairState) -> None:
+        """Let a pair continue from a kept state."""
+        self.E[i].copy_(state.E)
+        self.has_average[i] = state.has_average
+        self.missed_steps[i] = state.missed_steps
+
+    def average(self, fresh_E: Tensor, finite: Tensor, beta: float, is_zero: bool) -> None:
+        """Move E towards a fresh one, see :meth:`Perturbation.average`."""
+        is_taken = finite.to(fresh_E.device)
+        if self._with_gradient is not None:  # a pair without a gradient keeps its E
+            is_taken = is_taken & self._with_gradient
+        weight = torch.full((len(fresh_E),), beta, dtype=fresh_E.dtype, device=fresh_E.device)
+        # The first E is taken whole: there is no average yet to move, and (1 - beta) 0 + beta E would be too short.
+        weight = torch.where(self.has_average, weight, 1.0) * is_taken
+        self.E.lerp_(fresh_E, weight[:, None, None])
+        self.has_average |= is_taken
+        if is_zero or None not in self.missed_steps:
+            return
+        for i, has_gradient in enumerate(self._rows_with_gradient):
+            if has_gradient and self.missed_steps[i] is None:
+                self.missed_steps[i] = 0
+
+    def count_missed_steps(self) -> None:
+        """Count the step of the current gradients, see :meth:`Perturbation.forget_missing`."""
+        have_gradients = self._layout.have_gradients([pair.B for pair in self.pairs])
+        if all(have_gradients) and not any(self.missed_steps):
+            return
+        for i, (pair, missed) in enumerate(zip(self.pairs, self.missed_steps, strict=True)):
+            if missed is None:
+                continue
+            # A sharded B is read perturbed even when it is frozen.
+            reads_E = pair.B.requires_grad or self._layout.splits(pair.B)
+            if have_gradients[i]:
+                self.missed_steps[i] = 0
+            elif reads_E and missed + 1 < MOST_MISSED_STEPS:
+                self.missed_steps[i] = missed + 1
+            elif reads_E:
+                self.E[i].zero_()
+                self.has_average[i].zero_()
+                self.missed_steps[i] = None
+
+    def ascent(self, at_perturbed: bool) -> Ascent:
+        """The batched ascent of the stack's pairs, from the gradients that they hold."""
+        self._update_mask()
+        self._projected_rows = self._without_gradient_of_A()
+        A, grad_B = self._A(), self._B(gradients=True)
+        if all(self._projected_rows):
+            return ascent_projected(A, grad_B, self.scaling)
+        averaged = self._averaged(A, grad_B, at_perturbed)
+        if not any(self._projected_rows):
+            return averaged
+        projected = ascent_projected(A, grad_B, self.scaling)
+        is_projected = self._row_mask(self._projected_rows)
+        return Ascent(
+            torch.where(is_projected[:, None, None], projected.direction, averaged.direction),
+            torch.where(is_projected, projected.squared_norm, averaged.squared_norm),
+        )
+
+    @property
+    def unread_A(self) -> list[nn.Parameter]:
+        """The A whose gradients the last ascent did not read."""
+        rows = zip(self.pairs, self._projected_rows, strict=True)
+        return [pair.A for pair, is_projected in rows if is_projected]
+
+    def _without_gradient_of_A(self) -> list[bool]:
+        """Which pairs are projected, since nothing else was asked for, or because their A is frozen, as in LoRA-FA.
+
+        Looked at in each ascent: an adapter whose turn comes inside a step, or in the middle of an accumulation window,
+        was frozen when the pairs were stacked, and one whose turn is over is frozen now and still has its gradients.
+        """
+        if self._estimator == "projected":
+            return [True] * len(self.pairs)
+        have = self._layout.have_gradients([pair.A for pair in self.pairs])
+        return [not (has or pair.learns_A) for pair, has in zip(self.pairs, have, strict=True)]
+
+    def _averaged(self, A: Tensor, grad_B: Tensor, at_perturbed: bool) -> Ascent:
+        B = self._B()
+        if at_perturbed:
+            # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
+            B = (B + self.E).to(self.pairs[0].B.dtype).to(self.dtype)
+        # A trained A beside a frozen B would enter the norm, although its B can't be perturbed.
+        grad_A = self._masked(self._A(gradients=True))
+        return ascent_average(A, B, grad_A, grad_B, self.scaling)
+
+    def _update_mask(self) -> None:
+        """Note which B have a gradient; the mask is filled on the device when it changes, so no copy is waited for."""
+        rows = self._layout.have_gradients([pair.B for pair in self.pairs])
+        if rows == self._rows_with_gradient:
+            return
+        self._rows_with_gradient = rows
+        if all(rows):
+            self._with_gradient = None
+            return
+        self._with_gradient = self._row_mask(rows)
+
+    def _row_mask(self, rows: list[bool]) -> Tensor:
+        """Booleans on the device, shape (L,)."""
+        mask = torch.ones_like(self.has_average)
+        # Filled there, since the host would wait for a copy.
+        for row, is_true in zip(mask, rows, strict=True):
+            if not is_true:
+                row.zero_()
+        return mask
+
+    def _masked(self, gradients: Tensor) -> Tensor:
+        """Gradients (L, rows, columns), zero for pairs whose gradient is missing."""
+        if self._with_gradient is None:
+            return gradients
+        # Not in place: a stack of one pair is a view of the user's own gradient.
+        return gradients.masked_fill(~self._with_gradient[:, None, None], 0.0)
+
+    def _A(self, *, gradients: bool = False) -> Tensor:
+        """A of every pair, or its gradient, shape (L, r, m), in the wide dtype; a single one may be a view."""
+        return self._stacked([pair.A for pair in self.pairs], [pair.A_rows for pair in self.pairs], gradients)
+
+    def _B(self, *, gradients: bool = False) -> Tensor:
+        """B of every pair, or its gradient, shape (L, n, r), in the wide dtype; a single one may be a view."""
+        return self._stacked([pair.B for pair in self.pairs], [pair.B_rows for pair in self.pairs], gradients)
+
+    def _stacked(self, parameters: list[nn.Parameter], rows: list[range | None], gradients: bool) -> Tensor:
+        if rows[0] is None:
+            return self._layout.stack(parameters, gradients=gradients).to(self.dtype)
+        # Several pairs may be rows of one parameter, which is gathered once.
+        places: dict[nn.Parameter, int] = {}
+        for parameter in parameters:
+            places.setdefault(parameter, len(places))
+        whole = self._layout.stack(list(places), gradients=gradients)
+        parts = []
+        for parameter, of_pair in zip(parameters, rows, strict=True):
+            parts.append(rows_of(whole[places[parameter]], of_pair))
+        return torch.stack(parts).to(self.dtype)
+
+
+def stackable(pairs: Iterable[LoRAPair], layout: Layout) -> list[list[LoRAPair]]:
+    """Pairs grouped by shapes, dtypes and device, in parts of at most the largest stack."""
+    groups: dict[Any, list[LoRAPair]] = defaultdict(list)
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
+        key = (layout.shape(A), layout.shape(B), A.dtype, B.dtype, B.device, *rows)
+        groups[key].append(pair)
+    parts = []
+    for (A_shape, B_shape, *_), group in groups.items():
+        largest = LARGEST_STACK if group[0].B.device.type == "cpu" else LARGEST_STACK_ON_ACCELERATORS
+        size = max(1, largest // max(A_shape.numel(), B_shape.numel()))
+        for start in range(0, len(group), size):
+            parts.append(group[start : start + size])
+    return parts

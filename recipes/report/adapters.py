@@ -1,0 +1,184 @@
+"""A base model with a finished adapter, loaded whole or not at all."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+from recipes.language.batches import padding_id
+from recipes.report.options import DTYPES, AdapterFolder, Options
+
+_MODELS = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+}
+_PREFIX = "base_model.model."
+"""What peft puts before the base's own names in an adapter's file."""
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model that is ready to be measured: in evaluation mode, its factors trainable.
+
+    Attributes:
+        label: of the adapter.
+        base: name or folder of the base model.
+        task: as peft calls it.
+        model: base and adapter.
+        tokenizer: the adapter's own, where its folder holds one, else the base's.
+    """
+
+    label: str
+    base: str
+    task: str
+    model: PeftModel
+    tokenizer: Any
+
+
+def load(folder: AdapterFolder, options: Options) -> Adapted:
+    """Load a base with one adapter on it; the adapter's folder is only read.
+
+    Args:
+        folder: the adapter's.
+        options: name of the base, dtype and device.
+
+    Returns:
+        The model, of the class that the adapter's task asks for.
+
+    Raises:
+        MisconfigurationException: the task can't be measured, a file is missing, or the adapter is of another base.
+    """
+    base, task = base_of(folder, options), task_of(folder)
+    where = f"--adapter {folder.path} on --base {base}"
+    try:
+        with quiet():
+            saved = load_peft_weights(str(folder.path), device="cpu")
+            tokenizer = _tokenizer(folder, base)
+            model = _base_model(base, task, saved, options, tokenizer)
+            model = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True)
+    except MisconfigurationException:
+        raise
+    except Exception as error:  # the readers of safetensors and pickles have types of their own, derived from nothing
+        source = "" if Path(base).is_dir() else " (no folder here, so looked for on the Hub)"
+        raise MisconfigurationException(f"{where}{source}: can't be loaded ({first_line(error)})") from error
+    # Not left to peft, which only warns of missing keys and ignores surplus ones.
+    _check_whole(where, saved, model)
+    model.to(options.torch_device).eval()
+    return Adapted(folder.label, base, task, model, tokenizer)
+
+
+def base_of(folder: AdapterFolder, options: Options) -> str:
+    """Give the name or folder of an adapter's base."""
+    base = options.base or folder.config.get("base_model_name_or_path")
+    if not base:
+        raise MisconfigurationException(f"--adapter {folder.path} names no base model: say --base")
+    return str(base)
+
+
+def task_of(folder: AdapterFolder) -> str:
+    """Read an adapter's task, one of those that can be measured."""
+    task = folder.config.get("task_type")
+    if task not in _MODELS:
+        way_out = "" if task else '; for a language model write "task_type": "CAUSAL_LM" into its adapter_config.json'
+        raise MisconfigurationException(
+            f"--adapter {folder.path} has task_type {task!r}: only {' and '.join(_MODELS)} can be measured{way_out}"
+        )
+    return str(task)
+
+
+def first_line(error: BaseException) -> str:
+    """Take the first line of an error, and where that opens a list, the first entry; libraries write whole pages.
+
+    Example:
+        >>> first_line(ValueError("no such file\\nDid you mean ..."))
+        'ValueError: no such file'
+        >>> first_line(ValueError("3 shapes differ:\\n  that of A\\n  that of B ..."))
+        'ValueError: 3 shapes differ: that of A'
+    """
+    first, *rest = str(error).strip().splitlines() or [""]
+    opened = f" {rest[0].strip()}" if rest and first.endswith(":") else ""
+    return f"{type(error).__name__}: {first}{opened}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers and peft from reporting progress and missing weights, which are checked here."""
+    logging = transformers.utils.logging
+    with ExitStack() as stack, warnings.catch_warnings():
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        if logging.is_progress_bar_enabled():
+            stack.callback(logging.enable_progress_bar)
+            logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
+        yield
+
+
+def _tokenizer(folder: AdapterFolder, base: str) -> Any:
+    has_own = (folder.path / "tokenizer_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if has_own else base)
+    if not tokenizer.is_fast:
+        raise MisconfigurationException(
+            f"--base {base}: its tokenizer is not a fast one, and only those know where a token lies in the text"
+        )
+    return tokenizer
+
+
+def _base_model(base: str, task: str, saved: Weights, options: Options, tokenizer: Any) -> Any:
+    labels = _labels(base, saved) if task == "SEQ_CLS" else None
+    extra = {"num_labels": labels} if labels else {}
+    model, info = _MODELS[task].from_pretrained(base, dtype=DTYPES[options.dtype], output_loading_info=True, **extra)
+    in_adapter = {name.removeprefix(_PREFIX) for name in saved}
+    missing = sorted(set(info["missing_keys"]) - in_adapter)
+    if missing:
+        raise MisconfigurationException(
+            f"--base {base}: neither it nor the adapter holds {', '.join(missing[:3])}, which {task} needs"
+        )
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # as peft's AutoPeftModel does
+        model.resize_token_embeddings(len(tokenizer))
+    # A decoder that classifies looks for the last token that is not padding, and rows are padded by the tokenizer's.
+    model.config.get_text_config().pad_token_id = padding_id(tokenizer)
+    return model
+
+
+def _labels(base: str, saved: Weights) -> int | None:
+    """Number of classes of the head that an adapter brings, None if it brings none.
+
+    The head has another name in each kind of model, and an adapter may bring other layers too. So the base's own class
+    says which weight grows with the number of classes.
+    """
+    two, three = _shapes_of_classifier(base, 2), _shapes_of_classifier(base, 3)
+    for name, shape in two.items():
+        weight = saved.get(f"{_PREFIX}{name}")
+        if weight is not None and shape != three[name]:
+            return int(weight.shape[0])
+    return None
+
+
+def _shapes_of_classifier(base: str, labels: int) -> dict[str, torch.Size]:
+    """The shapes of a classifier's weights by their names; no weight is loaded."""
+    config = transformers.AutoConfig.from_pretrained(base, num_labels=labels)
+    with torch.device("meta"):
+        model = _MODELS["SEQ_CLS"].from_config(config)
+    return {name: weight.shape for name, weight in model.state_dict().items()}
+
+
+def _check_whole(where: str, saved: Weights, model: PeftModel) -> None:
+    """Both hold the same factors; peft lets an adapter of a deeper or a shallower model pass."""
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    theirs = {name for name in saved if "lora_" in name}
+    ours = {name for name in expected if "lora_" in name}
+    if theirs != ours:
+        raise MisconfigurationException(
+            f"{where}: trained on another base, {len(theirs - ours)} of its factors have no place in this one and "
+            f"{len(ours - theirs)} places have no factors"
+        )

@@ -1,0 +1,96 @@
+"""The loss around an adapter: along lines in the weights, and on a plane through them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_flatlora.flatness import (
+    Loss,
+    Point,
+    adversarial_direction,
+    loss_along_line,
+    loss_on_plane,
+    orthogonal_direction,
+    random_direction,
+)
+from lightning_flatlora.flatness.losses import value
+from lightning_flatlora.weight_noise import WeightNoise, derived_seed
+from recipes.report.options import Options
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Losses in the loss's unit, float64 on the CPU.
+
+    Attributes:
+        steps: distances along the adversarial direction in the weights' units, from -radius to radius, shape (points,).
+        adversarial: there, shape (points,).
+        shares: distances along random directions, from -sigma to sigma of ``||W0||_F``, shape (points,). At the
+            adversarial distances one would see nothing: hardly any part of a random direction matters.
+        random: there, shape (directions, points).
+        sigmas: sizes of the noise, relative to the rows' norms, from 0 to 2 sigma, shape (sizes,).
+        noise: under noise on the full weights, shape (directions, sizes); None where no layer can have it.
+        surface: rows along a random direction, columns along the adversarial one, shape (points, points); or None.
+    """
+
+    steps: Tensor
+    adversarial: Tensor
+    shares: Tensor
+    random: Tensor
+    sigmas: Tensor
+    noise: Tensor | None
+    surface: Tensor | None
+
+
+def measure_landscape(point: Point, norm: float, options: Options) -> Landscape:
+    """Measure the losses along all lines and on the plane.
+
+    Args:
+        point: the loss around the adapter; without noise, its lines are left out.
+        norm: from :func:`lightning_flatlora.flatness.base_norm`.
+        options: how far, how many and which draws.
+
+    Returns:
+        The :class:`Landscape`, after one forward pass for each of its numbers (see :func:`passes`).
+    """
+    loss, pairs, noise = point.loss, point.pairs, point.noise
+    adversarial = adversarial_direction(point.perturbation, point.gradient)
+    steps = torch.linspace(-options.reach, options.reach, options.points, dtype=torch.float64)
+    shares = torch.linspace(-options.sigma, options.sigma, options.points, dtype=torch.float64)
+    # Noise has no sign, so the sizes start at 0, where the middle of the other curves is.
+    sigmas = 2 * shares[options.points // 2 :]
+    seeds = [derived_seed(options.seed, index) for index in range(options.directions)]
+    surface = None
+    if options.surface:
+        across = orthogonal_direction(pairs, random_direction(pairs, seeds[0]), adversarial)
+        surface = loss_on_plane(loss, pairs, (across, norm * shares), (adversarial, steps))
+    return Landscape(
+        steps,
+        loss_along_line(loss, pairs, adversarial, steps),
+        shares,
+        torch.stack([loss_along_line(loss, pairs, random_direction(pairs, seed), norm * shares) for seed in seeds]),
+        sigmas,
+        None if noise is None else torch.stack([_noise_curve(loss, noise, seed, sigmas) for seed in seeds]),
+        surface,
+    )
+
+
+def passes(options: Options) -> int:
+    """Count the forward passes that a landscape takes.
+
+    Example:
+        >>> from unittest.mock import Mock
+        >>> passes(Mock(points=11, directions=5, surface=False))
+        96
+    """
+    lines = options.points * (1 + options.directions) + (options.points // 2 + 1) * options.directions
+    return lines + (options.points**2 if options.surface else 0)
+
+
+def _noise_curve(loss: Loss, noise: WeightNoise, seed: int, sigmas: Tensor) -> Tensor:
+    losses = []
+    for sigma in sigmas.tolist():
+        with noise.applied(sigma, seed):
+            losses.append(value(loss))
+    return torch.stack(losses).cpu().double()

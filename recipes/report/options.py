@@ -1,0 +1,218 @@
+"""The options of the report's command line, and what is wrong with them."""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+REPORT, CURVES, SURFACE = "report.md", "curves.png", "surface.png"
+HEADING = "# Flatness of "
+"""How a report begins."""
+_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder that ``save_pretrained`` or AdapterCheckpoint has written.
+
+    Attributes:
+        label: its name in tables and pictures.
+        path: of the folder.
+    """
+
+    label: str
+    path: Path
+
+    @classmethod
+    def parse(cls, text: str) -> "AdapterFolder":
+        """``folder`` or ``label=folder``; a checkpoint's folder may have an equals sign in its own name.
+
+        Example:
+            >>> AdapterFolder.parse("runs/lora"), AdapterFolder.parse("mine=runs/epoch=2").path.name
+            (AdapterFolder(label='lora', path=PosixPath('runs/lora')), 'epoch=2')
+        """
+        label, equals, rest = text.partition("=")
+        if not equals or "/" in label or Path(text).exists():
+            label, rest = Path(text).resolve().name, text
+        return cls(label, Path(rest).expanduser())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``adapter_config.json`` says."""
+        read: dict[str, Any] = json.loads((self.path / _CONFIG).read_text(encoding="utf-8"))
+        return read
+
+    @property
+    def problems(self) -> list[str]:
+        """Why it can't be measured, as far as can be told before a model is loaded."""
+        name = f"--adapter {self.path}"
+        if not self.path.is_dir():
+            return [f"{name} is not a folder"]
+        if not (self.path / _CONFIG).exists():
+            inside = sorted(str(config.parent) for config in self.path.glob(f"*/{_CONFIG}"))
+            return [f"{name} holds no {_CONFIG}: " + (f"take {' or '.join(inside)}" if inside else "not peft's folder")]
+        try:
+            kind = self.config.get("peft_type")
+        except (ValueError, AttributeError) as error:
+            return [f"{name}/{_CONFIG} is not a JSON object: {error}"]
+        return (
+            []
+            if kind == "LORA"
+            else [f"{name} is of type {kind}, which has no factors A and B: only LoRA adapters can be measured"]
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one report; their meaning is in ``--help``."""
+
+    adapter: list[AdapterFolder]
+    data: Path
+    base: str | None = None
+    output: Path = Path("flatness_report")
+    rho: list[float] = field(default_factory=lambda: [0.05, 0.1])
+    sigma: float = 0.05
+    radius: float | None = None
+    points: int = 9
+    directions: int = 5
+    samples: int = 8
+    examples: int = 32
+    batch_size: int = 8
+    max_length: int = 512
+    chat_template: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    curvature: bool = True
+    surface: bool = True
+
+    def __post_init__(self) -> None:
+        problems = self._problems()
+        if problems:
+            raise MisconfigurationException("; ".join(problems))
+
+    @property
+    def reach(self) -> float:
+        """How far pictures go along the adversarial direction, in the weights' units."""
+        return self.radius if self.radius is not None else 2 * max(self.rho)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where to measure."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def _problems(self) -> list[str]:
+        lines = []
+        for adapter in self.adapter:
+            lines += adapter.problems
+        labels = [adapter.label for adapter in self.adapter]
+        if len(set(labels)) < len(labels):
+            lines.append(f"--adapter: labels must differ, got {', '.join(labels)}: write LABEL=FOLDER")
+        if not self.data.is_file():
+            lines.append(f"--data {self.data} is not a file")
+        output = self.output.resolve()
+        there = next(folder for folder in (output, *output.parents) if os.path.exists(folder))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            lines.append(f"--output {self.output} can't be written: {there} is not a folder that can be written to")
+        lines += self._files_of_others()
+        for adapter in self.adapter:
+            if output.is_relative_to(adapter.path.resolve()):
+                lines.append(f"--output {self.output} lies in the adapter's folder {adapter.path}: take another")
+        return lines + self._bad_numbers()
+
+    def _files_of_others(self) -> list[str]:
+        """What a report would replace although no report has written it."""
+        report = self.output / REPORT
+        if report.is_file() and report.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
+            return []
+        names = [name for name in (REPORT, CURVES, SURFACE) if (self.output / name).exists()]
+        if not names:
+            return []
+        return [f"--output {self.output} holds {', '.join(names)}, which no report has written: take another folder"]
+
+    def _bad_numbers(self) -> list[str]:
+        sizes = [("--rho", rho) for rho in self.rho]
+        sizes.append(("--sigma", self.sigma))
+        if self.radius is not None:
+            sizes.append(("--radius", self.radius))
+        lines = []
+        for name, size in sizes:
+            if not 0 < size < math.inf:
+                lines.append(f"{name} must be a finite number > 0, got {size}")
+        least = {"directions": 2, "samples": 2, "examples": 1, "batch_size": 1, "max_length": 2, "seed": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                lines.append(f"--{name} must be {smallest} or more, got {getattr(self, name)}")
+        if self.points < 3 or self.points % 2 == 0:
+            lines.append(f"--points must be odd, so that one is the adapter itself, and 3 or more, got {self.points}")
+        try:
+            # "meta" holds nothing that could be read.
+            torch.empty(0, device=self.torch_device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            lines.append(f"--device {self.device} can't be used here: {str(error).splitlines()[0]}")
+        return lines
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Parse a command line.
+
+    Raises:
+        MisconfigurationException: with all that is wrong.
+        SystemExit: for --help, and for what argparse can't read.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.report",
+        description="How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_sources(parser)
+    _add_measurement(parser)
+    return Options(**vars(parser.parse_args(arguments)))
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is measured, and where the report goes").add_argument
+    add("--adapter", nargs="+", required=True, type=AdapterFolder.parse, default=argparse.SUPPRESS,
+        metavar="[LABEL=]FOLDER", help="one or more folders as peft's save_pretrained or AdapterCheckpoint write them; "
+        "of causal language models and of sequence classifiers")  # fmt: skip
+    add("--data", required=True, type=Path, default=argparse.SUPPRESS, metavar="FILE",
+        help=".jsonl, .json, .csv or .parquet. Columns: text; prompt and completion; or messages (through the chat "
+        "template; loss on the assistant's tokens). Classifiers: text and label")  # fmt: skip
+    add("--base", default=argparse.SUPPRESS,
+        help="name on the Hub or folder of the base model; by default the one that each adapter names")  # fmt: skip
+    add("--output", type=Path, default=Options.output, help="folder of the report")
+    add("--examples", type=int, default=Options.examples, help="how many of the data, drawn with the seed")
+    add("--batch_size", type=int, default=Options.batch_size, help="examples at once: changes memory, not results")
+    add("--max_length", type=int, default=Options.max_length, help="tokens kept of an example")
+    add("--chat_template", default=argparse.SUPPRESS, metavar="FILE",
+        help="a Jinja template for messages; by default the tokenizer's own")  # fmt: skip
+    add("--device", default=Options.device, help="as torch calls it; auto is a GPU where there is one")
+    add("--dtype", choices=DTYPES, default=Options.dtype, help="of the base; bfloat16 rounds away small rises")
+
+
+def _add_measurement(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how").add_argument
+    add("--rho", nargs="+", type=float, default=[0.05, 0.1],
+        help="radii of SAM's ball, ||s E A|| in the weights' units. Take those that you train with: what is small "
+        "depends on the model and on how many layers are adapted")  # fmt: skip
+    add("--sigma", type=float, default=Options.sigma, help="noise on the weights, relative to their rows' norms; "
+        "pictures go to twice that, and to once that, of the norm of all weights, along random directions")  # fmt: skip
+    add("--radius", type=float, default=argparse.SUPPRESS,
+        help="how far pictures go along the adversarial direction; by default twice the largest rho")  # fmt: skip
+    add("--points", type=int, default=Options.points, help="points of a curve and of each side of the surface; odd")
+    add("--directions", type=int, default=Options.directions, help="random directions in each mean and band")
+    add("--samples", type=int, default=Options.samples, help="draws for expected sharpness and the Hessian's trace")
+    add("--seed", type=int, default=Options.seed, help="of examples, directions and draws")
+    switch = argparse.BooleanOptionalAction
+    add("--curvature", action=switch, default=True, help="measure the Hessian, in about the time of 100 points")
+    add("--surface", action=switch, default=True, help="draw the loss over a plane: points x points evaluations")

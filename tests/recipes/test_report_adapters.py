@@ -1,0 +1,196 @@
+"""A base and its adapter are loaded whole, or the error says what does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from report_models import make_tokenizer, save_adapter, save_base, transformers, write_rows
+
+from recipes.report.adapters import Adapted, load
+from recipes.report.options import AdapterFolder, Options
+
+SIZES = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "data.jsonl", [{"text": "a"}])
+
+
+def loaded(adapter: Path, data: Path, **options: Any) -> Adapted:
+    folder = AdapterFolder(adapter.name, adapter)
+    return load(folder, Options([folder], data, **options))
+
+
+def changed(adapter: Path, to: Path, **config: Any) -> Path:
+    """A copy with another configuration."""
+    shutil.copytree(adapter, to)
+    path = to / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return to
+
+
+def test_the_base_is_what_the_adapter_names_or_the_user(adapters: tuple[Path, Path], base: Path, data: Path) -> None:
+    own, given = loaded(adapters[0], data), loaded(adapters[0], data, base=str(base))
+    assert (own.base, own.task, own.label) == (str(base), "CAUSAL_LM", "small")
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(own.model(tokens).logits, given.model(tokens).logits)
+
+
+def test_it_is_ready_to_be_measured(adapters: tuple[Path, Path], data: Path) -> None:
+    model = loaded(adapters[0], data, dtype="float64").model
+    assert not any(module.training for module in model.modules())
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_classifier_has_the_adapters_head(classifiers: tuple[Path, Path], data: Path) -> None:
+    model = loaded(classifiers[0], data).model
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
+    again = loaded(classifiers[0], data).model  # a random head would differ
+    assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, again(torch.tensor([[5, 6, 7]])).logits)
+
+
+@pytest.mark.parametrize(
+    ("classes", "more"),
+    [
+        (3, {"trainable_token_indices": [1, 2]}),
+        (20, {"modules_to_save": ["k_proj"]}),
+        (20, {"trainable_token_indices": [1, 2], "modules_to_save": ["norm"]}),
+    ],
+)
+def test_the_number_of_classes_is_the_heads_whatever_else_an_adapter_brings(
+    classes: int, more: dict[str, Any], base: Path, tmp_path: Path, data: Path
+) -> None:
+    """Here trained tokens, or whole layers, that have fewer rows than there are classes."""
+    adapter = save_adapter(tmp_path / "adapter", base, task="SEQ_CLS", classes=classes, **more)
+    model = loaded(adapter, data).model
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, classes)
+
+
+def roberta() -> Any:
+    """Its head has two layers, the first of which has fewer rows than there are classes."""
+    return transformers.RobertaModel(transformers.RobertaConfig(**SIZES))
+
+
+def xlnet() -> Any:
+    """Its head has a name that peft does not save by itself."""
+    sizes = {"vocab_size": 20, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    return transformers.XLNetModel(transformers.XLNetConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (roberta, {"target_modules": ["query"]}),
+        (xlnet, {"target_modules": ["layer_1"], "modules_to_save": ["sequence_summary", "logits_proj"]}),
+    ],
+)
+def test_heads_of_other_models_are_found(make: Any, more: dict[str, Any], tmp_path: Path, data: Path) -> None:
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", task="SEQ_CLS", classes=20, **more)
+    assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
+
+
+def test_a_classifier_without_a_head_is_refused(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    headless = changed(adapters[0], tmp_path / "headless", task_type="SEQ_CLS")
+    with pytest.raises(
+        MisconfigurationException, match=r"neither it nor the adapter holds score.weight, which SEQ_CLS needs"
+    ):
+        loaded(headless, data)
+
+
+def test_tasks_that_can_not_be_measured(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    other = changed(adapters[0], tmp_path / "other", task_type=None)
+    with pytest.raises(
+        MisconfigurationException, match="task_type None: only CAUSAL_LM and SEQ_CLS can be measured"
+    ) as raised:
+        loaded(other, data)
+    assert 'write "task_type": "CAUSAL_LM" into its adapter_config.json' in str(raised.value)
+    tokens = torch.tensor([[5, 6, 7]])
+    named = loaded(changed(other, tmp_path / "named", task_type="CAUSAL_LM"), data).model(tokens).logits
+    assert torch.equal(named, loaded(adapters[0], data).model(tokens).logits)
+    translates = changed(adapters[0], tmp_path / "translates", task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(
+        MisconfigurationException, match=r"task_type 'SEQ_2_SEQ_LM': only CAUSAL_LM and SEQ_CLS can be measured$"
+    ):
+        loaded(translates, data)
+
+
+def test_no_base_is_named(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    nameless = changed(adapters[0], tmp_path / "nameless", base_model_name_or_path=None)
+    with pytest.raises(MisconfigurationException, match="names no base model: say --base"):
+        loaded(nameless, data)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"layers": 1}, "trained on another base, 6 of its factors have no place in this one and 0 places"),
+        ({"layers": 3}, "trained on another base, 0 of its factors have no place in this one and 6 places"),
+        ({"width": 32}, r"can't be loaded \(RuntimeError: Error.*: size mismatch for .*lora_A.*\[2, 16\].*\[2, 32\]"),
+    ],
+)
+def test_an_adapter_of_another_base(
+    config: dict[str, int], says: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path
+) -> None:
+    other = save_base(tmp_path / "base", **config)
+    with pytest.raises(MisconfigurationException, match=says) as raised:
+        loaded(adapters[0], data, base=str(other))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["{}/nowhere", "./nowhere", "runs/nowhere"])
+def test_a_base_that_is_not_there(
+    name: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    says = r"small on --base .*nowhere \(no folder here, so looked for on the Hub\): can't be loaded \("
+    with pytest.raises(MisconfigurationException, match=says):
+        loaded(adapters[0], data, base=name.format(tmp_path))
+
+
+def test_an_adapter_without_weights(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    empty = changed(adapters[0], tmp_path / "empty")
+    (empty / "adapter_model.safetensors").unlink()
+    with pytest.raises(MisconfigurationException, match=r"base: can't be loaded \("):
+        loaded(empty, data)
+
+
+@pytest.mark.parametrize("damage", ["a pointer of git-lfs", "cut off", "no pickle", "a rank in letters"])
+def test_a_damaged_adapter(damage: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
+    config = {"r": "two"} if damage == "a rank in letters" else {}
+    damaged = changed(adapters[0], tmp_path / "damaged", **config)
+    weights = damaged / "adapter_model.safetensors"
+    if damage == "a pointer of git-lfs":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    elif damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[:40])
+    elif damage == "no pickle":
+        weights.unlink()
+        (damaged / "adapter_model.bin").write_text("nothing")
+    with pytest.raises(MisconfigurationException, match=r"base: can't be loaded \("):
+        loaded(damaged, data)
+
+
+def test_an_adapter_with_its_own_tokenizer(base: Path, tmp_path: Path, data: Path) -> None:
+    adapter = save_adapter(tmp_path / "own", base)
+    tokenizer = loaded(adapter, data).tokenizer
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(adapter)
+    assert "new" in loaded(adapter, data).tokenizer.get_vocab()

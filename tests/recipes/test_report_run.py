@@ -1,0 +1,239 @@
+"""The command from beginning to end: the files it writes, the numbers in them, and what it leaves alone."""
+
+import errno
+import hashlib
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from report_models import save_adapter, save_base
+from safetensors.torch import load_file, save_file
+
+from lightning_flatlora import Perturbation, find_pairs
+from lightning_flatlora.flatness import (
+    expected_sharpness,
+    hessian_trace,
+    lora_sharpness,
+    loss_at,
+    random_direction,
+    sam_sharpness,
+    top_eigenvalue,
+    trained_factors,
+)
+from lightning_flatlora.weight_noise import WeightNoise, derived_seed
+from recipes.report import numbers
+from recipes.report.adapters import load
+from recipes.report.data import mean_loss, read_rows
+from recipes.report.document import write
+from recipes.report.numbers import LOSS, NORM, RADIUS, sam_name
+from recipes.report.options import AdapterFolder, Options, parse
+from recipes.report.result import Measured
+from recipes.report.run import main, measure
+
+PNG = b"\x89PNG\r\n"
+SMALL = ["--points", "5", "--directions", "2", "--samples", "2", "--rho", "0.2", "0.5", "--batch_size", "4"]
+
+
+def arguments(adapters: tuple[Path, ...], texts: Path, *more: str) -> list[str]:
+    return ["--adapter", *map(str, adapters), "--data", str(texts), *SMALL, *more]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def options(adapters: tuple[Path, Path], texts: Path) -> Options:
+    return parse(arguments(adapters, texts, "--dtype", "float64", "--radius", "0.5"))
+
+
+@pytest.fixture(scope="module")
+def results(options: Options) -> list[Measured]:
+    return measure(options)
+
+
+def test_the_command_writes_the_report_and_nothing_else(
+    adapters: tuple[Path, Path], base: Path, texts: Path, tmp_path: Path
+) -> None:
+    before = contents(base.parent)
+    output = tmp_path / "report"
+    main(arguments(adapters, texts, "--output", str(output)))
+    assert contents(base.parent) == before
+    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "report.md", "surface.png"]
+    assert all((output / name).read_bytes().startswith(PNG) for name in ("curves.png", "surface.png"))
+    text = (output / "report.md").read_text()
+    for said in ("# Flatness of small, large", "(curves.png)", "(surface.png)", "Hessian trace", "Compare with care"):
+        assert said in text
+    assert f"python -m recipes.report --adapter {adapters[0]}" in text
+
+    (output / "notes.txt").write_text("mine")
+    main(arguments(adapters[:1], texts, "--output", str(output), "--no-surface", "--no-curvature"))
+    assert sorted(path.name for path in output.iterdir()) == ["curves.png", "notes.txt", "report.md"]
+    text = (output / "report.md").read_text()
+    assert "Hessian trace" not in text
+    assert "large" not in text.split("## How")[0]
+
+
+def test_the_table_holds_what_the_instruments_say(options: Options, results: list[Measured]) -> None:
+    adapted = load(options.adapter[1], options)
+    loss, terms = mean_loss(adapted, read_rows(options), options)
+    pairs = find_pairs(adapted.model).pairs
+    perturbation, noise = Perturbation(pairs), WeightNoise(adapted.model)
+    expected = expected_sharpness(loss, noise, options.sigma, samples=2, seed=0)
+    trace = hessian_trace(loss, trained_factors(pairs), samples=2, seed=0)
+    wanted = {
+        "loss": loss(),
+        **{sam_name(rho): sam_sharpness(loss, perturbation, rho).sharpness for rho in (0.2, 0.5)},
+        **{f"LoRA-space sharpness, rho {rho}": lora_sharpness(loss, pairs, rho).sharpness for rho in (0.2, 0.5)},
+        "expected sharpness, sigma 0.05": expected.sharpness,
+        "largest Hessian eigenvalue": top_eigenvalue(loss, trained_factors(pairs), seed=0),
+        "Hessian trace": trace.mean,
+    }
+    result = results[1]
+    for name, value in wanted.items():
+        assert result.value(name) == pytest.approx(value.item(), rel=1e-10), name
+    errors = {quantity.name: quantity.error for quantity in result.quantities}
+    assert errors["Hessian trace"] == pytest.approx(trace.standard_error.item(), rel=1e-10)
+    assert errors["expected sharpness, sigma 0.05"] == pytest.approx(expected.standard_error.item(), rel=1e-10)
+    assert (result.terms, result.ranks, result.pairs, result.label) == (terms, (4,), len(pairs), "large")
+
+
+def test_factors_numbers_are_those_of_the_layers(options: Options, results: list[Measured]) -> None:
+    pairs = find_pairs(load(options.adapter[0], options).model).pairs
+    by_hand = torch.stack([(pair.B.square().sum() - pair.A.square().sum()) / 2 for pair in pairs]).detach()
+    found = {quantity.name: quantity for quantity in results[0].quantities}
+    assert found["balancedness"].value == pytest.approx(by_hand.median().item())
+    assert found["balancedness"].span == pytest.approx((by_hand.min().item(), by_hand.max().item()))
+    conditions = torch.stack([torch.linalg.cond(pair.B.detach()) for pair in pairs])
+    assert found["condition number of B"].span == pytest.approx((conditions.min().item(), conditions.max().item()))
+    assert 0.5 < found[RADIUS].value <= 1
+    model = load(options.adapter[0], options).model
+    bases = [parameter for name, parameter in model.named_parameters() if "base_layer.weight" in name]
+    assert len(bases) == len(pairs)
+    norm = torch.cat([weight.flatten() for weight in bases]).norm().item()
+    assert found[NORM].value == pytest.approx(norm)
+
+
+def test_random_lines_are_relative_to_the_weights_norm(options: Options, results: list[Measured]) -> None:
+    adapted = load(options.adapter[0], options)
+    loss, _ = mean_loss(adapted, read_rows(options), options)
+    pairs = find_pairs(adapted.model).pairs
+    direction = random_direction(pairs, derived_seed(options.seed, 0))
+    expected = loss_at(loss, pairs, (0.05 * results[0].value(NORM), direction))
+    assert results[0].landscape.random[0, -1].item() == pytest.approx(expected.item())
+
+
+def test_every_curve_and_the_surface_go_through_the_adapter(results: list[Measured]) -> None:
+    for result in results:
+        around, loss = result.landscape, pytest.approx(result.value(LOSS), rel=1e-10)
+        assert around.steps.tolist() == [-0.5, -0.25, 0, 0.25, 0.5]
+        assert around.adversarial[2].item() == loss
+        assert around.random[:, 2].tolist() == [loss, loss]
+        assert around.shares.tolist() == pytest.approx([-0.05, -0.025, 0, 0.025, 0.05])
+        assert around.sigmas.tolist() == pytest.approx([0, 0.05, 0.1])
+        assert around.noise is not None
+        assert around.noise[:, 0].tolist() == [loss, loss]
+        assert around.surface is not None
+        assert around.surface.shape == (5, 5)
+        torch.testing.assert_close(around.surface[2], around.adversarial)
+        assert around.adversarial[3] > around.adversarial[2] > around.adversarial[1]
+        assert around.noise.std() > 0
+        assert around.random[:, 0].std() > 0
+
+
+def test_the_adversarial_curve_meets_the_sharpness(options: Options, results: list[Measured]) -> None:
+    """Where the curve reaches the radius that E has, the loss has risen by what the table says."""
+    radius = 0.5 * results[0].value(RADIUS)
+    exact = parse([*arguments((options.adapter[0].path,), options.data), "--dtype", "float64", "--no-curvature",
+                   "--no-surface", "--radius", repr(radius)])  # fmt: skip
+    (result,) = measure(exact)
+    rise = result.landscape.adversarial[-1].item() - result.value(LOSS)
+    assert rise == pytest.approx(result.value(sam_name(0.5)), rel=1e-10)
+
+
+def test_classifiers_side_by_side(classifiers: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
+    main(arguments(classifiers, texts, "--output", str(tmp_path)))
+    text = (tmp_path / "report.md").read_text()
+    assert "| classifier | " in text
+    assert "nats per example" in text
+    assert "| 6 examples |" in text
+
+
+def test_layers_without_noise_are_named(base: Path, root: Path, texts: Path, tmp_path: Path) -> None:
+    dora = save_adapter(root / "dora", base, use_dora=True)
+    main(arguments((dora,), texts, "--output", str(tmp_path), "--no-curvature", "--no-surface"))
+    text = (tmp_path / "report.md").read_text()
+    assert "Left out of dora" in text
+    assert "expected sharpness, sigma" not in text
+
+
+def test_a_loss_that_is_not_finite_is_an_error(base: Path, root: Path, texts: Path) -> None:
+    broken = save_adapter(root / "broken", base)
+    state = load_file(broken / "adapter_model.safetensors")
+    save_file({name: value * torch.nan for name, value in state.items()}, broken / "adapter_model.safetensors")
+    with pytest.raises(MisconfigurationException, match="the adapter holds numbers that are not finite"):
+        measure(Options([AdapterFolder("broken", broken)], texts))
+
+
+def test_columns_are_checked_before_a_model_is_loaded(adapters: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
+    data = tmp_path / "other.jsonl"
+    data.write_text('{"question": "a"}\n')
+    with pytest.raises(MisconfigurationException, match="--data has the columns question; a CAUSAL_LM adapter needs"):
+        main(arguments(adapters, data, "--base", str(tmp_path / "nowhere")))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    ("layers", "more", "says"),
+    [
+        (2, {"classes": 2}, "label must be a number from 0 to 1"),
+        (3, {}, "trained on another base"),
+        (2, {"target_modules": ["embed_tokens"]}, "no LoRA pair to perturb"),
+    ],
+    ids=["other classes", "other base", "no pairs"],
+)
+def test_all_adapters_are_checked_before_the_first_is_measured(
+    layers: int,
+    more: dict[str, Any],
+    says: str,
+    classifiers: tuple[Path, Path],
+    base: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    second = save_adapter(tmp_path / "second", save_base(tmp_path / "base", layers=layers), task="SEQ_CLS", **more)
+    monkeypatch.setattr(numbers, "measure_numbers", lambda *args: pytest.fail("the first was measured"))
+    with pytest.raises(MisconfigurationException, match=says):
+        main(arguments((classifiers[0], second), texts, "--base", str(base), "--output", str(tmp_path / "report")))
+
+
+def test_one_model_at_a_time_is_in_memory(
+    adapters: tuple[Path, Path], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+
+    def watched(*args: Any) -> Any:
+        assert not any(model() for model in models)
+        adapted = load(*args)
+        models.append(weakref.ref(adapted.model))
+        return adapted
+
+    monkeypatch.setattr("recipes.report.run.load", watched)
+    assert len(measure(parse(arguments(adapters, texts, "--no-curvature", "--no-surface")))) == 2
+    assert len(models) >= 2
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "report.md").write_text("# Flatness of old")
+    monkeypatch.setattr("recipes.report.document.draw_curves", full)
+    with pytest.raises(MisconfigurationException, match=r"--output .* can't be written: No space left on device"):
+        write([], Options(adapter=[], data=Path(__file__), output=tmp_path), "command")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "# Flatness of old")]

@@ -1,0 +1,106 @@
+"""Replay alone, on a plain module: what a second pass, and passes outside of any step, leave behind."""
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import same
+from torch import nn
+from torchmetrics import MeanMetric
+
+from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.methods.replay import Replay
+
+CPU = torch.device("cpu")
+
+
+class Model(nn.Module):
+    """Draws, counts and writes in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.frozen = nn.Linear(2, 2), nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.norm, self.metric = nn.BatchNorm1d(2), MeanMetric()
+        self.register_buffer("queue", torch.zeros(2))
+        self.steps, self.losses = 0, [1.0]
+
+    def forward(self) -> torch.Tensor:
+        draws = torch.rand(3, 2) + random.random() + np.random.rand()
+        loss = self.norm(self.linear(draws)).square().sum()
+        self.queue += draws[0]
+        self.metric.update(loss.detach())
+        self.steps += 1
+        self.losses.append(loss.item())
+        return draws
+
+    def state(self) -> list[Any]:
+        streams = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return [streams, buffers, self.metric.mean_value.clone(), self.metric.update_count, self.steps, [*self.losses]]
+
+
+def second_pass(replay: Replay, model: Model) -> AbstractContextManager[None]:
+    replay.first_pass_starts(CPU)
+    model()
+    return replay.running()
+
+
+def passes_outside(replay: Replay, model: Model) -> AbstractContextManager[None]:
+    return replay.undone(CPU)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("enter", [second_pass, passes_outside])
+def test_everything_is_as_it_was_before_the_extra_pass(
+    enter: Callable[[Replay, Model], AbstractContextManager[None]], fails: bool
+) -> None:
+    model = Model()
+    replay = Replay(model)
+    queue, losses = model.queue, model.losses
+    for _ in range(3):
+        context = enter(replay, model)
+        before = model.state()
+        try:
+            with context:
+                model()
+                changed = [not same(left, right) for left, right in zip(model.state(), before, strict=True)]
+                if enter is passes_outside:
+                    assert all(changed)
+                if fails:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            assert fails
+        assert same(model.state(), before)
+        assert model.queue is queue
+        assert model.losses is losses
+
+
+def test_both_passes_draw_the_same_and_start_from_the_same() -> None:
+    model = Model()
+    replay = Replay(model)
+    replay.first_pass_starts(CPU)
+    before, first = model.state(), model()
+    with replay.running():
+        at_start = model.state()
+        second = model()
+    assert torch.equal(first, second)
+    # All but the metric, which works on a copy of what the first pass has left.
+    assert same([*before[:2], *before[4:]], [*at_start[:2], *at_start[4:]])
+
+
+@pytest.mark.parametrize("write", [lambda p: p.add_(1), lambda p: setattr(p, "data", p.data + 1)], ids=["in", "new"])
+def test_a_written_parameter_is_refused_unless_an_optimizer_trains_it(write: Callable[[Any], Any]) -> None:
+    model = Model()
+    trains_it = torch.optim.SGD([model.frozen], lr=0.1)
+    for replay, refuses in ((Replay(model), True), (Replay(model, [trains_it]), False)):
+        replay.first_pass_starts(CPU)
+        with torch.no_grad():
+            write(model.frozen)
+        assert replay.written_parameter() == ("frozen" if refuses else None)
+        if refuses:
+            with pytest.raises(MisconfigurationException, match="the parameter frozen, which no optimizer trains"):
+                replay.running().__enter__()
