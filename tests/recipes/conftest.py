@@ -9,12 +9,38 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+for library in ("datasets", "jsonargparse", "open_clip", "rich", "transformers"):
+    pytest.importorskip(library, reason="the recipes' dependencies are not installed")
 
+import datasets  # noqa: E402
+import transformers  # noqa: E402
+from clip_contrastive_runs import CLIP, save_pictures  # noqa: E402
+from clip_contrastive_runs import save_model as save_clip  # noqa: E402
+from clip_fewshot_runs import filled  # noqa: E402
+from clip_fewshot_runs import tiny_clip as save_tiny_clip  # noqa: E402
+from hub_sets import save_glue, save_roberta  # noqa: E402
+from one_command import one_command  # noqa: E402
 from report_models import WORDS, save_adapter, save_base, write_rows  # noqa: E402
 from vqa_models import KINDS, draw, save_model  # noqa: E402
 
+from recipes.clip_contrastive.module import ContrastiveModel  # noqa: E402
 from recipes.shared import packaged  # noqa: E402
+
+OF_SHORT_RUNS = (
+    "The dirpath has changed",  # a checkpoint of another run's folder
+    "Experiment logs directory",
+    ".*is smaller than the logging interval",
+    ".*could not find the monitored key",
+    "Precision bf16-mixed is not supported by the model summary",
+)
+"""What Lightning remarks of runs of a few steps, and of those that go on in another folder."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for remark in OF_SHORT_RUNS:
+                item.add_marker(pytest.mark.filterwarnings(f"ignore:{remark}:UserWarning"))
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +50,12 @@ def _log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_command() -> Iterator[None]:
+    with one_command():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -54,42 +86,44 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
 
 
 @pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random RoBERTa of two layers."""
+    return save_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder like the repository of GLUE."""
+    return save_glue(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture(scope="session")
 def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random CLIP for contrastive training."""
-    import clip_contrastive_runs
-
-    return clip_contrastive_runs.save_model(tmp_path_factory.mktemp("small") / "clip", clip_contrastive_runs.CLIP)
+    return save_clip(tmp_path_factory.mktemp("small") / "clip", CLIP)
 
 
 @pytest.fixture(scope="session")
 def clip(small_clip: str) -> Any:
     """The same, loaded."""
-    from recipes.clip_contrastive.module import ContrastiveModel
-
     return ContrastiveModel(small_clip).clip
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder of drawn shapes, each with a file of captions."""
-    from clip_contrastive_runs import save_pictures
-
     return save_pictures(tmp_path_factory.mktemp("drawn") / "pictures")
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random CLIP for classification."""
-    import clip_fewshot_runs
-
-    return clip_fewshot_runs.tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
+    return save_tiny_clip(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, twelve images each."""
-    from clip_fewshot_runs import filled
-
     return filled(tmp_path_factory.mktemp("images"), 12)
 
 
@@ -145,7 +179,6 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def own_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache of `datasets` of its own, and no progress bars."""
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     datasets.disable_progress_bars()
     yield

@@ -1,31 +1,30 @@
-"""Runs of the recipe through its command line, in one process or as one of several."""
+"""Runs of a recipe through its command line, in one process or as one of several."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch.distributed as dist
+from one_command import one_command
 from strategies import full_weights
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import STRATEGIES, config_arguments
 
 
-def run(
-    command: str, folder: str, method: str, strategy: str, options: list[str], recipe: str = "instruction_tuning"
-) -> dict[str, Any]:
-    """One command of the recipe in a folder.
+def run(command: str, folder: str, recipe: str, method: str, strategy: str, options: list[str]) -> dict[str, Any]:
+    """One command of a recipe in a folder.
 
     Args:
         command: fit, test or predict.
         folder: in which it leaves what it leaves.
+        recipe: name of its folder.
         method: whose configurations are taken.
         strategy: one that has a configuration, or "one" for a single process. FSDP1 gets a class that Lightning lets
             run without a GPU, and keeps what the YAML says of it.
         options: more arguments.
-        recipe: name of its folder.
 
     Returns:
         The trained weights, whole, by name; what was logged last; optimizer steps; FSDP1's units.
@@ -37,19 +36,28 @@ def run(
     if strategy == "one":
         arguments.append("--trainer.devices=1")
     else:
-        arguments += [f"--config={STRATEGIES / strategy}.yaml", f"--trainer.devices={dist_size()}"]
+        arguments += [f"--config={STRATEGIES / strategy}.yaml", f"--trainer.devices={os.environ['WORLD_SIZE']}"]
     if strategy == "fsdp1":
         arguments.append("--trainer.strategy.class_path=strategies.FSDPOnCPU")
-    cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options])
+    with one_command():
+        cli = RecipeCLI([*arguments, "--trainer.accelerator=cpu", *options])
     used = cli.trainer.strategy
+    # The scale of the contrastive loss, which may be trained, is beside the model.
     return {
-        "weights": full_weights(used, cli.model.net),
+        "weights": full_weights(used, cli.model if recipe == "clip_contrastive" else cli.model.net),
         "logged": {name: value.item() for name, value in cli.trainer.callback_metrics.items()},
         "steps": cli.trainer.global_step,
         "units": len(FullyShardedDataParallel.fsdp_modules(used.model)),
     }
 
 
-def dist_size() -> int:
-    """Processes of this launch."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+def quick(command: str, configs: list[str], *options: str) -> RecipeCLI:
+    """A command line in this process, with configurations and what makes a run short and quiet on any machine."""
+    given = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"]
+    given += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+    return RecipeCLI([command, *configs, *given, *options])
+
+
+def trained(cli: RecipeCLI) -> dict[str, Tensor]:
+    """Copies of the trained weights."""
+    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}

@@ -9,12 +9,11 @@ from statistics import median
 from typing import Any
 
 import lightning as L
+import processes
 import pytest
 import torch
+from launch import run_on
 from torch.utils.data import DataLoader
-
-pytest.importorskip("rich", reason="the recipes' dependencies are not installed")
-
 from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
@@ -154,7 +153,14 @@ def test_an_estimate_is_of_lora_and_of_what_is_added(
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
-def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched(command: list[str], **settings: Any) -> None:
+        """What torchrun does, with processes that have imported the libraries already."""
+        place = command.index("recipes.benchmarks.memory")
+        assert command[1:4] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+        run_on(2, processes.run_module, command[place], command[place + 1 :], output=tmp_path / "output.txt")
+
+    monkeypatch.setattr(memory.subprocess, "run", launched)
     output = tmp_path / "new" / "memory.json"
     sizes = ["--model", "tiny", "--processes", "2", "--strategies", "fsdp2", "--methods", "EFMLoRA", "--steps", "1"]
     memory.main([*sizes, "--output", str(output)])

@@ -1,89 +1,45 @@
 """Text classification on tiny random models, and once on MiniLM: through the recipe's command line."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import pytest
 import torch
+import transformers
+from hub_sets import prepared
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import quick, trained
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+from recipes.classification.labels import class_labels, class_names, numbers
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import config_arguments
+from recipes.shared.data import read_table
 
-from recipes.classification import data as recipe_data  # noqa: E402
-from recipes.classification.labels import class_labels, class_names, numbers  # noqa: E402
-from recipes.shared.cli import RecipeCLI  # noqa: E402
-from recipes.shared.data import read_table  # noqa: E402
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # a checkpoint of another run's folder
-    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of a few steps
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft reads it
-]
-
-CONFIG = Path(recipe_data.__file__).parent / "configs" / "base.yaml"
 EFMLORA = "--trainer.callbacks+=lightning_flatlora.EFMLoRA"
 
 
-@pytest.fixture(autouse=True)
-def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["test"])
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[[list[dict[str, Any]]], str]:
-    def write(rows: list[dict[str, Any]]) -> str:
-        path = tmp_path / "data.jsonl"
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def animals(write: Callable[[list[dict[str, Any]]], str]) -> str:
+def animals(jsonl: Callable[..., str]) -> str:
     """A hundred sentences of different lengths whose class is their animal."""
     rows = []
     for i in range(100):
         animal = ("cat", "dog")[i % 2]
         rows.append({"text": f"The {animal} number {i} " + "runs " * (i % 5), "label": animal})
-    return write(rows)
+    return jsonl(rows)
 
 
 def run(command: str, model: str, dataset: str, *options: str) -> RecipeCLI:
-    return RecipeCLI(
-        [
-            command,
-            f"--config={CONFIG}",
-            f"--model.model={model}",
-            "--model.lora.target_modules=[q_proj,v_proj]",
-            f"--data.dataset={dataset}",
-            "--trainer.accelerator=cpu",
-            "--trainer.devices=1",
-            "--trainer.precision=32-true",
-            "--trainer.max_epochs=1",
-            "--trainer.enable_progress_bar=false",
-            "--trainer.log_every_n_steps=1",
-            *options,
-        ]
-    )
+    given = [f"--model.model={model}", "--model.lora.target_modules=[q_proj,v_proj]", f"--data.dataset={dataset}"]
+    return quick(command, config_arguments("classification", "lora"), *given, "--trainer.max_epochs=1", *options)
 
 
 def fit(model: str, dataset: str, *options: str) -> RecipeCLI:
     return run("fit", model, dataset, *options)
-
-
-def trained(cli: RecipeCLI) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
 
 
 def test_a_decoder_learns_the_classes_with_efmlora(tiny: str, animals: str) -> None:
@@ -94,47 +50,24 @@ def test_a_decoder_learns_the_classes_with_efmlora(tiny: str, animals: str) -> N
     assert any("score" in name for name in trained(cli))
 
 
-def test_rho_zero_is_plain_lora(tiny: str, animals: str) -> None:
-    plain = trained(fit(tiny, animals))
-    zero = trained(fit(tiny, animals, EFMLORA, "--trainer.callbacks.rho=0"))
-    assert plain.keys() == zero.keys()
-    for name, weight in plain.items():
-        assert torch.equal(weight, zero[name]), name
-
-
-def test_manual_optimization_trains_too(tiny: str, animals: str) -> None:
-    before = fit(tiny, animals, "--trainer.max_steps=0")
-    after = fit(
-        tiny,
-        animals,
-        "--model.class_path=recipes.classification.module.TextClassificationFM",
-        "--model.rho=0.05",
-        "--trainer.gradient_clip_val=null",
-        "--trainer.max_steps=2",
-    )
-    moved = trained(after)
-    assert any(not torch.equal(weight, moved[name]) for name, weight in trained(before).items())
-
-
-def test_pairs_of_texts_are_read_together(tiny: str, tokenizer: Any, write: Any) -> None:
+def test_pairs_of_texts_are_read_together(tiny: str, tokenizer: Any, jsonl: Any) -> None:
     rows = [{"one": f"Question {i}", "other": f"Answer {i}", "label": i % 2} for i in range(40)]
-    cli = fit(tiny, write(rows), "--data.text=[one, other]", "--trainer.max_steps=1")
-    row = cli.datamodule.parts["train"][0]
-    text = tokenizer.decode(row["input_ids"])
+    data = prepared(tiny, dataset=jsonl(rows), text=["one", "other"])
+    text = tokenizer.decode(data.parts["train"][0]["input_ids"])
     assert "Question" in text
     assert "Answer" in text
 
 
-def test_one_column_and_one_metric_need_no_list(tiny: str, tokenizer: Any, write: Any) -> None:
+def test_one_column_and_one_metric_need_no_list(tiny: str, tokenizer: Any, jsonl: Any) -> None:
     rows = [{"one": f"Question {i}", "label": i % 2} for i in range(40)]
-    cli = fit(tiny, write(rows), "--data.text=one", "--model.metrics=f1", "--trainer.max_steps=1")
+    cli = fit(tiny, jsonl(rows), "--data.text=one", "--model.metrics=f1", "--trainer.max_steps=1")
     assert "Question" in tokenizer.decode(cli.datamodule.parts["train"][0]["input_ids"])
     assert cli.model.metric_names == ["f1"]
 
 
-def test_equal_texts_are_in_one_part(tiny: str, write: Any) -> None:
+def test_equal_texts_are_in_one_part(tiny: str, jsonl: Any) -> None:
     rows = [{"text": f"Text {i // 2}", "label": i % 2} for i in range(200)]
-    data = fit(tiny, write(rows), "--trainer.max_steps=1").datamodule
+    data = prepared(tiny, dataset=jsonl(rows))
     data.setup("test")
     keys = {part: set(map(tuple, rows["input_ids"])) for part, rows in data.parts.items()}
     assert not keys["train"] & keys["validation"]
@@ -146,11 +79,10 @@ def test_validation_on_training_data_is_noticed(tiny: str, animals: str, tmp_pat
     copy = tmp_path / "copy.jsonl"
     others = [json.dumps({"text": f"A cow number {i}", "label": "cat"}) for i in range(5)]
     copy.write_text("\n".join([*Path(animals).read_text().splitlines()[:10], *others]))
-    options = ["--data.test_share=0", "--trainer.max_steps=1"]
     with pytest.warns(UserWarning, match="validation: 10 of 15 texts are in the training split too"):
-        fit(tiny, animals, f"--data.validation_split={copy}", *options)
+        prepared(tiny, dataset=animals, validation_split=str(copy), test_share=0.0)
     copy.write_text("\n".join(others))
-    fit(tiny, animals, f"--data.validation_split={copy}", *options)
+    prepared(tiny, dataset=animals, validation_split=str(copy), test_share=0.0)
 
 
 @pytest.mark.parametrize(
@@ -161,42 +93,39 @@ def test_validation_on_training_data_is_noticed(tiny: str, animals: str, tmp_pat
         ([{"text": "a", "label": 0}, {"text": "b", "label": None}], "'label' must hold numbers or names"),
         ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], "'label' must hold numbers or names"),
         (
+            [{"text": "The" * i, "label": i % 2} for i in range(40)],
+            "makes no token of the text ..,",
+        ),
+        (
+            [{"text": "a", "label": [i % 2]} for i in range(9)],
+            r"two classes at least, got \[.\[0\]",
+        ),
+        (
             [{"text": "a", "label": 0}, {"text": "a", "label": 1}],
             r"no text is left for .*a larger (validation|test)_share",
         ),
     ],
 )
-def test_bad_data_is_refused_before_training(tiny: str, write: Any, rows: list[dict[str, Any]], message: str) -> None:
+def test_bad_data_is_refused_before_training(tiny: str, jsonl: Any, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        fit(tiny, write(rows))
+        prepared(tiny, dataset=jsonl(rows))
 
 
 def test_minilm_learns_sentiment(tmp_path: Path) -> None:
     """The shipped configuration with its own model and data; 57 reviews in a hundred are positive."""
-    cli = RecipeCLI(
-        [
-            "fit",
-            f"--config={CONFIG}",
-            "--trainer.accelerator=cpu",
-            "--trainer.precision=32-true",
-            "--trainer.max_steps=60",
-            "--trainer.val_check_interval=60",
-            "--trainer.limit_val_batches=20",
-            "--trainer.enable_progress_bar=false",
-            "--model.learning_rate=3e-3",
-            "--data.max_length=32",
-        ]
-    )
+    options = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--trainer.limit_val_batches=20"]
+    options += ["--model.learning_rate=3e-3", "--data.max_length=32"]
+    cli = quick("fit", config_arguments("classification", "lora"), *options)
     assert cli.trainer.callback_metrics["val_accuracy"] > 0.62
     assert cli.datamodule.classes == ["negative", "positive"]
     assert list((tmp_path / "runs").rglob("adapter_model.safetensors"))
 
 
-def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, write: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, jsonl: Any, tmp_path: Path) -> None:
     """The same number of classes with other names, or in another order, would be scored without an error."""
     saved = fit(tiny, animals, "--trainer.max_steps=1").trainer.checkpoint_callback.last_model_path
     kept = Path(animals).rename(tmp_path / "animals.jsonl")
-    other = write([{"text": f"The {i}", "label": ("apple", "pear")[i % 2]} for i in range(60)])
+    other = jsonl([{"text": f"The {i}", "label": ("apple", "pear")[i % 2]} for i in range(60)])
     with pytest.raises(MisconfigurationException, match=r"2 classes 'cat', 'dog', and dataset=.*'apple', 'pear'"):
         run("test", tiny, other, f"--ckpt_path={saved}")
     with pytest.raises(MisconfigurationException, match="'apple', 'pear'"):
@@ -261,14 +190,6 @@ def test_decimal_numbers_of_a_csv_file_are_no_classes(tmp_path: Path) -> None:
         class_names(read_table(str(file), "train"), "label", "data")
 
 
-def test_labels_that_are_lists_are_refused(tiny: str, write: Any) -> None:
-    dataset = write([{"text": f"The {i}", "label": [i % 2]} for i in range(10)])
-    with pytest.raises(
-        MisconfigurationException, match=r"must hold numbers or names of two classes at least, got \['\[0\]'"
-    ):
-        fit(tiny, dataset)
-
-
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_texts_are_classified(tiny: str, animals: str, tmp_path: Path, kind: str) -> None:
     """As the model classifies each of them alone, without padding."""
@@ -288,7 +209,7 @@ def test_texts_are_classified(tiny: str, animals: str, tmp_path: Path, kind: str
         assert row["probability"] == pytest.approx(float(probabilities.max()), abs=1e-5)
 
 
-def test_numbers_are_predicted_for_pairs(tiny: str, write: Any, tmp_path: Path) -> None:
+def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) -> None:
     rows = [{"one": f"Text {i}", "other": f"Text {i + 1}", "label": i / 10} for i in range(40)]
     options = [
         "--data.text=[one, other]",
@@ -296,7 +217,7 @@ def test_numbers_are_predicted_for_pairs(tiny: str, write: Any, tmp_path: Path) 
         "--model.metrics=[pearson]",
         "--trainer.max_steps=1",
     ]
-    dataset = write(rows)
+    dataset = jsonl(rows)
     saved = fit(tiny, dataset, *options).trainer.checkpoint_callback.last_model_path
     file = tmp_path / "pairs.csv"
     file.write_text("one,other\nA,B\nC,D\n")
@@ -314,23 +235,17 @@ def test_numbers_are_predicted_for_pairs(tiny: str, write: Any, tmp_path: Path) 
             run("predict", tiny, dataset, *options, f"--ckpt_path={saved}", f"--data.predict_file={wrong}")
 
 
-def test_texts_longer_than_a_model_reads_are_refused(tiny: str, write: Any, tmp_path: Path) -> None:
+def test_texts_longer_than_a_model_reads_are_refused(tiny: str, jsonl: Any, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     tokenizer.save_pretrained(tmp_path / "short")
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **small)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "short")
-    texts = write([{"text": f"This is text number {i} " * 9, "label": i % 2} for i in range(40)])
+    texts = jsonl([{"text": f"This is text number {i} " * 9, "label": i % 2} for i in range(40)])
     options = ["--trainer.max_steps=1", "--model.lora.target_modules=[query]"]
     with pytest.raises(MisconfigurationException, match=r"reads 16 tokens, and the longest text has \d+: set data.max"):
         fit(str(tmp_path / "short"), texts, *options)
     fit(str(tmp_path / "short"), texts, *options, "--data.max_length=16")
-
-
-def test_a_text_of_no_token_is_refused(tiny: str, write: Any) -> None:
-    rows = [{"text": f"The {i}" if i else "", "label": i % 2} for i in range(40)]
-    with pytest.raises(MisconfigurationException, match="makes no token of the text '', so there is nothing to class"):
-        fit(tiny, write(rows))
 
 
 @pytest.mark.parametrize(("name", "content"), [("empty.jsonl", ""), ("header.csv", "text,label\n")])

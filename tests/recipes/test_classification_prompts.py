@@ -7,57 +7,27 @@ import pytest
 import torch
 import transformers
 import yaml
+from hub_sets import prepared, save_snli, save_sst5, save_trec
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
+from recipe_runs import quick, trained
 from tokenizers.processors import TemplateProcessing
-
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
-from hub_sets import prepared, save_glue, save_roberta, save_snli, save_sst5, save_trec
 
 from recipes.classification import data as recipe_data
 from recipes.classification.prompts import Prompt, word_tokens
 from recipes.shared.cli import RecipeCLI
 
-pytestmark = [
-    pytest.mark.usefixtures("command_line", "own_datasets"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 CONFIGS = Path(recipe_data.__file__).parent / "configs"
 EFMLORA = ["--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.callbacks.rho=0.05"]
 
 
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_roberta(tmp_path_factory.mktemp("roberta"))
-
-
-@pytest.fixture(scope="module")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_glue(tmp_path_factory.mktemp("glue"))
-
-
 def run(command: str, model: str, glue: str, task: str, *options: str) -> RecipeCLI:
-    training = ["--trainer.max_steps=9", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
-    return RecipeCLI(
-        [
-            command,
-            f"--config={CONFIGS / 'base.yaml'}",
-            f"--config={CONFIGS / 'prompt.yaml'}",
-            f"--config={CONFIGS / 'prompt' / task}.yaml",
-            f"--model.model={model}",
-            f"--data.dataset={glue}",
-            "--data.shots=12",
-            "--data.batch_size=8",
-            "--trainer.accelerator=cpu",
-            "--trainer.devices=1",
-            "--trainer.precision=32-true",
-            "--trainer.enable_progress_bar=false",
-            *(training if command == "fit" else []),
-            *options,
-        ]
-    )
+    configs = [f"--config={CONFIGS / name}.yaml" for name in ("base", "prompt", f"prompt/{task}")]
+    given = [f"--model.model={model}", f"--data.dataset={glue}", "--data.shots=12", "--data.batch_size=8"]
+    given += ["--trainer.max_steps=9", "--trainer.val_check_interval=3"] if command == "fit" else []
+    return quick(command, configs, *given, *options)
 
 
 CAUSAL = [
@@ -65,10 +35,6 @@ CAUSAL = [
     "--model.lora.target_modules=[q_proj,v_proj]",
     "--model.label_words={negative: bad, positive: good}",
 ]
-
-
-def trained(cli: RecipeCLI) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
 
 
 # -- training
@@ -110,32 +76,11 @@ def test_the_whole_head_is_trained_and_untied(roberta: str, glue: str) -> None:
     torch.testing.assert_close(loaded, expected)
 
 
-@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning")
 def test_the_head_is_trained_in_float32_beside_frozen_weights_in_bfloat16(roberta: str, glue: str) -> None:
     cli = run("fit", roberta, glue, "sst2", "--trainer.precision=bf16-mixed", "--trainer.max_steps=3")
     assert {weight.dtype for weight in trained(cli).values()} == {torch.float32}
     assert cli.model.net.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
     assert any("decoder" in name for name in trained(cli))
-
-
-@pytest.mark.parametrize("kind", ["masked", "causal"])
-def test_rho_zero_is_plain_lora(kind: str, roberta: str, tiny: str, glue: str) -> None:
-    model, options = (roberta, []) if kind == "masked" else (tiny, CAUSAL)
-    plain = trained(run("fit", model, glue, "sst2", *options))
-    zero = trained(run("fit", model, glue, "sst2", *options, *EFMLORA, "--trainer.callbacks.rho=0"))
-    assert plain.keys() == zero.keys()
-    for name, weight in plain.items():
-        assert torch.equal(weight, zero[name]), name
-
-
-def test_manual_optimization_trains_too(roberta: str, glue: str) -> None:
-    manual = [
-        "--model.class_path=recipes.classification.prompt_module.PromptClassificationFM",
-        "--model.rho=0.05",
-        "--trainer.gradient_clip_val=null",
-    ]
-    cli = run("fit", roberta, glue, "sst2", *manual)
-    assert any(weight.any() for name, weight in trained(cli).items() if "lora_B" in name)
 
 
 @pytest.fixture(scope="module")
@@ -173,23 +118,6 @@ def test_logits_are_the_label_words_at_the_mask_or_after_the_prompt(
             place = own.tolist().index(tokenizer.mask_token_id) if kind == "masked" else -1
             expected = plain(input_ids=own[None]).logits[0, place, ids]
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(roberta: str, glue: str) -> None:
-    every_step = [
-        "--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint",
-        "--trainer.callbacks.every_n_train_steps=1",
-        "--trainer.callbacks.save_top_k=-1",
-        "--trainer.callbacks.filename={step}",
-    ]
-    options = [*EFMLORA, *every_step, "--model.lora.lora_dropout=0.2"]
-    whole = run("fit", roberta, glue, "sst2", *options)
-    checkpoint = "runs/classification/lora/version_0/checkpoints/step=4.ckpt"
-    resumed = run("fit", roberta, glue, "sst2", *options, f"--ckpt_path={checkpoint}")
-    assert whole.trainer.global_step == resumed.trainer.global_step == 9
-    for name, weight in trained(whole).items():
-        assert torch.equal(weight, trained(resumed)[name]), name
-    assert whole.trainer.callback_metrics["val_loss"] == resumed.trainer.callback_metrics["val_loss"]
 
 
 # -- the shipped prompts

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
 from lightning_flatlora import FMLoRAModule
-from recipes.shared.cli import RecipeCLI, last_checkpoint
+from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import config_arguments
 from recipes.shared.resumable import ResumableData
 from recipes.shared.training import RecipeModule
@@ -232,7 +230,6 @@ class InSequence(Tiny):
         return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, decay], milestones=[2])
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # SequentialLR's own use
 def test_a_schedule_without_entries_of_its_own_resumes(config: str) -> None:
     run("fit", config, module="InSequence")
@@ -240,7 +237,6 @@ def test_a_schedule_without_entries_of_its_own_resumes(config: str) -> None:
     assert resumed.trainer.current_epoch == 2
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
 @pytest.mark.parametrize("own_first", [True, False])
 def test_resuming_under_another_schedule_is_refused(config: str, module: str, own_first: bool) -> None:
@@ -258,7 +254,6 @@ def test_resuming_under_another_schedule_is_refused(config: str, module: str, ow
 # -- checkpoints by name
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"no last checkpoint, searched for in runs/tiny/\*/checkpo"):
         run("fit", config, "--ckpt_path=last")
@@ -277,7 +272,6 @@ def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Pat
     assert all(torch.equal(value, trained[name]) for name, value in tested.model.state_dict().items() if "lora" in name)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
 def test_last_is_found_without_a_logger(config: str) -> None:
     run("fit", config, "--trainer.logger=false")
@@ -294,13 +288,6 @@ def test_last_without_checkpoints_and_best_are_refused(config: str) -> None:
         run("test", config, "--ckpt_path=best")
 
 
-def test_places_that_several_callbacks_share_are_named_once(tmp_path: Path) -> None:
-    savers: list[Any] = [ModelCheckpoint(tmp_path), ModelCheckpoint(tmp_path, monitor="val_loss")]
-    with pytest.raises(MisconfigurationException, match="there is no last checkpoint") as error:
-        last_checkpoint(L.Trainer(accelerator="cpu", logger=False, callbacks=savers))
-    assert str(error.value).count(str(tmp_path)) == 1
-
-
 class Interrupts(L.Callback):
     """Ctrl-C in the first epoch, after three of its four batches."""
 
@@ -310,7 +297,6 @@ class Interrupts(L.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 # The recipes' own data resume.
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
 def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> None:
@@ -323,7 +309,6 @@ def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> No
     assert resumed.trainer.global_step == 4
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_last_of_a_run_with_other_settings_is_named(config: str, tmp_path: Path) -> None:
     """The newest run may have been one on other data."""
     run("fit", config, "--model.learning_rate=0.1")
@@ -337,7 +322,6 @@ def test_last_of_a_run_with_other_settings_is_named(config: str, tmp_path: Path)
     run("test", config, f"--ckpt_path={file}", "--model.learning_rate=0.2")  # an evaluation may be of other data
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 def test_a_fit_that_goes_on_with_other_steps_is_named(config: str) -> None:
     efmlora, quiet = "--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.enable_model_summary=false"

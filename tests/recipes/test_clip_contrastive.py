@@ -6,36 +6,25 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import open_clip
 import pytest
 import torch
+from clip_contrastive_runs import COCA, SIGLIP, save_model
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from recipe_runs import run
+from trainers import trainer
 
-open_clip = pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
+from lightning_flatlora import FMLoRA
+from recipes.clip.export import export
+from recipes.clip.export import main as export_main
+from recipes.clip_contrastive.data import ContrastiveData
+from recipes.clip_contrastive.loss import ContrastiveLoss
+from recipes.clip_contrastive.module import ContrastiveModel, ContrastiveModelFM
+from recipes.shared.sharding import BlocksAndFactors
 
-from clip_contrastive_runs import COCA, SIGLIP, run, save_model  # noqa: E402
-from trainers import trainer  # noqa: E402
+pytestmark = pytest.mark.usefixtures("command_line")
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA  # noqa: E402
-from recipes.clip.export import export  # noqa: E402
-from recipes.clip.export import main as export_main  # noqa: E402
-from recipes.clip_contrastive.data import ContrastiveData  # noqa: E402
-from recipes.clip_contrastive.loss import ContrastiveLoss  # noqa: E402
-from recipes.clip_contrastive.module import ContrastiveModel, ContrastiveModelFM  # noqa: E402
-from recipes.shared.configs import methods_of  # noqa: E402
-from recipes.shared.random_state import RandomState  # noqa: E402
-from recipes.shared.sharding import BlocksAndFactors  # noqa: E402
-
-pytestmark = [
-    pytest.mark.usefixtures("command_line"),
-    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of two steps
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
-]
-
-METHODS = methods_of("clip_contrastive")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 
 
@@ -161,10 +150,8 @@ def test_a_run_without_end_has_no_schedule(small_clip: str, pictures: str, tmp_p
 # -- the command line and the export
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_configuration_fits_tests_and_exports(
-    method: str, small_clip: str, pictures: str, tmp_path: Path, capsys: Any
-) -> None:
+@pytest.mark.parametrize("method", ["efmlora", "full"])
+def test_a_run_is_tested_and_exported(method: str, small_clip: str, pictures: str, tmp_path: Path, capsys: Any) -> None:
     common = [
         f"--model.init_args.model={small_clip}",
         "--model.init_args.pretrained=null",
@@ -174,12 +161,19 @@ def test_every_configuration_fits_tests_and_exports(
         "--model.init_args.warmup_steps=0",
         "--trainer.log_every_n_steps=1",
     ]
-    run("fit", str(tmp_path), method, "one", [*common, "--trainer.max_steps=2", "--trainer.val_check_interval=2"])
+    run(
+        "fit",
+        str(tmp_path),
+        "clip_contrastive",
+        method,
+        "one",
+        [*common, "--trainer.max_steps=2", "--trainer.val_check_interval=2"],
+    )
     folder = tmp_path / "runs" / "clip_contrastive" / method / "version_0"
     assert "val_text_to_image_recall@10" in (folder / "metrics.csv").read_text()
     assert list(folder.glob("events.out.tfevents*"))
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    tested = run("test", str(tmp_path), method, "one", [*common, f"--ckpt_path={checkpoint}"])
+    tested = run("test", str(tmp_path), "clip_contrastive", method, "one", [*common, f"--ckpt_path={checkpoint}"])
     assert tested["logged"]["test_loss"] > 0
 
     capsys.readouterr()
@@ -195,21 +189,6 @@ def test_every_configuration_fits_tests_and_exports(
     with pytest.raises(SystemExit):
         export_main([str(checkpoint), "exported"])
     assert "exported is there already and is not an empty folder" in capsys.readouterr().err
-
-
-def test_efmlora_with_rho_0_is_lora_bit_for_bit(small_clip: str, pictures: str, tmp_path: Path) -> None:
-    def trained(method: str, *options: str) -> dict[str, Tensor]:
-        common = [f"--model.model={small_clip}", "--model.pretrained=null", "--model.learning_rate=0.02"]
-        common += ["--model.warmup_steps=0", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
-        common += [f"--data.dataset={pictures}", "--data.batch_size=8", "--data.num_workers=0"]
-        found: dict[str, Tensor] = run("fit", str(tmp_path), method, "one", [*common, *options])["weights"]
-        return found
-
-    plain, zero = trained("lora"), trained("efmlora", "--trainer.callbacks.rho=0")
-    assert plain
-    assert all(torch.equal(weight, zero[name]) for name, weight in plain.items())
-    flat = trained("efmlora", "--trainer.callbacks.rho=0.5")
-    assert not all(torch.equal(weight, flat[name]) for name, weight in plain.items())
 
 
 def test_a_checkpoint_of_another_model_is_not_exported(small_clip: str, pictures: str, tmp_path: Path) -> None:
@@ -228,59 +207,4 @@ def test_a_checkpoint_of_another_model_is_not_exported(small_clip: str, pictures
         export(checkpoint, tmp_path / "out")
 
 
-# -- going on after a stop
-
-
-class Record(L.Callback):
-    """Batches and losses of a run."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[float, list[int], float]] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        seen = batch["images"].double().sum().item(), batch["tokens"].flatten().tolist()
-        self.steps.append((*seen, trainer.callback_metrics["train_loss"].item()))
-
-
-def fitted(
-    small_clip: str, pictures: str, folder: Path, num_workers: int = 0, ckpt_path: str | None = None
-) -> tuple[list[Tensor], Record]:
-    """A run from one seed, or from a checkpoint after other random numbers have been drawn."""
-    L.seed_everything(7 if ckpt_path is None else 99, verbose=False)
-    record = Record()
-    module = ContrastiveModel(small_clip, lora=LORA, learning_rate=1e-2)
-    savers = [
-        AdapterCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1),
-        AdapterCheckpoint(folder, filename="val-{step}", save_top_k=-1, monitor="val_loss"),
-    ]
-    callbacks = [record, EFMLoRA(rho=0.5), RandomState(), *savers]
-    fit = trainer(folder, *callbacks, enable_checkpointing=True, val_check_interval=2)
-    fit.fit(module, ContrastiveData(pictures, batch_size=6, num_workers=num_workers), ckpt_path=ckpt_path)
-    return [p.detach().clone() for p in module.parameters() if p.requires_grad], record
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(small_clip: str, pictures: str, tmp_path: Path) -> None:
-    weights, whole = fitted(small_clip, pictures, tmp_path / "whole")
-    assert len(whole.steps) == 8  # two epochs of 26 images in batches of 6
-    # in the first epoch, in its validation, at its end; in the second
-    for name in ("step=1", "val-step=2", "step=4", "step=7"):
-        checkpoint = str(tmp_path / "whole" / f"{name}.ckpt")
-        again, rest = fitted(small_clip, pictures, tmp_path / name, 0, checkpoint)
-        assert rest.steps == whole.steps[int(name.split("=")[1]) :], name
-        assert all(torch.equal(one, other) for one, other in zip(weights, again, strict=True)), name
-
-
-def test_worker_processes_change_nothing(small_clip: str, pictures: str, tmp_path: Path) -> None:
-    _, alone = fitted(small_clip, pictures, tmp_path / "alone")
-    weights, whole = fitted(small_clip, pictures, tmp_path / "whole", num_workers=1)
-    assert whole.steps == alone.steps
-    again, rest = fitted(small_clip, pictures, tmp_path / "rest", 1, str(tmp_path / "whole" / "step=3.ckpt"))
-    assert rest.steps == whole.steps[3:]
-    assert all(torch.equal(one, other) for one, other in zip(weights, again, strict=True))
-
-
-def test_bad_models_are_named() -> None:
-    with pytest.raises(MisconfigurationException, match="ViT-Nothing"):
-        _ = ContrastiveModel("ViT-Nothing").clip
-    with pytest.raises(MisconfigurationException, match="no-such-tag"):
-        _ = ContrastiveModel("ViT-B-32", pretrained="no-such-tag").clip
+# -- models

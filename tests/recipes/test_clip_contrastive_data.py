@@ -13,16 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clip_contrastive_runs import prepared
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-open_clip = pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
-
-from clip_contrastive_runs import prepared  # noqa: E402
-
-from recipes.clip import emoji  # noqa: E402
-from recipes.clip_contrastive import sources  # noqa: E402
-from recipes.clip_contrastive.batches import Draw, PictureBatchSampler  # noqa: E402
-from recipes.clip_contrastive.data import too_long  # noqa: E402
+from recipes.clip import emoji
+from recipes.clip_contrastive import sources
+from recipes.clip_contrastive.batches import Draw, PictureBatchSampler
+from recipes.clip_contrastive.data import too_long
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -44,6 +41,16 @@ def write_table(tmp_path: Path) -> Callable[..., str]:
         return str(tmp_path / name)
 
     return write
+
+
+def write_shard(shard: Path, members: dict[str, Path | bytes]) -> None:
+    """An archive of files, or of what they hold, by their names in it."""
+    with tarfile.open(shard, "w") as archive:
+        for name, content in members.items():
+            whole = content if isinstance(content, bytes) else content.read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size = len(whole)
+            archive.addfile(member, io.BytesIO(whole))
 
 
 def table_rows(pictures: str, captions: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -70,10 +77,8 @@ def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable
     assert described(str(beside)) == expected
     names = sorted(expected)
     for number, share in enumerate((names[:20], names[20:])):
-        with tarfile.open(tmp_path / f"shard-{number:03d}.tar", "w") as shard:
-            for name in share:
-                for suffix in ("png", "txt"):
-                    shard.add(Path(pictures) / f"{name}.{suffix}", f"{name}.{suffix}")
+        files = [Path(pictures) / f"{name}.{suffix}" for name in share for suffix in ("png", "txt")]
+        write_shard(tmp_path / f"shard-{number:03d}.tar", {file.name: file for file in files})
     shards = sources.load(str(tmp_path / "shard-{000..001}.tar"))
     assert {p.key.split("/")[1]: p.captions for p in shards} == expected
     assert shards[21].file.read() == (Path(pictures) / f"{names[21]}.png").read_bytes()
@@ -81,14 +86,10 @@ def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable
 
 
 def test_images_are_read_from_shards(clip: Any, pictures: str, tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
-        for name in ("blue-circle", "broken", "red-circle"):
-            image, text = tmp_path / f"{name}.png", tmp_path / f"{name}.txt"
-            text.write_text("a circle")
-            whole = (Path(pictures) / f"{name.replace('broken', 'red-circle')}.png").read_bytes()
-            image.write_bytes(whole[:60] if name == "broken" else whole)
-            shard.add(image, image.name)
-            shard.add(text, text.name)
+    blue, red = (Path(pictures) / f"{colour}-circle.png" for colour in ("blue", "red"))
+    members: dict[str, Path | bytes] = {blue.name: blue, red.name: red, "broken.png": red.read_bytes()[:60]}
+    texts = {name.replace(".png", ".txt"): b"a circle" for name in members}
+    write_shard(tmp_path / "shard.tar", members | texts)
     with pytest.warns(UserWarning, match=r"1 of 3 images can't be read: shard.tar/broken.png .*left out"):
         data = prepared(clip, "fit", "shard.tar", skip_unreadable=True, validation_share=0.0, test_share=0.0)
     files = [str(picture.file) for picture in data.parts["train"]]
@@ -172,9 +173,7 @@ def test_what_systems_leave_in_folders_is_no_picture(pictures: str, tmp_path: Pa
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).symlink_to(Path(pictures) / "red-circle.png")
     (folder / "a.txt").write_text("a circle")
-    with tarfile.open(tmp_path / "shard.TAR", "w") as shard:
-        for name in ("a.png", "a.txt", "._a.png"):
-            shard.add((folder / name).resolve(), name)
+    write_shard(tmp_path / "shard.TAR", {name: folder / name for name in ("a.png", "a.txt", "._a.png")})
     for dataset in (folder, tmp_path / "shard.TAR"):
         (picture,) = sources.load(str(dataset))
         assert picture.captions == ("a circle",)
@@ -192,11 +191,9 @@ def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_
 def test_a_folder_of_shards_may_have_brackets_in_its_name(pictures: str, tmp_path: Path) -> None:
     folder = tmp_path / "shards [1]"
     folder.mkdir()
-    (tmp_path / "red.txt").write_text("a red circle")
     for number in range(2):
-        with tarfile.open(folder / f"{number}.tar", "w") as shard:
-            shard.add(Path(pictures) / "red-circle.png", f"{number}.png")
-            shard.add(tmp_path / "red.txt", f"{number}.txt")
+        image = Path(pictures) / "red-circle.png"
+        write_shard(folder / f"{number}.tar", {f"{number}.png": image, f"{number}.txt": b"a red circle"})
     for pattern in ("*.tar", "{0..1}.tar", "{0,1}.tar"):
         assert len(sources.load(str(folder / pattern))) == 2
 
@@ -207,10 +204,8 @@ def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
     (tmp_path / "broken.tar").write_text("no archive")
     with pytest.raises(MisconfigurationException, match=r"broken.tar can't be read as an uncompressed .tar"):
         sources.load("broken.tar")
-    (tmp_path / "blank.txt").write_text(" ")
-    with tarfile.open(tmp_path / "bare.tar", "w") as shard:
-        shard.add(Path(pictures) / "red-circle.png", "some/red-circle.png")
-        shard.add(tmp_path / "blank.txt", "blank.txt")
+    image = Path(pictures) / "red-circle.png"
+    write_shard(tmp_path / "bare.tar", {"some/red-circle.png": image, "blank.txt": b" "})
     message = r"some/red-circle has no .txt; .*blank has a .txt, but no image; .*blank.txt is empty"
     with pytest.raises(MisconfigurationException, match=message):
         sources.load("bare.tar")
@@ -219,11 +214,7 @@ def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", [512 * 2, 512 * 2 + 100, 512 * 3])
 def test_a_shard_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
     shard = tmp_path / "shard.tar"
-    with tarfile.open(shard, "w") as archive:
-        for name in ("a.png", "a.txt"):
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            archive.addfile(member, io.BytesIO(b"abc"))
+    write_shard(shard, {"a.png": b"abc", "a.txt": b"abc"})
     whole = shard.read_bytes()
     assert len(sources.load(str(shard))) == 1
     # After the first member, within the second one's header, or after it: archives end with zeros.

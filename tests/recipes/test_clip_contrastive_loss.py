@@ -7,13 +7,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.retrieval import RetrievalHitRate
 
-open_clip = pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
-
-from torchmetrics.retrieval import RetrievalHitRate  # noqa: E402
-
-from recipes.clip_contrastive.loss import ContrastiveLoss  # noqa: E402
-from recipes.clip_contrastive.retrieval import Retrieval  # noqa: E402
+from recipes.clip_contrastive.loss import ContrastiveLoss
+from recipes.clip_contrastive.retrieval import Retrieval
 
 
 def random_features(number: int, seed: int, size: int = 8) -> Tensor:

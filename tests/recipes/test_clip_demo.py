@@ -12,13 +12,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import demo_runs
 import open_clip
 import processes
 import pytest
 import torch
 from PIL import Image
-
-pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
 
 from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
@@ -178,7 +177,7 @@ def command(folder: Path, *more: str) -> list[str]:
 def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
     output = tmp_path / "interrupted.txt"
-    interrupted = processes.start(processes.run_module, "recipes.clip_demo", command(folder), output=output)
+    interrupted = processes.start(demo_runs.clip_main, command(folder), output=output)
     _wait_for(lambda: results.exists() and results.read_text().count("\n") >= 2, interrupted)
     os.killpg(interrupted.pid, signal.SIGINT)
     interrupted.join(timeout=120)

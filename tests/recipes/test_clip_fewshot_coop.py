@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
-
 from clip_fewshot_runs import filled, picture
 from coop_sets import FILES, NAMES, write_set
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip_fewshot import coop, sources
 from recipes.clip_fewshot.data import FewShotData

@@ -8,13 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_fewshot_runs import data_of, filled, picture
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
-
-pytest.importorskip("open_clip", reason="the recipes' dependencies are not installed")
-
-from clip_fewshot_runs import data_of, filled, picture
 
 from recipes.clip.images import image_files, read_image, readable
 from recipes.clip_contrastive.data import shuffled
@@ -39,21 +36,15 @@ def test_parts_are_divided_by_class_and_seed(images: Path) -> None:
     assert {path.parent.name: label for path, label in every} == {"blue_grey": 0, "green": 1, "red": 2}
 
 
-def test_folders_of_parts_are_taken_as_they_are(tmp_path: Path) -> None:
-    for part, number in (("train", 5), ("val", 3), ("test", 2)):
-        filled(tmp_path / part, number)
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "Validation", "Testing")])
+def test_folders_of_parts_are_taken_as_they_are(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name, number in zip(names, (5, 3, 2), strict=True):
+        filled(tmp_path / name, number)
     source = sources.load(str(tmp_path))
     assert [len(source.parts[part]) for part in PARTS] == [15, 9, 6]
-    assert all(path.parts[-3] == "val" for path, _ in source.parts["validation"])
+    assert all(path.parts[-3] == names[1] for path, _ in source.parts["validation"])
     pooled = sources.load(str(tmp_path), split="seeded")
     assert [len(pooled.parts[part]) for part in PARTS] == [15, 6, 9]
-
-
-def test_folders_of_parts_may_have_other_names(tmp_path: Path) -> None:
-    for part, number in (("Training", 5), ("Validation", 3), ("Testing", 2)):
-        filled(tmp_path / part, number)
-    source = sources.load(str(tmp_path))
-    assert [len(source.parts[part]) for part in PARTS] == [15, 9, 6]
 
 
 def test_folders_that_are_no_part_are_named(tmp_path: Path) -> None:

@@ -35,10 +35,12 @@ def run(folder: Path, model: str, *more: str) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
+def test_demo_reports_resumes_and_keeps(
+    tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "demo"
     output = tmp_path / "interrupted.txt"
-    interrupted = processes.start(demo_runs.main, command(folder, tiny, "--steps=20"), output=output)
+    interrupted = processes.start(demo_runs.main, command(folder, tiny, "--steps=10"), output=output)
     _wait_for(folder / "LoRA" / "last.ckpt", interrupted)
     os.killpg(interrupted.pid, signal.SIGINT)  # Ctrl-C reaches the whole group, as in a terminal
     interrupted.join(timeout=120)
@@ -47,10 +49,10 @@ def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
     assert finished_early or "resumes from the last checkpoint" in said
     untuned = (folder / "untuned" / "result.json").stat().st_mtime_ns
 
-    out = run(folder, tiny, "--steps=20")
+    out = run(folder, tiny, "--steps=10")
     assert out.strip().endswith(str(folder))
     for line in (
-        "EFMLoRA, training steps: 20 of 20",
+        "EFMLoRA, training steps: 10 of 10",
         "FMLoRA, test batches: 2 of 2",
         "FMLoRA, sharpness, batches: 4 of 4",
     ):
@@ -69,8 +71,16 @@ def test_demo_reports_resumes_and_keeps(tmp_path: Path, tiny: str) -> None:
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "EFMLoRA" / "last" / "adapter_model.safetensors").exists()
 
-    assert "[2/4]" not in run(folder, tiny, "--steps=20")  # nothing is trained again
-    run(folder, tiny, "--steps=2")
+    capsys.readouterr()
+    assert main(command(folder, tiny, "--steps=10")) == 0
+    assert "[2/4]" not in capsys.readouterr().out  # nothing is trained again
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.demo.__main__.tokenize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(folder, tiny, "--steps=2"))
     assert (tmp_path / "demo-1" / "table.txt").exists()  # results of other settings are set aside, not overwritten
 
 
@@ -92,7 +102,6 @@ def test_other_settings_leave_a_running_demo_its_folder(tmp_path: Path, tiny: st
     assert (tmp_path / "settings.json").read_text() == earlier
 
 
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_training_goes_on_from_the_last_checkpoint(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"dataset": "packaged:commonsense_qa", "model": tiny, "max_length": 256, "batch_size": 4, "test_batches": 2}
     run = Run("LoRA", Settings(**short, steps=10, precision="32-true"), tmp_path / "LoRA")

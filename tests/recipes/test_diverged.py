@@ -6,42 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import quick
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
-from recipes.clip_fewshot.evaluation import Evaluation  # noqa: E402
-from recipes.language.evaluation import EvaluationMetrics  # noqa: E402
-from recipes.shared.cli import RecipeCLI  # noqa: E402
-from recipes.shared.configs import RECIPES  # noqa: E402
-from recipes.shared.diverged import wrong_where_nan  # noqa: E402
+from recipes.clip_fewshot.evaluation import Evaluation
+from recipes.language.evaluation import EvaluationMetrics
+from recipes.shared.configs import config_arguments
+from recipes.shared.diverged import wrong_where_nan
 
 NAN = math.nan
 
 
 @pytest.mark.usefixtures("command_line", "own_datasets")
-@pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning")
 @pytest.mark.filterwarnings("ignore:Encountered `nan` values:UserWarning")
 def test_a_classifier_has_no_accuracy(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"The {'cat' if i % 4 else 'dog'} number {i}", "label": i % 4 > 0} for i in range(40)]
     Path("data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    config = RECIPES / "classification" / "configs" / "base.yaml"
-    cli = RecipeCLI(
-        [
-            "fit",
-            f"--config={config}",
-            f"--model.model={tiny}",
-            "--model.lora.target_modules=[q_proj,v_proj]",
-            "--model.learning_rate=1e30",
-            "--data.dataset=data.jsonl",
-            "--data.batch_size=8",
-            "--trainer.gradient_clip_val=null",
-            "--trainer.accelerator=cpu",
-            "--trainer.precision=32-true",
-            "--trainer.max_epochs=2",
-            "--trainer.enable_progress_bar=false",
-        ]
-    )
+    options = [f"--model.model={tiny}", "--model.lora.target_modules=[q_proj,v_proj]", "--model.learning_rate=1e30"]
+    options += ["--data.dataset=data.jsonl", "--data.batch_size=8", "--trainer.max_epochs=2"]
+    configs = config_arguments("classification", "lora")
+    cli = quick("fit", configs, *options, "--trainer.gradient_clip_val=null")
     metrics = cli.trainer.callback_metrics
     assert metrics["val_loss"].isnan()
     assert metrics["val_accuracy"] == metrics["val_score"] == 0

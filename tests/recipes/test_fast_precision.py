@@ -7,11 +7,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-pytest.importorskip("jsonargparse", reason="the recipes' dependencies are not installed")
-
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.shared import precision

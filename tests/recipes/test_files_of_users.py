@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.files import begin_folder
 from recipes.shared.ledger import keep_options

@@ -4,38 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
+import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
+from recipe_runs import quick
 from torch import Tensor
+from trainers import trainer
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+from recipes.instruction_tuning.data import InstructionData
+from recipes.instruction_tuning.module import InstructionTuning
+from recipes.language.batches import Collate
+from recipes.language.chat import IGNORED, ChatEncoder
+from recipes.language.model import answer_log_likelihood
+from recipes.shared import packaged
+from recipes.shared.configs import config_arguments
+from recipes.shared.random_state import RandomState, collect_random_state, restore_random_state
 
-from trainers import trainer  # noqa: E402
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA  # noqa: E402
-from recipes.instruction_tuning.data import InstructionData  # noqa: E402
-from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
-from recipes.language.batches import Collate  # noqa: E402
-from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
-from recipes.language.model import answer_log_likelihood  # noqa: E402
-from recipes.shared import packaged  # noqa: E402
-from recipes.shared.cli import RecipeCLI  # noqa: E402
-from recipes.shared.configs import config_arguments, methods_of  # noqa: E402
-from recipes.shared.random_state import RandomState, collect_random_state, restore_random_state  # noqa: E402
-
-pytestmark = [
-    pytest.mark.usefixtures("command_line", "own_datasets"),
-    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of two steps
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
-]
-
-METHODS = methods_of("instruction_tuning")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -115,45 +103,12 @@ def test_free_answers_are_generated_and_compared(tiny: str, sums: str, tmp_path:
 # -- the command line
 
 
-def run(command: str, method: str, model: str, *options: str) -> None:
-    RecipeCLI(
-        [
-            command,
-            *config_arguments("instruction_tuning", method),
-            f"--model.init_args.model={model}",
-            "--trainer.accelerator=cpu",
-            "--trainer.log_every_n_steps=1",
-            "--data.init_args.batch_size=4",
-            *options,
-        ]
-    )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_configuration_fits_tests_and_gives_a_peft_adapter(method: str, tiny: str, tmp_path: Path) -> None:
-    run("fit", method, tiny, "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2")
-    folder = tmp_path / "runs" / "instruction_tuning" / method / "version_0"
-    assert (folder / "config.yaml").is_file()
-    assert "val_accuracy" in (folder / "metrics.csv").read_text()
-    assert list(folder.glob("events.out.tfevents*"))
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    adapter = folder / "checkpoints" / "last"
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    model = PeftModel.from_pretrained(base, str(adapter))
-    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
-    moved = {name: value for name, value in saved.items() if "lora_B" in name}
-    assert any(value.abs().sum() > 0 for value in moved.values())
-    for name, value in moved.items():
-        torch.testing.assert_close(model.state_dict()[name.removeprefix("net.")], value)
-    run("test", method, tiny, f"--ckpt_path={checkpoint}", "--trainer.limit_test_batches=1")
-    run("validate", method, tiny, f"--ckpt_path={checkpoint}", "--trainer.limit_val_batches=1")
-
-
 def test_predict_answers_the_lines_of_a_file(tiny: str, tmp_path: Path, capsys: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Why?\n\n  How many?  \n")
     # The training data are not looked at.
-    run("predict", "lora", tiny, f"--data.prompts={prompts}", "--model.max_new_tokens=3", "--data.dataset=gone.jsonl")
+    options = [f"--model.model={tiny}", f"--data.prompts={prompts}", "--model.max_new_tokens=3"]
+    quick("predict", config_arguments("instruction_tuning", "lora"), *options, "--data.dataset=gone.jsonl")
     (path,) = tmp_path.glob("runs/**/answers.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Why?", "How many?"]
@@ -181,56 +136,6 @@ def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -
 
 
 # -- going on after a stop
-
-
-class Record(L.Callback):
-    """Batches, losses and weights of a run."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[list[int], float]] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.steps.append((batch["input_ids"].flatten().tolist(), trainer.callback_metrics["train_loss"].item()))
-
-
-def savers(folder: Path) -> list[L.Callback]:
-    """One that saves after every step, one that saves after every validation."""
-    steps = AdapterCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    return [steps, AdapterCheckpoint(folder, filename="val-{step}", save_top_k=-1, monitor="val_loss")]
-
-
-def fitted(
-    tiny: str, sums: str, folder: Path, num_workers: int = 0, ckpt_path: str | None = None
-) -> tuple[list[Tensor], Record]:
-    """A run from one seed, or from a checkpoint after other random numbers have been drawn."""
-    L.seed_everything(7 if ckpt_path is None else 99, verbose=False)
-    record = Record()
-    module = InstructionTuning(model=tiny, lora=LORA, learning_rate=1e-2, exact_match_examples=0)
-    callbacks = [record, EFMLoRA(rho=0.5), RandomState(), *savers(folder)]
-    fit = trainer(folder, *callbacks, enable_checkpointing=True, val_check_interval=3)
-    fit.fit(module, InstructionData(sums, batch_size=4, num_workers=num_workers), ckpt_path=ckpt_path)
-    return [p.detach().clone() for p in module.parameters() if p.requires_grad], record
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_resumed_run_equals_the_uninterrupted_one(num_workers: int, tiny: str, sums: str, tmp_path: Path) -> None:
-    weights, whole = fitted(tiny, sums, tmp_path / "whole", num_workers)
-    assert len(whole.steps) == 18  # two epochs
-    # in the first epoch, in its validation, at its end; in the second
-    names = ("step=2", "val-step=3", "step=9", "val-step=9", "step=10", "val-step=15")
-    for name in names[2:5:2] if num_workers else names:
-        checkpoint = str(tmp_path / "whole" / f"{name}.ckpt")
-        again, rest = fitted(tiny, sums, tmp_path / name, num_workers, checkpoint)
-        assert rest.steps == whole.steps[int(name.split("=")[1]) :], name
-        assert all(torch.equal(one, other) for one, other in zip(weights, again, strict=True)), name
-
-
-def test_the_random_state_decides_about_that(tiny: str, sums: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(RandomState, "load_state_dict", lambda self, state: None)
-    _, whole = fitted(tiny, sums, tmp_path / "whole")
-    _, rest = fitted(tiny, sums, tmp_path / "rest", ckpt_path=str(tmp_path / "whole" / "step=3.ckpt"))
-    assert [batch for batch, _ in rest.steps] == [batch for batch, _ in whole.steps[3:]]
-    assert rest.steps != whole.steps[3:]
 
 
 def test_random_state_is_put_back(tmp_path: Path) -> None:
@@ -304,12 +209,6 @@ def test_quantization_without_bitsandbytes_says_so(tiny: str, monkeypatch: Any) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match="pip install bitsandbytes"):
         InstructionTuning(model=tiny, quantization="4bit").configure_model()
-
-
-def test_a_run_without_end_has_no_schedule(tiny: str, sums: str, tmp_path: Path) -> None:
-    module = InstructionTuning(model=tiny, lora=LORA)
-    with pytest.raises(MisconfigurationException, match="set max_steps or max_epochs"):
-        trainer(tmp_path, max_epochs=-1).fit(module, InstructionData(sums))
 
 
 def test_a_failing_pip_says_what_to_run(monkeypatch: Any) -> None:

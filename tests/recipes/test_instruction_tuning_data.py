@@ -1,23 +1,18 @@
 """Tokens, labels, parts and batches of instruction tuning."""
 
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-
-from recipes.instruction_tuning import sources  # noqa: E402
-from recipes.instruction_tuning.data import InstructionData  # noqa: E402
-from recipes.language.batches import LengthBatchSampler  # noqa: E402
-from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
-from recipes.shared.data import part_of  # noqa: E402
-from recipes.shared.text_metrics import normalized  # noqa: E402
+from recipes.instruction_tuning import sources
+from recipes.instruction_tuning.data import InstructionData
+from recipes.language.batches import LengthBatchSampler
+from recipes.language.chat import IGNORED, ChatEncoder
+from recipes.shared.data import part_of
+from recipes.shared.text_metrics import normalized
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -47,12 +42,6 @@ def test_the_loss_is_on_the_answer_and_its_end_token(tiny: str, tokenizer: Any, 
     assert text.endswith("<|im_end|>\n")
 
 
-def test_instruction_and_input_are_one_question(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    rows = [{"instruction": f"Add {i}.", "input": "1 2", "output": "3"} for i in range(10)]
-    data = prepared("fit", tiny, dataset=jsonl(rows), validation_share=0, test_share=0)
-    assert "user\nAdd 0.\n\n1 2<|im_end|>" in tokenizer.decode(data.parts["train"][0]["input_ids"][0])
-
-
 def test_every_answer_of_a_conversation_is_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
     turns = [("system", "S."), ("user", "A?"), ("assistant", "a!"), ("user", "B?"), ("assistant", "b!"), ("user", "C?")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -60,13 +49,6 @@ def test_every_answer_of_a_conversation_is_learnt(tiny: str, tokenizer: Any, jso
     row = data.parts["train"][0]
     assert answers_of(row, tokenizer) == "a!<|im_end|>b!<|im_end|>"
     assert "C?" not in tokenizer.decode(row["input_ids"][0])  # nobody answers it
-
-
-def test_parquet_is_read(tiny: str, tmp_path: Path) -> None:
-    path = str(tmp_path / "data.parquet")
-    datasets.Dataset.from_list([{"instruction": f"{i}?", "output": f"{i}"} for i in range(5)]).to_parquet(path)
-    data = prepared("fit", tiny, dataset=path, validation_share=0, test_share=0)
-    assert len(data.parts["train"]) == 5
 
 
 def test_a_template_may_mark_the_answers_itself(tokenizer: Any) -> None:

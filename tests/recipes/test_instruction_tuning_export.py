@@ -5,18 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
+from huggingface_hub import ModelCard
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from huggingface_hub import ModelCard  # noqa: E402
-
-from recipes.instruction_tuning import export as exporting  # noqa: E402
-from recipes.instruction_tuning.model_card import method, model_card  # noqa: E402
-from recipes.language.model import add_adapter  # noqa: E402
+from recipes.instruction_tuning import export as exporting
+from recipes.instruction_tuning.model_card import method, model_card
+from recipes.language.model import add_adapter
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 RUN = {

@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from recipes.instruction_tuning import sources  # noqa: E402
-from recipes.instruction_tuning.data import InstructionData  # noqa: E402
-from recipes.language.chat import IGNORED  # noqa: E402
+from recipes.instruction_tuning import sources
+from recipes.instruction_tuning.data import InstructionData
+from recipes.language.chat import IGNORED
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -69,9 +67,9 @@ def learnt(row: dict[str, Any], tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in row["labels"][0] if label != IGNORED]))
 
 
-def test_more_of_a_question_follows_it(jsonl: Any) -> None:
-    rows = [{"instruction": "Add.", "context": "1 2", "response": "3", "category": "closed_qa"}]
-    (row,) = sources.load(jsonl(rows), "train")
+@pytest.mark.parametrize(("more", "answer"), [("context", "response"), ("input", "output")])
+def test_more_of_a_question_follows_it(more: str, answer: str, jsonl: Any) -> None:
+    (row,) = sources.load(jsonl([{"instruction": "Add.", more: "1 2", answer: "3"}]), "train")
     assert row["messages"][0]["content"] == "Add.\n\n1 2"
 
 

@@ -7,23 +7,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor
+from trainers import trainer
 
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from trainers import trainer  # noqa: E402
-
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA  # noqa: E402
-from recipes.instruction_tuning.data import InstructionData  # noqa: E402
-from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
-from recipes.language.batches import Collate  # noqa: E402
-from recipes.language.model import answer_log_likelihood  # noqa: E402
-from recipes.language.packing import check_packing, fill_rows, packed  # noqa: E402
-from recipes.shared.cli import RecipeCLI  # noqa: E402
-from recipes.shared.configs import config_arguments  # noqa: E402
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA
+from recipes.instruction_tuning.data import InstructionData
+from recipes.instruction_tuning.module import InstructionTuning
+from recipes.language.batches import Collate
+from recipes.language.model import answer_log_likelihood
+from recipes.language.packing import check_packing, fill_rows, packed
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
@@ -125,29 +120,6 @@ def test_a_packed_run_learns_and_counts_rows(tiny: str, sums: str, tmp_path: Pat
     assert max(rows["length"]) <= 120
     assert sum(row.count(0) for row in rows["position_ids"]) > 1.5 * len(rows)  # conversations
     assert "val_loss" in fit.callback_metrics
-
-
-def test_a_radius_of_zero_is_plain_lora(tiny: str, sums: str) -> None:
-    options = [
-        f"--model.model={tiny}",
-        f"--data.dataset={sums}",
-        "--data.packing=true",
-        "--data.max_length=120",
-        "--data.batch_size=2",
-        "--trainer.accelerator=cpu",
-        "--trainer.precision=32-true",
-        "--trainer.max_steps=2",
-        "--trainer.limit_val_batches=0",
-        "--trainer.log_every_n_steps=1",
-        "--trainer.enable_checkpointing=false",
-    ]
-    plain = RecipeCLI(["fit", *config_arguments("instruction_tuning", "lora"), *options]).model
-    zero = RecipeCLI(
-        ["fit", *config_arguments("instruction_tuning", "efmlora"), *options, "--trainer.callbacks.rho=0"]
-    ).model
-    weights = zero.net.state_dict()
-    for name, weight in plain.net.state_dict().items():
-        assert torch.equal(weight, weights[name]), name
 
 
 # -- attention, optimizer, start

@@ -5,16 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
 from torch import nn
 
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from peft.tuners.lora import Linear  # noqa: E402
-
-from lightning_flatlora import find_pairs  # noqa: E402
-from recipes.language.joint_attention import SplitProjection, join_attention, split_attention  # noqa: E402
+from lightning_flatlora import find_pairs
+from recipes.language.joint_attention import SplitProjection, join_attention, split_attention
 
 TARGETS = ["q_proj", "v_proj"]
 

@@ -16,11 +16,20 @@ from recipes.language.templates import read_template
 from recipes.shared.data import read_table
 from recipes.shared.table_files import files_of_csv_folder
 
+pytestmark = pytest.mark.usefixtures("own_datasets")
 
-def test_a_prompt_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("written", "encoding", "read"),
+    [
+        ("one\u2028line\n\n  another \r\n", "utf-8", ["one\u2028line", "another"]),  # of which Python would make three
+        ("one\n", "utf-8-sig", ["one"]),
+    ],
+)
+def test_prompts_are_the_lines_of_a_file(written: str, encoding: str, read: list[str], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_text("one\u2028line\n\n  another \r\n", encoding="utf-8")
-    assert read_prompts(str(path), "prompt") == ["one\u2028line", "another"]
+    path.write_text(written, encoding=encoding)
+    assert read_prompts(str(path), "prompt") == read
 
 
 def test_blank_lines_between_prompts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -36,19 +45,6 @@ def test_blank_lines_between_prompts_are_counted(tmp_path: Path, caplog: pytest.
     assert not caplog.text
 
 
-def test_a_file_of_blank_lines_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n \n", encoding="utf-8")
-    with pytest.raises(MisconfigurationException, match="holds no meaning"):
-        read_prompts(str(path), "meaning")
-
-
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("one\n", encoding="utf-8-sig")
-    assert read_prompts(str(path), "prompt") == ["one"]
-
-
 def test_a_template_file_of_another_editor_or_encoding(tmp_path: Path) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages }}\n", encoding="utf-8-sig")
@@ -58,7 +54,6 @@ def test_a_template_file_of_another_editor_or_encoding(tmp_path: Path) -> None:
         read_template(str(path))
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_words_that_pandas_takes_for_nothing_are_kept(tmp_path: Path) -> None:
     # The brackets are a pattern to those who expand names.
     folder = tmp_path / "data [1]"
@@ -70,7 +65,6 @@ def test_words_that_pandas_takes_for_nothing_are_kept(tmp_path: Path) -> None:
     assert table["label"][:] == ["None", "favor", None]
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     file = tmp_path / "mine" / "train.csv"
@@ -84,7 +78,6 @@ def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
     assert len(read_table(str(file.parent), "train[:2]")) == 2
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_a_folder_in_the_users_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
@@ -98,7 +91,6 @@ def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
         read_table(str(tmp_path / "mine [1]"), "train")
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_a_table_without_rows_is_empty(tmp_path: Path) -> None:
     file = tmp_path / "none.parquet"
     datasets.Dataset.from_dict({"question": []}).to_parquet(file)
@@ -112,7 +104,6 @@ def test_a_tokenizer_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -
         tokenizer_of(LightningDataModule(), "nowhere")
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -121,7 +112,6 @@ def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> Non
     assert files_of_csv_folder(str(folder), None, "train") is None
 
 
-@pytest.mark.usefixtures("own_datasets")
 @pytest.mark.parametrize("name", ["dates.json", "dates.jsonl", "dates.jsonl.gz"])
 def test_dates_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
     for day in ("2020-01-01", "2021-01-01"):  # the file changes under its name
@@ -132,7 +122,6 @@ def test_dates_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
         assert read_table(str(tmp_path / name), "train").to_list() == rows
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_files_of_one_relative_name_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("one", "two"):
         folder = tmp_path / name
@@ -144,7 +133,6 @@ def test_files_of_one_relative_name_are_two_files(tmp_path: Path, monkeypatch: p
         assert read_table("train.json", "train").to_list() == [{"answer": "2020-01-01", "from": name}]
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_pretty_objects_with_dates_are_read(tmp_path: Path) -> None:
     file = tmp_path / "pretty.json"
     row = {"answer": "2020-01-01", "n": 1}
@@ -154,7 +142,6 @@ def test_pretty_objects_with_dates_are_read(tmp_path: Path) -> None:
     assert read_table(str(file), "train")["n"][:] == [1, 1]
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
     """Numbers too, and in a column that has texts only after more rows than pandas judges it by."""
     file = tmp_path / "sums.csv"
@@ -164,7 +151,6 @@ def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
     assert (outputs[0], outputs[10_000], outputs[10_001]) == ("0.50", "10000.50", "me")
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_a_csv_file_with_more_values_than_names_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "commas.csv"
     file.write_text("text,label\nGood, but long,1\nBad, and long,0\n", encoding="utf-8")
@@ -172,7 +158,6 @@ def test_a_csv_file_with_more_values_than_names_is_refused(tmp_path: Path) -> No
         read_table(str(file), "train")
 
 
-@pytest.mark.usefixtures("own_datasets")
 def test_why_a_file_cannot_be_read_is_said(tmp_path: Path) -> None:
     file = tmp_path / "cut.jsonl"
     file.write_text('{"text": "a", "label": 1}\n{"text": "b', encoding="utf-8")

@@ -6,18 +6,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from trainers import trainer
 
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from trainers import trainer  # noqa: E402
-
-from lightning_flatlora import EFMLoRA  # noqa: E402
-from recipes.instruction_tuning.data import InstructionData  # noqa: E402
-from recipes.instruction_tuning.module import InstructionTuning  # noqa: E402
-from recipes.language.model import checkpoint_activations, positions  # noqa: E402
+from lightning_flatlora import EFMLoRA
+from recipes.instruction_tuning.data import InstructionData
+from recipes.instruction_tuning.module import InstructionTuning
+from recipes.language.model import checkpoint_activations, positions
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}

@@ -5,8 +5,6 @@ from itertools import chain
 
 import pytest
 
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
 from recipes.language import texts
 
 

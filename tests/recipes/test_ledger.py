@@ -1,11 +1,11 @@
 """The ledger of runs: what it finds again, what a stop leaves, and several processes at one file."""
 
 import json
-from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
+import processes
 import pytest
 
 pytest.importorskip("filelock", reason="the recipes' dependencies are not installed")
@@ -141,10 +141,7 @@ def _append(path: Path, worker: int) -> None:
 
 def test_processes_append_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    context = get_context("spawn")
-    workers = [context.Process(target=_append, args=(path, worker)) for worker in range(2)]
-    for worker in workers:
-        worker.start()
+    workers = [processes.start(_append, path, worker, output=tmp_path / "output.txt") for worker in range(2)]
     for worker in workers:
         worker.join(timeout=60)
     assert len(path.read_text().splitlines()) == len(read(path)) == 100

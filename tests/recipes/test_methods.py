@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("jsonargparse", reason="the recipes' dependencies are not installed")
-
 import recipes
 from lightning_flatlora import EFMLoRA, FMLoRA
 from recipes.benchmarks.methods import METHODS as MEASURED

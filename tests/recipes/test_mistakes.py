@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
 from recipes.shared.configs import config_arguments
 from recipes.shared.mistakes import mistake_behind, without_traceback
 

@@ -7,30 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2
+from peft import PeftModel
+from recipe_runs import quick, trained
+from torch import nn
 
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+from recipes.language.joint_attention import split_attention
+from recipes.language.model import generate_answers
+from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments
+from recipes.nlg.export import export, main
+from recipes.nlg.module import TextGeneration
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import RECIPES, config_arguments
 
-from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2  # noqa: E402
-from peft import PeftModel  # noqa: E402
-
-from recipes.language.joint_attention import split_attention  # noqa: E402
-from recipes.language.model import generate_answers  # noqa: E402
-from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments  # noqa: E402
-from recipes.nlg.export import export, main  # noqa: E402
-from recipes.nlg.module import TextGeneration  # noqa: E402
-from recipes.shared.cli import RecipeCLI  # noqa: E402
-from recipes.shared.configs import RECIPES, config_arguments, methods_of  # noqa: E402
-
-pytestmark = [
-    pytest.mark.usefixtures("command_line", "own_datasets"),
-    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),  # runs of a few steps
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 E2E = [f"--config={RECIPES / 'nlg' / 'configs' / 'e2e.yaml'}"]
 SHORT = ["--model.max_new_tokens=6", "--model.metrics=[bleu,nist]"]
@@ -46,66 +38,10 @@ def e2e(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_e2e(tmp_path_factory.mktemp("e2e"))
 
 
-def run(command: str, model: str, dataset: str, *options: str, method: str = "lora", overlay: Any = E2E) -> RecipeCLI:
-    return RecipeCLI(
-        [
-            command,
-            *config_arguments("nlg", method),
-            *overlay,
-            f"--model.init_args.model={model}",
-            f"--data.dataset={dataset}",
-            "--trainer.accelerator=cpu",
-            "--trainer.devices=1",
-            "--trainer.precision=32-true",
-            "--trainer.log_every_n_steps=1",
-            "--model.warmup_steps=2",
-            "--data.max_length=120",
-            *SHORT,
-            *options,
-        ]
-    )
-
-
-def trained(cli: RecipeCLI) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("method", methods_of("nlg"))
-def test_every_configuration_fits_and_tests(method: str, model: str, e2e: str, tmp_path: Path) -> None:
-    options = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--data.validation_texts=3"]
-    cli = run("fit", model, e2e, *options, method=method)
-    folder = tmp_path / "runs" / "nlg" / method / "version_0"
-    assert (folder / "config.yaml").is_file()
-    logged = (folder / "metrics.csv").read_text()
-    for name in ("train_loss", "val_loss", "val_perplexity", "val_bleu", "val_nist"):
-        assert name in logged
-    assert len(trained(cli)) == 8  # A and B of q and v, in two layers
-    assert any(value.abs().sum() > 0 for name, value in trained(cli).items() if "lora_B" in name)
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    tested = run("test", model, e2e, f"--ckpt_path={checkpoint}", method=method)
-    assert {"test_loss", "test_perplexity", "test_bleu", "test_nist"} == set(tested.trainer.callback_metrics)
-    for name, value in trained(cli).items():
-        assert torch.equal(trained(tested)[name], value)
-
-
-def test_rho_zero_is_plain_lora_bit_for_bit(model: str, e2e: str) -> None:
-    options = ["--trainer.max_steps=6", "--trainer.limit_val_batches=0"]
-    plain = trained(run("fit", model, e2e, *options))
-    zero = trained(run("fit", model, e2e, "--trainer.callbacks.rho=0", *options, method="efmlora"))
-    some = trained(run("fit", model, e2e, "--trainer.callbacks.rho=1", *options, method="efmlora"))
-    assert all(torch.equal(plain[name], zero[name]) for name in plain)
-    assert any(not torch.equal(plain[name], some[name]) for name in plain)
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(model: str, e2e: str, tmp_path: Path) -> None:
-    options = ["--trainer.max_epochs=2", "--trainer.callbacks.rho=0.5", "--data.validation_texts=2"]
-    saver = ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", "--trainer.callbacks.every_n_train_steps=9"]
-    saver += [f"--trainer.callbacks.dirpath={tmp_path}", "--trainer.callbacks.save_top_k=-1"]
-    whole = trained(run("fit", model, e2e, *options, *saver, method="efmlora"))
-    checkpoint = tmp_path / "epoch=0-step=9.ckpt"
-    resumed = trained(run("fit", model, e2e, *options, f"--ckpt_path={checkpoint}", method="efmlora"))
-    for name, value in resumed.items():
-        assert torch.equal(whole[name], value), name
+def run(command: str, model: str, dataset: str, *options: str, overlay: Any = E2E) -> RecipeCLI:
+    given = [f"--model.init_args.model={model}", f"--data.dataset={dataset}"]
+    given += ["--model.warmup_steps=2", "--data.max_length=120", *SHORT]
+    return quick(command, [*config_arguments("nlg", "lora"), *overlay], *given, *options)
 
 
 # -- the loss

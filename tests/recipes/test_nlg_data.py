@@ -4,17 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2, save_lora_text
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2, save_lora_text  # noqa: E402
-
-from recipes.language.chat import IGNORED  # noqa: E402
-from recipes.nlg.data import MeaningData  # noqa: E402
-from recipes.nlg.sources import Columns, read_pairs, read_source  # noqa: E402
+from recipes.language.chat import IGNORED
+from recipes.nlg.data import MeaningData
+from recipes.nlg.sources import Columns, read_pairs, read_source
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 

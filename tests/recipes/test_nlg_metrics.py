@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sacrebleu", reason="the recipes' dependencies are not installed")
-
 from recipes.nlg import metrics
 from recipes.nlg.metrics import METRICS, bleu, nist, score
 from recipes.nlg.written import WrittenTexts

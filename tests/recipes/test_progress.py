@@ -1,11 +1,8 @@
 """What a log shows of long work: that it has begun, how far it is, and that it is done."""
 
+import lightning as L
 import pytest
 import torch
-
-pytest.importorskip("rich", reason="the recipes' dependencies are not installed")
-
-import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from peft import LoraConfig, get_peft_model

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
-from recipes.instruction_tuning import sources  # noqa: E402
-from recipes.shared import data  # noqa: E402
+from recipes.instruction_tuning import sources
+from recipes.shared import data
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "context": "Numbers."} for n in range(3)]
@@ -76,14 +74,10 @@ def test_forms_that_are_not_read_are_named(tmp_path: Path, name: str, text: str,
         data.read_table(str(file if file.parent == tmp_path else file.parent), "train")
 
 
-def test_one_row_of_objects_is_read(tmp_path: Path) -> None:
-    row = {"a": {"b": 1}, "c": {"d": 2}}
-    assert data.read_table(written(tmp_path / "row.json", [row]), "train").to_list() == [row]
-
-
-def test_lines_that_begin_with_an_object_are_read(tmp_path: Path) -> None:
-    rows = [{"a": {"b": 1}, "c": {"d": 2}}] * 2
-    assert data.read_table(written(tmp_path / "lines.json", rows), "train").to_list() == rows
+@pytest.mark.parametrize("lines", [1, 2])
+def test_lines_that_begin_with_an_object_are_read(lines: int, tmp_path: Path) -> None:
+    rows = [{"a": {"b": 1}, "c": {"d": 2}}] * lines
+    assert data.read_table(written(tmp_path / "rows.json", rows), "train").to_list() == rows
 
 
 def noted(row: dict[str, Any], calls: str) -> dict[str, Any]:

@@ -6,25 +6,15 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from vqa_models import COLOURS, draw, first_batch, prepared
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+from recipes.language.chat import IGNORED
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import config_arguments
+from recipes.vqa.llava import last_question
+from recipes.vqa.prompts import Prompt
 
-from vqa_models import COLOURS, draw, first_batch, prepared  # noqa: E402
-
-from recipes.language.chat import IGNORED  # noqa: E402
-from recipes.shared.cli import RecipeCLI  # noqa: E402
-from recipes.shared.configs import config_arguments  # noqa: E402
-from recipes.vqa.llava import last_question  # noqa: E402
-from recipes.vqa.prompts import Prompt  # noqa: E402
-
-pytestmark = [
-    pytest.mark.usefixtures("command_line", "own_datasets"),
-    pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 # -- LLaVA's form
 

@@ -4,26 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
+from trainers import trainer
+from vqa_models import COLOURS, draw, first_batch, prepared
 
-datasets = pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from trainers import trainer  # noqa: E402
-from vqa_models import COLOURS, draw, first_batch, prepared  # noqa: E402
-
-from recipes.language.chat import IGNORED  # noqa: E402
-from recipes.vqa import easy_vqa, sources  # noqa: E402
-from recipes.vqa.conversation import QuestionEncoder  # noqa: E402
-from recipes.vqa.data import VQAData, _image_key  # noqa: E402
-from recipes.vqa.model import DEFAULT_LORA, load_processor  # noqa: E402
-from recipes.vqa.module import VQA  # noqa: E402
-from recipes.vqa.prompts import Prompt  # noqa: E402
-from recipes.vqa.sources import _Converter  # noqa: E402
+from recipes.language.chat import IGNORED
+from recipes.vqa import easy_vqa, sources
+from recipes.vqa.conversation import QuestionEncoder
+from recipes.vqa.data import VQAData, _image_key
+from recipes.vqa.model import DEFAULT_LORA, load_processor
+from recipes.vqa.module import VQA
+from recipes.vqa.prompts import Prompt
+from recipes.vqa.sources import _Converter
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 

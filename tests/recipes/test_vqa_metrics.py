@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
 from recipes.vqa import sources
 from recipes.vqa.choices import chosen_letter, letter_by_lmms_eval
 from recipes.vqa.metrics import AnswerMetrics, is_right, normalized_answer, vqa_accuracy

@@ -1,0 +1,24 @@
+"""Command lines without the parsers of the commands that are not run: to make these takes as long as a short run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from recipes.shared.cli import RecipeCLI
+
+
+@contextmanager
+def one_command() -> Iterator[None]:
+    """Within it, ``RecipeCLI(["fit", ...])`` knows fit alone; without a command in the first place it knows all."""
+    begin, commands = RecipeCLI.__init__, RecipeCLI.subcommands()
+
+    def begin_with_one(self: RecipeCLI, args: Any = None, **settings: Any) -> None:
+        if isinstance(args, list) and args and args[0] in commands:
+            self.subcommands = lambda: {args[0]: commands[args[0]]}  # type: ignore[method-assign]
+        begin(self, args, **settings)
+
+    RecipeCLI.__init__ = begin_with_one  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        RecipeCLI.__init__ = begin  # type: ignore[method-assign]

@@ -1,0 +1,164 @@
+"""What every recipe does alike in one process, from its YAML: each method trains, and a stopped run goes on."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import load_peft_weights
+from recipe_runs import run
+from recipe_sets import NAMES, Recipe, prepared
+
+from recipes.shared.configs import methods_of
+from recipes.shared.random_state import RandomState
+
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
+
+RUNS = []
+for name in NAMES:
+    RUNS += [(name, method) for method in methods_of(name.partition(" ")[0])]
+METRICS = {
+    "classification": {"val_accuracy", "val_score", "validation_matched_accuracy"},
+    "classification by prompts": {"val_accuracy", "val_score"},
+    "clip_contrastive": {"val_image_to_text_recall@1", "val_text_to_image_recall@10"},
+    "clip_fewshot": {"val_class_accuracy", "zero_shot_accuracy", "test_accuracy"},
+    "instruction_tuning": {"val_perplexity", "val_exact_match"},
+    "nlg": {"val_perplexity", "val_bleu", "val_nist"},
+    "vqa": {"val_exact_match", "val_exact_match_colour"},
+}
+TESTED = {
+    "classification": ["--data.init_args.test_split=validation_matched"],
+    "clip_contrastive": ["--data.init_args.test_share=0.25"],
+}
+"""What a test needs beside."""
+PROMPTS_FM = "recipes.classification.prompt_module.PromptClassificationFM"
+SHORT = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+
+Start = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory, tiny: str, tokenizer: Any) -> dict[str, Recipe]:
+    place = tmp_path_factory.mktemp("recipes")
+    return {name: prepared(name, place / name, tiny, tokenizer) for name in NAMES}
+
+
+@pytest.fixture
+def start(recipes: dict[str, Recipe], tmp_path: Path) -> Start:
+    """One command of a recipe by its name, in this test's folder."""
+
+    def start(name: str, method: str, *options: str, command: str = "fit") -> dict[str, Any]:
+        recipe = recipes[name]
+        given = ["--trainer.precision=32-true", *recipe.options, *recipe.ranks]
+        if (name, method) == ("classification by prompts", "fmlora_manual"):
+            given += [f"--model.class_path={PROMPTS_FM}", "--model.init_args.rho=0.03"]
+        return run(command, str(tmp_path), recipe.folder, method, "one", [*given, *options])
+
+    return start
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs have the same bits in every trained weight."""
+    assert one["weights"].keys() == other["weights"].keys()
+    return all(torch.equal(weight, other["weights"][name]) for name, weight in one["weights"].items())
+
+
+@pytest.mark.parametrize(("name", "method"), RUNS)
+def test_every_configuration_trains_saves_an_adapter_and_is_tested(
+    name: str, method: str, recipes: dict[str, Recipe], start: Start, tmp_path: Path
+) -> None:
+    fitted = start(name, method, *SHORT)
+    (folder,) = (tmp_path / "runs" / recipes[name].folder).glob("*/version_0")
+    assert (folder / "config.yaml").is_file()
+    assert {"train_loss"} | METRICS[name] <= set(logged(folder)[0])
+    assert list(folder.glob("events.out.tfevents*")) or recipes[name].folder == "classification"
+    if method != "full":
+        saved = load_peft_weights(str(folder / "checkpoints" / "last"), device="cpu")
+        assert any(weight.any() for key, weight in saved.items() if "lora_B" in key)
+        for key, weight in fitted["weights"].items():
+            plain = key.removeprefix("net.").replace(".default", "")
+            assert "lora_" not in key or torch.equal(saved[plain], weight), key
+    if method != "efmlora":
+        return
+    checkpoint = f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+    tested = start(name, method, checkpoint, *TESTED.get(name, ()), command="test")
+    assert same(fitted, tested)
+    assert all(metric.startswith("test_") for metric in tested["logged"])
+    assert set(start(name, method, checkpoint, command="validate")["logged"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_efmlora_with_rho_0_is_lora_bit_for_bit(name: str, start: Start) -> None:
+    options = ["--trainer.max_steps=3", "--model.init_args.learning_rate=0.02"]
+    plain = start(name, "lora", *options)
+    assert same(plain, start(name, "efmlora", *options, "--trainer.callbacks.rho=0"))
+    assert not same(plain, start(name, "efmlora", *options, "--trainer.callbacks.rho=0.5"))
+
+
+# -- going on after a stop
+
+
+def saver(filename: str, **settings: Any) -> list[str]:
+    """Arguments of one more AdapterCheckpoint, which keeps all that it saves."""
+    settings |= {"save_top_k": -1, "filename": filename}
+    given = [f"--trainer.callbacks.init_args.{name}={value}" for name, value in settings.items()]
+    return ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", *given]
+
+
+def trained(start: Start, name: str, *options: str) -> dict[str, Any]:
+    """A run of two epochs of four steps, each with two validations."""
+    metric = "val_accuracy" if name == "clip_fewshot" else "val_loss"
+    savers = [*saver("{step}", every_n_train_steps=1), *saver("val-{step}", monitor=metric, mode="max")]
+    given = ["--trainer.max_epochs=2", "--trainer.max_steps=-1", "--trainer.limit_train_batches=4"]
+    given += ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=1", "--trainer.log_every_n_steps=1"]
+    given += ["--model.init_args.lora.lora_dropout=0.2", "--trainer.callbacks.rho=0.5", *savers]
+    return start(name, "efmlora", *given, *options)
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder: Path) -> list[str]:
+    """The loss of each step."""
+    return [row["train_loss"] for row in logged(folder) if row["train_loss"]]
+
+
+PLACES = ("step=1", "val-step=2", "val-step=4", "step=7")
+"""Within the first epoch, in its validation, at its end, and in the second one."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_equals_the_uninterrupted_one(name: str, start: Start, tmp_path: Path) -> None:
+    whole = trained(start, name)
+    assert whole["steps"] == 8
+    (first,) = tmp_path.glob("runs/*/*/version_0")
+    assert len(losses(first)) == 8
+    for number, place in enumerate(PLACES if name == "instruction_tuning" else PLACES[1::2], 1):
+        resumed = trained(start, name, f"--ckpt_path={first / 'checkpoints' / place}.ckpt")
+        assert same(whole, resumed), place
+        assert losses(first.parent / f"version_{number}") == losses(first)[int(place[-1]) :], place
+        assert evaluated(resumed) == evaluated(whole), place
+
+
+def evaluated(result: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in result["logged"].items() if name.startswith(("val_", "test_"))}
+
+
+@pytest.mark.parametrize("name", ["clip_contrastive", "instruction_tuning"])
+def test_worker_processes_change_nothing(name: str, start: Start, tmp_path: Path) -> None:
+    alone = trained(start, name)
+    workers = "--data.init_args.num_workers=1"
+    assert same(alone, trained(start, name, workers))
+    (second,) = tmp_path.glob("runs/*/*/version_1")
+    assert same(alone, trained(start, name, workers, f"--ckpt_path={second / 'checkpoints' / 'step=3.ckpt'}"))
+
+
+def test_the_random_state_decides_about_that(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(start, "instruction_tuning")
+    monkeypatch.setattr(RandomState, "load_state_dict", lambda self, state: None)
+    (checkpoint,) = tmp_path.glob("runs/*/*/version_0/checkpoints/step=3.ckpt")
+    assert not same(whole, trained(start, "instruction_tuning", f"--ckpt_path={checkpoint}"))
