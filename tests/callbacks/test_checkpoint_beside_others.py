@@ -125,7 +125,7 @@ class ListOfAnotherKind(Sequence[Any]):
 def test_a_config_with_other_containers_is_refused_at_the_start(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES))
     net: Any = get_peft_model(base, LoraConfig(r=2, target_modules=ListOfAnotherKind("0", "2")))
-    with pytest.raises(MisconfigurationException, match=r"as its target_modules is .* plain numbers, strings, lists"):
+    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: .*ListOfAnotherKind is not JSON"):
         fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
 
 
@@ -141,12 +141,8 @@ class Unpicklable(L.Callback):
 def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) -> None:
     module, _, _ = build("plain")
     module.inside.append(never)
-    with pytest.raises(MisconfigurationException, match=r"\['Unpicklable'\]\['stream'\] can't be pickled"):
+    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: cannot pickle 'generator' object"):
         fit(tmp_path, module, [Unpicklable(), saver(tmp_path / "new" / "folder")])
-    module.net.peft_config["default"].revision = object()
-    with pytest.raises(MisconfigurationException, match=r"config of adapter 'default', as its revision is <object"):
-        fit(tmp_path, module, [saver(tmp_path / "new" / "folder")])
-    module.net.peft_config["default"].revision = None
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(MisconfigurationException, match=r"saving into .*/file/folder would fail: NotADirectoryError"):
@@ -325,7 +321,7 @@ def test_without_a_trainer(tmp_path: Path) -> None:
     assert same(weights(other), weights(module))
     with pytest.warns(UserWarning, match=r"tensors of the base.*are not those"):
         load_adapter_checkpoint(Classifier(net=make_net(seed=1)), tmp_path / "step=12.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"shape \(3, 6\), in the checkpoint \(2, 6\)"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for net.base_model.model.0.lora_A.*\[2, 6\].*\[3, 6\]"):
         load_adapter_checkpoint(Classifier(net=make_net(rank=3)), tmp_path / "step=12.ckpt")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torch import nn
 
 from lightning_flatlora import AdapterCheckpoint
 from lightning_flatlora.callbacks.adapter_checkpoint import export
-from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, adapter_folder, remove_folder
+from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, remove_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 WEIGHTS = "adapter_model.safetensors"
@@ -69,25 +70,20 @@ def test_both_kinds_of_optimization_save_within_an_epoch(tmp_path: Path, front_e
     assert saved == [f"step={step}" for step in range(every, 7, every)]
 
 
-@pytest.mark.parametrize("counter", [True, False])
-def test_a_users_folder_of_the_checkpoints_name_stays(
-    tmp_path: Path, counter: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The checkpoint gets the next version's name, or without versions its folder another name."""
+UNWRITTEN = r"stays, since it is not ours, and .* has no folder"
+
+
+def test_a_users_folder_of_the_checkpoints_name_stays(tmp_path: Path) -> None:
+    """The checkpoint gets the next version's name."""
     files = source_code(tmp_path / "model")
-    save = saver(tmp_path, filename="model", save_top_k=1, enable_version_counter=counter)
-    with caplog.at_level("INFO"):
-        train(tmp_path, save)
+    save = saver(tmp_path, filename="model", save_top_k=1)
+    train(tmp_path, save)
     assert_untouched(tmp_path / "model", files)
-    told = "model stays as it is, since it was not written by AdapterCheckpoint"
-    assert len([record for record in caplog.records if told in record.message]) == (not counter)
-    folder = adapter_folder(Path(save.best_model_path))
-    assert folder.name == ("model-v1" if counter else "model-adapter")
     saved = torch.load(save.best_model_path, weights_only=True)["state_dict"]
-    found = load_file(folder / WEIGHTS)
+    found = load_file(tmp_path / "model-v1" / WEIGHTS)
     name = "base_model.model.0.lora_A.weight"
     assert same(found[name], saved[f"net.{name.replace('lora_A', 'lora_A.default')}"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", folder.name, Path(save.best_model_path).name])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-v1", "model-v1.ckpt"]
 
 
 def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path) -> None:
@@ -122,26 +118,37 @@ def test_a_kept_folder_stays_where_a_link_or_a_removal_comes(tmp_path: Path) -> 
     assert same(load_file(tmp_path / "epoch=0-v1" / WEIGHTS), kept)
 
 
-def test_a_users_own_adapter_of_the_checkpoints_name_stays(tmp_path: Path) -> None:
+def test_without_versions_a_users_own_adapter_of_the_checkpoints_name_stays(tmp_path: Path) -> None:
     """It holds nothing but peft's files, and lies beside a checkpoint of ours from the second save on."""
     (tmp_path / "best").mkdir()
     files = {"README.md": "the user's own", "adapter_config.json": "{}"}
     for name, text in files.items():
         (tmp_path / "best" / name).write_text(text)
-    train(tmp_path, saver(tmp_path, filename="best", save_top_k=1, enable_version_counter=False))
+    with pytest.warns(UserWarning, match=UNWRITTEN):
+        train(tmp_path, saver(tmp_path, filename="best", save_top_k=1, enable_version_counter=False))
     assert_untouched(tmp_path / "best", files)
-    assert (tmp_path / "best-adapter" / WEIGHTS).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "best.ckpt"]
 
 
 @pytest.mark.parametrize("save_last", ["link", True])
 def test_a_users_folder_called_last_stays(tmp_path: Path, save_last: Any) -> None:
     files = source_code(tmp_path / "last")
     train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1))
-    train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1, enable_version_counter=False))
+    assert (tmp_path / "last-v1").is_symlink() == (save_last == "link")
+    assert (tmp_path / "last-v1" / WEIGHTS).exists()
+    with pytest.warns(UserWarning, match=UNWRITTEN):
+        train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1, enable_version_counter=False))
     assert_untouched(tmp_path / "last", files)
-    for name in ("last-v1", "last-adapter"):
-        assert (tmp_path / name).is_symlink() == (save_last == "link")
-        assert (tmp_path / name / WEIGHTS).exists()
+    assert (tmp_path / "last.ckpt").exists()
+
+
+def test_a_link_never_leads_to_a_users_folder(tmp_path: Path) -> None:
+    files = source_code(tmp_path / "model")
+    save = saver(tmp_path, filename="model", save_last="link", save_top_k=1, enable_version_counter=False)
+    with pytest.warns(UserWarning, match=UNWRITTEN):
+        train(tmp_path, save, max_epochs=1)
+    assert_untouched(tmp_path / "model", files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "model", "model.ckpt"]
 
 
 def test_a_users_folder_in_the_place_of_a_link_to_a_file_stays(tmp_path: Path) -> None:
@@ -157,10 +164,10 @@ def test_a_users_folder_in_the_place_of_a_link_to_a_file_stays(tmp_path: Path) -
 def test_a_users_file_in_a_last_that_becomes_a_link_stays(tmp_path: Path) -> None:
     train(tmp_path, saver(tmp_path, save_last=True), max_epochs=1)
     (tmp_path / "last" / "notes.txt").write_text("good run")
-    train(tmp_path, saver(tmp_path, save_last="link", enable_version_counter=False), max_epochs=1)
+    with pytest.warns(UserWarning, match=UNWRITTEN):
+        train(tmp_path, saver(tmp_path, save_last="link", enable_version_counter=False), max_epochs=1)
     assert_untouched(tmp_path / "last", {"notes.txt": "good run"})
     assert (tmp_path / "last.ckpt").is_symlink()
-    assert (tmp_path / "last-adapter" / WEIGHTS).samefile(tmp_path / "step=6" / WEIGHTS)
 
 
 def test_a_link_into_a_folder_beside_it_moves_on(tmp_path: Path) -> None:
@@ -198,7 +205,7 @@ def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
         fit(tmp_path, Merged(), [saver(tmp_path / "kept", **settings)], max_epochs=2, val=make_loader(1))
     module = Merged()
     module.unmerge_at = "on_train_batch_start"
-    with pytest.warns(UserWarning, match=r"merged into its base while a checkpoint is saved, as in net\.base_model"):
+    with pytest.warns(UserWarning, match=r"net\.base_model\.model\.0 is merged into its base at a save"):
         fit(tmp_path, module, [saver(tmp_path / "late", **settings)], max_epochs=2, val=make_loader(1))
     resumed = {"max_epochs": 3, "val": make_loader(1)}
     fit(tmp_path, Merged(), [saver(tmp_path / "2")], ckpt_path=next((tmp_path / "kept").glob("*.ckpt")), **resumed)
@@ -234,12 +241,13 @@ def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path, coun
     (tmp_path / "elsewhere" / "deep").mkdir()
     (tmp_path / "step=3").symlink_to("elsewhere/deep")
     (tmp_path / "step=6").write_text("a file")
-    train(tmp_path, saver(tmp_path, enable_version_counter=counter), max_epochs=1)
+    with nullcontext() if counter else pytest.warns(UserWarning, match=UNWRITTEN):
+        train(tmp_path, saver(tmp_path, enable_version_counter=counter), max_epochs=1)
     assert (tmp_path / "step=3").is_symlink()
     assert not any((tmp_path / "elsewhere" / "deep").iterdir())
     assert (tmp_path / "step=6").read_text() == "a file"
     for name in ("step=3", "step=6"):
-        assert (tmp_path / f"{name}-{'v1' if counter else 'adapter'}" / WEIGHTS).exists()
+        assert (tmp_path / f"{name}-v1" / WEIGHTS).exists() == counter
 
 
 def test_a_loggers_folder_keeps_its_rows(tmp_path: Path) -> None:
@@ -270,21 +278,17 @@ def test_an_adapter_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "last" / name / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize("extension", [".pt", ""])
-def test_any_extension(tmp_path: Path, extension: str) -> None:
+def test_another_extension(tmp_path: Path) -> None:
     class Other(AdapterCheckpoint):
-        FILE_EXTENSION = extension
+        FILE_EXTENSION = ".pt"
 
     def save(where: str) -> AdapterCheckpoint:
         return Other(tmp_path / where, filename="{step}", save_top_k=1, every_n_train_steps=6, save_last="link")
 
     whole = train(tmp_path, save("a"))
-    folder = "step=12" if extension else "step=12-adapter"
-    last = "last" if extension else "last-adapter"
-    expected = {f"step=12{extension}", folder, f"last{extension}", last}
-    assert {p.name for p in (tmp_path / "a").iterdir()} == expected
-    assert (tmp_path / "a" / last / WEIGHTS).samefile(tmp_path / "a" / folder / WEIGHTS)
-    resumed = train(tmp_path, save("b"), ckpt_path=tmp_path / "a" / f"last{extension}", max_epochs=3)
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"step=12.pt", "step=12", "last.pt", "last"}
+    assert (tmp_path / "a" / "last" / WEIGHTS).samefile(tmp_path / "a" / "step=12" / WEIGHTS)
+    resumed = train(tmp_path, save("b"), ckpt_path=tmp_path / "a" / "last.pt", max_epochs=3)
     again, _, _ = build("plain")
     fit(tmp_path, again, [save("c")], max_epochs=3)
     assert same(weights(resumed), weights(again))

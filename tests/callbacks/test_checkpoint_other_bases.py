@@ -1,13 +1,11 @@
 """A base that is not the one that was saved is noticed, by shapes and a sample of values."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpointed_bases import HEAD, module_of, network, saver, state
+from checkpointed_bases import module_of, network, saver, state
 from helpers import FEATURES, Classifier, fit, make_loader, same, trainer_of, weights
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -49,16 +47,6 @@ def test_a_base_of_another_precision_is_the_same_base(tmp_path: Path, dtype: tor
     trainer_of(tmp_path, [saver(tmp_path)]).validate(
         other, make_loader(1, dtype=dtype), ckpt_path=tmp_path / "step=3.ckpt", verbose=False
     )
-
-
-def test_a_full_checkpoint_of_another_base_is_not_forgotten(tmp_path: Path) -> None:
-    """Only what it changes of the base is saved with the adapter."""
-    full = ModelCheckpoint(tmp_path / "full", filename="{step}", every_n_train_steps=3)
-    fit(tmp_path, module_of(head_seed=1), [full], max_epochs=1)
-    fit(tmp_path, module_of(head_seed=2), [saver(tmp_path / "2")], ckpt_path=full.best_model_path)
-    saved = state(tmp_path / "2" / "step=12.ckpt")
-    assert HEAD in saved
-    assert "net.base_model.model.first.base_layer.weight" not in saved
 
 
 class BuiltLater(Classifier):
@@ -110,17 +98,6 @@ def test_parts_of_tensors_are_not_compared() -> None:
     assert differing(one, other) == []
 
 
-def test_memory_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not mean that the tensor can't be read."""
-
-    def fails(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(Tensor, "__getitem__", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        identities_of({"w": torch.ones(4)})
-
-
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"lora_A": torch.ones(2)}, tmp_path / "adapter.bin")
     with pytest.raises(MisconfigurationException, match=r"adapter.bin has no state_dict: give a .ckpt of"):
@@ -139,9 +116,10 @@ def test_a_base_that_was_rewritten_at_random_is_in_the_file(tmp_path: Path) -> N
     weight = "net.base_model.model.0.base_layer.weight"
     whole, other = (initialized("pissa_niter_1", seed) for seed in (1, 2))
     assert not same(other.state_dict()[weight], whole.state_dict()[weight])
-    with pytest.warns(UserWarning, match="AdapterCheckpoint: peft rewrote net.base_model.model.0.weight"):
+    with pytest.warns(UserWarning, match="AdapterCheckpoint: peft rewrote the base of net, as init_lora_weights says"):
         fit(tmp_path, whole, [saver(tmp_path / "1")])
-    fit(tmp_path, other, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    with pytest.warns(UserWarning, match="AdapterCheckpoint: peft rewrote"):
+        fit(tmp_path, other, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
     assert same(whole.state_dict(), other.state_dict())
     assert same(state(tmp_path / "2" / "step=12.ckpt")[weight], whole.state_dict()[weight])
 
@@ -155,7 +133,7 @@ def test_another_scaling_of_the_adapter_is_told_of(tmp_path: Path) -> None:
     """The same weights with another lora_alpha or use_rslora are another model, and have the same names and shapes."""
     fit(tmp_path, module_of(), [saver(tmp_path / "1")])
     file = tmp_path / "1" / "step=6.ckpt"
-    other = "1 layers scale their adapter otherwise.*base_model.model.first.default does by 16 and not by 4"
+    other = "another lora_alpha, r or use_rslora in 1 layers, such as net.base_model.model.first.lora_B.default.weight"
 
     def module() -> Classifier:
         rescaled = module_of()

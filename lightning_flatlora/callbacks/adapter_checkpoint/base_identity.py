@@ -7,44 +7,38 @@ import torch
 from torch import Tensor
 
 _SAMPLES = 8
+# Of a parameter: "shape", "dtype", and a "sample" of its values; None if these can't be compared.
 Identity = dict[str, Any] | None
-"""Of a parameter: "shape", "dtype", and a "sample" of its values; None if these can't be compared."""
 
 
-def identities_of(parameters: Mapping[str, Tensor], whole: bool = True) -> dict[str, Identity]:
+def identities_of(parameters: Mapping[str, Tensor | None], whole: bool = True) -> dict[str, Identity]:
     """Describe the parameters of a base, so that another base is recognized as another one.
 
     Args:
-        parameters: by name.
+        parameters: by name; None for what is not compared.
         whole: whether this rank holds whole tensors; the sample of a part would say nothing.
 
     Example:
         >>> identities_of({"w": torch.ones(2, 3)})["w"]["sample"]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    identities: dict[str, Identity] = {}
-    for name, tensor in parameters.items():
-        sample, dtype = _sample(tensor.detach()) if whole else None, str(tensor.dtype).removeprefix("torch.")
-        is_readable = sample is not None
-        identities[name] = {"shape": list(tensor.shape), "dtype": dtype, "sample": sample} if is_readable else None
-    return identities
+    return {name: _identity(tensor) if whole else None for name, tensor in parameters.items()}
 
 
-def _sample(tensor: Tensor) -> list[float] | None:
+def _identity(tensor: Tensor | None) -> Identity:
     """Read a few elements, evenly spaced from the first to the last, since new rows of an embedding are at its end."""
     # Packed weights of 4 or 8 bits are of integers, and change with the way in which they are packed.
-    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+    if tensor is None or not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return None
     last = tensor.numel() - 1
     places = torch.tensor([i * last // (_SAMPLES - 1) for i in range(_SAMPLES)], device=tensor.device)
     try:
         # Not reshape(-1), which would copy a weight that is transposed.
-        values = tensor[torch.unravel_index(places, tensor.shape)]
-        return values.to(torch.float32).tolist()
-    except torch.OutOfMemoryError:  # a RuntimeError too, but it says nothing about the tensor
-        raise
+        values = tensor.detach()[torch.unravel_index(places, tensor.shape)]
+        sample = values.to(torch.float32).tolist()
     except (NotImplementedError, RuntimeError, TypeError):  # a quantizer's own kind of tensor
         return None
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "sample": sample}
 
 
 def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -> list[str]:
@@ -52,11 +46,8 @@ def differing(expected: Mapping[str, Identity], found: Mapping[str, Identity]) -
 
     A parameter of another dtype may differ by its rounding. What can't be read on one side is not compared.
     """
-    names = []
-    for name in dict.fromkeys([*expected, *found]):
-        if name not in expected or name not in found or not _same(expected[name], found[name]):
-            names.append(name)
-    return names
+    names = dict.fromkeys([*expected, *found])
+    return [name for name in names if not _same(expected.get(name, {}), found.get(name, {}))]
 
 
 def _same(old: Identity, new: Identity) -> bool:
@@ -67,7 +58,7 @@ def _same(old: Identity, new: Identity) -> bool:
     """
     if old is None or new is None:
         return True
-    if old["shape"] != new["shape"]:
+    if old.get("shape") != new.get("shape"):
         return False
     tolerance = 1e-4
     if old["dtype"] != new["dtype"]:
@@ -76,14 +67,3 @@ def _same(old: Identity, new: Identity) -> bool:
     one, other = torch.tensor(old["sample"]), torch.tensor(new["sample"])
     size = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * size, equal_nan=True)
-
-
-def listed(names: list[str]) -> str:
-    """Give the first three names of many.
-
-    Example:
-        >>> listed(["a", "b", "c", "d", "e"])
-        'a, b, c and 2 more'
-    """
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest

@@ -1,33 +1,20 @@
 """AdapterCheckpoint: Lightning's ModelCheckpoint decides when to save, and the files have the adapter's size."""
 
-import os
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.adapter_checkpoint import export
-from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import listed
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import (
-    hosts_of,
-    note_rewritten,
-    note_trained,
-    unwrapped,
-)
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import hosts_of, note_trained
 from lightning_flatlora.callbacks.adapter_checkpoint.loading import read_adapters
 from lightning_flatlora.callbacks.adapter_checkpoint.saving import adapters_only, dry_run
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
-from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.lightning_names import MisconfigurationException, callback_of
+from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.pairs.lora_pair import Finder
 
@@ -44,11 +31,10 @@ class SavesAdapters(_Base):
     def __init__(self, *args: Any, finder: Finder | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.finder = finder
-        self._reading = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a fit: a copy or pickle that is made in the middle of one has no part in it."""
-        return without_logging(self) | {"_reading": ExitStack()}
+        return without_logging(self)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,14 +46,10 @@ class SavesAdapters(_Base):
         super().setup(trainer, pl_module, stage)
         # peft writes with plain file operations, which know no remote file systems.
         if "://" in str(self.dirpath or ""):
-            raise MisconfigurationException(
-                f"AdapterCheckpoint: dirpath must be a local folder, where peft can write beside the checkpoint, "
-                f"got {self.dirpath!r}"
-            )
-        self._reading.close()
-        # Several callbacks may save, but one handles the loading.
-        if callback_of(trainer, SavesAdapters) is self:
-            self._reading = read_adapters(trainer, self.finder)
+            raise MisconfigurationException(f"AdapterCheckpoint: dirpath must be a local folder, got {self.dirpath!r}")
+        # Several callbacks may save, but one handles the loading, in all of the strategy's fits and tests.
+        if "load_model_state_dict" not in vars(trainer.strategy):
+            read_adapters(trainer, self.finder)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,28 +57,17 @@ class SavesAdapters(_Base):
         if not hosts_of(pl_module, self.finder):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: {type(pl_module).__name__} holds no peft model: wrap its network with "
-                "peft.get_peft_model or give it an adapter with add_adapter, or give a finder for other layers, or use "
-                "Lightning's ModelCheckpoint"
+                "peft.get_peft_model, give a finder for other layers, or use Lightning's ModelCheckpoint"
             )
         refuse(self, checkpoint_problems(trainer.strategy))
-        note_trained(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        rewritten = note_rewritten(pl_module)
-        # In these cases nothing will be saved.
-        if getattr(trainer, "fast_dev_run", False) or (self.save_top_k == 0 and not self.save_last):
-            return
-        if rewritten:
-            rank_zero_warn(
-                f"AdapterCheckpoint: peft rewrote {listed(rewritten)} of the base when it made the adapter, as "
-                "init_lora_weights says, and would rewrite it otherwise the next time. So the .ckpt files hold it, and "
-                "a run resumes from them. The folders hold only the adapter, which peft would put on another base: to "
-                "use it elsewhere, load the .ckpt by load_adapter_checkpoint, and merge it by merge_and_unload"
-            )
-        with adapters_only(trainer, self.finder, self._writer(trainer)):
-            dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only, linked=self.save_last == "link")
+        saves = self.save_top_k != 0 or self.save_last
+        if saves and not getattr(trainer, "fast_dev_run", False):
+            with adapters_only(trainer, self.finder):
+                dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only, linked=self.save_last == "link")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -113,79 +84,33 @@ class SavesAdapters(_Base):
         super().on_train_batch_end(trainer, seen, *args, **kwargs)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._reading.close()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._reading.close()
-
-    @override
     def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
         """Report whether a name is taken, by a file or by a folder that stands where the checkpoint's own would be."""
-        if super().file_exists(filepath, trainer):
-            return True
-        is_taken = trainer.is_global_zero and not export.is_free(next(export.folder_names(Path(filepath))))
-        return bool(trainer.strategy.reduce_boolean_decision(is_taken, all=False))
+        folder = export.folder_of(Path(filepath))
+        return super().file_exists(filepath, trainer) or super().file_exists(folder, trainer)
 
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        _warn_of_merged(trainer.lightning_module)
-        with adapters_only(trainer, self.finder, self._writer(trainer)):
+        with adapters_only(trainer, self.finder):
             super()._save_checkpoint(trainer, filepath)
         if self.save_last == "link" and self.last_model_path not in ("", filepath):
             # Now, because ModelCheckpoint may remove the link's old target before it turns the link itself.
             self._link_checkpoint(trainer, filepath, self.last_model_path)
 
-    def _writer(self, trainer: Trainer) -> Any:
-        def write(checkpoint: dict[str, Any], path: Path) -> None:
-            module, state = trainer.lightning_module, checkpoint["state_dict"]
-            # peft may need more of the base, such as a resized embedding.
-            if not is_sharded(trainer.strategy.model):
-                with unwrapped(module):
-                    state = {**nn.Module.state_dict(module), **state}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folder = self._folder(path)
-            partial = export.begin_folder(folder)
-            export.save_adapters(module, state, partial, self.finder)
-            export.put_in_place(partial, folder, path)
-            _save_file(checkpoint, path)
-
-        return write
-
-    def _folder(self, path: Path) -> Path:
-        folder, wanted = export.adapter_folder(path), next(export.folder_names(path))
-        if folder != wanted and not folder.exists():
-            rank_zero_info(
-                f"AdapterCheckpoint: {wanted} stays as it is, since it was not written by AdapterCheckpoint for "
-                f"{path.name}. The adapter beside that is in {folder.name}"
-            )
-        return folder
-
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        path, folder = Path(filepath), None
+        path, folder = Path(filepath), export.folder_of(Path(filepath))
         # On rank zero only: for a slower rank the folder would vanish while it looks. A folder whose file somebody has
         # deleted was kept on purpose.
-        if trainer.is_global_zero and path.exists():
-            found = export.adapter_folder(path)
-            folder = found if export.is_ours(found, path) else None
+        goes = trainer.is_global_zero and path.exists() and export.is_ours(folder, path)
         super()._remove_checkpoint(trainer, filepath)
-        if folder is not None:
+        if goes:
             export.remove_folder(folder)
 
     @override
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
         if trainer.is_global_zero and filepath != linkpath:
-            target, place = export.adapter_folder(Path(filepath)), self._folder(Path(linkpath))
-            # An existing link is turned in one move.
-            if not place.is_symlink():
-                export.remove_folder(place)
-            # Asked again, because a user's file may remain in the place; the link then gets another name.
-            export.link(target, self._folder(Path(linkpath)))
-            export.link(Path(filepath), Path(linkpath))
+            export.link_checkpoint(Path(filepath), Path(linkpath))
         trainer.strategy.barrier()
 
 
@@ -225,26 +150,3 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
         >>> saver = AdapterCheckpoint(monitor="val_loss", save_top_k=2, save_last=True)
         >>> trainer = L.Trainer(callbacks=[saver], accelerator="cpu", logger=False)
     """
-
-
-def _save_file(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a hidden file in the same folder and rename it (Lightning may write to another disk, and copies)."""
-    partial = export.aside(path)
-    with partial.open("wb") as file:
-        torch.save(checkpoint, file)
-        # On the disk before the rename, so that a crash leaves the old file or the whole new one.
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _warn_of_merged(module: nn.Module) -> None:
-    """Warn of a save while an adapter is merged: what is read of the base then is the sum."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, BaseTunerLayer) and layer.merged:
-            rank_zero_warn(
-                f"AdapterCheckpoint: the adapter is merged into its base while a checkpoint is saved, as in {name}, so "
-                "the base is not the one that a loader gives, and a run can't be resumed on that: call "
-                "unmerge_adapter() before the save, as in on_validation_epoch_end"
-            )
-            return

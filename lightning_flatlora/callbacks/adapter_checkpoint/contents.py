@@ -2,42 +2,25 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lightning_flatlora.pairs import bare, clean_name
+from lightning_flatlora.pairs import bare, clean_name, search_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, all_factors, pairs_from
 
 # Drawn at random, or made from data or gradients. Plain PiSSA and OLoRA come out the same from the same base.
 _DIFFER_EACH_TIME = ("pissa_niter", "corda", "lora_ga")
 _PUT_AROUND = re.compile(r"\.(base_layer|original_module)(?=\.)")
 _TRAINED: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class Contents:
-    """Divide the entries of a module's state dict, by clean names; values are as this rank holds them.
-
-    Attributes:
-        adapters: what peft has put in, or a finder has found.
-        base: parameters that the base's own loader gives again.
-        derived: names of what a quantized layer of the base keeps with its weight, and creates again with it.
-        others: buffers, and everything outside of the base.
-    """
-
-    adapters: dict[str, Any]
-    base: dict[str, nn.Parameter]
-    derived: set[str]
-    others: dict[str, Any]
 
 
 @contextmanager
@@ -53,53 +36,51 @@ def unwrapped(module: nn.Module) -> Iterator[None]:
         ...     print(list(model.state_dict()))
         ['0.weight', '0.bias']
     """
-    wrapped = []
-    for parent in module.modules():
-        for name, child in parent._modules.items():
-            if child is not None and bare(child) is not child:
-                wrapped.append((parent, name, child))
-    try:
-        for parent, name, child in wrapped:
-            parent._modules[name] = bare(child)
+    with ExitStack() as put_back:
+        for parent in module.modules():
+            for name, child in parent._modules.items():
+                if child is not None and bare(child) is not child:
+                    put_back.callback(parent._modules.__setitem__, name, child)
+                    parent._modules[name] = bare(child)
         yield
-    finally:
-        for parent, name, child in wrapped:
-            parent._modules[name] = child
 
 
-def contents_of(module: nn.Module, finder: Finder | None = None) -> Contents:
-    """Divide the entries of a module's state dict.
+def divided_state(module: nn.Module, finder: Finder | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a module's state dict in what every checkpoint holds and what is of the base, by clean names.
+
+    Values are as this rank holds them.
 
     Args:
         module: a LightningModule, or a part of one.
         finder: of the adapter's factors, if they are not peft's.
+
+    Returns:
+        The entries of adapters, of buffers, and of everything outside of the base; and the parameters of the base,
+        with None for what a quantized layer keeps beside its weight, and creates again with it.
     """
     with unwrapped(module):
         # By PyTorch's method, since a module's own may leave entries out or rename them. And before all else, since
         # under FSDP2 this call brings back the sharded parameters.
         state: dict[str, Any] = nn.Module.state_dict(module, keep_vars=True)
         adapters = {*_adapter_places(module), *found_factors(module, finder)}
-        in_base: set[int] = set()
+        in_base: set[nn.Module] = set()
         for host in hosts_of(module, finder).values():
-            in_base.update(id(part) for part in host.modules())
+            in_base.update(host.modules())
         # With duplicates, since the base of a peft model may be an attribute of the module too.
         parts = dict(module.named_modules(remove_duplicate=False))
-    contents = Contents({}, {}, set(), {})
+    kept, base = {}, {}
     for name, value in state.items():
-        outer = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+        places = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
         # The innermost module with a part of this name: a quantized layer's entries may have a dot of their own.
-        owner = next((place for place in reversed(outer) if place in parts), "")
-        own_name = name.removeprefix(prefix_of(owner))
+        owner = next((place for place in reversed(places) if place in parts), "")
+        own_name = name.removeprefix(f"{owner}.")
         is_buffer = own_name in parts[owner]._buffers or own_name == "_extra_state"
-        if name in adapters or not adapters.isdisjoint(outer):
-            contents.adapters[name] = value
-        elif is_buffer or id(parts[owner]) not in in_base:
-            contents.others[name] = value
-        elif isinstance(value, nn.Parameter):
-            contents.base[name] = value
+        is_adapter = not adapters.isdisjoint([*places, name])
+        if is_buffer or is_adapter or parts[owner] not in in_base:
+            kept[name] = value
         else:
-            contents.derived.add(name)
-    return contents
+            base[name] = value if isinstance(value, nn.Parameter) else None
+    return kept, base
 
 
 def _adapter_places(module: nn.Module) -> Iterator[str]:
@@ -107,12 +88,12 @@ def _adapter_places(module: nn.Module) -> Iterator[str]:
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
             for attribute in (*part.adapter_layer_names, *part.other_param_names):
-                yield f"{prefix_of(name)}{attribute}"
+                yield f"{name}.{attribute}".removeprefix(".")
         elif isinstance(part, PeftModel):
-            yield f"{prefix_of(name)}prompt_encoder"
+            yield f"{name}.prompt_encoder".removeprefix(".")
 
 
-def hosts(module: nn.Module) -> dict[str, nn.Module]:
+def hosts(module: nn.Module) -> dict[str, Any]:
     """Find the outermost modules that hold peft's adapters, by name.
 
     These are peft models, and modules into which ``add_adapter`` of transformers or diffusers, or
@@ -124,27 +105,22 @@ def hosts(module: nn.Module) -> dict[str, nn.Module]:
         >>> list(hosts(nn.ModuleDict({"net": net, "head": nn.Linear(3, 2)})))
         ['net']
     """
-    found: dict[str, nn.Module] = {}
-    covered: set[int] = set()
     named = list(module.named_modules())
-    of_peft = [(name, part) for name, part in named if isinstance(part, PeftModel | BaseTuner)]
+    of_peft = [(name, part) for name, part in named if isinstance(part, PeftModel)]
     # The innermost first: peft leaves its configs in the module that it was given, and the attribute of a module around
     # that is a user's own.
     injected = [(name, part) for name, part in reversed(named) if "peft_config" in vars(part)]
+    found: dict[str, Any] = {}
+    covered: set[nn.Module] = set()
     for name, part in [*of_peft, *injected]:
-        # By identity, since the base of a peft model may be an attribute of the module too.
-        inside = {id(inner): inner for inner in part.modules()}
-        has_layers = any(isinstance(inner, BaseTunerLayer) and key not in covered for key, inner in inside.items())
-        if id(part) not in covered and (has_layers or isinstance(part, PeftModel | BaseTuner)):
+        new = set(part.modules()) - covered
+        if any(isinstance(inner, PeftModel | BaseTunerLayer) for inner in new):
             found[name] = part
-            covered.update(inside)
-    nested: set[int] = set()
-    for part in found.values():
-        nested.update(id(inner) for inner in part.modules() if inner is not part)
-    return {name: part for name, part in found.items() if id(part) not in nested}
+            covered |= new
+    return found
 
 
-def hosts_of(module: nn.Module, finder: Finder | None) -> dict[str, nn.Module]:
+def hosts_of(module: nn.Module, finder: Finder | None) -> dict[str, Any]:
     """Find the modules that hold the base: peft's hosts, and the child modules in which a finder finds factors."""
     first_parts = {name.partition(".")[0] for name in found_factors(module, finder)}
     found = {name: child for name, child in module.named_children() if name in first_parts}
@@ -159,33 +135,17 @@ def found_factors(module: nn.Module, finder: Finder | None) -> dict[str, nn.Para
     return {name: parameter for name, parameter in named if id(parameter) in factors}
 
 
-def prefix_of(name: str) -> str:
-    """Give what the names of a module's parts begin with.
-
-    Example:
-        >>> prefix_of("net"), prefix_of("")
-        ('net.', '')
-    """
-    return f"{name}." if name else ""
-
-
 def scalings_of(module: nn.Module, finder: Finder | None = None) -> dict[str, float]:
-    """Read the scaling s by which a layer multiplies an adapter's product of factors, by names of both.
+    """Read the scaling s by which a layer multiplies an adapter's product of factors, by the names of B.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> config = LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
         >>> scalings_of(get_peft_model(nn.Sequential(nn.Linear(4, 3)), config))
-        {'base_model.model.0.default': 2.0}
+        {'base_model.model.0.lora_B.default.weight': 2.0}
     """
-    if finder is not None:
-        return {pair.name: float(pair.scaling) for pair in pairs_from(finder, module)}
-    scalings = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoraLayer):
-            for adapter, scaling in layer.scaling.items():
-                scalings[clean_name(f"{name}.{adapter}")] = float(scaling)
-    return scalings
+    search = search_pairs(module, None, finder)
+    return {pair.name: float(pair.scaling) for pair in (*search.pairs, *search.resting)}
 
 
 # -- what has been trained
@@ -215,27 +175,19 @@ def note_trained(module: nn.Module) -> None:
             names.add(plain_name(name))
 
 
-def note_rewritten(module: nn.Module) -> list[str]:
-    """Record which frozen weights under adapters peft itself writes, as if they were trained.
-
-    Returns:
-        Plain names of those that it wrote when it made the adapter, and would write otherwise the next time, without
-        those that are known already.
-    """
-    at_random: list[str] = []
+def note_rewritten(module: nn.Module) -> None:
+    """Record which frozen weights under adapters peft itself writes, as if they were trained."""
     for host_name, host in hosts(module).items():
-        configs: dict[str, Any] = getattr(host, "peft_config", {})
-        inits = {adapter: str(getattr(config, "init_lora_weights", "")) for adapter, config in configs.items()}
-        for name, layer in host.named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
-            place = f"{prefix_of(host_name)}{prefix_of(name)}base_layer"
-            names = [plain_name(f"{place}.{inner}") for inner, _ in layer.base_layer.named_parameters()]
-            if any(inits.get(adapter, "").startswith(_DIFFER_EACH_TIME) for adapter in layer.r):
-                at_random += names
+        inits = [str(getattr(config, "init_lora_weights", "")) for config in host.peft_config.values()]
+        differs = any(init.startswith(_DIFFER_EACH_TIME) for init in inits)
+        if differs:
+            rank_zero_warn(
+                f"AdapterCheckpoint: peft rewrote the base of {host_name or 'the module'}, as init_lora_weights says, "
+                "and would do it otherwise the next time. So the .ckpt files hold it. The folders don't: to use the "
+                "adapter elsewhere, load the .ckpt by load_adapter_checkpoint, and merge it by merge_and_unload"
+            )
+        for name, layer in host.named_modules(prefix=host_name):
             # peft's attention merges its adapter in each forward and takes it out, which moves the weights by rounding.
-            elif isinstance(layer, MultiheadAttention):
-                trained_names(module).update(names)
-    new = [name for name in at_random if name not in trained_names(module)]
-    trained_names(module).update(new)
-    return new
+            if isinstance(layer, MultiheadAttention) or (differs and isinstance(layer, LoraLayer)):
+                parameters = layer.base_layer.named_parameters(prefix=f"{name}.base_layer")
+                trained_names(module).update(plain_name(inner) for inner, _ in parameters)

@@ -1,104 +1,133 @@
-"""Write the folder beside a checkpoint in peft's own format, and know which files on the disk are ours.
+"""Write a checkpoint's file and the folder in peft's own format beside it, and know which folders on the disk are ours.
 
-Each folder holds a small list of the files that were written into it. Nothing else is ever deleted.
+A folder is ours if it holds our list, which names its checkpoint and all that was written into it. Nothing else is
+ever deleted, and a folder that is not ours is never written into.
 """
 
 import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.finders import litgpt_pairs
-from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.pairs.lora_pair import Finder
 
+# In each folder: the name of its checkpoint, and the names of what we wrote.
 LIST = ".adapter_checkpoint.json"
-"""In each folder: the name of its checkpoint, and the files that we wrote."""
 
 
-def save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, finder: Finder | None = None) -> None:
-    """Write every adapter of a module, so that ``PeftModel.from_pretrained(base, folder)`` loads it.
+def write(
+    checkpoint: dict[str, Any], frozen: dict[str, Tensor], path: Path, module: nn.Module, finder: Finder | None
+) -> None:
+    """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads, and then the file; each as a whole.
+
+    Args:
+        checkpoint: with the values in its "state_dict", by the module's clean names.
+        frozen: what is known of the base.
+        path: of the file.
+        module: holds the adapters.
+        finder: of factors that are not peft's, which get a file of their own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(path)
+    if _is_free_or_ours(folder, path):
+        partial = aside(folder)
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir()
+        with contents.unwrapped(module):
+            _save_adapters(module, {**frozen, **checkpoint["state_dict"]}, partial, finder)
+        _put_in_place(partial, folder, path)
+    partial = aside(path)
+    # Lightning may write to another disk, and copies.
+    with partial.open("wb") as file:
+        torch.save(checkpoint, file)
+        # On the disk before the rename, so that a crash leaves the old file or the whole new one.
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, finder: Finder | None) -> None:
+    """Write every adapter of a module.
 
     Each adapter that is not called "default" has a subfolder, as in peft. If several parts of the module hold adapters,
     each part has a subfolder.
-
-    Args:
-        module: holds the adapters.
-        state: the values, by the module's clean names.
-        folder: to write into.
-        finder: of factors that are not peft's, which get a file of their own.
     """
-    with contents.unwrapped(module):
-        modules, of_peft = contents.hosts_of(module, finder), contents.hosts(module)
-        for name, host in modules.items():
-            prefix = contents.prefix_of(name)
-            of_host = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if not of_host:
-                raise MisconfigurationException(
-                    f"AdapterCheckpoint: the state_dict of {type(module).__name__} has no name that begins with "
-                    f"{prefix!r}, so the folder in peft's format would be empty: leave state_dict as Lightning has it, "
-                    "since the files hold no frozen weights anyway, or use Lightning's ModelCheckpoint"
-                )
-            place = folder if len(modules) == 1 else folder / name
-            if name in of_peft:
+    hosts = contents.hosts_of(module, finder)
+    for name, host in hosts.items():
+        prefix = f"{name}." if name else ""
+        of_host = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        place = folder if len(hosts) == 1 else folder / name
+        if hasattr(host, "peft_config"):
+            with _plain_configs(host):
                 _save_of_peft(host, of_host, place)
-            else:
-                # The name and the form that litgpt's scripts read, or plain safetensors.
-                file = "lit_model.pth.lora" if finder is litgpt_pairs else "factors.safetensors"
-                _save_tensors({key: of_host[key] for key in contents.found_factors(host, finder)}, place / file)
+        else:
+            # The name and the form that litgpt's scripts read, or plain safetensors.
+            file = "lit_model.pth.lora" if finder is litgpt_pairs else "factors.safetensors"
+            _save_tensors({key: of_host[key] for key in contents.found_factors(host, finder)}, place / file)
 
 
 def _save_of_peft(host: Any, state: dict[str, Any], folder: Path) -> None:
-    for name, config in host.peft_config.items():
-        _check_config(name, config)
     embeddings = _save_embeddings(host)
     if isinstance(host, PeftModel):
         host.save_pretrained(str(folder), state_dict=state, save_embedding_layers=embeddings)
         return
     # What peft would write, for a module that is not wrapped in one of its models.
-    prefix = "base_model." if isinstance(host, BaseTuner) else "base_model.model."
     for name, config in host.peft_config.items():
         place = folder if name == "default" else folder / name
         weights = get_peft_model_state_dict(host, state, name, save_embedding_layers=embeddings)
-        _save_tensors({f"{prefix}{key}": value for key, value in weights.items()}, place / "adapter_model.safetensors")
-        for_inference = copy.copy(config)
-        # As peft's save_pretrained does, so that a loaded adapter is frozen unless is_trainable is given.
-        for_inference.inference_mode = True
-        for_inference.save_pretrained(str(place))
-
-
-def _check_config(name: str, config: PeftConfig) -> None:
-    for field, value in config.to_dict().items():
-        try:
-            json.dumps(list(value) if isinstance(value, set) else value)
-        except (TypeError, ValueError) as error:
-            raise MisconfigurationException(
-                f"AdapterCheckpoint: peft can't write the config of adapter {name!r}, as its {field} is {value!r} "
-                f"({error}): give it plain numbers, strings, lists and dicts"
-            ) from error
+        tensors = {f"base_model.model.{key}": value for key, value in weights.items()}
+        _save_tensors(tensors, place / "adapter_model.safetensors")
+        config.save_pretrained(str(place))
 
 
 def _save_embeddings(host: nn.Module) -> bool | Literal["auto"]:
-    """Tell peft about embeddings: to save them if it finds them adapted, or that there are none.
-
-    It asks for them if an adapted layer is called lm_head, and transformers' speech models have none to give.
-    """
+    """Tell peft to save embeddings that it finds adapted, or that there are none, as in transformers' speech models."""
     try:
         getattr(host, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
         return False
     return "auto"
+
+
+@contextmanager
+def _plain_configs(host: Any) -> Iterator[None]:
+    """Inside, the configs of a host hold plain lists and dicts, since JSON can't write those of Hydra."""
+    own = host.peft_config
+    host.peft_config = {name: _plain_config(config) for name, config in own.items()}
+    try:
+        yield
+    finally:
+        host.peft_config = own
+
+
+def _plain_config(config: PeftConfig) -> PeftConfig:
+    plain = copy.copy(config)
+    for field in fields(config):
+        setattr(plain, field.name, _plain(getattr(config, field.name)))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, Set):
+        return {_plain(each) for each in value}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(each) for each in value]
+    return value
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -114,47 +143,34 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 # -- the place on the disk
 
 
-def adapter_folder(checkpoint: Path) -> Path:
-    """Give the folder of a checkpoint: its own if there is one, or a free name.
-
-    It is called like the file without its extension, or, if something that is not ours has that name, the same with
-    "-adapter" behind it.
+def folder_of(checkpoint: Path) -> Path:
+    """Give the place of a checkpoint's folder, whatever is there.
 
     Example:
-        >>> adapter_folder(Path("runs/epoch=0-step=10.ckpt")).name
+        >>> folder_of(Path("runs/epoch=0-step=10.ckpt")).name
         'epoch=0-step=10'
     """
-    return next(folder for folder in folder_names(checkpoint) if is_free(folder) or is_ours(folder, checkpoint))
-
-
-def folder_names(checkpoint: Path) -> Iterator[Path]:
-    """Give the possible names of a checkpoint's folder, the wanted one first."""
-    if checkpoint.stem != checkpoint.name:
-        yield checkpoint.with_name(checkpoint.stem)
-    yield checkpoint.with_name(f"{checkpoint.stem}-adapter")
-    for number in count(2):
-        yield checkpoint.with_name(f"{checkpoint.stem}-adapter-{number}")
-
-
-def is_free(folder: Path) -> bool:
-    """Report whether nothing is there, or an empty folder."""
-    if folder.is_symlink():
-        return False
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return checkpoint.with_suffix("")
 
 
 def is_ours(folder: Path, checkpoint: Path) -> bool:
     """Report whether we wrote a folder for a checkpoint, or made a link of both to another checkpoint of ours."""
-    if not (folder / LIST).is_file():
-        return False
+    listed = _read_list(folder)
     if folder.is_symlink():
-        return checkpoint.is_symlink()
-    return bool(_listed(folder)["checkpoint"] == checkpoint.name)
+        return checkpoint.is_symlink() and bool(listed)
+    return bool(listed) and listed["checkpoint"] == checkpoint.name
 
 
-def _listed(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / LIST).read_text())
-    return content
+def _is_free_or_ours(folder: Path, checkpoint: Path) -> bool:
+    if not os.path.lexists(folder) or is_ours(folder, checkpoint):
+        return True
+    rank_zero_warn(f"AdapterCheckpoint: {folder} stays, since it is not ours, and {checkpoint.name} has no folder")
+    return False
+
+
+def _read_list(folder: Path) -> dict[str, Any]:
+    file = folder / LIST
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def aside(path: Path) -> Path:
@@ -162,38 +178,25 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.adapter-checkpoint-partial")
 
 
-def begin_folder(folder: Path) -> Path:
-    """Make an empty hidden folder beside the one to be written, which is moved into place once it is complete."""
-    partial = aside(folder)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir(parents=True)
-    return partial
-
-
-def put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
-    """Move a written folder to its place; files of ours that are there already are replaced one by one.
-
-    Args:
-        partial: what :func:`begin_folder` gave, filled.
-        folder: the place, of ours or free.
-        checkpoint: the file that it belongs to, which is written after it.
-    """
+def _put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
+    """Move a written folder to its place; what is there of ours is replaced, files of others stay."""
     if folder.is_symlink():
         folder.unlink()
-    files = [str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()]
-    before = [] if is_free(folder) else _listed(folder)["files"]
-    old = [name for name in before if name not in files]
+    names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*"))]
+    old = [name for name in _read_list(folder).get("files", []) if name not in names]
     # The list is written before the files. A file that is listed but missing does no harm, whereas one that is there
     # but not listed would never be deleted.
-    (partial / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": [*files, *old]}, indent=1))
-    if is_free(folder):
+    (partial / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": [*names, *old]}, indent=1))
+    if not folder.exists():
         partial.rename(folder)
         return
-    for name in [LIST, *files]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        # One by one, so that the folder of a checkpoint that is overwritten exists at every moment.
-        (partial / name).replace(folder / name)
-    _unlink(folder, old)
+    for name in [LIST, *names]:
+        if (partial / name).is_dir():
+            (folder / name).mkdir(exist_ok=True)
+        else:
+            # One by one, so that the folder of a checkpoint that is overwritten exists at every moment.
+            (partial / name).replace(folder / name)
+    _delete(folder, old)
     shutil.rmtree(partial)
 
 
@@ -201,42 +204,40 @@ def remove_folder(folder: Path) -> None:
     """Delete what we wrote, and the folder if nothing else is in it.
 
     Args:
-        folder: of ours, see :func:`is_ours`; or free.
+        folder: of ours, see :func:`is_ours`.
     """
     if folder.is_symlink():
         folder.unlink()
-    elif not is_free(folder):
-        _unlink(folder, [*_listed(folder)["files"], LIST])
-        if is_free(folder):
-            folder.rmdir()
+    else:
+        _delete(folder, ["", LIST, *_read_list(folder)["files"]])
 
 
-def _unlink(folder: Path, files: list[str]) -> None:
-    for name in files:
+def _delete(folder: Path, names: list[str]) -> None:
+    # Backwards, so that what is in a subfolder comes before it.
+    for name in reversed(names):
+        place = folder / name
         # The list is a file that anybody may have edited, so nothing outside of the folder is ever deleted.
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            continue
-        (folder / name).unlink(missing_ok=True)
-        for parent in (folder / name).parents:
-            if parent == folder or not parent.is_dir() or any(parent.iterdir()):
-                break
-            parent.rmdir()
+        is_inside = place.resolve().is_relative_to(folder.resolve())
+        if is_inside and place.is_file():
+            place.unlink()
+        elif is_inside and place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
-def link(target: Path, place: Path) -> None:
-    """Make a link, or turn it to another target, in one move, so that it always leads somewhere.
+def link_checkpoint(target: Path, place: Path) -> None:
+    """Link a checkpoint and its folder to another's, the folder first."""
+    folder = folder_of(place)
+    if is_ours(folder, place) and not folder.is_symlink():
+        remove_folder(folder)
+    # A user's file may remain in it.
+    if is_ours(folder_of(target), target) and _is_free_or_ours(folder, place):
+        _link(folder_of(target), folder)
+    _link(target, place)
 
-    Args:
-        target: of the link.
-        place: free, or a link, a file, or an empty folder that makes way for the link.
 
-    Raises:
-        OSError: it is a folder with something in it.
-    """
+def _link(target: Path, place: Path) -> None:
     new = aside(place)
     new.unlink(missing_ok=True)
-    new.symlink_to(os.path.relpath(target, place.parent), target_is_directory=target.is_dir())
-    if place.is_dir() and is_free(place):
-        place.rmdir()
+    new.symlink_to(os.path.relpath(target, place.parent))
     # A rename, which replaces the old link at once: at no moment is there none.
     new.replace(place)
