@@ -1,59 +1,40 @@
-"""Auxiliary pairs (A2, B2) beside the LoRA pairs, which climb the loss inside a ball and are in no module."""
+"""Auxiliary pairs (A2, B2) next to the LoRA pairs, which climb the loss inside a ball and are in no module."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
 from lightning_flatlora.distributed import Layout, average_gradients
-from lightning_flatlora.output_terms import add_term, remove_term
+from lightning_flatlora.output_terms import OutputTerm
 from lightning_flatlora.pairs import bare
 from lightning_flatlora.weight_noise import AdaptedLinear, derived_seed
 
 
-class _AuxiliaryPair:
+class _AuxiliaryPair(OutputTerm):
     """B2 A2 on one Linear: a term of its output while it is on."""
 
     def __init__(self, linear: AdaptedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
+        super().__init__(linear.base, linear.layer)
         self.A, self.B = A, B
-        self._linear = linear
-        self._is_on = False
 
-    def added(self, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's output for an input, with B2 A2 x, computed in the dtype of the output."""
-        layer = self._linear.layer
-        # With disabled adapters the base alone is wanted, as for a reference model's logits.
-        if layer is not None and layer.disable_adapters:
-            return output
-        A, B = self.A.to(output.dtype), self.B.to(output.dtype)
-        return output + F.linear(F.linear(x.to(output.dtype), A), B)
-
-    def on(self) -> None:
-        if not self._is_on:
-            add_term(self._linear.base, self)
-            self._is_on = True
-
-    def off(self) -> None:
-        if self._is_on:
-            remove_term(self._linear.base, self)
-            self._is_on = False
-
-    def squared_norm(self) -> Tensor:
-        """||B2 A2||_F^2 from r x r matrices, shape ()."""
-        return ((self.B.mT @ self.B) * (self.A @ self.A.mT)).sum()
+    @override
+    def term(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 
 class AuxiliaryPairs:
     r"""A pair (A2, B2) for every adapted Linear layer, which adds :math:`B_2 A_2` to its weight while it is on.
 
-    A2 is drawn as LoRA's A is, from a generator of its own with a seed for each layer's name, and B2 starts at 0. They
+    A2 is drawn as LoRA's A is, from its own generator with a seed for each layer's name, and B2 starts at 0. They
     are in float32 or wider, and belong to no module. A layer that is left out for a while keeps its pair.
 
     Args:
-        rank: of every pair; None takes that of the layer's adapters, their sum where it has several.
+        rank: of every pair; None takes that of the layer's adapters, their sum if it has several.
         seed: of all A2, >= 0.
 
     Example:
@@ -73,8 +54,9 @@ class AuxiliaryPairs:
 
     def __init__(self, rank: int | None, seed: int) -> None:
         self._rank, self._seed = rank, seed
-        self._pairs: dict[str, _AuxiliaryPair] = {}
-        self._resting: dict[str, Sequence[Tensor]] = {}
+        self._pairs: list[_AuxiliaryPair] = []
+        # A2 and B2 by the layer's name, those of layers that are left out for a while included.
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         """The number of layers that have a pair now."""
@@ -83,19 +65,18 @@ class AuxiliaryPairs:
     def follow(self, linears: Iterable[AdaptedLinear]) -> None:
         """Take the layers that are adapted now: new ones get a pair, and known ones keep theirs."""
         self.off()
-        for name, pair in self._pairs.items():
-            self._resting[name] = (pair.A, pair.B)
-        self._pairs = {}
+        self._pairs = []
         for linear in linears:
             name, device = linear.names[0], bare(linear.base).weight.device
-            A, B = self._resting.pop(name, None) or self._drawn(linear)
-            factors = [nn.Parameter(factor.detach().to(device)) for factor in (A, B)]
-            self._pairs[name] = _AuxiliaryPair(linear, *factors)
+            A, B = self._factors.get(name) or self._drawn(linear)
+            factors = nn.Parameter(A.detach().to(device)), nn.Parameter(B.detach().to(device))
+            self._factors[name] = factors
+            self._pairs.append(_AuxiliaryPair(linear, *factors))
 
     def _drawn(self, linear: AdaptedLinear) -> tuple[Tensor, Tensor]:
-        """A2 (r, m) and B2 (n, r) of a new pair."""
+        """Draw A2 (r, m) and B2 (n, r) of a new pair."""
         n, m = linear.shape
-        rank = self._rank or sum(len(A) for A, _ in linear.factors())
+        rank = self._rank or len(linear.factors()[0])
         dtype = torch.promote_types(bare(linear.base).weight.dtype, torch.float32)
         # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
         seed = derived_seed(self._seed, zlib.crc32(linear.names[0].encode()))
@@ -105,29 +86,31 @@ class AuxiliaryPairs:
 
     def on(self) -> None:
         """Let the layers compute with B2 A2 until :meth:`off`."""
-        for pair in self._pairs.values():
+        for pair in self._pairs:
             pair.on()
 
     def off(self) -> None:
         """Let the layers compute without the pairs."""
-        for pair in self._pairs.values():
+        for pair in self._pairs:
             pair.off()
 
     @property
     def factors(self) -> list[nn.Parameter]:
         """Every A2 and B2, in the order of the layers."""
         factors = []
-        for pair in self._pairs.values():
+        for pair in self._pairs:
             factors += [pair.A, pair.B]
         return factors
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The Frobenius norm of B2 A2 over all layers, shape (); no product of a weight's size is formed."""
+        """Compute the Frobenius norm of B2 A2 over all layers, shape (), from r x r matrices."""
         device = self.factors[0].device
+        squares = []
         # A manual training_step may be inside of autocast, which would round the products to 16 bits.
         with torch.autocast(device.type, enabled=False):
-            squares = [pair.squared_norm().to(device) for pair in self._pairs.values()]
+            for pair in self._pairs:
+                squares.append(((pair.B.mT @ pair.B) * (pair.A @ pair.A.mT)).sum().to(device))
         return torch.stack(squares).sum().clamp_min(0).sqrt()
 
     @torch.no_grad()
@@ -139,12 +122,12 @@ class AuxiliaryPairs:
             c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
 
         All norms are over all layers. The gradients are first averaged over the ranks, each of which must call this.
-        Where a gradient is not finite nothing moves. The host does not wait.
+        If a gradient is not finite, nothing moves. The host does not wait.
 
         Args:
             rho: radius of the ball around the weights, in their units, > 0.
             step_size: :math:`\eta`, the length of the step relative to the factors' norm, without a unit.
-            also_finite: where a gradient of these is not finite, nothing moves either.
+            also_finite: if a gradient of these is not finite, nothing moves either.
         """
         factors = self.factors
         average_gradients(factors)
@@ -165,20 +148,19 @@ class AuxiliaryPairs:
             factor.grad = None
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """A2 and B2 by the layer's name, those of layers that are left out for a while included."""
+        """Return A2 and B2 by the layer's name, those of layers that are left out for a while included."""
         state = {}
-        for name, (A, B) in self._resting.items():
+        for name, (A, B) in self._factors.items():
             state[name] = {"A": A.detach().clone(), "B": B.detach().clone()}
-        for name, pair in self._pairs.items():
-            state[name] = {"A": pair.A.detach().clone(), "B": pair.B.detach().clone()}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load what :meth:`state_dict` returned; layers that it does not name keep what they have."""
         for name, saved in state.items():
-            if name in self._pairs:
-                self._pairs[name].A.copy_(saved["A"])
-                self._pairs[name].B.copy_(saved["B"])
+            if name in self._factors:
+                A, B = self._factors[name]
+                A.copy_(saved["A"])
+                B.copy_(saved["B"])
             else:
-                self._resting[name] = (saved["A"], saved["B"])
+                self._factors[name] = (saved["A"], saved["B"])
