@@ -37,7 +37,8 @@ class OutputTerm(ABC):
             return
         if not isinstance(self._base, _AddsTerms):
             self._base.__dict__["_terms"] = []
-            self._base.__class__ = _adding_class(type(self._base))
+            plain: Any = type(self._base)
+            self._base.__class__ = _adding_class(plain)
         self._base._terms.append(self)
         self._is_on = True
 

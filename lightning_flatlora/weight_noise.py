@@ -230,7 +230,8 @@ class _NoisyLayer(OutputTerm):
 
     @override
     def term(self, x: Tensor) -> Tensor:
-        return noise_product(x, self._deviations, self._seed, x.shape[-1])
+        noisy: Tensor = noise_product(x, self._deviations, self._seed, x.shape[-1])
+        return noisy
 
     @cached_property
     def _base_squared(self) -> Tensor:

@@ -43,7 +43,7 @@ def documented() -> set[str]:
 
 
 def public_names(module: str) -> list[str]:
-    """The list of a module, or the names that its ``__init__`` passes on as ``from ... import name as name``."""
+    """What a module lists, passes on as ``from ... import name as name``, or else defines itself."""
     imported: Any = importlib.import_module(module)
     if hasattr(imported, "__all__"):
         return imported.__all__
@@ -51,6 +51,8 @@ def public_names(module: str) -> list[str]:
     for node in ast.parse(Path(imported.__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom):
             names += [alias.name for alias in node.names if alias.asname == alias.name]
+        elif isinstance(node, ast.ClassDef):
+            names.append(node.name)
     assert names
     return names
 

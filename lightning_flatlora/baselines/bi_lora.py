@@ -1,18 +1,25 @@
 """Bi-LoRA: SAM's perturbation of the full weight as a second low-rank pair, which climbs while LoRA's pair descends."""
 
+import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_flatlora.baselines.auxiliary_pairs import AuxiliaryPairs
+from lightning_flatlora.baselines.joint_ascent import joint_ascent
 from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.distributed import Layout, average_gradients
 from lightning_flatlora.lora_pair import Finder, LoRAPair
 from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.output_terms import OutputTerm
+from lightning_flatlora.pairs import bare
 from lightning_flatlora.schedules import RhoSchedule, is_size
-from lightning_flatlora.weight_noise import adapted_linears
+from lightning_flatlora.weight_noise import AdaptedLinear, adapted_linears, derived_seed
 
 
 class BiLoRA(MethodCallback):
@@ -73,33 +80,29 @@ class BiLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BiLoRAStep(rho, step_size, rank, seed, adapter_name=adapter_name, finder=finder))
+        super().__init__(
+            BiLoRAStep(rho, step_size=step_size, rank=rank, seed=seed, adapter_name=adapter_name, finder=finder)
+        )
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class BiLoRAStep(StepMethod):
     """The step of :class:`BiLoRA`.
 
+    A2 is drawn as LoRA's A is, from its own generator with a seed for each layer's name, and B2 starts at 0. They are
+    in float32 or wider, and belong to no module. A layer that is left out for a while keeps its pair.
+
     Attributes:
-        auxiliary: the pairs that climb.
+        auxiliary: the pairs that climb, one for each layer that is adapted now.
     """
 
     title = "BiLoRA"
     works_sharded = False
+    fixed = ("rank", "seed")
 
-    def __init__(
-        self,
-        rho: float | RhoSchedule,
-        step_size: float,
-        rank: int | None,
-        seed: int,
-        *,
-        adapter_name: str | None,
-        finder: Finder | None,
-    ) -> None:
-        self.step_size = step_size
-        self.rank = rank
-        self.seed = seed
-        super().__init__(rho, adapter_name=adapter_name, finder=finder)
+    step_size: float
+    rank: int | None
+    seed: int
 
     @override
     def argument_problems(self) -> list[str]:
@@ -111,24 +114,49 @@ class BiLoRAStep(StepMethod):
         return problems + integer_problems("seed", self.seed, least=0)
 
     @override
-    def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "seed": self.seed}
-
-    @override
     def reset(self) -> None:
         super().reset()
-        self.auxiliary = AuxiliaryPairs(self.rank, self.seed)
+        self.auxiliary: list[_AuxiliaryPair] = []
+        # A2 and B2 by the layer's name, those of layers that are left out for a while included.
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._left_out: list[str] | None = None
 
     @override
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
         super().follow(pairs, module, wrapped)
-        # None if no pair is trained now.
-        if not any(pair.B.requires_grad for pair in pairs):
-            self.auxiliary.follow([])
-            return
-        linears, self._left_out = adapted_linears(module, self.adapter_name, self.finder)
-        self.auxiliary.follow(linears)
+        self.off()
+        self.auxiliary = []
+        # Nothing is searched if no pair is trained now.
+        if any(pair.B.requires_grad for pair in pairs):
+            linears, self._left_out = adapted_linears(module, self.adapter_name, self.finder)
+            self.auxiliary = [self._pair_of(linear) for linear in linears]
+
+    def _pair_of(self, linear: AdaptedLinear) -> "_AuxiliaryPair":
+        """Return the pair of a layer, a new one for a layer that has not had any."""
+        name, device = linear.names[0], bare(linear.base).weight.device
+        A, B = self._factors.get(name) or self._drawn(linear)
+        factors = nn.Parameter(A.detach().to(device)), nn.Parameter(B.detach().to(device))
+        self._factors[name] = factors
+        return _AuxiliaryPair(linear, *factors)
+
+    def _drawn(self, linear: AdaptedLinear) -> tuple[Tensor, Tensor]:
+        """Draw A2 (r, m) and B2 (n, r) of a new pair."""
+        n, m = linear.shape
+        rank = self.rank or len(linear.factors()[0])
+        dtype = torch.promote_types(bare(linear.base).weight.dtype, torch.float32)
+        # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
+        seed = derived_seed(self.seed, zlib.crc32(linear.names[0].encode()))
+        generator = torch.Generator().manual_seed(seed)
+        A = nn.init.kaiming_uniform_(torch.empty(rank, m, dtype=dtype), a=5**0.5, generator=generator)
+        return A, torch.zeros(n, rank, dtype=dtype)
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """Every A2 and B2, in the order of the layers."""
+        factors = []
+        for pair in self.auxiliary:
+            factors += [pair.A, pair.B]
+        return factors
 
     @property
     @override
@@ -142,28 +170,80 @@ class BiLoRAStep(StepMethod):
 
     @override
     def on(self) -> None:
-        self.auxiliary.on()
+        for pair in self.auxiliary:
+            pair.on()
 
     @override
     def off(self) -> None:
-        self.auxiliary.off()
+        for pair in self.auxiliary:
+            pair.off()
 
     @override
     def forget_gradients(self) -> None:
         # A window that did not end in a step has left its gradients.
-        self.auxiliary.forget_gradients()
+        for factor in self.factors:
+            factor.grad = None
 
     @override
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
         """Move the auxiliary pairs by the gradients of the pass that this step is about to use."""
         if self.perturbs:
-            self.auxiliary.ascend(self.current_rho, self.step_size, also_finite)
-        self.auxiliary.forget_gradients()
+            self._climb(self.current_rho, also_finite)
+        self.forget_gradients()
+
+    @torch.no_grad()
+    def _climb(self, rho: float, also_finite: Iterable[nn.Parameter]) -> None:
+        """Take one step up the gradient that the factors hold, and return to the ball; the host does not wait."""
+        factors = self.factors
+        average_gradients(factors)
+        happens = Layout().all_finite([*also_finite, *factors], factors[0].device)
+        gradients = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in factors]
+        length = nn.utils.get_total_norm(factors) * self.step_size * happens
+        for factor, direction in zip(factors, joint_ascent(gradients, 1.0), strict=True):
+            factor.addcmul_(direction, length.to(factor.device, factor.dtype))
+        shrinkage = (rho / self.norm()).clamp_max(1).sqrt()
+        # Not even rounded, if the step is skipped.
+        shrinkage = torch.where(happens, shrinkage, 1.0)
+        for factor in factors:
+            factor.mul_(shrinkage.to(factor.device, factor.dtype))
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Compute the Frobenius norm of B2 A2 over all layers, shape (), from r x r matrices."""
+        device = self.factors[0].device
+        squares = []
+        # A manual training_step may be inside of autocast, which would round the products to 16 bits.
+        with torch.autocast(device.type, enabled=False):
+            for pair in self.auxiliary:
+                squares.append(((pair.B.mT @ pair.B) * (pair.A @ pair.A.mT)).sum().to(device))
+        return torch.stack(squares).sum().clamp_min(0).sqrt()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "auxiliary": self.auxiliary.state_dict()}
+        auxiliary = {}
+        for name, (A, B) in self._factors.items():
+            auxiliary[name] = {"A": A.detach().clone(), "B": B.detach().clone()}
+        return {**super().state_dict(), "auxiliary": auxiliary}
 
     @override
+    @torch.no_grad()
     def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
-        self.auxiliary.load_state_dict(state["auxiliary"])
+        for name, saved in state["auxiliary"].items():
+            if name in self._factors:
+                A, B = self._factors[name]
+                A.copy_(saved["A"])
+                B.copy_(saved["B"])
+            else:
+                self._factors[name] = (saved["A"], saved["B"])
+
+
+class _AuxiliaryPair(OutputTerm):
+    """B2 A2 on one Linear: a term of its output while it is on."""
+
+    def __init__(self, linear: AdaptedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
+        super().__init__(linear.base, linear.layer)
+        self.A, self.B = A, B
+
+    @override
+    def term(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))

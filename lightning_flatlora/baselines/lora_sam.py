@@ -1,14 +1,18 @@
 """LoRA-SAM: SAM on A and B at once."""
 
-from contextlib import AbstractContextManager
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.baselines.joint_ascent import FactorPerturbation
+from lightning_flatlora import read_through
+from lightning_flatlora.baselines.joint_ascent import joint_ascent
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.lora_pair import Finder, LoRAPair
-from lightning_flatlora.methods.checks import warn_of_rounding
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.schedules import RhoSchedule
 
@@ -74,36 +78,66 @@ class LoRASAMStep(StepMethod):
     @override
     def reset(self) -> None:
         super().reset()
-        self._factors: FactorPerturbation | None = None
-        self._has_warned = False
+        self._readers: dict[nn.Parameter, list[read_through.AnyReader]] = {}
+        self._installed = ExitStack()
 
     @override
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
         super().follow(pairs, module, wrapped)
         self.close()
-        self._factors = FactorPerturbation(pairs, self._layout) if pairs else None
+        self._readers = {}
+        for pair in pairs:
+            for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
+                # Pairs that are rows of one parameter may be read by different modules.
+                known = self._readers.setdefault(factor, [])
+                known += [reader for reader in _of_whole(readers) if reader not in known]
 
     @override
     def install(self) -> None:
-        if self._factors is None:
-            return
-        if not self._has_warned:
-            warn_of_rounding(self, "B", [pair.B for pair in self.pairs])
-            self._has_warned = True
-        self._factors.install()
+        self.warn_of_rounding("B", [pair.B for pair in self.pairs])
+        self.close()
+        for reader in chain.from_iterable(self._readers.values()):
+            read_through.install(reader, self._layout.only_views)
+            self._installed.callback(read_through.uninstall, reader)
 
     @override
     def close(self) -> None:
-        if self._factors is not None:
-            self._factors.uninstall()
+        self._installed.close()
 
     @property
     @override
     def ascending(self) -> list[nn.Parameter]:
-        return self._factors.factors if self._factors is not None else []
+        return [factor for factor in self._readers if factor.requires_grad]
 
     @override
     def ascend(self) -> AbstractContextManager[None]:
-        assert self._factors is not None
-        self._factors.ascend(self.current_rho)
-        return self._factors.applied()
+        # Factors that stack, in the same order on every rank.
+        groups: dict[object, list[nn.Parameter]] = defaultdict(list)
+        for factor in self.ascending:
+            groups[self._layout.shape(factor), factor.dtype, factor.device].append(factor)
+        with torch.no_grad():
+            # A gradient that is missing counts as zero.
+            gradients = [self._layout.stack(group, gradients=True) for group in groups.values()]
+            stacks = joint_ascent(gradients, self.current_rho)
+        E: dict[nn.Parameter, Tensor] = {}
+        for group, stack in zip(groups.values(), stacks, strict=True):
+            E.update(zip(group, stack, strict=True))
+        return self._applied(E)
+
+    @contextmanager
+    def _applied(self, perturbations: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Inside, the layers read A + E_A and B + E_B; afterwards they read the clean factors."""
+        with read_through.restored(list(chain.from_iterable(self._readers.values()))):
+            for factor, E in perturbations.items():
+                for reader in self._readers[factor]:
+                    read_through.perturb(reader, E.view(self._layout.shape(factor)))
+            yield
+
+
+def _of_whole(readers: Sequence[read_through.AnyReader]) -> list[read_through.AnyReader]:
+    """Give the readers of a whole parameter, of which a pair may be some rows."""
+    whole: list[read_through.AnyReader] = []
+    for each in readers:
+        reader = read_through.as_reader(each)
+        whole.append(read_through.Reader(reader.module, reader.attribute))
+    return whole

@@ -1,6 +1,6 @@
 """Flat-LoRA's random perturbation: fresh Gaussian noise on the whole weight in each step."""
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 from typing_extensions import override
@@ -53,9 +53,10 @@ class RandomPerturbation(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(RandomPerturbationStep(sigma, seed, adapter_name=adapter_name, finder=finder))
+        super().__init__(RandomPerturbationStep(sigma, seed=seed, adapter_name=adapter_name, finder=finder))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class RandomPerturbationStep(StepMethod):
     """The step of :class:`RandomPerturbation`.
 
@@ -66,20 +67,13 @@ class RandomPerturbationStep(StepMethod):
     title = "RandomPerturbation"
     size_name = "sigma"
     works_sharded = False
+    fixed = ("seed",)
 
-    def __init__(
-        self, sigma: float | RhoSchedule, seed: int, *, adapter_name: str | None, finder: Finder | None
-    ) -> None:
-        self.seed = seed
-        super().__init__(sigma, adapter_name=adapter_name, finder=finder)
+    seed: int
 
     @override
     def argument_problems(self) -> list[str]:
         return integer_problems("seed", self.seed, least=0)
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {"seed": self.seed}
 
     @override
     def reset(self) -> None:

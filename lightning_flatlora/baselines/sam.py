@@ -11,7 +11,6 @@ from typing_extensions import override
 from lightning_flatlora.baselines.joint_ascent import joint_ascent
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import moved
-from lightning_flatlora.methods.checks import warn_of_rounding
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.schedules import RhoSchedule
@@ -81,7 +80,7 @@ class SAMStep(StepMethod):
 
     @override
     def install(self) -> None:
-        warn_of_rounding(self, "a weight", self.ascending)
+        self.warn_of_rounding("a weight", self.ascending)
 
     @property
     @override
@@ -97,11 +96,8 @@ class SAMStep(StepMethod):
 
     @override
     def ascend(self) -> AbstractContextManager[None]:
-        parameters, gradients = [], []
-        for parameter in self.ascending:
-            if parameter.grad is not None:
-                parameters.append(parameter)
-                gradients.append(parameter.grad)
+        parameters = [parameter for parameter in self.ascending if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return self._moved(parameters, joint_ascent(gradients, self.current_rho))
 
     @contextmanager

@@ -1,13 +1,13 @@
 """Measures of flatness for any model with LoRA layers: sharpness, curvature, loss landscapes, numbers of the factors.
 
-Where a process group runs (DDP), each rank gives the loss of its own batches, every rank calls the same functions in
+If a process group runs (DDP), each rank gives the loss of its own batches, every rank calls the same functions in
 the same order, and all get the same numbers: losses, gradients and Hessian-vector products are means over the ranks.
 """
 
+from lightning_flatlora.flatness.curvature import Estimate as Estimate
 from lightning_flatlora.flatness.curvature import hessian_product as hessian_product
 from lightning_flatlora.flatness.curvature import hessian_trace as hessian_trace
 from lightning_flatlora.flatness.curvature import top_eigenvalue as top_eigenvalue
-from lightning_flatlora.flatness.estimate import Estimate as Estimate
 from lightning_flatlora.flatness.factors import balancedness as balancedness
 from lightning_flatlora.flatness.factors import condition_number as condition_number
 from lightning_flatlora.flatness.factors import cosine as cosine

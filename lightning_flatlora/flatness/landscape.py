@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import read_through
 from lightning_flatlora.flatness.losses import Loss, LossGradient, value
-from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlap, read
+from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlaps, read
 from lightning_flatlora.functional import pseudo_inverse_roots
 from lightning_flatlora.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
@@ -96,13 +96,13 @@ def orthogonal_direction(pairs: Sequence[LoRAPair], direction: Direction, to: Di
         >>> orthogonal_direction([pair], [torch.tensor([[3.0, 4.0]])], to=[torch.tensor([[1.0, 0.0]])])
         [tensor([[0., 1.]])]
     """
-    along = overlap(pairs, direction, to)
+    along = overlaps(pairs, direction, to).sum()
     return normalized(pairs, [own - along.to(own) * other for own, other in zip(direction, to, strict=True)])
 
 
 def normalized(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
     """Scale a direction to ``||s D A||_F = 1`` over all pairs; zeros stay zeros."""
-    norm = overlap(pairs, direction, direction).clamp_min(0).sqrt()
+    norm = overlaps(pairs, direction, direction).sum().clamp_min(0).sqrt()
     scale = torch.where(norm > 0, 1 / norm, 0.0)
     return [part * scale.to(part) for part in direction]
 

@@ -56,11 +56,8 @@ class LossGradient(NamedTuple):
     gradients: list[Tensor]
 
     def of(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient with respect to one of the parameters."""
-        for own, gradient in zip(self.parameters, self.gradients, strict=True):
-            if own is parameter:
-                return gradient
-        raise KeyError("the gradient was not taken with respect to this parameter")
+        """Return the gradient with respect to one of the parameters."""
+        return dict(zip(self.parameters, self.gradients, strict=True))[parameter]
 
     @contextmanager
     def as_grad(self) -> Iterator[None]:
@@ -73,7 +70,7 @@ class LossGradient(NamedTuple):
 
 
 def value(loss: Loss) -> Tensor:
-    """The loss at the weights as the layers read them now, in one forward pass.
+    """Compute the loss at the weights as the layers read them now, in one forward pass.
 
     Args:
         loss: of fixed batches.
@@ -88,7 +85,7 @@ def value(loss: Loss) -> Tensor:
 
 
 def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> LossGradient:
-    """The loss and its gradient, in a forward and a backward pass; ``.grad`` and its hooks are not touched.
+    """Compute the loss and its gradient, in a forward and a backward pass; ``.grad`` and its hooks are not touched.
 
     Args:
         loss: of fixed batches.
@@ -96,7 +93,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         scale: multiplies the loss in the backward pass and divides the gradient, like a loss scaler under float16.
 
     Returns:
-        The :class:`LossGradient` at the weights as the layers read them now; its gradient is nan where the loss is not
+        The :class:`LossGradient` at the weights as the layers read them now; its gradient is nan if the loss is not
         finite.
 
     Raises:
@@ -108,40 +105,62 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         [tensor([6.])]
     """
     parameters = list(parameters)
-    gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    losses = losses_of(loss)
-    values = []
-    with torch.enable_grad():
-        for part in losses:
-            values.append(_add_gradient(part, parameters, gradients, scale))
-    mean = torch.stack(values).mean()
-    # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
-    torch._foreach_div_(gradients, len(losses) * scale)
-    average([mean, *gradients])
+
+    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
+    def scaled_gradient(loss: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
+
+    mean, gradients = mean_derivative(loss, parameters, scaled_gradient, scale)
     return LossGradient(mean, parameters, gradients)
 
 
-def _add_gradient(part: Loss, parameters: list[nn.Parameter], gradients: list[Tensor], scale: float) -> Tensor:
-    """One batch's loss, whose scaled gradient is added; its graph ends with the call."""
-    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
+def mean_derivative(
+    loss: Loss, parameters: Sequence[nn.Parameter], derivative: Callable[[Tensor], Sequence[Tensor]], scale: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
+    """Take the mean over all batches and ranks of a loss and a derivative of it.
+
+    Args:
+        loss: of fixed batches.
+        parameters: which the derivative has the shapes of.
+        derivative: of a batch's loss, as a function of it.
+        scale: of the derivative, which is divided by it.
+
+    Returns:
+        The loss, float32 or wider, and the derivative, nan if the loss is not finite.
+    """
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    losses = losses_of(loss)
+    with torch.enable_grad():
+        values = [_add_derivative(part, derivative, sums) for part in losses]
+    mean = torch.stack(values).mean()
+    # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
+    torch._foreach_div_(sums, len(losses) * scale)
+    average([mean, *sums])
+    return mean, sums
+
+
+def _add_derivative(part: Loss, derivative: Callable[[Tensor], Sequence[Tensor]], sums: list[Tensor]) -> Tensor:
+    """Add one batch's derivative and return its loss; its graph ends with the call."""
     loss = checked(computed(part))
-    new = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
-    add_if_finite(gradients, new, loss)
+    # The mean over no label is nan, with a gradient of 0.
+    nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
+    for total, new in zip(sums, derivative(loss), strict=True):
+        total += new + nan_or_0.to(new.device, new.dtype)
     return _wide(loss.detach())
 
 
 def computed(part: Loss) -> Tensor:
-    """One batch's loss from the weights as they are: of DoRA's layers peft may cache what they have computed before."""
+    """Compute one batch's loss from the weights as they are, without the values that peft may cache for DoRA."""
     with DoraCaching(enabled=False):
         return part()
 
 
 def checked(loss: object) -> Tensor:
-    """A batch's loss, if its gradient can be taken.
+    """Return a batch's loss, if its gradient can be taken.
 
     Raises:
-        ValueError: it is no Tensor with one number and a graph.
-        ReentrantCheckpointError: a part of its graph is built in the backward pass alone.
+        ValueError: it is not a Tensor with one number and a graph.
+        ReentrantCheckpointError: a part of its graph is built only in the backward pass.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a Tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -158,7 +177,7 @@ def checked(loss: object) -> Tensor:
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Whether the graph has a node of reentrant checkpointing, which torch.autograd.grad leaves out."""
+    """Tell whether the graph has a node of reentrant checkpointing, which torch.autograd.grad leaves out."""
     seen = set()
     waiting = [loss.grad_fn]
     while waiting:
@@ -172,15 +191,8 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
     return False
 
 
-def add_if_finite(sums: list[Tensor], new: Sequence[Tensor], loss: Tensor) -> None:
-    """Add one batch's derivatives; nan where its loss is not finite, since a mean over no label has a gradient of 0."""
-    nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
-    for total, each in zip(sums, new, strict=True):
-        total += each + nan_or_0.to(each.device, each.dtype)
-
-
 def losses_of(loss: Loss) -> Sequence[Loss]:
-    """The losses of single batches, where a loss has them."""
+    """Return the losses of single batches, if a loss has them."""
     return loss.losses if isinstance(loss, MeanLoss) else [loss]
 
 

@@ -147,17 +147,16 @@ def _balancedness(point: Point) -> Values:
 
 
 def _condition(point: Point) -> Values:
-    of_A, of_B = [], []
-    for pair in point.pairs:
-        A, B = pair.matrices()
-        of_A.append(condition_number(A))
-        of_B.append(condition_number(B))
-    return {"condition_A": torch.stack(of_A), "condition_B": torch.stack(of_B)}
+    factors = [pair.matrices() for pair in point.pairs]
+    of_A = torch.stack([condition_number(A) for A, _ in factors])
+    of_B = torch.stack([condition_number(B) for _, B in factors])
+    return {"condition_A": of_A, "condition_B": of_B}
 
 
 def _radius(point: Point) -> Values:
     fresh = sharpness.fresh_perturbation(point.perturbation, point.rho, point.gradient)
-    realized = sharpness.radii(point.pairs, sharpness.read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
+    E = sharpness.read(point.perturbation, fresh)
+    realized = sharpness.overlaps(point.pairs, E, E).clamp_min(0).sqrt().where(fresh.finite, torch.nan)
     return {"radius": realized / point.rho if point.rho > 0 else realized}
 
 

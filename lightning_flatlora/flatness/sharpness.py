@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
-from lightning_flatlora.flatness.estimate import estimate
-from lightning_flatlora.flatness.factors import cosine_of, inner_product, realized_radius
+from lightning_flatlora.flatness.curvature import estimate
+from lightning_flatlora.flatness.factors import cosine_of, inner_product
 from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient, value
 from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
@@ -177,7 +177,9 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
     with clean(perturbation.pairs):
         at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
         fresh = fresh_perturbation(perturbation, rho, at)
-        similarity = full_cosine(perturbation.pairs, read(perturbation), read(perturbation, fresh))
+        pairs, average, E = perturbation.pairs, read(perturbation), read(perturbation, fresh)
+        product = overlaps(pairs, average, E).sum()
+        similarity = cosine_of(product, overlaps(pairs, average, average).sum(), overlaps(pairs, E, E).sum())
         similarity = similarity.where(fresh.finite, torch.nan)
         with perturbation.applied():
             at_average = value(loss)
@@ -254,25 +256,12 @@ def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> 
     return [E.flatten(1) for E in shown if E is not None]
 
 
-def radii(pairs: Sequence[LoRAPair], E: Sequence[Tensor]) -> Tensor:
-    """||s E A||_F of every pair; the radius of all together is its norm. Units of the weights, shape (pairs,)."""
-    norms = []
-    for pair, e in zip(pairs, E, strict=True):
-        norms.append(realized_radius(e, pair.matrices()[0], pair.scaling))
-    return torch.stack(norms)
-
-
-def full_cosine(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
-    """The cosine between two perturbations of all pairs, as one vector of full weights, shape (); 0 where one is 0."""
-    return cosine_of(overlap(pairs, E1, E2), overlap(pairs, E1, E1), overlap(pairs, E2, E2))
-
-
-def overlap(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
-    """The inner product of two perturbations in full weight space, over all pairs: squared weights' units, shape ()."""
+def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
+    """Compute the inner products of two perturbations in full weight space: squared weights' units, shape (pairs,)."""
     products = []
     for pair, one, other in zip(pairs, E1, E2, strict=True):
         products.append(inner_product(one, other, pair.matrices()[0], pair.scaling))
-    return torch.stack([product.to(products[0].device) for product in products]).sum()
+    return torch.stack([product.to(products[0].device) for product in products])
 
 
 @contextmanager

@@ -4,9 +4,11 @@ import copy
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import torch
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -19,6 +21,8 @@ from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
+# Compared by identity; subclasses are such dataclasses too, and add their own settings as fields.
+@dataclass(eq=False, repr=False)
 class StepMethod:
     """A method for the LoRA pairs of one optimizer; subclasses say what is perturbed, and when.
 
@@ -36,7 +40,7 @@ class StepMethod:
         perturbation: of the pairs' B; None for a method without one, or while there is no pair.
 
     Args:
-        rho: a number >= 0, or a schedule over optimizer steps.
+        size: rho, a number >= 0 or a schedule over optimizer steps.
         start_step: optimizer steps before the first perturbation.
         every_n_steps: optimizer steps between fresh perturbations.
         adapter_name: the peft adapter to perturb; None takes the active ones.
@@ -47,36 +51,34 @@ class StepMethod:
         MisconfigurationException: values out of range.
     """
 
-    title: str
-    perturbation: Perturbation | None = None
+    title: ClassVar[str]
     size_name: ClassVar[str] = "rho"
     needs_pairs: ClassVar[bool] = True
     takes_two_passes: ClassVar[bool] = False
     takes_several_optimizers: ClassVar[bool] = False
     works_sharded: ClassVar[bool] = True
+    fixed: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        rho: float | RhoSchedule,
-        *,
-        start_step: int = 0,
-        every_n_steps: int = 1,
-        adapter_name: str | None = None,
-        finder: Finder | None = None,
-        sync_ascent: bool = True,
-    ) -> None:
-        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name, finder)
+    size: InitVar[float | RhoSchedule]
+    _: KW_ONLY
+    start_step: int = 0
+    every_n_steps: int = 1
+    adapter_name: str | None = None
+    finder: Finder | None = None
+    sync_ascent: bool = True
+    rho: RhoSchedule = field(init=False)
+    perturbation: Perturbation | None = field(default=None, init=False)
+
+    def __post_init__(self, size: float | RhoSchedule) -> None:
+        problems = value_problems(
+            self.size_name, size, self.start_step, self.every_n_steps, self.adapter_name, self.finder
+        )
         refuse(self, problems + self.argument_problems())
-        self.rho = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
-        self.start_step = start_step
-        self.every_n_steps = every_n_steps
-        self.adapter_name = adapter_name
-        self.finder = finder
-        self.sync_ascent = sync_ascent
+        self.rho = size if isinstance(size, RhoSchedule) else ConstantRho(float(size))
         self.reset()
 
     def argument_problems(self) -> list[str]:
-        """List what is wrong with a subclass's own arguments, which it has stored before this ``__init__``."""
+        """List what is wrong with a subclass's own settings."""
         return []
 
     def reset(self) -> None:
@@ -90,7 +92,7 @@ class StepMethod:
         self._layout = Layout()
         # None as soon as a pair has had a gradient.
         self._steps_without_gradient: int | None = 0
-        self._has_warned = False
+        self._warnings = WarningCache()
 
     def for_another_optimizer(self) -> Self:
         """Make a method with these settings and no pairs."""
@@ -99,8 +101,8 @@ class StepMethod:
         return other
 
     def settings(self) -> dict[str, Any]:
-        """Name the arguments that a resumed run must not change."""
-        return {}
+        """Return the arguments that a resumed run must not change."""
+        return {name: getattr(self, name) for name in self.fixed}
 
     # -- the pairs
 
@@ -276,16 +278,27 @@ class StepMethod:
 
     def warn_without_gradient(self) -> None:
         """Say, once, that no pair has had a gradient so far, if this is so."""
-        if not self._steps_without_gradient or self._has_warned:
+        if not self._steps_without_gradient:
             return
-        self._has_warned = True
-        problem = (
+        self.warn(
             f"no B of a pair{self.place} has had a gradient in any step so far, so the method had no effect there: the "
             "loss must depend on what the adapted layers compute (not under torch.no_grad, not detached), and the "
             "gradients must still be there in on_before_optimizer_step, which they are not if an optimizer steps "
             "inside backward"
         )
-        rank_zero_warn(message(self, [problem]))
+
+    def warn(self, problem: str) -> None:
+        """Warn of a problem, once in a run."""
+        self._warnings.warn(message(self, [problem]))
+
+    def warn_of_rounding(self, what: str, parameters: Iterable[nn.Parameter]) -> None:
+        """Warn that a small perturbation of parameters that are stored in 16 bits may be lost."""
+        low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
+        if low:
+            self.warn(
+                f"{what} is kept in {low[0]}, so {what} + E is rounded to it and a small rho may be lost. Keep it in "
+                "float32, as with precision='bf16-mixed'."
+            )
 
     # -- the state
 
