@@ -58,14 +58,14 @@ class PairsByName:
             A, B = _reader(layer, self.a), _reader(layer, self.b)
             if A is None or B is None or not (self.where is None or self.where(layer)):
                 continue
-            base = None if self.base is None else self._attribute(name, layer, self.base, "leave base out")
-            pairs.append(_pair(name, self.b, self._scaling_of(name, layer), A, B, base=base))
+            scaling, base = self.scaling, self.base
+            if isinstance(scaling, str):
+                factor = self._attribute(name, layer, scaling, "give scaling as a function of the layer")
+            else:
+                factor = scaling(layer)
+            linear = None if base is None else self._attribute(name, layer, base, "leave base out")
+            pairs.append(_pair(name, self.b, factor, A, B, base=linear))
         return pairs
-
-    def _scaling_of(self, name: str, layer: nn.Module) -> Any:
-        if not isinstance(self.scaling, str):
-            return self.scaling(layer)
-        return self._attribute(name, layer, self.scaling, "give scaling as a function of the layer")
 
     def _attribute(self, name: str, layer: nn.Module, attribute: str, remedy: str) -> Any:
         if not hasattr(layer, attribute):

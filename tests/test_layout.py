@@ -24,7 +24,6 @@ TORCH_ONLY = (
     "output_terms.py",
     "weight_noise.py",
     "wrappers.py",
-    "baselines/joint_ascent.py",
     *(f"flatness/{path.name}" for path in (ROOT / "flatness").glob("*.py")),
 )
 TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}

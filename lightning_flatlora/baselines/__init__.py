@@ -2,6 +2,6 @@
 
 from lightning_flatlora.baselines.balancedness import BalancednessRegularization as BalancednessRegularization
 from lightning_flatlora.baselines.bi_lora import BiLoRA as BiLoRA
-from lightning_flatlora.baselines.lora_sam import LoRASAM as LoRASAM
 from lightning_flatlora.baselines.random_perturbation import RandomPerturbation as RandomPerturbation
 from lightning_flatlora.baselines.sam import SAM as SAM
+from lightning_flatlora.baselines.sam import LoRASAM as LoRASAM

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_flatlora.baselines.joint_ascent import joint_ascent
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.distributed import Layout, average_gradients
+from lightning_flatlora.flatness import joint_ascent
 from lightning_flatlora.lora_pair import Finder, LoRAPair
 from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.methods.step_method import StepMethod
@@ -119,7 +119,6 @@ class BiLoRAStep(StepMethod):
         self.auxiliary: list[_AuxiliaryPair] = []
         # A2 and B2 by the layer's name, those of layers that are left out for a while included.
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self._left_out: list[str] | None = None
 
     @override
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
@@ -128,7 +127,7 @@ class BiLoRAStep(StepMethod):
         self.auxiliary = []
         # Nothing is searched if no pair is trained now.
         if any(pair.B.requires_grad for pair in pairs):
-            linears, self._left_out = adapted_linears(module, self.adapter_name, self.finder)
+            linears, self.left_out = adapted_linears(module, self.adapter_name, self.finder)
             self.auxiliary = [self._pair_of(linear) for linear in linears]
 
     def _pair_of(self, linear: AdaptedLinear) -> "_AuxiliaryPair":
@@ -157,11 +156,6 @@ class BiLoRAStep(StepMethod):
         for pair in self.auxiliary:
             factors += [pair.A, pair.B]
         return factors
-
-    @property
-    @override
-    def left_out(self) -> list[str] | None:
-        return self._left_out
 
     @property
     @override

@@ -88,11 +88,7 @@ class RandomPerturbationStep(StepMethod):
         self.noise, self._drawn_at = None, None
         if any(pair.B.requires_grad for pair in pairs):
             self.noise = WeightNoise(module, self.adapter_name, finder=self.finder)
-
-    @property
-    @override
-    def left_out(self) -> list[str] | None:
-        return None if self.noise is None else self.noise.left_out
+            self.left_out = self.noise.left_out
 
     @property
     @override

@@ -25,13 +25,13 @@ from lightning_flatlora.flatness.landscape import random_direction as random_dir
 from lightning_flatlora.flatness.losses import Loss as Loss
 from lightning_flatlora.flatness.losses import LossGradient as LossGradient
 from lightning_flatlora.flatness.losses import MeanLoss as MeanLoss
+from lightning_flatlora.flatness.losses import joint_ascent as joint_ascent
 from lightning_flatlora.flatness.losses import loss_gradient as loss_gradient
 from lightning_flatlora.flatness.measures import DEFAULT_MEASURES as DEFAULT_MEASURES
 from lightning_flatlora.flatness.measures import MEASURES as MEASURES
 from lightning_flatlora.flatness.measures import Point as Point
 from lightning_flatlora.flatness.measures import measure as measure
 from lightning_flatlora.flatness.sharpness import EMASharpness as EMASharpness
-from lightning_flatlora.flatness.sharpness import ExpectedSharpness as ExpectedSharpness
 from lightning_flatlora.flatness.sharpness import Sharpness as Sharpness
 from lightning_flatlora.flatness.sharpness import ema_sharpness as ema_sharpness
 from lightning_flatlora.flatness.sharpness import expected_sharpness as expected_sharpness

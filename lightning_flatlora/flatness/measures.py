@@ -163,14 +163,14 @@ def _radius(point: Point) -> Values:
 def _gradient_residual(point: Point) -> Values:
     residuals = []
     for pair in point.pairs:
+        # Without a second gradient there is nothing that could differ.
+        residual = torch.zeros((), dtype=torch.float64, device=pair.B.device)
         # A pair rests once its B is frozen in mid-fit.
         if pair.learns_A and pair.B.requires_grad:
-            A, B = pair.matrices()
             grad_A = rows_of(point.gradient.of(pair.A), pair.A_rows).flatten(1)
             grad_B = rows_of(point.gradient.of(pair.B), pair.B_rows).flatten(1)
-            residuals.append(gradient_identity_residual(A, B, grad_A, grad_B))
-        else:  # without a second gradient there is nothing that could differ
-            residuals.append(torch.zeros((), dtype=torch.float64, device=pair.B.device))
+            residual = gradient_identity_residual(*pair.matrices(), grad_A, grad_B)
+        residuals.append(residual)
     return {"gradient_residual": torch.stack(residuals)}
 
 

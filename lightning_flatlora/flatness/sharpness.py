@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_flatlora import read_through
 from lightning_flatlora.flatness.curvature import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product
-from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient, value
+from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
 from lightning_flatlora.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.schedules import is_size
@@ -22,10 +22,17 @@ from lightning_flatlora.weight_noise import WeightNoise
 
 
 class Sharpness(NamedTuple):
-    """The loss at the clean weights and at perturbed ones, in nats, shape ()."""
+    """The loss at the clean weights and at perturbed ones, in nats, shape ().
+
+    Attributes:
+        loss: L(w).
+        perturbed: L(w + E), or its mean under noise.
+        standard_error: of a mean under noise; 0 for one E.
+    """
 
     loss: Tensor
     perturbed: Tensor
+    standard_error: Tensor = torch.zeros(())
 
     @property
     def sharpness(self) -> Tensor:
@@ -62,25 +69,6 @@ class EMASharpness(NamedTuple):
     def gap(self) -> Tensor:
         """|S_EMA - S_SAM|."""
         return (self.at_average - self.at_fresh).abs()
-
-
-class ExpectedSharpness(NamedTuple):
-    """The loss at the clean weights and its mean under noise, in nats, shape ().
-
-    Attributes:
-        loss: L(w).
-        perturbed: mean of L(w + noise) over the samples.
-        standard_error: of that mean.
-    """
-
-    loss: Tensor
-    perturbed: Tensor
-    standard_error: Tensor
-
-    @property
-    def sharpness(self) -> Tensor:
-        """The mean rise of the loss."""
-        return self.perturbed - self.loss
 
 
 def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> Sharpness:
@@ -141,13 +129,10 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
     with clean(pairs):
         at = at or loss_gradient(loss, trained_factors(pairs))
-        # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
-        wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in at.gradients]
-        norm = torch.nn.utils.get_total_norm(wide)
-        scale = torch.where(norm == 0, 0.0, rho / norm)
-        moves = [gradient * scale.to(gradient.device, gradient.dtype) for gradient in wide]
-        with moved(at.parameters, moves):
-            return Sharpness(at.loss, value(loss))
+        # A gradient that is not finite has no ascent, and the loss at E = 0 would say that it is flat.
+        finite = torch.nn.utils.get_total_norm(at.gradients, torch.inf).isfinite()
+        with moved(at.parameters, joint_ascent(at.gradients, rho)):
+            return Sharpness(at.loss, torch.where(finite, value(loss), torch.nan))
 
 
 def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> EMASharpness:
@@ -186,9 +171,7 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         return EMASharpness(at.loss, at_average, _at_fresh(loss, perturbation, fresh), similarity)
 
 
-def expected_sharpness(
-    loss: Loss, noise: WeightNoise, sigma: float, samples: int = 8, seed: int = 0
-) -> ExpectedSharpness:
+def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: int = 8, seed: int = 0) -> Sharpness:
     r"""The mean rise of the loss under Gaussian noise on the full weights (Flat-LoRA, arXiv 2409.14396, Eq. 7).
 
     .. math:: \mathbb E_\varepsilon\,[L(W + \varepsilon)] - L(W), \qquad
@@ -202,7 +185,7 @@ def expected_sharpness(
         seed: of the first draw; no global generator is used.
 
     Returns:
-        :class:`ExpectedSharpness`. 1 + samples passes, all forward.
+        :class:`Sharpness`, with the mean over the samples. 1 + samples passes, all forward.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -219,7 +202,7 @@ def expected_sharpness(
         with noise.applied(sigma, seed + sample):
             at_noise.append(value(loss))
     mean, standard_error = estimate(at_noise)
-    return ExpectedSharpness(at_weights, mean.to(at_weights.dtype), standard_error)
+    return Sharpness(at_weights, mean.to(at_weights.dtype), standard_error)
 
 
 def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient) -> FreshPerturbation:

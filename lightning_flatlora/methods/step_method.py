@@ -35,6 +35,7 @@ class StepMethod:
         optimizer: the one that trains the pairs; only its ``param_groups`` are read.
         place: says in messages which optimizer this is, if there are several.
         pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
+        left_out: lines about the layers that the method leaves out; None for those of the search.
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
         perturbation: of the pairs' B; None for a method without one, or while there is no pair.
@@ -86,6 +87,7 @@ class StepMethod:
         self.optimizer: Any = None
         self.place = ""
         self.pairs: list[LoRAPair] = []
+        self.left_out: list[str] | None = None
         self.step = 0
         self.horizon = math.inf
         self.initial_lr: float | None = None
@@ -130,11 +132,6 @@ class StepMethod:
     def trained_factors(self) -> list[nn.Parameter]:
         """List the factors of the pairs whose B is trained now, each once, A before B, without a frozen A."""
         return trained_factors([pair for pair in self.pairs if pair.B.requires_grad])
-
-    @property
-    def left_out(self) -> list[str] | None:
-        """Lines about the layers that the method leaves out; None for those of the search."""
-        return None
 
     # -- the size
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_flatlora import FMLoRA, LoRAPair, find_pairs
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM
-from lightning_flatlora.baselines.joint_ascent import joint_ascent
+from lightning_flatlora.flatness import joint_ascent
 
 BATCH = next(iter(DataLoader(dataset(), batch_size=32)))
 LR = 1e-6
