@@ -118,7 +118,7 @@ def _rows_in_base(layer: Any) -> list[range]:
     return list(compress(map(range, ends[:-1], ends[1:]), layer.enable_lora))
 
 
-# Named functions, since a finder must be picklable where processes are spawned.
+# Named functions, since a finder must be picklable if processes are spawned.
 def _has(names: tuple[str, ...], layer: Any) -> bool:
     return all(hasattr(layer, name) for name in names)
 

@@ -19,7 +19,7 @@ class RhoSchedule(ABC):
     checkpoints. ``torch.load`` creates objects from a file only if it knows their class, and every subclass of
     RhoSchedule is made known to it when it is defined. So import the module that defines yours before you load such a
     file, keep the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts
-    of them. A dataclass is a good form, but not a frozen one: where omegaconf is installed, Lightning's loggers refuse
+    of them. A dataclass is a good form, but not a frozen one: if omegaconf is installed, Lightning's loggers refuse
     frozen ones.
 
     Attributes:
@@ -123,7 +123,7 @@ class _FromOneRadius(_OfRadii):
 
 
 class ConstantRho(_FromOneRadius):
-    """The same rho at every step; what a plain number means.
+    """A constant rho, as a plain number means it.
 
     Example:
         >>> ConstantRho(2.0)(step=100)
@@ -185,7 +185,7 @@ class LearningRateRho(_FromOneRadius):
     """rho in proportion to the learning rate of the group that holds the pairs, ``rho`` at its initial value.
 
     The initial value is the group's ``initial_lr``, which every PyTorch scheduler sets (so warm-up starts small), or
-    the first learning rate above 0 where there is no scheduler. OneCycleLR sets ``initial_lr`` to its lowest value, so
+    the first learning rate above 0 if there is no scheduler. OneCycleLR sets ``initial_lr`` to its lowest value, so
     there rho is reached at the start and surpassed by ``div_factor`` at the top: divide rho by that.
 
     Example:

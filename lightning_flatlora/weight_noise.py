@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft.tuners.lora import Linear
-from peft.tuners.lora.layer import MultiheadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -112,7 +111,7 @@ class WeightNoise:
 
     @contextmanager
     def applied(self, sigma: float, seed: int) -> Iterator[None]:
-        """Inside, the noise is on; afterwards, whatever happens, it is off."""
+        """Switch the noise on; afterwards, whatever happens, it is off."""
         try:
             self.on(sigma, seed)
             yield
@@ -205,12 +204,9 @@ def _on_bases(pairs: Sequence[LoRAPair]) -> _Candidates:
 
 def _on_layers_of_peft(model: nn.Module, pairs: Sequence[LoRAPair]) -> _Candidates:
     """Group the pairs of peft by the layer that reads them."""
-    in_attention = set()
-    for layer in model.modules():
-        if isinstance(layer, MultiheadAttention):
-            in_attention.add(bare(layer.base_layer.out_proj))
     for name, layer, adapters in adapted_layers(model, pairs):
-        reason = _why_not(layer, adapters, layer in in_attention)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        reason = _why_not(layer, adapters, isinstance(bare(parent), nn.MultiheadAttention))
         linear = AdaptedLinear([clean_name(name)], layer.get_base_layer(), list(adapters.values()), layer)
         yield linear, reason and f"{type(layer).__name__}: {reason}"
 
@@ -235,12 +231,12 @@ class _NoisyLayer(OutputTerm):
 
     @cached_property
     def _base_squared(self) -> Tensor:
-        """||W0_i||^2 of every row i: taken once, since the base is frozen and this reads all of it."""
+        """Compute ||W0_i||^2 of every row i: only once, since the base is frozen and this reads all of it."""
         return self._base_weight().square().sum(1)
 
     @torch.no_grad()
     def _squared_norms(self) -> Tensor:
-        """||W0_i||^2 + 2 B_i (W0 A^T)_i + B_i A A^T B_i^T of every row i, with s in B, shape (n,)."""
+        """Compute ||W0_i||^2 + 2 B_i (W0 A^T)_i + B_i A A^T B_i^T of every row i, with s in B, shape (n,)."""
         W0 = self._base_weight()
         # Under autocast the products would be rounded to 16 bits, and small norms with them.
         with torch.autocast(W0.device.type, enabled=False):

@@ -40,7 +40,7 @@ class BalancednessRegularization(MethodCallback):
             paper lets it decrease: ``LinearRho(alpha, 0)`` or ``CosineRho(alpha, 0)``.
         kind: "nBAR" compares the norms of the gradients, "oBAR" those of the factors.
         adapter_name: the peft adapter to balance; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,

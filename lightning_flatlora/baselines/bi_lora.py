@@ -23,12 +23,12 @@ from lightning_flatlora.weight_noise import AdaptedLinear, adapted_linears, deri
 
 
 class BiLoRA(MethodCallback):
-    r"""Take each step's gradient where an auxiliary pair perturbs every adapted weight (Bi-LoRA), in one pass.
+    r"""Take each step's gradient at adapted weights that auxiliary pairs perturb (Bi-LoRA), in one pass.
 
     .. math:: \text{gradient at } W_0 + s B A + B_2 A_2, \qquad
         \max_{A_2, B_2} L \text{ subject to } \lVert B_2 A_2 \rVert_F \le \rho \text{ over all layers}
 
-    The pass that gives the gradients of A and B also gives those of A2 and B2. Where the step's gradients are complete,
+    The pass that gives the gradients of A and B also gives those of A2 and B2. When the step's gradients are complete,
     the auxiliary pairs take a step up, and are scaled back to the ball if they have left it:
 
     .. math:: (A_2, B_2) \leftarrow \sqrt c\, \left((A_2, B_2) + \eta\, \lVert (A_2, B_2) \rVert_F\,
@@ -36,7 +36,7 @@ class BiLoRA(MethodCallback):
         c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
 
     The paper's abstract and summaries of it give the second pair on the full weight, its ascent in the pass of the
-    descent, the ball, and that only the first pair is kept. The full text was not at hand, and the following is a
+    descent, the ball, and that only the first pair is kept. The full text was not available, and the following is a
     choice of this package: one ball and one gradient norm over all layers; a step relative to the norm of the factors,
     which needs no learning rate and does not depend on the scale of the loss; the same factor :math:`\sqrt c` for A2
     and B2; the rank; A2 drawn as LoRA's A and B2 = 0, so that the first step is plain LoRA's.
@@ -44,7 +44,7 @@ class BiLoRA(MethodCallback):
     The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, in float32 or wider, and
     saves them with its state. They are on from the start of training_step to the end of its backward (so the logged
     loss includes them), and off in validation and in all other hooks. An accumulation window is one ascent from the sum
-    of its gradients. Where a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
+    of its gradients. If a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
     concern them. Under DDP their gradients are averaged over the ranks. The global random state is not touched. Only
     Linear layers get a pair; others are named once and train without it.
 
@@ -53,10 +53,10 @@ class BiLoRA(MethodCallback):
             steps. With 0 the run is LoRA's, bit for bit.
         step_size: :math:`\eta`, the length of an ascent step relative to the norm of all A2 and B2, without a unit,
             > 0.
-        rank: of the auxiliary pairs, >= 1; None takes that of the layer's adapters, their sum where it has several.
+        rank: of the auxiliary pairs, >= 1; None takes that of the layer's adapters, their sum if it has several.
         seed: of all A2, >= 0.
-        adapter_name: the peft adapter beside which the pairs are put; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
+        adapter_name: the peft adapter next to which the pairs are put; None takes the active ones.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
             there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that is perturbed.
 
     Raises:

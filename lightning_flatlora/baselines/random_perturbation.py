@@ -14,7 +14,7 @@ from lightning_flatlora.weight_noise import WeightNoise, derived_seed
 
 
 class RandomPerturbation(MethodCallback):
-    r"""Take each step's gradient where every adapted weight carries fresh Gaussian noise (Flat-LoRA), in one pass.
+    r"""Take each step's gradient at adapted weights with fresh Gaussian noise (Flat-LoRA), in one pass.
 
     .. math:: \text{gradient at } W' + \varepsilon, \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0,\; \frac{\sigma^2}{m}\,\lVert W'_{i,:}\rVert^2\right)
@@ -30,7 +30,7 @@ class RandomPerturbation(MethodCallback):
             optimizer steps. The paper raises it, ``CosineRho(0, sigma)``, to 0.05 on language and 0.15 on CLIP.
         seed: of all noise, >= 0.
         adapter_name: the peft adapter that enters W'; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
             there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that gets noise.
 
     Raises:

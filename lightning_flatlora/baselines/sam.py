@@ -19,7 +19,7 @@ from lightning_flatlora.schedules import RhoSchedule
 
 
 class SAM(MethodCallback):
-    r"""Take each step's gradient where every trained parameter is moved along its gradient, in two passes.
+    r"""Take each step's gradient at parameters that are moved along their gradient (SAM), in two passes.
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
 
@@ -104,7 +104,7 @@ class SAMStep(StepMethod):
 
     @contextmanager
     def _moved(self, parameters: list[nn.Parameter], moves: list[Tensor]) -> Iterator[None]:
-        """Inside, the parameters are moved in place; afterwards they have exactly their old values."""
+        """Move the parameters in place; afterwards they have exactly their old values."""
         with moved(parameters, moves):
             for parameter in self.ascending:
                 # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
@@ -113,12 +113,12 @@ class SAMStep(StepMethod):
 
 
 class LoRASAM(MethodCallback):
-    r"""Take each step's gradient where A and B are moved along their joint gradient (SAM in LoRA's space): two passes.
+    r"""Take each step's gradient at A and B moved along their joint gradient (SAM in LoRA's space), in two passes.
 
     .. math:: (E_A, E_B) = \rho\, \frac{(G_A, G_B)}{\lVert (G_A, G_B) \rVert_F},
         \qquad \text{gradient at } (A + E_A,\; B + E_B)
 
-    The norm is over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is no ball around W: the
+    The norm is over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is not a ball around W: the
     perturbation of W changes under (B M, M⁻¹ A). Only the layers read the moved factors; the stored ones are clean at
     every moment. In all other respects (dropout, logging, accumulation, ranks) the passes are those of
     :class:`~lightning_flatlora.FMLoRA`.
@@ -128,7 +128,7 @@ class LoRASAM(MethodCallback):
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
         sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
 
     Raises:
@@ -221,11 +221,11 @@ class LoRASAMStep(StepMethod):
 
     @contextmanager
     def _applied(self, E: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-        """Inside, the layers read A + E_A and B + E_B; afterwards they read the clean factors."""
+        """Let the layers read A + E_A and B + E_B; afterwards they read the clean factors."""
         with read_through.restored(self._readers):
             for pair in self.pairs:
                 for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
-                    # A factor that is frozen stays where it is.
+                    # A factor that is frozen is not perturbed.
                     for reader in readers if factor in E else ():
                         # A pair may be some rows of the parameter.
                         rows = read_through.as_reader(reader).rows

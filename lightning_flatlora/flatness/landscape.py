@@ -32,7 +32,7 @@ def adversarial_direction(perturbation: Perturbation, at: LossGradient) -> Direc
         at: the loss and its gradient at the clean weights.
 
     Returns:
-        One (n, r) matrix for each pair; zeros where the gradient is zero. No pass.
+        One (n, r) matrix for each pair; zeros if the gradient is zero. No pass.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -53,7 +53,7 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
 
     .. math:: D = \tfrac1s Z R,\quad R^\top R = (A A^\top)^+,\quad Z_{ij} \sim \mathcal N(0, 1)
 
-    then scaled to length one. The rows of R A are orthonormal, or some are 0 where A's are dependent, so the draw does
+    then scaled to length one. The rows of R A are orthonormal, or some are 0 if A's are dependent, so the draw does
     not depend on how the update is factored into B and A.
 
     Args:
@@ -190,7 +190,7 @@ def loss_on_plane(
 
 
 def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
-    """Compute ``||W0||_F`` of all layers that the pairs adapt: what distances in the weights are to be compared with.
+    """Compute ``||W0||_F`` of all layers that the pairs adapt, a measure for distances in the weights.
 
     Args:
         model: with peft's layers; quantized bases are dequantized one by one.

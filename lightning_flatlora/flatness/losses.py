@@ -17,7 +17,7 @@ values and gradients are means over the ranks."""
 
 
 class ReentrantCheckpointError(ValueError):
-    """A loss has reentrant activation checkpoints, in which torch.autograd.grad finds no parameters."""
+    """An error for reentrant activation checkpoints in a loss, in which torch.autograd.grad finds no parameters."""
 
 
 class MeanLoss:
@@ -38,7 +38,7 @@ class MeanLoss:
         self.losses = losses
 
     def __call__(self) -> Tensor:
-        """The mean, with the graphs of all batches."""
+        """Compute the mean, with the graphs of all batches."""
         return torch.stack([loss() for loss in self.losses]).mean()
 
 
@@ -61,7 +61,7 @@ class LossGradient(NamedTuple):
 
     @contextmanager
     def as_grad(self) -> Iterator[None]:
-        """Inside, ``.grad`` of the parameters is this gradient; afterwards, the same tensors as before."""
+        """Set ``.grad`` of the parameters to this gradient; afterwards it is the same tensors as before."""
         with ExitStack() as stack:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -106,7 +106,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
     """
     parameters = list(parameters)
 
-    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
+    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are not touched.
     def scaled_gradient(loss: Tensor) -> Sequence[Tensor]:
         return torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
 

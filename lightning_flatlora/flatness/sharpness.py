@@ -1,4 +1,4 @@
-"""How much the loss rises around the weights: along the gradient, along the average Ê, and at random.
+"""The rise of the loss around the weights: along the gradient, along the average Ê, and at random.
 
 Every function leaves weights, ``.grad`` and readers as they were, after an exception too. The rise is in the loss's own
 unit (nats for a cross-entropy).
@@ -41,7 +41,7 @@ class Sharpness(NamedTuple):
 
 
 class EMASharpness(NamedTuple):
-    """What Theorem 2 compares.
+    """The losses that Theorem 2 compares.
 
     Attributes:
         loss: L(w), nats, shape ().
@@ -72,7 +72,7 @@ class EMASharpness(NamedTuple):
 
 
 def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> Sharpness:
-    r"""SAM sharpness in full weight space: the rise along the perturbation that FMLoRA would take (Eqs. 8, 10-15).
+    r"""Measure SAM sharpness in full weight space: the rise along the perturbation of FMLoRA (Eqs. 8, 10-15).
 
     .. math:: S_{SAM} = L(W_0 + s (B + E) A) - L(W_0 + s B A), \qquad \|s E A\|_F \le \rho
 
@@ -80,10 +80,10 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         loss: of fixed batches.
         perturbation: says which pairs, estimator and norm scope; what it keeps stays as it is.
         rho: radius of the ball in full weight space, in the weights' units.
-        at: the loss and gradient at the clean weights, where they are known already.
+        at: the loss and gradient at the clean weights, if they are known already.
 
     Returns:
-        :class:`Sharpness`; nan where the gradient is not finite. Three passes: forward, backward, forward.
+        :class:`Sharpness`; nan if the gradient is not finite. Three passes: forward, backward, forward.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -99,7 +99,7 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
 
 
 def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGradient | None = None) -> Sharpness:
-    r"""Sharpness in LoRA's own space: the rise where A and B move along their joint gradient (Eq. 7, "LoRA-SAM").
+    r"""Measure sharpness in LoRA's own space: the rise along the joint gradient of A and B (Eq. 7, "LoRA-SAM").
 
     .. math:: L(A + E_A, B + E_B) - L(A, B), \qquad (E_A, E_B) = \rho\,\frac{(G_A, G_B)}{\|(G_A, G_B)\|}
 
@@ -107,12 +107,12 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
 
     Args:
         loss: of fixed batches.
-        pairs: frozen factors stay where they are.
+        pairs: of which frozen factors stay as they are.
         rho: radius of the ball in (A, B), in the factors' units.
-        at: the loss and gradient at the clean weights, where they are known already.
+        at: the loss and gradient at the clean weights, if they are known already.
 
     Returns:
-        :class:`Sharpness`; nan where the gradient is not finite. Three passes: forward, backward, forward.
+        :class:`Sharpness`; nan if the gradient is not finite. Three passes: forward, backward, forward.
 
     Raises:
         ValueError: rho is negative or not finite.
@@ -136,7 +136,7 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
 
 
 def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> EMASharpness:
-    r"""How far EFMLoRA's average Ê stands for the fresh perturbation E (Theorem 2, Figure 3).
+    r"""Compare the rise along EFMLoRA's average Ê with that along the fresh perturbation E (Theorem 2, Figure 3).
 
     .. math:: |S_{EMA} - S_{SAM}| = |L(w + \hat E) - L(w + E)|
 
@@ -144,10 +144,10 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         loss: of fixed batches.
         perturbation: keeps Ê, as ``EFMLoRA.perturbation`` does, and says how E is made.
         rho: radius of the fresh E; the theorem means that of Ê.
-        at: the loss and gradient at the clean weights, where they are known already.
+        at: the loss and gradient at the clean weights, if they are known already.
 
     Returns:
-        :class:`EMASharpness`; nan in what E enters where the gradient is not finite. Four passes: forward, backward,
+        :class:`EMASharpness`; nan in what E enters if the gradient is not finite. Four passes: forward, backward,
         two forwards.
 
     Example:
@@ -172,7 +172,7 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
 
 
 def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: int = 8, seed: int = 0) -> Sharpness:
-    r"""The mean rise of the loss under Gaussian noise on the full weights (Flat-LoRA, arXiv 2409.14396, Eq. 7).
+    r"""Estimate the mean rise of the loss under Gaussian noise on all weights (Flat-LoRA, arXiv 2409.14396, Eq. 7).
 
     .. math:: \mathbb E_\varepsilon\,[L(W + \varepsilon)] - L(W), \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0, \tfrac{\sigma^2}{m} \|W_{i\cdot}\|^2\right)
@@ -206,7 +206,7 @@ def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: in
 
 
 def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient) -> FreshPerturbation:
-    """E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes.
+    """Compute E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes.
 
     Args:
         perturbation: which pairs, and how E is made of their gradients.
@@ -233,7 +233,7 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 
 
 def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
-    """E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
+    """Return E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
     with clean(perturbation.pairs), perturbation.applied(fresh and fresh.stacks):
         shown = [read_through.shown(pair.readers[0]) for pair in perturbation.pairs]
     return [E.flatten(1) for E in shown if E is not None]
@@ -249,7 +249,7 @@ def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tenso
 
 @contextmanager
 def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
-    """Inside, the layers read B, and can be made to read B + E; afterwards they read what they read before."""
+    """Let the layers read B, and be able to read B + E; afterwards they read what they read before."""
     readers = readers_of(pairs)
     with read_through.restored(readers), ExitStack() as stack:
         for reader in readers:
@@ -260,14 +260,14 @@ def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
 
 
 def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) -> Tensor:
-    """L(w + E); nan where E is not known, rather than the loss at E = 0."""
+    """Compute L(w + E); nan if E is not known, rather than the loss at E = 0."""
     with perturbation.applied(fresh.stacks):
         return torch.where(fresh.finite, value(loss), torch.nan)
 
 
 @contextmanager
 def moved(parameters: Sequence[nn.Parameter], moves: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, parameters stand at w + move; afterwards, whatever happens, they have exactly their old values.
+    """Move parameters to w + move; afterwards, whatever happens, they have exactly their old values.
 
     Args:
         parameters: moved in place, so that whoever holds their memory, such as a compiled graph, sees the move.
