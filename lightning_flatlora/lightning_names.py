@@ -13,12 +13,8 @@ from typing import Any, TypeGuard, TypeVar
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import exceptions
 
-_NAMES = {
-    "lightning.pytorch": "pytorch",
-    "pytorch_lightning": "pytorch",
-    "lightning.fabric": "fabric",
-    "lightning_fabric": "fabric",
-}
+# The other names of libraries that are parts of ``lightning``, too.
+_PARTS = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 
 T = TypeVar("T")
 
@@ -43,7 +39,7 @@ def is_lightning(value: object, *kinds: type[T]) -> TypeGuard[T]:
 
 def is_defined_by_lightning(value: object) -> bool:
     """Tell whether an object's own class, and not only one that it inherits from, is of Lightning."""
-    return _name(type(value))[0] in _NAMES.values()
+    return _name(type(value)).startswith(("lightning.pytorch.", "lightning.fabric."))
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -56,12 +52,10 @@ def callback_of(trainer: Trainer, kind: type[T]) -> T | None:
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
-def _name(kind: type[Any]) -> tuple[str, str]:
-    """Return a class's library and its name within it, the same under both names of Lightning."""
-    for prefix, library in _NAMES.items():
-        if kind.__module__ == prefix or kind.__module__.startswith(f"{prefix}."):
-            return library, f"{kind.__module__.removeprefix(prefix)}.{kind.__qualname__}"
-    return "", f"{kind.__module__}.{kind.__qualname__}"
+def _name(kind: type[Any]) -> str:
+    """Return a class's full name, the same under both names of Lightning."""
+    library, _, rest = kind.__module__.partition(".")
+    return f"{_PARTS.get(library, library)}.{rest}.{kind.__qualname__}"
 
 
 class MisconfigurationException(exceptions.MisconfigurationException):

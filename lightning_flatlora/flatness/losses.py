@@ -172,8 +172,8 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
     for gradient in gradients:
         # An embedding's may be sparse.
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
-        wide.append(dense.to(torch.promote_types(dense.dtype, torch.float32)))
+        # Since the squares of a 16-bit gradient may over- or underflow.
+        wide.append(_wide(dense))
     norm = nn.utils.get_total_norm(wide)
     scale = torch.where(norm > 0, rho / norm, 0.0)
     bad = ~torch.isfinite(norm)
@@ -231,5 +231,6 @@ def losses_of(loss: Loss) -> Sequence[Loss]:
     return loss.losses if isinstance(loss, MeanLoss) else [loss]
 
 
-def _wide(loss: Tensor) -> Tensor:
-    return loss.to(torch.promote_types(loss.dtype, torch.float32))
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
