@@ -1,12 +1,14 @@
-"""Finders: what the LoRA pairs of a model are where its layers are not peft's.
+"""Finders, which say what the LoRA pairs of a model are if its layers are not peft's.
 
 A finder is a function of the model, see :class:`~lightning_flatlora.Finder`. It is given to a callback, to FMLoRAModule
 or to :func:`~lightning_flatlora.find_pairs`. For layers that keep one A and one B under some names,
 :class:`PairsByName` is enough.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress
 from typing import Any
 
 from torch import nn
@@ -18,7 +20,7 @@ from lightning_flatlora.read_through import Reader
 
 @dataclass(frozen=True)
 class PairsByName:
-    """Finds the layers that keep A and B under two names, as parameters of their own or as modules with a weight.
+    """Find the layers that keep A and B under two names, as their own parameters or as modules with a weight.
 
     A has to be stored as (r, m), B as (n, r), and the layer's output to hold exactly s B A x for an input x. The layer
     has to read both as attributes in its forward, as layers do.
@@ -27,7 +29,7 @@ class PairsByName:
         a: the attribute that is A, or a module whose ``weight`` is A.
         b: the attribute that is B, or a module whose ``weight`` is B.
         scaling: the attribute that is s, or a function of the layer that gives it. One that has a name in a module
-            can be pickled, as is needed where processes are spawned.
+            can be pickled, as is needed if processes are spawned.
         where: says of a layer with both names whether it is a LoRA layer; None takes all.
         base: the attribute that is the frozen Linear, which noise on the whole weight needs; None if there is none.
 
@@ -50,21 +52,20 @@ class PairsByName:
     base: str | None = None
 
     def __call__(self, model: nn.Module, /) -> list[LoRAPair]:
-        """The pairs of a model, in the order of its modules."""
+        """Find the pairs of a model, in the order of its modules."""
         pairs = []
         for name, layer in model.named_modules():
-            A_reader, B_reader = _reader(layer, self.a), _reader(layer, self.b)
-            if A_reader is None or B_reader is None or not (self.where is None or self.where(layer)):
+            A, B = _reader(layer, self.a), _reader(layer, self.b)
+            if A is None or B is None or not (self.where is None or self.where(layer)):
                 continue
-            pair = _pair(name, self.b, self._scaling_of(name, layer), A_reader, B_reader)
-            base = None if self.base is None else self._attribute(name, layer, self.base, "leave base out")
-            pairs.append(replace(pair, base=base))
+            scaling, base = self.scaling, self.base
+            if isinstance(scaling, str):
+                factor = self._attribute(name, layer, scaling, "give scaling as a function of the layer")
+            else:
+                factor = scaling(layer)
+            linear = None if base is None else self._attribute(name, layer, base, "leave base out")
+            pairs.append(_pair(name, self.b, factor, A, B, base=linear))
         return pairs
-
-    def _scaling_of(self, name: str, layer: nn.Module) -> Any:
-        if not isinstance(self.scaling, str):
-            return self.scaling(layer)
-        return self._attribute(name, layer, self.scaling, "give scaling as a function of the layer")
 
     def _attribute(self, name: str, layer: nn.Module, attribute: str, remedy: str) -> Any:
         if not hasattr(layer, attribute):
@@ -76,9 +77,9 @@ class PairsByName:
 
 
 def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
-    """The pairs of litgpt's layers, ``LoRALinear`` and ``LoRAQKVLinear``, from :mod:`litgpt.lora`.
+    """Find the pairs of litgpt's layers, ``LoRALinear`` and ``LoRAQKVLinear``, from :mod:`litgpt.lora`.
 
-    The second keeps the factors of q, k and v stacked in one parameter each. Each of the three is a pair of its own,
+    The second keeps the factors of q, k and v stacked in one parameter each. Each of the three is a pair,
     since its update is a product of its own rows. A layer whose update is merged into its weight is left out.
 
     Args:
@@ -96,65 +97,53 @@ def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
         A, B = _reader(layer, "lora_A"), _reader(layer, "lora_B")
         if A is None or B is None or not hasattr(layer, "scaling") or getattr(layer, "merged", False):
             continue
-        scaling: Any = layer.scaling
-        sizes: Sequence[int] = getattr(layer, "qkv_shapes", ())
-        base: Any = getattr(layer, "linear", None)
-        starts = _starts_in_base(layer) if sizes else []
-        if len(sizes) < 2:
-            base_rows = range(starts[0], starts[0] + sizes[0]) if sizes else None
-            pairs.append(replace(_pair(name, "lora_B", scaling, A, B), base=base, base_rows=base_rows))
+        settings: Any = {"scaling": layer.scaling, "base": getattr(layer, "linear", None)}
+        in_base: Any = _rows_in_base(layer) if hasattr(layer, "qkv_shapes") else [None]
+        if len(in_base) == 1:
+            pairs.append(_pair(name, "lora_B", A=A, B=B, base_rows=in_base[0], **settings))
             continue
         r, start = layer.r, 0  # not from a shape, since FSDP1 leaves a flat part of each parameter
-        for index, size in enumerate(sizes):
-            A_rows, B_rows = range(index * r, (index + 1) * r), range(start, start + size)
-            of_rows = (Reader(A.module, A.attribute, A_rows), Reader(B.module, B.attribute, B_rows))
-            base_rows = range(starts[index], starts[index] + size)
-            pairs.append(replace(_pair(name, "lora_B", scaling, *of_rows), base=base, base_rows=base_rows))
-            start += size
+        for index, rows in enumerate(in_base):
+            A_rows, B_rows = range(index * r, (index + 1) * r), range(start, start + len(rows))
+            of_rows = {"A": replace(A, rows=A_rows), "B": replace(B, rows=B_rows)}
+            pairs.append(_pair(name, "lora_B", **of_rows, base_rows=rows, **settings))
+            start += len(rows)
     return pairs
 
 
-def _starts_in_base(layer: Any) -> list[int]:
-    """Where those of q, k and v that have LoRA begin among the rows of the weight that holds all three."""
-    of_queries, of_keys = layer.head_size * layer.n_head, layer.head_size * layer.n_query_groups
-    starts = (0, of_queries, of_queries + of_keys)
-    return [start for start, is_on in zip(starts, layer.enable_lora, strict=True) if is_on]
+def _rows_in_base(layer: Any) -> list[range]:
+    """List the rows of those of q, k and v that have LoRA, in the weight that holds all three."""
+    queries, keys = layer.head_size * layer.n_head, layer.head_size * layer.n_query_groups
+    ends = [0, queries, queries + keys, queries + 2 * keys]
+    return list(compress(map(range, ends[:-1], ends[1:]), layer.enable_lora))
 
 
-def _alpha_over_rank(layer: Any) -> float:
-    return float(layer.alpha / layer.rank)
+# Named functions, since a finder must be picklable if processes are spawned.
+def _has(names: tuple[str, ...], layer: Any) -> bool:
+    return all(hasattr(layer, name) for name in names)
 
 
-def _alpha_over_dim(layer: Any) -> float:
-    return float(layer.alpha / layer.dim)
-
-
-def _has_alpha_and_rank(layer: Any) -> bool:
-    return hasattr(layer, "alpha") and hasattr(layer, "rank")
+def _alpha_over(rank: str, layer: Any) -> float:
+    return float(layer.alpha / getattr(layer, rank))
 
 
 def _is_linear_adapter(layer: Any) -> bool:
-    """Whether it is a LoRA: feed-forward blocks have the same names, and other adapters an activation or a norm."""
-    if not (hasattr(layer, "alpha") and hasattr(layer, "dim")):
-        return False
+    """Tell whether it is a LoRA: feed-forward blocks have the same names, other adapters an activation or a norm."""
     activation = getattr(layer, "activation", None)
-    return (activation is None or isinstance(activation, nn.Identity)) and getattr(layer, "norm_position", None) is None
+    has_none = activation is None or isinstance(activation, nn.Identity)
+    return _has(("alpha", "dim"), layer) and has_none and getattr(layer, "norm_position", None) is None
 
 
-def _has_scale(layer: Any) -> bool:
-    return hasattr(layer, "scale")
-
-
-_TORCHTUNE = PairsByName(a="lora_a", b="lora_b", scaling=_alpha_over_rank, where=_has_alpha_and_rank)
+_TORCHTUNE = PairsByName("lora_a", "lora_b", partial(_alpha_over, "rank"), where=partial(_has, ("alpha", "rank")))
 _NEMO = (
-    PairsByName(a="linear_in", b="linear_out", scaling=_alpha_over_dim, where=_is_linear_adapter),
-    PairsByName(a="lora_a", b="lora_b", scaling="scale", where=_has_scale),
-    PairsByName(a="lora_A", b="lora_B", scaling="scale", where=_has_scale),
+    PairsByName("linear_in", "linear_out", partial(_alpha_over, "dim"), where=_is_linear_adapter),
+    PairsByName("lora_a", "lora_b", "scale", where=partial(_has, ("scale",))),
+    PairsByName("lora_A", "lora_B", "scale", where=partial(_has, ("scale",))),
 )
 
 
 def torchtune_pairs(model: nn.Module, /) -> list[LoRAPair]:
-    """The pairs of layers such as torchtune's: ``lora_a`` and ``lora_b``, scaled by alpha / rank.
+    """Find the pairs of layers such as torchtune's: ``lora_a`` and ``lora_b``, scaled by alpha / rank.
 
     Args:
         model: holds such layers at any depth.
@@ -173,7 +162,7 @@ def torchtune_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
 
 def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
-    """The pairs of layers such as NeMo's, of its Megatron adapters and of those on models from Hugging Face.
+    """Find the pairs of layers such as NeMo's, of its Megatron adapters and of those on models from Hugging Face.
 
     The former keep ``linear_in`` and ``linear_out``, scaled by alpha / dim, the latter ``lora_a`` and ``lora_b`` (in
     AutoModel ``lora_A`` and ``lora_B``), scaled by ``scale``. Tensor parallelism, which splits the factors themselves,
@@ -199,7 +188,7 @@ def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
 
 def _reader(layer: nn.Module, name: str) -> Reader | None:
-    """Where a layer keeps a factor: under this name itself, or in the weight of a module of this name."""
+    """Find a factor that a layer keeps under a name, or in the weight of a module of this name."""
     if layer._parameters.get(name) is not None:
         return Reader(layer, name)
     child = layer._modules.get(name)
@@ -209,14 +198,12 @@ def _reader(layer: nn.Module, name: str) -> Reader | None:
     return Reader(module) if module._parameters.get("weight") is not None else None
 
 
-def _parameter(reader: Reader) -> nn.Parameter:
-    # Not the attribute, which may be B + E at the moment.
-    parameter = reader.module._parameters[reader.attribute]
-    assert parameter is not None
-    return parameter
+def _parameter(reader: Reader) -> Any:
+    # Not the attribute, which may be perturbed at the moment.
+    return reader.module._parameters[reader.attribute]
 
 
-def _pair(layer_name: str, b: str, scaling: Any, A: Reader, B: Reader) -> LoRAPair:
+def _pair(layer_name: str, b: str, scaling: Any, A: Reader, B: Reader, **of_base: Any) -> LoRAPair:
     name = f"{layer_name}.{b}" if B.attribute == b else f"{layer_name}.{b}.weight"
     if B.rows is not None:
         name += f"[{B.rows.start}:{B.rows.stop}]"
@@ -229,4 +216,5 @@ def _pair(layer_name: str, b: str, scaling: Any, A: Reader, B: Reader) -> LoRAPa
         A_readers=[A],
         A_rows=A.rows,
         B_rows=B.rows,
+        **of_base,
     )

@@ -1,4 +1,6 @@
-"""Lightning has two names, ``lightning.pytorch`` and ``pytorch_lightning``: the same code, but classes of their own.
+"""Objects of Lightning under both of its names, ``lightning.pytorch`` and ``pytorch_lightning``.
+
+The code under them is the same, but each has its own classes.
 
 The package imports only the first. The objects of a user's Trainer may come from either, so objects of Lightning are
 recognized here by the names of their classes, without an import of a library that the user does not have.
@@ -11,18 +13,14 @@ from typing import Any, TypeGuard, TypeVar
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import exceptions
 
-_NAMES = {
-    "lightning.pytorch": "pytorch",
-    "pytorch_lightning": "pytorch",
-    "lightning.fabric": "fabric",
-    "lightning_fabric": "fabric",
-}
+# The other names of libraries that are parts of ``lightning``, too.
+_PARTS = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
 
 T = TypeVar("T")
 
 
 def is_lightning(value: object, *kinds: type[T]) -> TypeGuard[T]:
-    """Whether an object is an instance of a class of Lightning, under either of the library's names.
+    """Tell whether an object is an instance of a class of Lightning, under either of the library's names.
 
     Args:
         value: anything.
@@ -40,26 +38,24 @@ def is_lightning(value: object, *kinds: type[T]) -> TypeGuard[T]:
 
 
 def is_defined_by_lightning(value: object) -> bool:
-    """Whether an object's own class, and not only one that it inherits from, is of Lightning."""
-    return _name(type(value))[0] in _NAMES.values()
+    """Tell whether an object's own class, and not only one that it inherits from, is of Lightning."""
+    return _name(type(value)).startswith(("lightning.pytorch.", "lightning.fabric."))
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The callbacks of a trainer, an attribute that Lightning's types do not declare."""
+    """Return the callbacks of a trainer, an attribute that Lightning's types do not declare."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def callback_of(trainer: Trainer, kind: type[T]) -> T | None:
-    """The first callback of a kind among those of a trainer."""
+    """Return the first callback of a kind among those of a trainer."""
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
-def _name(kind: type[Any]) -> tuple[str, str]:
-    """A class's library and its name within it, the same under both names of Lightning."""
-    for prefix, library in _NAMES.items():
-        if kind.__module__ == prefix or kind.__module__.startswith(f"{prefix}."):
-            return library, f"{kind.__module__.removeprefix(prefix)}.{kind.__qualname__}"
-    return "", f"{kind.__module__}.{kind.__qualname__}"
+def _name(kind: type[Any]) -> str:
+    """Return a class's full name, the same under both names of Lightning."""
+    library, _, rest = kind.__module__.partition(".")
+    return f"{_PARTS.get(library, library)}.{rest}.{kind.__qualname__}"
 
 
 class MisconfigurationException(exceptions.MisconfigurationException):

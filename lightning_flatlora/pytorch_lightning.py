@@ -1,7 +1,7 @@
-"""For projects that import ``pytorch_lightning``: FMLoRAModule and all callbacks, as subclasses of that library's.
+"""FMLoRAModule and all callbacks for projects that import ``pytorch_lightning``, as subclasses of that library's.
 
-Each of Lightning's two names has classes of its own, and a Trainer accepts only a LightningModule of its own name.
-Otherwise everything here is the same, checkpoints included: a run can be resumed under the other name.
+Each of Lightning's two names has its own classes, and a Trainer accepts only a LightningModule of its own name.
+Everything else is as in the package itself, checkpoints included: a run can be resumed under the other name.
 
 Example:
     >>> import pytorch_lightning as pl
@@ -15,19 +15,6 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from lightning_flatlora import baselines, callbacks
 from lightning_flatlora.callbacks.adapter_checkpoint import SavesAdapters
 from lightning_flatlora.module import FMLoRASteps
-
-__all__ = [
-    "SAM",
-    "AdapterCheckpoint",
-    "BalancednessRegularization",
-    "BiLoRA",
-    "EFMLoRA",
-    "FMLoRA",
-    "FMLoRAModule",
-    "FlatnessMonitor",
-    "LoRASAM",
-    "RandomPerturbation",
-]
 
 
 class FMLoRAModule(FMLoRASteps, LightningModule):

@@ -13,13 +13,13 @@ import torch
 
 
 class RhoSchedule(ABC):
-    """rho over time: for a schedule of your own, subclass this and define :meth:`__call__`.
+    """rho over time: for your own schedule, subclass this and define :meth:`__call__`.
 
     A schedule may be among the hyper-parameters that a module saves (``save_hyperparameters()``), and so in its
     checkpoints. ``torch.load`` creates objects from a file only if it knows their class, and every subclass of
     RhoSchedule is made known to it when it is defined. So import the module that defines yours before you load such a
     file, keep the class at the top level of that module, and let its attributes be numbers, strings, and lists or dicts
-    of them. A dataclass is a good form, but not a frozen one: where omegaconf is installed, Lightning's loggers refuse
+    of them. A dataclass is a good form, but not a frozen one: if omegaconf is installed, Lightning's loggers refuse
     frozen ones.
 
     Attributes:
@@ -47,7 +47,7 @@ class RhoSchedule(ABC):
 
     @abstractmethod
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
-        """rho at one optimizer step.
+        """Return rho at one optimizer step.
 
         Args:
             step: optimizer steps taken so far, from 0; steps that a loss scaler skipped count.
@@ -60,15 +60,27 @@ class RhoSchedule(ABC):
 
 
 def is_size(value: object) -> bool:
-    """Whether a value can be a radius, or another size: a finite number >= 0.
+    """Tell whether a value can be a radius, or another size: a finite number >= 0.
 
     Example:
         >>> is_size(0.5), is_size(-1), is_size(float("nan")), is_size(True), is_size("1")
         (True, False, False, False, False)
     """
-    # Also NumPy's numbers, of which float64 alone is a float.
+    # Also NumPy's numbers, of which only float64 is a float.
     number = not isinstance(value, bool) and isinstance(value, Real)
     return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+
+
+def is_integer(value: object, least: int) -> bool:
+    """Tell whether a value is an integer of at least some size.
+
+    Example:
+        >>> is_integer(1, least=1), is_integer(0, least=1), is_integer(True, least=1), is_integer(1.0, least=1)
+        (True, False, False, False)
+    """
+    # Also NumPy's integers, which are not of the class int.
+    number = not isinstance(value, bool) and isinstance(value, Integral)
+    return number and value >= least  # type: ignore[operator]
 
 
 # Not frozen, see RhoSchedule; and without unsafe_hash a dataclass that is not frozen has no hash.
@@ -83,29 +95,46 @@ class _OfRadii(RhoSchedule):
             if field.name != "total_steps" and not is_size(value):
                 problems.append(f"{field.name} must be a finite number >= 0, got {value!r}")
         total = getattr(self, "total_steps", None)
-        if total is not None and (isinstance(total, bool) or not isinstance(total, Integral) or total < 1):
+        if total is not None and not is_integer(total, least=1):
             problems.append(f"total_steps must be an integer >= 1 or None (the run's length), got {total!r}")
         if problems:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
 
 
 @dataclass(unsafe_hash=True)
-class ConstantRho(_OfRadii):
-    """The same rho at every step; what a plain number means.
+class _FromStartToEnd(_OfRadii):
+    """Base of the schedules between two radii."""
+
+    start: float
+    end: float
+    total_steps: int | None = None
+    needs_horizon: ClassVar[bool] = True
+
+    def _fraction(self, step: int, horizon: float) -> float:
+        """Return how much of the run is over: 0 at step 0, 1 at its last step and after, as in PyTorch's schedulers."""
+        return min(step / (self.total_steps or horizon), 1.0)
+
+
+@dataclass(unsafe_hash=True)
+class _FromOneRadius(_OfRadii):
+    """Base of the schedules with one radius."""
+
+    rho: float
+
+
+class ConstantRho(_FromOneRadius):
+    """A constant rho, as a plain number means it.
 
     Example:
         >>> ConstantRho(2.0)(step=100)
         2.0
     """
 
-    rho: float
-
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
         return self.rho
 
 
-@dataclass(unsafe_hash=True)
-class LinearRho(_OfRadii):
+class LinearRho(_FromStartToEnd):
     """From ``start`` to ``end`` in a straight line.
 
     Args:
@@ -118,17 +147,11 @@ class LinearRho(_OfRadii):
         1.5
     """
 
-    start: float
-    end: float
-    total_steps: int | None = None
-    needs_horizon: ClassVar[bool] = True
-
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
-        return self.start + (self.end - self.start) * _fraction(step, self.total_steps or horizon)
+        return self.start + (self.end - self.start) * self._fraction(step, horizon)
 
 
-@dataclass(unsafe_hash=True)
-class CosineRho(_OfRadii):
+class CosineRho(_FromStartToEnd):
     """From ``start`` to ``end`` along half a cosine wave.
 
     Args:
@@ -141,18 +164,12 @@ class CosineRho(_OfRadii):
         1.0
     """
 
-    start: float
-    end: float
-    total_steps: int | None = None
-    needs_horizon: ClassVar[bool] = True
-
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
-        wave = math.cos(math.pi * _fraction(step, self.total_steps or horizon))
+        wave = math.cos(math.pi * self._fraction(step, horizon))
         return self.end + (self.start - self.end) * (1 + wave) / 2
 
 
-@dataclass(unsafe_hash=True)
-class InverseSqrtRho(_OfRadii):
+class InverseSqrtRho(_FromOneRadius):
     """rho / sqrt(step + 1), the schedule of Theorem 2, under which the EMA's gap to SAM shrinks.
 
     Example:
@@ -160,18 +177,15 @@ class InverseSqrtRho(_OfRadii):
         1.0
     """
 
-    rho: float
-
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
         return self.rho / math.sqrt(step + 1)
 
 
-@dataclass(unsafe_hash=True)
-class LearningRateRho(_OfRadii):
+class LearningRateRho(_FromOneRadius):
     """rho in proportion to the learning rate of the group that holds the pairs, ``rho`` at its initial value.
 
     The initial value is the group's ``initial_lr``, which every PyTorch scheduler sets (so warm-up starts small), or
-    the first learning rate above 0 where there is no scheduler. OneCycleLR sets ``initial_lr`` to its lowest value, so
+    the first learning rate above 0 if there is no scheduler. OneCycleLR sets ``initial_lr`` to its lowest value, so
     there rho is reached at the start and surpassed by ``div_factor`` at the top: divide rho by that.
 
     Example:
@@ -179,13 +193,7 @@ class LearningRateRho(_OfRadii):
         0.5
     """
 
-    rho: float
     needs_learning_rate: ClassVar[bool] = True
 
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
         return self.rho * learning_rate
-
-
-def _fraction(step: int, horizon: float) -> float:
-    """How much of the run is over: 0 at step 0, 1 at step ``horizon`` and after, as PyTorch's schedulers count."""
-    return min(step / horizon, 1.0)

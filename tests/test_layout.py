@@ -26,8 +26,6 @@ TORCH_ONLY = (
     "output_terms.py",
     "weight_noise.py",
     "wrappers.py",
-    "baselines/auxiliary_pairs.py",
-    "baselines/joint_ascent.py",
     *(f"flatness/{path.name}" for path in (ROOT / "flatness").glob("*.py")),
 )
 TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}

@@ -1,10 +1,10 @@
 """Balancedness-aware regularization: SAM's implicit regularizer on LoRA, made explicit."""
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -40,7 +40,7 @@ class BalancednessRegularization(MethodCallback):
             paper lets it decrease: ``LinearRho(alpha, 0)`` or ``CosineRho(alpha, 0)``.
         kind: "nBAR" compares the norms of the gradients, "oBAR" those of the factors.
         adapter_name: the peft adapter to balance; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
@@ -63,34 +63,23 @@ class BalancednessRegularization(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BalancednessStep(alpha, kind, adapter_name=adapter_name, finder=finder))
+        super().__init__(BalancednessStep(alpha, kind=kind, adapter_name=adapter_name, finder=finder))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class BalancednessStep(StepMethod):
     """The step of :class:`BalancednessRegularization`: no pass is perturbed, and the factors are scaled before it."""
 
     title = "BalancednessRegularization"
     size_name = "alpha"
     works_sharded = False
+    fixed = ("kind",)
 
-    def __init__(
-        self, alpha: float | RhoSchedule, kind: Kind, *, adapter_name: str | None, finder: Finder | None
-    ) -> None:
-        self.kind: Kind = kind
-        super().__init__(alpha, adapter_name=adapter_name, finder=finder)
+    kind: Kind
 
     @override
     def argument_problems(self) -> list[str]:
         return choice_problems("kind", self.kind, Kind)
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind}
-
-    @override
-    def reset(self) -> None:
-        super().reset()
-        self._has_warned = False
 
     @override
     def pair_problems(self) -> list[str]:
@@ -105,48 +94,40 @@ class BalancednessStep(StepMethod):
     @override
     def install(self) -> None:
         low = [pair.B.dtype for pair in self.pairs if pair.B.dtype in (torch.bfloat16, torch.float16)]
-        if low and not self._has_warned:
-            self._has_warned = True
-            rank_zero_warn(
-                f"{self.title}: B is kept in {low[0]}, where a factor as near to 1 as "
-                "1 + alpha * lr is rounded away. Keep it in float32, as with precision='bf16-mixed'."
+        if low:
+            self.warn(
+                f"B is kept in {low[0]}, in which a factor as near to 1 as 1 + alpha * lr is rounded away. Keep it in "
+                "float32, as with precision='bf16-mixed'."
             )
 
     @override
+    @torch.no_grad()
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
         """Scale the factors, unless the step is about to be skipped."""
         alpha = self.current_rho
-        if alpha > 0:
-            self._rescale(alpha, list(also_finite))
-
-    @torch.no_grad()
-    def _rescale(self, alpha: float, watched: list[nn.Parameter]) -> None:
+        if alpha == 0:
+            return
         strength = {}
         for param_group in self.optimizer.param_groups:
             for parameter in param_group["params"]:
                 strength[id(parameter)] = alpha * param_group["lr"]
-        pairs = [pair for pair in self.pairs if pair.A.grad is not None and pair.B.grad is not None]
-        signs = [self._sign(pair) for pair in pairs]
-        if watched:
+        happens = Layout().all_finite(also_finite, self.pairs[0].B.device)
+        for pair in self.pairs:
+            if pair.A.grad is None or pair.B.grad is None:
+                continue
+            sign = self._sign(pair)
             # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
-            happens = Layout().all_finite(watched, watched[0].device)
-            signs = [sign * happens.to(sign.device) for sign in signs]
-        for pair, sign in zip(pairs, signs, strict=True):
+            sign = sign * happens.to(sign.device)
             rows_of(pair.B, pair.B_rows).mul_(1 + strength[id(pair.B)] * sign)
             rows_of(pair.A, pair.A_rows).mul_(1 - strength[id(pair.A)] * sign)
 
     def _sign(self, pair: LoRAPair) -> Tensor:
-        """1 where B grows and A shrinks, else -1; shape (), on the device."""
-        if self.kind == "nBAR":
-            A, B, sign_if_B_is_larger = pair.A.grad, pair.B.grad, 1.0
-        else:
-            A, B, sign_if_B_is_larger = pair.A, pair.B, -1.0
-        norm_A, norm_B = _norm(A, pair.A_rows), _norm(B, pair.B_rows)
-        sign = torch.full_like(norm_B, sign_if_B_is_larger)
-        return torch.where(norm_B >= norm_A, sign, -sign)
-
-
-def _norm(tensor: Tensor | None, rows: range | None) -> Tensor:
-    assert tensor is not None
-    norm: Tensor = torch.linalg.vector_norm(rows_of(tensor, rows))
-    return norm
+        """Return 1 if B grows and A shrinks, else -1; shape (), on the device."""
+        by_gradients = self.kind == "nBAR"
+        A, B = (pair.A.grad, pair.B.grad) if by_gradients else (pair.A, pair.B)
+        assert A is not None
+        assert B is not None
+        norm_A = torch.linalg.vector_norm(rows_of(A, pair.A_rows))
+        norm_B = torch.linalg.vector_norm(rows_of(B, pair.B_rows))
+        one = torch.ones_like(norm_B) if by_gradients else -torch.ones_like(norm_B)
+        return torch.where(norm_B >= norm_A, one, -one)

@@ -1,27 +1,34 @@
 """Bi-LoRA: SAM's perturbation of the full weight as a second low-rank pair, which climbs while LoRA's pair descends."""
 
+import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_flatlora.baselines.auxiliary_pairs import AuxiliaryPairs
 from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.distributed import Layout, average_gradients
+from lightning_flatlora.flatness import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.output_terms import OutputTerm
+from lightning_flatlora.pairs import bare
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule, is_size
-from lightning_flatlora.weight_noise import adapted_linears
+from lightning_flatlora.weight_noise import AdaptedLinear, adapted_linears, derived_seed
 
 
 class BiLoRA(MethodCallback):
-    r"""Take each step's gradient where an auxiliary pair perturbs every adapted weight (Bi-LoRA), in one pass.
+    r"""Take each step's gradient at adapted weights that auxiliary pairs perturb (Bi-LoRA), in one pass.
 
     .. math:: \text{gradient at } W_0 + s B A + B_2 A_2, \qquad
         \max_{A_2, B_2} L \text{ subject to } \lVert B_2 A_2 \rVert_F \le \rho \text{ over all layers}
 
-    The pass that gives the gradients of A and B also gives those of A2 and B2. Where the step's gradients are complete,
+    The pass that gives the gradients of A and B also gives those of A2 and B2. When the step's gradients are complete,
     the auxiliary pairs take a step up, and are scaled back to the ball if they have left it:
 
     .. math:: (A_2, B_2) \leftarrow \sqrt c\, \left((A_2, B_2) + \eta\, \lVert (A_2, B_2) \rVert_F\,
@@ -29,7 +36,7 @@ class BiLoRA(MethodCallback):
         c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
 
     The paper's abstract and summaries of it give the second pair on the full weight, its ascent in the pass of the
-    descent, the ball, and that only the first pair is kept. The full text was not at hand, and the following is a
+    descent, the ball, and that only the first pair is kept. The full text was not available, and the following is a
     choice of this package: one ball and one gradient norm over all layers; a step relative to the norm of the factors,
     which needs no learning rate and does not depend on the scale of the loss; the same factor :math:`\sqrt c` for A2
     and B2; the rank; A2 drawn as LoRA's A and B2 = 0, so that the first step is plain LoRA's.
@@ -37,7 +44,7 @@ class BiLoRA(MethodCallback):
     The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, in float32 or wider, and
     saves them with its state. They are on from the start of training_step to the end of its backward (so the logged
     loss includes them), and off in validation and in all other hooks. An accumulation window is one ascent from the sum
-    of its gradients. Where a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
+    of its gradients. If a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
     concern them. Under DDP their gradients are averaged over the ranks. The global random state is not touched. Only
     Linear layers get a pair; others are named once and train without it.
 
@@ -46,10 +53,10 @@ class BiLoRA(MethodCallback):
             steps. With 0 the run is LoRA's, bit for bit.
         step_size: :math:`\eta`, the length of an ascent step relative to the norm of all A2 and B2, without a unit,
             > 0.
-        rank: of the auxiliary pairs, >= 1; None takes that of the layer's adapters, their sum where it has several.
+        rank: of the auxiliary pairs, >= 1; None takes that of the layer's adapters, their sum if it has several.
         seed: of all A2, >= 0.
-        adapter_name: the peft adapter beside which the pairs are put; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
+        adapter_name: the peft adapter next to which the pairs are put; None takes the active ones.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
             there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that is perturbed.
 
     Raises:
@@ -73,33 +80,29 @@ class BiLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BiLoRAStep(rho, step_size, rank, seed, adapter_name=adapter_name, finder=finder))
+        super().__init__(
+            BiLoRAStep(rho, step_size=step_size, rank=rank, seed=seed, adapter_name=adapter_name, finder=finder)
+        )
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class BiLoRAStep(StepMethod):
     """The step of :class:`BiLoRA`.
 
+    A2 is drawn as LoRA's A is, from its own generator with a seed for each layer's name, and B2 starts at 0. They are
+    in float32 or wider, and belong to no module. A layer that is left out for a while keeps its pair.
+
     Attributes:
-        auxiliary: the pairs that climb.
+        auxiliary: the pairs that climb, one for each layer that is adapted now.
     """
 
     title = "BiLoRA"
     works_sharded = False
+    fixed = ("rank", "seed")
 
-    def __init__(
-        self,
-        rho: float | RhoSchedule,
-        step_size: float,
-        rank: int | None,
-        seed: int,
-        *,
-        adapter_name: str | None,
-        finder: Finder | None,
-    ) -> None:
-        self.step_size = step_size
-        self.rank = rank
-        self.seed = seed
-        super().__init__(rho, adapter_name=adapter_name, finder=finder)
+    step_size: float
+    rank: int | None
+    seed: int
 
     @override
     def argument_problems(self) -> list[str]:
@@ -111,29 +114,48 @@ class BiLoRAStep(StepMethod):
         return problems + integer_problems("seed", self.seed, least=0)
 
     @override
-    def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "seed": self.seed}
-
-    @override
     def reset(self) -> None:
         super().reset()
-        self.auxiliary = AuxiliaryPairs(self.rank, self.seed)
-        self._left_out: list[str] | None = None
+        self.auxiliary: list[_AuxiliaryPair] = []
+        # A2 and B2 by the layer's name, those of layers that are left out for a while included.
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
 
     @override
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
         super().follow(pairs, module, wrapped)
-        # None if no pair is trained now.
-        if not any(pair.B.requires_grad for pair in pairs):
-            self.auxiliary.follow([])
-            return
-        linears, self._left_out = adapted_linears(module, self.adapter_name, self.finder)
-        self.auxiliary.follow(linears)
+        self.off()
+        self.auxiliary = []
+        # Nothing is searched if no pair is trained now.
+        if any(pair.B.requires_grad for pair in pairs):
+            linears, self.left_out = adapted_linears(module, self.adapter_name, self.finder)
+            self.auxiliary = [self._pair_of(linear) for linear in linears]
+
+    def _pair_of(self, linear: AdaptedLinear) -> "_AuxiliaryPair":
+        """Return the pair of a layer, a new one for a layer that has not had any."""
+        name, device = linear.names[0], bare(linear.base).weight.device
+        A, B = self._factors.get(name) or self._drawn(linear)
+        factors = nn.Parameter(A.detach().to(device)), nn.Parameter(B.detach().to(device))
+        self._factors[name] = factors
+        return _AuxiliaryPair(linear, *factors)
+
+    def _drawn(self, linear: AdaptedLinear) -> tuple[Tensor, Tensor]:
+        """Draw A2 (r, m) and B2 (n, r) of a new pair."""
+        n, m = linear.shape
+        rank = self.rank or len(linear.factors()[0])
+        dtype = torch.promote_types(bare(linear.base).weight.dtype, torch.float32)
+        # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
+        seed = derived_seed(self.seed, zlib.crc32(linear.names[0].encode()))
+        generator = torch.Generator().manual_seed(seed)
+        A = nn.init.kaiming_uniform_(torch.empty(rank, m, dtype=dtype), a=5**0.5, generator=generator)
+        return A, torch.zeros(n, rank, dtype=dtype)
 
     @property
-    @override
-    def left_out(self) -> list[str] | None:
-        return self._left_out
+    def factors(self) -> list[nn.Parameter]:
+        """Every A2 and B2, in the order of the layers."""
+        factors = []
+        for pair in self.auxiliary:
+            factors += [pair.A, pair.B]
+        return factors
 
     @property
     @override
@@ -142,28 +164,80 @@ class BiLoRAStep(StepMethod):
 
     @override
     def on(self) -> None:
-        self.auxiliary.on()
+        for pair in self.auxiliary:
+            pair.on()
 
     @override
     def off(self) -> None:
-        self.auxiliary.off()
+        for pair in self.auxiliary:
+            pair.off()
 
     @override
     def forget_gradients(self) -> None:
         # A window that did not end in a step has left its gradients.
-        self.auxiliary.forget_gradients()
+        for factor in self.factors:
+            factor.grad = None
 
     @override
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
         """Move the auxiliary pairs by the gradients of the pass that this step is about to use."""
         if self.perturbs:
-            self.auxiliary.ascend(self.current_rho, self.step_size, also_finite)
-        self.auxiliary.forget_gradients()
+            self._climb(self.current_rho, also_finite)
+        self.forget_gradients()
+
+    @torch.no_grad()
+    def _climb(self, rho: float, also_finite: Iterable[nn.Parameter]) -> None:
+        """Take one step up the gradient that the factors hold, and return to the ball; the host does not wait."""
+        factors = self.factors
+        average_gradients(factors)
+        happens = Layout().all_finite([*also_finite, *factors], factors[0].device)
+        gradients = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in factors]
+        length = nn.utils.get_total_norm(factors) * self.step_size * happens
+        for factor, direction in zip(factors, joint_ascent(gradients, 1.0), strict=True):
+            factor.addcmul_(direction, length.to(factor.device, factor.dtype))
+        shrinkage = (rho / self.norm()).clamp_max(1).sqrt()
+        # Not even rounded, if the step is skipped.
+        shrinkage = torch.where(happens, shrinkage, 1.0)
+        for factor in factors:
+            factor.mul_(shrinkage.to(factor.device, factor.dtype))
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Compute the Frobenius norm of B2 A2 over all layers, shape (), from r x r matrices."""
+        device = self.factors[0].device
+        squares = []
+        # A manual training_step may be inside of autocast, which would round the products to 16 bits.
+        with torch.autocast(device.type, enabled=False):
+            for pair in self.auxiliary:
+                squares.append(((pair.B.mT @ pair.B) * (pair.A @ pair.A.mT)).sum().to(device))
+        return torch.stack(squares).sum().clamp_min(0).sqrt()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "auxiliary": self.auxiliary.state_dict()}
+        auxiliary = {}
+        for name, (A, B) in self._factors.items():
+            auxiliary[name] = {"A": A.detach().clone(), "B": B.detach().clone()}
+        return {**super().state_dict(), "auxiliary": auxiliary}
 
     @override
+    @torch.no_grad()
     def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
-        self.auxiliary.load_state_dict(state["auxiliary"])
+        for name, saved in state["auxiliary"].items():
+            if name in self._factors:
+                A, B = self._factors[name]
+                A.copy_(saved["A"])
+                B.copy_(saved["B"])
+            else:
+                self._factors[name] = (saved["A"], saved["B"])
+
+
+class _AuxiliaryPair(OutputTerm):
+    """B2 A2 on one Linear: a term of its output while it is on."""
+
+    def __init__(self, linear: AdaptedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
+        super().__init__(linear.base, linear.layer)
+        self.A, self.B = A, B
+
+    @override
+    def term(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))

@@ -1,6 +1,6 @@
 """Flat-LoRA's random perturbation: fresh Gaussian noise on the whole weight in each step."""
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 from typing_extensions import override
@@ -14,7 +14,7 @@ from lightning_flatlora.weight_noise import WeightNoise, derived_seed
 
 
 class RandomPerturbation(MethodCallback):
-    r"""Take each step's gradient where every adapted weight carries fresh Gaussian noise (Flat-LoRA), in one pass.
+    r"""Take each step's gradient at adapted weights with fresh Gaussian noise (Flat-LoRA), in one pass.
 
     .. math:: \text{gradient at } W' + \varepsilon, \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0,\; \frac{\sigma^2}{m}\,\lVert W'_{i,:}\rVert^2\right)
@@ -30,7 +30,7 @@ class RandomPerturbation(MethodCallback):
             optimizer steps. The paper raises it, ``CosineRho(0, sigma)``, to 0.05 on language and 0.15 on CLIP.
         seed: of all noise, >= 0.
         adapter_name: the peft adapter that enters W'; None takes the active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
             there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that gets noise.
 
     Raises:
@@ -53,9 +53,10 @@ class RandomPerturbation(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(RandomPerturbationStep(sigma, seed, adapter_name=adapter_name, finder=finder))
+        super().__init__(RandomPerturbationStep(sigma, seed=seed, adapter_name=adapter_name, finder=finder))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class RandomPerturbationStep(StepMethod):
     """The step of :class:`RandomPerturbation`.
 
@@ -66,20 +67,13 @@ class RandomPerturbationStep(StepMethod):
     title = "RandomPerturbation"
     size_name = "sigma"
     works_sharded = False
+    fixed = ("seed",)
 
-    def __init__(
-        self, sigma: float | RhoSchedule, seed: int, *, adapter_name: str | None, finder: Finder | None
-    ) -> None:
-        self.seed = seed
-        super().__init__(sigma, adapter_name=adapter_name, finder=finder)
+    seed: int
 
     @override
     def argument_problems(self) -> list[str]:
         return integer_problems("seed", self.seed, least=0)
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {"seed": self.seed}
 
     @override
     def reset(self) -> None:
@@ -94,11 +88,7 @@ class RandomPerturbationStep(StepMethod):
         self.noise, self._drawn_at = None, None
         if any(pair.B.requires_grad for pair in pairs):
             self.noise = WeightNoise(module, self.adapter_name, finder=self.finder)
-
-    @property
-    @override
-    def left_out(self) -> list[str] | None:
-        return None if self.noise is None else self.noise.left_out
+            self.left_out = self.noise.left_out
 
     @property
     @override

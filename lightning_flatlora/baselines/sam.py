@@ -1,24 +1,25 @@
-"""SAM on every trained parameter."""
+"""SAM on every trained parameter, and LoRA-SAM on A and B at once."""
 
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.baselines.joint_ascent import joint_ascent
+from lightning_flatlora import read_through
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.flatness import moved
-from lightning_flatlora.methods.checks import warn_of_rounding
+from lightning_flatlora.flatness import joint_ascent, moved
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of, trained_factors
 from lightning_flatlora.schedules import RhoSchedule
 
 
 class SAM(MethodCallback):
-    r"""Take each step's gradient where every trained parameter is moved along its gradient, in two passes.
+    r"""Take each step's gradient at parameters that are moved along their gradient (SAM), in two passes.
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
 
@@ -81,7 +82,7 @@ class SAMStep(StepMethod):
 
     @override
     def install(self) -> None:
-        warn_of_rounding(self, "a weight", self.ascending)
+        self.warn_of_rounding("a weight", self.ascending)
 
     @property
     @override
@@ -97,18 +98,136 @@ class SAMStep(StepMethod):
 
     @override
     def ascend(self) -> AbstractContextManager[None]:
-        parameters, gradients = [], []
-        for parameter in self.ascending:
-            if parameter.grad is not None:
-                parameters.append(parameter)
-                gradients.append(parameter.grad)
+        parameters = [parameter for parameter in self.ascending if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return self._moved(parameters, joint_ascent(gradients, self.current_rho))
 
     @contextmanager
     def _moved(self, parameters: list[nn.Parameter], moves: list[Tensor]) -> Iterator[None]:
-        """Inside, the parameters are moved in place; afterwards they have exactly their old values."""
+        """Move the parameters in place; afterwards they have exactly their old values."""
         with moved(parameters, moves):
             for parameter in self.ascending:
                 # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
                 torch.autograd.graph.increment_version(parameter)
+            yield
+
+
+class LoRASAM(MethodCallback):
+    r"""Take each step's gradient at A and B moved along their joint gradient (SAM in LoRA's space), in two passes.
+
+    .. math:: (E_A, E_B) = \rho\, \frac{(G_A, G_B)}{\lVert (G_A, G_B) \rVert_F},
+        \qquad \text{gradient at } (A + E_A,\; B + E_B)
+
+    The norm is over all pairs. The product s (B + E_B)(A + E_A) has cross terms, so this is not a ball around W: the
+    perturbation of W changes under (B M, M⁻¹ A). Only the layers read the moved factors; the stored ones are clean at
+    every moment. In all other respects (dropout, logging, accumulation, ranks) the passes are those of
+    :class:`~lightning_flatlora.FMLoRA`.
+
+    Args:
+        rho: radius of the ball over all A and B, in the factors' units, >= 0; or a schedule over optimizer steps.
+        start_step: optimizer steps of plain LoRA before the first ascent.
+        every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
+        adapter_name: the peft adapter to perturb; None takes the active ones.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
+
+    Raises:
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
+            start of fit, before the first step).
+
+    Source: Foret et al., arXiv 2010.01412; on LoRA, Eq. 7 of arXiv 2508.00522.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[LoRASAM(rho=0.1)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+        sync_ascent: bool = True,
+    ) -> None:
+        super().__init__(
+            LoRASAMStep(
+                rho,
+                start_step=start_step,
+                every_n_steps=every_n_steps,
+                adapter_name=adapter_name,
+                finder=finder,
+                sync_ascent=sync_ascent,
+            )
+        )
+
+
+class LoRASAMStep(StepMethod):
+    """The step of :class:`LoRASAM`."""
+
+    title = "LoRASAM"
+    takes_two_passes = True
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self._installed = ExitStack()
+
+    @override
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        self.close()
+        super().follow(pairs, module, wrapped)
+
+    @override
+    def install(self) -> None:
+        self.warn_of_rounding("B", [pair.B for pair in self.pairs])
+        self.close()
+        for reader in self._readers:
+            read_through.install(reader, self._layout.only_views)
+            self._installed.callback(read_through.uninstall, reader)
+
+    @override
+    def close(self) -> None:
+        self._installed.close()
+
+    @property
+    def _readers(self) -> list[read_through.AnyReader]:
+        readers: list[read_through.AnyReader] = []
+        for pair in self.pairs:
+            readers += pair.A_readers + pair.readers
+        return readers
+
+    @property
+    @override
+    def ascending(self) -> list[nn.Parameter]:
+        return trained_factors(self.pairs)
+
+    @override
+    @torch.no_grad()
+    def ascend(self) -> AbstractContextManager[None]:
+        # Factors that stack, in the same order on every rank.
+        groups: dict[object, list[nn.Parameter]] = defaultdict(list)
+        for factor in self.ascending:
+            groups[self._layout.shape(factor), factor.dtype, factor.device].append(factor)
+        # A gradient that is missing counts as zero.
+        gradients = [self._layout.stack(group, gradients=True) for group in groups.values()]
+        E: dict[nn.Parameter, Tensor] = {}
+        for group, stack in zip(groups.values(), joint_ascent(gradients, self.current_rho), strict=True):
+            for factor, of_factor in zip(group, stack, strict=True):
+                E[factor] = of_factor.view(self._layout.shape(factor))
+        return self._applied(E)
+
+    @contextmanager
+    def _applied(self, E: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Let the layers read A + E_A and B + E_B; afterwards they read the clean factors."""
+        with read_through.restored(self._readers):
+            for pair in self.pairs:
+                for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
+                    # A factor that is frozen is not perturbed.
+                    for reader in readers if factor in E else ():
+                        # A pair may be some rows of the parameter.
+                        rows = read_through.as_reader(reader).rows
+                        read_through.perturb(reader, rows_of(E[factor], rows))
             yield

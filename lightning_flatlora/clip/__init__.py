@@ -4,23 +4,12 @@ open_clip keeps q, k and v in one matrix of an ``nn.MultiheadAttention``. peft c
 unmerging the frozen weights in every forward pass, where they drift. Needs the extra ``lightning-flatlora[clip]``.
 """
 
-from lightning_flatlora.clip.attention import (
-    SplitAttention,
-    SplitMultiheadAttention,
-    SplitOpenClipAttention,
-    joined_state_dict,
-    split_attention,
-)
-from lightning_flatlora.clip.targets import Projection, Towers, check_reached, lora_targets
-
-__all__ = [
-    "Projection",
-    "SplitAttention",
-    "SplitMultiheadAttention",
-    "SplitOpenClipAttention",
-    "Towers",
-    "check_reached",
-    "joined_state_dict",
-    "lora_targets",
-    "split_attention",
-]
+from lightning_flatlora.clip.attention import SplitAttention as SplitAttention
+from lightning_flatlora.clip.attention import SplitMultiheadAttention as SplitMultiheadAttention
+from lightning_flatlora.clip.attention import SplitOpenClipAttention as SplitOpenClipAttention
+from lightning_flatlora.clip.attention import joined_state_dict as joined_state_dict
+from lightning_flatlora.clip.attention import split_attention as split_attention
+from lightning_flatlora.clip.targets import Projection as Projection
+from lightning_flatlora.clip.targets import Towers as Towers
+from lightning_flatlora.clip.targets import check_reached as check_reached
+from lightning_flatlora.clip.targets import lora_targets as lora_targets

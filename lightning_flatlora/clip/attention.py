@@ -1,6 +1,5 @@
 """Attention with a Linear for each of q, k and v, in place of the attention of open_clip's models."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,33 +18,32 @@ class SplitAttention(nn.Module):
 
     def __init__(self, original: Any) -> None:
         super().__init__()
-        weights, bias = _projections(original), original.in_proj_bias
+        joint, bias = original.in_proj_weight, original.in_proj_bias
+        # For joined_state_dict: open_clip has other names for three separate matrices than for a joint one.
+        self.fused = joint is not None
+        apart = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight) if joint is None else ()
         biases = [None] * 3 if bias is None else bias.chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, apart or joint.chunk(3), biases)
         self.out_proj = original.out_proj
         self.num_heads = int(original.num_heads)
-        # For joined_state_dict: under open_clip's names three separate matrices are called otherwise than a joint one.
-        self.fused = original.in_proj_weight is not None
         self.train(original.training)
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """q, k and v of inputs (N, L, C), as (N, heads, L, C / heads)."""
+        """Project inputs (N, L, C) to q, k and v, (N, heads, L, C / heads)."""
         projected = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         return [x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for x in projected]
 
-    def _mask(self, mask: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the logits; in a boolean mask True means masked out, as for nn.MultiheadAttention."""
-        if mask is None:
-            return None
+    def _added(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what a mask adds to the logits; True means masked out, as for nn.MultiheadAttention."""
         if mask.ndim == 3:
-            mask = mask.view(batch, self.num_heads, *mask.shape[1:])
+            mask = mask.view(-1, self.num_heads, *mask.shape[1:])
         if mask.dtype == torch.bool:
             return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
         return mask.to(dtype)
 
 
 class SplitMultiheadAttention(SplitAttention):
-    """Replaces an ``nn.MultiheadAttention``; it returns no attention weights."""
+    """Replacement of an ``nn.MultiheadAttention``; it returns no attention weights."""
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__(original)
@@ -64,7 +62,7 @@ class SplitMultiheadAttention(SplitAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """Equals nn.MultiheadAttention's, for batches: (N, L, C), or (L, N, C) without ``batch_first``.
+        """Compute nn.MultiheadAttention's output for batches: (N, L, C), or (L, N, C) without ``batch_first``.
 
         Raises:
             ValueError: ``need_weights`` is True.
@@ -74,17 +72,17 @@ class SplitMultiheadAttention(SplitAttention):
         if not self.batch_first:
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = self._heads(query, key, value)
-        mask = self._mask(attn_mask, len(q), q.dtype)
-        padding = self._mask(key_padding_mask, len(q), q.dtype)
-        if padding is not None:
-            mask = padding[:, None, None] if mask is None else mask + padding[:, None, None]
+        mask = None if attn_mask is None else self._added(attn_mask, q.dtype)
+        if key_padding_mask is not None:
+            padding = self._added(key_padding_mask[:, None, None], q.dtype)
+            mask = padding if mask is None else mask + padding
         x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         return (x if self.batch_first else x.transpose(0, 1)), None
 
 
 class SplitOpenClipAttention(SplitAttention):
-    """Replaces open_clip's own ``Attention``, with its norms and head scales."""
+    """Replacement of open_clip's own ``Attention``, with its norms and head scales."""
 
     def __init__(self, original: Attention) -> None:
         super().__init__(original)
@@ -94,9 +92,9 @@ class SplitOpenClipAttention(SplitAttention):
 
     @override
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """(N, L, C) to (N, L, C)."""
+        """Map (N, L, C) to (N, L, C)."""
         q, k, v = self._heads(x, x, x)
-        mask = self._mask(attn_mask, len(q), q.dtype)
+        mask = None if attn_mask is None else self._added(attn_mask, q.dtype)
         dropout = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, mask, dropout)
         if self.head_scale is not None:
@@ -124,23 +122,20 @@ def split_attention(model: nn.Module) -> list[str]:
         >>> lora_targets(model, ["v"], blocks=1, towers="text")
         'transformer\\.resblocks\\.11\\.attn\\.v_proj'
     """
-    kinds: dict[type, type[SplitAttention]] = {
-        nn.MultiheadAttention: SplitMultiheadAttention,
-        Attention: SplitOpenClipAttention,
-    }
-    attentions = [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+    kinds = {nn.MultiheadAttention: SplitMultiheadAttention, Attention: SplitOpenClipAttention}
+    attentions = {name: module for name, module in model.named_modules() if type(module) in kinds}
     # All are checked before the first is replaced, so that an error leaves the model as it was.
-    for name, module in attentions:
+    for name, module in attentions.items():
         unusual = _unusual(module)
         if unusual is not None:
             raise ValueError(f"{name} can't be split: it has {unusual}")
-    for name, module in attentions:
+    for name, module in attentions.items():
         model.set_submodule(name, kinds[type(module)](module))
-    return [name for name, _ in attentions]
+    return list(attentions)
 
 
 def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model as :func:`split_attention` found it, under open_clip's names.
+    """Return the state of a model as :func:`split_attention` found it, under open_clip's names.
 
     Args:
         model: split, its adapters merged and unloaded.
@@ -163,29 +158,20 @@ def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError("the model has an adapter still: merge it first, with peft's merge_and_unload()")
     state = dict(model.state_dict())
     for name, module in model.named_modules():
-        if isinstance(module, SplitAttention):
-            weights = {letter: state.pop(f"{name}.{letter}_proj.weight") for letter in "qkv"}
-            if module.fused:
-                state[f"{name}.in_proj_weight"] = torch.cat(list(weights.values()))
-            else:
-                for letter, weight in weights.items():
-                    state[f"{name}.{letter}_proj_weight"] = weight
-            if module.q_proj.bias is not None:
-                biases = [state.pop(f"{name}.{letter}_proj.bias") for letter in "qkv"]
-                state[f"{name}.in_proj_bias"] = torch.cat(biases)
+        if not isinstance(module, SplitAttention):
+            continue
+        weights = [state.pop(f"{name}.{letter}_proj.weight") for letter in "qkv"]
+        if module.fused:
+            state[f"{name}.in_proj_weight"] = torch.cat(weights)
+        else:
+            state |= {f"{name}.{letter}_proj_weight": weight for letter, weight in zip("qkv", weights, strict=True)}
+        if module.q_proj.bias is not None:
+            state[f"{name}.in_proj_bias"] = torch.cat([state.pop(f"{name}.{letter}_proj.bias") for letter in "qkv"])
     return state
 
 
-def _projections(original: Any) -> Sequence[Tensor]:
-    """The weights of q, k, v, wherever an attention keeps them."""
-    if original.in_proj_weight is not None:
-        chunks: tuple[Tensor, ...] = original.in_proj_weight.chunk(3)
-        return chunks
-    return original.q_proj_weight, original.k_proj_weight, original.v_proj_weight
-
-
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear with copies of a weight and a bias; a chunk's requires_grad is that of the whole."""
+    """Make a Linear with copies of a weight and a bias; a chunk's requires_grad is that of the whole."""
     # On the meta device, so that no memory is filled with values that are replaced at once.
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
@@ -195,9 +181,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _unusual(attention: Any) -> str | None:
-    if isinstance(attention, Attention):
-        # open_clip's own code for it multiplies 4-D tensors with bmm, which raises: there is nothing to be equal to
-        return "scaled cosine attention" if attention.scaled_cosine else None
-    if attention.bias_k is not None or attention.add_zero_attn:
+    """Name a feature that the replacements lack; None if there is none."""
+    # open_clip's own code for it multiplies 4-D tensors with bmm, which raises: there is nothing to be equal to.
+    if getattr(attention, "scaled_cosine", False):
+        return "scaled cosine attention"
+    if getattr(attention, "add_zero_attn", False) or getattr(attention, "bias_k", None) is not None:
         return "add_bias_kv or add_zero_attn"
     return None

@@ -1,4 +1,4 @@
-"""Which Linear layers of an open_clip model LoRA adapts: by projection, block and tower."""
+"""The choice of the Linear layers of an open_clip model that LoRA adapts: by projection, block and tower."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from lightning_flatlora.schedules import is_integer
 
 Projection = Literal["q", "k", "v", "out", "mlp"]
 Towers = Literal["both", "vision", "text"]
@@ -28,17 +30,17 @@ def lora_targets(
     blocks: Literal["all"] | int | Sequence[int] = "all",
     towers: Towers = "both",
 ) -> str:
-    r"""The Linears to adapt, for ``LoraConfig(target_modules=...)``.
+    r"""Name the Linears to adapt, for ``LoraConfig(target_modules=...)``.
 
     The result is a regular expression of their whole names. A list would not do: peft takes its entries to be ends of
     names, and the names in CLIP's text tower are ends of those in its vision tower.
 
     Args:
         model: an open_clip model after :func:`split_attention`.
-        projections: any of q, k, v, out (of the attentions) and mlp (both matrices). Where a tower fuses q, k and v
+        projections: any of q, k, v, out (of the attentions) and mlp (both matrices). If a tower fuses q, k and v
             into one Linear, as timm's towers do, that one is adapted for any of them.
         blocks: "all", how many of the last blocks, or the numbers of blocks, from 0; in each of the towers. Linears
-            outside of blocks, such as those in attention pooling, belong to "all" alone. In a tower of stages, the
+            outside of blocks, such as those in attention pooling, belong only to "all". In a tower of stages, the
             stages are counted instead of blocks.
         towers: "vision", "text", or "both". CoCa's text decoder, which gives no features, is not among them.
 
@@ -53,10 +55,8 @@ def lora_targets(
         >>> lora_targets(model, ["q"], blocks=1, towers="vision")
         'visual\\.transformer\\.resblocks\\.11\\.attn\\.q_proj'
     """
-    problems = []
-    for projection in projections:
-        if projection not in _LEAVES:
-            problems.append(f"projections must be of {get_args(Projection)}, got {projection!r}")
+    unknown = [projection for projection in projections if projection not in _LEAVES]
+    problems = [f"projections must be of {get_args(Projection)}, got {projection!r}" for projection in unknown]
     if towers not in get_args(Towers):
         problems.append(f"towers must be one of {get_args(Towers)}, got {towers!r}")
     if not projections:
@@ -68,7 +68,12 @@ def lora_targets(
         names = [name for name in _linears(model, tower) if _is_wanted(name, projections)]
         chosen = _of_blocks(names, blocks)
         if not chosen:
-            raise ValueError(_nothing(model, tower, list(projections), blocks, names))
+            inner = getattr(model, "visual" if tower == "vision" else "text", None) or model
+            seen = sorted({name.rpartition(".")[2] for name in _linears(model, tower)})
+            raise ValueError(
+                f"the {tower} tower, {type(inner).__name__}, has no {list(projections)} as a Linear that LoRA could "
+                f"adapt in blocks={blocks!r} (its Linears are called {seen}): choose others, or the other tower"
+            )
         targets += chosen
     return "|".join(re.escape(name) for name in sorted(targets))
 
@@ -120,7 +125,7 @@ def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -
 
 
 def _linears(model: nn.Module, tower: str) -> list[str]:
-    """Names of a tower's Linears."""
+    """List the names of a tower's Linears."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if tower == "vision":
         return [name for name in names if name.startswith("visual.")]
@@ -137,12 +142,13 @@ def _is_wanted(name: str, projections: Sequence[Projection]) -> bool:
 
 
 def _of_blocks(names: list[str], blocks: Any) -> list[str]:
+    """Choose the Linears of some blocks; those outside of blocks only belong to "all"."""
     if blocks == "all" or not names:
         return names
     numbers = {name: _block_number(name) for name in names}
-    count = 1 + max((number for number in numbers.values() if number is not None), default=-1)
-    is_count = isinstance(blocks, int) and not isinstance(blocks, bool) and blocks > 0
-    wanted = set(range(count - blocks, count)) if is_count else _numbers_in(blocks)
+    count = 1 + max(numbers.values())
+    given = range(count - blocks, count) if is_integer(blocks, least=1) else blocks
+    wanted = set(given) if isinstance(given, Iterable) else set()
     if not wanted or not wanted <= set(range(count)):
         raise ValueError(
             f"blocks={blocks!r}: the tower has {count} blocks, so give 'all', how many of the last (1 to {count}), or "
@@ -151,22 +157,6 @@ def _of_blocks(names: list[str], blocks: Any) -> list[str]:
     return [name for name in names if numbers[name] in wanted]
 
 
-def _numbers_in(blocks: object) -> set[object]:
-    """What a sequence of block numbers holds; nothing where it is none."""
-    return set(blocks) if isinstance(blocks, Iterable) else set()
-
-
-def _block_number(name: str) -> int | None:
-    """The first number in a Linear's name; None for one outside of the blocks."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _nothing(model: nn.Module, tower: str, projections: list[str], blocks: object, names: list[str]) -> str:
-    inner = getattr(model, "visual" if tower == "vision" else "text", None) or model
-    if names:
-        return f"the {tower} tower has no {projections} in blocks={blocks!r}"
-    seen = sorted({name.rpartition(".")[2] for name in _linears(model, tower)})
-    return (
-        f"the {tower} tower, {type(inner).__name__}, has no {projections} as a Linear that LoRA could adapt "
-        f"(its Linears are called {seen}): choose the other tower or other projections"
-    )
+def _block_number(name: str) -> int:
+    """Return the first number in a Linear's name; -1 for one outside of the blocks."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

@@ -1,79 +1,42 @@
 """Measures of flatness for any model with LoRA layers: sharpness, curvature, loss landscapes, numbers of the factors.
 
-Where a process group runs (DDP), each rank gives the loss of its own batches, every rank calls the same functions in
+If a process group runs (DDP), each rank gives the loss of its own batches, every rank calls the same functions in
 the same order, and all get the same numbers: losses, gradients and Hessian-vector products are means over the ranks.
 """
 
-from lightning_flatlora.flatness.curvature import hessian_product, hessian_trace, top_eigenvalue
-from lightning_flatlora.flatness.estimate import Estimate
-from lightning_flatlora.flatness.factors import (
-    balancedness,
-    condition_number,
-    cosine,
-    gradient_identity_residual,
-    inner_product,
-    realized_radius,
-)
-from lightning_flatlora.flatness.landscape import (
-    Direction,
-    adversarial_direction,
-    base_norm,
-    loss_along_line,
-    loss_at,
-    loss_on_plane,
-    orthogonal_direction,
-    random_direction,
-)
-from lightning_flatlora.flatness.losses import Loss, LossGradient, MeanLoss, loss_gradient
-from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, MEASURES, Point, measure
-from lightning_flatlora.flatness.sharpness import (
-    EMASharpness,
-    ExpectedSharpness,
-    Sharpness,
-    ema_sharpness,
-    expected_sharpness,
-    fresh_perturbation,
-    lora_sharpness,
-    moved,
-    sam_sharpness,
-)
-from lightning_flatlora.pairs.lora_pair import trained_factors
-
-__all__ = [
-    "DEFAULT_MEASURES",
-    "MEASURES",
-    "Direction",
-    "EMASharpness",
-    "Estimate",
-    "ExpectedSharpness",
-    "Loss",
-    "LossGradient",
-    "MeanLoss",
-    "Point",
-    "Sharpness",
-    "adversarial_direction",
-    "balancedness",
-    "base_norm",
-    "condition_number",
-    "cosine",
-    "ema_sharpness",
-    "expected_sharpness",
-    "fresh_perturbation",
-    "gradient_identity_residual",
-    "hessian_product",
-    "hessian_trace",
-    "inner_product",
-    "lora_sharpness",
-    "loss_along_line",
-    "loss_at",
-    "loss_gradient",
-    "loss_on_plane",
-    "measure",
-    "moved",
-    "orthogonal_direction",
-    "random_direction",
-    "realized_radius",
-    "sam_sharpness",
-    "top_eigenvalue",
-    "trained_factors",
-]
+from lightning_flatlora.flatness.curvature import Estimate as Estimate
+from lightning_flatlora.flatness.curvature import hessian_product as hessian_product
+from lightning_flatlora.flatness.curvature import hessian_trace as hessian_trace
+from lightning_flatlora.flatness.curvature import top_eigenvalue as top_eigenvalue
+from lightning_flatlora.flatness.factors import balancedness as balancedness
+from lightning_flatlora.flatness.factors import condition_number as condition_number
+from lightning_flatlora.flatness.factors import cosine as cosine
+from lightning_flatlora.flatness.factors import gradient_identity_residual as gradient_identity_residual
+from lightning_flatlora.flatness.factors import inner_product as inner_product
+from lightning_flatlora.flatness.factors import realized_radius as realized_radius
+from lightning_flatlora.flatness.landscape import Direction as Direction
+from lightning_flatlora.flatness.landscape import adversarial_direction as adversarial_direction
+from lightning_flatlora.flatness.landscape import base_norm as base_norm
+from lightning_flatlora.flatness.landscape import loss_along_line as loss_along_line
+from lightning_flatlora.flatness.landscape import loss_at as loss_at
+from lightning_flatlora.flatness.landscape import loss_on_plane as loss_on_plane
+from lightning_flatlora.flatness.landscape import orthogonal_direction as orthogonal_direction
+from lightning_flatlora.flatness.landscape import random_direction as random_direction
+from lightning_flatlora.flatness.losses import Loss as Loss
+from lightning_flatlora.flatness.losses import LossGradient as LossGradient
+from lightning_flatlora.flatness.losses import MeanLoss as MeanLoss
+from lightning_flatlora.flatness.losses import joint_ascent as joint_ascent
+from lightning_flatlora.flatness.losses import loss_gradient as loss_gradient
+from lightning_flatlora.flatness.measures import DEFAULT_MEASURES as DEFAULT_MEASURES
+from lightning_flatlora.flatness.measures import MEASURES as MEASURES
+from lightning_flatlora.flatness.measures import Point as Point
+from lightning_flatlora.flatness.measures import measure as measure
+from lightning_flatlora.flatness.sharpness import EMASharpness as EMASharpness
+from lightning_flatlora.flatness.sharpness import Sharpness as Sharpness
+from lightning_flatlora.flatness.sharpness import ema_sharpness as ema_sharpness
+from lightning_flatlora.flatness.sharpness import expected_sharpness as expected_sharpness
+from lightning_flatlora.flatness.sharpness import fresh_perturbation as fresh_perturbation
+from lightning_flatlora.flatness.sharpness import lora_sharpness as lora_sharpness
+from lightning_flatlora.flatness.sharpness import moved as moved
+from lightning_flatlora.flatness.sharpness import sam_sharpness as sam_sharpness
+from lightning_flatlora.pairs.lora_pair import trained_factors as trained_factors

@@ -2,19 +2,46 @@
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_flatlora.distributed import average
-from lightning_flatlora.flatness.estimate import Estimate, estimate
-from lightning_flatlora.flatness.losses import Loss, add_if_finite, checked, computed, losses_of
+from lightning_flatlora.flatness.losses import Loss, mean_derivative
+
+
+class Estimate(NamedTuple):
+    """A mean over samples and its standard error, shape () each, in the samples' unit."""
+
+    mean: Tensor
+    standard_error: Tensor
+
+
+def estimate(samples: Sequence[Tensor]) -> Estimate:
+    r"""Compute the mean of independent samples and its standard error, both in float64.
+
+    .. math:: \bar x = \tfrac1k \sum_i x_i, \qquad \mathrm{se} = \sqrt{\tfrac{1}{k(k-1)} \sum_i (x_i - \bar x)^2}
+
+    Args:
+        samples: k of them, at least one, shape () each. The standard error of a single one is nan.
+
+    Raises:
+        ValueError: there is no sample.
+
+    Example:
+        >>> estimate(list(torch.tensor([1.0, 2.0, 3.0])))
+        Estimate(mean=tensor(2., dtype=torch.float64), standard_error=tensor(0.5774, dtype=torch.float64))
+    """
+    if not samples:
+        raise ValueError("a mean needs at least one sample: let samples be 1 or more")
+    values = torch.stack(list(samples)).detach().double()
+    spread = values.std(correction=1) if len(values) > 1 else values.new_tensor(torch.nan)
+    return Estimate(values.mean(), spread / len(values) ** 0.5)
 
 
 def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequence[Tensor]) -> list[Tensor]:
-    r"""The product of the Hessian with a vector, by a backward pass through the backward pass.
+    r"""Compute the product of the Hessian with a vector, by a backward pass through the backward pass.
 
     .. math:: H v = \nabla_\theta \langle \nabla_\theta L,\; v\rangle
 
@@ -26,7 +53,7 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
         vector: v, of the parameters' shapes.
 
     Returns:
-        H v, of the parameters' shapes, nan where the loss is not finite. Three passes: forward, and two backward, the
+        H v, of the parameters' shapes, nan if the loss is not finite. Three passes: forward, and two backward, the
         second about twice as long.
 
     Raises:
@@ -40,35 +67,26 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
     parameters = list(parameters)
     if not parameters:
         raise ValueError("parameters must hold at least one")
-    product = [torch.zeros_like(parameter) for parameter in parameters]
-    losses = losses_of(loss)
-    # The fused attention kernels have no second derivative.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for part in losses:
-            _add_product(part, parameters, vector, product)
-    torch._foreach_div_(product, len(losses))
-    average(product)
-    return product
-
-
-def _add_product(part: Loss, parameters: list[nn.Parameter], vector: Sequence[Tensor], product: list[Tensor]) -> None:
-    """Add one batch's H v; its graph ends with the call."""
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-    loss = checked(computed(part))
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, **options)
-    along = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
-    new: Sequence[Tensor]
-    if along.requires_grad:
-        new = torch.autograd.grad(along, parameters, **options)
-    else:  # the loss is linear
-        new = [torch.zeros_like(parameter) for parameter in parameters]
-    add_if_finite(product, new, loss)
+
+    def product(loss: Tensor) -> Sequence[Tensor]:
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, **options)
+        along = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
+        if along.requires_grad:
+            return torch.autograd.grad(along, parameters, **options)
+        # The loss is linear.
+        return [torch.zeros_like(parameter) for parameter in parameters]
+
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        _, products = mean_derivative(loss, parameters, product)
+    return products
 
 
 def top_eigenvalue(
     loss: Loss, parameters: Sequence[nn.Parameter], tolerance: float = 1e-2, restarts: int = 10, seed: int = 0
 ) -> Tensor:
-    r"""The largest eigenvalue of the Hessian over LoRA's factors: the sharpest direction's curvature.
+    r"""Compute the largest eigenvalue of the Hessian over LoRA's factors: the sharpest direction's curvature.
 
     .. math:: \lambda_{\max} = \max_{\|v\| = 1} v^\top H v
 
@@ -77,13 +95,13 @@ def top_eigenvalue(
     Args:
         loss: of fixed batches, at the weights as the layers read them now.
         parameters: the factors A and B; see :func:`trained_factors`. Two numbers at least in all.
-        tolerance: at which Lanczos' method stops: the residual relative to the eigenvalue. Where many eigenvalues lie
+        tolerance: at which Lanczos' method stops: the residual relative to the eigenvalue. If many eigenvalues lie
             close to the largest one, its relative error can be a little larger.
         restarts: of the method; each takes up to 19 Hessian-vector products, and the first 20.
         seed: of the first vector; no global generator is used.
 
     Returns:
-        Nats over squared units of the factors, shape (), float64; nan where it has not converged or a product with the
+        Nats over squared units of the factors, shape (), float64; nan if it has not converged or a product with the
         Hessian is not finite. Memory: 20 vectors of the factors' size in float64 on the CPU. About 20 (restarts: up to
         200) Hessian-vector products of three passes.
 
@@ -96,7 +114,12 @@ def top_eigenvalue(
         >>> top_eigenvalue(lambda: (torch.tensor([1.0, 5.0, 2.0]) * w.square()).sum() / 2, [w]).round(decimals=3)
         tensor(5., dtype=torch.float64)
     """
-    linalg = _scipy_linalg()
+    try:
+        from scipy.sparse import linalg
+    except ImportError as error:
+        raise ImportError(
+            "top_eigenvalue needs scipy: pip install 'lightning-flatlora[flatness]', or use hessian_trace"
+        ) from error
     parameters = list(parameters)
     size = sum(parameter.numel() for parameter in parameters)
     if size < 2:
@@ -131,7 +154,7 @@ def top_eigenvalue(
 
 
 def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int = 8, seed: int = 0) -> Estimate:
-    r"""The trace of the Hessian over LoRA's factors, the sum of all curvatures, by Hutchinson's estimator.
+    r"""Estimate the trace of the Hessian over LoRA's factors, the sum of all curvatures, by Hutchinson's method.
 
     .. math:: \mathrm{tr}\,H = \mathbb E_v\,[v^\top H v], \qquad v_i = \pm 1 \text{ with equal chances}
 
@@ -147,7 +170,7 @@ def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int =
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
-        >>> hessian_trace(lambda: w.square().sum(), [w], samples=4)  # exact where the Hessian is diagonal
+        >>> hessian_trace(lambda: w.square().sum(), [w], samples=4)  # exact if the Hessian is diagonal
         Estimate(mean=tensor(4., dtype=torch.float64), standard_error=tensor(0., dtype=torch.float64))
     """
     parameters = list(parameters)
@@ -163,16 +186,6 @@ def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int =
 
 
 def _split(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """A flat vector as tensors like the parameters."""
+    """Cut a flat vector into tensors like the parameters."""
     pieces = torch.split(flat, [parameter.numel() for parameter in parameters])
     return [piece.view(p.shape).to(p.device, p.dtype) for piece, p in zip(pieces, parameters, strict=True)]
-
-
-def _scipy_linalg() -> Any:
-    try:
-        from scipy.sparse import linalg
-    except ImportError as error:
-        raise ImportError(
-            "top_eigenvalue needs scipy: pip install 'lightning-flatlora[flatness]', or use hessian_trace"
-        ) from error
-    return linalg

@@ -1,4 +1,4 @@
-"""What the factors of a LoRA layer say about flatness: equations, tensors in, tensors out, batched over layers.
+"""Equations of the factors of a LoRA layer that tell of flatness: tensors in, tensors out, batched over layers.
 
 Notation as in :mod:`lightning_flatlora.functional`: ``W = W0 + s B A`` with ``B`` (n, r), ``A`` (r, m); a perturbation
 ``E`` of B, shape (n, r), moves W by ``s E A``. Leading dimensions (written L) batch over layers. Inner products of such
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def balancedness(A: Tensor, B: Tensor) -> Tensor:
-    r"""How much more of the update's size lies in B than in A (Theorem 1 of arXiv 2508.00522).
+    r"""Compute how much more of the update's size lies in B than in A (Theorem 1 of arXiv 2508.00522).
 
     .. math:: \tfrac12\left(\|B\|_F^2 - \|A\|_F^2\right)
 
@@ -32,13 +32,13 @@ def balancedness(A: Tensor, B: Tensor) -> Tensor:
 
 
 def condition_number(X: Tensor) -> Tensor:
-    r"""Largest over smallest singular value of a factor; the paper reports about 3 for A and B.
+    r"""Divide the largest by the smallest singular value of a factor; the paper reports about 3 for A and B.
 
     .. math:: \sigma_{\max}(X) / \sigma_{\min}(X)
 
-    Infinite where the rank is full only by the rounding of X's entries, that is, where
+    Infinite if the rank is full only by the rounding of X's entries, that is, if
     :math:`\sigma_{\min} \le \epsilon\,\sqrt{\min(\text{rows}, \text{columns})}\,\sigma_{\max}` with the epsilon of X's
-    dtype; this includes X = 0 (B at the start). nan where X is not finite.
+    dtype; this includes X = 0 (B at the start). nan if X is not finite.
 
     Args:
         X: A or B, shape (L, rows, columns).
@@ -59,7 +59,7 @@ def condition_number(X: Tensor) -> Tensor:
 
 
 def inner_product(E1: Tensor, E2: Tensor, A: Tensor, scaling: float | Tensor = 1.0) -> Tensor:
-    r"""The inner product of two perturbations in full weight space.
+    r"""Compute the inner product of two perturbations in full weight space.
 
     .. math:: \langle s E_1 A,\; s E_2 A\rangle = s^2\,\mathrm{tr}\left(E_1^\top E_2\, A A^\top\right)
 
@@ -81,12 +81,12 @@ def inner_product(E1: Tensor, E2: Tensor, A: Tensor, scaling: float | Tensor = 1
 
 
 def realized_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
-    r"""How far a perturbation of B moves the full weight.
+    r"""Compute how far a perturbation of B moves the full weight.
 
     .. math:: \|s E A\|_F = s\,\sqrt{\mathrm{tr}\left(E^\top E\, A A^\top\right)}
 
     It is at most rho: for one layer and, as the root of the sum of squares, for all layers of a global ball. The
-    "projected" estimator reaches rho, and both estimators do where B = 0.
+    "projected" estimator reaches rho, and both estimators do if B = 0.
 
     Args:
         E: shape (L, n, r).
@@ -104,11 +104,11 @@ def realized_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
 
 
 def cosine(E1: Tensor, E2: Tensor, A: Tensor) -> Tensor:
-    r"""The cosine between two perturbations of one layer in full weight space, such as Ê and the fresh E (Theorem 2).
+    r"""Compute the cosine between two perturbations of a layer in full weight space, such as Ê and E (Theorem 2).
 
     .. math:: \frac{\langle s E_1 A, s E_2 A\rangle}{\|s E_1 A\|_F\,\|s E_2 A\|_F}
 
-    0 where one of them is zero, such as Ê before the first refresh; nan where one is not finite.
+    0 if one of them is zero, such as Ê before the first refresh; nan if one is not finite.
 
     Args:
         E1: shape (L, n, r).
@@ -126,7 +126,7 @@ def cosine(E1: Tensor, E2: Tensor, A: Tensor) -> Tensor:
 
 
 def cosine_of(product: Tensor, square1: Tensor, square2: Tensor) -> Tensor:
-    """The cosine from an inner product and two squared norms, of any shape; 0 where a norm is.
+    """Compute the cosine from an inner product and two squared norms, of any shape; 0 if a norm is.
 
     Example:
         >>> cosine_of(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]))
@@ -137,12 +137,12 @@ def cosine_of(product: Tensor, square1: Tensor, square2: Tensor) -> Tensor:
 
 
 def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> Tensor:
-    r"""How far the two gradients of a pair are from belonging to one product s B A.
+    r"""Measure how far the two gradients of a pair are from belonging to one product s B A.
 
     .. math:: \frac{\|B^\top G_B - G_A A^\top\|_F}{\|B^\top G_B\|_F + \|G_A A^\top\|_F}
 
     Both sides are :math:`s B^\top G A^\top`, so the residual is only rounding, unless a factor is also used in another
-    product or the gradients were taken at other weights. It is 0 where both sides are (B = 0), and nan where a gradient
+    product or the gradients were taken at other weights. It is 0 if both sides are (B = 0), and nan if a gradient
     is not finite.
 
     Args:

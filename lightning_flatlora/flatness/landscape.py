@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_flatlora import read_through
 from lightning_flatlora.flatness.losses import Loss, LossGradient, value
-from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlap, read
+from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlaps, read
 from lightning_flatlora.functional import pseudo_inverse_roots
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
@@ -32,7 +32,7 @@ def adversarial_direction(perturbation: Perturbation, at: LossGradient) -> Direc
         at: the loss and its gradient at the clean weights.
 
     Returns:
-        One (n, r) matrix for each pair; zeros where the gradient is zero. No pass.
+        One (n, r) matrix for each pair; zeros if the gradient is zero. No pass.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -53,7 +53,7 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
 
     .. math:: D = \tfrac1s Z R,\quad R^\top R = (A A^\top)^+,\quad Z_{ij} \sim \mathcal N(0, 1)
 
-    then scaled to length one. The rows of R A are orthonormal, or some are 0 where A's are dependent, so the draw does
+    then scaled to length one. The rows of R A are orthonormal, or some are 0 if A's are dependent, so the draw does
     not depend on how the update is factored into B and A.
 
     Args:
@@ -96,13 +96,13 @@ def orthogonal_direction(pairs: Sequence[LoRAPair], direction: Direction, to: Di
         >>> orthogonal_direction([pair], [torch.tensor([[3.0, 4.0]])], to=[torch.tensor([[1.0, 0.0]])])
         [tensor([[0., 1.]])]
     """
-    along = overlap(pairs, direction, to)
+    along = overlaps(pairs, direction, to).sum()
     return normalized(pairs, [own - along.to(own) * other for own, other in zip(direction, to, strict=True)])
 
 
 def normalized(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
     """Scale a direction to ``||s D A||_F = 1`` over all pairs; zeros stay zeros."""
-    norm = overlap(pairs, direction, direction).clamp_min(0).sqrt()
+    norm = overlaps(pairs, direction, direction).sum().clamp_min(0).sqrt()
     scale = torch.where(norm > 0, 1 / norm, 0.0)
     return [part * scale.to(part) for part in direction]
 
@@ -190,7 +190,7 @@ def loss_on_plane(
 
 
 def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
-    """Compute ``||W0||_F`` of all layers that the pairs adapt: what distances in the weights are to be compared with.
+    """Compute ``||W0||_F`` of all layers that the pairs adapt, a measure for distances in the weights.
 
     Args:
         model: with peft's layers; quantized bases are dequantized one by one.

@@ -17,7 +17,7 @@ values and gradients are means over the ranks."""
 
 
 class ReentrantCheckpointError(ValueError):
-    """A loss has reentrant activation checkpoints, in which torch.autograd.grad finds no parameters."""
+    """An error for reentrant activation checkpoints in a loss, in which torch.autograd.grad finds no parameters."""
 
 
 class MeanLoss:
@@ -38,7 +38,7 @@ class MeanLoss:
         self.losses = losses
 
     def __call__(self) -> Tensor:
-        """The mean, with the graphs of all batches."""
+        """Compute the mean, with the graphs of all batches."""
         return torch.stack([loss() for loss in self.losses]).mean()
 
 
@@ -56,15 +56,12 @@ class LossGradient(NamedTuple):
     gradients: list[Tensor]
 
     def of(self, parameter: nn.Parameter) -> Tensor:
-        """The gradient with respect to one of the parameters."""
-        for own, gradient in zip(self.parameters, self.gradients, strict=True):
-            if own is parameter:
-                return gradient
-        raise KeyError("the gradient was not taken with respect to this parameter")
+        """Return the gradient with respect to one of the parameters."""
+        return dict(zip(self.parameters, self.gradients, strict=True))[parameter]
 
     @contextmanager
     def as_grad(self) -> Iterator[None]:
-        """Inside, ``.grad`` of the parameters is this gradient; afterwards, the same tensors as before."""
+        """Set ``.grad`` of the parameters to this gradient; afterwards it is the same tensors as before."""
         with ExitStack() as stack:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -73,7 +70,7 @@ class LossGradient(NamedTuple):
 
 
 def value(loss: Loss) -> Tensor:
-    """The loss at the weights as the layers read them now, in one forward pass.
+    """Compute the loss at the weights as the layers read them now, in one forward pass.
 
     Args:
         loss: of fixed batches.
@@ -88,7 +85,7 @@ def value(loss: Loss) -> Tensor:
 
 
 def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float = 1.0) -> LossGradient:
-    """The loss and its gradient, in a forward and a backward pass; ``.grad`` and its hooks are not touched.
+    """Compute the loss and its gradient, in a forward and a backward pass; ``.grad`` and its hooks are not touched.
 
     Args:
         loss: of fixed batches.
@@ -96,7 +93,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         scale: multiplies the loss in the backward pass and divides the gradient, like a loss scaler under float16.
 
     Returns:
-        The :class:`LossGradient` at the weights as the layers read them now; its gradient is nan where the loss is not
+        The :class:`LossGradient` at the weights as the layers read them now; its gradient is nan if the loss is not
         finite.
 
     Raises:
@@ -108,40 +105,97 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         [tensor([6.])]
     """
     parameters = list(parameters)
-    gradients = [torch.zeros_like(parameter) for parameter in parameters]
-    losses = losses_of(loss)
-    values = []
-    with torch.enable_grad():
-        for part in losses:
-            values.append(_add_gradient(part, parameters, gradients, scale))
-    mean = torch.stack(values).mean()
-    # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
-    torch._foreach_div_(gradients, len(losses) * scale)
-    average([mean, *gradients])
+
+    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are not touched.
+    def scaled_gradient(loss: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
+
+    mean, gradients = mean_derivative(loss, parameters, scaled_gradient, scale)
     return LossGradient(mean, parameters, gradients)
 
 
-def _add_gradient(part: Loss, parameters: list[nn.Parameter], gradients: list[Tensor], scale: float) -> Tensor:
-    """One batch's loss, whose scaled gradient is added; its graph ends with the call."""
-    # torch.autograd.grad and not backward(), so that .grad and the hooks of parameters are left alone.
+def mean_derivative(
+    loss: Loss, parameters: Sequence[nn.Parameter], derivative: Callable[[Tensor], Sequence[Tensor]], scale: float = 1.0
+) -> tuple[Tensor, list[Tensor]]:
+    """Take the mean over all batches and ranks of a loss and a derivative of it.
+
+    Args:
+        loss: of fixed batches.
+        parameters: which the derivative has the shapes of.
+        derivative: of a batch's loss, as a function of it.
+        scale: of the derivative, which is divided by it.
+
+    Returns:
+        The loss, float32 or wider, and the derivative, nan if the loss is not finite.
+    """
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    losses = losses_of(loss)
+    with torch.enable_grad():
+        values = [_add_derivative(part, derivative, sums) for part in losses]
+    mean = torch.stack(values).mean()
+    # The scale is taken out only now, after the sum, so that small gradients do not underflow in 16 bits.
+    torch._foreach_div_(sums, len(losses) * scale)
+    average([mean, *sums])
+    return mean, sums
+
+
+def _add_derivative(part: Loss, derivative: Callable[[Tensor], Sequence[Tensor]], sums: list[Tensor]) -> Tensor:
+    """Add one batch's derivative and return its loss; its graph ends with the call."""
     loss = checked(computed(part))
-    new = torch.autograd.grad(loss * scale, parameters, allow_unused=True, materialize_grads=True)
-    add_if_finite(gradients, new, loss)
+    # The mean over no label is nan, with a gradient of 0.
+    nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
+    for total, new in zip(sums, derivative(loss), strict=True):
+        total += new + nan_or_0.to(new.device, new.dtype)
     return _wide(loss.detach())
 
 
+def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
+    r"""Compute SAM's perturbation of several parameters at once.
+
+    .. math:: E_i = \rho\, \frac{G_i}{\lVert (G_1, G_2, \dots) \rVert_F}
+
+    Args:
+        gradients: of any shapes.
+        rho: radius of the ball over all of them, in the parameters' units.
+
+    Returns:
+        The perturbations, in float32 or wider; zero if the gradient is zero, and all zero if one is not finite.
+        The host does not wait.
+
+    Source: Foret et al., arXiv 2010.01412, Eq. 2 with p = 2.
+
+    Example:
+        >>> joint_ascent([torch.tensor([3.0]), torch.tensor([0.0, 4.0])], rho=0.5)
+        [tensor([0.3000]), tensor([0.0000, 0.4000])]
+    """
+    wide = []
+    for gradient in gradients:
+        # An embedding's may be sparse.
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        # Since the squares of a 16-bit gradient may over- or underflow.
+        wide.append(_wide(dense))
+    norm = nn.utils.get_total_norm(wide)
+    scale = torch.where(norm > 0, rho / norm, 0.0)
+    bad = ~torch.isfinite(norm)
+    perturbations = []
+    for gradient in wide:
+        E = gradient * scale.to(gradient.device, gradient.dtype)
+        perturbations.append(E.masked_fill_(bad.to(gradient.device), 0.0))
+    return perturbations
+
+
 def computed(part: Loss) -> Tensor:
-    """One batch's loss from the weights as they are: of DoRA's layers peft may cache what they have computed before."""
+    """Compute one batch's loss from the weights as they are, without the values that peft may cache for DoRA."""
     with DoraCaching(enabled=False):
         return part()
 
 
 def checked(loss: object) -> Tensor:
-    """A batch's loss, if its gradient can be taken.
+    """Return a batch's loss, if its gradient can be taken.
 
     Raises:
-        ValueError: it is no Tensor with one number and a graph.
-        ReentrantCheckpointError: a part of its graph is built in the backward pass alone.
+        ValueError: it is not a Tensor with one number and a graph.
+        ReentrantCheckpointError: a part of its graph is built only in the backward pass.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a Tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -158,7 +212,7 @@ def checked(loss: object) -> Tensor:
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Whether the graph has a node of reentrant checkpointing, which torch.autograd.grad leaves out."""
+    """Tell whether the graph has a node of reentrant checkpointing, which torch.autograd.grad leaves out."""
     seen = set()
     waiting = [loss.grad_fn]
     while waiting:
@@ -172,17 +226,11 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
     return False
 
 
-def add_if_finite(sums: list[Tensor], new: Sequence[Tensor], loss: Tensor) -> None:
-    """Add one batch's derivatives; nan where its loss is not finite, since a mean over no label has a gradient of 0."""
-    nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
-    for total, each in zip(sums, new, strict=True):
-        total += each + nan_or_0.to(each.device, each.dtype)
-
-
 def losses_of(loss: Loss) -> Sequence[Loss]:
-    """The losses of single batches, where a loss has them."""
+    """Return the losses of single batches, if a loss has them."""
     return loss.losses if isinstance(loss, MeanLoss) else [loss]
 
 
-def _wide(loss: Tensor) -> Tensor:
-    return loss.to(torch.promote_types(loss.dtype, torch.float32))
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

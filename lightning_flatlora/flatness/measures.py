@@ -22,19 +22,19 @@ Values = dict[str, Tensor]
 
 @dataclass
 class Point:
-    """What is measured: a loss around the weights that a model has now, and with which settings.
+    """A loss around the weights that a model has now, and the settings with which it is measured.
 
     Attributes:
         loss: of fixed batches.
         perturbation: which pairs, and how E is made.
         rho: radius of E, in the weights' units; of the move in LoRA space, in the factors' units.
         average: keeps Ê, as ``EFMLoRA.perturbation`` does; for "ema".
-        average_rho: radius of the fresh E beside Ê; None takes rho.
+        average_rho: radius of the fresh E that Ê is compared with; None takes rho.
         noise: for "expected_sharpness".
         sigma: size of the noise relative to the rows' norms.
         samples: draws of noise, and of vectors for "hessian_trace".
         seed: of these draws, and of the first vector of "top_eigenvalue".
-        at: the loss and its gradient at the clean weights, where they are known already.
+        at: the loss and its gradient at the clean weights, if they are known already.
         loss_scale: see :func:`loss_gradient`.
 
     The example of :func:`measure` makes one.
@@ -54,7 +54,7 @@ class Point:
 
     @property
     def pairs(self) -> list[LoRAPair]:
-        """Of the perturbation."""
+        """The pairs of the perturbation."""
         return self.perturbation.pairs
 
     @cached_property
@@ -98,7 +98,7 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
     if problems:
         raise ValueError("; ".join(problems))
     result: Values = {}
-    # Beside EFMLoRA the layers would otherwise read B + Ê.
+    # With EFMLoRA the layers would otherwise read B + Ê.
     with sharpness.clean(point.pairs):
         for name in measures:
             result |= _reduced(MEASURES[name](point), point.pairs, per_layer)
@@ -147,31 +147,30 @@ def _balancedness(point: Point) -> Values:
 
 
 def _condition(point: Point) -> Values:
-    of_A, of_B = [], []
-    for pair in point.pairs:
-        A, B = pair.matrices()
-        of_A.append(condition_number(A))
-        of_B.append(condition_number(B))
-    return {"condition_A": torch.stack(of_A), "condition_B": torch.stack(of_B)}
+    factors = [pair.matrices() for pair in point.pairs]
+    of_A = torch.stack([condition_number(A) for A, _ in factors])
+    of_B = torch.stack([condition_number(B) for _, B in factors])
+    return {"condition_A": of_A, "condition_B": of_B}
 
 
 def _radius(point: Point) -> Values:
     fresh = sharpness.fresh_perturbation(point.perturbation, point.rho, point.gradient)
-    realized = sharpness.radii(point.pairs, sharpness.read(point.perturbation, fresh)).where(fresh.finite, torch.nan)
+    E = sharpness.read(point.perturbation, fresh)
+    realized = sharpness.overlaps(point.pairs, E, E).clamp_min(0).sqrt().where(fresh.finite, torch.nan)
     return {"radius": realized / point.rho if point.rho > 0 else realized}
 
 
 def _gradient_residual(point: Point) -> Values:
     residuals = []
     for pair in point.pairs:
+        # Without a second gradient there is nothing that could differ.
+        residual = torch.zeros((), dtype=torch.float64, device=pair.B.device)
         # A pair rests once its B is frozen in mid-fit.
         if pair.learns_A and pair.B.requires_grad:
-            A, B = pair.matrices()
             grad_A = rows_of(point.gradient.of(pair.A), pair.A_rows).flatten(1)
             grad_B = rows_of(point.gradient.of(pair.B), pair.B_rows).flatten(1)
-            residuals.append(gradient_identity_residual(A, B, grad_A, grad_B))
-        else:  # without a second gradient there is nothing that could differ
-            residuals.append(torch.zeros((), dtype=torch.float64, device=pair.B.device))
+            residual = gradient_identity_residual(*pair.matrices(), grad_A, grad_B)
+        residuals.append(residual)
     return {"gradient_residual": torch.stack(residuals)}
 
 
@@ -216,7 +215,7 @@ _OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def measure_problems(measures: object) -> list[str]:
-    """What is wrong with a choice of measures, one line for each problem; None, the default choice, is right."""
+    """List what is wrong with a choice of measures; None, the default choice, is right."""
     if measures is None:
         return []
     if isinstance(measures, str) or not isinstance(measures, Sequence) or not measures:

@@ -1,4 +1,4 @@
-"""How much the loss rises around the weights: along the gradient, along the average Ê, and at random.
+"""The rise of the loss around the weights: along the gradient, along the average Ê, and at random.
 
 Every function leaves weights, ``.grad`` and readers as they were, after an exception too. The rise is in the loss's own
 unit (nats for a cross-entropy).
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import read_through
-from lightning_flatlora.flatness.estimate import estimate
-from lightning_flatlora.flatness.factors import cosine_of, inner_product, realized_radius
-from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient, value
+from lightning_flatlora.flatness.curvature import estimate
+from lightning_flatlora.flatness.factors import cosine_of, inner_product
+from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 from lightning_flatlora.schedules import is_size
@@ -22,10 +22,17 @@ from lightning_flatlora.weight_noise import WeightNoise
 
 
 class Sharpness(NamedTuple):
-    """The loss at the clean weights and at perturbed ones, in nats, shape ()."""
+    """The loss at the clean weights and at perturbed ones, in nats, shape ().
+
+    Attributes:
+        loss: L(w).
+        perturbed: L(w + E), or its mean under noise.
+        standard_error: of a mean under noise; 0 for one E.
+    """
 
     loss: Tensor
     perturbed: Tensor
+    standard_error: Tensor = torch.zeros(())
 
     @property
     def sharpness(self) -> Tensor:
@@ -34,7 +41,7 @@ class Sharpness(NamedTuple):
 
 
 class EMASharpness(NamedTuple):
-    """What Theorem 2 compares.
+    """The losses that Theorem 2 compares.
 
     Attributes:
         loss: L(w), nats, shape ().
@@ -64,27 +71,8 @@ class EMASharpness(NamedTuple):
         return (self.at_average - self.at_fresh).abs()
 
 
-class ExpectedSharpness(NamedTuple):
-    """The loss at the clean weights and its mean under noise, in nats, shape ().
-
-    Attributes:
-        loss: L(w).
-        perturbed: mean of L(w + noise) over the samples.
-        standard_error: of that mean.
-    """
-
-    loss: Tensor
-    perturbed: Tensor
-    standard_error: Tensor
-
-    @property
-    def sharpness(self) -> Tensor:
-        """The mean rise of the loss."""
-        return self.perturbed - self.loss
-
-
 def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> Sharpness:
-    r"""SAM sharpness in full weight space: the rise along the perturbation that FMLoRA would take (Eqs. 8, 10-15).
+    r"""Measure SAM sharpness in full weight space: the rise along the perturbation of FMLoRA (Eqs. 8, 10-15).
 
     .. math:: S_{SAM} = L(W_0 + s (B + E) A) - L(W_0 + s B A), \qquad \|s E A\|_F \le \rho
 
@@ -92,10 +80,10 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         loss: of fixed batches.
         perturbation: says which pairs, estimator and norm scope; what it keeps stays as it is.
         rho: radius of the ball in full weight space, in the weights' units.
-        at: the loss and gradient at the clean weights, where they are known already.
+        at: the loss and gradient at the clean weights, if they are known already.
 
     Returns:
-        :class:`Sharpness`; nan where the gradient is not finite. Three passes: forward, backward, forward.
+        :class:`Sharpness`; nan if the gradient is not finite. Three passes: forward, backward, forward.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -111,7 +99,7 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
 
 
 def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGradient | None = None) -> Sharpness:
-    r"""Sharpness in LoRA's own space: the rise where A and B move along their joint gradient (Eq. 7, "LoRA-SAM").
+    r"""Measure sharpness in LoRA's own space: the rise along the joint gradient of A and B (Eq. 7, "LoRA-SAM").
 
     .. math:: L(A + E_A, B + E_B) - L(A, B), \qquad (E_A, E_B) = \rho\,\frac{(G_A, G_B)}{\|(G_A, G_B)\|}
 
@@ -119,12 +107,12 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
 
     Args:
         loss: of fixed batches.
-        pairs: frozen factors stay where they are.
+        pairs: of which frozen factors stay as they are.
         rho: radius of the ball in (A, B), in the factors' units.
-        at: the loss and gradient at the clean weights, where they are known already.
+        at: the loss and gradient at the clean weights, if they are known already.
 
     Returns:
-        :class:`Sharpness`; nan where the gradient is not finite. Three passes: forward, backward, forward.
+        :class:`Sharpness`; nan if the gradient is not finite. Three passes: forward, backward, forward.
 
     Raises:
         ValueError: rho is negative or not finite.
@@ -141,17 +129,14 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
     with clean(pairs):
         at = at or loss_gradient(loss, trained_factors(pairs))
-        # In float32 at least, since the squares of a 16-bit gradient may over- or underflow.
-        wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in at.gradients]
-        norm = torch.nn.utils.get_total_norm(wide)
-        scale = torch.where(norm == 0, 0.0, rho / norm)
-        moves = [gradient * scale.to(gradient.device, gradient.dtype) for gradient in wide]
-        with moved(at.parameters, moves):
-            return Sharpness(at.loss, value(loss))
+        # A gradient that is not finite has no ascent, and the loss at E = 0 would say that it is flat.
+        finite = torch.nn.utils.get_total_norm(at.gradients, torch.inf).isfinite()
+        with moved(at.parameters, joint_ascent(at.gradients, rho)):
+            return Sharpness(at.loss, torch.where(finite, value(loss), torch.nan))
 
 
 def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGradient | None = None) -> EMASharpness:
-    r"""How far EFMLoRA's average Ê stands for the fresh perturbation E (Theorem 2, Figure 3).
+    r"""Compare the rise along EFMLoRA's average Ê with that along the fresh perturbation E (Theorem 2, Figure 3).
 
     .. math:: |S_{EMA} - S_{SAM}| = |L(w + \hat E) - L(w + E)|
 
@@ -159,10 +144,10 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         loss: of fixed batches.
         perturbation: keeps Ê, as ``EFMLoRA.perturbation`` does, and says how E is made.
         rho: radius of the fresh E; the theorem means that of Ê.
-        at: the loss and gradient at the clean weights, where they are known already.
+        at: the loss and gradient at the clean weights, if they are known already.
 
     Returns:
-        :class:`EMASharpness`; nan in what E enters where the gradient is not finite. Four passes: forward, backward,
+        :class:`EMASharpness`; nan in what E enters if the gradient is not finite. Four passes: forward, backward,
         two forwards.
 
     Example:
@@ -177,17 +162,17 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
     with clean(perturbation.pairs):
         at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
         fresh = fresh_perturbation(perturbation, rho, at)
-        similarity = full_cosine(perturbation.pairs, read(perturbation), read(perturbation, fresh))
+        pairs, average, E = perturbation.pairs, read(perturbation), read(perturbation, fresh)
+        product = overlaps(pairs, average, E).sum()
+        similarity = cosine_of(product, overlaps(pairs, average, average).sum(), overlaps(pairs, E, E).sum())
         similarity = similarity.where(fresh.finite, torch.nan)
         with perturbation.applied():
             at_average = value(loss)
         return EMASharpness(at.loss, at_average, _at_fresh(loss, perturbation, fresh), similarity)
 
 
-def expected_sharpness(
-    loss: Loss, noise: WeightNoise, sigma: float, samples: int = 8, seed: int = 0
-) -> ExpectedSharpness:
-    r"""The mean rise of the loss under Gaussian noise on the full weights (Flat-LoRA, arXiv 2409.14396, Eq. 7).
+def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: int = 8, seed: int = 0) -> Sharpness:
+    r"""Estimate the mean rise of the loss under Gaussian noise on all weights (Flat-LoRA, arXiv 2409.14396, Eq. 7).
 
     .. math:: \mathbb E_\varepsilon\,[L(W + \varepsilon)] - L(W), \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0, \tfrac{\sigma^2}{m} \|W_{i\cdot}\|^2\right)
@@ -200,7 +185,7 @@ def expected_sharpness(
         seed: of the first draw; no global generator is used.
 
     Returns:
-        :class:`ExpectedSharpness`. 1 + samples passes, all forward.
+        :class:`Sharpness`, with the mean over the samples. 1 + samples passes, all forward.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -217,11 +202,11 @@ def expected_sharpness(
         with noise.applied(sigma, seed + sample):
             at_noise.append(value(loss))
     mean, standard_error = estimate(at_noise)
-    return ExpectedSharpness(at_weights, mean.to(at_weights.dtype), standard_error)
+    return Sharpness(at_weights, mean.to(at_weights.dtype), standard_error)
 
 
 def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient) -> FreshPerturbation:
-    """E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes.
+    """Compute E of a gradient taken at the clean weights (Eqs. 10-15); nothing that ``perturbation`` keeps changes.
 
     Args:
         perturbation: which pairs, and how E is made of their gradients.
@@ -248,36 +233,23 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 
 
 def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
-    """E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
+    """Return E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
     with clean(perturbation.pairs), perturbation.applied(fresh and fresh.stacks):
         shown = [read_through.shown(pair.readers[0]) for pair in perturbation.pairs]
     return [E.flatten(1) for E in shown if E is not None]
 
 
-def radii(pairs: Sequence[LoRAPair], E: Sequence[Tensor]) -> Tensor:
-    """||s E A||_F of every pair; the radius of all together is its norm. Units of the weights, shape (pairs,)."""
-    norms = []
-    for pair, e in zip(pairs, E, strict=True):
-        norms.append(realized_radius(e, pair.matrices()[0], pair.scaling))
-    return torch.stack(norms)
-
-
-def full_cosine(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
-    """The cosine between two perturbations of all pairs, as one vector of full weights, shape (); 0 where one is 0."""
-    return cosine_of(overlap(pairs, E1, E2), overlap(pairs, E1, E1), overlap(pairs, E2, E2))
-
-
-def overlap(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
-    """The inner product of two perturbations in full weight space, over all pairs: squared weights' units, shape ()."""
+def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tensor]) -> Tensor:
+    """Compute the inner products of two perturbations in full weight space: squared weights' units, shape (pairs,)."""
     products = []
     for pair, one, other in zip(pairs, E1, E2, strict=True):
         products.append(inner_product(one, other, pair.matrices()[0], pair.scaling))
-    return torch.stack([product.to(products[0].device) for product in products]).sum()
+    return torch.stack([product.to(products[0].device) for product in products])
 
 
 @contextmanager
 def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
-    """Inside, the layers read B, and can be made to read B + E; afterwards they read what they read before."""
+    """Let the layers read B, and be able to read B + E; afterwards they read what they read before."""
     readers = readers_of(pairs)
     with read_through.restored(readers), ExitStack() as stack:
         for reader in readers:
@@ -288,14 +260,14 @@ def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
 
 
 def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) -> Tensor:
-    """L(w + E); nan where E is not known, rather than the loss at E = 0."""
+    """Compute L(w + E); nan if E is not known, rather than the loss at E = 0."""
     with perturbation.applied(fresh.stacks):
         return torch.where(fresh.finite, value(loss), torch.nan)
 
 
 @contextmanager
 def moved(parameters: Sequence[nn.Parameter], moves: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, parameters stand at w + move; afterwards, whatever happens, they have exactly their old values.
+    """Move parameters to w + move; afterwards, whatever happens, they have exactly their old values.
 
     Args:
         parameters: moved in place, so that whoever holds their memory, such as a compiled graph, sees the move.

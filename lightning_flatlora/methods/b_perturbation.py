@@ -1,19 +1,20 @@
 """What EFMLoRA and FMLoRA share: the perturbation of B alone, its settings and its state."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.checks import perturbation_problems, warn_of_rounding
+from lightning_flatlora.methods.checks import perturbation_problems
 from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.schedules import RhoSchedule
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class BPerturbationStep(StepMethod):
     """Base of the paper's two methods.
 
@@ -21,38 +22,15 @@ class BPerturbationStep(StepMethod):
         beta: weight of the fresh perturbation in the average; 1 if there is none.
     """
 
-    beta: float = 1.0
+    fixed = ("estimator", "norm_scope")
 
-    def __init__(
-        self,
-        rho: float | RhoSchedule,
-        *,
-        estimator: Estimator = "average",
-        norm_scope: NormScope = "global",
-        start_step: int = 0,
-        every_n_steps: int = 1,
-        adapter_name: str | None = None,
-        finder: Finder | None = None,
-        sync_ascent: bool = True,
-    ) -> None:
-        self.estimator: Estimator = estimator
-        self.norm_scope: NormScope = norm_scope
-        super().__init__(
-            rho,
-            start_step=start_step,
-            every_n_steps=every_n_steps,
-            adapter_name=adapter_name,
-            finder=finder,
-            sync_ascent=sync_ascent,
-        )
+    beta: float = field(default=1.0, init=False)
+    estimator: Estimator = "average"
+    norm_scope: NormScope = "global"
 
     @override
     def argument_problems(self) -> list[str]:
         return perturbation_problems(self.beta, self.estimator, self.norm_scope)
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {"estimator": self.estimator, "norm_scope": self.norm_scope}
 
     @override
     def reset(self) -> None:
@@ -78,7 +56,7 @@ class BPerturbationStep(StepMethod):
     @override
     def install(self) -> None:
         if self.perturbation is not None and not self.perturbation.is_installed:
-            warn_of_rounding(self, "B", [pair.B for pair in self.pairs])
+            self.warn_of_rounding("B", [pair.B for pair in self.pairs])
             self.perturbation.install()
 
     @override

@@ -1,17 +1,16 @@
 """Arguments that are refused, and the one message in which all problems of a configuration are reported."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.schedules import RhoSchedule, is_size
+from lightning_flatlora.schedules import RhoSchedule, is_integer, is_size
 
 
 def value_problems(
@@ -91,9 +90,7 @@ def changed_settings(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> l
 
 def integer_problems(name: str, value: object, least: int) -> list[str]:
     """What is wrong with an argument that must be an integer of at least some size."""
-    # Also NumPy's integers, of which none is an int.
-    is_integer = not isinstance(value, bool) and isinstance(value, Integral)
-    if is_integer and value >= least:  # type: ignore[operator]
+    if is_integer(value, least):
         return []
     return [f"{name} must be an integer >= {least}, got {value!r}"]
 
@@ -109,16 +106,6 @@ def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
 def is_number(value: object) -> bool:
     """Whether a value is a number; a bool, which Python takes for an integer, is not."""
     return not isinstance(value, bool) and isinstance(value, Real)
-
-
-def warn_of_rounding(owner: object, what: str, parameters: Iterable[nn.Parameter]) -> None:
-    """Warn, once, that a small perturbation of parameters that are stored in 16 bits may be lost."""
-    low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
-    if low:
-        rank_zero_warn(
-            f"{title_of(owner)}: {what} is kept in {low[0]}, so {what} + E is rounded to it and a small "
-            "rho may be lost. Keep it in float32, as with precision='bf16-mixed'."
-        )
 
 
 SEVERAL_GRADIENTS = "takes several gradients a step, and the method knows one: use AdamW or SGD"

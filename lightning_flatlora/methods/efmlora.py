@@ -2,20 +2,19 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.gradients import has_gradient
-from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.perturbation import FreshPerturbation
-from lightning_flatlora.schedules import RhoSchedule
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class EFMLoRAStep(BPerturbationStep):
     """One pass per step, at B + Ê; the step's own gradient moves Ê.
 
@@ -29,28 +28,9 @@ class EFMLoRAStep(BPerturbationStep):
     title = "EFMLoRA"
     takes_several_optimizers = True
 
-    def __init__(
-        self,
-        rho: float | RhoSchedule,
-        *,
-        beta: float = 0.9,
-        estimator: Estimator = "average",
-        norm_scope: NormScope = "global",
-        start_step: int = 0,
-        every_n_steps: int = 1,
-        adapter_name: str | None = None,
-        finder: Finder | None = None,
-    ) -> None:
-        self.beta = beta
-        super().__init__(
-            rho,
-            estimator=estimator,
-            norm_scope=norm_scope,
-            start_step=start_step,
-            every_n_steps=every_n_steps,
-            adapter_name=adapter_name,
-            finder=finder,
-        )
+    beta: float = 0.9
+    # No argument: the step's own gradient is averaged over the ranks already.
+    sync_ascent: bool = field(default=True, init=False)
 
     @override
     def reset(self) -> None:

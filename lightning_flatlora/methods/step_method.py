@@ -4,9 +4,11 @@ import copy
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import torch
+from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import nn
 from typing_extensions import Self
 
@@ -19,6 +21,8 @@ from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
+# Compared by identity; subclasses are such dataclasses too, and add their own settings as fields.
+@dataclass(eq=False, repr=False)
 class StepMethod:
     """A method for the LoRA pairs of one optimizer; subclasses say what is perturbed, and when.
 
@@ -31,12 +35,13 @@ class StepMethod:
         optimizer: the one that trains the pairs; only its ``param_groups`` are read.
         place: says in messages which optimizer this is, if there are several.
         pairs: those whose factors the optimizer holds. A pair takes part in a step if its B has a gradient.
+        left_out: lines about the layers that the method leaves out; None for those of the search.
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
         perturbation: of the pairs' B; None for a method without one, or while there is no pair.
 
     Args:
-        rho: a number >= 0, or a schedule over optimizer steps.
+        size: rho, a number >= 0 or a schedule over optimizer steps.
         start_step: optimizer steps before the first perturbation.
         every_n_steps: optimizer steps between fresh perturbations.
         adapter_name: the peft adapter to perturb; None takes the active ones.
@@ -47,36 +52,34 @@ class StepMethod:
         MisconfigurationException: values out of range.
     """
 
-    title: str
-    perturbation: Perturbation | None = None
+    title: ClassVar[str]
     size_name: ClassVar[str] = "rho"
     needs_pairs: ClassVar[bool] = True
     takes_two_passes: ClassVar[bool] = False
     takes_several_optimizers: ClassVar[bool] = False
     works_sharded: ClassVar[bool] = True
+    fixed: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        rho: float | RhoSchedule,
-        *,
-        start_step: int = 0,
-        every_n_steps: int = 1,
-        adapter_name: str | None = None,
-        finder: Finder | None = None,
-        sync_ascent: bool = True,
-    ) -> None:
-        problems = value_problems(self.size_name, rho, start_step, every_n_steps, adapter_name, finder)
+    size: InitVar[float | RhoSchedule]
+    _: KW_ONLY
+    start_step: int = 0
+    every_n_steps: int = 1
+    adapter_name: str | None = None
+    finder: Finder | None = None
+    sync_ascent: bool = True
+    rho: RhoSchedule = field(init=False)
+    perturbation: Perturbation | None = field(default=None, init=False)
+
+    def __post_init__(self, size: float | RhoSchedule) -> None:
+        problems = value_problems(
+            self.size_name, size, self.start_step, self.every_n_steps, self.adapter_name, self.finder
+        )
         refuse(self, problems + self.argument_problems())
-        self.rho = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
-        self.start_step = start_step
-        self.every_n_steps = every_n_steps
-        self.adapter_name = adapter_name
-        self.finder = finder
-        self.sync_ascent = sync_ascent
+        self.rho = size if isinstance(size, RhoSchedule) else ConstantRho(float(size))
         self.reset()
 
     def argument_problems(self) -> list[str]:
-        """List what is wrong with a subclass's own arguments, which it has stored before this ``__init__``."""
+        """List what is wrong with a subclass's own settings."""
         return []
 
     def reset(self) -> None:
@@ -84,13 +87,14 @@ class StepMethod:
         self.optimizer: Any = None
         self.place = ""
         self.pairs: list[LoRAPair] = []
+        self.left_out: list[str] | None = None
         self.step = 0
         self.horizon = math.inf
         self.initial_lr: float | None = None
         self._layout = Layout()
         # None as soon as a pair has had a gradient.
         self._steps_without_gradient: int | None = 0
-        self._has_said_so = False
+        self._warnings = WarningCache()
 
     def for_another_optimizer(self) -> Self:
         """Make a method with these settings and no pairs."""
@@ -99,16 +103,16 @@ class StepMethod:
         return other
 
     def settings(self) -> dict[str, Any]:
-        """Name the arguments that a resumed run must not change."""
-        return {}
+        """Return the arguments that a resumed run must not change."""
+        return {name: getattr(self, name) for name in self.fixed}
 
     # -- the pairs
 
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        """Take the pairs that the optimizer holds now, maybe none; those that stay keep their state.
+        """Take the pairs that the optimizer holds now; those that stay keep their state.
 
         Args:
-            pairs: of the module.
+            pairs: maybe none.
             module: that holds them.
             wrapped: the same as the strategy or the loop has wrapped it, which says how ranks share the factors.
 
@@ -128,11 +132,6 @@ class StepMethod:
     def trained_factors(self) -> list[nn.Parameter]:
         """List the factors of the pairs whose B is trained now, each once, A before B, without a frozen A."""
         return trained_factors([pair for pair in self.pairs if pair.B.requires_grad])
-
-    @property
-    def left_out(self) -> list[str] | None:
-        """Lines about the layers that the method leaves out; None for those of the search."""
-        return None
 
     # -- the size
 
@@ -264,10 +263,22 @@ class StepMethod:
 
     def warn_without_gradient(self) -> None:
         """Say, once, that no pair has had a gradient so far, if this is so."""
-        if not self._steps_without_gradient or self._has_said_so:
+        if not self._steps_without_gradient:
             return
-        self._has_said_so = True
-        rank_zero_warn(message(self, [without_gradient(self.place)]))
+        self.warn(without_gradient(self.place))
+
+    def warn(self, problem: str) -> None:
+        """Warn of a problem, once in a run."""
+        self._warnings.warn(message(self, [problem]))
+
+    def warn_of_rounding(self, what: str, parameters: Iterable[nn.Parameter]) -> None:
+        """Warn that a small perturbation of parameters that are stored in 16 bits may be lost."""
+        low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
+        if low:
+            self.warn(
+                f"{what} is kept in {low[0]}, so {what} + E is rounded to it and a small rho may be lost. Keep it in "
+                "float32, as with precision='bf16-mixed'."
+            )
 
     # -- the state
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatlora import Perturbation, find_pairs
-from lightning_flatlora.baselines.joint_ascent import joint_ascent
-from lightning_flatlora.flatness import MeanLoss, Point, base_norm, loss_gradient, measure, moved
+from lightning_flatlora.flatness import MeanLoss, Point, base_norm, joint_ascent, loss_gradient, measure, moved
 from lightning_flatlora.weight_noise import WeightNoise
 from recipes.comparison.task import Batch, Config, Task
 from recipes.shared.ledger import Row, commit

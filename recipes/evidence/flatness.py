@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_flatlora.baselines.joint_ascent import joint_ascent
-from lightning_flatlora.flatness import LossGradient, MeanLoss, hessian_trace, loss_gradient, moved
+from lightning_flatlora.flatness import LossGradient, MeanLoss, hessian_trace, joint_ascent, loss_gradient, moved
 from lightning_flatlora.flatness.losses import Loss, value
 from recipes.evidence.data import Batch
 from recipes.evidence.kept import Kept, restored

@@ -9,10 +9,9 @@ from float64_runs import Automatic, dataset, fit_in_float64, loss, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import LoRAPair, Perturbation, find_pairs
+from lightning_flatlora import FMLoRA, LoRAPair, find_pairs
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM
-from lightning_flatlora.baselines.joint_ascent import FactorPerturbation, joint_ascent
-from lightning_flatlora.distributed import Layout
+from lightning_flatlora.flatness import joint_ascent
 
 BATCH = next(iter(DataLoader(dataset(), batch_size=32)))
 LR = 1e-6
@@ -114,15 +113,12 @@ def moved_weights(of_factors: bool, refactor: bool) -> list[Tensor]:
         pair.B.data, pair.A.data = pair.B.data @ M, torch.linalg.inv(M) @ pair.A.data
     loss(net, BATCH).backward()
     before = [pair.scaling * pair.B @ pair.A for pair in pairs]
-    perturbation: Any = FactorPerturbation(pairs, Layout()) if of_factors else Perturbation(pairs)
-    perturbation.install()
-    if of_factors:
-        perturbation.ascend(0.1)
-    else:
-        perturbation.assign(perturbation.ascend(0.1, at_perturbed=False))
-    with perturbation.applied():
+    method = (LoRASAM(0.1) if of_factors else FMLoRA(0.1)).method
+    method.follow(pairs, net, net)
+    method.install()
+    with method.ascend():
         moved = [p.scaling * p.readers[0].weight @ p.A_readers[0].weight for p in pairs]
-    perturbation.uninstall()
+    method.close()
     return [(new - old).detach() for new, old in zip(moved, before, strict=True)]
 
 

@@ -17,16 +17,29 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from transformers.pytorch_utils import Conv1D
 
+from lightning_flatlora import find_pairs
 from lightning_flatlora.baselines import BiLoRA
-from lightning_flatlora.baselines.auxiliary_pairs import AuxiliaryPairs
+from lightning_flatlora.baselines.bi_lora import BiLoRAStep
 from lightning_flatlora.finders import PairsByName
 from lightning_flatlora.output_terms import _AddsTerms
-from lightning_flatlora.weight_noise import adapted_linears
+
+
+def states(owner: BiLoRA | BiLoRAStep) -> dict[str, dict[str, Tensor]]:
+    """A2 and B2 of every layer."""
+    method = owner.method if isinstance(owner, BiLoRA) else owner
+    return method.state_dict()["auxiliary"]
+
+
+def step_on(net: nn.Module, rank: int | None = None, seed: int = 0) -> BiLoRAStep:
+    """The step of a network, outside of any loop."""
+    step = BiLoRAStep(0.5, step_size=0.1, rank=rank, seed=seed)
+    step.follow(find_pairs(net).pairs, net, net)
+    return step
 
 
 def products(callback: BiLoRA) -> dict[str, Tensor]:
     """B2 A2 of every layer, formed."""
-    return {name: saved["B"] @ saved["A"] for name, saved in callback.auxiliary.state_dict().items()}
+    return {name: saved["B"] @ saved["A"] for name, saved in states(callback).items()}
 
 
 class Course(Callback):
@@ -38,7 +51,7 @@ class Course(Callback):
         self.norms: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.states.append(self.callback.auxiliary.state_dict())
+        self.states.append(states(self.callback))
         self.norms.append(frobenius(list(products(self.callback).values())))
 
 
@@ -58,7 +71,7 @@ def test_the_pairs_stay_in_the_ball_and_reach_its_sphere() -> None:
     assert sum(norm > 0.4 * (1 - 1e-12) for norm in course.norms) > 10
     for norm, unscaled in zip(course.norms, loop.norms, strict=True):
         assert norm == pytest.approx(min(unscaled, 0.4), rel=1e-9)
-    assert float(callback.auxiliary.norm()) == pytest.approx(course.norms[-1], rel=1e-12)
+    assert float(callback.norm()) == pytest.approx(course.norms[-1], rel=1e-12)
 
 
 def test_the_first_step_is_loras_and_the_ascent_raises_the_loss() -> None:
@@ -87,7 +100,7 @@ def test_the_scale_of_the_loss_does_not_matter(factor: float) -> None:
         module.lr = 0.5 / scale
         batches = [(inputs, labels, scale * ones) for inputs, labels, ones in make_loader()]
         fit(None, module, [callback], ResumableLoader(batches))
-        found.append(callback.auxiliary.state_dict())
+        found.append(states(callback))
     assert same(*found)
 
 
@@ -132,13 +145,12 @@ def test_validation_and_all_that_follows_the_fit_compute_without_them(tmp_path: 
 
 def test_the_base_alone_is_computed_where_adapters_are_disabled() -> None:
     net, x = make_net(), torch.ones(2, 6)
-    pairs = AuxiliaryPairs(None, 0)
-    pairs.follow(adapted_linears(net, None, None)[0])
+    pairs = step_on(net)
     pairs.on()
     with net.disable_adapter():
         base = net(x)
     net(x).sum().backward()
-    pairs.ascend(0.5, 0.1)
+    pairs.use_gradients([])
     assert not torch.equal(net(x), base)
     with net.disable_adapter():
         assert torch.equal(net(x), base)
@@ -158,19 +170,18 @@ def test_a_step_that_the_loss_scaler_skips_moves_nothing(tmp_path: Path) -> None
     fit(tmp_path, Classifier(), [callback, course], ResumableLoader(batches), plugins=plugins, max_epochs=1)
     alike = [same(one, other) for one, other in zip(course.states[1:], course.states, strict=False)]
     assert alike.count(True) == 1
-    assert all(factor.isfinite().all() for factor in callback.auxiliary.factors)
-    assert {factor.dtype for factor in callback.auxiliary.factors} == {torch.float32}
+    assert all(factor.isfinite().all() for factor in callback.factors)
+    assert {factor.dtype for factor in callback.factors} == {torch.float32}
 
 
 def test_a_gradient_of_their_own_that_is_not_finite_moves_nothing() -> None:
-    pairs = AuxiliaryPairs(None, 0)
-    pairs.follow(adapted_linears(make_net(), None, None)[0])
-    before = pairs.state_dict()
+    pairs = step_on(make_net())
+    before = states(pairs)
     for factor in pairs.factors:
         factor.grad = torch.ones_like(factor)
     pairs.factors[1].grad[0, 0] = torch.nan
-    pairs.ascend(0.5, 0.1)
-    assert same(pairs.state_dict(), before)
+    pairs.use_gradients([])
+    assert same(states(pairs), before)
 
 
 def test_clipping_does_not_concern_them(tmp_path: Path) -> None:
@@ -180,7 +191,7 @@ def test_clipping_does_not_concern_them(tmp_path: Path) -> None:
         callback, module = BiLoRA(0.5), Classifier(lr=0.0)
         module.optimizer_class = torch.optim.SGD
         fit(tmp_path, module, [callback], max_epochs=1, **settings)
-        found.append(callback.auxiliary.state_dict())
+        found.append(states(callback))
     assert same(*found)
 
 
@@ -191,14 +202,14 @@ def test_gradients_of_a_window_that_ends_without_a_step_are_dropped(tmp_path: Pa
 
     class EndsEarly(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-            held.append(any(factor.grad is not None for factor in callback.auxiliary.factors))
+            held.append(any(factor.grad is not None for factor in callback.factors))
             return -1 if self.trainer.current_epoch == 0 and batch_idx == 1 else None
 
     fit(tmp_path, EndsEarly(lr=0.0), [callback], max_epochs=2, accumulate_grad_batches=2)
     fit(tmp_path, Classifier(lr=0.0), [whole], max_epochs=1, accumulate_grad_batches=2)
     assert held[:3] == [False, True, True]
     assert callback.step == whole.step == 3
-    assert same(callback.auxiliary.state_dict(), whole.auxiliary.state_dict())
+    assert same(states(callback), states(whole))
 
 
 def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> None:
@@ -213,7 +224,7 @@ def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> N
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             counts.append(len(callback.auxiliary))
-            kept.append(callback.auxiliary.state_dict()[name])
+            kept.append(states(callback)[name])
 
     fit(tmp_path, module, [Freezes(), callback], max_epochs=3)
     assert counts == [3, 2, 3]
@@ -242,7 +253,7 @@ def test_other_layers_are_named_once_and_train_without(tmp_path: Path, caplog: p
     named = [message for message in caplog.messages if "leaves unperturbed" in message]
     assert len(named) == 1
     assert "Conv1d: its base, a Conv1d, is no plain Linear (1 in all, first net.base_model.model.conv)" in named[0]
-    assert list(callback.auxiliary.state_dict()) == ["net.base_model.model.linear"]
+    assert list(states(callback)) == ["net.base_model.model.linear"]
     factor = "net.base_model.model.conv.lora_B.default.weight"
     assert not same(weights(module)[factor], before[factor])
 
@@ -258,29 +269,24 @@ def test_a_base_that_stores_the_transpose() -> None:
 
 @pytest.mark.parametrize(("rank", "expected"), [(None, 2), (5, 5)])
 def test_ranks_and_the_first_factors(rank: int | None, expected: int) -> None:
-    linears, _ = adapted_linears(make_net(), None, None)
-    states, random = [], torch.get_rng_state()
-    for seed in (0, 0, 1):
-        pairs = AuxiliaryPairs(rank, seed)
-        pairs.follow(linears)
-        states.append(pairs.state_dict())
+    net, random = make_net(), torch.get_rng_state()
+    found = [states(step_on(net, rank, seed)) for seed in (0, 0, 1)]
     assert torch.equal(torch.get_rng_state(), random)
-    assert same(states[0], states[1])
-    for name, saved in states[0].items():
+    assert same(found[0], found[1])
+    for name, saved in found[0].items():
         A, B = saved["A"], saved["B"]
         assert A.shape[0] == B.shape[1] == expected
         assert not B.any()
         assert A.abs().max() <= A.shape[1] ** -0.5
-        assert not same(A, states[2][name]["A"])
+        assert not same(A, found[2][name]["A"])
 
 
 def test_two_active_adapters_have_one_pair_of_both_ranks() -> None:
     net = make_net()
     net.add_adapter("other", LoraConfig(r=3, target_modules=["0", "2", "4"]))
     net.base_model.set_adapter(["default", "other"])
-    pairs = AuxiliaryPairs(None, 0)
-    pairs.follow(adapted_linears(net, None, None)[0])
-    assert [len(saved["A"]) for saved in pairs.state_dict().values()] == [5, 5, 5]
+    pairs = step_on(net)
+    assert [len(saved["A"]) for saved in states(pairs).values()] == [5, 5, 5]
 
 
 class Layer(nn.Module):
