@@ -1,11 +1,11 @@
 """Arguments that are refused, and the one message in which all problems of a configuration are reported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_flatlora.functional import Estimator, NormScope
@@ -64,6 +64,17 @@ def rate_problems(argument: str, param_groups: Sequence[Mapping[str, Any]]) -> l
             "one, or choose another schedule"
         )
     return problems
+
+
+def rounding_problems(what: str, parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Say that a small perturbation of parameters that are stored in 16 bits may be lost, if any are."""
+    low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
+    if not low:
+        return []
+    return [
+        f"{what} is kept in {low[0]}, so {what} + E is rounded to it and a small rho may be lost. Keep it in float32, "
+        "as with precision='bf16-mixed'."
+    ]
 
 
 def without_gradient(place: str) -> str:

@@ -7,14 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import nn
 from typing_extensions import Self
 
 from lightning_flatlora.distributed import Layout, layout_of
 from lightning_flatlora.lightning_names import MisconfigurationException
-from lightning_flatlora.methods.checks import message, rate_problems, refuse, value_problems, without_gradient
+from lightning_flatlora.methods import checks
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
@@ -71,10 +70,10 @@ class StepMethod:
     perturbation: Perturbation | None = field(default=None, init=False)
 
     def __post_init__(self, size: float | RhoSchedule) -> None:
-        problems = value_problems(
+        problems = checks.value_problems(
             self.size_name, size, self.start_step, self.every_n_steps, self.adapter_name, self.finder
         )
-        refuse(self, problems + self.argument_problems())
+        checks.refuse(self, problems + self.argument_problems())
         self.rho = size if isinstance(size, RhoSchedule) else ConstantRho(float(size))
         self.reset()
 
@@ -109,10 +108,10 @@ class StepMethod:
     # -- the pairs
 
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        """Take the pairs that the optimizer holds now; those that stay keep their state.
+        """Take the pairs that the optimizer holds now, maybe none; those that stay keep their state.
 
         Args:
-            pairs: maybe none.
+            pairs: of the module.
             module: that holds them.
             wrapped: the same as the strategy or the loop has wrapped it, which says how ranks share the factors.
 
@@ -156,7 +155,9 @@ class StepMethod:
         size = self.rho(self.step, self.horizon, share)
         # The package's own schedules are checked when they are made; a user's may give anything.
         if not 0 <= size < math.inf:
-            refuse(self, [f"{self.argument} must give a finite number >= 0, and gave {size} at step {self.step}"])
+            checks.refuse(
+                self, [f"{self.argument} must give a finite number >= 0, and gave {size} at step {self.step}"]
+            )
         return size
 
     @property
@@ -187,7 +188,7 @@ class StepMethod:
         """List why the size can't follow the learning rate, if it is to do so."""
         if not self.rho.needs_learning_rate or self.optimizer is None:
             return []
-        return rate_problems(self.argument, self._followed_groups())
+        return checks.rate_problems(self.argument, self._followed_groups())
 
     def pair_problems(self) -> list[str]:
         """List what can't work with the pairs that were found; subclasses add their own."""
@@ -227,8 +228,7 @@ class StepMethod:
     def before_step(self, also_finite: Iterable[nn.Parameter] = ()) -> None:
         """Use the gradients of the coming optimizer step, and count it.
 
-        Args:
-            also_finite: parameters whose overflow makes a loss scaler skip the step, so that nothing may move.
+        If a gradient of ``also_finite`` overflows, a loss scaler skips the step, so that nothing may move.
         """
         self._look_for_gradients()
         if self.pairs:
@@ -263,22 +263,17 @@ class StepMethod:
 
     def warn_without_gradient(self) -> None:
         """Say, once, that no pair has had a gradient so far, if this is so."""
-        if not self._steps_without_gradient:
-            return
-        self.warn(without_gradient(self.place))
+        if self._steps_without_gradient:
+            self.warn(checks.without_gradient(self.place))
 
-    def warn(self, problem: str) -> None:
-        """Warn of a problem, once in a run."""
-        self._warnings.warn(message(self, [problem]))
+    def warn(self, *problems: str) -> None:
+        """Warn of problems, of each once in a run."""
+        for problem in problems:
+            self._warnings.warn(checks.message(self, [problem]))
 
     def warn_of_rounding(self, what: str, parameters: Iterable[nn.Parameter]) -> None:
         """Warn that a small perturbation of parameters that are stored in 16 bits may be lost."""
-        low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
-        if low:
-            self.warn(
-                f"{what} is kept in {low[0]}, so {what} + E is rounded to it and a small rho may be lost. Keep it in "
-                "float32, as with precision='bf16-mixed'."
-            )
+        self.warn(*checks.rounding_problems(what, parameters))
 
     # -- the state
 
@@ -299,12 +294,8 @@ class StepMethod:
         try:
             self.restore(state, known)
         except ValueError as error:
-            raise MisconfigurationException(message(self, [str(error)])) from error
+            raise MisconfigurationException(checks.message(self, [str(error)])) from error
         self.step, self.initial_lr = state["step"], state["initial_lr"]
 
     def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
-        """Take what a subclass has added to the state.
-
-        Raises:
-            ValueError: the state belongs to other pairs.
-        """
+        """Take what a subclass has added to the state; a ValueError says that it belongs to other pairs."""

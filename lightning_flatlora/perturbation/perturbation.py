@@ -237,11 +237,7 @@ class Perturbation:
 
     @property
     def may_be_nonzero(self) -> bool:
-        """Whether the average may be other than zero, as far as the host knows.
-
-        While rho has always been 0 nothing needs to read it, and the run equals the run without a perturbation bit for
-        bit.
-        """
+        """Whether the average may be other than zero, as far as the host knows."""
         return any(stack.may_be_nonzero for stack in self._stacks)
 
     @property
