@@ -5,7 +5,7 @@ from lightning_flatlora.module import FMLoRAModule
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
-from lightning_flatlora.read_through import Reader
+from lightning_flatlora.perturbed_read import ParameterRef
 from lightning_flatlora.schedules import (
     ConstantRho,
     CosineRho,
@@ -33,8 +33,8 @@ __all__ = [
     "LoRAPair",
     "NoPairsError",
     "PairSearch",
+    "ParameterRef",
     "Perturbation",
-    "Reader",
     "RhoSchedule",
     "find_pairs",
     "load_adapter_checkpoint",

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from lightning_flatlora import class_overlay
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.read_through import as_reader
+from lightning_flatlora.perturbed_read import as_ref
 
 
 class ForwardGate:
@@ -97,7 +97,7 @@ def layers_of(pairs: Iterable[LoRAPair]) -> dict[nn.Module, None]:
     """List the modules in whose forward the B of pairs is read, each once."""
     layers: dict[nn.Module, None] = {}
     for pair in pairs:
-        of_pair = pair.layers or [as_reader(reader).module for reader in pair.readers]
+        of_pair = pair.layers or [as_ref(reader).module for reader in pair.readers]
         layers.update(dict.fromkeys(of_pair))
     return layers
 

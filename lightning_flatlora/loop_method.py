@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.forward_gate import ForwardGate
 from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
@@ -23,7 +22,8 @@ from lightning_flatlora.optimizer_hooks import before_loading, innermost
 from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
 from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.read_through import as_reader
+from lightning_flatlora.perturbed_read import as_ref
+from lightning_flatlora.sharding import is_sharded
 from lightning_flatlora.wrappers import unwrapped, wrapping_problems
 
 STATE_KEY = "lightning_flatlora"
@@ -280,8 +280,8 @@ def _problems(
 
 def _current_B(pair: LoRAPair) -> nn.Parameter | None:
     """The parameter that the layer has for B now."""
-    reader = as_reader(pair.readers[0])
-    return reader.module._parameters.get(reader.attribute)
+    reader = as_ref(pair.readers[0])
+    return reader.module._parameters.get(reader.name)
 
 
 def _refuse_others(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

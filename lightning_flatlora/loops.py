@@ -18,13 +18,13 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_flatlora.distributed import average_gradients, is_sharded
 from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.fmlora import FMLoRAStep
 from lightning_flatlora.methods.gradients import parameters_of, set_aside
 from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.schedules import RhoSchedule
+from lightning_flatlora.sharding import average_gradients, is_sharded
 from lightning_flatlora.wrappers import unwrapped, without_sync
 
 __all__ = ["EFMLoRA", "FMLoRA"]

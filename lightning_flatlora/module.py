@@ -14,14 +14,14 @@ from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
-from lightning_flatlora.distributed import average_gradients
+from lightning_flatlora.compat import is_lightning
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lightning_names import is_lightning
 from lightning_flatlora.methods.checks import integer_problems, is_number
 from lightning_flatlora.methods.fmlora import FMLoRAStep
 from lightning_flatlora.methods.gradients import has_gradient, set_aside
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
+from lightning_flatlora.sharding import average_gradients
 
 if TYPE_CHECKING:
     _Base = LightningModule
@@ -212,7 +212,7 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
         sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
         accumulate_grad_batches: batches of one optimizer step.
         gradient_clip_val: largest norm, or absolute value, of the gradient; None does not clip.

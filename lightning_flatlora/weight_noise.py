@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_flatlora.distributed import is_sharded
 from lightning_flatlora.layer_noise import noise_product
 from lightning_flatlora.output_terms import OutputTerm
 from lightning_flatlora.pairs import bare, clean_name, find_pairs, lora_layers
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError
 from lightning_flatlora.schedules import is_integer, is_size
+from lightning_flatlora.sharding import is_sharded
 
 
 class WeightNoise:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, read_through
+from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, perturbed_read
 from lightning_flatlora.class_overlay import Overlay
 
 
@@ -213,12 +213,12 @@ def driver_of(trainer: Trainer) -> Any:
 
 def is_perturbed(module: nn.Module) -> bool:
     """Whether any layer reads B + E at this moment."""
-    return any(read_through.shown(m) is not None for m in module.modules())
+    return any(perturbed_read.shown(m) is not None for m in module.modules())
 
 
 def is_installed(module: nn.Module) -> bool:
     """Whether any part of a module still has a reading class."""
-    return any(isinstance(part, read_through._ReadsPerturbed) for part in module.modules())
+    return any(isinstance(part, perturbed_read._ReadsPerturbed) for part in module.modules())
 
 
 def assert_no_trace(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_flatlora.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
+from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
 
 
 class OfTorchtune(nn.Module):

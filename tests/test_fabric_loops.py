@@ -21,7 +21,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from lightning_flatlora import loops
-from lightning_flatlora.finders import litgpt_pairs
+from lightning_flatlora.pairs.finders import litgpt_pairs
 
 METHODS = ("EFMLoRA", "FMLoRA")
 

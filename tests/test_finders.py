@@ -13,9 +13,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
-from lightning_flatlora import EFMLoRA, FMLoRA, LoRAPair, NoPairsError, Perturbation, Reader, find_pairs
-from lightning_flatlora.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora import EFMLoRA, FMLoRA, LoRAPair, NoPairsError, ParameterRef, Perturbation, find_pairs
+from lightning_flatlora.compat import MisconfigurationException
+from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
 
 RHO = 0.2
 
@@ -71,10 +71,10 @@ def test_callbacks_with_a_finder_can_be_pickled(finder: Any) -> None:
 @pytest.mark.parametrize(
     ("written", "finder"),
     [
-        ("lightning_flatlora.finders.litgpt_pairs", litgpt_pairs),
-        ("lightning_flatlora.finders.torchtune_pairs", torchtune_pairs),
-        ("lightning_flatlora.finders.nemo_pairs", nemo_pairs),
-        ({"class_path": "lightning_flatlora.finders.PairsByName", "init_args": vars(BY_NAME)}, BY_NAME),
+        ("lightning_flatlora.pairs.finders.litgpt_pairs", litgpt_pairs),
+        ("lightning_flatlora.pairs.finders.torchtune_pairs", torchtune_pairs),
+        ("lightning_flatlora.pairs.finders.nemo_pairs", nemo_pairs),
+        ({"class_path": "lightning_flatlora.pairs.finders.PairsByName", "init_args": vars(BY_NAME)}, BY_NAME),
     ],
 )
 def test_a_config_may_name_a_finder(monkeypatch: pytest.MonkeyPatch, written: Any, finder: Any) -> None:
@@ -113,8 +113,8 @@ def pair_of(layer: Any, **changes: Any) -> LoRAPair:
         "A": layer.lora_A,
         "B": layer.lora_B,
         "scaling": 1.5,
-        "readers": [Reader(layer, "lora_B")],
-        "A_readers": [Reader(layer, "lora_A")],
+        "readers": [ParameterRef(layer, "lora_B")],
+        "A_readers": [ParameterRef(layer, "lora_A")],
     }
     return LoRAPair(**(settings | changes))
 
@@ -158,7 +158,7 @@ def test_factors_that_are_stored_transposed() -> None:
 def test_pairs_that_nothing_would_read(changes: dict[str, Any], said: str) -> None:
     layer = Bare()
     if changes.get("readers"):
-        changes = {"readers": [Reader(layer, name) for name in changes["readers"]]}
+        changes = {"readers": [ParameterRef(layer, name) for name in changes["readers"]]}
     with pytest.raises(ValueError, match=said):
         find_pairs(layer, finder=lambda model: [pair_of(layer, **changes)])
 
@@ -174,7 +174,7 @@ def test_pairs_that_nothing_would_read(changes: dict[str, Any], said: str) -> No
 )
 def test_rows_that_are_not_there(rows: range, said: str) -> None:
     layer = Bare()
-    pair = pair_of(layer, B_rows=rows, readers=[Reader(layer, "lora_B", rows)])
+    pair = pair_of(layer, B_rows=rows, readers=[ParameterRef(layer, "lora_B", rows)])
     with pytest.raises(ValueError, match=said):
         find_pairs(layer, finder=lambda model: [pair])
 
@@ -225,9 +225,9 @@ def test_rows_that_overlap_are_shared_and_others_are_not(second: range, is_found
     layer.lora_B = nn.Parameter(torch.zeros(6, 1))
     found = []
     for index, rows in enumerate((range(3), second)):
-        reader = Reader(layer, "lora_B", rows)
+        reader = ParameterRef(layer, "lora_B", rows)
         of_A = range(index, index + 1)
-        changes = {"readers": [reader], "A_readers": [Reader(layer, "lora_A", of_A)]}
+        changes = {"readers": [reader], "A_readers": [ParameterRef(layer, "lora_A", of_A)]}
         found.append(pair_of(layer, name=str(rows), A_rows=of_A, B_rows=rows, **changes))
     if is_found:
         assert len(find_pairs(layer, finder=lambda model: found).pairs) == 2
@@ -239,7 +239,7 @@ def test_rows_that_overlap_are_shared_and_others_are_not(second: range, is_found
 def test_a_tied_pair_has_two_readers() -> None:
     one, two = Bare(), Bare()
     two.lora_A, two.lora_B = one.lora_A, one.lora_B
-    readers = [Reader(one, "lora_B"), Reader(two, "lora_B")]
+    readers = [ParameterRef(one, "lora_B"), ParameterRef(two, "lora_B")]
     pairs = find_pairs(one, finder=lambda model: [pair_of(one, readers=readers)]).pairs
     assert pairs[0].readers == readers
     (found,) = find_pairs(nn.Sequential(one, two), finder=litgpt_pairs).pairs

@@ -8,39 +8,35 @@ import lightning_flatlora
 ROOT = Path(lightning_flatlora.__file__).parent
 TORCH_ONLY = (
     "class_overlay.py",
-    "finders.py",
     "forward_gate.py",
     "functional.py",
-    "lora_pair.py",
-    "optimizer_hooks.py",
-    "pair_stacks.py",
-    "pair_watch.py",
-    "pairs.py",
-    "perturbation.py",
-    "read_through.py",
-    "schedules.py",
-    "distributed.py",
-    "clip/attention.py",
-    "clip/targets.py",
     "layer_noise.py",
+    "optimizer_hooks.py",
     "output_terms.py",
+    "perturbed_read.py",
+    "schedules.py",
+    "sharding.py",
     "weight_noise.py",
     "wrappers.py",
-    *(f"flatness/{path.name}" for path in (ROOT / "flatness").glob("*.py")),
+    *(
+        str(path.relative_to(ROOT))
+        for room in ("clip", "flatness", "pairs", "perturbation")
+        for path in (ROOT / room).glob("*.py")
+    ),
 )
 TYPES_ONLY = {"torch.distributed.fsdp", "torch.distributed.tensor"}
 ENGINE = 2
 LAYERS = {
     "functional": 1,
-    "callbacks": 3,
-    "lightning_names": 3,
+    "compat": 3,
     "methods": 3,
-    "__init__": 4,
-    "baselines": 4,
-    "loop_method": 4,
-    "loops": 4,
-    "module": 4,
-    "pytorch_lightning": 4,
+    "callbacks": 4,
+    "__init__": 5,
+    "baselines": 5,
+    "loop_method": 5,
+    "loops": 5,
+    "module": 5,
+    "pytorch_lightning": 5,
 }
 """The layers of docs/architecture.md, by the package's own files and folders; all others belong to the engine."""
 
@@ -100,21 +96,34 @@ def test_the_order_of_layers_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "file.py"
     path.write_text(
         "import lightning_flatlora.module\n"
-        "from lightning_flatlora import Reader, loops\n"
-        "def f():\n    from lightning_flatlora.baselines.sam import x\n"
+        "from lightning_flatlora import ParameterRef, loops\n"
+        "def f():\n    from lightning_flatlora.callbacks.base import x\n"
     )
-    assert places_imported_by(path) == {"module", "loops", "Reader", "baselines"}
-    from_below = ["functional", "pairs", "flatness", "callbacks", "loops", "Reader"]
-    assert [layer_of(place) for place in from_below] == [1, 2, 2, 3, 4, 4]
+    assert places_imported_by(path) == {"module", "loops", "ParameterRef", "callbacks"}
+    from_below = ["functional", "pairs", "flatness", "methods", "callbacks", "loops", "ParameterRef"]
+    assert [layer_of(place) for place in from_below] == [1, 2, 2, 3, 4, 5, 5]
     for place in LAYERS:
         assert (ROOT / place).is_dir() or (ROOT / f"{place}.py").is_file(), place
+
+
+def test_the_methods_know_no_trainer() -> None:
+    """They stand under callbacks, the module and loops alike."""
+    for path in (ROOT / "methods").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning.pytorch"):
+                assert node.module == "lightning.pytorch.utilities.rank_zero", path
+
+
+def test_files_of_the_package_are_short() -> None:
+    for path in ROOT.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path
 
 
 def test_the_engine_knows_no_lightning() -> None:
     for name in TORCH_ONLY:
         found = imports(ROOT / name)
         assert not any(module.split(".")[0] == "lightning" for module in found), name
-        assert "lightning_flatlora.lightning_names" not in found, name
+        assert "lightning_flatlora.compat" not in found, name
 
 
 def test_the_other_name_of_lightning_is_imported_for_its_users_alone() -> None:
@@ -126,7 +135,7 @@ def test_the_other_name_of_lightning_is_imported_for_its_users_alone() -> None:
 def test_objects_of_lightning_are_told_apart_under_both_of_its_names() -> None:
     """An isinstance, and an except, with a class of lightning.pytorch would miss pytorch_lightning's of that name."""
     for path in ROOT.rglob("*.py"):
-        if path.name == "lightning_names.py":
+        if path.name == "compat.py":
             continue
         tree = ast.parse(path.read_text())
         froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -172,7 +181,7 @@ def test_collectives_are_in_one_file() -> None:
     for path in ROOT.rglob("*.py"):
         sends = {module for module in imports(path) if module.startswith("torch.distributed")} - TYPES_ONLY
         gathers = any(word in path.read_text() for word in (".full_tensor(", ".redistribute(", "summon_full_params"))
-        assert path.name == "distributed.py" or not (sends or gathers), path
+        assert path.name == "sharding.py" or not (sends or gathers), path
 
 
 def test_facts_about_strategies_are_in_one_file() -> None:

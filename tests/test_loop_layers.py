@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import EFMLoRA, Perturbation, find_pairs, loops, read_through
-from lightning_flatlora.finders import litgpt_pairs
+from lightning_flatlora import EFMLoRA, Perturbation, find_pairs, loops, perturbed_read
+from lightning_flatlora.pairs.finders import litgpt_pairs
 
 INPUTS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -250,7 +250,7 @@ def test_a_measurement_in_the_middle_leaves_the_loop_as_it_is(kind: str) -> None
             others = [Perturbation(pairs), Perturbation(pairs)]
             for other in others:
                 other.install()
-            read_through.install(pairs[0].A_readers[0])
+            perturbed_read.install(pairs[0].A_readers[0])
             with others[0].applied(others[0].ascend(1.0, at_perturbed=True).stacks):
                 squares(net, batch)
         optimizer.step()
@@ -259,7 +259,7 @@ def test_a_measurement_in_the_middle_leaves_the_loop_as_it_is(kind: str) -> None
             others[0].uninstall()
     flat.close()
     others[1].uninstall()
-    read_through.uninstall(pairs[0].A_readers[0])
+    perturbed_read.uninstall(pairs[0].A_readers[0])
     assert same(weights(net), weights(plain))
     assert_no_trace(net)
 

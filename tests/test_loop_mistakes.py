@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_flatlora import LinearRho, NoPairsError, loops
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 
 METHODS = ("EFMLoRA", "FMLoRA")
 

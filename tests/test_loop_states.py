@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.loop_method import STATE_KEY
 from lightning_flatlora.optimizer_hooks import before_loading
 

@@ -8,7 +8,7 @@ from helpers import Classifier, TwoPassClassifier, build, fit, make_loader
 from module_runs import whole_run
 from torch.optim import lr_scheduler
 
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 
 
 def scheduled(kind: str) -> Any:

@@ -280,7 +280,7 @@ def test_the_lora_of_another_library_is_named_and_no_second_one_advised(kind: ty
         find_pairs(nn.Sequential(nn.Linear(8, 8), kind()))
     message = str(caught.value)
     assert f"look like another library's LoRA, {kind.__name__}; without a finder only peft's are found" in message
-    assert "finder=lightning_flatlora.finders.litgpt_pairs" in message
+    assert "finder=lightning_flatlora.pairs.finders.litgpt_pairs" in message
     assert "get_peft_model" not in message
     assert "no LoRA layer" not in message
 

@@ -11,7 +11,7 @@ from perturbation_models import RHO, backward, model_and_pairs
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from lightning_flatlora import Perturbation, find_pairs, read_through
+from lightning_flatlora import Perturbation, find_pairs, perturbed_read
 from lightning_flatlora.flatness.sharpness import clean
 
 
@@ -139,7 +139,7 @@ def test_on_and_off_are_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
     perturbation.on()
     given: list[nn.Module] = []
-    monkeypatch.setattr(read_through, "perturb", lambda module, *rest: given.append(module))
+    monkeypatch.setattr(perturbed_read, "perturb", lambda module, *rest: given.append(module))
     for _ in range(2):
         perturbation.off()
         assert backward(model) == clean_loss
@@ -157,11 +157,11 @@ def test_a_pair_that_has_left_reads_clean_while_somebody_else_keeps_its_reader()
     perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
     perturbation.on()
     gone, stays = pairs[0].readers[0], pairs[1].readers[0]
-    read_through.install(gone)
+    perturbed_read.install(gone)
     perturbation.follow(pairs[1:])
     perturbation.on()
-    assert read_through.shown(gone) is None
-    assert read_through.shown(stays) is not None
+    assert perturbed_read.shown(gone) is None
+    assert perturbed_read.shown(stays) is not None
 
 
 def test_reading_without_install_is_refused() -> None:

@@ -12,7 +12,7 @@ from helpers import same
 from torch import nn
 from torchmetrics import MeanMetric
 
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.replay import Replay
 
 CPU = torch.device("cpu")

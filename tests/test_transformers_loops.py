@@ -28,7 +28,7 @@ from transformers import (
 from lightning_flatlora import EFMLoRA as LightningEFMLoRA
 from lightning_flatlora import FMLoRA as LightningFMLoRA
 from lightning_flatlora import LinearRho
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.loop_method import STATE_KEY
 from lightning_flatlora.loops import EFMLoRA
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.distributed import Layout
 from lightning_flatlora.methods.checks import choice_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of
 from lightning_flatlora.schedules import RhoSchedule
+from lightning_flatlora.sharding import Sharding
 
 Kind = Literal["nBAR", "oBAR"]
 
@@ -40,7 +40,7 @@ class BalancednessRegularization(MethodCallback):
             paper lets it decrease: ``LinearRho(alpha, 0)`` or ``CosineRho(alpha, 0)``.
         kind: "nBAR" compares the norms of the gradients, "oBAR" those of the factors.
         adapter_name: the peft adapter to balance; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
@@ -111,7 +111,7 @@ class BalancednessStep(StepMethod):
         for param_group in self.optimizer.param_groups:
             for parameter in param_group["params"]:
                 strength[id(parameter)] = alpha * param_group["lr"]
-        happens = Layout().all_finite(also_finite, self.pairs[0].B.device)
+        happens = Sharding().all_finite(also_finite, self.pairs[0].B.device)
         for pair in self.pairs:
             if pair.A.grad is None or pair.B.grad is None:
                 continue

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.distributed import Layout, average_gradients
 from lightning_flatlora.flatness import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems
 from lightning_flatlora.methods.step_method import StepMethod
@@ -19,6 +18,7 @@ from lightning_flatlora.output_terms import OutputTerm
 from lightning_flatlora.pairs import bare
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule, is_size
+from lightning_flatlora.sharding import Sharding, average_gradients
 from lightning_flatlora.weight_noise import AdaptedLinear, adapted_linears, derived_seed
 
 
@@ -56,8 +56,8 @@ class BiLoRA(MethodCallback):
         rank: of the auxiliary pairs, >= 1; None takes that of the layer's adapters, their sum if it has several.
         seed: of all A2, >= 0.
         adapter_name: the peft adapter next to which the pairs are put; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
-            there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that is perturbed.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`; of
+            those, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that is perturbed.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,
@@ -190,7 +190,7 @@ class BiLoRAStep(StepMethod):
         """Take one step up the gradient that the factors hold, and return to the ball; the host does not wait."""
         factors = self.factors
         average_gradients(factors)
-        happens = Layout().all_finite([*also_finite, *factors], factors[0].device)
+        happens = Sharding().all_finite([*also_finite, *factors], factors[0].device)
         gradients = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in factors]
         length = nn.utils.get_total_norm(factors) * self.step_size * happens
         for factor, direction in zip(factors, joint_ascent(gradients, 1.0), strict=True):

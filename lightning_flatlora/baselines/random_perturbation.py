@@ -30,8 +30,8 @@ class RandomPerturbation(MethodCallback):
             optimizer steps. The paper raises it, ``CosineRho(0, sigma)``, to 0.05 on language and 0.15 on CLIP.
         seed: of all noise, >= 0.
         adapter_name: the peft adapter that enters W'; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`; of those
-            there, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that gets noise.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`; of
+            those, ``litgpt_pairs`` and a ``PairsByName`` with ``base`` know the weight that gets noise.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work,

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora import read_through
+from lightning_flatlora import perturbed_read
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
 from lightning_flatlora.methods.gradients import parameters_of
@@ -128,7 +128,7 @@ class LoRASAM(MethodCallback):
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
         sync_ascent: average the ascent's gradient over the ranks; False leaves each rank its own E and sends nothing.
 
     Raises:
@@ -185,16 +185,16 @@ class LoRASAMStep(StepMethod):
         self.warn_of_rounding("B", [pair.B for pair in self.pairs])
         self.close()
         for reader in self._readers:
-            read_through.install(reader, self._layout.only_views)
-            self._installed.callback(read_through.uninstall, reader)
+            perturbed_read.install(reader, self._sharding.only_views)
+            self._installed.callback(perturbed_read.uninstall, reader)
 
     @override
     def close(self) -> None:
         self._installed.close()
 
     @property
-    def _readers(self) -> list[read_through.AnyReader]:
-        readers: list[read_through.AnyReader] = []
+    def _readers(self) -> list[perturbed_read.AnyRef]:
+        readers: list[perturbed_read.AnyRef] = []
         for pair in self.pairs:
             readers += pair.A_readers + pair.readers
         return readers
@@ -210,24 +210,24 @@ class LoRASAMStep(StepMethod):
         # Factors that stack, in the same order on every rank.
         groups: dict[object, list[nn.Parameter]] = defaultdict(list)
         for factor in self.ascending:
-            groups[self._layout.shape(factor), factor.dtype, factor.device].append(factor)
+            groups[self._sharding.shape(factor), factor.dtype, factor.device].append(factor)
         # A gradient that is missing counts as zero.
-        gradients = [self._layout.stack(group, gradients=True) for group in groups.values()]
+        gradients = [self._sharding.stack(group, gradients=True) for group in groups.values()]
         E: dict[nn.Parameter, Tensor] = {}
         for group, stack in zip(groups.values(), joint_ascent(gradients, self.current_rho), strict=True):
             for factor, of_factor in zip(group, stack, strict=True):
-                E[factor] = of_factor.view(self._layout.shape(factor))
+                E[factor] = of_factor.view(self._sharding.shape(factor))
         return self._applied(E)
 
     @contextmanager
     def _applied(self, E: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         """Let the layers read A + E_A and B + E_B; afterwards they read the clean factors."""
-        with read_through.restored(self._readers):
+        with perturbed_read.restored(self._readers):
             for pair in self.pairs:
                 for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
                     # A factor that is frozen is not perturbed.
                     for reader in readers if factor in E else ():
                         # A pair may be some rows of the parameter.
-                        rows = read_through.as_reader(reader).rows
-                        read_through.perturb(reader, rows_of(E[factor], rows))
+                        rows = perturbed_read.as_ref(reader).rows
+                        perturbed_read.perturb(reader, rows_of(E[factor], rows))
             yield

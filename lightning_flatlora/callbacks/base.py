@@ -14,7 +14,7 @@ from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, is_alone_i
 from lightning_flatlora.callbacks.passes import OnePass, Passes, TwoPasses, two_pass_problems
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, watched_parameters, window_of
-from lightning_flatlora.lightning_names import callbacks_of
+from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import message, optimizer_problems, refuse
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import PairSearch

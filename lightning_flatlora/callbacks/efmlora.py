@@ -34,7 +34,7 @@ class EFMLoRA(MethodCallback):
         every_n_steps: optimizer steps between refreshes; Ê is stale in between.
         adapter_name: the peft adapter to perturb; None takes the active ones. Several callbacks may be used together if
             each has an adapter of its own.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
 
     Raises:
         MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the

@@ -24,7 +24,7 @@ class FMLoRA(MethodCallback):
         start_step: optimizer steps of plain LoRA before the first ascent.
         every_n_steps: optimizer steps between ascents; the others are plain LoRA steps.
         adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
         sync_ascent: average the ascent's gradient over the ranks, so that all of them have the same E. False leaves
             each rank its own E (m-sharpness) and sends nothing.
 

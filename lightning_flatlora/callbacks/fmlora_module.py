@@ -14,11 +14,11 @@ from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.passes import Passes
 from lightning_flatlora.callbacks.patches import put_on_instance
-from lightning_flatlora.distributed import is_sharded
-from lightning_flatlora.lightning_names import MisconfigurationException, callback_of, callbacks_of
+from lightning_flatlora.compat import MisconfigurationException, callback_of, callbacks_of
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.fmlora import FMLoRAStep
 from lightning_flatlora.methods.replay import Replay
+from lightning_flatlora.sharding import is_sharded
 
 
 class FMLoRAModuleCallback(MethodCallback):

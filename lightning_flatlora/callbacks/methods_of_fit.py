@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_flatlora.callbacks.training_step import module_window, no_end, optimizer_steps
-from lightning_flatlora.lightning_names import callbacks_of, is_lightning
+from lightning_flatlora.compat import callbacks_of, is_lightning
 from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
 from lightning_flatlora.methods.checks import changed_settings, refuse
 from lightning_flatlora.methods.step_method import StepMethod

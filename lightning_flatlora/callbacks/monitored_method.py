@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.fmlora import FMLoRA
 from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
-from lightning_flatlora.lightning_names import callback_of, callbacks_of
+from lightning_flatlora.compat import callback_of, callbacks_of
 
 
 def method_of(trainer: Trainer) -> Any:

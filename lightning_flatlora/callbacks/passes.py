@@ -18,12 +18,12 @@ from lightning_flatlora.callbacks.patches import put_on_instance
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
-from lightning_flatlora.distributed import average_gradients, is_sharded
-from lightning_flatlora.lightning_names import callbacks_of
+from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
 from lightning_flatlora.methods.gradients import set_aside
 from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.sharding import average_gradients, is_sharded
 
 
 class Passes:

@@ -14,9 +14,9 @@ from torch._dynamo import OptimizedModule
 
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.flatness import MeanLoss
 from lightning_flatlora.flatness.measures import CURVATURES
-from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.methods.batches import clone_with_attributes, own_containers
 from lightning_flatlora.methods.put_back import eval_mode, random_state
 from lightning_flatlora.methods.replay import Replay

@@ -1,7 +1,7 @@
 """What the callbacks know about Lightning's strategies: which are refused and why, and when gradients are averaged.
 
 No other file of the package asks which strategy a Trainer has. What the ranks hold of a parameter, and the
-communication itself, is in :mod:`lightning_flatlora.distributed`.
+communication itself, is in :mod:`lightning_flatlora.sharding`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.callbacks.patches import nothing, put_on_instance
-from lightning_flatlora.lightning_names import callbacks_of, is_defined_by_lightning, is_lightning
+from lightning_flatlora.compat import callbacks_of, is_defined_by_lightning, is_lightning
 
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
 _OFFLOAD = "parameters would lie on the CPU, while E must be where the layers run"

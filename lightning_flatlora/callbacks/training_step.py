@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Stochasti
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_flatlora.lightning_names import callbacks_of, is_lightning
+from lightning_flatlora.compat import callbacks_of, is_lightning
 from lightning_flatlora.methods.gradients import parameters_of
 
 

@@ -10,7 +10,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from lightning_flatlora import read_through
+from lightning_flatlora import perturbed_read
 from lightning_flatlora.flatness.losses import Loss, LossGradient, value
 from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlaps, read
 from lightning_flatlora.functional import pseudo_inverse_roots
@@ -130,7 +130,7 @@ def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Directio
         for index, pair in enumerate(pairs):
             E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
             for reader in pair.readers:
-                read_through.perturb(reader, E.view_as(pair.B))
+                perturbed_read.perturb(reader, E.view_as(pair.B))
         return value(loss)
 
 

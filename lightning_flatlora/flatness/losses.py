@@ -8,7 +8,7 @@ import torch
 from peft.helpers import DoraCaching
 from torch import Tensor, nn
 
-from lightning_flatlora.distributed import average
+from lightning_flatlora.sharding import average
 
 Loss = Callable[[], Tensor]
 """The mean loss of fixed batches at the weights as the layers read them now: a differentiable scalar, without dropout

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_flatlora import read_through
+from lightning_flatlora import perturbed_read
 from lightning_flatlora.flatness.curvature import estimate
 from lightning_flatlora.flatness.factors import cosine_of, inner_product
 from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
@@ -235,7 +235,7 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
     """Return E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
     with clean(perturbation.pairs), perturbation.applied(fresh and fresh.stacks):
-        shown = [read_through.shown(pair.readers[0]) for pair in perturbation.pairs]
+        shown = [perturbed_read.shown(pair.readers[0]) for pair in perturbation.pairs]
     return [E.flatten(1) for E in shown if E is not None]
 
 
@@ -251,11 +251,11 @@ def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tenso
 def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
     """Let the layers read B, and be able to read B + E; afterwards they read what they read before."""
     readers = readers_of(pairs)
-    with read_through.restored(readers), ExitStack() as stack:
+    with perturbed_read.restored(readers), ExitStack() as stack:
         for reader in readers:
-            read_through.install(reader)
-            stack.callback(read_through.uninstall, reader)
-            read_through.perturb(reader, None)
+            perturbed_read.install(reader)
+            stack.callback(perturbed_read.uninstall, reader)
+            perturbed_read.perturb(reader, None)
         yield
 
 

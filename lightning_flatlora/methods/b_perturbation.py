@@ -46,9 +46,9 @@ class BPerturbationStep(StepMethod):
             self.close()
             self.perturbation = None
         elif self.perturbation is not None:
-            self.perturbation.follow(pairs, self._layout)
+            self.perturbation.follow(pairs, self._sharding)
         else:
-            self.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, self._layout)
+            self.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, self._sharding)
             if self.awaited is not None:
                 self.perturbation.load_state_dict(self.awaited, self.awaited["E"], may_be_new=True)
                 self.awaited = None

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.lightning_names import MisconfigurationException
 from lightning_flatlora.schedules import RhoSchedule, is_integer, is_size
 
 

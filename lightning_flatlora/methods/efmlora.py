@@ -46,7 +46,7 @@ class EFMLoRAStep(BPerturbationStep):
             return False
         # A frozen B is read clean in any case, and may be frozen for a part of a step only, as by toggle_optimizer. The
         # views that FSDP1's layers read don't know whether it is frozen.
-        return perturbation.learns or not self._layout.only_views
+        return perturbation.learns or not self._sharding.only_views
 
     @override
     def on(self) -> None:

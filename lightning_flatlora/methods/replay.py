@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.batches import clone_with_attributes, own_containers, tensors_in
 from lightning_flatlora.methods.buffers import Buffers, Mark, mark_of
 from lightning_flatlora.methods.put_back import PutBack, metrics_on_copies, own_attributes, random_state

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import nn
 from typing_extensions import Self
 
-from lightning_flatlora.distributed import Layout, layout_of
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods import checks
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
+from lightning_flatlora.sharding import Sharding, sharding_of
 
 
 # Compared by identity; subclasses are such dataclasses too, and add their own settings as fields.
@@ -90,7 +90,7 @@ class StepMethod:
         self.step = 0
         self.horizon = math.inf
         self.initial_lr: float | None = None
-        self._layout = Layout()
+        self._sharding = Sharding()
         # None as soon as a pair has had a gradient.
         self._steps_without_gradient: int | None = 0
         self._warnings = WarningCache()
@@ -119,7 +119,7 @@ class StepMethod:
             ValueError: the method can't work with any of these layers.
         """
         self.pairs = pairs
-        self._layout = layout_of(wrapped)
+        self._sharding = sharding_of(wrapped)
 
     def install(self) -> None:
         """Let the layers be able to read perturbed weights, after all checks."""
@@ -137,7 +137,7 @@ class StepMethod:
     @property
     def refreshes(self) -> bool:
         """Whether the coming step takes a fresh perturbation."""
-        # The count starts at start_step, so that this step is the first to perturb whatever every_n_steps is.
+        # Counted from start_step, so that this step is the first to perturb whatever every_n_steps is.
         since_start = self.step - self.start_step
         return since_start >= 0 and since_start % self.every_n_steps == 0
 
@@ -248,10 +248,9 @@ class StepMethod:
         if self._steps_without_gradient is None:
             return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
-        # Nobody expects a gradient while all pairs are frozen.
-        if not trained:
+        if not trained:  # nobody expects a gradient while all pairs are frozen
             return
-        missed = None if self._layout.has_gradient(trained) else self._steps_without_gradient + 1
+        missed = None if self._sharding.has_gradient(trained) else self._steps_without_gradient + 1
         self._steps_without_gradient = missed
         if missed == MOST_MISSED_STEPS:
             self.warn_without_gradient()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_flatlora.pairs.lora_pair import LoRAPair, PairSearch
-from lightning_flatlora.read_through import as_reader
+from lightning_flatlora.perturbed_read import as_ref
 
 SCALING_IS_0 = "its scaling is 0, so that no perturbation of B moves its weight"
 IS_SHARED = "a factor is shared with another pair or scaling, so its gradient is of several products"
@@ -96,9 +96,9 @@ def _misfit(pair: LoRAPair) -> str | None:
         return "A is trained and no reader of it is given (A_readers)"
     for factor, rows, readers in ((pair.A, pair.A_rows, pair.A_readers), (pair.B, pair.B_rows, pair.readers)):
         for each in readers:
-            reader = as_reader(each)
-            owner = f"{reader.attribute} of the reader {type(reader.module).__name__}"
-            if reader.module._parameters.get(reader.attribute) is not factor:
+            reader = as_ref(each)
+            owner = f"{reader.name} of the reader {type(reader.module).__name__}"
+            if reader.module._parameters.get(reader.name) is not factor:
                 return f"{owner} is another parameter"
             if reader.rows != rows:
                 return f"{owner} is read in the rows {reader.rows}, but the pair's are {rows}"

@@ -16,7 +16,7 @@ def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Fin
     Args:
         model: a module that contains LoRA layers at any depth.
         adapter_name: the adapter of peft to look at; None takes each layer's active ones.
-        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.finders`.
+        finder: says what the pairs are where the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
 
     Returns:
         The pairs, and what was left out and why.
@@ -84,7 +84,7 @@ def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | N
         lines += [
             f"The model holds layers that look like another library's LoRA, {', '.join(others)}; without a finder only "
             "peft's are found.",
-            "Give one, such as finder=lightning_flatlora.finders.litgpt_pairs, torchtune_pairs, nemo_pairs, or "
+            "Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, torchtune_pairs, nemo_pairs, or "
             'PairsByName(a="lora_A", b="lora_B", scaling="scaling") with the names that the layers have.',
         ]
     elif not layers and tuners:

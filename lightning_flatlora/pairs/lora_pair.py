@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from lightning_flatlora.read_through import AnyReader
+from lightning_flatlora.perturbed_read import AnyRef
 
 
 class NoPairsError(ValueError):
@@ -32,8 +32,8 @@ class LoRAPair:
         B: shape (n, r), or (n, r, 1, ...) for a convolution.
         scaling: s, alpha / r (or alpha / sqrt(r) with rsLoRA).
         readers: where the layers read B: modules whose ``weight`` it is, such as peft's ``lora_B``, or a
-            :class:`~lightning_flatlora.Reader` for another attribute or some rows of it. Several where the adapter is
-            tied.
+            :class:`~lightning_flatlora.ParameterRef` for another attribute or some rows of it. Several if the adapter
+            is tied.
         A_readers: where the layers read A.
         layers: the modules in whose forward B is read, for the methods of :mod:`lightning_flatlora.loops`; empty where
             these are the readers themselves.
@@ -56,8 +56,8 @@ class LoRAPair:
     A: nn.Parameter
     B: nn.Parameter
     scaling: float
-    readers: list[AnyReader] = field(default_factory=list)
-    A_readers: list[AnyReader] = field(default_factory=list)
+    readers: list[AnyRef] = field(default_factory=list)
+    A_readers: list[AnyRef] = field(default_factory=list)
     layers: list[nn.Module] = field(default_factory=list)
     A_rows: range | None = None
     B_rows: range | None = None
@@ -117,7 +117,7 @@ class Finder(Protocol):
 
     Example:
         >>> import torch
-        >>> from lightning_flatlora import LoRAPair, Reader, find_pairs
+        >>> from lightning_flatlora import LoRAPair, ParameterRef, find_pairs
         >>> class LoRALinear(nn.Linear):
         ...     def __init__(self):
         ...         super().__init__(4, 3)
@@ -128,7 +128,7 @@ class Finder(Protocol):
         ...     pairs = []
         ...     for name, layer in model.named_modules():
         ...         if isinstance(layer, LoRALinear):
-        ...             where = {"readers": [Reader(layer, "B")], "A_readers": [Reader(layer, "A")]}
+        ...             where = {"readers": [ParameterRef(layer, "B")], "A_readers": [ParameterRef(layer, "A")]}
         ...             pairs.append(LoRAPair(f"{name}.B", layer.A, layer.B, scaling=2.0, **where))
         ...     return pairs
         >>> [pair.name for pair in find_pairs(nn.Sequential(LoRALinear()), finder=my_pairs).pairs]
@@ -165,9 +165,9 @@ def trained_factors(pairs: Iterable[LoRAPair]) -> list[nn.Parameter]:
     return [factor for factor in all_factors(pairs) if factor.requires_grad]
 
 
-def readers_of(pairs: Iterable[LoRAPair]) -> list[AnyReader]:
+def readers_of(pairs: Iterable[LoRAPair]) -> list[AnyRef]:
     """Where the layers read the B of pairs."""
-    readers: list[AnyReader] = []
+    readers: list[AnyRef] = []
     for pair in pairs:
         readers += pair.readers
     return readers

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_flatlora.distributed import Layout, matrix_shape
 from lightning_flatlora.functional import (
     Ascent,
     Estimator,
@@ -19,6 +18,7 @@ from lightning_flatlora.functional import (
 )
 from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
 from lightning_flatlora.perturbation.pair_state import PairState
+from lightning_flatlora.sharding import Sharding, matrix_shape
 
 LARGEST_STACK = 2**18
 """Elements of a stacked factor in one computation on a CPU: 1 MB of float32, which its caches hold.
@@ -51,19 +51,19 @@ class PairStack:
     Args:
         pairs: as :func:`stackable` groups them.
         estimator: which gradients the ascent is taken from; for a pair whose A has none it is "projected".
-        layout: how the ranks share the factors.
+        sharding: how the ranks share the factors.
     """
 
-    def __init__(self, pairs: list[LoRAPair], estimator: Estimator, layout: Layout) -> None:
+    def __init__(self, pairs: list[LoRAPair], estimator: Estimator, sharding: Sharding) -> None:
         B = pairs[0].B
         self.pairs = pairs
-        self._layout = layout
+        self._sharding = sharding
         self._estimator = estimator
         # Of which pairs the last ascent did not read the gradient of A.
         self._projected_rows = [True] * len(pairs)
         self.dtype = torch.promote_types(B.dtype, torch.float32)
         self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
-        n, r = matrix_shape(layout.shape(B))
+        n, r = matrix_shape(sharding.shape(B))
         if pairs[0].B_rows is not None:
             n = len(pairs[0].B_rows)
         self.E = torch.zeros(len(pairs), n, r, dtype=self.dtype, device=B.device)
@@ -106,14 +106,14 @@ class PairStack:
 
     def count_missed_steps(self) -> None:
         """Count the step of the current gradients, see :meth:`Perturbation.forget_missing`."""
-        have_gradients = self._layout.have_gradients([pair.B for pair in self.pairs])
+        have_gradients = self._sharding.have_gradients([pair.B for pair in self.pairs])
         if all(have_gradients) and not any(self.missed_steps):
             return
         for i, (pair, missed) in enumerate(zip(self.pairs, self.missed_steps, strict=True)):
             if missed is None:
                 continue
             # A sharded B is read perturbed even when it is frozen.
-            reads_E = pair.B.requires_grad or self._layout.splits(pair.B)
+            reads_E = pair.B.requires_grad or self._sharding.splits(pair.B)
             if have_gradients[i]:
                 self.missed_steps[i] = 0
             elif reads_E and missed + 1 < MOST_MISSED_STEPS:
@@ -154,7 +154,7 @@ class PairStack:
         """
         if self._estimator == "projected":
             return [True] * len(self.pairs)
-        have = self._layout.have_gradients([pair.A for pair in self.pairs])
+        have = self._sharding.have_gradients([pair.A for pair in self.pairs])
         return [not (has or pair.learns_A) for pair, has in zip(self.pairs, have, strict=True)]
 
     def _averaged(self, A: Tensor, grad_B: Tensor, at_perturbed: bool) -> Ascent:
@@ -168,7 +168,7 @@ class PairStack:
 
     def _update_mask(self) -> None:
         """Note which B have a gradient; the mask is filled on the device when it changes, so no copy is waited for."""
-        rows = self._layout.have_gradients([pair.B for pair in self.pairs])
+        rows = self._sharding.have_gradients([pair.B for pair in self.pairs])
         if rows == self._rows_with_gradient:
             return
         self._rows_with_gradient = rows
@@ -203,25 +203,25 @@ class PairStack:
 
     def _stacked(self, parameters: list[nn.Parameter], rows: list[range | None], gradients: bool) -> Tensor:
         if rows[0] is None:
-            return self._layout.stack(parameters, gradients=gradients).to(self.dtype)
+            return self._sharding.stack(parameters, gradients=gradients).to(self.dtype)
         # Several pairs may be rows of one parameter, which is gathered once.
         places: dict[nn.Parameter, int] = {}
         for parameter in parameters:
             places.setdefault(parameter, len(places))
-        whole = self._layout.stack(list(places), gradients=gradients)
+        whole = self._sharding.stack(list(places), gradients=gradients)
         parts = []
         for parameter, of_pair in zip(parameters, rows, strict=True):
             parts.append(rows_of(whole[places[parameter]], of_pair))
         return torch.stack(parts).to(self.dtype)
 
 
-def stackable(pairs: Iterable[LoRAPair], layout: Layout) -> list[list[LoRAPair]]:
+def stackable(pairs: Iterable[LoRAPair], sharding: Sharding) -> list[list[LoRAPair]]:
     """Pairs grouped by shapes, dtypes and device, in parts of at most the largest stack."""
     groups: dict[Any, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
         A, B = pair.A, pair.B
         rows = [part and len(part) for part in (pair.A_rows, pair.B_rows)]
-        key = (layout.shape(A), layout.shape(B), A.dtype, B.dtype, B.device, *rows)
+        key = (sharding.shape(A), sharding.shape(B), A.dtype, B.dtype, B.device, *rows)
         groups[key].append(pair)
     parts = []
     for (A_shape, B_shape, *_), group in groups.items():
@@ -252,7 +252,7 @@ def fresh_perturbation(
     rho: float | Tensor,
     at_perturbed: bool,
     also_finite: Iterable[nn.Parameter],
-    layout: Layout,
+    sharding: Sharding,
 ) -> FreshPerturbation:
     """Take E from gradients (Eqs. 10-15), see :meth:`Perturbation.ascend`; autograd and autocast must be off."""
     ascents = [stack.ascent(at_perturbed) for stack in stacks]
@@ -265,7 +265,7 @@ def fresh_perturbation(
     # Not float32 for all, in which the squares of large float64 gradients are infinite.
     dtype = reduce(torch.promote_types, [norm.dtype for norm in norms])
     device = stacks[0].E.device
-    finite = layout.all_finite(unread, device) & torch.isfinite(_total(norms, device, dtype))
+    finite = sharding.all_finite(unread, device) & torch.isfinite(_total(norms, device, dtype))
     if norm_scope == "global":
         total = _total(norms, norms[0].device, norms[0].dtype)
         norms = [total.to(norm.device, norm.dtype).expand_as(norm) for norm in norms]

@@ -8,13 +8,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_flatlora import read_through
-from lightning_flatlora.distributed import Layout
+from lightning_flatlora import perturbed_read
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.perturbation.pair_stack import FreshPerturbation, PairStack, fresh_perturbation, stackable
 from lightning_flatlora.perturbation.pair_state import PairState, other_shape, problems_text, state_problems
 from lightning_flatlora.schedules import is_size
+from lightning_flatlora.sharding import Sharding
 
 
 class Perturbation:
@@ -36,7 +36,7 @@ class Perturbation:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
         estimator: "average" (Eq. 12) or "projected" (G P_A); pairs whose A has no gradient take the latter.
         norm_scope: "global", one ball of radius rho over all pairs, or "layer", one for each.
-        layout: how the ranks share the factors; None where each holds them whole, or as DTensors.
+        sharding: how the ranks share the factors; None where each holds them whole, or as DTensors.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -58,7 +58,7 @@ class Perturbation:
         pairs: list[LoRAPair],
         estimator: Estimator = "average",
         norm_scope: NormScope = "global",
-        layout: Layout | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         _check_choice("estimator", estimator, get_args(Estimator))
         _check_choice("norm_scope", norm_scope, get_args(NormScope))
@@ -67,15 +67,15 @@ class Perturbation:
         self.pairs = pairs
         self.norm_scope: NormScope = norm_scope
         self._estimator: Estimator = estimator
-        self._layout = layout or Layout()
+        self._sharding = sharding or Sharding()
         self._stacks = self._stacked(pairs)
         self.is_installed = False
-        self._switch = read_through.Switch()
+        self._switch = perturbed_read.Switch()
         # By name, from a checkpoint: the states of pairs that the model does not train yet.
         self._waiting: dict[str, PairState] = {}
 
     def _stacked(self, pairs: list[LoRAPair]) -> list[PairStack]:
-        return [PairStack(group, self._estimator, self._layout) for group in stackable(pairs, self._layout)]
+        return [PairStack(group, self._estimator, self._sharding) for group in stackable(pairs, self._sharding)]
 
     def _places(self) -> Iterator[tuple[PairStack, int, LoRAPair]]:
         """Every pair, with its stack and its place in that."""
@@ -87,7 +87,7 @@ class Perturbation:
     def _device(self) -> torch.device:
         return self._stacks[0].E.device
 
-    def follow(self, pairs: list[LoRAPair], layout: Layout | None = None) -> None:
+    def follow(self, pairs: list[LoRAPair], sharding: Sharding | None = None) -> None:
         """Continue with the pairs that the model has now: those that stay keep their E, new ones start at zero.
 
         If a pair's scaling s has changed, s E stays what it was, and with it the perturbation of the full weight. The
@@ -95,13 +95,13 @@ class Perturbation:
 
         Args:
             pairs: at least one, from another search of the same model.
-            layout: how the ranks share their factors; None where each holds them whole, or as DTensors.
+            sharding: how the ranks share their factors; None where each holds them whole, or as DTensors.
         """
         was_installed = self.is_installed
         self.uninstall()
         # By the identity of B: names change when a module is wrapped.
         before = {pair.key: (pair, stack.state(i)) for stack, i, pair in self._places()}
-        self.pairs, self._layout = pairs, layout or Layout()
+        self.pairs, self._sharding = pairs, sharding or Sharding()
         self._stacks = self._stacked(pairs)
         reshaped = []
         for stack, i, pair in self._places():
@@ -125,7 +125,7 @@ class Perturbation:
         """Make every reader able to read B + E; until :meth:`on` they read B."""
         if not self.is_installed:
             for reader in readers_of(self.pairs):
-                read_through.install(reader, self._layout.only_views)
+                perturbed_read.install(reader, self._sharding.only_views)
         self.is_installed = True
 
     def uninstall(self) -> None:
@@ -133,9 +133,9 @@ class Perturbation:
         if self.is_installed:
             self.off()
             # Readers that somebody else keeps installed still listen to the old switch, which is off.
-            self._switch = read_through.Switch()
+            self._switch = perturbed_read.Switch()
             for reader in readers_of(self.pairs):
-                read_through.uninstall(reader)
+                perturbed_read.uninstall(reader)
         self.is_installed = False
 
     def on(self) -> None:
@@ -164,18 +164,18 @@ class Perturbation:
         """
         if perturbations is None:
             perturbations = [stack.E for stack in self._stacks]
-        with read_through.restored(readers_of(self.pairs)):
-            self._connect(perturbations, read_through.Switch(is_on=True))
+        with perturbed_read.restored(readers_of(self.pairs)):
+            self._connect(perturbations, perturbed_read.Switch(is_on=True))
             yield
 
-    def _connect(self, perturbations: list[Tensor], switch: read_through.Switch) -> None:
+    def _connect(self, perturbations: list[Tensor], switch: perturbed_read.Switch) -> None:
         """Give every reader its slice of the stacked perturbations, to add while a switch is on."""
         for stack, stacked_E in zip(self._stacks, perturbations, strict=True):
             for pair, E in zip(stack.pairs, stacked_E.unbind(), strict=True):
                 # Shaped as B is, which of a convolution has a kernel's dimensions.
-                view = E.view(len(E), *self._layout.shape(pair.B)[1:])
+                view = E.view(len(E), *self._sharding.shape(pair.B)[1:])
                 for reader in pair.readers:
-                    read_through.perturb(reader, view, switch)
+                    perturbed_read.perturb(reader, view, switch)
 
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
@@ -202,7 +202,7 @@ class Perturbation:
     def _ascend(
         self, rho: float | Tensor, at_perturbed: bool, also_finite: Iterable[nn.Parameter]
     ) -> FreshPerturbation:
-        return fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, also_finite, self._layout)
+        return fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, also_finite, self._sharding)
 
     def assign(self, fresh: FreshPerturbation) -> None:
         """Set E := fresh (Algorithm 1)."""
@@ -248,11 +248,11 @@ class Perturbation:
     @property
     def has_gradient(self) -> bool:
         """Whether any pair has a gradient at all, known to the host."""
-        return self._layout.has_gradient(pair.B for pair in self.pairs)
+        return self._sharding.has_gradient(pair.B for pair in self.pairs)
 
     def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
-        return self._layout.all_finite(parameters, self._device)
+        return self._sharding.all_finite(parameters, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""

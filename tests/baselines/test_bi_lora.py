@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from lightning_flatlora import find_pairs
 from lightning_flatlora.baselines import BiLoRA
 from lightning_flatlora.baselines.bi_lora import BiLoRAStep
-from lightning_flatlora.finders import PairsByName
 from lightning_flatlora.output_terms import _AddsTerms
+from lightning_flatlora.pairs.finders import PairsByName
 
 
 def states(owner: BiLoRA | BiLoRAStep) -> dict[str, dict[str, Tensor]]:

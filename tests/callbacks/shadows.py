@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from torch import nn
 
-from lightning_flatlora import FMLoRAModule, read_through
+from lightning_flatlora import FMLoRAModule, perturbed_read
 from lightning_flatlora.module import _NOT_CALLED
 
 CALLBACK_HOOKS = [name for name in dir(Callback) if name.startswith("on_")] + ["setup", "teardown"]
@@ -114,5 +114,5 @@ def watched(front_end: str, **settings: Any) -> tuple[Any, list[Callback], dict[
 
 def shown(net: nn.Module) -> dict[str, torch.Tensor]:
     """The E that each reader adds now, by module name."""
-    E = {name: read_through.shown(module) for name, module in net.named_modules()}
+    E = {name: perturbed_read.shown(module) for name, module in net.named_modules()}
     return {name: tensor.clone() for name, tensor in E.items() if tensor is not None}

@@ -8,7 +8,7 @@ from helpers import FEATURES, FRONT_ENDS, Classifier, TwoPassClassifier, build, 
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_flatlora import EFMLoRA, Perturbation, find_pairs, loops, read_through
+from lightning_flatlora import EFMLoRA, Perturbation, find_pairs, loops, perturbed_read
 
 
 def two_adapters() -> nn.Module:
@@ -74,7 +74,7 @@ class BothInAStep(TrainsBoth):
             module.net.set_adapter(adapter)
             losses.append(super().loss(batch, batch_idx))  # type: ignore[misc]
             reader = module.net.base_model.model[0].lora_B[adapter]
-            READ.append((module.global_step, adapter, read_through.shown(reader) is not None))
+            READ.append((module.global_step, adapter, perturbed_read.shown(reader) is not None))
         # peft has frozen the first one again, and its gradient would not be kept.
         for name, parameter in module.net.named_parameters():
             parameter.requires_grad_("lora" in name)
@@ -121,7 +121,7 @@ class OneAfterTheOther(TrainsBoth, Classifier):
             optimizer: Any = self.optimizers()
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch, batch_idx))
-            self.read.append((adapter, read_through.shown(net.base_model.model[0].lora_B[adapter]) is not None))
+            self.read.append((adapter, perturbed_read.shown(net.base_model.model[0].lora_B[adapter]) is not None))
             optimizer.step()
 
 

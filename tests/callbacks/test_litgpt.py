@@ -36,8 +36,8 @@ from lightning_flatlora import (
     load_adapter_checkpoint,
 )
 from lightning_flatlora.baselines import BalancednessRegularization, LoRASAM, RandomPerturbation
-from lightning_flatlora.finders import PairsByName, litgpt_pairs
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
+from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs
 from lightning_flatlora.weight_noise import WeightNoise
 
 RHO = 0.3

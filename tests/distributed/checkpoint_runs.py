@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
-from lightning_flatlora.distributed import is_sharded, layout_of
+from lightning_flatlora.sharding import is_sharded, sharding_of
 
 BATCHES, EPOCHS, EVERY = 6, 2, 3
 MIDDLE, END = 9, BATCHES * EPOCHS
@@ -253,7 +253,7 @@ def wrapped_inside() -> dict[str, Any]:
     unit = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
     model = nn.ModuleDict({"unit": unit})
     model.register_parameter("scale", scale)
-    layout = layout_of(model)
+    layout = sharding_of(model)
     found = {name: layout.gather(p, p) for name, p in inner.named_parameters()}
     parts = [torch.equal(layout.part(found[name], p), p) for name, p in inner.named_parameters()]
     return {

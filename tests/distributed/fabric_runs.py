@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_flatlora import loops
-from lightning_flatlora.distributed import Layout
+from lightning_flatlora.sharding import Sharding
 
 BATCHES = 6
 
@@ -63,7 +63,7 @@ def train(strategy: str, method: str, window: int = 1) -> dict[str, Any]:
     )
     E = flat.perturbation.state_dict()["E"]
     flat.close()
-    weights = {name: Layout().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad}
+    weights = {name: Sharding().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad}
     callback = fits.train(strategy, method, window, epochs=1, batches=BATCHES)
     return {"loop": {"weights": weights, "E": E}, "callback": callback}
 
@@ -88,7 +88,7 @@ def resumed(folder: str) -> dict[str, Any]:
             run(flat, model, optimizer, list(islice(loader, first, last)), backward=fabric.backward)
             if last < 6:
                 fabric.save(folder, {**state, "flat": flat.state_dict()})
-        ends.append({name: Layout().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad})
+        ends.append({name: Sharding().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad})
         flat.close()
     return {"whole": ends[0], "resumed": ends[1]}
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA
-from lightning_flatlora.finders import litgpt_pairs
+from lightning_flatlora.pairs.finders import litgpt_pairs
 
 RHO, BETA, STEPS, ROWS = 0.3, 0.7, 4, 4
 

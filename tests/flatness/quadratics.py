@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_flatlora import LoRAPair, Perturbation, find_pairs, read_through
+from lightning_flatlora import LoRAPair, Perturbation, find_pairs, perturbed_read
 
 RHO = 0.3
 
@@ -56,7 +56,7 @@ def all_shown(pairs: list[LoRAPair]) -> list[Tensor | None]:
     """What each reader adds to its weight now."""
     shown = []
     for pair in pairs:
-        shown += [read_through.shown(reader) for reader in pair.readers]
+        shown += [perturbed_read.shown(reader) for reader in pair.readers]
     return shown
 
 

@@ -14,7 +14,7 @@ from lightning_flatlora.callbacks.adapter_checkpoint.loading import read_adapter
 from lightning_flatlora.callbacks.adapter_checkpoint.saving import adapters_only, dry_run
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.pairs.lora_pair import Finder
 
@@ -136,9 +136,9 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
 
     Args:
         args: as for ModelCheckpoint.
-        finder: of layers that are not peft's, see :mod:`lightning_flatlora.finders`. The base is then the child modules
-            that hold them, and the folder has the factors by name: in ``lit_model.pth.lora``, which litgpt's scripts
-            read, or in ``factors.safetensors``.
+        finder: of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`. The base is then the child
+            modules that hold them, and the folder has the factors by name: in ``lit_model.pth.lora``, which litgpt's
+            scripts read, or in ``factors.safetensors``.
         kwargs: as for ModelCheckpoint.
 
     Raises:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents
-from lightning_flatlora.finders import litgpt_pairs
+from lightning_flatlora.pairs.finders import litgpt_pairs
 from lightning_flatlora.pairs.lora_pair import Finder
 
 # In each folder: the name of its checkpoint, and the names of what we wrote.

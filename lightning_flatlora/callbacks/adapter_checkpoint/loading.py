@@ -15,10 +15,10 @@ from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import differ
 from lightning_flatlora.callbacks.adapter_checkpoint.optimizer_states import scatter_state
 from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK
 from lightning_flatlora.callbacks.patches import put_on
-from lightning_flatlora.distributed import is_sharded, layout_of
-from lightning_flatlora.lightning_names import MisconfigurationException, is_lightning
+from lightning_flatlora.compat import MisconfigurationException, is_lightning
 from lightning_flatlora.pairs import clean_name
 from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.sharding import is_sharded, sharding_of
 
 
 def load_adapter_checkpoint(
@@ -96,7 +96,7 @@ def read_adapters(trainer: Trainer, finder: Finder | None) -> None:
             # None if only weights were saved: whether that is an error is for Lightning to say.
             states = checkpoint.get("optimizer_states", [])
             for optimizer, saved in zip(strategy.optimizers, states, strict=bool(states)):
-                scatter_state(optimizer, saved, layout_of(strategy.model))
+                scatter_state(optimizer, saved, sharding_of(strategy.model))
 
     put_on(strategy, {"load_checkpoint": load, "load_model_state_dict": load_state})
 
@@ -126,7 +126,7 @@ def _load_weights(
         trainer: whose strategy may have split the parameters.
     """
     model = trainer.strategy.model if trainer else None
-    layout, left_out = layout_of(model), checkpoint[MARK]["left_out"]
+    sharding, left_out = sharding_of(model), checkpoint[MARK]["left_out"]
     kept, base = contents.divided_state(module, finder)
     # A module's on_load_checkpoint may have completed the state dict by itself.
     state = {name: value for name, value in checkpoint["state_dict"].items() if name not in left_out}
@@ -134,8 +134,8 @@ def _load_weights(
     for name, value in state.items():
         parameter: Any = kept.get(name, base.get(name))
         # A value of another shape stays whole, so that PyTorch refuses it by its name.
-        if layout.splits(parameter) and layout.shape(parameter) == value.shape:
-            state[name] = layout.part(value, parameter)
+        if sharding.splits(parameter) and sharding.shape(parameter) == value.shape:
+            state[name] = sharding.part(value, parameter)
     with contents.unwrapped(module):
         # By PyTorch's method, as it was saved. Not strict, since the base is not in the file.
         keys = nn.Module.load_state_dict(module, state, strict=False)

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_flatlora.distributed import Layout
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.gradients import parameters_of
+from lightning_flatlora.sharding import Sharding
 
 # Not PyTorch's get_optimizer_state_dict and set_optimizer_state_dict, which take a step to create the state of every
 # parameter, also of those that have none: because nothing of them lies on this rank, or because they had no gradient.
 
 
-def gather_state(optimizer: Optimizer, layout: Layout) -> dict[str, Any]:
+def gather_state(optimizer: Optimizer, sharding: Sharding) -> dict[str, Any]:
     """Give an optimizer's state in its own format, with whole values; every rank must call this."""
     parameters, packed = parameters_of(optimizer), optimizer.state_dict()
     state = packed.get("state", {})
@@ -28,7 +28,7 @@ def gather_state(optimizer: Optimizer, layout: Layout) -> dict[str, Any]:
             else:
                 outline[index, key] = value.shape if isinstance(value, Tensor) and value.numel() > 1 else value
     # Before anything is refused, since a rank that failed alone would leave the others waiting.
-    merged = layout.merged(outline)
+    merged = sharding.merged(outline)
     odd = {*packed, *state} - {"state", "param_groups", *range(len(parameters))}
     odd.update(key for (_, key), value in merged.items() if isinstance(value, torch.Size))
     if odd:
@@ -41,18 +41,18 @@ def gather_state(optimizer: Optimizer, layout: Layout) -> dict[str, Any]:
         if isinstance(value, torch.dtype):
             parameter = parameters[index]
             part = state.get(index, {}).get(key, parameter.detach().new_empty(0, dtype=value))
-            value = layout.gather(part, parameter)
+            value = sharding.gather(part, parameter)
         whole.setdefault(index, {})[key] = value
     return {**packed, "state": whole}
 
 
-def scatter_state(optimizer: Optimizer, saved: dict[str, Any], layout: Layout) -> None:
+def scatter_state(optimizer: Optimizer, saved: dict[str, Any], sharding: Sharding) -> None:
     """Load what this rank keeps of a whole state into an optimizer; the inverse of :func:`gather_state`."""
     state = dict(saved["state"])
     for index, parameter in enumerate(parameters_of(optimizer)):
-        values, shape = state.pop(index, None), layout.shape(parameter)
+        values, shape = state.pop(index, None), sharding.shape(parameter)
         if values is not None and parameter.numel():
-            split = {key: layout.part(each, parameter) for key, each in values.items() if _is_split(key, each, shape)}
+            split = {key: sharding.part(each, parameter) for key, each in values.items() if _is_split(key, each, shape)}
             state[index] = {**values, **split}
     optimizer.load_state_dict({**saved, "state": state})
 

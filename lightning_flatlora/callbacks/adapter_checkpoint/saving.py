@@ -17,10 +17,10 @@ from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import identities_of
 from lightning_flatlora.callbacks.adapter_checkpoint.optimizer_states import gather_state
 from lightning_flatlora.callbacks.patches import put_on
-from lightning_flatlora.distributed import is_sharded, layout_of
-from lightning_flatlora.lightning_names import MisconfigurationException
+from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.pairs import clean_name
 from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.sharding import is_sharded, sharding_of
 
 # The key under which a checkpoint says that it is one of ours. There it has the identities of what is "left_out", and
 # the "scalings" of the adapters, both by name.
@@ -50,14 +50,14 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     for name in list(base):
         if contents.plain_name(name) in contents.trained_names(module):
             kept[name] = base.pop(name)
-    layout, sharded = layout_of(strategy.model), is_sharded(strategy.model)
+    sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
     mark = {"left_out": identities_of(base, whole=not sharded), "scalings": contents.scalings_of(module, finder)}
     whole: dict[str, Any] = {}
 
     def gathered_state() -> dict[str, Any]:
         # A tensor with two names is gathered once, and stays one tensor.
         once = {id(value): value for value in kept.values()}
-        gathered = tree_map_only(Tensor, lambda tensor: layout.gather(tensor, tensor).cpu(), once)
+        gathered = tree_map_only(Tensor, lambda tensor: sharding.gather(tensor, tensor).cpu(), once)
         # Kept, since a module's on_save_checkpoint may take weights out of the state dict, to make Lightning's own file
         # smaller; without them no run could be resumed.
         whole.update({name: gathered[id(value)] for name, value in kept.items()})
@@ -79,7 +79,7 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     # The strategy's methods are replaced, because its own would gather the whole model, and no hook says what is saved.
     methods: dict[str, Any] = {"lightning_module_state_dict": gathered_state, "save_checkpoint": save_checkpoint}
     if sharded:
-        methods["optimizer_state"] = lambda optimizer: _on_cpu(gather_state(optimizer, layout))
+        methods["optimizer_state"] = lambda optimizer: _on_cpu(gather_state(optimizer, sharding))
     return put_on(strategy, methods)
 
 

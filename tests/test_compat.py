@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Paralle
 from lightning.pytorch.utilities import exceptions
 
 from lightning_flatlora import EFMLoRA
-from lightning_flatlora.lightning_names import MisconfigurationException, is_defined_by_lightning, is_lightning
+from lightning_flatlora.compat import MisconfigurationException, is_defined_by_lightning, is_lightning
 
 BOTH = pytest.mark.parametrize("library", [lightning.pytorch, pytorch_lightning])
 

@@ -40,29 +40,29 @@ _ALWAYS_ON = Switch(is_on=True)
 
 
 @dataclass(frozen=True)
-class Reader:
+class ParameterRef:
     """Where a layer reads a factor: an attribute of a module, or some rows of it.
 
     Attributes:
         module: has the factor as its own parameter.
-        attribute: the parameter's name in the module.
+        name: the parameter's name in the module.
         rows: those of the factor, where several are stacked in one parameter; None for the whole parameter.
 
     Example:
         A fused layer whose rows 0 to 3 are the queries' B:
 
         >>> fused = nn.Linear(2, 12, bias=False)
-        >>> reader = Reader(fused, rows=range(4))
-        >>> reader.attribute, len(reader.rows)
+        >>> reader = ParameterRef(fused, rows=range(4))
+        >>> reader.name, len(reader.rows)
         ('weight', 4)
     """
 
     module: nn.Module
-    attribute: str = "weight"
+    name: str = "weight"
     rows: range | None = None
 
 
-AnyReader = Reader | nn.Module
+AnyRef = ParameterRef | nn.Module
 """A reader; a module stands for its weight."""
 
 
@@ -138,12 +138,12 @@ def _property_of(attribute: str) -> property:
     return property(read, write, delete)
 
 
-def as_reader(reader: AnyReader) -> Reader:
+def as_ref(reader: AnyRef) -> ParameterRef:
     """A reader as such; a module stands for its weight."""
-    return reader if isinstance(reader, Reader) else Reader(reader)
+    return reader if isinstance(reader, ParameterRef) else ParameterRef(reader)
 
 
-def install(reader: AnyReader, only_views: bool = False) -> None:
+def install(reader: AnyRef, only_views: bool = False) -> None:
     """Make a module able to read a perturbed parameter; it reads the clean one until :func:`perturb`.
 
     Args:
@@ -160,18 +160,18 @@ def install(reader: AnyReader, only_views: bool = False) -> None:
         >>> uninstall(layer); type(layer).__name__
         'Linear'
     """
-    reader = as_reader(reader)
+    reader = as_ref(reader)
     module = reader.module
     readings: dict[str, _Reading] = module.__dict__.setdefault("_readings", {})
-    if reader.attribute not in readings:
-        readings[reader.attribute] = _Reading(only_views)
+    if reader.name not in readings:
+        readings[reader.name] = _Reading(only_views)
         class_overlay.put_on(module, _ReadsPerturbed, tuple(sorted(readings)))
-    readings[reader.attribute].installs += 1
+    readings[reader.name].installs += 1
 
 
-def uninstall(reader: AnyReader) -> None:
+def uninstall(reader: AnyRef) -> None:
     """Take one :func:`install` back; after the last one the module has its own class again."""
-    reader = as_reader(reader)
+    reader = as_ref(reader)
     module, reading = reader.module, _reading_of(reader)
     if reading is not None:
         reading.installs -= 1
@@ -179,20 +179,20 @@ def uninstall(reader: AnyReader) -> None:
         if reading.installs == 0:
             perturb(reader, None)
             readings: dict[str, _Reading] = module.__dict__["_readings"]
-            del readings[reader.attribute]
+            del readings[reader.name]
             if readings:
                 class_overlay.put_on(module, _ReadsPerturbed, tuple(sorted(readings)))
             else:
                 class_overlay.take_off(module, _ReadsPerturbed)
 
 
-def _reading_of(reader: Reader) -> _Reading | None:
+def _reading_of(reader: ParameterRef) -> _Reading | None:
     if not isinstance(reader.module, _ReadsPerturbed):
         return None
-    return reader.module._readings.get(reader.attribute)
+    return reader.module._readings.get(reader.name)
 
 
-def perturb(reader: AnyReader, perturbation: Tensor | None, switch: Switch = _ALWAYS_ON) -> None:
+def perturb(reader: AnyRef, perturbation: Tensor | None, switch: Switch = _ALWAYS_ON) -> None:
     """Set what an installed reader adds to its parameter.
 
     Args:
@@ -204,13 +204,13 @@ def perturb(reader: AnyReader, perturbation: Tensor | None, switch: Switch = _AL
     Raises:
         RuntimeError: the reader is not installed, so that E would be silently ignored.
     """
-    reader = as_reader(reader)
+    reader = as_ref(reader)
     reading = _reading_of(reader)
     if reading is None:
         if perturbation is None:
             return
         name = type(reader.module).__name__
-        raise RuntimeError(f"{name} can't read a perturbed {reader.attribute}: call install() first")
+        raise RuntimeError(f"{name} can't read a perturbed {reader.name}: call install() first")
     if reading.switch is not switch:
         # Rows that another owner has perturbed are not this switch's.
         reading.switch.is_connected = False
@@ -221,9 +221,9 @@ def perturb(reader: AnyReader, perturbation: Tensor | None, switch: Switch = _AL
         reading.parts[reader.rows] = perturbation
 
 
-def shown(reader: AnyReader) -> Tensor | None:
+def shown(reader: AnyRef) -> Tensor | None:
     """What a reader adds to its parameter now; None for the clean value, and for one that is not installed."""
-    reader = as_reader(reader)
+    reader = as_ref(reader)
     reading = _reading_of(reader)
     if reading is None or not reading.switch.is_on:
         return None
@@ -231,11 +231,11 @@ def shown(reader: AnyReader) -> Tensor | None:
 
 
 @contextmanager
-def restored(readers: Iterable[AnyReader]) -> Iterator[None]:
+def restored(readers: Iterable[AnyRef]) -> Iterator[None]:
     """Afterwards, whatever happens, readers add to their parameters what they added before, switched as before."""
     before = []
     for reader in readers:
-        reading = _reading_of(as_reader(reader))
+        reading = _reading_of(as_ref(reader))
         if reading is not None:
             before.append((reading, reading.switch, dict(reading.parts)))
     switches = {switch: switch.is_on for _, switch, _ in before}

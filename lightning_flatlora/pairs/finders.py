@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_flatlora.pairs import bare, clean_name
 from lightning_flatlora.pairs.lora_pair import LoRAPair
-from lightning_flatlora.read_through import Reader
+from lightning_flatlora.perturbed_read import ParameterRef
 
 
 @dataclass(frozen=True)
@@ -187,24 +187,24 @@ def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
     return pairs
 
 
-def _reader(layer: nn.Module, name: str) -> Reader | None:
+def _reader(layer: nn.Module, name: str) -> ParameterRef | None:
     """Find a factor that a layer keeps under a name, or in the weight of a module of this name."""
     if layer._parameters.get(name) is not None:
-        return Reader(layer, name)
+        return ParameterRef(layer, name)
     child = layer._modules.get(name)
     if child is None:
         return None
     module = bare(child)
-    return Reader(module) if module._parameters.get("weight") is not None else None
+    return ParameterRef(module) if module._parameters.get("weight") is not None else None
 
 
-def _parameter(reader: Reader) -> Any:
+def _parameter(reader: ParameterRef) -> Any:
     # Not the attribute, which may be perturbed at the moment.
-    return reader.module._parameters[reader.attribute]
+    return reader.module._parameters[reader.name]
 
 
-def _pair(layer_name: str, b: str, scaling: Any, A: Reader, B: Reader, **of_base: Any) -> LoRAPair:
-    name = f"{layer_name}.{b}" if B.attribute == b else f"{layer_name}.{b}.weight"
+def _pair(layer_name: str, b: str, scaling: Any, A: ParameterRef, B: ParameterRef, **of_base: Any) -> LoRAPair:
+    name = f"{layer_name}.{b}" if B.name == b else f"{layer_name}.{b}.weight"
     if B.rows is not None:
         name += f"[{B.rows.start}:{B.rows.stop}]"
     return LoRAPair(

@@ -11,14 +11,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from typing_extensions import override
 
 
-class Layout:
+class Sharding:
     """Factors that each rank holds whole (one device, DDP), or as DTensors (FSDP2).
 
     What its methods return is the same on every rank, and never read from a local shard. Under FSDP the methods
     communicate, so every rank must call them in the same order.
 
     Attributes:
-        only_views: whether layers compute with views of the parameters, see :func:`read_through.install`.
+        only_views: whether layers compute with views of the parameters, see :func:`perturbed_read.install`.
     """
 
     only_views = False
@@ -87,7 +87,7 @@ class Layout:
         return torch.isfinite(total)
 
 
-class FlatShards(Layout):
+class FlatShards(Sharding):
     """Factors of which each rank holds a part of the flattened values, maybe none (FSDP1 between its passes).
 
     Ranks write what they have into a tensor of zeros and add these up. This is exact and takes one all-reduce for each
@@ -187,12 +187,12 @@ class FlatShards(Layout):
         return flag > 0
 
 
-def layout_of(model: nn.Module | None) -> Layout:
+def sharding_of(model: nn.Module | None) -> Sharding:
     """How the ranks share the parameters of a model, as the strategy has wrapped it."""
     units = FullyShardedDataParallel.fsdp_modules(model) if model is not None else []
     if units:  # the model itself, or modules that its configure_model wrapped
         return FlatShards(model, units[0].process_group)  # type: ignore[arg-type]
-    return Layout()
+    return Sharding()
 
 
 def is_sharded(model: nn.Module | None) -> bool:
