@@ -135,6 +135,6 @@ def test_the_radius_may_be_read_and_set(callback: Any) -> None:
     method = callback(0.5)
     assert method.rho(0) == 0.5
     method.rho = 0.1
-    assert method.size(0) == 0.1
+    assert method.rho(0) == 0.1
     method.rho = LinearRho(0.2, 0.2)
-    assert method.size(3, 10.0) == pytest.approx(0.2)
+    assert method.rho(3, 10.0) == pytest.approx(0.2)
