@@ -200,13 +200,12 @@ class MethodCallback(Callback):
 
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search the model in the first batch of an epoch."""
-        if not self._is_stale:
-            return
-        self._is_stale = False
-        self.passes.look_again()
-        if self.method.needs_pairs:
-            self._find(trainer, pl_module)
-            self._warn_once(self.fit_methods.install_again())
+        if self._is_stale:
+            self._is_stale = False
+            self.passes.look_again()
+            if self.method.needs_pairs:
+                self._find(trainer, pl_module)
+                self._warn_once(self.fit_methods.install_again())
 
     def _warn_once(self, problems: list[str]) -> None:
         # The same problem is found again in every epoch.
@@ -242,8 +241,9 @@ class MethodCallback(Callback):
 
     def uninstall(self) -> None:
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
-        self._is_training = False
         self._patches.close()
+        # They hold the trainer, and with it the model.
+        self._is_training, self.passes = False, None
         for method in self.methods:
             method.close()
         # The next Trainer reads state_key before it calls any hook.

@@ -159,7 +159,7 @@ def plot(rows: list[Row], varied: str | None, path: Path) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     width = 6 * len(models) if varied else 2 + 3 * len(models)  # bars are named once, at the left
-    figure = Figure(figsize=(width, 4), sharding="constrained")
+    figure = Figure(figsize=(width, 4), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axes, model in zip(panels, models, strict=True):
         of_model = [row for row in rows if row["model"] == model]

@@ -61,7 +61,7 @@ def table(rows: Sequence[Row]) -> Table:
 def draw(rows: Sequence[Row]) -> Figure:
     """The metric against rho, on a logarithmic scale that also has room for 0."""
     found = means(rows)
-    figure = Figure(figsize=(6, 4), sharding="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     positive = [rho for rho in found if rho > 0]
     if positive:

@@ -42,7 +42,7 @@ def table(rows: Sequence[Row], classes: int) -> Table:
 def plot(rows: Sequence[Row], classes: int, path: Path) -> None:
     """Accuracy against shots, one line for each method with standard errors, as a PNG."""
     shots = sorted({row["shots"] for row in rows if row["shots"]})
-    figure = Figure(figsize=(7, 4.6), sharding="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     for place, method in enumerate(OURS):
         means, errors, _ = zip(*(estimate(_accuracies(rows, method, number)) for number in shots), strict=True)
@@ -82,7 +82,7 @@ def picture(
         firsts.setdefault(label, place)
     rows = -(-len(firsts) // _COLUMNS)
     size = (2.2 * _COLUMNS, 2.1 * rows + 0.6)
-    figure = Figure(figsize=size, sharding=ConstrainedLayoutEngine(h_pad=0.1))
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1))
     legend = "; ".join(f"line {line}: {name}" for line, name in enumerate(predictions, 1))
     figure.suptitle(f"The first test image of each class, and what it is called\n{legend}; green is right", fontsize=12)
     drawn = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)

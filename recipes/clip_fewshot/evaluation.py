@@ -79,7 +79,7 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], path: Path, title:
     shares = (confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).cpu().numpy()
     number = len(classes)
     size = min(max(4.5, 1.5 + 0.22 * number), 22)
-    figure = Figure(figsize=(size + 1, size), sharding="constrained")
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, label="share of the class's images", shrink=0.8)

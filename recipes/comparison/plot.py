@@ -63,7 +63,7 @@ def _panels(by_task: ByTask, draw: Callable[[Any, str, Sequence[Outcome]], None]
     """A panel for each task, and one legend for all."""
     columns = min(len(by_task), 3)
     height = -(-len(by_task) // columns)
-    figure = Figure(figsize=(5 * columns + 2 * legend, 4.2 * height), sharding="constrained")
+    figure = Figure(figsize=(5 * columns + 2 * legend, 4.2 * height), layout="constrained")
     grid = list(figure.subplots(height, columns, squeeze=False, sharex=True).flat)
     for axes, (task, task_outcomes) in zip(grid, by_task.items(), strict=False):
         draw(axes, task, task_outcomes)
@@ -118,7 +118,7 @@ def _sharpness(axes: Any, task: str, task_outcomes: Sequence[Outcome]) -> None:
 
 def _tuning(rows: Mapping[str, Sequence[Row]]) -> Figure:
     """Validation accuracy against each method's one hyper-parameter, beside what LoRA's best learning rate reaches."""
-    figure = Figure(figsize=(4.2 * len(_TUNED) + 2, 3.4 * len(rows)), sharding="constrained")
+    figure = Figure(figsize=(4.2 * len(_TUNED) + 2, 3.4 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(_TUNED), squeeze=False, sharey="row")
     for line, (task, task_rows) in zip(grid, rows.items(), strict=True):
         for axes, (parameter, grids) in zip(line, _TUNED.items(), strict=True):
@@ -149,7 +149,7 @@ def _curves(axes: Any, curves: Mapping[str, Sequence[tuple[Config, Estimate]]]) 
 
 def _cost(by_task: ByTask) -> Figure:
     """What a step costs against what the method gains, means over all tasks: of methods that have been run on all."""
-    figure = Figure(figsize=(7, 4.6), sharding="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     for name in METHODS:
         costs, gains = [], []

@@ -44,7 +44,7 @@ def plot(results: dict[str, dict[str, Any]], folder: Path, path: Path) -> None:
         folder: that holds one folder for each method, with Lightning's metrics.csv.
         path: of the picture.
     """
-    figure = Figure(figsize=(11, 4.2), sharding="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     for method in results:
         steps, losses = _curve(folder / method / "metrics.csv")

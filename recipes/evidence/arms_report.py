@@ -75,7 +75,7 @@ def kept_figure(title: str, label: str, arms: Arms, panels: Mapping[str, Mapping
             drawn[arm] = rows
     if not drawn:
         return None
-    figure = Figure(figsize=(11, 4.5), sharding="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     # The colours come round again with another marker.
     others = cycle(product(_MARKERS, _OTHER_COLOURS))

@@ -144,7 +144,7 @@ class FlatnessReport:
         shown = [pair for pair in self.comparisons() if self.ratio(*pair, "train", "loss")]
         if not shown:
             return None
-        figure = Figure(figsize=(12, 0.6 + 4 * len(shown)), sharding="constrained")
+        figure = Figure(figsize=(12, 0.6 + 4 * len(shown)), layout="constrained")
         panels = figure.subplots(len(shown), len(PARTS), sharey="row", squeeze=False)
         for row, (arm, other) in zip(panels, shown, strict=True):
             for axes, part in zip(row, PARTS, strict=True):

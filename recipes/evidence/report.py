@@ -89,7 +89,7 @@ class Report:
         accuracies = self._differences("test_accuracy", 100.0)
         if not accuracies:
             return None
-        figure = Figure(figsize=(11, 1.6 + 0.35 * len(accuracies)), sharding="constrained")
+        figure = Figure(figsize=(11, 1.6 + 0.35 * len(accuracies)), layout="constrained")
         left, middle, right = figure.subplots(1, 3, sharey=True)
         _panel(left, accuracies, "test accuracy minus LoRA's, points")
         _panel(middle, self._differences("test_loss", 1.0), "test loss minus LoRA's, nats")

@@ -99,7 +99,7 @@ class RobustnessReport:
         if not methods:
             return None
         height = 2 + _INCHES * (len(methods) + 1) * len(CONDITIONS)
-        figure = Figure(figsize=(20, height), sharding="constrained")
+        figure = Figure(figsize=(20, height), layout="constrained")
         panels = figure.subplots(1, len(_MEASURES), sharey=True)
         for axes, (measure, (title, _, _)) in zip(panels, _MEASURES.items(), strict=True):
             for place, method in enumerate(methods):

@@ -22,7 +22,7 @@ _COLUMNS = 3  # surfaces in a row
 def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> None:
     """Draw the loss's rise along the adversarial direction, random ones and under noise, a line per adapter."""
     noisy = any(result.landscape.noise is not None for result in results)
-    figure = Figure(figsize=(15 if noisy else 10, 5.2), sharding="constrained")
+    figure = Figure(figsize=(15 if noisy else 10, 5.2), layout="constrained")
     panels = figure.subplots(1, 3 if noisy else 2)
     for place, result in enumerate(results):
         style = {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _STYLES[place // len(_COLOURS) % len(_STYLES)]}
@@ -53,7 +53,7 @@ def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
     rows, columns = -(-len(rises) // _COLUMNS), min(len(rises), _COLUMNS)
     # The same levels for all, or the surfaces could not be compared.
     levels = MaxNLocator(_LEVELS).tick_values(*(float(edge) for edge in torch.stack(rises).aminmax()))
-    figure = Figure(figsize=(5 * columns + 1.2, 4.8 * rows), sharding="constrained")
+    figure = Figure(figsize=(5 * columns + 1.2, 4.8 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, result, rise in zip(grid.flat, results, rises, strict=False):
         plane = result.landscape.steps, result.landscape.shares, rise

@@ -316,3 +316,10 @@ def test_a_copy_of_mid_fit_can_be_trained_with(tmp_path):
         fit(tmp_path, module, [callback], max_epochs=1)
         ends.append((weights(module), callback.step))
     assert same(*ends)
+
+
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA])
+def test_the_trainer_of_transformers_is_told_its_line(tmp_path, callback):
+    """It calls this hook of each of its callbacks first."""
+    with pytest.raises(MisconfigurationException, match=r"loops\.EFMLoRA\(trainer\.model, trainer\.create_optimizer"):
+        callback(0.5).on_init_end(None, None, None)
