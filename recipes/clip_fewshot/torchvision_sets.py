@@ -68,7 +68,7 @@ def _in_parts(dataset: str, root: str, attribute: str = "_image_files", **splits
     return classes, parts
 
 
-class ParameterRef(NamedTuple):
+class Reader(NamedTuple):
     """How a set is read.
 
     Attributes:
@@ -85,14 +85,14 @@ _food101 = partial(_in_parts, train="train", test="test")
 _oxford_pets = partial(_in_parts, train="trainval", test="test", attribute="_images")
 
 SETS = {
-    "caltech101": ParameterRef(datasets.Caltech101, _caltech101),
-    "dtd": ParameterRef(datasets.DTD, _three_parts),
-    "eurosat": ParameterRef(datasets.EuroSAT, _eurosat),
-    "fgvc_aircraft": ParameterRef(datasets.FGVCAircraft, _three_parts),
-    "flowers102": ParameterRef(datasets.Flowers102, _three_parts),
-    "food101": ParameterRef(datasets.Food101, _food101),
-    "oxford_pets": ParameterRef(datasets.OxfordIIITPet, _oxford_pets),
-    "sun397": ParameterRef(datasets.SUN397, _sun397),
+    "caltech101": Reader(datasets.Caltech101, _caltech101),
+    "dtd": Reader(datasets.DTD, _three_parts),
+    "eurosat": Reader(datasets.EuroSAT, _eurosat),
+    "fgvc_aircraft": Reader(datasets.FGVCAircraft, _three_parts),
+    "flowers102": Reader(datasets.Flowers102, _three_parts),
+    "food101": Reader(datasets.Food101, _food101),
+    "oxford_pets": Reader(datasets.OxfordIIITPet, _oxford_pets),
+    "sun397": Reader(datasets.SUN397, _sun397),
 }
 
 
