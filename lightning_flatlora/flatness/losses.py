@@ -1,11 +1,11 @@
 """The loss of fixed batches as a function of the weights: its value, and its gradient for LoRA's factors."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from peft.helpers import DoraCaching
+from peft import helpers
 from torch import Tensor, nn
 
 from lightning_flatlora.sharding import average
@@ -186,7 +186,9 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
 
 def computed(part: Loss) -> Tensor:
     """Compute one batch's loss from the weights as they are, without the values that peft may cache for DoRA."""
-    with DoraCaching(enabled=False):
+    # It came with peft 0.19; before, nothing was cached.
+    caching = getattr(helpers, "DoraCaching", None)
+    with caching(enabled=False) if caching else nullcontext():
         return part()
 
 

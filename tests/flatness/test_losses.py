@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.helpers import DoraCaching
+from peft import LoraConfig, get_peft_model, helpers
 from quadratics import RHO, Quadratic
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -69,6 +68,7 @@ def test_what_is_no_loss_is_named(loss: Any, message: str) -> None:
         hessian_trace(loss, parameters)
 
 
+@pytest.mark.skipif(not hasattr(helpers, "DoraCaching"), reason="DoraCaching came with peft 0.19")
 def test_what_peft_caches_of_dora_is_not_taken_for_the_moved_weights() -> None:
     """In eval mode its layers would keep the product B A and the norm of the weights where they stood first."""
     config = LoraConfig(r=2, target_modules=["0", "1"], use_dora=True, init_lora_weights=False)
@@ -80,7 +80,7 @@ def test_what_peft_caches_of_dora_is_not_taken_for_the_moved_weights() -> None:
         return measure(point, ["sharpness", "lora_sharpness", "radius", "top_eigenvalue", "hessian_trace"])
 
     expected = measured()
-    with DoraCaching():
+    with helpers.DoraCaching():
         assert measured() == expected
         found = net(x)
     assert torch.equal(net(x), found)
