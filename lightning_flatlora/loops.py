@@ -98,8 +98,8 @@ class FMLoRA(LoopMethod):
     """Two passes over each batch, the second at a fresh perturbation (Algorithm 1).
 
     The gradient that is left for the optimizer is that of the second pass. Both passes draw the same dropout masks, and
-    buffers count each batch once. What else the code inside a pass changes, it changes twice. Steps that don't perturb
-    have one pass.
+    buffers, torchmetrics and one level of the model's own numbers, lists, dicts and sets count each batch once. What
+    lies deeper is changed twice. Steps that don't perturb have one pass.
 
     The arguments and errors are those of :class:`EFMLoRA`, except for ``beta``; ``sync_ascent`` is as in
     :class:`lightning_flatlora.FMLoRA`.

@@ -42,8 +42,8 @@ class BiLoRA(MethodCallback):
     and B2; the rank; A2 drawn as LoRA's A and B2 = 0, so that the first step is plain LoRA's.
 
     The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, in float32 or wider, and
-    saves them with its state. They are on from the start of training_step to the end of its backward (so the logged
-    loss includes them), and off in validation and in all other hooks. An accumulation window is one ascent from the sum
+    saves them with its state. They are on in the forward and the backward pass (so the logged loss includes them), and
+    off in validation and in all hooks. An accumulation window is one ascent from the sum
     of its gradients. If a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
     concern them. Under DDP their gradients are averaged over the ranks. The global random state is not touched. Only
     Linear layers get a pair; others are named once and train without it.

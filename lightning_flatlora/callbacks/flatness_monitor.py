@@ -1,4 +1,4 @@
-"""FlatnessMonitor: flatness measured on held batches while a model trains, without disturbing the training."""
+"""FlatnessMonitor: flatness measured on probe batches while a model trains, without disturbing the training."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -26,7 +26,7 @@ Data = Literal["train", "val"]
 
 
 class FlatnessMonitor(Callback):
-    """Measure how flat the loss is around the weights, every few steps or epochs, on the same held batches.
+    """Measure how flat the loss is around the weights, every few steps or epochs, on the same probe batches.
 
     The loss is the module's own ``training_step`` (``compute_loss`` of an :class:`~lightning_flatlora.FMLoRAModule`) in
     eval mode, at the clean weights, with the same random draws in every pass. Training goes on as if nothing had been
@@ -36,9 +36,9 @@ class FlatnessMonitor(Callback):
     The monitor works under plain LoRA, and next to EFMLoRA, FMLoRA or FMLoRAModule. Under DDP each rank measures on its
     own batches, and losses and gradients are averaged, so that all ranks log the same numbers.
 
-    A measurement costs 4 passes over the held batches with the default measures (forward, backward, two forwards), and
+    A measurement costs 4 passes over the probe batches with the default measures (forward, backward, two forwards), and
     6 next to EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
-    :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the held batches, and a copy of
+    :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches, and a copy of
     the buffers that a step writes.
 
     Of several average perturbations of EFMLoRA (several callbacks or optimizers) the first is measured, with a warning.
@@ -50,7 +50,7 @@ class FlatnessMonitor(Callback):
         every_n_steps: optimizer steps between measurements; None measures by epochs.
         every_n_epochs: epochs between measurements, at their ends; None, without every_n_steps, means 1. A run that is
             too short for one measurement ends with a warning.
-        batches: how many batches are held on each rank: the first that pass by in an epoch. They are the same at every
+        batches: how many batches are kept on each rank: the first that pass by in an epoch. They are the same at every
             measurement, except that one which comes before so many have passed by takes those that have.
         data: "train" or "val", which batches these are; a validation batch has to be of the form that training_step
             takes. With "val" nothing is measured before the first of them, which may be of the sanity check.
@@ -223,7 +223,7 @@ class FlatnessMonitor(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Lightning does not call teardown after an error, and the held batches would keep the module alive.
+        # Lightning does not call teardown after an error, and the probe batches would keep the module alive.
         self._held = None
 
     @override

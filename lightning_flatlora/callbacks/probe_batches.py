@@ -102,7 +102,7 @@ class ProbeBatches:
         without = len(self._batches) - len(usable)
         if without:
             rank_zero_warn(
-                f"FlatnessMonitor: {name} returned None for {without} of {len(self._batches)} held batches, which are "
+                f"FlatnessMonitor: {name} returned None for {without} of {len(self._batches)} probe batches, which are "
                 "left out"
             )
         self._batches, self.tried = usable, len(usable)
@@ -129,7 +129,7 @@ class ProbeBatches:
         if loss is not None:
             return loss
         rank_zero_warn(
-            f"FlatnessMonitor: {self._step.__name__} returned None for a held batch, so NaN is logged for what was "
+            f"FlatnessMonitor: {self._step.__name__} returned None for a probe batch, so NaN is logged for what was "
             "measured on it"
         )
         # Squared, so that the curvature is no number either.

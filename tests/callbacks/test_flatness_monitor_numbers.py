@@ -88,7 +88,7 @@ def test_batches_for_which_the_step_gives_no_loss_are_left_out(tmp_path: Any) ->
     net = make_net(0.3)
     logger = Recorder()
     monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
-    with pytest.warns(UserWarning, match="returned None for 1 of 3 held batches, which are left out"):
+    with pytest.warns(UserWarning, match="returned None for 1 of 3 probe batches, which are left out"):
         fit(tmp_path, Skips(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
     net.eval()
     held = [batch for number, batch in zip(range(3), make_loader(), strict=False) if number != 1]
@@ -110,7 +110,7 @@ def test_where_no_loss_is_left_nan_is_logged_and_the_run_goes_on_as_without_the_
     plain, module, logger = kind(net=make_net(0.3)), kind(net=make_net(0.3)), Recorder()
     fit(tmp_path, plain, [], max_epochs=1)
     monitor = FlatnessMonitor(0.3, every_n_epochs=1, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
-    with pytest.warns(UserWarning, match="returned None for a held batch, so NaN is logged"):
+    with pytest.warns(UserWarning, match="returned None for a probe batch, so NaN is logged"):
         fit(tmp_path, module, [monitor], max_epochs=1, logger=logger, log_every_n_steps=1)
     assert same(weights(module), weights(plain))
     (measured,) = logger.measured
