@@ -38,8 +38,8 @@ class FlatnessMonitor(Callback):
 
     A measurement costs 4 passes over the probe batches with the default measures (forward, backward, two forwards), and
     6 next to EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
-    :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches, and a copy of
-    the buffers that a step writes.
+    :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches, and a copy
+    of the buffers that a step writes.
 
     Of several average perturbations of EFMLoRA (several callbacks or optimizers) the first is measured, with a warning.
 
