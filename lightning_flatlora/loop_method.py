@@ -77,11 +77,13 @@ class LoopMethod:
             weakref.finalize(self, installed.uninstall).atexit = False
 
     def _close_others(self) -> None:
-        """Close objects on the same B, as those that an interrupted cell of a notebook has left."""
+        """Close objects on the same B, as those of an interrupted notebook cell; refuse one of the same state."""
         own = {id(pair.B) for pair in self.method.pairs}
         for other in list(_RUNNING):
             if own & {id(pair.B) for pair in other.method.pairs}:
                 other.close()
+            elif other._optimizer is self._optimizer and other._name == self._name:
+                refuse(self.method, [f"the optimizer has another {self._name}: close() that, or make two optimizers"])
 
     def look_again(self) -> None:
         """Search the model for pairs again, after adapters or scalings have changed; those that stay keep their Ê.
@@ -153,17 +155,20 @@ class LoopMethod:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Use the gradients of the coming step; a closure gives them within it."""
-        self._is_stepping = True
         if self._only_makes_state():
+            self._is_stepping = True
             return None
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._use_gradients()
+            # Not before, since PyTorch calls no hook after a step that is refused.
+            self._is_stepping = True
             return None
 
         def then_use_gradients() -> Any:
             loss = closure()
             self._use_gradients()
+            self._is_stepping = True
             return loss
 
         if len(args) > 1:

@@ -234,6 +234,15 @@ def test_a_step_of_another_optimizer_is_refused(name: str, another: Callable[[nn
     backward(net)
     with pytest.raises(RuntimeError, match=f"AdamW was about to step LoRA factors of which {name} knows another"):
         other.step()
+    # Neither does a step of the right optimizer that was refused let it in.
+    net.eval()
+    backward(net)
+    optimizer = flat._optimizer
+    if name == "FMLoRA":
+        with pytest.raises(RuntimeError):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="was about to step LoRA factors"):
+            other.step()
     flat.close()
     other.step()
     # An optimizer of something else may step.
@@ -270,3 +279,15 @@ def test_an_optimizer_may_step_another_one_within() -> None:
     run(method_of("EFMLoRA", plain, other, 0.3), plain, other, batches()[:3])
     assert flat.step == 3
     assert same(weights(net), weights(plain))
+
+
+def test_two_models_of_one_optimizer_are_refused() -> None:
+    """Their states would have the same place in its state dict."""
+    first, second = net_of(), net_of()
+    optimizer = optimizer_of(nn.ModuleList([first, second]))
+    flat = method_of("EFMLoRA", first, optimizer, 0.3)
+    with pytest.raises(MisconfigurationException, match="the optimizer has another EFMLoRA"):
+        method_of("EFMLoRA", second, optimizer, 0.3)
+    assert_no_trace(second)
+    flat.close()
+    method_of("EFMLoRA", second, optimizer, 0.3)

@@ -95,6 +95,7 @@ def test_a_state_of_other_pairs_changes_nothing() -> None:
     state = flat.state_dict()
     state["perturbation"]["E"]["another"] = torch.zeros(3, 2)
     state["perturbation"]["averaged"]["another"], state["perturbation"]["missed"]["another"] = True, 0
+    state["perturbation"]["scalings"]["another"] = 2.0
     other = method_of("EFMLoRA", net, optimizer_of(net), 0.3)
     with pytest.raises(MisconfigurationException, match="another is in the checkpoint but not in the model"):
         other.load_state_dict(state)

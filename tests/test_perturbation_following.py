@@ -157,3 +157,17 @@ def test_a_state_that_waits_and_is_of_another_shape_starts_anew() -> None:
     assert not E[pairs[1].name].any()
     assert torch.equal(E[pairs[2].name], state["E"][pairs[2].name])
     assert other.state_dict()["averaged"] == state["averaged"] | {pairs[1].name: False}
+
+
+def test_a_state_of_another_scaling_moves_the_weights_as_before() -> None:
+    """As where a hook has set the scaling in the run that was saved, and will set it again later in this one."""
+    model, pairs = model_and_pairs()
+    state = averaged_once(pairs, model).state_dict()
+    name = pairs[0].name
+    state["scalings"][name] = 3 * pairs[0].scaling
+    other = Perturbation(pairs)
+    other.load_state_dict(state)
+    other.follow(pairs)
+    torch.testing.assert_close(other.state_dict()["E"][name], 3 * state["E"][name])
+    other.follow(pairs)
+    torch.testing.assert_close(other.state_dict()["E"][name], 3 * state["E"][name])

@@ -18,7 +18,6 @@ from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import message, optimizer_problems, refuse
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import PairSearch
-from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 
 
 class MethodCallback(Callback):
@@ -88,15 +87,12 @@ class MethodCallback(Callback):
         """The pairs of the model, and what was left out, as they were at the last search."""
         return self.fit_methods.search
 
-    @property
-    def rho(self) -> RhoSchedule:
-        """The size of the perturbation. A number that is assigned becomes a constant schedule."""
-        return self.method.rho
-
-    @rho.setter
-    def rho(self, rho: float | RhoSchedule) -> None:
-        for method in self.methods:
-            method.rho = rho if isinstance(rho, RhoSchedule) else ConstantRho(float(rho))
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Hand a setting that is assigned, such as ``rho`` or ``beta``, to the methods."""
+        if "fit_methods" in vars(self) and name in self.fit_methods.setting_names:
+            self.fit_methods.change(name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def step(self) -> int:
@@ -182,8 +178,8 @@ class MethodCallback(Callback):
         self.fit_methods.warn_of_late_start(trainer)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
         self.passes.watch_steps()
-        self._is_training = True
-        # Weakly, so that a callback kept for its results does not keep the trainer and the model alive.
+        # A run that is resumed within an epoch calls no hook at its start.
+        self._is_training = self._is_stale = True
         self._last_trainer = weakref.ref(trainer)
 
     # -- the pairs

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -45,6 +46,24 @@ class MethodsOfFit:
     def main(self) -> StepMethod:
         """The method of the first optimizer that trains pairs."""
         return next((method for method in self.methods if method.pairs), self.methods[0])
+
+    @property
+    def setting_names(self) -> set[str]:
+        """The names of the arguments, which may be changed in the middle of a run."""
+        return {field.name for field in fields(self.main) if field.init} | {"rho"}
+
+    def change(self, name: str, value: Any) -> None:
+        """Change a setting of all methods; a number given for rho becomes a constant schedule.
+
+        Raises:
+            MisconfigurationException: the value is out of range; nothing has changed then.
+        """
+        size = value if name == "rho" else self.main.rho
+        others = {} if name == "rho" else {name: value}
+        # A new method checks them all.
+        made = replace(self.main, size=size, **others)
+        for method in self.methods:
+            setattr(method, name, getattr(made, name))
 
     def begin(self, continues: bool) -> None:
         """Forget the last fit, except for the counts if this one continues it."""

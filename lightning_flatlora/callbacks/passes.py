@@ -5,6 +5,7 @@ on the instance, as it does ``backward`` and ``optimizer_step``. So the user's m
 another callback runs while the layers read perturbed weights in automatic optimization.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -44,6 +45,7 @@ class Passes:
         self._original_optimizer_step = trainer.strategy.optimizer_step
         self._announced = 0
         self._gradients = 0
+        self._is_closed = False
         self._patches = ExitStack()
         self._put_on(trainer.strategy, "optimizer_step", self.optimizer_step)
         self._original_training_step = trainer.strategy.training_step
@@ -56,10 +58,14 @@ class Passes:
     def is_active(self) -> bool:
         """Whether batches train now, with the callback in the trainer."""
         # A tuner, such as the batch size finder, removes callbacks for its trial steps, and these must be plain.
-        return self.owner in callbacks_of(self.trainer) and not takes_no_step(self.trainer)
+        if self._is_closed or takes_no_step(self.trainer):
+            return False
+        return self.owner in callbacks_of(self.trainer)
 
     def close(self) -> None:
         """Give the strategy its own methods back."""
+        # What somebody else has put on the strategy in the meantime may still call these.
+        self._is_closed = True
         self._patches.close()
 
     def look_again(self) -> None:
@@ -148,9 +154,12 @@ class OnePass(Passes):
         """Run the backward pass at perturbed weights, since checkpointed layers compute their forward in it again."""
         self._run(self._original_backward, True, *args, **kwargs)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Run an optimizer step, whose hooks see the clean weights."""
-        return self._run(super().optimizer_step, False, *args, **kwargs)
+        # Lightning's own closure is made of the two methods above; a user's runs its forward pass by itself.
+        if not self.trainer.lightning_module.automatic_optimization:
+            closure = functools.partial(self._run, closure, True)
+        return self._run(super().optimizer_step, False, optimizer, closure, *args, **kwargs)
 
     def _run(self, original: Callable[..., Any], is_inside: bool, *args: Any, **kwargs: Any) -> Any:
         was_inside, self._is_inside = self._is_inside, is_inside

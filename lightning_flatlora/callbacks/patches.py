@@ -22,11 +22,14 @@ def put_on_instance(owner: Any, name: str, method: Callable[..., Any]) -> Callab
     attributes[name] = method
 
     def put_back() -> None:
-        if method in layers:
-            layers.remove(method)
-        if layers[-1] is None:
-            attributes.pop(name, None)
-        else:
+        if method not in layers:
+            return
+        # What somebody else has put on top without this function stays.
+        is_on_top = attributes.get(name) is method
+        layers.remove(method)
+        if is_on_top and layers[-1] is None:
+            del attributes[name]
+        elif is_on_top:
             attributes[name] = layers[-1]
         if len(layers) == 1:
             attributes.pop(place, None)

@@ -92,7 +92,7 @@ class Buffers:
             A function that lets them be as the first pass has left them.
         """
         before, after = self._before, _Held(self._modules)
-        self._writers |= before.changed()
+        self._writers |= before.changed(self._writers)
         # Where the pass has registered a buffer, or put another tensor in its place.
         self._writers |= {id(owner) for owner, buffer in after.writable if not before.has(buffer)}
         self._known.update(map(id, after.owners))
@@ -130,12 +130,13 @@ class _Held:
         for owner, buffer in buffers:
             self._values.append((owner, buffer, buffer.data, buffer.detach().clone()))
 
-    def changed(self) -> set[int]:
-        """Find the owners of buffers that have been written since."""
+    def changed(self, known: set[int]) -> set[int]:
+        """Find the owners of buffers that have been written since; of known ones only by their marks."""
         owners = {id(owner) for owner, buffer in self.writable if mark_of(buffer) != self._marks[id(buffer)]}
         for owner, buffer, _, value in self._values:
             # Not every write leaves a mark. Where there is one, the tensors may not even be of one kind.
-            if id(owner) not in owners and not torch.equal(buffer, value):
+            # Comparing values waits for the device, so it is done only as long as it may tell something.
+            if id(owner) not in owners | known and not torch.equal(buffer, value):
                 owners.add(id(owner))
         return owners
 

@@ -69,6 +69,8 @@ class PairStack:
         self.E = torch.zeros(len(pairs), n, r, dtype=self.dtype, device=B.device)
         self.has_average = torch.zeros(len(pairs), dtype=torch.bool, device=B.device)
         self.missed_steps: list[int | None] = [None] * len(pairs)
+        # Other than the pairs' own only between loading a state and the next search.
+        self.scalings_of_E = [pair.scaling for pair in pairs]
         # Which B had a gradient in the last ascent, shape (L,), None where all had one; and the same for the host.
         self._with_gradient: Tensor | None = None
         self._rows_with_gradient = [True] * len(pairs)
@@ -80,13 +82,21 @@ class PairStack:
 
     def state(self, i: int) -> PairState:
         """What is to be kept of a pair; its tensors are views."""
-        return PairState(self.E[i], self.has_average[i], self.missed_steps[i])
+        return PairState(self.E[i], self.has_average[i], self.missed_steps[i], self.scalings_of_E[i])
 
     def put(self, i: int, state: PairState) -> None:
         """Let a pair continue from a kept state."""
         self.E[i].copy_(state.E)
         self.has_average[i] = state.has_average
         self.missed_steps[i] = state.missed_steps
+        self.scalings_of_E[i] = state.scaling
+
+    def rescale(self, i: int) -> None:
+        """Let s E of a pair be what it was under the scaling with which E was computed."""
+        scaling = self.pairs[i].scaling
+        if self.scalings_of_E[i] != scaling:
+            self.E[i].mul_(self.scalings_of_E[i] / scaling)
+            self.scalings_of_E[i] = scaling
 
     def average(self, fresh_E: Tensor, finite: Tensor, beta: float, is_zero: bool) -> None:
         """Move E towards a fresh one, see :meth:`Perturbation.average`."""

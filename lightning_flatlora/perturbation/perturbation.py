@@ -100,21 +100,21 @@ class Perturbation:
         was_installed = self.is_installed
         self.uninstall()
         # By the identity of B: names change when a module is wrapped.
-        before = {pair.key: (pair, stack.state(i)) for stack, i, pair in self._places()}
+        before = {pair.key: stack.state(i) for stack, i, pair in self._places()}
         self.pairs, self._sharding = pairs, sharding or Sharding()
         self._stacks = self._stacked(pairs)
         reshaped = []
         for stack, i, pair in self._places():
             if pair.key in before:
-                old, state = before[pair.key]
-                stack.put(i, state)
-                stack.E[i].mul_(old.scaling / pair.scaling)
+                stack.put(i, before[pair.key])
+                stack.rescale(i)
                 continue
             saved = self._waiting.pop(pair.name, None)
             if saved is not None and saved.E.shape != stack.E[i].shape:
                 reshaped.append(other_shape(pair.name, stack.E[i].shape, saved))
             elif saved is not None:
                 stack.put(i, saved)
+                stack.rescale(i)
         if reshaped:
             text = f"a perturbation starts anew because its shape changed: {problems_text(reshaped)}"
             warnings.warn(text, stacklevel=2)
@@ -259,12 +259,14 @@ class Perturbation:
         saved = dict(self._waiting)
         for stack in self._stacks:
             has_average = stack.has_average.tolist()  # one wait for a stack, not one for each pair
-            for pair, E, has, missed in zip(stack.pairs, stack.E, has_average, stack.missed_steps, strict=True):
-                saved[pair.name] = PairState(E.detach().cpu().clone(), has, missed)
+            for i, (pair, has) in enumerate(zip(stack.pairs, has_average, strict=True)):
+                E = stack.E[i].detach().cpu().clone()
+                saved[pair.name] = stack.state(i)._replace(E=E, has_average=has)
         return {
             "E": {name: each.E for name, each in saved.items()},
             "averaged": {name: each.has_average for name, each in saved.items()},
             "missed": {name: each.missed_steps for name, each in saved.items()},
+            "scalings": {name: each.scaling for name, each in saved.items()},
         }
 
     def load_state_dict(
@@ -282,7 +284,7 @@ class Perturbation:
         """
         saved = {}
         for name, E in state["E"].items():
-            saved[name] = PairState(E, state["averaged"][name], state["missed"][name])
+            saved[name] = PairState(E, state["averaged"][name], state["missed"][name], state["scalings"][name])
         expected = {pair.name: stack.E[i].shape for stack, i, pair in self._places()}
         problems = state_problems(saved, expected, may_come, may_be_new)
         if problems:

@@ -113,3 +113,16 @@ def test_schedule_values(schedule, arguments, names):
     for name in names:
         assert f"{name} must be" in str(error.value)
         assert repr(arguments[name]) in str(error.value)
+
+
+def test_settings_are_checked_when_they_are_changed() -> None:
+    callback = EFMLoRA(0.5)
+    callback.fit_methods.take([None, None])
+    callback.beta, callback.every_n_steps, callback.rho = 0.5, 3, 0.1
+    for method in callback.methods:
+        assert (method.beta, method.every_n_steps, method.rho(0, 1, 1.0)) == (0.5, 3, 0.1)
+    with pytest.raises(MisconfigurationException, match="beta"):
+        callback.beta = 2.0
+    with pytest.raises(MisconfigurationException, match="rho"):
+        callback.rho = -1
+    assert (callback.beta, callback.current_rho) == (0.5, 0.1)

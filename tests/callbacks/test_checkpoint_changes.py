@@ -214,6 +214,16 @@ def test_what_was_trained_between_two_saves_is_in_the_file(tmp_path: Path) -> No
     assert same(state(tmp_path / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
 
 
+def test_what_was_trained_within_one_epoch_is_in_the_file(tmp_path: Path) -> None:
+    """Unfrozen after its first batch, and frozen again before the next epoch begins."""
+    module = FreezesWithinAnEpoch(net=network())
+    head = module.net.base_model.model.head
+    module.on_train_epoch_start = lambda: head.requires_grad_(False)
+    module.on_train_batch_start = lambda batch, batch_idx: head.requires_grad_(batch_idx > 0)
+    fit(tmp_path, module, [saver(tmp_path, every_n_train_steps=12)])
+    assert same(state(tmp_path / "step=12.ckpt")[HEAD], head.weight.detach())
+
+
 def test_a_second_fit_remembers_what_the_first_one_trained(tmp_path: Path) -> None:
     module = TrainsHeadInFirstEpoch(net=network())
     fit(tmp_path, module, [saver(tmp_path / "1")])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     FRONT_ENDS,
+    Classifier,
     TwoPassClassifier,
     assert_no_trace,
     build,
@@ -26,6 +27,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from shadows import Shadow, shown, watched
+
+from lightning_flatlora import EFMLoRA
 
 TRAINING_HOOKS = {
     "on_fit_start",
@@ -182,3 +185,39 @@ def test_weight_averaging_beside_us_averages_clean_weights(tmp_path, front_end, 
     averaged = {k.removeprefix("net."): v for k, v in file["state_dict"].items()}
     torch.testing.assert_close(averaged, expected, rtol=1e-5, atol=1e-6)
     assert_no_trace(module)
+
+
+class StepsByClosure(Classifier):
+    """Manual optimization, whose forward and backward pass may run within the optimizer's step."""
+
+    def __init__(self, by_closure: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.by_closure = by_closure
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = self.loss(batch, batch_idx)
+            self.manual_backward(loss)
+            return loss
+
+        if self.by_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+def test_a_users_closure_is_perturbed_too(tmp_path):
+    results = []
+    for by_closure in (False, True):
+        module = StepsByClosure(by_closure)
+        fit(tmp_path, module, [EFMLoRA(0.5)], max_epochs=1)
+        results.append(weights(module))
+    plain = StepsByClosure(True)
+    fit(tmp_path, plain, [], max_epochs=1)
+    assert same(*results)
+    assert not same(results[0], weights(plain))

@@ -28,6 +28,10 @@ def test_put_on_instance_restores_what_was_there() -> None:
     assert module.log is int
     above()
     assert module.log is repr
+    put_back = put_on_instance(module, "log", str)
+    module.log = int  # type: ignore[method-assign, assignment]
+    put_back()
+    assert module.log is int  # what somebody else has put on top stays
     assert not [name for name in module.__dict__ if "replaced" in name]
 
 

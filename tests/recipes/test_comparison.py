@@ -54,8 +54,8 @@ def only_this(task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_hyper_parameter_arrives_in_the_callback(name: str) -> None:
     settings = {"learning_rate": 1.0, ALL[name].parameter: 0.7, "seed": 3}
     (callback,) = methods.METHODS[name].callbacks(**settings)
-    assert callback.size in (ConstantRho(0.7), CosineRho(0.7, 0.0), CosineRho(0.0, 0.7))  # type: ignore[attr-defined]
-    assert isinstance(callback.size, ConstantRho) == (ALL[name].parameter == "rho")  # type: ignore[attr-defined]
+    assert callback.rho in (ConstantRho(0.7), CosineRho(0.7, 0.0), CosineRho(0.0, 0.7))  # type: ignore[attr-defined]
+    assert isinstance(callback.rho, ConstantRho) == (ALL[name].parameter == "rho")  # type: ignore[attr-defined]
 
 
 def test_random_noise_follows_the_seed_of_the_run() -> None:

@@ -27,8 +27,8 @@ def test_settings_replace_the_defaults() -> None:
     (fmlora,) = BY_TITLE["FMLoRA"].callbacks(rho=0.7)
     assert type(efmlora) is EFMLoRA
     assert type(fmlora) is FMLoRA
-    assert efmlora.size(0) == fmlora.size(0) == 0.7
-    assert METHODS["efmlora"].callbacks()[0].size(0) == 0.5  # type: ignore[attr-defined]
+    assert efmlora.rho(0) == fmlora.rho(0) == 0.7
+    assert METHODS["efmlora"].callbacks()[0].rho(0) == 0.5  # type: ignore[attr-defined]
 
 
 def test_titles_are_unique_and_every_program_finds_its_methods() -> None:

@@ -31,6 +31,8 @@ class SavesAdapters(_Base):
     def __init__(self, *args: Any, finder: Finder | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.finder = finder
+        # The identities of the parameters that an epoch's steps have trained so far.
+        self._stepped: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a fit: a copy or pickle that is made in the middle of one has no part in it."""
@@ -75,6 +77,17 @@ class SavesAdapters(_Base):
         # At the first batch of an epoch all hooks that freeze and unfreeze at its start have run.
         if batch_idx == 0:
             note_trained(pl_module)
+            self._stepped.clear()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        # What a step trains may have been unfrozen within the epoch, and may be frozen again before the next.
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        stepped = {id(parameter) for parameter in parameters if parameter.grad is not None}
+        if not stepped <= self._stepped:
+            note_trained(pl_module)
+            self._stepped |= stepped
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
