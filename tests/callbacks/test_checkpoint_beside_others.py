@@ -1,6 +1,6 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,29 @@ class ListOfAnotherKind(Sequence[Any]):
         return len(self.values)
 
 
-def test_a_config_with_other_containers_is_refused_at_the_start(tmp_path: Path) -> None:
+class DictOfAnotherKind(Mapping[str, Any]):
+    def __init__(self, **values: Any) -> None:
+        self.values_ = values
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+
+def test_configs_of_other_containers_are_written(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES))
-    net: Any = get_peft_model(base, LoraConfig(r=2, target_modules=ListOfAnotherKind("0", "2")))
-    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: .*ListOfAnotherKind is not JSON"):
-        fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
+    config = LoraConfig(r=2, target_modules=ListOfAnotherKind("0", "2"), rank_pattern=DictOfAnotherKind(**{"0": 3}))
+    net: Any = get_peft_model(base, config)
+    fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
+    saved = LoraConfig.from_pretrained(str(tmp_path / "step=12"))
+    assert set(saved.target_modules) == {"0", "2"}
+    assert saved.rank_pattern == {"0": 3}
+    assert isinstance(net.peft_config["default"].target_modules, ListOfAnotherKind)
 
 
 def never(*args: Any) -> Any:
