@@ -199,7 +199,8 @@ class TwoPasses(Passes):
     @property
     def method(self) -> StepMethod:
         """The one of the first optimizer that trains pairs."""
-        return next((method for method in self.methods if method.pairs), self.methods[0])
+        main: StepMethod = self.owner.method
+        return main
 
     def look_again(self) -> None:
         """Find what a step may write again, before the first pass of an epoch."""

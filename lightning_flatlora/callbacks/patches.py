@@ -46,7 +46,7 @@ def put_on(owner: Any, methods: dict[str, Callable[..., Any]]) -> ExitStack:
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing: it stands where there is nothing to put back."""
+    """Do nothing: it stands in for a method, or where there is nothing to put back."""
 
 
 def without_logging(callback: Callback) -> dict[str, Any]:

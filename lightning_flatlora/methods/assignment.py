@@ -28,7 +28,7 @@ class PairAssignment(NamedTuple):
 def assign_pairs(search: PairSearch, optimizers: Sequence[Optimizer]) -> PairAssignment:
     """Find the optimizer that trains each pair, also those that are unfrozen or activated later."""
     assignment = PairAssignment([[] for _ in optimizers], [], [], [])
-    held = [{id(parameter) for parameter in parameters_of(optimizer)} for optimizer in optimizers]
+    held = [set(map(id, parameters_of(optimizer))) for optimizer in optimizers]
     for pair in (*search.pairs, *search.resting):
         # E is defined by a division by the scaling.
         if pair.scaling == 0:

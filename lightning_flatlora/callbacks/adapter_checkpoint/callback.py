@@ -16,6 +16,7 @@ from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.checks import refuse
+from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs.lora_pair import Finder
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ class SavesAdapters(_Base):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         # What a step trains may have been unfrozen within the epoch, and may be frozen again before the next.
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        stepped = {id(parameter) for parameter in parameters if parameter.grad is not None}
+        stepped = {id(parameter) for parameter in parameters_of(optimizer) if parameter.grad is not None}
         if not stepped <= self._stepped:
             note_trained(pl_module)
             self._stepped |= stepped
