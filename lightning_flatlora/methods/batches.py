@@ -55,19 +55,6 @@ def own_containers(batch: Any, of_tensor: Callable[[Tensor], Any] = lambda tenso
     return batch
 
 
-def tensors_in(batch: Any) -> list[Tensor]:
-    """List the tensors that :func:`own_containers` reaches.
-
-    Example:
-        >>> import torch
-        >>> len(tensors_in({"x": torch.ones(2), "more": [torch.ones(1), "a text"]}))
-        2
-    """
-    found: list[Tensor] = []
-    own_containers(batch, found.append)
-    return found
-
-
 def clone_with_attributes(tensor: Tensor) -> Tensor:
     """Copy a batch's tensor, with the attributes that a user has put on it."""
     copied = tensor.clone()

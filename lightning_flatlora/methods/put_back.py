@@ -6,14 +6,16 @@ Each function notes a state at the moment of the call and gives a function that 
 import copy
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Number
-from typing import Any
+from operator import attrgetter
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 PutBack = Callable[[], None]
@@ -22,6 +24,12 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 """The attributes that every module has: its parts, hooks and mode."""
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+
+_MOST_BYTES = 2**26
+"""Of buffers that are copied, in all."""
+
+_MOST_BYTES_OF_INTEGERS = 2**20
+"""Of a buffer of integers that is copied: larger ones are the packed weights of a quantizer, or a mask."""
 
 
 def random_state(device: torch.device) -> PutBack:
@@ -84,6 +92,62 @@ def own_attributes(module: nn.Module) -> PutBack:
                 container.update(contents)
 
     return put_back
+
+
+@torch.no_grad()
+def buffers_of(modules: Sequence[nn.Module]) -> PutBack:
+    """Note which buffers some modules have, and their values: of the smallest first, up to 64 MB in all.
+
+    Buffers of integers of more than 1 MB are left out. Values are put back into the same memory, which DDP and compiled
+    graphs hold.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.register_buffer("count", torch.zeros(()))
+        >>> put_back = buffers_of([module])
+        >>> module.count += 1; put_back(); int(module.count)
+        0
+    """
+    bound: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    copyable: list[Tensor] = []
+    for module in modules:
+        held = dict(module._buffers)
+        copyable += [buffer for buffer in held.values() if _is_copyable(buffer)]
+        # A scripted module has its buffers in C++, and its steps write them in place.
+        if not isinstance(module, ScriptModule):
+            bound.append((module, held))
+    room = _MOST_BYTES
+    values: list[tuple[Tensor, Tensor, Tensor]] = []
+    for buffer in sorted(copyable, key=attrgetter("nbytes")):
+        room -= buffer.nbytes
+        if room < 0:
+            break
+        values.append((buffer, buffer.data, buffer.clone()))
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for module, held in bound:
+            if module._buffers.keys() != held.keys():
+                module._buffers.clear()
+            module._buffers.update(held)
+        for buffer, data, value in values:
+            if buffer.data_ptr() != data.data_ptr():
+                buffer.data = data
+            buffer.copy_(value)
+
+    return put_back
+
+
+def _is_copyable(buffer: Tensor | None) -> TypeGuard[Tensor]:
+    """Say whether a buffer has values in memory that may be written: not a lazy, a sparse or an expanded one."""
+    if buffer is None or is_lazy(buffer) or buffer.is_inference() or buffer.is_meta:
+        return False
+    if buffer.layout != torch.strided:
+        return False
+    if not buffer.is_floating_point() and buffer.nbytes > _MOST_BYTES_OF_INTEGERS:
+        return False
+    # Of an expanded one several entries are one place in memory, which PyTorch refuses to write.
+    return not any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 def metrics_on_copies(metrics: Iterable[Metric]) -> PutBack:

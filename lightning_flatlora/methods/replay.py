@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torchmetrics import Metric
-from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_flatlora.compat import MisconfigurationException
-from lightning_flatlora.methods.batches import clone_with_attributes, own_containers, tensors_in
-from lightning_flatlora.methods.buffers import Buffers, Mark, mark_of
-from lightning_flatlora.methods.put_back import PutBack, metrics_on_copies, own_attributes, random_state
+from lightning_flatlora.methods.batches import clone_with_attributes, own_containers
+from lightning_flatlora.methods.gradients import parameters_of
+from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state
 
 
 class Replay:
@@ -52,13 +51,9 @@ class Replay:
         self._module = module
         self._optimizers = list(optimizers)
         self._watched = [] if is_sharded else _watchable(module)
+        self._modules: list[nn.Module] = []
         self._device = torch.device("cpu")
-        self._batch_marks: list[tuple[Tensor, Mark]] = []
-        self._is_first_step = True
-        self._writes_batch = False
-        self._is_outdated = False
-        self._buffers = Buffers()
-        self._look()
+        self._at_start: list[PutBack] = []
 
     def look_again(self, optimizers: Iterable[Optimizer]) -> None:
         """At the next first pass, find the modules again, which takes too long for every step.
@@ -66,44 +61,24 @@ class Replay:
         Not now, at the start of an epoch, since the hooks of others may still change the module.
         """
         self._optimizers = list(optimizers)
-        self._is_outdated = True
-
-    def _look(self) -> None:
-        modules = list(self._module.modules())
-        self._buffers.look(modules)
-        self._metrics = [module for module in modules if isinstance(module, Metric)]
-        # A wrapper's own count of updates stays 0, and some reset the metric that they wrap in each step.
-        self._uncounted: set[int] = set()
-        for metric in self._metrics:
-            if isinstance(metric, WrapperMetric):
-                self._uncounted.update(map(id, metric.modules()))
-        self._is_outdated = False
+        self._modules = []
 
     def first_pass_starts(self, device: torch.device) -> None:
         """Note the state from which both passes start; the device is that on which they draw random numbers."""
-        if self._is_outdated:
-            self._look()
+        self._modules = self._modules or list(self._module.modules())
         self._device = device
-        self._draws = random_state(device)
-        self._attributes = own_attributes(self._module)
-        self._buffers.first_pass_starts()
-        self._marks = list(map(mark_of, self._watched))
-        self._update_counts = [metric.update_count for metric in self._metrics]
+        self._at_start = self._noted()
+        self._marks = list(map(_mark_of, self._watched))
+
+    def _noted(self) -> list[PutBack]:
+        return [random_state(self._device), own_attributes(self._module), buffers_of(self._modules)]
+
+    def _metrics_on_copies(self) -> PutBack:
+        return metrics_on_copies(module for module in self._modules if isinstance(module, Metric))
 
     def kept_batch(self, batch: Any) -> Any:
-        """Keep what the second pass gets in a batch's place; to be called before the first.
-
-        It has containers of its own. In the first step, and once a first pass has been seen to write into a batch's
-        tensors, as one that masks tokens in place, the tensors are copies as well.
-        """
-        if self._writes_batch or self._is_first_step:
-            kept = own_containers(batch, clone_with_attributes)
-        else:
-            kept = own_containers(batch)
-        # Those made in inference mode have no version by which a write can be noticed.
-        written = [tensor for tensor in tensors_in(batch) if not tensor.is_inference()]
-        self._batch_marks = [(tensor, mark_of(tensor)) for tensor in written]
-        return kept
+        """Copy a batch for the second pass, before the first may write into it."""
+        return own_containers(batch, clone_with_attributes)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -118,14 +93,9 @@ class Replay:
                 f"a step writes the parameter {written}, which no optimizer trains, as a momentum encoder's: a second "
                 "pass would write it again. Update it in on_train_batch_end, or use EFMLoRA, which takes one pass"
             )
-        self._writes_batch |= any(mark_of(tensor) != mark for tensor, mark in self._batch_marks)
-        # They hold the batch, which would otherwise stay in memory beside the next one.
-        self._batch_marks = []
-        self._is_first_step = False
-        of_first: list[PutBack] = [random_state(self._device), own_attributes(self._module)]
-        of_first += [metrics_on_copies(self._updated_metrics()), self._buffers.first_pass_ended()]
-        self._draws()
-        self._attributes()
+        of_first = [*self._noted(), self._metrics_on_copies()]
+        _put_back(self._at_start)
+        self._at_start = []  # its copies are not needed any more
         try:
             yield
         except RuntimeError as error:
@@ -137,26 +107,16 @@ class Replay:
                 ) from error
             raise
         finally:
-            for put_back in of_first:
-                put_back()
-
-    def _updated_metrics(self) -> list[Metric]:
-        """Find the metrics that the first pass has updated; with a wrapper all of its own, whose counts say nothing."""
-        updated = []
-        for metric, count in zip(self._metrics, self._update_counts, strict=True):
-            if id(metric) in self._uncounted or metric.update_count != count:
-                updated.append(metric)
-        return updated
+            _put_back(of_first)
 
     def written_parameter(self) -> str | None:
         """Name a parameter that the pass has written and no optimizer trains; None if there is none."""
-        marks = list(map(mark_of, self._watched))
+        marks = list(map(_mark_of, self._watched))
         if marks == self._marks:
             return None
         trained: set[int] = set()
         for optimizer in self._optimizers:
-            for param_group in optimizer.param_groups:
-                trained.update(map(id, param_group["params"]))
+            trained.update(map(id, parameters_of(optimizer)))
         for parameter, mark, before in zip(self._watched, marks, self._marks, strict=True):
             if mark != before and id(parameter) not in trained:
                 names = [name for name, each in self._module.named_parameters() if each is parameter]
@@ -171,14 +131,24 @@ class Replay:
             device: on which they draw random numbers.
         """
         self.first_pass_starts(device)
-        metrics = metrics_on_copies(self._metrics)
+        before = [*self._at_start, self._metrics_on_copies()]
         try:
             yield
         finally:
-            metrics()
-            self._buffers.first_pass_ended()
-            self._attributes()
-            self._draws()
+            _put_back(before)
+
+
+def _put_back(noted: Iterable[PutBack]) -> None:
+    for put_back in noted:
+        put_back()
+
+
+def _mark_of(parameter: nn.Parameter) -> tuple[int, int]:
+    """Give what changes when a parameter is written: the version that torch counts, and the place of its memory.
+
+    A write in place through ``.data``, as ``key.data.mul_(0.9)``, leaves no mark.
+    """
+    return parameter._version, parameter.data_ptr()
 
 
 def _watchable(module: nn.Module) -> list[nn.Parameter]:
@@ -193,7 +163,7 @@ def _watchable(module: nn.Module) -> list[nn.Parameter]:
         if isinstance(part, nn.RNNBase):
             continue
         for parameter in part.parameters(recurse=False):
-            if is_lazy(parameter) or parameter.is_inference():
+            if is_lazy(parameter) or parameter.is_inference() or parameter.layout != torch.strided:
                 continue
             if type(parameter) is nn.Parameter and type(parameter.data) is Tensor:
                 watchable.append(parameter)

@@ -11,7 +11,7 @@ from helpers import Classifier, TwoPassClassifier, build, fit, make_loader, same
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_flatlora.methods.batches import tensors_in
+from lightning_flatlora.methods.batches import own_containers
 
 
 class Pair(NamedTuple):
@@ -70,6 +70,12 @@ def test_a_step_may_take_batches_of_any_class_apart(tmp_path: Any, front_end: st
         fit(tmp_path, module, callbacks, loader=DataLoader(batches, batch_size=None), **more)
         trained.append(weights(module))
     assert same(*trained)
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    own_containers(batch, found.append)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["tuple", *BATCHES])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from two_pass_runs import TWO_PASSES, Keeping, beside_a_plain_run, two_passes
 
-from lightning_flatlora.methods import buffers
+from lightning_flatlora.methods import put_back
 
 
 class Registering(nn.Module):
@@ -118,26 +118,30 @@ def test_what_lies_deeper_sees_both_passes(tmp_path: Any) -> None:
     assert module.counts == {"batches": [12]}
 
 
-def test_a_buffer_too_large_to_copy_unseen_is_put_back_from_the_second_step_on(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+class Filling:
+    """Counts passes in two buffers, one of floats and one of integers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("floats", torch.zeros(100))  # type: ignore[attr-defined]
+        self.register_buffer("packed", torch.zeros(10, dtype=torch.int32))  # type: ignore[attr-defined]
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        self.floats += 1
+        self.packed += 1
+        return super().loss(batch, batch_idx)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [("_MOST_BYTES", (False, True)), ("_MOST_BYTES_OF_INTEGERS", (True, False))]
+)
+def test_buffers_too_large_to_copy_are_written_by_both_passes(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, limit: str, kept: tuple[bool, bool]
 ) -> None:
-    class Large:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.register_buffer("large", torch.zeros(100))  # type: ignore[attr-defined]
-            self.seen: tuple[float, ...] = ()
-
-        def loss(self, batch: Any, batch_idx: int) -> Any:
-            self.seen += (float(self.large.sum()),)
-            self.large += 1
-            return super().loss(batch, batch_idx)  # type: ignore[misc]
-
-    monkeypatch.setattr(buffers, "_MOST_BYTES", 399)
-    module, callbacks, more = two_passes("fmlora", Large)
-    fit(tmp_path, module, callbacks, max_epochs=2, **more)
-    assert module.seen[::2] == tuple(100.0 * step for step in range(12))
-    assert module.seen[1] == 100
-    assert module.seen[3::2] == module.seen[2::2]
+    monkeypatch.setattr(put_back, limit, 40 if limit == "_MOST_BYTES" else 39)
+    module, callbacks, more = two_passes("fmlora", Filling)
+    fit(tmp_path, module, callbacks, max_epochs=1, **more)
+    assert [int(module.floats[0]), int(module.packed[0])] == [6 if each else 12 for each in kept]
 
 
 # -- parameters that no optimizer trains
