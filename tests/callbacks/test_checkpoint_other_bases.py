@@ -94,7 +94,7 @@ def test_shapes_and_samples_are_compared_if_both_can_be_read(other: dict[str, Te
 
 
 def test_parts_of_tensors_are_not_compared() -> None:
-    one, other = identities_of({"w": torch.ones(4)}, whole=False), identities_of({"w": torch.zeros(2)}, whole=False)
+    one, other = identities_of({"w": torch.ones(4)}, sharded=True), identities_of({"w": torch.zeros(2)}, sharded=True)
     assert differing(one, other) == []
 
 

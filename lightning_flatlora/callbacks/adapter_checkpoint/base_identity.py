@@ -11,18 +11,18 @@ _SAMPLES = 8
 Identity = dict[str, Any] | None
 
 
-def identities_of(parameters: Mapping[str, Tensor | None], whole: bool = True) -> dict[str, Identity]:
+def identities_of(parameters: Mapping[str, Tensor | None], sharded: bool = False) -> dict[str, Identity]:
     """Describe the parameters of a base, so that another base is recognized as another one.
 
     Args:
         parameters: by name; None for what is not compared.
-        whole: whether this rank holds whole tensors; the sample of a part would say nothing.
+        sharded: whether this rank holds parts of them, whose samples would say nothing.
 
     Example:
         >>> identities_of({"w": torch.ones(2, 3)})["w"]["sample"]
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    return {name: _identity(tensor) if whole else None for name, tensor in parameters.items()}
+    return {name: None if sharded else _identity(tensor) for name, tensor in parameters.items()}
 
 
 def _identity(tensor: Tensor | None) -> Identity:

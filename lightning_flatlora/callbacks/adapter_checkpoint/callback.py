@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.adapter_checkpoint import export
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import hosts_of, note_trained
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import hosts, note_trained
 from lightning_flatlora.callbacks.adapter_checkpoint.loading import read_adapters
 from lightning_flatlora.callbacks.adapter_checkpoint.saving import adapters_only, dry_run
 from lightning_flatlora.callbacks.patches import without_logging
@@ -32,8 +32,8 @@ class SavesAdapters(_Base):
     def __init__(self, *args: Any, finder: Finder | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.finder = finder
-        # The identities of the parameters that an epoch's steps have trained so far.
-        self._stepped: set[int] = set()
+        # The identities of the parameters that the optimizers of this fit have trained so far.
+        self._seen: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a fit: a copy or pickle that is made in the middle of one has no part in it."""
@@ -57,7 +57,7 @@ class SavesAdapters(_Base):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not hosts_of(pl_module, self.finder):
+        if not hosts(pl_module, self.finder):
             raise MisconfigurationException(
                 f"AdapterCheckpoint: {type(pl_module).__name__} holds no peft model: wrap its network with "
                 "peft.get_peft_model, give a finder for other layers, or use Lightning's ModelCheckpoint"
@@ -67,27 +67,20 @@ class SavesAdapters(_Base):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._seen.clear()
         saves = self.save_top_k != 0 or self.save_last
         if saves and not getattr(trainer, "fast_dev_run", False):
             with adapters_only(trainer, self.finder):
                 dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only, linked=self.save_last == "link")
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        # At the first batch of an epoch all hooks that freeze and unfreeze at its start have run.
-        if batch_idx == 0:
-            note_trained(pl_module)
-            self._stepped.clear()
-
-    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        # What a step trains may have been unfrozen within the epoch, and may be frozen again before the next.
-        stepped = {id(parameter) for parameter in parameters_of(optimizer) if parameter.grad is not None}
-        if not stepped <= self._stepped:
+        # What a step trains may be frozen again before the next save.
+        trained = {id(parameter) for parameter in parameters_of(optimizer) if parameter.requires_grad}
+        if not trained <= self._seen:
             note_trained(pl_module)
-            self._stepped |= stepped
+            self._seen |= trained
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -55,49 +55,51 @@ def divided_state(module: nn.Module, finder: Finder | None = None) -> tuple[dict
         finder: of the adapter's factors, if they are not peft's.
 
     Returns:
-        The entries of adapters, of buffers, and of everything outside of the base; and the parameters of the base,
-        with None for what a quantized layer keeps beside its weight, and creates again with it.
+        The entries of adapters, of buffers, of all that was ever trained and of everything outside of the base; and the
+        other parameters of the base, with None for what a quantized layer keeps beside its weight, and creates again.
     """
     with unwrapped(module):
         # By PyTorch's method, since a module's own may leave entries out or rename them. And before all else, since
         # under FSDP2 this call brings back the sharded parameters.
         state: dict[str, Any] = nn.Module.state_dict(module, keep_vars=True)
-        adapters = {*_adapter_places(module), *found_factors(module, finder)}
-        in_base: set[nn.Module] = set()
-        for host in hosts_of(module, finder).values():
-            in_base.update(host.modules())
+        always_kept = (*_adapter_parameters(module), *found_factors(module, finder).values(), *module.buffers())
+        kept_ids = {id(tensor) for tensor in always_kept}
+        parts: set[nn.Module] = set()
+        for host in hosts(module, finder).values():
+            parts.update(host.modules())
         # With duplicates, since the base of a peft model may be an attribute of the module too.
-        parts = dict(module.named_modules(remove_duplicate=False))
+        named = module.named_modules(remove_duplicate=False)
+        places = tuple(f"{name}.".removeprefix(".") for name, part in named if part in parts)
     kept, base = {}, {}
     for name, value in state.items():
-        places = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
-        # The innermost module with a part of this name: a quantized layer's entries may have a dot of their own.
-        owner = next((place for place in reversed(places) if place in parts), "")
-        own_name = name.removeprefix(f"{owner}.")
-        is_buffer = own_name in parts[owner]._buffers or own_name == "_extra_state"
-        is_adapter = not adapters.isdisjoint([*places, name])
-        if is_buffer or is_adapter or parts[owner] not in in_base:
+        is_kept = id(value) in kept_ids or name.endswith("_extra_state") or plain_name(name) in trained_names(module)
+        if is_kept or not name.startswith(places):
             kept[name] = value
         else:
             base[name] = value if isinstance(value, nn.Parameter) else None
     return kept, base
 
 
-def _adapter_places(module: nn.Module) -> Iterator[str]:
-    """Find the names under which adapters, active or not, keep modules and tensors, and those of prompt encoders."""
-    for name, part in module.named_modules(remove_duplicate=False):
+def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Find the parameters of adapters, active or not, and of prompt encoders."""
+    for part in module.modules():
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            for attribute in (*part.adapter_layer_names, *part.other_param_names):
-                yield f"{name}.{attribute}".removeprefix(".")
+            attributes = {*part.adapter_layer_names, *part.other_param_names}
         elif isinstance(part, PeftModel):
-            yield f"{name}.prompt_encoder".removeprefix(".")
+            attributes = {"prompt_encoder"}
+        else:
+            continue
+        for name, parameter in part.named_parameters():
+            if name.partition(".")[0] in attributes:
+                yield parameter
 
 
-def hosts(module: nn.Module) -> dict[str, Any]:
-    """Find the outermost modules that hold peft's adapters, by name.
+def hosts(module: nn.Module, finder: Finder | None = None) -> dict[str, Any]:
+    """Find the modules that hold the base, by name.
 
-    These are peft models, and modules into which ``add_adapter`` of transformers or diffusers, or
-    ``peft.inject_adapter_in_model``, has put peft's layers.
+    These are the outermost modules that hold peft's adapters: peft models, and modules into which ``add_adapter`` of
+    transformers or diffusers, or ``peft.inject_adapter_in_model``, has put peft's layers; and the child modules in
+    which a finder finds factors.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -105,12 +107,13 @@ def hosts(module: nn.Module) -> dict[str, Any]:
         >>> list(hosts(nn.ModuleDict({"net": net, "head": nn.Linear(3, 2)})))
         ['net']
     """
+    first_parts = {name.partition(".")[0] for name in found_factors(module, finder)}
+    found: dict[str, Any] = {name: child for name, child in module.named_children() if name in first_parts}
     named = list(module.named_modules())
     of_peft = [(name, part) for name, part in named if isinstance(part, PeftModel)]
     # The innermost first: peft leaves its configs in the module that it was given, and the attribute of a module around
     # that is a user's own.
     injected = [(name, part) for name, part in reversed(named) if "peft_config" in vars(part)]
-    found: dict[str, Any] = {}
     covered: set[nn.Module] = set()
     for name, part in [*of_peft, *injected]:
         new = set(part.modules()) - covered
@@ -118,13 +121,6 @@ def hosts(module: nn.Module) -> dict[str, Any]:
             found[name] = part
             covered |= new
     return found
-
-
-def hosts_of(module: nn.Module, finder: Finder | None) -> dict[str, Any]:
-    """Find the modules that hold the base: peft's hosts, and the child modules in which a finder finds factors."""
-    first_parts = {name.partition(".")[0] for name in found_factors(module, finder)}
-    found = {name: child for name, child in module.named_children() if name in first_parts}
-    return {**found, **hosts(module)}
 
 
 def found_factors(module: nn.Module, finder: Finder | None) -> dict[str, nn.Parameter]:

@@ -10,13 +10,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,79 +64,62 @@ def _save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fi
     Each adapter that is not called "default" has a subfolder, as in peft. If several parts of the module hold adapters,
     each part has a subfolder.
     """
-    hosts = contents.hosts_of(module, finder)
+    hosts = contents.hosts(module, finder)
     for name, host in hosts.items():
         prefix = f"{name}." if name else ""
         of_host = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         place = folder if len(hosts) == 1 else folder / name
+        place.mkdir(parents=True, exist_ok=True)
         if hasattr(host, "peft_config"):
             with _plain_configs(host):
                 _save_of_peft(host, of_host, place)
+            continue
+        factors = {key: of_host[key] for key in contents.found_factors(host, finder)}
+        # The name and the form that litgpt's scripts read, or plain safetensors.
+        if finder is litgpt_pairs:
+            torch.save({"model": factors}, place / "lit_model.pth.lora")
         else:
-            # The name and the form that litgpt's scripts read, or plain safetensors.
-            file = "lit_model.pth.lora" if finder is litgpt_pairs else "factors.safetensors"
-            _save_tensors({key: of_host[key] for key in contents.found_factors(host, finder)}, place / file)
+            _save_tensors(factors, place / "factors.safetensors")
 
 
 def _save_of_peft(host: Any, state: dict[str, Any], folder: Path) -> None:
-    embeddings = _save_embeddings(host)
     if isinstance(host, PeftModel):
-        host.save_pretrained(str(folder), state_dict=state, save_embedding_layers=embeddings)
+        host.save_pretrained(str(folder), state_dict=state)
         return
     # What peft would write, for a module that is not wrapped in one of its models.
     for name, config in host.peft_config.items():
         place = folder if name == "default" else folder / name
-        weights = get_peft_model_state_dict(host, state, name, save_embedding_layers=embeddings)
+        config.save_pretrained(str(place))
+        weights = get_peft_model_state_dict(host, state, name)
         tensors = {f"base_model.model.{key}": value for key, value in weights.items()}
         _save_tensors(tensors, place / "adapter_model.safetensors")
-        config.save_pretrained(str(place))
 
 
-def _save_embeddings(host: nn.Module) -> bool | Literal["auto"]:
-    """Tell peft to save embeddings that it finds adapted, or that there are none, as in transformers' speech models."""
-    try:
-        getattr(host, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        return False
-    return "auto"
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    # Copies, since safetensors refuses tensors that share memory.
+    copies = {name: value.clone().contiguous() for name, value in tensors.items()}
+    save_file(copies, file, metadata={"format": "pt"})
 
 
 @contextmanager
 def _plain_configs(host: Any) -> Iterator[None]:
     """Inside, the configs of a host hold plain lists and dicts, since JSON can't write those of Hydra."""
     own = host.peft_config
-    host.peft_config = {name: _plain_config(config) for name, config in own.items()}
+    host.peft_config = {name: copy.copy(config) for name, config in own.items()}
+    for config in host.peft_config.values():
+        vars(config).update(_plain(vars(config)))
     try:
         yield
     finally:
         host.peft_config = own
 
 
-def _plain_config(config: PeftConfig) -> PeftConfig:
-    plain = copy.copy(config)
-    for field in fields(config):
-        setattr(plain, field.name, _plain(getattr(config, field.name)))
-    return plain
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, Set):
-        return {_plain(each) for each in value}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes):
         return [_plain(each) for each in value]
     return value
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Copies, since safetensors refuses tensors that share memory.
-    copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
-    if file.suffix == ".safetensors":
-        save_file(copies, file, metadata={"format": "pt"})
-    else:
-        torch.save({"model": copies}, file)
 
 
 # -- the place on the disk
@@ -208,19 +190,21 @@ def remove_folder(folder: Path) -> None:
     """
     if folder.is_symlink():
         folder.unlink()
-    else:
-        _delete(folder, ["", LIST, *_read_list(folder)["files"]])
+        return
+    _delete(folder, [LIST, *_read_list(folder)["files"]])
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
-def _delete(folder: Path, names: list[str]) -> None:
-    # Backwards, so that what is in a subfolder comes before it.
-    for name in reversed(names):
-        place = folder / name
-        # The list is a file that anybody may have edited, so nothing outside of the folder is ever deleted.
-        is_inside = place.resolve().is_relative_to(folder.resolve())
-        if is_inside and place.is_file():
+def _delete(folder: Path, names: Sequence[str]) -> None:
+    # They are searched for, since anybody may have edited the list: nothing outside of the folder is ever deleted. What
+    # is in a subfolder comes before it, and the list, which says that the rest is ours, at the end.
+    for place in sorted(folder.rglob("*"), reverse=True):
+        if str(place.relative_to(folder)) not in names or place.is_symlink():
+            continue
+        if place.is_file():
             place.unlink()
-        elif is_inside and place.is_dir() and not any(place.iterdir()):
+        elif not any(place.iterdir()):
             place.rmdir()
 
 

@@ -9,16 +9,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import differing, identities_of
-from lightning_flatlora.callbacks.adapter_checkpoint.optimizer_states import scatter_state
-from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK
+from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK, is_split
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.compat import MisconfigurationException, is_lightning
+from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs import clean_name
 from lightning_flatlora.pairs.lora_pair import Finder
-from lightning_flatlora.sharding import is_sharded, sharding_of
+from lightning_flatlora.sharding import Sharding, is_sharded, sharding_of
 
 
 def load_adapter_checkpoint(
@@ -111,28 +112,37 @@ def _is_ours(path: Any) -> bool:
         return any(MARK.encode() in archive.read(name) for name in pickles)
 
 
+def scatter_state(optimizer: Optimizer, saved: dict[str, Any], sharding: Sharding) -> None:
+    """Load what this rank keeps of a whole state into a sharded optimizer; the inverse of ``saving.gather_state``."""
+    state = dict(saved["state"])
+    for index, parameter in enumerate(parameters_of(optimizer)):
+        values, shape = state.pop(index, None), sharding.shape(parameter)
+        if values is not None and parameter.numel():
+            split = {key: sharding.part(each, parameter) for key, each in values.items() if is_split(key, each, shape)}
+            state[index] = {**values, **split}
+    optimizer.load_state_dict({**saved, "state": state})
+
+
 def _load_weights(
     module: nn.Module, checkpoint: dict[str, Any], strict: bool, finder: Finder | None, trainer: Trainer | None = None
 ) -> None:
-    """Copy a file's weights into a module, whether they are trained at the moment or not.
-
-    Lightning calls this before ``configure_optimizers`` and ``on_fit_start``, in which modules may freeze and unfreeze.
+    """Load a checkpoint's weights, and compare the base with the one that it leaves out.
 
     Args:
-        module: a LightningModule, or a part of one.
-        checkpoint: with our mark.
-        strict: whether what is missing or unknown is an error; and another base, if a fit goes on.
-        finder: of the adapter's factors, if they are not peft's.
+        module: to load into.
+        checkpoint: with clean names.
+        strict: refuse what does not fit, instead of warning.
+        finder: of factors that are not peft's.
         trainer: whose strategy may have split the parameters.
     """
     model = trainer.strategy.model if trainer else None
     sharding, left_out = sharding_of(model), checkpoint[MARK]["left_out"]
-    kept, base = contents.divided_state(module, finder)
     # A module's on_load_checkpoint may have completed the state dict by itself.
     state = {name: value for name, value in checkpoint["state_dict"].items() if name not in left_out}
-    contents.trained_names(module).update(contents.plain_name(name) for name in state if name in base)
+    contents.trained_names(module).update(contents.plain_name(name) for name in state)
+    kept, base = contents.divided_state(module, finder)
     for name, value in state.items():
-        parameter: Any = kept.get(name, base.get(name))
+        parameter: Any = kept.get(name)
         # A value of another shape stays whole, so that PyTorch refuses it by its name.
         if sharding.splits(parameter) and sharding.shape(parameter) == value.shape:
             state[name] = sharding.part(value, parameter)
@@ -146,8 +156,9 @@ def _load_weights(
     others = [name for name, s in scalings.items() if not math.isclose(s, saved.get(name, s), rel_tol=1e-5)]
     # Not refused, as a callback that sets the scaling while a fit runs may be about to set it again.
     _report(others, f"is of another lora_alpha, r or use_rslora in {len(others)} layers", refuse=False)
-    now = {name: parameter for name, parameter in base.items() if name not in state}
-    others = differing(left_out, identities_of(now, whole=not is_sharded(model)))
+    # Of what the file leaves out, this module may have trained a part before.
+    now = {name: kept[name] for name in left_out if name in kept}
+    others = differing(left_out, identities_of({**base, **now}, is_sharded(model)))
     problem = f"leaves out {len(others)} tensors of the base, which are not those of the run that was saved"
     # To continue a run on another base would not be the same run. To evaluate on a base that was quantized, or is
     # newer, may be intended, which the file can't know.

@@ -6,21 +6,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from torch.utils._pytree import tree_map_only
 
 from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import identities_of
-from lightning_flatlora.callbacks.adapter_checkpoint.optimizer_states import gather_state
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.compat import MisconfigurationException
+from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs import clean_name
 from lightning_flatlora.pairs.lora_pair import Finder
-from lightning_flatlora.sharding import is_sharded, sharding_of
+from lightning_flatlora.sharding import Sharding, is_sharded, sharding_of
 
 # The key under which a checkpoint says that it is one of ours. There it has the identities of what is "left_out", and
 # the "scalings" of the adapters, both by name.
@@ -47,44 +49,71 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
             "seem to be another one: call unmerge_adapter() before, as in on_validation_epoch_end"
         )
     kept, base = contents.divided_state(module, finder)
-    for name in list(base):
-        if contents.plain_name(name) in contents.trained_names(module):
-            kept[name] = base.pop(name)
     sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
-    mark = {"left_out": identities_of(base, whole=not sharded), "scalings": contents.scalings_of(module, finder)}
-    whole: dict[str, Any] = {}
-
-    def gathered_state() -> dict[str, Any]:
-        # A tensor with two names is gathered once, and stays one tensor.
-        once = {id(value): value for value in kept.values()}
-        gathered = tree_map_only(Tensor, lambda tensor: sharding.gather(tensor, tensor).cpu(), once)
-        # Kept, since a module's on_save_checkpoint may take weights out of the state dict, to make Lightning's own file
-        # smaller; without them no run could be resumed.
-        whole.update({name: gathered[id(value)] for name, value in kept.items()})
-        return dict(whole)
+    mark = {"left_out": identities_of(base, sharded), "scalings": contents.scalings_of(module, finder)}
+    # A tensor with two names is gathered once, and stays one tensor.
+    once = {id(value): value for value in kept.values()}
+    gathered = tree_map_only(Tensor, lambda tensor: sharding.gather(tensor, tensor).cpu(), once)
+    whole = {name: gathered[id(value)] for name, value in kept.items()}
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
-        state = dict(whole)
-        # WeightAveraging puts the averages of the whole model in place of the state dict. Those of weights that are
-        # left out differ from the weights by rounding only.
-        for name, value in checkpoint.get("state_dict", {}).items():
-            if clean_name(name) not in base:
-                state[clean_name(name)] = value
+        # A module's on_save_checkpoint may have taken weights out, to make Lightning's own file smaller; without them
+        # no run could be resumed. WeightAveraging puts the averages of the whole model in their place. Those of weights
+        # that are left out differ from the weights by rounding only.
+        changed = {clean_name(name): value for name, value in checkpoint.get("state_dict", {}).items()}
+        state = {**whole, **{name: value for name, value in changed.items() if name not in base}}
         # peft may need more of the base, such as a resized embedding, where this rank has it whole.
         frozen = {} if sharded else {name: value for name, value in base.items() if value is not None}
-        slim = _on_cpu({**checkpoint, "state_dict": state, MARK: mark})
+        slim = {**checkpoint, "state_dict": state, MARK: mark}
+        slim = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), slim)
         if strategy.is_global_zero:
             export.write(slim, frozen, Path(filepath), module, finder)
 
     # The strategy's methods are replaced, because its own would gather the whole model, and no hook says what is saved.
-    methods: dict[str, Any] = {"lightning_module_state_dict": gathered_state, "save_checkpoint": save_checkpoint}
+    methods: dict[str, Any] = {"lightning_module_state_dict": whole.copy, "save_checkpoint": save_checkpoint}
     if sharded:
-        methods["optimizer_state"] = lambda optimizer: _on_cpu(gather_state(optimizer, sharding))
+        methods["optimizer_state"] = lambda optimizer: gather_state(optimizer, sharding)
     return put_on(strategy, methods)
 
 
-def _on_cpu(state: Any) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
+# Not PyTorch's get_optimizer_state_dict and set_optimizer_state_dict, which take a step to create the state of every
+# parameter, also of those that have none: because nothing of them lies on this rank, or because they had no gradient.
+def gather_state(optimizer: Optimizer, sharding: Sharding) -> dict[str, Any]:
+    """Give a sharded optimizer's state in its own format, with whole values on the CPU; every rank must call this."""
+    parameters, packed = parameters_of(optimizer), optimizer.state_dict()
+    state = packed.get("state", {})
+    odd = {*packed, *state} - {"state", "param_groups", *range(len(parameters))}
+    outline: dict[tuple[int, str], Any] = {}
+    for index, parameter in enumerate(parameters):
+        # Under FSDP1 a rank may have nothing of a parameter, and then has no state for it or an old one.
+        values = state.get(index, {}) if parameter.numel() else {}
+        for key, value in values.items():
+            if is_split(key, value, parameter.shape):
+                outline[index, key] = value.dtype
+            else:
+                outline[index, key] = value.shape if isinstance(value, Tensor) and value.numel() > 1 else value
+    # Before anything is refused, since a rank that failed alone would leave the others waiting.
+    merged = sharding.merged(outline)
+    odd.update(key for (_, key), value in merged.items() if isinstance(value, torch.Size))
+    if odd:
+        raise MisconfigurationException(
+            f"AdapterCheckpoint: {type(optimizer).__name__} keeps {sorted(map(str, odd))}, and it can't be known how "
+            "that is split over the ranks: use an optimizer whose state is like PyTorch's, or one device or DDP"
+        )
+    whole: dict[int, dict[str, Any]] = {}
+    for (index, key), value in merged.items():
+        if isinstance(value, torch.dtype):
+            parameter = parameters[index]
+            part = state.get(index, {}).get(key, parameter.detach().new_empty(0, dtype=value))
+            value = sharding.gather(part, parameter).cpu()
+        whole.setdefault(index, {})[key] = value
+    return {**packed, "state": whole}
+
+
+def is_split(key: str, value: Any, shape: torch.Size) -> bool:
+    """Tell whether a value of an optimizer's state is split over the ranks as its parameter of that shape is."""
+    # The count of steps is a tensor of shape (), which is a scalar parameter's shape, too, and is whole on every rank.
+    return isinstance(value, Tensor) and value.shape == shape and key != "step"
 
 
 def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) -> None:
