@@ -1,16 +1,19 @@
-"""A frozen base with a head and an adapter, and the files that an AdapterCheckpoint writes of it."""
+"""A frozen base with a head and an adapter, and what the tests of AdapterCheckpoint do with its files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import CLASSES, FEATURES, WIDTH, Classifier
+from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, make_loader, same, trainer_of
+from lightning.pytorch import Callback
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import AdapterCheckpoint
 
 HEAD = "net.base_model.model.head.weight"
+WEIGHTS = "adapter_model.safetensors"
 
 
 class Base(nn.Module):
@@ -49,5 +52,40 @@ def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
     return AdapterCheckpoint(folder, **settings)
 
 
+def epochs(folder: Path) -> AdapterCheckpoint:
+    """Saves when an epoch has ended, so that a resumed run begins with a whole one."""
+    return saver(folder, every_n_train_steps=None, every_n_epochs=1, filename="{epoch}")
+
+
 def state(file: Path) -> dict[str, Any]:
     return torch.load(file, weights_only=True)["state_dict"]
+
+
+def assert_resumes(
+    folder: Path,
+    make: Callable[[], Any],
+    *data: Any,
+    callbacks: Callable[[], list[Callback]] = list,
+    save: Callable[[Path], AdapterCheckpoint] = saver,
+    file: str = "step=6.ckpt",
+    **settings: Any,
+) -> Any:
+    """Train one module to the end, and another one from a file of the first: they end with the same bits.
+
+    The first saves into the subfolder "1", the other into "2".
+
+    Returns:
+        The first module.
+    """
+    whole, resumed = make(), make()
+    fit(folder, whole, [*callbacks(), save(folder / "1")], *data, **settings)
+    fit(folder, resumed, [*callbacks(), save(folder / "2")], *data, ckpt_path=folder / "1" / file, **settings)
+    assert same(resumed.state_dict(), whole.state_dict())
+    return whole
+
+
+def validate(folder: Path, module: Any, file: str = "step=6.ckpt", **data: Any) -> Any:
+    """Load a file of a folder for an evaluation; what it measures."""
+    trainer = trainer_of(folder, [saver(folder)])
+    (found,) = trainer.validate(module, make_loader(1, **data), ckpt_path=folder / file, verbose=False)
+    return found

@@ -7,11 +7,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from checkpointed_bases import WEIGHTS, assert_resumes, epochs, saver, state
 from helpers import (
     CLASSES,
     FEATURES,
     Classifier,
-    build,
     fit,
     make_loader,
     make_net,
@@ -35,15 +35,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA, load_adapter_checkpoint
+from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 BASE = "net.base_model.model.0.base_layer.weight"
-
-
-def saver(folder: Path, **kwargs: Any) -> AdapterCheckpoint:
-    settings = {"save_top_k": -1, "every_n_train_steps": 3, "filename": "{step}", **kwargs}
-    return AdapterCheckpoint(folder, **settings)
 
 
 @needs_weight_averaging
@@ -55,18 +50,18 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, deca
         both: list[L.Callback] = [averaging, saver(tmp_path / where)]
         return [EFMLoRA(0.1), *(both if first == "averaging" else both[::-1])]
 
-    whole, _, _ = build("plain")
+    whole = Classifier()
     fit(tmp_path, whole, callbacks("1"))
     file = torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)
     averages, current = file["state_dict"], file["current_model_state"]
     assert averages.keys() == current.keys()
     assert not any("base_layer.weight" in name for name in averages)
     assert not same(averages, current)
-    found = load_file(tmp_path / "1" / "step=6" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "1" / "step=6" / WEIGHTS)
     assert len(found) == 6
     for name, value in found.items():
         assert same(value, averages[f"net.{name.removesuffix('weight')}default.weight"])
-    resumed, _, _ = build("plain")
+    resumed = Classifier()
     fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "step=6.ckpt")
     for name, weight in weights(whole).items():
         rounding = 1e-6 if decay == 0.999 and "lora" not in name else 0.0  # of an average of the base
@@ -80,33 +75,29 @@ def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, deca
 def test_stochastic_weight_averaging_is_resumed(tmp_path: Path) -> None:
     """Its state is in the file as it gives it, with its copy of the whole model."""
 
-    def callbacks(where: str) -> list[L.Callback]:
-        averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
-        save = saver(tmp_path / where, every_n_train_steps=None, every_n_epochs=1, filename="{epoch}")
-        return [averaging, save]
+    def averaging() -> list[L.Callback]:
+        return [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)]
 
-    whole, resumed = Classifier(net=make_net()), Classifier(net=make_net())
-    fit(tmp_path, whole, callbacks("1"), max_epochs=4)
+    assert_resumes(tmp_path, Classifier, callbacks=averaging, save=epochs, file="epoch=1.ckpt", max_epochs=4)
     file = torch.load(tmp_path / "1" / "epoch=2.ckpt", weights_only=False)
     averages = file["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
     assert BASE in averages
     assert BASE not in file["state_dict"]
-    fit(tmp_path, resumed, callbacks("2"), ckpt_path=tmp_path / "1" / "epoch=1.ckpt", max_epochs=4)
-    assert same(weights(resumed), weights(whole))
 
 
-@pytest.mark.parametrize("kind", ["lorafa", "lookahead"])
-def test_optimizers_that_key_their_state_in_another_way(tmp_path: Path, kind: str) -> None:
-    class Module(Classifier):
-        def configure_optimizers(self) -> Any:
-            if kind == "lorafa":
-                return create_lorafa_optimizer(self.net, r=2, lora_alpha=4, lr=0.01)
-            return Lookahead(torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01), k=2)
+class WithLoraFA(Classifier):
+    def configure_optimizers(self) -> Any:
+        return create_lorafa_optimizer(self.net, r=2, lora_alpha=4, lr=0.01)
 
-    whole, resumed = Module(), Module()
-    fit(tmp_path, whole, [saver(tmp_path / "1")])
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
+
+class WithLookahead(Classifier):
+    def configure_optimizers(self) -> Any:
+        return Lookahead(torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01), k=2)
+
+
+@pytest.mark.parametrize("kind", [WithLoraFA, WithLookahead])
+def test_optimizers_that_key_their_state_in_another_way(tmp_path: Path, kind: Any) -> None:
+    assert_resumes(tmp_path, kind)
 
 
 class ListOfAnotherKind(Sequence[Any]):
@@ -156,26 +147,22 @@ class Unpicklable(L.Callback):
         return {"fine": 1, "stream": (number for number in ())}
 
 
-def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) -> None:
-    module, _, _ = build("plain")
-    module.inside.append(never)
-    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: cannot pickle 'generator' object"):
-        fit(tmp_path, module, [Unpicklable(), saver(tmp_path / "new" / "folder")])
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MisconfigurationException, match=r"saving into .*/file/folder would fail: NotADirectoryError"):
-        fit(tmp_path, module, [saver(tmp_path / "file" / "folder")])
-
-
 class FailsToTellItsState(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         raise RuntimeError("not yet")
 
 
-def test_a_callback_that_fails_to_tell_its_state_is_told_of_at_the_start(tmp_path: Path) -> None:
-    module, _, _ = build("plain")
+def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) -> None:
+    module = Classifier()
+    module.inside.append(never)
+    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: cannot pickle 'generator' object"):
+        fit(tmp_path, module, [Unpicklable(), saver(tmp_path / "new" / "folder")])
+    assert not list(tmp_path.iterdir())
     with pytest.raises(MisconfigurationException, match=r"would fail: RuntimeError: not yet"):
         fit(tmp_path, module, [FailsToTellItsState(), saver(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MisconfigurationException, match=r"saving into .*/file/folder would fail: NotADirectoryError"):
+        fit(tmp_path, module, [saver(tmp_path / "file" / "folder")])
 
 
 def test_a_problem_of_another_rank_ends_this_one_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +172,7 @@ def test_a_problem_of_another_rank_ends_this_one_at_the_start(tmp_path: Path, mo
         return decision if all else True
 
     monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", decide)
-    module, _, _ = build("plain")
+    module = Classifier()
     with pytest.raises(MisconfigurationException, match=r"would fail on another rank"):
         fit(tmp_path, module, [saver(tmp_path)])
 
@@ -211,20 +198,16 @@ class Remembers(Classifier):
 
 
 def test_what_a_module_keeps_outside_of_its_tensors_is_resumed(tmp_path: Path) -> None:
-    whole = Remembers()
-    fit(tmp_path, whole, [saver(tmp_path / "1")])
-    resumed = Remembers()
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert resumed.seen == whole.seen == 12
-    assert same(resumed.average.metric_state, whole.average.metric_state)
-    loaded = load_adapter_checkpoint(Remembers(), tmp_path / "1" / "step=12.ckpt")
-    assert loaded.seen == 12
-    assert same(loaded.average.metric_state, whole.average.metric_state)
+    whole = assert_resumes(tmp_path, Remembers)
+    for file in (tmp_path / "1" / "step=12.ckpt", tmp_path / "2" / "step=12.ckpt"):
+        loaded = load_adapter_checkpoint(Remembers(), file)
+        assert loaded.seen == whole.seen == 12
+        assert same(loaded.average.metric_state, whole.average.metric_state)
 
 
 def test_the_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     seen: list[list[Path]] = []
-    module, _, _ = build("plain")
+    module = Classifier()
     module.inside.append(lambda *_: seen.append(list((tmp_path / "a").rglob("*"))))
     (tmp_path / "a").mkdir()
     fit(tmp_path, module, [saver(tmp_path / "a" / "b", save_last="link")])
@@ -245,19 +228,15 @@ class Injected(nn.Module):
 def test_adapters_without_a_peft_model(tmp_path: Path) -> None:
     """As diffusers' add_adapter makes them; the folder loads into a peft model."""
 
-    def module(seed: int) -> Classifier:
+    def module() -> Classifier:
         torch.manual_seed(0)
         base = Injected()
-        torch.manual_seed(seed)
+        torch.seed()
         config = LoraConfig(r=2, target_modules=["first"], modules_to_save=["last"], init_lora_weights=False)
         return Classifier(net=inject_adapter_in_model(config, base))
 
-    whole, resumed = module(1), module(2)
-    fit(tmp_path, whole, [EFMLoRA(0.1), saver(tmp_path / "1")])
-    saved = torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)["state_dict"]
-    assert "net.first.base_layer.weight" not in saved
-    fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
+    whole = assert_resumes(tmp_path, module, callbacks=lambda: [EFMLoRA(0.1)])
+    assert "net.first.base_layer.weight" not in state(tmp_path / "1" / "step=6.ckpt")
     torch.manual_seed(0)
     loaded = PeftModel.from_pretrained(Injected(), str(tmp_path / "1" / "step=12"))
     x = torch.randn(5, FEATURES)
@@ -267,13 +246,13 @@ def test_adapters_without_a_peft_model(tmp_path: Path) -> None:
 class Language(L.LightningModule):
     """A tiny transformers model with an adapter of its own, on one batch."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         no_dropout = {f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")}
         size = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, **no_dropout)
         self.model = GPT2LMHeadModel(size)
-        torch.manual_seed(seed)
+        torch.seed()
         self.model.add_adapter(LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
@@ -292,12 +271,8 @@ def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **kwargs: None)
     batches = DataLoader(torch.arange(8).repeat(6, 1), batch_size=1)
     batch = torch.arange(8).unsqueeze(0)
-    whole, resumed = Language(1), Language(2)
-    fit(tmp_path, whole, [saver(tmp_path / "1")], batches)
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], batches, ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
-    names = set(torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)["state_dict"])
-    assert len(names) == 2
+    whole = assert_resumes(tmp_path, Language, batches)
+    assert len(state(tmp_path / "1" / "step=6.ckpt")) == 2
     torch.manual_seed(0)
     plain = GPT2LMHeadModel(whole.model.config)
     plain.load_adapter(str(tmp_path / "1" / "step=12"))
@@ -308,31 +283,26 @@ def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_quantized_base_is_not_saved_and_may_be_exchanged(tmp_path: Path, quantize: Any) -> None:
     """Trained on packed weights, resumed and tested on these and tested on those in float32, without a warning."""
 
-    def module(seed: int, packed: bool = True) -> Classifier:
+    def module(packed: bool = True) -> Classifier:
         net = quantized_network(quantize if packed else lambda layer: layer)
-        torch.manual_seed(seed)
+        torch.seed()
         for name, p in net.named_parameters():
             if "lora" in name:
                 nn.init.normal_(p)
         return Classifier(net=net)
 
-    def batches() -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(2)
-        data = torch.randn(24, 32, generator=generator), torch.randint(3, (24,), generator=generator), torch.ones(24)
-        return DataLoader(TensorDataset(*data), batch_size=4)
-
-    whole, resumed = module(1), module(2)
-    fit(tmp_path, whole, [saver(tmp_path / "1")], batches())
-    names = set(torch.load(tmp_path / "1" / "step=6.ckpt", weights_only=True)["state_dict"])
-    assert not [name for name in names if "base_layer" in name]
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], batches(), ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(whole.state_dict(), resumed.state_dict())
+    generator = torch.Generator().manual_seed(2)
+    data = torch.randn(24, 32, generator=generator), torch.randint(3, (24,), generator=generator), torch.ones(24)
+    batches = DataLoader(TensorDataset(*data), batch_size=4)
+    assert_resumes(tmp_path, module, batches)
+    file = tmp_path / "1" / "step=6.ckpt"
+    assert not [name for name in state(file) if "base_layer" in name]
     loads = trainer_of(tmp_path, [saver(tmp_path / "2")])
-    loads.validate(module(3, packed=False), batches(), ckpt_path=tmp_path / "1" / "step=6.ckpt", verbose=False)
+    loads.validate(module(packed=False), batches, ckpt_path=file, verbose=False)
 
 
 def test_without_a_trainer(tmp_path: Path) -> None:
-    module, _, _ = build("plain")
+    module = Classifier()
     fit(tmp_path, module, [saver(tmp_path)])
     other = Classifier(net=make_net())
     assert load_adapter_checkpoint(other, tmp_path / "step=12.ckpt") is other
@@ -346,7 +316,7 @@ def test_without_a_trainer(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model")
 def test_load_from_checkpoint_is_not_strict(tmp_path: Path) -> None:
     """What the page on checkpoints says of Lightning's own way."""
-    module, _, _ = build("plain")
+    module = Classifier()
     fit(tmp_path, module, [saver(tmp_path)])
     with pytest.raises(RuntimeError, match="Missing key"):
         Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt")
@@ -374,11 +344,8 @@ class KeepsLoraAlone(Classifier):
 
 @pytest.mark.parametrize("kind", [TakesWeightsOut, KeepsLoraAlone])
 def test_a_module_that_takes_weights_out_of_its_checkpoints_resumes(tmp_path: Path, kind: Any) -> None:
-    whole, resumed = kind(net=make_net()), kind(net=make_net())
-    fit(tmp_path, whole, [EFMLoRA(0.1), saver(tmp_path / "1")])
-    fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
-    assert load_file(tmp_path / "1" / "step=6" / "adapter_model.safetensors")
+    assert_resumes(tmp_path, kind, callbacks=lambda: [EFMLoRA(0.1)])
+    assert load_file(tmp_path / "1" / "step=6" / WEIGHTS)
 
 
 class CompletesItsState(Classifier):
@@ -389,8 +356,5 @@ class CompletesItsState(Classifier):
 
 
 def test_a_module_that_completes_a_file_does_not_bring_the_base_into_the_next(tmp_path: Path) -> None:
-    whole, resumed = CompletesItsState(net=make_net()), CompletesItsState(net=make_net())
-    fit(tmp_path, whole, [saver(tmp_path / "1")])
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
-    assert BASE not in torch.load(tmp_path / "2" / "step=12.ckpt", weights_only=True)["state_dict"]
+    assert_resumes(tmp_path, CompletesItsState)
+    assert BASE not in state(tmp_path / "2" / "step=12.ckpt")

@@ -7,25 +7,23 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from checkpointed_bases import HEAD, module_of, network, saver, state
+from checkpointed_bases import HEAD, assert_resumes, epochs, module_of, network, saver, state, validate
 from helpers import CLASSES, FEATURES, Classifier, fit, make_loader, same, trainer_of, weights
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_flatlora import AdapterCheckpoint, EFMLoRA, load_adapter_checkpoint
+from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
-def epochs(folder: Path) -> AdapterCheckpoint:
-    """Saves when an epoch has ended, so that a resumed run begins with a whole one."""
-    return saver(folder, every_n_train_steps=None, every_n_epochs=1, filename="{epoch}")
-
-
 class TrainsHeadInFirstEpoch(Classifier):
     """One optimizer for all; the head of the base is frozen when the second epoch starts."""
+
+    def __init__(self) -> None:
+        super().__init__(net=network())
 
     def configure_optimizers(self) -> Any:
         self.net.base_model.model.head.requires_grad_(True)
@@ -55,28 +53,23 @@ def test_weights_can_be_moved_after_a_fit(tmp_path: Path) -> None:
 
 
 def test_a_head_that_was_trained_and_frozen_is_in_the_file(tmp_path: Path) -> None:
-    whole = TrainsHeadInFirstEpoch(net=network())
-    fit(tmp_path, whole, [epochs(tmp_path / "1")], max_epochs=3)
+    whole = assert_resumes(tmp_path, TrainsHeadInFirstEpoch, save=epochs, file="epoch=1.ckpt", max_epochs=3)
     for epoch in (0, 1, 2):
         assert HEAD in state(tmp_path / "1" / f"epoch={epoch}.ckpt")
     assert same(state(tmp_path / "1" / "epoch=2.ckpt")[HEAD], whole.net.base_model.model.head.weight.detach())
-    resumed = TrainsHeadInFirstEpoch(net=network())
-    fit(tmp_path, resumed, [epochs(tmp_path / "2")], ckpt_path=tmp_path / "1" / "epoch=1.ckpt", max_epochs=3)
-    assert same(weights(resumed), weights(whole))
-    plain = module_of()
-    fit(tmp_path, plain, [saver(tmp_path / "3")])
-    assert HEAD not in state(tmp_path / "3" / "step=12.ckpt")
 
 
 def test_what_a_loaded_file_held_stays_in_the_next_one(tmp_path: Path) -> None:
-    first = TrainsHeadInFirstEpoch(net=network())
-    fit(tmp_path, first, [saver(tmp_path / "1", save_weights_only=True)], max_epochs=1)
-    second = module_of()
-    trainer_of(tmp_path, [saver(tmp_path / "2")]).validate(
-        second, make_loader(1), ckpt_path=tmp_path / "1" / "step=6.ckpt", verbose=False
-    )
-    fit(tmp_path, second, [saver(tmp_path / "2")])
-    assert same(state(tmp_path / "2" / "step=12.ckpt")[HEAD], first.net.base_model.model.head.weight.detach())
+    """Also if the head gets an adapter in between, so that peft puts a layer around it."""
+    first = TrainsHeadInFirstEpoch()
+    fit(tmp_path, first, [saver(tmp_path, save_weights_only=True)], max_epochs=1)
+    for name, adapted in ((HEAD, False), (HEAD.replace("weight", "base_layer.weight"), True)):
+        second = module_of()
+        validate(tmp_path, second)
+        if adapted:
+            second.net.add_adapter("second", LoraConfig(r=2, target_modules=["head"]))  # type: ignore[operator]
+        fit(tmp_path, second, [saver(tmp_path / name)], max_epochs=1)
+        assert same(state(tmp_path / name / "step=6.ckpt")[name], first.net.base_model.model.head.weight.detach())
 
 
 class FreezesInOnFitStart(Classifier):
@@ -113,39 +106,30 @@ class Unfreezes(BaseFinetuning):
 
 @pytest.mark.parametrize("case", [FreezesInOnFitStart, FreezesInConfigureOptimizers, Unfreezes])
 def test_freezing_at_any_moment_can_be_resumed(tmp_path: Path, case: Any) -> None:
-    def parts() -> tuple[Classifier, list[L.Callback]]:
+    def module() -> Classifier:
         torch.manual_seed(5)
-        return (module_of(), [case()]) if case is Unfreezes else (case(net=network()), [])
+        return module_of() if case is Unfreezes else case(net=network())
 
-    whole, callbacks = parts()
-    fit(tmp_path, whole, [*callbacks, epochs(tmp_path / "1")], max_epochs=3)
-    resumed, callbacks = parts()
-    fit(tmp_path, resumed, [*callbacks, epochs(tmp_path / "2")], ckpt_path=tmp_path / "1/epoch=1.ckpt", max_epochs=3)
-    assert same(weights(resumed), weights(whole))
+    callbacks = (lambda: [Unfreezes()]) if case is Unfreezes else list
+    assert_resumes(tmp_path, module, callbacks=callbacks, save=epochs, file="epoch=1.ckpt", max_epochs=3)
 
 
-def test_a_frozen_model_is_tested(tmp_path: Path) -> None:
-    module = module_of()
+def test_a_frozen_model_is_evaluated(tmp_path: Path) -> None:
+    module, other = module_of(), module_of()
     fit(tmp_path, module, [saver(tmp_path)])
-    (expected,) = trainer_of(tmp_path, []).test(module, make_loader(), verbose=False)
-    other = module_of()
+    (expected,) = trainer_of(tmp_path, []).validate(module, make_loader(1), verbose=False)
     other.freeze()
-    loads = trainer_of(tmp_path, [saver(tmp_path)])
-    (found,) = loads.test(other, make_loader(), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)
-    assert found == expected
+    assert validate(tmp_path, other, "step=12.ckpt") == expected
 
 
 def test_all_buffers_are_saved(tmp_path: Path) -> None:
     """Counted in place, written through .data in one element of many, replaced, and never changed."""
-    module = module_of()
-    fit(tmp_path, module, [saver(tmp_path)])
-    saved = state(tmp_path / "step=6.ckpt")
+    assert_resumes(tmp_path, module_of)
+    saved = state(tmp_path / "1" / "step=6.ckpt")
     base = "net.base_model.model."
     assert saved[f"{base}count"] == saved[f"{base}ema"][2000] == saved[f"{base}codes"][0] == 6
     assert f"{base}never" in saved
-    resumed = module_of()
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
-    assert same(resumed.state_dict(), module.state_dict())
+    assert HEAD not in saved
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
@@ -180,21 +164,6 @@ def test_what_is_written_into_a_frozen_weight_is_not_saved_and_noticed_on_loadin
         fit(tmp_path, module_of(), [Writes(), saver(tmp_path / "2")], ckpt_path=tmp_path / "step=6.ckpt")
 
 
-def test_what_is_outside_of_the_base_is_saved_though_frozen(tmp_path: Path) -> None:
-    def module(seed: int) -> Classifier:
-        made = module_of()
-        torch.manual_seed(seed)
-        made.random_head = nn.Linear(3, 3).requires_grad_(False)
-        return made
-
-    first, other = module(1), module(2)
-    fit(tmp_path, first, [saver(tmp_path)])
-    trainer_of(tmp_path, [saver(tmp_path)]).validate(
-        other, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", verbose=False
-    )
-    assert same(other.random_head.state_dict(), first.random_head.state_dict())
-
-
 class FreezesWithinAnEpoch(Classifier):
     """Nothing is saved while its head is trained."""
 
@@ -225,7 +194,7 @@ def test_what_was_trained_within_one_epoch_is_in_the_file(tmp_path: Path) -> Non
 
 
 def test_a_second_fit_remembers_what_the_first_one_trained(tmp_path: Path) -> None:
-    module = TrainsHeadInFirstEpoch(net=network())
+    module = TrainsHeadInFirstEpoch()
     fit(tmp_path, module, [saver(tmp_path / "1")])
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
     module.on_train_epoch_start = lambda: None
@@ -247,20 +216,9 @@ def test_a_layer_that_gets_an_adapter_in_the_middle_has_not_changed(tmp_path: Pa
     saved = state(tmp_path / "step=12.ckpt")
     assert HEAD.replace("weight", "lora_A.second.weight") in saved
     assert HEAD.replace("weight", "base_layer.weight") not in saved
-    trained = TrainsHeadInFirstEpoch(net=network())
+    trained = TrainsHeadInFirstEpoch()
     fit(tmp_path, trained, [AddsAnAdapter(), saver(tmp_path / "2")])
     assert HEAD.replace("weight", "base_layer.weight") in state(tmp_path / "2" / "step=12.ckpt")
-
-
-def test_a_loaded_head_that_gets_an_adapter_before_the_fit_stays_in_the_file(tmp_path: Path) -> None:
-    fit(tmp_path, TrainsHeadInFirstEpoch(net=network()), [saver(tmp_path / "1")], max_epochs=1)
-    module = module_of()
-    trainer_of(tmp_path, [saver(tmp_path / "2")]).validate(
-        module, make_loader(1), ckpt_path=tmp_path / "1" / "step=6.ckpt", verbose=False
-    )
-    module.net.add_adapter("second", LoraConfig(r=2, target_modules=["head"]))
-    fit(tmp_path, module, [saver(tmp_path / "2")], max_epochs=1)
-    assert HEAD.replace("weight", "base_layer.weight") in state(tmp_path / "2" / "step=6.ckpt")
 
 
 class Attends(nn.Module):
@@ -282,9 +240,5 @@ def test_attention_that_drifts_in_each_forward_resumes_bit_for_bit(tmp_path: Pat
         return Classifier(net=get_peft_model(Attends(), config), lr=0.1)
 
     drifts = "net.base_model.model.attention.base_layer.in_proj_weight"
-    fresh, whole = module(), module()
-    fit(tmp_path, whole, [EFMLoRA(0.1), saver(tmp_path / "1")])
-    assert not torch.equal(whole.state_dict()[drifts], fresh.state_dict()[drifts])
-    resumed = module()
-    fit(tmp_path, resumed, [EFMLoRA(0.1), saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(resumed.state_dict(), whole.state_dict())
+    whole = assert_resumes(tmp_path, module, callbacks=lambda: [EFMLoRA(0.1)])
+    assert not torch.equal(whole.state_dict()[drifts], module().state_dict()[drifts])

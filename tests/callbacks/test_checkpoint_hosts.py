@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpointed_bases import saver, state
-from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same, weights
+from checkpointed_bases import assert_resumes, saver, state
+from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same
 from peft import (
     LoraConfig,
     PeftMixedModel,
@@ -49,6 +49,12 @@ class Projects(Classifier):
         return super().loss((self.projection(inputs), labels, factor), batch_idx)
 
 
+def assert_peft_loads(folder: Path, module: Any) -> None:
+    loaded = PeftModel.from_pretrained(base(), str(folder))
+    inputs = torch.randn(5, FEATURES)
+    assert torch.equal(loaded(inputs), module.net(inputs))
+
+
 def in_a_peft_model() -> nn.Module:
     return get_peft_model(base(), config())
 
@@ -67,29 +73,26 @@ OWN_CONFIGS = {
 @pytest.mark.parametrize("kind", OWN_CONFIGS)
 @pytest.mark.parametrize("make", [in_a_peft_model, injected])
 def test_a_modules_own_attribute_called_peft_config_changes_nothing(tmp_path: Path, make: Any, kind: str) -> None:
-    def module(seed: int) -> Projects:
-        made = Projects(seed, net=make())
+    seeds = iter((1, 2))
+
+    def module() -> Projects:
+        made = Projects(next(seeds), net=make())
         made.peft_config = OWN_CONFIGS[kind](made.net)
         return made
 
-    whole = module(1)
+    whole = assert_resumes(tmp_path, module)
     assert list(hosts(whole)) == ["net"]
-    fit(tmp_path, whole, [saver(tmp_path / "1")])
     saved = state(tmp_path / "1" / "step=6.ckpt")
     assert {"projection.weight", "projection.bias"} <= set(saved)
     assert not [name for name in saved if "base_layer" in name]
-    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "1" / "step=12"))
-    inputs = torch.randn(5, FEATURES)
-    assert torch.equal(loaded(inputs), whole.net(inputs))
-    resumed = module(2)
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
+    assert_peft_loads(tmp_path / "1" / "step=12", whole)
 
 
-def test_a_peft_config_in_a_module_without_adapters_makes_it_no_host() -> None:
-    module = nn.ModuleDict({"net": in_a_peft_model(), "plain": base()})
-    module["plain"].peft_config = {"default": config()}
-    assert list(hosts(module)) == ["net"]
+def test_two_peft_models_are_two_hosts_and_a_module_without_adapters_is_none() -> None:
+    module = nn.ModuleDict({"one": in_a_peft_model(), "plain": base(), "other": in_a_peft_model()})
+    for part in (module, module["plain"]):
+        part.peft_config = {"default": config()}
+    assert list(hosts(module)) == ["one", "other"]
 
 
 HOSTS = {
@@ -107,9 +110,7 @@ def test_an_adapter_is_found_however_it_came_into_the_model(tmp_path: Path, kind
     assert list(hosts(module)) == [expected]
     fit(tmp_path, module, [saver(tmp_path)])
     assert len(state(tmp_path / "step=12.ckpt")) == 4
-    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "step=12"))
-    inputs = torch.randn(5, FEATURES)
-    assert torch.equal(loaded(inputs), module.net(inputs))
+    assert_peft_loads(tmp_path / "step=12", module)
 
 
 def test_an_adapter_that_was_injected_into_the_module_itself_is_found(tmp_path: Path) -> None:
@@ -141,17 +142,10 @@ ORDERS = [("base", "net"), ("net", "base"), ("layer", "net"), ("net", "layer"), 
 def test_a_base_that_the_module_keeps_beside_the_peft_model_is_no_second_host(
     tmp_path: Path, order: tuple[str, ...]
 ) -> None:
-    whole = Keeps(order, in_a_peft_model())
+    whole = assert_resumes(tmp_path, lambda: Keeps(order, in_a_peft_model()))
     assert hosts(whole) == {"net": whole.net}
-    fit(tmp_path, whole, [saver(tmp_path / "1", save_last=True)])
-    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "1" / "last"))
-    inputs = torch.randn(5, FEATURES)
-    assert torch.equal(loaded(inputs), whole.net(inputs))
-    saved = state(tmp_path / "1" / "last.ckpt")
-    assert not [name for name in saved if "base_layer" in name]
-    resumed = Keeps(order, in_a_peft_model())
-    fit(tmp_path, resumed, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
-    assert same(weights(resumed), weights(whole))
+    assert_peft_loads(tmp_path / "1" / "step=12", whole)
+    assert not [name for name in state(tmp_path / "1" / "step=12.ckpt") if "base_layer" in name]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -160,12 +154,6 @@ def test_what_a_quantized_layer_keeps_is_derived_under_each_of_its_names(quantiz
     kept, base = divided_state(Keeps(order, quantized_network(quantize)))
     assert not [name for name in kept if not re.search(r"\.(lora_[AB]|modules_to_save)\.", name)]
     assert None in base.values()
-
-
-def test_two_peft_models_are_two_hosts() -> None:
-    module = nn.ModuleDict({"one": in_a_peft_model(), "other": in_a_peft_model()})
-    module.peft_config = {"default": config()}
-    assert list(hosts(module)) == ["one", "other"]
 
 
 # -- state dicts of a module's own
@@ -187,6 +175,4 @@ def test_file_and_folder_are_the_same_whatever_the_modules_own_state_dict_gives(
     fit(tmp_path, module, [saver(tmp_path / "1")])
     fit(tmp_path, plain, [saver(tmp_path / "2")])
     assert same(state(tmp_path / "1" / "step=12.ckpt"), state(tmp_path / "2" / "step=12.ckpt"))
-    exported = PeftModel.from_pretrained(base(), tmp_path / "1" / "step=12")
-    inputs = torch.randn(4, FEATURES)
-    assert torch.equal(exported(inputs), module.net(inputs))
+    assert_peft_loads(tmp_path / "1" / "step=12", module)

@@ -6,6 +6,7 @@ Processes are forked from this one, which has imported everything and computes n
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -59,7 +60,7 @@ def die() -> None:
 
 
 def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
-    """Die at a "step", as "saving" begins, at an "event" (a change of the folder after a save), or half "written"."""
+    """Die at a "step", as "saving" begins, or when a file is half "written"; or "copy" what a kill would leave."""
     if kill["at"] == "step":
         return [At(kill["step"])]
     if kill["at"] == "saving":
@@ -86,14 +87,14 @@ def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
                 die()
 
         torch.save = half
-    if kill["at"] == "event":
-        events = iter(range(1, 10000))
+    if kill["at"] == "copy":
+        numbers = iter(range(1, 10000))
 
         def hook(event: str, args: Any) -> None:
             changes = event in CHANGES or (event == "open" and isinstance(args[1], str) and "w" in args[1])
-            ours = changes and str(folder) + "/" in f"{args[0]}/" and folder.with_suffix(".saved").exists()
-            if ours and next(events) == kill["event"]:
-                die()
+            ours = changes and any(f"{folder}/" in f"{arg}/" for arg in args[:2])
+            if ours and folder.with_suffix(".saved").exists():
+                shutil.copytree(folder, folder.with_name(f"{folder.name}-{next(numbers)}"), symlinks=True)
 
         sys.addaudithook(hook)
     return []
@@ -162,15 +163,8 @@ def _be_child(rank: int, ranks: int, port: int, folder: Path, how: tuple[Any, ..
 def main(folder: Path) -> None:
     ends: dict[str, Any] = {}
     for name, (ranks, strategy, save_last, kill) in json.loads((folder / "plan.json").read_text()).items():
-        if kill and kill.get("event") == "each":
-            number = 0
-            while number == 0 or ends[f"{name}-{number}"][0] == -signal.SIGKILL:
-                number += 1
-                where = folder / f"{name}-{number}"
-                ends[where.name] = fork(ranks, where, strategy, save_last, {**kill, "event": number})
-            continue
         ends[name] = fork(ranks, folder / name, strategy, save_last, kill)
-        if kill:
+        if kill and kill["at"] != "copy":
             (folder / f"{name}.left").write_text(json.dumps(_listing(folder / name)))
             ends[f"{name}-resumed"] = fork(ranks, folder / name, strategy, save_last, None, resume=True)
     (folder / "ends.json").write_text(json.dumps(ends))

@@ -30,8 +30,7 @@ def _identity(tensor: Tensor | None) -> Identity:
     # Packed weights of 4 or 8 bits are of integers, and change with the way in which they are packed.
     if tensor is None or not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
         return None
-    last = tensor.numel() - 1
-    places = torch.tensor([i * last // (_SAMPLES - 1) for i in range(_SAMPLES)], device=tensor.device)
+    places = torch.linspace(0, tensor.numel() - 1, _SAMPLES, dtype=torch.float64, device=tensor.device).long()
     try:
         # Not reshape(-1), which would copy a weight that is transposed.
         values = tensor.detach()[torch.unravel_index(places, tensor.shape)]
@@ -65,5 +64,5 @@ def _same(old: Identity, new: Identity) -> bool:
         # One of them was rounded to the coarser dtype.
         tolerance = max(tolerance, *(torch.finfo(getattr(torch, each["dtype"])).eps for each in (old, new)))
     one, other = torch.tensor(old["sample"]), torch.tensor(new["sample"])
-    size = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
+    size = one.nan_to_num(0, 0, 0).abs().max().item()
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * size, equal_nan=True)

@@ -14,7 +14,6 @@ from lightning_flatlora.callbacks.adapter_checkpoint.loading import read_adapter
 from lightning_flatlora.callbacks.adapter_checkpoint.saving import adapters_only, dry_run
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs.lora_pair import Finder
@@ -42,14 +41,15 @@ class SavesAdapters(_Base):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not any(callback is self for callback in trainer.checkpoint_callbacks):
-            raise MisconfigurationException(
-                "AdapterCheckpoint: this Trainer is of pytorch_lightning, which does not recognise it as a checkpoint "
-                "callback: import AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
+            problem = (
+                "this Trainer is of pytorch_lightning, which does not recognise it as a checkpoint callback: import "
+                "AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
             )
+            refuse(self, [problem])
         super().setup(trainer, pl_module, stage)
         # peft writes with plain file operations, which know no remote file systems.
         if "://" in str(self.dirpath or ""):
-            raise MisconfigurationException(f"AdapterCheckpoint: dirpath must be a local folder, got {self.dirpath!r}")
+            refuse(self, [f"dirpath must be a local folder, got {self.dirpath!r}"])
         # Several callbacks may save, but one handles the loading, in all of the strategy's fits and tests.
         if "load_model_state_dict" not in vars(trainer.strategy):
             read_adapters(trainer, self.finder)
@@ -57,12 +57,13 @@ class SavesAdapters(_Base):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        problems = checkpoint_problems(trainer.strategy)
         if not hosts(pl_module, self.finder):
-            raise MisconfigurationException(
-                f"AdapterCheckpoint: {type(pl_module).__name__} holds no peft model: wrap its network with "
-                "peft.get_peft_model, give a finder for other layers, or use Lightning's ModelCheckpoint"
+            problems.append(
+                f"{type(pl_module).__name__} holds no peft model: wrap its network with peft.get_peft_model, give a "
+                "finder for other layers, or use Lightning's ModelCheckpoint"
             )
-        refuse(self, checkpoint_problems(trainer.strategy))
+        refuse(self, problems)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -70,9 +70,9 @@ def divided_state(module: nn.Module, finder: Finder | None = None) -> tuple[dict
         # With duplicates, since the base of a peft model may be an attribute of the module too.
         named = module.named_modules(remove_duplicate=False)
         places = tuple(f"{name}.".removeprefix(".") for name, part in named if part in parts)
-    kept, base = {}, {}
+    kept, base, trained = {}, {}, trained_names(module)
     for name, value in state.items():
-        is_kept = id(value) in kept_ids or name.endswith("_extra_state") or plain_name(name) in trained_names(module)
+        is_kept = id(value) in kept_ids or name.endswith("_extra_state") or plain_name(name) in trained
         if is_kept or not name.startswith(places):
             kept[name] = value
         else:

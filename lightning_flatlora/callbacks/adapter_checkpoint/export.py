@@ -172,14 +172,11 @@ def _put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
     if not folder.exists():
         partial.rename(folder)
         return
-    for name in [LIST, *names]:
-        if (partial / name).is_dir():
-            (folder / name).mkdir(exist_ok=True)
-        else:
-            # One by one, so that the folder of a checkpoint that is overwritten exists at every moment.
-            (partial / name).replace(folder / name)
-    _delete(folder, old)
+    (partial / LIST).replace(folder / LIST)
+    # One by one, so that the folder of a checkpoint that is overwritten exists at every moment.
+    shutil.copytree(partial, folder, dirs_exist_ok=True, copy_function=os.replace)
     shutil.rmtree(partial)
+    _delete(folder, old)
 
 
 def remove_folder(folder: Path) -> None:

@@ -89,9 +89,10 @@ def gather_state(optimizer: Optimizer, sharding: Sharding) -> dict[str, Any]:
         values = state.get(index, {}) if parameter.numel() else {}
         for key, value in values.items():
             if is_split(key, value, parameter.shape):
-                outline[index, key] = value.dtype
-            else:
-                outline[index, key] = value.shape if isinstance(value, Tensor) and value.numel() > 1 else value
+                value = value.dtype
+            elif isinstance(value, Tensor) and value.numel() > 1:
+                value = value.shape
+            outline[index, key] = value
     # Before anything is refused, since a rank that failed alone would leave the others waiting.
     merged = sharding.merged(outline)
     odd.update(key for (_, key), value in merged.items() if isinstance(value, torch.Size))
