@@ -1,6 +1,6 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import UserDict, UserList
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
 from quantized_bases import BASES
@@ -42,8 +42,8 @@ BASE = "net.base_model.model.0.base_layer.weight"
 
 
 @needs_weight_averaging
-@pytest.mark.parametrize("first", ["averaging", "saver"])
-@pytest.mark.parametrize("decay", [None, 0.5, 0.999])  # at 0.999 rounding moves the averages of frozen weights
+# At 0.999 rounding moves the averages of frozen weights.
+@pytest.mark.parametrize(("decay", "first"), [(None, "averaging"), (0.5, "saver"), (0.999, "averaging")])
 def test_averaged_weights_are_saved_beside_the_current_ones(tmp_path: Path, decay: float | None, first: str) -> None:
     def callbacks(where: str) -> list[L.Callback]:
         averaging = lightnings.EMAWeightAveraging(decay=decay) if decay else lightnings.WeightAveraging()
@@ -100,42 +100,16 @@ def test_optimizers_that_key_their_state_in_another_way(tmp_path: Path, kind: An
     assert_resumes(tmp_path, kind)
 
 
-class ListOfAnotherKind(Sequence[Any]):
-    """As OmegaConf's: not a list, and unknown to JSON."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.values[index]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-class DictOfAnotherKind(Mapping[str, Any]):
-    def __init__(self, **values: Any) -> None:
-        self.values_ = values
-
-    def __getitem__(self, key: str) -> Any:
-        return self.values_[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_)
-
-    def __len__(self) -> int:
-        return len(self.values_)
-
-
 def test_configs_of_other_containers_are_written(tmp_path: Path) -> None:
+    """As OmegaConf's, which are no lists and dicts, and unknown to JSON."""
     base = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES))
-    config = LoraConfig(r=2, target_modules=ListOfAnotherKind("0", "2"), rank_pattern=DictOfAnotherKind(**{"0": 3}))
+    config = LoraConfig(r=2, target_modules=UserList(["0", "2"]), rank_pattern=UserDict({"0": 3}))
     net: Any = get_peft_model(base, config)
     fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
     saved = LoraConfig.from_pretrained(str(tmp_path / "step=12"))
     assert set(saved.target_modules) == {"0", "2"}
     assert saved.rank_pattern == {"0": 3}
-    assert isinstance(net.peft_config["default"].target_modules, ListOfAnotherKind)
+    assert isinstance(net.peft_config["default"].target_modules, UserList)
 
 
 def never(*args: Any) -> Any:
@@ -213,34 +187,6 @@ def test_the_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     fit(tmp_path, module, [saver(tmp_path / "a" / "b", save_last="link")])
     assert seen[0] == []
     assert not list((tmp_path / "a").rglob(".dry-run*"))
-
-
-class Injected(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(FEATURES, 4), nn.Linear(4, CLASSES)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(torch.tanh(self.first(x)))
-
-
-@pytest.mark.filterwarnings("ignore:.*adapter.*")
-def test_adapters_without_a_peft_model(tmp_path: Path) -> None:
-    """As diffusers' add_adapter makes them; the folder loads into a peft model."""
-
-    def module() -> Classifier:
-        torch.manual_seed(0)
-        base = Injected()
-        torch.seed()
-        config = LoraConfig(r=2, target_modules=["first"], modules_to_save=["last"], init_lora_weights=False)
-        return Classifier(net=inject_adapter_in_model(config, base))
-
-    whole = assert_resumes(tmp_path, module, callbacks=lambda: [EFMLoRA(0.1)])
-    assert "net.first.base_layer.weight" not in state(tmp_path / "1" / "step=6.ckpt")
-    torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(Injected(), str(tmp_path / "1" / "step=12"))
-    x = torch.randn(5, FEATURES)
-    assert torch.allclose(loaded(x), whole.net(x))
 
 
 class Language(L.LightningModule):

@@ -8,17 +8,19 @@ import lightning as L
 import torch
 from fits import ShardedAutomatic
 from float64_runs import BETA, RHO, dataset, network
-from helpers import ResumableLoader
+from helpers import ResumableLoader, same
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, fsdp
+from lightning.pytorch.strategies import fsdp
 from peft import LoraConfig, get_peft_model
 from strategies import full_weights, strategy_of
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
     StateDictType,
+    fully_shard,
 )
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,17 +75,19 @@ def train(
     strategy: str,
     resume: str | None = None,
     saver: str = "adapter",
-    more: list[L.Callback] | None = None,
+    lightnings: bool = False,
     frozen_A: float | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train with EFMLoRA, save every step into a folder, and return everything that must be equal in the end.
+    """Train with EFMLoRA, save into a folder, and return everything that must be equal in the end.
 
-    With ``frozen_A`` the A factors stay at that number times what they were drawn at.
+    With ``lightnings`` Lightning's own files are saved into its subfolder, too. With ``frozen_A`` the A factors stay at
+    that number times what they were drawn at.
     """
-    files = SAVERS[saver](folder, filename="{step}", save_top_k=-1, every_n_train_steps=EVERY)
+    places = {folder: SAVERS[saver], **({f"{folder}/lightning": ModelCheckpoint} if lightnings else {})}
+    files = [kind(place, filename="{step}", save_top_k=-1, every_n_train_steps=EVERY) for place, kind in places.items()]
     driver = EFMLoRA(CosineRho(RHO, 0.1), beta=BETA)
-    trainer = trainer_of(strategy, [*(more or []), driver, files], **settings)
+    trainer = trainer_of(strategy, [driver, *files], **settings)
     module = ShardedAutomatic(network())
     for name, p in module.named_parameters() if frozen_A is not None else ():
         if "lora_A" in name:
@@ -117,73 +121,15 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return values
 
 
-class Fill(L.Callback):
-    """At the first step, give every rank's part of whatever learns values of its own, -0.0 among them."""
-
-    def __init__(self) -> None:
-        self.filled: dict[str, Tensor] = {}
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        rank = 0 if isinstance(trainer.strategy, DDPStrategy) else trainer.global_rank
-        for number, (name, tensor) in enumerate(learning(trainer).items()):
-            values = torch.arange(tensor.numel(), dtype=tensor.dtype) + 1e3 * (rank + 1) + 1e5 * (number + 1)
-            values[:1] = -0.0
-            tensor.copy_(values.view(tensor.shape))
-            self.filled[name] = tensor.clone()
-
-
-class AtStart(L.Callback):
-    """What a resumed run begins with."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, Tensor] = {}
-
-    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self.seen = {name: tensor.clone() for name, tensor in learning(trainer).items()}
-
-
-def learning(trainer: L.Trainer) -> dict[str, Tensor]:
-    """This rank's part of every trained parameter and of AdamW's averages, to be read and written."""
-    found = {}
-    optimizer = trainer.optimizers[0]
-    for name, p in trainer.lightning_module.named_parameters():
-        if p.requires_grad:
-            tensors = {name: p, **{f"{name}.{key}": value for key, value in optimizer.state.get(p, {}).items()}}
-            for each, value in tensors.items():
-                part = value.to_local() if isinstance(value, DTensor) else value
-                if not each.endswith(".step") and part.numel():
-                    found[each] = part.detach()
-    return found
-
-
-def parts_of_ranks(folder: str, strategy: str, **settings: Any) -> dict[str, Any]:
-    """Fill every rank's part with its own values, save, and resume with a model whose trained weights are zero."""
-    fill, start = Fill(), AtStart()
-    save = AdapterCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    trainer_of(strategy, [fill, save], max_steps=1, **settings).fit(ShardedAutomatic(network()), loader())
-    net = network()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.mul_(not p.requires_grad)
-    save = AdapterCheckpoint(folder + "-2", filename="{step}")
-    trainer = trainer_of(strategy, [start, save], max_steps=2, **settings)
-    trainer.fit(ShardedAutomatic(net), loader(), ckpt_path=f"{folder}/step=1.ckpt")
-    return {"saved": fill.filled, "loaded": start.seen}
-
-
 class Traffic(TorchDispatchMode):
-    """The largest tensor and the sum of bytes in collectives."""
+    """The bytes of the largest tensor in collectives."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = self.largest = 0
+    largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
-            sizes = [t.numel() * t.element_size() for t in _tensors((args, result))]
-            self.total += max(sizes, default=0)
-            self.largest = max(self.largest, *sizes, 0)
+            self.largest = max(self.largest, *(t.nbytes for t in _tensors((args, result))))
         return result
 
 
@@ -207,36 +153,32 @@ class Wide(nn.Module):
         return self.last(torch.tanh(self.first(x)))[:, :3]
 
 
-def traffic(folder: str, strategy: str, saver: str = "adapter", **settings: Any) -> dict[str, Any]:
-    """Bytes in the collectives while a checkpoint is saved, and while it is loaded; and the sizes of things."""
-    counts = {}
+def traffic(folder: str, strategy: str, saver: str = "adapter", **settings: Any) -> dict[str, int]:
+    """The largest tensor in the collectives while a checkpoint is saved and loaded, and the largest factor."""
+    largest = {}
 
     def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             with Traffic() as mode:
                 result = action(*args, **kwargs)
-            counts[name] = {"total": mode.total, "largest": mode.largest}
+            largest[name] = mode.largest
             return result
 
         return run
 
     def trainer(where: str, steps: int) -> Any:
-        save = SAVERS[saver](where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-        save._save_checkpoint = counted("save", save._save_checkpoint)  # type: ignore[attr-defined]
+        save: Any = SAVERS[saver](where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        save._save_checkpoint = counted("save", save._save_checkpoint)
         return trainer_of(strategy, [EFMLoRA(RHO), save], max_steps=steps, **settings)
 
     first = wide_module()
-    sizes = {
-        "base": sum(p.numel() * 8 for p in first.parameters() if not p.requires_grad),
-        "adapter": sum(p.numel() * 8 for p in first.parameters() if p.requires_grad),
-        "factor": max(p.numel() * 8 for p in first.parameters() if p.requires_grad),
-    }
+    factor = max(p.nbytes for p in first.parameters() if p.requires_grad)
     trainer(folder, 1).fit(first, loader())
     resumed = trainer(folder + "-2", 2)
     connector = resumed._checkpoint_connector
     connector._restore_modules_and_callbacks = counted("load", connector._restore_modules_and_callbacks)
     resumed.fit(wide_module(), loader(), ckpt_path=f"{folder}/step=1.ckpt")
-    return {**counts, **sizes}
+    return {**largest, "factor": factor}
 
 
 def wide_module() -> ShardedAutomatic:
@@ -245,17 +187,22 @@ def wide_module() -> ShardedAutomatic:
     return ShardedAutomatic(net)
 
 
-def wrapped_inside() -> dict[str, Any]:
-    """A model of which only a part is under FSDP1, as a configure_model may have wrapped it."""
+def gathered(kind: str) -> dict[str, Any]:
+    """What is made whole of a model of which only a part is sharded, as a configure_model may have done it."""
     torch.manual_seed(0)
     inner, scale = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), nn.Parameter(torch.ones(7))
+    with torch.no_grad():
+        inner[0].bias.fill_(-0.0)  # which a sum over the ranks would turn into 0.0
     expected = {name: p.detach().clone() for name, p in inner.named_parameters()}
-    unit = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    if kind == "fsdp1":
+        unit: Any = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    else:
+        unit = fully_shard(inner, mesh=init_device_mesh("cpu", (2,)))
     model = nn.ModuleDict({"unit": unit})
     model.register_parameter("scale", scale)
     layout = sharding_of(model)
     found = {name: layout.gather(p, p) for name, p in inner.named_parameters()}
-    parts = [torch.equal(layout.part(found[name], p), p) for name, p in inner.named_parameters()]
+    parts = [same(local(layout.part(found[name], p)), local(p)) for name, p in inner.named_parameters()]
     return {
         "expected": expected,
         "found": found,

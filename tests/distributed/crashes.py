@@ -3,7 +3,6 @@
 Processes are forked from this one, which has imported everything and computes nothing: they start at once.
 """
 
-import io
 import json
 import os
 import shutil
@@ -60,7 +59,7 @@ def die() -> None:
 
 
 def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
-    """Die at a "step", as "saving" begins, or when a file is half "written"; or "copy" what a kill would leave."""
+    """Die at a "step", as "saving" begins, or before a file is "renamed"; or "copy" what a kill would leave."""
     if kill["at"] == "step":
         return [At(kill["step"])]
     if kill["at"] == "saving":
@@ -72,31 +71,20 @@ def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
             save(self, trainer, filepath)
 
         Saver._save_checkpoint = saving  # type: ignore[method-assign]
-    if kill["at"] == "written":
-        write, count = torch.save, iter(range(1000))
+        return []
+    numbers = iter(range(1, 10000))
 
-        def half(state: Any, file: Any, **options: Any) -> None:
-            # Not what is written into memory or, when the fit begins, into a temporary place.
-            if not isinstance(file, io.BufferedWriter) or ".dry-run-" in file.name:
-                write(state, file, **options)
-                return
-            write(state, whole := io.BytesIO())
-            file.write(whole.getvalue()[: len(whole.getvalue()) // (2 if next(count) == kill["count"] else 1)])
-            file.flush()
-            if len(whole.getvalue()) != file.tell():
-                die()
+    def hook(event: str, args: Any) -> None:
+        changes = event in CHANGES or (event == "open" and isinstance(args[1], str) and "w" in args[1])
+        ours = changes and any(f"{folder}/" in f"{arg}/" for arg in args[:2])
+        if not ours or not folder.with_suffix(".saved").exists():
+            return
+        if kill["at"] == "copy":
+            shutil.copytree(folder, folder.with_name(f"{folder.name}-{next(numbers)}"), symlinks=True)
+        elif event == "os.rename" and str(args[1]).endswith(".ckpt"):
+            die()
 
-        torch.save = half
-    if kill["at"] == "copy":
-        numbers = iter(range(1, 10000))
-
-        def hook(event: str, args: Any) -> None:
-            changes = event in CHANGES or (event == "open" and isinstance(args[1], str) and "w" in args[1])
-            ours = changes and any(f"{folder}/" in f"{arg}/" for arg in args[:2])
-            if ours and folder.with_suffix(".saved").exists():
-                shutil.copytree(folder, folder.with_name(f"{folder.name}-{next(numbers)}"), symlinks=True)
-
-        sys.addaudithook(hook)
+    sys.addaudithook(hook)
     return []
 
 

@@ -19,7 +19,7 @@ ONE_OR_ALL: dict[str, Any] = {
     "one-between-steps": (2, "ddp", True, {"at": "step", "step": 3, "rank": 1}),
     "all-between-steps": (2, "fsdp1-root", True, {"at": "step", "step": 3, "rank": None}),
     "one-before-gathering": (2, "fsdp1-root", True, {"at": "saving", "step": 4, "rank": 1}),
-    "first-half-written": (2, "fsdp2", True, {"at": "written", "count": 2, "rank": 0}),
+    "first-before-renaming": (2, "fsdp2", True, {"at": "renamed", "rank": 0}),
 }
 COPIES: dict[str, Any] = {
     kind: (1, "single", last, {"at": "copy", "rank": None}) for kind, last in (("link", "link"), ("copy", True))

@@ -131,15 +131,12 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
 
     It works with any LightningModule that holds a peft model, or a model with an adapter by ``add_adapter``. The file
     holds the adapters, everything outside of the base, all buffers, and every parameter of the base that has ever
-    required a gradient, such as a head that was trained and then frozen. It describes what it leaves out by shapes and
-    a few values, so that another base is noticed on loading. A checkpoint that lacks an adapter's weight, or has one
-    that the module doesn't know, is refused (unless the module's ``strict_loading`` is off).
+    required a gradient, such as a head that was trained and then frozen. The rest of the base is recognized on loading.
 
-    Files appear whole or not at all, the folder before the file, and a file is removed only after the next one exists.
-    So a process that is killed at any moment leaves a checkpoint to resume from. No file is deleted that this callback
-    has not written, and what would fail at the first save fails when the fit starts. Rank zero writes directly, not
-    through a CheckpointIO plugin. Other checkpoint callbacks in the Trainer write what they always do.
-    docs/checkpoints.md has more.
+    Files appear whole or not at all, and are removed only after the next ones exist. So a process that is killed at any
+    moment leaves a checkpoint to resume from. No file is deleted that this callback has not written, and what would
+    fail at the first save fails when the fit starts. Rank zero writes directly, not through a CheckpointIO plugin.
+    Other checkpoint callbacks in the Trainer write what they always do. docs/checkpoints.md has more.
 
     Args:
         args: as for ModelCheckpoint.

@@ -128,12 +128,7 @@ def _load_weights(
 ) -> None:
     """Load a checkpoint's weights, and compare the base with the one that it leaves out.
 
-    Args:
-        module: to load into.
-        checkpoint: with clean names.
-        strict: refuse what does not fit, instead of warning.
-        finder: of factors that are not peft's.
-        trainer: whose strategy may have split the parameters.
+    The trainer's strategy may have split the parameters. What does not fit is refused if ``strict``.
     """
     model = trainer.strategy.model if trainer else None
     sharding, left_out = sharding_of(model), checkpoint[MARK]["left_out"]
