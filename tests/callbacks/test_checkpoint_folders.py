@@ -219,8 +219,7 @@ def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("counter", [True, False])
 def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path, counter: bool) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "deep").mkdir()
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "step=3").symlink_to("elsewhere/deep")
     (tmp_path / "step=6").write_text("a file")
     with nullcontext() if counter else pytest.warns(UserWarning, match=UNWRITTEN):
