@@ -184,7 +184,7 @@ def test_the_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     module = Classifier()
     module.inside.append(lambda *_: seen.append(list((tmp_path / "a").rglob("*"))))
     (tmp_path / "a").mkdir()
-    fit(tmp_path, module, [saver(tmp_path / "a" / "b", save_last="link")])
+    fit(tmp_path, module, [saver(tmp_path / "a" / "b")])
     assert seen[0] == []
     assert not list((tmp_path / "a").rglob(".dry-run*"))
 

@@ -12,12 +12,10 @@ import lightning as L
 import pytest
 import torch
 from checkpointed_bases import WEIGHTS, saver
-from helpers import CLASSES, FEATURES, Classifier, build, fit, make_loader, same
+from helpers import Classifier, build, fit, make_loader, same
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 
 from lightning_flatlora import AdapterCheckpoint
 from lightning_flatlora.callbacks.adapter_checkpoint import export
@@ -95,14 +93,14 @@ def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path) -> None:
     assert (file.with_suffix("") / WEIGHTS).exists()
 
 
-def test_a_kept_folder_stays_where_a_link_or_a_removal_comes(tmp_path: Path) -> None:
+def test_a_kept_folder_stays_where_the_last_checkpoint_or_a_removal_comes(tmp_path: Path) -> None:
     settings = {"save_top_k": 1, "every_n_train_steps": None, "filename": "{epoch}"}
     train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
     (tmp_path / "last.ckpt").unlink()
     kept = load_file(tmp_path / "last" / WEIGHTS)
-    train(tmp_path, saver(tmp_path, save_last="link", **settings), max_epochs=1)
+    train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
     assert same(load_file(tmp_path / "last" / WEIGHTS), kept)
-    assert (tmp_path / "last-v1").is_symlink()
+    assert (tmp_path / "last-v1" / WEIGHTS).exists()
     # The resumed run removes its former best checkpoint, which is gone.
     (file,) = tmp_path.glob("epoch=0-v1.ckpt")
     resumed = tmp_path / "resumed.ckpt"
@@ -112,53 +110,23 @@ def test_a_kept_folder_stays_where_a_link_or_a_removal_comes(tmp_path: Path) -> 
     assert same(load_file(tmp_path / "epoch=0-v1" / WEIGHTS), kept)
 
 
-@pytest.mark.parametrize("save_last", ["link", True])
-def test_a_users_folder_called_last_stays(tmp_path: Path, save_last: Any) -> None:
-    files = source_code(tmp_path / "last")
-    train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1))
-    assert (tmp_path / "last-v1").is_symlink() == (save_last == "link")
-    assert (tmp_path / "last-v1" / WEIGHTS).exists()
-    with pytest.warns(UserWarning, match=UNWRITTEN):
-        train(tmp_path, saver(tmp_path, save_last=save_last, save_top_k=1, enable_version_counter=False))
-    assert_untouched(tmp_path / "last", files)
-    assert (tmp_path / "last.ckpt").exists()
-
-
-def test_without_versions_a_users_folder_of_the_checkpoints_name_stays_and_no_link_leads_to_it(tmp_path: Path) -> None:
-    files = source_code(tmp_path / "model")
-    save = saver(tmp_path, filename="model", save_last="link", save_top_k=1, enable_version_counter=False)
+@pytest.mark.parametrize("name", ["model", "last"])
+def test_without_versions_a_users_folder_of_the_checkpoints_name_stays(tmp_path: Path, name: str) -> None:
+    files = source_code(tmp_path / name)
+    save = saver(tmp_path, filename="model", save_last=True, save_top_k=1, enable_version_counter=False)
     with pytest.warns(UserWarning, match=UNWRITTEN):
         train(tmp_path, save)
-    assert_untouched(tmp_path / "model", files)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "model", "model.ckpt"]
+    assert_untouched(tmp_path / name, files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"model.ckpt", "last.ckpt", "model", "last"})
 
 
-def test_a_users_folder_in_the_place_of_a_link_to_a_file_stays(tmp_path: Path) -> None:
+def test_a_users_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
     files = source_code(tmp_path / "last.ckpt")
     with pytest.raises(OSError, match=r"last\.ckpt"):
-        train(tmp_path, saver(tmp_path, save_last="link", enable_version_counter=False))
+        train(tmp_path, saver(tmp_path, save_last=True, enable_version_counter=False))
+    train(tmp_path, saver(tmp_path, save_last=True))
     assert_untouched(tmp_path / "last.ckpt", files)
-    train(tmp_path, saver(tmp_path, save_last="link"))
-    assert_untouched(tmp_path / "last.ckpt", files)
-    assert (tmp_path / "last-v1.ckpt").is_symlink()
-
-
-def test_a_users_file_in_a_last_that_becomes_a_link_stays(tmp_path: Path) -> None:
-    train(tmp_path, saver(tmp_path, save_last=True), max_epochs=1)
-    (tmp_path / "last" / "notes.txt").write_text("good run")
-    with pytest.warns(UserWarning, match=UNWRITTEN):
-        train(tmp_path, saver(tmp_path, save_last="link", enable_version_counter=False), max_epochs=1)
-    assert_untouched(tmp_path / "last", {"notes.txt": "good run"})
-    assert (tmp_path / "last.ckpt").is_symlink()
-
-
-def test_a_link_into_a_folder_beside_it_moves_on(tmp_path: Path) -> None:
-    """A metric such as val/loss in the files' names makes folders of them."""
-    for _ in range(2):
-        settings = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
-        train(tmp_path, saver(tmp_path / "kept", filename="{epoch}/{step}", **settings), max_epochs=2)
-    assert sorted(path.name for path in (tmp_path / "kept").glob("last*")) == ["last", "last.ckpt"]
-    assert (tmp_path / "kept" / "last" / WEIGHTS).samefile(tmp_path / "kept" / "epoch=1" / "step=12" / WEIGHTS)
+    assert (tmp_path / "last-v1.ckpt").is_file()
 
 
 class Merged(Classifier):
@@ -250,24 +218,14 @@ def test_a_users_file_in_our_folder_outlives_the_checkpoint(tmp_path: Path) -> N
     assert (tmp_path / "step=12" / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize("name", ["link", "dry_run"])
-def test_an_adapter_may_have_any_name(tmp_path: Path, name: str) -> None:
-    """Its subfolder is not in the way of what is tried before the first step."""
-    base = nn.Sequential(nn.Linear(FEATURES, CLASSES))
-    net = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
-    fit(tmp_path, Classifier(net=net), [saver(tmp_path, save_last="link")], max_epochs=1)
-    assert (tmp_path / "last" / name / WEIGHTS).exists()
-
-
 def test_another_extension(tmp_path: Path) -> None:
     class Other(AdapterCheckpoint):
         FILE_EXTENSION = ".pt"
 
     def save() -> AdapterCheckpoint:
-        return Other(tmp_path, filename="{step}", save_top_k=1, every_n_train_steps=6, save_last="link")
+        return Other(tmp_path, filename="{step}", save_top_k=1, every_n_train_steps=6, save_last=True)
 
     train(tmp_path, save())
     assert {p.name for p in tmp_path.iterdir()} == {"step=12.pt", "step=12", "last.pt", "last"}
-    assert (tmp_path / "last" / WEIGHTS).samefile(tmp_path / "step=12" / WEIGHTS)
     resumed = train(tmp_path, save(), ckpt_path=tmp_path / "last.pt", max_epochs=3)
     assert same(resumed.state_dict(), train(tmp_path, max_epochs=3).state_dict())

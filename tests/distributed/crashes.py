@@ -38,10 +38,10 @@ class Saver(AdapterCheckpoint):
             self.done.write_text(str(trainer.global_step))
 
 
-def train(folder: Path, strategy: str, save_last: Any, kill: dict[str, Any] | None, resume: bool) -> None:
+def train(folder: Path, strategy: str, kill: dict[str, Any] | None, resume: bool) -> None:
     """What a process does: train four steps, save every second, and die when it has to."""
     torch.set_num_threads(1)
-    saver = Saver(folder, filename="{step}", save_top_k=1, save_last=save_last, every_n_train_steps=EVERY)
+    saver = Saver(folder, filename="{step}", save_top_k=1, save_last=True, every_n_train_steps=EVERY)
     saver.done = folder.with_suffix(".saved")
     driver, module = EFMLoRA(RHO, beta=BETA), ShardedAutomatic(network())
     callbacks: list[L.Callback] = [driver, saver]
@@ -99,7 +99,7 @@ class At(L.Callback):
             die()
 
 
-def fork(ranks: int, folder: Path, strategy: str, save_last: Any, kill: Any, resume: bool = False) -> list[int]:
+def fork(ranks: int, folder: Path, strategy: str, kill: Any, resume: bool = False) -> list[int]:
     """Train on forked processes, end the others soon after one has died, and return the signal that ended each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -108,7 +108,7 @@ def fork(ranks: int, folder: Path, strategy: str, save_last: Any, kill: Any, res
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            _be_child(rank, ranks, port, folder, (strategy, save_last, kill, resume))
+            _be_child(rank, ranks, port, folder, (strategy, kill, resume))
         running[pid] = rank
     ends, deadline = [0] * ranks, time.monotonic() + 60
     while running:
@@ -150,11 +150,11 @@ def _be_child(rank: int, ranks: int, port: int, folder: Path, how: tuple[Any, ..
 
 def main(folder: Path) -> None:
     ends: dict[str, Any] = {}
-    for name, (ranks, strategy, save_last, kill) in json.loads((folder / "plan.json").read_text()).items():
-        ends[name] = fork(ranks, folder / name, strategy, save_last, kill)
+    for name, (ranks, strategy, kill) in json.loads((folder / "plan.json").read_text()).items():
+        ends[name] = fork(ranks, folder / name, strategy, kill)
         if kill and kill["at"] != "copy":
             (folder / f"{name}.left").write_text(json.dumps(_listing(folder / name)))
-            ends[f"{name}-resumed"] = fork(ranks, folder / name, strategy, save_last, None, resume=True)
+            ends[f"{name}-resumed"] = fork(ranks, folder / name, strategy, None, resume=True)
     (folder / "ends.json").write_text(json.dumps(ends))
 
 

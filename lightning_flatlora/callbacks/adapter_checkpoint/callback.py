@@ -31,6 +31,9 @@ class SavesAdapters(_Base):
     def __init__(self, *args: Any, finder: Finder | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.finder = finder
+        if self.save_last == "link":
+            # A link spares a copy of a large file. Here it would only bring moments in which it leads nowhere.
+            self.save_last = True
         # The identities of the parameters that the optimizers of this fit have trained so far.
         self._seen: set[int] = set()
 
@@ -72,7 +75,7 @@ class SavesAdapters(_Base):
         saves = self.save_top_k != 0 or self.save_last
         if saves and not getattr(trainer, "fast_dev_run", False):
             with adapters_only(trainer, self.finder):
-                dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only, linked=self.save_last == "link")
+                dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -100,9 +103,6 @@ class SavesAdapters(_Base):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         with adapters_only(trainer, self.finder):
             super()._save_checkpoint(trainer, filepath)
-        if self.save_last == "link" and self.last_model_path not in ("", filepath):
-            # Now, because ModelCheckpoint may remove the link's old target before it turns the link itself.
-            self._link_checkpoint(trainer, filepath, self.last_model_path)
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -113,12 +113,6 @@ class SavesAdapters(_Base):
         super()._remove_checkpoint(trainer, filepath)
         if goes:
             export.remove_folder(folder)
-
-    @override
-    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:  # type: ignore[override]
-        if trainer.is_global_zero and filepath != linkpath:
-            export.link_checkpoint(Path(filepath), Path(linkpath))
-        trainer.strategy.barrier()
 
 
 class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
@@ -139,7 +133,7 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
     Other checkpoint callbacks in the Trainer write what they always do. docs/checkpoints.md has more.
 
     Args:
-        args: as for ModelCheckpoint.
+        args: as for ModelCheckpoint; ``save_last="link"`` writes a file, as ``save_last=True`` does.
         finder: of layers that are not peft's, see :mod:`lightning_flatlora.pairs.finders`. The base is then the child
             modules that hold them, and the folder has the factors by name: in ``lit_model.pth.lora``, which litgpt's
             scripts read, or in ``factors.safetensors``.

@@ -41,7 +41,9 @@ def write(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = folder_of(path)
-    if _is_free_or_ours(folder, path):
+    if os.path.lexists(folder) and not is_ours(folder, path):
+        rank_zero_warn(f"AdapterCheckpoint: {folder} stays, since it is not ours, and {path.name} has no folder")
+    else:
         partial = aside(folder)
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir()
@@ -136,18 +138,8 @@ def folder_of(checkpoint: Path) -> Path:
 
 
 def is_ours(folder: Path, checkpoint: Path) -> bool:
-    """Report whether we wrote a folder for a checkpoint, or made a link of both to another checkpoint of ours."""
-    listed = _read_list(folder)
-    if folder.is_symlink():
-        return checkpoint.is_symlink() and bool(listed)
-    return bool(listed) and listed["checkpoint"] == checkpoint.name
-
-
-def _is_free_or_ours(folder: Path, checkpoint: Path) -> bool:
-    if not os.path.lexists(folder) or is_ours(folder, checkpoint):
-        return True
-    rank_zero_warn(f"AdapterCheckpoint: {folder} stays, since it is not ours, and {checkpoint.name} has no folder")
-    return False
+    """Report whether we wrote a folder for a checkpoint."""
+    return not folder.is_symlink() and _read_list(folder).get("checkpoint") == checkpoint.name
 
 
 def _read_list(folder: Path) -> dict[str, Any]:
@@ -162,8 +154,6 @@ def aside(path: Path) -> Path:
 
 def _put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
     """Move a written folder to its place; what is there of ours is replaced, files of others stay."""
-    if folder.is_symlink():
-        folder.unlink()
     names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*"))]
     old = [name for name in _read_list(folder).get("files", []) if name not in names]
     # The list is written before the files. A file that is listed but missing does no harm, whereas one that is there
@@ -185,9 +175,6 @@ def remove_folder(folder: Path) -> None:
     Args:
         folder: of ours, see :func:`is_ours`.
     """
-    if folder.is_symlink():
-        folder.unlink()
-        return
     _delete(folder, [LIST, *_read_list(folder)["files"]])
     if not any(folder.iterdir()):
         folder.rmdir()
@@ -203,22 +190,3 @@ def _delete(folder: Path, names: Sequence[str]) -> None:
             place.unlink()
         elif not any(place.iterdir()):
             place.rmdir()
-
-
-def link_checkpoint(target: Path, place: Path) -> None:
-    """Link a checkpoint and its folder to another's, the folder first."""
-    folder = folder_of(place)
-    if is_ours(folder, place) and not folder.is_symlink():
-        remove_folder(folder)
-    # A user's file may remain in it.
-    if is_ours(folder_of(target), target) and _is_free_or_ours(folder, place):
-        _link(folder_of(target), folder)
-    _link(target, place)
-
-
-def _link(target: Path, place: Path) -> None:
-    new = aside(place)
-    new.unlink(missing_ok=True)
-    new.symlink_to(os.path.relpath(target, place.parent))
-    # A rename, which replaces the old link at once: at no moment is there none.
-    new.replace(place)

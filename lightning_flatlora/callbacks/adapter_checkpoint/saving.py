@@ -1,6 +1,5 @@
 """Gather what goes into a checkpoint, whole and on the CPU under every strategy; the frozen base is never gathered."""
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -117,14 +116,13 @@ def is_split(key: str, value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape and key != "step"
 
 
-def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) -> None:
+def dry_run(trainer: Trainer, folder: Path, weights_only: bool) -> None:
     """Write a whole checkpoint into a temporary place and remove it; every rank must call this.
 
     Args:
         trainer: in a fit that is about to take its first step, inside of :func:`adapters_only`.
         folder: the checkpoint callback's.
         weights_only: as the checkpoint callback saves.
-        linked: whether a link will be made, too.
 
     Raises:
         MisconfigurationException: on every rank, if one of them could not write.
@@ -134,7 +132,7 @@ def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) ->
         # On every rank, since the weights are gathered and a state_dict() may communicate.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
         if trainer.is_global_zero:
-            _save_and_remove(trainer, checkpoint, folder, linked)
+            _save_and_remove(trainer, checkpoint, folder)
     except Exception as any_error:
         error = any_error
     # One rank may fail alone, for example by a callback's state. It ends the others, too, which would wait for it.
@@ -143,15 +141,13 @@ def dry_run(trainer: Trainer, folder: Path, weights_only: bool, linked: bool) ->
         raise MisconfigurationException(f"AdapterCheckpoint: saving into {folder} would fail{problem}") from error
 
 
-def _save_and_remove(trainer: Trainer, checkpoint: dict[str, Any], folder: Path, linked: bool) -> None:
+def _save_and_remove(trainer: Trainer, checkpoint: dict[str, Any], folder: Path) -> None:
     # The folders that are missing are made at the first save.
     while not folder.exists():
         folder = folder.parent
     with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
         file = Path(name) / "dry_run.ckpt"
         trainer.strategy.save_checkpoint(checkpoint, file)
-        if linked:  # which some file systems can't
-            os.symlink(file.name, Path(name) / "link")
         unsafe = get_unsafe_globals_in_checkpoint(file)
     if unsafe:
         rank_zero_warn(
