@@ -10,8 +10,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
-from checkpointed_bases import WEIGHTS, saver
+from checkpointed_bases import WEIGHTS, saver, state
 from helpers import Classifier, build, fit, make_loader, same
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -65,17 +64,28 @@ def test_both_kinds_of_optimization_save_within_an_epoch(tmp_path: Path, front_e
     assert saved == [f"step={step}" for step in range(every, 7, every)]
 
 
-def test_a_users_folder_of_the_checkpoints_name_stays(tmp_path: Path) -> None:
-    """The checkpoint gets the next version's name."""
-    files = source_code(tmp_path / "model")
-    save = saver(tmp_path, filename="model", save_top_k=1)
-    train(tmp_path, save)
-    assert_untouched(tmp_path / "model", files)
-    saved = torch.load(save.best_model_path, weights_only=True)["state_dict"]
-    found = load_file(tmp_path / "model-v1" / WEIGHTS)
-    name = "base_model.model.0.lora_A.weight"
-    assert same(found[name], saved[f"net.{name.replace('lora_A', 'lora_A.default')}"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-v1", "model-v1.ckpt"]
+@pytest.mark.parametrize("counter", [True, False])
+def test_what_a_user_has_under_a_checkpoints_name_stays(tmp_path: Path, counter: bool) -> None:
+    """The checkpoint gets the next version's name or, without versions, no folder."""
+    folders = {tmp_path / name: source_code(tmp_path / name) for name in ("step=3", "last")}
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "step=6").symlink_to("elsewhere/deep")
+    (tmp_path / "step=9").write_text("a file")
+    with nullcontext() if counter else pytest.warns(UserWarning, match=UNWRITTEN):
+        train(tmp_path, saver(tmp_path, save_last=True, enable_version_counter=counter))
+    for folder, files in folders.items():
+        assert_untouched(folder, files)
+    assert (tmp_path / "step=6").is_symlink()
+    assert not any((tmp_path / "elsewhere" / "deep").iterdir())
+    assert (tmp_path / "step=9").read_text() == "a file"
+    version = "-v1" if counter else ""
+    for name in ("step=3", "step=6", "step=9", "last"):
+        saved = state(tmp_path / f"{name}{version}.ckpt")
+        folder = tmp_path / f"{name}-v1"
+        assert folder.exists() == counter
+        if counter:
+            factor = load_file(folder / WEIGHTS)["base_model.model.0.lora_A.weight"]
+            assert same(factor, saved["net.base_model.model.0.lora_A.default.weight"])
 
 
 def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path) -> None:
@@ -110,16 +120,6 @@ def test_a_kept_folder_stays_where_the_last_checkpoint_or_a_removal_comes(tmp_pa
     assert same(load_file(tmp_path / "epoch=0-v1" / WEIGHTS), kept)
 
 
-@pytest.mark.parametrize("name", ["model", "last"])
-def test_without_versions_a_users_folder_of_the_checkpoints_name_stays(tmp_path: Path, name: str) -> None:
-    files = source_code(tmp_path / name)
-    save = saver(tmp_path, filename="model", save_last=True, save_top_k=1, enable_version_counter=False)
-    with pytest.warns(UserWarning, match=UNWRITTEN):
-        train(tmp_path, save)
-    assert_untouched(tmp_path / name, files)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({"model.ckpt", "last.ckpt", "model", "last"})
-
-
 def test_a_users_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
     files = source_code(tmp_path / "last.ckpt")
     with pytest.raises(OSError, match=r"last\.ckpt"):
@@ -132,36 +132,36 @@ def test_a_users_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:
 class Merged(Classifier):
     """Validates with its adapter merged into the base."""
 
-    unmerge_at = "on_validation_epoch_end"
+    unmerges_late = False
 
     def on_validation_start(self) -> None:
         self.net.merge_adapter()  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
-        if self.unmerge_at == "on_validation_epoch_end":
+        if not self.unmerges_late:
             self.net.unmerge_adapter()  # type: ignore[operator]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.unmerge_at == "on_train_batch_start":
+        if self.unmerges_late:
             self.net.unmerge_adapter()  # type: ignore[operator]
 
 
 @pytest.mark.filterwarnings("ignore:.*already unmerged:UserWarning")
 def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"monitor": "val_loss", "every_n_train_steps": None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "The dirpath has changed")
-        fit(tmp_path, Merged(), [saver(tmp_path / "kept", **settings)], max_epochs=2, val=make_loader(1))
-    module = Merged()
-    module.unmerge_at = "on_train_batch_start"
+    """pytest turns all other warnings into errors."""
+
+    def run(folder: str, late: bool = False, **settings: Any) -> Any:
+        module, save = Merged(), saver(tmp_path / folder, monitor="val_loss", every_n_train_steps=None)
+        module.unmerges_late = late
+        fit(tmp_path, module, [save], val=make_loader(1), **settings)
+        return save.best_model_path
+
+    kept = run("kept", max_epochs=2)
+    run("resumed", max_epochs=3, ckpt_path=kept)
     with pytest.warns(UserWarning, match=r"net\.base_model\.model\.0 is merged into its base at a save"):
-        fit(tmp_path, module, [saver(tmp_path / "late", **settings)], max_epochs=2, val=make_loader(1))
-    resumed = {"max_epochs": 3, "val": make_loader(1)}
-    fit(tmp_path, Merged(), [saver(tmp_path / "2")], ckpt_path=next((tmp_path / "kept").glob("*.ckpt")), **resumed)
-    late = next(path for path in (tmp_path / "late").glob("*.ckpt"))
+        late = run("late", late=True, max_epochs=2)
     with pytest.raises(MisconfigurationException, match="tensors of the base"):
-        fit(tmp_path, Merged(), [saver(tmp_path / "3")], ckpt_path=late, **resumed)
+        run("refused", max_epochs=3, ckpt_path=late)
 
 
 def test_rank_zero_alone_looks_at_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,20 +183,6 @@ def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> No
     (tmp_path / "ours" / LIST).write_text(json.dumps({"checkpoint": "ours.ckpt", "files": names}))
     remove_folder(tmp_path / "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-
-
-@pytest.mark.parametrize("counter", [True, False])
-def test_a_users_link_and_file_of_the_checkpoints_name_stay(tmp_path: Path, counter: bool) -> None:
-    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
-    (tmp_path / "step=3").symlink_to("elsewhere/deep")
-    (tmp_path / "step=6").write_text("a file")
-    with nullcontext() if counter else pytest.warns(UserWarning, match=UNWRITTEN):
-        train(tmp_path, saver(tmp_path, enable_version_counter=counter), max_epochs=1)
-    assert (tmp_path / "step=3").is_symlink()
-    assert not any((tmp_path / "elsewhere" / "deep").iterdir())
-    assert (tmp_path / "step=6").read_text() == "a file"
-    for name in ("step=3", "step=6"):
-        assert (tmp_path / f"{name}-v1" / WEIGHTS).exists() == counter
 
 
 def test_a_loggers_folder_keeps_its_rows(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def train(folder: Path, strategy: str, kill: dict[str, Any] | None, resume: bool
     saver.done = folder.with_suffix(".saved")
     driver, module = EFMLoRA(RHO, beta=BETA), ShardedAutomatic(network())
     callbacks: list[L.Callback] = [driver, saver]
-    if kill and kill["rank"] in (None, int(os.environ.get("RANK", 0))):
+    if kill and kill["rank"] == int(os.environ.get("RANK", 0)):
         callbacks += arm(kill, folder)
     trainer = trainer_of(strategy, callbacks, max_steps=STEPS)
     trainer.fit(module, loader(), ckpt_path="last" if resume else None)
