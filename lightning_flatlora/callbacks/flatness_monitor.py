@@ -1,20 +1,23 @@
 """FlatnessMonitor: flatness measured on probe batches while a model trains, without disturbing the training."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.efmlora import EFMLoRA
+from lightning_flatlora.callbacks.fmlora import FMLoRA
+from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
-from lightning_flatlora.callbacks.monitored_method import count_averages, has_average, method_of
 from lightning_flatlora.callbacks.patches import without_logging
-from lightning_flatlora.callbacks.probe_batches import ProbeBatches, curvature_problems, loss_problems
+from lightning_flatlora.callbacks.probe_batches import ProbeBatches, is_compiled
 from lightning_flatlora.callbacks.strategies import monitor_problems
+from lightning_flatlora.compat import callback_of, callbacks_of
 from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
-from lightning_flatlora.flatness.losses import ReentrantCheckpointError
-from lightning_flatlora.flatness.measures import measure_problems
+from lightning_flatlora.flatness.measures import CURVATURES, measure_problems
 from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError
@@ -25,6 +28,8 @@ from lightning_flatlora.weight_noise import WeightNoise
 Data = Literal["train", "val"]
 
 
+# Compared by identity, as all callbacks are.
+@dataclass(eq=False, repr=False)
 class FlatnessMonitor(Callback):
     """Measure how flat the loss is around the weights, every few steps or epochs, on the same probe batches.
 
@@ -40,8 +45,6 @@ class FlatnessMonitor(Callback):
     6 next to EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
     :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches, and a copy
     of the buffers that a step writes.
-
-    Of several average perturbations of EFMLoRA (several callbacks or optimizers) the first is measured, with a warning.
 
     Args:
         rho: radius of the ball that is searched, in the weights' units, > 0; the estimate is then the "average" one
@@ -71,49 +74,40 @@ class FlatnessMonitor(Callback):
         >>> trainer = L.Trainer(callbacks=[monitor], accelerator="cpu", logger=False)
     """
 
-    def __init__(
-        self,
-        rho: float | None = None,
-        *,
-        every_n_steps: int | None = None,
-        every_n_epochs: int | None = None,
-        batches: int = 4,
-        data: Data = "train",
-        measures: Sequence[str] | None = None,
-        per_layer: bool = False,
-        sigma: float = 0.05,
-        samples: int = 8,
-        finder: Finder | None = None,
-    ) -> None:
+    rho: float | None = None
+    _: KW_ONLY
+    every_n_steps: int | None = None
+    every_n_epochs: int | None = None
+    batches: int = 4
+    data: Data = "train"
+    measures: Sequence[str] | None = None
+    per_layer: bool = False
+    sigma: float = 0.05
+    samples: int = 8
+    finder: Finder | None = None
+
+    def __post_init__(self) -> None:
         problems = []
-        if rho is not None and not (is_size(rho) and rho):
+        if self.rho is not None and not (is_size(self.rho) and self.rho):
             problems.append(
-                f"rho must be a finite number > 0, or None to take that of the method beside it, got {rho!r}"
+                f"rho must be a finite number > 0, or None to take that of the method beside it, got {self.rho!r}"
             )
-        if every_n_steps is not None and every_n_epochs is not None:
+        if self.every_n_steps is not None and self.every_n_epochs is not None:
             problems.append("every_n_steps and every_n_epochs can't both be given: leave one out")
-        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+        for name, value in (("every_n_steps", self.every_n_steps), ("every_n_epochs", self.every_n_epochs)):
             if value is not None:
                 problems += integer_problems(name, value, least=1)
-        problems += integer_problems("batches", batches, least=1)
-        problems += integer_problems("samples", samples, least=2)
-        problems += choice_problems("data", data, Data)
-        if not (is_size(sigma) and sigma):
-            problems.append(f"sigma must be a finite number > 0, got {sigma!r}")
-        problems += measure_problems(measures)
-        problems += finder_problems(finder, None)
+        problems += integer_problems("batches", self.batches, least=1)
+        problems += integer_problems("samples", self.samples, least=2)
+        problems += choice_problems("data", self.data, Data)
+        if not (is_size(self.sigma) and self.sigma):
+            problems.append(f"sigma must be a finite number > 0, got {self.sigma!r}")
+        problems += measure_problems(self.measures)
+        problems += finder_problems(self.finder, None)
         refuse(self, problems)
-        self.rho = rho
-        self.every_n_steps = every_n_steps
-        self.every_n_epochs = 1 if every_n_steps is None and every_n_epochs is None else every_n_epochs
-        self.batches = batches
-        self.data: Data = data
-        self.measures = measures
-        self.per_layer = per_layer
-        self.sigma = sigma
-        self.samples = samples
-        self.finder = finder
-        # Everything that belongs to one fit.
+        if self.every_n_steps is None and self.every_n_epochs is None:
+            self.every_n_epochs = 1
+        # Everything that belongs to one fit; None outside of it, and after a step that can't be measured.
         self._held: ProbeBatches | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,21 +118,32 @@ class FlatnessMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By itself: what follows takes weights to be whole, and would report a sharded model as another problem.
         refuse(self, monitor_problems(trainer.strategy))
-        method, measures, problems = method_of(trainer), self.measures or (), []
+        method, measures, problems = _method_of(trainer), self.measures or (), []
         if method is None and self.rho is None:
             problems.append(
                 "rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one to take over: rho=0.5, for example"
             )
-        if "ema" in measures and not has_average(method):
+        if "ema" in measures and not isinstance(method, EFMLoRA):
             problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
+        if self.data == "val" and not trainer.enable_validation:
+            problems.append("data='val' gives no batch to hold: choose the other, or give the loader")
+        curvatures = [name for name in CURVATURES if name in measures]
+        if curvatures and is_compiled(pl_module):
+            problems.append(
+                f"the measures {', '.join(curvatures)} need second derivatives, which torch.compile does not give: "
+                "leave them out, or measure without torch.compile"
+            )
         try:
             self._targets(pl_module, method)
         except ValueError as error:
             # Without pairs only if none may come later in the fit.
             if not isinstance(error, NoPairsError) or not unfreezes_later(trainer):
                 problems.append(str(error))
-        refuse(self, problems + loss_problems(pl_module) + curvature_problems(pl_module, measures))
-        self._held = ProbeBatches(trainer, pl_module, self.batches)
+        try:
+            self._held = ProbeBatches(trainer, pl_module, self.batches)
+        except ValueError as error:
+            problems.append(str(error))
+        refuse(self, problems)
 
     def _targets(self, pl_module: LightningModule, method: Any) -> tuple[Perturbation, WeightNoise | None]:
         """Find what is perturbed: the pairs that the model trains now and, where noise is measured, their weights.
@@ -149,20 +154,17 @@ class FlatnessMonitor(Callback):
         finder = self.finder or (method.finder if method else None)
         adapter_name = method.adapter_name if method is not None and finder is None else None
         perturbation = Perturbation(find_pairs(pl_module, adapter_name, finder=finder).pairs)
-        if "expected_sharpness" not in (self.measures or ()):
-            return perturbation, None
-        if finder is not None and all(pair.base is None for pair in perturbation.pairs):
-            what = "the pairs' base, which the finder does not name"
-            raise ValueError(f"the measure 'expected_sharpness' needs {what}: leave it out")
-        return perturbation, WeightNoise(pl_module, adapter_name, finder=finder)
+        measures_noise = "expected_sharpness" in (self.measures or ())
+        return perturbation, WeightNoise(pl_module, adapter_name, finder=finder) if measures_noise else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.data == "val" and not trainer.enable_validation:
-            refuse(self, ["data='val' gives no batch to hold: choose the other, or give the loader"])
         if self._held is not None:
             self._held.measured_at = self._count(trainer)
-        averages = count_averages(trainer)
+        averages = 0
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, EFMLoRA):
+                averages += sum(bool(method.pairs) for method in callback.methods)
         if averages > 1:
             which = "one for each adapter and optimizer, and the first alone is measured"
             self._warn(f"EFMLoRA has {averages} average perturbations in this run, {which}")
@@ -180,40 +182,27 @@ class FlatnessMonitor(Callback):
             self._held.pass_by(batch, batch_idx)
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The sanity check before training shows the first few.
-        if self._held is not None and self.data == "val" and not trainer.sanity_checking:
-            self._held.end()
-
-    @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        held, every, step = self._held, self.every_n_steps, trainer.global_step
-        if held is None:
-            return
-        if len(held) and not held.tried:
+        held = self._held
+        if held is not None and held.tried == 0 and len(held):
             # At once, so that a run whose step can't be measured says so at its start.
             with held.undisturbed():
                 self._try_out(trainer, held)
-        # Multiples are counted, since step % every == 0 would hold in every batch of an accumulation window, and
-        # several optimizers skip numbers.
-        if every is not None and step // every > held.measured_at // every:
-            held.measured_at = step
+        if self.every_n_steps is not None:
             # As Lightning counts, minus one at the end of an epoch: global_step counts each of several optimizers.
-            self._measure(trainer, pl_module, held, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._measure(trainer, pl_module, trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._held is not None and self.data == "train":
-            self._held.end()
-        is_due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if self._held is not None and is_due:
-            self._measure(trainer, pl_module, self._held, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        if self.every_n_steps is None:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+            self._measure(trainer, pl_module, trainer.current_epoch + 1, step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         held = self._held
         # A step that can't be measured has been told of already.
-        if held is None or held.has_measured or held.has_failed or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if held is None or held.has_measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         unit, every = ("epoch", self.every_n_epochs) if self.every_n_steps is None else ("step", self.every_n_steps)
         self._warn(
@@ -234,29 +223,32 @@ class FlatnessMonitor(Callback):
         """Steps or epochs trained so far, whichever unit the measurements go by."""
         return trainer.current_epoch if self.every_n_steps is None else trainer.global_step
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, held: ProbeBatches, step: int) -> None:
-        """Measure, and log at the step at which Lightning logs what self.log collected."""
-        method = method_of(trainer)
-        if not len(held) or held.has_failed or (method is not None and method.perturbation is None):
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, count: int, step: int) -> None:
+        """Measure if enough steps or epochs have passed, and log at the step at which Lightning logs the rest."""
+        held, every = self._held, self.every_n_steps or self.every_n_epochs
+        assert every is not None
+        method = _method_of(trainer)
+        if held is None or not len(held) or (method is not None and method.perturbation is None):
             return
-        try:
-            perturbation, noise = self._targets(pl_module, method)
-        except NoPairsError:  # none is trained now
+        # Multiples are counted, since count % every == 0 would hold in every batch of an accumulation window, and
+        # several optimizers skip numbers.
+        if count // every == held.measured_at // every:
             return
-        except ValueError as error:
-            self._warn(f"a measurement was left out: {error}")
-            return
-        measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if has_average(method) else []))
-        held.has_measured = True
+        held.measured_at = count
+        measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if isinstance(method, EFMLoRA) else []))
         with held.undisturbed():
-            # No error in what follows, which may come hours after the start: the training itself is right.
-            if held.tried < len(held) and not self._try_out(trainer, held):
+            if not self._try_out(trainer, held):
                 return
             try:
-                numbers = measure(self._point(trainer, method, perturbation, noise), measures, self.per_layer)
+                point = self._point(trainer, pl_module, method)
+                held.has_measured = True
+                numbers = measure(point, measures, self.per_layer)
+            except NoPairsError:  # none is trained now
+                return
             except Exception as error:
-                # Other ranks may be waiting for this one's loss, unless all of them have this error.
-                if trainer.world_size > 1 and not isinstance(error, ReentrantCheckpointError):
+                # This may be hours after the start, and the training itself is right. But other ranks may be waiting
+                # for this one's loss.
+                if trainer.world_size > 1:
                     raise
                 self._warn(f"a measurement was left out: {type(error).__name__}: {error}")
                 return
@@ -267,16 +259,20 @@ class FlatnessMonitor(Callback):
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
 
     def _try_out(self, trainer: Trainer, held: ProbeBatches) -> bool:
-        """Say whether the module's step can be measured, on this rank and all others; a warning says why not."""
+        """Say whether new probe batches can be measured, on this rank and all others; a warning says why not."""
+        if held.tried == len(held):
+            return True
         problem = held.try_out()
-        held.has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
-        if held.has_failed:
+        has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+        if has_failed:
             reason = problem or "the step of another rank fails in eval mode, in which it measures"
             self._warn(f"nothing is measured in this run: {reason}")
-        return not held.has_failed
+            self._held = None
+        return not has_failed
 
-    def _point(self, trainer: Trainer, method: Any, perturbation: Perturbation, noise: WeightNoise | None) -> Point:
+    def _point(self, trainer: Trainer, pl_module: LightningModule, method: Any) -> Point:
         assert self._held is not None
+        perturbation, noise = self._targets(pl_module, method)
         size = method.current_rho if method else None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return Point(
@@ -284,7 +280,7 @@ class FlatnessMonitor(Callback):
             # Without a radius of the monitor's own the method's estimator and scope are taken, too.
             method.perturbation if self.rho is None else perturbation,
             size if self.rho is None else self.rho,  # type: ignore[arg-type]
-            average=method.perturbation if has_average(method) else None,
+            average=method.perturbation if isinstance(method, EFMLoRA) else None,
             average_rho=size,
             noise=noise,
             sigma=self.sigma,
@@ -294,3 +290,9 @@ class FlatnessMonitor(Callback):
 
     def _warn(self, what: str) -> None:
         rank_zero_warn(f"{type(self).__name__}: {what}")
+
+
+def _method_of(trainer: Trainer) -> Any:
+    """Find the method whose settings are taken, or None; EFMLoRA also schedules an FMLoRAModule, so it comes first."""
+    first = callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA)
+    return first or callback_of(trainer, FMLoRAModuleCallback)

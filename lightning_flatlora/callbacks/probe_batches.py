@@ -1,9 +1,9 @@
 """The batches on which flatness is measured, kept as they pass by, and their loss."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +16,7 @@ from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
 from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.flatness import MeanLoss
-from lightning_flatlora.flatness.measures import CURVATURES
+from lightning_flatlora.flatness.losses import with_graph
 from lightning_flatlora.methods.batches import clone_with_attributes, own_containers
 from lightning_flatlora.methods.put_back import eval_mode, random_state
 from lightning_flatlora.methods.replay import Replay
@@ -28,18 +28,20 @@ class ProbeBatches:
     Attributes:
         measured_at: the step or epoch of the last measurement; at first that at which training started.
         has_measured: whether there has been a measurement.
-        has_failed: whether the module's step can't be measured.
-        tried: the number of batches on which it has been tried.
+        tried: the number of batches that have been tried out.
 
     Args:
         trainer: that runs the steps.
-        pl_module: the module, before other callbacks replace its methods for a step.
+        pl_module: the module.
         count: batches of each rank; fewer are kept where an epoch has fewer.
+
+    Raises:
+        ValueError: the module has no method that computes the loss of a batch and nothing else.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
         self.measured_at = 0
-        self.has_measured = self.has_failed = False
+        self.has_measured = False
         self.tried = 0
         self._trainer, self._pl_module, self._step = trainer, pl_module, _loss_method(pl_module)
         self._replay = Replay(pl_module, trainer.optimizers)
@@ -59,11 +61,6 @@ class ProbeBatches:
             self._batches.append((batch_idx, own_containers(batch, clone_with_attributes)))
             self._missing, self._next_index = self._missing - 1, batch_idx + 1
 
-    def end(self) -> None:
-        """Note that an epoch has no more batches."""
-        if self._batches:
-            self._missing = 0
-
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Inside, the module is in eval mode and logs nothing; afterwards all is as before."""
@@ -79,61 +76,51 @@ class ProbeBatches:
             yield
 
     def try_out(self) -> str | None:
-        """Leave out the batches without a loss, and say why nothing can be measured, if so: the module is in eval mode.
+        """Take the gradient of each batch, leave out those without a loss, and say why nothing can be measured.
 
-        Detection models give their losses in training mode alone, and an RNN of cuDNN no gradient in eval mode.
+        The module is in eval mode, in which detection models give no losses, and an RNN of cuDNN no gradient.
 
         Raises:
             MisconfigurationException: the step writes a parameter that no optimizer trains.
         """
-        name, self.tried = self._step.__name__, len(self._batches)
+        name = self._step.__name__
+        trained = [parameter for parameter in self._pl_module.parameters() if parameter.requires_grad]
+        usable = []
         try:
-            with torch.no_grad():
-                usable = [held for held in self._batches if self._loss(*held) is not None]
-            # Where no batch has a loss now, there may be one later.
-            usable = usable or self._batches
-            loss = self._loss(*usable[0])
-            if loss is not None and loss.requires_grad:
-                torch.autograd.grad(loss, self._trained(), allow_unused=True)
+            for held in self._batches:
+                loss = self._loss(*held)
+                if loss is not None:
+                    usable.append(held)
+                # Pairs may be unfrozen later.
+                if loss is not None and loss.requires_grad:
+                    torch.autograd.grad(with_graph(loss), trained, allow_unused=True)
         except Exception as error:
             return f"{name} fails in eval mode, in which it measures: {type(error).__name__}: {error}"
         finally:
-            self._refuse_written_parameter()
+            written = self._replay.written_parameter()
+            # It can't be taken back, so the run must not go on as if nothing had happened.
+            if written is not None:
+                raise MisconfigurationException(
+                    f"FlatnessMonitor: {name} writes the parameter {written} in eval mode, in which it measures, and "
+                    "no optimizer trains it, as a momentum encoder's: update it in on_train_batch_end, or behind "
+                    "`if self.training`"
+                )
         without = len(self._batches) - len(usable)
-        if without:
+        if usable and without:
             rank_zero_warn(
                 f"FlatnessMonitor: {name} returned None for {without} of {len(self._batches)} probe batches, which are "
                 "left out"
             )
-        self._batches, self.tried = usable, len(usable)
+        # Where no batch has a loss now, there may be one later.
+        self._batches = usable or self._batches
+        self.tried = len(self._batches)
         return None
-
-    def _refuse_written_parameter(self) -> None:
-        # What has been written can't be taken back, so the run must not go on as if nothing had happened.
-        written = self._replay.written_parameter()
-        if written is not None:
-            raise MisconfigurationException(
-                f"FlatnessMonitor: {self._step.__name__} writes the parameter {written} in eval mode, in which it "
-                "measures, and no optimizer trains it, as a momentum encoder's: update it in on_train_batch_end, or "
-                "behind `if self.training`"
-            )
 
     @property
     def loss(self) -> MeanLoss:
         """The mean over the batches, as a function of the weights; it does not go through DDP's wrapper."""
-        return MeanLoss([partial(self._loss_or_nan, *held) for held in self._batches])
-
-    def _loss_or_nan(self, batch_idx: int, batch: Any) -> Tensor:
-        """Compute one batch's loss; where there is none, no number, which depends on what is trained as a loss does."""
-        loss = self._loss(batch_idx, batch)
-        if loss is not None:
-            return loss
-        rank_zero_warn(
-            f"FlatnessMonitor: {self._step.__name__} returned None for a probe batch, so NaN is logged for what was "
-            "measured on it"
-        )
-        # Squared, so that the curvature is no number either.
-        return torch.stack([parameter.square().sum() for parameter in self._trained()]).sum() * torch.nan
+        losses: list[Any] = [partial(self._loss, *held) for held in self._batches]
+        return MeanLoss(losses)
 
     def _loss(self, batch_idx: int, batch: Any) -> Tensor | None:
         """Compute one batch's loss, with the same random draws at every call; None where the step gives none."""
@@ -145,46 +132,32 @@ class ProbeBatches:
             output = self._step(batch, batch_idx) if takes_index else self._step(batch)
         return loss_of(output, self._step.__name__)
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self._pl_module.parameters() if parameter.requires_grad]
-
 
 def _loss_method(pl_module: LightningModule) -> Callable[..., Any]:
-    """Find the method that computes the loss of a batch."""
-    compute_loss = getattr(pl_module, "compute_loss", None)
-    if not pl_module.automatic_optimization and callable(compute_loss):
-        return cast(Callable[..., Any], compute_loss)
-    return pl_module.training_step
+    """Find the method that computes the loss of a batch.
 
-
-def loss_problems(pl_module: LightningModule) -> list[str]:
-    """Say why the method that computes the loss of a batch can't be used."""
-    if not pl_module.automatic_optimization:
-        if callable(getattr(pl_module, "compute_loss", None)):
-            return []
-        return [
+    Raises:
+        ValueError: there is none that does nothing else.
+    """
+    if pl_module.automatic_optimization:
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                "training_step(dataloader_iter) takes batches itself, so none can be held: "
+                "write training_step(batch, batch_idx)"
+            )
+        return pl_module.training_step
+    compute_loss: Any = getattr(pl_module, "compute_loss", None)
+    if not callable(compute_loss):
+        raise ValueError(
             "training_step with manual optimization would step the optimizer: put the loss of a batch into a method "
             "compute_loss(batch, batch_idx), which is measured instead"
-        ]
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        return [
-            "training_step(dataloader_iter) takes batches itself, so none can be held: "
-            "write training_step(batch, batch_idx)"
-        ]
-    return []
+        )
+    return compute_loss  # type: ignore[no-any-return]
 
 
-def curvature_problems(pl_module: LightningModule, measures: Collection[str]) -> list[str]:
-    """Say why the measures that take second derivatives can't be used: torch.compile gives none."""
-    chosen = [name for name in CURVATURES if name in measures]
-    if not chosen:
-        return []
-    is_compiled = getattr(pl_module, "_compiler_ctx", None) is not None  # where Lightning was given a compiled module
-    for module in pl_module.modules():
-        is_compiled |= isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-    if not is_compiled:
-        return []
-    return [
-        f"the measures {', '.join(chosen)} need second derivatives, which torch.compile does not give: leave them out, "
-        "or measure without torch.compile"
-    ]
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Say whether a module or any part of it is compiled by torch.compile."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:  # Lightning was given a compiled module
+        return True
+    parts = pl_module.modules()
+    return any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts)

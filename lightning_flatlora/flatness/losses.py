@@ -16,10 +16,6 @@ or other noise. Where a process group runs, each rank gives its own batches' los
 values and gradients are means over the ranks."""
 
 
-class ReentrantCheckpointError(ValueError):
-    """An error for reentrant activation checkpoints in a loss, in which torch.autograd.grad finds no parameters."""
-
-
 class MeanLoss:
     """The mean of the losses of several batches, whose gradients are taken one batch at a time: memory of one batch.
 
@@ -141,7 +137,7 @@ def mean_derivative(
 
 def _add_derivative(part: Loss, derivative: Callable[[Tensor], Sequence[Tensor]], sums: list[Tensor]) -> Tensor:
     """Add one batch's derivative and return its loss; its graph ends with the call."""
-    loss = checked(computed(part))
+    loss = with_graph(computed(part))
     # The mean over no label is nan, with a gradient of 0.
     nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
     for total, new in zip(sums, derivative(loss), strict=True):
@@ -185,27 +181,31 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
 
 
 def computed(part: Loss) -> Tensor:
-    """Compute one batch's loss from the weights as they are, without the values that peft may cache for DoRA."""
+    """Compute one batch's loss from the weights as they are, without the values that peft may cache for DoRA.
+
+    Raises:
+        ValueError: it is not a Tensor with one number.
+    """
     # It came with peft 0.19; before, nothing was cached.
     caching = getattr(helpers, "DoraCaching", None)
     with caching(enabled=False) if caching else nullcontext():
-        return part()
-
-
-def checked(loss: object) -> Tensor:
-    """Return a batch's loss, if its gradient can be taken.
-
-    Raises:
-        ValueError: it is not a Tensor with one number and a graph.
-        ReentrantCheckpointError: a part of its graph is built only in the backward pass.
-    """
+        loss: object = part()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a Tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"the loss must give a Tensor with one number, and has given {given}")
+    return loss
+
+
+def with_graph(loss: Tensor) -> Tensor:
+    """Return a batch's loss, if its gradient can be taken.
+
+    Raises:
+        ValueError: it has no graph, or a part of its graph is built only in the backward pass.
+    """
     if loss.grad_fn is None and not loss.requires_grad:
         raise ValueError("the loss has no graph: it must depend on parameters that require a gradient")
     if _has_reentrant_checkpoint(loss):
-        raise ReentrantCheckpointError(
+        raise ValueError(
             "the loss has reentrant activation checkpoints, whose parameters would seem to have no gradient: give "
             "use_reentrant=False to torch.utils.checkpoint (to transformers gradient_checkpointing_kwargs="
             "{'use_reentrant': False})"
