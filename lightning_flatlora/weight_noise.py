@@ -1,23 +1,17 @@
 """Gaussian noise on the full weight of every adapted layer, drawn whenever it is needed and never stored."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_flatlora.layer_noise import noise_product
-from lightning_flatlora.output_terms import OutputTerm
-from lightning_flatlora.pairs import bare, clean_name, find_pairs, lora_layers
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError
+from lightning_flatlora.output_terms import OutputTerm, adapted_linears
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import is_integer, is_size
 from lightning_flatlora.sharding import is_sharded
 
@@ -73,8 +67,7 @@ class WeightNoise:
         self.names: list[str] = []
         for linear in linears:
             self.names += linear.names
-        self._layers = [_NoisyLayer(linear) for linear in linears]
-        self._drawn: list[_NoisyLayer] = []
+        self._layers = [NoisyLayer(linear) for linear in linears]
 
     def on(self, sigma: float, seed: int) -> None:
         """Let the layers compute with W' + noise until :meth:`off`; the row norms are those of the weights now.
@@ -94,14 +87,8 @@ class WeightNoise:
         self.off()
         if sigma == 0:
             return
-        for index, layer in enumerate(self._layers):
-            layer.draw(sigma, derived_seed(seed, index))
-        self._drawn = self._layers
-        self.on_again()
-
-    def on_again(self) -> None:
-        """Let the layers compute with the noise that they had last."""
-        for layer in self._drawn:
+        draw_noise(self._layers, sigma, seed)
+        for layer in self._layers:
             layer.on()
 
     def off(self) -> None:
@@ -119,108 +106,13 @@ class WeightNoise:
             self.off()
 
 
-@dataclass(frozen=True, eq=False)
-class AdaptedLinear:
-    """A Linear under adapters, to whose output a further term can be added.
-
-    Attributes:
-        names: clean names of the layer of peft, or of a finder's pairs on it.
-        base: the Linear, around which a policy may have put a wrapper.
-        pairs: its adapters.
-        layer: the layer of peft around the base, if it is one.
-    """
-
-    names: list[str]
-    base: Any
-    pairs: list[LoRAPair]
-    layer: Any = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, m) of its weight."""
-        owner = self.base if self.layer is None else self.layer
-        return owner.out_features, owner.in_features
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, m) and s B (n, r) of all its adapters side by side, so that their updates add up."""
-        n = self.shape[0]
-        of_A, of_B = [], []
-        for pair in self.pairs:
-            A, B = pair.matrices()
-            # A finder's pair may be of some rows only.
-            rows = pair.base_rows or range(n)
-            of_A.append(A)
-            of_B.append(F.pad(B.mT * pair.scaling, (rows.start, n - rows.stop)))
-        return torch.cat(of_A), torch.cat(of_B).mT
-
-
-def adapted_linears(
-    model: nn.Module, adapter_name: str | None, finder: Finder | None
-) -> tuple[list[AdaptedLinear], list[str]]:
-    """Find the Linear layers under the trained adapters of a model, which is not sharded, in the order of its modules.
-
-    Args:
-        model: a module that contains LoRA layers at any depth.
-        adapter_name: the adapter of peft to look at; None takes each layer's active ones.
-        finder: says what the pairs are if the layers are not peft's, and what their base is.
-
-    Returns:
-        The layers, and one line for each kind of adapted layer that is none of them, naming it and the reason.
-
-    Raises:
-        NoPairsError: there is none; the message lists what was seen.
-        ValueError: no adapter of that name.
-    """
-    search = find_pairs(model, adapter_name, finder=finder)
-    candidates = _on_layers_of_peft(model, search.pairs) if finder is None else _on_bases(search.pairs)
-    linears: list[AdaptedLinear] = []
-    left_out: dict[str, list[str]] = defaultdict(list)
-    for linear, reason in candidates:
-        if reason:
-            left_out[reason] += linear.names
-        else:
-            linears.append(linear)
-    lines = [f"{reason} ({len(names)} in all, first {names[0]})" for reason, names in left_out.items()]
-    lines = search.left_out + lines
-    if not linears:
-        raise NoPairsError("no LoRA layer on a Linear to perturb as a whole. Left out: " + "; ".join(lines))
-    return linears, lines
-
-
-_Candidates = Iterator[tuple[AdaptedLinear, str | None]]
-"""Adapted layers, each with the reason for which nothing can be added to its output; None if it can."""
-
-
-def _on_bases(pairs: Sequence[LoRAPair]) -> _Candidates:
-    """Group the pairs of a finder by their base: several if its weight holds several projections."""
-    by_base: dict[nn.Module | None, list[LoRAPair]] = defaultdict(list)
-    for pair in pairs:
-        by_base[pair.base].append(pair)
-    for base, of_base in by_base.items():
-        is_plain = isinstance(base, nn.Linear) and base.weight.is_floating_point()
-        reason = None if is_plain else "the finder names no plain Linear as their base"
-        yield AdaptedLinear([pair.name for pair in of_base], base, of_base), reason
-
-
-def _on_layers_of_peft(model: nn.Module, pairs: Sequence[LoRAPair]) -> _Candidates:
-    """Group the pairs of peft by the layer that reads them."""
-    for name, layer, adapters in adapted_layers(model, pairs):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        reason = _why_not(layer, adapters, isinstance(bare(parent), nn.MultiheadAttention))
-        linear = AdaptedLinear([clean_name(name)], layer.get_base_layer(), list(adapters.values()), layer)
-        yield linear, reason and f"{type(layer).__name__}: {reason}"
-
-
-class _NoisyLayer(OutputTerm):
-    """One Linear: its base's row norms, and the noise that the base adds to its output."""
-
-    def __init__(self, linear: AdaptedLinear) -> None:
-        super().__init__(linear.base, linear.layer)
-        self._linear = linear
+class NoisyLayer(OutputTerm):
+    """The noise of one Linear, a function of a seed and of the norms of the weight's rows."""
 
     def draw(self, sigma: float, seed: int) -> None:
         """Set the noise, whose size is that of the weights as they are now."""
-        self._deviations = sigma * (self._squared_norms() / self._linear.shape[1]).sqrt()
+        columns = self.linear.weight.shape[1]
+        self._deviations = sigma * (self._squared_norms() / columns).sqrt()
         # A tensor, since torch.compile would build a plain number into the graph and compile again for every seed.
         self._seed = torch.tensor(np.array(seed, np.uint64).astype(np.int64))
 
@@ -240,17 +132,54 @@ class _NoisyLayer(OutputTerm):
         W0 = self._base_weight()
         # Under autocast the products would be rounded to 16 bits, and small norms with them.
         with torch.autocast(W0.device.type, enabled=False):
-            A, B = (factor.to(W0.dtype) for factor in self._linear.factors())
+            A, B = (factor.to(W0.dtype) for factor in self.linear.factors())
             cross = (B * (W0 @ A.mT)).sum(1)
             squared = self._base_squared.to(W0.device) + 2 * cross + ((B @ (A @ A.mT)) * B).sum(1)
         return squared.clamp_min(0)
 
     def _base_weight(self) -> Tensor:
-        weight: Tensor = bare(self._linear.base).weight.detach()
-        # Such as the Conv1D of transformers, which stores the transpose.
-        if self._linear.layer is not None and self._linear.layer.fan_in_fan_out:
-            weight = weight.mT
+        """W0, in float32 at least."""
+        weight = self.linear.weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def draw_noise(layers: Iterable[NoisyLayer], sigma: float, seed: int) -> None:
+    """Set the noise of several layers, of each from a seed of its own."""
+    for index, layer in enumerate(layers):
+        layer.draw(sigma, derived_seed(seed, index))
+
+
+@torch.library.custom_op("lightning_flatlora::noise_product", mutates_args=())
+def noise_product(x: Tensor, deviations: Tensor, seed: Tensor, columns: int, transposed: bool = False) -> Tensor:
+    """Multiply x (..., m) by the transposed noise, or x (..., n) by the noise, whose rows have given deviations.
+
+    One operator, whose inside a compiler does not see: it draws from a generator.
+    """
+    # The tensor is signed, a seed is not.
+    generator = torch.Generator(deviations.device).manual_seed(int(seed) % 2**64)
+    shape = (len(deviations), columns)
+    normal = torch.randn(shape, generator=generator, dtype=deviations.dtype, device=deviations.device)
+    noise = normal.mul_(deviations[:, None]).to(x.dtype)
+    return x @ (noise if transposed else noise.mT)
+
+
+@noise_product.register_fake
+def _(x: Tensor, deviations: Tensor, seed: Tensor, columns: int, transposed: bool = False) -> Tensor:
+    return x.new_empty(*x.shape[:-1], columns if transposed else deviations.shape[0])
+
+
+# The noise itself is not saved for the backward, which draws it again from the seed.
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, deviations, seed, ctx.columns, ctx.transposed = inputs
+    ctx.save_for_backward(deviations, seed)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    deviations, seed = ctx.saved_tensors
+    return noise_product(grad, deviations, seed, ctx.columns, not ctx.transposed), None, None, None, None
+
+
+noise_product.register_autograd(_gradient, setup_context=_save)
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -262,32 +191,3 @@ def derived_seed(seed: int, index: int) -> int:
     """
     # A sum of the two numbers would give the same seeds to neighbouring steps and layers.
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-
-
-def adapted_layers(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[tuple[str, Any, dict[str, LoRAPair]]]:
-    """Yield the layers of peft that read some pairs, each with its name and these pairs by adapter."""
-    read_by: dict[int, LoRAPair] = {}
-    for pair in pairs:
-        for reader in pair.readers:
-            read_by[id(reader)] = pair
-    for name, layer in lora_layers(model):
-        readers = {adapter: id(bare(factor)) for adapter, factor in layer.lora_B.items()}
-        adapters = {adapter: read_by[reader] for adapter, reader in readers.items() if reader in read_by}
-        if adapters:
-            yield name, layer, adapters
-
-
-def _why_not(layer: Any, adapters: Iterable[str], in_attention: bool) -> str | None:
-    """Give the reason for which no noise can be put on a layer's weight; None if it can."""
-    base = bare(layer.get_base_layer())
-    if not isinstance(layer, Linear) or not (isinstance(base, nn.Linear) or layer.fan_in_fan_out):
-        return f"its base, a {type(base).__name__}, is no plain Linear"
-    if not base.weight.is_floating_point():
-        return "its base is quantized"
-    if any(layer.lora_variant.get(name) is not None for name in adapters):
-        return "a variant of LoRA (such as DoRA) reads the base weight itself"
-    if "forward" in vars(base):
-        return "its base's forward was replaced (for example by accelerate)"
-    if in_attention:
-        return "nn.MultiheadAttention reads the weight itself"
-    return None

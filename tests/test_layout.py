@@ -10,7 +10,6 @@ TORCH_ONLY = (
     "class_overlay.py",
     "forward_gate.py",
     "functional.py",
-    "layer_noise.py",
     "optimizer_hooks.py",
     "output_terms.py",
     "perturbed_read.py",

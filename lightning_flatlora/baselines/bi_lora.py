@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_flatlora.baselines.full_weight import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems
-from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.output_terms import OutputTerm
-from lightning_flatlora.pairs import bare
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
+from lightning_flatlora.output_terms import AdaptedLinear, OutputTerm
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, average_gradients
-from lightning_flatlora.weight_noise import AdaptedLinear, adapted_linears, derived_seed
+from lightning_flatlora.weight_noise import derived_seed
 
 
 class BiLoRA(MethodCallback):
@@ -86,91 +85,64 @@ class BiLoRA(MethodCallback):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class BiLoRAStep(StepMethod):
-    """The step of :class:`BiLoRA`.
+class BiLoRAStep(FullWeightStep):
+    """The step of :class:`BiLoRA`, whose terms are the pairs that climb.
 
     A2 is drawn as LoRA's A is, from its own generator with a seed for each layer's name, and B2 starts at 0. They are
     in float32 or wider, and belong to no module. A layer that is left out for a while keeps its pair.
-
-    Attributes:
-        auxiliary: the pairs that climb, one for each layer that is adapted now.
     """
 
     title = "BiLoRA"
-    works_sharded = False
     fixed = ("rank", "seed")
 
     step_size: float
     rank: int | None
-    seed: int
 
     @override
     def argument_problems(self) -> list[str]:
-        problems = []
+        problems = super().argument_problems()
         if not is_size(self.step_size) or self.step_size == 0:
             problems.append(f"step_size must be a finite number > 0, got {self.step_size!r}")
         if self.rank is not None:
             problems += integer_problems("rank", self.rank, least=1)
-        return problems + integer_problems("seed", self.seed, least=0)
+        return problems
 
     @override
     def reset(self) -> None:
         super().reset()
-        self.auxiliary: list[_AuxiliaryPair] = []
         # A2 and B2 by the layer's name, those of layers that are left out for a while included.
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._by_name: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
 
     @override
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        super().follow(pairs, module, wrapped)
-        self.off()
-        self.auxiliary = []
-        # Nothing is searched if no pair is trained now.
-        if any(pair.B.requires_grad for pair in pairs):
-            linears, self.left_out = adapted_linears(module, self.adapter_name, self.finder)
-            self.auxiliary = [self._pair_of(linear) for linear in linears]
+    def terms_of(self, linears: list[AdaptedLinear]) -> list["_AuxiliaryPair"]:
+        terms = []
+        for linear in linears:
+            name = linear.names[0]
+            if name not in self._by_name:
+                self._by_name[name] = self._drawn(linear)
+            for factor in self._by_name[name]:
+                factor.data = factor.data.to(linear.weight.device)
+            terms.append(_AuxiliaryPair(linear, *self._by_name[name]))
+        return terms
 
-    def _pair_of(self, linear: AdaptedLinear) -> "_AuxiliaryPair":
-        """Return the pair of a layer, a new one for a layer that has not had any."""
-        name, device = linear.names[0], bare(linear.base).weight.device
-        A, B = self._factors.get(name) or self._drawn(linear)
-        factors = nn.Parameter(A.detach().to(device)), nn.Parameter(B.detach().to(device))
-        self._factors[name] = factors
-        return _AuxiliaryPair(linear, *factors)
-
-    def _drawn(self, linear: AdaptedLinear) -> tuple[Tensor, Tensor]:
+    def _drawn(self, linear: AdaptedLinear) -> tuple[nn.Parameter, nn.Parameter]:
         """Draw A2 (r, m) and B2 (n, r) of a new pair."""
-        n, m = linear.shape
+        n, m = linear.weight.shape
         rank = self.rank or len(linear.factors()[0])
-        dtype = torch.promote_types(bare(linear.base).weight.dtype, torch.float32)
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
         seed = derived_seed(self.seed, zlib.crc32(linear.names[0].encode()))
         generator = torch.Generator().manual_seed(seed)
         A = nn.init.kaiming_uniform_(torch.empty(rank, m, dtype=dtype), a=5**0.5, generator=generator)
-        return A, torch.zeros(n, rank, dtype=dtype)
+        return nn.Parameter(A), nn.Parameter(torch.zeros(n, rank, dtype=dtype))
 
     @property
     def factors(self) -> list[nn.Parameter]:
         """Every A2 and B2, in the order of the layers."""
         factors = []
-        for pair in self.auxiliary:
-            factors += [pair.A, pair.B]
+        for term in self.terms:
+            factors += [term.A, term.B]
         return factors
-
-    @property
-    @override
-    def perturbs(self) -> bool:
-        return len(self.auxiliary) > 0 and self.current_rho > 0
-
-    @override
-    def on(self) -> None:
-        for pair in self.auxiliary:
-            pair.on()
-
-    @override
-    def off(self) -> None:
-        for pair in self.auxiliary:
-            pair.off()
 
     @override
     def forget_gradients(self) -> None:
@@ -208,34 +180,30 @@ class BiLoRAStep(StepMethod):
         squares = []
         # A manual training_step may be inside of autocast, which would round the products to 16 bits.
         with torch.autocast(device.type, enabled=False):
-            for pair in self.auxiliary:
-                squares.append(((pair.B.mT @ pair.B) * (pair.A @ pair.A.mT)).sum().to(device))
+            for term in self.terms:
+                squares.append(((term.B.mT @ term.B) * (term.A @ term.A.mT)).sum().to(device))
         return torch.stack(squares).sum().clamp_min(0).sqrt()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         auxiliary = {}
-        for name, (A, B) in self._factors.items():
+        for name, (A, B) in self._by_name.items():
             auxiliary[name] = {"A": A.detach().clone(), "B": B.detach().clone()}
         return {**super().state_dict(), "auxiliary": auxiliary}
 
     @override
-    @torch.no_grad()
     def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
         for name, saved in state["auxiliary"].items():
-            if name in self._factors:
-                A, B = self._factors[name]
-                A.copy_(saved["A"])
-                B.copy_(saved["B"])
-            else:
-                self._factors[name] = (saved["A"], saved["B"])
+            self._by_name[name] = nn.Parameter(saved["A"].clone()), nn.Parameter(saved["B"].clone())
+        self.off()
+        self.terms = self.terms_of([term.linear for term in self.terms])
 
 
 class _AuxiliaryPair(OutputTerm):
     """B2 A2 on one Linear: a term of its output while it is on."""
 
     def __init__(self, linear: AdaptedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
-        super().__init__(linear.base, linear.layer)
+        super().__init__(linear)
         self.A, self.B = A, B
 
     @override

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-from torch import nn
 from typing_extensions import override
 
+from lightning_flatlora.baselines.full_weight import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.methods.checks import integer_problems
-from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
+from lightning_flatlora.output_terms import AdaptedLinear
+from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.weight_noise import WeightNoise, derived_seed
+from lightning_flatlora.weight_noise import NoisyLayer, derived_seed, draw_noise
 
 
 class RandomPerturbation(MethodCallback):
@@ -57,55 +56,22 @@ class RandomPerturbation(MethodCallback):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class RandomPerturbationStep(StepMethod):
-    """The step of :class:`RandomPerturbation`.
-
-    Attributes:
-        noise: on the layers of the pairs that are trained; None if none is.
-    """
+class RandomPerturbationStep(FullWeightStep):
+    """The step of :class:`RandomPerturbation`, whose terms are the noise of each layer."""
 
     title = "RandomPerturbation"
     size_name = "sigma"
-    works_sharded = False
     fixed = ("seed",)
 
-    seed: int
-
     @override
-    def argument_problems(self) -> list[str]:
-        return integer_problems("seed", self.seed, least=0)
-
-    @override
-    def reset(self) -> None:
-        super().reset()
-        self.noise: WeightNoise | None = None
+    def terms_of(self, linears: list[AdaptedLinear]) -> list[NoisyLayer]:
         self._drawn_at: int | None = None
-
-    @override
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        super().follow(pairs, module, wrapped)
-        self.off()
-        self.noise, self._drawn_at = None, None
-        if any(pair.B.requires_grad for pair in pairs):
-            self.noise = WeightNoise(module, self.adapter_name, finder=self.finder)
-            self.left_out = self.noise.left_out
-
-    @property
-    @override
-    def perturbs(self) -> bool:
-        return self.noise is not None and self.current_rho > 0
+        return [NoisyLayer(linear) for linear in linears]
 
     @override
     def on(self) -> None:
-        assert self.noise is not None
-        if self._drawn_at == self.step:
-            self.noise.on_again()
-            return
-        # From the step, so that a resumed run and every rank draw the same noise without any state.
-        self.noise.on(self.current_rho, derived_seed(self.seed, self.step))
-        self._drawn_at = self.step
-
-    @override
-    def off(self) -> None:
-        if self.noise is not None:
-            self.noise.off()
+        if self._drawn_at != self.step:
+            # From the step, so that a resumed run and every rank draw the same noise without any state.
+            draw_noise(self.terms, self.current_rho, derived_seed(self.seed, self.step))
+            self._drawn_at = self.step
+        super().on()

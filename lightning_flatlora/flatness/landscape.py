@@ -14,9 +14,9 @@ from lightning_flatlora import perturbed_read
 from lightning_flatlora.flatness.losses import Loss, LossGradient, value
 from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlaps, read
 from lightning_flatlora.functional import pseudo_inverse_roots
+from lightning_flatlora.output_terms import adapted_layers
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.weight_noise import adapted_layers
 
 Direction = list[Tensor]
 """One (n, r) matrix for each pair, in the order of the pairs."""

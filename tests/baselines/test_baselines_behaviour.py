@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
-from lightning_flatlora.weight_noise import _NoisyLayer
+from lightning_flatlora.weight_noise import NoisyLayer
 
 PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
 
@@ -187,13 +187,13 @@ def test_noise_is_one_in_a_window_and_another_in_the_next(tmp_path: Path) -> Non
 def test_the_norms_of_the_base_are_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are a pass over all of its weights."""
     taken = []
-    norms = vars(_NoisyLayer)["_base_squared"]
+    norms = vars(NoisyLayer)["_base_squared"]
     take = norms.func
     monkeypatch.setattr(norms, "func", lambda layer: taken.append(layer) or take(layer))
     callback = RandomPerturbation(0.2)
     fit(tmp_path, Classifier(), [callback], max_epochs=1)
     assert callback.step > 1
-    assert len(taken) == len(callback.noise.names)
+    assert len(taken) == len(callback.terms)
 
 
 # -- steps that end early

@@ -223,7 +223,7 @@ def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> N
                 factor.requires_grad_(trainer.current_epoch != 1)
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            counts.append(len(callback.auxiliary))
+            counts.append(len(callback.terms))
             kept.append(states(callback)[name])
 
     fit(tmp_path, module, [Freezes(), callback], max_epochs=3)
