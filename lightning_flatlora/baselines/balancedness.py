@@ -115,9 +115,8 @@ class BalancednessStep(StepMethod):
         for pair in self.pairs:
             if pair.A.grad is None or pair.B.grad is None:
                 continue
-            sign = self._sign(pair)
             # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
-            sign = sign * happens.to(sign.device)
+            sign = self._sign(pair) * happens.to(pair.B.device)
             rows_of(pair.B, pair.B_rows).mul_(1 + strength[id(pair.B)] * sign)
             rows_of(pair.A, pair.A_rows).mul_(1 - strength[id(pair.A)] * sign)
 
@@ -129,5 +128,5 @@ class BalancednessStep(StepMethod):
         assert B is not None
         norm_A = torch.linalg.vector_norm(rows_of(A, pair.A_rows))
         norm_B = torch.linalg.vector_norm(rows_of(B, pair.B_rows))
-        one = torch.ones_like(norm_B) if by_gradients else -torch.ones_like(norm_B)
-        return torch.where(norm_B >= norm_A, one, -one)
+        sign = torch.where(norm_B >= norm_A, 1.0, -1.0).to(norm_B.dtype)
+        return sign if by_gradients else -sign

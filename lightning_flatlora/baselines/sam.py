@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,9 +12,11 @@ from typing_extensions import override
 from lightning_flatlora import perturbed_read
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
+from lightning_flatlora.flatness.sharpness import clean
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of, trained_factors
+from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
+from lightning_flatlora.perturbed_read import AnyRef
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -171,33 +173,8 @@ class LoRASAMStep(StepMethod):
     takes_two_passes = True
 
     @override
-    def reset(self) -> None:
-        super().reset()
-        self._installed = ExitStack()
-
-    @override
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        self.close()
-        super().follow(pairs, module, wrapped)
-
-    @override
     def install(self) -> None:
         self.warn_of_rounding("B", [pair.B for pair in self.pairs])
-        self.close()
-        for reader in self._readers:
-            perturbed_read.install(reader, self._sharding.only_views)
-            self._installed.callback(perturbed_read.uninstall, reader)
-
-    @override
-    def close(self) -> None:
-        self._installed.close()
-
-    @property
-    def _readers(self) -> list[perturbed_read.AnyRef]:
-        readers: list[perturbed_read.AnyRef] = []
-        for pair in self.pairs:
-            readers += pair.A_readers + pair.readers
-        return readers
 
     @property
     @override
@@ -222,12 +199,13 @@ class LoRASAMStep(StepMethod):
     @contextmanager
     def _applied(self, E: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         """Let the layers read A + E_A and B + E_B; afterwards they read the clean factors."""
-        with perturbed_read.restored(self._readers):
-            for pair in self.pairs:
-                for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
-                    # A factor that is frozen is not perturbed.
-                    for reader in readers if factor in E else ():
-                        # A pair may be some rows of the parameter.
-                        rows = perturbed_read.as_ref(reader).rows
-                        perturbed_read.perturb(reader, rows_of(E[factor], rows))
+        perturbed: list[tuple[AnyRef, Tensor]] = []
+        for pair in self.pairs:
+            for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
+                # A factor that is frozen is not perturbed.
+                perturbed += [(reader, E[factor]) for reader in readers if factor in E]
+        with clean([reader for reader, _ in perturbed], self._sharding.only_views):
+            for reader, of_factor in perturbed:
+                # A pair may be some rows of the parameter.
+                perturbed_read.perturb(reader, rows_of(of_factor, perturbed_read.as_ref(reader).rows))
             yield

@@ -15,7 +15,7 @@ from lightning_flatlora.flatness.losses import Loss, LossGradient, value
 from lightning_flatlora.flatness.sharpness import clean, fresh_perturbation, overlaps, read
 from lightning_flatlora.functional import pseudo_inverse_roots
 from lightning_flatlora.output_terms import adapted_layers
-from lightning_flatlora.pairs.lora_pair import LoRAPair
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
 from lightning_flatlora.perturbation import Perturbation
 
 Direction = list[Tensor]
@@ -34,16 +34,7 @@ def adversarial_direction(perturbation: Perturbation, at: LossGradient) -> Direc
     Returns:
         One (n, r) matrix for each pair; zeros if the gradient is zero. No pass.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora import find_pairs
-        >>> from lightning_flatlora.flatness import loss_gradient, trained_factors
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        >>> loss, pairs = lambda: model(torch.ones(5, 4)).square().mean(), find_pairs(model).pairs
-        >>> direction = adversarial_direction(Perturbation(pairs), loss_gradient(loss, trained_factors(pairs)))
-        >>> below, _, above = loss_along_line(loss, pairs, direction, torch.tensor([-0.01, 0.0, 0.01]))
-        >>> bool(below < above)
-        True
+    Example: see :func:`loss_along_line`.
     """
     return normalized(perturbation.pairs, read(perturbation, fresh_perturbation(perturbation, 1.0, at)))
 
@@ -118,15 +109,9 @@ def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Directio
     Returns:
         The loss, shape (). One forward pass.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora import find_pairs
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        >>> loss, pairs = lambda: model(torch.ones(5, 4)).square().mean(), find_pairs(model).pairs
-        >>> bool(loss_at(loss, pairs, (0.0, random_direction(pairs, seed=0))) == loss())
-        True
+    Example: see :func:`loss_along_line`.
     """
-    with clean(pairs):
+    with clean(readers_of(pairs)):
         for index, pair in enumerate(pairs):
             E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
             for reader in pair.readers:
@@ -149,10 +134,17 @@ def loss_along_line(loss: Loss, pairs: Sequence[LoRAPair], direction: Direction,
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from lightning_flatlora import find_pairs
+        >>> from lightning_flatlora.flatness import loss_gradient, trained_factors
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> loss, pairs = lambda: model(torch.ones(5, 4)).square().mean(), find_pairs(model).pairs
-        >>> loss_along_line(loss, pairs, random_direction(pairs, seed=0), torch.linspace(-1, 1, 5)).shape
-        torch.Size([5])
+        >>> direction = adversarial_direction(Perturbation(pairs), loss_gradient(loss, trained_factors(pairs)))
+        >>> below, here, above = loss_along_line(loss, pairs, direction, torch.tensor([-0.01, 0.0, 0.01]))
+        >>> bool(below < above), bool(here == loss_at(loss, pairs, (0.0, direction)))
+        (True, True)
+        >>> other = orthogonal_direction(pairs, random_direction(pairs, seed=0), to=direction)
+        >>> steps = torch.linspace(-1, 1, 5)
+        >>> loss_on_plane(loss, pairs, across=(other, steps[:3]), along=(direction, steps)).shape
+        torch.Size([3, 5])
     """
     losses = [loss_at(loss, pairs, (step, direction)) for step in steps.tolist()]
     return torch.stack(losses).cpu().double()
@@ -172,15 +164,7 @@ def loss_on_plane(
     Returns:
         The losses, float64 on the CPU, shape (rows, columns). One forward pass for each.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora import find_pairs
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        >>> loss, pairs = lambda: model(torch.ones(5, 4)).square().mean(), find_pairs(model).pairs
-        >>> first, second = random_direction(pairs, seed=0), random_direction(pairs, seed=1)
-        >>> second = orthogonal_direction(pairs, second, to=first)
-        >>> loss_on_plane(loss, pairs, (second, torch.linspace(-1, 1, 3)), (first, torch.linspace(-1, 1, 5))).shape
-        torch.Size([3, 5])
+    Example: see :func:`loss_along_line`.
     """
     rows = []
     for y in across[1].tolist():

@@ -12,7 +12,7 @@ from lightning_flatlora.flatness import sharpness
 from lightning_flatlora.flatness.curvature import hessian_trace, top_eigenvalue
 from lightning_flatlora.flatness.factors import balancedness, condition_number, gradient_identity_residual
 from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient
-from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of, trained_factors
+from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, rows_of, trained_factors
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -99,21 +99,12 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
         raise ValueError("; ".join(problems))
     result: Values = {}
     # With EFMLoRA the layers would otherwise read B + Ê.
-    with sharpness.clean(point.pairs):
-        for name in measures:
-            result |= _reduced(MEASURES[name](point), point.pairs, per_layer)
-    return result
-
-
-def _reduced(values: Values, pairs: list[LoRAPair], per_layer: bool) -> Values:
-    result: Values = {}
-    for name, value in values.items():
-        if value.ndim == 0:
-            result[name] = value
-            continue
-        result[name] = _OVER_LAYERS[name](value)
-        if per_layer:
-            result |= {f"{name}/{pair.name}": one for pair, one in zip(pairs, value, strict=True)}
+    with sharpness.clean(readers_of(point.pairs)):
+        for measure_name in measures:
+            for name, value in MEASURES[measure_name](point).items():
+                result[name] = _OVER_LAYERS[name](value) if value.ndim else value
+                if per_layer and value.ndim:
+                    result |= {f"{name}/{pair.name}": one for pair, one in zip(point.pairs, value, strict=True)}
     return result
 
 

@@ -17,6 +17,7 @@ from lightning_flatlora.flatness.factors import cosine_of, inner_product
 from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
+from lightning_flatlora.perturbed_read import AnyRef
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -90,10 +91,16 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         >>> from lightning_flatlora import find_pairs
         >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
-        >>> bool(sam_sharpness(loss, Perturbation(find_pairs(model).pairs), rho=0.1).sharpness > 0)
+        >>> perturbation = Perturbation(find_pairs(model).pairs)
+        >>> bool(sam_sharpness(loss, perturbation, rho=0.1).sharpness > 0)
         True
+        >>> bool(lora_sharpness(loss, perturbation.pairs, rho=0.1).sharpness > 0)
+        True
+        >>> result = ema_sharpness(loss, perturbation, rho=0.1)  # no step yet: Ê = 0
+        >>> float(result.ema), bool(result.gap == result.sam), float(result.cosine)
+        (0.0, True, 0.0)
     """
-    with clean(perturbation.pairs):
+    with clean(readers_of(perturbation.pairs)):
         at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
         return Sharpness(at.loss, _at_fresh(loss, perturbation, fresh_perturbation(perturbation, rho, at)))
 
@@ -117,17 +124,11 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
     Raises:
         ValueError: rho is negative or not finite.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora import find_pairs
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
-        >>> bool(lora_sharpness(loss, find_pairs(model).pairs, rho=0.1).sharpness > 0)
-        True
+    Example: see :func:`sam_sharpness`.
     """
     if not is_size(rho):
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
-    with clean(pairs):
+    with clean(readers_of(pairs)):
         at = at or loss_gradient(loss, trained_factors(pairs))
         # A gradient that is not finite has no ascent, and the loss at E = 0 would say that it is flat.
         finite = torch.nn.utils.get_total_norm(at.gradients, torch.inf).isfinite()
@@ -150,16 +151,9 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         :class:`EMASharpness`; nan in what E enters if the gradient is not finite. Four passes: forward, backward,
         two forwards.
 
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora import find_pairs
-        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        >>> loss = lambda: model(torch.ones(5, 4)).square().mean()
-        >>> result = ema_sharpness(loss, Perturbation(find_pairs(model).pairs), rho=0.1)  # no step yet: Ê = 0
-        >>> float(result.ema), bool(result.gap == result.sam), float(result.cosine)
-        (0.0, True, 0.0)
+    Example: see :func:`sam_sharpness`.
     """
-    with clean(perturbation.pairs):
+    with clean(readers_of(perturbation.pairs)):
         at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
         fresh = fresh_perturbation(perturbation, rho, at)
         pairs, average, E = perturbation.pairs, read(perturbation), read(perturbation, fresh)
@@ -218,15 +212,6 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 
     Raises:
         ValueError: rho is a number that can't be a radius.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from lightning_flatlora import find_pairs
-        >>> net = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
-        >>> pairs = find_pairs(net).pairs
-        >>> at = loss_gradient(lambda: net(torch.ones(5, 4)).square().mean(), trained_factors(pairs))
-        >>> [tuple(E.shape) for E in fresh_perturbation(Perturbation(pairs), 0.5, at).stacks]  # one pair, E (n, r)
-        [(1, 3, 2)]
     """
     with at.as_grad():
         return perturbation.ascend(rho, at_perturbed=False)
@@ -234,7 +219,7 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
 
 def read(perturbation: Perturbation, fresh: FreshPerturbation | None = None) -> list[Tensor]:
     """Return E of every pair, shape (n, r), in the order of the pairs: a fresh one, or the kept one."""
-    with clean(perturbation.pairs), perturbation.applied(fresh and fresh.stacks):
+    with clean(readers_of(perturbation.pairs)), perturbation.applied(fresh and fresh.stacks):
         shown = [perturbed_read.shown(pair.readers[0]) for pair in perturbation.pairs]
     return [E.flatten(1) for E in shown if E is not None]
 
@@ -248,12 +233,16 @@ def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tenso
 
 
 @contextmanager
-def clean(pairs: Sequence[LoRAPair]) -> Iterator[None]:
-    """Let the layers read B, and be able to read B + E; afterwards they read what they read before."""
-    readers = readers_of(pairs)
+def clean(readers: Sequence[AnyRef], only_views: bool = False) -> Iterator[None]:
+    """Let readers read clean factors, and be able to read perturbed ones; afterwards they read what they read before.
+
+    Args:
+        readers: such as those of the B of some pairs.
+        only_views: see :func:`perturbed_read.install`.
+    """
     with perturbed_read.restored(readers), ExitStack() as stack:
         for reader in readers:
-            perturbed_read.install(reader)
+            perturbed_read.install(reader, only_views)
             stack.callback(perturbed_read.uninstall, reader)
             perturbed_read.perturb(reader, None)
         yield
