@@ -1,5 +1,7 @@
 """The baselines by name, and a module that takes its steps by hand."""
 
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +14,13 @@ BASELINES: dict[str, Any] = {
     "SAM": SAM,
     "LoRASAM": LoRASAM,
     "nBAR": BalancednessRegularization,
-    "oBAR": lambda alpha, **settings: BalancednessRegularization(alpha, "oBAR", **settings),
-    "RandomPerturbation": RandomPerturbation,
-    "BiLoRA": BiLoRA,
+    "oBAR": partial(BalancednessRegularization, kind="oBAR"),
+    "RandomPerturbation": partial(RandomPerturbation, seed=5),
+    "BiLoRA": partial(BiLoRA, step_size=0.3, seed=5),
 }
-
+"""Each is called with a size, and maybe other settings."""
+SIZES: dict[str, float] = defaultdict(lambda: 0.4, nBAR=2.0, oBAR=2.0, RandomPerturbation=0.3)
+"""At which a method's run is clearly another one than plain LoRA's."""
 
 TWO_PASSES = ("SAM", "LoRASAM")
 

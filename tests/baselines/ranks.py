@@ -4,21 +4,11 @@ import os
 from typing import Any
 
 import torch
+from baselines.baseline_cases import BASELINES, SIZES
 from ddp_runs import joint_batches, trained
 from fits import PRECISION_OF_FLOAT64, Sharded, ShardedAutomatic
 from float64_runs import dataset, fit_in_float64, network
 from strategies import full_weights, strategy_of
-
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
-
-BASELINES: dict[str, Any] = {
-    "SAM": lambda **settings: SAM(0.4, **settings),
-    "LoRASAM": lambda **settings: LoRASAM(0.4, **settings),
-    "nBAR": lambda: BalancednessRegularization(2.0),
-    "oBAR": lambda: BalancednessRegularization(2.0, "oBAR"),
-    "RandomPerturbation": lambda: RandomPerturbation(0.3),
-    "BiLoRA": lambda: BiLoRA(0.4, step_size=0.3),
-}
 
 
 def train(
@@ -26,7 +16,7 @@ def train(
 ) -> dict[str, Any]:
     """The trained weights, whole; without a strategy of one process on the joint batches."""
     net = network()
-    module, callback = ShardedAutomatic(net), BASELINES[name](**settings)
+    module, callback = ShardedAutomatic(net), BASELINES[name](SIZES[name], **settings)
     if strategy is None:
         alone = joint_batches() if loader is None else loader
         module.configure_model = lambda: None

@@ -100,10 +100,6 @@ def test_settings_that_a_resumed_run_must_keep(tmp_path: Path, first: Any, secon
 # -- what others see
 
 
-def outside_of_a_pass() -> list[str]:
-    return ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start"]
-
-
 @pytest.mark.parametrize("name", PERTURBING)
 def test_stored_and_read_weights_in_other_hooks(tmp_path: Path, name: str) -> None:
     """Outside of a pass all see and compute with clean weights; inside they are stored clean, except SAM's."""
@@ -132,7 +128,9 @@ def test_stored_and_read_weights_in_other_hooks(tmp_path: Path, name: str) -> No
     class Looks(Callback):
         pass
 
-    hooks = outside_of_a_pass() + (["on_before_backward", "on_after_backward"] if name != "SAM" else [])
+    hooks = [f"on_train_batch_{when}" for when in ("start", "end")]
+    hooks += ["on_before_optimizer_step", "on_validation_start", "on_validation_batch_start"]
+    hooks += ["on_before_backward", "on_after_backward"] if name != "SAM" else []
     for hook in hooks:
         setattr(Looks, hook, lambda *args, where=hook: look(where))
     if name != "SAM":
@@ -143,45 +141,6 @@ def test_stored_and_read_weights_in_other_hooks(tmp_path: Path, name: str) -> No
     assert set(hooks) <= set(looks)
     assert_no_trace(module)
     assert not any(m._forward_hooks for m in module.modules())
-
-
-def test_sam_moves_by_rho_in_its_second_pass_alone(tmp_path: Path) -> None:
-    module, before, moves = Classifier(), [], []
-
-    def look(module: Any, batch_idx: int) -> None:
-        flat = torch.cat([p.detach().flatten() for p in module.parameters()])
-        before.append(flat)
-        if len(before) % 2 == 0:
-            moves.append((flat - before[-2]).norm())
-
-    module.inside.append(look)
-    fit(tmp_path, module, [SAM(0.5)])
-    torch.testing.assert_close(torch.stack(moves), torch.full((12,), 0.5), rtol=1e-4, atol=0)
-
-
-def test_validation_has_no_noise(tmp_path: Path) -> None:
-    module, losses = Classifier(lr=0.0), []
-    module.inside.append(lambda module, _: losses.append(module.trainer.training))
-
-    class Compares(Callback):
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            clean = [pl_module.loss(batch, 0) for batch in make_loader(2)]
-            torch.testing.assert_close(trainer.callback_metrics["val_loss"], sum(clean) / 2)
-            losses.append("compared")
-
-    fit(tmp_path, module, [RandomPerturbation(0.5), Compares()], val=make_loader(2))
-    assert losses.count("compared") == 2
-
-
-def test_noise_is_one_in_a_window_and_another_in_the_next(tmp_path: Path) -> None:
-    """On one input and a learning rate of 0, outputs are equal within a window and differ between two."""
-    module, outputs = Classifier(lr=0.0), []
-    module.optimizer_class = torch.optim.SGD
-    module.inside.append(lambda module, _: outputs.append(module.net(torch.ones(1, 6)).detach()))
-    fit(tmp_path, module, [RandomPerturbation(0.2)], make_loader(4), accumulate_grad_batches=2, max_epochs=1)
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[2], outputs[3])
-    assert not torch.allclose(outputs[1], outputs[2])
 
 
 def test_the_norms_of_the_base_are_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

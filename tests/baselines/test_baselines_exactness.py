@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from baseline_cases import BASELINES, SIZES
 from dense import (
     Dense,
     DenseBAR,
@@ -17,26 +18,24 @@ from dense import (
 from float64_runs import Automatic, fit_in_float64, network, worst_difference
 
 from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import SAM, LoRASAM
 
-BASELINES: dict[str, tuple[Any, Any, float]] = {  # the callback of a size, the literal loop, and the size
-    "SAM": (SAM, DenseSAM, 0.4),
-    "LoRASAM": (LoRASAM, DenseLoRASAM, 0.4),
-    "nBAR": (lambda alpha: BalancednessRegularization(alpha, "nBAR"), DenseBAR, 2.0),
-    "oBAR": (lambda alpha: BalancednessRegularization(alpha, "oBAR"), DenseOBAR, 2.0),
-    "RandomPerturbation": (lambda sigma: RandomPerturbation(sigma, seed=5), DenseFlatLoRA, 0.3),
-    "BiLoRA": (lambda rho: BiLoRA(rho, step_size=0.3, seed=5), DenseBiLoRA, 0.4),
+LITERAL: dict[str, Any] = {
+    "SAM": DenseSAM,
+    "LoRASAM": DenseLoRASAM,
+    "nBAR": DenseBAR,
+    "oBAR": DenseOBAR,
+    "RandomPerturbation": DenseFlatLoRA,
+    "BiLoRA": DenseBiLoRA,
 }
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("name", BASELINES)
 def test_equals_the_literal_loop(name: str, accumulate: int) -> None:
-    callback, literal, size = BASELINES[name]
-    epochs = {1: 2, 4: 8}[accumulate]
-    net = network()
-    fit_in_float64(Automatic(net), epochs, [callback(size)], accumulate_grad_batches=accumulate)
-    loop = literal(lambda step: size)
+    size, epochs, net = SIZES[name], {1: 2, 4: 8}[accumulate], network()
+    fit_in_float64(Automatic(net), epochs, [BASELINES[name](size)], accumulate_grad_batches=accumulate)
+    loop = LITERAL[name](lambda step: size)
     assert worst_difference(net, loop.run(epochs, accumulate)) < 1e-10
     assert loop.step >= 50
     assert worst_difference(net, Dense(lambda step: 0.0).run(epochs, accumulate)) > 1e-5
@@ -63,10 +62,9 @@ def test_sam_needs_no_adapter() -> None:
 )
 @pytest.mark.parametrize("name", BASELINES)
 def test_schedules_equal_the_literal_loop(name: str, schedule: Any, factor: Any) -> None:
-    callback, literal, size = BASELINES[name]
-    net = network()
-    fit_in_float64(Automatic(net), 2, [callback(schedule(size))])
-    assert worst_difference(net, literal(lambda step: size * factor(step)).run(2)) < 1e-10
+    size, net = SIZES[name], network()
+    fit_in_float64(Automatic(net), 2, [BASELINES[name](schedule(size))])
+    assert worst_difference(net, LITERAL[name](lambda step: size * factor(step)).run(2)) < 1e-10
 
 
 def test_ascents_every_third_step_from_the_seventh() -> None:

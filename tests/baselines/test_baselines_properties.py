@@ -129,23 +129,6 @@ def test_lora_sam_depends_on_the_factors_and_fmlora_does_not() -> None:
         assert gap > 0.1 if of_factors else gap < 1e-3
 
 
-def test_sam_perturbs_what_lora_does_not_hold() -> None:
-    """The head beside the adapters is in SAM's ball, and out of LoRA-SAM's."""
-    for callback, expected in ((SAM(0.5), True), (LoRASAM(0.5), False)):
-        net = network()
-        head = net.base_model.model[6].modules_to_save.default.weight
-        seen: list[Tensor] = []
-
-        class Looks(Automatic):
-            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-                seen.append(head.detach().clone())  # noqa: B023
-                return super().training_step(batch, batch_idx)
-
-        fit_in_float64(Looks(net), 1, [callback], limit_train_batches=1)
-        assert len(seen) == 2
-        assert torch.equal(*seen) is not expected
-
-
 def test_a_graph_of_the_clean_weights_fails_where_sam_has_moved_them() -> None:
     """Its gradient would silently be of other weights than its loss."""
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))

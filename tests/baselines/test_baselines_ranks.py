@@ -4,7 +4,8 @@ from itertools import product
 from typing import Any
 
 import pytest
-from baselines.ranks import BASELINES, train
+from baselines.baseline_cases import BASELINES
+from baselines.ranks import train
 from ddp_runs import difference, turns
 from helpers import since_lightning
 from launch import Results, launch
@@ -21,8 +22,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     runs |= {f"{s} {a}": {"name": "LoRASAM", "strategy": s, "accumulate": a} for s, a in SHARDED}
     for name in ("SAM", "LoRASAM"):
         runs[f"{name} own"] = {"name": name, "strategy": "ddp", "sync_ascent": False}
-    for name in ("SAM", "nBAR", "RandomPerturbation", "BiLoRA"):
-        runs[f"{name} refused"] = {"name": name, "strategy": "fsdp2"}
     found = {name: ("baselines.ranks:train", arguments) for name, arguments in runs.items()}
     return launch(tmp_path_factory.mktemp("baselines"), found)
 
@@ -49,9 +48,3 @@ def test_lora_sam_sharded_equals_one_process(results: Results, strategy: str, ac
 @pytest.mark.parametrize("name", ["SAM", "LoRASAM"])
 def test_an_ascent_of_each_rank_equals_one_of_each_micro_batch(results: Results, name: str) -> None:
     assert_equal_to_one_process(results[f"{name} own"], train(name, accumulate=2, loader=turns()))
-
-
-@pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation", "BiLoRA"])
-def test_shards_are_refused(results: Results, name: str) -> None:
-    for error in results.error(f"{name} refused"):
-        assert "leaves each rank a part of every weight" in error

@@ -55,19 +55,6 @@ def test_two_passes_need_automatic_optimization(tmp_path: Path, name: str) -> No
     assert "a second pass can't be put into a training_step" in refused(tmp_path, ByHand(), [BASELINES[name](0.1)])
 
 
-class TakesTwoGradients(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        closure()
-        return super().step(closure)
-
-
-def test_balancedness_regularization_refuses_an_optimizer_that_takes_two_gradients(tmp_path: Path) -> None:
-    module = Classifier()
-    module.optimizer_class = TakesTwoGradients
-    with pytest.raises(MisconfigurationException, match="TakesTwoGradients takes several gradients a step"):
-        fit(tmp_path, module, [BalancednessRegularization(0.5)])
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_one_method_at_a_time(tmp_path: Path, name: str) -> None:
     for other in (EFMLoRA, FMLoRA):
@@ -75,12 +62,6 @@ def test_one_method_at_a_time(tmp_path: Path, name: str) -> None:
         assert "keep one" in message
         assert other.__name__ in message
     assert "keep one" in refused(tmp_path, TwoPassClassifier(0.1), [BASELINES[name](0.1)])
-
-
-@pytest.mark.parametrize("name", ["LoRASAM", "nBAR", "RandomPerturbation", "BiLoRA"])
-def test_no_adapter(tmp_path: Path, name: str) -> None:
-    module = Classifier(net=nn.Sequential(nn.Linear(6, 3)))
-    assert "Wrap it with peft.get_peft_model" in refused(tmp_path, module, [BASELINES[name](0.1)])
 
 
 def test_sam_needs_one_optimizer_that_trains(tmp_path: Path) -> None:
@@ -120,13 +101,6 @@ def test_no_layer_with_a_whole_weight(tmp_path: Path, name: str) -> None:
     config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
     module.net = get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
     assert "no LoRA layer on a Linear" in refused(tmp_path, module, [BASELINES[name](0.1)])
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_lbfgs(tmp_path: Path, name: str) -> None:
-    module = Classifier()
-    module.optimizer_class = torch.optim.LBFGS
-    assert "LBFGS takes several gradients" in refused(tmp_path, module, [BASELINES[name](0.1)])
 
 
 @pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation", "BiLoRA"])

@@ -11,11 +11,9 @@ from helpers import Classifier, ResumableLoader, fit, make_loader, make_net, sam
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from transformers.pytorch_utils import Conv1D
 
 from lightning_flatlora import find_pairs
 from lightning_flatlora.baselines import BiLoRA
@@ -91,19 +89,6 @@ def test_the_first_step_is_loras_and_the_ascent_raises_the_loss() -> None:
     assert losses[-1] > losses[0] + 0.01
 
 
-@pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
-def test_the_scale_of_the_loss_does_not_matter(factor: float) -> None:
-    found = []
-    for scale in (1.0, factor):
-        callback, module = BiLoRA(0.5), Classifier()
-        module.optimizer_class = torch.optim.SGD
-        module.lr = 0.5 / scale
-        batches = [(inputs, labels, scale * ones) for inputs, labels, ones in make_loader()]
-        fit(None, module, [callback], ResumableLoader(batches))
-        found.append(states(callback))
-    assert same(*found)
-
-
 # -- whom they are hidden from
 
 
@@ -121,40 +106,6 @@ def test_they_are_in_no_module_optimizer_or_checkpoint(tmp_path: Path) -> None:
     assert plain["held"] == bi["held"]
     assert len(plain["optimizer_states"][0]["state"]) == len(bi["optimizer_states"][0]["state"])
     assert bi["callbacks"]["BiLoRA"]["auxiliary"].keys() == {f"net.base_model.model.{index}" for index in (0, 2, 4)}
-
-
-def test_validation_and_all_that_follows_the_fit_compute_without_them(tmp_path: Path) -> None:
-    module, seen = Classifier(), []
-
-    class Looks(Callback):
-        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            seen.append(adds_something(pl_module))
-
-        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-            clean = [pl_module.loss(batch, 0) for batch in make_loader(2)]
-            torch.testing.assert_close(trainer.callback_metrics["val_loss"], sum(clean) / 2)
-
-    inside: list[bool] = []
-    module.inside.append(lambda module, _: inside.append(adds_something(module)) if module.trainer.training else None)
-    fit(tmp_path, module, [BiLoRA(0.5), Looks()], val=make_loader(2), val_check_interval=3)
-    assert seen
-    assert not any(seen)
-    assert all(inside)
-    assert not adds_something(module)
-
-
-def test_the_base_alone_is_computed_where_adapters_are_disabled() -> None:
-    net, x = make_net(), torch.ones(2, 6)
-    pairs = step_on(net)
-    pairs.on()
-    with net.disable_adapter():
-        base = net(x)
-    net(x).sum().backward()
-    pairs.use_gradients([])
-    assert not torch.equal(net(x), base)
-    with net.disable_adapter():
-        assert torch.equal(net(x), base)
-    pairs.off()
 
 
 # -- when they stay as they are
@@ -258,15 +209,6 @@ def test_other_layers_are_named_once_and_train_without(tmp_path: Path, caplog: p
     assert not same(weights(module)[factor], before[factor])
 
 
-def test_a_base_that_stores_the_transpose() -> None:
-    net = get_peft_model(nn.Sequential(Conv1D(3, 6)), LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True))
-    callback = BiLoRA(0.5)
-    fit(None, Classifier(net=net), [callback])
-    (product,) = products(callback).values()
-    assert product.shape == (3, 6)
-    assert product.norm() > 0.1
-
-
 @pytest.mark.parametrize(("rank", "expected"), [(None, 2), (5, 5)])
 def test_ranks_and_the_first_factors(rank: int | None, expected: int) -> None:
     net, random = make_net(), torch.get_rng_state()
@@ -316,9 +258,3 @@ def test_layers_of_another_library() -> None:
     assert [tuple(product.shape) for product in products(callback).values()] == [(5, 6), (3, 5)]
     assert frobenius(list(products(callback).values())) > 0.1
     assert not adds_something(module)
-
-
-def test_a_finder_without_a_base_is_refused() -> None:
-    module = Classifier(net=nn.Sequential(Layer(6, 3)))
-    with pytest.raises(MisconfigurationException, match="names no plain Linear"):
-        fit(None, module, [BiLoRA(0.5, finder=found(None))])

@@ -16,7 +16,6 @@ from helpers import (
     assert_no_trace,
     build,
     fit,
-    is_perturbed,
     make_loader,
     make_net,
     same,
@@ -131,33 +130,6 @@ def test_a_run_with_it_is_the_run_without_it(tmp_path: Any, front_end: str, accu
     assert str(others) == str(quiet.rows)
 
 
-class Gradients(Callback):
-    """That a measurement leaves the very tensors in .grad, untouched; it stands on both sides of the monitor."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        assert not is_perturbed(pl_module)
-        grads = [p.grad for p in pl_module.parameters()]
-        where = [(id(p), p.data_ptr(), p._version) for p in pl_module.parameters()]
-        marks = [None if g is None else (id(g), g.data_ptr(), g._version) for g in grads]
-        self.seen.append((where, marks, [None if g is None else g.clone() for g in grads], grads))
-
-
-@pytest.mark.parametrize("front_end", ["plain", *FRONT_ENDS])
-def test_gradients_and_weights_are_the_same_tensors(tmp_path: Any, front_end: str) -> None:
-    module, callbacks, kwargs = build(front_end, accumulate=2)
-    before, after = Gradients(), Gradients()
-    monitor = FlatnessMonitor(0.3, every_n_steps=1, measures=ALL_BUT_EMA, samples=2)
-    fit(tmp_path, module, [*callbacks, before, monitor, after], max_epochs=1, **kwargs)
-    assert len(before.seen) == 6
-    for left, right in zip(before.seen, after.seen, strict=True):
-        assert left[:2] == right[:2]
-        assert same(left[2], right[2])
-    assert any(grad is not None for grad in before.seen[0][3])
-
-
 @pytest.mark.parametrize("measures", [None, ALL_BUT_EMA], ids=["default", "all"])
 def test_a_run_whose_loss_turns_nan_ends_as_it_does_without_it(tmp_path: Any, measures: list[str] | None) -> None:
     class Diverges(Classifier):
@@ -245,41 +217,3 @@ def test_averages_wrapped_metrics_and_logged_values_are_those_without_it(tmp_pat
         found.append(module.found())
     assert {"own/stored_epoch", "around", "own/batches", "own/val_loss"} <= set(found[0]["logged"])
     assert same(*found)
-
-
-class Follows:
-    """A teacher that follows after each step, and a scripted part with BatchNorm."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        torch.manual_seed(0)
-        self.teacher = copy.deepcopy(self.net).requires_grad_(False)  # type: ignore[has-type]
-        self.extractor = torch.jit.script(nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES)))
-        self.extractor[0].eval()
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        inputs = self.extractor(batch[0])
-        with torch.no_grad():
-            target = self.teacher(inputs)
-        loss = super().loss((inputs, *batch[1:]), batch_idx)  # type: ignore[misc]
-        return loss + (self.net(inputs) - target).square().mean()  # type: ignore[attr-defined]
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
-            own.data = own.data * 0.9 + other.data * 0.1
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("front_end", ["plain", *FRONT_ENDS])
-def test_scripted_parts_are_put_back_beside_a_teacher_that_follows_after_each_step(
-    tmp_path: Any, front_end: str
-) -> None:
-    classes = type("Own", (Follows, Classifier), {}), type("Own", (Follows, TwoPassClassifier), {})
-    states, modes = [], []
-    for monitors in ([], [FlatnessMonitor(0.3, every_n_steps=1, batches=2, measures=ALL_BUT_EMA, samples=2)]):
-        module, callbacks, more = build(front_end, classes=classes)
-        fit(tmp_path, module, [*monitors, *callbacks], **more)
-        states.append(weights(module))
-        modes.append([part.training for part in module.extractor.modules()])
-    assert same(*states)
-    assert modes[0] == modes[1]

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,21 +44,25 @@ def test_every_measure_goes_on_where_a_pair_rests(tmp_path: Any, rho: float | No
     assert [math.isfinite(row["gradient_residual"]) for row in logger.measured] == [True, True]
 
 
+def measured_by_hand(net: nn.Module, numbers: list[int], measures: list[str]) -> dict[str, float]:
+    """The same by the functions, on some of the loader's batches."""
+    net.eval()
+    batches = list(make_loader())
+    losses = [lambda i=i: nn.functional.cross_entropy(net(batches[i][0]), batches[i][1]) for i in numbers]
+    perturbation = Perturbation(find_pairs(net).pairs)
+    point = Point(MeanLoss(losses), perturbation, 0.3, noise=WeightNoise(net), sigma=0.1, samples=4)
+    return {name: float(value) for name, value in measure(point, measures).items()}
+
+
 def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
     """Weights that don't move: every measurement is that of the functions, on the first batches, in eval mode."""
     net = make_net(0.3)
     logger = Recorder()
     monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
     fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
-    net.eval()
-    held = [batch for _, batch in zip(range(3), make_loader(), strict=False)]
-    losses = [lambda batch=batch: nn.functional.cross_entropy(net(batch[0]), batch[1]) for batch in held]
-    perturbation = Perturbation(find_pairs(net).pairs)
-    point = Point(MeanLoss(losses), perturbation, 0.3, noise=WeightNoise(net), sigma=0.1, samples=4)
-    expected = {name: float(value) for name, value in measure(point, ALL_BUT_EMA).items()}
+    expected = measured_by_hand(net, [0, 1, 2], ALL_BUT_EMA)
     assert len(logger.measured) == 4
-    for measured in logger.measured:
-        assert measured == expected
+    assert all(measured == expected for measured in logger.measured)
     assert expected["sharpness"] > 0
     assert expected["condition_B"] == math.inf  # B = 0 still
 
@@ -65,51 +70,34 @@ def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
 class Skips(Classifier):
     """Lightning trains on no batch for which a step returns None."""
 
+    def __init__(self, skips: Callable[[Any, int], bool], lr: float = 0.02) -> None:
+        super().__init__(net=make_net(0.3), lr=lr)
+        self.skips = skips
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        return None if self.skips(batch_idx) else loss
-
-    def skips(self, batch_idx: int) -> bool:
-        return batch_idx == 1
-
-
-class SkipsFromTheThirdStep(Skips):
-    def skips(self, batch_idx: int) -> bool:
-        return bool(self.trainer.global_step > 2)
-
-
-class SkipsAll(Skips):
-    def skips(self, batch_idx: int) -> bool:
-        return True
+        return None if self.skips(self.trainer, batch_idx) else loss
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_batches_for_which_the_step_gives_no_loss_are_left_out(tmp_path: Any) -> None:
-    net = make_net(0.3)
-    logger = Recorder()
-    monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
+    module, logger = Skips(lambda trainer, batch_idx: batch_idx == 1, lr=0.0), Recorder()
+    monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=["sharpness"])
     with pytest.warns(UserWarning, match="returned None for 1 of 3 probe batches, which are left out"):
-        fit(tmp_path, Skips(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
-    net.eval()
-    held = [batch for number, batch in zip(range(3), make_loader(), strict=False) if number != 1]
-    losses = [lambda batch=batch: nn.functional.cross_entropy(net(batch[0]), batch[1]) for batch in held]
-    point = Point(
-        MeanLoss(losses), Perturbation(find_pairs(net).pairs), 0.3, noise=WeightNoise(net), sigma=0.1, samples=4
-    )
-    expected = {name: float(value) for name, value in measure(point, ALL_BUT_EMA).items()}
+        fit(tmp_path, module, [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
+    expected = measured_by_hand(module.net, [0, 2], ["sharpness"])
     assert len(logger.measured) > 2
-    for measured in logger.measured:
-        assert measured == expected
+    assert all(measured == expected for measured in logger.measured)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-@pytest.mark.parametrize("kind", [SkipsFromTheThirdStep, SkipsAll])
+@pytest.mark.parametrize("skips", [lambda trainer, _: trainer.global_step > 2, lambda *_: True])
 def test_where_no_loss_is_left_the_measurement_is_left_out_and_the_run_goes_on_as_without_the_monitor(
-    tmp_path: Any, kind: type[Skips]
+    tmp_path: Any, skips: Any
 ) -> None:
-    plain, module, logger = kind(net=make_net(0.3)), kind(net=make_net(0.3)), Recorder()
+    plain, module, logger = Skips(skips), Skips(skips), Recorder()
     fit(tmp_path, plain, [], max_epochs=1)
-    monitor = FlatnessMonitor(0.3, every_n_epochs=1, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
+    monitor = FlatnessMonitor(0.3, every_n_epochs=1, batches=3)
     with pytest.warns(UserWarning, match="a measurement was left out: .* and has given None"):
         fit(tmp_path, module, [monitor], max_epochs=1, logger=logger, log_every_n_steps=1)
     assert same(weights(module), weights(plain))
@@ -232,28 +220,21 @@ def test_it_logs_at_the_steps_of_what_the_module_logs(
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "says", "resumed"),
     [
-        ({"every_n_steps": 20}, "every_n_steps is 20, and training went from step 0 to 12"),
-        ({"every_n_epochs": 3}, "every_n_epochs is 3, and training went from epoch 0 to 2"),
+        ({"every_n_steps": 16}, "every_n_steps is 16, and training went from step 0 to 12", "from step 24 to 30"),
+        ({"every_n_epochs": 3}, "every_n_epochs is 3, and training went from epoch 0 to 2", "from epoch 4 to 5"),
     ],
 )
-def test_a_run_that_is_too_short_to_be_measured_is_told(tmp_path: Any, settings: dict[str, int], says: str) -> None:
+def test_a_run_that_is_too_short_to_be_measured_is_told(
+    tmp_path: Any, settings: dict[str, int], says: str, resumed: str
+) -> None:
     with pytest.warns(UserWarning, match=f"FlatnessMonitor: nothing was measured: {says}"):
         fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)])
     fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], fast_dev_run=True)
-    fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=4)
-
-
-def test_a_resumed_run_that_is_too_short_is_told_from_where_it_went_on(tmp_path: Any) -> None:
-    checkpoint = tmp_path / "two.ckpt"
-    fit(tmp_path, Classifier(), []).save_checkpoint(checkpoint)
-    for settings, says in (
-        ({"every_n_steps": 10}, "every_n_steps is 10, and training went from step 12 to 18"),
-        ({"every_n_epochs": 2}, "every_n_epochs is 2, and training went from epoch 2 to 3"),
-    ):
-        with pytest.warns(UserWarning, match=says):
-            fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=3, ckpt_path=checkpoint)
+    fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=4).save_checkpoint(tmp_path / "4.ckpt")
+    with pytest.warns(UserWarning, match=resumed):
+        fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=5, ckpt_path=tmp_path / "4.ckpt")
 
 
 @pytest.mark.parametrize(("sanity", "measured"), [(0, [11, 17, 23]), (1, [5, 11, 17, 23])])
@@ -273,21 +254,15 @@ def test_validation_batches_are_those_of_the_first_validation(tmp_path: Any, san
     assert math.isclose(logger.measured[-1]["loss"], runs[0][1][-1][1], rel_tol=1e-6)
 
 
-def test_a_measurement_before_all_batches_have_passed_by_takes_those_that_have(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("in_epoch", "counts"), [(6, [1, 2, *[3] * 10]), (2, [1, 2, 2, 2])])
+def test_a_measurement_takes_the_batches_that_have_passed_by(tmp_path: Any, in_epoch: int, counts: list[int]) -> None:
     net, logger = make_net(), Recorder()
     monitor = FlatnessMonitor(0.3, every_n_steps=1, batches=3, measures=["sharpness"])
-    fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
-    losses = [nn.functional.cross_entropy(net(inputs), labels).item() for inputs, labels, _ in make_loader()]
-    expected = [sum(losses[:count]) / count for count in (1, 2, *[3] * 10)]
+    settings = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 1}
+    fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], make_loader(in_epoch), **settings)
+    losses = [nn.functional.cross_entropy(net(inputs), labels).item() for inputs, labels, _ in make_loader(in_epoch)]
+    expected = [sum(losses[:count]) / count for count in counts]
     assert [row["loss"] for row in logger.measured] == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_loader_with_fewer_batches_gives_those(tmp_path: Any) -> None:
-    logger = Recorder()
-    monitor = FlatnessMonitor(0.3, every_n_steps=1, batches=9, measures=["sharpness"])
-    fit(tmp_path, Classifier(lr=0.0), [monitor], make_loader(2), logger=logger, log_every_n_steps=1)
-    losses = [row["loss"] for row in logger.measured]
-    assert losses[0] != losses[1] == losses[2] == losses[3]
 
 
 def test_mixed_precision_is_that_of_training(tmp_path: Any) -> None:

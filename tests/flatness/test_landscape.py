@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FEATURES, assert_no_trace, make_net
+from helpers import FEATURES, make_net
 from torch import Tensor, nn
 
 from lightning_flatlora import LoRAPair, Perturbation, find_pairs
@@ -18,7 +18,6 @@ from lightning_flatlora.flatness.landscape import (
     random_direction,
 )
 from lightning_flatlora.flatness.sharpness import overlaps, read
-from lightning_flatlora.weight_noise import derived_seed
 
 RHO = 0.3
 
@@ -54,12 +53,6 @@ def adversarial(net: nn.Module, pairs: list[LoRAPair]) -> Direction:
 def test_every_direction_has_length_one_in_full_weight_space(net: nn.Module, pairs: list[LoRAPair]) -> None:
     for direction in (adversarial(net, pairs), random_direction(pairs, 0), random_direction(pairs, 1)):
         assert torch.linalg.vector_norm(dense(pairs, direction)).item() == pytest.approx(1, abs=1e-12)
-
-
-def test_the_adversarial_direction_is_that_of_the_perturbation(net: nn.Module, pairs: list[LoRAPair]) -> None:
-    perturbation, at = Perturbation(pairs), loss_gradient(lambda: loss_of(net), trained_factors(pairs))
-    E = dense(pairs, read(perturbation, fresh_perturbation(perturbation, RHO, at)))
-    torch.testing.assert_close(dense(pairs, adversarial(net, pairs)), E / torch.linalg.vector_norm(E))
 
 
 def test_what_is_made_orthogonal_is_so_in_full_weight_space(net: nn.Module, pairs: list[LoRAPair]) -> None:
@@ -101,11 +94,8 @@ def test_random_directions_fill_what_b_can_express_evenly(pairs: list[LoRAPair])
 
 
 def test_seeds_give_different_directions_and_the_same_ones_again(pairs: list[LoRAPair]) -> None:
-    first, second = derived_seed(0, 0), derived_seed(0, 1)
-    assert derived_seed(0, 0) == first != second == derived_seed(0, 1)
-    assert not {first, second} & {derived_seed(1, 0), derived_seed(1, 1)}
-    again, other = random_direction(pairs, first), random_direction(pairs, second)
-    assert torch.equal(dense(pairs, again), dense(pairs, random_direction(pairs, first)))
+    again, other = random_direction(pairs, 0), random_direction(pairs, 1)
+    assert torch.equal(dense(pairs, again), dense(pairs, random_direction(pairs, 0)))
     assert abs(torch.dot(dense(pairs, again), dense(pairs, other)).item()) < 0.9
 
 
@@ -139,18 +129,6 @@ def test_the_adversarial_line_goes_through_the_sam_sharpness(net: nn.Module, pai
     assert 0.5 * RHO < radius <= RHO
     along = loss_at(lambda: loss_of(net), pairs, (radius, adversarial(net, pairs)))
     assert along.item() == pytest.approx(sharpness.perturbed.item(), rel=1e-10)
-
-
-def test_nothing_stays_after_an_exception(net: nn.Module, pairs: list[LoRAPair]) -> None:
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-
-    def broken() -> Tensor:
-        raise RuntimeError("broken")
-
-    with pytest.raises(RuntimeError, match="broken"):
-        loss_at(broken, pairs, (1.0, random_direction(pairs, 0)))
-    assert_no_trace(net)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_a_zero_direction_stays_zero(pairs: list[LoRAPair]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from quadratics import RHO, Quadratic, average_of, state_of
+from quadratics import RHO, Quadratic, average_of
 from torch import Tensor
 
 from lightning_flatlora import Perturbation
@@ -104,17 +104,6 @@ def test_what_needs_a_gradient_is_nan_where_that_is_not_finite() -> None:
     of_factors = ("balancedness", "condition")
     for name, value in found.items():
         assert value.isnan() != (name in without or name.startswith(of_factors)), name
-
-
-def test_all_of_them_leave_everything_as_it_was() -> None:
-    quadratic = Quadratic()
-    point = point_of(quadratic)
-    quadratic.loss().backward()
-    point.perturbation.install()
-    point.perturbation.on()
-    check = state_of(quadratic.model, quadratic.pairs)
-    measure(point, MEASURES)
-    check()
 
 
 def test_what_an_instrument_needs_is_asked_for() -> None:
