@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,8 @@ class WeightNoise:
     While the noise is on, each layer's base adds :math:`\varepsilon x` to its output. The n x m noise exists only
     inside a layer's forward and again inside its backward. It is drawn from its own generator, with one seed for
     each layer: the graph keeps a seed and n numbers, the global random state is not touched, and ranks on devices of
-    the same kind draw the same noise. W' is never formed, since its row norms need only those of W0, which are taken
-    once, and pieces of size r. The cost is two draws and two more products for each layer, and no further pass.
+    the same kind draw the same noise. W' is never formed, since its row norms need only those of W0 and pieces of
+    size r. The cost is two draws and two more products for each layer, and no further pass.
 
     If a backward computes layers again (activation checkpointing), it must run while the noise is on. Stored weights
     and their gradients are never changed. Layers whose adapter is disabled get no noise.
@@ -69,8 +68,9 @@ class WeightNoise:
             self.names += linear.names
         self._layers = [NoisyLayer(linear) for linear in linears]
 
-    def on(self, sigma: float, seed: int) -> None:
-        """Let the layers compute with W' + noise until :meth:`off`; the row norms are those of the weights now.
+    @contextmanager
+    def applied(self, sigma: float, seed: int) -> Iterator[None]:
+        """Let the layers compute with W' + noise; the row norms are those of the weights now.
 
         Args:
             sigma: size of the noise relative to each row's norm, no unit, >= 0; 0 adds nothing, bit for bit.
@@ -83,27 +83,15 @@ class WeightNoise:
             raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
         if not is_integer(seed, least=0):
             raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
-        # Noise that is still on, from another seed, would be added to the new one.
-        self.off()
-        if sigma == 0:
-            return
-        draw_noise(self._layers, sigma, seed)
-        for layer in self._layers:
-            layer.on()
-
-    def off(self) -> None:
-        """Let the layers compute with W' only."""
-        for layer in self._layers:
-            layer.off()
-
-    @contextmanager
-    def applied(self, sigma: float, seed: int) -> Iterator[None]:
-        """Switch the noise on; afterwards, whatever happens, it is off."""
         try:
-            self.on(sigma, seed)
+            if sigma > 0:
+                draw_noise(self._layers, sigma, seed)
+                for layer in self._layers:
+                    layer.on()
             yield
         finally:
-            self.off()
+            for layer in self._layers:
+                layer.off()
 
 
 class NoisyLayer(OutputTerm):
@@ -121,26 +109,17 @@ class NoisyLayer(OutputTerm):
         noisy: Tensor = noise_product(x, self._deviations, self._seed, x.shape[-1])
         return noisy
 
-    @cached_property
-    def _base_squared(self) -> Tensor:
-        """Compute ||W0_i||^2 of every row i: only once, since the base is frozen and this reads all of it."""
-        return self._base_weight().square().sum(1)
-
     @torch.no_grad()
     def _squared_norms(self) -> Tensor:
         """Compute ||W0_i||^2 + 2 B_i (W0 A^T)_i + B_i A A^T B_i^T of every row i, with s in B, shape (n,)."""
-        W0 = self._base_weight()
+        W0 = self.linear.weight
+        W0 = W0.to(torch.promote_types(W0.dtype, torch.float32))
         # Under autocast the products would be rounded to 16 bits, and small norms with them.
         with torch.autocast(W0.device.type, enabled=False):
             A, B = (factor.to(W0.dtype) for factor in self.linear.factors())
             cross = (B * (W0 @ A.mT)).sum(1)
-            squared = self._base_squared.to(W0.device) + 2 * cross + ((B @ (A @ A.mT)) * B).sum(1)
+            squared: Tensor = torch.linalg.vector_norm(W0, dim=1).square() + 2 * cross + ((B @ (A @ A.mT)) * B).sum(1)
         return squared.clamp_min(0)
-
-    def _base_weight(self) -> Tensor:
-        """W0, in float32 at least."""
-        weight = self.linear.weight
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def draw_noise(layers: Iterable[NoisyLayer], sigma: float, seed: int) -> None:

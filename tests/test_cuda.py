@@ -152,9 +152,8 @@ def test_noise_is_the_same_in_both_directions_and_is_not_waited_for() -> None:
     noise, inputs = WeightNoise(net), torch.randn(4, 6, device=DEVICE, dtype=torch.float64)
     net(inputs)
     torch.cuda.synchronize()
-    with no_waiting():
-        noise.on(0.5, seed=3)
-        noise.off()
+    with no_waiting(), noise.applied(0.5, seed=3):
+        pass
     with noise.applied(0.5, seed=3):
         assert torch.autograd.gradcheck(net, inputs.requires_grad_())  # fails if backward drew another noise
 

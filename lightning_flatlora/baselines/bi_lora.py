@@ -151,15 +151,11 @@ class BiLoRAStep(FullWeightStep):
             factor.grad = None
 
     @override
-    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
-        """Move the auxiliary pairs by the gradients of the pass that this step is about to use."""
-        if self.perturbs:
-            self._climb(self.current_rho, also_finite)
-        self.forget_gradients()
-
     @torch.no_grad()
-    def _climb(self, rho: float, also_finite: Iterable[nn.Parameter]) -> None:
-        """Take one step up the gradient that the factors hold, and return to the ball; the host does not wait."""
+    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
+        """Take one step up the gradient of this step's passes, and return to the ball; the host does not wait."""
+        if not self.perturbs:
+            return
         factors = self.factors
         average_gradients(factors)
         happens = Sharding().all_finite([*also_finite, *factors], factors[0].device)
@@ -167,11 +163,12 @@ class BiLoRAStep(FullWeightStep):
         length = nn.utils.get_total_norm(factors) * self.step_size * happens
         for factor, direction in zip(factors, joint_ascent(gradients, 1.0), strict=True):
             factor.addcmul_(direction, length.to(factor.device, factor.dtype))
-        shrinkage = (rho / self.norm()).clamp_max(1).sqrt()
+        shrinkage = (self.current_rho / self.norm()).clamp_max(1).sqrt()
         # Not even rounded, if the step is skipped.
         shrinkage = torch.where(happens, shrinkage, 1.0)
         for factor in factors:
             factor.mul_(shrinkage.to(factor.device, factor.dtype))
+        self.forget_gradients()
 
     @torch.no_grad()
     def norm(self) -> Tensor:

@@ -17,7 +17,6 @@ from torch.amp import GradScaler
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
-from lightning_flatlora.weight_noise import NoisyLayer
 
 PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
 
@@ -141,18 +140,6 @@ def test_stored_and_read_weights_in_other_hooks(tmp_path: Path, name: str) -> No
     assert set(hooks) <= set(looks)
     assert_no_trace(module)
     assert not any(m._forward_hooks for m in module.modules())
-
-
-def test_the_norms_of_the_base_are_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are a pass over all of its weights."""
-    taken = []
-    norms = vars(NoisyLayer)["_base_squared"]
-    take = norms.func
-    monkeypatch.setattr(norms, "func", lambda layer: taken.append(layer) or take(layer))
-    callback = RandomPerturbation(0.2)
-    fit(tmp_path, Classifier(), [callback], max_epochs=1)
-    assert callback.step > 1
-    assert len(taken) == len(callback.terms)
 
 
 # -- steps that end early
