@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from helpers import fit
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_flatlora.flatness import MEASURES
@@ -38,3 +39,10 @@ class Recorder(Logger):
             if any(name.startswith("flatness/") for name in row):
                 measured.append({name.removeprefix("flatness/"): value for name, value in row.items()})
         return measured
+
+
+def measured(tmp_path: Any, module: Any, callbacks: list[Any], *loader: Any, **settings: Any) -> list[dict[str, float]]:
+    """What the monitor among the callbacks logs in a run."""
+    logger = Recorder()
+    fit(tmp_path, module, callbacks, *loader, **{"logger": logger, "log_every_n_steps": 1} | settings)
+    return logger.measured

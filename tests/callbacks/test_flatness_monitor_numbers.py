@@ -20,7 +20,7 @@ from helpers import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from monitored_runs import ALL_BUT_EMA, Recorder
+from monitored_runs import ALL_BUT_EMA, Recorder, measured
 from torch import nn
 
 from lightning_flatlora import CosineRho, EFMLoRA, FlatnessMonitor, Perturbation, find_pairs
@@ -37,11 +37,9 @@ class FreezesOneB(Callback):
 
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_every_measure_goes_on_where_a_pair_rests(tmp_path: Any, rho: float | None) -> None:
-    logger = Recorder()
     monitor = FlatnessMonitor(rho, every_n_epochs=1, batches=2, measures=list(MEASURES), sigma=0.1)
-    callbacks = [EFMLoRA(0.5), monitor, FreezesOneB()]
-    fit(tmp_path, Classifier(), callbacks, max_epochs=2, logger=logger, log_every_n_steps=1)
-    assert [math.isfinite(row["gradient_residual"]) for row in logger.measured] == [True, True]
+    rows = measured(tmp_path, Classifier(), [EFMLoRA(0.5), monitor, FreezesOneB()])
+    assert [math.isfinite(row["gradient_residual"]) for row in rows] == [True, True]
 
 
 def measured_by_hand(net: nn.Module, numbers: list[int], measures: list[str]) -> dict[str, float]:
@@ -57,12 +55,10 @@ def measured_by_hand(net: nn.Module, numbers: list[int], measures: list[str]) ->
 def test_the_numbers_are_those_of_the_instruments(tmp_path: Any) -> None:
     """Weights that don't move: every measurement is that of the functions, on the first batches, in eval mode."""
     net = make_net(0.3)
-    logger = Recorder()
     monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=ALL_BUT_EMA, samples=4, sigma=0.1)
-    fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
+    rows = measured(tmp_path, Classifier(net=net, lr=0.0), [monitor])
     expected = measured_by_hand(net, [0, 1, 2], ALL_BUT_EMA)
-    assert len(logger.measured) == 4
-    assert all(measured == expected for measured in logger.measured)
+    assert rows == [expected] * 4
     assert expected["sharpness"] > 0
     assert expected["condition_B"] == math.inf  # B = 0 still
 
@@ -81,13 +77,12 @@ class Skips(Classifier):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_batches_for_which_the_step_gives_no_loss_are_left_out(tmp_path: Any) -> None:
-    module, logger = Skips(lambda trainer, batch_idx: batch_idx == 1, lr=0.0), Recorder()
+    module = Skips(lambda trainer, batch_idx: batch_idx == 1, lr=0.0)
     monitor = FlatnessMonitor(0.3, every_n_steps=3, batches=3, measures=["sharpness"])
     with pytest.warns(UserWarning, match="returned None for 1 of 3 probe batches, which are left out"):
-        fit(tmp_path, module, [monitor], max_epochs=2, logger=logger, log_every_n_steps=1)
-    expected = measured_by_hand(module.net, [0, 2], ["sharpness"])
-    assert len(logger.measured) > 2
-    assert all(measured == expected for measured in logger.measured)
+        rows = measured(tmp_path, module, [monitor])
+    assert len(rows) > 2
+    assert rows == [measured_by_hand(module.net, [0, 2], ["sharpness"])] * len(rows)
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -95,32 +90,21 @@ def test_batches_for_which_the_step_gives_no_loss_are_left_out(tmp_path: Any) ->
 def test_where_no_loss_is_left_the_measurement_is_left_out_and_the_run_goes_on_as_without_the_monitor(
     tmp_path: Any, skips: Any
 ) -> None:
-    plain, module, logger = Skips(skips), Skips(skips), Recorder()
+    plain, module = Skips(skips), Skips(skips)
     fit(tmp_path, plain, [], max_epochs=1)
-    monitor = FlatnessMonitor(0.3, every_n_epochs=1, batches=3)
     with pytest.warns(UserWarning, match="a measurement was left out: .* and has given None"):
-        fit(tmp_path, module, [monitor], max_epochs=1, logger=logger, log_every_n_steps=1)
+        assert measured(tmp_path, module, [FlatnessMonitor(0.3, batches=3)], max_epochs=1) == []
     assert same(weights(module), weights(plain))
-    assert logger.measured == []
 
 
 def test_the_defaults_are_cheap_and_beside_efmlora_measure_its_average(tmp_path: Any) -> None:
     names = {}
     for front_end in ("plain", "efmlora"):
         module, callbacks, kwargs = build(front_end)
-        logger = Recorder()
-        trainer = fit(
-            tmp_path,
-            module,
-            [*callbacks, FlatnessMonitor(0.5)],
-            max_epochs=3,
-            logger=logger,
-            log_every_n_steps=1,
-            **kwargs,
-        )
-        assert len(logger.measured) == 3  # once an epoch
-        names[front_end] = set(logger.measured[0])
-        assert same(float(trainer.callback_metrics["flatness/sharpness"]), logger.measured[-1]["sharpness"])
+        rows = measured(tmp_path, module, [*callbacks, FlatnessMonitor(0.5)], **kwargs)
+        assert len(rows) == 2  # once an epoch
+        names[front_end] = set(rows[0])
+        assert same(float(module.trainer.callback_metrics["flatness/sharpness"]), rows[-1]["sharpness"])
     assert names["plain"] == {
         *("loss", "sharpness", "lora_sharpness", "balancedness", "condition_A", "condition_B", "radius")
     }
@@ -133,44 +117,27 @@ def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_e
     """rho over time, scope and estimator too: the realized radius shows which were taken."""
     rho = CosineRho(0.8, 0.1)
     module, callbacks, kwargs = build(front_end, rho, estimator="projected", norm_scope="layer")
-    seen: list[float] = []
     points: list[Point] = []
 
     class Watched(FlatnessMonitor):
-        def _point(self, trainer: Any, *args: Any) -> Point:
-            point = super()._point(trainer, *args)
-            points.append(point)
-            seen.append(float(trainer.callback_metrics.get("flatness/radius", math.nan)))
-            return point
+        def _point(self, *args: Any) -> Point:
+            points.append(super()._point(*args))
+            return points[-1]
 
-    fit(tmp_path, module, [Watched(every_n_steps=3, measures=["radius"]), *callbacks], **kwargs)
+    rows = measured(tmp_path, module, [Watched(every_n_steps=3, measures=["radius"]), *callbacks], **kwargs)
     assert [point.rho for point in points] == [rho(step, 12) for step in (3, 6, 9, 12)]
-    assert {(point.perturbation.norm_scope, point.perturbation._estimator) for point in points} == {
-        ("layer", "projected")
-    }
-    assert all(abs(radius - math.sqrt(3)) < 0.05 for radius in seen[1:])  # three layers, each of radius rho
+    assert {point.perturbation._estimator for point in points} == {"projected"}
+    assert all(abs(row["radius"] - math.sqrt(3)) < 0.05 for row in rows[:3])  # three layers, each of radius rho
 
 
 def test_the_average_is_efmloras_own(tmp_path: Any) -> None:
     """The gap is that of Ê as it is at the end, whatever the monitor's own radius."""
     module, callbacks, kwargs = build("efmlora", rho=0.5, lr=0.05)
-    logger = Recorder()
-    fit(
-        tmp_path,
-        module,
-        [FlatnessMonitor(0.1, batches=6), *callbacks],
-        max_epochs=1,
-        logger=logger,
-        log_every_n_steps=1,
-        **kwargs,
-    )
+    (row,) = measured(tmp_path, module, [FlatnessMonitor(0.1, batches=6), *callbacks], max_epochs=1, **kwargs)
     losses = [lambda batch=batch: module.loss(batch, 0) for batch in make_loader()]
     module.eval()
     found = ema_sharpness(MeanLoss(losses), callbacks[0].perturbation, 0.5)
-    (row,) = logger.measured
-    assert (row["ema_sharpness"], row["ema_gap"], row["ema_cosine"]) == tuple(
-        map(float, (found.ema, found.gap, found.cosine))
-    )
+    assert [row[f"ema_{name}"] for name in ("sharpness", "gap", "cosine")] == [found.ema, found.gap, found.cosine]
     assert found.ema > 0
 
 
@@ -213,10 +180,10 @@ def test_it_logs_at_the_steps_of_what_the_module_logs(
     def steps_of(name: str) -> list[int | None]:
         return [step for step, row in logger.rows if name in row]
 
-    measured = steps_of("flatness/sharpness")
-    assert len(measured) >= 2
+    steps = steps_of("flatness/sharpness")
+    assert len(steps) >= 2
     for name in beside:
-        assert steps_of(name) == measured, name
+        assert steps_of(name) == steps, name
 
 
 @pytest.mark.parametrize(
@@ -237,8 +204,8 @@ def test_a_run_that_is_too_short_to_be_measured_is_told(
         fit(tmp_path, Classifier(), [FlatnessMonitor(0.5, **settings)], max_epochs=5, ckpt_path=tmp_path / "4.ckpt")
 
 
-@pytest.mark.parametrize(("sanity", "measured"), [(0, [11, 17, 23]), (1, [5, 11, 17, 23])])
-def test_validation_batches_are_those_of_the_first_validation(tmp_path: Any, sanity: int, measured: list[int]) -> None:
+@pytest.mark.parametrize(("sanity", "steps"), [(0, [11, 17, 23]), (1, [5, 11, 17, 23])])
+def test_validation_batches_are_those_of_the_first_validation(tmp_path: Any, sanity: int, steps: list[int]) -> None:
     """Those of the sanity check come earlier, and none is held twice; what validation sees is not changed."""
     runs = []
     for monitors in ([], [FlatnessMonitor(0.5, data="val", batches=3)]):
@@ -250,31 +217,28 @@ def test_validation_batches_are_those_of_the_first_validation(tmp_path: Any, san
         runs.append((weights(module), validated))
     assert same(*runs)
     assert len(runs[0][1]) == 2
-    assert [step for step, row in logger.rows if "flatness/loss" in row] == measured
+    assert [step for step, row in logger.rows if "flatness/loss" in row] == steps
     assert math.isclose(logger.measured[-1]["loss"], runs[0][1][-1][1], rel_tol=1e-6)
 
 
 @pytest.mark.parametrize(("in_epoch", "counts"), [(6, [1, 2, *[3] * 10]), (2, [1, 2, 2, 2])])
 def test_a_measurement_takes_the_batches_that_have_passed_by(tmp_path: Any, in_epoch: int, counts: list[int]) -> None:
-    net, logger = make_net(), Recorder()
+    net = make_net()
     monitor = FlatnessMonitor(0.3, every_n_steps=1, batches=3, measures=["sharpness"])
-    settings = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 1}
-    fit(tmp_path, Classifier(net=net, lr=0.0), [monitor], make_loader(in_epoch), **settings)
+    rows = measured(tmp_path, Classifier(net=net, lr=0.0), [monitor], make_loader(in_epoch))
     losses = [nn.functional.cross_entropy(net(inputs), labels).item() for inputs, labels, _ in make_loader(in_epoch)]
     expected = [sum(losses[:count]) / count for count in counts]
-    assert [row["loss"] for row in logger.measured] == pytest.approx(expected, rel=1e-6)
+    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-6)
 
 
 def test_mixed_precision_is_that_of_training(tmp_path: Any) -> None:
     """As in training the loss is computed under autocast, and the run is left alone."""
     losses, after = {}, []
     for precision, monitors in (("bf16-mixed", True), ("32-true", True), ("bf16-mixed", False)):
-        module, logger = Classifier(), Recorder()
+        module = Classifier()
         callbacks = [FlatnessMonitor(0.5, every_n_steps=6)] if monitors else []
-        settings = {"precision": precision, "logger": logger, "log_every_n_steps": 1, "max_epochs": 1}
-        fit(tmp_path, module, callbacks, **settings)
-        if monitors:
-            losses[precision] = logger.measured[0]["loss"]
+        for row in measured(tmp_path, module, callbacks, precision=precision, max_epochs=1):
+            losses[precision] = row["loss"]
         if precision == "bf16-mixed":
             after.append(weights(module))
     assert same(*after)
@@ -306,33 +270,26 @@ class MeasuredByHand(ByHand):
 def test_manual_optimization_is_measured_by_compute_loss(tmp_path: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"put the loss of a batch into a method compute_loss"):
         fit(tmp_path, ByHand(), [FlatnessMonitor(0.3)])
-    logger = Recorder()
-    monitor = FlatnessMonitor(every_n_steps=4)
-    fit(tmp_path, MeasuredByHand(), [EFMLoRA(0.5), monitor], logger=logger, log_every_n_steps=1)
-    assert len(logger.measured) == 3
+    assert len(measured(tmp_path, MeasuredByHand(), [EFMLoRA(0.5), FlatnessMonitor(every_n_steps=4)])) == 3
 
 
 def test_the_perturbation_of_another_callback_is_not_measured(tmp_path: Any) -> None:
     """In manual optimization it lasts to the end of the batch, where the monitor may come first."""
     rows = []
     for callbacks in ([], [RandomPerturbation(0.5)], [EFMLoRA(0.5)]):
-        logger = Recorder()
         monitor = FlatnessMonitor(0.3, every_n_steps=1, measures=["sharpness"])
-        fit(tmp_path, MeasuredByHand(lr=0.0), [monitor, *callbacks], logger=logger, log_every_n_steps=1)
-        rows.append(logger.measured)
+        rows.append(measured(tmp_path, MeasuredByHand(lr=0.0), [monitor, *callbacks]))
     assert rows[0] == rows[1] == rows[2]
 
 
 def test_a_step_draws_the_same_in_every_pass(tmp_path: Any) -> None:
     """So that weights which don't move have one loss, and a tiny radius a tiny sharpness, whatever the step draws."""
-    logger = Recorder()
     monitor = FlatnessMonitor(1e-6, every_n_steps=1, batches=1, measures=["sharpness"])
 
     class Draws(Classifier):
         def loss(self, batch: Any, batch_idx: int) -> Any:
             return super().loss(batch, batch_idx) * (1 + torch.rand(()) + random.random() + np.random.rand())
 
-    fit(tmp_path, Draws(net=make_net(0.3), lr=0.0), [monitor], logger=logger, log_every_n_steps=1, max_epochs=1)
-    assert len(logger.measured) == 6
-    assert all(row == logger.measured[0] for row in logger.measured)
-    assert 0 <= logger.measured[0]["sharpness"] < 1e-4
+    first, *others = measured(tmp_path, Draws(net=make_net(0.3), lr=0.0), [monitor], max_epochs=1)
+    assert others == [first] * 5
+    assert 0 <= first["sharpness"] < 1e-4
