@@ -34,11 +34,8 @@ class BiLoRA(MethodCallback):
         \frac{(G_{A_2}, G_{B_2})}{\lVert (G_{A_2}, G_{B_2}) \rVert_F}\right), \qquad
         c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
 
-    The paper's abstract and summaries of it give the second pair on the full weight, its ascent in the pass of the
-    descent, the ball, and that only the first pair is kept. The full text was not available, and the following is a
-    choice of this package: one ball and one gradient norm over all layers; a step relative to the norm of the factors,
-    which needs no learning rate and does not depend on the scale of the loss; the same factor :math:`\sqrt c` for A2
-    and B2; the rank; A2 drawn as LoRA's A and B2 = 0, so that the first step is plain LoRA's.
+    The full text of the paper was not available; docs/baselines.md says what is taken from its abstract, and what is
+    a choice of this package. A2 is drawn as LoRA's A is, and B2 = 0, so that the first step is plain LoRA's.
 
     The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, in float32 or wider, and
     saves them with its state. They are on in the forward and the backward pass (so the logged loss includes them), and

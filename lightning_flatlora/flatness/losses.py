@@ -164,20 +164,12 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
         >>> joint_ascent([torch.tensor([3.0]), torch.tensor([0.0, 4.0])], rho=0.5)
         [tensor([0.3000]), tensor([0.0000, 0.4000])]
     """
-    wide = []
-    for gradient in gradients:
-        # An embedding's may be sparse.
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        # Since the squares of a 16-bit gradient may over- or underflow.
-        wide.append(_wide(dense))
+    # Dense, since an embedding's may be sparse, and wide, since the squares of 16 bits may over- or underflow.
+    wide = [_wide(gradient.to_dense()) for gradient in gradients]
     norm = nn.utils.get_total_norm(wide)
+    # 0 for a norm that is not finite as well; only entries that are not finite themselves give nan with it.
     scale = torch.where(norm > 0, rho / norm, 0.0)
-    bad = ~torch.isfinite(norm)
-    perturbations = []
-    for gradient in wide:
-        E = gradient * scale.to(gradient.device, gradient.dtype)
-        perturbations.append(E.masked_fill_(bad.to(gradient.device), 0.0))
-    return perturbations
+    return [(gradient * scale.to(gradient.device, gradient.dtype)).nan_to_num_(0.0) for gradient in wide]
 
 
 def computed(part: Loss) -> Tensor:

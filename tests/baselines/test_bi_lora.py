@@ -10,10 +10,8 @@ from float64_runs import Automatic, fit_in_float64, network
 from helpers import Classifier, ResumableLoader, fit, make_loader, make_net, same, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 from lightning_flatlora import find_pairs
 from lightning_flatlora.baselines import BiLoRA
@@ -111,39 +109,15 @@ def test_they_are_in_no_module_optimizer_or_checkpoint(tmp_path: Path) -> None:
 # -- when they stay as they are
 
 
-def test_a_step_that_the_loss_scaler_skips_moves_nothing(tmp_path: Path) -> None:
-    """In float16 under autocast; the fourth batch overflows."""
-    batches = [list(batch) for batch in make_loader(6)]
-    batches[3][2] = torch.full((4,), torch.inf)
-    callback = BiLoRA(0.5)
-    course = Course(callback)
-    plugins = MixedPrecision("16-mixed", "cpu", scaler=GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6))
-    fit(tmp_path, Classifier(), [callback, course], ResumableLoader(batches), plugins=plugins, max_epochs=1)
-    alike = [same(one, other) for one, other in zip(course.states[1:], course.states, strict=False)]
-    assert alike.count(True) == 1
-    assert all(factor.isfinite().all() for factor in callback.factors)
-    assert {factor.dtype for factor in callback.factors} == {torch.float32}
-
-
-def test_a_gradient_of_their_own_that_is_not_finite_moves_nothing() -> None:
-    pairs = step_on(make_net())
+@pytest.mark.parametrize("place", ["of their own", "that a loss scaler watches"])
+def test_a_gradient_that_is_not_finite_moves_nothing(place: str) -> None:
+    pairs, watched = step_on(make_net()), nn.Parameter(torch.ones(2))
     before = states(pairs)
-    for factor in pairs.factors:
+    for factor in [*pairs.factors, watched]:
         factor.grad = torch.ones_like(factor)
-    pairs.factors[1].grad[0, 0] = torch.nan
-    pairs.use_gradients([])
+    (pairs.factors[1] if place == "of their own" else watched).grad.view(-1)[0] = torch.nan
+    pairs.use_gradients([watched])
     assert same(states(pairs), before)
-
-
-def test_clipping_does_not_concern_them(tmp_path: Path) -> None:
-    """At a learning rate of 0, where it could reach them only through their own gradients."""
-    found = []
-    for settings in ({}, {"gradient_clip_val": 1e-3}):
-        callback, module = BiLoRA(0.5), Classifier(lr=0.0)
-        module.optimizer_class = torch.optim.SGD
-        fit(tmp_path, module, [callback], max_epochs=1, **settings)
-        found.append(states(callback))
-    assert same(*found)
 
 
 def test_gradients_of_a_window_that_ends_without_a_step_are_dropped(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from helpers import (
 )
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from monitored_runs import ALL_BUT_EMA, Recorder
+from monitored_runs import ALL_BUT_EMA, Recorder, measured
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from two_pass_runs import Keeping
@@ -136,22 +136,20 @@ def test_a_run_whose_loss_turns_nan_ends_as_it_does_without_it(tmp_path: Any, me
         def loss(self, batch: Any, batch_idx: int) -> Any:
             return super().loss(batch, batch_idx) * (1.0 if self.global_step < 3 else math.nan)
 
-    ends, logger = [], Recorder()
+    ends = []
     for monitors in ([], [FlatnessMonitor(rho=0.1, every_n_steps=1, measures=measures, samples=2)]):
         module = Diverges()
-        trainer = fit(tmp_path, module, monitors, max_epochs=1, logger=logger, log_every_n_steps=1)
-        ends.append((trainer.global_step, weights(module), torch.get_rng_state()))
+        rows = measured(tmp_path, module, monitors, max_epochs=1)
+        ends.append((module.global_step, weights(module), torch.get_rng_state()))
     assert same(*ends)
-    assert len(logger.measured) == 6
-    assert all(math.isnan(value) for value in logger.measured[-1].values())
+    assert len(rows) == 6
+    assert all(math.isnan(value) for value in rows[-1].values())
 
 
 def test_checkpoints_can_follow_a_measure(tmp_path: Any) -> None:
     best = ModelCheckpoint(tmp_path, monitor="flatness/sharpness", save_on_train_epoch_end=True)
-    logger = Recorder()
-    settings = {"logger": logger, "log_every_n_steps": 1, "max_epochs": 3}
-    fit(tmp_path, Classifier(), [FlatnessMonitor(0.5), best], **settings)
-    assert math.isclose(float(best.best_model_score), min(row["sharpness"] for row in logger.measured), rel_tol=1e-6)
+    rows = measured(tmp_path, Classifier(), [FlatnessMonitor(0.5), best], max_epochs=3)
+    assert math.isclose(float(best.best_model_score), min(row["sharpness"] for row in rows), rel_tol=1e-6)
 
 
 def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
@@ -195,10 +193,10 @@ def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
 
 
 def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
-    monitor, logger = FlatnessMonitor(every_n_steps=3), Recorder()
+    monitor, rows = FlatnessMonitor(every_n_steps=3), []
     for callback in (EFMLoRA(0.5), FMLoRA(0.3)):
-        fit(tmp_path, Classifier(), [callback, monitor], max_epochs=1, logger=logger, log_every_n_steps=1)
-    assert ["ema_gap" in row for row in logger.measured] == [True, True, False, False]
+        rows += measured(tmp_path, Classifier(), [callback, monitor], max_epochs=1)
+    assert ["ema_gap" in row for row in rows] == [True, True, False, False]
 
 
 class LogsBatchEnds(Callback):
