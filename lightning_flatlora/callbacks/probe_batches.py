@@ -140,11 +140,6 @@ def _loss_method(pl_module: LightningModule) -> Callable[..., Any]:
         ValueError: there is none that does nothing else.
     """
     if pl_module.automatic_optimization:
-        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            raise ValueError(
-                "training_step(dataloader_iter) takes batches itself, so none can be held: "
-                "write training_step(batch, batch_idx)"
-            )
         return pl_module.training_step
     compute_loss: Any = getattr(pl_module, "compute_loss", None)
     if not callable(compute_loss):

@@ -124,9 +124,21 @@ class WritesItsGraph(Classifier):
         return loss
 
 
+class TakesTheLoader(Classifier):
+    """Takes batches itself, so none can be kept."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return self.loss(batch, batch_idx)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(DetectsInEvalMode, "KeyError: 'losses'"), (WritesItsGraph, "RuntimeError: .* inplace operation")],
+    [
+        (DetectsInEvalMode, "KeyError: 'losses'"),
+        (WritesItsGraph, "RuntimeError: .* inplace operation"),
+        (TakesTheLoader, "TypeError: 'NoneType' object is not an iterator"),
+    ],
 )
 def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: Any, kind: Any, reason: str) -> None:
     monitor = FlatnessMonitor(0.5)
