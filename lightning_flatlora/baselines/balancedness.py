@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.methods.checks import choice_problems
 from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of
+from lightning_flatlora.pairs.lora_pair import Finder, rows_of
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import Sharding
 
@@ -112,21 +112,16 @@ class BalancednessStep(StepMethod):
             for parameter in param_group["params"]:
                 strength[id(parameter)] = alpha * param_group["lr"]
         happens = Sharding().all_finite(also_finite, self.pairs[0].B.device)
+        norm = torch.linalg.vector_norm
         for pair in self.pairs:
+            A, B = rows_of(pair.A, pair.A_rows), rows_of(pair.B, pair.B_rows)
             if pair.A.grad is None or pair.B.grad is None:
                 continue
+            if self.kind == "nBAR":
+                B_grows = norm(rows_of(pair.B.grad, pair.B_rows)) >= norm(rows_of(pair.A.grad, pair.A_rows))
+            else:
+                B_grows = norm(B) < norm(A)
             # A sign of 0 changes nothing: the scaler is about to skip the step, and the host need not wait to know it.
-            sign = self._sign(pair) * happens.to(pair.B.device)
-            rows_of(pair.B, pair.B_rows).mul_(1 + strength[id(pair.B)] * sign)
-            rows_of(pair.A, pair.A_rows).mul_(1 - strength[id(pair.A)] * sign)
-
-    def _sign(self, pair: LoRAPair) -> Tensor:
-        """Return 1 if B grows and A shrinks, else -1; shape (), on the device."""
-        by_gradients = self.kind == "nBAR"
-        A, B = (pair.A.grad, pair.B.grad) if by_gradients else (pair.A, pair.B)
-        assert A is not None
-        assert B is not None
-        norm_A = torch.linalg.vector_norm(rows_of(A, pair.A_rows))
-        norm_B = torch.linalg.vector_norm(rows_of(B, pair.B_rows))
-        sign = torch.where(norm_B >= norm_A, 1.0, -1.0).to(norm_B.dtype)
-        return sign if by_gradients else -sign
+            sign = torch.where(B_grows, 1.0, -1.0).to(B.dtype) * happens.to(B.device)
+            B.mul_(1 + strength[id(pair.B)] * sign)
+            A.mul_(1 - strength[id(pair.A)] * sign)
