@@ -108,10 +108,3 @@ def test_too_few_parameters_and_a_negative_radius_are_refused() -> None:
     quadratic = Quadratic()
     with pytest.raises(ValueError, match="rho must be a finite number >= 0, got -1"):
         lora_sharpness(quadratic.loss, quadratic.pairs, rho=-1)
-
-
-@pytest.mark.parametrize("names", ["sharpness", ["sharp"]])
-def test_unknown_measures_are_named(names: Any) -> None:
-    quadratic = Quadratic()
-    with pytest.raises(ValueError, match=r"measures (must be|holds 'sharp')"):
-        measure(Point(quadratic.loss, Perturbation(quadratic.pairs), RHO), names)
