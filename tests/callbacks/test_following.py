@@ -309,9 +309,10 @@ class Measured(FlatnessMonitor):
         super().__init__(**settings)
         self.scalings: dict[int, list[float]] = {}
 
-    def _point(self, trainer: Any, method: Any, perturbation: Any, noise: Any) -> Any:
-        self.scalings[trainer.global_step] = sorted(pair.scaling for pair in perturbation.pairs)
-        return super()._point(trainer, method, perturbation, noise)
+    def _point(self, trainer: Any, *args: Any) -> Any:
+        point = super()._point(trainer, *args)
+        self.scalings[trainer.global_step] = sorted(pair.scaling for pair in point.pairs)
+        return point
 
 
 def test_the_monitor_follows_too(tmp_path):
