@@ -220,14 +220,11 @@ class Layer(nn.Module):
         return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))
 
 
-def found(base: str | None) -> PairsByName:
-    return PairsByName(a="lora_A", b="lora_B", scaling="scaling", base=base)
-
-
 def test_layers_of_another_library() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(Layer(6, 5), nn.Tanh(), Layer(5, 3))
-    module, callback = Classifier(net=net), BiLoRA(0.5, finder=found("linear"))
+    finder = PairsByName(a="lora_A", b="lora_B", scaling="scaling", base="linear")
+    module, callback = Classifier(net=net), BiLoRA(0.5, finder=finder)
     fit(None, module, [callback])
     assert [tuple(product.shape) for product in products(callback).values()] == [(5, 6), (3, 5)]
     assert frobenius(list(products(callback).values())) > 0.1
