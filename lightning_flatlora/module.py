@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -11,17 +12,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
-from lightning_flatlora.callbacks.silenced import silenced
-from lightning_flatlora.callbacks.strategies import averages_window_itself, backward_without_sync
-from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
+from lightning_flatlora.callbacks.strategies import backward_without_sync
+from lightning_flatlora.callbacks.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.compat import is_lightning
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.checks import integer_problems, is_number
 from lightning_flatlora.methods.fmlora import FMLoRAStep
-from lightning_flatlora.methods.gradients import has_gradient, set_aside
+from lightning_flatlora.methods.gradients import has_gradient
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import average_gradients
 
 if TYPE_CHECKING:
     _Base = LightningModule
@@ -38,8 +37,32 @@ _NOT_CALLED = {
 """Hooks that a subclass would override in vain, and what to do in their place."""
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
+class FMLoRAModuleStep(FMLoRAStep):
+    """FMLoRA's step under the module's name, with the module's arguments, which are checked with its own."""
+
+    title = "FMLoRAModule"
+
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+
+    @override
+    def argument_problems(self) -> list[str]:
+        problems = super().argument_problems()
+        problems += integer_problems("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
+        clip_val = self.gradient_clip_val
+        if clip_val is not None and not (is_number(clip_val) and clip_val >= 0):
+            problems.append(f"gradient_clip_val must be None or a number >= 0, got {clip_val!r}")
+        if self.gradient_clip_algorithm not in ("norm", "value"):
+            problems.append(f"gradient_clip_algorithm must be 'norm' or 'value', got {self.gradient_clip_algorithm!r}")
+        return problems
+
+
 class FMLoRASteps(_Base):
     """What an FMLoRAModule does, over the LightningModule of either name of Lightning; see :class:`FMLoRAModule`."""
+
+    _takes_passes_itself = True
 
     def __init__(
         self,
@@ -58,7 +81,7 @@ class FMLoRASteps(_Base):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        method = _ModuleStep(
+        method = FMLoRAModuleStep(
             rho,
             estimator=estimator,
             norm_scope=norm_scope,
@@ -67,10 +90,11 @@ class FMLoRASteps(_Base):
             adapter_name=adapter_name,
             finder=finder,
             sync_ascent=sync_ascent,
-            step_problems=_step_problems(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm),
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
         )
-        self._callback = FMLoRAModuleCallback(method, accumulate_grad_batches)
-        self._in_window = False
+        self._callback = FMLoRAModuleCallback(method)
         self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
@@ -91,10 +115,6 @@ class FMLoRASteps(_Base):
         """
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(batch, batch_idx)")
 
-    @property
-    def _overrides_step(self) -> bool:
-        return _defines(self, "training_step")
-
     def _subclass_problems(self) -> list[str]:
         """What can't work about a subclass, one line for each problem."""
         name = type(self).__name__
@@ -104,10 +124,11 @@ class FMLoRASteps(_Base):
                 "automatic_optimization must be False, as FMLoRAModule sets it, got True: it takes its optimizer steps "
                 "itself. Leave it alone, or subclass LightningModule and use the FMLoRA callback"
             )
-        if self._overrides_step and not _defines(self, "compute_loss"):
+        if _defines(self, "training_step"):
             problems.append(
                 f"{name} defines training_step, in place of FMLoRAModule's, which takes the two passes and the "
-                "optimizer step, so nothing would be trained: rename it to compute_loss, and let it return the loss"
+                "optimizer step, so nothing would be trained: rename it to compute_loss, and let it return the loss. "
+                "What comes before or after a step belongs in on_train_batch_start and on_train_batch_end"
             )
         for hook, instead in _NOT_CALLED.items():
             if not _is_lightnings(type(self), hook):
@@ -125,85 +146,49 @@ class FMLoRASteps(_Base):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
-        callback = self._callback
-        callback.has_reached_step = callback.has_reached_batch = True
+        callback, trainer = self._callback, self.trainer
         # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
-        if takes_no_step(self.trainer):
+        if takes_no_step(trainer):
             return recursive_detach(self.compute_loss(batch, batch_idx))
+        callback.check_set_up()
         optimizer = self.optimizers()
         assert is_lightning(optimizer, LightningOptimizer)  # checked in on_fit_start
-        ascends = callback.ascends(self.trainer)
         if batch_idx % self.accumulate_grad_batches == 0:
             # At the start of a window and not after the step, as Lightning does: hooks may read the last gradients.
             optimizer.zero_grad()
-            callback.source.forget_ascents()
-        last = ends_window(self.trainer, batch_idx, self.accumulate_grad_batches)
-        self._in_window = not last
-        if ascends:
-            output = self._two_passes(batch, batch_idx, last)
-        else:
-            with callback.source.between_ascents():
-                output = self._one_pass(batch, batch_idx, sync=last)
+            callback.source.forget_gradients()
+        last = ends_window(trainer)
+        with callback.between_ascents(), nullcontext() if last else backward_without_sync(trainer.strategy):
+            output = self.compute_loss(batch, batch_idx)
+            loss = loss_of(output, "compute_loss")
+            if loss is not None:
+                # The second pass, if the step has one, comes within it, see callbacks/passes.py.
+                self.manual_backward(loss / self.accumulate_grad_batches)
+            elif trainer.world_size > 1:
+                raise RuntimeError(
+                    "compute_loss returned None on one of several ranks, and the others would wait for its gradient "
+                    "forever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
+                )
         if last:
             if has_gradient(optimizer.optimizer):
                 optimizer.step()
             else:
                 # Every batch of the window was skipped, and a loss scaler refuses a step without gradients.
                 callback.source.before_step()
-            callback.step_schedulers(self.trainer, "step", batch_idx)
-        if self.trainer.is_last_batch:
-            callback.step_schedulers(self.trainer, "epoch", self.current_epoch)
+            callback.step_schedulers(trainer, "step", batch_idx)
+        if trainer.is_last_batch:
+            callback.step_schedulers(trainer, "epoch", self.current_epoch)
         return recursive_detach(output)
-
-    @override
-    def on_validation_model_zero_grad(self) -> None:
-        """Keep the gradients of an open accumulation window, which Lightning does not know of."""
-        if not self._in_window:
-            super().on_validation_model_zero_grad()
-
-    def _two_passes(self, batch: Any, batch_idx: int, last: bool) -> Any:
-        """The ascent at the clean B, then the descent's gradient at B + E; returns the clean pass's output."""
-        method, replay = self._callback.source, self._callback.replay
-        kept_batch = replay.kept_batch(batch)
-        replay.first_pass_starts(self.device)
-        # E is of this micro-batch alone, so what the window has accumulated is set aside.
-        with set_aside(replay.parameters, self.trainer.optimizers):
-            averages = averages_window_itself(self.trainer.strategy, self.accumulate_grad_batches)
-            output = self._one_pass(batch, batch_idx, sync=last and self.sync_ascent and not averages)
-            if loss_of(output, "compute_loss") is None:
-                # The batch is skipped, and the window continues with what it had.
-                return output
-            if averages and self.sync_ascent:
-                average_gradients(method.ascending)
-            at_perturbed_weights = method.ascend()
-        with replay.running(), at_perturbed_weights, silenced(self):
-            if loss_of(self._one_pass(kept_batch, batch_idx, sync=last), "compute_loss") is None:
-                leave_batch_out(self.trainer, "compute_loss")
-        return output
-
-    def _one_pass(self, batch: Any, batch_idx: int, sync: bool) -> Any:
-        output = self.compute_loss(batch, batch_idx)
-        loss = loss_of(output, "compute_loss")
-        if loss is None and self.trainer.world_size > 1:
-            raise RuntimeError(
-                "compute_loss returned None on one of several ranks, and the others would wait for its gradient "
-                "forever: return a loss of zero that depends on the parameters, as 0 * output.sum()"
-            )
-        if loss is not None:
-            with nullcontext() if sync else backward_without_sync(self.trainer.strategy):
-                self.manual_backward(loss / self.accumulate_grad_batches)
-        return output
 
 
 class FMLoRAModule(FMLoRASteps, LightningModule):
     """A LightningModule that takes FMLoRA's two passes itself: perturb, project into B, step (Algorithm 1).
 
     Subclass it, call ``super().__init__(rho=...)``, and write ``compute_loss`` and ``configure_optimizers`` (one
-    optimizer). ``training_step`` is defined already: one of your own must call
-    ``super().training_step(batch, batch_idx)``. The module itself does what the Trainer refuses under manual
-    optimization: gradient accumulation, clipping, and stepping of LR schedulers (their interval and frequency are
-    honoured; step a ReduceLROnPlateau yourself). An :class:`~lightning_flatlora.EFMLoRA` callback next to it schedules
-    the two passes (cost 1 + 1/every_n_steps) and perturbs by Ê in between.
+    optimizer). ``training_step`` is defined already, and one of your own is refused. The module itself does what the
+    Trainer refuses under manual optimization: gradient accumulation, clipping, and stepping of LR schedulers (their
+    interval and frequency are honoured; step a ReduceLROnPlateau yourself). An :class:`~lightning_flatlora.EFMLoRA`
+    callback next to it schedules the two passes (cost 1 + 1/every_n_steps) and perturbs by Ê in between.
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
@@ -239,20 +224,6 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
     """
 
 
-class _ModuleStep(FMLoRAStep):
-    """FMLoRA's step under the module's name, which reports what is wrong with the module's arguments too."""
-
-    title = "FMLoRAModule"
-
-    def __init__(self, *args: Any, step_problems: list[str], **kwargs: Any) -> None:
-        self._step_problems = step_problems
-        super().__init__(*args, **kwargs)
-
-    @override
-    def argument_problems(self) -> list[str]:
-        return [*super().argument_problems(), *self._step_problems]
-
-
 def _defines(module: FMLoRASteps, name: str) -> bool:
     """Whether a subclass, or the instance, replaces a method of FMLoRAModule."""
     return name in vars(module) or getattr(type(module), name) is not getattr(FMLoRASteps, name)
@@ -262,12 +233,3 @@ def _is_lightnings(kind: type, name: str) -> bool:
     """Whether a class has a method as Lightning wrote it."""
     owner = next(each for each in kind.__mro__ if name in vars(each))
     return owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
-
-
-def _step_problems(accumulate: object, clip_val: object, clip_algorithm: object) -> list[str]:
-    problems = integer_problems("accumulate_grad_batches", accumulate, least=1)
-    if clip_val is not None and not (is_number(clip_val) and clip_val >= 0):  # type: ignore[operator]
-        problems.append(f"gradient_clip_val must be None or a number >= 0, got {clip_val!r}")
-    if clip_algorithm not in ("norm", "value"):
-        problems.append(f"gradient_clip_algorithm must be 'norm' or 'value', got {clip_algorithm!r}")
-    return problems

@@ -7,7 +7,7 @@ import torch
 from helpers import (
     Losses,
     TwoPassClassifier,
-    assert_no_trace,
+    build,
     driver_of,
     fit,
     make_loader,
@@ -164,13 +164,6 @@ def test_accumulation_divides_by_the_window(tmp_path):
 # -- what a subclass may not do
 
 
-class Unreached(TwoPassClassifier):
-    """A training_step of its own, beside compute_loss, that takes no pass of FMLoRAModule's."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(batch, batch_idx)
-
-
 class OwnStep(Losses, FMLoRAModule):
     """A training_step that was kept when the base class changed."""
 
@@ -178,44 +171,37 @@ class OwnStep(Losses, FMLoRAModule):
         return self.loss(batch, batch_idx)
 
 
-def test_a_training_step_in_place_of_compute_loss_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"OwnStep defines training_step.*rename it to compute_loss"):
-        fit(tmp_path, OwnStep(0.5), [])
-
-
-def test_a_training_step_that_takes_no_pass_is_an_error(tmp_path):
-    def by_hand(module: Any, batch: Any, batch_idx: int) -> None:
-        module.manual_backward(module.loss(batch, batch_idx))
-        module.optimizers().step()
-
-    for step in (Unreached.training_step, by_hand, lambda *_: None):
-        module = type("Unreached", (TwoPassClassifier,), {"training_step": step})(0.5)
-        with pytest.raises(MisconfigurationException, match=r"does not call super\(\)\.training_step"):
-            fit(tmp_path, module, [], max_epochs=1)
-        assert_no_trace(module)
-
-
-def test_a_training_step_around_ours_is_welcome(tmp_path):
-    class Around(TwoPassClassifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
-
-    module = Around(0.5)
-    assert fit(tmp_path, module, [], max_epochs=1).global_step == 5
-
-
-class SkipsBatches(TwoPassClassifier):
-    """Leaves batches out before FMLoRAModule's step, which keeps no window then."""
+class Around(TwoPassClassifier):
+    """A training_step around FMLoRAModule's."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx)
 
 
-def test_a_batch_that_is_skipped_around_ours_is_refused_in_a_window(tmp_path):
-    with pytest.raises(MisconfigurationException, match="Return None from compute_loss to skip a batch"):
-        fit(tmp_path, SkipsBatches(rho=0.1, accumulate_grad_batches=2), [])
-    trainer = fit(tmp_path, SkipsBatches(rho=0.1), [], max_epochs=1)
-    assert trainer.global_step == 3
+@pytest.mark.parametrize("kind", [OwnStep, Around])
+def test_a_training_step_in_place_of_compute_loss_is_refused(tmp_path, kind):
+    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__} defines training_step.*rename it to comp"):
+        fit(tmp_path, kind(0.5), [])
+
+
+def test_a_module_that_does_not_give_its_callback_is_refused(tmp_path):
+    module = type("Own", (TwoPassClassifier,), {"configure_callbacks": lambda self: []})(0.5)
+    with pytest.raises(MisconfigurationException, match=r"was not set up.*super\(\)\.configure_callbacks\(\)"):
+        fit(tmp_path, module, [])
+
+
+def test_batches_that_the_loader_left_out_are_as_in_automatic_optimization(tmp_path):
+    """None for a batch, at the start of a window, in it, or at its end."""
+    batches = list(make_loader(9))
+    for index in (1, 3, 8):
+        batches[index] = None
+    ends = []
+    for front_end in ("fmlora", "module"):
+        module, callbacks, more = build(front_end, accumulate=3)
+        with pytest.warns(UserWarning, match="train_dataloader yielded None"):
+            trainer = fit(tmp_path, module, callbacks, batches, **more)
+        ends.append((trainer.global_step, list(weights(module).values())))
+    assert same(*ends)
 
 
 def test_automatic_optimization_is_refused(tmp_path):

@@ -13,7 +13,12 @@ from lightning_flatlora.callbacks import strategies
 from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, is_alone_in, unfreezes_later
 from lightning_flatlora.callbacks.passes import OnePass, Passes, TwoPasses, two_pass_problems
 from lightning_flatlora.callbacks.patches import without_logging
-from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, watched_parameters, window_of
+from lightning_flatlora.callbacks.training_step import (
+    horizon_problems,
+    takes_no_step,
+    takes_passes_itself,
+    watched_parameters,
+)
 from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import message, optimizer_problems, refuse
 from lightning_flatlora.methods.step_method import StepMethod
@@ -31,13 +36,10 @@ class MethodCallback(Callback):
         fit_methods: the methods of the optimizers, and the pairs that they train.
         passes: what wraps the strategy's methods during a fit.
         perturbation: of the pairs' B; None for a method without one, or while there is no pair.
-        module_window: batches of an optimizer step, if this is the callback of a module that takes the passes itself.
 
     Args:
         method: with its settings.
     """
-
-    module_window: int | None = None
 
     def __init__(self, method: StepMethod) -> None:
         self.fit_methods = MethodsOfFit(method)
@@ -81,6 +83,11 @@ class MethodCallback(Callback):
     def method(self) -> StepMethod:
         """The method of the first optimizer that trains pairs."""
         return self.fit_methods.main
+
+    @property
+    def source(self) -> StepMethod:
+        """The method whose perturbation the passes read: that of a callback beside, if one schedules them."""
+        return self.method
 
     @property
     def search(self) -> PairSearch:
@@ -128,7 +135,7 @@ class MethodCallback(Callback):
         self.fit_methods.may_come = not is_alone_in(trainer, self) or unfreezes_later(trainer)
         problems = self.configuration_problems(trainer, pl_module)
         try:
-            self._find(trainer, pl_module)
+            self.fit_methods.find(trainer, pl_module, must_be_there=True)
         except ValueError as error:
             problems.append(str(error))
         else:
@@ -145,12 +152,12 @@ class MethodCallback(Callback):
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """List what can't work about the trainer and its other callbacks; subclasses add their own."""
         method = self.methods[0]
-        problems = strategies.strategy_problems(trainer, window_of(trainer), method.sync_ascent, method.works_sharded)
+        problems = strategies.strategy_problems(trainer, method.sync_ascent, method.works_sharded)
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
         rivals = [type(other).__name__ for other in others if not self.works_beside(other)]
         if rivals:
             problems.append(f"it perturbs the same weights as {', '.join(rivals)} beside it: keep one")
-        if method.takes_two_passes and self.module_window is None:
+        if method.takes_two_passes and not takes_passes_itself(pl_module):
             problems += two_pass_problems(pl_module)
         return problems + optimizer_problems(trainer.optimizers)
 
@@ -162,12 +169,13 @@ class MethodCallback(Callback):
         """Prepare layers and strategy for the first step, after all checks."""
         for method in self.methods:
             method.install()
-        self.wrap_passes(TwoPasses if self.method.takes_two_passes else OnePass, trainer, pl_module)
-
-    def wrap_passes(self, kind: type[Passes], trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap the strategy's methods until the end of the fit."""
+        kind = self.kind_of_passes(pl_module)
         self.passes = kind(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
         self._patches.callback(self.passes.close)
+
+    def kind_of_passes(self, pl_module: LightningModule) -> type[Passes]:
+        """Say how the passes of a step differ from plain ones."""
+        return TwoPasses if self.method.takes_two_passes else OnePass
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,11 +192,6 @@ class MethodCallback(Callback):
 
     # -- the pairs
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search the model for pairs; a ValueError says that there is none, or no adapter of the given name."""
-        if self.method.needs_pairs:
-            self.fit_methods.find(trainer, pl_module, must_be_there=not self._is_training)
-
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Searched at the first pass, since hooks of others may still change the model.
@@ -199,9 +202,8 @@ class MethodCallback(Callback):
         if self._is_stale:
             self._is_stale = False
             self.passes.look_again()
-            if self.method.needs_pairs:
-                self._find(trainer, pl_module)
-                self._warn_once(self.fit_methods.install_again())
+            self.fit_methods.find(trainer, pl_module)
+            self._warn_once(self.fit_methods.install_again())
 
     def _warn_once(self, problems: list[str]) -> None:
         # The same problem is found again in every epoch.

@@ -1,11 +1,11 @@
 """EFMLoRA: the perturbation is an average over past steps, so a step costs one pass."""
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.passes import Passes
-from lightning_flatlora.callbacks.training_step import module_window
+from lightning_flatlora.callbacks.training_step import takes_passes_itself
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.pairs.lora_pair import Finder
@@ -73,17 +73,16 @@ class EFMLoRA(MethodCallback):
     @override
     def works_beside(self, other: MethodCallback) -> bool:
         """Allow an FMLoRAModule, whose passes it schedules, or another EFMLoRA if each has an adapter of its own."""
-        if other.module_window is not None:
-            return True
-        if not isinstance(other, EFMLoRA) or self.adapter_name is None or other.adapter_name is None:
+        if not isinstance(other, EFMLoRA):
+            return other.works_beside(self)
+        if self.adapter_name is None or other.adapter_name is None:
             return False
         return bool(self.adapter_name != other.adapter_name)
 
     @override
-    def wrap_passes(self, kind: type[Passes], trainer: Trainer, pl_module: LightningModule) -> None:
-        # If a module takes the passes, this callback only schedules them.
-        schedules = module_window(trainer) is not None
-        super().wrap_passes(Passes if schedules else kind, trainer, pl_module)
+    def kind_of_passes(self, pl_module: LightningModule) -> type[Passes]:
+        schedules = takes_passes_itself(pl_module)
         for method in self.methods:
             assert isinstance(method, EFMLoRAStep)
             method.schedules_module = schedules
+        return Passes if schedules else super().kind_of_passes(pl_module)

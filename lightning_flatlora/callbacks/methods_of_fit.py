@@ -11,7 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.training_step import module_window, no_end, optimizer_steps
+from lightning_flatlora.callbacks.training_step import no_end, optimizer_steps, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of, is_lightning
 from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
 from lightning_flatlora.methods.checks import changed_settings, refuse
@@ -27,6 +27,7 @@ class MethodsOfFit:
         methods: in the order of the optimizers.
         search: the pairs of the model, and what was left out, as they were at the last search.
         assignment: which optimizer trains which pair.
+        needs_pairs: whether the model is searched for pairs.
 
     Args:
         method: the first, with the settings of all.
@@ -41,6 +42,7 @@ class MethodsOfFit:
         self.assignment = PairAssignment([], [], [], [])
         # Whether another callback has the task of unfreezing or activating pairs later.
         self.may_come = False
+        self.needs_pairs = self.main.needs_pairs
 
     @property
     def main(self) -> StepMethod:
@@ -102,8 +104,8 @@ class MethodsOfFit:
     def warn_of_late_start(self, trainer: Trainer) -> None:
         """Say that a schedule over the whole run begins in the middle of it, as no count has come with a checkpoint."""
         method = self.main
-        # Next to EFMLoRA an FMLoRAModule's callback has no pairs and no count.
-        is_in_use = bool(self.search.names) or not method.needs_pairs
+        # Next to EFMLoRA an FMLoRAModule's callback has no pairs.
+        is_in_use = bool(self.search.names or method.followed)
         if is_in_use and method.step == 0 and trainer.global_step > 0 and method.lacks_horizon:
             rank_zero_warn(
                 f"{method.title} was not part of this run until now, at step {trainer.global_step} of "
@@ -113,12 +115,14 @@ class MethodsOfFit:
 
     # -- the pairs
 
-    def find(self, trainer: Trainer, module: LightningModule, must_be_there: bool) -> None:
+    def find(self, trainer: Trainer, module: LightningModule, must_be_there: bool = False) -> None:
         """Search the model, and give each method the pairs whose factors its optimizer holds.
 
         Raises:
             ValueError: there is no pair though one must be there, or no adapter of the given name.
         """
+        if not self.needs_pairs:
+            return
         # If pairs may be unfrozen or activated later, a start without any is no error.
         may_come = self.may_come
         adapter_name, finder = self.methods[0].adapter_name, self.methods[0].finder
@@ -172,7 +176,7 @@ class MethodsOfFit:
     def without_effect(self, trainer: Trainer, module: LightningModule) -> list[str]:
         """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
         method = self.main
-        if method.needs_pairs and not method.pairs:
+        if self.needs_pairs and not method.pairs:
             what = "no pair is trained any more" if method.has_learned else "no pair has been trained so far"
             return [
                 f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
@@ -180,7 +184,7 @@ class MethodsOfFit:
                 "next epoch on"
             ]
         steps = [method.step for method in self.methods if method.pairs]
-        steps_itself = not module.automatic_optimization and module_window(trainer) is None
+        steps_itself = not module.automatic_optimization and not takes_passes_itself(module)
         if steps_itself and steps and not any(steps):
             return [
                 "no optimizer step was seen so far, so nothing was perturbed: step the optimizer that "

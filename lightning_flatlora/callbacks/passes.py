@@ -181,26 +181,31 @@ class OnePass(Passes):
 
 
 class TwoPasses(Passes):
-    """Take a step's gradient a second time, at perturbed weights, in automatic optimization.
+    """Take a step's gradient a second time, at perturbed weights.
 
     The gradient of the first pass gives the perturbation, and the optimizer sees that of the second. Hooks around
     backward fire in each pass, with its gradient. Under gradient accumulation each micro-batch has its own ascent.
+
+    An FMLoRAModule also steps the optimizer in its training_step, so its second pass is that of ``compute_loss``.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._original_backward = self.trainer.strategy.backward
         self._put_on(self.trainer.strategy, "backward", self.backward)
-        module = self.trainer.lightning_module
+        module: Any = self.trainer.lightning_module
+        # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
+        self._step = self._original_training_step if module.automatic_optimization else module.compute_loss
+        self._step_name = "training_step" if module.automatic_optimization else "compute_loss"
         self._replay = Replay(module, self.trainer.optimizers, is_sharded(self.trainer.strategy.model))
         self._local_ascent = ExitStack()
         self._arguments: tuple[Any, ...] | None = None
 
     @property
     def method(self) -> StepMethod:
-        """The one of the first optimizer that trains pairs."""
-        main: StepMethod = self.owner.method
-        return main
+        """The one whose perturbation the second pass has."""
+        source: StepMethod = self.owner.source
+        return source
 
     def look_again(self) -> None:
         """Find what a step may write again, before the first pass of an epoch."""
@@ -209,6 +214,9 @@ class TwoPasses(Passes):
     def close(self) -> None:
         """Give the strategy its own methods back, and forget a batch that an error has ended."""
         super().close()
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
         self._arguments = None
         self._local_ascent.close()
 
@@ -216,21 +224,14 @@ class TwoPasses(Passes):
         """Run the first forward pass, at the clean weights."""
         if not self.method.ascends:
             return self._original_training_step(*args, **kwargs)
-        arguments = self._replay.kept_batch(args)
+        self._arguments = self._replay.kept_batch(args)
         self._replay.first_pass_starts(self.trainer.lightning_module.device)
-        ends = ends_window(self.trainer, self.trainer.fit_loop.batch_idx, self.trainer.accumulate_grad_batches)
-        if ends and ascent_stays_local(self.trainer, self.method.sync_ascent):
+        if ends_window(self.trainer) and ascent_stays_local(self.trainer, self.method.sync_ascent):
             # Before the forward, in which DDP decides whether the backward is going to average.
             self._local_ascent.enter_context(backward_without_sync(self.trainer.strategy))
-        try:
-            output = self._original_training_step(*args, **kwargs)
-        except BaseException:
-            self._local_ascent.close()
-            raise
+        output = self._original_training_step(*args, **kwargs)
         if output is None:  # Lightning skips the batch
-            self._local_ascent.close()
-        else:
-            self._arguments = arguments
+            self._forget_batch()
         return output
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -240,29 +241,21 @@ class TwoPasses(Passes):
         if arguments is None:
             return original(loss, *args, **kwargs)
         method, strategy = self.method, self.trainer.strategy
-        try:
-            # Not earlier: Lightning clears the gradients of the last step after the forward pass.
-            with set_aside(self._replay.parameters, self.trainer.optimizers):
-                loss = original(loss, *args, **kwargs)
-                if method.sync_ascent and not has_synchronized(strategy):
-                    average_gradients(method.ascending)
-                at_perturbed_weights = method.ascend()
-        finally:
-            self._local_ascent.close()
+        # E is of this micro-batch alone. Not earlier: Lightning clears the last gradients after the forward pass.
+        with self._local_ascent, set_aside(self._replay.parameters, self.trainer.optimizers):
+            loss = original(loss, *args, **kwargs)
+            if method.sync_ascent and not has_synchronized(strategy):
+                average_gradients(method.ascending)
+            at_perturbed_weights = method.ascend()
         # What the first pass has written is asked before the perturbation may move weights in place.
         with self._replay.running(), at_perturbed_weights, silenced(self.trainer.lightning_module):
-            self._descend(arguments)
+            second = loss_of(self._step(*arguments), self._step_name)
+            if second is None:
+                leave_batch_out(self.trainer, self._step_name)
+            else:
+                # Lightning, or the module, has divided the first pass's loss already.
+                original(second / self.trainer.accumulate_grad_batches, *args, **kwargs)
         return loss
-
-    def _descend(self, arguments: tuple[Any, ...]) -> None:
-        """Add the gradient at the perturbed weights to what was accumulated."""
-        # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
-        loss = loss_of(self._original_training_step(*arguments), "training_step")
-        if loss is None:
-            leave_batch_out(self.trainer, "training_step")
-            return
-        # Lightning has divided the first pass's loss itself, but it does not see this one.
-        self._original_backward(loss / self.trainer.accumulate_grad_batches, self.trainer.optimizers[0])
 
 
 def two_pass_problems(pl_module: LightningModule) -> list[str]:

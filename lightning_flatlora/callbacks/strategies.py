@@ -24,12 +24,11 @@ _OFFLOAD = "parameters would lie on the CPU, while E must be where the layers ru
 # -- what is refused
 
 
-def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sharded: bool = True) -> list[str]:
+def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool = True) -> list[str]:
     """Why a method can't work under the trainer's strategy, one line for each reason.
 
     Args:
         trainer: after its strategy is set up.
-        window: batches of an optimizer step, as training starts.
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
         works_sharded: whether the method can work where each rank holds a part of a parameter.
     """
@@ -52,7 +51,7 @@ def strategy_problems(trainer: Trainer, window: int, sync_ascent: bool, works_sh
     if is_lightning(strategy, strategies.ModelParallelStrategy):
         return _fsdp2_problems(strategy, trainer.lightning_module, sync_ascent)
     if is_lightning(strategy, strategies.DDPStrategy):
-        return _foreign_problems(strategy) or _ddp_problems(strategy, _longest_window(trainer, window), sync_ascent)
+        return _foreign_problems(strategy) or _ddp_problems(strategy, _longest_window(trainer), sync_ascent)
     if is_lightning(strategy, strategies.SingleDeviceStrategy):
         return []
     return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
@@ -123,9 +122,9 @@ def _foreign_problems(strategy: strategies.DDPStrategy) -> list[str]:
     return []
 
 
-def _longest_window(trainer: Trainer, window: int) -> int:
+def _longest_window(trainer: Trainer) -> int:
     """The largest number of batches in an optimizer step, now or in a later epoch."""
-    longest = window
+    longest = trainer.accumulate_grad_batches
     for callback in callbacks_of(trainer):
         if is_lightning(callback, GradientAccumulationScheduler):
             longest = max(longest, *callback.scheduling.values())
@@ -203,11 +202,6 @@ def has_synchronized(strategy: strategies.Strategy) -> bool:
     if not is_lightning(strategy, strategies.DDPStrategy):
         return True
     return bool(getattr(strategy.model, "require_backward_grad_sync", True))
-
-
-def averages_window_itself(strategy: strategies.Strategy, window: int) -> bool:
-    """Whether FMLoRAModule must average the ascent's gradients, see :func:`ascent_stays_local` for DDP's reason."""
-    return window > 1 and is_lightning(strategy, strategies.DDPStrategy)
 
 
 def backward_without_sync(strategy: strategies.Strategy) -> AbstractContextManager[Any]:

@@ -62,23 +62,14 @@ def takes_no_step(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop._skip_backward)
 
 
-def module_window(trainer: Trainer) -> int | None:
-    """Batches of an optimizer step as an FMLoRAModule accumulates them; None if the model is another module."""
-    for callback in callbacks_of(trainer):
-        window: int | None = getattr(callback, "module_window", None)
-        if window is not None:
-            return window
-    return None
+def takes_passes_itself(module: LightningModule) -> bool:
+    """Say whether a module is an FMLoRAModule, under either name of Lightning."""
+    return getattr(module, "_takes_passes_itself", False)
 
 
-def window_of(trainer: Trainer) -> int:
-    """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
-    return module_window(trainer) or trainer.accumulate_grad_batches
-
-
-def ends_window(trainer: Trainer, batch_idx: int, accumulate_grad_batches: int) -> bool:
+def ends_window(trainer: Trainer) -> bool:
     """Say whether a batch is the last of its accumulation window, which may be shorter at the end of an epoch."""
-    return (batch_idx + 1) % accumulate_grad_batches == 0 or trainer.is_last_batch
+    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
 def horizon_problems(argument: str, trainer: Trainer, module: LightningModule) -> list[str]:
@@ -92,7 +83,7 @@ def horizon_problems(argument: str, trainer: Trainer, module: LightningModule) -
     if trainer.max_steps == -1 and trainer.max_epochs == -1:
         return [no_end(argument)]
     # FMLoRAModule's optimization is manual, too, but its window says when it steps.
-    own_steps = not module.automatic_optimization and module_window(trainer) is None
+    own_steps = not module.automatic_optimization and not takes_passes_itself(module)
     changing = any(is_lightning(each, GradientAccumulationScheduler) for each in callbacks_of(trainer))
     if own_steps or changing:
         cause = "this module steps its optimizer itself" if own_steps else "the accumulation changes"
@@ -117,7 +108,7 @@ def optimizer_steps(trainer: Trainer) -> float:
     steps = math.inf
     if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
         # Rounded up, because the last window of an epoch steps even if it is shorter.
-        steps = math.ceil(trainer.num_training_batches / window_of(trainer)) * _epochs(trainer)
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * _epochs(trainer)
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
 
 

@@ -36,7 +36,7 @@ class EFMLoRAStep(BPerturbationStep):
     def reset(self) -> None:
         super().reset()
         self.schedules_module = False
-        self.forget_ascents()
+        self.forget_gradients()
 
     @property
     @override
@@ -98,8 +98,8 @@ class EFMLoRAStep(BPerturbationStep):
     def ascending(self) -> list[nn.Parameter]:
         return self.trained_factors()
 
-    def forget_ascents(self) -> None:
-        """Begin a new window of the module."""
+    @override
+    def forget_gradients(self) -> None:
         self._sum: FreshPerturbation | None = None
         self._ascents = 0
 
@@ -116,8 +116,8 @@ class EFMLoRAStep(BPerturbationStep):
         return self.perturbation.applied(fresh.stacks)
 
     def between_ascents(self) -> AbstractContextManager[None]:
-        """Inside, the layers read B + Ê."""
-        if self.perturbation is None or not self.perturbation.may_be_nonzero:
+        """Inside, the layers read B + Ê if the step has one pass."""
+        if self.ascends or self.perturbation is None or not self.perturbation.may_be_nonzero:
             return nullcontext()
         return self.perturbation.applied()
 
@@ -129,4 +129,4 @@ class EFMLoRAStep(BPerturbationStep):
         finite = self.perturbation.all_finite(also_finite) & self._sum.finite
         stacks = list(torch._foreach_div(self._sum.stacks, self._ascents))
         self.perturbation.average(FreshPerturbation(stacks, finite, self._sum.is_zero), self.beta)
-        self.forget_ascents()
+        self.forget_gradients()

@@ -1,6 +1,6 @@
 """FMLoRA's step: E from a pass at the clean B, the step's gradient at B + E (Algorithm 1)."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 from torch import nn
 from typing_extensions import override
@@ -24,12 +24,3 @@ class FMLoRAStep(BPerturbationStep):
         assert self.perturbation is not None
         self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
         return self.perturbation.applied()
-
-    # -- what an FMLoRAModule asks of either method
-
-    def forget_ascents(self) -> None:
-        """Do nothing: no E outlives its pass."""
-
-    def between_ascents(self) -> AbstractContextManager[None]:
-        """Inside, the layers read the clean B."""
-        return nullcontext()

@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.fmlora_module import counting_windows
-
 _SECONDS = 10.0  # between two lines
 
 
@@ -109,9 +107,7 @@ class ProgressLines(ProgressBar):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # FMLoRA's module accumulates by itself, which the trainer does not know.
-        with counting_windows(trainer, getattr(pl_module, "accumulate_grad_batches", trainer.accumulate_grad_batches)):
-            steps = trainer.estimated_stepping_batches
+        steps = trainer.estimated_stepping_batches
         if self._is_on and not math.isinf(steps):
             self._training = Lines(f"{self._name}, training steps", int(steps), trainer.global_step)
 

@@ -184,6 +184,6 @@ def test_learning_rate_finder_in_the_middle_of_a_fit(tmp_path, front_end):
     assert_same_run(trainer, plain_fit(tmp_path, front_end))
     saved = torch.load(saving.best_model_path, weights_only=True)["callbacks"]
     states = [state for state in saved.values() if "perturbation" in state or "initial_lr" in state]
-    assert [state["step"] for state in states] == [driver_of(trainer).step]
+    assert {state["step"] for state in states} == {driver_of(trainer).step}
     if callbacks and isinstance(callbacks[0], EFMLoRA):
         assert same(states[0]["perturbation"]["E"], E_hat(driver_of(trainer)))

@@ -79,20 +79,20 @@ class Routed(nn.Module):
         return last(hidden)  # type: ignore[no-any-return]
 
 
-class _TellsBatch:
-    net: Any
+class RoutedAutomatic(Automatic):
+    """Automatic optimization."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.net.batch_idx = batch_idx
-        return super().training_step(batch, batch_idx)  # type: ignore[misc]
+        return super().training_step(batch, batch_idx)
 
 
-class RoutedAutomatic(_TellsBatch, Automatic):
-    """Automatic optimization."""
-
-
-class RoutedManual(_TellsBatch, Manual):
+class RoutedManual(Manual):
     """FMLoRAModule."""
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        self.net.batch_idx = batch_idx
+        return super().compute_loss(batch, batch_idx)
 
 
 def train_routed(front_end: str, accumulate: int, alone: bool = False) -> dict[str, Any]:
