@@ -95,7 +95,6 @@ class FMLoRASteps(_Base):
             gradient_clip_algorithm=gradient_clip_algorithm,
         )
         self._callback = FMLoRAModuleCallback(method)
-        self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
@@ -124,14 +123,16 @@ class FMLoRASteps(_Base):
                 "automatic_optimization must be False, as FMLoRAModule sets it, got True: it takes its optimizer steps "
                 "itself. Leave it alone, or subclass LightningModule and use the FMLoRA callback"
             )
-        if _defines(self, "training_step"):
+        if _overrides(self, "training_step", FMLoRASteps):
             problems.append(
                 f"{name} defines training_step, in place of FMLoRAModule's, which takes the two passes and the "
                 "optimizer step, so nothing would be trained: rename it to compute_loss, and let it return the loss. "
                 "What comes before or after a step belongs in on_train_batch_start and on_train_batch_end"
             )
+        # Of either name of Lightning.
+        lightnings = next(kind for kind in type(self).__mro__ if kind.__name__ == "LightningModule")
         for hook, instead in _NOT_CALLED.items():
-            if not _is_lightnings(type(self), hook):
+            if _overrides(self, hook, lightnings):
                 problems.append(
                     f"{name} overrides {hook}, which Lightning does not call in manual optimization: {instead}, or "
                     "subclass LightningModule and use the FMLoRA callback"
@@ -224,12 +225,6 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
     """
 
 
-def _defines(module: FMLoRASteps, name: str) -> bool:
-    """Whether a subclass, or the instance, replaces a method of FMLoRAModule."""
-    return name in vars(module) or getattr(type(module), name) is not getattr(FMLoRASteps, name)
-
-
-def _is_lightnings(kind: type, name: str) -> bool:
-    """Whether a class has a method as Lightning wrote it."""
-    owner = next(each for each in kind.__mro__ if name in vars(each))
-    return owner.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+def _overrides(module: FMLoRASteps, name: str, base: type) -> bool:
+    """Whether a subclass, or the instance, replaces a method of a base class."""
+    return name in vars(module) or getattr(type(module), name) is not getattr(base, name)

@@ -5,12 +5,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import WarningCache, rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.callbacks import strategies
-from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, is_alone_in, unfreezes_later
+from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, unfreezes_later
 from lightning_flatlora.callbacks.passes import OnePass, Passes, TwoPasses, two_pass_problems
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.training_step import (
@@ -20,9 +20,8 @@ from lightning_flatlora.callbacks.training_step import (
     watched_parameters,
 )
 from lightning_flatlora.compat import callbacks_of
-from lightning_flatlora.methods.checks import message, optimizer_problems, refuse
+from lightning_flatlora.methods.checks import optimizer_problems, refuse
 from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs.lora_pair import PairSearch
 
 
 class MethodCallback(Callback):
@@ -43,8 +42,6 @@ class MethodCallback(Callback):
 
     def __init__(self, method: StepMethod) -> None:
         self.fit_methods = MethodsOfFit(method)
-        # None while no Trainer is known: Lightning and users read state_key before a fit, too.
-        self._is_alone: bool | None = None
         self._last_trainer: weakref.ref[Trainer] | None = None
         self._begin()
 
@@ -55,7 +52,6 @@ class MethodCallback(Callback):
         self._is_stale = False
         self.passes: Any = None
         self._patches = ExitStack()
-        self._warnings = WarningCache()
 
     def __getstate__(self) -> dict[str, Any]:
         """Give settings and state: a copy or pickle that is made in the middle of a fit has no part in that fit."""
@@ -64,7 +60,7 @@ class MethodCallback(Callback):
         blank._begin()
         blank.fit_methods = MethodsOfFit(self.method.for_another_optimizer())
         blank._loaded = self.state_dict()
-        blank._last_trainer = blank._is_alone = None
+        blank._last_trainer = None
         return without_logging(blank)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,16 +85,9 @@ class MethodCallback(Callback):
         """The method whose perturbation the passes read: that of a callback beside, if one schedules them."""
         return self.method
 
-    @property
-    def search(self) -> PairSearch:
-        """The pairs of the model, and what was left out, as they were at the last search."""
-        return self.fit_methods.search
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Hand a setting that is assigned, such as ``rho`` or ``beta``, to the methods."""
-        if "fit_methods" in vars(self) and name in self.fit_methods.setting_names:
-            self.fit_methods.change(name, value)
-        else:
+        if "fit_methods" not in vars(self) or not self.fit_methods.change(name, value):
             super().__setattr__(name, value)
 
     @property
@@ -120,7 +109,6 @@ class MethodCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A fit that was killed between hooks, as in a notebook, may have left something behind.
         self.uninstall()
-        self._is_alone = is_alone_in(trainer, self)
         if stage != "fit":
             return
         # A further fit of the same Trainer continues. Not by trainer.ckpt_path, which is still that of the last run.
@@ -132,7 +120,9 @@ class MethodCallback(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_methods.take(trainer.optimizers)
-        self.fit_methods.may_come = not is_alone_in(trainer, self) or unfreezes_later(trainer)
+        alike = [each for each in callbacks_of(trainer) if type(each) is type(self)]
+        # Adapters that have a callback each may be activated in turn.
+        self.fit_methods.may_come = len(alike) > 1 or unfreezes_later(trainer)
         problems = self.configuration_problems(trainer, pl_module)
         try:
             self.fit_methods.find(trainer, pl_module, must_be_there=True)
@@ -143,10 +133,14 @@ class MethodCallback(Callback):
         if self.method.lacks_horizon:
             problems += horizon_problems(self.method.argument, trainer, pl_module)
         refuse(self, problems)
-        left_out = self.search.left_out if self.method.left_out is None else self.method.left_out
+        left_out = self.fit_methods.search.left_out if self.method.left_out is None else self.method.left_out
         if left_out:
             rank_zero_info(f"{self.method.title} leaves unperturbed: " + "; ".join(left_out))
-        self.install(trainer, pl_module)
+        for method in self.methods:
+            method.install()
+        kind = self.kind_of_passes(pl_module)
+        self.passes = kind(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
+        self._patches.callback(self.passes.close)
         self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -164,14 +158,6 @@ class MethodCallback(Callback):
     def works_beside(self, other: "MethodCallback") -> bool:
         """Say whether another of these callbacks may run in the same trainer."""
         return False
-
-    def install(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepare layers and strategy for the first step, after all checks."""
-        for method in self.methods:
-            method.install()
-        kind = self.kind_of_passes(pl_module)
-        self.passes = kind(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
-        self._patches.callback(self.passes.close)
 
     def kind_of_passes(self, pl_module: LightningModule) -> type[Passes]:
         """Say how the passes of a step differ from plain ones."""
@@ -203,12 +189,7 @@ class MethodCallback(Callback):
             self._is_stale = False
             self.passes.look_again()
             self.fit_methods.find(trainer, pl_module)
-            self._warn_once(self.fit_methods.install_again())
-
-    def _warn_once(self, problems: list[str]) -> None:
-        # The same problem is found again in every epoch.
-        for problem in problems:
-            self._warnings.warn(message(self, [problem]))
+            self.method.warn(*self.fit_methods.install_again())
 
     # -- a step
 
@@ -223,19 +204,19 @@ class MethodCallback(Callback):
         method = None if takes_no_step(trainer) else self.fit_methods.of(trainer, optimizer)
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
         if method is not None:
-            method.before_step(watched_parameters(trainer, self.methods.index(method)))
+            method.before_step(watched_parameters(trainer, optimizer))
 
     # -- the end
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._warn_once(self.fit_methods.without_effect(trainer, pl_module))
+        self.method.warn(*self.fit_methods.without_effect())
         for method in self.methods:
             method.warn_without_gradient()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._warn_once(self.fit_methods.never_trained())
+        self.method.warn(*self.fit_methods.never_trained())
 
     def uninstall(self) -> None:
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
@@ -244,12 +225,6 @@ class MethodCallback(Callback):
         self._is_training, self.passes = False, None
         for method in self.methods:
             method.close()
-        # The next Trainer reads state_key before it calls any hook.
-        self._is_alone = None
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.uninstall()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -264,18 +239,11 @@ class MethodCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """The class's name, and the adapter's if callbacks of one class share a Trainer with an adapter each."""
+        """The class's name, with that of the adapter if one was named: callbacks of one class may share a Trainer."""
         adapter_name = self.methods[0].adapter_name
-        if adapter_name is None or self._is_alone:
+        if adapter_name is None:
             return type(self).__qualname__
         return self._generate_state_key(adapter_name=adapter_name)
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store a state that is saved after the fit under the key of the fit, where a resumed run looks for it."""
-        states = checkpoint.get("callbacks", {})
-        if self._is_alone is None and self.state_key in states and is_alone_in(trainer, self):
-            states[type(self).__qualname__] = states.pop(self.state_key)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

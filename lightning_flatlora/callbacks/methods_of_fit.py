@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.training_step import no_end, optimizer_steps, takes_passes_itself
+from lightning_flatlora.callbacks.training_step import no_end, optimizer_steps
 from lightning_flatlora.compat import callbacks_of, is_lightning
 from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
 from lightning_flatlora.methods.checks import changed_settings, refuse
@@ -49,23 +48,21 @@ class MethodsOfFit:
         """The method of the first optimizer that trains pairs."""
         return next((method for method in self.methods if method.pairs), self.methods[0])
 
-    @property
-    def setting_names(self) -> set[str]:
-        """The names of the arguments, which may be changed in the middle of a run."""
-        return {field.name for field in fields(self.main) if field.init} | {"rho"}
-
-    def change(self, name: str, value: Any) -> None:
-        """Change a setting of all methods; a number given for rho becomes a constant schedule.
+    def change(self, name: str, value: Any) -> bool:
+        """Change a setting of all methods, and say whether they have it; a number given for rho becomes a schedule.
 
         Raises:
             MisconfigurationException: the value is out of range; nothing has changed then.
         """
-        size = value if name == "rho" else self.main.rho
-        others = {} if name == "rho" else {name: value}
+        settings = {field.name for field in fields(self.main) if field.init}
+        if name not in settings and name != "rho":
+            return False
+        changed = {"size": value} if name == "rho" else {"size": self.main.rho, name: value}
         # A new method checks them all.
-        made = replace(self.main, size=size, **others)
+        made = replace(self.main, **changed)
         for method in self.methods:
             setattr(method, name, getattr(made, name))
+        return True
 
     def begin(self, continues: bool) -> None:
         """Forget the last fit, except for the counts if this one continues it."""
@@ -84,15 +81,10 @@ class MethodsOfFit:
         for method, optimizer in zip(self.methods, optimizers, strict=False):
             method.optimizer = optimizer
 
-    def of(self, trainer: Trainer, optimizer: Any) -> StepMethod | None:
-        """Find the method that an optimizer, as a hook receives it, steps; None if there is none."""
-        # Only Lightning's wrapper is unpacked: with any other, the wrapper itself is in trainer.optimizers.
-        if is_lightning(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        for method, own in zip(self.methods, trainer.optimizers, strict=False):
-            if own is optimizer:
-                return method if method is self.main or method.takes_several_optimizers else None
-        return None
+    def of(self, trainer: Trainer, optimizer: Optimizer) -> StepMethod | None:
+        """Find the method that steps with an optimizer; None if there is none."""
+        method = self.methods[trainer.optimizers.index(optimizer)]
+        return method if method is self.main or method.takes_several_optimizers else None
 
     def set_horizon(self, trainer: Trainer) -> None:
         """Take the number of optimizer steps of the run, which is known once the loaders are set up."""
@@ -173,24 +165,16 @@ class MethodsOfFit:
             problems += [f"{each}. Until then the first group's is followed" for each in method.rate_problems()]
         return problems
 
-    def without_effect(self, trainer: Trainer, module: LightningModule) -> list[str]:
+    def without_effect(self) -> list[str]:
         """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
-        method = self.main
-        if self.needs_pairs and not method.pairs:
-            what = "no pair is trained any more" if method.has_learned else "no pair has been trained so far"
-            return [
-                f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
-                "parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from the "
-                "next epoch on"
-            ]
-        steps = [method.step for method in self.methods if method.pairs]
-        steps_itself = not module.automatic_optimization and not takes_passes_itself(module)
-        if steps_itself and steps and not any(steps):
-            return [
-                "no optimizer step was seen so far, so nothing was perturbed: step the optimizer that "
-                "self.optimizers() gives, not the one inside it"
-            ]
-        return []
+        if not self.needs_pairs or self.main.pairs:
+            return []
+        what = "no pair is trained any more" if self.main.has_learned else "no pair has been trained so far"
+        return [
+            f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
+            "parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from the "
+            "next epoch on"
+        ]
 
     def never_trained(self) -> list[str]:
         """Say, at the end of a fit, which pairs came into no optimizer though another callback was to see to it."""
@@ -230,11 +214,6 @@ class MethodsOfFit:
                 if other is not method:
                     known -= {pair.name for pair in other.pairs}
             method.load_state_dict(of_method, known)
-
-
-def is_alone_in(trainer: Trainer, callback: Callback) -> bool:
-    """Say whether a Trainer has no other callback of a callback's class."""
-    return not any(type(other) is type(callback) and other is not callback for other in callbacks_of(trainer))
 
 
 def unfreezes_later(trainer: Trainer) -> bool:

@@ -8,14 +8,14 @@ another callback runs while the layers read perturbed weights in automatic optim
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.patches import put_on_instance
+from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
@@ -42,17 +42,14 @@ class Passes:
     ) -> None:
         self.owner, self.trainer, self.methods = owner, trainer, methods
         self._before_pass = before_pass
-        self._original_optimizer_step = trainer.strategy.optimizer_step
         self._announced = 0
         self._gradients = 0
         self._is_closed = False
-        self._patches = ExitStack()
-        self._put_on(trainer.strategy, "optimizer_step", self.optimizer_step)
-        self._original_training_step = trainer.strategy.training_step
-        self._put_on(trainer.strategy, "training_step", self._training_step)
-
-    def _put_on(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
-        self._patches.callback(put_on_instance(owner, name, method))
+        strategy = trainer.strategy
+        self._original_training_step = strategy.training_step
+        self._original_optimizer_step = strategy.optimizer_step
+        wrappers = {"training_step": self._training_step, "optimizer_step": self.optimizer_step}
+        self._patches = put_on(strategy, wrappers)
 
     @property
     def is_active(self) -> bool:
@@ -144,7 +141,7 @@ class OnePass(Passes):
         # Not the strategy's, inside of which hooks of other callbacks run.
         plugin = self.trainer.precision_plugin
         self._original_backward = plugin.backward
-        self._put_on(plugin, "backward", self.backward)
+        self._patches.enter_context(put_on(plugin, {"backward": self.backward}))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass at perturbed weights."""
@@ -191,13 +188,13 @@ class TwoPasses(Passes):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._original_backward = self.trainer.strategy.backward
-        self._put_on(self.trainer.strategy, "backward", self.backward)
-        module: Any = self.trainer.lightning_module
+        strategy, module = self.trainer.strategy, cast(Any, self.trainer.lightning_module)
+        self._original_backward = strategy.backward
+        self._patches.enter_context(put_on(strategy, {"backward": self.backward}))
         # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
         self._step = self._original_training_step if module.automatic_optimization else module.compute_loss
         self._step_name = "training_step" if module.automatic_optimization else "compute_loss"
-        self._replay = Replay(module, self.trainer.optimizers, is_sharded(self.trainer.strategy.model))
+        self._replay = Replay(module, self.trainer.optimizers, is_sharded(strategy.model))
         self._local_ascent = ExitStack()
         self._arguments: tuple[Any, ...] | None = None
 

@@ -19,6 +19,7 @@ from lightning_flatlora.compat import callbacks_of, is_defined_by_lightning, is_
 
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
 _OFFLOAD = "parameters would lie on the CPU, while E must be where the layers run"
+_XLA = (strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy)
 
 
 # -- what is refused
@@ -32,29 +33,32 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
         sync_ascent: whether the ascent's gradient is averaged over the ranks.
         works_sharded: whether the method can work where each rank holds a part of a parameter.
     """
-    strategy = trainer.strategy
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
     # DeepSpeed's and XLA's strategies inherit from those of DDP and of a single device, so they come first.
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
         return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
-    if is_lightning(strategy, strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy):
+    if is_lightning(strategy, *_XLA):
         return [
-            f"{type(strategy).__name__} trains on TPUs, where this package has not been tested: "
-            f"with accelerator='gpu' or 'cpu', {_USE}"
+            f"{name} trains on TPUs, where this package has not been tested: with accelerator='gpu' or 'cpu', {_USE}"
         ]
-    if is_lightning(strategy, strategies.FSDPStrategy, strategies.ModelParallelStrategy) and not works_sharded:
-        return [
-            f"{type(strategy).__name__} leaves each rank a part of every weight, and this method needs them whole: "
-            "use strategy='ddp'"
-        ]
-    if is_lightning(strategy, strategies.FSDPStrategy):
-        return _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization, sync_ascent)
-    if is_lightning(strategy, strategies.ModelParallelStrategy):
-        return _fsdp2_problems(strategy, trainer.lightning_module, sync_ascent)
     if is_lightning(strategy, strategies.DDPStrategy):
-        return _foreign_problems(strategy) or _ddp_problems(strategy, _longest_window(trainer), sync_ascent)
+        return _foreign_problems(strategy) or _static_graph_problems(trainer, strategy, sync_ascent)
     if is_lightning(strategy, strategies.SingleDeviceStrategy):
         return []
-    return [f"the strategy {type(strategy).__name__} has not been tested: {_USE}"]
+    if not is_lightning(strategy, strategies.FSDPStrategy, strategies.ModelParallelStrategy):
+        return [f"the strategy {name} has not been tested: {_USE}"]
+    if not works_sharded:
+        return [f"{name} leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"]
+    problems = []
+    if is_lightning(strategy, strategies.FSDPStrategy):
+        problems += _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization)
+    if is_lightning(strategy, strategies.ModelParallelStrategy):
+        problems += _fsdp2_problems(strategy, trainer.lightning_module)
+    if not sync_ascent:
+        problems.append(
+            "sync_ascent=False needs each rank's own gradient, which FSDP does not keep: use sync_ascent=True, or DDP"
+        )
+    return problems
 
 
 def problems_before_wrapping(trainer: Trainer) -> list[str]:
@@ -70,14 +74,12 @@ def problems_before_wrapping(trainer: Trainer) -> list[str]:
 
 def monitor_problems(strategy: strategies.Strategy) -> list[str]:
     """Why flatness can't be measured under a strategy, one line for each reason."""
-    # These inherit from the two that are supported, so they must be sorted out first.
-    untested = is_lightning(
-        strategy, strategies.DeepSpeedStrategy, strategies.SingleDeviceXLAStrategy, strategies.XLAStrategy
-    )
-    if is_lightning(strategy, strategies.DDPStrategy) and not untested:
-        return _foreign_problems(strategy)
-    if is_lightning(strategy, strategies.SingleDeviceStrategy) and not untested:
-        return []
+    # These inherit from the two that are supported.
+    if not is_lightning(strategy, strategies.DeepSpeedStrategy, *_XLA):
+        if is_lightning(strategy, strategies.DDPStrategy):
+            return _foreign_problems(strategy)
+        if is_lightning(strategy, strategies.SingleDeviceStrategy):
+            return []
     return [
         f"the strategy {type(strategy).__name__} is not supported, because a sharded model has no whole weights to "
         "perturb: use one device or strategy='ddp', or measure the saved adapter afterwards"
@@ -122,16 +124,12 @@ def _foreign_problems(strategy: strategies.DDPStrategy) -> list[str]:
     return []
 
 
-def _longest_window(trainer: Trainer) -> int:
-    """The largest number of batches in an optimizer step, now or in a later epoch."""
-    longest = trainer.accumulate_grad_batches
+def _static_graph_problems(trainer: Trainer, strategy: strategies.DDPStrategy, sync_ascent: bool) -> list[str]:
+    """Why DDP's static graph can't be used, if there are backward passes that do not synchronize."""
+    window = trainer.accumulate_grad_batches
     for callback in callbacks_of(trainer):
         if is_lightning(callback, GradientAccumulationScheduler):
-            longest = max(longest, *callback.scheduling.values())
-    return longest
-
-
-def _ddp_problems(strategy: strategies.DDPStrategy, window: int, sync_ascent: bool) -> list[str]:
+            window = max(window, *callback.scheduling.values())
     causes = []
     if window > 1:
         causes.append(f"accumulate_grad_batches={window}")
@@ -145,7 +143,7 @@ def _ddp_problems(strategy: strategies.DDPStrategy, window: int, sync_ascent: bo
     return []
 
 
-def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: bool, sync_ascent: bool) -> list[str]:
+def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: bool) -> list[str]:
     problems = []
     if not automatic_optimization:
         problems.append(
@@ -160,10 +158,10 @@ def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: b
         )
     if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
         problems.append(f"cpu_offload must be False, got True: {_OFFLOAD}")
-    return problems + _sharded_problems(sync_ascent)
+    return problems
 
 
-def _fsdp2_problems(strategy: strategies.ModelParallelStrategy, model: nn.Module, sync_ascent: bool) -> list[str]:
+def _fsdp2_problems(strategy: strategies.ModelParallelStrategy, model: nn.Module) -> list[str]:
     problems = []
     mesh = strategy.device_mesh["tensor_parallel"]
     if mesh.size() > 1:
@@ -173,13 +171,7 @@ def _fsdp2_problems(strategy: strategies.ModelParallelStrategy, model: nn.Module
         )
     if any(parameter.device.type != strategy.root_device.type for parameter in model.parameters()):
         problems.append(f"fully_shard's offload_policy must be left out, got CPU offloading: {_OFFLOAD}")
-    return problems + _sharded_problems(sync_ascent)
-
-
-def _sharded_problems(sync_ascent: bool) -> list[str]:
-    if sync_ascent:
-        return []
-    return ["sync_ascent=False needs each rank's own gradient, which FSDP does not keep: use sync_ascent=True, or DDP"]
+    return problems
 
 
 # -- when gradients are averaged over the ranks

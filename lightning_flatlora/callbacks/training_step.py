@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_flatlora.compat import callbacks_of, is_lightning
 from lightning_flatlora.methods.gradients import parameters_of
@@ -121,8 +122,8 @@ def _epochs(trainer: Trainer) -> int:
     return max(epochs, 1)
 
 
-def watched_parameters(trainer: Trainer, optimizer_index: int) -> list[nn.Parameter]:
+def watched_parameters(trainer: Trainer, optimizer: Optimizer) -> list[nn.Parameter]:
     """List the parameters whose overflow makes a loss scaler skip the step; none if there is no scaler."""
     if getattr(trainer.precision_plugin, "scaler", None) is None:
         return []
-    return parameters_of(trainer.optimizers[optimizer_index])
+    return parameters_of(optimizer)

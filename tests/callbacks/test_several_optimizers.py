@@ -1,6 +1,5 @@
 """Several optimizers under manual optimization: a step count, a ball and an average for the pairs of each."""
 
-import pickle
 from typing import Any
 
 import pytest
@@ -156,19 +155,12 @@ def test_two_passes_refuse_several_optimizers_with_the_remedy(tmp_path):
         fit(tmp_path, Pair(), [FMLoRA(0.5)])
 
 
-def test_a_named_adapter_alone_keeps_the_key_of_older_files(tmp_path):
-    module, callback = Classifier(), EFMLoRA(0.5, adapter_name="default")
-    trainer = fit(tmp_path, module, [callback], max_epochs=1)
-    trainer.save_checkpoint(tmp_path / "file.ckpt")
-    assert "EFMLoRA" in torch.load(tmp_path / "file.ckpt", weights_only=True)["callbacks"]
-
-
 def test_two_that_each_ran_alone_run_together(tmp_path):
     ours = [EFMLoRA(0.5, adapter_name=name) for name in ("gen", "crit")]
     for name, callback in zip(("gen", "crit"), ours, strict=True):
         trainer = fit(tmp_path, Classifier(net=one_adapter(name)), [callback], max_epochs=1)
         trainer.save_checkpoint(tmp_path / "file.ckpt")
-    assert len({pickle.loads(pickle.dumps(callback)).state_key for callback in ours}) == 2
+    assert len({callback.state_key for callback in ours}) == 2
     fit(tmp_path, Pair(adapters=("gen", "crit")), ours, max_epochs=1)
     assert [callback.step for callback in ours] == [3, 6]
 
