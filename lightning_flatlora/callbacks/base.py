@@ -138,8 +138,7 @@ class MethodCallback(Callback):
             rank_zero_info(f"{self.method.title} leaves unperturbed: " + "; ".join(left_out))
         for method in self.methods:
             method.install()
-        kind = self.kind_of_passes(pl_module)
-        self.passes = kind(self, trainer, self.methods, lambda: self.look_again(trainer, pl_module))
+        self.passes = self.kind_of_passes(pl_module)(self, trainer)
         self._patches.callback(self.passes.close)
         self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
@@ -165,11 +164,10 @@ class MethodCallback(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.fit_methods.set_horizon(trainer)
         if self._loaded is not None:
             state, self._loaded = self._loaded, None
             self.fit_methods.load_state_dict(state)
-        self.fit_methods.warn_of_late_start(trainer)
+        self.fit_methods.set_horizon(trainer)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
         self.passes.watch_steps()
         # A run that is resumed within an epoch calls no hook at its start.

@@ -90,15 +90,15 @@ class MethodsOfFit:
         """Take the number of optimizer steps of the run, which is known once the loaders are set up."""
         for method in self.methods:
             method.horizon = optimizer_steps(trainer)
-        if self.main.lacks_horizon and math.isinf(self.main.horizon):
-            refuse(self.main, [no_end(self.main.argument)])
-
-    def warn_of_late_start(self, trainer: Trainer) -> None:
-        """Say that a schedule over the whole run begins in the middle of it, as no count has come with a checkpoint."""
         method = self.main
+        if not method.lacks_horizon:
+            return
+        if math.isinf(method.horizon):
+            refuse(method, [no_end(method.argument)])
         # Next to EFMLoRA an FMLoRAModule's callback has no pairs.
         is_in_use = bool(self.search.names or method.followed)
-        if is_in_use and method.step == 0 and trainer.global_step > 0 and method.lacks_horizon:
+        # No count has come with a checkpoint.
+        if is_in_use and method.step == 0 and trainer.global_step > 0:
             rank_zero_warn(
                 f"{method.title} was not part of this run until now, at step {trainer.global_step} of "
                 f"{method.horizon:g}. {method.argument} begins at its own step 0 and will not come to its end: set its "
@@ -200,14 +200,13 @@ class MethodsOfFit:
         """
         problems = changed_settings(self.main.settings(), state["settings"])
         states = state.get("optimizers", [state])
-        if len(states) not in (1, len(self.methods)):
+        if len(states) != len(self.methods):
             problems.append(
                 f"the checkpoint holds the state of {len(states)} optimizers, and this run has "
                 f"{len(self.methods)}: configure as many as it had, or start a new run from the weights"
             )
         refuse(self.main, problems)
-        methods = [self.main] if len(states) == 1 else self.methods
-        for method, of_method in zip(methods, states, strict=True):
+        for method, of_method in zip(self.methods, states, strict=True):
             # Another optimizer's pairs have their own state.
             known = set(self.search.names)
             for other in self.methods:

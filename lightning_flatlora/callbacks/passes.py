@@ -6,9 +6,9 @@ another callback runs while the layers read perturbed weights in automatic optim
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -33,23 +33,18 @@ class Passes:
     Args:
         owner: the callback; while a tuner has removed it from the trainer, nothing is done.
         trainer: as the fit starts.
-        methods: for each optimizer, what trains its pairs.
-        before_pass: called in each batch before its first pass.
     """
 
-    def __init__(
-        self, owner: Any, trainer: Trainer, methods: Sequence[StepMethod], before_pass: Callable[[], None]
-    ) -> None:
-        self.owner, self.trainer, self.methods = owner, trainer, methods
-        self._before_pass = before_pass
+    def __init__(self, owner: Any, trainer: Trainer) -> None:
+        self.owner, self.trainer = owner, trainer
+        self.methods: list[StepMethod] = owner.methods
         self._announced = 0
         self._gradients = 0
         self._is_closed = False
         strategy = trainer.strategy
         self._original_training_step = strategy.training_step
         self._original_optimizer_step = strategy.optimizer_step
-        wrappers = {"training_step": self._training_step, "optimizer_step": self.optimizer_step}
-        self._patches = put_on(strategy, wrappers)
+        self._patches = put_on(strategy, {"training_step": self._training_step, "optimizer_step": self.optimizer_step})
 
     @property
     def is_active(self) -> bool:
@@ -73,7 +68,7 @@ class Passes:
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_active:
             return self._original_training_step(*args, **kwargs)
-        self._before_pass()
+        self.owner.look_again(self.trainer, self.trainer.lightning_module)
         return self.training_step(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,11 +130,11 @@ class OnePass(Passes):
     In manual optimization the perturbation lasts until the end of training_step, except for optimizer steps.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, owner: Any, trainer: Trainer) -> None:
+        super().__init__(owner, trainer)
         self._is_inside = False
         # Not the strategy's, inside of which hooks of other callbacks run.
-        plugin = self.trainer.precision_plugin
+        plugin = trainer.precision_plugin
         self._original_backward = plugin.backward
         self._patches.enter_context(put_on(plugin, {"backward": self.backward}))
 
@@ -186,15 +181,16 @@ class TwoPasses(Passes):
     An FMLoRAModule also steps the optimizer in its training_step, so its second pass is that of ``compute_loss``.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        strategy, module = self.trainer.strategy, cast(Any, self.trainer.lightning_module)
+    def __init__(self, owner: Any, trainer: Trainer) -> None:
+        super().__init__(owner, trainer)
+        strategy = trainer.strategy
+        module: Any = trainer.lightning_module
         self._original_backward = strategy.backward
         self._patches.enter_context(put_on(strategy, {"backward": self.backward}))
         # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
         self._step = self._original_training_step if module.automatic_optimization else module.compute_loss
         self._step_name = "training_step" if module.automatic_optimization else "compute_loss"
-        self._replay = Replay(module, self.trainer.optimizers, is_sharded(strategy.model))
+        self._replay = Replay(module, trainer.optimizers, is_sharded(strategy.model))
         self._local_ascent = ExitStack()
         self._arguments: tuple[Any, ...] | None = None
 

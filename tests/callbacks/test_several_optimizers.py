@@ -187,7 +187,7 @@ class OneForBoth(Pair):
     ("saved", "resumed", "message"),
     [
         (Pair, OneForBoth, "state of 2 optimizers, and this run has 1"),
-        (OneForBoth, Pair, "checkpoint but not in the model"),
+        (OneForBoth, Pair, "state of 1 optimizers, and this run has 2"),
     ],
 )
 def test_another_number_of_optimizers_is_refused(tmp_path, saved, resumed, message):
