@@ -6,7 +6,7 @@ communication itself, is in :mod:`lightning_flatlora.sharding`.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Trainer, strategies
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -191,16 +191,14 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
 
 def has_synchronized(strategy: strategies.Strategy) -> bool:
     """Whether the backward that has just ended averaged the gradients over the ranks."""
-    if not is_lightning(strategy, strategies.DDPStrategy):
-        return True
-    return bool(getattr(strategy.model, "require_backward_grad_sync", True))
+    # Of DDP; all others average in every backward, or have nothing to average.
+    return getattr(strategy.model, "require_backward_grad_sync", True)
 
 
 def backward_without_sync(strategy: strategies.Strategy) -> AbstractContextManager[Any]:
     """Inside, a backward averages no gradients over the ranks."""
-    if is_lightning(strategy, strategies.ParallelStrategy):  # type: ignore[type-abstract]
-        return cast(AbstractContextManager[Any], strategy.block_backward_sync())
-    return nullcontext()
+    block: Callable[[], AbstractContextManager[Any]] = getattr(strategy, "block_backward_sync", nullcontext)
+    return block()
 
 
 # -- what a strategy does wrong on its own
