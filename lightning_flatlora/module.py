@@ -159,7 +159,7 @@ class FMLoRASteps(_Base):
             optimizer.zero_grad()
             callback.source.forget_gradients()
         last = ends_window(trainer)
-        with callback.between_ascents(), nullcontext() if last else backward_without_sync(trainer.strategy):
+        with nullcontext() if last else backward_without_sync(trainer.strategy):
             output = self.compute_loss(batch, batch_idx)
             loss = loss_of(output, "compute_loss")
             if loss is not None:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks import strategies
 from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, unfreezes_later
-from lightning_flatlora.callbacks.passes import OnePass, Passes, TwoPasses, two_pass_problems
+from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, two_pass_problems
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.training_step import (
     horizon_problems,
@@ -82,7 +82,7 @@ class MethodCallback(Callback):
 
     @property
     def source(self) -> StepMethod:
-        """The method whose perturbation the passes read: that of a callback beside, if one schedules them."""
+        """The method that gives the passes their perturbation: another callback's, if that one schedules them."""
         return self.method
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,7 +138,7 @@ class MethodCallback(Callback):
             rank_zero_info(f"{self.method.title} leaves unperturbed: " + "; ".join(left_out))
         for method in self.methods:
             method.install()
-        self.passes = self.kind_of_passes(pl_module)(self, trainer)
+        self.passes = (TwoPasses if self.method.takes_two_passes else OnePass)(self, trainer)
         self._patches.callback(self.passes.close)
         self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
@@ -157,10 +157,6 @@ class MethodCallback(Callback):
     def works_beside(self, other: "MethodCallback") -> bool:
         """Say whether another of these callbacks may run in the same trainer."""
         return False
-
-    def kind_of_passes(self, pl_module: LightningModule) -> type[Passes]:
-        """Say how the passes of a step differ from plain ones."""
-        return TwoPasses if self.method.takes_two_passes else OnePass
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,11 +1,8 @@
 """EFMLoRA: the perturbation is an average over past steps, so a step costs one pass."""
 
-from lightning.pytorch import LightningModule
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.callbacks.passes import Passes
-from lightning_flatlora.callbacks.training_step import takes_passes_itself
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.pairs.lora_pair import Finder
@@ -78,11 +75,3 @@ class EFMLoRA(MethodCallback):
         if self.adapter_name is None or other.adapter_name is None:
             return False
         return bool(self.adapter_name != other.adapter_name)
-
-    @override
-    def kind_of_passes(self, pl_module: LightningModule) -> type[Passes]:
-        schedules = takes_passes_itself(pl_module)
-        for method in self.methods:
-            assert isinstance(method, EFMLoRAStep)
-            method.schedules_module = schedules
-        return Passes if schedules else super().kind_of_passes(pl_module)

@@ -1,6 +1,5 @@
 """The callback through which an FMLoRAModule starts, counts, clips and ends, so that its hooks stay the user's."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -97,6 +96,10 @@ class FMLoRAModuleCallback(MethodCallback):
         # EFMLoRA finds the pairs and has their perturbation.
         self.fit_methods.needs_pairs = self._efmlora is None
         super().on_fit_start(trainer, pl_module)
+        if self._efmlora is not None:
+            method = self._efmlora.method
+            assert isinstance(method, EFMLoRAStep)
+            method.schedules_module = True
 
     @override
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,14 +120,6 @@ class FMLoRAModuleCallback(MethodCallback):
     def uninstall(self) -> None:
         super().uninstall()
         self._is_set_up = False
-
-    def between_ascents(self) -> AbstractContextManager[None]:
-        """Inside, the layers read B + Ê if EFMLoRA schedules a step of one pass."""
-        # A tuner, such as the batch size finder, removes callbacks for its trial steps, and these must be plain.
-        if self._efmlora is None or not self.passes.is_active:
-            return nullcontext()
-        assert isinstance(self._efmlora.method, EFMLoRAStep)
-        return self._efmlora.method.between_ascents()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

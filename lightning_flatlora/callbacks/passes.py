@@ -28,7 +28,7 @@ from lightning_flatlora.sharding import average_gradients, is_sharded
 
 
 class Passes:
-    """Wrap a strategy's methods for one fit; this class changes no pass, and its subclasses do.
+    """Wrap a strategy's methods for one fit; subclasses say how the passes of a step differ from plain ones.
 
     Args:
         owner: the callback; while a tuner has removed it from the trainer, nothing is done.
@@ -73,7 +73,7 @@ class Passes:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass of a batch."""
-        return self._original_training_step(*args, **kwargs)
+        raise NotImplementedError
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run an optimizer step, in automatic optimization with the passes in it."""

@@ -1,7 +1,7 @@
 """EFMLoRA's step: E from the gradient that the step uses, averaged over steps (Algorithm 2)."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,9 @@ class EFMLoRAStep(BPerturbationStep):
     def perturbs(self) -> bool:
         perturbation = self.perturbation
         if perturbation is None or not perturbation.may_be_nonzero:
+            return False
+        # The first of two passes reads the clean B, and the second has its own perturbation, see ascend().
+        if self.schedules_module and self.ascends:
             return False
         # A frozen B is read clean in any case, and may be frozen for a part of a step only, as by toggle_optimizer. The
         # views that FSDP1's layers read don't know whether it is frozen.
@@ -114,12 +117,6 @@ class EFMLoRAStep(BPerturbationStep):
             stacks = list(torch._foreach_add(self._sum.stacks, fresh.stacks))
             self._sum = FreshPerturbation(stacks, self._sum.finite & fresh.finite, fresh.is_zero)
         return self.perturbation.applied(fresh.stacks)
-
-    def between_ascents(self) -> AbstractContextManager[None]:
-        """Inside, the layers read B + Ê if the step has one pass."""
-        if self.ascends or self.perturbation is None or not self.perturbation.may_be_nonzero:
-            return nullcontext()
-        return self.perturbation.applied()
 
     def _average_ascents(self, also_finite: Iterable[nn.Parameter]) -> None:
         """Move Ê once, by the mean E of the window's micro-batches, unless the step itself will be skipped."""
