@@ -58,7 +58,7 @@ class MethodCallback(Callback):
         blank = object.__new__(type(self))
         blank.__dict__.update(self.__dict__)
         blank._begin()
-        blank.fit_methods = MethodsOfFit(self.method.for_another_optimizer())
+        blank.fit_methods = MethodsOfFit(self.method)
         blank._loaded = self.state_dict()
         blank._last_trainer = None
         return without_logging(blank)

@@ -17,7 +17,8 @@ from lightning_flatlora.methods.step_method import StepMethod
 class FMLoRAModuleCallback(MethodCallback):
     """Do for an FMLoRAModule what belongs into hooks.
 
-    Next to an EFMLoRA callback the module takes rho, the perturbation and the average from that one.
+    Next to an EFMLoRA callback the module takes rho, the perturbation and the average from that one. Hooks whose
+    pl_module is Any use what an FMLoRAModule has and a LightningModule has not.
 
     Args:
         method: with its settings.
@@ -39,21 +40,19 @@ class FMLoRAModuleCallback(MethodCallback):
         return isinstance(other, EFMLoRA)
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._is_set_up = True
             # The Trainer refuses windows in manual optimization when it is asked to run. From here on it counts them,
             # as in trainer.estimated_stepping_batches while the optimizers are configured.
-            module: Any = pl_module  # an FMLoRAModule
             self._patches.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-            trainer.accumulate_grad_batches = module.accumulate_grad_batches
+            trainer.accumulate_grad_batches = pl_module.accumulate_grad_batches
 
     @override
-    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    def configuration_problems(self, trainer: Trainer, pl_module: Any) -> list[str]:
         problems = super().configuration_problems(trainer, pl_module)
-        module: Any = pl_module  # an FMLoRAModule
-        problems += module._subclass_problems()
+        problems += pl_module._subclass_problems()
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             problems.append(
                 "ReduceLROnPlateau waits for a metric, which FMLoRAModule does not give it: leave it out of "
@@ -122,12 +121,11 @@ class FMLoRAModuleCallback(MethodCallback):
         self._is_set_up = False
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         # The gradient is complete and unscaled only now, and E, which clipping must not change, was taken before.
-        module: Any = pl_module  # an FMLoRAModule
         # The hook, which a subclass may override as in automatic optimization; Lightning's own clips nothing for None.
-        module.configure_gradient_clipping(optimizer, module.gradient_clip_val, module.gradient_clip_algorithm)
+        pl_module.configure_gradient_clipping(optimizer, pl_module.gradient_clip_val, pl_module.gradient_clip_algorithm)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

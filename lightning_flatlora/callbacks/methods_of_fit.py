@@ -34,14 +34,7 @@ class MethodsOfFit:
 
     def __init__(self, method: StepMethod) -> None:
         self.methods = [method]
-        self._forget_pairs()
-
-    def _forget_pairs(self) -> None:
-        self.search = PairSearch([], [])
-        self.assignment = PairAssignment([], [], [], [])
-        # Whether another callback has the task of unfreezing or activating pairs later.
-        self.may_come = False
-        self.needs_pairs = self.main.needs_pairs
+        self.begin(continues=False)
 
     @property
     def main(self) -> StepMethod:
@@ -66,7 +59,11 @@ class MethodsOfFit:
 
     def begin(self, continues: bool) -> None:
         """Forget the last fit, except for the counts if this one continues it."""
-        self._forget_pairs()
+        self.search = PairSearch([], [])
+        self.assignment = PairAssignment([], [], [], [])
+        self.needs_pairs = self.methods[0].needs_pairs
+        # Whether another callback has the task of unfreezing or activating pairs later.
+        self.may_come = False
         before, self.methods = self.methods, [method.for_another_optimizer() for method in self.methods]
         if continues:
             # The optimizers are new, and Ê starts again with them, but schedules continue from the old count.

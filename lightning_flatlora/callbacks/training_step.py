@@ -24,9 +24,9 @@ def loss_of(output: Any, source: str) -> Tensor | None:
     Raises:
         TypeError: the output is something else.
     """
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if loss is None and not isinstance(output, Mapping):
+    if output is None:
         return None
+    loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"{source} must return the loss as a tensor, a dict with the key 'loss', or None to skip the batch; "
