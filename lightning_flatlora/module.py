@@ -1,4 +1,4 @@
-"""FMLoRAModule: FMLoRA's loop written out in manual optimization."""
+"""FMLoRAModule: FMLoRA in manual optimization, with the windows, clipping and schedulers that the Trainer refuses."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -163,7 +163,7 @@ class FMLoRASteps(_Base):
             output = self.compute_loss(batch, batch_idx)
             loss = loss_of(output, "compute_loss")
             if loss is not None:
-                # The second pass, if the step has one, comes within it, see callbacks/passes.py.
+                # If the step has a second pass, it comes within this call: callbacks/passes.py wraps the strategy's.
                 self.manual_backward(loss / self.accumulate_grad_batches)
             elif trainer.world_size > 1:
                 raise RuntimeError(
