@@ -243,9 +243,18 @@ class MethodCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Forget how far the last fit came: the checkpoint brings its own count, or none if it is another method's."""
         # Called in an evaluation too, after which a fit may go on from where the last one was.
-        if trainer.state.fn == "fit":
-            for method in self.methods:
-                method.step, method.initial_lr = 0, None
+        if trainer.state.fn != "fit":
+            return
+        for method in self.methods:
+            method.step, method.initial_lr = 0, None
+        saved = {key for key in checkpoint.get("callbacks", {}) if key.split("{")[0] == type(self).__qualname__}
+        unclaimed = saved.difference(each.state_key for each in callbacks_of(trainer))
+        if unclaimed and self.state_key not in saved:
+            problem = (
+                f"the checkpoint holds the state of {min(unclaimed)}, and this is {self.state_key}: give the "
+                "adapter_name that it had, or start a new run from the weights"
+            )
+            refuse(self, [problem])
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ state are refused with the reason; the radius may change; a file without our sta
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.amp import GradScaler
 
-from lightning_flatlora import CosineRho, LearningRateRho
+from lightning_flatlora import CosineRho, LearningRateRho, find_pairs
 
 BATCHES, EPOCHS = 5, 3
 
@@ -215,12 +216,27 @@ def two_adapters() -> Any:
     return net
 
 
+def pairs_of(adapter_name: str, model: Any) -> Any:
+    """A finder."""
+    return find_pairs(model, adapter_name).pairs
+
+
 @pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
 def test_changed_pairs_are_refused(tmp_path, front_end):
     """The message names a pair of the checkpoint and one of the model."""
+    run(tmp_path, front_end, net=two_adapters(), finder=partial(pairs_of, "default"))
+    message = r"other pairs.*lora_B\.other\.weight is not in the checkpoint"
+    resume = tmp_path / "steps" / "7.ckpt"
+    with pytest.raises(MisconfigurationException, match=message):
+        run(tmp_path, front_end, resume=resume, net=two_adapters(), finder=partial(pairs_of, "other"))
+
+
+@pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
+def test_another_adapter_is_refused(tmp_path, front_end):
+    """Its state has another key, and the run would start anew."""
     run(tmp_path, front_end, net=two_adapters(), adapter_name="default")
     net = two_adapters()
-    message = r"other pairs.*lora_B\.other\.weight is not in the checkpoint"
+    message = r"holds the state of .*'default'.*, and this is .*'other'.*: give the adapter_name"
     with pytest.raises(MisconfigurationException, match=message):
         run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", net=net, adapter_name="other")
     assert_no_trace(net)
