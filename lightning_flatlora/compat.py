@@ -6,12 +6,9 @@ The package imports only the first. The objects of a user's Trainer may come fro
 recognized here by the names of their classes, without an import of a library that the user does not have.
 """
 
-import sys
-from functools import cache
 from typing import Any, TypeGuard, TypeVar
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import exceptions
 
 # The other names of libraries that are parts of ``lightning``, too.
 _PARTS = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
@@ -56,31 +53,3 @@ def _name(kind: type[Any]) -> str:
     """Return a class's full name, the same under both names of Lightning."""
     library, _, rest = kind.__module__.partition(".")
     return f"{_PARTS.get(library, library)}.{rest}.{kind.__qualname__}"
-
-
-class MisconfigurationException(exceptions.MisconfigurationException):
-    """Lightning's exception of this name, which an ``except`` of either library catches.
-
-    Example:
-        >>> from lightning.pytorch.utilities.exceptions import MisconfigurationException as LightningsOwn
-        >>> try:
-        ...     raise MisconfigurationException("rho must be >= 0")
-        ... except LightningsOwn as error:
-        ...     print(error)
-        rho must be >= 0
-    """
-
-    def __new__(cls, *args: object) -> "MisconfigurationException":  # noqa: D102
-        # Code that has not imported the other library can't catch its exception, so it is not imported here.
-        other = sys.modules.get("lightning_fabric.utilities.exceptions")
-        kind = _under_both_names(other.MisconfigurationException) if other else cls
-        return super().__new__(kind, *args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The class under both names is created at run time, so pickle could not find it.
-        return MisconfigurationException, self.args
-
-
-@cache
-def _under_both_names(other: type[Exception]) -> type[MisconfigurationException]:
-    return type("MisconfigurationException", (MisconfigurationException, other), {"__module__": __name__})

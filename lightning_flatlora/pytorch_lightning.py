@@ -1,7 +1,8 @@
 """FMLoRAModule and all callbacks for projects that import ``pytorch_lightning``, as subclasses of that library's.
 
 Each of Lightning's two names has its own classes, and a Trainer accepts only a LightningModule of its own name.
-Everything else is as in the package itself, checkpoints included: a run can be resumed under the other name.
+Everything else is as in the package itself, checkpoints included: a run can be resumed under the other name. Errors
+are of ``lightning.pytorch``'s class ``MisconfigurationException``.
 
 Example:
     >>> import pytorch_lightning as pl

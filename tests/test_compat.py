@@ -1,8 +1,5 @@
 """Objects and exceptions of Lightning under both of its names."""
 
-import pickle
-import sys
-
 import lightning.pytorch.callbacks
 import lightning.pytorch.strategies
 import pytest
@@ -12,10 +9,8 @@ from helpers import Classifier
 from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import exceptions
 
-from lightning_flatlora import EFMLoRA
-from lightning_flatlora.compat import MisconfigurationException, is_defined_by_lightning, is_lightning
+from lightning_flatlora.compat import is_defined_by_lightning, is_lightning
 
 BOTH = pytest.mark.parametrize("library", [lightning.pytorch, pytorch_lightning])
 
@@ -42,25 +37,3 @@ def test_subclasses_and_strangers():
     assert not is_defined_by_lightning(OwnDDP())
     for stranger in (None, "a string", DDPStrategy, Classifier()):
         assert not is_lightning(stranger, DDPStrategy, LightningOptimizer)
-
-
-@pytest.mark.parametrize(
-    "exception",
-    [exceptions.MisconfigurationException, pytorch_lightning.utilities.exceptions.MisconfigurationException],
-)
-def test_an_error_that_users_of_either_name_catch(exception):
-    with pytest.raises(exception, match="rho must be a finite number"):
-        EFMLoRA(rho=-1)
-
-
-def test_the_error_travels_between_processes():
-    error = pickle.loads(pickle.dumps(MisconfigurationException("rho")))
-    assert isinstance(error, pytorch_lightning.utilities.exceptions.MisconfigurationException)
-    assert str(error) == "rho"
-
-
-def test_the_error_where_nobody_has_imported_the_other_library(monkeypatch):
-    monkeypatch.delitem(sys.modules, "lightning_fabric.utilities.exceptions")
-    error = MisconfigurationException("rho")
-    assert type(error) is MisconfigurationException
-    assert str(error) == "rho"

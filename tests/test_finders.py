@@ -11,10 +11,10 @@ from helpers import assert_no_trace
 from imitated_layers import BY_NAME, KINDS, Bare, OfNeMo, OfTorchtune, model_of
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LoRAPair, NoPairsError, ParameterRef, Perturbation, find_pairs
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
 
 RHO = 0.2

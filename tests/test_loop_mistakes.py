@@ -10,12 +10,12 @@ import pytest
 import torch
 from float64_runs import loss, optimizer_of
 from helpers import assert_no_trace, make_net, same, weights
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from loop_runs import batches, method_of, net_of, run
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_flatlora import LinearRho, NoPairsError, loops
-from lightning_flatlora.compat import MisconfigurationException
 
 METHODS = ("EFMLoRA", "FMLoRA")
 

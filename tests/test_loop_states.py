@@ -8,12 +8,12 @@ import pytest
 import torch
 from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
 from helpers import same, weights
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from loop_runs import batches, method_of, net_of, run, train
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.loop_method import STATE_KEY
 from lightning_flatlora.optimizer_hooks import before_loading
 

@@ -5,10 +5,9 @@ from typing import Any
 import lightning as L
 import pytest
 from helpers import Classifier, TwoPassClassifier, build, fit, make_loader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from module_runs import whole_run
 from torch.optim import lr_scheduler
-
-from lightning_flatlora.compat import MisconfigurationException
 
 
 def scheduled(kind: str) -> Any:

@@ -7,9 +7,9 @@ import pytest
 import pytorch_lightning
 import torch
 from helpers import Classifier, Losses, TwoPassClassifier, make_loader, same, weights
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from pytorch_lightning.trainer.connectors import callback_connector
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import lightning_flatlora
 import lightning_flatlora.pytorch_lightning as flatlora

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import same
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchmetrics import MeanMetric
 
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.replay import Replay
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ import torch
 from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
 from helpers import assert_no_trace, is_perturbed, same, weights
 from hf_runs import RHO, SIZE, Samples, trained_by, trainer_of
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from loop_runs import net_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -28,7 +29,6 @@ from transformers import (
 from lightning_flatlora import EFMLoRA as LightningEFMLoRA
 from lightning_flatlora import FMLoRA as LightningFMLoRA
 from lightning_flatlora import LinearRho
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.loop_method import STATE_KEY
 from lightning_flatlora.loops import EFMLoRA
 

@@ -3,13 +3,14 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
-from lightning_flatlora.compat import MisconfigurationException, callback_of, callbacks_of
+from lightning_flatlora.compat import callback_of, callbacks_of
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.step_method import StepMethod
 

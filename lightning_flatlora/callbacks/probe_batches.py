@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -14,7 +15,6 @@ from torch._dynamo import OptimizedModule
 
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.flatness import MeanLoss
 from lightning_flatlora.flatness.losses import with_graph
 from lightning_flatlora.methods.batches import clone_with_attributes, own_containers

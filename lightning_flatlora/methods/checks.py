@@ -5,10 +5,10 @@ from numbers import Real
 from typing import Any, get_args
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.schedules import RhoSchedule, is_integer, is_size
 

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.batches import clone_with_attributes, own_containers
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, ClassVar
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import nn
 from typing_extensions import Self
 
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods import checks
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.perturbation import Perturbation

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import ResumableLoader, assert_no_trace, same, trainer_of, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from litgpt_models import (
     STACKED,
     LanguageModel,
@@ -36,7 +37,6 @@ from lightning_flatlora import (
     load_adapter_checkpoint,
 )
 from lightning_flatlora.baselines import BalancednessRegularization, LoRASAM, RandomPerturbation
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs
 from lightning_flatlora.weight_noise import WeightNoise
 

@@ -7,6 +7,7 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +16,7 @@ from lightning_flatlora.callbacks.adapter_checkpoint import contents
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import differing, identities_of
 from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK, is_split
 from lightning_flatlora.callbacks.patches import put_on
-from lightning_flatlora.compat import MisconfigurationException, is_lightning
+from lightning_flatlora.compat import is_lightning
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs import clean_name
 from lightning_flatlora.pairs.lora_pair import Finder

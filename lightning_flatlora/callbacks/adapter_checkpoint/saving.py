@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch.utils._pytree import tree_map_only
 from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import identities_of
 from lightning_flatlora.callbacks.patches import put_on
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs import clean_name
 from lightning_flatlora.pairs.lora_pair import Finder
