@@ -12,12 +12,14 @@ import pytest
 import torch
 
 SLOW = (
+    "_distributed",
+    "test_recipes.py",
+    "test_compile",
+    "test_fsdp",
     "test_comparison",
     "test_tutorial",
     "test_demo",
     "test_clip_demo",
-    "test_fsdp",
-    "_distributed",
     "distributed/",
     "test_wheel",
 )

@@ -10,6 +10,8 @@ from fits import parts
 from float64_runs import fit_in_float64, network
 from torch._dynamo.utils import counters
 
+BATCHES = 6
+
 
 class CountsGraphs(L.Callback):
     """How many graphs were compiled after each batch."""
@@ -48,6 +50,6 @@ def train(
     count = CountsGraphs()
     loader, ranks = on_two_ranks()
     fitted = torch.compile(module, backend=backend) if compiled == "module" else module
-    fit_in_float64(fitted, 1, [*callbacks, count], loader, **trainer, **ranks)
+    fit_in_float64(fitted, 1, [*callbacks, count], loader, limit_train_batches=BATCHES, **trainer, **ranks)
     driver = callbacks[0] if callbacks else module._callback
     return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"], "graphs": count.graphs}

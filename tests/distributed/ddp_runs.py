@@ -30,12 +30,19 @@ def turns() -> "DataLoader[Any]":
 
 
 def train_alone(
-    front_end: str, accumulate: int = 1, clip: Any = None, epochs: int = 2, loader: Any = None, **settings: Any
+    front_end: str,
+    accumulate: int = 1,
+    clip: Any = None,
+    epochs: int = 2,
+    loader: Any = None,
+    batches: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """One process on the joint batches, or on a loader of its own."""
+    """One process on the joint batches, or on a loader of its own; of an epoch on its first batches."""
     net = network()
     module, callbacks, trainer = parts(front_end, net, accumulate, clip, **settings)
-    fit_in_float64(module, epochs, callbacks, joint_batches() if loader is None else loader, **trainer)
+    loader = joint_batches() if loader is None else loader
+    fit_in_float64(module, epochs, callbacks, loader, limit_train_batches=batches, **trainer)
     driver = callbacks[0] if callbacks else module._callback
     return {"weights": trained(net), "E": driver.perturbation.state_dict()["E"]}
 
@@ -99,12 +106,13 @@ def train_routed(front_end: str, accumulate: int, alone: bool = False) -> dict[s
     """Layers that some batches leave out, with find_unused_parameters."""
     net = Routed(network())
     step = {"accumulate_grad_batches": accumulate}
+    short = {"limit_train_batches": 12}
     loader, trainer = (joint_batches(), {}) if alone else on_two_ranks(find_unused_parameters=True)
     if front_end == "FMLoRAModule":
-        fit_in_float64(RoutedManual(net, rho=RHO, **step), 1, [], loader, **trainer)
+        fit_in_float64(RoutedManual(net, rho=RHO, **step), 1, [], loader, **short, **trainer)
     else:
         callback = {"EFMLoRA": EFMLoRA, "FMLoRA": FMLoRA}[front_end](RHO)
-        fit_in_float64(RoutedAutomatic(net), 1, [callback], loader, **step, **trainer)
+        fit_in_float64(RoutedAutomatic(net), 1, [callback], loader, **step, **short, **trainer)
     return {"weights": trained(net.net)}
 
 
@@ -134,6 +142,7 @@ def train_called_off(alone: bool = False) -> dict[str, Any]:
     net, answers = network(), Synchronizes()
     loader, trainer = (turns(), {"accumulate_grad_batches": 2}) if alone else on_two_ranks()
     callbacks = [FMLoRA(RHO, sync_ascent=alone), answers]
+    trainer["limit_train_batches"] = 12 if alone else 6
     fit_in_float64(CalledOff(net, at=6 if alone else 3), 2, callbacks, loader, **trainer)
     return {"weights": trained(net), "synchronizes": answers.answers}
 
@@ -164,7 +173,7 @@ class UnderTheOtherName(pytorch_lightning.LightningModule):
         return loss(self.net, batch)
 
 
-def train_under_the_other_name(front_end: str) -> dict[str, Any]:
+def train_under_the_other_name(front_end: str, batches: int) -> dict[str, Any]:
     """As fits:train on two ranks, with a strategy, a Trainer and a callback of pytorch_lightning."""
     net, callback = network(), getattr(lightning_flatlora.pytorch_lightning, front_end)(RHO)
     loader = Sharded(dataset(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
@@ -179,6 +188,7 @@ def train_under_the_other_name(front_end: str) -> dict[str, Any]:
         devices=2,
         use_distributed_sampler=False,
         enable_model_summary=False,
+        limit_train_batches=batches,
         **quiet,
     )
     trainer.fit(UnderTheOtherName(net), loader)

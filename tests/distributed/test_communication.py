@@ -5,8 +5,10 @@ from itertools import product
 import pytest
 from launch import Results, launch
 
+WANTED = [*product(("ddp", "fsdp2", "fsdp1-layers"), ("LoRA", "EFMLoRA"), (1, 2))]
+WANTED += [("ddp", "FMLoRA", 2), ("fsdp2", "FMLoRA", 1)]
 RUNS = {}
-for strategy, front_end, accumulate in product(("ddp", "fsdp2", "fsdp1-layers"), ("LoRA", "EFMLoRA", "FMLoRA"), (1, 2)):
+for strategy, front_end, accumulate in WANTED:
     settings = {"strategy": strategy, "front_end": front_end, "accumulate": accumulate}
     RUNS[f"{strategy}:{front_end}:{accumulate}"] = settings
 

@@ -4,13 +4,12 @@ import shutil
 from typing import Any
 
 import pytest
+from compile_runs import BATCHES
 from ddp_runs import difference, train_alone
 from launch import Results, launch
 
 RUNS: dict[str, dict[str, Any]] = {
     "EFMLoRA, network": {"front_end": "EFMLoRA", "compiled": "net"},
-    "EFMLoRA, module": {"front_end": "EFMLoRA", "compiled": "module"},
-    "FMLoRA, network": {"front_end": "FMLoRA", "compiled": "net", "accumulate": 2},
     "FMLoRA, module": {"front_end": "FMLoRA", "compiled": "module"},
     "FMLoRAModule, network": {"front_end": "FMLoRAModule", "compiled": "net"},
     "EFMLoRA beside FMLoRAModule, network": {"front_end": "EFMLoRA+FMLoRAModule", "compiled": "net", "accumulate": 2},
@@ -36,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_a_compiled_run_equals_the_plain_one(results: Results, name: str) -> None:
     """That of one process on the joint batches, which test_ddp.py shows to be DDP's."""
     first, second = results[name]
-    alone = train_alone(RUNS[name]["front_end"], RUNS[name].get("accumulate", 1), epochs=1)
+    alone = train_alone(RUNS[name]["front_end"], RUNS[name].get("accumulate", 1), epochs=1, batches=BATCHES)
     assert difference(first["weights"], second["weights"]) == 0
     assert difference(first["weights"], alone["weights"]) < 1e-10
     assert difference(first["E"], alone["E"]) < 1e-10

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ddp_runs import difference, train_alone
 from float64_runs import Manual, network
-from launchers import RUNS, main
+from launchers import BATCHES, RUNS, main
 from processes import run
 
 from lightning_flatlora import EFMLoRA, FMLoRA
@@ -27,7 +27,7 @@ def test_the_main_process_has_the_weights_of_ddp(trained: Path, strategy: str, f
     """Those of one process on the joint batches, which test_ddp.py shows to be DDP's."""
     file = trained / f"{strategy}-{front_end}.pt"
     assert file.exists(), (trained / "output.txt").read_text()[-6000:]
-    expected = train_alone(front_end, accumulate=2, epochs=1)["weights"]
+    expected = train_alone(front_end, accumulate=2, epochs=1, batches=BATCHES)["weights"]
     assert difference(torch.load(file, weights_only=True), expected) < 1e-10
 
 

@@ -1,4 +1,4 @@
-"""The demos in a process of their own; the first one's methods run in forks of it, which need no imports again."""
+"""The demo in a process of its own; its methods run in forks of it, which need no imports again."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from processes import CAN_FORK, run_module
+from processes import CAN_FORK
 
 from recipes.demo import __main__ as demo
 from recipes.shared import ledger
@@ -22,12 +22,6 @@ def main(arguments: list[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the tokenizer don't survive a fork
     ledger.subprocess = SimpleNamespace(run=_run)
     sys.exit(demo.main(arguments))
-
-
-def clip_main(arguments: list[str]) -> None:
-    """What ``python -m recipes.clip_demo`` does."""
-    torch.set_num_threads(1)
-    run_module("recipes.clip_demo", arguments)
 
 
 def _run(command: list[str], check: bool) -> Any:

@@ -1,6 +1,6 @@
 """A tiny workload of the program of evidence: a random encoder, and short made-up texts in three classes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from recipes.evidence import __main__ as command
 from recipes.evidence import plan as planning
 from recipes.evidence import run as running
 from recipes.evidence.encoder import CutEncoder
+from recipes.evidence.plan import Plan
 from recipes.evidence.run import Run
 from recipes.evidence.workloads import ON_DROPOUT, WORKLOADS
 from recipes.language import texts
@@ -57,12 +58,29 @@ def tiny_encoder() -> CutEncoder:
     return CutEncoder(bert(2), wordpieces(), frozen_layers=1, length=32)
 
 
+def work_by_pieces(plan: Plan, perform: Callable[[Run], Row], report: Callable[[Run], None]) -> None:
+    """Do what Plan.work does, which looks at all runs again after each one; here once for each piece of the plan.
+
+    Runs that take no time are thus done in a tenth of it. The method itself is :data:`WORK`.
+    """
+    pieces = [plan._missing(piece.runs) for piece in plan.pieces()]
+    while any(pieces):
+        for run in next(runs for runs in pieces if runs):
+            report(run)
+            plan.ledger.append(perform(run))
+        pieces = [plan._missing(piece.runs) for piece in plan.pieces()]
+
+
+WORK = Plan.work
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the workload "tiny" known, with the tiny encoder in place of the packaged one."""
     monkeypatch.setitem(texts.TASKS, "tiny", Source(("heart", "teeth", "eyes"), made_up))
     monkeypatch.setitem(command.WORKLOADS, "tiny", {name: v for name, v in SETTINGS.items() if name != "precision"})
     monkeypatch.setattr(running, "_load", lambda frozen_layers, length: tiny_encoder())
     monkeypatch.setattr(planning, "_WAIT", 0.01)
+    monkeypatch.setattr(Plan, "work", work_by_pieces)
 
 
 class Fake:

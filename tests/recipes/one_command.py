@@ -1,5 +1,6 @@
 """Command lines without the parsers of the commands that are not run: to make these takes as long as a short run."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,16 @@ from recipes.shared.cli import RecipeCLI
 
 @contextmanager
 def one_command() -> Iterator[None]:
-    """Within it, ``RecipeCLI(["fit", ...])`` knows fit alone; without a command in the first place it knows all."""
+    """Within it, ``RecipeCLI(["fit", ...])`` knows fit alone; without a command in the first place it knows all.
+
+    So it is with the process's own arguments where none are given.
+    """
     begin, commands = RecipeCLI.__init__, RecipeCLI.subcommands()
 
     def begin_with_one(self: RecipeCLI, args: Any = None, **settings: Any) -> None:
-        if isinstance(args, list) and args and args[0] in commands:
-            self.subcommands = lambda: {args[0]: commands[args[0]]}  # type: ignore[method-assign]
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list) and given and given[0] in commands:
+            self.subcommands = lambda: {given[0]: commands[given[0]]}  # type: ignore[method-assign]
         begin(self, args, **settings)
 
     RecipeCLI.__init__ = begin_with_one  # type: ignore[method-assign]

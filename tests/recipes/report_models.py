@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
+import tokenizers
 import torch
+import transformers
 from peft import LoraConfig, TaskType, get_peft_model
-
-transformers = pytest.importorskip("transformers", reason="the report's dependencies are not installed")
-tokenizers = pytest.importorskip("tokenizers", reason="the report's dependencies are not installed")
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "yes", "no", "is", "it", "good", "bad", "film"]
 TEMPLATE = (

@@ -8,19 +8,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lightning as L
 import processes
 import pytest
 import torch
 from launch import run_on
-from torch.utils.data import DataLoader
 from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
-from recipes.benchmarks import estimate, memory, step
-from recipes.benchmarks.methods import METHODS, Peer
+from recipes.benchmarks import estimate, memory
+from recipes.benchmarks.methods import METHODS
 from recipes.benchmarks.step import main
-from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
+from recipes.benchmarks.workloads import WORKLOADS
 
 SIZES = [(name, WORKLOADS[name]) for name in ("minilm", "smollm2", "roberta-large", "gpt2-medium", "vit-b16")]
 
@@ -49,43 +47,6 @@ def test_every_method_and_peer_takes_steps_and_is_plotted_against_what_varies(tm
     assert output.with_suffix(".png").stat().st_size > 0
 
 
-def test_what_is_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = step.measure_steps
-
-    def failing(work: Workload, *rest: Any) -> Any:
-        return measured(work, *rest) if work.rank == 2 else 1 / 0
-
-    monkeypatch.setattr(step, "measure_steps", failing)
-    output = tmp_path / "ranks.json"
-    with pytest.raises(ZeroDivisionError):
-        main(["--models", "tiny", "--vary", "rank", "2", "4", "--rounds", "1", "--output", str(output)])
-    assert {row["rank"] for row in json.loads(output.read_text())["steps"]} == {2}
-
-
-@pytest.mark.parametrize("name", list(METHODS))
-def test_each_method_trains_what_it_should(name: str) -> None:
-    work = replace(WORKLOADS["tiny"], full=METHODS[name].full)
-    learner = METHODS[name].learner(work.network(), work.causal)
-    before = {key: value.clone() for key, value in learner.state_dict().items()}
-    trainer = L.Trainer(
-        max_epochs=1, callbacks=METHODS[name].callbacks(), accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(learner, DataLoader([work.example() for _ in range(3)], batch_size=None))
-    changed = {key for key, value in learner.state_dict().items() if not torch.equal(value, before[key])}
-    trained = {key for key, parameter in learner.named_parameters() if parameter.requires_grad}
-    assert changed
-    assert changed <= trained
-    assert any("lora_" in key for key in trained) != METHODS[name].full
-
-
-@pytest.mark.parametrize("varied", ["rank 0", "depth 3", "rank"])
-def test_what_varies_is_checked(varied: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--models", "tiny", "--vary", *varied.split()])
-    assert "--vary takes rank, layers or batch, and the values to try, got " + varied in capsys.readouterr().err
-
-
 def test_workloads_are_of_the_sizes_they_are_named_after() -> None:
     sizes = {}
     for name, workload in SIZES:
@@ -103,17 +64,6 @@ def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
         pairs = find_pairs(WORKLOADS[name].varied("layers", 2).network()).pairs
     alone = name in ("gpt2-medium", "small-layers")  # GPT-2 has q, k and v in one
     assert len(pairs) == 2 * (1 if alone else 2)
-
-
-def test_a_stack_of_linears_is_measured_by_the_processors_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WORKLOADS, "small-layers", Stack(layers=3, width=8, batch=2))
-    seen: list[float] = []
-    monkeypatch.setitem(step.CLOCKS, "processor", lambda: seen.append(1.0) or float(len(seen)))
-    options = ["--methods", "EFMLoRA", "--time", "processor", "--repeats", "0", "--rounds", "1", "--steps", "1"]
-    result = main(["--models", "small-layers", *options, "--output", str(tmp_path / "stack.json")])
-    assert [(row["layers"], row["median_seconds"]) for row in result["steps"]] == [(3, 1.0)] * 2
-    assert result["time"] == "processor"
-    assert "engine" not in result
 
 
 def test_an_estimate_counts_kernels_bytes_and_operations() -> None:
@@ -174,15 +124,3 @@ def test_memory_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     again = capsys.readouterr().out
     assert "between steps" in again
     assert "[1/1]" not in again  # nothing is measured again
-
-
-@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
-def test_memory_of_a_peer_is_measured_in_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its optimizer is not Lightning's, which counts none of its steps."""
-    seen: list[int] = []
-    step = Peer.training_step
-    monkeypatch.setattr(
-        Peer, "training_step", lambda self, batch, index: [seen.append(index), step(self, batch, index)][1]
-    )
-    memory.measure("tiny", "one", "SAM of pytorch_optimizer", processes=1, steps=2)
-    assert seen == [0, 1, 2]

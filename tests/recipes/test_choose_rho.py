@@ -1,8 +1,10 @@
 """The sweep over rho of a recipe's own run: what is run, resumed and judged, and what it says."""
 
+import io
 import json
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -13,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.choose_rho import run as runs
 from recipes.choose_rho.__main__ import main
 from recipes.choose_rho.report import advice, chosen, draw, table
-from recipes.choose_rho.run import Run, Sweep, logged_metrics, monitored
+from recipes.choose_rho.run import Run, Sweep, logged_metrics
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError
@@ -21,12 +23,6 @@ from recipes.shared.ledger import Row, StoppedError
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 BASE = RECIPES / "classification" / "configs" / "base.yaml"
-
-
-@pytest.fixture(autouse=True)
-def clone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes find the recipes from any folder."""
-    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
 
 
 def rows_of(values: dict[float, Sequence[float]], mode: str = "min") -> list[Row]:
@@ -51,7 +47,14 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
             raise StoppedError(130)
         RecipeCLI(list(command[3:]))  # behind python -m recipes.classification
 
+    def printed(command: Sequence[str], **settings: Any) -> CompletedProcess[str]:
+        out = io.StringIO()
+        with redirect_stdout(out), pytest.raises(SystemExit):
+            RecipeCLI(list(command[3:]))
+        return CompletedProcess(command, 0, out.getvalue())
+
     monkeypatch.setattr(runs, "run_process", run_here)
+    monkeypatch.setattr(runs.subprocess, "run", printed)
     options = [
         *("classification", "--rho", "0", "0.5", "--seeds", "0", "1", "--folder", str(tmp_path / "sweep")),
         *(f"--config={BASE}", f"--config={RECIPES / 'configs' / 'methods' / 'efmlora.yaml'}"),
@@ -100,12 +103,6 @@ def test_a_run_that_diverged_is_never_chosen() -> None:
     assert advice(rows_of({0.0: [math.inf, 1.0], 0.1: [0.5, 0.5], 1.0: [2.0, 2.0]})).startswith("Take rho = 0.1.")
 
 
-def test_what_judges_a_run_is_read_from_its_configuration() -> None:
-    config = "trainer: {callbacks: [{class_path: A}, {class_path: B, init_args: {monitor: f1, mode: max}}]}"
-    assert monitored(config) == ("f1", "max")
-    assert monitored("trainer: {callbacks: null}") == (None, None)
-
-
 def test_a_recipe_without_a_monitored_metric_is_refused_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,25 +118,6 @@ def test_a_recipe_without_a_monitored_metric_is_refused_before_the_first_run(
         Sweep("clip_fewshot", [], "trainer.callbacks.rho", tmp_path, "val_accuracy").perform(Run(0.0, 0))
 
 
-def test_a_configuration_that_cannot_be_read_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs.subprocess, "run", lambda command, **settings: CompletedProcess(command, 2))
-    with pytest.raises(StoppedError) as stopped:
-        Sweep("nlg", ["--model.no_such_option=1"], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
-    assert stopped.value.status == 2
-
-
-def test_a_run_without_validation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_here(command: Sequence[str]) -> None:
-        folder = tmp_path / "rho_0_seed_0" / "version_0"
-        folder.mkdir(parents=True)
-        (folder / "metrics.csv").write_text("step,train_loss\n1,0.5\n")
-
-    monkeypatch.setattr(runs, "run_process", run_here)
-    monkeypatch.setattr(runs, "configuration", lambda fit: "trainer: {callbacks: [{init_args: {monitor: val_loss}}]}")
-    with pytest.raises(SystemExit, match="has logged no val_loss, only train_loss"):
-        Sweep("nlg", [], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -153,9 +131,3 @@ def test_wrong_options_are_refused_before_the_first_run(wrong: list[str], messag
     with pytest.raises(MisconfigurationException, match=message):
         main(["vqa", *wrong])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_radius_of_a_module_of_its_own(tmp_path: Path) -> None:
-    command: Any = Sweep("vqa", ["--config=x"], "model.init_args.rho", tmp_path).command(Run(0.3, 2))
-    assert command[2:6] == ["recipes.vqa", "fit", "--config=x", "--model.init_args.rho=0.3"]
-    assert "--seed_everything=2" in command

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import pytest
@@ -48,14 +48,6 @@ def test_a_decoder_learns_the_classes_with_efmlora(tiny: str, animals: str) -> N
     assert cli.trainer.callback_metrics["val_accuracy"] > 0.9
     assert cli.model.net.config.id2label == {0: "cat", 1: "dog"}
     assert any("score" in name for name in trained(cli))
-
-
-def test_pairs_of_texts_are_read_together(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    rows = [{"one": f"Question {i}", "other": f"Answer {i}", "label": i % 2} for i in range(40)]
-    data = prepared(tiny, dataset=jsonl(rows), text=["one", "other"])
-    text = tokenizer.decode(data.parts["train"][0]["input_ids"])
-    assert "Question" in text
-    assert "Answer" in text
 
 
 def test_one_column_and_one_metric_need_no_list(tiny: str, tokenizer: Any, jsonl: Any) -> None:
@@ -111,12 +103,10 @@ def test_bad_data_is_refused_before_training(tiny: str, jsonl: Any, rows: list[d
         prepared(tiny, dataset=jsonl(rows))
 
 
-def test_minilm_learns_sentiment(tmp_path: Path) -> None:
-    """The shipped configuration with its own model and data; 57 reviews in a hundred are positive."""
-    options = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--trainer.limit_val_batches=20"]
-    options += ["--model.learning_rate=3e-3", "--data.max_length=32"]
-    cli = quick("fit", config_arguments("classification", "lora"), *options)
-    assert cli.trainer.callback_metrics["val_accuracy"] > 0.62
+def test_the_shipped_configuration_runs_with_its_own_model_and_data(tmp_path: Path) -> None:
+    options = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2"]
+    cli = quick("fit", config_arguments("classification", "lora"), *options, "--data.batch_size=4")
+    assert 0 < cli.trainer.callback_metrics["val_accuracy"] < 1
     assert cli.datamodule.classes == ["negative", "positive"]
     assert list((tmp_path / "runs").rglob("adapter_model.safetensors"))
 
@@ -131,19 +121,6 @@ def test_a_checkpoint_knows_its_classes(tiny: str, animals: str, jsonl: Any, tmp
     with pytest.raises(MisconfigurationException, match="'apple', 'pear'"):
         fit(tiny, other, f"--ckpt_path={saved}")
     run("test", tiny, str(kept), f"--ckpt_path={saved}")
-
-
-class Table(dict[str, Any]):
-    """Columns of any kind; one of `datasets` holds values of one kind alone, or JSON."""
-
-    features: ClassVar[dict[str, Any]] = {"label": None}
-
-
-@pytest.mark.parametrize("labels", [[1, "one"], ["1", 1.5], [[0], [1]]])
-def test_labels_of_two_kinds_are_refused(labels: list[Any]) -> None:
-    table = Table({"label": labels})
-    with pytest.raises(MisconfigurationException, match="'label' must hold numbers or names of two classes at least"):
-        class_names(table, "label", "data")
 
 
 @pytest.mark.parametrize(
@@ -246,13 +223,6 @@ def test_texts_longer_than_a_model_reads_are_refused(tiny: str, jsonl: Any, tmp_
     with pytest.raises(MisconfigurationException, match=r"reads 16 tokens, and the longest text has \d+: set data.max"):
         fit(str(tmp_path / "short"), texts, *options)
     fit(str(tmp_path / "short"), texts, *options, "--data.max_length=16")
-
-
-@pytest.mark.parametrize(("name", "content"), [("empty.jsonl", ""), ("header.csv", "text,label\n")])
-def test_an_empty_file_is_named(name: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(MisconfigurationException, match=rf"{name}' is empty$"):
-        read_table(str(tmp_path / name), "train")
 
 
 def test_a_table_of_an_unknown_kind_is_not_read_as_text(tiny: str, animals: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+import recipes
 from lightning_flatlora import FMLoRAModule
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import config_arguments
@@ -119,8 +120,9 @@ def run(command: str, config: str, *options: str, module: str = "Tiny") -> Recip
 # -- every recipe's parser
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("method", ["lora", "fmlora_manual"])
+@pytest.mark.parametrize(
+    ("recipe", "method"), [*((name, "lora") for name in RECIPES), ("classification", "fmlora_manual")]
+)
 def test_every_configuration_takes_lightnings_usual_options(recipe: str, method: str) -> None:
     options = [
         "--trainer.accelerator=cpu",
@@ -151,10 +153,9 @@ def test_every_configuration_takes_lightnings_usual_options(recipe: str, method:
     assert configured["lr_scheduler"]["interval"] == "epoch"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_progress_bar_may_take_the_place_of_the_listed_one(recipe: str) -> None:
+def test_a_progress_bar_may_take_the_place_of_the_listed_one() -> None:
     options = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.callbacks+=TQDMProgressBar"]
-    cli = RecipeCLI([*config_arguments(recipe, "efmlora"), *NEEDED.get(recipe, ()), *options], run=False)
+    cli = RecipeCLI([*config_arguments("classification", "efmlora"), *options], run=False)
     bars = [c for c in cli.trainer.callbacks if isinstance(c, ProgressBar)]  # type: ignore[attr-defined]
     assert [type(bar) for bar in bars] == [TQDMProgressBar]
 
@@ -169,7 +170,7 @@ def test_a_run_whose_output_is_a_file_shows_its_progress_in_lines(
     assert "fit, validation batches: 4 of 4" in out
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["classification", "clip_fewshot"])  # the second one has commands of its own
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 def test_help_names_the_command(
     recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -178,6 +179,12 @@ def test_help_names_the_command(
     with pytest.raises(SystemExit):
         runpy.run_module(f"recipes.{recipe}", run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: python -m recipes.{recipe} ")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_its_own_name_in_its_help(recipe: str) -> None:
+    main = Path(recipes.__file__).parent / recipe / "__main__.py"
+    assert f'"prog": "python -m recipes.{recipe}"' in main.read_text()
 
 
 # -- the optimizer and the schedule
@@ -237,8 +244,7 @@ def test_a_schedule_without_entries_of_its_own_resumes(config: str) -> None:
     assert resumed.trainer.current_epoch == 2
 
 
-@pytest.mark.parametrize("module", ["Tiny", "TinyFM"])
-@pytest.mark.parametrize("own_first", [True, False])
+@pytest.mark.parametrize(("module", "own_first"), [("Tiny", True), ("TinyFM", False)])
 def test_resuming_under_another_schedule_is_refused(config: str, module: str, own_first: bool) -> None:
     chosen = ["--lr_scheduler=ExponentialLR", "--lr_scheduler.gamma=0.5"]
     first, second = ([], chosen) if own_first else (chosen, [])

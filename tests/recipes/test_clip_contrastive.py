@@ -142,17 +142,12 @@ def test_all_weights_under_fsdp1_are_refused(small_clip: str, monkeypatch: pytes
         module.configure_model()
 
 
-def test_a_run_without_end_has_no_schedule(small_clip: str, pictures: str, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="set max_steps or max_epochs"):
-        trainer(tmp_path, max_epochs=-1).fit(ContrastiveModel(small_clip), ContrastiveData(pictures))
-
-
-# -- the command line and the export
+# -- the export
 
 
 @pytest.mark.parametrize("method", ["efmlora", "full"])
-def test_a_run_is_tested_and_exported(method: str, small_clip: str, pictures: str, tmp_path: Path, capsys: Any) -> None:
-    common = [
+def test_a_run_is_exported(method: str, small_clip: str, pictures: str, tmp_path: Path, capsys: Any) -> None:
+    options = [
         f"--model.init_args.model={small_clip}",
         "--model.init_args.pretrained=null",
         f"--data.init_args.dataset={pictures}",
@@ -160,22 +155,12 @@ def test_a_run_is_tested_and_exported(method: str, small_clip: str, pictures: st
         "--data.init_args.num_workers=0",
         "--model.init_args.warmup_steps=0",
         "--trainer.log_every_n_steps=1",
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2",
     ]
-    run(
-        "fit",
-        str(tmp_path),
-        "clip_contrastive",
-        method,
-        "one",
-        [*common, "--trainer.max_steps=2", "--trainer.val_check_interval=2"],
-    )
+    run("fit", str(tmp_path), "clip_contrastive", method, "one", options)
     folder = tmp_path / "runs" / "clip_contrastive" / method / "version_0"
-    assert "val_text_to_image_recall@10" in (folder / "metrics.csv").read_text()
-    assert list(folder.glob("events.out.tfevents*"))
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    tested = run("test", str(tmp_path), "clip_contrastive", method, "one", [*common, f"--ckpt_path={checkpoint}"])
-    assert tested["logged"]["test_loss"] > 0
-
     capsys.readouterr()
     export_main([str(checkpoint), "exported"])
     assert "local-dir:exported" in capsys.readouterr().out
@@ -205,6 +190,3 @@ def test_a_checkpoint_of_another_model_is_not_exported(small_clip: str, pictures
     config.write_text("model: {class_path: nowhere.Model}")
     with pytest.raises(MisconfigurationException, match=r"config.yaml has no model that can be built"):
         export(checkpoint, tmp_path / "out")
-
-
-# -- models

@@ -2,19 +2,13 @@
 
 import csv
 import json
-import os
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import demo_runs
 import open_clip
-import processes
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +19,9 @@ from recipes.clip_contrastive.data import too_long
 from recipes.clip_contrastive.module import ContrastiveModel
 from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_demo.__main__ import main
-from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger
+from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
+from recipes.clip_fewshot.sources import load
+from recipes.shared.ledger import Row
 from recipes.shared.methods import OURS
 
 PARTS = ("train", "validation", "test")
@@ -133,7 +129,20 @@ def test_what_another_process_trains_is_waited_for(data: emoji.Folders, monkeypa
     assert [path.name for path in folder.iterdir()] == ["pretraining.json"]  # nothing was trained here
 
 
-def test_a_stopped_training_goes_on(data: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few(data: emoji.Folders, tmp_path: Path) -> emoji.Folders:
+    """Forty pairs of each part, by the images' whole paths."""
+    made = []
+    for file in (data.pairs, data.held_out_pairs):
+        with (tmp_path / file.name).open("w", encoding="utf-8", newline="") as table:
+            writer = csv.writer(table)
+            writer.writerow(["image", "caption"])
+            writer.writerows([file.parent / row["image"], row["caption"]] for row in pairs(file)[::100][:40])
+        made.append(tmp_path / file.name)
+    return emoji.Folders(*made, data.target)
+
+
+def test_a_stopped_training_goes_on(few: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Pretraining(steps=5, batch_size=4)
     monkeypatch.setattr("recipes.clip_contrastive.pretrain._CHECKPOINT_STEPS", 2)
     plain, steps = ContrastiveModel.training_step, []
@@ -146,14 +155,14 @@ def test_a_stopped_training_goes_on(data: emoji.Folders, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(ContrastiveModel, "training_step", stopping)
     with pytest.raises(SystemExit):
-        pretrained(settings, data)
-    folder = pretrained(settings, data)
+        pretrained(settings, few)
+    folder = pretrained(settings, few)
     assert steps == [0, 1, 2, 3, 2, 3, 4]  # from the checkpoint of step 2
 
     scores = json.loads((folder / "pretraining.json").read_text())
     assert 0 <= scores["val_image_to_text_recall@1"] <= 1
     assert not (folder / "training").exists()
-    assert pretrained(settings, data) == folder
+    assert pretrained(settings, few) == folder
     assert len(steps) == 7  # nothing is trained again
 
     ours = load_clip(f"local-dir:{folder}")
@@ -173,24 +182,35 @@ def command(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.timeout(600)
-def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_reports_resumes_and_keeps(
+    few: emoji.Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
-    output = tmp_path / "interrupted.txt"
-    interrupted = processes.start(demo_runs.clip_main, command(folder), output=output)
-    _wait_for(lambda: results.exists() and results.read_text().count("\n") >= 2, interrupted)
-    os.killpg(interrupted.pid, signal.SIGINT)
-    interrupted.join(timeout=120)
-    assert interrupted.exitcode == 130
-    assert "The same command resumes" in output.read_text()
+    judged = {part: images[::10] for part, images in load(str(few.target)).parts.items()}
+    monkeypatch.setattr(emoji, "prepare", lambda: few)
+    monkeypatch.setattr("recipes.clip_demo.run.examples", lambda images, part: judged[part])
+    monkeypatch.setattr("recipes.clip_demo.__main__.examples", lambda images, part: judged[part])
+    begun: list[Run] = []
+
+    def interrupted(run: Run) -> Row:
+        begun.append(run)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return perform(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.clip_demo.__main__.perform", interrupted)
+        assert main(command(folder)) == 130
+    assert "The same command resumes" in capsys.readouterr().out
     before = results.read_text()
+    assert before.count("\n") == 2
 
     assert main(command(folder)) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert results.read_text().startswith(before)  # what was finished is kept
     assert len(rows) == 1 + len(OURS) * 2
-    assert f"[{before.count(chr(10)) + 1}/7]" in out
+    assert "[3/7]" in out
     assert "[1/7]" not in out
     assert "chance 4.3" in " ".join((folder / "table.txt").read_text().split())
     for method in (ZERO_SHOT, *OURS):
@@ -199,23 +219,10 @@ def test_the_demo_reports_resumes_and_keeps(tmp_path: Path, capsys: pytest.Captu
     for name in ("shots.png", "predictions.png"):
         with Image.open(folder / name) as image:
             assert min(image.size) > 400
-
-    def labels(method: str, shots: int, seed: int) -> Any:
-        (row,) = [r for r in rows if (r["method"], r["shots"], r["seed"]) == (method, shots, seed)]
-        return row["given"]
-
-    assert labels("LoRA", 2, 0) != labels("LoRA", 2, 1)  # a seed changes something
-    assert len({tuple(labels(method, 2, 0)) for method in OURS}) == len(OURS)  # and so does each method
+    given = {(row["method"], row["seed"]): tuple(row["given"]) for row in rows if row["shots"]}
+    assert len(set(given.values())) == 2 * len(OURS)  # seeds and methods do something of their own
     assert main(command(folder)) == 0
     assert "/7]" not in capsys.readouterr().out  # nothing is run again
-
-
-def _wait_for(there: Any, process: BaseProcess) -> None:
-    for _ in range(3000):
-        if there() or process.exitcode is not None:
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not come")
 
 
 def test_a_run_is_found_again_by_all_that_decides_it(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -14,7 +13,6 @@ import trainers
 from clip_contrastive_runs import CLIP, save_model
 from clip_fewshot_runs import data_of, filled, options_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from PIL import Image
 from torch import nn
 
 from recipes.clip.export import export
@@ -107,15 +105,6 @@ def test_metrics_are_those_of_the_definitions() -> None:
     assert values["class_accuracy"].item() == pytest.approx((2 / 3 + 1 + 1) / 3)
     assert values["calibration_error"].item() == pytest.approx((0.1 + 0.2 + 0.7 + (2 - 1.2)) / 5)
     assert confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 1]]
-
-
-def test_confusion_is_a_picture(tmp_path: Path) -> None:
-    for number in (3, 40):
-        path = tmp_path / f"{number}.png"
-        plot_confusion(torch.eye(number, dtype=torch.int64), [f"class {i}" for i in range(number)], path, "title")
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-        assert pixels.shape[0] > 300
-        assert (pixels[..., 2] > pixels[..., 0] + 60).any()  # blue cells
 
 
 def test_class_names_may_repeat_and_hold_dollars(tmp_path: Path) -> None:
@@ -284,8 +273,3 @@ def test_predict_needs_images(images: Path, tmp_path: Path) -> None:
         data_of(images, predict_folder=str(tmp_path)).setup("predict")
     with pytest.raises(MisconfigurationException, match=r"must end in .jsonl or .csv, got 'a.txt'"):
         FewShot(predictions="a.txt")
-
-
-def test_a_module_without_its_data_says_so(tiny_clip: str, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="takes its classes from FewShotData"):
-        trainer(tmp_path).test(FewShot(tiny_clip, None), [0])

@@ -61,14 +61,6 @@ def test_names_that_are_no_utf_8_have_a_place_too(tmp_path: Path) -> None:
     assert len(shuffled({str(path) for path, _ in examples}, 0)) == 2
 
 
-def test_copies_in_hidden_folders_are_no_images(tmp_path: Path) -> None:
-    filled(tmp_path, 5)
-    expected = sources.load(str(tmp_path))
-    for hidden in (tmp_path / "__MACOSX" / "red", tmp_path / "red" / ".ipynb_checkpoints"):
-        picture(hidden / "copy.png", (255, 0, 0), seed=0)
-    assert sources.load(str(tmp_path)) == expected
-
-
 def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     for name in ("a.png", "deep/b.gif", "deep/c.jfif"):
@@ -167,12 +159,6 @@ def test_an_unreadable_image_is_named_or_another_is_drawn(images: Path, tmp_path
     assert victim not in [path for path, _ in train]
     with pytest.raises(MisconfigurationException, match=f"{victim.name} can't be read as an image"):
         read_image(victim)
-
-
-def test_transparent_is_white(tmp_path: Path) -> None:
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert readable([tmp_path / "clear.png"]) == [0]
 
 
 # -- torchvision's data sets, as their archives lie on the disk

@@ -21,52 +21,6 @@ pytestmark = pytest.mark.usefixtures("command_line")
 METHODS = methods_of("clip_fewshot")
 
 
-def test_sweep_resumes_and_writes_a_table(
-    tiny_clip: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sweep, "run_process", lambda command: main(list(command[3:])))  # behind python -m the recipe
-    folder = tmp_path / "sweep"
-    options = [
-        f"--model.init_args.model={tiny_clip}",
-        "--model.init_args.pretrained=null",
-        "--trainer.accelerator=cpu",
-        "--trainer.precision=32-true",
-        "--trainer.val_check_interval=2",
-        f"--data.init_args.dataset={images}",
-        "--data.init_args.iterations_per_shot=2",
-    ]
-    wanted = ["sweep", f"--folder={folder}", "--methods", "lora", "--shots", "1", "--seeds"]
-    assert main([*wanted, "0", *options]) == 0
-    first = json.loads((folder / "lora-1-shot" / "seed-0" / "result.json").read_text())
-    other = first | {"seed": 1, "test": {"accuracy": first["test"]["accuracy"] / 2 + 0.1}}
-    (folder / "lora-1-shot" / "seed-1").mkdir()
-    (folder / "lora-1-shot" / "seed-1" / "result.json").write_text(json.dumps(other))  # from before it had a row
-    capfd.readouterr()
-    assert main([*wanted, "0", "1", *options]) == 0
-    out = capfd.readouterr().out
-    assert "LoRA, 1 shot, seed 0" not in out  # nothing is trained again
-    assert not (folder / "lora-1-shot" / "seed-1" / "checkpoints").exists()
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert [(row["method"], row["shots"], row["seed"]) for row in rows] == [("lora", 1, 0), ("lora", 1, 1)]
-    assert {"recipe", "commit", "device", "seconds_per_step"} <= set(rows[0])
-    accuracies = [100 * row["test"]["accuracy"] for row in rows]
-    error = abs(accuracies[0] - accuracies[1]) / 2
-    table = (folder / "table.md").read_text()
-    assert f"| LoRA | {sum(accuracies) / 2:.1f} ± {error:.1f} (2) | 1.00 |" in table
-    assert table in out
-    with pytest.raises(MisconfigurationException, match="name another folder"):
-        main([*wanted, "0", *options[:-1]])
-
-
-def test_a_stopped_run_of_a_sweep_goes_on(tmp_path: Path) -> None:
-    run = sweep.Run("lora", None, 1, 0)
-    assert not any("ckpt_path" in part for part in sweep.command(run, tmp_path, []))
-    last = run.folder(tmp_path) / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.touch()
-    assert f"--ckpt_path={last}" in sweep.command(run, tmp_path, [])
-
-
 def test_a_run_that_was_stopped_in_its_last_test_is_done_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = sweep.Run("lora", None, 1, 0)
     last = run.folder(tmp_path) / "checkpoints" / "last.ckpt"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("peft", reason="the recipes' dependencies are not installed")
-
 from lightning_flatlora import ConstantRho, CosineRho
 from recipes.clip import emoji
+from recipes.clip_fewshot import emoji as few_shot_emoji
 from recipes.comparison import __main__ as command
+from recipes.comparison import emoji as emoji_task
 from recipes.comparison import plan as planning
-from recipes.comparison import plot as plotting
 from recipes.comparison.__main__ import main
 from recipes.comparison.classification import TextTask
 from recipes.comparison.commonsense import CommonsenseTask
@@ -28,6 +26,7 @@ from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan
 from recipes.comparison.run import Row, Run, perform
 from recipes.comparison.task import Config
 from recipes.comparison.tasks import TASKS
+from recipes.instruction_tuning import sources
 from recipes.shared import methods
 from recipes.shared.ledger import read
 
@@ -58,17 +57,6 @@ def test_the_hyper_parameter_arrives_in_the_callback(name: str) -> None:
     assert isinstance(callback.rho, ConstantRho) == (ALL[name].parameter == "rho")  # type: ignore[attr-defined]
 
 
-def test_random_noise_follows_the_seed_of_the_run() -> None:
-    (callback,) = methods.METHODS["flat_lora"].callbacks(sigma=0.1, seed=3)
-    assert callback.seed == 3  # type: ignore[attr-defined]
-    (callback,) = methods.METHODS["bi_lora"].callbacks(rho=0.1, seed=3)
-    assert callback.seed == 3  # type: ignore[attr-defined]
-
-
-def test_every_method_has_a_marker_and_a_colour() -> None:
-    assert set(plotting._MARKERS) == set(plotting._COLOURS) == set(ALL)
-
-
 def test_variants_differ_from_their_method() -> None:
     def settings(name: str) -> dict[str, Any]:
         (callback,) = methods.METHODS[name].callbacks(rho=0.7)
@@ -94,23 +82,6 @@ def test_every_method_has_as_many_configurations_to_choose_from() -> None:
         assert {len(method.configurations(each.grids, 1.0)) for method in ALL.values()} == {4}, each.name
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_methods_start_from_the_learning_rate_of_their_kind(name: str) -> None:
-    method = ALL[name]
-    for config in method.configurations(TASKS["sentiment"].grids, None if method.start is None else 0.123):
-        assert (config["learning_rate"] == 0.123) == (method.start is not None)
-    assert method.start is None or methods.METHODS[method.start].full == methods.METHODS[name].full
-
-
-def test_weight_decay_and_dropout_reach_optimizer_and_adapter(task: TextTask) -> None:
-    module: Any = task.module({"learning_rate": 1e-3, "weight_decay": 0.3, "dropout": 0.2}, full=False)
-    module.optimizer_steps = lambda: 10
-    (group,) = module.configure_optimizers()["optimizer"].param_groups
-    assert group["weight_decay"] == 0.3
-    dropouts = [layer.p for name, layer in module.named_modules() if name.endswith("lora_dropout.default")]
-    assert set(dropouts) == {0.2}
-
-
 def test_full_fine_tuning_trains_all_weights_and_no_adapter(task: TextTask) -> None:
     module: Any = task.module({"learning_rate": 1e-3}, full=True)
     batch = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
@@ -129,14 +100,10 @@ def test_full_fine_tuning_trains_all_weights_and_no_adapter(task: TextTask) -> N
 class Fake:
     """Stands in for training: the second configuration of every method is the best."""
 
-    def __init__(self, task: TextTask, barrier: threading.Barrier | None = None) -> None:
+    def __init__(self) -> None:
         self.done: list[str] = []
-        self.task = task
-        self.barrier = barrier
 
     def __call__(self, run: Run) -> Row:
-        if self.barrier is not None and not self.done:
-            self.barrier.wait(timeout=60)  # both are at work, on runs of their own
         self.done.append(str(run))
         grid = ALL[run.method].grid
         assert isinstance(grid, str)
@@ -148,7 +115,7 @@ def planned(folder: Path, task: TextTask) -> Plan:
 
 
 def test_the_order_of_a_plan(tmp_path: Path, task: TextTask) -> None:
-    fake, plan = Fake(task), planned(tmp_path, task)
+    fake, plan = Fake(), planned(tmp_path, task)
     plan.work(fake, lambda run: None)
     assert len(fake.done) == len(set(fake.done)) == 4 * 4 + 2 * 3  # of LoRA and full fine-tuning only the choice
     assert plan.done_and_total == (22, 22)
@@ -159,42 +126,6 @@ def test_the_order_of_a_plan(tmp_path: Path, task: TextTask) -> None:
     assert configs["efmlora"] == {"learning_rate": 1e-2, "rho": 2.0}
     assert configs["full_sam"] == {"learning_rate": 1e-3, "rho": 0.1}
     assert {row["seed"] for row in rows if row["part"] == "validation"} == set(TUNING_SEEDS)
-
-
-def test_two_processes_share_the_runs(tmp_path: Path, task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_WAIT", 0.01)
-    barrier = threading.Barrier(2)
-    fakes = [Fake(task, barrier), Fake(task, barrier)]
-    workers = [
-        threading.Thread(target=planned(tmp_path, task).work, args=(fake, lambda run: None), daemon=True)
-        for fake in fakes
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=60)
-    done = fakes[0].done + fakes[1].done
-    assert len(done) == len(set(done)) == len(read(tmp_path / RESULTS)) == 22
-    assert min(len(fake.done) for fake in fakes) > 0
-
-
-def test_a_run_that_failed_is_free_again(tmp_path: Path, task: TextTask) -> None:
-    def failing(run: Run) -> Row:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        planned(tmp_path, task).work(failing, lambda run: None)
-    fake = Fake(task)
-    planned(tmp_path, task).work(fake, lambda run: None)
-    assert len(fake.done) == 22
-
-
-def test_runs_of_another_precision_are_not_done(tmp_path: Path, task: TextTask) -> None:
-    planned(tmp_path, task.computed_in("bf16-mixed")).work(Fake(task), lambda run: None)
-    for precision, left in (("bf16-mixed", False), ("32-true", True)):
-        plan = Plan(tmp_path, [task.computed_in(precision)], ["efmlora", "full_sam"], [0, 1, 2])  # type: ignore[arg-type]
-        assert bool(plan.open_runs()) == left
-        assert (plan.done_and_total == (22, 22)) != left
 
 
 # -- real runs
@@ -250,48 +181,25 @@ def test_every_method_runs(task: TextTask, name: str) -> None:
     assert ("sharpness" in row) != full
 
 
-@pytest.mark.usefixtures("only_this")
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["run", "--tasks", "nonsense"], "invalid choice: 'nonsense'"),
-        (["run", "--methods", "nonsense"], "invalid choice: 'nonsense'"),
-        (["run", "--seeds", "100"], "one of the seeds"),
-        (["table", "--folder", "nowhere"], "holds no run: start"),
-    ],
-)
-def test_errors_are_clear(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert said in f"{capsys.readouterr().err} {stopped.value}"
-
-
-@pytest.mark.usefixtures("only_this")
-def test_a_stop_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopping(run: Run) -> Row:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "perform", stopping)
-    assert main(["run", "--methods", "lora", f"--folder={tmp_path}"]) == 130
-    assert "The same command resumes" in capsys.readouterr().out
-
-
 # -- the tasks of other models
 
 
 @pytest.fixture
 def questions(tiny: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> CommonsenseTask:
-    """CommonsenseQA by a random model."""
+    """The first questions of CommonsenseQA by a random model."""
+    load = sources.load
+    monkeypatch.setattr(sources, "load", lambda *given, **named: load(*given, **named).select(range(160)))
     monkeypatch.setattr(CommonsenseTask, "model", tiny)
     return CommonsenseTask("commonsense", {"examples": 8, "epochs": 1, "batch_size": 4} | FLATNESS, GRIDS)
 
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
-    """The emoji by a model of two steps, in a cache of its own."""
+    """Each twentieth emoji by a model of two steps, in a cache of its own."""
     (tmp_path / "emoji").symlink_to(emoji.prepare().pairs.parent)
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(EmojiTask, "pretraining", {"steps": 2, "batch_size": 4})
+    monkeypatch.setattr(emoji_task, "examples", lambda *given: few_shot_emoji.examples(*given)[::20])
     return EmojiTask("emoji", {"shots": 1, "steps_per_shot": 2, "epochs": 1, "batch_size": 32} | FLATNESS, GRIDS)
 
 
@@ -300,16 +208,11 @@ def test_other_models_run_too(name: str, request: pytest.FixtureRequest) -> None
     task = request.getfixturevalue(name)
     flat = perform(Run(task, "efmlora", {"learning_rate": 1e-3, "rho": 0.1}, 0, "test"))
     full = perform(Run(task, "full", {"learning_rate": 1e-4}, 0, "test"))
-    assert flat["examples"] == full["examples"] >= 300
+    assert flat["examples"] == full["examples"] > 15
     for entry in ("loss", "train_loss", "sharpness", "expected_sharpness", "adapted_norm"):
         assert math.isfinite(flat[entry]), entry
     assert math.isfinite(full["full_sharpness"])
     assert flat["train_loss"] != full["train_loss"]
-
-
-def test_the_run_that_trains_the_model_first_is_the_run_that_finds_it(pictures: EmojiTask) -> None:
-    run = Run(pictures, "lora", {"learning_rate": 1e-2}, 3, "validation")
-    assert perform(run)["loss"] == perform(run)["loss"]
 
 
 def test_answers_are_judged_as_in_their_own_recipe(questions: CommonsenseTask) -> None:

@@ -17,7 +17,6 @@ from recipes.comparison.plot import plot
 from recipes.comparison.run import Row, sam_loss
 from recipes.comparison.summary import (
     corrected_p_values,
-    estimate,
     holm,
     outcomes,
     sharpness_correlation,
@@ -146,12 +145,6 @@ def test_seeds_that_one_method_lacks_are_left_out_of_the_comparison(rows: list[R
     assert math.isnan(outcome.gain.error)
 
 
-def test_equal_runs_are_no_difference(rows: list[Row]) -> None:
-    same = [r for r in rows if r["method"] == "lora"]
-    same += [{**r, "method": "full"} for r in same]
-    assert by_name(same)["full"].p == 1.0
-
-
 def test_equal_gains_with_all_seeds_have_no_spread_to_test_with(rows: list[Row]) -> None:
     shifted = [{**r, "method": "full", "accuracy": r["accuracy"] + 0.001} for r in rows if r["method"] == "lora"]
     outcome = by_name([r for r in rows if r["method"] == "lora"] + shifted)["full"]
@@ -221,11 +214,6 @@ def test_sharpness_is_compared_seed_by_seed(rows: list[Row]) -> None:
     assert f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})" in tables(own)[0].markdown()
 
 
-def test_the_interval_is_students() -> None:
-    assert estimate([1.0, 2.0, 3.0]).interval == pytest.approx(4.302653 / math.sqrt(3))
-    assert math.isnan(estimate([1.0]).interval)
-
-
 def test_methods_with_fewer_seeds_or_tasks_are_marked(rows: list[Row]) -> None:
     fewer = [r for r in rows if not (r["method"] == "efmlora" and r["part"] == "test" and r["seed"] > 1)]
     other = [{**r, "task": "other"} for r in rows if r["method"] == "lora"]
@@ -234,22 +222,6 @@ def test_methods_with_fewer_seeds_or_tasks_are_marked(rows: list[Row]) -> None:
     assert "| efmlora (2 seeds) |" in of_task
     assert "| lora | 71.4 ± 1.0 | 71.4 ± 1.0 |  | 1.00 |" in over_all
     assert "| efmlora | +2.5 ± 0.5 |  |  | 1.05 |" in over_all
-
-
-def test_rows_of_other_settings_than_the_last_are_left_out(rows: list[Row]) -> None:
-    others = [{**r, "settings": {"sharpness_rho": 9.0}, "accuracy": 0.0} for r in rows]
-    assert by_name(others + rows) == by_name(rows)
-
-
-def test_tuning_curves_are_sorted(rows: list[Row]) -> None:
-    curve = tuning(rows[::-1], "efmlora")
-    assert [config["rho"] for config, _ in curve] == [0.5, 1.0, 2.0]
-    assert [accuracy.mean for _, accuracy in curve] == pytest.approx([60, 70, 80])
-
-
-def test_an_estimate_of_one_value_has_no_error() -> None:
-    assert estimate([2.0]).mean == 2.0
-    assert math.isnan(estimate([2.0]).error)
 
 
 def test_tables_say_what_was_found(rows: list[Row]) -> None:
@@ -275,8 +247,3 @@ def test_sams_loss_is_at_the_end_of_the_gradient_and_weights_come_back() -> None
     assert (clean, perturbed) == pytest.approx((12.5, 5.5**2 / 2))
     assert torch.equal(weight, before)
     assert weight.grad is None
-
-
-def test_sams_loss_without_a_gradient_is_the_clean_one() -> None:
-    weight = nn.Parameter(torch.zeros(2))
-    assert sam_loss(MeanLoss([lambda: weight.square().sum()]), [weight], rho=0.5) == (0.0, 0.0)

@@ -1,7 +1,6 @@
 """The program of evidence end to end, on a tiny random encoder and short made-up texts."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 from itertools import chain
@@ -11,11 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-import transformers
-from evidence_runs import RUN, SETTINGS, Fake, bert, figures, install, tiny_encoder, wordpieces
+from evidence_runs import RUN, SETTINGS, WORK, Fake, bert, figures, tiny_encoder, wordpieces, work_by_pieces
 from safetensors import safe_open
 
 from recipes.evidence import commands
@@ -42,7 +37,6 @@ from recipes.evidence.workloads import (
     Config,
 )
 from recipes.language.texts import Example
-from recipes.shared import packaged
 from recipes.shared.ledger import Row
 
 
@@ -56,9 +50,7 @@ def encoder() -> CutEncoder:
     return tiny_encoder()
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("evidence")
 
 
 # -- the cut encoder
@@ -74,31 +66,6 @@ def test_kept_lower_layers_and_upper_ones_are_the_whole_model(tokenizer: Any, fr
     for example, mean in zip(examples, found, strict=True):
         inputs = tokenizer(example.text, truncation=True, max_length=16, return_tensors="pt")
         torch.testing.assert_close(mean, model(**inputs).last_hidden_state[0].mean(dim=0), rtol=0, atol=1e-12)
-
-
-def test_the_packaged_encoder_is_cut_exactly(tokenizer: Any) -> None:
-    """Against transformers' own forward pass of all six layers."""
-    options = {"add_pooling_layer": False, "dtype": torch.float64}
-    model = transformers.AutoModel.from_pretrained(packaged.minilm(), attn_implementation="eager", **options).eval()
-    cut = CutEncoder(model, tokenizer, frozen_layers=4, length=32)
-    examples = [Example("Which nerve supplies the lens?", 0, ""), Example("Caries", 1, "")]
-    batch = packed(examples, cut.states)
-    hidden = cut.upper().eval()(batch["hidden"], batch["owners"])
-    found = pooled(hidden, batch["owners"], len(examples))
-    whole = transformers.AutoModel.from_pretrained(packaged.minilm(), attn_implementation="sdpa", **options).eval()
-    for example, mean in zip(examples, found, strict=True):
-        expected = whole(**tokenizer(example.text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
-        torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
-
-
-def test_what_is_kept_is_computed_once(encoder: CutEncoder) -> None:
-    assert encoder.states("one text") is encoder.states("one text")
-    assert not encoder.states("one text").requires_grad
-
-
-def test_a_cut_outside_of_the_model_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="between 1 and 1, got 2"):
-        CutEncoder(bert(2), tokenizer, frozen_layers=2, length=8)
 
 
 # -- runs
@@ -184,25 +151,6 @@ def test_a_run_on_test_keeps_the_weights_that_it_is_judged_by(judged: str, tmp_p
         restore(ShotsClassifier(encoder, 3, SETTINGS, RUN.config), tmp_path / row["weights"])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"stage": "search"},
-        {"config": {"learning_rate": 1e38}},
-        {"arm": "linear_probe", "config": {}},
-    ],
-)
-def test_searches_failed_runs_and_the_probe_keep_no_weights(change: Any, tmp_path: Path) -> None:
-    assert "weights" not in perform(replace(RUN, **change), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_probe_is_the_frozen_encoder() -> None:
-    row = perform(replace(RUN, arm="linear_probe", config={}))
-    assert 0 <= row["test_accuracy"] <= 1
-    assert row["train_loss"] < math.log(3)
-
-
 # -- the plan
 
 
@@ -218,7 +166,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[Run]]
     """A plan whose runs are done, and those in their order."""
     fake = Fake(gain=0.05)
     plan = small_plan(tmp_path_factory.mktemp("finished"), ["lora", "efmlora", "fmlora", *FREE])
-    plan.work(fake, lambda run: None)
+    work_by_pieces(plan, fake, lambda run: None)
     return plan, fake.done
 
 
@@ -246,42 +194,6 @@ def test_the_order_of_a_plan(finished: tuple[Plan, list[Run]]) -> None:
     assert {str(run.config) for run in tests if run.arm == "efmlora"} == {"{'learning_rate': 0.002, 'rho': 2.0}"}
 
 
-def test_what_is_explored_changes_efmloras_choice_and_comes_last(tmp_path: Path) -> None:
-    plan, fake = small_plan(tmp_path, ["lora", "efmlora", *EXPLORED, *CHOSEN_OTHERWISE]), Fake(gain=0.05)
-    plan.work(fake, lambda run: None)
-    assert {0.5, 0.7, 0.9} < {run.config.get("dropout") for run in fake.done}
-    assert {run.arm: run.config for run in fake.done[-220:]} == {
-        "efmlora_twice_the_steps": {"learning_rate": 2e-3, "rho": 2.0, "length_of_training": 2},
-        "efmlora_rho_0": {"learning_rate": 2e-3, "rho": 0.0},
-        "efmlora_rank_2": {"learning_rate": 2e-3, "rho": 2.0, "rank": 2},
-        "efmlora_rho_0.1": {"learning_rate": 2e-3, "rho": 0.1},
-        "fmlora_unsearched": {"learning_rate": 2e-3, "rho": 2.0},
-        "lora_by_accuracy": {"learning_rate": 2e-3, "weight_decay": 0.1},
-        "lora_more_dropout": {"learning_rate": 2e-3},
-        "rank_2_more_dropout": {"learning_rate": 2e-3, "rank": 2},
-        "efmlora_on_dropout": {"learning_rate": 2e-3, "rank": 2, "rho": 2.0},
-        "efmlora_on_dropout_rho_0": {"learning_rate": 2e-3, "rank": 2, "rho": 0.0},
-        "efmlora_above_0": {"learning_rate": 2e-3, "rho": 2.0},
-    }
-
-
-def test_a_run_of_an_explored_arm_is_that_of_its_method() -> None:
-    without = replace(RUN, arm="efmlora_rho_0", config={"learning_rate": 1e-2, "rho": 0.0})
-    assert figures(perform(without)) == figures(perform(RUN))
-    config = {"learning_rate": 1e-2, "rho": 2.0}
-    found = figures(perform(replace(RUN, arm="efmlora_on_dropout", config=config)))
-    assert found == figures(perform(replace(RUN, arm="efmlora", config=config)))
-    two_passes = figures(perform(replace(RUN, arm="fmlora_unsearched", config=config)))
-    assert two_passes == figures(perform(replace(RUN, arm="fmlora", config=config)))
-    assert two_passes != found
-
-
-def test_the_runs_of_all_methods_are_counted_once(tmp_path: Path) -> None:
-    pieces = small_plan(tmp_path).progress()
-    assert [total for _, _, total, _ in pieces[:5]] == [105, 40, 20, 80, 45]
-    assert sum(total for _, _, total, _ in pieces) == (20 + 6 * 15 + 15 + 12) * 3 + 23 * 20
-
-
 def test_a_workload_without_a_gain_ends_after_eight_seeds(tmp_path: Path) -> None:
     fake, plan = Fake(gain=0.0), small_plan(tmp_path)
     plan.work(fake, lambda run: None)
@@ -302,7 +214,7 @@ def test_an_interrupted_plan_resumes_and_two_processes_share_it(tmp_path: Path) 
         return fake(run)
 
     with pytest.raises(KeyboardInterrupt):
-        first.work(interrupted, lambda run: None)
+        WORK(first, interrupted, lambda run: None)
     second = small_plan(tmp_path, ["lora"], ["search"])
     claimed = second.open_runs()[0]
     with first.ledger.claimed(claimed) as is_mine:  # by another process
@@ -310,15 +222,8 @@ def test_an_interrupted_plan_resumes_and_two_processes_share_it(tmp_path: Path) 
         assert second.ledger.perform_first(second.open_runs(), fake, lambda run: None)
     assert len(fake.done) == 11
     assert claimed not in fake.done
-    second.work(fake, lambda run: None)
+    WORK(second, fake, lambda run: None)
     assert len(fake.done) == len({str(run) for run in fake.done}) == 60
-
-
-def test_rows_of_other_settings_do_not_count(tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, ["lora"], ["search"])
-    plan.work(Fake(gain=0.0), lambda run: None)
-    other = Plan(tmp_path, "tiny", {**SETTINGS, "shots": 5}, ["lora"], ["search"], range(20))
-    assert len(other.open_runs()) == 60
 
 
 @pytest.mark.parametrize("workload", ["w1", "w2", "w3"])
@@ -381,17 +286,6 @@ def test_the_command_runs_and_reports(
     assert "| EFMLoRA | rate 0.002, rho 2 | 20 |" in text
     assert "[0.910 (" in text  # the chosen trial
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
-
-
-def test_an_interrupted_command_says_how_to_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(run: Run, folder: Path) -> Row:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands, "perform", interrupted)
-    assert main(["run", "--workload", "tiny", "--folder", str(tmp_path), "--precision", "32-true"]) == 130
-    assert "The same command resumes" in capsys.readouterr().out
 
 
 def test_seeds_of_the_search_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,19 +4,13 @@ from itertools import chain
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from evidence_runs import SETTINGS, install, made_up, tiny_encoder
+from evidence_runs import SETTINGS, made_up, tiny_encoder
 
 from recipes.evidence.data import batch_places, most_similar_classes, training_examples, with_noise
 from recipes.language import texts
 from recipes.language.texts import Example
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("evidence")
 
 
 def test_noise_replaces_the_share_by_other_classes_evenly() -> None:

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from evidence_runs import RUN, Fake, tiny_encoder
 from torch import Tensor
-
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from evidence_runs import RUN, Fake, install, tiny_encoder
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import MeanLoss, hessian_product, loss_gradient, moved, sam_sharpness, trained_factors
@@ -27,8 +24,6 @@ from recipes.evidence.flatness import (
     frozen_weights,
     in_weight_units,
     mean_loss,
-    measured,
-    seen_shares,
 )
 from recipes.evidence.flatness_report import ratio
 from recipes.evidence.module import ShotsClassifier
@@ -39,9 +34,7 @@ from recipes.shared.ledger import read
 DOUBLE = {"dtype": torch.float64}
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
+pytestmark = pytest.mark.usefixtures("evidence")
 
 
 @pytest.fixture
@@ -95,13 +88,6 @@ def projected(name: str, moves: Sequence[Tensor], onto: Sequence[tuple[Tensor, T
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def test_the_loss_is_the_mean_over_the_examples(module: ShotsClassifier, loss: MeanLoss) -> None:
-    (whole,) = training_batches(RUN, tiny_encoder())
-    logits = module.logits({**whole, "hidden": whole["hidden"].double()})
-    expected = torch.nn.functional.cross_entropy(logits, whole["labels"])
-    torch.testing.assert_close(value(loss), expected.detach(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", SUBSPACES)
@@ -167,34 +153,6 @@ def test_curvature_in_a_subspace_is_in_units_of_the_full_weights(
     for new, old in zip(projectors(module), onto, strict=True):
         torch.testing.assert_close(new[0], old[0])
         torch.testing.assert_close(new[1], old[1])
-
-
-def test_the_share_of_the_inputs_is_that_of_each_text_alone(
-    module: ShotsClassifier, batches: list[dict[str, Tensor]]
-) -> None:
-    layers, onto = module.adapted_layers, projectors(module)
-    seen, whole = torch.zeros(len(layers), **DOUBLE), torch.zeros(len(layers), **DOUBLE)
-    tokens: dict[Any, Tensor] = {}
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda layer, inputs: tokens.update({layer: inputs[0]}))
-    for batch in batches:
-        for text in range(len(batch["labels"])):
-            mine = batch["owners"] == text
-            hidden = batch["hidden"][mine][None]
-            module.logits({"hidden": hidden, "owners": torch.zeros(hidden.shape[:2]), "labels": batch["labels"][:1]})
-            for place, layer in enumerate(layers):
-                whole[place] += tokens[layer].square().sum()
-                seen[place] += (tokens[layer] @ onto[place][1]).square().sum()
-    assert seen_shares(module, batches) == pytest.approx((seen / whole).tolist(), rel=1e-5)
-
-
-def test_what_is_measured_agrees_with_itself(module: ShotsClassifier, batches: list[dict[str, Tensor]]) -> None:
-    found: dict[str, Any] = measured(module, batches)
-    gradient, rise = found["gradient"], found["rise"]
-    assert gradient["full"] > gradient["both"] > max(gradient["A"], gradient["B"])
-    assert set(rise) == {*SUBSPACES, "random"}
-    assert rise["full"]["0.5"] > rise["both"]["0.5"] > max(rise["A"]["0.5"], rise["B"]["0.5"]) > rise["random"]["0.5"]
-    assert set(found["trace"]) == {"A", "B", "full"}
 
 
 # -- the command

@@ -1,38 +1,28 @@
 """One adapter through several tasks in turn: against plain runs and a chain of them, its row and its report."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
-import torch
-from torch import Tensor
-
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from evidence_runs import Fake, figures, install, made_up, tiny_encoder
-from safetensors.torch import load_file
+from evidence_runs import Fake, figures, made_up, tiny_encoder
 
 from recipes.evidence import __main__ as command
 from recipes.evidence import commands
 from recipes.evidence import tasks as on_tasks
 from recipes.evidence.__main__ import main
-from recipes.evidence.conditions import AS_TRAINED, scale_adapter
 from recipes.evidence.in_turn import perform_in_turn
-from recipes.evidence.kept import Kept, restored
-from recipes.evidence.module import ShotsClassifier, trained_parameters
-from recipes.evidence.plan import RESULTS, key_of_row
-from recipes.evidence.robustness import judge
+from recipes.evidence.module import ShotsClassifier
+from recipes.evidence.plan import key_of_row
 from recipes.evidence.run import Run, perform
 from recipes.evidence.tasks import CLASSES, judged_after_training, judged_again, short, trained
 from recipes.evidence.workloads import COMPETITORS, PROBE, WORKLOADS, Config
 from recipes.language import texts
 from recipes.language.texts import Example, Source
-from recipes.shared.ledger import Ledger, Row
+from recipes.shared.ledger import Row
 
 # Each contradicts the one before it, so that there is something to forget. By names that no other test uses, since what
 # a task consists of is kept in the process.
@@ -51,8 +41,7 @@ def of_two_classes(pair: tuple[int, int]) -> Iterator[Example]:
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
+def tiny(evidence: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for task, pair in PAIRS.items():
         monkeypatch.setitem(texts.TASKS, task, Source(("one", "other"), partial(of_two_classes, pair)))
 
@@ -64,10 +53,6 @@ def on(run: Run, *tasks: str) -> Run:
 
 def of_task(run: Run, task: str) -> Run:
     return replace(run, settings={**run.settings, "data": task})
-
-
-def kept_weights(run: Run, folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / perform_in_turn(run, folder)["weights"])
 
 
 # -- training
@@ -113,38 +98,6 @@ def test_two_tasks_are_two_fits_with_nothing_but_the_weights_between_them(arm: s
         assert row["after"]["1"] != lora["after"]["1"]
 
 
-@pytest.mark.parametrize("method", ["efmlora", "fmlora"])
-def test_rho_0_is_lora(method: str) -> None:
-    at_0 = perform_in_turn(replace(RUN, arm=method, config={**RUN.config, "rho": 0.0}))
-    assert at_0["after"] == perform_in_turn(RUN)["after"]
-
-
-def test_it_begins_with_the_seeds_adapter_and_all_heads_alike(tmp_path: Path) -> None:
-    found = kept_weights(replace(RUN, seed=3, config={"learning_rate": 0.0}), tmp_path)
-    L.seed_everything(3, verbose=False)
-    start = trained_parameters(ShotsClassifier(tiny_encoder(), CLASSES, W5, RUN.config))
-    assert len(found) == 2 * 2 + 2 * 3
-    for name, weight in found.items():
-        part, _, rest = name.partition(".")
-        its_start = start[f"net.{rest}"] if part == "adapter" else start[f"head.{rest.partition('.')[2]}"]
-        assert torch.equal(weight, its_start)
-
-
-def test_a_head_stays_as_it_is_while_later_tasks_are_learned(tmp_path: Path) -> None:
-    found = [kept_weights(on(RUN, *TASKS[:number]), tmp_path) for number in (1, 2, 3)]
-    for earlier, later in ((found[0], found[1]), (found[1], found[2])):
-        for name, weight in earlier.items():
-            assert torch.equal(weight, later[name]) == name.startswith("heads.")
-    assert not torch.equal(found[2]["heads.turn_a.weight"], found[2]["heads.turn_b.weight"])
-
-
-def test_early_stopping_takes_the_best_weights_before_the_next_task_begins() -> None:
-    long = replace(RUN, settings={**W5, "steps": 20}, config=BEST_BEFORE_THE_END)
-    stopped = perform_in_turn(replace(long, config={**long.config, "early_stopping": True}))
-    last = perform_in_turn(long)
-    assert stopped["after"]["1"]["turn_a"]["validation_loss"] < last["after"]["1"]["turn_a"]["validation_loss"]
-
-
 # -- rows
 
 
@@ -169,39 +122,6 @@ def test_a_row_holds_what_the_adapter_knows_after_each_task(tmp_path: Path) -> N
     assert perform_in_turn(replace(RUN, seed=1))["after"] != row["after"]
 
 
-def test_the_kept_weights_are_those_that_the_end_is_judged_by(tmp_path: Path) -> None:
-    row = perform_in_turn(RUN, tmp_path)
-    found = load_file(tmp_path / row["weights"])
-    for task in TASKS:
-        module = ShotsClassifier(tiny_encoder(), CLASSES, W5, RUN.config)
-        adapter = {name.removeprefix("adapter."): weight for name, weight in found.items() if "lora" in name}
-        assert not module.net.load_state_dict(adapter, strict=False).unexpected_keys
-        module.head.load_state_dict({name: found[f"heads.{task}.{name}"] for name in ("weight", "bias")})
-        again = judged_again(of_task(RUN, task), module, tiny_encoder())
-        assert again["test_loss"] == row["after"]["3"][task]["test_loss"]
-
-
-def test_the_last_adapter_is_judged_with_each_head_under_other_conditions(tmp_path: Path) -> None:
-    row = perform_in_turn(RUN, tmp_path)
-    kept = Kept(RUN, row["weights"])
-    conditions = judge(kept, tmp_path)["conditions"]
-    for name in ("accuracy", "loss", "ece", "brier", "loss_scaled"):
-        assert conditions[AS_TRAINED][name] == pytest.approx(row[f"test_{name}"], rel=1e-6)
-    halved = []
-    for task, module in restored(kept, tmp_path).items():
-        scale_adapter(module, 0.5)
-        halved.append(judged_again(of_task(RUN, task), module, tiny_encoder())["test_loss"])
-    assert conditions["scale_0.5"]["loss"] == pytest.approx(sum(halved) / len(TASKS), rel=1e-6)
-    assert conditions["scale_0.5"]["loss"] != conditions[AS_TRAINED]["loss"]
-
-
-def test_a_search_does_not_see_the_test_part(tmp_path: Path) -> None:
-    row = perform_in_turn(replace(RUN, stage="search"), tmp_path)
-    assert list(row["after"]) == ["1", "2", "3"]
-    assert "test" not in json.dumps({name: row[name] for name in row if name not in RUN.key()})
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_fails_as_a_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fits = []
     plain_fit = on_tasks.fit
@@ -221,13 +141,6 @@ def test_a_run_fails_as_a_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         assert "after" not in row
     assert fits == ["turn_a", "turn_b", "turn_a"]
     assert not list(tmp_path.iterdir())
-
-
-def test_the_probe_has_nothing_to_forget() -> None:
-    row = perform_in_turn(replace(RUN, arm="linear_probe", config={}))
-    accuracies = [scores["test_accuracy"] for scores in row["single"].values()]
-    assert row["test_accuracy"] == pytest.approx(sum(accuracies) / 3, abs=1e-12)
-    assert "after" not in row
 
 
 # -- the command
@@ -274,30 +187,3 @@ def test_the_command_runs_and_reports(
     assert "| EFMLoRA | 56.0 → 52.0 | 56.0 → 52.0 | 56.0 → 56.0 |" in text
     assert (tmp_path / "w5.png").stat().st_size > 10_000
     assert (tmp_path / "w5_kept.png").stat().st_size > 10_000
-
-
-def test_the_command_finds_the_rows_of_real_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two = {**W5, "tasks": TASKS[:2], "steps": 2}
-    monkeypatch.setitem(command.WORKLOADS, "w5", {name: v for name, v in two.items() if name != "precision"})
-    done: list[Run] = []
-
-    def counted(perform_one: Callable[..., Row], run: Run, folder: Path) -> Row:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(run)
-        return perform_one(run, folder)
-
-    monkeypatch.setattr(commands, "perform_in_turn", partial(counted, perform_in_turn))
-    options = ["--workload", "w5", "--folder", str(tmp_path), "--precision", "32-true", "--methods", "lora"]
-    assert main(["run", *options]) == 130
-    ledger = Ledger(tmp_path / RESULTS, key_of_row)
-    assert [row["after"]["2"].keys() for row in ledger.rows] == [set(TASKS[:2])] * 2
-    first = list(done)
-    done.clear()
-    assert main(["run", *options]) == 130
-    assert not {str(run) for run in done} & {str(run) for run in first}
-
-
-def test_the_real_tasks_are_those_that_w3_merges() -> None:
-    of_w3 = {name: value for name, value in WORKLOADS["w3"].items() if not name.startswith(("ties", "arithmetic"))}
-    assert WORKLOADS["w5"] == {**of_w3, "in_turn": True}

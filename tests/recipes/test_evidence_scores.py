@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
 from recipes.evidence.scores import fitted_temperature, linear_probe, scores
 
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evidence_runs import SETTINGS, Fake, work_by_pieces
 from scipy import stats
-
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-
-from evidence_runs import SETTINGS, Fake
 
 from recipes.evidence.plan import STAGES, Plan
 from recipes.evidence.run import Run
@@ -49,47 +46,37 @@ def test_seeds_that_one_arm_lacks_do_not_count() -> None:
 
 
 GAIN = by_seed(52.0, 53.0, 52.5, 52.0, 53.0, 52.5, 52.0, 53.0)  # about 2.5 points over FLAT
+SMALL = by_seed(50.1, 50.2, 50.3, 50.1, 50.2, 50.3, 50.1, 50.2)
+FAR_BELOW = by_seed(*[20.0] * 8)
 
 
-def kind_of(candidate: dict[int, float], baseline: dict[int, float], **competitors: dict[int, float]) -> str:
-    found = verdict(candidate, baseline, competitors)
+@pytest.mark.parametrize(
+    ("candidate", "competitors", "kind", "reason"),
+    [
+        (GAIN, {"early": FLAT, "smooth": by_seed(*[51.0] * 8)}, "gain", ""),
+        (GAIN, {"early": FLAT, "smooth": by_seed(*[52.2] * 8)}, "no gain", "smooth"),  # as good
+        # Its interval contains 0, with 50.5 on average.
+        (GAIN, {"early": by_seed(40.0, 60.0, 45.0, 57.0, 41.0, 61.0, 44.0, 56.0)}, "no gain", "early"),
+        (SMALL, {"early": FLAT}, "no gain", ""),  # less than half a point
+        (by_seed(45.0, 56.0, 49.0, 55.0, 46.0, 58.0, 47.0, 56.0), {"early": FAR_BELOW}, "undecided", "seeds"),
+        # Neither for a gain nor against it, as long as seeds of a competitor are missing.
+        (GAIN, {"early": {}}, "no verdict yet", ""),
+        (GAIN, {"early": by_seed(*[51.0] * 7)}, "no verdict yet", ""),
+        (GAIN, {"early": by_seed(*[53.0] * 7)}, "no verdict yet", ""),
+    ],
+)
+def test_verdicts(candidate: dict[int, float], competitors: dict[str, Any], kind: str, reason: str) -> None:
+    found = verdict(candidate, FLAT, competitors)
     assert found is not None
-    return found.kind
-
-
-def test_a_clear_difference_to_lora_and_all_competitors_is_a_gain() -> None:
-    assert kind_of(GAIN, FLAT, early=FLAT, smooth=by_seed(*[51.0] * 8)) == "gain"
-
-
-def test_a_competitor_that_is_as_good_makes_it_no_gain() -> None:
-    found = verdict(GAIN, FLAT, {"early": FLAT, "smooth": by_seed(*[52.2] * 8)})
-    assert found is not None
-    assert found.kind == "no gain"
-    assert "smooth" in found.reason
-
-
-def test_a_competitor_whose_interval_contains_0_makes_it_no_gain() -> None:
-    wild = by_seed(40.0, 60.0, 45.0, 57.0, 41.0, 61.0, 44.0, 56.0)  # 50.5 on average
-    assert kind_of(GAIN, FLAT, early=wild) == "no gain"
-
-
-def test_less_than_half_a_point_is_no_gain() -> None:
-    small = by_seed(50.1, 50.2, 50.3, 50.1, 50.2, 50.3, 50.1, 50.2)
-    assert kind_of(small, FLAT, early=FLAT) == "no gain"
-
-
-def test_a_wide_interval_is_undecided_and_says_how_many_seeds_it_takes() -> None:
-    wide = by_seed(45.0, 56.0, 49.0, 55.0, 46.0, 58.0, 47.0, 56.0)
-    found = verdict(wide, FLAT, {"early": by_seed(*[20.0] * 8)})
-    assert found is not None
-    assert found.kind == "undecided"
-    assert "seeds" in found.reason
+    assert found.kind == kind
+    assert reason in found.reason
+    assert verdict({}, FLAT, competitors) is None
 
 
 def test_an_interval_above_0_is_undecided_while_holms_p_is_not() -> None:
     # Differences of mean 2 and error about 0.75: p is 0.03, and three times that is above 0.05.
     barely = by_seed(52.0, 54.0, 49.5, 54.5, 51.5, 54.0, 49.5, 51.0)
-    found = verdict(barely, FLAT, {"early": by_seed(*[20.0] * 8)})
+    found = verdict(barely, FLAT, {"early": FAR_BELOW})
     assert found is not None
     assert found.baseline.low > 0
     assert found.baseline.p is not None
@@ -97,21 +84,12 @@ def test_an_interval_above_0_is_undecided_while_holms_p_is_not() -> None:
     assert found.kind == "undecided"
 
 
-def test_there_is_no_gain_before_the_competitors_have_run() -> None:
-    assert kind_of(GAIN, FLAT, early={}) == "no verdict yet"
-    # Neither for a gain nor against it, as long as seeds are missing.
-    assert kind_of(GAIN, FLAT, early=by_seed(*[51.0] * 7)) == "no verdict yet"
-    assert kind_of(GAIN, FLAT, early=by_seed(*[53.0] * 7)) == "no verdict yet"
-    assert verdict({}, FLAT, {"early": FLAT}) is None
-
-
 def test_a_workload_ends_early_after_eight_seeds_below_half_a_point() -> None:
-    small = by_seed(50.1, 50.2, 50.3, 50.1, 50.2, 50.3, 50.1, 50.2)
-    assert ends_early(FLAT, small)
+    assert ends_early(FLAT, SMALL)
     assert not ends_early(FLAT, GAIN)
-    assert not ends_early(FLAT, {seed: value for seed, value in small.items() if seed < 7})
+    assert not ends_early(FLAT, {seed: value for seed, value in SMALL.items() if seed < 7})
     # Later seeds do not change what was decided after the first eight.
-    assert ends_early({**FLAT, 8: 0.0, 9: 0.0}, {**small, 8: 99.0, 9: 50.0})
+    assert ends_early({**FLAT, 8: 0.0, 9: 0.0}, {**SMALL, 8: 99.0, 9: 50.0})
 
 
 def test_the_seeds_that_would_decide_are_the_least_that_do() -> None:
@@ -211,7 +189,7 @@ class Harmed(Fake):
 def test_a_search_is_finished_where_training_has_diverged(tmp_path: Path) -> None:
     """LoRA's choice at the end of its grid extends all, and EFMLoRA's largest rho of the first is not exceeded."""
     plan = Plan(tmp_path, "tiny", SETTINGS, ["lora", "efmlora"], STAGES, range(1))
-    plan.work(Dropped(gain=0.0), lambda run: None)
+    work_by_pieces(plan, Dropped(gain=0.0), lambda run: None)
     grid = common_grid(plan.chosen)
     assert grid == Grid(further=2)
     assert plan.chosen("lora", grid) == {"learning_rate": 2e-3, "dropout": 0.5}
@@ -220,7 +198,7 @@ def test_a_search_is_finished_where_training_has_diverged(tmp_path: Path) -> Non
 
 def test_the_best_trial_above_0_is_not_the_one_that_the_search_chooses(tmp_path: Path) -> None:
     plan = Plan(tmp_path, "tiny", SETTINGS, ["lora", "efmlora", "efmlora_above_0"], STAGES, range(1))
-    plan.work(Harmed(gain=0.0), lambda run: None)
+    work_by_pieces(plan, Harmed(gain=0.0), lambda run: None)
     grid = common_grid(plan.chosen)
     assert plan.config_of("efmlora", grid) == {"learning_rate": 2e-3}
     assert plan.config_of("efmlora_above_0", grid) == {"learning_rate": 2e-3, "rho": 0.5}

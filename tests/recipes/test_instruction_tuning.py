@@ -20,7 +20,7 @@ from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.language.model import answer_log_likelihood
 from recipes.shared import packaged
 from recipes.shared.configs import config_arguments
-from recipes.shared.random_state import RandomState, collect_random_state, restore_random_state
+from recipes.shared.random_state import RandomState
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -136,17 +136,6 @@ def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -
 
 
 # -- going on after a stop
-
-
-def test_random_state_is_put_back(tmp_path: Path) -> None:
-    import random
-
-    import numpy as np
-
-    torch.save(collect_random_state(), tmp_path / "state.pt")
-    drawn = (random.random(), np.random.normal(), torch.rand(1).item())
-    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert (random.random(), np.random.normal(), torch.rand(1).item()) == drawn
 
 
 # -- what is refused

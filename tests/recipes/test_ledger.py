@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import processes
 import pytest
 
-pytest.importorskip("filelock", reason="the recipes' dependencies are not installed")
-
-from recipes.shared.ledger import Ledger, Row, StoppedError, commit, entries, read, run_process
+from recipes.shared.ledger import Ledger, Row, StoppedError, entries, read, run_process
 
 
 class Run(NamedTuple):
@@ -85,20 +83,6 @@ def test_other_settings_are_another_run(tmp_path: Path) -> None:
     assert rows.find(Other({"rho": 0.2, "steps": 2})) is None
 
 
-def test_a_run_is_claimed_by_one_and_free_again_afterwards(tmp_path: Path) -> None:
-    first, second = ledger(tmp_path), ledger(tmp_path)
-    assert not second.is_in_use()
-    with first.claimed(RUNS[0]) as is_first, second.claimed(RUNS[0]) as is_second, second.claimed(RUNS[1]) as is_other:
-        assert (is_first, is_second, is_other) == (True, False, True)
-        assert second.is_in_use()
-        first.append(RUNS[0].key())
-    with second.claimed(RUNS[0]) as is_second:
-        assert not is_second  # it is done, which the second one finds as it looks again
-    assert not second.is_in_use()
-    with second.claimed(RUNS[2]) as is_second:
-        assert is_second
-
-
 def test_a_run_that_another_process_does_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = ledger(tmp_path), ledger(tmp_path)
     done: list[Run] = []
@@ -168,10 +152,6 @@ def test_a_process_that_fails_stops_the_ledger() -> None:
     with pytest.raises(StoppedError) as stop:
         run_process(["sh", "-c", "exit 3"])
     assert stop.value.status == 3
-
-
-def test_the_commit_of_a_clone() -> None:
-    assert commit()
 
 
 def test_a_row_with_a_separator_of_lines_is_one_row(tmp_path: Path) -> None:

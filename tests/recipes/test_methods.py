@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 import recipes
 from lightning_flatlora import EFMLoRA, FMLoRA
 from recipes.benchmarks.methods import METHODS as MEASURED
@@ -13,13 +11,6 @@ from recipes.comparison.methods import ALL
 from recipes.shared.methods import BY_TITLE, COLOURS, METHODS, OURS
 
 PUBLISHED = Path(recipes.__file__).parent.parent / "docs" / "results" / "comparison.jsonl"
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_defaults_suffice_and_callbacks_are_new_each_time(name: str) -> None:
-    first, second = METHODS[name].callbacks(), METHODS[name].callbacks()
-    assert [type(callback) for callback in first] == [type(callback) for callback in second]
-    assert not {id(callback) for callback in first} & {id(callback) for callback in second}
 
 
 def test_settings_replace_the_defaults() -> None:

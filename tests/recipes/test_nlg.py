@@ -15,7 +15,6 @@ from recipe_runs import quick, trained
 from torch import nn
 
 from recipes.language.joint_attention import split_attention
-from recipes.language.model import generate_answers
 from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments
 from recipes.nlg.export import export, main
 from recipes.nlg.module import TextGeneration
@@ -120,22 +119,6 @@ def test_texts_may_repeat_their_meaning_but_not_themselves(writer: TextGeneratio
         text = writer.net.generate(**inputs, **options)[0, len(ids) :].tolist()
         fours = [tuple(text[i : i + 4]) for i in range(len(text) - 3)]
         assert (len(fours) > len(set(fours))) is repeats
-
-
-def test_the_beam_is_transformers_own(writer: TextGeneration) -> None:
-    """Without a rule about repetitions, generate called by hand finds the same text."""
-    ids = prompts(writer)[1]
-    options = {"num_beams": 5, "length_penalty": 0.8, "early_stopping": "never"}
-    expected = writer.net.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=24,
-        do_sample=False,
-        pad_token_id=writer.tokenizer.eos_token_id,
-        **options,
-    )[0, len(ids) :]
-    text = generate_answers(writer.net, [ids], writer.tokenizer, 24, **arguments(options, len(ids)))
-    assert text == [writer.tokenizer.decode(expected, skip_special_tokens=True).strip()]
 
 
 def test_the_test_writes_one_text_for_each_meaning(model: str, e2e: str, tmp_path: Path) -> None:

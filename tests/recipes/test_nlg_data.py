@@ -176,16 +176,6 @@ def test_bad_rows_are_refused_before_training(model: str, jsonl: Any, rows: list
         prepared(model, jsonl(rows), validation_share=0.0, test_share=0.0, max_length=20)
 
 
-def test_validation_on_training_data_is_noticed(model: str, tmp_path: Path) -> None:
-    file, other = save_csv(tmp_path / "train.csv"), save_csv(tmp_path / "other.csv", 35, 37)
-    repeated = len(meanings(35, 36)[0][1])
-    number = repeated + len(meanings(36, 37)[0][1])
-    with pytest.warns(
-        UserWarning, match=rf"validation: {repeated} of {number} texts and their meanings are in the train"
-    ):
-        prepared(model, file, validation_split=other, test_share=0.0)
-
-
 def test_bad_files_are_refused_before_training(model: str, tmp_path: Path) -> None:
     file = save_csv(tmp_path / "train.csv")
     with pytest.raises(MisconfigurationException, match=r"train.csv' is a file, and has no split 'test'"):

@@ -31,14 +31,18 @@ NO_DROPOUT = "--model.init_args.lora.lora_dropout=0"  # each rank draws its own
 # -- the runs
 
 SHARDED = [
-    *product((name for name in NAMES if name != "nlg"), STRATEGIES[1:]),
-    *(("siglip", "fsdp1"), ("all weights", "fsdp2")),
+    ("classification", "fsdp1"),
+    ("classification by prompts", "fsdp2"),
+    *(("clip_contrastive", "fsdp2"), ("clip_contrastive", "fsdp1"), ("siglip", "fsdp1"), ("all weights", "fsdp2")),
+    *(("clip_fewshot", "fsdp2"), ("clip_fewshot", "fsdp1")),
+    *(("instruction_tuning", "fsdp2"), ("instruction_tuning", "fsdp1")),
+    *(("vqa", "fsdp2"), ("vqa", "fsdp1")),
 ]
 """What is trained by EFMLoRA, or by itself, in shards; instruction tuning stands for nlg, whose module is alike."""
-OWN_MODULES = ("clip_contrastive", "clip_fewshot", "instruction_tuning", "vqa")
+OWN_MODULES = ("clip_contrastive", "instruction_tuning")
 """The recipes that are trained by FMLoRA too, as a callback and in manual optimization."""
 RESUMED = {"clip_contrastive": "ddp", "clip_fewshot": "fsdp1", "instruction_tuning": "fsdp2"}
-"""One recipe for each way in which batches are drawn."""
+"""One recipe for each way in which batches are drawn; the last one in packed rows."""
 MEASURED = {
     "instruction_tuning": ("fsdp1", {"test_loss", "test_perplexity", "test_exact_match"}),
     "choices": ("ddp", {"test_loss", "test_perplexity", "test_accuracy"}),
@@ -103,15 +107,13 @@ def results(place: Path, recipes: dict[str, Recipe]) -> Results:
     for name, strategy in RESUMED.items():
         whole = f"{name}:{strategy}:whole"
         version = place / whole / "runs" / name / "efmlora" / "version_0"
-        add(name, strategy, "efmlora", "whole", options=EVERY_STEP)
-        resumed = [*EVERY_STEP, f"--ckpt_path={version / 'checkpoints' / 'step=2.ckpt'}"]
+        steps = [*EVERY_STEP, *(PACKED if name == "instruction_tuning" else [])]
+        add(name, strategy, "efmlora", "whole", options=steps)
+        resumed = [*steps, f"--ckpt_path={version / 'checkpoints' / 'step=2.ckpt'}"]
         add(name, strategy, "efmlora", "resumed", options=resumed)
     add("clip_contrastive", "fsdp1", "fmlora")
     own = [*training("instruction_tuning", "fmlora_manual"), "--model.init_args.sync_ascent=false"]
     add("instruction_tuning", "ddp", "fmlora_manual", "own ascent", options=own)
-    for strategy in ("ddp", "fsdp2"):
-        packed = [*training("instruction_tuning", "efmlora"), *PACKED]
-        add("instruction_tuning", strategy, "efmlora", "packed", options=packed)
     for name, (strategy, _) in MEASURED.items():
         recipe = "instruction_tuning" if name == "choices" else name
         add(recipe, strategy, "lora", name, "test", measuring(name, 3))
@@ -123,7 +125,7 @@ def results(place: Path, recipes: dict[str, Recipe]) -> Results:
         return launch(place, cases, timeout=1000)
 
 
-EVERY_RUN = ["--trainer.precision=32-true", "--trainer.log_every_n_steps=1"]
+EVERY_RUN = ["--trainer.precision=32-true", "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false"]
 
 
 def measuring(name: str, batches: int) -> list[str]:
@@ -225,11 +227,6 @@ def test_an_ascent_of_each_device_is_an_ascent_of_each_micro_batch(results: Resu
     assert (flat(results["instruction_tuning:ddp:fmlora"][0]) - found).abs().max() > 1e-5
 
 
-def test_packed_rows_train_the_same_under_ddp_and_fsdp2(results: Results) -> None:
-    one, other = (results[f"instruction_tuning:{strategy}:packed"][0] for strategy in ("ddp", "fsdp2"))
-    assert_same_weights(one, other, 1e-4)
-
-
 def test_the_gradient_is_clipped(results: Results) -> None:
     clipped, free = results["instruction_tuning:fsdp2:efmlora"][0], results["instruction_tuning:fsdp2:whole"][0]
     assert 0 < flat(clipped, "lora_B").abs().max() < flat(free, "lora_B").abs().max() / 2
@@ -248,8 +245,9 @@ def test_fsdp1_units_are_blocks_and_factors(name: str, units: int, results: Resu
     assert results[f"{name}:ddp:efmlora"][0]["units"] == 0
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ["instruction_tuning", "vqa"])
+@pytest.mark.parametrize(
+    ("name", "strategy"), [*product(["instruction_tuning"], STRATEGIES), ("vqa", "ddp"), ("vqa", "fsdp2")]
+)
 def test_peft_loads_the_adapter(name: str, strategy: str, results: Results, place: Path) -> None:
     case = f"{name}:{strategy}:efmlora"
     trained = results[case][0]["weights"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from report_models import TEMPLATE, make_tokenizer, save_adapter, save_base, write_rows
+from report_models import make_tokenizer, save_adapter, save_base, write_rows
 from torch.nn.functional import cross_entropy
 
 from recipes.language.chat import IGNORED
@@ -181,20 +181,6 @@ def test_labels_that_are_no_class(label: object, classifiers: tuple[Path, Path],
     adapted = loaded(classifiers[0], texts)
     with pytest.raises(MisconfigurationException, match="label must be a number from 0 to 2 or one of"):
         mean_loss(adapted, [{"text": "a", "label": label}], options(classifiers[0], texts))
-
-
-def test_a_template_that_rewrites_and_one_that_is_missing(
-    adapted: Adapted, adapters: tuple[Path, Path], texts: Path
-) -> None:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    adapted.tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(MisconfigurationException, match=r"rewrites earlier messages, .* so answer 1 can't be located"):
-        mean_loss(adapted, [{"messages": messages}], options(adapters[0], texts))
-    given = options(adapters[0], texts, chat_template=TEMPLATE)
-    assert mean_loss(adapted, [{"messages": messages}], given)[1] == 2
-    adapted.tokenizer.chat_template = None
-    with pytest.raises(MisconfigurationException, match="has no single chat template: set chat_template"):
-        mean_loss(adapted, [{"messages": messages}], options(adapters[0], texts))
 
 
 @pytest.mark.usefixtures("own_datasets")

@@ -1,7 +1,6 @@
 """Every mistake of a command line is one line that says what to do, before a model is loaded."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -136,17 +135,3 @@ def test_files_that_no_report_has_written_are_not_replaced(
         parse(given)
     (output / "report.md").write_text("# Flatness of an earlier adapter\n")
     assert parse(given).output == output
-
-
-def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sys.argv", ["report", "--adapter", str(tmp_path / "none"), "--data", "none"])
-    with pytest.raises(SystemExit, match=r"Error: --adapter .* is not a folder; --data none is not a file"):
-        runpy.run_module("recipes.report", run_name="__main__")
-
-
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    shown = capsys.readouterr().out
-    for name in ("adapter", "data", "base", "output", "rho", "sigma", "radius", "points", "directions", "samples"):
-        assert f"--{name}" in shown

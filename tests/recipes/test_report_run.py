@@ -17,13 +17,11 @@ from lightning_flatlora.flatness import (
     expected_sharpness,
     hessian_trace,
     lora_sharpness,
-    loss_at,
-    random_direction,
     sam_sharpness,
     top_eigenvalue,
     trained_factors,
 )
-from lightning_flatlora.weight_noise import WeightNoise, derived_seed
+from lightning_flatlora.weight_noise import WeightNoise
 from recipes.report import numbers
 from recipes.report.adapters import load
 from recipes.report.data import mean_loss, read_rows
@@ -116,15 +114,6 @@ def test_factors_numbers_are_those_of_the_layers(options: Options, results: list
     assert len(bases) == len(pairs)
     norm = torch.cat([weight.flatten() for weight in bases]).norm().item()
     assert found[NORM].value == pytest.approx(norm)
-
-
-def test_random_lines_are_relative_to_the_weights_norm(options: Options, results: list[Measured]) -> None:
-    adapted = load(options.adapter[0], options)
-    loss, _ = mean_loss(adapted, read_rows(options), options)
-    pairs = find_pairs(adapted.model).pairs
-    direction = random_direction(pairs, derived_seed(options.seed, 0))
-    expected = loss_at(loss, pairs, (0.05 * results[0].value(NORM), direction))
-    assert results[0].landscape.random[0, -1].item() == pytest.approx(expected.item())
 
 
 def test_every_curve_and_the_surface_go_through_the_adapter(results: list[Measured]) -> None:

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
 from parsing import ParsingCLI
 
 from recipes.reproduce import __main__ as command_line_of_tables
 from recipes.reproduce import run as running
-from recipes.reproduce.__main__ import WAITING, main
+from recipes.reproduce.__main__ import main
 from recipes.reproduce.methods import METHODS
 from recipes.reproduce.plan import Plan, Results, Shard
-from recipes.reproduce.report import count, plan_text, table_text
+from recipes.reproduce.report import count, table_text
 from recipes.reproduce.run import Place, Run, score, validated
 from recipes.reproduce.table import Table
 from recipes.reproduce.tables import TABLES
@@ -74,22 +71,6 @@ def test_shares_do_every_run_once_and_finals_wait_for_all_choices(
     assert "± 0.0 (" in table_text(plans[0])
 
 
-def test_a_share_that_waits_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = replace(TABLES["table1"], learning_rates=(1e-2,), grids=GRIDS)
-    monkeypatch.setitem(TABLES, "table1", small)
-    fake = Fake()
-    monkeypatch.setattr(command_line_of_tables, "perform", lambda run, place: fake(run))
-    given = ["table1", "--tasks=sst2", "--methods", "lora", "efmlora", f"--folder={tmp_path}/table"]
-    assert main([*given, "--shard=1/2"]) == WAITING
-    assert "runs of this share wait for choices" in capsys.readouterr().out
-    assert main([*given, "--shard=2/2"]) == 0
-    assert main([*given, "--shard=1/2"]) == 0
-    assert len(fake.done) == len(set(fake.done)) == 3 + 2 * 5
-    assert not any("/test/" in name for name in fake.done[:3])
-
-
 def test_a_run_that_fails_keeps_no_other_one_from_being_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,22 +109,6 @@ def test_a_stop_by_the_user_and_failures_in_a_row_end_the_command(status: int, s
     with pytest.raises(StoppedError):
         plan.work(perform, begun.append)
     assert len(begun) == started
-
-
-def test_the_plan_says_how_long_it_takes_once_runs_are_done(tmp_path: Path) -> None:
-    plan = planned(tmp_path, "table1", Shard(), ["sst2"], learning_rates=(1e-2,), grids=GRIDS)
-    assert "known when runs are done" in plan_text(plan)
-    fake = Fake()
-
-    def perform(run: Run) -> Row:
-        if len(fake.done) == 4:
-            raise StoppedError(130)
-        return {**fake(run), "steps": 100, "training_seconds": 72.0}
-
-    with pytest.raises(StoppedError):
-        plan.work(perform, lambda run: None)
-    left = count(plan, ["sst2"]).steps - 400
-    assert f"{0.72 * left / 3600:.1f} h of training at most are left for one process" in plan_text(plan)
 
 
 def test_equal_scores_are_decided_by_the_loss(tmp_path: Path) -> None:
@@ -186,11 +151,6 @@ def test_the_page_says_what_a_table_costs(name: str, tmp_path: Path) -> None:
     page = (running.RECIPES.parent / "docs" / "recipes" / "reproduce.md").read_text(encoding="utf-8")
     trials = len(plan.configurations(plan.tasks[0], "lora")) if counts.choosing else 0
     assert f"| `{name}` | {trials} | {counts.choosing} | {counts.final} | {counts.steps:,} |" in page
-
-
-def test_what_to_download_can_be_told_apart(tmp_path: Path) -> None:
-    plan = planned(tmp_path, "table1", Shard())
-    assert "; nyu-mll/glue, mnli; nyu-mll/glue, rte; " in plan_text(plan)
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)

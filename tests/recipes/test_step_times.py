@@ -28,16 +28,6 @@ def test_every_step_has_a_time_and_a_resume_keeps_them() -> None:
     assert resumed.seconds == times.seconds
 
 
-def test_training_ends_with_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr("recipes.shared.step_times.rank_zero_info", told.append)
-    times = StepTimes()
-    times.load_state_dict({"seconds": [0.5, 0.1, 0.2]})
-    trainer: Any = None
-    times.on_train_end(trainer, LightningModule())
-    assert told == ["Median step: 200.0 ms, of 3"]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_not_waited_for() -> None:

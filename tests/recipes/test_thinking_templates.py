@@ -3,12 +3,8 @@
 from typing import Any
 
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
-pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
-
 from chat_templates import GEMMA4, GPT_OSS, LLAMA3, PHI, QWEN3, QWEN35, R1, messages, tokenizer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning.encoding import encode, template_message
 from recipes.instruction_tuning.formats import conversation, turn

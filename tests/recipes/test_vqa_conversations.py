@@ -9,8 +9,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from vqa_models import COLOURS, draw, first_batch, prepared
 
 from recipes.language.chat import IGNORED
-from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import config_arguments
 from recipes.vqa.llava import last_question
 from recipes.vqa.prompts import Prompt
 
@@ -55,23 +53,6 @@ def test_all_answers_of_a_conversation_are_learnt(model: str, tmp_path: Path) ->
         end = tokenizer.eos_token
         assert said.replace(" ", "") == f"A colour.{end}{answers[0]}{end}".replace(" ", "")
         assert (ids[labels != IGNORED] == labels[labels != IGNORED]).all()
-
-
-def test_conversations_are_trained_on_and_tested(tiny_vlm: str, tmp_path: Path) -> None:
-    options = [
-        f"--model.init_args.model={tiny_vlm}",
-        f"--data.init_args.dataset={conversations(tmp_path)}",
-        f"--data.init_args.image_folder={tmp_path / 'images'}",
-        "--data.init_args.test_split=null",
-        "--data.init_args.test_share=0.3",
-        "--data.init_args.validation_share=0.3",
-        "--data.init_args.batch_size=2",
-        "--trainer.accelerator=cpu",
-        "--trainer.max_steps=1",
-    ]
-    RecipeCLI(["fit", *config_arguments("vqa", "efmlora"), *options])
-    cli = RecipeCLI(["test", *config_arguments("vqa", "efmlora"), *options, "--ckpt_path=last"])
-    assert {"test_loss", "test_exact_match"} <= set(cli.trainer.callback_metrics)
 
 
 @pytest.mark.parametrize(
