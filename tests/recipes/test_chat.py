@@ -5,20 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, messages, tokenizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from PIL import Image
 
-from recipes.language.batches import Collate, padding_id
-from recipes.language.chat import IGNORED, ChatEncoder
-from recipes.language.model import (
+transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
+pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
+
+from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, messages, tokenizer  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from recipes.language.batches import Collate, padding_id  # noqa: E402
+from recipes.language.chat import IGNORED, ChatEncoder  # noqa: E402
+from recipes.language.model import (  # noqa: E402
     answer_log_likelihood,
     ending,
     generate_answers,
     quantization_config,
 )
-from recipes.vqa.conversation import sized
+from recipes.vqa.conversation import QuestionEncoder, sized  # noqa: E402
 
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 ANSWERED = {  # what a last answer "so" is learnt as
@@ -131,8 +134,8 @@ def test_what_a_template_refuses_is_no_traceback_of_jinja() -> None:
 
 @pytest.mark.parametrize(
     ("template", "pad"),
-    [(QWEN3, "<eos>"), (GEMMA, None), (FOREIGN, None)],
-    ids=["qwen3", "gemma", "foreign"],
+    [(QWEN3, "<eos>"), (LLAMA3, None), (GEMMA, None), (FOREIGN, None)],
+    ids=["qwen3", "llama3", "gemma", "foreign"],
 )
 def test_answers_learnt_without_a_pad_token_are_generated_as_they_are(template: str, pad: str | None) -> None:
     encoder = ChatEncoder(tokenizer(template, pad), 1000)
@@ -210,6 +213,42 @@ def test_four_bits_are_those_of_qlora() -> None:
 
 
 # -- questions about images
+
+
+class Processor:
+    """What a vision-language model's processor does with text: an image is one mark before the rest."""
+
+    image_token = "<image>"
+    chat_template = None
+
+    def __init__(self, template: str) -> None:
+        self.tokenizer = tokenizer(template)
+
+    def apply_chat_template(self, conversation: list[Any], **options: Any) -> str:
+        marked = {"image": "<image>"}
+        flat = []
+        for message in conversation:
+            content = "".join(marked.get(part["type"]) or part["text"] for part in message["content"])
+            flat.append({**message, "content": content})
+        return str(self.tokenizer.apply_chat_template(flat, **options))
+
+
+@TEMPLATES
+def test_a_question_and_its_answer(template: str) -> None:
+    encoder = QuestionEncoder(Processor(template))
+    rendered = encoder.render("why?", "so")
+    ids = encoder.tokenizer(rendered.text)["input_ids"]
+    ((before_end, after),) = rendered.spans
+    start, end = len(ids) - before_end, len(ids) - after
+    assert encoder.tokenizer.decode(ids[start:end]) == ANSWERED[template]
+    assert rendered.text.startswith(rendered.prompt)
+    assert encoder.tokenizer.decode(ids[:start]) == rendered.prompt == encoder.prompt("why?")
+    assert encoder.tokenizer.pad_token is not None
+
+
+def test_a_question_bears_what_the_template_refuses() -> None:
+    encoder = QuestionEncoder(Processor(GEMMA), system_prompt="Be brief.")
+    assert "<start_of_turn>user\n<image>Be brief.\n\nwhy?<end_of_turn>" in encoder.prompt("why?")
 
 
 def test_a_photo_of_eight_megapixels_is_scaled_down() -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import pytest
@@ -229,3 +229,31 @@ def test_a_table_of_an_unknown_kind_is_not_read_as_text(tiny: str, animals: str,
     (tmp_path / "texts.tsv").write_text("id\ttext\n1\tThe dog\n")
     with pytest.raises(MisconfigurationException, match=r"texts.tsv' must be a .txt file with one text a line"):
         run("predict", tiny, animals, f"--data.predict_file={tmp_path / 'texts.tsv'}")
+
+
+def test_pairs_of_texts_are_read_together(tiny: str, tokenizer: Any, jsonl: Any) -> None:
+    rows = [{"one": f"Question {i}", "other": f"Answer {i}", "label": i % 2} for i in range(40)]
+    data = prepared(tiny, dataset=jsonl(rows), text=["one", "other"])
+    text = tokenizer.decode(data.parts["train"][0]["input_ids"])
+    assert "Question" in text
+    assert "Answer" in text
+
+
+class Table(dict[str, Any]):
+    """Columns of any kind; one of `datasets` holds values of one kind alone, or JSON."""
+
+    features: ClassVar[dict[str, Any]] = {"label": None}
+
+
+@pytest.mark.parametrize("labels", [[1, "one"], ["1", 1.5], [[0], [1]]])
+def test_labels_of_two_kinds_are_refused(labels: list[Any]) -> None:
+    table = Table({"label": labels})
+    with pytest.raises(MisconfigurationException, match="'label' must hold numbers or names of two classes at least"):
+        class_names(table, "label", "data")
+
+
+@pytest.mark.parametrize(("name", "content"), [("empty.jsonl", ""), ("header.csv", "text,label\n")])
+def test_an_empty_file_is_named(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(MisconfigurationException, match=rf"{name}' is empty$"):
+        read_table(str(tmp_path / name), "train")

@@ -42,6 +42,25 @@ def test_the_loss_is_on_the_answer_and_its_end_token(tiny: str, tokenizer: Any, 
     assert text.endswith("<|im_end|>\n")
 
 
+def test_every_answer_of_a_conversation_is_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
+    turns = [("system", "S."), ("user", "A?"), ("assistant", "a!"), ("user", "B?"), ("assistant", "b!"), ("user", "C?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = prepared("fit", tiny, dataset=jsonl([{"messages": messages}]), validation_share=0, test_share=0)
+    row = data.parts["train"][0]
+    assert answers_of(row, tokenizer) == "a!<|im_end|>b!<|im_end|>"
+    assert "C?" not in tokenizer.decode(row["input_ids"][0])  # nobody answers it
+
+
+def test_a_template_may_mark_the_answers_itself(tokenizer: Any) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}Q:{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    encoder = ChatEncoder(tokenizer, 100, template)
+    encoded = encoder.encode([{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}])
+    assert tokenizer.decode([label for label in encoded.labels if label != IGNORED]) == "so<|im_end|>"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     turns = [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]
@@ -127,3 +146,10 @@ def test_batches_are_of_similar_length_and_new_in_each_epoch() -> None:
     assert padded / sum(lengths) < 1.15  # random batches of 8 would be at 1.7
     sampler.set_epoch(1)
     assert first != list(sampler)
+
+
+def test_ranks_share_the_batches() -> None:
+    both = [list(LengthBatchSampler(range(1, 50), 4, num_replicas=2, rank=rank)) for rank in (0, 1)]
+    assert len(both[0]) == len(both[1])
+    batches = chain.from_iterable(both)
+    assert set(chain.from_iterable(batches)) == set(range(49))

@@ -26,12 +26,25 @@ pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 # -- what is measured
 
 
-def test_the_loss_is_the_mean_over_tokens_and_the_commonest_answer_is_expected() -> None:
+def test_metrics_by_hand() -> None:
     metrics = AnswerMetrics()
     metrics.update_loss(torch.tensor([-2.0, -3.0]), torch.tensor([1, 3]))
+    ten = ["red"] * 2 + ["dark red"] * 8
+    metrics.update_answers(
+        ["Yes.", "no", "red", "three"],
+        [["yes"], ["yes"], ten, ["3"]],
+        ["yes/no", "yes/no", "colour", ""],
+        [[], [], [], []],
+    )
     assert metrics.loss.compute() == pytest.approx(5 / 4)
+    assert metrics.exact_match.compute() == pytest.approx(2 / 4)
+    assert metrics.vqa_accuracy.compute() == pytest.approx(0.6)
     assert expected_answer(["a", "b", "b"]) == "b"
     assert expected_answer(["a", "b"]) == "a"
+    assert {name: metric.compute().item() for name, metric in metrics.per_type.items()} == {
+        "type_yes_no": 0.5,
+        "type_colour": 0,
+    }
 
 
 def test_validation_answers_its_first_questions_and_testing_all(

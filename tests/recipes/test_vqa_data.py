@@ -71,6 +71,13 @@ def test_a_template_without_end_token_gets_one(tiny_vlm: str) -> None:
     assert (last, rendered.length) == (0, len(ids))
 
 
+def test_a_system_prompt_comes_first(tiny_vlm: str) -> None:
+    encoder = QuestionEncoder(load_processor(tiny_vlm), system_prompt="Be brief.")
+    assert encoder.prompt("why?").startswith(
+        "<|im_start|>System: Be brief.<end_of_utterance>\n<|im_start|>User:<image>"
+    )
+
+
 def test_the_likelihood_is_that_of_each_row_alone(model: str, drawn: str) -> None:
     data = prepared("fit", model, dataset=drawn, batch_size=6)
     batch = first_batch(data)
@@ -284,6 +291,16 @@ def test_validation_on_training_data_is_noticed(tiny_vlm: str, drawn: str) -> No
     assert data.parts["validation"]["question"][:] == [row["question"] for row in rows]
     assert sources.image_folder_of("{split}.jsonl", "held/val.jsonl", "images/{split}") == Path("held")
     assert sources.image_folder_of("{split}.jsonl", "held/val.jsonl", "images") == Path("images")
+
+
+def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:
+    data = prepared("test", tiny_vlm, dataset="packaged:easy_vqa_negated", test_split="test", check_images=False)
+    rows = data.parts["test"]
+    answers = [row["answers"][0] for row in rows]
+    assert set(rows["type"]) == {"absence"}
+    assert answers.count("yes") / len(answers) == pytest.approx(0.5, abs=0.02)
+    folders = {Path(row["image"]["path"]).parts[-3] for row in rows.select(range(0, len(rows), 50))}
+    assert folders == {"test"}
 
 
 def test_the_packaged_tasks_part_the_questions() -> None:
