@@ -20,6 +20,7 @@ from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
 from lightning_flatlora.compat import callbacks_of
+from lightning_flatlora.methods.batches import copied_batch
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
 from lightning_flatlora.methods.gradients import set_aside
 from lightning_flatlora.methods.replay import Replay
@@ -217,7 +218,7 @@ class TwoPasses(Passes):
         """Run the first forward pass, at the clean weights."""
         if not self.method.ascends:
             return self._original_training_step(*args, **kwargs)
-        self._arguments = self._replay.kept_batch(args)
+        self._arguments = copied_batch(args)
         self._replay.first_pass_starts(self.trainer.lightning_module.device)
         if ends_window(self.trainer) and ascent_stays_local(self.trainer, self.method.sync_ascent):
             # Before the forward, in which DDP decides whether the backward is going to average.

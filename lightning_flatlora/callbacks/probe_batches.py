@@ -17,7 +17,7 @@ from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
 from lightning_flatlora.flatness import MeanLoss
 from lightning_flatlora.flatness.losses import with_graph
-from lightning_flatlora.methods.batches import clone_with_attributes, own_containers
+from lightning_flatlora.methods.batches import copied_batch
 from lightning_flatlora.methods.put_back import eval_mode, random_state
 from lightning_flatlora.methods.replay import Replay
 
@@ -58,7 +58,7 @@ class ProbeBatches:
         """Keep a copy of a batch, on its device, if it is one of the first."""
         # In their order, and none twice, though an epoch or a validation begins again.
         if self._missing and self._next_index in (None, batch_idx):
-            self._batches.append((batch_idx, own_containers(batch, clone_with_attributes)))
+            self._batches.append((batch_idx, copied_batch(batch)))
             self._missing, self._next_index = self._missing - 1, batch_idx + 1
 
     @contextmanager
@@ -126,7 +126,7 @@ class ProbeBatches:
         """Compute one batch's loss, with the same random draws at every call; None where the step gives none."""
         # So that the losses at two weights differ by the weights alone, if a step draws at random.
         self._same_draws()
-        batch = own_containers(batch, clone_with_attributes)  # a step may change its batch
+        batch = copied_batch(batch)  # a step may change its batch
         takes_index = is_param_in_hook_signature(self._step, "batch_idx", min_args=2)
         with self._trainer.precision_plugin.train_step_context():
             output = self._step(batch, batch_idx) if takes_index else self._step(batch)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -11,7 +10,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_flatlora.methods.batches import clone_with_attributes, own_containers
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state
 
@@ -19,9 +17,10 @@ from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_
 class Replay:
     """Lets a second pass over a batch follow the first as if there were none.
 
-    The second pass starts from what the first one started from: the batch, the states of the global random generators
-    (Python's, NumPy's and torch's), the buffers, and the numbers, lists, dicts and sets among the module's own
-    attributes. Afterwards these, and torchmetrics among the modules, are as the first pass has left them.
+    The second pass starts from what the first one started from: the states of the global random generators (Python's,
+    NumPy's and torch's), the buffers, and the numbers, lists, dicts and sets among the module's own attributes.
+    Afterwards these, and torchmetrics among the modules, are as the first pass has left them. The batch is copied by
+    whoever runs the passes, see :func:`~lightning_flatlora.methods.batches.copied_batch`.
 
     No parameter is copied. One that a step writes and no optimizer trains, such as a momentum encoder's, is refused.
     Parameters are not watched under FSDP. :meth:`undone` does the same for passes that stand outside of any step.
@@ -75,10 +74,6 @@ class Replay:
 
     def _metrics_on_copies(self) -> PutBack:
         return metrics_on_copies(module for module in self._modules if isinstance(module, Metric))
-
-    def kept_batch(self, batch: Any) -> Any:
-        """Copy a batch for the second pass, before the first may write into it."""
-        return own_containers(batch, clone_with_attributes)
 
     @contextmanager
     def running(self) -> Iterator[None]:
