@@ -189,7 +189,8 @@ class Measures(Hostile):
         loss = super().loss(batch, batch_idx)
         value = loss.detach()
         self.metrics.update(value)
-        super().log("mean", self.metrics["MeanMetric"], on_epoch=True, on_step=False)
+        if self.training:
+            super().log("mean", self.metrics["MeanMetric"], on_epoch=True, on_step=False)
         super().log("around", value, on_step=False, on_epoch=True, batch_size=4, reduce_fx="sum")
         self.stored(value)
         self.last(1.0)
