@@ -321,6 +321,10 @@ def nested(kind: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda batch: kind({"inputs": batch[0]}, [batch[1], batch[2]])
 
 
+def ordered(parts: dict[str, Tensor], more: list[Tensor]) -> OrderedDict[str, Any]:
+    return OrderedDict(parts=parts, more=more)
+
+
 def named(kind: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda batch: kind(**dict(zip(NAMES, batch, strict=True)))
 
@@ -338,12 +342,12 @@ class IsQuantized(Hostile):
 class Logits(nn.Module):
     """Any network on the classifier's inputs, whose outputs are one row for each sample."""
 
-    def __init__(self, net: nn.Module, prepared: Callable[[Tensor], Tensor] = nn.Identity()) -> None:
+    def __init__(self, net: nn.Module, prepared: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.net, self.prepared = net, prepared
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(self.prepared(x)).reshape(len(x), -1)
+        return self.net(x if self.prepared is None else self.prepared(x)).reshape(len(x), -1)
 
 
 class Attention(nn.Module):
@@ -464,6 +468,10 @@ CHECKPOINTS: dict[str, Callable[..., Any]] = {
 }
 
 
+def make_dropout_net() -> nn.Module:
+    return make_net(dropout=0.2)
+
+
 @dataclass
 class Kind:
     """What a module does to be hostile.
@@ -478,7 +486,7 @@ class Kind:
     """
 
     own: type[Any] = Hostile
-    net: Callable[[], nn.Module] = partial(make_net, dropout=0.2)
+    net: Callable[[], nn.Module] = make_dropout_net
     as_batch: Callable[[Any], Any] = tuple
     settings: dict[str, Any] = field(default_factory=dict)
     needs_trainer: bool = False
@@ -505,7 +513,7 @@ KINDS: dict[str, Kind] = {
     "pops from an encoding": takes(Pops, as_batch=lambda batch: BatchEncoding(dict(zip(NAMES, batch, strict=True)))),
     "pops from nested parts": takes(Pops, as_batch=nested(lambda *parts: parts)),
     "pops from a named tuple": takes(Pops, as_batch=nested(Pair)),
-    "pops from an ordered dict": takes(Pops, as_batch=nested(lambda *parts: OrderedDict(parts=parts[0], more=parts[1]))),
+    "pops from an ordered dict": takes(Pops, as_batch=nested(ordered)),
     "DoRA": Kind(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
     "DoRA of a convolution": Kind(
         net=lambda: Logits(

@@ -1,6 +1,5 @@
 """Hostile modules under every front end: clean, plain at rho 0, counted once, resumed."""
 
-import copy
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -24,10 +23,9 @@ from helpers import (
     same,
     weights,
 )
-from hostile_modules import KINDS, TEACHERS, Adds, Hostile, IsQuantized, Pops, Replaces
+from hostile_modules import KINDS, Adds, Hostile, IsQuantized, Pops, Replaces
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shadows import Shadow, spy
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric

@@ -1,4 +1,4 @@
-"""Two passes are one step: one gradient of each parameter, one count, one refusal; see tests/test_hostile_modules.py."""
+"""Two passes are one step, beyond what tests/test_hostile_modules.py says: gradients, logging, and what is refused."""
 
 from typing import Any
 
