@@ -13,8 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
-from lightning_flatlora import EFMLoRA, FMLoRA, LoRAPair, NoPairsError, ParameterRef, Perturbation, find_pairs
-from lightning_flatlora.compat import MisconfigurationException
+from lightning_flatlora import EFMLoRA, LoRAPair, NoPairsError, ParameterRef, Perturbation, find_pairs
 from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs, nemo_pairs, torchtune_pairs
 
 RHO = 0.2
@@ -247,14 +246,6 @@ def test_a_tied_pair_has_two_readers() -> None:
     two.scaling = 2 * one.scaling
     with pytest.raises(NoPairsError, match="shared with another pair"):
         find_pairs(nn.Sequential(one, two), finder=litgpt_pairs)
-
-
-@pytest.mark.parametrize("method", [EFMLoRA, FMLoRA])
-def test_arguments_that_are_refused(method: type[Any]) -> None:
-    with pytest.raises(MisconfigurationException, match="finder must be a function of the model"):
-        method(RHO, finder="litgpt")
-    with pytest.raises(MisconfigurationException, match="give one of them"):
-        method(RHO, finder=litgpt_pairs, adapter_name="default")
 
 
 def test_pairs_of_a_finder_that_are_not_trained_now_are_known() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
 from helpers import same, weights
-from loop_runs import batches, method_of, net_of, run, train
+from loop_runs import batches, method_of, net_of, run
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -87,20 +87,6 @@ def test_preparing_a_distributed_checkpoint_is_no_step(name: str) -> None:
     run(flat, net, optimizer, batches()[:3])
     run(unprepared, plain, other, batches()[:3])
     assert same(weights(net), weights(plain))
-
-
-def test_a_state_of_other_pairs_changes_nothing() -> None:
-    net = net_of()
-    flat = train("EFMLoRA", net, batches()[:2], 0.3)
-    state = flat.state_dict()
-    state["perturbation"]["E"]["another"] = torch.zeros(3, 2)
-    state["perturbation"]["averaged"]["another"], state["perturbation"]["missed"]["another"] = True, 0
-    state["perturbation"]["scalings"]["another"] = 2.0
-    other = method_of("EFMLoRA", net, optimizer_of(net), 0.3)
-    with pytest.raises(MisconfigurationException, match="another is in the checkpoint but not in the model"):
-        other.load_state_dict(state)
-    assert other.step == 0
-    assert not other.perturbation.may_be_nonzero
 
 
 class LoadsWithoutHooks(torch.optim.AdamW):

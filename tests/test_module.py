@@ -5,16 +5,19 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    Losses,
+    Classifier,
     TwoPassClassifier,
     assert_no_trace,
+    build,
     driver_of,
     fit,
+    is_perturbed,
     make_loader,
     make_net,
     same,
     weights,
 )
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from module_runs import whole_run
 from torch import nn
@@ -86,6 +89,67 @@ def test_schedules_of_rho_span_the_same_steps(tmp_path, schedule, accumulate, ru
     assert watch.radii == other_watch.radii
     last = schedule(1.0, 0.0, total_steps=trainer.global_step)(trainer.global_step - 1)
     assert watch.radii[-1] == (trainer.global_step - 1, pytest.approx(last))
+
+
+# -- passes
+
+
+class Logged(Callback):
+    """What the Trainer holds after each batch."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.outputs: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.outputs.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
+
+
+@pytest.mark.parametrize("front_end", ["fmlora", "module"])
+def test_logging_comes_from_the_clean_pass(tmp_path, front_end):
+    """log and log_dict, on steps and over the epoch, and the returned loss; a module's own log works again after."""
+    losses: dict[bool, list[float]] = {True: [], False: []}
+
+    class Logs:
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().loss(batch, batch_idx)
+            losses[is_perturbed(self)].append(float(loss.detach()))
+            self.log("one", loss, on_step=True, on_epoch=True)
+            self.log_dict({"two": loss, "passes": 1.0}, on_step=False, on_epoch=True, reduce_fx="sum")
+            return loss
+
+    classes = (type("A", (Logs, Classifier), {}), type("B", (Logs, TwoPassClassifier), {}))
+    module, callbacks, kwargs = build(front_end, classes=classes)
+    logged = Logged()
+    trainer = fit(tmp_path, module, [*callbacks, logged], max_epochs=1, **kwargs)
+    clean, moved = losses[False], losses[True]
+    assert len(clean) == len(moved) == 6
+    assert all(there > here for here, there in zip(clean, moved, strict=True))
+    assert [metrics["one_step"] for metrics in logged.metrics] == clean
+    assert logged.outputs == clean
+    assert float(trainer.callback_metrics["one_epoch"]) == pytest.approx(sum(clean) / 6)
+    assert float(trainer.callback_metrics["two"]) == pytest.approx(sum(clean))
+    assert float(trainer.callback_metrics["passes"]) == 6
+    assert "log" not in module.__dict__
+
+
+@pytest.mark.parametrize("wrong", [3.0, "loss", {"value": 1}])
+def test_compute_loss_must_return_a_loss(tmp_path, wrong):
+    class Wrong(TwoPassClassifier):
+        def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+            return wrong
+
+    with pytest.raises(TypeError, match="compute_loss must return the loss as a tensor"):
+        fit(tmp_path, Wrong(0.5), [])
+
+
+def test_compute_loss_is_the_users(tmp_path):
+    class Missing(TwoPassClassifier):
+        compute_loss = FMLoRAModule.compute_loss
+
+    with pytest.raises(NotImplementedError, match="Missing must define compute_loss"):
+        fit(tmp_path, Missing(0.5), [])
 
 
 # -- clipping
@@ -164,31 +228,12 @@ def test_accumulation_divides_by_the_window(tmp_path):
 # -- what a subclass may not do
 
 
-class Unreached(TwoPassClassifier):
-    """A training_step of its own, beside compute_loss, that takes no pass of FMLoRAModule's."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(batch, batch_idx)
-
-
-class OwnStep(Losses, FMLoRAModule):
-    """A training_step that was kept when the base class changed."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(batch, batch_idx)
-
-
-def test_a_training_step_in_place_of_compute_loss_is_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"OwnStep defines training_step.*rename it to compute_loss"):
-        fit(tmp_path, OwnStep(0.5), [])
-
-
 def test_a_training_step_that_takes_no_pass_is_an_error(tmp_path):
     def by_hand(module: Any, batch: Any, batch_idx: int) -> None:
         module.manual_backward(module.loss(batch, batch_idx))
         module.optimizers().step()
 
-    for step in (Unreached.training_step, by_hand, lambda *_: None):
+    for step in (TwoPassClassifier.loss, by_hand, lambda *_: None):
         module = type("Unreached", (TwoPassClassifier,), {"training_step": step})(0.5)
         with pytest.raises(MisconfigurationException, match=r"does not call super\(\)\.training_step"):
             fit(tmp_path, module, [], max_epochs=1)
@@ -216,17 +261,3 @@ def test_a_batch_that_is_skipped_around_ours_is_refused_in_a_window(tmp_path):
         fit(tmp_path, SkipsBatches(rho=0.1, accumulate_grad_batches=2), [])
     trainer = fit(tmp_path, SkipsBatches(rho=0.1), [], max_epochs=1)
     assert trainer.global_step == 3
-
-
-def test_automatic_optimization_is_refused(tmp_path):
-    module = TwoPassClassifier(0.5)
-    module.automatic_optimization = True
-    with pytest.raises(MisconfigurationException, match="automatic_optimization must be False"):
-        fit(tmp_path, module, [])
-
-
-@pytest.mark.parametrize("hook", ["optimizer_step", "optimizer_zero_grad", "on_before_zero_grad"])
-def test_hooks_that_lightning_would_not_call_are_refused(tmp_path, hook):
-    module = type("Own", (TwoPassClassifier,), {hook: lambda self, *args: None})(0.5)
-    with pytest.raises(MisconfigurationException, match=rf"Own overrides {hook}, which Lightning does not call"):
-        fit(tmp_path, module, [])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho, loops
+from lightning_flatlora import EFMLoRA, FMLoRA, loops
 from lightning_flatlora.wrappers import unwrapped
 
 METHODS = ("EFMLoRA", "FMLoRA")
@@ -234,16 +234,6 @@ def test_steps_without_a_refresh_and_frozen_pairs() -> None:
         p.requires_grad_(p.requires_grad and "lora_B" not in key)
     assert flat.method.refreshes
     assert len(list(flat.training_passes())) == 1
-
-
-def test_rho_may_follow_the_learning_rate() -> None:
-    net = net_of()
-    optimizer = optimizer_of(net)
-    flat = loops.EFMLoRA(net, optimizer, LearningRateRho(0.4))
-    assert flat.current_rho == 0.4
-    optimizer.param_groups[0]["lr"] /= 4
-    assert flat.current_rho == 0.1
-    assert loops.EFMLoRA(net, optimizer, LinearRho(2.0, 0.0), total_steps=4).current_rho == 2.0
 
 
 # -- several optimizers

@@ -165,46 +165,6 @@ def test_the_epoch_that_refreshes_batch_norm_is_clean(tmp_path, front_end):
 # -- steps that nobody announces
 
 
-class StepsInside(Classifier):
-    """Steps the optimizer inside Lightning's."""
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        optimizer.optimizer.step(closure=optimizer_closure)
-
-
-class StepsInsideByHand(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.manual_backward(self.loss(batch, batch_idx))
-        self.optimizers().optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("form", "callback"),
-    [
-        (StepsInside, EFMLoRA),
-        (StepsInside, FMLoRA),
-        (StepsInside, LoRASAM),
-        (StepsInside, SAM),
-        (StepsInside, BalancednessRegularization),
-        (StepsInside, RandomPerturbation),
-        (StepsInside, BiLoRA),
-        (StepsInsideByHand, EFMLoRA),
-    ],
-)
-def test_a_step_past_lightning_is_refused_before_it_is_taken(tmp_path, form, callback):
-    module = form()
-    before = weights(module)
-    with pytest.raises(MisconfigurationException, match=r"optimizer.step\(closure=optimizer_closure\)") as error:
-        fit(tmp_path, module, [callback(0.5)])
-    assert callback.__name__ in str(error.value)
-    assert same(weights(module), before)
-    assert_no_trace(module)
-
-
 class Warmup(Classifier):
     """Steps every second batch, as a schedule of one's own may do, through what it is given."""
 

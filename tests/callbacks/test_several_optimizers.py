@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA
+from lightning_flatlora import CosineRho, EFMLoRA
 
 
 class Pair(LightningModule):
@@ -143,17 +143,6 @@ def test_one_callback_for_both_equals_one_for_each_adapter(tmp_path):
         fit(tmp_path, module, [EFMLoRA(0.5, adapter_name=name) for name in names], max_epochs=1)
         ends.append(weights(module))
     assert same(*ends)
-
-
-def test_two_callbacks_on_the_same_pairs_are_refused(tmp_path):
-    module = Pair(adapters=("gen", "crit"))
-    with pytest.raises(MisconfigurationException, match="keep one"):
-        fit(tmp_path, module, [EFMLoRA(0.5, adapter_name="gen"), EFMLoRA(0.5)])
-
-
-def test_two_passes_refuse_several_optimizers_with_the_remedy(tmp_path):
-    with pytest.raises(MisconfigurationException, match="use EFMLoRA"):
-        fit(tmp_path, Pair(), [FMLoRA(0.5)])
 
 
 def test_a_named_adapter_alone_keeps_the_key_of_older_files(tmp_path):

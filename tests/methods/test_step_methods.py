@@ -1,4 +1,4 @@
-"""The rules of a step, below all front ends: when a perturbation is taken, how large it is, what is counted and kept."""
+"""The rules of a step, below all front ends: when a perturbation is taken, its size, and what is counted and kept."""
 
 import copy
 import math
@@ -228,9 +228,7 @@ def test_pairs_that_never_have_a_gradient_are_said_once() -> None:
             pair.B.requires_grad_(True)
         for _ in range(MOST_MISSED_STEPS - 1):
             method.before_step()
-    with pytest.warns(
-        UserWarning, match="EFMLoRA: no B of a pair of optimizer 1 has had a gradient in any step so far"
-    ):
+    with pytest.warns(UserWarning, match="EFMLoRA: no B of a pair of optimizer 1 has had a gradient in any step"):
         method.before_step()
     assert not method.has_learned
     with warnings.catch_warnings():
@@ -287,7 +285,9 @@ def test_a_state_of_other_pairs_changes_nothing() -> None:
     for part, value in {"E": torch.zeros(3, 2), "averaged": True, "missed": 0, "scalings": 2.0}.items():
         state["perturbation"][part]["another"] = value
     method, _ = started(EFMLoRAStep(0.5))
-    with pytest.raises(MisconfigurationException, match="EFMLoRA: .*another is in the checkpoint but not in the model"):
+    with pytest.raises(
+        MisconfigurationException, match=r"EFMLoRA: .*another is in the checkpoint but not in the model"
+    ):
         method.load_state_dict(state, E_of(method))
     assert method.step == 0
     assert not method.perturbs
