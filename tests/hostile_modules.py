@@ -25,6 +25,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 from transformers import BatchEncoding
+from transformers.pytorch_utils import Conv1D
 
 from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune_pairs
 
@@ -374,6 +375,10 @@ def pictures(x: Tensor) -> Tensor:
     return x[:, None, None, :].expand(-1, 1, 2, -1)
 
 
+def series(x: Tensor) -> Tensor:
+    return x[:, None, :]
+
+
 def tokens(x: Tensor) -> Tensor:
     return (x.abs() * 3).long()
 
@@ -389,6 +394,10 @@ def under_peft(base: Callable[[], nn.Module], *targets: str, **settings: Any) ->
 
 def two_linear() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
+
+
+def of_gpt2() -> nn.Module:
+    return nn.Sequential(Conv1D(CLASSES, FEATURES))
 
 
 def tied() -> nn.Module:
@@ -521,6 +530,9 @@ KINDS: dict[str, Kind] = {
             pictures,
         )
     ),
+    "convolution": Kind(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(1, CLASSES, 2)), "0"), series)),
+    "GPT-2": Kind(net=lambda: under_peft(of_gpt2, "0", fan_in_fan_out=True)),
+    "rslora": Kind(net=lambda: under_peft(two_linear, "0", "2", use_rslora=True)),
     "MultiheadAttention": Kind(net=lambda: Logits(under_peft(Attention, "attention"))),
     "tied": Kind(net=tied),
     "frozen A": Kind(net=frozen_A),
