@@ -1,7 +1,7 @@
 """Modules as other people write them train, save and resume unchanged.
 
 Each class below imitates the structure of a kind of public project with peft and Lightning: where it freezes, how many
-optimizers it has, who injects LoRA, which Lightning it imports. Each is trained in one go, and again from the file of
+optimizers it has, who injects LoRA. Each is trained in one go, and again from the file of
 its first epoch, in a module built anew as another process would build it. Both must end in the same bits.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import pytorch_lightning
 import torch
 from helpers import ResumableLoader, assert_no_trace, make_loader, make_net, needs_weight_averaging, same, weights
 from lightning.pytorch import callbacks as lightnings
@@ -20,10 +19,8 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 from transformers import BertConfig, BertForSequenceClassification
 
-import lightning_flatlora.pytorch_lightning as flatlora_of_pytorch_lightning
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA
 
 EPOCHS = 3
@@ -118,26 +115,6 @@ class FromHydra(Plain):
         self.net = get_peft_model(net, LoraConfig(**node))
 
 
-class CountsItself(Plain):
-    """Keeps torchmetrics, and counters and a moving average as buffers inside and outside of the base."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.accuracy = MulticlassAccuracy(num_classes=3)
-        self.register_buffer("mean_loss", torch.zeros(()))
-        self.net.base_model.model.register_buffer("seen", torch.zeros((), dtype=torch.long))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, labels, _ = batch
-        logits = self.net(inputs)
-        self.accuracy(logits, labels)
-        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
-        loss = nn.functional.cross_entropy(logits, labels)
-        self.mean_loss.lerp_(loss.detach(), 0.1)
-        self.net.base_model.model.seen += len(labels)
-        return loss
-
-
 class WithHead(Plain):
     """A head that a callback unfreezes later."""
 
@@ -161,17 +138,6 @@ class UnfreezesLater(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.head, optimizer, lr=0.01)
 
 
-class OfPytorchLightning(pytorch_lightning.LightningModule):
-    """The library under its other name."""
-
-    training_step = Plain.training_step
-    configure_optimizers = Plain.configure_optimizers
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = make_net()
-
-
 @dataclass
 class Project:
     """What a project brings to the Trainer.
@@ -180,16 +146,12 @@ class Project:
         module: makes it anew, as another process would.
         callbacks: makes its own callbacks.
         methods: the callbacks of this package that work there.
-        checkpoint: the AdapterCheckpoint of the Lightning that it imports.
-        trainer: that Lightning's Trainer.
         marks: of the project's cases.
     """
 
     module: Callable[[], Any]
     callbacks: Callable[[], list[Any]] = list
     methods: Sequence[Any] = (EFMLoRA, FMLoRA)
-    checkpoint: Any = AdapterCheckpoint
-    trainer: Any = L.Trainer
     marks: Sequence[pytest.MarkDecorator] = ()
 
 
@@ -198,16 +160,9 @@ PROJECTS = {
     "two optimizers": Project(Adversaries, methods=(EFMLoRA,)),
     "add_adapter": Project(AddsAdapter),
     "Hydra": Project(FromHydra),
-    "metrics and buffers": Project(CountsItself, methods=(EFMLoRA,)),
     "gradual unfreezing": Project(WithHead, callbacks=lambda: [UnfreezesLater()]),
     "moving average of weights": Project(
         Plain, callbacks=lambda: [lightnings.EMAWeightAveraging(decay=0.5)], marks=(needs_weight_averaging,)
-    ),
-    "pytorch_lightning": Project(
-        OfPytorchLightning,
-        methods=(flatlora_of_pytorch_lightning.EFMLoRA, flatlora_of_pytorch_lightning.FMLoRA),
-        checkpoint=flatlora_of_pytorch_lightning.AdapterCheckpoint,
-        trainer=pytorch_lightning.Trainer,
     ),
 }
 CASES = []
@@ -221,8 +176,8 @@ def train(project: Project, method: Any, path: Path, name: str, resume: Path | N
     torch.manual_seed(0)
     module = project.module()
     files = {"save_top_k": -1, "filename": f"{name}-{{epoch}}", "auto_insert_metric_name": False}
-    callbacks = [method, *project.callbacks(), project.checkpoint(path, **files)]
-    trainer = project.trainer(
+    callbacks = [method, *project.callbacks(), AdapterCheckpoint(path, **files)]
+    trainer = L.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
         devices=1,

@@ -47,17 +47,6 @@ def test_weights_equal_the_callbacks(name: str, dtype: torch.dtype, window: int,
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_rho_zero_is_the_plain_loop_bit_for_bit_and_more_is_not(name: str) -> None:
-    finals = []
-    for each, rho in ((None, None), (name, 0.0), (name, 0.3)):
-        net = net_of(dropout=0.2)
-        train(each, net, batches(), rho)
-        finals.append(weights(net))
-    assert same(finals[0], finals[1])
-    assert not same(finals[0], finals[2])
-
-
-@pytest.mark.parametrize("name", METHODS)
 def test_only_the_forward_of_a_layer_or_a_pass_reads_perturbed_weights(name: str) -> None:
     net: Any = net_of()
     optimizer = optimizer_of(net)
@@ -97,17 +86,6 @@ def test_a_pass_that_raises_leaves_clean_layers(name: str) -> None:
     with pytest.raises(ZeroDivisionError):
         fails()
     assert not is_perturbed(net)
-
-
-def test_buffers_count_a_batch_once_and_gradients_of_the_ascent_are_dropped() -> None:
-    net = nn.Sequential(make_net(), nn.BatchNorm1d(3))
-    flat = loops.FMLoRA(net, optimizer_of(net), 0.5)
-    for each_pass in flat.training_passes():
-        with each_pass:
-            net(torch.randn(4, 6)).square().sum().backward()
-            gradient = net[1].weight.grad.clone()
-    assert int(net[1].num_batches_tracked) == 1
-    assert same(net[1].weight.grad, gradient)
 
 
 # -- steps of other kinds

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit, make_loader, make_net
+from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit, make_net
 from torch import Tensor, nn
 
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
@@ -71,21 +71,6 @@ def test_an_optimizer_that_steps_inside_backward(tmp_path, front_end):
     module, callbacks, kwargs = build(front_end, classes=(StepsInBackward, TwoPassStepsInBackward))
     with pytest.warns(UserWarning, match=MISSING):
         fit(tmp_path, module, callbacks, **kwargs)
-
-
-def test_a_long_epoch_says_it_before_its_end(tmp_path):
-    module, callbacks, _ = build("efmlora", net=Detached())
-    said: list[int] = []
-
-    def look(module: Any, batch_idx: int) -> None:
-        if any(MISSING in str(each.message) for each in warned):
-            said.append(batch_idx)
-
-    module.inside.append(look)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        fit(tmp_path, module, callbacks, make_loader(105), max_epochs=1)
-    assert said == [100, 101, 102, 103, 104]
 
 
 class Late(Detached):

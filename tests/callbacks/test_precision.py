@@ -217,31 +217,6 @@ def test_overflow_changes_nothing_but_the_scaler(tmp_path, front_end, where, win
 # -- no scaler
 
 
-@pytest.mark.parametrize("bad", [0, 3])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_gradient_that_is_not_finite_without_a_scaler(tmp_path, front_end, bad):
-    """E is 0 (FMLoRA) or stays as it was (EFMLoRA); what the optimizer makes of the batch is as in the base run."""
-    dataset = make_dataset(BATCHES * SIZE)
-    dataset.tensors[2][bad * SIZE : (bad + 1) * SIZE] = torch.inf
-    module, callbacks, kwargs = build(front_end, every_n_steps=1)
-    history: list[dict[str, torch.Tensor]] = []
-
-    class Record(Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            history.append(E_hat(driver_of(trainer)))
-
-    fit(tmp_path, module, [*callbacks, Record()], DataLoader(dataset, batch_size=SIZE), max_epochs=1, **kwargs)
-    for state in history:
-        assert all(torch.isfinite(E).all() for E in state.values())
-    if "efmlora" in front_end:
-        before = history[bad - 1] if bad else {name: torch.zeros_like(E) for name, E in history[0].items()}
-        assert same(history[bad], before)
-        assert same(history[-1], before)
-    else:
-        assert not any(E.any() for E in history[bad].values())
-    assert not torch.isfinite(weights(module)["net.base_model.model.0.lora_B.default.weight"]).any()
-
-
 @pytest.mark.parametrize(
     "callback", [EFMLoRA(0.5), FMLoRA(0.5), SAM(0.5), LoRASAM(0.5)], ids=lambda c: type(c).__name__
 )

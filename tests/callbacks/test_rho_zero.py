@@ -10,10 +10,6 @@ import torch
 from helpers import FRONT_ENDS, build, fit, make_loader, make_net, same, weights
 from lightning.pytorch import Callback
 
-from lightning_flatlora import ConstantRho, CosineRho, InverseSqrtRho, LearningRateRho, LinearRho
-
-NEVER: dict[str, Any] = {"rho": 0.5, "start_step": 10**6}
-
 
 class Course(Callback):
     """The weights after every batch, and the losses that the Trainer was given."""
@@ -52,26 +48,6 @@ def test_rho_zero_is_the_base_run(tmp_path, front_end, accumulate, clip, precisi
     ours = course(tmp_path, front_end, accumulate, clip, precision, rho=0)
     for what, left, right in zip(("weights", "losses", "optimizer", "generator"), base, ours, strict=True):
         assert same(left, right), what
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rho": ConstantRho(0.0)},
-        {"rho": CosineRho(0.0, 0.0)},
-        {"rho": LinearRho(0.0, 0.0)},
-        {"rho": InverseSqrtRho(0.0)},
-        {"rho": LearningRateRho(0.0)},
-        NEVER,
-    ],
-    ids=lambda settings: type(settings["rho"]).__name__,
-)
-@pytest.mark.parametrize("front_end", ["efmlora", "fmlora", "module", "efmlora+module"])
-def test_schedules_at_zero_are_the_base_run(tmp_path, front_end, settings):
-    if front_end == "efmlora+module" and settings is NEVER:
-        pytest.skip("the module has no start_step of its own there")
-    base = course(tmp_path, "plain", 1, None, "32-true")
-    assert same(base, course(tmp_path, front_end, 1, None, "32-true", **settings))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
