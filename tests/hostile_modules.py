@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from helpers import CLASSES, FEATURES, make_net
 from imitated_layers import BY_NAME, Bare, OfNeMo, OfTorchtune, OnHuggingFace
+from lightning.pytorch.callbacks import BaseFinetuning
+from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -24,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
-from transformers import BatchEncoding
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune_pairs
@@ -205,6 +208,44 @@ class Measures(Hostile):
     @property
     def own(self) -> list[Any]:
         return [self.last.compute(), self.range.compute(), self.tracked.compute(), self.metrics["CatMetric"].compute()]
+
+
+class FreezesLate(Hostile):
+    """Decides in configure_optimizers, and not earlier, what is trained, as NeMo's speech language models do."""
+
+    def prepare(self) -> None:
+        self.encoder = nn.Linear(FEATURES, FEATURES)
+        self.net.requires_grad_(True)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss((self.encoder(batch[0]), *batch[1:]), batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        self.encoder.requires_grad_(False)
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return super().configure_optimizers()
+
+
+class WithHead(Hostile):
+    """A head that a callback unfreezes later."""
+
+    def prepare(self) -> None:
+        self.head = nn.Linear(FEATURES, FEATURES)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
+
+
+class UnfreezesHead(BaseFinetuning):
+    """It learns from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pl_module.head.requires_grad_(False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.head, optimizer, lr=0.01)
 
 
 class Teaches(Hostile):
@@ -427,6 +468,31 @@ def imitated(kind: type[nn.Module]) -> nn.Module:
     return nn.Sequential(kind(), nn.Tanh(), kind())
 
 
+class Bert(nn.Module):
+    """LoRA by transformers' own add_adapter, without a PeftModel; the new head trains too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        self.bert = BertForSequenceClassification(BertConfig(vocab_size=16, num_labels=CLASSES, **sizes))
+        # It may ask for a peft that is newer than the newest release.
+        with patch("transformers.integrations.peft.check_peft_version"):
+            self.bert.add_adapter(LoraConfig(r=2, target_modules=["query", "value"]))
+        self.bert.classifier.requires_grad_(True)
+        self.bert.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bert(input_ids=(x.abs() * 5).long().clamp(max=15)).logits
+
+
+def of_hydra() -> nn.Module:
+    """Its LoraConfig holds the lists of a configuration library, which are not Python's lists."""
+    torch.manual_seed(0)
+    node = OmegaConf.create({"r": 2, "target_modules": ["0", "2"], "rank_pattern": {"0": 3}})
+    return get_peft_model(two_linear(), LoraConfig(**node))
+
+
 def of_litgpt() -> nn.Module:
     models = pytest.importorskip("litgpt_models")
     return Logits(models.gpt("q, k, v of grouped queries", dtype=torch.float32), tokens)
@@ -491,6 +557,8 @@ class Kind:
         as_batch: makes a batch of the loader of a tuple.
         settings: what a method needs there.
         needs_trainer: whether it stands on hooks, on logging, or on batches that a loop's author would copy.
+        callbacks: makes those of the project.
+        saves_adapters: whether AdapterCheckpoint writes the files, and not ModelCheckpoint.
         like: the kind whose run, bit for bit, it must have.
     """
 
@@ -499,19 +567,25 @@ class Kind:
     as_batch: Callable[[Any], Any] = tuple
     settings: dict[str, Any] = field(default_factory=dict)
     needs_trainer: bool = False
+    callbacks: Callable[[], list[Any]] = list
+    saves_adapters: bool = False
     like: str | None = None
 
 
 takes = partial(Kind, needs_trainer=True, like="writes into a tuple")
 KINDS: dict[str, Kind] = {
     "dropout": Kind(),
-    "writes buffers": Kind(WritesBuffers),
+    "writes buffers": Kind(WritesBuffers, saves_adapters=True),
     "grows": Kind(Grows),
     "keeps attributes": Kind(KeepsAttributes),
     "draws": Kind(Draws),
     "normalizes": Kind(Normalizes),
     "measures": Kind(Measures, needs_trainer=True),
     "teaches": Kind(Teaches, needs_trainer=True),
+    "freezes late": Kind(FreezesLate, saves_adapters=True),
+    "unfreezes a head": Kind(WithHead, needs_trainer=True, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
+    "add_adapter": Kind(net=Bert, saves_adapters=True),
+    "Hydra": Kind(net=of_hydra, saves_adapters=True),
     "halves gradients": Kind(HalvesGradients, needs_trainer=True),
     "writes into a tuple": Kind(Adds, needs_trainer=True),
     "writes into a dataclass": takes(Adds, as_batch=lambda batch: Fields(*batch)),

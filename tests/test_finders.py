@@ -91,53 +91,48 @@ def test_pairs_that_are_not_trained_are_named() -> None:
         find_pairs(model, finder=litgpt_pairs)
 
 
-def test_factors_whose_shapes_do_not_fit() -> None:
+def of_shapes(A: tuple[int, int], B: tuple[int, int]) -> Bare:
     layer = Bare()
-    layer.lora_B = nn.Parameter(torch.zeros(6, 3))
-    with pytest.raises(ValueError, match=r"perturbed: A must be \(r, m\) and B \(n, r\), got \(2, 6\) and \(6, 3\)"):
-        find_pairs(layer, finder=lambda model: [pair_of(layer)])
+    layer.lora_A, layer.lora_B = nn.Parameter(torch.zeros(A)), nn.Parameter(torch.zeros(B))
+    return layer
 
 
-def test_factors_that_are_stored_transposed() -> None:
-    layer = Bare()
-    layer.lora_A, layer.lora_B = nn.Parameter(torch.zeros(6, 2)), nn.Parameter(torch.zeros(2, 6))
-    with pytest.raises(ValueError, match="which look transposed"):
-        find_pairs(layer, finder=lambda model: [pair_of(layer)])
+def read_by(*names: str) -> Any:
+    return lambda layer: {"readers": [ParameterRef(layer, name) for name in names]}
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"readers": []}, "no reader is given"),
-        ({"scaling": float("nan")}, "scaling must be a finite number, got nan"),
-        ({"readers": ["lora_A"]}, "lora_A of the reader Bare is another parameter"),
-        ({"readers": ["typo"]}, "typo of the reader Bare is another parameter"),
-        ({"A_readers": []}, "A is trained and no reader of it is given"),
-        ({"B_rows": range(3)}, r"lora_B of the reader Bare is read in the rows None, but the pair's are range\(0, 3\)"),
-    ],
-)
-def test_pairs_that_nothing_would_read(changes: dict[str, Any], said: str) -> None:
-    layer = Bare()
-    if changes.get("readers"):
-        changes = {"readers": [ParameterRef(layer, name) for name in changes["readers"]]}
+def rows(which: range) -> Any:
+    return lambda layer: {"B_rows": which, "readers": [ParameterRef(layer, "lora_B", which)]}
+
+
+BARE: tuple[Any, Any] = (2, 6), (6, 2)
+NOT_A_RANGE = "rows must be a range of rows one after another"
+REFUSED: list[tuple[tuple[Any, Any], Any, str]] = [
+    (((2, 6), (6, 3)), {}, r"perturbed: A must be \(r, m\) and B \(n, r\), got \(2, 6\) and \(6, 3\)"),
+    (((6, 2), (2, 6)), {}, "which look transposed"),
+    (BARE, {"readers": []}, "no reader is given"),
+    (BARE, {"scaling": float("nan")}, "scaling must be a finite number, got nan"),
+    (BARE, read_by("lora_A"), "lora_A of the reader Bare is another parameter"),
+    (BARE, read_by("typo"), "typo of the reader Bare is another parameter"),
+    (BARE, {"A_readers": []}, "A is trained and no reader of it is given"),
+    (
+        BARE,
+        {"B_rows": range(3)},
+        r"lora_B .* is read in the rows None, but the pair's are range\(0, 3\)",
+    ),
+    (BARE, rows(range(4, 9)), "the rows .* are not all there: the parameter has 6"),
+    (BARE, rows(range(0, 6, 2)), NOT_A_RANGE),
+    (BARE, rows(range(-1, 3)), NOT_A_RANGE),
+    (BARE, rows(range(3, 3)), NOT_A_RANGE),
+]
+
+
+@pytest.mark.parametrize(("shapes", "changes", "said"), REFUSED)
+def test_pairs_that_can_not_be_perturbed(shapes: tuple[Any, Any], changes: Any, said: str) -> None:
+    layer = of_shapes(*shapes)
+    settings = changes(layer) if callable(changes) else changes
     with pytest.raises(ValueError, match=said):
-        find_pairs(layer, finder=lambda model: [pair_of(layer, **changes)])
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        (range(4, 9), "the rows .* are not all there: the parameter has 6"),
-        (range(0, 6, 2), "rows must be a range of rows one after another"),
-        (range(-1, 3), "rows must be a range of rows one after another"),
-        (range(3, 3), "rows must be a range of rows one after another"),
-    ],
-)
-def test_rows_that_are_not_there(rows: range, said: str) -> None:
-    layer = Bare()
-    pair = pair_of(layer, B_rows=rows, readers=[ParameterRef(layer, "lora_B", rows)])
-    with pytest.raises(ValueError, match=said):
-        find_pairs(layer, finder=lambda model: [pair])
+        find_pairs(layer, finder=lambda model: [pair_of(layer, **settings)])
 
 
 def test_what_a_finder_gives_is_checked() -> None:

@@ -30,10 +30,11 @@ from shadows import Shadow, spy
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from lightning_flatlora import loops
+from lightning_flatlora import AdapterCheckpoint, loops
 from lightning_flatlora.baselines import SAM, LoRASAM
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*BatchEncoding:DeprecationWarning"),
 ]
@@ -125,9 +126,10 @@ def by_trainer(title: str, front_end: str, rho: float, lr: float, folder: Path, 
         module.optimizer_class = shadow.optimizer_class()
         module.inside.append(lambda *_: shadow.look("module", "training_step"))
         callbacks = [spy(shadow, "Before"), *callbacks, spy(shadow, "After")]
-    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    files = {"filename": "{epoch}", "save_top_k": -1}
+    saver = AdapterCheckpoint(folder, **files) if kind.saves_adapters else ModelCheckpoint(folder, **files)
     loader = DataLoader(Batches(title), batch_size=None, collate_fn=lambda batch: batch)
-    callbacks = [Seeds(), *callbacks, saver]
+    callbacks = [Seeds(), *callbacks, *kind.callbacks(), saver]
     trainer = fit(folder, module, callbacks, loader, max_epochs=EPOCHS, ckpt_path=resume, **more)
     if looks:
         assert {"training_step", "on_after_backward", *BETWEEN} <= shadow.seen.keys()

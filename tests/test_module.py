@@ -13,7 +13,6 @@ from helpers import (
     fit,
     is_perturbed,
     make_loader,
-    make_net,
     same,
     weights,
 )
@@ -23,7 +22,7 @@ from module_runs import whole_run
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lightning_flatlora import CosineRho, FMLoRAModule, LearningRateRho, LinearRho
+from lightning_flatlora import CosineRho, FMLoRAModule, LinearRho
 
 
 def cosine(optimizer: Any) -> Any:
@@ -47,23 +46,6 @@ def test_whole_run_equals_the_callback(tmp_path, accumulate, clip):
     assert watch.rates == other_watch.rates
     unclipped, *_ = whole_run(tmp_path, "module", **(settings | {"clip": None}))
     assert same(unclipped, right) is (clip is None)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"estimator": "projected", "norm_scope": "layer"},
-        {"start_step": 4, "every_n_steps": 3},
-        {"rho": LearningRateRho(0.5)},
-    ],
-    ids=["projected-layer", "intervals", "learning-rate"],
-)
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_settings_mean_the_same(tmp_path, accumulate, settings):
-    left, *_ = whole_run(tmp_path, "fmlora", accumulate=accumulate, scheduler=cosine, settings=settings)
-    right, *_ = whole_run(tmp_path, "module", accumulate=accumulate, scheduler=cosine, settings=settings)
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("validate_every", [2, 3, 7])
@@ -205,24 +187,6 @@ def test_clipping_may_be_the_subclass_own(tmp_path, clip):
     fit(tmp_path, module, [], max_epochs=1)
     assert seen == [(clip, "norm")] * 6
     assert same(before, weights(module))
-
-
-def test_accumulation_divides_by_the_window(tmp_path):
-    """Two batches of a window with SGD move the weights as their mean does at rho = 0; the short window, as half."""
-    loader = make_loader(3, dtype=torch.float64)
-    batches = list(loader)
-    module = TwoPassClassifier(0.0, net=make_net().double(), lr=0.5, accumulate_grad_batches=2)
-    module.optimizer_class = torch.optim.SGD
-    fit(tmp_path, module, [], loader, max_epochs=1)
-
-    net = make_net().double()
-    trained = [p for p in net.parameters() if p.requires_grad]
-    for window in (batches[:2], batches[2:]):
-        loss = sum(nn.functional.cross_entropy(net(x), y) for x, y, _ in window) / 2
-        for p, grad in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-            p.data -= 0.5 * grad
-    for left, right in zip(module.net.parameters(), net.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=0, atol=1e-14)
 
 
 # -- what a subclass may not do

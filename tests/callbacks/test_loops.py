@@ -66,17 +66,6 @@ def test_validation_does_not_change_the_run(tmp_path, front_end):
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_second_fit_on_the_same_objects(tmp_path, front_end):
-    """It equals the fit of new objects that start from the same weights."""
-    module, callbacks, kwargs = build(front_end)
-    fit(tmp_path, module, callbacks, **kwargs)
-    fresh, fresh_callbacks, _ = build(front_end)
-    fresh.load_state_dict(module.state_dict())
-    again = fit(tmp_path, module, callbacks, seed=7, **kwargs)
-    assert_same_run(again, fit(tmp_path, fresh, fresh_callbacks, seed=7, **kwargs))
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_second_fit_of_one_trainer(tmp_path, front_end):
     """With more epochs allowed the same Trainer trains on: the count continues, Ê begins anew as the optimizer does."""
     module, callbacks, kwargs = build(front_end)
@@ -127,18 +116,6 @@ def test_compiled_network_toggles_without_recompiling(tmp_path, front_end):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     E, expected = E_hat(driver_of(trainer)), E_hat(driver_of(plain))
     assert list(E) == list(expected)  # no _orig_mod in the names
-
-
-@pytest.mark.parametrize("front_end", ["efmlora", "fmlora"])
-def test_compiled_with_autograd_tracing(tmp_path, front_end):
-    """The same through AOTAutograd, whose backward is traced with the moved weight as an input."""
-    torch._dynamo.reset()
-    module, callbacks, kwargs = build(front_end, net=torch.compile(make_net(), backend="aot_eager"))
-    other, other_callbacks, _ = build(front_end)
-    fit(tmp_path, module, callbacks, make_loader(3), max_epochs=1, **kwargs)
-    fit(tmp_path, other, other_callbacks, make_loader(3), max_epochs=1, **kwargs)
-    for left, right in zip(weights(module).values(), weights(other).values(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
 # -- the user's own manual optimization, and other forms of training_step

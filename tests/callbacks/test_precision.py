@@ -75,28 +75,6 @@ class Watched(Callback):
         setattr(perturbation, self.method, lambda *args, **kwargs: self.around(perturbation, original, *args, **kwargs))
 
 
-@pytest.mark.parametrize("precision", ["64-true", "32-true"])
-@pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
-def test_average_is_taken_in_float64(tmp_path, front_end, precision):
-    """Eq. 18 in a float64 model, with a beta that was not rounded to float32 on its way."""
-    errors: list[torch.Tensor] = []
-
-    def average(perturbation: Any, original: Any, fresh: Any, beta: float) -> None:
-        old = [stack.E.clone() for stack in perturbation._stacks]
-        original(fresh, beta)
-        for before, new, stack in zip(old, fresh.stacks, perturbation._stacks, strict=True):
-            if before.any():
-                errors.append((stack.E - (0.1 * before + 0.9 * new)).abs().max())
-
-    module, callbacks, kwargs = build(front_end, beta=0.9)
-    module.double()
-    watch = Watched("average", average)
-    loader = make_loader(dtype=torch.float64)
-    fit(tmp_path, module, [*callbacks, watch], loader, precision=precision, **kwargs)
-    assert len(errors) > 10
-    assert max(errors) < 1e-14
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_algebra_is_outside_autocast(tmp_path, front_end, precision):

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_flatlora import CosineRho, EFMLoRA
+from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
 
 
 class Pair(LightningModule):
@@ -117,7 +117,8 @@ def test_a_run_of_several_optimizers_is_resumed(tmp_path, callbacks):
         module = Pair(adapters=("default", "default") if callbacks == 1 else ("gen", "crit"))
         names = [None] if callbacks == 1 else ["gen", "crit"]
         ours = [EFMLoRA(CosineRho(0.5, 0.1, total_steps=20), adapter_name=name) for name in names]
-        saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        saver = AdapterCheckpoint if callbacks == 1 else ModelCheckpoint
+        saving = saver(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
         fit(tmp_path, module, [*ours, saving], max_epochs=3, ckpt_path=ckpt_path)
         states = []
         for each in ours:
