@@ -54,13 +54,6 @@ class Generator(Callback):
             self.loaded = None
 
 
-class RateByHand(Callback):
-    """Moves the learning rate where there is no scheduler, whose ``initial_lr`` would be in the optimizer's state."""
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        trainer.optimizers[0].param_groups[0]["lr"] = 0.02 * 0.9**trainer.global_step
-
-
 class AtEnds(ModelCheckpoint):
     """A second one, under a state key of its own."""
 
@@ -75,16 +68,14 @@ def run(
     dropout: float = 0.0,
     net: Any = None,
     watch: Callback | None = None,
-    scheduled: bool = True,
     **settings: Any,
 ) -> Any:
     """Train three epochs of five shuffled batches, save every step, and return the Trainer."""
     settings = {"rho": CosineRho(1.0, 0.2)} | settings
     net = make_net(dropout) if net is None else net
     module, callbacks, kwargs = build(front_end, net=net, accumulate=accumulate, **settings)
-    if scheduled:
-        module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
-    callbacks = [Generator() if scheduled else RateByHand(), *callbacks, *([watch] if watch else [])]
+    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+    callbacks = [Generator(), *callbacks, *([watch] if watch else [])]
     files = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
     callbacks.append(ModelCheckpoint(path / "steps", every_n_train_steps=1, **files))
     callbacks.append(AtEnds(path / "ends", every_n_epochs=1, **files))  # a resumed run adds "-v1" to its files' names
@@ -154,14 +145,6 @@ def test_resumed_with_other_settings(tmp_path, front_end, settings):
         assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / f"{point}.ckpt", **settings))
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_the_initial_learning_rate_is_resumed(tmp_path, front_end):
-    """A radius in proportion to the learning rate counts from the first run's first step."""
-    settings = {"rho": LearningRateRho(1.0), "scheduled": False}
-    whole = run(tmp_path, front_end, **settings)
-    assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", **settings))
-
-
 class Start(Callback):
     """What ours held when the first batch of a resumed run began."""
 
@@ -172,22 +155,6 @@ class Start(Callback):
         if self.seen is None:
             callback = driver_of(trainer)
             self.seen = callback.step, E_hat(callback), callback.perturbation.may_be_nonzero
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_rho_and_intervals_may_change(tmp_path, front_end):
-    """The step count and Ê are taken over as they are, and the new radius counts from there."""
-    run(tmp_path, front_end)
-    file = tmp_path / "steps" / "7.ckpt"
-    start = Start()
-    trainer = run(tmp_path, front_end, resume=file, rho=0.3, every_n_steps=4, watch=start)
-    step, E, started = start.seen
-    assert step == 7
-    assert driver_of(trainer).step == 15
-    if "efmlora" in front_end:
-        saved = torch.load(file, weights_only=True)["callbacks"]["EFMLoRA"]["perturbation"]
-        assert started
-        assert same(E, saved["E"])
 
 
 REFUSED = [
