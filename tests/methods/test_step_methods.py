@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from perturbation_models import backward, model_and_pairs
 from torch import nn
 
 from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import LoRASAM
-from lightning_flatlora.compat import MisconfigurationException
 from lightning_flatlora.methods.checks import changed_settings
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.fmlora import FMLoRAStep
