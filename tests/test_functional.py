@@ -58,12 +58,34 @@ def test_equals_the_dense_definition_of_the_paper(estimator: str) -> None:
     assert relative_error(ours.squared_norm[0], damped_norm) < 1e-12
 
 
-@pytest.mark.parametrize("parallel", [1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e-8])
-def test_float32_is_good_to_1e_5_whatever_the_condition(parallel: float) -> None:
+def random_factors(rank: int, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*shape, generator=generator).double() for shape in ((rank, m), (n, rank), (n, m)))  # type: ignore[return-value]
+
+
+def nearly_parallel(share: float, *sizes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Adam's first step makes B's columns parallel; a Gram matrix in float32 alone would lose three digits there."""
-    A, B, _, _ = factors()
-    B = B[:, :1] + parallel * B
-    G = torch.randn(N, M, dtype=torch.float64)
+    A, B, G = random_factors(*sizes)
+    return A, B[:, :1] + share * B, G
+
+
+def of_size(of_B: float, of_G: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rank 3 in 4 columns; the direction scales with the gradient and against the factors."""
+    A, B, G = random_factors(R, N, M)
+    B = B[:, :-1] @ torch.randn(R - 1, R, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return A, of_B * B, of_G * G
+
+
+NARROW = [nearly_parallel(share, R, N, M) for share in (1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e-8)]
+# A rank that goes in blocks.
+NARROW += [nearly_parallel(share, 150, 320, 256) for share in (1.0, 1e-2, 1e-8)]
+for size in (1e-12, 1e-6, 1e6, 1e12):
+    NARROW += [of_size(size, 1.0), of_size(1.0, size)]
+
+
+@pytest.mark.parametrize("number", range(len(NARROW)))
+def test_float32_is_good_to_1e_5_whatever_the_condition_and_the_size(number: int) -> None:
+    A, B, G = NARROW[number]
     narrow = [tensor.float() for tensor in (A, B, S * B.T @ G, S * G @ A.T)]
     exact = ascent_average(*batch(*(t.double() for t in narrow)), scaling())
     ours = ascent_average(*batch(*narrow), scaling(torch.float32))
@@ -116,33 +138,6 @@ def test_the_damped_inverse_is_its_definition_and_tends_to_the_pseudo_inverse(ra
     assert relative_error(inverse, torch.linalg.pinv(K)) < 5e-3
     assert relative_error(damped_inverse_root(X.float()).double(), root) < 1e-6
     assert torch.isfinite(damped_inverse_root(torch.zeros(3 * rank, rank))).all()
-
-
-@pytest.mark.parametrize("parallel", [1.0, 1e-2, 1e-8])
-def test_float32_is_as_good_at_a_rank_that_goes_in_blocks(parallel: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rank, n, m = 150, 320, 256
-    A, B, G = (torch.randn(*shape, generator=generator).double() for shape in ((rank, m), (n, rank), (n, m)))
-    B = B[:, :1] + parallel * B
-    narrow = [tensor.float() for tensor in (A, B, S * B.T @ G, S * G @ A.T)]
-    exact = ascent_average(*batch(*(t.double() for t in narrow)), scaling())
-    ours = ascent_average(*batch(*narrow), scaling(torch.float32))
-    assert relative_error(ours.direction, exact.direction) < 1e-5
-    assert relative_error(ours.squared_norm, exact.squared_norm) < 1e-5
-
-
-@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e6, 1e12])
-def test_float32_is_as_good_for_tiny_and_huge_gradients_and_factors(size: float) -> None:
-    """Of rank 3 in 4 columns; the direction scales with the gradient and against the factors."""
-    A, B, _, _ = factors()
-    B = B[:, :-1] @ torch.randn(R - 1, R, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    G = torch.randn(N, M, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for of_B, of_G in ((size, 1.0), (1.0, size)):
-        narrow = [tensor.float() for tensor in (A, of_B * B, S * of_B * of_G * B.T @ G, S * of_G * G @ A.T)]
-        exact = ascent_average(*batch(*(t.double() for t in narrow)), scaling())
-        ours = ascent_average(*batch(*narrow), scaling(torch.float32))
-        assert relative_error(ours.direction, exact.direction) < 1e-5
-        assert relative_error(ours.squared_norm, exact.squared_norm) < 1e-5
 
 
 def test_a_batch_of_layers_is_the_layers_one_by_one() -> None:

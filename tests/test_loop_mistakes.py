@@ -113,19 +113,6 @@ def test_layers_that_stay_unperturbed_are_named(caplog: pytest.LogCaptureFixture
     assert "EFMLoRA leaves unperturbed: Embedding: embedding LoRA keeps bare parameters" in caplog.text
 
 
-def test_schedules_of_a_users_own_are_checked() -> None:
-    class Negative(LinearRho):
-        def __call__(self, *args: Any) -> float:
-            return -1.0
-
-    net = make_net()
-    optimizer = sgd(net)
-    loops.EFMLoRA(net, optimizer, Negative(1.0, 0.0, total_steps=3))
-    net(torch.randn(4, 6)).sum().backward()
-    with pytest.raises(MisconfigurationException, match=r"must give a finite number >= 0, and gave -1\.0 at step 0"):
-        optimizer.step()
-
-
 # -- before a step
 
 

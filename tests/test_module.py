@@ -5,23 +5,25 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    Classifier,
     Losses,
     TwoPassClassifier,
     build,
     driver_of,
     fit,
+    is_perturbed,
     make_loader,
-    make_net,
     same,
     weights,
 )
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from module_runs import whole_run
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import CosineRho, FMLoRAModule, LearningRateRho, LinearRho
+from lightning_flatlora import CosineRho, FMLoRAModule, LinearRho
 
 
 def cosine(optimizer: Any) -> Any:
@@ -47,23 +49,6 @@ def test_whole_run_equals_the_callback(tmp_path, accumulate, clip):
     assert same(unclipped, right) is (clip is None)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"estimator": "projected", "norm_scope": "layer"},
-        {"start_step": 4, "every_n_steps": 3},
-        {"rho": LearningRateRho(0.5)},
-    ],
-    ids=["projected-layer", "intervals", "learning-rate"],
-)
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_settings_mean_the_same(tmp_path, accumulate, settings):
-    left, *_ = whole_run(tmp_path, "fmlora", accumulate=accumulate, scheduler=cosine, settings=settings)
-    right, *_ = whole_run(tmp_path, "module", accumulate=accumulate, scheduler=cosine, settings=settings)
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-12, msg=name)
-
-
 @pytest.mark.parametrize("validate_every", [2, 3, 7])
 def test_validation_inside_a_window_keeps_its_gradients(tmp_path, validate_every):
     """Lightning clears gradients before validation unless it accumulates, and knows nothing of the module's window."""
@@ -87,6 +72,67 @@ def test_schedules_of_rho_span_the_same_steps(tmp_path, schedule, accumulate, ru
     assert watch.radii == other_watch.radii
     last = schedule(1.0, 0.0, total_steps=trainer.global_step)(trainer.global_step - 1)
     assert watch.radii[-1] == (trainer.global_step - 1, pytest.approx(last))
+
+
+# -- passes
+
+
+class Logged(Callback):
+    """What the Trainer holds after each batch."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.outputs: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        self.outputs.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
+
+
+@pytest.mark.parametrize("front_end", ["fmlora", "module"])
+def test_logging_comes_from_the_clean_pass(tmp_path, front_end):
+    """log and log_dict, on steps and over the epoch, and the returned loss; a module's own log works again after."""
+    losses: dict[bool, list[float]] = {True: [], False: []}
+
+    class Logs:
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().loss(batch, batch_idx)
+            losses[is_perturbed(self)].append(float(loss.detach()))
+            self.log("one", loss, on_step=True, on_epoch=True)
+            self.log_dict({"two": loss, "passes": 1.0}, on_step=False, on_epoch=True, reduce_fx="sum")
+            return loss
+
+    classes = (type("A", (Logs, Classifier), {}), type("B", (Logs, TwoPassClassifier), {}))
+    module, callbacks, kwargs = build(front_end, classes=classes)
+    logged = Logged()
+    trainer = fit(tmp_path, module, [*callbacks, logged], max_epochs=1, **kwargs)
+    clean, moved = losses[False], losses[True]
+    assert len(clean) == len(moved) == 6
+    assert all(there > here for here, there in zip(clean, moved, strict=True))
+    assert [metrics["one_step"] for metrics in logged.metrics] == clean
+    assert logged.outputs == clean
+    assert float(trainer.callback_metrics["one_epoch"]) == pytest.approx(sum(clean) / 6)
+    assert float(trainer.callback_metrics["two"]) == pytest.approx(sum(clean))
+    assert float(trainer.callback_metrics["passes"]) == 6
+    assert "log" not in module.__dict__
+
+
+@pytest.mark.parametrize("wrong", [3.0, "loss", {"value": 1}])
+def test_compute_loss_must_return_a_loss(tmp_path, wrong):
+    class Wrong(TwoPassClassifier):
+        def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+            return wrong
+
+    with pytest.raises(TypeError, match="compute_loss must return the loss as a tensor"):
+        fit(tmp_path, Wrong(0.5), [])
+
+
+def test_compute_loss_is_the_users(tmp_path):
+    class Missing(TwoPassClassifier):
+        compute_loss = FMLoRAModule.compute_loss
+
+    with pytest.raises(NotImplementedError, match="Missing must define compute_loss"):
+        fit(tmp_path, Missing(0.5), [])
 
 
 # -- clipping
@@ -144,24 +190,6 @@ def test_clipping_may_be_the_subclass_own(tmp_path, clip):
     assert same(before, weights(module))
 
 
-def test_accumulation_divides_by_the_window(tmp_path):
-    """Two batches of a window with SGD move the weights as their mean does at rho = 0; the short window, as half."""
-    loader = make_loader(3, dtype=torch.float64)
-    batches = list(loader)
-    module = TwoPassClassifier(0.0, net=make_net().double(), lr=0.5, accumulate_grad_batches=2)
-    module.optimizer_class = torch.optim.SGD
-    fit(tmp_path, module, [], loader, max_epochs=1)
-
-    net = make_net().double()
-    trained = [p for p in net.parameters() if p.requires_grad]
-    for window in (batches[:2], batches[2:]):
-        loss = sum(nn.functional.cross_entropy(net(x), y) for x, y, _ in window) / 2
-        for p, grad in zip(trained, torch.autograd.grad(loss, trained), strict=True):
-            p.data -= 0.5 * grad
-    for left, right in zip(module.net.parameters(), net.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=0, atol=1e-14)
-
-
 # -- what a subclass may not do
 
 
@@ -204,17 +232,3 @@ def test_batches_that_the_loader_left_out_are_as_in_automatic_optimization(tmp_p
             trainer = fit(tmp_path, module, callbacks, loader, **more)
         ends.append((trainer.global_step, list(weights(module).values())))
     assert same(*ends)
-
-
-def test_automatic_optimization_is_refused(tmp_path):
-    module = TwoPassClassifier(0.5)
-    module.automatic_optimization = True
-    with pytest.raises(MisconfigurationException, match="automatic_optimization must be False"):
-        fit(tmp_path, module, [])
-
-
-@pytest.mark.parametrize("hook", ["optimizer_step", "optimizer_zero_grad", "on_before_zero_grad"])
-def test_hooks_that_lightning_would_not_call_are_refused(tmp_path, hook):
-    module = type("Own", (TwoPassClassifier,), {hook: lambda self, *args: None})(0.5)
-    with pytest.raises(MisconfigurationException, match=rf"Own overrides {hook}, which Lightning does not call"):
-        fit(tmp_path, module, [])

@@ -5,7 +5,6 @@ from typing import Any
 import lightning as L
 import pytest
 from helpers import Classifier, TwoPassClassifier, build, fit, make_loader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from module_runs import whole_run
 from torch.optim import lr_scheduler
 
@@ -62,14 +61,6 @@ def test_schedulers_step_when_the_callback_s_do(tmp_path, accumulate, kind):
     _, other, _ = whole_run(tmp_path, "module", **settings)
     assert len(set(watch.rates)) > 1
     assert other.rates == watch.rates
-
-
-def test_a_plateau_scheduler_is_refused(tmp_path):
-    """It waits for a metric, and the module does not know when one is there."""
-    module = TwoPassClassifier(rho=0.5)
-    module.scheduler = lr_scheduler.ReduceLROnPlateau
-    with pytest.raises(MisconfigurationException, match=r"ReduceLROnPlateau .* step it yourself"):
-        fit(tmp_path, module, [])
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_epochs": 2, "max_steps": 3}], ids=["epochs", "steps"])

@@ -1,6 +1,8 @@
 """Which factors are found, under which names, and that everything else is left out by name."""
 
 import copy
+import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,78 +48,6 @@ def test_finds_every_exact_layer_with_its_scaling() -> None:
     assert [pair.scaling for pair in search.pairs] == [3.0] * 3
     assert not search.left_out
     assert find_pairs(peft(["one"], use_rslora=True)).pairs[0].scaling == pytest.approx(6 / 2**0.5)
-
-
-@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
-def test_leaves_out_by_name_what_is_not_one_product() -> None:
-    model = peft(["embed", "grouped", "one"])
-    search = find_pairs(model)
-    assert names(model) == ["one.lora_B.default.weight"]
-    text = " ".join(search.left_out)
-    assert "Embedding" in text
-    assert "embed" in text
-    assert "grouped convolution" in text
-
-
-def test_leaves_out_adalora_whose_factors_are_no_modules() -> None:
-    config = AdaLoraConfig(init_r=3, target_r=2, total_step=10, tinit=1, tfinal=1, deltaT=1, target_modules=["one"])
-    with pytest.raises(NoPairsError, match=r"SVDLinear: AdaLoRA's update is B diag\(E\) A"):
-        find_pairs(get_peft_model(Net(), config))
-
-
-@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported:UserWarning")
-@pytest.mark.parametrize("variant", ["alora", "unknown class", "parameter"])
-def test_leaves_out_variants_and_foreign_layers(variant: str) -> None:
-    if variant == "alora":
-        model = peft(["one"], alora_invocation_tokens=[1])
-    elif variant == "parameter":
-        model = peft(["two"], target_parameters=["one.weight"])
-    else:
-        model = peft(["one"])
-        model.base_model.model.one.__class__ = type("Foreign", (Linear,), {"__module__": "elsewhere"})
-    if variant == "parameter":
-        search = find_pairs(model)
-        assert names(model) == ["two.lora_B.default.weight"]
-        assert "ParamWrapper" in search.left_out[0]
-    else:
-        with pytest.raises(NoPairsError, match=r"ALora|Foreign"):
-            find_pairs(model)
-
-
-def test_every_variant_that_peft_knows_is_either_exact_or_left_out() -> None:
-    """A variant that peft adds later must not be perturbed in silence."""
-    from peft.tuners.lora import variants
-
-    from lightning_flatlora.pairs.peft_pairs import _EXACT_VARIANTS
-
-    known = {v for v in vars(variants).values() if isinstance(v, type) and v.__name__.endswith("LinearVariant")}
-    assert {v.__name__ for v in known if issubclass(v, _EXACT_VARIANTS)} == {"DoraLinearVariant"}
-
-
-def test_leaves_out_xlora_whose_router_weighs_the_adapters() -> None:
-    model = peft(["one", "conv"])
-    xlora = XLoraConfig(hidden_size=8, adapters={"default": ""}, use_trainable_adapters=True)
-    convert_layers_to_xlora(model, SimpleNamespace(disabled=False), xlora)  # type: ignore[arg-type]
-    search = find_pairs(model)
-    assert names(model) == ["conv.lora_B.default.weight"]  # which X-LoRA leaves alone
-    assert "Linear: X-LoRA weighs the adapters by a router" in search.left_out[0]
-
-
-def test_leaves_out_arrows_experts_also_those_that_have_a_gradient() -> None:
-    """The router is the active adapter, and the experts that it weighs are trained without being active."""
-    model: Any = peft(["one"])
-    arrow = ArrowConfig()
-    arrow.task_adapter_names = ["default"]
-    model.add_adapter("arrow_router", LoraConfig(r=2, target_modules=["one"], arrow_config=arrow))
-    model.add_adapter("plain", LoraConfig(r=2, target_modules=["two"]))
-    model.base_model.set_adapter(["arrow_router", "plain"])
-    expert = model.base_model.model.one.lora_B["default"].weight
-    expert.requires_grad_(True).grad = torch.ones_like(expert)
-    search = find_pairs(model)
-    assert search.names == {"base_model.model.two.lora_B.plain.weight"}
-    assert "Linear: Arrow weighs the adapters by a router" in search.left_out[0]
-    model.base_model.set_adapter(["default", "plain"])
-    assert names(model) == ["one.lora_B.default.weight", "two.lora_B.plain.weight"]
 
 
 EXACT = [
@@ -175,29 +105,6 @@ def test_tied_adapters_are_found_once_and_all_their_readers() -> None:
     pairs = find_pairs(model).pairs
     assert len(pairs) == 1
     assert pairs[0].readers == [net.one.lora_B["default"], net.two.lora_B["default"]]
-
-
-def test_a_factor_that_serves_in_two_products_is_left_out() -> None:
-    model = peft(["one", "two", "conv"])
-    net = model.base_model.model
-    net.two.lora_B["default"].weight = net.one.lora_B["default"].weight
-    search = find_pairs(model)
-    assert [pair.name.split(".")[2] for pair in search.pairs] == ["conv"]
-    assert "shared" in search.left_out[0]
-
-
-def test_an_output_layer_tied_to_its_embedding_by_memory_is_left_out() -> None:
-    """As peft ties them with ensure_weight_tying: by parameters of their own over the same values."""
-    net = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 6)})
-    model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner", "head"]))
-    layers = model.base_model.model
-    head, embedding = layers["head"], layers["embedding"]
-    assert len(find_pairs(model).pairs) == 2
-    head.lora_B["default"].weight = nn.Parameter(embedding.lora_embedding_A["default"].data.mT)
-    head.lora_A["default"].weight = nn.Parameter(embedding.lora_embedding_B["default"].data.mT)
-    search = find_pairs(model)
-    assert [pair.name.split(".")[2] for pair in search.pairs] == ["inner"]
-    assert "shared with another pair" in search.left_out[1]
 
 
 def test_adapters() -> None:
@@ -296,12 +203,110 @@ def test_peft_tuners_that_are_not_lora_are_no_other_library() -> None:
         find_pairs(prompted)
 
 
-@pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.spectral_norm, prune.identity])
-@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-def test_leaves_out_factors_that_are_computed_from_other_parameters(computed: Any, factor: str) -> None:
-    model = peft(["one", "two"], init_lora_weights=False)
-    module = getattr(model.base_model.model.one, factor)["default"]
-    computed(module, "weight")
+# -- what is left out, by name
+
+
+def of_adalora() -> nn.Module:
+    config = AdaLoraConfig(init_r=3, target_r=2, total_step=10, tinit=1, tfinal=1, deltaT=1, target_modules=["one"])
+    return get_peft_model(Net(), config)
+
+
+def foreign() -> nn.Module:
+    model: Any = peft(["one"])
+    model.base_model.model.one.__class__ = type("Foreign", (Linear,), {"__module__": "elsewhere"})
+    return model
+
+
+def of_xlora() -> nn.Module:
+    model = peft(["one", "conv"])
+    xlora = XLoraConfig(hidden_size=8, adapters={"default": ""}, use_trainable_adapters=True)
+    convert_layers_to_xlora(model, SimpleNamespace(disabled=False), xlora)  # type: ignore[arg-type]
+    return model
+
+
+def of_arrow() -> nn.Module:
+    """The router is the active adapter, and the experts that it weighs are trained without being active."""
+    model: Any = peft(["one"])
+    arrow = ArrowConfig()
+    arrow.task_adapter_names = ["default"]
+    model.add_adapter("arrow_router", LoraConfig(r=2, target_modules=["one"], arrow_config=arrow))
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["two"]))
+    model.base_model.set_adapter(["arrow_router", "plain"])
+    expert = model.base_model.model.one.lora_B["default"].weight
+    expert.requires_grad_(True).grad = torch.ones_like(expert)
+    return model
+
+
+def shared_B() -> nn.Module:
+    model: Any = peft(["one", "two", "conv"])
+    net = model.base_model.model
+    net.two.lora_B["default"].weight = net.one.lora_B["default"].weight
+    return model
+
+
+def tied_by_memory() -> nn.Module:
+    """An output layer and its embedding, as peft ties them with ensure_weight_tying."""
+    net = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 6)})
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner", "head"]))
+    layers = model.base_model.model
+    head, embedding = layers["head"], layers["embedding"]
+    assert len(find_pairs(model).pairs) == 2
+    head.lora_B["default"].weight = nn.Parameter(embedding.lora_embedding_A["default"].data.mT)
+    head.lora_A["default"].weight = nn.Parameter(embedding.lora_embedding_B["default"].data.mT)
+    return model
+
+
+def computed(how: Any, factor: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model: Any = peft(["one", "two"], init_lora_weights=False)
+        how(getattr(model.base_model.model.one, factor)["default"], "weight")
+        return model
+
+    return make
+
+
+LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
+    "embedding": (lambda: peft(["embed", "one"]), ["one.lora_B.default"], "Embedding: embedding LoRA .*embed"),
+    "grouped": (lambda: peft(["grouped", "one"]), ["one.lora_B.default"], "grouped convolution"),
+    "AdaLoRA": (of_adalora, [], r"SVDLinear: AdaLoRA's update is B diag\(E\) A"),
+    "aLoRA": (lambda: peft(["one"], alora_invocation_tokens=[1]), [], "ALora"),
+    "foreign class": (foreign, [], "Foreign"),
+    "parameter": (lambda: peft(["two"], target_parameters=["one.weight"]), ["two.lora_B.default"], "ParamWrapper"),
+    "X-LoRA": (of_xlora, ["conv.lora_B.default"], "Linear: X-LoRA weighs the adapters by a router"),
+    "Arrow": (of_arrow, ["two.lora_B.plain"], "Linear: Arrow weighs the adapters by a router"),
+    "shared": (shared_B, ["conv.lora_B.default"], "shared with another pair"),
+    "tied by memory": (tied_by_memory, ["inner.lora_B.default"], "shared with another pair"),
+}
+for how in (parametrizations.weight_norm, parametrizations.spectral_norm, prune.identity):
+    for factor in ("lora_A", "lora_B"):
+        made = (computed(how, factor), ["two.lora_B.default"], "computed from other parameters")
+        LEFT_OUT[f"{how.__name__} of {factor}"] = made
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported:UserWarning")
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_what_is_not_one_product_is_left_out_by_name(what: str) -> None:
+    make, found, message = LEFT_OUT[what]
+    model = make()
+    if not found:
+        with pytest.raises(NoPairsError, match=message):
+            find_pairs(model)
+        return
     search = find_pairs(model)
-    assert [pair.name for pair in search.pairs] == ["base_model.model.two.lora_B.default.weight"]
-    assert "computed from other parameters" in search.left_out[0]
+    assert [name.removesuffix(".weight") for name in names(model)] == found
+    assert re.search(message, " ".join(search.left_out))
+    if what == "Arrow":
+        assert search.names == {"base_model.model.two.lora_B.plain.weight"}
+        model.base_model.set_adapter(["default", "plain"])
+        assert names(model) == ["one.lora_B.default.weight", "two.lora_B.plain.weight"]
+
+
+def test_every_variant_that_peft_knows_is_either_exact_or_left_out() -> None:
+    """A variant that peft adds later must not be perturbed in silence."""
+    from peft.tuners.lora import variants
+
+    from lightning_flatlora.pairs.peft_pairs import _EXACT_VARIANTS
+
+    known = {v for v in vars(variants).values() if isinstance(v, type) and v.__name__.endswith("LinearVariant")}
+    assert {v.__name__ for v in known if issubclass(v, _EXACT_VARIANTS)} == {"DoraLinearVariant"}

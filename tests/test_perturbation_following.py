@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from helpers import is_installed
+from peft import LoraConfig, get_peft_model
 from perturbation_models import RHO, backward, fresh, model_and_pairs, slices
 from torch import nn
 
-from lightning_flatlora import Perturbation
+from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.pairs import LoRAPair
 
 
@@ -171,3 +172,26 @@ def test_a_state_of_another_scaling_moves_the_weights_as_before() -> None:
     torch.testing.assert_close(other.state_dict()["E"][name], 3 * state["E"][name])
     other.follow(pairs)
     torch.testing.assert_close(other.state_dict()["E"][name], 3 * state["E"][name])
+
+
+def test_the_estimate_goes_by_what_is_trained_at_the_ascent() -> None:
+    """Of four pairs in one stack: A frozen all along, unfrozen since, frozen since with its gradient, and trained."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    config = LoraConfig(r=2, target_modules=["0", "1", "2", "3"], init_lora_weights=False)
+    net = get_peft_model(layers, config).double()
+    pairs = find_pairs(net).pairs
+    pairs[0].A.requires_grad_(False)
+    pairs[1].A.requires_grad_(False)
+    perturbation = Perturbation(pairs, norm_scope="layer")
+    assert len(perturbation._stacks) == 1
+    pairs[1].A.requires_grad_(True)
+    net(torch.randn(5, 4, dtype=torch.float64)).square().sum().backward()
+    pairs[2].A.requires_grad_(False)
+    (found,) = perturbation.ascend(0.5, at_perturbed=False).stacks
+    for pair, E, estimator in zip(pairs, found, ("projected", "average", "average", "average"), strict=True):
+        (expected,) = Perturbation([pair], estimator, "layer").ascend(0.5, at_perturbed=False).stacks  # type: ignore[arg-type]
+        torch.testing.assert_close(E, expected[0], rtol=1e-12, atol=1e-14)
+    projected, average = (Perturbation([pairs[3]], each, "layer") for each in ("projected", "average"))  # type: ignore[arg-type]
+    of_both = [each.ascend(0.5, at_perturbed=False).stacks[0] for each in (projected, average)]
+    assert not torch.allclose(*of_both)

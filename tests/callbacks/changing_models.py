@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from helpers import E_hat
+from helpers import E_hat, make_net
 from lightning.pytorch import Callback
+from peft import LoraConfig
 from torch import nn
 
 
@@ -37,3 +38,9 @@ def moved(module: nn.Module) -> list[str]:
         if ".lora_B." in name and not torch.equal(part.weight, part._parameters["weight"]):
             names.append(".".join(name.split(".")[-3::2]))
     return names
+
+
+def two_adapters() -> Any:
+    net = make_net()
+    net.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2", "4"]))
+    return net

@@ -5,16 +5,25 @@ from typing import Any
 
 import pytest
 import torch
-from changing_models import At, Averages, moved
-from helpers import CLASSES, FEATURES, Classifier, E_hat, assert_no_trace, fit, make_net, same, weights
+from changing_models import At, Averages, moved, two_adapters
+from helpers import (
+    CLASSES,
+    Classifier,
+    E_hat,
+    assert_no_trace,
+    fit,
+    same,
+    weights,
+)
+from hostile_modules import KINDS
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import prune
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
+from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 
 class Watching:
@@ -35,48 +44,14 @@ def freeze(module: Any, trained: bool = False, layers: str = "") -> None:
 ALL = ["0.default", "2.default", "4.default"]
 
 
-@pytest.mark.parametrize("how", ["frozen", "cut"])
-def test_pairs_that_stop_learning_are_read_clean(tmp_path, how, monkeypatch):
-    """Frozen, or cut off from the loss for long: the run is then plain LoRA's, and when they learn again it is not."""
-    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.MOST_MISSED_STEPS", 2)
-    module, callback = Classifier(), EFMLoRA(0.5)
-    watching = Watching(module)
-    if how == "frozen":
-        changes = [At(3, freeze), At(8, lambda module: freeze(module, True))]
-        clean = slice(3, 9)
-    else:
-        head = module.net.base_model.model[4].base_layer
-        cut = {"on": False}
-        loss = module.loss
-
-        def loss_of_head(batch: Any, batch_idx: int) -> Tensor:
-            whole = loss(batch, batch_idx)
-            return head.bias.square().sum() + 0 * whole.detach() if cut["on"] else whole
-
-        module.loss = loss_of_head
-        changes = [At(3, lambda _: cut.update(on=True)), At(8, lambda _: cut.update(on=False))]
-        clean = slice(5, 9)  # known from the second step without a gradient on
-    fit(tmp_path, module, [callback, *changes])
-    if how == "frozen":  # what was known before is read at once
-        assert watching.moved[8] == ALL
-        clean = slice(3, 8)
-    assert watching.moved[:3] == [[], ALL, ALL]
-    assert not any(watching.moved[clean])
-    assert watching.moved[9:] == [ALL] * 3
-    assert_no_trace(module)
-
-
-def test_a_frozen_layer_is_read_clean_and_the_others_are_not(tmp_path):
+def test_pairs_that_stop_learning_are_read_clean(tmp_path):
+    """One, and then all; when they learn again, what was known before is read at once."""
     module = Classifier()
     watching = Watching(module)
-    fit(tmp_path, module, [EFMLoRA(0.5), At(3, lambda module: freeze(module, layers=".2."))], max_epochs=1)
-    assert watching.moved == [[], ALL, ALL, *[["0.default", "4.default"]] * 3]
-
-
-def two_adapters() -> Any:
-    net = make_net()
-    net.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2", "4"]))
-    return net
+    changes = [At(3, lambda module: freeze(module, layers=".2.")), At(5, freeze), At(8, lambda m: freeze(m, True))]
+    fit(tmp_path, module, [EFMLoRA(0.5), *changes])
+    assert watching.moved == [[], ALL, ALL, *[["0.default", "4.default"]] * 2, *[[]] * 3, *[ALL] * 4]
+    assert_no_trace(module)
 
 
 class AllInOptimizer(Classifier):
@@ -152,28 +127,17 @@ class TrainedOnly(Classifier):
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization])
 def test_finetuning_that_unfreezes_later(tmp_path, callback):
     """It starts, says at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
-    runs = []
-    for callbacks in ([callback(0.5)], []):
-        module = TrainedOnly()
-        if callbacks:
-            with pytest.warns(UserWarning, match="no pair has been trained so far") as warned:
-                fit(tmp_path, module, [*callbacks, Unfreeze()])
-            assert len([each for each in warned if "no pair" in str(each.message)]) == 1
-            assert callbacks[0].step == 12
-        else:
-            fit(tmp_path, module, [Unfreeze()])
-        assert_no_trace(module)
-        runs.append(weights(module))
-    assert not same(*runs)
-
-
-def test_unfrozen_pairs_are_perturbed_from_their_first_refresh_on(tmp_path):
-    """It is the step that they are first trained in; the next one reads them perturbed."""
-    module, callback = TrainedOnly(), EFMLoRA(0.5)
+    module, plain, ours = TrainedOnly(), TrainedOnly(), callback(0.5)
     watching = Watching(module)
-    with pytest.warns(UserWarning, match="no pair has been trained so far"):
-        fit(tmp_path, module, [callback, Unfreeze()])
-    assert watching.moved == [*[[]] * 7, *[ALL] * 5]
+    with pytest.warns(UserWarning, match="no pair has been trained so far") as warned:
+        fit(tmp_path, module, [ours, Unfreeze()])
+    assert len([each for each in warned if "no pair" in str(each.message)]) == 1
+    assert ours.step == 12
+    if callback is EFMLoRA:  # from its first refresh on, the step that they are first trained in
+        assert watching.moved == [*[[]] * 7, *[ALL] * 5]
+    fit(tmp_path, plain, [Unfreeze()])
+    assert not same(weights(module), weights(plain))
+    assert_no_trace(module)
 
 
 class Joins(BaseFinetuning):
@@ -197,11 +161,6 @@ class HeadOnly(Classifier):
         return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and "lora" not in n])
 
 
-class FirstLayerOnly(Classifier):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and ".0." in n])
-
-
 @pytest.mark.parametrize("part", ["", ".2."])
 def test_factors_that_join_the_optimizer_later(tmp_path, part):
     """What never joins is said at the end."""
@@ -215,7 +174,8 @@ def test_factors_that_join_the_optimizer_later(tmp_path, part):
 
 @pytest.mark.parametrize("baseline", [LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization])
 def test_a_baseline_beside_factors_that_join_late_or_never(tmp_path, baseline):
-    module = FirstLayerOnly()
+    module = Classifier()
+    module.configure_optimizers = lambda: torch.optim.AdamW([p for n, p in module.named_parameters() if ".0.lora" in n])
     with pytest.warns(UserWarning, match="came into no optimizer and were not perturbed"):
         fit(tmp_path, module, [baseline(0.5), Joins(".2.")])
     assert_no_trace(module)
@@ -274,23 +234,11 @@ def test_pairs_that_are_gone_are_said_as_such(tmp_path):
         fit(tmp_path, Classifier(), [EFMLoRA(0.5), Pruning()], max_epochs=3)
 
 
-class Experts(nn.Module):
-    """Two layers that take turns, as experts of a router."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList([nn.Linear(FEATURES, CLASSES) for _ in range(2)])
-        self.turn = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.turn += 1
-        return self.experts[self.turn % 2](x)
-
-
 def test_layers_that_are_used_in_turn_are_perturbed(tmp_path):
     """Each is read perturbed from its second turn on, and keeps its average while the other one learns."""
-    torch.manual_seed(0)
-    net = get_peft_model(Experts(), LoraConfig(r=2, target_modules=["0", "1"]))
+    net = KINDS["experts"].net()
+    turns = [False, True] * 3
+    net.base_model.model.forward = lambda x: net.base_model.model.experts[turns.pop()](x)
     module, ours = Classifier(net=net), EFMLoRA(0.5)
     watching, averages = Watching(module), Averages(ours)
     fit(tmp_path, module, [ours, averages], max_epochs=1)
@@ -336,12 +284,6 @@ def test_the_monitor_sees_a_layer_that_was_put_in(tmp_path):
     measured = Measured(rho=0.5, every_n_steps=3)
     fit(tmp_path, Classifier(), [PutsIn(), measured])
     assert [len(scalings) for scalings in measured.scalings.values()] == [3, 3, 4, 4]
-
-
-def test_sam_moves_what_joins_the_optimizer_later(tmp_path):
-    module, sam = TrainedOnly(), SAM(0.1)
-    fit(tmp_path, module, [sam, Unfreeze()])
-    assert len(sam.method.ascending) == 7
 
 
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM])

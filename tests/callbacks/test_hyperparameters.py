@@ -17,8 +17,6 @@ from lightning_flatlora import (
     AdapterCheckpoint,
     ConstantRho,
     CosineRho,
-    EFMLoRA,
-    FMLoRA,
     InverseSqrtRho,
     LearningRateRho,
     LinearRho,
@@ -128,13 +126,3 @@ def test_loggers_take_a_schedule(tmp_path, logger):
     # Lightning writes the fields alone where omegaconf is installed, and the class beside them where it is not.
     assert "start: 1.0" in text
     assert "end: 0.5" in text
-
-
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA])
-def test_the_radius_may_be_read_and_set(callback: Any) -> None:
-    method = callback(0.5)
-    assert method.rho(0) == 0.5
-    method.rho = 0.1
-    assert method.rho(0) == 0.1
-    method.rho = LinearRho(0.2, 0.2)
-    assert method.rho(3, 10.0) == pytest.approx(0.2)

@@ -1,4 +1,7 @@
-"""litgpt's own GPT, with LoRA on q, k and v in one layer: exact, clean, resumed, and merged by litgpt."""
+"""litgpt's own GPT, with LoRA on q, k and v in one layer: exact, saved, and merged by litgpt.
+
+Stacked q, k and v are a hostile module, too: see tests/test_hostile_modules.py.
+"""
 
 import re
 from pathlib import Path
@@ -24,7 +27,6 @@ from litgpt_models import (
 )
 from reference import Reference
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_flatlora import (
@@ -85,71 +87,10 @@ def test_steps_equal_the_dense_reference(which: str, front_end: str, estimator: 
     assert_no_trace(model)
 
 
-@pytest.mark.parametrize("method", [EFMLoRA, FMLoRA])
-def test_rho_zero_is_the_plain_run_bit_for_bit_and_more_is_not(method: type[Any]) -> None:
-    finals = []
-    for callbacks in ([], [method(0.0, finder=litgpt_pairs)], [method(RHO, finder=litgpt_pairs)]):
-        model = gpt("q, v", dropout=0.2)
-        train(LanguageModel(model), *callbacks)
-        finals.append(weights(model))
-    assert same(finals[0], finals[1])
-    assert not same(finals[0], finals[2])
-
-
-class Looks(L.Callback):
-    """Compares the stored weights with those that the optimizer has left, in the hooks of every step."""
-
-    def __init__(self) -> None:
-        self.left: dict[str, Tensor] | None = None
-        self.seen: set[str] = set()
-
-    def look(self, hook: str, module: L.LightningModule) -> None:
-        if self.left is not None:
-            self.seen.add(hook)
-            assert same(dict(module.state_dict()), self.left), hook
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        self.look("on_train_batch_start", module)
-
-    def on_before_backward(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        self.look("on_before_backward", module)
-
-    def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
-        self.look("on_after_backward", module)
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        self.look("on_before_optimizer_step", module)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-        self.left = {name: value.clone() for name, value in module.state_dict().items()}
-
-
-@pytest.mark.parametrize("method", [EFMLoRA, FMLoRA])
-def test_stored_weights_are_clean_in_every_hook(method: type[Any]) -> None:
-    looks = Looks()
-    inside: list[bool] = []
-
-    class Module(LanguageModel):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            layer = self.model.transformer.h[0].attn.qkv
-            inside.append(bool((layer.lora_B != layer._parameters["lora_B"]).any()))
-            looks.look("training_step", self)
-            return super().training_step(batch, batch_idx)
-
-    train(Module(gpt()), method(RHO, finder=litgpt_pairs), looks, steps=4)
-    assert len(looks.seen) == 5
-    assert any(inside), "no pass has read B + E"
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one_and_litgpt_merges_it(tmp_path: Path) -> None:
-    whole, second = LanguageModel(gpt("all layers")), LanguageModel(gpt("all layers"))
-    save = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3, save_top_k=-1)
-    train(whole, EFMLoRA(RHO, finder=litgpt_pairs), save, steps=5, loader=ResumableLoader(batches(10)))
-    file = tmp_path / "three.ckpt"
-    train(second, EFMLoRA(RHO, finder=litgpt_pairs), steps=5, loader=ResumableLoader(batches(10)), ckpt_path=file)
-    assert same(weights(second), weights(whole))
-
-    saved = torch.load(file)["state_dict"]
+def test_litgpt_merges_what_was_trained(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3)
+    train(LanguageModel(gpt("all layers")), EFMLoRA(RHO, finder=litgpt_pairs), save, steps=3)
+    saved = torch.load(tmp_path / "three.ckpt")["state_dict"]
     loaded = gpt("all layers")
     loaded.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
     tokens = batches(1)[0]
@@ -166,23 +107,31 @@ def test_a_merged_layer_is_no_pair() -> None:
     assert litgpt_pairs(model) == []
 
 
-def test_the_monitor_and_the_baselines_take_the_finder() -> None:
+def test_the_monitor_takes_the_finder() -> None:
     logged: dict[str, float] = {}
 
     class Logs(L.Callback):
         def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
             logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
 
-    monitor = FlatnessMonitor(every_n_steps=2, batches=1, per_layer=True)
-    train(LanguageModel(gpt()), EFMLoRA(RHO, finder=litgpt_pairs), monitor, Logs(), steps=4)
+    settings = {"every_n_steps": 2, "batches": 1, "finder": litgpt_pairs}
+    for own in ({"per_layer": True}, {"measures": ["expected_sharpness"]}):
+        train(LanguageModel(gpt()), EFMLoRA(RHO, finder=litgpt_pairs), FlatnessMonitor(0.3, **settings, **own), Logs())
     assert any("qkv.lora_B[16:32]" in name for name in logged)
-    assert all(abs(value) < 1e6 for value in logged.values())
-    plain = LanguageModel(gpt())
-    train(plain)
-    for baseline in (LoRASAM(0.1, finder=litgpt_pairs), BalancednessRegularization(1.0, finder=litgpt_pairs)):
-        module = LanguageModel(gpt())
-        train(module, baseline)
-        assert not same(weights(module), weights(plain))
+    assert all(0 < abs(value) < 1e6 for name, value in logged.items() if "expected_sharpness" in name)
+    assert "flatness/expected_sharpness" in logged
+
+
+@pytest.mark.parametrize("baseline", [LoRASAM, BalancednessRegularization, RandomPerturbation])
+def test_baselines_take_the_finder(baseline: Any) -> None:
+    finals = []
+    for callbacks in ([], [baseline(0.0, finder=litgpt_pairs)], [baseline(0.1, finder=litgpt_pairs)]):
+        module = LanguageModel(gpt("all layers"))
+        train(module, *callbacks)
+        finals.append(weights(module))
+    assert same(finals[0], finals[1])
+    assert not same(finals[0], finals[2])
+    assert_no_trace(module)
 
 
 @pytest.mark.parametrize("which", STACKED)
@@ -200,31 +149,6 @@ def test_noise_is_relative_to_the_whole_weights_rows(which: str) -> None:
     for layer, noisy in zip(layers, noise._layers, strict=True):
         merged = layer.linear.weight + layer.get_lora_AB()
         assert torch.allclose(noisy._squared_norms(), merged.square().sum(1), rtol=1e-10)
-
-
-def test_random_perturbation_and_expected_sharpness_take_the_finder() -> None:
-    finals = []
-    for callbacks in (
-        [],
-        [RandomPerturbation(0.0, finder=litgpt_pairs)],
-        [RandomPerturbation(0.1, finder=litgpt_pairs)],
-    ):
-        module = LanguageModel(gpt("all layers"))
-        train(module, *callbacks)
-        finals.append(weights(module))
-    assert same(finals[0], finals[1])
-    assert not same(finals[0], finals[2])
-    assert_no_trace(module)
-    measured: list[float] = []
-
-    class Looks(L.Callback):
-        def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-            measured.append(float(trainer.callback_metrics["flatness/expected_sharpness"]))
-
-    monitor = FlatnessMonitor(0.3, every_n_steps=2, batches=1, measures=["expected_sharpness"], finder=litgpt_pairs)
-    train(LanguageModel(gpt()), monitor, Looks(), steps=4)
-    assert abs(measured[0]) < 10
-    assert measured[0] != 0
 
 
 def test_all_rows_of_a_stacked_parameter_are_read_and_no_others() -> None:

@@ -1,4 +1,4 @@
-"""Evaluation sees the clean weights; compiled, checkpointed and hand-optimized modules train as plain ones do."""
+"""Evaluation sees the clean weights; compiled and hand-optimized modules train as plain ones do."""
 
 import copy
 from typing import Any
@@ -25,8 +25,6 @@ from helpers import (
 )
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 
@@ -68,17 +66,6 @@ def test_validation_does_not_change_the_run(tmp_path, front_end):
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_second_fit_on_the_same_objects(tmp_path, front_end):
-    """It equals the fit of new objects that start from the same weights."""
-    module, callbacks, kwargs = build(front_end)
-    fit(tmp_path, module, callbacks, **kwargs)
-    fresh, fresh_callbacks, _ = build(front_end)
-    fresh.load_state_dict(module.state_dict())
-    again = fit(tmp_path, module, callbacks, seed=7, **kwargs)
-    assert_same_run(again, fit(tmp_path, fresh, fresh_callbacks, seed=7, **kwargs))
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_second_fit_of_one_trainer(tmp_path, front_end):
     """With more epochs allowed the same Trainer trains on: the count continues, Ê begins anew as the optimizer does."""
     module, callbacks, kwargs = build(front_end)
@@ -109,7 +96,7 @@ def test_evaluating_a_checkpoint_loads_no_state_for_the_next_fit(tmp_path, front
     assert_same_run(trainer, fit(tmp_path, fresh, fresh_callbacks, max_epochs=1, **kwargs))
 
 
-# -- compiled and checkpointed networks
+# -- compiled networks
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -129,46 +116,6 @@ def test_compiled_network_toggles_without_recompiling(tmp_path, front_end):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     E, expected = E_hat(driver_of(trainer)), E_hat(driver_of(plain))
     assert list(E) == list(expected)  # no _orig_mod in the names
-
-
-@pytest.mark.parametrize("front_end", ["efmlora", "fmlora"])
-def test_compiled_with_autograd_tracing(tmp_path, front_end):
-    """The same through AOTAutograd, whose backward is traced with the moved weight as an input."""
-    torch._dynamo.reset()
-    module, callbacks, kwargs = build(front_end, net=torch.compile(make_net(), backend="aot_eager"))
-    other, other_callbacks, _ = build(front_end)
-    fit(tmp_path, module, callbacks, make_loader(3), max_epochs=1, **kwargs)
-    fit(tmp_path, other, other_callbacks, make_loader(3), max_epochs=1, **kwargs)
-    for left, right in zip(weights(module).values(), weights(other).values(), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
-
-
-class Recomputed(nn.Module):
-    """A network under activation checkpointing: its forward runs a second time inside backward."""
-
-    def __init__(self, net: nn.Module, use_reentrant: bool | None) -> None:
-        super().__init__()
-        self.net, self.use_reentrant = net, use_reentrant
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.use_reentrant is None:
-            return self.net(inputs)
-        return checkpoint(self.net, inputs.requires_grad_(), use_reentrant=self.use_reentrant)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_activation_checkpointing_equals_none(tmp_path, front_end, accumulate):
-    """Both kinds, dropout included: what is recomputed reads the same weights as the first forward."""
-    ends = []
-    for use_reentrant in (None, False, True):
-        net = Recomputed(make_net(0.2), use_reentrant)
-        module, callbacks, kwargs = build(front_end, net=net, accumulate=accumulate)
-        module.inside.append(lambda module, _: None)
-        trainer = fit(tmp_path, module, callbacks, **kwargs)
-        ends.append((weights(module), E_hat(driver_of(trainer))))
-    assert same(ends[0], ends[1])
-    assert same(ends[0], ends[2])
 
 
 # -- the user's own manual optimization, and other forms of training_step

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit, make_loader, make_net
+from helpers import CLASSES, FRONT_ENDS, Classifier, TwoPassClassifier, build, fit, make_net
 from torch import Tensor, nn
 
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
@@ -27,12 +27,11 @@ class Detached(nn.Module):
         return self.head(features)
 
 
-class _StepsInBackward:
+class StepsInBackward:
     """Each parameter has an optimizer that steps as soon as its gradient is there, as in PyTorch's tutorial."""
 
     def configure_optimizers(self) -> Any:
-        module: Any = self
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
 
         def step(parameter: Tensor) -> None:
             torch.optim.SGD([parameter], lr=0.01).step()
@@ -41,51 +40,6 @@ class _StepsInBackward:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(step)
         return torch.optim.SGD(trained, lr=0.0)
-
-
-class StepsInBackward(_StepsInBackward, Classifier):
-    pass
-
-
-class TwoPassStepsInBackward(_StepsInBackward, TwoPassClassifier):
-    pass
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_fit_without_gradients_says_it_once(tmp_path, front_end):
-    module, callbacks, kwargs = build(front_end, net=Detached())
-    with pytest.warns(UserWarning, match=MISSING) as warned:
-        fit(tmp_path, module, callbacks, **kwargs)
-    assert len([each for each in warned if MISSING in str(each.message)]) == 1
-
-
-@pytest.mark.parametrize("baseline", [LoRASAM, BalancednessRegularization, RandomPerturbation, BiLoRA])
-def test_a_baseline_without_gradients_says_it_once(tmp_path, baseline):
-    with pytest.warns(UserWarning, match=MISSING) as warned:
-        fit(tmp_path, Classifier(net=Detached()), [baseline(0.5)])
-    assert len([each for each in warned if MISSING in str(each.message)]) == 1
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_an_optimizer_that_steps_inside_backward(tmp_path, front_end):
-    module, callbacks, kwargs = build(front_end, classes=(StepsInBackward, TwoPassStepsInBackward))
-    with pytest.warns(UserWarning, match=MISSING):
-        fit(tmp_path, module, callbacks, **kwargs)
-
-
-def test_a_long_epoch_says_it_before_its_end(tmp_path):
-    module, callbacks, _ = build("efmlora", net=Detached())
-    said: list[int] = []
-
-    def look(module: Any, batch_idx: int) -> None:
-        if any(MISSING in str(each.message) for each in warned):
-            said.append(batch_idx)
-
-    module.inside.append(look)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        fit(tmp_path, module, callbacks, make_loader(105), max_epochs=1)
-    assert said == [100, 101, 102, 103, 104]
 
 
 class Late(Detached):
@@ -100,9 +54,22 @@ class Late(Detached):
         return self.head(self.net(x))
 
 
+@pytest.mark.parametrize("case", ["detached", "steps in backward", "late"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_gradients_that_come_later_are_no_reason(tmp_path, front_end):
-    module, callbacks, kwargs = build(front_end, net=Late())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+def test_a_fit_without_gradients_says_it_once(tmp_path: Any, front_end: str, case: str) -> None:
+    """Gradients that come later are no reason."""
+    bases = (StepsInBackward,) if case == "steps in backward" else ()
+    classes = type("Automatic", (*bases, Classifier), {}), type("Manual", (*bases, TwoPassClassifier), {})
+    net = {"detached": Detached, "steps in backward": make_net, "late": Late}[case]()
+    module, callbacks, kwargs = build(front_end, net=net, classes=classes)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         fit(tmp_path, module, callbacks, **kwargs)
+    assert len([each for each in warned if MISSING in str(each.message)]) == (case != "late")
+
+
+@pytest.mark.parametrize("baseline", [LoRASAM, BalancednessRegularization, RandomPerturbation, BiLoRA])
+def test_a_baseline_without_gradients_says_it_once(tmp_path: Any, baseline: Any) -> None:
+    with pytest.warns(UserWarning, match=MISSING) as warned:
+        fit(tmp_path, Classifier(net=Detached()), [baseline(0.5)])
+    assert len([each for each in warned if MISSING in str(each.message)]) == 1

@@ -59,18 +59,6 @@ def test_an_instances_own_configure_optimizers_is_kept(tmp_path: Any) -> None:
     assert module.configure_optimizers is own
 
 
-def test_layers_read_clean_weights_until_the_step_starts(tmp_path: Any) -> None:
-    """Also through ``lora_B.weight``, in hooks after ours and in the module's own."""
-    import lightning as L
-
-    class Look(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            layer = pl_module.net.base_model.model[0].lora_B["default"]
-            assert layer.weight is layer._parameters["weight"]
-
-    fit(tmp_path, Classifier(), [EFMLoRA(0.5), Look()])
-
-
 def decorated(function: Any) -> Any:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -75,28 +75,6 @@ class Watched(Callback):
         setattr(perturbation, self.method, lambda *args, **kwargs: self.around(perturbation, original, *args, **kwargs))
 
 
-@pytest.mark.parametrize("precision", ["64-true", "32-true"])
-@pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
-def test_average_is_taken_in_float64(tmp_path, front_end, precision):
-    """Eq. 18 in a float64 model, with a beta that was not rounded to float32 on its way."""
-    errors: list[torch.Tensor] = []
-
-    def average(perturbation: Any, original: Any, fresh: Any, beta: float) -> None:
-        old = [stack.E.clone() for stack in perturbation._stacks]
-        original(fresh, beta)
-        for before, new, stack in zip(old, fresh.stacks, perturbation._stacks, strict=True):
-            if before.any():
-                errors.append((stack.E - (0.1 * before + 0.9 * new)).abs().max())
-
-    module, callbacks, kwargs = build(front_end, beta=0.9)
-    module.double()
-    watch = Watched("average", average)
-    loader = make_loader(dtype=torch.float64)
-    fit(tmp_path, module, [*callbacks, watch], loader, precision=precision, **kwargs)
-    assert len(errors) > 10
-    assert max(errors) < 1e-14
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_algebra_is_outside_autocast(tmp_path, front_end, precision):
@@ -215,31 +193,6 @@ def test_overflow_changes_nothing_but_the_scaler(tmp_path, front_end, where, win
 
 
 # -- no scaler
-
-
-@pytest.mark.parametrize("bad", [0, 3])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_gradient_that_is_not_finite_without_a_scaler(tmp_path, front_end, bad):
-    """E is 0 (FMLoRA) or stays as it was (EFMLoRA); what the optimizer makes of the batch is as in the base run."""
-    dataset = make_dataset(BATCHES * SIZE)
-    dataset.tensors[2][bad * SIZE : (bad + 1) * SIZE] = torch.inf
-    module, callbacks, kwargs = build(front_end, every_n_steps=1)
-    history: list[dict[str, torch.Tensor]] = []
-
-    class Record(Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            history.append(E_hat(driver_of(trainer)))
-
-    fit(tmp_path, module, [*callbacks, Record()], DataLoader(dataset, batch_size=SIZE), max_epochs=1, **kwargs)
-    for state in history:
-        assert all(torch.isfinite(E).all() for E in state.values())
-    if "efmlora" in front_end:
-        before = history[bad - 1] if bad else {name: torch.zeros_like(E) for name, E in history[0].items()}
-        assert same(history[bad], before)
-        assert same(history[-1], before)
-    else:
-        assert not any(E.any() for E in history[bad].values())
-    assert not torch.isfinite(weights(module)["net.base_model.model.0.lora_B.default.weight"]).any()
 
 
 @pytest.mark.parametrize(

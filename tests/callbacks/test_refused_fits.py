@@ -1,227 +1,110 @@
 """What can't work is refused before the first step, all of it in one message, and nothing was touched by then."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    Classifier,
-    Losses,
-    TwoPassClassifier,
-    assert_no_trace,
-    build,
-    fit,
-    make_loader,
-    make_net,
-    same,
-    trainer_of,
-    weights,
-)
-from lightning.pytorch import Callback, LightningModule
+from helpers import Classifier, TwoPassClassifier, assert_no_trace, build, fit, make_loader, make_net, same, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.optim import SGD, lr_scheduler
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA, LearningRateRho, LinearRho
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
-CALLBACKS = [EFMLoRA, FMLoRA]
-
-# -- at the start of fit
-
-
-def refused(
-    tmp_path: Any, module: LightningModule, callbacks: list[Callback], loader: Any = None, **kwargs: Any
-) -> str:
-    """Fit, which must be refused before the first step with nothing touched; returns the message."""
-    before = weights(module)
-    classes = [type(m) for m in module.modules()]
-    steps: list[int] = []
-    module.inside.append(lambda module, batch_idx: steps.append(batch_idx))
-    with pytest.raises(MisconfigurationException) as error:
-        fit(tmp_path, module, callbacks, loader, **kwargs)
-    assert not steps
-    assert same(weights(module), before)
-    assert [type(m) for m in module.modules()] == classes
-    assert_no_trace(module)
-    return str(error.value)
+CALLBACKS = ("efmlora", "fmlora")
+SINGLE = (*CALLBACKS, "module")
 
 
-@pytest.mark.parametrize("front_end", ["efmlora", "fmlora", "module"])
-def test_a_merged_adapter(tmp_path: Any, front_end: str) -> None:
-    """It computes with its base alone; with another trained part beside it nothing would have failed."""
-    module, callbacks, _ = build(front_end)
-    module.net.merge_adapter()
-    module.head = nn.Linear(3, 3)
-    message = refused(tmp_path, module, callbacks)
-    assert "the adapter is merged into its base, as in net.base_model.model." in message
-    assert "unmerge_adapter() first" in message
+def optimizes(make: Callable[[Any], Any]) -> type[Any]:
+    """A class whose optimizers are made of the module by a function."""
+    return type("Own", (), {"configure_optimizers": make})
 
 
-class WithoutLoRA(Classifier):
-    def __init__(self) -> None:
-        super().__init__(net=nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3)))
+def trained(module: Any, skip: str = "nothing") -> list[nn.Parameter]:
+    return [p for name, p in module.named_parameters() if p.requires_grad and skip not in name]
 
 
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_no_lora_layer(tmp_path, callback):
-    message = refused(tmp_path, WithoutLoRA(), [callback(1.0)])
-    for word in (callback.__name__, "no LoRA pair", "GELU", "Linear", "peft.get_peft_model"):
-        assert word in message
+def without_lora() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3))
 
 
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_every_b_frozen(tmp_path, callback):
-    module = Classifier()
-    for name, parameter in module.named_parameters():
-        if "lora_B" in name:
-            parameter.requires_grad_(False)
-    message = refused(tmp_path, module, [callback(1.0)])
-    assert "Every B is frozen" in message
-    assert "default" in message
-
-
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_unknown_adapter(tmp_path, callback):
+def second_adapter() -> nn.Module:
     net = make_net()
     net.add_adapter("second", net.peft_config["default"])
-    message = refused(tmp_path, Classifier(net=net), [callback(1.0, adapter_name="third")])
-    assert "adapter_name must be None or one of ['default', 'second'], got 'third'" in message
+    return net
 
 
-def test_unknown_adapter_of_a_module(tmp_path):
-    message = refused(tmp_path, TwoPassClassifier(1.0, adapter_name="third"), [])
-    assert "FMLoRAModule" in message
-    assert "['default'], got 'third'" in message
+def frozen_B(module: Any) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and "lora_B" not in name)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_both_callbacks_at_once(tmp_path, order):
-    message = refused(tmp_path, Classifier(), [EFMLoRA(1.0), FMLoRA(1.0)][::order])
-    assert "EFMLoRA" in message
-    assert "FMLoRA" in message.replace("EFMLoRA", "")
-    assert "keep one" in message
+def named(rho: float) -> EFMLoRA:
+    return EFMLoRA(rho, adapter_name="default")
 
 
-def test_fmlora_beside_fmlora_module(tmp_path):
-    message = refused(tmp_path, TwoPassClassifier(1.0), [FMLoRA(1.0)])
-    assert "it perturbs the same weights as" in message
-    assert "keep one" in message
+def merged(module: Any) -> None:
+    module.net.merge_adapter()
+    # With another trained part beside it nothing would have failed.
+    module.head = nn.Linear(3, 3)
 
 
-def test_efmlora_beside_a_module_with_other_settings(tmp_path):
-    """Every setting that differs, with both values."""
-    module = TwoPassClassifier(1.0, estimator="projected", norm_scope="layer")
-    message = refused(tmp_path, module, [EFMLoRA(2.0)])
-    for name, own, other in (
-        ("rho", "1.0", "2.0"),
-        ("estimator", "projected", "average"),
-        ("norm_scope", "layer", "global"),
-    ):
-        line = next(line for line in message.splitlines() if f" {name} must be the same" in line)
-        assert own in line
-        assert other in line
+class ByHand:
+    """Manual optimization."""
 
-
-def test_efmlora_beside_a_module_that_would_schedule_too(tmp_path):
-    message = refused(tmp_path, TwoPassClassifier(1.0, every_n_steps=2), [EFMLoRA(1.0)])
-    assert "give start_step and every_n_steps to it" in message
-
-
-def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
-    trainer = trainer_of(".", [EFMLoRA(1.0)])
-    module = TwoPassClassifier(1.0, sync_ascent=False)
-    trainer.strategy.connect(module)
-    monkeypatch.setattr(type(trainer), "world_size", 2)
-    problems = module._callback.configuration_problems(trainer, module)
-    assert any("sync_ascent=False leaves each rank its own E" in problem for problem in problems)
-    monkeypatch.setattr(type(trainer), "world_size", 1)
-    assert not any("sync_ascent" in problem for problem in module._callback.configuration_problems(trainer, module))
-
-
-class ByHand(Classifier):
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.automatic_optimization = False
 
 
-def test_fmlora_with_manual_optimization(tmp_path):
-    message = refused(tmp_path, ByHand(), [FMLoRA(1.0)])
-    assert "manual optimization" in message
-    assert "FMLoRAModule" in message
-    assert "EFMLoRA" in message
-
-
-class AFromB(ByHand):
-    """An optimizer for the A factors and one for the rest."""
+class TwoOptimizers(ByHand):
+    """One for the A factors and one for the rest."""
 
     def configure_optimizers(self) -> Any:
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        first = [p for name, p in trained.items() if "lora_A" in name]
-        rest = [p for name, p in trained.items() if "lora_A" not in name]
-        return [torch.optim.SGD(first, lr=0.1), torch.optim.SGD(rest, lr=0.1)]
+        of_A = [p for name, p in self.named_parameters() if p.requires_grad and "lora_A" in name]
+        return [SGD(of_A, lr=0.1), SGD(trained(self, "lora_A"), lr=0.1)]
 
 
 class Twice(ByHand):
     """Two optimizers that both hold everything."""
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [torch.optim.SGD(trained, lr=0.1), torch.optim.SGD(trained, lr=0.1)]
+        return [SGD(trained(self), lr=0.1), SGD(trained(self), lr=0.1)]
 
 
-@pytest.mark.parametrize("module", [AFromB, Twice])
-def test_pairs_spread_over_optimizers(tmp_path, module):
-    message = refused(tmp_path, module(), [EFMLoRA(1.0)])
-    assert "spread over optimizers [0, 1]" in message
-    assert "one optimizer must hold A and B of all of them" in message
+class Apart(ByHand):
+    """A network and an optimizer of its own for each of two adapters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.other = make_net()
+
+    def configure_optimizers(self) -> Any:
+        return [SGD(trained(self.net), lr=0.1), SGD(trained(self.other), lr=0.1)]
 
 
-@pytest.mark.parametrize("left_out", ["0.lora_B", "0.lora_A", "lora"])
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_factors_in_no_optimizer(tmp_path, callback, left_out):
-    class Partly(Classifier):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([p for n, p in self.named_parameters() if p.requires_grad and left_out not in n])
-
-    message = refused(tmp_path, Partly(), [callback(1.0)])
-    assert "in no optimizer" in message
-    if "B" in left_out:
-        assert "net.base_model.model.0.lora_B.default.weight" in message
-
-
-def test_module_with_two_optimizers(tmp_path):
-    class Two(TwoPassClassifier):
-        def configure_optimizers(self) -> Any:
-            parameters = [p for p in self.parameters() if p.requires_grad]
-            return [torch.optim.SGD(parameters[:-1], lr=0.1), torch.optim.SGD(parameters[-1:], lr=0.1)]
-
-    assert "must return one optimizer, got 2" in refused(tmp_path, Two(1.0), [])
-
-
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_learning_rates_of_several_groups(tmp_path, callback):
-    class Groups(Classifier):
-        def configure_optimizers(self) -> Any:
-            trained = [p for p in self.parameters() if p.requires_grad]
-            return torch.optim.SGD([{"params": trained[:2], "lr": 0.1}, {"params": trained[2:], "lr": 0.2}])
-
-    message = refused(tmp_path, Groups(), [callback(LearningRateRho(1.0))])
-    assert "several parameter groups" in message
-
-
-class FromIterator(Losses, LightningModule):
+class FromIterator:
     def training_step(self, dataloader_iter: Any) -> Any:
         batch, batch_idx, _ = next(dataloader_iter)
         return self.loss(batch, batch_idx)
 
 
-def test_fmlora_with_dataloader_iter(tmp_path):
-    message = refused(tmp_path, FromIterator(), [FMLoRA(1.0)])
-    assert "training_step(dataloader_iter)" in message
-    assert "training_step(batch, batch_idx)" in message
+class TwoGroups:
+    def configure_optimizers(self) -> Any:
+        return SGD([{"params": trained(self)[:2], "lr": 0.1}, {"params": trained(self)[2:], "lr": 0.2}])
 
 
-# -- schedules over a run without end
+class OwnStep:
+    """A training_step that was kept when the base class changed."""
+
+    compute_loss = TwoPassClassifier.__mro__[2].compute_loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch, batch_idx)
 
 
 class Endless(IterableDataset):
@@ -231,57 +114,231 @@ class Endless(IterableDataset):
         yield from (sample for sample in make_loader(6).dataset)
 
 
-def endless_loader() -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(Endless(), batch_size=4)
+def endless() -> DataLoader:
+    return DataLoader(Endless(), batch_size=4)
 
 
-@pytest.mark.parametrize("schedule", [CosineRho(1.0, 0.0), LinearRho(1.0, 0.0)], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("build", [EFMLoRA, FMLoRA, TwoPassClassifier])
-def test_schedule_over_an_infinite_run(tmp_path, build, schedule):
-    module, callbacks = (build(schedule), []) if build is TwoPassClassifier else (Classifier(), [build(schedule)])
-    message = refused(tmp_path, module, callbacks, max_epochs=-1, max_steps=-1)
-    assert type(schedule).__name__ in message
-    for remedy in ("total_steps", "max_steps", "max_epochs"):
-        assert remedy in message
+def uses(optimizer_class: Any, scheduler: Any = None) -> Callable[[Any], None]:
+    def prepare(module: Any) -> None:
+        module.optimizer_class, module.scheduler = optimizer_class, scheduler
+
+    return prepare
 
 
-@pytest.mark.parametrize("build", [EFMLoRA, FMLoRA, TwoPassClassifier])
-def test_schedule_over_epochs_of_unknown_length(tmp_path, build):
-    """Lightning estimates such a run at max_steps, which is -1 where it was not set."""
-    schedule = CosineRho(1.0, 0.0)
-    module, callbacks = (build(schedule), []) if build is TwoPassClassifier else (Classifier(), [build(schedule)])
-    message = refused(tmp_path, module, callbacks, endless_loader(), max_epochs=1)
-    assert "total_steps" in message
+def tensored(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=torch.tensor(lr), foreach=False, capturable=False)
+
+
+Private = type("DPOptimizer", (SGD,), {"__module__": "opacus.optimizers.optimizer"})
+
+
+def overrides(hook: str) -> type[Any]:
+    return type("Own", (), {hook: lambda self, *args: None})
+
+
+def automatic(module: Any) -> None:
+    module.automatic_optimization = True
+
+
+@dataclass
+class Case:
+    """What is refused under which front ends, and the words of the message."""
+
+    words: tuple[str, ...]
+    front_ends: tuple[str, ...] = CALLBACKS
+    own: type[Any] = object
+    net: Callable[[], nn.Module] = make_net
+    prepare: Callable[[Any], None] = lambda module: None
+    rho: Any = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    beside: tuple[Any, ...] = ()
+    loader: Callable[[], Any] = make_loader
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+NO_END = {"max_epochs": -1, "max_steps": -1}
+REMEDIES = ("total_steps", "max_steps", "max_epochs")
+CASES: dict[str, Case] = {
+    "merged": Case(
+        ("the adapter is merged into its base, as in net.base_model.model.", "unmerge_adapter() first"),
+        SINGLE,
+        prepare=merged,
+    ),
+    "no LoRA layer": Case(("no LoRA pair", "GELU", "Linear", "peft.get_peft_model"), net=without_lora),
+    "every B frozen": Case(("Every B is frozen", "default"), prepare=frozen_B),
+    "unknown adapter": Case(
+        ("adapter_name must be None or one of ['default', 'second'], got 'third'",),
+        SINGLE,
+        net=second_adapter,
+        settings={"adapter_name": "third"},
+    ),
+    "both callbacks": Case(("the same weights as FMLoRA beside it: keep one",), ("efmlora",), beside=(FMLoRA,)),
+    "the other way round": Case(("the same weights as EFMLoRA beside it: keep one",), ("fmlora",), beside=(EFMLoRA,)),
+    "FMLoRA beside a module": Case(("it perturbs the same weights as", "keep one"), ("module",), beside=(FMLoRA,)),
+    "two on the same pairs": Case(("keep one",), ("efmlora",), Apart, beside=(named,)),
+    "manual optimization": Case(("manual optimization", "FMLoRAModule", "EFMLoRA"), ("fmlora",), ByHand),
+    "several optimizers": Case(("use EFMLoRA",), ("fmlora",), Apart),
+    "spread": Case(
+        ("spread over optimizers [0, 1]", "one optimizer must hold A and B of all of them"), ("efmlora",), TwoOptimizers
+    ),
+    "held twice": Case(
+        ("spread over optimizers [0, 1]", "one optimizer must hold A and B of all of them"), ("efmlora",), Twice
+    ),
+    "B in no optimizer": Case(
+        ("in no optimizer", "net.base_model.model.0.lora_B.default.weight"),
+        own=optimizes(lambda module: SGD(trained(module, "0.lora_B"), lr=0.1)),
+    ),
+    "A in no optimizer": Case(
+        ("in no optimizer",), own=optimizes(lambda module: SGD(trained(module, "0.lora_A"), lr=0.1))
+    ),
+    "LoRA in no optimizer": Case(
+        ("in no optimizer",), own=optimizes(lambda module: SGD(trained(module, "lora"), lr=0.1))
+    ),
+    "a module's two optimizers": Case(("must return one optimizer, got 2",), ("module",), TwoOptimizers),
+    "groups of several rates": Case(("several parameter groups",), own=TwoGroups, rho=LearningRateRho(1.0)),
+    "a tensor for a rate": Case(("a tensor here",), rho=LearningRateRho(0.5), prepare=uses(tensored)),
+    "differential privacy": Case(("which the privacy budget does not cover",), prepare=uses(Private)),
+    "LBFGS": Case(("LBFGS takes several gradients",), prepare=uses(torch.optim.LBFGS)),
+    "dataloader_iter": Case(
+        ("training_step(dataloader_iter)", "training_step(batch, batch_idx)"), ("fmlora",), FromIterator
+    ),
+    "no end, cosine": Case(("CosineRho", *REMEDIES), SINGLE, rho=CosineRho(1.0, 0.0), trainer=NO_END),
+    "no end, linear": Case(("LinearRho", *REMEDIES), SINGLE, rho=LinearRho(1.0, 0.0), trainer=NO_END),
+    # Lightning estimates such a run at max_steps, which is -1 where it was not set.
+    "no length": Case(("total_steps",), SINGLE, rho=CosineRho(1.0, 0.0), loader=endless, trainer={"max_epochs": 1}),
+    "another schedule": Case(
+        ("give start_step and every_n_steps to it",),
+        ("module",),
+        settings={"every_n_steps": 2},
+        beside=(EFMLoRA,),
+    ),
+    "another module's settings": Case(
+        (
+            "rho must be the same",
+            "1.0",
+            "2.0",
+            "estimator must be the same",
+            "'projected'",
+            "'average'",
+            "norm_scope must be the same",
+            "'layer'",
+            "'global'",
+        ),
+        ("module",),
+        settings={"estimator": "projected", "norm_scope": "layer"},
+        beside=(lambda rho: EFMLoRA(2.0),),
+    ),
+    "training_step for compute_loss": Case(
+        ("Manual defines training_step", "rename it to compute_loss"), ("module",), OwnStep
+    ),
+    "automatic optimization": Case(("automatic_optimization must be False",), ("module",), prepare=automatic),
+    "a plateau scheduler": Case(
+        ("ReduceLROnPlateau", "step it yourself"), ("module",), prepare=uses(SGD, lr_scheduler.ReduceLROnPlateau)
+    ),
+    # One message, one line each.
+    "several at once": Case(
+        ("FMLoRA: 4 problems", "keep one", "manual optimization", "adapter_name must be", "no end"),
+        ("fmlora",),
+        ByHand,
+        rho=CosineRho(1.0, 0.0),
+        settings={"adapter_name": "third"},
+        beside=(lambda rho: EFMLoRA(1.0),),
+        trainer={"max_epochs": -1},
+    ),
+}
+for hook in ("optimizer_step", "optimizer_zero_grad", "on_before_zero_grad"):
+    CASES[hook] = Case((f"Manual overrides {hook}, which Lightning does not call",), ("module",), overrides(hook))
+
+
+@pytest.mark.parametrize(
+    ("title", "front_end"), [(title, front_end) for title, case in CASES.items() for front_end in case.front_ends]
+)
+def test_refused_at_the_start(tmp_path: Any, title: str, front_end: str) -> None:
+    case = CASES[title]
+    bases = () if case.own is object else (case.own,)
+    classes = type("Automatic", (*bases, Classifier), {}), type("Manual", (*bases, TwoPassClassifier), {})
+    module, callbacks, _ = build(front_end, case.rho, net=case.net(), classes=classes, **case.settings)
+    case.prepare(module)
+    callbacks += [make(case.rho) for make in case.beside]
+    before, kinds, steps = weights(module), [type(m) for m in module.modules()], []
+    module.inside.append(lambda module, batch_idx: steps.append(batch_idx))
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(tmp_path, module, callbacks, case.loader(), **case.trainer)
+    for word in case.words:
+        assert word in str(caught.value)
+    assert {"efmlora": "EFMLoRA", "fmlora": "FMLoRA", "module": "FMLoRA"}[front_end] in str(caught.value)
+    assert not steps
+    assert same(weights(module), before)
+    assert [type(m) for m in module.modules()] == kinds
+    assert_no_trace(module)
+    if title == "both callbacks":
+        # The same objects train once what was wrong is put right.
+        fit(tmp_path, module, callbacks[:1])
+        assert callbacks[0].step == 12
+        assert_no_trace(module)
 
 
 @pytest.mark.parametrize("settings", [{"total_steps": 4}, {}])
-def test_schedule_with_an_end_of_its_own(tmp_path, settings):
-    """total_steps, or the Trainer's max_steps, is enough."""
+def test_schedule_with_an_end_of_its_own(tmp_path: Any, settings: dict[str, int]) -> None:
+    """total_steps, or the Trainer's max_steps, is enough where the loader has no length."""
     callback = EFMLoRA(CosineRho(1.0, 0.5, **settings))
-    fit(tmp_path, Classifier(), [callback], endless_loader(), max_epochs=1, **({} if settings else {"max_steps": 4}))
+    fit(tmp_path, Classifier(), [callback], endless(), max_epochs=1, **({} if settings else {"max_steps": 4}))
     assert callback.rho(4, callback.method.horizon) == pytest.approx(0.5)
 
 
-# -- several at once
+# -- steps that do not come as they should, which shows in the first one
 
 
-def test_several_problems_in_one_message(tmp_path):
-    """Callback, module, adapter, optimizer and horizon are wrong together: one message, one line each."""
-    callbacks = [FMLoRA(CosineRho(1.0, 0.0), adapter_name="third"), EFMLoRA(1.0)]
-    message = refused(tmp_path, ByHand(), callbacks, max_epochs=-1)
-    lines = message.splitlines()
-    assert lines[0] == "FMLoRA: 4 problems"
-    for words in ("keep one", "manual optimization", "adapter_name must be", "no end"):
-        assert sum(words in line for line in lines[1:]) == 1, words
+class Searching(SGD):
+    """Takes a second gradient within its step, as SAM's optimizer does."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
 
 
-def test_a_refused_fit_can_be_repaired(tmp_path):
-    """The same module and callback train once what was wrong is put right."""
-    net = make_net()
-    module, callback = Classifier(net=net), EFMLoRA(1.0)
-    refused(tmp_path, module, [callback, FMLoRA(1.0)])
-    module.inside.clear()
-    trainer = trainer_of(tmp_path, [callback])
-    trainer.fit(module, make_loader(), make_loader(1))
-    assert callback.step == 12
+class Searches:
+    def configure_optimizers(self) -> Any:
+        return Searching(trained(self), lr=0.1)
+
+
+class StepsInside:
+    """Steps the optimizer inside Lightning's."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.optimizer.step(closure=optimizer_closure)
+
+
+class StepsInsideByHand(ByHand):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch, batch_idx))
+        self.optimizers().optimizer.step()
+
+
+class TakesTheBareOne(ByHand):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch, batch_idx))
+        self.optimizers(use_pl_optimizer=False).step()
+
+
+BASELINES = (LoRASAM, SAM, BalancednessRegularization, RandomPerturbation, BiLoRA)
+PAST_LIGHTNING = r"optimizer.step\(closure=optimizer_closure\)"
+FIRST_STEPS = [
+    (Searches, r"Searching takes several gradients", (EFMLoRA, FMLoRA, LoRASAM, RandomPerturbation)),
+    (StepsInside, PAST_LIGHTNING, (EFMLoRA, FMLoRA, *BASELINES)),
+    (StepsInsideByHand, PAST_LIGHTNING, (EFMLoRA,)),
+    (TakesTheBareOne, r"stepped without Lightning.*self\.optimizers\(\)", (EFMLoRA,)),
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "message", "kind"), [(own, message, kind) for own, message, kinds in FIRST_STEPS for kind in kinds]
+)
+def test_refused_before_the_first_step_is_taken(tmp_path: Any, own: type[Any], message: str, kind: Any) -> None:
+    module = type("Own", (own, Classifier), {})()
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=message) as caught:
+        fit(tmp_path, module, [kind(0.5)])
+    assert kind.__name__ in str(caught.value)
+    assert same(weights(module), before)
     assert_no_trace(module)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, TwoPassClassifier
+from helpers import Classifier, TwoPassClassifier, trainer_of
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -92,6 +92,16 @@ def test_static_graph_with_accumulation(callback):
     assert "static_graph=True" in problem
     assert "accumulate_grad_batches=2" in problem
     assert not strategy_problems_of(strategy, callback)
+
+
+def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
+    trainer = trainer_of(".", [EFMLoRA(1.0)])
+    module = TwoPassClassifier(1.0, sync_ascent=False)
+    trainer.strategy.connect(module)
+    for ranks, is_refused in ((2, True), (1, False)):
+        monkeypatch.setattr(type(trainer), "world_size", ranks)
+        problems = module._callback.configuration_problems(trainer, module)
+        assert any("sync_ascent=False leaves each rank its own E" in problem for problem in problems) is is_refused
 
 
 class Megatron(DDPStrategy):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from changing_models import two_adapters
 from helpers import (
     FRONT_ENDS,
     E_hat,
@@ -54,13 +55,6 @@ class Generator(Callback):
             self.loaded = None
 
 
-class RateByHand(Callback):
-    """Moves the learning rate where there is no scheduler, whose ``initial_lr`` would be in the optimizer's state."""
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        trainer.optimizers[0].param_groups[0]["lr"] = 0.02 * 0.9**trainer.global_step
-
-
 class AtEnds(ModelCheckpoint):
     """A second one, under a state key of its own."""
 
@@ -75,16 +69,14 @@ def run(
     dropout: float = 0.0,
     net: Any = None,
     watch: Callback | None = None,
-    scheduled: bool = True,
     **settings: Any,
 ) -> Any:
     """Train three epochs of five shuffled batches, save every step, and return the Trainer."""
     settings = {"rho": CosineRho(1.0, 0.2)} | settings
     net = make_net(dropout) if net is None else net
     module, callbacks, kwargs = build(front_end, net=net, accumulate=accumulate, **settings)
-    if scheduled:
-        module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
-    callbacks = [Generator() if scheduled else RateByHand(), *callbacks, *([watch] if watch else [])]
+    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
+    callbacks = [Generator(), *callbacks, *([watch] if watch else [])]
     files = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
     callbacks.append(ModelCheckpoint(path / "steps", every_n_train_steps=1, **files))
     callbacks.append(AtEnds(path / "ends", every_n_epochs=1, **files))  # a resumed run adds "-v1" to its files' names
@@ -154,14 +146,6 @@ def test_resumed_with_other_settings(tmp_path, front_end, settings):
         assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / f"{point}.ckpt", **settings))
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_the_initial_learning_rate_is_resumed(tmp_path, front_end):
-    """A radius in proportion to the learning rate counts from the first run's first step."""
-    settings = {"rho": LearningRateRho(1.0), "scheduled": False}
-    whole = run(tmp_path, front_end, **settings)
-    assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", **settings))
-
-
 class Start(Callback):
     """What ours held when the first batch of a resumed run began."""
 
@@ -174,44 +158,8 @@ class Start(Callback):
             self.seen = callback.step, E_hat(callback), callback.perturbation.may_be_nonzero
 
 
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_rho_and_intervals_may_change(tmp_path, front_end):
-    """The step count and Ê are taken over as they are, and the new radius counts from there."""
-    run(tmp_path, front_end)
-    file = tmp_path / "steps" / "7.ckpt"
-    start = Start()
-    trainer = run(tmp_path, front_end, resume=file, rho=0.3, every_n_steps=4, watch=start)
-    step, E, started = start.seen
-    assert step == 7
-    assert driver_of(trainer).step == 15
-    if "efmlora" in front_end:
-        saved = torch.load(file, weights_only=True)["callbacks"]["EFMLoRA"]["perturbation"]
-        assert started
-        assert same(E, saved["E"])
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"estimator": "projected"}, r"estimator must be 'average' as in the checkpoint, got 'projected'"),
-        ({"norm_scope": "layer"}, r"norm_scope must be 'global' as in the checkpoint, got 'layer'"),
-        ({"estimator": "projected", "norm_scope": "layer"}, r"(?s)estimator must be.*norm_scope must be"),
-    ],
-)
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_changed_settings_are_refused(tmp_path, front_end, setting, message):
-    run(tmp_path, front_end)
-    net = make_net()
-    with pytest.raises(MisconfigurationException, match=message):
-        run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", net=net, **setting)
-    assert_no_trace(net)
-
-
-def two_adapters() -> Any:
-    from peft import LoraConfig
-
-    net = make_net()
-    net.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2", "4"]))
+def both_adapters() -> Any:
+    net = two_adapters()
     net.base_model.set_adapter(["default", "other"])
     return net
 
@@ -224,33 +172,42 @@ def pairs_of(adapter_name: str, model: Any) -> Any:
 @pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
 def test_changed_pairs_are_refused(tmp_path, front_end):
     """The message names a pair of the checkpoint and one of the model."""
-    run(tmp_path, front_end, net=two_adapters(), finder=partial(pairs_of, "default"))
+    run(tmp_path, front_end, net=both_adapters(), finder=partial(pairs_of, "default"))
     message = r"other pairs.*lora_B\.other\.weight is not in the checkpoint"
     resume = tmp_path / "steps" / "7.ckpt"
     with pytest.raises(MisconfigurationException, match=message):
-        run(tmp_path, front_end, resume=resume, net=two_adapters(), finder=partial(pairs_of, "other"))
+        run(tmp_path, front_end, resume=resume, net=both_adapters(), finder=partial(pairs_of, "other"))
 
 
 @pytest.mark.parametrize("front_end", ["efmlora", "efmlora+module"])
 def test_another_adapter_is_refused(tmp_path, front_end):
     """Its state has another key, and the run would start anew."""
-    run(tmp_path, front_end, net=two_adapters(), adapter_name="default")
-    net = two_adapters()
+    run(tmp_path, front_end, net=both_adapters(), adapter_name="default")
+    net = both_adapters()
     message = r"holds the state of .*'default'.*, and this is .*'other'.*: give the adapter_name"
     with pytest.raises(MisconfigurationException, match=message):
         run(tmp_path, front_end, resume=tmp_path / "steps" / "7.ckpt", net=net, adapter_name="other")
     assert_no_trace(net)
 
 
+REFUSED = [
+    ({"estimator": "projected"}, r"estimator must be 'average' as in the checkpoint, got 'projected'"),
+    ({"estimator": "projected", "norm_scope": "layer"}, r"(?s)estimator must be.*norm_scope must be"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end):
+def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end, settings, message):
     """The same objects can be trained without it afterwards, from the start."""
     run(tmp_path, front_end)
-    module, callbacks, kwargs = build(front_end, estimator="projected")
+    net = make_net()
+    module, callbacks, kwargs = build(front_end, net=net, **settings)
     module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
     loader = ResumableLoader(list(make_loader(BATCHES)))
-    with pytest.raises(MisconfigurationException, match="estimator"):
+    with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, module, callbacks, loader, ckpt_path=tmp_path / "steps" / "7.ckpt", **kwargs)
+    assert_no_trace(net)
     trainer = fit(tmp_path, module, callbacks, make_loader(BATCHES), max_epochs=1, **kwargs)
     assert driver_of(trainer).step == 5
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA
+from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
 
 
 class Pair(LightningModule):
@@ -116,7 +116,8 @@ def test_a_run_of_several_optimizers_is_resumed(tmp_path, callbacks):
         module = Pair(adapters=("default", "default") if callbacks == 1 else ("gen", "crit"))
         names = [None] if callbacks == 1 else ["gen", "crit"]
         ours = [EFMLoRA(CosineRho(0.5, 0.1, total_steps=20), adapter_name=name) for name in names]
-        saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        saver = AdapterCheckpoint if callbacks == 1 else ModelCheckpoint
+        saving = saver(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
         fit(tmp_path, module, [*ours, saving], max_epochs=3, ckpt_path=ckpt_path)
         states = []
         for each in ours:
@@ -142,17 +143,6 @@ def test_one_callback_for_both_equals_one_for_each_adapter(tmp_path):
         fit(tmp_path, module, [EFMLoRA(0.5, adapter_name=name) for name in names], max_epochs=1)
         ends.append(weights(module))
     assert same(*ends)
-
-
-def test_two_callbacks_on_the_same_pairs_are_refused(tmp_path):
-    module = Pair(adapters=("gen", "crit"))
-    with pytest.raises(MisconfigurationException, match="keep one"):
-        fit(tmp_path, module, [EFMLoRA(0.5, adapter_name="gen"), EFMLoRA(0.5)])
-
-
-def test_two_passes_refuse_several_optimizers_with_the_remedy(tmp_path):
-    with pytest.raises(MisconfigurationException, match="use EFMLoRA"):
-        fit(tmp_path, Pair(), [FMLoRA(0.5)])
 
 
 def test_two_that_each_ran_alone_run_together(tmp_path):

@@ -29,7 +29,6 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from shadows import shown, watched
 
-from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.callbacks.training_step import leave_batch_out
 
 
@@ -226,13 +225,3 @@ def test_copies_made_during_training_are_plain(tmp_path, front_end, monkeypatch)
     fit(tmp_path, module, [*callbacks, Copies()], make_loader(3), max_epochs=1, **kwargs)
     assert any(states)
     assert not all(states)
-
-
-def test_stand_alone_use_after_training_is_plain(tmp_path):
-    """After fit, hooks of later validate and test leave no attribute of ours on the layers."""
-    for callback in (EFMLoRA(0.5), FMLoRA(0.5)):
-        module = Classifier()
-        trainer = fit(tmp_path, module, [callback])
-        trainer.validate(module, make_loader(1), verbose=False)
-        trainer.test(module, make_loader(1), verbose=False)
-        assert_no_trace(module)

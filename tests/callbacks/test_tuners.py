@@ -100,52 +100,43 @@ def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[st
     return trainer
 
 
+@pytest.mark.parametrize("search", ["rate", "batch size"])
 @pytest.mark.parametrize("front_end", WITH_PLAIN)
-def test_learning_rate_finder_as_tuner(tmp_path, front_end):
+def test_finders_as_tuner(tmp_path, front_end, search):
     module, callbacks, kwargs, passes = searched(front_end)
     trainer = trainer_of(tmp_path, [*callbacks, Begin(passes)], **kwargs)
-    finder = Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
-    assert len(finder.results["lr"]) == 5
+    if search == "rate":
+        finder = Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
+        assert len(finder.results["lr"]) == 5
+    else:
+        Tuner(trainer).scale_batch_size(module, steps_per_trial=2, max_trials=2, init_val=2)
+        module.batch_size = 4
     assert_no_trace(module)
     train(tmp_path, module, callbacks, kwargs, trainer)
     assert_inactive_while_finding(passes, front_end)
     assert_same_run(trainer, plain_fit(tmp_path, front_end))
 
 
-@since_lightning("2.5.4", "a run after the finder is another one, without us too (Lightning#21068)")
+OF_RATE = pytest.param(
+    lambda: LearningRateFinder(num_training_steps=5, update_attr=False),
+    marks=since_lightning("2.5.4", "a run after the finder is another one, without us too (Lightning#21068)"),
+)
+OF_SIZE = lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)  # noqa: E731
+
+
+@pytest.mark.parametrize("make", [OF_RATE, OF_SIZE], ids=["rate", "batch size"])
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("front_end", WITH_PLAIN)
-def test_learning_rate_finder_as_callback(tmp_path, front_end, ours_first):
+def test_finders_as_callback(tmp_path, front_end, ours_first, make):
     module, callbacks, kwargs, passes = searched(front_end)
-    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
-    order = [*callbacks, finder] if ours_first else [finder, *callbacks]
-    trainer = train(tmp_path, module, [*order, Begin(passes)], kwargs)
-    assert len(finder.optimal_lr.results["lr"]) == 5
-    assert_inactive_while_finding(passes, front_end)
-    assert_same_run(trainer, plain_fit(tmp_path, front_end))
-
-
-@pytest.mark.parametrize("front_end", WITH_PLAIN)
-def test_batch_size_finder_as_tuner(tmp_path, front_end):
-    module, callbacks, kwargs, passes = searched(front_end)
-    trainer = trainer_of(tmp_path, [*callbacks, Begin(passes)], **kwargs)
-    Tuner(trainer).scale_batch_size(module, steps_per_trial=2, max_trials=2, init_val=2)
-    assert_no_trace(module)
-    module.batch_size = 4
-    train(tmp_path, module, callbacks, kwargs, trainer)
-    assert_inactive_while_finding(passes, front_end)
-    assert_same_run(trainer, plain_fit(tmp_path, front_end))
-
-
-@pytest.mark.parametrize("ours_first", [True, False])
-@pytest.mark.parametrize("front_end", WITH_PLAIN)
-def test_batch_size_finder_as_callback(tmp_path, front_end, ours_first):
-    module, callbacks, kwargs, passes = searched(front_end)
-    finder = BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)
+    finder = make()
     order = [*callbacks, finder] if ours_first else [finder, *callbacks]
     trainer = train(tmp_path, module, [*order, Begin(passes)], kwargs)
     assert_inactive_while_finding(passes, front_end)
-    assert_same_run(trainer, plain_fit(tmp_path, front_end, batch_size=finder.optimal_batch_size))
+    is_rate = isinstance(finder, LearningRateFinder)
+    found = {} if is_rate else {"batch_size": finder.optimal_batch_size}
+    assert not is_rate or len(finder.optimal_lr.results["lr"]) == 5
+    assert_same_run(trainer, plain_fit(tmp_path, front_end, **found))
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)

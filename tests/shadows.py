@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from helpers import Classifier, TwoPassClassifier, build, is_perturbed, make_net, same, weights
+from helpers import Classifier, TwoPassClassifier, build, is_perturbed, make_net, same
 from lightning.pytorch import Callback
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from torch import nn
@@ -28,26 +28,34 @@ MODULE_HOOKS = [
 
 
 class Shadow:
-    """What the weights must be: taken at the start and after each update of the optimizer, never else."""
+    """What the weights must be: taken at the start and after each update of the optimizer, never else.
 
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        self.parameters = dict(net.named_parameters())
-        self.keys = list(net.state_dict())
+    Args:
+        net: the network.
+        trained_only: leaves out frozen weights, which peft's MultiheadAttention makes anew in each pass.
+    """
+
+    def __init__(self, net: nn.Module, trained_only: bool = False) -> None:
+        self.net, self.trained_only = net, trained_only
+        self.parameters = self.looked_at()
+        self.keys = [] if trained_only else list(net.state_dict())
         self.seen: dict[str, set[str]] = {}
         self.take()
 
     def take(self) -> None:
-        self.stored = weights(self.net)
+        self.stored = {name: p.detach().clone() for name, p in self.looked_at().items()}
+
+    def looked_at(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad or not self.trained_only}
 
     def look(self, who: str, where: str) -> None:
         """The stored bits, by every way to get at them, are the shadow's."""
-        now = dict(self.net.named_parameters())
+        now = self.looked_at()
         assert list(now) == list(self.parameters), (who, where)
         assert all(now[name] is parameter for name, parameter in self.parameters.items()), (who, where)
         assert same({name: p.data for name, p in now.items()}, self.stored), (who, where)
         state = self.net.state_dict()
-        assert list(state) == self.keys, (who, where)
+        assert self.trained_only or list(state) == self.keys, (who, where)
         assert same({name: state[name] for name in self.stored}, self.stored), (who, where)
         self.seen.setdefault(where, set()).add(who)
         if is_perturbed(self.net):

@@ -1,0 +1,628 @@
+"""Modules that do what other people's do, by name: they write, count, draw, take batches apart, and hold odd layers.
+
+At a learning rate of 0 the clean passes of every run agree, so whatever a step writes must be what a plain run writes.
+"""
+
+import copy
+import random
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from helpers import CLASSES, FEATURES, make_net
+from imitated_layers import BY_NAME, Bare, OfNeMo, OfTorchtune, OnHuggingFace
+from lightning.pytorch.callbacks import BaseFinetuning
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.aggregation import CatMetric
+from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune_pairs
+
+
+class Hostile:
+    """Added to the classifiers of helpers.py.
+
+    ``seen``, a tuple, gets from each pass the batch's number and what the loss depends on besides the weights.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: tuple[tuple[float, ...], ...] = ()
+        torch.manual_seed(0)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make what the module holds besides its network."""
+
+    @property
+    def own(self) -> list[Any]:
+        """The numbers and containers that count."""
+        return []
+
+    def saw(self, batch_idx: int, *values: Any) -> None:
+        self.seen += ((batch_idx, *map(float, values)),)
+
+
+class Registering(nn.Module):
+    """Registers its first buffer in its first forward pass."""
+
+    def forward(self) -> float:
+        if not self._buffers:
+            self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.count += 1
+        return float(self.count)
+
+
+class WritesBuffers(Hostile):
+    """By name, by ``.data``, in place; replaced, registered late, expanded, of a type that knows no arithmetic."""
+
+    def prepare(self) -> None:
+        module: Any = self
+        module.register_buffer("average", torch.zeros(FEATURES))
+        module.register_buffer("queue", torch.ones(FEATURES))
+        module.register_buffer("bank", torch.empty(0), persistent=False)
+        module.register_buffer("small", torch.zeros(4).to(torch.float8_e4m3fn))
+        module.register_buffer("mask", torch.ones(1, FEATURES).expand(4, FEATURES), persistent=False)
+        self.part = Registering()
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        if not len(self.bank):
+            self.bank = torch.zeros(FEATURES)
+        self.saw(batch_idx, self.average.sum(), self.queue.sum(), self.bank.sum(), self.small.float().sum())
+        self.saw(batch_idx, self.part())
+        inputs = batch[0] * self.mask + self.average + self.queue
+        self.average.data.lerp_(batch[0].mean(0), 0.5)
+        self.queue[0] += 1
+        self.queue = nn.functional.normalize(self.queue, dim=0)
+        self.small.data = (self.small.float() + 1).to(torch.float8_e4m3fn)
+        loss = super().loss((inputs, *batch[1:]), batch_idx)
+        self.bank += loss.detach()
+        return loss
+
+
+class Grows(Hostile):
+    """A queue that grows, and an input that is written before it is remembered."""
+
+    def prepare(self) -> None:
+        self.register_buffer("queue", torch.zeros(0), persistent=False)
+        self.register_buffer("last", torch.zeros(FEATURES))
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        inputs = batch[0].mul_(0.5)
+        self.saw(batch_idx, inputs.sum(), len(self.queue), self.last.sum())
+        loss = super().loss((inputs + self.last, *batch[1:]), batch_idx)
+        self.last.copy_(inputs.mean(dim=0))
+        self.queue = torch.cat([self.queue, loss.detach()[None]])
+        return loss
+
+
+class KeepsAttributes(Hostile):
+    """Numbers, lists, dicts and sets of its own, private ones too."""
+
+    def prepare(self) -> None:
+        self.steps, self.rate, self._private = 0, 1.0, [0]
+        self.losses: list[float] = []
+        self.table: dict[str, float] = {}
+        self.kinds, self.recent, self.tally = {0}, deque([0], maxlen=2), Counter(a=1)
+        self.objects = self.kinds, self.recent, self._private
+
+    @property
+    def own(self) -> list[Any]:
+        kept = zip(self.objects, (self.kinds, self.recent, self._private), strict=True)
+        assert all(one is other for one, other in kept)
+        containers = [self._private, self.losses, self.table, self.kinds, list(self.recent), dict(self.tally)]
+        return [self.steps, self.rate, *containers]
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        self.saw(batch_idx, self.steps, len(self.losses), sum(self.kinds), self.rate)
+        self.steps, self.rate = self.steps + 1, self.rate * 0.5
+        self._private.append(self.steps)
+        self.kinds.add(self.steps)
+        self.recent.append(self.steps)
+        self.tally["a"] += 1
+        self.table[str(self.steps)] = self.rate
+        loss = super().loss(batch, batch_idx)
+        # Written into, and replaced by another one.
+        self.losses.append(0.0)
+        self.losses = [*self.losses, loss.item()]
+        return loss
+
+
+class Draws(Hostile):
+    """From the generators of Python, NumPy and torch."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        drawn = float(torch.rand(())), random.random(), np.random.rand()
+        self.saw(batch_idx, *drawn)
+        return super().loss((batch[0] * sum(drawn), *batch[1:]), batch_idx)
+
+
+class Normalizes(Hostile):
+    """BatchNorm, a lazy one, a scripted one, and InstanceNorm, whose kernel leaves no mark on its buffers."""
+
+    def prepare(self) -> None:
+        self.norm, self.lazy = nn.BatchNorm1d(FEATURES, affine=False), nn.LazyBatchNorm1d(affine=False)
+        self.instances = nn.InstanceNorm1d(3, track_running_stats=True)
+        self.scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(FEATURES, affine=False), nn.Tanh()))
+        self.mean = self.norm.running_mean
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        assert self.norm.running_mean is self.mean
+        inputs = self.scripted(self.lazy(self.norm(batch[0])))
+        return super().loss((self.instances(inputs.view(-1, 3, 2)).view(-1, 6), *batch[1:]), batch_idx)
+
+
+class LoggedValue(nn.Module):
+    """Logs by a method that it was given before anything could take that method's place."""
+
+    def __init__(self, log: Any) -> None:
+        super().__init__()
+        self.log = log
+
+    def forward(self, value: Tensor) -> None:
+        self.log("stored", value, on_step=True, on_epoch=True, batch_size=4)
+
+
+class Measures(Hostile):
+    """torchmetrics, their collections and wrappers, one that grows with each epoch; its own ``log`` around ours."""
+
+    def prepare(self) -> None:
+        self.metrics = MetricCollection([MeanMetric(), CatMetric()])
+        self.last, self.range = Running(SumMetric(), window=20), MinMaxMetric(MeanMetric())
+        self.tracked = MetricTracker(SumMetric(), maximize=True)
+        self.stored = LoggedValue(self.log)
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().log(f"own/{name}", *args, **kwargs)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().loss(batch, batch_idx)
+        value = loss.detach()
+        self.metrics.update(value)
+        if self.training:
+            super().log("mean", self.metrics["MeanMetric"], on_epoch=True, on_step=False)
+        super().log("around", value, on_step=False, on_epoch=True, batch_size=4, reduce_fx="sum")
+        self.stored(value)
+        self.last(1.0)
+        self.range(value)
+        self.tracked.update(1.0)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        self.tracked.increment()
+
+    @property
+    def own(self) -> list[Any]:
+        return [self.last.compute(), self.range.compute(), self.tracked.compute(), self.metrics["CatMetric"].compute()]
+
+
+class FreezesLate(Hostile):
+    """Decides in configure_optimizers, and not earlier, what is trained, as NeMo's speech language models do."""
+
+    def prepare(self) -> None:
+        self.encoder = nn.Linear(FEATURES, FEATURES)
+        self.net.requires_grad_(True)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss((self.encoder(batch[0]), *batch[1:]), batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        self.encoder.requires_grad_(False)
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return super().configure_optimizers()
+
+
+class WithHead(Hostile):
+    """A head that a callback unfreezes later."""
+
+    def prepare(self) -> None:
+        self.head = nn.Linear(FEATURES, FEATURES)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
+
+
+class UnfreezesHead(BaseFinetuning):
+    """It learns from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        pl_module.head.requires_grad_(False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.head, optimizer, lr=0.01)
+
+
+class Teaches(Hostile):
+    """Momentum encoders of a head, written after the step; their copies may require gradients and get none."""
+
+    def prepare(self) -> None:
+        self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.by_data, self.average = copy.deepcopy(self.teacher), AveragedModel(self.head)
+        self.teacher.requires_grad_(False)
+        # The first update of all would be a copy, which shows nothing.
+        self.average.update_parameters(self.teacher)
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        # A trained weight may be written inside, as one that is kept in a range.
+        with torch.no_grad():
+            self.head.weight.clamp_(-0.1, 0.1)
+        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        for update in TEACHERS.values():
+            update(self)
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        return self.optimizer_class([*trained, *self.head.parameters()], lr=self.lr)
+
+
+def by_lerp(module: Any) -> None:
+    with torch.no_grad():
+        for own, other in zip(module.teacher.parameters(), module.head.parameters(), strict=True):
+            own.lerp_(other, 0.5)
+
+
+def by_data(module: Any) -> None:
+    for own, other in zip(module.by_data.parameters(), module.head.parameters(), strict=True):
+        own.data = own.data * 0.5 + other.data * 0.5
+
+
+def by_average(module: Any) -> None:
+    module.average.update_parameters(module.head)
+
+
+TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_lerp, "by_data": by_data, "average.module": by_average}
+"""How the parameters of each of these names are written."""
+
+
+class HalvesGradients(Hostile):
+    """In a hook after backward."""
+
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad *= 0.5
+
+
+# -- batches that a step takes apart or writes
+
+
+class Pair(NamedTuple):
+    """A batch that can't be built from an iterable."""
+
+    parts: dict[str, Tensor]
+    more: list[Tensor]
+
+
+@dataclass
+class Fields:
+    """A batch whose tensors a step may replace."""
+
+    inputs: Tensor
+    labels: Tensor
+    factor: Tensor
+
+
+class Movable(SimpleNamespace):
+    """A batch of a library's own class, which says how it is moved to a device."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "Movable":
+        return copy.copy(self)
+
+
+NAMES = ("inputs", "labels", "factor")
+
+
+class Pops(Hostile):
+    """Takes all out of its batch."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        if "parts" in batch or isinstance(batch, tuple):
+            parts, more = batch if isinstance(batch, tuple) else batch.values()
+            factor, labels = more.pop(), more.pop()
+            return super().loss((parts.pop("inputs") + 1, labels, factor), batch_idx)
+        inputs, labels, factor = (batch.pop(name) for name in NAMES)
+        return super().loss((inputs + 1, labels, factor), batch_idx)
+
+
+class Replaces(Hostile):
+    """Puts another tensor into its batch, as a step may normalize it."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        batch.inputs = batch.inputs + 1
+        return super().loss((batch.inputs, batch.labels, batch.factor), batch_idx)
+
+
+class Adds(Hostile):
+    """Writes into the tensors of its batch."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        values = vars(batch).values() if isinstance(batch, (Fields, Movable)) else batch
+        inputs, labels, factor = values
+        return super().loss((inputs.add_(1), labels, factor), batch_idx)
+
+
+def nested(kind: Callable[..., Any]) -> Callable[[Any], Any]:
+    return lambda batch: kind({"inputs": batch[0]}, [batch[1], batch[2]])
+
+
+def ordered(parts: dict[str, Tensor], more: list[Tensor]) -> OrderedDict[str, Any]:
+    return OrderedDict(parts=parts, more=more)
+
+
+def named(kind: Callable[..., Any]) -> Callable[[Any], Any]:
+    return lambda batch: kind(**dict(zip(NAMES, batch, strict=True)))
+
+
+# -- networks
+
+
+class IsQuantized(Hostile):
+    """Its state dict holds more than a new one can take."""
+
+    def prepare(self) -> None:
+        self.strict_loading = False
+
+
+class Logits(nn.Module):
+    """Any network on the classifier's inputs, whose outputs are one row for each sample."""
+
+    def __init__(self, net: nn.Module, prepared: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.net, self.prepared = net, prepared
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if self.prepared is None else self.prepared(x)).reshape(len(x), -1)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(FEATURES, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x[None], x[None], x[None])[0]
+
+
+class Experts(nn.Module):
+    """Layers of which each batch uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(FEATURES, CLASSES) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[int(x.sum() > 0)](x)
+
+
+def pictures(x: Tensor) -> Tensor:
+    return x[:, None, None, :].expand(-1, 1, 2, -1)
+
+
+def series(x: Tensor) -> Tensor:
+    return x[:, None, :]
+
+
+def tokens(x: Tensor) -> Tensor:
+    return (x.abs() * 3).long()
+
+
+def padded(x: Tensor) -> Tensor:
+    return nn.functional.pad(x, (0, 32 - FEATURES))
+
+
+def under_peft(base: Callable[[], nn.Module], *targets: str, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(base(), LoraConfig(r=2, lora_alpha=3, target_modules=list(targets), **settings))
+
+
+def two_linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
+
+
+def of_gpt2() -> nn.Module:
+    return nn.Sequential(Conv1D(CLASSES, FEATURES))
+
+
+def tied() -> nn.Module:
+    net = under_peft(two_linear, "0", "2")
+    first, second = net.base_model.model[0], net.base_model.model[2]
+    for factors, others in ((first.lora_A, second.lora_A), (first.lora_B, second.lora_B)):
+        others["default"].weight = factors["default"].weight
+    return net
+
+
+def frozen_A() -> nn.Module:
+    net = make_net()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".2.lora_A" not in name)
+    return net
+
+
+def two_adapters() -> nn.Module:
+    net = make_net()
+    net.add_adapter("other", LoraConfig(r=3, lora_alpha=4, target_modules=["0", "2"]))
+    net.base_model.set_adapter(["default", "other"])
+    return net
+
+
+def imitated(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(kind(), nn.Tanh(), kind())
+
+
+class Bert(nn.Module):
+    """LoRA by transformers' own add_adapter, without a PeftModel; the new head trains too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        self.bert = BertForSequenceClassification(BertConfig(vocab_size=16, num_labels=CLASSES, **sizes))
+        # It may ask for a peft that is newer than the newest release.
+        with patch("transformers.integrations.peft.check_peft_version"):
+            self.bert.add_adapter(LoraConfig(r=2, target_modules=["query", "value"]))
+        self.bert.classifier.requires_grad_(True)
+        self.bert.train()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bert(input_ids=(x.abs() * 5).long().clamp(max=15)).logits
+
+
+def of_hydra() -> nn.Module:
+    """Its LoraConfig holds the lists of a configuration library, which are not Python's lists."""
+    torch.manual_seed(0)
+    node = OmegaConf.create({"r": 2, "target_modules": ["0", "2"], "rank_pattern": {"0": 3}})
+    return get_peft_model(two_linear(), LoraConfig(**node))
+
+
+def of_litgpt() -> nn.Module:
+    models = pytest.importorskip("litgpt_models")
+    return Logits(models.gpt("q, k, v of grouped queries", dtype=torch.float32), tokens)
+
+
+def quantized(kind: str) -> nn.Module:
+    bases = pytest.importorskip("quantized_bases")
+    return Logits(bases.network(getattr(bases, kind)), padded)
+
+
+class ByAnotherLibrary(torch.autograd.Function):
+    """Reentrant checkpointing as other libraries write it."""
+
+    @staticmethod
+    def forward(ctx: Any, net: nn.Module, x: Tensor) -> Tensor:
+        ctx.net = net
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return net(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.net(x)
+        torch.autograd.backward(output, gradient)
+        return None, x.grad
+
+
+class Checkpointed(nn.Module):
+    """Its forward pass runs a second time inside backward."""
+
+    def __init__(self, net: nn.Module, how: Callable[..., Any]) -> None:
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self.net, x.clone().requires_grad_())
+
+
+CHECKPOINTS: dict[str, Callable[..., Any]] = {
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "not reentrant": partial(checkpoint, use_reentrant=False),
+    "to the end": partial(checkpoint, use_reentrant=False, early_stop=False),
+    # It does not care for dropout.
+    "another library's": ByAnotherLibrary.apply,
+}
+
+
+def make_dropout_net() -> nn.Module:
+    return make_net(dropout=0.2)
+
+
+@dataclass
+class Kind:
+    """What a module does to be hostile.
+
+    Attributes:
+        own: the class that is added to a classifier.
+        net: makes its network.
+        as_batch: makes a batch of the loader of a tuple.
+        settings: what a method needs there.
+        needs_trainer: whether it stands on hooks, on logging, or on batches that a loop's author would copy.
+        callbacks: makes those of the project.
+        saves_adapters: whether AdapterCheckpoint writes the files, and not ModelCheckpoint.
+        like: the kind whose run, bit for bit, it must have.
+    """
+
+    own: type[Any] = Hostile
+    net: Callable[[], nn.Module] = make_dropout_net
+    as_batch: Callable[[Any], Any] = tuple
+    settings: dict[str, Any] = field(default_factory=dict)
+    needs_trainer: bool = False
+    callbacks: Callable[[], list[Any]] = list
+    saves_adapters: bool = False
+    like: str | None = None
+
+
+takes = partial(Kind, needs_trainer=True, like="writes into a tuple")
+KINDS: dict[str, Kind] = {
+    "dropout": Kind(),
+    "writes buffers": Kind(WritesBuffers, saves_adapters=True),
+    "grows": Kind(Grows),
+    "keeps attributes": Kind(KeepsAttributes),
+    "draws": Kind(Draws),
+    "normalizes": Kind(Normalizes),
+    "measures": Kind(Measures, needs_trainer=True),
+    "teaches": Kind(Teaches, needs_trainer=True),
+    "freezes late": Kind(FreezesLate, saves_adapters=True),
+    "unfreezes a head": Kind(WithHead, needs_trainer=True, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
+    "add_adapter": Kind(net=Bert, saves_adapters=True),
+    "Hydra": Kind(net=of_hydra, saves_adapters=True),
+    "halves gradients": Kind(HalvesGradients, needs_trainer=True),
+    "writes into a tuple": Kind(Adds, needs_trainer=True),
+    "writes into a dataclass": takes(Adds, as_batch=lambda batch: Fields(*batch)),
+    "writes into a class of a library": takes(Adds, as_batch=named(Movable)),
+    "replaces in a dataclass": takes(Replaces, as_batch=lambda batch: Fields(*batch)),
+    "replaces in a class of a library": takes(Replaces, as_batch=named(Movable)),
+    "pops from a dict": takes(Pops, as_batch=named(dict)),
+    "pops from an encoding": takes(Pops, as_batch=lambda batch: BatchEncoding(dict(zip(NAMES, batch, strict=True)))),
+    "pops from nested parts": takes(Pops, as_batch=nested(lambda *parts: parts)),
+    "pops from a named tuple": takes(Pops, as_batch=nested(Pair)),
+    "pops from an ordered dict": takes(Pops, as_batch=nested(ordered)),
+    "DoRA": Kind(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
+    "DoRA of a convolution": Kind(
+        net=lambda: Logits(
+            under_peft(lambda: nn.Sequential(nn.Conv2d(1, CLASSES, 2)), "0", use_dora=True, init_lora_weights=False),
+            pictures,
+        )
+    ),
+    "convolution": Kind(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(1, CLASSES, 2)), "0"), series)),
+    "GPT-2": Kind(net=lambda: under_peft(of_gpt2, "0", fan_in_fan_out=True)),
+    "rslora": Kind(net=lambda: under_peft(two_linear, "0", "2", use_rslora=True)),
+    "MultiheadAttention": Kind(net=lambda: Logits(under_peft(Attention, "attention"))),
+    "tied": Kind(net=tied),
+    "frozen A": Kind(net=frozen_A),
+    "several adapters": Kind(net=two_adapters),
+    "experts": Kind(net=lambda: under_peft(Experts, "0", "1")),
+    "torchtune": Kind(net=lambda: imitated(OfTorchtune), settings={"finder": torchtune_pairs}),
+    "NeMo": Kind(net=lambda: imitated(OfNeMo), settings={"finder": nemo_pairs}),
+    "NeMo on Hugging Face": Kind(net=lambda: imitated(OnHuggingFace), settings={"finder": nemo_pairs}),
+    "bare parameters": Kind(net=lambda: imitated(Bare), settings={"finder": litgpt_pairs}),
+    "by name": Kind(net=lambda: imitated(Bare), settings={"finder": BY_NAME}),
+    "stacked q, k and v": Kind(net=of_litgpt, settings={"finder": litgpt_pairs}),
+    "4 bits": Kind(IsQuantized, net=lambda: quantized("four_bits")),
+    "8 bits": Kind(IsQuantized, net=lambda: quantized("eight_bits")),
+    "not checkpointed": Kind(net=make_net),
+}
+for title, how in CHECKPOINTS.items():
+    dropout, like = (0.0, "not checkpointed") if title == "another library's" else (0.2, "dropout")
+    makes = partial(lambda how, dropout: Checkpointed(make_net(dropout), how), how, dropout)
+    KINDS[f"checkpointed, {title}"] = Kind(net=makes, like=like)

@@ -1,0 +1,302 @@
+"""The rules of a step, below all front ends: when a perturbation is taken, its size, and what is counted and kept."""
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from perturbation_models import backward, model_and_pairs
+from torch import nn
+
+from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
+from lightning_flatlora.baselines import LoRASAM
+from lightning_flatlora.methods.checks import changed_settings
+from lightning_flatlora.methods.efmlora import EFMLoRAStep
+from lightning_flatlora.methods.fmlora import FMLoRAStep
+from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
+
+KINDS = [EFMLoRAStep, FMLoRAStep]
+kinds = pytest.mark.parametrize("kind", KINDS)
+Groups = list[dict[str, Any]]
+
+
+def started(method: Any, pairs: Any = None, model: Any = None) -> tuple[Any, nn.Module]:
+    """Give a method the pairs of a small model and their optimizer."""
+    if model is None:
+        model, found = model_and_pairs()
+        pairs = found if pairs is None else pairs
+    method.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method.follow(pairs, model, model)
+    method.install()
+    return method, model
+
+
+def E_of(method: Any) -> dict[str, Any]:
+    return method.perturbation.state_dict()["E"]
+
+
+def same_E(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    return all(torch.equal(E, right[name]) for name, E in left.items())
+
+
+# -- when, and how large
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"every_n_steps": 2}, [0, 2, 4]),
+        ({"start_step": 3}, [3, 4, 5]),
+        ({"start_step": 1, "every_n_steps": 3}, [1, 4]),
+    ],
+)
+@kinds
+def test_steps_that_take_a_fresh_perturbation(kind: Any, settings: dict[str, int], steps: list[int]) -> None:
+    """Counted from start_step. Both passes of FMLoRA, and moves of EFMLoRA's average, come in these steps alone."""
+    method, model = started(kind(0.5, **settings))
+    found = []
+    for step in range(6):
+        backward(model, seed=step)
+        before = E_of(method)
+        if method.refreshes:
+            found.append(step)
+        assert method.takes_two_passes == (kind is FMLoRAStep)
+        if kind is FMLoRAStep:
+            assert method.ascends is method.refreshes
+        method.before_step()
+        if kind is EFMLoRAStep:
+            assert same_E(before, E_of(method)) is (step not in steps)
+            assert method.perturbs is (step >= steps[0])
+    assert found == steps
+    assert method.step == 6
+
+
+def test_rho_of_the_step_and_of_the_horizon() -> None:
+    method, _ = started(FMLoRAStep(LinearRho(1.0, 0.0)))
+    assert method.lacks_horizon
+    method.horizon = 4
+    found = []
+    for _ in range(6):
+        found.append(method.current_rho)
+        method.before_step()
+    assert found == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert not method.ascends
+    assert not FMLoRAStep(CosineRho(1.0, 0.0, total_steps=3)).lacks_horizon
+
+
+@pytest.mark.parametrize(
+    ("initial", "rates", "expected"),
+    [
+        ({}, [0.1, 0.05, 0.2], [1.0, 0.5, 2.0]),
+        ({"initial_lr": 0.2}, [0.1, 0.2], [0.5, 1.0]),
+        # A hand-written warm-up may start at 0.
+        ({}, [0.0, 0.1, 0.05], [0.0, 1.0, 0.5]),
+    ],
+)
+@kinds
+def test_rho_follows_the_rate_of_the_group_that_holds_the_pairs(
+    kind: Any, initial: dict[str, float], rates: list[float], expected: list[float]
+) -> None:
+    method, _ = started(kind(LearningRateRho(1.0)))
+    (group,) = method.optimizer.param_groups
+    method.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 9.0})
+    group.update(initial)
+    found = []
+    for rate in rates:
+        group["lr"] = rate
+        found.append(method.current_rho)
+    assert found == pytest.approx(expected)
+    assert not method.rate_problems()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            lambda pairs: [{"params": [p.A, p.B], "lr": 0.1 + i} for i, p in enumerate(pairs)],
+            "several parameter groups",
+        ),
+        (lambda pairs: [{"params": [p.B for p in pairs], "lr": torch.tensor(0.1)}], "a tensor here"),
+    ],
+)
+def test_rates_that_rho_can_not_follow(groups: Any, message: str) -> None:
+    method, _ = started(EFMLoRAStep(LearningRateRho(1.0)))
+    method.optimizer.param_groups = groups(method.pairs)
+    (problem,) = method.pair_problems()
+    assert message in problem
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+@kinds
+def test_a_schedule_that_gives_no_radius_stops_the_run(kind: Any, value: float) -> None:
+    class Falling(LinearRho):
+        def __call__(self, step: int, horizon: float, *more: Any) -> float:
+            return value if step == 2 else 1.0
+
+    method, _ = started(kind(Falling(1.0, 0.0)))
+    method.before_step()
+    method.before_step()
+    with pytest.raises(MisconfigurationException, match=rf"a finite number >= 0, and gave {value} at step 2"):
+        _ = method.current_rho
+
+
+# -- gradients
+
+
+@kinds
+def test_a_gradient_that_is_not_finite_moves_nothing(kind: Any) -> None:
+    """Nor does one of a parameter outside of the pairs, for which a loss scaler skips the step. It counts as a step."""
+    method, model = started(kind(0.5))
+    backward(model)
+    other = nn.Parameter(torch.ones(1))
+    other.grad = torch.tensor([math.inf])
+    method.before_step()
+    before = E_of(method)
+    method.before_step([other])
+    assert same_E(before, E_of(method))
+    method.pairs[0].B.grad[0, 0] = math.nan
+    if kind is FMLoRAStep:
+        with method.ascend():
+            assert not any(E.any() for E in E_of(method).values())
+    else:
+        assert any(E.any() for E in before.values())
+        method.before_step()
+        assert same_E(before, E_of(method))
+    assert method.step == 2 + (kind is EFMLoRAStep)
+
+
+def test_a_step_without_any_gradient_leaves_the_average() -> None:
+    """All of its batches were skipped. If others have gradients, the pairs have missed a step."""
+    method, model = started(EFMLoRAStep(0.5))
+    backward(model)
+    method.before_step()
+    before = E_of(method)
+    model.zero_grad()
+    for missed in (0, 1):
+        other = nn.Parameter(torch.ones(1))
+        other.grad = torch.ones(1) if missed else None
+        method.optimizer.add_param_group({"params": [other]})
+        method.before_step()
+        assert same_E(before, E_of(method))
+        assert set(method.perturbation.state_dict()["missed"].values()) == {missed}
+    assert method.step == 3
+
+
+def test_frozen_pairs_take_no_second_pass() -> None:
+    method, _ = started(FMLoRAStep(0.5))
+    assert method.ascends
+    for pair in method.pairs:
+        pair.B.requires_grad_(False)
+    assert method.refreshes
+    assert not method.ascends
+    assert method.trained_factors() == []
+
+
+def test_a_zero_rho_lets_the_average_decay_next_to_a_module() -> None:
+    """A refresh step with rho = 0 moves it by a zero perturbation; before there is an average it is a plain step."""
+    method, model = started(EFMLoRAStep(LinearRho(1.0, 0.0, total_steps=1), beta=0.5))
+    method.schedules_module = True
+    sizes = []
+    for _ in range(3):
+        backward(model)
+        assert method.ascends
+        with method.ascend():
+            pass
+        method.before_step()
+        sizes.append(sum(float(E.norm()) for E in E_of(method).values()))
+    assert sizes == pytest.approx([sizes[0], sizes[0] / 2, sizes[0] / 4])
+    zero, _ = started(EFMLoRAStep(0.0))
+    zero.schedules_module = True
+    assert not zero.ascends
+
+
+def test_pairs_that_never_have_a_gradient_are_said_once() -> None:
+    """Not while all are frozen, when nobody expects one."""
+    method, model = started(EFMLoRAStep(0.5))
+    method.place = " of optimizer 1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for pair in method.pairs:
+            pair.B.requires_grad_(False)
+        method.before_step()
+        method.warn_without_gradient()
+        for pair in method.pairs:
+            pair.B.requires_grad_(True)
+        for _ in range(MOST_MISSED_STEPS - 1):
+            method.before_step()
+    with pytest.warns(UserWarning, match="EFMLoRA: no B of a pair of optimizer 1 has had a gradient in any step"):
+        method.before_step()
+    assert not method.has_learned
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.warn_without_gradient()
+        backward(model)
+        method.before_step()
+        model.zero_grad()
+        method.warn_without_gradient()
+    assert method.has_learned
+
+
+# -- the state
+
+
+def trained(kind: Any, **settings: Any) -> Any:
+    method, model = started(kind(LearningRateRho(0.5), **settings))
+    for seed in range(3):
+        backward(model, seed=seed)
+        assert method.current_rho == 0.5
+        method.before_step()
+    return method
+
+
+@kinds
+def test_the_state_goes_round(kind: Any) -> None:
+    """The count, the initial rate and EFMLoRA's average; FMLoRA's E ends with its step."""
+    method = trained(kind)
+    state = copy.deepcopy(method.state_dict())
+    assert ("perturbation" in state) is (kind is EFMLoRAStep)
+    other, _ = started(kind(LearningRateRho(0.5)))
+    other.optimizer.param_groups[0]["lr"] = 0.05
+    other.load_state_dict(state, E_of(method))
+    assert (other.step, other.current_rho) == (3, 0.25)
+    assert same_E(E_of(method), E_of(other)) is True
+    assert method.for_another_optimizer().step == 0
+
+
+def test_a_state_waits_for_its_pairs() -> None:
+    """Frozen by another callback, or in no optimizer yet; and it is saved again as it came."""
+    state = trained(EFMLoRAStep).state_dict()
+    method = EFMLoRAStep(0.5)
+    model, pairs = model_and_pairs()
+    method.follow([], model, model)
+    method.load_state_dict(state, state["perturbation"]["E"])
+    assert method.state_dict()["perturbation"] is state["perturbation"]
+    started(method, pairs, model)
+    assert same_E(state["perturbation"]["E"], E_of(method))
+    assert method.perturbs
+
+
+def test_a_state_of_other_pairs_changes_nothing() -> None:
+    state = trained(EFMLoRAStep).state_dict()
+    for part, value in {"E": torch.zeros(3, 2), "averaged": True, "missed": 0, "scalings": 2.0}.items():
+        state["perturbation"][part]["another"] = value
+    method, _ = started(EFMLoRAStep(0.5))
+    with pytest.raises(
+        MisconfigurationException, match=r"EFMLoRA: .*another is in the checkpoint but not in the model"
+    ):
+        method.load_state_dict(state, E_of(method))
+    assert method.step == 0
+    assert not method.perturbs
+
+
+def test_settings_that_a_resumed_run_must_keep() -> None:
+    method = EFMLoRAStep(0.5, estimator="projected", norm_scope="layer", every_n_steps=2)
+    assert method.settings() == {"estimator": "projected", "norm_scope": "layer"}
+    first, second = changed_settings(method.settings(), EFMLoRAStep(0.1).settings())
+    assert "estimator must be 'average' as in the checkpoint, got 'projected'" in first
+    assert "norm_scope must be 'global' as in the checkpoint, got 'layer'" in second
+    assert LoRASAM(0.5).method.settings() == {}

@@ -1,0 +1,110 @@
+"""Values out of range are refused where they are given, all of them in one message, under the name that users write."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_net
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, LinearRho, loops
+from lightning_flatlora.methods.efmlora import EFMLoRAStep
+from lightning_flatlora.pairs.finders import litgpt_pairs
+
+BAD: dict[str, tuple[str, list[Any]]] = {
+    "rho": ("a finite number >= 0 or a RhoSchedule", [-1, math.nan, math.inf, "2", None, True]),
+    "estimator": ("'average' or 'projected'", ["mean", None]),
+    "norm_scope": ("'global' or 'layer'", ["all"]),
+    "start_step": ("an integer >= 0", [-1, 1.5]),
+    "every_n_steps": ("an integer >= 1", [0, "2", True]),
+    "adapter_name": ("the name of an adapter or None for the active ones", [3]),
+    "finder": ("a function of the model, or None for peft's layers", ["litgpt"]),
+    "beta": (
+        "in (0, 1], the weight of the fresh perturbation in the average",
+        [0, -0.1, 1.1, math.nan, math.inf, "0.5", None, True],
+    ),
+}
+OF_MODULES: dict[str, tuple[str, list[Any]]] = {
+    "accumulate_grad_batches": ("an integer >= 1", [0, 1.5]),
+    "gradient_clip_val": ("None or a number >= 0", [-1, "1", math.nan]),
+    "gradient_clip_algorithm": ("'norm' or 'value'", ["l2"]),
+}
+
+
+def of_loop(name: str) -> Any:
+    def make(rho: Any, **settings: Any) -> Any:
+        net = make_net()
+        return getattr(loops, name)(net, torch.optim.SGD(net.parameters(), lr=0.1), rho, **settings)
+
+    return make
+
+
+FRONT_ENDS: dict[str, Any] = {
+    "EFMLoRA": EFMLoRA,
+    "FMLoRA": FMLoRA,
+    "FMLoRAModule": FMLoRAModule,
+    "EFMLoRA in a loop": of_loop("EFMLoRA"),
+    "FMLoRA in a loop": of_loop("FMLoRA"),
+}
+
+
+def values(table: dict[str, tuple[str, list[Any]]]) -> Any:
+    cases = [(name, value, allowed) for name, (allowed, bad) in table.items() for value in bad]
+    return pytest.mark.parametrize(("name", "value", "allowed"), cases)
+
+
+def refused(make: Any, settings: dict[str, Any]) -> str:
+    with pytest.raises(MisconfigurationException) as caught:
+        make(**{"rho": 1.0, **settings})
+    return str(caught.value)
+
+
+@values(BAD)
+def test_values(name: str, value: Any, allowed: str) -> None:
+    settings = {("size" if name == "rho" else name): value}
+    with pytest.raises(MisconfigurationException) as caught:
+        EFMLoRAStep(**{"size": 1.0, **settings})
+    assert str(caught.value) == f"EFMLoRA: {name} must be {allowed}, got {value!r}"
+
+
+@values(OF_MODULES)
+def test_values_of_modules(name: str, value: Any, allowed: str) -> None:
+    assert f"{name} must be {allowed}, got {value!r}" in refused(FMLoRAModule, {name: value})
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_all_wrong_values_in_one_message(front_end: str) -> None:
+    """One line for each argument, with what came."""
+    tables = BAD | (OF_MODULES if front_end == "FMLoRAModule" else {})
+    wrong = {name: bad[0] for name, (_, bad) in tables.items() if name != "beta" or front_end.startswith("EFMLoRA")}
+    del wrong["finder"]  # whose other problem, beside an adapter's name, is below
+    heading, *lines = refused(FRONT_ENDS[front_end], wrong).splitlines()
+    assert heading == f"{front_end.split()[0]}: {len(wrong)} problems"
+    for name, value in wrong.items():
+        assert [line for line in lines if f" {name} must be" in line and repr(value) in line], name
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_arguments_that_exclude_each_other(front_end: str) -> None:
+    message = refused(FRONT_ENDS[front_end], {"finder": litgpt_pairs, "adapter_name": "default"})
+    assert re.search("adapter_name applies to peft layers, finder to all others: give one of them", message)
+
+
+@pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
+def test_settings_are_checked_when_they_are_changed(kind: Any) -> None:
+    """They reach the methods of all optimizers."""
+    callback = kind(0.5)
+    assert callback.rho(0) == 0.5
+    callback.fit_methods.take([None, None])
+    callback.norm_scope, callback.every_n_steps, callback.rho = "layer", 3, 0.1
+    for method in callback.methods:
+        assert (method.norm_scope, method.every_n_steps, method.rho(0, 1, 1.0)) == ("layer", 3, 0.1)
+    for name, (_, bad) in BAD.items():
+        if name in ("rho", "every_n_steps") or (name == "beta" and kind is EFMLoRA):
+            with pytest.raises(MisconfigurationException, match=name):
+                setattr(callback, name, bad[0])
+    assert (callback.every_n_steps, callback.current_rho) == (3, 0.1)
+    callback.rho = LinearRho(0.2, 0.2)
+    assert callback.rho(3, 10.0) == pytest.approx(0.2)
