@@ -34,11 +34,12 @@ class Sharding:
             Shape (L, rows, columns), a kernel's dimensions among the columns; dtype of the parameters; for a single
             parameter it may share its memory, as a copy of a large factor costs as much as a product with it.
         """
-        tensors = [_gradient(parameter) for parameter in parameters] if gradients else parameters
+        tensors: Sequence[Tensor] = parameters
+        if gradients:
+            tensors = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         with torch.no_grad():  # faster than a detach() for each tensor
-            if len(tensors) == 1:
-                return whole(tensors[0].flatten(1).unsqueeze(0))
-            return whole(torch.stack([tensor.flatten(1) for tensor in tensors]))
+            stacked = tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+            return whole(stacked.flatten(2))
 
     def gather(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
         """The exact whole of a tensor split as a parameter is: of the parameter, or an optimizer's average of it."""
@@ -272,7 +273,3 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def _has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -38,6 +38,41 @@ layer that is out of use for good must not be read perturbed forever.
 """
 
 
+class _Factor:
+    """A or B of a stack's pairs, listed once: a walk over pairs takes as long as the products of small factors.
+
+    Args:
+        parameters: of each pair.
+        rows: those of each pair in its parameter, all None or none of them.
+        dtype: of the computation.
+        sharding: how the ranks share the parameters.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], rows: list[range | None], dtype: torch.dtype, sharding: Sharding
+    ) -> None:
+        self._of_pairs, self._rows, self._dtype, self._sharding = parameters, rows, dtype, sharding
+        self._distinct = parameters
+        if rows[0] is not None:  # several pairs may be rows of one parameter, which is gathered once
+            self._distinct = list(dict.fromkeys(parameters))
+        places = {parameter: place for place, parameter in enumerate(self._distinct)}
+        self._places = [places[parameter] for parameter in parameters]
+
+    def stacked(self, *, gradients: bool = False) -> Tensor:
+        """The factor of every pair, or its gradient, shape (L, rows, columns); a single one may be a view."""
+        stacked = self._sharding.stack(self._distinct, gradients=gradients)
+        if self._rows[0] is not None:
+            parts = []
+            for place, rows in zip(self._places, self._rows, strict=True):
+                parts.append(rows_of(stacked[place], rows))
+            stacked = torch.stack(parts)
+        return stacked.to(self._dtype)
+
+    def have_gradients(self) -> list[bool]:
+        """Which pairs have a gradient of this factor."""
+        return self._sharding.have_gradients(self._of_pairs)
+
+
 class PairStack:
     """Pairs of one shape, dtype and device, with their perturbations.
 
@@ -56,17 +91,19 @@ class PairStack:
 
     def __init__(self, pairs: list[LoRAPair], estimator: Estimator, sharding: Sharding) -> None:
         B = pairs[0].B
+        dtype = torch.promote_types(B.dtype, torch.float32)
         self.pairs = pairs
-        self._sharding = sharding
         self._estimator = estimator
+        self._sharding = sharding
+        self._A = _Factor([pair.A for pair in pairs], [pair.A_rows for pair in pairs], dtype, sharding)
+        self._B = _Factor([pair.B for pair in pairs], [pair.B_rows for pair in pairs], dtype, sharding)
         # Of which pairs the last ascent did not read the gradient of A.
         self._projected_rows = [True] * len(pairs)
-        self.dtype = torch.promote_types(B.dtype, torch.float32)
-        self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=self.dtype, device=B.device)
+        self.scaling = torch.tensor([pair.scaling for pair in pairs], dtype=dtype, device=B.device)
         n, r = matrix_shape(sharding.shape(B))
         if pairs[0].B_rows is not None:
             n = len(pairs[0].B_rows)
-        self.E = torch.zeros(len(pairs), n, r, dtype=self.dtype, device=B.device)
+        self.E = torch.zeros(len(pairs), n, r, dtype=dtype, device=B.device)
         self.has_average = torch.zeros(len(pairs), dtype=torch.bool, device=B.device)
         self.missed_steps: list[int | None] = [None] * len(pairs)
         # Other than the pairs' own only between loading a state and the next search.
@@ -116,7 +153,7 @@ class PairStack:
 
     def count_missed_steps(self) -> None:
         """Count the step of the current gradients, see :meth:`Perturbation.forget_missing`."""
-        have_gradients = self._sharding.have_gradients([pair.B for pair in self.pairs])
+        have_gradients = self._B.have_gradients()
         if all(have_gradients) and not any(self.missed_steps):
             return
         for i, (pair, missed) in enumerate(zip(self.pairs, self.missed_steps, strict=True)):
@@ -135,9 +172,9 @@ class PairStack:
 
     def ascent(self, at_perturbed: bool) -> Ascent:
         """The batched ascent of the stack's pairs, from the gradients that they hold."""
-        self._update_mask()
+        self._note_gradients()
         self._projected_rows = self._without_gradient_of_A()
-        A, grad_B = self._A(), self._B(gradients=True)
+        A, grad_B = self._A.stacked(), self._B.stacked(gradients=True)
         if all(self._projected_rows):
             return ascent_projected(A, grad_B, self.scaling)
         averaged = self._averaged(A, grad_B, at_perturbed)
@@ -164,28 +201,29 @@ class PairStack:
         """
         if self._estimator == "projected":
             return [True] * len(self.pairs)
-        have = self._sharding.have_gradients([pair.A for pair in self.pairs])
+        have = self._A.have_gradients()
+        if all(have):
+            return [False] * len(self.pairs)
         return [not (has or pair.learns_A) for pair, has in zip(self.pairs, have, strict=True)]
 
     def _averaged(self, A: Tensor, grad_B: Tensor, at_perturbed: bool) -> Ascent:
-        B = self._B()
+        B = self._B.stacked()
         if at_perturbed:
             # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
-            B = (B + self.E).to(self.pairs[0].B.dtype).to(self.dtype)
+            B = (B + self.E).to(self.pairs[0].B.dtype).to(self.E.dtype)
         # A trained A beside a frozen B would enter the norm, although its B can't be perturbed.
-        grad_A = self._masked(self._A(gradients=True))
+        grad_A = self._A.stacked(gradients=True)
+        if self._with_gradient is not None:
+            # Not in place: a stack of one pair is a view of the user's own gradient.
+            grad_A = grad_A.masked_fill(~self._with_gradient[:, None, None], 0.0)
         return ascent_average(A, B, grad_A, grad_B, self.scaling)
 
-    def _update_mask(self) -> None:
+    def _note_gradients(self) -> None:
         """Note which B have a gradient; the mask is filled on the device when it changes, so no copy is waited for."""
-        rows = self._sharding.have_gradients([pair.B for pair in self.pairs])
-        if rows == self._rows_with_gradient:
-            return
-        self._rows_with_gradient = rows
-        if all(rows):
-            self._with_gradient = None
-            return
-        self._with_gradient = self._row_mask(rows)
+        rows = self._B.have_gradients()
+        if rows != self._rows_with_gradient:
+            self._rows_with_gradient = rows
+            self._with_gradient = None if all(rows) else self._row_mask(rows)
 
     def _row_mask(self, rows: list[bool]) -> Tensor:
         """Booleans on the device, shape (L,)."""
@@ -195,34 +233,6 @@ class PairStack:
             if not is_true:
                 row.zero_()
         return mask
-
-    def _masked(self, gradients: Tensor) -> Tensor:
-        """Gradients (L, rows, columns), zero for pairs whose gradient is missing."""
-        if self._with_gradient is None:
-            return gradients
-        # Not in place: a stack of one pair is a view of the user's own gradient.
-        return gradients.masked_fill(~self._with_gradient[:, None, None], 0.0)
-
-    def _A(self, *, gradients: bool = False) -> Tensor:
-        """A of every pair, or its gradient, shape (L, r, m), in the wide dtype; a single one may be a view."""
-        return self._stacked([pair.A for pair in self.pairs], [pair.A_rows for pair in self.pairs], gradients)
-
-    def _B(self, *, gradients: bool = False) -> Tensor:
-        """B of every pair, or its gradient, shape (L, n, r), in the wide dtype; a single one may be a view."""
-        return self._stacked([pair.B for pair in self.pairs], [pair.B_rows for pair in self.pairs], gradients)
-
-    def _stacked(self, parameters: list[nn.Parameter], rows: list[range | None], gradients: bool) -> Tensor:
-        if rows[0] is None:
-            return self._sharding.stack(parameters, gradients=gradients).to(self.dtype)
-        # Several pairs may be rows of one parameter, which is gathered once.
-        places: dict[nn.Parameter, int] = {}
-        for parameter in parameters:
-            places.setdefault(parameter, len(places))
-        whole = self._sharding.stack(list(places), gradients=gradients)
-        parts = []
-        for parameter, of_pair in zip(parameters, rows, strict=True):
-            parts.append(rows_of(whole[places[parameter]], of_pair))
-        return torch.stack(parts).to(self.dtype)
 
 
 def stackable(pairs: Iterable[LoRAPair], sharding: Sharding) -> list[list[LoRAPair]]:
