@@ -1,13 +1,18 @@
-"""Give single modules subclasses of their own classes, and their own classes back.
+"""Give single modules subclasses of their own classes, in which B is read perturbed or a call does something more.
 
-Overlays may come and go in any order: the class is made of all that lie on a module at the time.
+A subclass and not members of the class, since other modules of the class must stay as they are.
 """
 
 import copyreg
 from functools import cache
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+READINGS, GATES = "_flatlora_readings", "_flatlora_gates"
+"""The attributes of a module that hold what it reads perturbed, and its gates."""
 
 
 class Overlay:
@@ -22,19 +27,41 @@ class Overlay:
 
     _overlay_prefix: ClassVar[str]
     _overlay_state: ClassVar[str]
-    _overlays: "dict[type[Overlay], tuple[str, ...]]"
     _plain_class: Any
-
-    @staticmethod
-    def _overlay_members(attributes: tuple[str, ...]) -> dict[str, Any]:
-        """Give what the class of a module has beyond the mixin, for the attributes that the mixin was put on with."""
-        return {}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are of the plain class: an average or a saved module never holds a perturbed reader."""
-        left_out = {"_overlays", *(overlay._overlay_state for overlay in self._overlays)}
+        left_out = {mixin._overlay_state for mixin in Overlay.__subclasses__()}
         state = {key: value for key, value in self.__dict__.items() if key not in left_out}
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
+
+
+class _ReadsPerturbed(Overlay):
+    """Mixin of modules some of whose parameters are properties."""
+
+    _overlay_prefix = "Perturbed"
+    _overlay_state = READINGS
+
+
+class _Gated(Overlay):
+    """Mixin that asks gates around each call of a layer.
+
+    An override of ``forward`` would not be called if a library has put another forward on the layer itself, and hooks
+    would go into copies of the model.
+    """
+
+    _overlay_prefix = "Gated"
+    _overlay_state = GATES
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        opened = [gate for gate in self.__dict__[GATES] if gate.opens(self)]
+        for gate in opened:
+            gate.switch(True)
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for gate in opened:
+                gate.switch(False)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -43,37 +70,63 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
-def put_on(module: nn.Module, overlay: type[Overlay], attributes: tuple[str, ...] = ()) -> None:
-    """Lay a mixin over a module's class, or change the attributes of one that lies there."""
-    module.__dict__.setdefault("_overlays", {})[overlay] = attributes
-    _set_class(module)
-
-
-def take_off(module: nn.Module, overlay: type[Overlay]) -> None:
-    """Take a mixin and its state away; after the last one the module has its own class again."""
-    module.__dict__["_overlays"].pop(overlay)
-    module.__dict__.pop(overlay._overlay_state)
-    _set_class(module)
-
-
-def _set_class(module: nn.Module) -> None:
+def set_class(module: nn.Module) -> None:
+    """Give a module the class of the mixins whose state it holds now; without any, its own class."""
+    mixins = []
+    for mixin in Overlay.__subclasses__():
+        if not module.__dict__.get(mixin._overlay_state, True):
+            del module.__dict__[mixin._overlay_state]
+        if mixin._overlay_state in module.__dict__:
+            mixins.append(mixin)
     plain: Any = plain_class(module)
-    overlays: dict[type[Overlay], tuple[str, ...]] = module.__dict__["_overlays"]
-    if overlays:
-        # A subclass and not members of the class, since other modules of the class must stay as they are.
-        ordered = sorted(overlays.items(), key=lambda item: item[0]._overlay_prefix)
-        module.__class__ = _class_of(plain, tuple(ordered))
-    else:
-        module.__class__ = plain
-        del module.__dict__["_overlays"]
+    mixins.sort(key=lambda mixin: mixin._overlay_prefix)
+    module.__class__ = (
+        _class_of(plain, tuple(mixins), tuple(sorted(module.__dict__.get(READINGS, ())))) if mixins else plain
+    )
 
 
 # One class for each kind of module, not one for each module: compiled graphs are guarded by the class.
 @cache
-def _class_of(plain: Any, overlays: tuple[tuple[type[Overlay], tuple[str, ...]], ...]) -> Any:
-    name = plain.__name__
-    members: dict[str, Any] = {"_plain_class": plain}
-    for overlay, attributes in reversed(overlays):
-        name = overlay._overlay_prefix + name
-        members |= overlay._overlay_members(attributes)
-    return type(name, (*(overlay for overlay, _ in overlays), plain), members)
+def _class_of(plain: Any, mixins: tuple[type[Overlay], ...], attributes: tuple[str, ...]) -> Any:
+    name = "".join(mixin._overlay_prefix for mixin in mixins) + plain.__name__
+    members: dict[str, Any] = {attribute: _property_of(attribute) for attribute in attributes}
+    return type(name, (*mixins, plain), {"_plain_class": plain, **members})
+
+
+def _property_of(attribute: str) -> property:
+    """A parameter as a property: B, or B + E while E is set and switched on."""
+
+    def read(self: Any) -> Tensor | None:
+        # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
+        value: Tensor | None = self.__dict__.get(attribute)
+        if value is None:
+            if attribute not in self._parameters:
+                raise AttributeError(attribute)
+            value = self._parameters[attribute]
+        reading = self.__dict__[READINGS][attribute]
+        if not reading.switch.is_on or not reading.parts or value is None:
+            return value
+        is_parameter = isinstance(value, nn.Parameter)
+        if isinstance(value, DTensor) or (reading.only_views and is_parameter):
+            # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean.
+            return value
+        if not value.requires_grad and not reading.only_views:
+            # Frozen, maybe for one pass alone, as by toggle_optimizer, or the values of a teacher that functional_call
+            # has put here. Only what is being trained is perturbed.
+            return value
+        perturbed: Tensor = reading.added_to(value)
+        # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.
+        if is_parameter and not torch.compiler.is_compiling():
+            gradient = value.grad
+            if gradient is not None and gradient.dtype == perturbed.dtype:
+                perturbed.grad = gradient
+        return perturbed
+
+    # For FSDP1, which sets and deletes its views under the parameter's name.
+    def write(self: Any, value: Tensor | None) -> None:
+        self.__dict__[attribute] = value
+
+    def delete(self: Any) -> None:
+        del self.__dict__[attribute]
+
+    return property(read, write, delete)

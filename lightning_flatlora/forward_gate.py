@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from lightning_flatlora import class_overlay
+from lightning_flatlora.class_overlay import GATES, set_class
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import as_ref
@@ -39,17 +39,14 @@ class ForwardGate:
         self._perturbation = perturbation
         self._layers = list(layers_of(perturbation.pairs))
         for layer in self._layers:
-            gates: list[ForwardGate] = layer.__dict__.setdefault("_gates", [])
-            gates.append(self)
-            class_overlay.put_on(layer, _Gated)
+            layer.__dict__.setdefault(GATES, []).append(self)
+            set_class(layer)
 
     def uninstall(self) -> None:
         """Give the layers their own classes back."""
         for layer in self._layers:
-            gates: list[ForwardGate] = layer.__dict__["_gates"]
-            gates.remove(self)
-            if not gates:
-                class_overlay.take_off(layer, _Gated)
+            layer.__dict__[GATES].remove(self)
+            set_class(layer)
         self._layers = []
         self._perturbation = None
 
@@ -68,29 +65,6 @@ class ForwardGate:
             self._perturbation.on()
         else:
             self._perturbation.off()
-
-
-class _Gated(class_overlay.Overlay):
-    """Mixin that asks gates around each call of a layer.
-
-    An override of ``forward`` would not be called if a library has put another forward on the layer itself, and hooks
-    would go into copies of the model.
-    """
-
-    _overlay_prefix = "Gated"
-    _overlay_state = "_gates"
-    _gates: list[ForwardGate]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer: Any = self
-        opened = [gate for gate in self._gates if gate.opens(layer)]
-        for gate in opened:
-            gate.switch(True)
-        try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            for gate in opened:
-                gate.switch(False)
 
 
 def layers_of(pairs: Iterable[LoRAPair]) -> dict[nn.Module, None]:

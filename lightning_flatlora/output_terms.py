@@ -11,9 +11,11 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_flatlora import class_overlay
+from lightning_flatlora.class_overlay import Overlay, set_class
 from lightning_flatlora.pairs import bare, clean_name, find_pairs, lora_layers
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError
+
+_TERMS = "_flatlora_terms"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +78,20 @@ class OutputTerm(ABC):
 
     def on(self) -> None:
         """Let the layer add the term until :meth:`off`."""
-        terms: list[OutputTerm] = self.linear.base.__dict__.setdefault("_terms", [])
+        terms: list[OutputTerm] = self.linear.base.__dict__.setdefault(_TERMS, [])
         if self not in terms:
             terms.append(self)
-            class_overlay.put_on(self.linear.base, _AddsTerms)
+            set_class(self.linear.base)
 
     def off(self) -> None:
         """Let the layer no longer add the term."""
-        terms: list[OutputTerm] = self.linear.base.__dict__.get("_terms", [])
+        terms: list[OutputTerm] = self.linear.base.__dict__.get(_TERMS, [])
         if self in terms:
             terms.remove(self)
-            if not terms:
-                class_overlay.take_off(self.linear.base, _AddsTerms)
+            set_class(self.linear.base)
 
 
-class _AddsTerms(class_overlay.Overlay):
+class _AddsTerms(Overlay):
     """Mixin before a layer's own class while it adds terms to its output.
 
     A compiled network has one graph for each class of a module, and makes one when it meets a new class. It
@@ -98,12 +99,11 @@ class _AddsTerms(class_overlay.Overlay):
     """
 
     _overlay_prefix = "Adding"
-    _overlay_state = "_terms"
-    _terms: list[OutputTerm]
+    _overlay_state = _TERMS
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        for term in self._terms:
+        for term in self.__dict__[_TERMS]:
             output = term.added(x, output)
         return output
 

@@ -10,15 +10,11 @@ convolutions.)
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from typing_extensions import override
 
-from lightning_flatlora import class_overlay
+from lightning_flatlora.class_overlay import READINGS, set_class
 
 
 class Switch:
@@ -86,58 +82,6 @@ class _Reading:
         return perturbed if perturbed.dtype == value.dtype else perturbed.to(value.dtype)
 
 
-class _ReadsPerturbed(class_overlay.Overlay):
-    """Mixin before a module's own class, in which the attributes that are read through are properties."""
-
-    _overlay_prefix = "Perturbed"
-    _overlay_state = "_readings"
-    _parameters: dict[str, nn.Parameter | None]
-    _readings: dict[str, _Reading]
-
-    @staticmethod
-    @override
-    def _overlay_members(attributes: tuple[str, ...]) -> dict[str, Any]:
-        return {attribute: _property_of(attribute) for attribute in attributes}
-
-
-def _property_of(attribute: str) -> property:
-    """A parameter as a property: B, or B + E while E is set and switched on."""
-
-    def read(self: _ReadsPerturbed) -> Tensor | None:
-        # FSDP1 takes the parameter away in forward and sets a view of the gathered values in its place.
-        value: Tensor | None = self.__dict__.get(attribute)
-        if value is None:
-            if attribute not in self._parameters:
-                raise AttributeError(attribute)
-            value = self._parameters[attribute]
-        reading = self._readings[attribute]
-        if value is None or not reading.parts or not reading.switch.is_on:
-            return value
-        if isinstance(value, DTensor) or (reading.only_views and isinstance(value, nn.Parameter)):
-            # Outside of forward FSDP2 and FSDP1 look at the parameter itself, which must stay clean.
-            return value
-        if not value.requires_grad and (isinstance(value, nn.Parameter) or not reading.only_views):
-            # Frozen, maybe for one pass alone, as by toggle_optimizer, or the values of a teacher that functional_call
-            # has put here. Only what is being trained is perturbed.
-            return value
-        perturbed = reading.added_to(value)
-        # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.
-        if isinstance(value, nn.Parameter) and not torch.compiler.is_compiling():
-            gradient = value.grad
-            if gradient is not None and gradient.dtype == perturbed.dtype:
-                perturbed.grad = gradient
-        return perturbed
-
-    # For FSDP1, which sets and deletes its views under the parameter's name.
-    def write(self: _ReadsPerturbed, value: Tensor | None) -> None:
-        self.__dict__[attribute] = value
-
-    def delete(self: _ReadsPerturbed) -> None:
-        del self.__dict__[attribute]
-
-    return property(read, write, delete)
-
-
 def as_ref(reader: AnyRef) -> ParameterRef:
     """A reader as such; a module stands for its weight."""
     return reader if isinstance(reader, ParameterRef) else ParameterRef(reader)
@@ -161,35 +105,29 @@ def install(reader: AnyRef, only_views: bool = False) -> None:
         'Linear'
     """
     reader = as_ref(reader)
-    module = reader.module
-    readings: dict[str, _Reading] = module.__dict__.setdefault("_readings", {})
+    readings: dict[str, _Reading] = reader.module.__dict__.setdefault(READINGS, {})
     if reader.name not in readings:
         readings[reader.name] = _Reading(only_views)
-        class_overlay.put_on(module, _ReadsPerturbed, tuple(sorted(readings)))
+        set_class(reader.module)
     readings[reader.name].installs += 1
 
 
 def uninstall(reader: AnyRef) -> None:
     """Take one :func:`install` back; after the last one the module has its own class again."""
     reader = as_ref(reader)
-    module, reading = reader.module, _reading_of(reader)
+    reading = _reading_of(reader)
     if reading is not None:
         reading.installs -= 1
         # Counted, because the monitor and the methods may install the same reader.
         if reading.installs == 0:
             perturb(reader, None)
-            readings: dict[str, _Reading] = module.__dict__["_readings"]
-            del readings[reader.name]
-            if readings:
-                class_overlay.put_on(module, _ReadsPerturbed, tuple(sorted(readings)))
-            else:
-                class_overlay.take_off(module, _ReadsPerturbed)
+            del reader.module.__dict__[READINGS][reader.name]
+            set_class(reader.module)
 
 
 def _reading_of(reader: ParameterRef) -> _Reading | None:
-    if not isinstance(reader.module, _ReadsPerturbed):
-        return None
-    return reader.module._readings.get(reader.name)
+    readings: dict[str, _Reading] = reader.module.__dict__.get(READINGS, {})
+    return readings.get(reader.name)
 
 
 def perturb(reader: AnyRef, perturbation: Tensor | None, switch: Switch = _ALWAYS_ON) -> None:

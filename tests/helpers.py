@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, perturbed_read
-from lightning_flatlora.class_overlay import Overlay
+from lightning_flatlora.class_overlay import GATES, READINGS, Overlay
 
 
 def since_lightning(version: str, reason: str) -> pytest.MarkDecorator:
@@ -218,12 +218,12 @@ def is_perturbed(module: nn.Module) -> bool:
 
 def is_installed(module: nn.Module) -> bool:
     """Whether any part of a module still has a reading class."""
-    return any(isinstance(part, perturbed_read._ReadsPerturbed) for part in module.modules())
+    return any(READINGS in part.__dict__ for part in module.modules())
 
 
 def assert_no_trace(module: nn.Module) -> None:
     """No overlaid class and no attribute of one is left in a module."""
-    hidden = {"_overlays", "_readings", "_gates"}
+    hidden = {READINGS, GATES}
     assert not [name for name, m in module.named_modules() if isinstance(m, Overlay) or hidden & m.__dict__.keys()]
 
 

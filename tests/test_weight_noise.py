@@ -115,7 +115,7 @@ def test_no_drift_no_random_number_and_no_trace() -> None:
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in stored.items())
     assert torch.equal(net(x), clean)
     assert all(type(layer.base_layer) is nn.Linear for layer in layers_of(net))
-    assert not any("_terms" in vars(module) for module in net.modules())
+    assert not any("_flatlora_terms" in vars(module) for module in net.modules())
 
 
 def test_nothing_of_full_size_is_kept_for_the_backward() -> None:
