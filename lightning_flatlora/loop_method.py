@@ -13,18 +13,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_flatlora.callbacks.patches import put_on_instance
 from lightning_flatlora.forward_gate import ForwardGate
 from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import changed_settings, integer_problems, optimizer_problems, refuse
 from lightning_flatlora.methods.gradients import parameters_of
-from lightning_flatlora.optimizer_hooks import before_loading, innermost
 from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
-from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
+from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbed_read import as_ref
 from lightning_flatlora.sharding import is_sharded
-from lightning_flatlora.wrappers import unwrapped, wrapping_problems
+from lightning_flatlora.wrappers import innermost, unwrapped, wrapping_problems
 
 STATE_KEY = "lightning_flatlora"
 """Under which an optimizer's state dict carries the states of the methods."""
@@ -39,11 +38,7 @@ class LoopMethod:
         method: the step of the method, with its settings and state.
         search: the pairs of the model, and what was left out.
 
-    Args:
-        model: as the loop calls it.
-        optimizer: that trains the pairs, also as a library has wrapped it.
-        method: with its settings.
-        total_steps: optimizer steps of the run, for a schedule that spreads over it.
+    The arguments are those of :class:`lightning_flatlora.loops.EFMLoRA`, with a step method in place of its settings.
     """
 
     def __init__(
@@ -56,7 +51,7 @@ class LoopMethod:
         self._model = model
         self._optimizer = method.optimizer = inner
         self._gate = ForwardGate()
-        self._handles: list[Any] = []
+        self._handles: list[Callable[[], None]] = []
         self._is_stepping = False
         method.horizon = math.inf if total_steps is None else total_steps
         self.look_again()
@@ -64,13 +59,13 @@ class LoopMethod:
             rank_zero_info(f"{method.title} leaves unperturbed: " + "; ".join(self.search.left_out))
         self._close_others()
         self._install()
-        self._handles = [
+        handles = [
             # Not traced with a compiled step, which would be compiled again for each count of steps.
             inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
             inner.register_step_post_hook(self._after_step),
             inner.register_state_dict_post_hook(self._add_state),
-            before_loading(inner, self._take_state),
         ]
+        self._handles = [handle.remove for handle in handles] + [self._before_loading()]
         _RUNNING.add(self)
         # The layers of an object that nobody has closed must not read its last Ê when the optimizer is gone.
         for installed in (self.perturbation, self._gate):
@@ -125,8 +120,8 @@ class LoopMethod:
     def close(self) -> None:
         """Leave no trace on the model's layers and the optimizer; the state stays. Calling it again does nothing."""
         self._uninstall()
-        for handle in self._handles:
-            handle.remove()
+        for remove in self._handles:
+            remove()
         self._handles = []
         _RUNNING.discard(self)
 
@@ -198,7 +193,7 @@ class LoopMethod:
         """Refuse a model whose parameters were replaced since, and follow one that has moved to another device."""
         held = {id(parameter) for parameter in parameters_of(self._optimizer)}
         pairs = self.method.pairs
-        replaced = [pair for pair in pairs if isinstance(_current_B(pair), DTensor) and _current_B(pair) is not pair.B]
+        replaced = [pair for pair in pairs if pair.current_B is not pair.B and isinstance(pair.current_B, DTensor)]
         if replaced or not any(id(pair.B) in held for pair in pairs):
             raise RuntimeError(
                 f"the optimizer holds none of the parameters that {self.method.title} knows: make it after the model "
@@ -217,7 +212,7 @@ class LoopMethod:
         if optimizer is self._optimizer or self._is_stepping:
             return
         held = {id(parameter) for parameter in parameters_of(optimizer)}
-        if any(id(_current_B(pair)) in held for pair in self.method.pairs):
+        if any(id(pair.current_B) in held for pair in self.method.pairs):
             title = self.method.title
             raise RuntimeError(
                 f"{type(optimizer).__name__} was about to step LoRA factors of which {title} knows another optimizer: "
@@ -235,6 +230,22 @@ class LoopMethod:
     def _add_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict.setdefault(STATE_KEY, {})[self._name] = self.state_dict()
 
+    def _before_loading(self) -> Any:
+        """Take each state that the optimizer is to load; return a function that ends that."""
+        optimizer = self._optimizer
+        if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+            return optimizer.register_load_state_dict_pre_hook(self._take_state).remove
+        # Those of bitsandbytes, among others, load without calling the hooks.
+        own = optimizer.load_state_dict
+
+        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            # What somebody has put over this method still calls it after the end.
+            if self._handles:
+                self._take_state(optimizer, state_dict)
+            return own(state_dict, *args, **kwargs)
+
+        return put_on_instance(optimizer, "load_state_dict", load_state_dict)
+
     def _take_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         states = state_dict.get(STATE_KEY, {})
         if self._name in states:
@@ -246,11 +257,7 @@ class LoopMethod:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs, as CPU tensors and numbers.
-
-        The optimizer's own state dict carries it already, except in a distributed checkpoint, which keeps only what it
-        knows of an optimizer.
-        """
+        """Give what a resumed run needs, as CPU tensors and numbers; only a distributed checkpoint lacks it."""
         return {**self.method.state_dict(), "settings": self.method.settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,12 +288,6 @@ def _problems(
     if method.lacks_horizon and total_steps is None:
         problems.append(f"{method.argument} spreads over the run, whose length a loop does not say: set total_steps")
     return problems
-
-
-def _current_B(pair: LoRAPair) -> nn.Parameter | None:
-    """The parameter that the layer has for B now."""
-    reader = as_ref(pair.readers[0])
-    return reader.module._parameters.get(reader.name)
 
 
 def _refuse_others(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,13 +1,15 @@
-"""What a training loop has wrapped around a model, and under which of these wrappers no perturbation is exact."""
+"""What is wrapped around a model or an optimizer, and under which wrappers of a model no perturbation is exact."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -20,6 +22,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def innermost(optimizer: Any) -> Any:
+    """Give the optimizer of PyTorch in what Fabric, accelerate or a method over another one has made of it."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
 
 
 @contextmanager

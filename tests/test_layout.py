@@ -10,7 +10,6 @@ TORCH_ONLY = (
     "class_overlay.py",
     "forward_gate.py",
     "functional.py",
-    "optimizer_hooks.py",
     "output_terms.py",
     "perturbed_read.py",
     "schedules.py",

@@ -2,11 +2,11 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lightning_flatlora.perturbed_read import AnyRef
+from lightning_flatlora.perturbed_read import AnyRef, as_ref
 
 
 class NoPairsError(ValueError):
@@ -73,6 +73,12 @@ class LoRAPair:
     def key(self) -> Hashable:
         """The identity of B, by which a pair is known: names change when a module is wrapped."""
         return id(self.B) if self.B_rows is None else (id(self.B), self.B_rows)
+
+    @property
+    def current_B(self) -> Any:
+        """The parameter that the layer has for B now, since sharding may have replaced it."""
+        reader = as_ref(self.readers[0])
+        return reader.module._parameters.get(reader.name)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A (r, m) and B (n, r) as they are stored, a kernel's dimensions among the columns."""
