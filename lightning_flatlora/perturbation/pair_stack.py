@@ -45,7 +45,6 @@ class _Factor:
         parameters: of each pair.
         rows: those of each pair in its parameter, all None or none of them.
         dtype: of the computation.
-        sharding: how the ranks share the parameters.
     """
 
     def __init__(
@@ -190,8 +189,7 @@ class PairStack:
     @property
     def unread_A(self) -> list[nn.Parameter]:
         """The A whose gradients the last ascent did not read."""
-        rows = zip(self.pairs, self._projected_rows, strict=True)
-        return [pair.A for pair, is_projected in rows if is_projected]
+        return [pair.A for pair, is_projected in zip(self.pairs, self._projected_rows, strict=True) if is_projected]
 
     def _without_gradient_of_A(self) -> list[bool]:
         """Which pairs are projected, since nothing else was asked for, or because their A is frozen, as in LoRA-FA.
@@ -202,8 +200,6 @@ class PairStack:
         if self._estimator == "projected":
             return [True] * len(self.pairs)
         have = self._A.have_gradients()
-        if all(have):
-            return [False] * len(self.pairs)
         return [not (has or pair.learns_A) for pair, has in zip(self.pairs, have, strict=True)]
 
     def _averaged(self, A: Tensor, grad_B: Tensor, at_perturbed: bool) -> Ascent:

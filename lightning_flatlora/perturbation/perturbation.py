@@ -69,6 +69,10 @@ class Perturbation:
         self._estimator: Estimator = estimator
         self._sharding = sharding or Sharding()
         self._stacks = self._stacked(pairs)
+        if self.pairs[0].B.device.type == "cpu":
+            # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
+            # system in each step, and faults every page in again: a quarter of E's time with small layers.
+            torch.empty(2**24, dtype=torch.uint8)
         self.is_installed = False
         self._switch = perturbed_read.Switch()
         # By name, from a checkpoint: the states of pairs that the model does not train yet.
@@ -82,10 +86,6 @@ class Perturbation:
         for stack in self._stacks:
             for i, pair in enumerate(stack.pairs):
                 yield stack, i, pair
-
-    @property
-    def _device(self) -> torch.device:
-        return self._stacks[0].E.device
 
     def follow(self, pairs: list[LoRAPair], sharding: Sharding | None = None) -> None:
         """Continue with the pairs that the model has now: those that stay keep their E, new ones start at zero.
@@ -196,7 +196,7 @@ class Perturbation:
         if not isinstance(rho, Tensor) and not is_size(rho):
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
         # A manual training_step runs inside autocast, which would take the products in half precision.
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.pairs[0].B.device.type, enabled=False):
             return self._ascend(rho, at_perturbed, also_finite)
 
     def _ascend(
@@ -252,7 +252,7 @@ class Perturbation:
 
     def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
-        return self._sharding.all_finite(parameters, self._device)
+        return self._sharding.all_finite(parameters, self.pairs[0].B.device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
