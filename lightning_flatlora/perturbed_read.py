@@ -10,6 +10,7 @@ convolutions.)
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,6 +57,11 @@ class ParameterRef:
     module: nn.Module
     name: str = "weight"
     rows: range | None = None
+
+    @property
+    def parameter(self) -> Any:
+        """The parameter that the module has now, never perturbed; None where it is gone."""
+        return self.module._parameters.get(self.name)
 
 
 AnyRef = ParameterRef | nn.Module

@@ -98,7 +98,7 @@ def _misfit(pair: LoRAPair) -> str | None:
         for each in readers:
             reader = as_ref(each)
             owner = f"{reader.name} of the reader {type(reader.module).__name__}"
-            if reader.module._parameters.get(reader.name) is not factor:
+            if reader.parameter is not factor:
                 return f"{owner} is another parameter"
             if reader.rows != rows:
                 return f"{owner} is read in the rows {reader.rows}, but the pair's are {rows}"

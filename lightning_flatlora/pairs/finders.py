@@ -189,18 +189,9 @@ def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
 def _reader(layer: nn.Module, name: str) -> ParameterRef | None:
     """Find a factor that a layer keeps under a name, or in the weight of a module of this name."""
-    if layer._parameters.get(name) is not None:
-        return ParameterRef(layer, name)
     child = layer._modules.get(name)
-    if child is None:
-        return None
-    module = bare(child)
-    return ParameterRef(module) if module._parameters.get("weight") is not None else None
-
-
-def _parameter(reader: ParameterRef) -> Any:
-    # Not the attribute, which may be perturbed at the moment.
-    return reader.module._parameters[reader.name]
+    reader = ParameterRef(layer, name) if child is None else ParameterRef(bare(child))
+    return None if reader.parameter is None else reader
 
 
 def _pair(layer_name: str, b: str, scaling: Any, A: ParameterRef, B: ParameterRef, **of_base: Any) -> LoRAPair:
@@ -209,8 +200,8 @@ def _pair(layer_name: str, b: str, scaling: Any, A: ParameterRef, B: ParameterRe
         name += f"[{B.rows.start}:{B.rows.stop}]"
     return LoRAPair(
         clean_name(name).removeprefix("."),
-        _parameter(A),
-        _parameter(B),
+        A.parameter,
+        B.parameter,
         float(scaling),
         readers=[B],
         A_readers=[A],

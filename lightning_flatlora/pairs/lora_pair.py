@@ -77,8 +77,7 @@ class LoRAPair:
     @property
     def current_B(self) -> Any:
         """The parameter that the layer has for B now, since sharding may have replaced it."""
-        reader = as_ref(self.readers[0])
-        return reader.module._parameters.get(reader.name)
+        return as_ref(self.readers[0]).parameter
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A (r, m) and B (n, r) as they are stored, a kernel's dimensions among the columns."""
