@@ -78,11 +78,12 @@ def set_class(module: nn.Module) -> None:
             del module.__dict__[mixin._overlay_state]
         if mixin._overlay_state in module.__dict__:
             mixins.append(mixin)
-    plain: Any = plain_class(module)
-    mixins.sort(key=lambda mixin: mixin._overlay_prefix)
-    module.__class__ = (
-        _class_of(plain, tuple(mixins), tuple(sorted(module.__dict__.get(READINGS, ())))) if mixins else plain
-    )
+    kind: Any = plain_class(module)
+    if mixins:
+        mixins.sort(key=lambda mixin: mixin._overlay_prefix)
+        read = sorted(module.__dict__.get(READINGS, ()))
+        kind = _class_of(kind, tuple(mixins), tuple(read))
+    module.__class__ = kind
 
 
 # One class for each kind of module, not one for each module: compiled graphs are guarded by the class.

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad_and_value
 from lightning_flatlora import Perturbation, find_pairs, perturbed_read
 from lightning_flatlora.flatness.sharpness import clean
 from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.pairs.lora_pair import readers_of
 
 NETS = [title for title, kind in KINDS.items() if kind.own in (Hostile, IsQuantized) and "stacked" not in title]
 
@@ -102,7 +103,7 @@ def test_after_anothers_turn_the_own_average_is_read_again() -> None:
     assert backward(model) not in (perturbed, clean_loss)
     first.on()
     assert backward(model) == perturbed
-    with pytest.raises(ZeroDivisionError), clean(pairs), second.applied():
+    with pytest.raises(ZeroDivisionError), clean(readers_of(pairs)), second.applied():
         raise ZeroDivisionError
     assert backward(model) == perturbed
     first.off()
