@@ -50,45 +50,10 @@ def test_a_pair_that_misses_some_steps_keeps_its_E() -> None:
     before = perturbation.state_dict()
     pairs[0].A.grad = pairs[0].B.grad = None
     for _ in range(3):
-        perturbation.forget_missing()
         perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.5)
     state = perturbation.state_dict()
     assert torch.equal(state["E"][pairs[0].name], before["E"][pairs[0].name])
     assert not torch.equal(state["E"][pairs[1].name], before["E"][pairs[1].name])
-    assert {name: missed for name, missed in state["missed"].items() if missed} == {pairs[0].name: 3}
-    backward(model)
-    perturbation.forget_missing()
-    assert not any(perturbation.state_dict()["missed"].values())
-
-
-def test_a_pair_that_misses_many_steps_in_a_row_starts_anew() -> None:
-    """The count is part of the state: here a second one continues it, and forgets at the same step."""
-    model, pairs = model_and_pairs()
-    first = averaged_once(pairs, model)
-    pairs[0].A.grad = pairs[0].B.grad = None
-    for _ in range(60):
-        first.forget_missing()
-    perturbation = Perturbation(pairs)
-    perturbation.load_state_dict(first.state_dict())
-    for _ in range(39):
-        perturbation.forget_missing()
-    assert perturbation.state_dict()["E"][pairs[0].name].any()
-    perturbation.forget_missing()
-    E = perturbation.state_dict()["E"]
-    assert not E[pairs[0].name].any()
-    assert E[pairs[1].name].any()
-    assert perturbation.may_be_nonzero
-    model.zero_grad()
-    backward(model)
-    fresh_E = perturbation.ascend(RHO, at_perturbed=True)
-    perturbation.average(fresh_E, beta=0.25)
-    assert torch.equal(perturbation.state_dict()["E"][pairs[0].name], slices(fresh_E.stacks)[0])
-    model.zero_grad()
-    for _ in range(99):
-        perturbation.forget_missing()
-    assert perturbation.may_be_nonzero
-    perturbation.forget_missing()
-    assert not perturbation.may_be_nonzero
 
 
 def test_an_average_that_began_while_rho_was_0_is_known_to_be_zero_in_a_resumed_run_too() -> None:
@@ -135,14 +100,11 @@ def test_following_keeps_what_is_known() -> None:
 def test_a_state_waits_for_pairs_that_come_later() -> None:
     model, pairs = model_and_pairs()
     state = averaged_once(pairs, model).state_dict()
-    state["missed"][pairs[0].name] = 7
     other = Perturbation(pairs[1:])
     other.load_state_dict(state, may_come=[pairs[0].name])
     assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
-    assert other.state_dict()["missed"] == state["missed"]
     other.follow(pairs)
     assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
-    assert other.state_dict()["missed"] == state["missed"]
 
 
 def test_a_state_that_waits_and_is_of_another_shape_starts_anew() -> None:

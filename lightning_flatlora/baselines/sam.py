@@ -13,6 +13,7 @@ from lightning_flatlora import perturbed_read
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
 from lightning_flatlora.flatness.sharpness import clean
+from lightning_flatlora.methods.checks import rounding_problems
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
@@ -84,7 +85,7 @@ class SAMStep(StepMethod):
 
     @override
     def install(self) -> None:
-        self.warn_of_rounding("a weight", self.ascending)
+        self.warn(*rounding_problems("a weight", self.ascending))
 
     @property
     @override
@@ -174,7 +175,7 @@ class LoRASAMStep(StepMethod):
 
     @override
     def install(self) -> None:
-        self.warn_of_rounding("B", [pair.B for pair in self.pairs])
+        self.warn(*rounding_problems("B", [pair.B for pair in self.pairs]))
 
     @property
     @override

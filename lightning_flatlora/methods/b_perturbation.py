@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.checks import perturbation_problems
+from lightning_flatlora.methods.checks import perturbation_problems, rounding_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
@@ -56,7 +56,7 @@ class BPerturbationStep(StepMethod):
     @override
     def install(self) -> None:
         if self.perturbation is not None and not self.perturbation.is_installed:
-            self.warn_of_rounding("B", [pair.B for pair in self.pairs])
+            self.warn(*rounding_problems("B", [pair.B for pair in self.pairs]))
             self.perturbation.install()
 
     @override

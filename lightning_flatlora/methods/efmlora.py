@@ -10,7 +10,6 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
-from lightning_flatlora.methods.gradients import has_gradient
 from lightning_flatlora.perturbation import FreshPerturbation
 
 
@@ -69,11 +68,7 @@ class EFMLoRAStep(BPerturbationStep):
         if self.schedules_module:
             self._average_ascents(also_finite)
             return
-        pairs_have_gradients = perturbation.has_gradient
-        # If no parameter has a gradient all batches were skipped, and the pairs did not miss anything.
-        if pairs_have_gradients or has_gradient(self.optimizer):
-            perturbation.forget_missing()
-        if pairs_have_gradients and self.refreshes:
+        if perturbation.has_gradient and self.refreshes:
             fresh = perturbation.ascend(self.current_rho, at_perturbed=True, also_finite=also_finite)
             perturbation.average(fresh, self.beta)
 

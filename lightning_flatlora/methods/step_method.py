@@ -15,9 +15,11 @@ from typing_extensions import Self
 from lightning_flatlora.methods import checks
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
 from lightning_flatlora.schedules import ConstantRho, RhoSchedule
 from lightning_flatlora.sharding import Sharding, sharding_of
+
+STEPS_UNTIL_WARNING = 100
+"""Optimizer steps without any gradient of a pair after which the method says that it had no effect."""
 
 
 # Compared by identity; subclasses are such dataclasses too, and add their own settings as fields.
@@ -155,9 +157,8 @@ class StepMethod:
         size = self.rho(self.step, self.horizon, share)
         # The package's own schedules are checked when they are made; a user's may give anything.
         if not 0 <= size < math.inf:
-            checks.refuse(
-                self, [f"{self.argument} must give a finite number >= 0, and gave {size} at step {self.step}"]
-            )
+            problem = f"{self.argument} must give a finite number >= 0, and gave {size} at step {self.step}"
+            checks.refuse(self, [problem])
         return size
 
     @property
@@ -248,11 +249,14 @@ class StepMethod:
         if self._steps_without_gradient is None:
             return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
-        if not trained:  # nobody expects a gradient while all pairs are frozen
+        # Nobody expects a gradient while all pairs are frozen.
+        if not trained:
             return
-        missed = None if self._sharding.has_gradient(trained) else self._steps_without_gradient + 1
-        self._steps_without_gradient = missed
-        if missed == MOST_MISSED_STEPS:
+        if self._sharding.has_gradient(trained):
+            self._steps_without_gradient = None
+            return
+        self._steps_without_gradient += 1
+        if self._steps_without_gradient == STEPS_UNTIL_WARNING:
             self.warn_without_gradient()
 
     @property
@@ -269,10 +273,6 @@ class StepMethod:
         """Warn of problems, of each once in a run."""
         for problem in problems:
             self._warnings.warn(checks.message(self, [problem]))
-
-    def warn_of_rounding(self, what: str, parameters: Iterable[nn.Parameter]) -> None:
-        """Warn that a small perturbation of parameters that are stored in 16 bits may be lost."""
-        self.warn(*checks.rounding_problems(what, parameters))
 
     # -- the state
 

@@ -30,13 +30,6 @@ call takes far longer than making it.
 LARGEST_STACK_ON_ACCELERATORS = 2**23
 """The same limit where launching a kernel costs more than a large allocation: 32 MB of float32."""
 
-MOST_MISSED_STEPS = 100
-"""Optimizer steps in a row without a gradient after which a pair's E is forgotten.
-
-Experts, dropped layers and tasks that take turns miss some steps and come back, so their E has to last until then. A
-layer that is out of use for good must not be read perturbed forever.
-"""
-
 
 class _Factor:
     """A or B of a stack's pairs, listed once: a walk over pairs takes as long as the products of small factors.
@@ -79,8 +72,6 @@ class PairStack:
         pairs: the pairs, L of them.
         E: their perturbations, shape (L, n, r), float32 or wider.
         has_average: whether the moving average of each has begun, booleans, shape (L,).
-        missed_steps: the optimizer steps in a row that each has spent without a gradient. None where the average is
-            zero, since it has never been anything else or was forgotten: the host knows this without asking the device.
 
     Args:
         pairs: as :func:`stackable` groups them.
@@ -104,27 +95,20 @@ class PairStack:
             n = len(pairs[0].B_rows)
         self.E = torch.zeros(len(pairs), n, r, dtype=dtype, device=B.device)
         self.has_average = torch.zeros(len(pairs), dtype=torch.bool, device=B.device)
-        self.missed_steps: list[int | None] = [None] * len(pairs)
         # Other than the pairs' own only between loading a state and the next search.
         self.scalings_of_E = [pair.scaling for pair in pairs]
         # Which B had a gradient in the last ascent, shape (L,), None where all had one; and the same for the host.
         self._with_gradient: Tensor | None = None
         self._rows_with_gradient = [True] * len(pairs)
 
-    @property
-    def may_be_nonzero(self) -> bool:
-        """Whether any E may be other than zero, as far as the host knows."""
-        return self.missed_steps.count(None) < len(self.pairs)
-
     def state(self, i: int) -> PairState:
         """What is to be kept of a pair; its tensors are views."""
-        return PairState(self.E[i], self.has_average[i], self.missed_steps[i], self.scalings_of_E[i])
+        return PairState(self.E[i], self.has_average[i], self.scalings_of_E[i])
 
     def put(self, i: int, state: PairState) -> None:
         """Let a pair continue from a kept state."""
         self.E[i].copy_(state.E)
         self.has_average[i] = state.has_average
-        self.missed_steps[i] = state.missed_steps
         self.scalings_of_E[i] = state.scaling
 
     def rescale(self, i: int) -> None:
@@ -134,7 +118,7 @@ class PairStack:
             self.E[i].mul_(self.scalings_of_E[i] / scaling)
             self.scalings_of_E[i] = scaling
 
-    def average(self, fresh_E: Tensor, finite: Tensor, beta: float, is_zero: bool) -> None:
+    def average(self, fresh_E: Tensor, finite: Tensor, beta: float) -> None:
         """Move E towards a fresh one, see :meth:`Perturbation.average`."""
         is_taken = finite.to(fresh_E.device)
         if self._with_gradient is not None:  # a pair without a gradient keeps its E
@@ -144,30 +128,6 @@ class PairStack:
         weight = torch.where(self.has_average, weight, 1.0) * is_taken
         self.E.lerp_(fresh_E, weight[:, None, None])
         self.has_average |= is_taken
-        if is_zero or None not in self.missed_steps:
-            return
-        for i, has_gradient in enumerate(self._rows_with_gradient):
-            if has_gradient and self.missed_steps[i] is None:
-                self.missed_steps[i] = 0
-
-    def count_missed_steps(self) -> None:
-        """Count the step of the current gradients, see :meth:`Perturbation.forget_missing`."""
-        have_gradients = self._B.have_gradients()
-        if all(have_gradients) and not any(self.missed_steps):
-            return
-        for i, (pair, missed) in enumerate(zip(self.pairs, self.missed_steps, strict=True)):
-            if missed is None:
-                continue
-            # A sharded B is read perturbed even when it is frozen.
-            reads_E = pair.B.requires_grad or self._sharding.splits(pair.B)
-            if have_gradients[i]:
-                self.missed_steps[i] = 0
-            elif reads_E and missed + 1 < MOST_MISSED_STEPS:
-                self.missed_steps[i] = missed + 1
-            elif reads_E:
-                self.E[i].zero_()
-                self.has_average[i].zero_()
-                self.missed_steps[i] = None
 
     def ascent(self, at_perturbed: bool) -> Ascent:
         """The batched ascent of the stack's pairs, from the gradients that they hold."""

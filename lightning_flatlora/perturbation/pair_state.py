@@ -13,13 +13,11 @@ class PairState(NamedTuple):
     Attributes:
         E: its perturbation, shape (n, r).
         has_average: whether its moving average has begun, also as a tensor of shape ().
-        missed_steps: optimizer steps in a row that it has spent without a gradient; None where the average is zero.
         scaling: s of the pair when E was computed.
     """
 
     E: Tensor
     has_average: bool | Tensor
-    missed_steps: int | None
     scaling: float
 
 

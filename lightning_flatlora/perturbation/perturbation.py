@@ -24,13 +24,13 @@ class Perturbation:
     pass between :meth:`on` and :meth:`off`, or inside :meth:`applied`. Only :meth:`state_dict` waits for the device.
 
     A pair learns while its B is trained. One whose B is frozen reads the clean B and keeps its E until it is trained
-    again. One that has no gradient in a step keeps its E as well, and starts anew after 100 such steps in a row: see
-    :meth:`forget_missing`.
+    again. One that has no gradient in a step, such as an expert that no sample was routed to, keeps its E as well.
 
     Attributes:
         pairs: the pairs that are perturbed.
         norm_scope: "global" or "layer".
         is_installed: whether the readers are able to read B + E.
+        may_be_nonzero: whether the average may be other than zero, as far as the host knows.
 
     Args:
         pairs: from :func:`~lightning_flatlora.pairs.find_pairs`.
@@ -73,7 +73,7 @@ class Perturbation:
             # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
             # system in each step, and faults every page in again: a quarter of E's time with small layers.
             torch.empty(2**24, dtype=torch.uint8)
-        self.is_installed = False
+        self.is_installed = self.may_be_nonzero = False
         self._switch = perturbed_read.Switch()
         # By name, from a checkpoint: the states of pairs that the model does not train yet.
         self._waiting: dict[str, PairState] = {}
@@ -222,23 +222,8 @@ class Perturbation:
         if not 0 < beta <= 1:
             raise ValueError(f"beta must be in (0, 1], got {beta!r}")
         for stack, fresh_E in zip(self._stacks, fresh.stacks, strict=True):
-            stack.average(fresh_E, fresh.finite, beta, fresh.is_zero)
-
-    def forget_missing(self) -> None:
-        """Count the steps that each pair misses; after 100 in a row, E := 0, and its next E is taken whole again.
-
-        To be called once for each optimizer step, while the gradients are there. A pair without one may be an expert
-        that no sample was routed to, or a dropped layer. After 100 steps its layer is taken to be out of use. Frozen
-        pairs are not counted, since their layers read the clean B. The host knows all this without waiting, except
-        under FSDP1, where a missing gradient counts as zero and the average fades.
-        """
-        for stack in self._stacks:
-            stack.count_missed_steps()
-
-    @property
-    def may_be_nonzero(self) -> bool:
-        """Whether the average may be other than zero, as far as the host knows."""
-        return any(stack.may_be_nonzero for stack in self._stacks)
+            stack.average(fresh_E, fresh.finite, beta)
+        self.may_be_nonzero |= not fresh.is_zero
 
     @property
     def learns(self) -> bool:
@@ -265,7 +250,6 @@ class Perturbation:
         return {
             "E": {name: each.E for name, each in saved.items()},
             "averaged": {name: each.has_average for name, each in saved.items()},
-            "missed": {name: each.missed_steps for name, each in saved.items()},
             "scalings": {name: each.scaling for name, each in saved.items()},
         }
 
@@ -284,11 +268,12 @@ class Perturbation:
         """
         saved = {}
         for name, E in state["E"].items():
-            saved[name] = PairState(E, state["averaged"][name], state["missed"][name], state["scalings"][name])
+            saved[name] = PairState(E, state["averaged"][name], state["scalings"][name])
         expected = {pair.name: stack.E[i].shape for stack, i, pair in self._places()}
         problems = state_problems(saved, expected, may_come, may_be_new)
         if problems:
             raise ValueError(f"the checkpoint's perturbation is of other pairs: {problems_text(problems)}")
+        self.may_be_nonzero = any(bool(each.E.any()) for each in saved.values())
         for stack, i, pair in self._places():
             if pair.name in saved:
                 stack.put(i, saved.pop(pair.name))

@@ -169,7 +169,6 @@ def test_exception_in_a_step(tmp_path, front_end, error, pass_number):
     assert same({k.removeprefix("net."): v for k, v in file["state_dict"].items()}, shadow.stored)
     if "efmlora" in front_end:
         state = file["callbacks"]["EFMLoRA"]["perturbation"]
-        assert None not in state["missed"].values()
         assert same(state["E"], E_hat(driver_of(trainer)))
         assert all(E.any() for E in state["E"].values())
 

@@ -16,7 +16,7 @@ from lightning_flatlora.baselines import LoRASAM
 from lightning_flatlora.methods.checks import changed_settings
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.fmlora import FMLoRAStep
-from lightning_flatlora.perturbation.pair_stack import MOST_MISSED_STEPS
+from lightning_flatlora.methods.step_method import STEPS_UNTIL_WARNING
 
 KINDS = [EFMLoRAStep, FMLoRAStep]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -170,20 +170,14 @@ def test_a_gradient_that_is_not_finite_moves_nothing(kind: Any) -> None:
 
 
 def test_a_step_without_any_gradient_leaves_the_average() -> None:
-    """All of its batches were skipped. If others have gradients, the pairs have missed a step."""
     method, model = started(EFMLoRAStep(0.5))
     backward(model)
     method.before_step()
     before = E_of(method)
     model.zero_grad()
-    for missed in (0, 1):
-        other = nn.Parameter(torch.ones(1))
-        other.grad = torch.ones(1) if missed else None
-        method.optimizer.add_param_group({"params": [other]})
-        method.before_step()
-        assert same_E(before, E_of(method))
-        assert set(method.perturbation.state_dict()["missed"].values()) == {missed}
-    assert method.step == 3
+    method.before_step()
+    assert same_E(before, E_of(method))
+    assert method.step == 2
 
 
 def test_frozen_pairs_take_no_second_pass() -> None:
@@ -226,7 +220,7 @@ def test_pairs_that_never_have_a_gradient_are_said_once() -> None:
         method.warn_without_gradient()
         for pair in method.pairs:
             pair.B.requires_grad_(True)
-        for _ in range(MOST_MISSED_STEPS - 1):
+        for _ in range(STEPS_UNTIL_WARNING - 1):
             method.before_step()
     with pytest.warns(UserWarning, match="EFMLoRA: no B of a pair of optimizer 1 has had a gradient in any step"):
         method.before_step()
@@ -282,7 +276,7 @@ def test_a_state_waits_for_its_pairs() -> None:
 
 def test_a_state_of_other_pairs_changes_nothing() -> None:
     state = trained(EFMLoRAStep).state_dict()
-    for part, value in {"E": torch.zeros(3, 2), "averaged": True, "missed": 0, "scalings": 2.0}.items():
+    for part, value in {"E": torch.zeros(3, 2), "averaged": True, "scalings": 2.0}.items():
         state["perturbation"][part]["another"] = value
     method, _ = started(EFMLoRAStep(0.5))
     with pytest.raises(
