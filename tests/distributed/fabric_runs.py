@@ -8,6 +8,7 @@ from typing import Any
 import fits
 import lightning as L
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from fits import Sharded
 from float64_runs import RHO, dataset, network, optimizer_of, scheduler_of
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_flatlora import loops
-from lightning_flatlora.sharding import Sharding
+from lightning_flatlora.sharding import Sharding, is_sharded
 
 BATCHES = 6
 
@@ -133,6 +134,24 @@ def of_ddp(kind: str, ranks: int | None = None) -> dict[str, Any]:
         found["keys"] = list(optimizer.state_dict()) if rank == 0 else []
     flat.close()
     return found
+
+
+def by_accelerate() -> dict[str, Any]:
+    """Accelerate, which shards the model by FSDP2 and gives the optimizer the new parameters."""
+    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    # It would take DDP, since it knows FSDP on accelerators only.
+    accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    net = network()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(trained, lr=3e-3))
+    flat = loops.EFMLoRA(model, optimizer, RHO)
+    batches = list(islice(Sharded(dataset(), ranks, rank), BATCHES))
+    run(flat, model, optimizer, batches, backward=accelerator.backward)
+    weights = {name: Sharding().gather(p, p).clone() for name, p in net.named_parameters() if p.requires_grad}
+    flat.close()
+    return {"weights": weights, "is_sharded": is_sharded(model)}
 
 
 def sharded_later() -> dict[str, Any]:

@@ -23,6 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     runs["resumed"] = ("fabric_runs:resumed", {"folder": str(tmp_path_factory.mktemp("saved") / "run")})
     for kind in OF_DDP:
         runs[kind] = ("fabric_runs:of_ddp", {"kind": kind})
+    runs["accelerate"] = ("fabric_runs:by_accelerate", {})
     runs["sharded later"] = ("fabric_runs:sharded_later", {})
     runs["refused"] = ("fabric_runs:refused", {})
     runs["unsynchronized"] = ("fabric_runs:unsynchronized", {})
@@ -57,6 +58,14 @@ def test_ddp_equals_one_process(results: Results, kind: str) -> None:
     for name, value in fabric_runs.of_ddp(kind, ranks=1)["weights"].items():
         assert float((value - first["weights"][name]).abs().max()) < 1e-12, name
     assert kind != "zero" or STATE_KEY in first["keys"]
+
+
+def test_fsdp2_by_accelerate_equals_one_process(results: Results) -> None:
+    first, second = results["accelerate"]
+    assert first["is_sharded"]
+    assert same(first, second)
+    for name, value in fabric_runs.of_ddp("plain", ranks=1)["weights"].items():
+        assert float((value - first["weights"][name]).abs().max()) < 1e-12, name
 
 
 def test_a_model_that_is_sharded_later_is_refused(results: Results) -> None:
