@@ -1,5 +1,6 @@
 """Hostile modules under every front end: clean, plain at rho 0, counted once, resumed."""
 
+import atexit
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -168,6 +169,8 @@ def by_loop(title: str, front_end: str, rho: float, lr: float, folder: Path, res
 
 
 FOLDER = TemporaryDirectory()
+# Explicitly, since Python warns of a folder that it has to remove itself.
+atexit.register(FOLDER.cleanup)
 
 
 @cache
