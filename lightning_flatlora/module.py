@@ -95,6 +95,7 @@ class FMLoRASteps(_Base):
             gradient_clip_algorithm=gradient_clip_algorithm,
         )
         self._callback = FMLoRAModuleCallback(method)
+        self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm

@@ -124,8 +124,13 @@ class Perturbation:
     def install(self) -> None:
         """Make every reader able to read B + E; until :meth:`on` they read B."""
         if not self.is_installed:
-            for reader in readers_of(self.pairs):
+            readers = readers_of(self.pairs)
+            for reader in readers:
                 perturbed_read.install(reader, self._sharding.only_views)
+            # Connected from the start, so that compiled layers have one graph for the clean weight. Not if the layers
+            # read another perturbation now.
+            if all(perturbed_read.shown(reader) is None for reader in readers):
+                self._connect_all()
         self.is_installed = True
 
     def uninstall(self) -> None:
@@ -141,8 +146,7 @@ class Perturbation:
     def on(self) -> None:
         """Let the layers read B + E, with the kept E, whose updates they follow."""
         if not self._switch.is_connected:
-            self._connect([stack.E for stack in self._stacks], self._switch)
-            self._switch.is_connected = True
+            self._connect_all()
         self._switch.is_on = True
 
     def off(self) -> None:
@@ -167,6 +171,11 @@ class Perturbation:
         with perturbed_read.restored(readers_of(self.pairs)):
             self._connect(perturbations, perturbed_read.Switch(is_on=True))
             yield
+
+    def _connect_all(self) -> None:
+        """Let every reader listen to the own switch."""
+        self._connect([stack.E for stack in self._stacks], self._switch)
+        self._switch.is_connected = True
 
     def _connect(self, perturbations: list[Tensor], switch: perturbed_read.Switch) -> None:
         """Give every reader its slice of the stacked perturbations, to add while a switch is on."""

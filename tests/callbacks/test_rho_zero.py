@@ -20,8 +20,9 @@ class Course(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         self.weights.append(weights(pl_module))
-        # in automatic optimization Lightning hands out the loss divided by the window
-        self.losses.append(outputs["loss"] * trainer.accumulate_grad_batches)
+        # In automatic optimization Lightning hands out the loss divided by the window.
+        divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self.losses.append(outputs["loss"] * divisor)
 
 
 def course(tmp_path: Any, front_end: str, accumulate: int, clip: float | None, precision: str, **settings: Any) -> Any:
