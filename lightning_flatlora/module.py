@@ -146,6 +146,12 @@ class FMLoRASteps(_Base):
         return [self._callback]
 
     @override
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of an open accumulation window, which Lightning does not know of."""
+        if ends_window(self.trainer):
+            super().on_validation_model_zero_grad()
+
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """One or two passes and, at the end of an accumulation window, the optimizer step (Algorithm 1)."""
         callback, trainer = self._callback, self.trainer

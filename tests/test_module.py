@@ -232,3 +232,32 @@ def test_batches_that_the_loader_left_out_are_as_in_automatic_optimization(tmp_p
             trainer = fit(tmp_path, module, callbacks, loader, **more)
         ends.append((trainer.global_step, list(weights(module).values())))
     assert same(*ends)
+
+
+class SetsWindow(TwoPassClassifier):
+    """Sets the window when the devices are known, and again in its second epoch."""
+
+    def setup(self, stage: str) -> None:
+        self.accumulate_grad_batches = 3
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.accumulate_grad_batches = 2
+
+    def configure_optimizers(self) -> Any:
+        self.estimated = self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_a_window_may_be_set_later_and_is_the_modules_alone(tmp_path):
+    module, given = SetsWindow(0.5), TwoPassClassifier(0.5, accumulate_grad_batches=3)
+    for each in (module, given):
+        trainer = fit(tmp_path, each, [], max_epochs=1)
+    assert same(weights(module), weights(given))
+    assert module.estimated == trainer.global_step == 2
+    module = SetsWindow(0.5)
+    trainer = fit(tmp_path, module, [], max_epochs=2)
+    assert trainer.global_step == 2 + 3
+    # The Trainer's own would change the steps at which loggers log.
+    assert trainer.accumulate_grad_batches == 1
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 12

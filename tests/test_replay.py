@@ -1,8 +1,10 @@
 """Replay alone, on a plain module: what a second pass, and passes outside of any step, leave behind."""
 
 import random
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,3 +106,23 @@ def test_a_written_parameter_is_refused_unless_an_optimizer_trains_it(write: Cal
         if refuses:
             with pytest.raises(MisconfigurationException, match="the parameter frozen, which no optimizer trains"):
                 replay.running().__enter__()
+
+
+def test_a_buffer_in_a_files_memory_is_not_written(tmp_path: Path) -> None:
+    """Writing it would end the process."""
+    np.save(tmp_path / "table.npy", np.arange(3.0))
+    model = Model()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        table = torch.from_numpy(np.load(tmp_path / "table.npy", mmap_mode="r"))
+    model.register_buffer("table", table)
+    with second_pass(Replay(model), model):
+        model()
+    assert model.table.tolist() == [0, 1, 2]
+
+
+def test_a_buffer_of_another_shape_in_its_memory_is_put_back() -> None:
+    model = Model()
+    with second_pass(Replay(model), model):
+        model.queue.data = model.queue.data[:1]
+    assert model.queue.shape == (2,)

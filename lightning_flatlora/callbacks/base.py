@@ -204,7 +204,7 @@ class MethodCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.method.warn(*self.fit_methods.without_effect())
+        self.method.warn(*self.fit_methods.without_effect(pl_module))
         for method in self.methods:
             method.warn_without_gradient()
 

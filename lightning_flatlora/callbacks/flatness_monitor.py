@@ -260,10 +260,12 @@ class FlatnessMonitor(Callback):
 
     def _try_out(self, trainer: Trainer, held: ProbeBatches) -> bool:
         """Say whether new probe batches can be measured, on this rank and all others; a warning says why not."""
-        if held.tried == len(held):
+        decided = trainer.strategy.reduce_boolean_decision
+        # Asked of all ranks, since one may have new batches where another has none.
+        if not decided(held.tried < len(held), all=False):
             return True
         problem = held.try_out()
-        has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+        has_failed = decided(problem is not None, all=False)
         if has_failed:
             reason = problem or "the step of another rank fails in eval mode, in which it measures"
             self._warn(f"nothing is measured in this run: {reason}")

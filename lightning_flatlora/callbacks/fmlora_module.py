@@ -1,5 +1,7 @@
 """The callback through which an FMLoRAModule starts, counts, clips and ends, so that its hooks stay the user's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +12,8 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.callbacks.efmlora import EFMLoRA
+from lightning_flatlora.callbacks.patches import put_on
+from lightning_flatlora.callbacks.training_step import window_of
 from lightning_flatlora.compat import callback_of, callbacks_of
 from lightning_flatlora.methods.efmlora import EFMLoRAStep
 from lightning_flatlora.methods.step_method import StepMethod
@@ -45,10 +49,13 @@ class FMLoRAModuleCallback(MethodCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._is_set_up = True
-            # The Trainer refuses windows in manual optimization when it is asked to run. From here on it counts them,
-            # as in trainer.estimated_stepping_batches while the optimizers are configured.
-            self._patches.callback(setattr, trainer, "accumulate_grad_batches", trainer.accumulate_grad_batches)
-            trainer.accumulate_grad_batches = pl_module.accumulate_grad_batches
+            original = trainer.strategy.setup_optimizers
+
+            def setup_optimizers(trainer: Trainer) -> None:
+                with counting_windows(trainer):
+                    original(trainer)
+
+            self._patches.enter_context(put_on(trainer.strategy, {"setup_optimizers": setup_optimizers}))
 
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: Any) -> list[str]:
@@ -147,3 +154,17 @@ class FMLoRAModuleCallback(MethodCallback):
         for config in trainer.lr_scheduler_configs:
             if config.interval == interval and (index + 1) % config.frequency == 0:
                 trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
+
+
+@contextmanager
+def counting_windows(trainer: Trainer) -> Iterator[None]:
+    """Inside, ``trainer.estimated_stepping_batches`` counts optimizer steps.
+
+    In manual optimization Lightning knows of no windows, and counts batches.
+    """
+    before = trainer.accumulate_grad_batches
+    trainer.accumulate_grad_batches = window_of(trainer)
+    try:
+        yield
+    finally:
+        trainer.accumulate_grad_batches = before

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.training_step import no_end, optimizer_steps
+from lightning_flatlora.callbacks.training_step import no_end, optimizer_steps, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of, is_lightning
 from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
 from lightning_flatlora.methods.checks import changed_settings, refuse
@@ -162,9 +162,17 @@ class MethodsOfFit:
             problems += [f"{each}. Until then the first group's is followed" for each in method.rate_problems()]
         return problems
 
-    def without_effect(self) -> list[str]:
+    def without_effect(self, module: LightningModule) -> list[str]:
         """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
-        if not self.needs_pairs or self.main.pairs:
+        if not self.needs_pairs:
+            return []
+        steps_itself = not module.automatic_optimization and not takes_passes_itself(module)
+        if self.main.pairs and steps_itself and not any(method.step for method in self.methods):
+            return [
+                "no optimizer step was seen so far, so nothing was perturbed: step the optimizer that "
+                "self.optimizers() gives, not the one inside it"
+            ]
+        if self.main.pairs:
             return []
         what = "no pair is trained any more" if self.main.has_learned else "no pair has been trained so far"
         return [
@@ -197,13 +205,15 @@ class MethodsOfFit:
         """
         problems = changed_settings(self.main.settings(), state["settings"])
         states = state.get("optimizers", [state])
-        if len(states) != len(self.methods):
+        # One state, as of a loop or before the optimizers were known, is that of the first optimizer's pairs.
+        if len(states) not in (1, len(self.methods)):
             problems.append(
                 f"the checkpoint holds the state of {len(states)} optimizers, and this run has "
                 f"{len(self.methods)}: configure as many as it had, or start a new run from the weights"
             )
         refuse(self.main, problems)
-        for method, of_method in zip(self.methods, states, strict=True):
+        methods = [self.main] if len(states) == 1 else self.methods
+        for method, of_method in zip(methods, states, strict=True):
             # Another optimizer's pairs have their own state.
             known = set(self.search.names)
             for other in self.methods:

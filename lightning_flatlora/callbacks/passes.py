@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
-from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step
+from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step, window_of
 from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.batches import copied_batch
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
@@ -248,7 +248,7 @@ class TwoPasses(Passes):
                 leave_batch_out(self.trainer, self._step_name)
             else:
                 # Lightning, or the module, has divided the first pass's loss already.
-                original(second / self.trainer.accumulate_grad_batches, *args, **kwargs)
+                original(second / window_of(self.trainer), *args, **kwargs)
         return loss
 
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.callbacks.patches import nothing, put_on_instance
+from lightning_flatlora.callbacks.training_step import window_of
 from lightning_flatlora.compat import callbacks_of, is_defined_by_lightning, is_lightning
 
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
@@ -126,7 +127,7 @@ def _foreign_problems(strategy: strategies.DDPStrategy) -> list[str]:
 
 def _static_graph_problems(trainer: Trainer, strategy: strategies.DDPStrategy, sync_ascent: bool) -> list[str]:
     """Why DDP's static graph can't be used, if there are backward passes that do not synchronize."""
-    window = trainer.accumulate_grad_batches
+    window = window_of(trainer)
     for callback in callbacks_of(trainer):
         if is_lightning(callback, GradientAccumulationScheduler):
             window = max(window, *callback.scheduling.values())
@@ -186,7 +187,7 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
     """
     if not is_lightning(trainer.strategy, strategies.DDPStrategy, strategies.FSDPStrategy):
         return False
-    return trainer.accumulate_grad_batches > 1 or not sync_ascent
+    return window_of(trainer) > 1 or not sync_ascent
 
 
 def has_synchronized(strategy: strategies.Strategy) -> bool:

@@ -68,9 +68,15 @@ def takes_passes_itself(module: LightningModule) -> bool:
     return getattr(module, "_takes_passes_itself", False)
 
 
+def window_of(trainer: Trainer) -> int:
+    """Batches of an optimizer step, as the trainer or an FMLoRAModule accumulates them."""
+    module: Any = trainer.lightning_module
+    return module.accumulate_grad_batches if takes_passes_itself(module) else trainer.accumulate_grad_batches
+
+
 def ends_window(trainer: Trainer) -> bool:
     """Say whether a batch is the last of its accumulation window, which may be shorter at the end of an epoch."""
-    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+    return (trainer.fit_loop.batch_idx + 1) % window_of(trainer) == 0 or trainer.is_last_batch
 
 
 def horizon_problems(argument: str, trainer: Trainer, module: LightningModule) -> list[str]:
@@ -109,7 +115,7 @@ def optimizer_steps(trainer: Trainer) -> float:
     steps = math.inf
     if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
         # Rounded up, because the last window of an epoch steps even if it is shorter.
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * _epochs(trainer)
+        steps = math.ceil(trainer.num_training_batches / window_of(trainer)) * _epochs(trainer)
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
 
 

@@ -131,9 +131,12 @@ def buffers_of(modules: Sequence[nn.Module]) -> PutBack:
                 module._buffers.clear()
             module._buffers.update(held)
         for buffer, data, value in values:
-            if buffer.data_ptr() != data.data_ptr():
+            if buffer.data_ptr() != data.data_ptr() or buffer.shape != data.shape:
                 buffer.data = data
-            buffer.copy_(value)
+            # Memory of the host may be read-only, as a file's, and is written only if the pass has. On a device it
+            # would take time to compare.
+            if not buffer.is_cpu or not torch.equal(buffer, value):
+                buffer.copy_(value)
 
     return put_back
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
+from lightning_flatlora.callbacks.fmlora_module import counting_windows
+
 _SECONDS = 10.0  # between two lines
 
 
@@ -107,7 +109,8 @@ class ProgressLines(ProgressBar):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches
+        with counting_windows(trainer):
+            steps = trainer.estimated_stepping_batches
         if self._is_on and not math.isinf(steps):
             self._training = Lines(f"{self._name}, training steps", int(steps), trainer.global_step)
 

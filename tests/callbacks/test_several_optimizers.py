@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, assert_no_trace, fit, same, weights
+from helpers import Classifier, assert_no_trace, fit, make_loader, same, trainer_of, weights
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -177,7 +177,7 @@ class OneForBoth(Pair):
     ("saved", "resumed", "message"),
     [
         (Pair, OneForBoth, "state of 2 optimizers, and this run has 1"),
-        (OneForBoth, Pair, "state of 1 optimizers, and this run has 2"),
+        (OneForBoth, Pair, "perturbation is of other pairs.*in the checkpoint but not in the model"),
     ],
 )
 def test_another_number_of_optimizers_is_refused(tmp_path, saved, resumed, message):
@@ -189,3 +189,49 @@ def test_another_number_of_optimizers_is_refused(tmp_path, saved, resumed, messa
     torch.save(checkpoint, file)
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, resumed(), [EFMLoRA(0.5)], ckpt_path=file)
+
+
+def test_a_batch_size_finder_restores_what_it_saved_before_the_optimizers_were_known(tmp_path):
+    class Sized(Pair):
+        batch_size = 2
+
+        def train_dataloader(self) -> Any:
+            return make_loader(6)
+
+    callback = EFMLoRA(0.5)
+    trainer_of(tmp_path, [BatchSizeFinder(max_trials=1), callback], max_epochs=1).fit(
+        Sized(), val_dataloaders=make_loader(1)
+    )
+    assert [method.step for method in callback.methods] == [3, 6]  # the critic steps twice as often
+
+
+class Unwatched(torch.optim.Optimizer):
+    """A wrapper that does not call its base's constructor, so that it has no hooks."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.defaults, self.state = inner, inner.defaults, inner.state
+
+    @property
+    def param_groups(self) -> Any:
+        return self.inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        self.inner.param_groups = value
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+def test_steps_that_cannot_be_watched_are_told_of_at_the_end_of_the_epoch(tmp_path):
+    class Hidden(Pair):
+        def configure_optimizers(self) -> Any:
+            return [Unwatched(optimizer) for optimizer in super().configure_optimizers()]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer, net in zip(self.optimizers(), self.nets.values(), strict=True):
+                self.manual_backward(net(batch[0]).square().mean())
+                optimizer.optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"no optimizer step was seen so far.*self\.optimizers\(\) gives"):
+        fit(tmp_path, Hidden(), [EFMLoRA(0.5)], max_epochs=1)
