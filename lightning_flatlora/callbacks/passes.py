@@ -19,7 +19,6 @@ from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step, window_of
-from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.batches import copied_batch
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
 from lightning_flatlora.methods.gradients import set_aside
@@ -53,7 +52,7 @@ class Passes:
         # A tuner, such as the batch size finder, removes callbacks for its trial steps, and these must be plain.
         if self._is_closed or takes_no_step(self.trainer):
             return False
-        return self.owner in callbacks_of(self.trainer)
+        return self.owner in self.trainer.callbacks  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Give the strategy its own methods back."""
