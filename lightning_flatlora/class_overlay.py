@@ -74,6 +74,7 @@ def set_class(module: nn.Module) -> None:
     """Give a module the class of the mixins whose state it holds now; without any, its own class."""
     mixins = []
     for mixin in Overlay.__subclasses__():
+        # An empty state is not needed any more.
         if not module.__dict__.get(mixin._overlay_state, True):
             del module.__dict__[mixin._overlay_state]
         if mixin._overlay_state in module.__dict__:

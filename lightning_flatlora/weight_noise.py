@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,8 @@ class WeightNoise:
     While the noise is on, each layer's base adds :math:`\varepsilon x` to its output. The n x m noise exists only
     inside a layer's forward and again inside its backward. It is drawn from its own generator, with one seed for
     each layer: the graph keeps a seed and n numbers, the global random state is not touched, and ranks on devices of
-    the same kind draw the same noise. W' is never formed, since its row norms need only those of W0 and pieces of
-    size r. The cost is two draws and two more products for each layer, and no further pass.
+    the same kind draw the same noise. W' is never formed, since its row norms need only those of W0, which are taken
+    once, and pieces of size r. The cost is two draws and two more products for each layer, and no further pass.
 
     If a backward computes layers again (activation checkpointing), it must run while the noise is on. Stored weights
     and their gradients are never changed. Layers whose adapter is disabled get no noise.
@@ -109,6 +110,14 @@ class NoisyLayer(OutputTerm):
         noisy: Tensor = noise_product(x, self._deviations, self._seed, x.shape[-1])
         return noisy
 
+    @cached_property
+    def _base_squared(self) -> Tensor:
+        """Compute ||W0_i||^2 of every row i: only once, since the base is frozen and this reads all of it."""
+        W0 = self.linear.weight
+        wide = torch.promote_types(W0.dtype, torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(W0, dim=1, dtype=wide)
+        return norms.square()
+
     @torch.no_grad()
     def _squared_norms(self) -> Tensor:
         """Compute ||W0_i||^2 + 2 B_i (W0 A^T)_i + B_i A A^T B_i^T of every row i, with s in B, shape (n,)."""
@@ -118,7 +127,7 @@ class NoisyLayer(OutputTerm):
         with torch.autocast(W0.device.type, enabled=False):
             A, B = (factor.to(W0.dtype) for factor in self.linear.factors())
             cross = (B * (W0 @ A.mT)).sum(1)
-            squared: Tensor = torch.linalg.vector_norm(W0, dim=1).square() + 2 * cross + ((B @ (A @ A.mT)) * B).sum(1)
+            squared = self._base_squared.to(W0.device) + 2 * cross + ((B @ (A @ A.mT)) * B).sum(1)
         return squared.clamp_min(0)
 
 

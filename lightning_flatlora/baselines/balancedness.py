@@ -114,9 +114,9 @@ class BalancednessStep(StepMethod):
         happens = Sharding().all_finite(also_finite, self.pairs[0].B.device)
         norm = torch.linalg.vector_norm
         for pair in self.pairs:
-            A, B = rows_of(pair.A, pair.A_rows), rows_of(pair.B, pair.B_rows)
             if pair.A.grad is None or pair.B.grad is None:
                 continue
+            A, B = rows_of(pair.A, pair.A_rows), rows_of(pair.B, pair.B_rows)
             if self.kind == "nBAR":
                 B_grows = norm(rows_of(pair.B.grad, pair.B_rows)) >= norm(rows_of(pair.A.grad, pair.A_rows))
             else:

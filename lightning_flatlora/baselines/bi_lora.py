@@ -39,7 +39,7 @@ class BiLoRA(MethodCallback):
 
     The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, in float32 or wider, and
     saves them with its state. They are on in the forward and the backward pass (so the logged loss includes them), and
-    off in validation and in all hooks. An accumulation window is one ascent from the sum
+    off in validation and, under automatic optimization, in all hooks. An accumulation window is one ascent from the sum
     of its gradients. If a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
     concern them. Under DDP their gradients are averaged over the ranks. The global random state is not touched. Only
     Linear layers get a pair; others are named once and train without it.

@@ -20,9 +20,10 @@ class RandomPerturbation(MethodCallback):
 
     The noise is a function of (seed, optimizer step, layer): all micro-batches of an accumulation window and all ranks
     share it, and a resumed run draws what the uninterrupted one would have drawn. It is on in the forward and the
-    backward pass (so the logged loss includes it), and off in validation and in all hooks. No stored weight ever
-    changes, so nothing drifts; see :class:`~lightning_flatlora.weight_noise.WeightNoise`. The global random state is
-    not touched. Only Linear layers get noise; others are named once and train without it.
+    backward pass (so the logged loss includes it), and off in validation and, under automatic optimization, in all
+    hooks. No stored weight ever changes, so nothing drifts; see
+    :class:`~lightning_flatlora.weight_noise.WeightNoise`. The global random state is not touched. Only Linear layers
+    get noise; others are named once and train without it.
 
     Args:
         sigma: size of the noise relative to the norms of the weights' rows, without a unit, >= 0; or a schedule over

@@ -138,7 +138,8 @@ class MethodCallback(Callback):
             rank_zero_info(f"{self.method.title} leaves unperturbed: " + "; ".join(left_out))
         for method in self.methods:
             method.install()
-        self.passes = (TwoPasses if self.method.takes_two_passes else OnePass)(self, trainer)
+        kind = TwoPasses if self.method.takes_two_passes else OnePass
+        self.passes = kind(self, trainer)
         self._patches.callback(self.passes.close)
         self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
 

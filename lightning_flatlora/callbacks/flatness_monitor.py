@@ -44,7 +44,7 @@ class FlatnessMonitor(Callback):
     A measurement costs 4 passes over the probe batches with the default measures (forward, backward, two forwards), and
     6 next to EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
     :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches, and a copy
-    of the buffers that a step writes.
+    of the buffers, of 64 MB at most.
 
     Args:
         rho: radius of the ball that is searched, in the weights' units, > 0; the estimate is then the "average" one
@@ -154,8 +154,9 @@ class FlatnessMonitor(Callback):
         finder = self.finder or (method.finder if method else None)
         adapter_name = method.adapter_name if method is not None and finder is None else None
         perturbation = Perturbation(find_pairs(pl_module, adapter_name, finder=finder).pairs)
-        measures_noise = "expected_sharpness" in (self.measures or ())
-        return perturbation, WeightNoise(pl_module, adapter_name, finder=finder) if measures_noise else None
+        if "expected_sharpness" not in (self.measures or ()):
+            return perturbation, None
+        return perturbation, WeightNoise(pl_module, adapter_name, finder=finder)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -296,5 +297,4 @@ class FlatnessMonitor(Callback):
 
 def _method_of(trainer: Trainer) -> Any:
     """Find the method whose settings are taken, or None; EFMLoRA also schedules an FMLoRAModule, so it comes first."""
-    first = callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA)
-    return first or callback_of(trainer, FMLoRAModuleCallback)
+    return callback_of(trainer, EFMLoRA) or callback_of(trainer, FMLoRA) or callback_of(trainer, FMLoRAModuleCallback)

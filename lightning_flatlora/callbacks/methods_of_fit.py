@@ -166,20 +166,20 @@ class MethodsOfFit:
         """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
         if not self.needs_pairs:
             return []
+        if not self.main.pairs:
+            what = "no pair is trained any more" if self.main.has_learned else "no pair has been trained so far"
+            return [
+                f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
+                "parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from the "
+                "next epoch on"
+            ]
         steps_itself = not module.automatic_optimization and not takes_passes_itself(module)
-        if self.main.pairs and steps_itself and not any(method.step for method in self.methods):
+        if steps_itself and not any(method.step for method in self.methods):
             return [
                 "no optimizer step was seen so far, so nothing was perturbed: step the optimizer that "
                 "self.optimizers() gives, not the one inside it"
             ]
-        if self.main.pairs:
-            return []
-        what = "no pair is trained any more" if self.main.has_learned else "no pair has been trained so far"
-        return [
-            f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
-            "parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from the "
-            "next epoch on"
-        ]
+        return []
 
     def never_trained(self) -> list[str]:
         """Say, at the end of a fit, which pairs came into no optimizer though another callback was to see to it."""

@@ -142,7 +142,7 @@ def buffers_of(modules: Sequence[nn.Module]) -> PutBack:
 
 
 def _is_copyable(buffer: Tensor | None) -> TypeGuard[Tensor]:
-    """Say whether a buffer has values in memory that may be written: not a lazy, a sparse or an expanded one."""
+    """Say whether values can be copied back into a buffer: not into a lazy, a sparse or an expanded one."""
     if buffer is None or is_lazy(buffer) or buffer.is_inference() or buffer.is_meta:
         return False
     if buffer.layout != torch.strided:

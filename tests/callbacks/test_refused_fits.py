@@ -250,9 +250,12 @@ for hook in ("optimizer_step", "optimizer_zero_grad", "on_before_zero_grad"):
     CASES[hook] = Case((f"Manual overrides {hook}, which Lightning does not call",), ("module",), overrides(hook))
 
 
-@pytest.mark.parametrize(
-    ("title", "front_end"), [(title, front_end) for title, case in CASES.items() for front_end in case.front_ends]
-)
+AT_THE_START = []
+for name, each in CASES.items():
+    AT_THE_START += [(name, front_end) for front_end in each.front_ends]
+
+
+@pytest.mark.parametrize(("title", "front_end"), AT_THE_START)
 def test_refused_at_the_start(tmp_path: Any, title: str, front_end: str) -> None:
     case = CASES[title]
     bases = () if case.own is object else (case.own,)
@@ -331,9 +334,12 @@ FIRST_STEPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("own", "message", "kind"), [(own, message, kind) for own, message, kinds in FIRST_STEPS for kind in kinds]
-)
+AT_THE_FIRST_STEP = []
+for module_class, text, kinds in FIRST_STEPS:
+    AT_THE_FIRST_STEP += [(module_class, text, kind) for kind in kinds]
+
+
+@pytest.mark.parametrize(("own", "message", "kind"), AT_THE_FIRST_STEP)
 def test_refused_before_the_first_step_is_taken(tmp_path: Any, own: type[Any], message: str, kind: Any) -> None:
     module = type("Own", (own, Classifier), {})()
     before = weights(module)

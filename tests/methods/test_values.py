@@ -51,7 +51,9 @@ FRONT_ENDS: dict[str, Any] = {
 
 
 def values(table: dict[str, tuple[str, list[Any]]]) -> Any:
-    cases = [(name, value, allowed) for name, (allowed, bad) in table.items() for value in bad]
+    cases = []
+    for name, (allowed, bad) in table.items():
+        cases += [(name, value, allowed) for value in bad]
     return pytest.mark.parametrize(("name", "value", "allowed"), cases)
 
 
