@@ -585,7 +585,7 @@ KINDS: dict[str, Kind] = {
     "freezes late": Kind(FreezesLate, saves_adapters=True),
     "unfreezes a head": Kind(WithHead, needs_trainer=True, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
     "add_adapter": Kind(net=Bert, saves_adapters=True),
-    "Hydra": Kind(net=of_hydra, saves_adapters=True),
+    "Hydra": Kind(net=of_hydra),
     "halves gradients": Kind(HalvesGradients, needs_trainer=True),
     "writes into a tuple": Kind(Adds, needs_trainer=True),
     "writes into a dataclass": takes(Adds, as_batch=lambda batch: Fields(*batch)),

@@ -1,6 +1,6 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
-from collections import UserDict, UserList
+from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,6 @@ def test_optimizers_that_key_their_state_in_another_way(tmp_path: Path, kind: An
     assert_resumes(tmp_path, kind)
 
 
-def test_configs_of_other_containers_are_written(tmp_path: Path) -> None:
-    """As OmegaConf's, which are no lists and dicts, and unknown to JSON."""
-    base = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, CLASSES))
-    config = LoraConfig(r=2, target_modules=UserList(["0", "2"]), rank_pattern=UserDict({"0": 3}))
-    net: Any = get_peft_model(base, config)
-    fit(tmp_path, Classifier(net=net), [saver(tmp_path)])
-    saved = LoraConfig.from_pretrained(str(tmp_path / "step=12"))
-    assert set(saved.target_modules) == {"0", "2"}
-    assert saved.rank_pattern == {"0": 3}
-    assert isinstance(net.peft_config["default"].target_modules, UserList)
-
-
 def never(*args: Any) -> Any:
     raise AssertionError("the first step was taken")
 
@@ -134,6 +122,9 @@ def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     with pytest.raises(MisconfigurationException, match=r"would fail: RuntimeError: not yet"):
         fit(tmp_path, module, [FailsToTellItsState(), saver(tmp_path)])
+    listed = get_peft_model(nn.Sequential(nn.Linear(FEATURES, CLASSES)), LoraConfig(target_modules=UserList(["0"])))
+    with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: .*UserList is not JSON serializable"):
+        fit(tmp_path, Classifier(net=listed), [saver(tmp_path)])
     (tmp_path / "file").write_text("")
     with pytest.raises(MisconfigurationException, match=r"saving into .*/file/folder would fail: NotADirectoryError"):
         fit(tmp_path, module, [saver(tmp_path / "file" / "folder")])

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import load_adapter_checkpoint
-from lightning_flatlora.callbacks.adapter_checkpoint.base_identity import differing, identities_of
+from lightning_flatlora.callbacks.adapter_checkpoint.contents import differing, identities_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_flatlora.callbacks.adapter_checkpoint.saving import MARK
+from lightning_flatlora.callbacks.adapter_checkpoint.transfer import MARK
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),

@@ -1,17 +1,20 @@
 """AdapterCheckpoint: Lightning's ModelCheckpoint decides when to save, and the files have the adapter's size."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.adapter_checkpoint import export
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import hosts, note_trained
-from lightning_flatlora.callbacks.adapter_checkpoint.loading import read_adapters
-from lightning_flatlora.callbacks.adapter_checkpoint.saving import adapters_only, dry_run
+from lightning_flatlora.callbacks.adapter_checkpoint.transfer import adapters_only, read_adapters
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.methods.checks import refuse
@@ -43,7 +46,7 @@ class SavesAdapters(_Base):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not any(callback is self for callback in trainer.checkpoint_callbacks):
+        if self not in trainer.checkpoint_callbacks:
             problem = (
                 "this Trainer is of pytorch_lightning, which does not recognise it as a checkpoint callback: import "
                 "AdapterCheckpoint from lightning_flatlora.pytorch_lightning"
@@ -74,8 +77,45 @@ class SavesAdapters(_Base):
         self._seen.clear()
         saves = self.save_top_k != 0 or self.save_last
         if saves and not getattr(trainer, "fast_dev_run", False):
+            self._dry_run(trainer)
+
+    def _dry_run(self, trainer: Trainer) -> None:
+        """Write a whole checkpoint into a temporary place and remove it; every rank must call this.
+
+        Raises:
+            MisconfigurationException: on every rank, if one of them could not write.
+        """
+        error: Exception | None = None
+        try:
             with adapters_only(trainer, self.finder):
-                dry_run(trainer, Path(str(self.dirpath)), self.save_weights_only)
+                # On every rank, since the weights are gathered and a state_dict() may communicate.
+                checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+                if trainer.is_global_zero:
+                    self._save_and_remove(trainer, checkpoint)
+        except Exception as any_error:
+            error = any_error
+        # One rank may fail alone, for example by a callback's state. It ends the others, too, which would wait for it.
+        if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
+            problem = f": {type(error).__name__}: {error}" if error else " on another rank, whose error says why"
+            raise MisconfigurationException(
+                f"AdapterCheckpoint: saving into {self.dirpath} would fail{problem}"
+            ) from error
+
+    def _save_and_remove(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        # The folders that are missing are made at the first save.
+        folder = Path(str(self.dirpath))
+        while not folder.exists():
+            folder = folder.parent
+        with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
+            file = Path(name) / "dry_run.ckpt"
+            trainer.strategy.save_checkpoint(checkpoint, file)
+            unsafe = get_unsafe_globals_in_checkpoint(file)
+        if unsafe:
+            rank_zero_warn(
+                f"AdapterCheckpoint: PyTorch loads {', '.join(sorted(unsafe)[:3])} only from a file that you trust. "
+                "Leave such objects out by self.save_hyperparameters(ignore=[...]), or give weights_only=False with "
+                "ckpt_path"
+            )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

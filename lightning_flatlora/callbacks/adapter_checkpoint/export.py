@@ -1,15 +1,13 @@
 """Write a checkpoint's file and the folder in peft's own format beside it, and know which folders on the disk are ours.
 
-A folder is ours if it holds our list, which names its checkpoint and all that was written into it. Nothing else is
-ever deleted, and a folder that is not ours is never written into.
+A folder is ours if it holds our list, which names its checkpoint and all that was written into it. It is deleted if
+nothing else is in it, and a folder that is not ours is never written into.
 """
 
-import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +70,16 @@ def _save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fi
         of_host = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         place = folder if len(hosts) == 1 else folder / name
         place.mkdir(parents=True, exist_ok=True)
-        if hasattr(host, "peft_config"):
-            with _plain_configs(host):
-                _save_of_peft(host, of_host, place)
-            continue
-        factors = {key: of_host[key] for key in contents.found_factors(host, finder)}
-        # The name and the form that litgpt's scripts read, or plain safetensors.
-        if finder is litgpt_pairs:
-            torch.save({"model": factors}, place / "lit_model.pth.lora")
+        if isinstance(host, PeftModel):
+            host.save_pretrained(str(place), state_dict=of_host)
+        elif hasattr(host, "peft_config"):
+            _save_injected(host, of_host, place)
         else:
-            _save_tensors(factors, place / "factors.safetensors")
+            _save_found({key: of_host[key] for key in contents.found_factors(host, finder)}, place, finder)
 
 
-def _save_of_peft(host: Any, state: dict[str, Any], folder: Path) -> None:
-    if isinstance(host, PeftModel):
-        host.save_pretrained(str(folder), state_dict=state)
-        return
-    # What peft would write, for a module that is not wrapped in one of its models.
+def _save_injected(host: Any, state: dict[str, Any], folder: Path) -> None:
+    """Write what peft would write of a module that is not wrapped in one of its models."""
     for name, config in host.peft_config.items():
         place = folder if name == "default" else folder / name
         config.save_pretrained(str(place))
@@ -97,31 +88,18 @@ def _save_of_peft(host: Any, state: dict[str, Any], folder: Path) -> None:
         _save_tensors(tensors, place / "adapter_model.safetensors")
 
 
+def _save_found(factors: dict[str, Tensor], folder: Path, finder: Finder | None) -> None:
+    """Write a finder's factors under the name and in the form that litgpt's scripts read, or as plain safetensors."""
+    if finder is litgpt_pairs:
+        torch.save({"model": factors}, folder / "lit_model.pth.lora")
+    else:
+        _save_tensors(factors, folder / "factors.safetensors")
+
+
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     # Copies, since safetensors refuses tensors that share memory.
     copies = {name: value.clone().contiguous() for name, value in tensors.items()}
     save_file(copies, file, metadata={"format": "pt"})
-
-
-@contextmanager
-def _plain_configs(host: Any) -> Iterator[None]:
-    """Inside, the configs of a host hold plain lists and dicts, since JSON can't write those of Hydra."""
-    own = host.peft_config
-    host.peft_config = {name: copy.copy(config) for name, config in own.items()}
-    for config in host.peft_config.values():
-        vars(config).update(_plain(vars(config)))
-    try:
-        yield
-    finally:
-        host.peft_config = own
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes):
-        return [_plain(each) for each in value]
-    return value
 
 
 # -- the place on the disk
@@ -153,40 +131,24 @@ def aside(path: Path) -> Path:
 
 
 def _put_in_place(partial: Path, folder: Path, checkpoint: Path) -> None:
-    """Move a written folder to its place; what is there of ours is replaced, files of others stay."""
-    names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*"))]
-    old = [name for name in _read_list(folder).get("files", []) if name not in names]
-    # The list is written before the files. A file that is listed but missing does no harm, whereas one that is there
-    # but not listed would never be deleted.
-    (partial / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": [*names, *old]}, indent=1))
+    """Move a written folder to its place; what is there of the same names is replaced, and all else stays."""
+    names = {str(path.relative_to(partial)) for path in partial.rglob("*")}
+    # With what an older one has left there.
+    files = sorted(names.union(_read_list(folder).get("files", ())))
+    (partial / LIST).write_text(json.dumps({"checkpoint": checkpoint.name, "files": files}, indent=1))
     if not folder.exists():
         partial.rename(folder)
         return
+    # The list before the files. A file that is listed but missing does no harm, whereas with one that is there but not
+    # listed the folder would never be deleted.
     (partial / LIST).replace(folder / LIST)
     # One by one, so that the folder of a checkpoint that is overwritten exists at every moment.
     shutil.copytree(partial, folder, dirs_exist_ok=True, copy_function=os.replace)
     shutil.rmtree(partial)
-    _delete(folder, old)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete what we wrote, and the folder if nothing else is in it.
-
-    Args:
-        folder: of ours, see :func:`is_ours`.
-    """
-    _delete(folder, [LIST, *_read_list(folder)["files"]])
-    if not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _delete(folder: Path, names: Sequence[str]) -> None:
-    # They are searched for, since anybody may have edited the list: nothing outside of the folder is ever deleted. What
-    # is in a subfolder comes before it, and the list, which says that the rest is ours, at the end.
-    for place in sorted(folder.rglob("*"), reverse=True):
-        if str(place.relative_to(folder)) not in names or place.is_symlink():
-            continue
-        if place.is_file():
-            place.unlink()
-        elif not any(place.iterdir()):
-            place.rmdir()
+    """Delete a folder of ours, see :func:`is_ours`, unless somebody has put something else into it."""
+    held = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    if held <= {LIST, *_read_list(folder)["files"]}:
+        shutil.rmtree(folder)
