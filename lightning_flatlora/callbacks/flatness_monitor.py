@@ -241,7 +241,7 @@ class FlatnessMonitor(Callback):
             if not self._try_out(trainer, held):
                 return
             try:
-                point = self._point(trainer, pl_module, method)
+                point = self._point(trainer, pl_module, method, held)
                 held.has_measured = True
                 numbers = measure(point, measures, self.per_layer)
             except NoPairsError:  # none is trained now
@@ -260,26 +260,22 @@ class FlatnessMonitor(Callback):
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
 
     def _try_out(self, trainer: Trainer, held: ProbeBatches) -> bool:
-        """Say whether new probe batches can be measured, on this rank and all others; a warning says why not."""
-        decided = trainer.strategy.reduce_boolean_decision
-        # Asked of all ranks, since one may have new batches where another has none.
-        if not decided(held.tried < len(held), all=False):
-            return True
+        """Say whether the probe batches can be measured, on this rank and all others; a warning says why not."""
         problem = held.try_out()
-        has_failed = decided(problem is not None, all=False)
+        # Asked at each measurement, since one rank may have new batches where another has none.
+        has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
         if has_failed:
             reason = problem or "the step of another rank fails in eval mode, in which it measures"
             self._warn(f"nothing is measured in this run: {reason}")
             self._held = None
         return not has_failed
 
-    def _point(self, trainer: Trainer, pl_module: LightningModule, method: Any) -> Point:
-        assert self._held is not None
+    def _point(self, trainer: Trainer, pl_module: LightningModule, method: Any, held: ProbeBatches) -> Point:
         perturbation, noise = self._targets(pl_module, method)
         size = method.current_rho if method else None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return Point(
-            self._held.loss,
+            held.loss,
             # Without a radius of the monitor's own the method's estimator and scope are taken, too.
             method.perturbation if self.rho is None else perturbation,
             size if self.rho is None else self.rho,  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from lightning_flatlora.callbacks.training_step import loss_of
 from lightning_flatlora.flatness import MeanLoss
 from lightning_flatlora.flatness.losses import with_graph
 from lightning_flatlora.methods.batches import copied_batch
-from lightning_flatlora.methods.put_back import eval_mode, random_state
+from lightning_flatlora.methods.put_back import random_state
 from lightning_flatlora.methods.replay import Replay
 
 
@@ -63,48 +63,55 @@ class ProbeBatches:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Inside, the module is in eval mode and logs nothing; afterwards all is as before."""
+        """Inside, the module is in eval mode and logs nothing; afterwards all is as before.
+
+        Raises:
+            MisconfigurationException: the step has written a parameter that no optimizer trains.
+        """
         pl_module = self._pl_module
         self._replay.look_again(self._trainer.optimizers)
         with ExitStack() as stack:
             stack.enter_context(self._replay.undone(pl_module.device))
-            stack.callback(eval_mode(pl_module))
+            for part in pl_module.modules():
+                # One that was frozen by torch.jit has no mode. Not by eval(), which a module may have overridden.
+                if hasattr(part, "training"):
+                    stack.callback(setattr, part, "training", part.training)
+                    part.training = False
             stack.enter_context(silenced(pl_module))
             # A log that can't be replaced refuses what may not be logged in the hook that measures.
             stack.callback(setattr, pl_module, "_current_fx_name", pl_module._current_fx_name)
             pl_module._current_fx_name = "training_step"
             yield
+            written = self._replay.written_parameter()
+        # It can't be taken back, so the run must not go on as if nothing had happened.
+        if written is not None:
+            raise MisconfigurationException(
+                f"FlatnessMonitor: {self._step.__name__} writes the parameter {written} in eval mode, in which it "
+                "measures, and no optimizer trains it, as a momentum encoder's: update it in on_train_batch_end, or "
+                "behind `if self.training`"
+            )
 
     def try_out(self) -> str | None:
-        """Take the gradient of each batch, leave out those without a loss, and say why nothing can be measured.
+        """Take the gradient of each batch, if some are new, leave out those without a loss, and say what fails.
 
         The module is in eval mode, in which detection models give no losses, and an RNN of cuDNN no gradient.
-
-        Raises:
-            MisconfigurationException: the step writes a parameter that no optimizer trains.
         """
+        if self.tried == len(self._batches):
+            return None
         name = self._step.__name__
         trained = [parameter for parameter in self._pl_module.parameters() if parameter.requires_grad]
         usable = []
         try:
             for held in self._batches:
                 loss = self._loss(*held)
-                if loss is not None:
-                    usable.append(held)
+                if loss is None:
+                    continue
+                usable.append(held)
                 # Pairs may be unfrozen later.
-                if loss is not None and loss.requires_grad:
+                if loss.requires_grad:
                     torch.autograd.grad(with_graph(loss), trained, allow_unused=True)
         except Exception as error:
             return f"{name} fails in eval mode, in which it measures: {type(error).__name__}: {error}"
-        finally:
-            written = self._replay.written_parameter()
-            # It can't be taken back, so the run must not go on as if nothing had happened.
-            if written is not None:
-                raise MisconfigurationException(
-                    f"FlatnessMonitor: {name} writes the parameter {written} in eval mode, in which it measures, and "
-                    "no optimizer trains it, as a momentum encoder's: update it in on_train_batch_end, or behind "
-                    "`if self.training`"
-                )
         without = len(self._batches) - len(usable)
         if usable and without:
             rank_zero_warn(

@@ -169,28 +169,6 @@ def metrics_on_copies(metrics: Iterable[Metric]) -> PutBack:
     return put_back
 
 
-def eval_mode(module: nn.Module) -> PutBack:
-    """Put a module and all of its parts into eval mode, until they get back the modes that they have now."""
-    # One that was frozen by torch.jit has no mode. Parents come first, so their children have the last say.
-    modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]
-    for part, _ in modes:
-        _set_mode(part, False)
-
-    def put_back() -> None:
-        for part, mode in modes:
-            _set_mode(part, mode)
-
-    return put_back
-
-
-def _set_mode(part: nn.Module, mode: bool) -> None:
-    if isinstance(part, ScriptModule):
-        part.train(mode)  # its state is in C++
-    else:
-        # Not by train(), which a module may have overridden.
-        vars(part)["training"] = mode
-
-
 def _copied(value: Any) -> Any:
     """Copy a metric's state, a tensor or a list of tensors; give anything else as it is."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
