@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora import Linear
@@ -18,9 +18,9 @@ from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError
 _TERMS = "_flatlora_terms"
 
 
-@dataclass(frozen=True, eq=False)
-class AdaptedLinear:
-    """A Linear under adapters, to whose output a further term can be added.
+@dataclass(eq=False)
+class OutputTerm(ABC):
+    """A Linear under adapters, and a term that it adds to its output while the term is on.
 
     Attributes:
         names: clean names of the layer of peft, or of a finder's pairs on it.
@@ -33,6 +33,10 @@ class AdaptedLinear:
     base: Any
     pairs: list[LoRAPair]
     layer: Any = None
+
+    @abstractmethod
+    def term(self, x: Tensor) -> Tensor:
+        """Compute the term for an input in the dtype of the layer's output."""
 
     @property
     def weight(self) -> Tensor:
@@ -53,42 +57,22 @@ class AdaptedLinear:
             of_B.append(F.pad(B.mT * pair.scaling, (rows.start, n - rows.stop)))
         return torch.cat(of_A), torch.cat(of_B).mT
 
-
-class OutputTerm(ABC):
-    """A term that an adapted Linear adds to its output while the term is on.
-
-    Args:
-        linear: the layer.
-    """
-
-    def __init__(self, linear: AdaptedLinear) -> None:
-        self.linear = linear
-
-    @abstractmethod
-    def term(self, x: Tensor) -> Tensor:
-        """Compute the term for an input in the dtype of the layer's output."""
-
-    def added(self, x: Tensor, output: Tensor) -> Tensor:
-        """Return the layer's output for an input, with the term."""
-        layer = self.linear.layer
-        # With disabled adapters only the base is wanted, as for a reference model's logits.
-        if layer is not None and layer.disable_adapters:
-            return output
-        return output + self.term(x.to(output.dtype))
-
     def on(self) -> None:
         """Let the layer add the term until :meth:`off`."""
-        terms: list[OutputTerm] = self.linear.base.__dict__.setdefault(_TERMS, [])
+        terms: list[OutputTerm] = self.base.__dict__.setdefault(_TERMS, [])
         if self not in terms:
             terms.append(self)
-            set_class(self.linear.base)
+            set_class(self.base)
 
     def off(self) -> None:
         """Let the layer no longer add the term."""
-        terms: list[OutputTerm] = self.linear.base.__dict__.get(_TERMS, [])
+        terms: list[OutputTerm] = self.base.__dict__.get(_TERMS, [])
         if self in terms:
             terms.remove(self)
-            set_class(self.linear.base)
+            set_class(self.base)
+
+
+Term = TypeVar("Term", bound=OutputTerm)
 
 
 class _AddsTerms(Overlay):
@@ -104,75 +88,73 @@ class _AddsTerms(Overlay):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         for term in self.__dict__[_TERMS]:
-            output = term.added(x, output)
+            # With disabled adapters only the base is wanted, as for a reference model's logits.
+            if term.layer is None or not term.layer.disable_adapters:
+                output = output + term.term(x.to(output.dtype))
         return output
 
 
-def adapted_linears(
-    model: nn.Module, adapter_name: str | None, finder: Finder | None
-) -> tuple[list[AdaptedLinear], list[str]]:
-    """Find the Linear layers under the trained adapters of a model, which is not sharded, in the order of its modules.
+def output_terms(
+    kind: type[Term], model: nn.Module, adapter_name: str | None, finder: Finder | None
+) -> tuple[list[Term], list[str]]:
+    """Make a term for each Linear under the trained adapters of a model, in the order of its modules.
 
     Args:
-        model: a module that contains LoRA layers at any depth.
+        kind: of the terms.
+        model: a module that contains LoRA layers at any depth, not sharded.
         adapter_name: the adapter of peft to look at; None takes each layer's active ones.
         finder: says what the pairs are if the layers are not peft's, and what their base is.
 
     Returns:
-        The layers, and one line for each kind of adapted layer that is none of them, naming it and the reason.
+        The terms, and one line for each kind of adapted layer that gets none, naming it and the reason.
 
     Raises:
         NoPairsError: there is none; the message lists what was seen.
         ValueError: no adapter of that name.
     """
     search = find_pairs(model, adapter_name, finder=finder)
-    candidates = _on_layers_of_peft(model, search.pairs) if finder is None else _on_bases(search.pairs)
-    linears: list[AdaptedLinear] = []
+    terms: list[Term] = []
     left_out: dict[str, list[str]] = defaultdict(list)
-    for linear, reason in candidates:
+    for reason, names, *parts in _candidates(model, search.pairs, finder):
         if reason is None:
-            linears.append(linear)
+            terms.append(kind(names, *parts))
         else:
-            left_out[reason] += linear.names
+            left_out[reason] += names
     lines = [f"{reason} ({len(names)} in all, first {names[0]})" for reason, names in left_out.items()]
     lines = search.left_out + lines
-    if not linears:
+    if not terms:
         raise NoPairsError("no LoRA layer on a Linear to perturb as a whole. Left out: " + "; ".join(lines))
-    return linears, lines
+    return terms, lines
 
 
-def _on_bases(pairs: Sequence[LoRAPair]) -> Iterator[tuple[AdaptedLinear, str | None]]:
-    """Group a finder's pairs by their base, and say why nothing can be added to its output, if so."""
+def _candidates(model: nn.Module, pairs: Sequence[LoRAPair], finder: Finder | None) -> Iterator[tuple[Any, ...]]:
+    """Yield why nothing can be added to a base's output, if so, and the attributes of its :class:`OutputTerm`."""
+    if finder is None:
+        for name, layer, of_layer in adapted_layers(model, pairs):
+            reason = _why_not(layer)
+            if reason is None and isinstance(bare(model.get_submodule(name.rpartition(".")[0])), nn.MultiheadAttention):
+                reason = "nn.MultiheadAttention reads the weight itself"
+            reason = reason and f"{type(layer).__name__}: {reason}"
+            yield reason, [clean_name(name)], layer.get_base_layer(), of_layer, layer
+        return
     by_base: dict[nn.Module | None, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
         by_base[pair.base].append(pair)
     for base, of_base in by_base.items():
         is_plain = isinstance(base, nn.Linear) and base.weight.is_floating_point()
         reason = None if is_plain else "the finder names no plain Linear as their base"
-        yield AdaptedLinear([pair.name for pair in of_base], base, of_base), reason
-
-
-def _on_layers_of_peft(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[tuple[AdaptedLinear, str | None]]:
-    """Group peft's pairs by the layer that reads them, and say why nothing can be added to its output, if so."""
-    for name, layer, of_layer in adapted_layers(model, pairs):
-        reason = _why_not(layer)
-        if reason is None and isinstance(bare(model.get_submodule(name.rpartition(".")[0])), nn.MultiheadAttention):
-            reason = "nn.MultiheadAttention reads the weight itself"
-        linear = AdaptedLinear([clean_name(name)], layer.get_base_layer(), of_layer, layer)
-        yield linear, reason and f"{type(layer).__name__}: {reason}"
+        yield reason, [pair.name for pair in of_base], base, of_base
 
 
 def adapted_layers(model: nn.Module, pairs: Sequence[LoRAPair]) -> Iterator[tuple[str, Any, list[LoRAPair]]]:
     """Yield the layers of peft that read some pairs, each with its name and these pairs."""
-    read_by: dict[int, LoRAPair] = {}
+    by_layer: dict[nn.Module, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
-        for reader in pair.readers:
-            read_by[id(reader)] = pair
+        for layer in pair.layers:
+            by_layer[layer].append(pair)
     for name, layer in lora_layers(model):
-        readers = [id(bare(factor)) for factor in layer.lora_B.values()]
-        of_layer = [read_by[reader] for reader in readers if reader in read_by]
-        if of_layer:
-            yield name, layer, of_layer
+        if layer in by_layer:
+            yield name, layer, by_layer[layer]
 
 
 def _why_not(layer: Any) -> str | None:

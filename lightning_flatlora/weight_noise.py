@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.output_terms import OutputTerm, adapted_linears
+from lightning_flatlora.output_terms import OutputTerm, output_terms
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import is_integer, is_size
 from lightning_flatlora.sharding import is_sharded
@@ -63,11 +63,10 @@ class WeightNoise:
             raise ValueError(
                 "noise on a whole weight needs the whole weight, of which FSDP leaves each rank a part: use DDP"
             )
-        linears, self.left_out = adapted_linears(model, adapter_name, finder)
+        self._layers, self.left_out = output_terms(NoisyLayer, model, adapter_name, finder)
         self.names: list[str] = []
-        for linear in linears:
-            self.names += linear.names
-        self._layers = [NoisyLayer(linear) for linear in linears]
+        for layer in self._layers:
+            self.names += layer.names
 
     @contextmanager
     def applied(self, sigma: float, seed: int) -> Iterator[None]:
@@ -100,7 +99,7 @@ class NoisyLayer(OutputTerm):
 
     def draw(self, sigma: float, seed: int) -> None:
         """Set the noise, whose size is that of the weights as they are now."""
-        columns = self.linear.weight.shape[1]
+        columns = self.weight.shape[1]
         self._deviations = sigma * (self._squared_norms() / columns).sqrt()
         # A tensor, since torch.compile would build a plain number into the graph and compile again for every seed.
         self._seed = torch.tensor(np.array(seed, np.uint64).astype(np.int64))
@@ -113,7 +112,7 @@ class NoisyLayer(OutputTerm):
     @cached_property
     def _base_squared(self) -> Tensor:
         """Compute ||W0_i||^2 of every row i: only once, since the base is frozen and this reads all of it."""
-        W0 = self.linear.weight
+        W0 = self.weight
         wide = torch.promote_types(W0.dtype, torch.float32)
         norms: Tensor = torch.linalg.vector_norm(W0, dim=1, dtype=wide)
         return norms.square()
@@ -121,11 +120,11 @@ class NoisyLayer(OutputTerm):
     @torch.no_grad()
     def _squared_norms(self) -> Tensor:
         """Compute ||W0_i||^2 + 2 B_i (W0 A^T)_i + B_i A A^T B_i^T of every row i, with s in B, shape (n,)."""
-        W0 = self.linear.weight
+        W0 = self.weight
         W0 = W0.to(torch.promote_types(W0.dtype, torch.float32))
         # Under autocast the products would be rounded to 16 bits, and small norms with them.
         with torch.autocast(W0.device.type, enabled=False):
-            A, B = (factor.to(W0.dtype) for factor in self.linear.factors())
+            A, B = (factor.to(W0.dtype) for factor in self.factors())
             cross = (B * (W0 @ A.mT)).sum(1)
             squared = self._base_squared.to(W0.device) + 2 * cross + ((B @ (A @ A.mT)) * B).sum(1)
         return squared.clamp_min(0)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_flatlora.baselines.full_weight import FullWeightStep
+from lightning_flatlora.baselines.random_perturbation import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems
-from lightning_flatlora.output_terms import AdaptedLinear, OutputTerm
-from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.output_terms import OutputTerm
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, average_gradients
 from lightning_flatlora.weight_noise import derived_seed
@@ -81,6 +81,17 @@ class BiLoRA(MethodCallback):
         )
 
 
+class _AuxiliaryPair(OutputTerm):
+    """B2 A2 on one Linear: a term of its output while it is on."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    @override
+    def term(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+
+
 @dataclass(eq=False, repr=False, kw_only=True)
 class BiLoRAStep(FullWeightStep):
     """The step of :class:`BiLoRA`, whose terms are the pairs that climb.
@@ -91,6 +102,7 @@ class BiLoRAStep(FullWeightStep):
 
     title = "BiLoRA"
     fixed = ("rank", "seed")
+    kind = _AuxiliaryPair
 
     step_size: float
     rank: int | None
@@ -111,24 +123,26 @@ class BiLoRAStep(FullWeightStep):
         self._by_name: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
 
     @override
-    def terms_of(self, linears: list[AdaptedLinear]) -> list["_AuxiliaryPair"]:
-        terms = []
-        for linear in linears:
-            name = linear.names[0]
-            if name not in self._by_name:
-                self._by_name[name] = self._drawn(linear)
-            for factor in self._by_name[name]:
-                factor.data = factor.data.to(linear.weight.device)
-            terms.append(_AuxiliaryPair(linear, *self._by_name[name]))
-        return terms
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().follow(pairs, module, wrapped)
+        self._give_pairs()
 
-    def _drawn(self, linear: AdaptedLinear) -> tuple[nn.Parameter, nn.Parameter]:
+    def _give_pairs(self) -> None:
+        for term in self.terms:
+            name = term.names[0]
+            if name not in self._by_name:
+                self._by_name[name] = self._drawn(term)
+            for factor in self._by_name[name]:
+                factor.data = factor.data.to(term.weight.device)
+            term.A, term.B = self._by_name[name]
+
+    def _drawn(self, term: OutputTerm) -> tuple[nn.Parameter, nn.Parameter]:
         """Draw A2 (r, m) and B2 (n, r) of a new pair."""
-        n, m = linear.weight.shape
-        rank = self.rank or len(linear.factors()[0])
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        n, m = term.weight.shape
+        rank = self.rank or len(term.factors()[0])
+        dtype = torch.promote_types(term.weight.dtype, torch.float32)
         # By name, so that other layers may come or go; on the CPU, so that devices of every kind get the same.
-        seed = derived_seed(self.seed, zlib.crc32(linear.names[0].encode()))
+        seed = derived_seed(self.seed, zlib.crc32(term.names[0].encode()))
         generator = torch.Generator().manual_seed(seed)
         A = nn.init.kaiming_uniform_(torch.empty(rank, m, dtype=dtype), a=5**0.5, generator=generator)
         return nn.Parameter(A), nn.Parameter(torch.zeros(n, rank, dtype=dtype))
@@ -189,17 +203,4 @@ class BiLoRAStep(FullWeightStep):
     def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
         for name, saved in state["auxiliary"].items():
             self._by_name[name] = nn.Parameter(saved["A"].clone()), nn.Parameter(saved["B"].clone())
-        self.off()
-        self.terms = self.terms_of([term.linear for term in self.terms])
-
-
-class _AuxiliaryPair(OutputTerm):
-    """B2 A2 on one Linear: a term of its output while it is on."""
-
-    def __init__(self, linear: AdaptedLinear, A: nn.Parameter, B: nn.Parameter) -> None:
-        super().__init__(linear)
-        self.A, self.B = A, B
-
-    @override
-    def term(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        self._give_pairs()

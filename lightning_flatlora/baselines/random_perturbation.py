@@ -1,13 +1,16 @@
 """Flat-LoRA's random perturbation: fresh Gaussian noise on the whole weight in each step."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from torch import nn
 from typing_extensions import override
 
-from lightning_flatlora.baselines.full_weight import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.output_terms import AdaptedLinear
-from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.methods.checks import integer_problems
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.output_terms import OutputTerm, output_terms
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.weight_noise import NoisyLayer, derived_seed, draw_noise
 
@@ -57,17 +60,66 @@ class RandomPerturbation(MethodCallback):
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
+class FullWeightStep(StepMethod):
+    """Base of methods that perturb whole weights, by terms of the layers' outputs.
+
+    Attributes:
+        kind: of the terms.
+        terms: one for each layer that is adapted now.
+    """
+
+    works_sharded = False
+    kind: ClassVar[type[OutputTerm]]
+
+    seed: int
+
+    @override
+    def argument_problems(self) -> list[str]:
+        return integer_problems("seed", self.seed, least=0)
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self.terms: list[Any] = []
+
+    @override
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().follow(pairs, module, wrapped)
+        self.off()
+        self.terms = []
+        # Nothing is searched if no pair is trained now.
+        if any(pair.B.requires_grad for pair in pairs):
+            self.terms, self.left_out = output_terms(self.kind, module, self.adapter_name, self.finder)
+
+    @property
+    @override
+    def perturbs(self) -> bool:
+        return len(self.terms) > 0 and self.current_rho > 0
+
+    @override
+    def on(self) -> None:
+        for term in self.terms:
+            term.on()
+
+    @override
+    def off(self) -> None:
+        for term in self.terms:
+            term.off()
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class RandomPerturbationStep(FullWeightStep):
     """The step of :class:`RandomPerturbation`, whose terms are the noise of each layer."""
 
     title = "RandomPerturbation"
     size_name = "sigma"
     fixed = ("seed",)
+    kind = NoisyLayer
 
     @override
-    def terms_of(self, linears: list[AdaptedLinear]) -> list[NoisyLayer]:
+    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
+        super().follow(pairs, module, wrapped)
         self._drawn_at: int | None = None
-        return [NoisyLayer(linear) for linear in linears]
 
     @override
     def on(self) -> None:
