@@ -1,4 +1,9 @@
-"""Curvature of the loss over LoRA's factors: the Hessian's largest eigenvalue and trace, by products with vectors."""
+"""Curvature of the loss over LoRA's factors: the Hessian's largest eigenvalue and trace, by products with vectors.
+
+Curvatures are in nats over squared units of the factors, float64. ``parameters`` are the factors theta, see
+:func:`trained_factors`. A product with the Hessian takes three passes: forward, and two backward, of which the second
+is about twice as long. :func:`loss_gradient` says which losses are refused with a ValueError.
+"""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -26,9 +31,6 @@ def estimate(samples: Sequence[Tensor]) -> Estimate:
     Args:
         samples: k of them, at least one, shape () each. The standard error of a single one is nan.
 
-    Raises:
-        ValueError: there is no sample.
-
     Example:
         >>> estimate(list(torch.tensor([1.0, 2.0, 3.0])))
         Estimate(mean=tensor(2., dtype=torch.float64), standard_error=tensor(0.5774, dtype=torch.float64))
@@ -48,16 +50,12 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
     Attention runs in its plain form.
 
     Args:
-        loss: of fixed batches, at the weights as the layers read them now.
-        parameters: theta, the factors A and B; see :func:`trained_factors`.
+        loss: of fixed batches.
+        parameters: at least one.
         vector: v, of the parameters' shapes.
 
     Returns:
-        H v, of the parameters' shapes, nan if the loss is not finite. Three passes: forward, and two backward, the
-        second about twice as long.
-
-    Raises:
-        ValueError: there are no parameters, or :func:`loss_gradient` would refuse the loss.
+        H v, of the parameters' shapes, nan if the loss is not finite.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -67,7 +65,7 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Sequ
     parameters = list(parameters)
     if not parameters:
         raise ValueError("parameters must hold at least one")
-    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    options: Any = {"allow_unused": True, "materialize_grads": True}
 
     def product(loss: Tensor) -> Sequence[Tensor]:
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, **options)
@@ -90,24 +88,22 @@ def top_eigenvalue(
 
     .. math:: \lambda_{\max} = \max_{\|v\| = 1} v^\top H v
 
-    By Lanczos' method, restarted, of ARPACK in scipy.
+    By Lanczos' method, restarted, of ARPACK in scipy. Memory: 20 vectors of the factors' size in float64 on the CPU.
 
     Args:
-        loss: of fixed batches, at the weights as the layers read them now.
-        parameters: the factors A and B; see :func:`trained_factors`. Two numbers at least in all.
+        loss: of fixed batches.
+        parameters: of two numbers at least in all.
         tolerance: at which Lanczos' method stops: the residual relative to the eigenvalue. If many eigenvalues lie
             close to the largest one, its relative error can be a little larger.
-        restarts: of the method; each takes up to 19 Hessian-vector products, and the first 20.
-        seed: of the first vector; no global generator is used.
+        restarts: of the method; each takes up to 19 products with the Hessian, and the first 20.
+        seed: of the first vector.
 
     Returns:
-        Nats over squared units of the factors, shape (), float64; nan if it has not converged or a product with the
-        Hessian is not finite. Memory: 20 vectors of the factors' size in float64 on the CPU. About 20 (restarts: up to
-        200) Hessian-vector products of three passes.
+        Shape (); nan if it has not converged or a product with the Hessian is not finite. About 20 (restarts: up to
+        200) products.
 
     Raises:
         ImportError: scipy is missing.
-        ValueError: the parameters are fewer than two numbers, or :func:`loss_gradient` would refuse the loss.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
@@ -159,14 +155,10 @@ def hessian_trace(loss: Loss, parameters: Sequence[nn.Parameter], samples: int =
     .. math:: \mathrm{tr}\,H = \mathbb E_v\,[v^\top H v], \qquad v_i = \pm 1 \text{ with equal chances}
 
     Args:
-        loss: of fixed batches, at the weights as the layers read them now.
-        parameters: the factors A and B; see :func:`trained_factors`.
-        samples: draws of v, at least 2 for a standard error.
-        seed: of the draws, the same on every device and rank; no global generator is used.
-
-    Returns:
-        Nats over squared units of the factors, float64, with the standard error of the mean. ``samples`` Hessian-vector
-        products of three passes.
+        loss: of fixed batches.
+        parameters: at least one.
+        samples: draws of v, and products with the Hessian; at least 2 for a standard error.
+        seed: of the draws.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0]))

@@ -1,8 +1,9 @@
 """Equations of the factors of a LoRA layer that tell of flatness: tensors in, tensors out, batched over layers.
 
-Notation as in :mod:`lightning_flatlora.functional`: ``W = W0 + s B A`` with ``B`` (n, r), ``A`` (r, m); a perturbation
-``E`` of B, shape (n, r), moves W by ``s E A``. Leading dimensions (written L) batch over layers. Inner products of such
-n x m matrices go through r x r Gram matrices, in float64 where the device has it; no n x m matrix is formed.
+Notation as in :mod:`lightning_flatlora.functional`: ``W = W0 + s B A`` with ``B``, shape (L, n, r), and ``A``, shape
+(L, r, m), where L stands for any leading dimensions. A perturbation ``E`` of B, of B's shape, moves W by ``s E A``;
+``scaling`` is s, a number or of shape (L,). Results have the shape (L,). Inner products of n x m matrices go through
+r x r Gram matrices, in float64 where the device has it; no n x m matrix is formed, and no pass is taken.
 """
 
 import torch
@@ -17,12 +18,8 @@ def balancedness(A: Tensor, B: Tensor) -> Tensor:
     Gradient flow leaves it constant. A perturbed flow changes it by at most rho / s times a ratio of norms, per unit of
     time.
 
-    Args:
-        A: shape (L, r, m).
-        B: shape (L, n, r).
-
     Returns:
-        Squared units of the weights, shape (L,). No pass.
+        Squared units of the weights.
 
     Example:
         >>> balancedness(A=torch.eye(2, 3), B=torch.ones(4, 2))
@@ -44,7 +41,7 @@ def condition_number(X: Tensor) -> Tensor:
         X: A or B, shape (L, rows, columns).
 
     Returns:
-        A number >= 1 without unit, shape (L,). No pass.
+        A number >= 1 without unit.
 
     Example:
         >>> condition_number(torch.tensor([[[3.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]))
@@ -63,14 +60,8 @@ def inner_product(E1: Tensor, E2: Tensor, A: Tensor, scaling: float | Tensor = 1
 
     .. math:: \langle s E_1 A,\; s E_2 A\rangle = s^2\,\mathrm{tr}\left(E_1^\top E_2\, A A^\top\right)
 
-    Args:
-        E1: shape (L, n, r).
-        E2: shape (L, n, r).
-        A: shape (L, r, m).
-        scaling: s, a number or of shape (L,).
-
     Returns:
-        Squared units of the weights, shape (L,). No pass.
+        Squared units of the weights.
 
     Example:
         >>> inner_product(torch.ones(4, 2), torch.ones(4, 2), torch.eye(2, 3), scaling=2.0)
@@ -88,13 +79,8 @@ def realized_radius(E: Tensor, A: Tensor, scaling: float | Tensor) -> Tensor:
     It is at most rho: for one layer and, as the root of the sum of squares, for all layers of a global ball. The
     "projected" estimator reaches rho, and both estimators do if B = 0.
 
-    Args:
-        E: shape (L, n, r).
-        A: shape (L, r, m).
-        scaling: s, a number or of shape (L,).
-
     Returns:
-        Units of the weights, shape (L,). No pass.
+        Units of the weights.
 
     Example:
         >>> realized_radius(torch.ones(4, 2), torch.eye(2, 3), scaling=2.0)
@@ -110,13 +96,8 @@ def cosine(E1: Tensor, E2: Tensor, A: Tensor) -> Tensor:
 
     0 if one of them is zero, such as Ê before the first refresh; nan if one is not finite.
 
-    Args:
-        E1: shape (L, n, r).
-        E2: shape (L, n, r).
-        A: shape (L, r, m).
-
     Returns:
-        A number in [-1, 1], shape (L,). No pass.
+        A number in [-1, 1].
 
     Example:
         >>> cosine(torch.ones(4, 2), -torch.ones(4, 2), torch.eye(2, 3)).round(decimals=6)
@@ -146,13 +127,13 @@ def gradient_identity_residual(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Ten
     is not finite.
 
     Args:
-        A: shape (L, r, m).
-        B: shape (L, n, r), the point at which the gradients were taken.
-        grad_A: shape (L, r, m).
-        grad_B: shape (L, n, r).
+        A: of the point at which the gradients were taken, as B.
+        B: see A.
+        grad_A: of A's shape.
+        grad_B: of B's shape.
 
     Returns:
-        A number in [0, 1], shape (L,). The gradients cost a forward and a backward pass.
+        A number in [0, 1].
 
     Example:
         >>> A, B, G = torch.ones(2, 3), torch.ones(4, 2), torch.ones(4, 3)

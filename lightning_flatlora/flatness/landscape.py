@@ -1,7 +1,9 @@
 """The loss along lines and on planes through the weights.
 
 A direction D holds one (n, r) matrix for each pair; a step x along it moves every adapted weight by ``x s D A``. All
-directions have ``||s D A||_F = 1`` over all pairs, so x is a distance in the weights' units, whatever the adapter.
+directions have ``||s D A||_F = 1`` over all pairs, so x is a distance in the weights' units, whatever the adapter. To
+find a direction takes no pass, and each loss one forward pass. Several losses are float64 on the CPU.
+:func:`loss_along_line` has an example.
 """
 
 from collections.abc import Sequence
@@ -29,12 +31,7 @@ def adversarial_direction(perturbation: Perturbation, at: LossGradient) -> Direc
 
     Args:
         perturbation: which pairs, and how E is made.
-        at: the loss and its gradient at the clean weights.
-
-    Returns:
-        One (n, r) matrix for each pair; zeros if the gradient is zero. No pass.
-
-    Example: see :func:`loss_along_line`.
+        at: the loss and its gradient at the clean weights; if that is zero, the direction is.
     """
     return normalized(perturbation.pairs, read(perturbation, fresh_perturbation(perturbation, 1.0, at)))
 
@@ -46,13 +43,6 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
 
     then scaled to length one. The rows of R A are orthonormal, or some are 0 if A's are dependent, so the draw does
     not depend on how the update is factored into B and A.
-
-    Args:
-        pairs: the layers.
-        seed: of the draw, the same on every device; no global generator is used.
-
-    Returns:
-        One (n, r) matrix for each pair. No pass.
 
     Example:
         >>> A, B = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.zeros(3, 2))
@@ -76,11 +66,6 @@ def random_direction(pairs: Sequence[LoRAPair], seed: int) -> Direction:
 def orthogonal_direction(pairs: Sequence[LoRAPair], direction: Direction, to: Direction) -> Direction:
     """Compute the part of a direction that is orthogonal to another one in full weight space, scaled to length one.
 
-    Args:
-        pairs: the layers.
-        direction: to project.
-        to: of length one.
-
     Example:
         >>> A, B = nn.Parameter(torch.eye(2)), nn.Parameter(torch.zeros(1, 2))
         >>> pair = LoRAPair("layer", A, B, scaling=1.0)
@@ -99,18 +84,7 @@ def normalized(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
 
 
 def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Direction]) -> Tensor:
-    """Compute the loss after steps from the weights, which stay as they are.
-
-    Args:
-        loss: of fixed batches.
-        pairs: the layers.
-        steps: each a length in the weights' units and a direction.
-
-    Returns:
-        The loss, shape (). One forward pass.
-
-    Example: see :func:`loss_along_line`.
-    """
+    """Compute the loss, shape (), after steps from the weights, each a length in the weights' units and a direction."""
     with clean(readers_of(pairs)):
         for index, pair in enumerate(pairs):
             E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
@@ -124,12 +98,9 @@ def loss_along_line(loss: Loss, pairs: Sequence[LoRAPair], direction: Direction,
 
     Args:
         loss: of fixed batches.
-        pairs: the layers.
+        pairs: of the model.
         direction: of the line.
-        steps: distances from the weights, in the weights' units, shape (points,).
-
-    Returns:
-        The losses, float64 on the CPU, shape (points,). One forward pass for each.
+        steps: distances from the weights, in the weights' units, shape (points,), as the losses have.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -157,14 +128,9 @@ def loss_on_plane(
 
     Args:
         loss: of fixed batches.
-        pairs: the layers.
-        across: a direction, and the distances along it that the rows of the result stand for, shape (rows,).
+        pairs: of the model.
+        across: a direction, and the distances along it that the rows of the losses stand for, shape (rows,).
         along: a direction, and the distances along it that the columns stand for, shape (columns,).
-
-    Returns:
-        The losses, float64 on the CPU, shape (rows, columns). One forward pass for each.
-
-    Example: see :func:`loss_along_line`.
     """
     rows = []
     for y in across[1].tolist():
@@ -179,9 +145,6 @@ def base_norm(model: nn.Module, pairs: Sequence[LoRAPair]) -> float:
     Args:
         model: with peft's layers; quantized bases are dequantized one by one.
         pairs: of the model.
-
-    Returns:
-        The norm over all these layers together, in the weights' units.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model

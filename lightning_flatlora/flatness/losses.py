@@ -12,8 +12,7 @@ from lightning_flatlora.sharding import average
 
 Loss = Callable[[], Tensor]
 """The mean loss of fixed batches at the weights as the layers read them now: a differentiable scalar, without dropout
-or other noise. Where a process group runs, each rank gives its own batches' loss, every rank has to take part, and all
-values and gradients are means over the ranks."""
+or other noise. If a process group runs, each rank gives its own batches' loss."""
 
 
 class MeanLoss:
@@ -66,14 +65,7 @@ class LossGradient(NamedTuple):
 
 
 def value(loss: Loss) -> Tensor:
-    """Compute the loss at the weights as the layers read them now, in one forward pass.
-
-    Args:
-        loss: of fixed batches.
-
-    Returns:
-        Shape (), float32 or wider, without a graph.
-    """
+    """Compute the loss in one forward pass: shape (), float32 or wider, without a graph."""
     with torch.no_grad():
         mean = torch.stack([_wide(computed(part)) for part in losses_of(loss)]).mean()
     average([mean])
@@ -89,8 +81,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         scale: multiplies the loss in the backward pass and divides the gradient, like a loss scaler under float16.
 
     Returns:
-        The :class:`LossGradient` at the weights as the layers read them now; its gradient is nan if the loss is not
-        finite.
+        The gradient is nan if the loss is not finite.
 
     Raises:
         ValueError: the loss gives no scalar with a graph, or has reentrant activation checkpoints.
@@ -113,16 +104,13 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
 def mean_derivative(
     loss: Loss, parameters: Sequence[nn.Parameter], derivative: Callable[[Tensor], Sequence[Tensor]], scale: float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """Take the mean over all batches and ranks of a loss and a derivative of it.
+    """Take the mean over all batches and ranks of a loss and of a derivative, which is nan if the loss is not finite.
 
     Args:
         loss: of fixed batches.
         parameters: which the derivative has the shapes of.
         derivative: of a batch's loss, as a function of it.
         scale: of the derivative, which is divided by it.
-
-    Returns:
-        The loss, float32 or wider, and the derivative, nan if the loss is not finite.
     """
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     losses = losses_of(loss)

@@ -66,10 +66,9 @@ class Point:
 def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> Values:
     """Take several measures at a point.
 
-    Gradients are taken once: "sharpness", "lora_sharpness" and "ema" cost a forward pass each (two for "ema") beyond
-    the forward and backward pass that they, "radius" and "gradient_residual" share. "expected_sharpness" costs 1 +
-    samples forward passes, "hessian_trace" samples and "top_eigenvalue" 20 to 200 Hessian-vector products of three
-    passes; "balancedness" and "condition" none.
+    The gradient is taken once: "sharpness", "lora_sharpness" and "ema" cost a forward pass each (two for "ema") beyond
+    the forward and backward pass that they, "radius" and "gradient_residual" share. "balancedness" and "condition" cost
+    none, and the others what their functions do.
 
     Args:
         point: the loss, the weights and the settings.

@@ -1,7 +1,8 @@
 """The rise of the loss around the weights: along the gradient, along the average Ê, and at random.
 
-Every function leaves weights, ``.grad`` and readers as they were, after an exception too. The rise is in the loss's own
-unit (nats for a cross-entropy).
+The rise is in the loss's own unit (nats for a cross-entropy). ``at`` is the loss and its gradient at the clean weights,
+if they are known already; the passes that are told of are those without it. What a gradient enters is nan if that is
+not finite.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from lightning_flatlora.weight_noise import WeightNoise
 
 
 class Sharpness(NamedTuple):
-    """The loss at the clean weights and at perturbed ones, in nats, shape ().
+    """The loss at the clean weights and at perturbed ones, shape ().
 
     Attributes:
         loss: L(w).
@@ -45,7 +46,7 @@ class EMASharpness(NamedTuple):
     """The losses that Theorem 2 compares.
 
     Attributes:
-        loss: L(w), nats, shape ().
+        loss: L(w), shape ().
         at_average: L(w + Ê).
         at_fresh: L(w + E).
         cosine: between Ê and E over all pairs in full weight space, in [-1, 1].
@@ -77,14 +78,13 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
 
     .. math:: S_{SAM} = L(W_0 + s (B + E) A) - L(W_0 + s B A), \qquad \|s E A\|_F \le \rho
 
+    Three passes: forward, backward, forward.
+
     Args:
         loss: of fixed batches.
         perturbation: says which pairs, estimator and norm scope; what it keeps stays as it is.
         rho: radius of the ball in full weight space, in the weights' units.
-        at: the loss and gradient at the clean weights, if they are known already.
-
-    Returns:
-        :class:`Sharpness`; nan if the gradient is not finite. Three passes: forward, backward, forward.
+        at: see above.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -110,21 +110,14 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
 
     .. math:: L(A + E_A, B + E_B) - L(A, B), \qquad (E_A, E_B) = \rho\,\frac{(G_A, G_B)}{\|(G_A, G_B)\|}
 
-    The norm is over all pairs. The number depends on how the update is factored: (B M, M⁻¹ A) has another one.
+    The norm is over all pairs. The number depends on how the update is factored: (B M, M⁻¹ A) has another one. Three
+    passes: forward, backward, forward. :func:`sam_sharpness` has an example.
 
     Args:
         loss: of fixed batches.
         pairs: of which frozen factors stay as they are.
-        rho: radius of the ball in (A, B), in the factors' units.
-        at: the loss and gradient at the clean weights, if they are known already.
-
-    Returns:
-        :class:`Sharpness`; nan if the gradient is not finite. Three passes: forward, backward, forward.
-
-    Raises:
-        ValueError: rho is negative or not finite.
-
-    Example: see :func:`sam_sharpness`.
+        rho: radius of the ball in (A, B), in the factors' units, >= 0.
+        at: see above.
     """
     if not is_size(rho):
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
@@ -141,17 +134,13 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
 
     .. math:: |S_{EMA} - S_{SAM}| = |L(w + \hat E) - L(w + E)|
 
+    Four passes: forward, backward, two forwards. :func:`sam_sharpness` has an example.
+
     Args:
         loss: of fixed batches.
         perturbation: keeps Ê, as ``EFMLoRA.perturbation`` does, and says how E is made.
         rho: radius of the fresh E; the theorem means that of Ê.
-        at: the loss and gradient at the clean weights, if they are known already.
-
-    Returns:
-        :class:`EMASharpness`; nan in what E enters if the gradient is not finite. Four passes: forward, backward,
-        two forwards.
-
-    Example: see :func:`sam_sharpness`.
+        at: see above.
     """
     with clean(readers_of(perturbation.pairs)):
         at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
@@ -171,15 +160,14 @@ def expected_sharpness(loss: Loss, noise: WeightNoise, sigma: float, samples: in
     .. math:: \mathbb E_\varepsilon\,[L(W + \varepsilon)] - L(W), \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0, \tfrac{\sigma^2}{m} \|W_{i\cdot}\|^2\right)
 
+    It takes 1 + samples passes, all forward.
+
     Args:
-        loss: of fixed batches, read at the weights as they are.
-        noise: of the model; sample k draws from ``seed + k``, the same on every rank.
+        loss: of fixed batches.
+        noise: of the model; sample k draws from ``seed + k``.
         sigma: size of the noise relative to the rows' norms, no unit.
         samples: draws, at least 2 for a standard error.
-        seed: of the first draw; no global generator is used.
-
-    Returns:
-        :class:`Sharpness`, with the mean over the samples. 1 + samples passes, all forward.
+        seed: of the first draw.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -205,13 +193,10 @@ def fresh_perturbation(perturbation: Perturbation, rho: float, at: LossGradient)
     Args:
         perturbation: which pairs, and how E is made of their gradients.
         rho: radius of the ball in full weight space, in the weights' units.
-        at: the gradient, from :func:`loss_gradient` of at least the pairs' trained factors.
+        at: from :func:`loss_gradient` of at least the pairs' trained factors.
 
     Returns:
         E of all pairs, as :meth:`~lightning_flatlora.Perturbation.applied` takes it in ``stacks``.
-
-    Raises:
-        ValueError: rho is a number that can't be a radius.
     """
     with at.as_grad():
         return perturbation.ascend(rho, at_perturbed=False)
