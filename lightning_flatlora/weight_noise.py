@@ -22,15 +22,14 @@ class WeightNoise:
     .. math:: \varepsilon_{ij} \sim \mathcal N\!\left(0,\; \frac{\sigma^2}{m}\,\lVert W'_{i,:}\rVert^2\right),
         \qquad y = W' x + \varepsilon x
 
-    so that :math:`\lVert\varepsilon\rVert_F` is about sigma times the weight's own norm, :math:`\lVert W'\rVert_F`.
-    While the noise is on, each layer's base adds :math:`\varepsilon x` to its output. The n x m noise exists only
-    inside a layer's forward and again inside its backward. It is drawn from its own generator, with one seed for
-    each layer: the graph keeps a seed and n numbers, the global random state is not touched, and ranks on devices of
-    the same kind draw the same noise. W' is never formed, since its row norms need only those of W0, which are taken
-    once, and pieces of size r. The cost is two draws and two more products for each layer, and no further pass.
+    so that :math:`\lVert\varepsilon\rVert_F` is about sigma times :math:`\lVert W'\rVert_F`. While the noise is on,
+    each layer's base adds :math:`\varepsilon x` to its output. The n x m noise exists only inside a layer's forward and
+    again inside its backward. It is drawn from a generator of its own, with one seed for each layer, so the graph keeps
+    a seed and n numbers, and ranks on devices of the same kind draw the same noise. W' is never formed, since its row
+    norms need only those of W0 and pieces of size r. The cost is two draws and two more products for each layer.
 
-    If a backward computes layers again (activation checkpointing), it must run while the noise is on. Stored weights
-    and their gradients are never changed. Layers whose adapter is disabled get no noise.
+    If a backward computes layers again (activation checkpointing), it must run while the noise is on. Layers whose
+    adapter is disabled get no noise.
 
     Attributes:
         names: clean names of the layers that get noise, in the model's order.
@@ -43,7 +42,7 @@ class WeightNoise:
 
     Raises:
         NoPairsError: no LoRA layer on a Linear is trained; the message lists what was seen.
-        ValueError: no adapter of that name, or a model of which each rank holds a part.
+        ValueError: a model of which each rank holds a part, or no adapter of that name.
 
     Source: Li et al., arXiv 2409.14396, Eq. 7, where m is the dimension of the layer's input.
 
@@ -75,9 +74,6 @@ class WeightNoise:
         Args:
             sigma: size of the noise relative to each row's norm, no unit, >= 0; 0 adds nothing, bit for bit.
             seed: >= 0; the same seed at the same weights gives the same noise.
-
-        Raises:
-            ValueError: a value out of range.
         """
         if not is_size(sigma):
             raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")

@@ -31,9 +31,8 @@ class BalancednessRegularization(MethodCallback):
 
     oBAR always shrinks the balancedness :math:`|\lVert B \rVert^2 - \lVert A \rVert^2| / 2`, nBAR moves it as SAM's
     flow would. The scaling takes place when the gradients of the step are complete, averaged over the ranks and
-    unscaled, but not yet clipped, just as decoupled weight decay does. Each factor takes the learning rate of its own
-    parameter group. A pair whose factors have no gradient stays as it is, and so do all pairs in a step that a loss
-    scaler is about to skip. It needs no further pass and no memory, and the host does not wait.
+    unscaled, but not yet clipped. Each factor takes the learning rate of its own parameter group. A pair whose factors
+    have no gradient stays as it is, and so do all pairs in a step that a loss scaler is about to skip.
 
     Args:
         alpha: strength, relative to the learning rate, without a unit, >= 0; or a schedule over optimizer steps. The

@@ -34,15 +34,11 @@ class BiLoRA(MethodCallback):
         \frac{(G_{A_2}, G_{B_2})}{\lVert (G_{A_2}, G_{B_2}) \rVert_F}\right), \qquad
         c = \min\!\left(1, \frac{\rho}{\lVert B_2 A_2 \rVert_F}\right)
 
-    The full text of the paper was not available; docs/baselines.md says what is taken from its abstract, and what is
-    a choice of this package. A2 is drawn as LoRA's A is, and B2 = 0, so that the first step is plain LoRA's.
-
-    The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, in float32 or wider, and
-    saves them with its state. They are on in the forward and the backward pass (so the logged loss includes them), and
-    off in validation and, under automatic optimization, in all hooks. An accumulation window is one ascent from the sum
-    of its gradients. If a gradient is not finite, the pairs stay as they are. Clipping comes afterwards and does not
-    concern them. Under DDP their gradients are averaged over the ranks. The global random state is not touched. Only
-    Linear layers get a pair; others are named once and train without it.
+    The full text of the paper was not available; docs/baselines.md says what is taken from its abstract, what is a
+    choice of this package, and how the pairs fare under accumulation, clipping and DDP. The first step is plain LoRA's.
+    The auxiliary pairs are in no module, optimizer or state dict: this callback holds them, and saves them with its
+    state. They are on in the forward and the backward pass (so the logged loss includes them), and off in validation
+    and, under automatic optimization, in all hooks. Only Linear layers get a pair; others are named once.
 
     Args:
         rho: radius of the ball around the full weights, in the weights' units, >= 0; or a schedule over optimizer
@@ -96,8 +92,11 @@ class _AuxiliaryPair(OutputTerm):
 class BiLoRAStep(FullWeightStep):
     """The step of :class:`BiLoRA`, whose terms are the pairs that climb.
 
-    A2 is drawn as LoRA's A is, from its own generator with a seed for each layer's name, and B2 starts at 0. They are
-    in float32 or wider, and belong to no module. A layer that is left out for a while keeps its pair.
+    A2 is drawn as LoRA's A is, and B2 starts at 0, both in float32 or wider. A layer that is left out for a while keeps
+    its pair.
+
+    Attributes:
+        factors: every A2 and B2, in the order of the layers.
     """
 
     title = "BiLoRA"
@@ -121,6 +120,7 @@ class BiLoRAStep(FullWeightStep):
         super().reset()
         # A2 and B2 by the layer's name, those of layers that are left out for a while included.
         self._by_name: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.factors: list[nn.Parameter] = []
 
     @override
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
@@ -128,6 +128,7 @@ class BiLoRAStep(FullWeightStep):
         self._give_pairs()
 
     def _give_pairs(self) -> None:
+        self.factors = []
         for term in self.terms:
             name = term.names[0]
             if name not in self._by_name:
@@ -135,6 +136,7 @@ class BiLoRAStep(FullWeightStep):
             for factor in self._by_name[name]:
                 factor.data = factor.data.to(term.weight.device)
             term.A, term.B = self._by_name[name]
+            self.factors += self._by_name[name]
 
     def _drawn(self, term: OutputTerm) -> tuple[nn.Parameter, nn.Parameter]:
         """Draw A2 (r, m) and B2 (n, r) of a new pair."""
@@ -146,14 +148,6 @@ class BiLoRAStep(FullWeightStep):
         generator = torch.Generator().manual_seed(seed)
         A = nn.init.kaiming_uniform_(torch.empty(rank, m, dtype=dtype), a=5**0.5, generator=generator)
         return nn.Parameter(A), nn.Parameter(torch.zeros(n, rank, dtype=dtype))
-
-    @property
-    def factors(self) -> list[nn.Parameter]:
-        """Every A2 and B2, in the order of the layers."""
-        factors = []
-        for term in self.terms:
-            factors += [term.A, term.B]
-        return factors
 
     @override
     def forget_gradients(self) -> None:

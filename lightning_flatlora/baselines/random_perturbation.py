@@ -21,12 +21,10 @@ class RandomPerturbation(MethodCallback):
     .. math:: \text{gradient at } W' + \varepsilon, \qquad
         \varepsilon_{ij} \sim \mathcal N\!\left(0,\; \frac{\sigma^2}{m}\,\lVert W'_{i,:}\rVert^2\right)
 
-    The noise is a function of (seed, optimizer step, layer): all micro-batches of an accumulation window and all ranks
-    share it, and a resumed run draws what the uninterrupted one would have drawn. It is on in the forward and the
-    backward pass (so the logged loss includes it), and off in validation and, under automatic optimization, in all
-    hooks. No stored weight ever changes, so nothing drifts; see
-    :class:`~lightning_flatlora.weight_noise.WeightNoise`. The global random state is not touched. Only Linear layers
-    get noise; others are named once and train without it.
+    The noise is a function of (seed, optimizer step, layer), see :class:`~lightning_flatlora.weight_noise.WeightNoise`:
+    all micro-batches of an accumulation window and all ranks share it, and a resumed run draws what the uninterrupted
+    one would have drawn. It is on in the forward and the backward pass (so the logged loss includes it), and off in
+    validation and, under automatic optimization, in all hooks. Only Linear layers get noise; others are named once.
 
     Args:
         sigma: size of the noise relative to the norms of the weights' rows, without a unit, >= 0; or a schedule over

@@ -26,12 +26,11 @@ class SAM(MethodCallback):
 
     .. math:: e = \rho\, \frac{g}{\lVert g \rVert_2}, \qquad \text{gradient at } w + e
 
-    With full fine-tuning it is a reference for LoRA's methods; the model needs no LoRA layer. It
-    perturbs everything that the one optimizer trains, with LoRA also heads and norms. The weights are moved in place
-    and restored exactly, from copies: in the second pass, and in the hooks that fire around its backward, the stored
-    weights are not clean. Memory: two copies of the trained weights. In all other respects (dropout, logging,
-    accumulation, ranks) the two passes are those of :class:`~lightning_flatlora.FMLoRA`. Under DDP with accumulation
-    each ascent sends every gradient.
+    It perturbs everything that the one optimizer trains, with LoRA also heads and norms; the model needs no LoRA layer.
+    The weights are moved in place and restored exactly, from copies: in the second pass, and in the hooks that fire
+    around its backward, the stored weights are not clean. Memory: two copies of the trained weights. In all other
+    respects (dropout, logging, accumulation, ranks) the two passes are those of :class:`~lightning_flatlora.FMLoRA`.
+    Under DDP with accumulation each ascent sends every gradient.
 
     Args:
         rho: radius of the ball over all trained parameters, in the weights' units, >= 0; or a schedule over optimizer

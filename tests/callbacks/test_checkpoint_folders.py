@@ -158,7 +158,7 @@ def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
 
     kept = run("kept", max_epochs=2)
     run("resumed", max_epochs=3, ckpt_path=kept)
-    with pytest.warns(UserWarning, match=r"net\.base_model\.model\.0 is merged into its base at a save"):
+    with pytest.warns(UserWarning, match=r"at a save the adapter is merged into its base, as in net\.base"):
         late = run("late", late=True, max_epochs=2)
     with pytest.raises(MisconfigurationException, match="tensors of the base"):
         run("refused", max_epochs=3, ckpt_path=late)

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
@@ -19,7 +18,7 @@ from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.patches import put_on
 from lightning_flatlora.compat import is_lightning
 from lightning_flatlora.methods.gradients import parameters_of
-from lightning_flatlora.pairs import clean_name
+from lightning_flatlora.pairs import clean_name, merge_problems
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.sharding import Sharding, is_sharded, sharding_of
 
@@ -40,12 +39,10 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     strategy, module = trainer.strategy, trainer.lightning_module
     contents.note_trained(module)
     contents.note_rewritten(module)
-    layers = module.named_modules()
-    merged = [name for name, layer in layers if isinstance(layer, BaseTunerLayer) and layer.merged]
-    if merged:
+    for problem in merge_problems(module):
         rank_zero_warn(
-            f"AdapterCheckpoint: {merged[0]} is merged into its base at a save, so the base that a loader gives will "
-            "seem to be another one: call unmerge_adapter() before, as in on_validation_epoch_end"
+            f"AdapterCheckpoint: at a save {problem}, as in on_validation_epoch_end. The base that a loader gives will "
+            "seem to be another one"
         )
     kept, base = contents.divided_state(module, finder)
     sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
