@@ -13,11 +13,11 @@ from lightning_flatlora.callbacks.fmlora import FMLoRA
 from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
 from lightning_flatlora.callbacks.patches import without_logging
-from lightning_flatlora.callbacks.probe_batches import ProbeBatches, is_compiled
+from lightning_flatlora.callbacks.probe_batches import ProbeBatches
 from lightning_flatlora.callbacks.strategies import monitor_problems
-from lightning_flatlora.compat import callback_of, callbacks_of
+from lightning_flatlora.compat import callback_of
 from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
-from lightning_flatlora.flatness.measures import CURVATURES, measure_problems
+from lightning_flatlora.flatness.measures import measure_problems
 from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError
@@ -42,7 +42,7 @@ class FlatnessMonitor(Callback):
     own batches, and losses and gradients are averaged, so that all ranks log the same numbers.
 
     A measurement costs 4 passes over the probe batches with the default measures (forward, backward, two forwards), and
-    6 next to EFMLoRA, where "ema" (Theorem 2) is measured too; for the others see
+    6 next to EFMLoRA, where "ema" (Theorem 2) is measured too, of several averages the first; for the others see
     :func:`~lightning_flatlora.flatness.measure`. It needs memory for one batch's graph, the probe batches, and a copy
     of the buffers, of 64 MB at most.
 
@@ -127,12 +127,6 @@ class FlatnessMonitor(Callback):
             problems.append("the measure 'ema' needs an EFMLoRA callback, whose average it is: leave it out")
         if self.data == "val" and not trainer.enable_validation:
             problems.append("data='val' gives no batch to hold: choose the other, or give the loader")
-        curvatures = [name for name in CURVATURES if name in measures]
-        if curvatures and is_compiled(pl_module):
-            problems.append(
-                f"the measures {', '.join(curvatures)} need second derivatives, which torch.compile does not give: "
-                "leave them out, or measure without torch.compile"
-            )
         try:
             self._targets(pl_module, method)
         except ValueError as error:
@@ -162,13 +156,6 @@ class FlatnessMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._held is not None:
             self._held.measured_at = self._count(trainer)
-        averages = 0
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, EFMLoRA):
-                averages += sum(bool(method.pairs) for method in callback.methods)
-        if averages > 1:
-            which = "one for each adapter and optimizer, and the first alone is measured"
-            self._warn(f"EFMLoRA has {averages} average perturbations in this run, {which}")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -185,10 +172,11 @@ class FlatnessMonitor(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         held = self._held
-        if held is not None and held.tried == 0 and len(held):
+        if held and held.tried == 0:
             # At once, so that a run whose step can't be measured says so at its start.
             with held.undisturbed():
-                self._try_out(trainer, held)
+                can_measure = held.try_out()
+            self._held = held if can_measure else None
         if self.every_n_steps is not None:
             # As Lightning counts, minus one at the end of an epoch: global_step counts each of several optimizers.
             self._measure(trainer, pl_module, trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -229,7 +217,7 @@ class FlatnessMonitor(Callback):
         held, every = self._held, self.every_n_steps or self.every_n_epochs
         assert every is not None
         method = _method_of(trainer)
-        if held is None or not len(held) or (method is not None and method.perturbation is None):
+        if not held or (method is not None and method.perturbation is None):
             return
         # Multiples are counted, since count % every == 0 would hold in every batch of an accumulation window, and
         # several optimizers skip numbers.
@@ -238,7 +226,8 @@ class FlatnessMonitor(Callback):
         held.measured_at = count
         measures = self.measures or (*DEFAULT_MEASURES, *(["ema"] if isinstance(method, EFMLoRA) else []))
         with held.undisturbed():
-            if not self._try_out(trainer, held):
+            if not held.try_out():
+                self._held = None
                 return
             try:
                 point = self._point(trainer, pl_module, method, held)
@@ -258,17 +247,6 @@ class FlatnessMonitor(Callback):
         trainer._logger_connector._callback_metrics.update(values)
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=step)
-
-    def _try_out(self, trainer: Trainer, held: ProbeBatches) -> bool:
-        """Say whether the probe batches can be measured, on this rank and all others; a warning says why not."""
-        problem = held.try_out()
-        # Asked at each measurement, since one rank may have new batches where another has none.
-        has_failed = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
-        if has_failed:
-            reason = problem or "the step of another rank fails in eval mode, in which it measures"
-            self._warn(f"nothing is measured in this run: {reason}")
-            self._held = None
-        return not has_failed
 
     def _point(self, trainer: Trainer, pl_module: LightningModule, method: Any, held: ProbeBatches) -> Point:
         perturbation, noise = self._targets(pl_module, method)

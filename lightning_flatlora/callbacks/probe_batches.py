@@ -11,12 +11,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
 from lightning_flatlora.flatness import MeanLoss
-from lightning_flatlora.flatness.losses import with_graph
+from lightning_flatlora.flatness.losses import differentiable
 from lightning_flatlora.methods.batches import copied_batch
 from lightning_flatlora.methods.put_back import random_state
 from lightning_flatlora.methods.replay import Replay
@@ -63,7 +62,7 @@ class ProbeBatches:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Inside, the module is in eval mode and logs nothing; afterwards all is as before.
+        """Inside, the module is in eval mode, not compiled, and logs nothing; afterwards all is as before.
 
         Raises:
             MisconfigurationException: the step has written a parameter that no optimizer trains.
@@ -77,6 +76,8 @@ class ProbeBatches:
                 if hasattr(part, "training"):
                     stack.callback(setattr, part, "training", part.training)
                     part.training = False
+            # Compiled code has no second derivative, and each mode and perturbation would be compiled anew.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(silenced(pl_module))
             # A log that can't be replaced refuses what may not be logged in the hook that measures.
             stack.callback(setattr, pl_module, "_current_fx_name", pl_module._current_fx_name)
@@ -91,27 +92,37 @@ class ProbeBatches:
                 "behind `if self.training`"
             )
 
-    def try_out(self) -> str | None:
-        """Take the gradient of each batch, if some are new, leave out those without a loss, and say what fails.
+    def try_out(self) -> bool:
+        """Try out what is new, leave out batches without a loss, and say whether this rank and all others can measure.
 
-        The module is in eval mode, in which detection models give no losses, and an RNN of cuDNN no gradient.
+        The module is in eval mode, in which detection models give no losses, and an RNN of cuDNN no gradient. A warning
+        says what fails.
         """
-        if self.tried == len(self._batches):
-            return None
-        name = self._step.__name__
+        name, problem = self._step.__name__, None
+        if self.tried < len(self._batches):
+            try:
+                self._take_gradients(name)
+            except Exception as error:
+                problem = f"{name} fails in eval mode, in which it measures: {type(error).__name__}: {error}"
+        # Asked at each measurement, since one rank may have new batches where another has none.
+        has_failed = self._trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+        if has_failed:
+            reason = problem or "the step of another rank fails in eval mode, in which it measures"
+            rank_zero_warn(f"FlatnessMonitor: nothing is measured in this run: {reason}")
+        return not has_failed
+
+    def _take_gradients(self, name: str) -> None:
         trained = [parameter for parameter in self._pl_module.parameters() if parameter.requires_grad]
         usable = []
-        try:
-            for held in self._batches:
+        for held in self._batches:
+            with differentiable():
                 loss = self._loss(*held)
-                if loss is None:
-                    continue
-                usable.append(held)
-                # Pairs may be unfrozen later.
-                if loss.requires_grad:
-                    torch.autograd.grad(with_graph(loss), trained, allow_unused=True)
-        except Exception as error:
-            return f"{name} fails in eval mode, in which it measures: {type(error).__name__}: {error}"
+            if loss is None:
+                continue
+            usable.append(held)
+            # Pairs may be unfrozen later.
+            if loss.requires_grad:
+                torch.autograd.grad(loss, trained, allow_unused=True)
         without = len(self._batches) - len(usable)
         if usable and without:
             rank_zero_warn(
@@ -121,7 +132,6 @@ class ProbeBatches:
         # Where no batch has a loss now, there may be one later.
         self._batches = usable or self._batches
         self.tried = len(self._batches)
-        return None
 
     @property
     def loss(self) -> MeanLoss:
@@ -155,11 +165,3 @@ def _loss_method(pl_module: LightningModule) -> Callable[..., Any]:
             "compute_loss(batch, batch_idx), which is measured instead"
         )
     return compute_loss  # type: ignore[no-any-return]
-
-
-def is_compiled(pl_module: LightningModule) -> bool:
-    """Say whether a module or any part of it is compiled by torch.compile."""
-    if getattr(pl_module, "_compiler_ctx", None) is not None:  # Lightning was given a compiled module
-        return True
-    parts = pl_module.modules()
-    return any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in parts)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import helpers
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_flatlora.sharding import average
 
@@ -84,7 +85,7 @@ def loss_gradient(loss: Loss, parameters: Sequence[nn.Parameter], scale: float =
         The gradient is nan if the loss is not finite.
 
     Raises:
-        ValueError: the loss gives no scalar with a graph, or has reentrant activation checkpoints.
+        ValueError: the loss gives no scalar with a graph.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([3.0]))
@@ -125,7 +126,9 @@ def mean_derivative(
 
 def _add_derivative(part: Loss, derivative: Callable[[Tensor], Sequence[Tensor]], sums: list[Tensor]) -> Tensor:
     """Add one batch's derivative and return its loss; its graph ends with the call."""
-    loss = with_graph(computed(part))
+    loss = computed(part)
+    if not loss.requires_grad:
+        raise ValueError("the loss has no graph: it must depend on parameters that require a gradient")
     # The mean over no label is nan, with a gradient of 0.
     nan_or_0 = torch.where(loss.detach().isfinite(), 0.0, torch.nan)
     for total, new in zip(sums, derivative(loss), strict=True):
@@ -161,14 +164,12 @@ def joint_ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
 
 
 def computed(part: Loss) -> Tensor:
-    """Compute one batch's loss from the weights as they are, without the values that peft may cache for DoRA.
+    """Compute one batch's loss from the weights as they are.
 
     Raises:
         ValueError: it is not a Tensor with one number.
     """
-    # It came with peft 0.19; before, nothing was cached.
-    caching = getattr(helpers, "DoraCaching", None)
-    with caching(enabled=False) if caching else nullcontext():
+    with differentiable():
         loss: object = part()
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a Tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -176,36 +177,23 @@ def computed(part: Loss) -> Tensor:
     return loss
 
 
-def with_graph(loss: Tensor) -> Tensor:
-    """Return a batch's loss, if its gradient can be taken.
-
-    Raises:
-        ValueError: it has no graph, or a part of its graph is built only in the backward pass.
-    """
-    if loss.grad_fn is None and not loss.requires_grad:
-        raise ValueError("the loss has no graph: it must depend on parameters that require a gradient")
-    if _has_reentrant_checkpoint(loss):
-        raise ValueError(
-            "the loss has reentrant activation checkpoints, whose parameters would seem to have no gradient: give "
-            "use_reentrant=False to torch.utils.checkpoint (to transformers gradient_checkpointing_kwargs="
-            "{'use_reentrant': False})"
-        )
-    return loss
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Inside, the graph of a loss holds all that it depends on: nothing is cached, and no part comes later."""
+    # Of DoRA's norms and products. It came with peft 0.19; before, nothing was cached.
+    caching = getattr(helpers, "DoraCaching", None)
+    # Replaced, because what a reentrant checkpoint builds in the backward pass is hidden from torch.autograd.grad.
+    reentrant: Any = CheckpointFunction
+    original, reentrant.apply = reentrant.apply, _not_reentrant
+    try:
+        with caching(enabled=False) if caching else nullcontext():
+            yield
+    finally:
+        reentrant.apply = original
 
 
-def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Tell whether the graph has a node of reentrant checkpointing, which torch.autograd.grad leaves out."""
-    seen = set()
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-    return False
+def _not_reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
 def losses_of(loss: Loss) -> Sequence[Loss]:

@@ -190,9 +190,6 @@ MEASURES: dict[str, Callable[[Point], Values]] = {
 DEFAULT_MEASURES = ("sharpness", "lora_sharpness", "balancedness", "condition", "radius")
 """Four passes in all: forward, backward, two forwards."""
 
-CURVATURES = ("top_eigenvalue", "hessian_trace")
-"""Measures that take second derivatives."""
-
 _OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "balancedness": torch.mean,
     # The median, since a single layer of deficient rank makes the mean infinite. PyTorch's is the value of a layer: of

@@ -22,6 +22,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from monitored_runs import ALL_BUT_EMA, Recorder, measured
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_flatlora import CosineRho, EFMLoRA, FlatnessMonitor, Perturbation, find_pairs
 from lightning_flatlora.baselines import RandomPerturbation
@@ -280,6 +281,34 @@ def test_the_perturbation_of_another_callback_is_not_measured(tmp_path: Any) -> 
         monitor = FlatnessMonitor(0.3, every_n_steps=1, measures=["sharpness"])
         rows.append(measured(tmp_path, MeasuredByHand(lr=0.0), [monitor, *callbacks]))
     assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize("of_module", [False, True])
+def test_what_is_compiled_is_measured_as_it_is_written(tmp_path: Any, of_module: bool) -> None:
+    """Compiled code has no second derivative."""
+    monitor = FlatnessMonitor(0.5, batches=2, measures=["sharpness", "hessian_trace"])
+    (expected,) = measured(tmp_path, Classifier(lr=0.0), [monitor], max_epochs=1)
+    module = Classifier(lr=0.0)
+    if of_module:
+        module = torch.compile(module, backend="aot_eager")
+    else:
+        module.net = torch.compile(module.net, backend="aot_eager")
+    assert measured(tmp_path, module, [monitor], max_epochs=1) == [expected]
+
+
+class Checkpointed(Classifier):
+    """With reentrant activation checkpointing, in eval mode as well."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, labels, _ = batch
+        logits = checkpoint(self.net, inputs.requires_grad_(), use_reentrant=True)
+        return nn.functional.cross_entropy(logits, labels)
+
+
+def test_reentrant_checkpoints_are_measured_as_what_is_not_checkpointed(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(0.5, batches=2)
+    expected = measured(tmp_path, Classifier(lr=0.0), [monitor], max_epochs=1)
+    assert measured(tmp_path, Checkpointed(lr=0.0), [monitor], max_epochs=1) == expected
 
 
 def test_a_step_draws_the_same_in_every_pass(tmp_path: Any) -> None:

@@ -4,13 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from helpers import FEATURES, Classifier, fit, make_net
+from helpers import FEATURES, Classifier, fit
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, find_pairs
 from lightning_flatlora.callbacks import flatness_monitor
@@ -71,15 +68,6 @@ def test_expected_sharpness_needs_the_base_of_a_finders_pairs(tmp_path: Any) -> 
     monitor = FlatnessMonitor(1.0, measures=["expected_sharpness"], finder=lambda model: find_pairs(model).pairs)
     with pytest.raises(MisconfigurationException, match="the finder names no plain Linear as their base"):
         fit(tmp_path, Classifier(), [monitor])
-
-
-def test_one_of_two_average_perturbations_is_measured_with_a_warning(tmp_path: Any) -> None:
-    net = make_net()
-    net.add_adapter("second", LoraConfig(r=2, target_modules=["2"]))
-    net.base_model.set_adapter(["default", "second"])
-    callbacks = [EFMLoRA(0.5, adapter_name=name) for name in ("default", "second")]
-    with pytest.warns(UserWarning, match="EFMLoRA has 2 average perturbations .* and the first alone is measured"):
-        fit(tmp_path, Classifier(net=net), [*callbacks, FlatnessMonitor()], max_epochs=1)
 
 
 def test_a_finder_of_its_own_takes_the_place_of_the_methods_adapter(tmp_path: Any) -> None:
@@ -189,31 +177,3 @@ def test_a_momentum_encoder_that_is_written_in_eval_mode_is_refused(tmp_path: An
         fit(tmp_path, Teaches(only_in_training=False), [monitor], max_steps=1)  # before the first measurement
     trainer = fit(tmp_path, Teaches(only_in_training=True), [monitor])
     assert "flatness/sharpness" in trainer.callback_metrics
-
-
-@pytest.mark.parametrize("of_module", [False, True])
-def test_second_derivatives_of_compiled_code_are_refused(tmp_path: Any, of_module: bool) -> None:
-    module = Classifier()
-    if of_module:
-        module = torch.compile(module, backend="eager")
-    else:
-        module.net.compile(backend="eager")
-    monitor = FlatnessMonitor(1.0, measures=["sharpness", "hessian_trace"])
-    with pytest.raises(MisconfigurationException, match=r"hessian_trace need second derivatives, which torch\.compile"):
-        fit(tmp_path, module, [monitor])
-
-
-class Checkpointed(Classifier):
-    """With reentrant activation checkpointing, in eval mode as well."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        inputs, labels, _ = batch
-        logits = checkpoint(self.net, inputs.requires_grad_(), use_reentrant=True)
-        return nn.functional.cross_entropy(logits, labels)
-
-
-def test_reentrant_checkpoints_cost_the_measurements_and_not_the_run(tmp_path: Any) -> None:
-    with pytest.warns(UserWarning, match="nothing is measured in this run: .* the loss has reentrant"):
-        trainer = fit(tmp_path, Checkpointed(), [FlatnessMonitor(1.0)])
-    assert trainer.state.finished
-    assert not any(name.startswith("flatness") for name in trainer.callback_metrics)
