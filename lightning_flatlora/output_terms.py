@@ -99,18 +99,11 @@ def output_terms(
 ) -> tuple[list[Term], list[str]]:
     """Make a term for each Linear under the trained adapters of a model, in the order of its modules.
 
-    Args:
-        kind: of the terms.
-        model: a module that contains LoRA layers at any depth, not sharded.
-        adapter_name: the adapter of peft to look at; None takes each layer's active ones.
-        finder: says what the pairs are if the layers are not peft's, and what their base is.
-
     Returns:
         The terms, and one line for each kind of adapted layer that gets none, naming it and the reason.
 
     Raises:
         NoPairsError: there is none; the message lists what was seen.
-        ValueError: no adapter of that name.
     """
     search = find_pairs(model, adapter_name, finder=finder)
     terms: list[Term] = []

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.methods.checks import choice_problems
+from lightning_flatlora.methods.checks import choice_problems, rounding_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of
 from lightning_flatlora.schedules import RhoSchedule
@@ -92,12 +92,7 @@ class BalancednessStep(StepMethod):
 
     @override
     def install(self) -> None:
-        low = [pair.B.dtype for pair in self.pairs if pair.B.dtype in (torch.bfloat16, torch.float16)]
-        if low:
-            self.warn(
-                f"B is kept in {low[0]}, in which a factor as near to 1 as 1 + alpha * lr is rounded away. Keep it in "
-                "float32, as with precision='bf16-mixed'."
-            )
+        self.warn(*rounding_problems("B", [pair.B for pair in self.pairs]))
 
     @override
     @torch.no_grad()

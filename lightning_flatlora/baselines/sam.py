@@ -9,15 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora import perturbed_read
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
-from lightning_flatlora.flatness.sharpness import clean
+from lightning_flatlora.flatness.sharpness import reading
 from lightning_flatlora.methods.checks import rounding_problems
 from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
-from lightning_flatlora.perturbed_read import AnyRef
+from lightning_flatlora.perturbed_read import AnyRef, as_ref
 from lightning_flatlora.schedules import RhoSchedule
 
 
@@ -194,18 +193,11 @@ class LoRASAMStep(StepMethod):
         for group, stack in zip(groups.values(), joint_ascent(gradients, self.current_rho), strict=True):
             for factor, of_factor in zip(group, stack, strict=True):
                 E[factor] = of_factor.view(self._sharding.shape(factor))
-        return self._applied(E)
-
-    @contextmanager
-    def _applied(self, E: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-        """Let the layers read A + E_A and B + E_B; afterwards they read the clean factors."""
-        perturbed: list[tuple[AnyRef, Tensor]] = []
+        moves: dict[AnyRef, Tensor | None] = {}
         for pair in self.pairs:
             for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
                 # A factor that is frozen is not perturbed.
-                perturbed += [(reader, E[factor]) for reader in readers if factor in E]
-        with clean([reader for reader, _ in perturbed], self._sharding.only_views):
-            for reader, of_factor in perturbed:
-                # A pair may be some rows of the parameter.
-                perturbed_read.perturb(reader, rows_of(of_factor, perturbed_read.as_ref(reader).rows))
-            yield
+                for reader in readers if factor in E else ():
+                    # A pair may be some rows of the parameter.
+                    moves[reader] = rows_of(E[factor], as_ref(reader).rows)
+        return reading(moves, self._sharding.only_views)

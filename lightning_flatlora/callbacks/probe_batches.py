@@ -31,11 +31,8 @@ class ProbeBatches:
 
     Args:
         trainer: that runs the steps.
-        pl_module: the module.
+        pl_module: the module; a ValueError says that it has no method that only computes the loss of a batch.
         count: batches of each rank; fewer are kept where an epoch has fewer.
-
-    Raises:
-        ValueError: the module has no method that computes the loss of a batch and nothing else.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, count: int) -> None:
@@ -43,7 +40,6 @@ class ProbeBatches:
         self.has_measured = False
         self.tried = 0
         self._trainer, self._pl_module, self._step = trainer, pl_module, _loss_method(pl_module)
-        self._replay = Replay(pl_module, trainer.optimizers)
         self._same_draws = random_state(pl_module.device)
         self._missing = count
         # Each with its index in the epoch from which it is.
@@ -68,9 +64,9 @@ class ProbeBatches:
             MisconfigurationException: the step has written a parameter that no optimizer trains.
         """
         pl_module = self._pl_module
-        self._replay.look_again(self._trainer.optimizers)
+        replay = Replay(pl_module, self._trainer.optimizers)
         with ExitStack() as stack:
-            stack.enter_context(self._replay.undone(pl_module.device))
+            stack.enter_context(replay.undone(pl_module.device))
             for part in pl_module.modules():
                 # One that was frozen by torch.jit has no mode. Not by eval(), which a module may have overridden.
                 if hasattr(part, "training"):
@@ -83,7 +79,7 @@ class ProbeBatches:
             stack.callback(setattr, pl_module, "_current_fx_name", pl_module._current_fx_name)
             pl_module._current_fx_name = "training_step"
             yield
-            written = self._replay.written_parameter()
+            written = replay.written_parameter()
         # It can't be taken back, so the run must not go on as if nothing had happened.
         if written is not None:
             raise MisconfigurationException(
@@ -151,11 +147,7 @@ class ProbeBatches:
 
 
 def _loss_method(pl_module: LightningModule) -> Callable[..., Any]:
-    """Find the method that computes the loss of a batch.
-
-    Raises:
-        ValueError: there is none that does nothing else.
-    """
+    """Find the method that computes the loss of a batch; a ValueError says that there is none."""
     if pl_module.automatic_optimization:
         return pl_module.training_step
     compute_loss: Any = getattr(pl_module, "compute_loss", None)

@@ -138,13 +138,7 @@ def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state of a model as :func:`split_attention` found it, under open_clip's names.
 
     Args:
-        model: split, its adapters merged and unloaded.
-
-    Returns:
-        What an unmodified open_clip model of the same configuration loads.
-
-    Raises:
-        ValueError: there are still LoRA layers in the model.
+        model: split, its adapters merged and unloaded; a ValueError says that they are not.
 
     Example:
         >>> import open_clip

@@ -79,16 +79,13 @@ def lora_targets(
 
 
 def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -> None:
-    """Raise an error if a forward pass only reads the weights of some Linears, so that LoRA on them would do nothing.
+    """Raise a ValueError that names the Linears whose weights a forward pass only reads: LoRA there would do nothing.
 
     Args:
         model: an open_clip model.
         targets: of :func:`lora_targets`.
         image: one preprocessed image, shape (1, 3, height, width).
         text: one tokenized text, shape (1, length).
-
-    Raises:
-        ValueError: it names them.
 
     Example:
         >>> import open_clip

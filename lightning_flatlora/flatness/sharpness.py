@@ -5,8 +5,8 @@ if they are known already; the passes that are told of are those without it. Wha
 not finite.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -217,19 +217,24 @@ def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tenso
     return torch.stack([product.to(products[0].device) for product in products])
 
 
+def clean(readers: Sequence[AnyRef]) -> AbstractContextManager[None]:
+    """Let readers read clean factors, and be able to read perturbed ones; afterwards all is as before."""
+    return reading(dict.fromkeys(readers))
+
+
 @contextmanager
-def clean(readers: Sequence[AnyRef], only_views: bool = False) -> Iterator[None]:
-    """Let readers read clean factors, and be able to read perturbed ones; afterwards they read what they read before.
+def reading(moves: Mapping[AnyRef, Tensor | None], only_views: bool = False) -> Iterator[None]:
+    """Let readers read their factors with a move each; afterwards they read what they read before.
 
     Args:
-        readers: such as those of the B of some pairs.
+        moves: of the shape of the reader's rows; None for the clean factor.
         only_views: see :func:`perturbed_read.install`.
     """
-    with perturbed_read.restored(readers), ExitStack() as stack:
-        for reader in readers:
+    with perturbed_read.restored(moves), ExitStack() as stack:
+        for reader, move in moves.items():
             perturbed_read.install(reader, only_views)
             stack.callback(perturbed_read.uninstall, reader)
-            perturbed_read.perturb(reader, None)
+            perturbed_read.perturb(reader, move)
         yield
 
 

@@ -72,8 +72,8 @@ def rounding_problems(what: str, parameters: Iterable[nn.Parameter]) -> list[str
     if not low:
         return []
     return [
-        f"{what} is kept in {low[0]}, so {what} + E is rounded to it and a small rho may be lost. Keep it in float32, "
-        "as with precision='bf16-mixed'."
+        f"{what} is kept in {low[0]}, so a small change of it may be rounded away. Keep it in float32, as with "
+        "precision='bf16-mixed'."
     ]
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.amp import GradScaler
 
-from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho
+from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho, RhoSchedule
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
@@ -40,7 +40,7 @@ def course(tmp_path: Path, callbacks: list[Callback], accumulate: int, precision
     return seen.seen, trainer.optimizers[0].state_dict(), torch.get_rng_state()
 
 
-@pytest.mark.parametrize(("accumulate", "precision"), [(1, "32-true"), (2, "32-true"), (1, "bf16-mixed")])
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, "bf16-mixed"), (2, "32-true")])
 @pytest.mark.parametrize("name", BASELINES)
 def test_size_zero_is_the_base_run_to_the_bit(tmp_path: Path, name: str, accumulate: int, precision: str) -> None:
     base = course(tmp_path, [], accumulate, precision)
@@ -61,17 +61,15 @@ def run(path: Path, callback: Any, accumulate: int, resume: Path | None = None) 
     return weights(module), trainer.optimizers[0].state_dict(), callback.state_dict()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "schedule"), [(1, LearningRateRho(0.5)), (2, LinearRho(1.0, 0.1))])
 @pytest.mark.parametrize("name", BASELINES)
-def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, accumulate: int) -> None:
+def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, accumulate: int, schedule: RhoSchedule) -> None:
     """In the middle and at the end of an epoch, with a size that changes from step to step."""
     per_epoch = 6 // accumulate
-    for schedule in (LinearRho(1.0, 0.1), LearningRateRho(0.5)):
-        whole = run(tmp_path / str(schedule), BASELINES[name](schedule), accumulate)
-        assert whole[2]["step"] == 3 * per_epoch
-        for step in (per_epoch, per_epoch + 1):
-            resume = tmp_path / str(schedule) / f"{step}.ckpt"
-            assert same(run(tmp_path / str(schedule), BASELINES[name](schedule), accumulate, resume), whole)
+    whole = run(tmp_path, BASELINES[name](schedule), accumulate)
+    assert whole[2]["step"] == 3 * per_epoch
+    for step in (per_epoch, per_epoch + 1):
+        assert same(run(tmp_path, BASELINES[name](schedule), accumulate, tmp_path / f"{step}.ckpt"), whole)
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,10 @@ def run(
     return course, module, logger
 
 
-@pytest.mark.parametrize(("accumulate", "first"), [(1, True), (2, False)], ids=["before others", "after, accumulating"])
-@pytest.mark.parametrize("front_end", ["plain", *FRONT_ENDS])
+BEFORE_OTHERS = [(front_end, 1, True) for front_end in ("plain", *FRONT_ENDS)]
+
+
+@pytest.mark.parametrize(("front_end", "accumulate", "first"), [*BEFORE_OTHERS, ("efmlora", 2, False)])
 def test_a_run_with_it_is_the_run_without_it(tmp_path: Any, front_end: str, accumulate: int, first: bool) -> None:
     measures = [*ALL_BUT_EMA, "ema"] if "efmlora" in front_end else ALL_BUT_EMA
     monitors = [

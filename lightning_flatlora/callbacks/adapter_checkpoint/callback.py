@@ -80,11 +80,7 @@ class SavesAdapters(_Base):
             self._dry_run(trainer)
 
     def _dry_run(self, trainer: Trainer) -> None:
-        """Write a whole checkpoint into a temporary place and remove it; every rank must call this.
-
-        Raises:
-            MisconfigurationException: on every rank, if one of them could not write.
-        """
+        """Write a whole checkpoint into a temporary place and remove it; if a rank could not, all raise an error."""
         error: Exception | None = None
         try:
             with adapters_only(trainer, self.finder):
@@ -167,10 +163,9 @@ class AdapterCheckpoint(SavesAdapters, ModelCheckpoint):
     holds the adapters, everything outside of the base, all buffers, and every parameter of the base that has ever
     required a gradient, such as a head that was trained and then frozen. The rest of the base is recognized on loading.
 
-    Files appear whole or not at all, and are removed only after the next ones exist. So a process that is killed at any
-    moment leaves a checkpoint to resume from. No file is deleted that this callback has not written, and what would
-    fail at the first save fails when the fit starts. Rank zero writes directly, not through a CheckpointIO plugin.
-    Other checkpoint callbacks in the Trainer write what they always do. docs/checkpoints.md has more.
+    A process that is killed at any moment leaves a checkpoint to resume from. No file is deleted that this callback has
+    not written, and what would fail at the first save fails when the fit starts. Rank zero writes directly, not through
+    a CheckpointIO plugin. docs/checkpoints.md has more.
 
     Args:
         args: as for ModelCheckpoint; ``save_last="link"`` writes a file, as ``save_last=True`` does.

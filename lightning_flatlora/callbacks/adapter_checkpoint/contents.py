@@ -53,12 +53,6 @@ def unwrapped(module: nn.Module) -> Iterator[None]:
 def divided_state(module: nn.Module, finder: Finder | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide a module's state dict in what every checkpoint holds and what is of the base, by clean names.
 
-    Values are as this rank holds them.
-
-    Args:
-        module: a LightningModule, or a part of one.
-        finder: of the adapter's factors, if they are not peft's.
-
     Returns:
         The entries of adapters, of buffers, of all that was ever trained and of everything outside of the base; and the
         other parameters of the base, with None for what a quantized layer keeps beside its weight, and creates again.
@@ -198,10 +192,10 @@ def note_rewritten(module: nn.Module) -> None:
 
 
 def identities_of(parameters: Mapping[str, Tensor | None], sharded: bool = False) -> dict[str, Identity]:
-    """Describe the parameters of a base, so that another base is recognized as another one.
+    """Describe the parameters of a base, so that another base is recognized; None for what is not compared.
 
     Args:
-        parameters: by name; None for what is not compared.
+        parameters: by name.
         sharded: whether this rank holds parts of them, whose samples would say nothing.
 
     Example:

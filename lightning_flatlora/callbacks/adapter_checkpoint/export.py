@@ -35,7 +35,7 @@ def write(
         frozen: what is known of the base.
         path: of the file.
         module: holds the adapters.
-        finder: of factors that are not peft's, which get a file of their own.
+        finder: of factors that are not peft's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = folder_of(path)

@@ -31,10 +31,6 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     """Let the checkpoints that a trainer saves leave out the frozen base, until the stack that is returned is closed.
 
     Every rank takes part in the gathering, and rank zero writes.
-
-    Args:
-        trainer: in a fit.
-        finder: of the adapter's factors, if they are not peft's.
     """
     strategy, module = trainer.strategy, trainer.lightning_module
     contents.note_trained(module)
