@@ -1,7 +1,7 @@
 """Gaussian noise on the full weight of every adapted layer, drawn whenever it is needed and never stored."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -79,15 +79,13 @@ class WeightNoise:
             raise ValueError(f"sigma must be a finite number >= 0, got {sigma!r}")
         if not is_integer(seed, least=0):
             raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
-        try:
+        with ExitStack() as stack:
             if sigma > 0:
                 draw_noise(self._layers, sigma, seed)
                 for layer in self._layers:
                     layer.on()
+                    stack.callback(layer.off)
             yield
-        finally:
-            for layer in self._layers:
-                layer.off()
 
 
 class NoisyLayer(OutputTerm):

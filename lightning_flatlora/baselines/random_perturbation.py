@@ -1,4 +1,4 @@
-"""Flat-LoRA's random perturbation: fresh Gaussian noise on the whole weight in each step."""
+"""Flat-LoRA's random perturbation, fresh Gaussian noise on the whole weight in each step; and Bi-LoRA's base class."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -64,6 +64,7 @@ class FullWeightStep(StepMethod):
     Attributes:
         kind: of the terms.
         terms: one for each layer that is adapted now.
+        drawn_at: the step for which they have been drawn, if so.
     """
 
     works_sharded = False
@@ -85,6 +86,7 @@ class FullWeightStep(StepMethod):
         super().follow(pairs, module, wrapped)
         self.off()
         self.terms = []
+        self.drawn_at: int | None = None
         # Nothing is searched if no pair is trained now.
         if any(pair.B.requires_grad for pair in pairs):
             self.terms, self.left_out = output_terms(self.kind, module, self.adapter_name, self.finder)
@@ -115,14 +117,9 @@ class RandomPerturbationStep(FullWeightStep):
     kind = NoisyLayer
 
     @override
-    def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
-        super().follow(pairs, module, wrapped)
-        self._drawn_at: int | None = None
-
-    @override
     def on(self) -> None:
-        if self._drawn_at != self.step:
+        if self.drawn_at != self.step:
             # From the step, so that a resumed run and every rank draw the same noise without any state.
             draw_noise(self.terms, self.current_rho, derived_seed(self.seed, self.step))
-            self._drawn_at = self.step
+            self.drawn_at = self.step
         super().on()

@@ -16,8 +16,7 @@ from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.probe_batches import ProbeBatches
 from lightning_flatlora.callbacks.strategies import monitor_problems
 from lightning_flatlora.compat import callback_of
-from lightning_flatlora.flatness import DEFAULT_MEASURES, Point, measure
-from lightning_flatlora.flatness.measures import measure_problems
+from lightning_flatlora.flatness.measures import DEFAULT_MEASURES, Point, measure, measure_problems
 from lightning_flatlora.methods.checks import choice_problems, finder_problems, integer_problems, refuse
 from lightning_flatlora.pairs import find_pairs
 from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lightning_flatlora.callbacks.silenced import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
-from lightning_flatlora.flatness import MeanLoss
-from lightning_flatlora.flatness.losses import differentiable
+from lightning_flatlora.flatness.losses import MeanLoss, differentiable
 from lightning_flatlora.methods.batches import copied_batch
 from lightning_flatlora.methods.put_back import random_state
 from lightning_flatlora.methods.replay import Replay

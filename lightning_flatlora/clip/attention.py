@@ -143,9 +143,9 @@ def joined_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Example:
         >>> import open_clip
         >>> model = open_clip.create_model("ViT-B-32", device="meta")
+        >>> names = set(model.state_dict())
         >>> _ = split_attention(model)
-        >>> unmodified = open_clip.create_model("ViT-B-32", device="meta").state_dict()
-        >>> joined_state_dict(model).keys() == unmodified.keys()
+        >>> set(joined_state_dict(model)) == names
         True
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):

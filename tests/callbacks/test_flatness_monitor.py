@@ -117,7 +117,9 @@ BEFORE_OTHERS = [(front_end, 1, True) for front_end in ("plain", *FRONT_ENDS)]
 
 @pytest.mark.parametrize(("front_end", "accumulate", "first"), [*BEFORE_OTHERS, ("efmlora", 2, False)])
 def test_a_run_with_it_is_the_run_without_it(tmp_path: Any, front_end: str, accumulate: int, first: bool) -> None:
-    measures = [*ALL_BUT_EMA, "ema"] if "efmlora" in front_end else ALL_BUT_EMA
+    measures = [*ALL_BUT_EMA, "ema"] if "efmlora" in front_end else list(ALL_BUT_EMA)
+    if front_end != "plain":  # it takes longer than all others together, and runs the same passes
+        measures.remove("top_eigenvalue")
     monitors = [
         FlatnessMonitor(0.3, every_n_steps=1, batches=2, measures=measures, samples=2, per_layer=True),
         FlatnessMonitor(0.7, every_n_epochs=1, batches=1, data="val"),

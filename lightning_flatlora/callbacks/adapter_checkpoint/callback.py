@@ -12,8 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.adapter_checkpoint import export
-from lightning_flatlora.callbacks.adapter_checkpoint.contents import hosts, note_trained
+from lightning_flatlora.callbacks.adapter_checkpoint import contents, export
 from lightning_flatlora.callbacks.adapter_checkpoint.transfer import adapters_only, read_adapters
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
@@ -64,7 +63,7 @@ class SavesAdapters(_Base):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         problems = checkpoint_problems(trainer.strategy)
-        if not hosts(pl_module, self.finder):
+        if not contents.hosts(pl_module, self.finder):
             problems.append(
                 f"{type(pl_module).__name__} holds no peft model: wrap its network with peft.get_peft_model, give a "
                 "finder for other layers, or use Lightning's ModelCheckpoint"
@@ -119,7 +118,7 @@ class SavesAdapters(_Base):
         # What a step trains may be frozen again before the next save.
         trained = {id(parameter) for parameter in parameters_of(optimizer) if parameter.requires_grad}
         if not trained <= self._seen:
-            note_trained(pl_module)
+            contents.note_trained(pl_module)
             self._seen |= trained
 
     @override

@@ -1,4 +1,7 @@
-"""Say what a checkpoint holds: adapters, all that is outside of the base, buffers, and what has been trained."""
+"""Say what a checkpoint holds: adapters, all that is outside of the base, buffers, and what has been trained.
+
+The rest of the base is recognized on loading, by the shapes of its parameters and a few of their values.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
