@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_flatlora.baselines.random_perturbation import FullWeightStep
+from lightning_flatlora.baselines.one_pass import FullWeightStep
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent
 from lightning_flatlora.methods.checks import integer_problems

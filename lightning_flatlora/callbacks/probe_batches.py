@@ -1,6 +1,6 @@
 """The batches on which flatness is measured, kept as they pass by, and their loss."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -38,7 +38,14 @@ class ProbeBatches:
         self.measured_at = 0
         self.has_measured = False
         self.tried = 0
-        self._trainer, self._pl_module, self._step = trainer, pl_module, _loss_method(pl_module)
+        self._trainer, self._pl_module = trainer, pl_module
+        name = "training_step" if pl_module.automatic_optimization else "compute_loss"
+        self._step: Any = getattr(pl_module, name, None)
+        if not callable(self._step):
+            raise ValueError(
+                "training_step with manual optimization would step the optimizer: put the loss of a batch into a "
+                "method compute_loss(batch, batch_idx), which is measured instead"
+            )
         self._same_draws = random_state(pl_module.device)
         self._missing = count
         # Each with its index in the epoch from which it is.
@@ -143,16 +150,3 @@ class ProbeBatches:
         with self._trainer.precision_plugin.train_step_context():
             output = self._step(batch, batch_idx) if takes_index else self._step(batch)
         return loss_of(output, self._step.__name__)
-
-
-def _loss_method(pl_module: LightningModule) -> Callable[..., Any]:
-    """Find the method that computes the loss of a batch; a ValueError says that there is none."""
-    if pl_module.automatic_optimization:
-        return pl_module.training_step
-    compute_loss: Any = getattr(pl_module, "compute_loss", None)
-    if not callable(compute_loss):
-        raise ValueError(
-            "training_step with manual optimization would step the optimizer: put the loss of a batch into a method "
-            "compute_loss(batch, batch_idx), which is measured instead"
-        )
-    return compute_loss  # type: ignore[no-any-return]

@@ -30,7 +30,7 @@ def lora_targets(
     blocks: Literal["all"] | int | Sequence[int] = "all",
     towers: Towers = "both",
 ) -> str:
-    r"""Name the Linears to adapt, for ``LoraConfig(target_modules=...)``.
+    """Name the Linears to adapt, for ``LoraConfig(target_modules=...)``.
 
     The result is a regular expression of their whole names. A list would not do: peft takes its entries to be ends of
     names, and the names in CLIP's text tower are ends of those in its vision tower.
@@ -46,14 +46,6 @@ def lora_targets(
 
     Raises:
         ValueError: a setting is not one of these, or a tower has no such Linear that LoRA could reach.
-
-    Example:
-        >>> import open_clip
-        >>> from lightning_flatlora.clip import split_attention
-        >>> model = open_clip.create_model("ViT-B-32", device="meta")
-        >>> _ = split_attention(model)
-        >>> lora_targets(model, ["q"], blocks=1, towers="vision")
-        'visual\\.transformer\\.resblocks\\.11\\.attn\\.q_proj'
     """
     unknown = [projection for projection in projections if projection not in _LEAVES]
     problems = [f"projections must be of {get_args(Projection)}, got {projection!r}" for projection in unknown]
@@ -86,18 +78,6 @@ def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -
         targets: of :func:`lora_targets`.
         image: one preprocessed image, shape (1, 3, height, width).
         text: one tokenized text, shape (1, length).
-
-    Example:
-        >>> import open_clip
-        >>> import torch
-        >>> from lightning_flatlora.clip import split_attention
-        >>> towers = {"vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 64}}
-        >>> towers["text_cfg"] = {"context_length": 4, "vocab_size": 9, "width": 64, "heads": 1, "layers": 1}
-        >>> model = open_clip.CLIP(embed_dim=8, **towers)
-        >>> image, text = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, dtype=torch.long)
-        >>> _ = split_attention(model)
-        >>> targets = lora_targets(model, ["q", "v"], towers="vision")
-        >>> check_reached(model, targets, image, text)  # all of them are called
     """
     called: set[nn.Module] = set()
     layers = {name: module for name, module in model.named_modules() if re.fullmatch(targets, name)}

@@ -75,7 +75,12 @@ def _save_adapters(module: nn.Module, state: Mapping[str, Any], folder: Path, fi
         elif hasattr(host, "peft_config"):
             _save_injected(host, of_host, place)
         else:
-            _save_found({key: of_host[key] for key in contents.found_factors(host, finder)}, place, finder)
+            factors = {key: of_host[key] for key in contents.found_factors(host, finder)}
+            # The name and the form that litgpt's scripts read, or plain safetensors.
+            if finder is litgpt_pairs:
+                torch.save({"model": factors}, place / "lit_model.pth.lora")
+            else:
+                _save_tensors(factors, place / "factors.safetensors")
 
 
 def _save_injected(host: Any, state: dict[str, Any], folder: Path) -> None:
@@ -86,14 +91,6 @@ def _save_injected(host: Any, state: dict[str, Any], folder: Path) -> None:
         weights = get_peft_model_state_dict(host, state, name)
         tensors = {f"base_model.model.{key}": value for key, value in weights.items()}
         _save_tensors(tensors, place / "adapter_model.safetensors")
-
-
-def _save_found(factors: dict[str, Tensor], folder: Path, finder: Finder | None) -> None:
-    """Write a finder's factors under the name and in the form that litgpt's scripts read, or as plain safetensors."""
-    if finder is litgpt_pairs:
-        torch.save({"model": factors}, folder / "lit_model.pth.lora")
-    else:
-        _save_tensors(factors, folder / "factors.safetensors")
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
