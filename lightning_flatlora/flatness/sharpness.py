@@ -1,8 +1,7 @@
 """The rise of the loss around the weights: along the gradient, along the average Ê, and at random.
 
-The rise is in the loss's own unit (nats for a cross-entropy). ``at`` is the loss and its gradient at the clean weights,
-if they are known already; the passes that are told of are those without it. What a gradient enters is nan if that is
-not finite.
+The rise is in the loss's own unit (nats for a cross-entropy). The passes that are told of are those without a known
+gradient. What a gradient enters is nan if that is not finite.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +83,7 @@ def sam_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         loss: of fixed batches.
         perturbation: says which pairs, estimator and norm scope; what it keeps stays as it is.
         rho: radius of the ball in full weight space, in the weights' units.
-        at: see above.
+        at: the loss and its gradient at the clean weights, if they are known already.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -117,7 +116,7 @@ def lora_sharpness(loss: Loss, pairs: Sequence[LoRAPair], rho: float, at: LossGr
         loss: of fixed batches.
         pairs: of which frozen factors stay as they are.
         rho: radius of the ball in (A, B), in the factors' units, >= 0.
-        at: see above.
+        at: the loss and its gradient at the clean weights, if they are known already.
     """
     if not is_size(rho):
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
@@ -140,7 +139,7 @@ def ema_sharpness(loss: Loss, perturbation: Perturbation, rho: float, at: LossGr
         loss: of fixed batches.
         perturbation: keeps Ê, as ``EFMLoRA.perturbation`` does, and says how E is made.
         rho: radius of the fresh E; the theorem means that of Ê.
-        at: see above.
+        at: the loss and its gradient at the clean weights, if they are known already.
     """
     with clean(readers_of(perturbation.pairs)):
         at = at or loss_gradient(loss, trained_factors(perturbation.pairs))
