@@ -193,9 +193,9 @@ class FlatnessMonitor(Callback):
         if held is None or held.has_measured or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         unit, every = ("epoch", self.every_n_epochs) if self.every_n_steps is None else ("step", self.every_n_steps)
-        self._warn(
-            f"nothing was measured: every_n_{unit}s is {every}, and training went from {unit} {held.measured_at} "
-            f"to {self._count(trainer)}"
+        rank_zero_warn(
+            f"FlatnessMonitor: nothing was measured: every_n_{unit}s is {every}, and training went from {unit} "
+            f"{held.measured_at} to {self._count(trainer)}"
         )
 
     @override
@@ -239,7 +239,7 @@ class FlatnessMonitor(Callback):
                 # for this one's loss.
                 if trainer.world_size > 1:
                     raise
-                self._warn(f"a measurement was left out: {type(error).__name__}: {error}")
+                rank_zero_warn(f"FlatnessMonitor: a measurement was left out: {type(error).__name__}: {error}")
                 return
         values = {f"flatness/{name}": value.detach().cpu() for name, value in numbers.items()}
         # Not by the property trainer.callback_metrics: reading it would compute the module's own metrics too early.
@@ -263,9 +263,6 @@ class FlatnessMonitor(Callback):
             samples=self.samples,
             loss_scale=scaler.get_scale() if scaler else 1.0,
         )
-
-    def _warn(self, what: str) -> None:
-        rank_zero_warn(f"{type(self).__name__}: {what}")
 
 
 def _method_of(trainer: Trainer) -> Any:

@@ -33,7 +33,9 @@ def train(
     loader, trainer = (joint_batches(), {}) if alone else on_two_ranks(**strategy)
     module, callbacks, step = parts(front_end, net, accumulate)
     ema = callbacks and isinstance(callbacks[0], EFMLoRA)
-    measures = [name for name in MEASURES if name != "ema" or ema]
+    # The largest eigenvalue takes longer than all others together.
+    wanted = {"ema": ema, "top_eigenvalue": front_end == "LoRA"}
+    measures = [name for name in MEASURES if wanted.get(name, True)]
     monitor = FlatnessMonitor(0.3, every_n_steps=5, batches=2, measures=measures, samples=2, per_layer=True)
     logged = Logged()
     fit_in_float64(module, 1, [*([monitor] if monitored else []), *callbacks, logged], loader, **step, **trainer)

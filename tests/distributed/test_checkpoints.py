@@ -28,8 +28,10 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What Lightning writes is another file under each strategy and each of its formats, but not under another policy.
 LIGHTNINGS = [name for name in STRATEGIES if name != "fsdp1-linears"]
+# Our own files are the same under both formats, and are found and loaded in the same way.
+OURS = [name for name in STRATEGIES if name not in ("fsdp1-sharded", "fsdp2-distributed")]
 TRAFFIC = ("fsdp1-full", "fsdp2-full")
-FROZEN_A = ("fsdp1-linears", "fsdp2-full")
+FROZEN_A = ("fsdp1-linears",)
 
 
 class Runs:
@@ -53,7 +55,8 @@ class Runs:
 
             yield planned("whole", lightnings=name in LIGHTNINGS)
             yield planned("resumed", resume=self.file(f"{name}-whole"))
-            yield planned("from-one", resume=self.file("one"))
+            if name in OURS:
+                yield planned("from-one", resume=self.file("one"))
             if name in LIGHTNINGS:
                 yield planned("lightning-resumed", saver="lightning", resume=self.file(f"{name}-whole/lightning"))
             if name in TRAFFIC:
@@ -99,7 +102,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(runs: Runs, run: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", OURS)
 def test_saved_on_two_ranks_resumed_on_one(runs: Runs, name: str, tmp_path: Path) -> None:
     resumed = train(str(tmp_path), "single", resume=runs.file(f"{name}-whole"))
     assert_close(resumed["weights"], runs.one["weights"])
@@ -107,7 +110,7 @@ def test_saved_on_two_ranks_resumed_on_one(runs: Runs, name: str, tmp_path: Path
     assert_close(*(each["driver"]["perturbation"]["E"] for each in (resumed, runs.one)))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", OURS)
 def test_saved_on_one_resumed_on_two_ranks(runs: Runs, name: str) -> None:
     for rank in runs.two[f"{name}-from-one"]:
         assert_close(rank["weights"], runs.one["weights"])
