@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
 
@@ -13,17 +14,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_flatlora.callbacks.methods_of_fit import assign_pairs
 from lightning_flatlora.callbacks.patches import put_on_instance
 from lightning_flatlora.forward_gate import ForwardGate
-from lightning_flatlora.methods.assignment import assign_pairs
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
-from lightning_flatlora.methods.checks import changed_settings, integer_problems, optimizer_problems, refuse
-from lightning_flatlora.methods.gradients import parameters_of
-from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
-from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
+from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse
+from lightning_flatlora.pairs import find_pairs, merge_problems
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.sharding import is_sharded
-from lightning_flatlora.wrappers import innermost, unwrapped, wrapping_problems
+from lightning_flatlora.wrappers import innermost, parameters_of, unwrapped, wrapping_problems
 
 STATE_KEY = "lightning_flatlora"
 """Under which an optimizer's state dict carries the states of the methods."""
@@ -47,25 +46,27 @@ class LoopMethod:
         inner = innermost(optimizer)
         refuse(method, _problems(model, optimizer, inner, method, total_steps))
         self.method = method
-        self.search = PairSearch([], [])
         self._model = model
         self._optimizer = method.optimizer = inner
         self._gate = ForwardGate()
-        self._handles: list[Callable[[], None]] = []
+        self._hooks = ExitStack()
         self._is_stepping = False
         method.horizon = math.inf if total_steps is None else total_steps
+        # A loop does not say whether it has a scaler, which skips the step within a fused optimizer.
+        method.is_skipped_on_overflow = True
         self.look_again()
         if self.search.left_out:
             rank_zero_info(f"{method.title} leaves unperturbed: " + "; ".join(self.search.left_out))
         self._close_others()
         self._install()
-        handles = [
+        for handle in (
             # Not traced with a compiled step, which would be compiled again for each count of steps.
             inner.register_step_pre_hook(torch.compiler.disable(self._before_step)),  # type: ignore[no-untyped-call]
             inner.register_step_post_hook(self._after_step),
             inner.register_state_dict_post_hook(self._add_state),
-        ]
-        self._handles = [handle.remove for handle in handles] + [self._before_loading()]
+        ):
+            self._hooks.callback(handle.remove)
+        self._hooks.callback(self._before_loading())
         _RUNNING.add(self)
         # The layers of an object that nobody has closed must not read its last Ê when the optimizer is gone.
         for installed in (self.perturbation, self._gate):
@@ -88,9 +89,7 @@ class LoopMethod:
             MisconfigurationException: the optimizer holds none, or an adapter is merged.
         """
         method, module = self.method, unwrapped(self._model)
-        search = search_pairs(module, method.adapter_name, method.finder)
-        if not search.pairs:
-            raise NoPairsError(nothing_found(module, method.adapter_name, method.finder, search))
+        search = find_pairs(module, method.adapter_name, finder=method.finder)
         assignment = assign_pairs(search, [self._optimizer])
         problems = merge_problems(module)
         if not assignment.pairs[0]:
@@ -99,12 +98,12 @@ class LoopMethod:
                 "or give the optimizer that holds them"
             )
         refuse(method, problems)
-        self._uninstall()
+        self._gate.uninstall()
         self.search = search
         method.follow(assignment.pairs[0], module, self._model)
         self._device = method.pairs[0].B.device
         refuse(method, method.pair_problems())
-        if self._handles:
+        if self in _RUNNING:
             self._install()
 
     def _install(self) -> None:
@@ -113,20 +112,15 @@ class LoopMethod:
         if not self.method.takes_two_passes:
             self._gate.install(self.perturbation)
 
-    def _uninstall(self) -> None:
-        self._gate.uninstall()
-        self.method.close()
-
     def close(self) -> None:
         """Leave no trace on the model's layers and the optimizer; the state stays. Calling it again does nothing."""
-        self._uninstall()
-        for remove in self._handles:
-            remove()
-        self._handles = []
+        self._gate.uninstall()
+        self.method.close()
+        self._hooks.close()
         _RUNNING.discard(self)
 
     def _check_open(self) -> None:
-        if not self._handles:
+        if self not in _RUNNING:
             title = self.method.title
             raise RuntimeError(f"close(), or a newer object, has ended this {title}: make a new one for another run")
 
@@ -138,7 +132,6 @@ class LoopMethod:
     @property
     def perturbation(self) -> Perturbation:
         """The perturbation of the pairs' B."""
-        assert self.method.perturbation is not None
         return self.method.perturbation
 
     @property
@@ -186,8 +179,7 @@ class LoopMethod:
 
     def _use_gradients(self) -> None:
         self._check_parameters()
-        # If any gradient of these is not finite, a loss scaler skips the step within a fused optimizer.
-        self.method.before_step(parameters_of(self._optimizer))
+        self.method.before_step()
 
     def _check_parameters(self) -> None:
         """Refuse a model whose parameters were replaced since, and follow one that has moved to another device."""
@@ -240,7 +232,7 @@ class LoopMethod:
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             # What somebody has put over this method still calls it after the end.
-            if self._handles:
+            if self in _RUNNING:
                 self._take_state(optimizer, state_dict)
             return own(state_dict, *args, **kwargs)
 
@@ -258,7 +250,7 @@ class LoopMethod:
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a resumed run needs, as CPU tensors and numbers; only a distributed checkpoint lacks it."""
-        return {**self.method.state_dict(), "settings": self.method.settings()}
+        return self.method.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict`, or that of the callback of this name, returned.
@@ -266,10 +258,9 @@ class LoopMethod:
         Raises:
             MisconfigurationException: the state belongs to other pairs or settings.
         """
-        problems = changed_settings(self.method.settings(), state["settings"])
         if "optimizers" in state:
-            problems.append(f"the state is of {len(state['optimizers'])} optimizers, and a loop's object follows one")
-        refuse(self.method, problems)
+            problem = f"the state is of {len(state['optimizers'])} optimizers, and a loop's object follows one"
+            refuse(self.method, [problem])
         self.method.load_state_dict(state, self.search.names)
 
 

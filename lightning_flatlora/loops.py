@@ -19,13 +19,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.loop_method import LoopMethod
-from lightning_flatlora.methods.efmlora import EFMLoRAStep
-from lightning_flatlora.methods.fmlora import FMLoRAStep
-from lightning_flatlora.methods.gradients import parameters_of, set_aside
+from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.schedules import RhoSchedule
-from lightning_flatlora.sharding import average_gradients, is_sharded
-from lightning_flatlora.wrappers import unwrapped, without_sync
+from lightning_flatlora.sharding import is_sharded
+from lightning_flatlora.wrappers import has_gradient, unwrapped, without_sync
 
 __all__ = ["EFMLoRA", "FMLoRA"]
 
@@ -153,7 +151,8 @@ class FMLoRA(LoopMethod):
                 "the first pass was not entered, or has not come to its end: write "
                 "`for each_pass in flat.training_passes():` and in it `with each_pass:`"
             )
-        yield self._descent()
+        self._lacks_second_pass = False
+        yield self._replay.running()
 
     @override
     def _use_gradients(self) -> None:
@@ -174,29 +173,19 @@ class FMLoRA(LoopMethod):
     def _ascent(self) -> Iterator[None]:
         """The first pass: its gradient gives E and is then dropped."""
         self._replay.first_pass_starts(self.method.pairs[0].B.device)
-        with set_aside(self._replay.parameters, [self._optimizer]):
+        sharded = is_sharded(self._model)
+        with self._replay.ascent(self.method, is_averaged=sharded):
             # In an accumulation window DDP would otherwise take the ascent's gradient for the window's.
             with without_sync(self._model):
                 yield
-            sharded = is_sharded(self._model)
             if sharded and not self.perturbation.has_gradient:
                 raise RuntimeError(
                     "the first pass left no gradient: under FSDP2 each micro-batch must synchronize, so leave "
                     "no_backward_sync (set_requires_gradient_sync) out, or use EFMLoRA"
                 )
-            if not sharded and all(parameter.grad is None for parameter in parameters_of(self._optimizer)):
+            if not sharded and not has_gradient(self._optimizer):
                 rank_zero_warn(
                     "the first pass left no gradient, so E is 0: does backward stand inside each pass, and is this "
                     "FMLoRA of the model and the optimizer that the loop trains?"
                 )
-            if self.method.sync_ascent and not sharded:
-                average_gradients(self.method.ascending)
-            self._at_perturbed_weights = self.method.ascend()
         self._lacks_second_pass = True
-
-    @contextmanager
-    def _descent(self) -> Iterator[None]:
-        """The second pass: the same random numbers at B + E."""
-        self._lacks_second_pass = False
-        with self._replay.running(), self._at_perturbed_weights:
-            yield

@@ -2,25 +2,23 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.memory import recursive_detach
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
+from lightning_flatlora.callbacks.fmlora import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.strategies import backward_without_sync
 from lightning_flatlora.callbacks.training_step import ends_window, loss_of, takes_no_step
-from lightning_flatlora.compat import is_lightning
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.checks import integer_problems, is_number
-from lightning_flatlora.methods.fmlora import FMLoRAStep
-from lightning_flatlora.methods.gradients import has_gradient
+from lightning_flatlora.methods.b_perturbation import FMLoRAStep
+from lightning_flatlora.methods.checks import choice_problems, integer_problems, is_number
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
+from lightning_flatlora.wrappers import has_gradient
 
 if TYPE_CHECKING:
     _Base = LightningModule
@@ -37,26 +35,10 @@ _NOT_CALLED = {
 """Hooks that a subclass would override in vain, and what to do in their place."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
 class FMLoRAModuleStep(FMLoRAStep):
-    """FMLoRA's step under the module's name, with the module's arguments, which are checked with its own."""
+    """FMLoRA's step under the module's name."""
 
     title = "FMLoRAModule"
-
-    accumulate_grad_batches: int
-    gradient_clip_val: float | None
-    gradient_clip_algorithm: str
-
-    @override
-    def argument_problems(self) -> list[str]:
-        problems = super().argument_problems()
-        problems += integer_problems("accumulate_grad_batches", self.accumulate_grad_batches, least=1)
-        clip_val = self.gradient_clip_val
-        if clip_val is not None and not (is_number(clip_val) and clip_val >= 0):
-            problems.append(f"gradient_clip_val must be None or a number >= 0, got {clip_val!r}")
-        if self.gradient_clip_algorithm not in ("norm", "value"):
-            problems.append(f"gradient_clip_algorithm must be 'norm' or 'value', got {self.gradient_clip_algorithm!r}")
-        return problems
 
 
 class FMLoRASteps(_Base):
@@ -81,6 +63,10 @@ class FMLoRASteps(_Base):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        problems = integer_problems("accumulate_grad_batches", accumulate_grad_batches, least=1)
+        if gradient_clip_val is not None and not (is_number(gradient_clip_val) and gradient_clip_val >= 0):
+            problems.append(f"gradient_clip_val must be None or a number >= 0, got {gradient_clip_val!r}")
+        problems += choice_problems("gradient_clip_algorithm", gradient_clip_algorithm, Literal["norm", "value"])
         method = FMLoRAModuleStep(
             rho,
             estimator=estimator,
@@ -90,12 +76,9 @@ class FMLoRASteps(_Base):
             adapter_name=adapter_name,
             finder=finder,
             sync_ascent=sync_ascent,
-            accumulate_grad_batches=accumulate_grad_batches,
-            gradient_clip_val=gradient_clip_val,
-            gradient_clip_algorithm=gradient_clip_algorithm,
+            more_problems=problems,
         )
         self._callback = FMLoRAModuleCallback(method)
-        self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
@@ -124,7 +107,7 @@ class FMLoRASteps(_Base):
                 "automatic_optimization must be False, as FMLoRAModule sets it, got True: it takes its optimizer steps "
                 "itself. Leave it alone, or subclass LightningModule and use the FMLoRA callback"
             )
-        if _overrides(self, "training_step", FMLoRASteps):
+        if is_overridden("training_step", self, FMLoRASteps):
             problems.append(
                 f"{name} defines training_step, in place of FMLoRAModule's, which takes the two passes and the "
                 "optimizer step, so nothing would be trained: rename it to compute_loss, and let it return the loss. "
@@ -133,7 +116,7 @@ class FMLoRASteps(_Base):
         # Of either name of Lightning.
         lightnings = next(kind for kind in type(self).__mro__ if kind.__name__ == "LightningModule")
         for hook, instead in _NOT_CALLED.items():
-            if _overrides(self, hook, lightnings):
+            if is_overridden(hook, self, lightnings):
                 problems.append(
                     f"{name} overrides {hook}, which Lightning does not call in manual optimization: {instead}, or "
                     "subclass LightningModule and use the FMLoRA callback"
@@ -159,8 +142,7 @@ class FMLoRASteps(_Base):
         if takes_no_step(trainer):
             return recursive_detach(self.compute_loss(batch, batch_idx))
         callback.check_set_up()
-        optimizer = self.optimizers()
-        assert is_lightning(optimizer, LightningOptimizer)  # checked in on_fit_start
+        optimizer: Any = self.optimizers()  # one, as was checked in on_fit_start
         if batch_idx % self.accumulate_grad_batches == 0:
             # At the start of a window and not after the step, as Lightning does: hooks may read the last gradients.
             optimizer.zero_grad()
@@ -230,8 +212,3 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
         >>> Regression().automatic_optimization
         False
     """
-
-
-def _overrides(module: FMLoRASteps, name: str, base: type) -> bool:
-    """Whether a subclass, or the instance, replaces a method of a base class."""
-    return name in vars(module) or getattr(type(module), name) is not getattr(base, name)

@@ -1,4 +1,4 @@
-"""What is wrapped around a model or an optimizer, and under which wrappers of a model no perturbation is exact."""
+"""What is inside of a wrapped model or an optimizer, and under which wrappers of a model no perturbation is exact."""
 
 import sys
 from collections.abc import Iterator
@@ -32,6 +32,19 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """List an optimizer's parameters, in the order in which its state numbers them."""
+    parameters: list[nn.Parameter] = []
+    for param_group in optimizer.param_groups:
+        parameters += param_group["params"]
+    return parameters
+
+
+def has_gradient(optimizer: Optimizer) -> bool:
+    """Say whether any parameter of an optimizer has a gradient."""
+    return any(parameter.grad is not None for parameter in parameters_of(optimizer))
+
+
 @contextmanager
 def without_sync(model: nn.Module) -> Iterator[None]:
     """Inside, no backward of DDP averages gradients over the ranks."""
@@ -50,11 +63,11 @@ def wrapping_problems(model: nn.Module, *, takes_two_passes: bool) -> list[str]:
     """
     modules = list(model.modules())
     problems = []
-    if any(_is_of("deepspeed", module) for module in modules):
+    if any(is_of("deepspeed", module) for module in modules):
         problems.append(f"DeepSpeed's engine owns the gradients and the optimizer's step: {_USE}")
     megatron = sys.modules.get("megatron.core.parallel_state")
     megatron_runs = megatron is not None and megatron.model_parallel_is_initialized()
-    if megatron_runs or any(_is_of("megatron", module) for module in modules):
+    if megatron_runs or any(is_of("megatron", module) for module in modules):
         problems.append(
             "Megatron keeps gradients in buffers of its own, and its tensor parallelism splits the factors: "
             f"{_USE}, without Megatron"
@@ -95,6 +108,6 @@ def _of_ddp(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def _is_of(library: str, module: nn.Module) -> bool:
-    """Whether a module's class, or one that it inherits from, is defined by a library, which is not imported."""
-    return any(kind.__module__.split(".")[0] == library for kind in type(module).__mro__)
+def is_of(library: str, thing: object) -> bool:
+    """Say whether a thing's class, or one that it inherits from, is defined by a library, which is not imported."""
+    return any(kind.__module__.split(".")[0] == library for kind in type(thing).__mro__)

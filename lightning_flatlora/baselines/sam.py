@@ -13,11 +13,11 @@ from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
 from lightning_flatlora.flatness.sharpness import reading
 from lightning_flatlora.methods.checks import rounding_problems
-from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
 from lightning_flatlora.perturbed_read import AnyRef, as_ref
 from lightning_flatlora.schedules import RhoSchedule
+from lightning_flatlora.wrappers import parameters_of
 
 
 class SAM(MethodCallback):

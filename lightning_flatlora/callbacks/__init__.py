@@ -1,8 +1,7 @@
 """Lightning callbacks: the methods, checkpoints of adapters, and the monitor of flatness."""
 
 from lightning_flatlora.callbacks.adapter_checkpoint import AdapterCheckpoint, load_adapter_checkpoint
-from lightning_flatlora.callbacks.efmlora import EFMLoRA
 from lightning_flatlora.callbacks.flatness_monitor import FlatnessMonitor
-from lightning_flatlora.callbacks.fmlora import FMLoRA
+from lightning_flatlora.callbacks.fmlora import EFMLoRA, FMLoRA
 
 __all__ = ["AdapterCheckpoint", "EFMLoRA", "FMLoRA", "FlatnessMonitor", "load_adapter_checkpoint"]

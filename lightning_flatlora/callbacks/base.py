@@ -1,6 +1,7 @@
 """The callback under every method: when its hooks are called, the method does its work."""
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,16 +13,12 @@ from typing_extensions import override
 from lightning_flatlora.callbacks import strategies
 from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, unfreezes_later
 from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, two_pass_problems
-from lightning_flatlora.callbacks.patches import without_logging
-from lightning_flatlora.callbacks.training_step import (
-    horizon_problems,
-    takes_no_step,
-    takes_passes_itself,
-    watched_parameters,
-)
+from lightning_flatlora.callbacks.patches import nothing, without_logging
+from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import optimizer_problems, refuse
 from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.pairs import merge_problems
 
 
 class MethodCallback(Callback):
@@ -33,34 +30,31 @@ class MethodCallback(Callback):
 
     Attributes:
         fit_methods: the methods of the optimizers, and the pairs that they train.
-        passes: what wraps the strategy's methods during a fit.
-        perturbation: of the pairs' B; None for a method without one, or while there is no pair.
-
-    Args:
-        method: with its settings.
+        passes: what wraps the strategy's methods; None outside of a fit.
+        patches: end with the fit what is put on the trainer for it.
+        step: steps that the pairs' optimizer has taken, from 0; steps that a loss scaler skipped count.
+        perturbation: of the pairs' B; None for a method without one.
     """
 
     def __init__(self, method: StepMethod) -> None:
         self.fit_methods = MethodsOfFit(method)
-        self._last_trainer: weakref.ref[Trainer] | None = None
+        self._last_trainer: Callable[[], Any] = nothing
         self._begin()
 
     def _begin(self) -> None:
         """Set everything that belongs to one fit to what it is before the fit."""
         self._loaded: dict[str, Any] | None = None
-        self._is_training = False
-        self._is_stale = False
         self.passes: Any = None
-        self._patches = ExitStack()
+        self.patches = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
         """Give settings and state: a copy or pickle that is made in the middle of a fit has no part in that fit."""
         blank = object.__new__(type(self))
         blank.__dict__.update(self.__dict__)
         blank._begin()
-        blank.fit_methods = MethodsOfFit(self.method)
+        blank.fit_methods = MethodsOfFit(self.method.for_another_optimizer())
         blank._loaded = self.state_dict()
-        blank._last_trainer = None
+        blank._last_trainer = nothing
         return without_logging(blank)
 
     def __getattr__(self, name: str) -> Any:
@@ -90,11 +84,6 @@ class MethodCallback(Callback):
         if "fit_methods" not in vars(self) or not self.fit_methods.change(name, value):
             super().__setattr__(name, value)
 
-    @property
-    def step(self) -> int:
-        """Steps that the pairs' optimizer has taken, from 0; steps that a loss scaler skipped count."""
-        return self.method.step
-
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
         """Refuse transformers' Trainer, which calls this first and has other hooks."""
         problem = (
@@ -112,9 +101,8 @@ class MethodCallback(Callback):
         if stage != "fit":
             return
         # A further fit of the same Trainer continues. Not by trainer.ckpt_path, which is still that of the last run.
-        last = self._last_trainer() if self._last_trainer else None
         self._begin()
-        self.fit_methods.begin(continues=last is trainer and trainer.global_step > 0)
+        self.fit_methods.begin(continues=self._last_trainer() is trainer and trainer.global_step > 0)
         refuse(self, strategies.problems_before_wrapping(trainer))
 
     @override
@@ -129,7 +117,9 @@ class MethodCallback(Callback):
         except ValueError as error:
             problems.append(str(error))
         else:
-            problems += self.fit_methods.problems(pl_module)
+            problems += merge_problems(pl_module) + self.fit_methods.assignment_problems()
+            for method in self.methods:
+                problems += method.pair_problems()
         if self.method.lacks_horizon:
             problems += horizon_problems(self.method.argument, trainer, pl_module)
         refuse(self, problems)
@@ -137,18 +127,18 @@ class MethodCallback(Callback):
         if left_out:
             rank_zero_info(f"{self.method.title} leaves unperturbed: " + "; ".join(left_out))
         for method in self.methods:
+            method.is_skipped_on_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
             method.install()
         kind = TwoPasses if self.method.takes_two_passes else OnePass
         self.passes = kind(self, trainer)
-        self._patches.callback(self.passes.close)
-        self._patches.callback(strategies.skip_clipping_without_gradients(trainer))
+        self.patches.callback(strategies.skip_clipping_without_gradients(trainer))
 
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """List what can't work about the trainer and its other callbacks; subclasses add their own."""
         method = self.methods[0]
         problems = strategies.strategy_problems(trainer, method.sync_ascent, method.works_sharded)
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
-        rivals = [type(other).__name__ for other in others if not self.works_beside(other)]
+        rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
             problems.append(f"it perturbs the same weights as {', '.join(rivals)} beside it: keep one")
         if method.takes_two_passes and not takes_passes_itself(pl_module):
@@ -156,7 +146,7 @@ class MethodCallback(Callback):
         return problems + optimizer_problems(trainer.optimizers)
 
     def works_beside(self, other: "MethodCallback") -> bool:
-        """Say whether another of these callbacks may run in the same trainer."""
+        """Say whether another of these callbacks may run in the same trainer; one of the two must say so."""
         return False
 
     @override
@@ -167,8 +157,6 @@ class MethodCallback(Callback):
         self.fit_methods.set_horizon(trainer)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
         self.passes.watch_steps()
-        # A run that is resumed within an epoch calls no hook at its start.
-        self._is_training = self._is_stale = True
         self._last_trainer = weakref.ref(trainer)
 
     # -- the pairs
@@ -176,15 +164,15 @@ class MethodCallback(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Searched at the first pass, since hooks of others may still change the model.
-        self._is_stale = True
+        self.passes.is_stale = True
 
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search the model in the first batch of an epoch."""
-        if self._is_stale:
-            self._is_stale = False
-            self.passes.look_again()
+        if self.passes.is_stale:
+            self.passes.is_stale = False
             self.fit_methods.find(trainer, pl_module)
-            self.method.warn(*self.fit_methods.install_again())
+            self.fit_methods.install_again()
+            self.passes.look_again()
 
     # -- a step
 
@@ -195,29 +183,31 @@ class MethodCallback(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.passes.check_gradient_is_first(pl_module, optimizer)
-        method = None if takes_no_step(trainer) else self.fit_methods.of(trainer, optimizer)
+        self.passes.check_gradient_is_first(optimizer)
+        method = self.methods[trainer.optimizers.index(optimizer)]
+        is_used = method is self.method or method.takes_several_optimizers
         # Counted here, since no later hook says that the step was taken: steps that a scaler skips count, too.
-        if method is not None:
-            method.before_step(watched_parameters(trainer, optimizer))
+        if is_used and not takes_no_step(trainer):
+            method.before_step()
 
     # -- the end
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.method.warn(*self.fit_methods.without_effect(pl_module))
-        for method in self.methods:
-            method.warn_without_gradient()
+        self.fit_methods.warn_without_effect(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.method.warn(*self.fit_methods.never_trained())
+        # What another callback was to give to an optimizer.
+        left = [pair.name for pair in self.fit_methods.assignment.orphans]
+        if left and self.fit_methods.may_come and self.method.pairs:
+            self.method.warn(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def uninstall(self) -> None:
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""
-        self._patches.close()
-        # They hold the trainer, and with it the model.
-        self._is_training, self.passes = False, None
+        self.patches.close()
+        # They hold the trainer, and with it the model and a batch.
+        self.passes = None
         for method in self.methods:
             method.close()
 
@@ -264,7 +254,7 @@ class MethodCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # The pairs are known in a fit only, in the middle of which a tuner restores the state that it began with.
-        if self._is_training:
+        if self.passes is not None:
             self.fit_methods.load_state_dict(state_dict)
         else:
             self._loaded = state_dict

@@ -8,9 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.efmlora import EFMLoRA
-from lightning_flatlora.callbacks.fmlora import FMLoRA
-from lightning_flatlora.callbacks.fmlora_module import FMLoRAModuleCallback
+from lightning_flatlora.callbacks.fmlora import EFMLoRA, FMLoRA, FMLoRAModuleCallback
 from lightning_flatlora.callbacks.methods_of_fit import unfreezes_later
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.probe_batches import ProbeBatches
@@ -216,7 +214,7 @@ class FlatnessMonitor(Callback):
         held, every = self._held, self.every_n_steps or self.every_n_epochs
         assert every is not None
         method = _method_of(trainer)
-        if not held or (method is not None and method.perturbation is None):
+        if not held or (method is not None and not method.pairs):
             return
         # Multiples are counted, since count % every == 0 would hold in every batch of an accumulation window, and
         # several optimizers skip numbers.

@@ -1,8 +1,21 @@
-"""FMLoRA: two passes per step, for any LightningModule."""
+"""FMLoRA and EFMLoRA for any LightningModule, and the callback through which an FMLoRAModule gets its hooks."""
+
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.callbacks.patches import put_on
+from lightning_flatlora.callbacks.training_step import window_of
+from lightning_flatlora.compat import callback_of, callbacks_of
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.fmlora import FMLoRAStep
+from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
+from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 
@@ -61,3 +74,194 @@ class FMLoRA(MethodCallback):
                 sync_ascent=sync_ascent,
             )
         )
+
+
+class EFMLoRA(MethodCallback):
+    r"""Seek flat minima at LoRA's speed (Algorithm 2): each step's gradient is taken at B + Ê.
+
+    .. math:: \hat E_1 = E_1, \qquad \hat E_t = (1-\beta)\,\hat E_{t-1} + \beta\,E_t \quad\text{(Eq. 18)}
+
+    E_t comes from the same gradient that the step uses (Eqs. 10-15), and the forward passes of the next steps read
+    B + Ê. The stored weights stay clean at every moment. Next to an :class:`~lightning_flatlora.FMLoRAModule` it
+    schedules the module's two passes instead: a fresh E on refresh steps, Ê and one pass on the others.
+
+    A pair takes part in a step if its B has a gradient. The model is searched for pairs at the start of the fit and of
+    each epoch. Under manual optimization with several optimizers, the pairs of each optimizer have their own ball,
+    average and step count.
+
+    Args:
+        rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+        beta: weight of the fresh perturbation in the average, in (0, 1]; 1 keeps only the latest.
+        estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
+        norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
+        start_step: optimizer steps of plain LoRA before the first refresh.
+        every_n_steps: optimizer steps between refreshes; Ê is stale in between.
+        adapter_name: the peft adapter to perturb; None takes the active ones. Several callbacks may be used together if
+            each has an adapter of its own.
+        finder: says what the pairs are if the layers are not peft's, see :mod:`lightning_flatlora.pairs.finders`.
+
+    Raises:
+        MisconfigurationException: values out of range (here), or a model, optimizer or strategy that can't work (at the
+            start of fit, before the first step).
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(callbacks=[EFMLoRA(rho=0.03)], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        rho: float | RhoSchedule,
+        *,
+        beta: float = 0.9,
+        estimator: Estimator = "average",
+        norm_scope: NormScope = "global",
+        start_step: int = 0,
+        every_n_steps: int = 1,
+        adapter_name: str | None = None,
+        finder: Finder | None = None,
+    ) -> None:
+        super().__init__(
+            EFMLoRAStep(
+                rho,
+                beta=beta,
+                estimator=estimator,
+                norm_scope=norm_scope,
+                start_step=start_step,
+                every_n_steps=every_n_steps,
+                adapter_name=adapter_name,
+                finder=finder,
+            )
+        )
+
+    @override
+    def works_beside(self, other: MethodCallback) -> bool:
+        """Allow an FMLoRAModule, whose passes it schedules, or another EFMLoRA if each has an adapter of its own."""
+        if isinstance(other, FMLoRAModuleCallback):
+            return True
+        names = {self.adapter_name, other.adapter_name}
+        return isinstance(other, EFMLoRA) and len(names) == 2 and None not in names
+
+
+class FMLoRAModuleCallback(MethodCallback):
+    """Do for an FMLoRAModule what belongs into hooks, so that its own hooks stay the user's.
+
+    Next to an EFMLoRA callback the module takes rho, the perturbation and the average from that one. Hooks whose
+    pl_module is Any use what an FMLoRAModule has and a LightningModule has not.
+    """
+
+    _is_set_up = False
+
+    @property
+    @override
+    def source(self) -> StepMethod:
+        efmlora = None if self.passes is None else callback_of(self.passes.trainer, EFMLoRA)
+        return self.method if efmlora is None else efmlora.method
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._is_set_up = True
+            original = trainer.strategy.setup_optimizers
+
+            def setup_optimizers(trainer: Trainer) -> None:
+                with counting_windows(trainer):
+                    original(trainer)
+
+            self.patches.enter_context(put_on(trainer.strategy, {"setup_optimizers": setup_optimizers}))
+
+    @override
+    def configuration_problems(self, trainer: Trainer, pl_module: Any) -> list[str]:
+        problems = super().configuration_problems(trainer, pl_module)
+        problems += pl_module._subclass_problems()
+        if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
+            problems.append(
+                "ReduceLROnPlateau waits for a metric, which FMLoRAModule does not give it: leave it out of "
+                "configure_optimizers and step it yourself, as in on_validation_epoch_end, or subclass "
+                "LightningModule and use the FMLoRA callback"
+            )
+        if len(trainer.optimizers) != 1:
+            problems.append(
+                f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}: for several, use "
+                "manual optimization and the EFMLoRA callback"
+            )
+        if sum(isinstance(callback, EFMLoRA) for callback in callbacks_of(trainer)) > 1:
+            problems.append("one EFMLoRA can schedule the module's passes: keep one")
+        efmlora = callback_of(trainer, EFMLoRA)
+        if efmlora is not None:
+            problems += self._problems_beside(efmlora, trainer)
+        return problems
+
+    def _problems_beside(self, efmlora: EFMLoRA, trainer: Trainer) -> list[str]:
+        """List what can't work with the EFMLoRA callback that schedules the passes."""
+        problems = []
+        for name in ("rho", "estimator", "norm_scope", "adapter_name", "finder"):
+            own, other = getattr(self, name), getattr(efmlora, name)
+            if own != other:
+                problems.append(
+                    f"{name} must be the same in the module and in EFMLoRA beside it, got {own!r} and {other!r}"
+                )
+        if (self.start_step, self.every_n_steps) != (0, 1):
+            problems.append("EFMLoRA beside the module schedules the passes: give start_step and every_n_steps to it")
+        if not self.sync_ascent and trainer.world_size > 1:
+            problems.append(
+                "sync_ascent=False leaves each rank its own E, and EFMLoRA beside it keeps one average for all: "
+                "leave it True"
+            )
+        return problems
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        efmlora = callback_of(trainer, EFMLoRA)
+        # EFMLoRA finds the pairs and has their perturbation.
+        self.fit_methods.needs_pairs = efmlora is None
+        super().on_fit_start(trainer, pl_module)
+        if efmlora is not None:
+            method: Any = efmlora.method
+            method.schedules_module = True
+
+    @override
+    def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Its pairs say whether the step ascends, and it may have wrapped the strategy's methods inside of ours.
+        efmlora = callback_of(trainer, EFMLoRA)
+        if efmlora is not None:
+            efmlora.look_again(trainer, pl_module)
+        super().look_again(trainer, pl_module)
+
+    def check_set_up(self) -> None:
+        """Refuse a module that does not give this callback to the Trainer."""
+        if not self._is_set_up:
+            raise MisconfigurationException(
+                "FMLoRAModule was not set up, so nothing would be perturbed: if you override configure_callbacks, "
+                "return [*super().configure_callbacks(), ...]"
+            )
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        # The gradient is complete and unscaled only now, and E, which clipping must not change, was taken before.
+        # The hook, which a subclass may override as in automatic optimization; Lightning's own clips nothing for None.
+        pl_module.configure_gradient_clipping(optimizer, pl_module.gradient_clip_val, pl_module.gradient_clip_algorithm)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # An on_train_batch_start may have left the last batch out. Not if the run was stopped within the epoch.
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        if batches.is_last_batch and batches.current.completed < batches.current.ready:
+            self.step_schedulers(trainer, "epoch", trainer.current_epoch)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def step_schedulers(self, trainer: Trainer, interval: str, index: int) -> None:
+        """Step the LR schedulers that are due after a "step" or an "epoch" of an index, counted from 0."""
+        for config in trainer.lr_scheduler_configs:
+            if config.interval == interval and (index + 1) % config.frequency == 0:
+                trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
+
+
+def counting_windows(trainer: Trainer) -> ExitStack:
+    """Let ``trainer.estimated_stepping_batches`` count optimizer steps, until the stack that is returned is closed.
+
+    In manual optimization Lightning knows of no windows, and counts batches.
+    """
+    return put_on(trainer, {"accumulate_grad_batches": window_of(trainer)})

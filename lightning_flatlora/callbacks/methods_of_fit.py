@@ -1,22 +1,61 @@
-"""The methods of a callback in a fit, one for each optimizer: which pairs they train, and their state."""
+"""The methods of a callback in a fit, one for each optimizer: which pairs each of them trains, and their state."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.training_step import no_end, optimizer_steps, takes_passes_itself
+from lightning_flatlora.callbacks.training_step import optimizer_steps, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of, is_lightning
-from lightning_flatlora.methods.assignment import PairAssignment, assign_pairs
-from lightning_flatlora.methods.checks import changed_settings, refuse
+from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.pairs import merge_problems, nothing_found, search_pairs
-from lightning_flatlora.pairs.lora_pair import NoPairsError, PairSearch
+from lightning_flatlora.pairs import nothing_found, search_pairs
+from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
+from lightning_flatlora.wrappers import parameters_of
+
+
+class PairAssignment(NamedTuple):
+    """Which optimizer trains which pair.
+
+    Attributes:
+        pairs: for each optimizer, the pairs whose factors it holds, those that are not trained now last.
+        orphans: pairs with a trained B that have a trained factor in no optimizer, and none in several.
+        spread: pairs whose factors are in several optimizers.
+        places: the indices of the optimizers that hold the spread pairs.
+    """
+
+    pairs: list[list[LoRAPair]]
+    orphans: list[LoRAPair]
+    spread: list[LoRAPair]
+    places: set[int]
+
+
+def assign_pairs(search: PairSearch, optimizers: Sequence[Optimizer]) -> PairAssignment:
+    """Find the optimizer that trains each pair, also those that are unfrozen or activated later."""
+    assignment = PairAssignment([[] for _ in optimizers], [], [], set())
+    held = [set(map(id, parameters_of(optimizer))) for optimizer in optimizers]
+    for pair in (*search.pairs, *search.resting):
+        # E is defined by a division by the scaling.
+        if pair.scaling == 0:
+            continue
+        holders = []
+        for factor in [pair.A, pair.B] if pair.learns_A else [pair.B]:
+            holders.append({index for index, identities in enumerate(held) if id(factor) in identities})
+        places = set().union(*holders)
+        # One optimizer must step A and B together, or E would belong to two different moments.
+        if len(places) > 1:
+            assignment.spread.append(pair)
+            assignment.places.update(places)
+        elif all(holders):
+            assignment.pairs[places.pop()].append(pair)
+        elif pair.B.requires_grad:
+            assignment.orphans.append(pair)
+    return assignment
 
 
 class MethodsOfFit:
@@ -34,6 +73,7 @@ class MethodsOfFit:
 
     def __init__(self, method: StepMethod) -> None:
         self.methods = [method]
+        self.needs_pairs = method.needs_pairs
         self.begin(continues=False)
 
     @property
@@ -60,28 +100,24 @@ class MethodsOfFit:
     def begin(self, continues: bool) -> None:
         """Forget the last fit, except for the counts if this one continues it."""
         self.search = PairSearch([], [])
-        self.assignment = PairAssignment([], [], [], [])
-        self.needs_pairs = self.methods[0].needs_pairs
+        self.assignment = PairAssignment([], [], [], set())
         # Whether another callback has the task of unfreezing or activating pairs later.
         self.may_come = False
-        before, self.methods = self.methods, [method.for_another_optimizer() for method in self.methods]
-        if continues:
+        for method in self.methods:
+            count = method.step, method.initial_lr
+            method.reset()
             # The optimizers are new, and Ê starts again with them, but schedules continue from the old count.
-            for method, old in zip(self.methods, before, strict=True):
-                method.step, method.initial_lr = old.step, old.initial_lr
+            if continues:
+                method.step, method.initial_lr = count
 
     def take(self, optimizers: Sequence[Optimizer]) -> None:
         """Have one method for each optimizer; those of the last fit keep their counts."""
         while len(self.methods) < len(optimizers):
             self.methods.append(self.methods[0].for_another_optimizer())
         del self.methods[max(len(optimizers), 1) :]
-        for method, optimizer in zip(self.methods, optimizers, strict=False):
-            method.optimizer = optimizer
-
-    def of(self, trainer: Trainer, optimizer: Optimizer) -> StepMethod | None:
-        """Find the method that steps with an optimizer; None if there is none."""
-        method = self.methods[trainer.optimizers.index(optimizer)]
-        return method if method is self.main or method.takes_several_optimizers else None
+        for index, optimizer in enumerate(optimizers):
+            self.methods[index].optimizer = optimizer
+            self.methods[index].place = f" of optimizer {index}" if len(optimizers) > 1 else ""
 
     def set_horizon(self, trainer: Trainer) -> None:
         """Take the number of optimizer steps of the run, which is known once the loaders are set up."""
@@ -91,7 +127,11 @@ class MethodsOfFit:
         if not method.lacks_horizon:
             return
         if math.isinf(method.horizon):
-            refuse(method, [no_end(method.argument)])
+            problem = (
+                f"{method.argument} spreads over the whole run, and this run has no end: set its total_steps, or the "
+                "Trainer's max_steps, or max_epochs with a loader of known length"
+            )
+            refuse(method, [problem])
         # Next to EFMLoRA an FMLoRAModule's callback has no pairs.
         is_in_use = bool(self.search.names or method.followed)
         # No count has come with a checkpoint.
@@ -112,25 +152,14 @@ class MethodsOfFit:
         """
         if not self.needs_pairs:
             return
-        # If pairs may be unfrozen or activated later, a start without any is no error.
-        may_come = self.may_come
         adapter_name, finder = self.methods[0].adapter_name, self.methods[0].finder
-        self.search = search_pairs(module, adapter_name, finder, must_be_active=not may_come)
-        if must_be_there and not self.search.pairs and not (may_come and self.search.resting):
+        # If pairs may be unfrozen or activated later, a start without any is no error.
+        self.search = search_pairs(module, adapter_name, finder, must_be_active=not self.may_come)
+        if must_be_there and not self.search.pairs and not (self.may_come and self.search.resting):
             raise NoPairsError(nothing_found(module, adapter_name, finder, self.search))
         self.assignment = assign_pairs(self.search, trainer.optimizers)
         for method, pairs in zip(self.methods, self.assignment.pairs, strict=False):
             method.follow(pairs, module, trainer.strategy.model or module)
-        if sum(bool(method.pairs) for method in self.methods) > 1:
-            for index, method in enumerate(self.methods):
-                method.place = f" of optimizer {index}"
-
-    def problems(self, module: LightningModule) -> list[str]:
-        """List what can't work with the pairs as the fit starts."""
-        problems = merge_problems(module) + self.assignment_problems()
-        for method in self.methods:
-            problems += method.pair_problems()
-        return problems
 
     def assignment_problems(self) -> list[str]:
         """List what can't work with the optimizers that hold the pairs."""
@@ -145,7 +174,7 @@ class MethodsOfFit:
         if assignment.spread:
             problems.append(
                 f"the factors of pairs, {assignment.spread[0].name} among them, are spread over optimizers "
-                f"{sorted(set(assignment.places))}: one optimizer must hold A and B of all of them"
+                f"{sorted(assignment.places)}: one optimizer must hold A and B of all of them"
             )
         elif len(several) > 1 and not self.methods[0].takes_several_optimizers:
             problems.append(
@@ -154,48 +183,37 @@ class MethodsOfFit:
             )
         return problems
 
-    def install_again(self) -> list[str]:
-        """Prepare the layers of pairs that a later search has found; list what can't work with them."""
-        problems = [f"{each}. Until then these pairs are not perturbed" for each in self.assignment_problems()]
+    def install_again(self) -> None:
+        """Prepare the layers of pairs that a later search has found, and warn of what can't work with them."""
+        self.main.warn(*(f"{each}. Until then these pairs are not perturbed" for each in self.assignment_problems()))
         for method in self.methods:
             method.install()
-            problems += [f"{each}. Until then the first group's is followed" for each in method.rate_problems()]
-        return problems
+            method.warn(*(f"{each}. Until then the first group's is followed" for each in method.rate_problems()))
 
-    def without_effect(self, module: LightningModule) -> list[str]:
+    def warn_without_effect(self, module: LightningModule) -> None:
         """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
-        if not self.needs_pairs:
-            return []
-        if not self.main.pairs:
-            what = "no pair is trained any more" if self.main.has_learned else "no pair has been trained so far"
-            return [
-                f"{what}, so nothing is perturbed: every B is frozen, in no optimizer, or computed from other "
-                "parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from the "
-                "next epoch on"
-            ]
         steps_itself = not module.automatic_optimization and not takes_passes_itself(module)
-        if steps_itself and not any(method.step for method in self.methods):
-            return [
+        if self.needs_pairs and not self.main.pairs:
+            self.main.warn(
+                "no pair is trained now, so nothing is perturbed: every B is frozen, in no optimizer, or computed from "
+                "other parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from "
+                "the next epoch on"
+            )
+        elif self.needs_pairs and steps_itself and not any(method.step for method in self.methods):
+            self.main.warn(
                 "no optimizer step was seen so far, so nothing was perturbed: step the optimizer that "
                 "self.optimizers() gives, not the one inside it"
-            ]
-        return []
-
-    def never_trained(self) -> list[str]:
-        """Say, at the end of a fit, which pairs came into no optimizer though another callback was to see to it."""
-        left = [pair.name for pair in self.assignment.orphans]
-        if left and self.may_come and self.main.pairs:
-            return [f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed"]
-        return []
+            )
+        for method in self.methods:
+            method.warn_without_gradient()
 
     # -- the state
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state of all methods; with one optimizer it lies at the top level, as in a loop."""
-        state: dict[str, Any] = {"settings": self.main.settings()}
         if len(self.methods) == 1:
-            return {**self.main.state_dict(), **state}
-        return {**state, "step": self.main.step, "optimizers": [method.state_dict() for method in self.methods]}
+            return self.main.state_dict()
+        return {"step": self.main.step, "optimizers": [method.state_dict() for method in self.methods]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a :meth:`state_dict`.
@@ -203,15 +221,14 @@ class MethodsOfFit:
         Raises:
             MisconfigurationException: it is of other settings, optimizers or pairs.
         """
-        problems = changed_settings(self.main.settings(), state["settings"])
         states = state.get("optimizers", [state])
         # One state, as of a loop or before the optimizers were known, is that of the first optimizer's pairs.
         if len(states) not in (1, len(self.methods)):
-            problems.append(
+            problem = (
                 f"the checkpoint holds the state of {len(states)} optimizers, and this run has "
                 f"{len(self.methods)}: configure as many as it had, or start a new run from the weights"
             )
-        refuse(self.main, problems)
+            refuse(self.main, [problem])
         methods = [self.main] if len(states) == 1 else self.methods
         for method, of_method in zip(methods, states, strict=True):
             # Another optimizer's pairs have their own state.

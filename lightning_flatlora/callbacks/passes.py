@@ -15,50 +15,52 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.patches import put_on
-from lightning_flatlora.callbacks.silenced import silenced
-from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, has_synchronized
+from lightning_flatlora.callbacks.patches import put_on_instance, silenced
+from lightning_flatlora.callbacks.strategies import ascent_stays_local, backward_without_sync, synchronizes
 from lightning_flatlora.callbacks.training_step import ends_window, leave_batch_out, loss_of, takes_no_step, window_of
-from lightning_flatlora.methods.batches import copied_batch
 from lightning_flatlora.methods.checks import SEVERAL_GRADIENTS, refuse
-from lightning_flatlora.methods.gradients import set_aside
+from lightning_flatlora.methods.put_back import copied_batch
 from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.methods.step_method import StepMethod
-from lightning_flatlora.sharding import average_gradients, is_sharded
+from lightning_flatlora.sharding import is_sharded
 
 
 class Passes:
     """Wrap a strategy's methods for one fit; subclasses say how the passes of a step differ from plain ones.
 
+    Attributes:
+        is_stale: whether the model is to be searched in the coming batch.
+
     Args:
-        owner: the callback; while a tuner has removed it from the trainer, nothing is done.
+        owner: the callback, whose ``patches`` end what is wrapped; while a tuner has removed it from the trainer,
+            nothing is done.
         trainer: as the fit starts.
     """
 
     def __init__(self, owner: Any, trainer: Trainer) -> None:
         self.owner, self.trainer = owner, trainer
         self.methods: list[StepMethod] = owner.methods
-        self._announced = 0
-        self._gradients = 0
-        self._is_closed = False
-        strategy = trainer.strategy
-        self._original_training_step = strategy.training_step
-        self._original_optimizer_step = strategy.optimizer_step
-        self._patches = put_on(strategy, {"training_step": self._training_step, "optimizer_step": self.optimizer_step})
+        # Those that a step of Lightning's has brought so far; None outside of such a step.
+        self._gradients: int | None = None
+        # From the start, since a run that is resumed within an epoch calls no hook at its start.
+        self.is_stale = True
+        self._original_training_step = self._wrap(trainer.strategy, "training_step", self._training_step)
+        self._original_optimizer_step = self._wrap(trainer.strategy, "optimizer_step", self.optimizer_step)
+
+    def _wrap(self, thing: Any, name: str, method: Callable[..., Any]) -> Any:
+        """Replace a method of one of the trainer's parts until the fit ends, and give the former one."""
+        original = getattr(thing, name)
+        self.owner.patches.callback(put_on_instance(thing, name, method))
+        return original
 
     @property
     def is_active(self) -> bool:
         """Whether batches train now, with the callback in the trainer."""
-        # A tuner, such as the batch size finder, removes callbacks for its trial steps, and these must be plain.
-        if self._is_closed or takes_no_step(self.trainer):
+        # What somebody else has put on the strategy in the meantime may still call these methods after the fit.
+        if self.owner.passes is not self or takes_no_step(self.trainer):
             return False
-        return self.owner in self.trainer.callbacks  # type: ignore[attr-defined]
-
-    def close(self) -> None:
-        """Give the strategy its own methods back."""
-        # What somebody else has put on the strategy in the meantime may still call these.
-        self._is_closed = True
-        self._patches.close()
+        # A tuner, such as the batch size finder, removes callbacks for its trial steps, and these must be plain.
+        return self.owner in self.trainer.callbacks
 
     def look_again(self) -> None:
         """Take over what has changed about the module, in the first batch of an epoch."""
@@ -77,24 +79,23 @@ class Passes:
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run an optimizer step, in automatic optimization with the passes in it."""
-        self._announced += 1
-        self._gradients = 0
+        before, self._gradients = self._gradients, 0
         try:
             return self._original_optimizer_step(*args, **kwargs)
         finally:
-            self._announced -= 1
+            self._gradients = before
 
     # -- steps that can't be followed
 
-    def check_gradient_is_first(self, module: LightningModule, optimizer: Optimizer) -> None:
+    def check_gradient_is_first(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that calls its closure again within a step, as SAM and searches along a line do.
 
         To be called in on_before_optimizer_step. No class says it of itself except LBFGS. In manual optimization a
         training_step may take as many steps as it likes.
         """
-        if self._gradients and module.automatic_optimization:
+        if self._gradients and self.trainer.lightning_module.automatic_optimization:
             refuse(self.owner, [f"{type(optimizer).__name__} {SEVERAL_GRADIENTS}"])
-        self._gradients += 1
+        self._gradients = 1
 
     def watch_steps(self) -> None:
         """Refuse steps that bypass the strategy, which is what calls ``on_before_optimizer_step``.
@@ -106,10 +107,10 @@ class Passes:
         for optimizer in self.trainer.optimizers:
             # A wrapper may inherit from Optimizer without calling its constructor, which creates this table.
             if "_optimizer_step_pre_hooks" in vars(optimizer):
-                self._patches.callback(optimizer.register_step_pre_hook(self._check_announced).remove)
+                self.owner.patches.callback(optimizer.register_step_pre_hook(self._check_announced).remove)
 
     def _check_announced(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._announced or not self.is_active:
+        if self._gradients is not None or not self.is_active:
             return
         index = self.trainer.optimizers.index(optimizer)
         # Another optimizer may train the pairs.
@@ -134,9 +135,7 @@ class OnePass(Passes):
         super().__init__(owner, trainer)
         self._is_inside = False
         # Not the strategy's, inside of which hooks of other callbacks run.
-        plugin = trainer.precision_plugin
-        self._original_backward = plugin.backward
-        self._patches.enter_context(put_on(plugin, {"backward": self.backward}))
+        self._original_backward = self._wrap(trainer.precision_plugin, "backward", self.backward)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass at perturbed weights."""
@@ -183,35 +182,21 @@ class TwoPasses(Passes):
 
     def __init__(self, owner: Any, trainer: Trainer) -> None:
         super().__init__(owner, trainer)
-        strategy = trainer.strategy
         module: Any = trainer.lightning_module
-        self._original_backward = strategy.backward
-        self._patches.enter_context(put_on(strategy, {"backward": self.backward}))
+        self._original_backward = self._wrap(trainer.strategy, "backward", self.backward)
         # Through the strategy, as Lightning calls it: DDP and FSDP prepare their backward in the forward of a wrapper.
         self._step = self._original_training_step if module.automatic_optimization else module.compute_loss
         self._step_name = "training_step" if module.automatic_optimization else "compute_loss"
-        self._replay = Replay(module, trainer.optimizers, is_sharded(strategy.model))
         self._local_ascent = ExitStack()
         self._arguments: tuple[Any, ...] | None = None
-
-    @property
-    def method(self) -> StepMethod:
-        """The one whose perturbation the second pass has."""
-        source: StepMethod = self.owner.source
-        return source
+        # An error may end a batch between its passes.
+        owner.patches.callback(self._local_ascent.close)
 
     def look_again(self) -> None:
-        """Find what a step may write again, before the first pass of an epoch."""
-        self._replay.look_again(self.trainer.optimizers)
-
-    def close(self) -> None:
-        """Give the strategy its own methods back, and forget a batch that an error has ended."""
-        super().close()
-        self._forget_batch()
-
-    def _forget_batch(self) -> None:
-        self._arguments = None
-        self._local_ascent.close()
+        """Find whose perturbation the second pass has, and what a step may write, before the first pass of an epoch."""
+        self.method: StepMethod = self.owner.source
+        trainer = self.trainer
+        self._replay = Replay(trainer.lightning_module, trainer.optimizers, is_sharded(trainer.strategy.model))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the first forward pass, at the clean weights."""
@@ -224,24 +209,20 @@ class TwoPasses(Passes):
             self._local_ascent.enter_context(backward_without_sync(self.trainer.strategy))
         output = self._original_training_step(*args, **kwargs)
         if output is None:  # Lightning skips the batch
-            self._forget_batch()
+            self._arguments = None
+            self._local_ascent.close()
         return output
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the ascent's backward and, after all of its hooks, the second pass."""
         arguments, self._arguments = self._arguments, None
-        original = self._original_backward
+        original: Callable[..., Tensor] = self._original_backward
         if arguments is None:
             return original(loss, *args, **kwargs)
-        method, strategy = self.method, self.trainer.strategy
         # E is of this micro-batch alone. Not earlier: Lightning clears the last gradients after the forward pass.
-        with self._local_ascent, set_aside(self._replay.parameters, self.trainer.optimizers):
+        with self._local_ascent, self._replay.ascent(self.method, synchronizes(self.trainer.strategy)):
             loss = original(loss, *args, **kwargs)
-            if method.sync_ascent and not has_synchronized(strategy):
-                average_gradients(method.ascending)
-            at_perturbed_weights = method.ascend()
-        # What the first pass has written is asked before the perturbation may move weights in place.
-        with self._replay.running(), at_perturbed_weights, silenced(self.trainer.lightning_module):
+        with self._replay.running(), silenced(self.trainer.lightning_module):
             second = loss_of(self._step(*arguments), self._step_name)
             if second is None:
                 leave_batch_out(self.trainer, self._step_name)

@@ -1,14 +1,14 @@
-"""Replace methods of one object for a limited time."""
+"""Replace methods and other attributes of one object for a limited time."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 
 
-def put_on_instance(owner: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Replace a method on one object, whether it comes from the class or was put on the object before.
+def put_on_instance(owner: Any, name: str, method: Any) -> Callable[[], None]:
+    """Replace a method, or another attribute, on one object, whether it comes from the class or not.
 
     Returns:
         A function that restores the former method; calling it again does nothing. If another method has been put over
@@ -37,7 +37,7 @@ def put_on_instance(owner: Any, name: str, method: Callable[..., Any]) -> Callab
     return put_back
 
 
-def put_on(owner: Any, methods: dict[str, Callable[..., Any]]) -> ExitStack:
+def put_on(owner: Any, methods: dict[str, Any]) -> ExitStack:
     """Replace methods on one object, until the stack that is returned is closed."""
     patches = ExitStack()
     for name, method in methods.items():
@@ -52,3 +52,18 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 def without_logging(callback: Callback) -> dict[str, Any]:
     """Give a callback's attributes without Lightning's methods of a fit, which hold the whole module."""
     return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
+
+
+@contextmanager
+def silenced(pl_module: LightningModule) -> Iterator[None]:
+    """Inside, nothing that the module or a callback logs is taken up: the first pass has logged already."""
+    with put_on(pl_module, {"log": nothing}) as stack:
+        trainer = pl_module._trainer
+        results = None if trainer is None else trainer._results
+        if trainer is not None and results is not None:
+            # A loss object, and a callback, hold the method self.log of before, and an override may call super().log.
+            # That method also forgets what was logged before by the same hook, if another one has logged since.
+            stack.enter_context(put_on(results, {"log": nothing, "reset": nothing}))
+            connector = trainer._logger_connector
+            stack.callback(setattr, connector, "_current_fx", connector._current_fx)
+        yield

@@ -12,11 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_flatlora.callbacks.silenced import silenced
+from lightning_flatlora.callbacks.patches import silenced
 from lightning_flatlora.callbacks.training_step import loss_of
 from lightning_flatlora.flatness.losses import MeanLoss, differentiable
-from lightning_flatlora.methods.batches import copied_batch
-from lightning_flatlora.methods.put_back import random_state
+from lightning_flatlora.methods.put_back import copied_batch, random_state
 from lightning_flatlora.methods.replay import Replay
 
 

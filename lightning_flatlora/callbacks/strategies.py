@@ -190,8 +190,8 @@ def ascent_stays_local(trainer: Trainer, sync_ascent: bool) -> bool:
     return window_of(trainer) > 1 or not sync_ascent
 
 
-def has_synchronized(strategy: strategies.Strategy) -> bool:
-    """Whether the backward that has just ended averaged the gradients over the ranks."""
+def synchronizes(strategy: strategies.Strategy) -> bool:
+    """Whether the coming backward averages the gradients over the ranks."""
     # Of DDP; all others average in every backward, or have nothing to average.
     return getattr(strategy.model, "require_backward_grad_sync", True)
 

@@ -7,19 +7,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from lightning_flatlora.compat import callbacks_of, is_lightning
-from lightning_flatlora.methods.gradients import parameters_of
 
 
 def loss_of(output: Any, source: str) -> Tensor | None:
-    """Find the loss in the output of a step: a tensor, a mapping with "loss", or None for a skipped batch.
-
-    Args:
-        output: what the step returned.
-        source: the step's name, for the error.
+    """Find the loss in the output of a step of some name: a tensor, a mapping with "loss", or None for a skipped batch.
 
     Raises:
         TypeError: the output is something else.
@@ -36,14 +30,10 @@ def loss_of(output: Any, source: str) -> Tensor | None:
 
 
 def leave_batch_out(trainer: Trainer, name: str) -> None:
-    """Warn that a batch with a loss in its first pass has none in its second, and so leaves no gradient.
+    """Warn that a batch has a loss in its first pass and none in its second, where the method of a name gave None.
 
     A step that guards itself against losses which are not finite does so if E is large. Lightning leaves a batch
     without a loss out as well.
-
-    Args:
-        trainer: that runs the step.
-        name: of the method that returned None.
 
     Raises:
         RuntimeError: other ranks would wait for this batch's gradient, or a loss scaler would refuse the step.
@@ -80,15 +70,7 @@ def ends_window(trainer: Trainer) -> bool:
 
 
 def horizon_problems(argument: str, trainer: Trainer, module: LightningModule) -> list[str]:
-    """Say why the number of optimizer steps can't be known, as far as can be said before the loaders are set up.
-
-    Args:
-        argument: the schedule that needs the number, as the user wrote it.
-        trainer: as fit starts.
-        module: the model.
-    """
-    if trainer.max_steps == -1 and trainer.max_epochs == -1:
-        return [no_end(argument)]
+    """Say why the number of optimizer steps, which a schedule needs, can't be known whatever the loaders give."""
     # FMLoRAModule's optimization is manual, too, but its window says when it steps.
     own_steps = not module.automatic_optimization and not takes_passes_itself(module)
     changing = any(is_lightning(each, GradientAccumulationScheduler) for each in callbacks_of(trainer))
@@ -98,38 +80,18 @@ def horizon_problems(argument: str, trainer: Trainer, module: LightningModule) -
     return []
 
 
-def no_end(argument: str) -> str:
-    """Say what is wrong with a schedule over the whole run if the run has no end."""
-    return (
-        f"{argument} spreads over the whole run, and this run has no end: "
-        "set its total_steps, or the Trainer's max_steps, or max_epochs with a loader of known length"
-    )
-
-
 def optimizer_steps(trainer: Trainer) -> float:
     """Count the optimizer steps of the whole run, as training starts; infinite if the length is not known.
 
     Not ``trainer.estimated_stepping_batches``: before training it sets the loaders up too early for a resumed one to
     take its state, and under manual optimization it counts batches.
     """
-    steps = math.inf
-    if trainer.max_epochs not in (None, -1) and math.isfinite(trainer.num_training_batches):
-        # Rounded up, because the last window of an epoch steps even if it is shorter.
-        steps = math.ceil(trainer.num_training_batches / window_of(trainer)) * _epochs(trainer)
-    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
-
-
-def _epochs(trainer: Trainer) -> int:
-    """Epochs that train: without the one in which weight averaging refreshes BatchNorm's statistics."""
-    epochs = trainer.max_epochs or 1
+    steps, epochs = math.inf, trainer.max_epochs or 1
     for each in callbacks_of(trainer):
+        # It adds an epoch, in which it only refreshes BatchNorm's statistics.
         if is_lightning(each, StochasticWeightAveraging):
             epochs = min(epochs, each.swa_end + 1)
-    return max(epochs, 1)
-
-
-def watched_parameters(trainer: Trainer, optimizer: Optimizer) -> list[nn.Parameter]:
-    """List the parameters whose overflow makes a loss scaler skip the step; none if there is no scaler."""
-    if getattr(trainer.precision_plugin, "scaler", None) is None:
-        return []
-    return parameters_of(optimizer)
+    if epochs != -1 and math.isfinite(trainer.num_training_batches):
+        # Rounded up, because the last window of an epoch steps even if it is shorter.
+        steps = math.ceil(trainer.num_training_batches / window_of(trainer)) * epochs
+    return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps

@@ -1,17 +1,19 @@
-"""What EFMLoRA and FMLoRA share: the perturbation of B alone, its settings and its state."""
+"""The steps of FMLoRA (Algorithm 1) and EFMLoRA (Algorithm 2), which perturb B alone."""
 
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.checks import perturbation_problems, rounding_problems
+from lightning_flatlora.methods.checks import choice_problems, is_number, rounding_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import LoRAPair
-from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -19,58 +21,151 @@ class BPerturbationStep(StepMethod):
     """Base of the paper's two methods.
 
     Attributes:
+        perturbation: of the pairs that there are now, maybe none.
         beta: weight of the fresh perturbation in the average; 1 if there is none.
     """
 
     fixed = ("estimator", "norm_scope")
 
+    perturbation: Perturbation = field(init=False)
     beta: float = field(default=1.0, init=False)
     estimator: Estimator = "average"
     norm_scope: NormScope = "global"
 
     @override
     def argument_problems(self) -> list[str]:
-        return perturbation_problems(self.beta, self.estimator, self.norm_scope)
+        beta, problems = self.beta, []
+        if not is_number(beta) or not 0 < beta <= 1:
+            problems.append(
+                f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}"
+            )
+        problems += choice_problems("estimator", self.estimator, Estimator)
+        return problems + choice_problems("norm_scope", self.norm_scope, NormScope)
 
     @override
     def reset(self) -> None:
         super().reset()
-        self.perturbation = None
-        # The state of pairs that are in no optimizer yet, from a checkpoint.
-        self.awaited: dict[str, Any] | None = None
+        self.perturbation = Perturbation([], self.estimator, self.norm_scope)
 
     @override
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
         super().follow(pairs, module, wrapped)
-        if not pairs:
-            self.close()
-            self.perturbation = None
-        elif self.perturbation is not None:
-            self.perturbation.follow(pairs, self._sharding)
-        else:
-            self.perturbation = Perturbation(pairs, self.estimator, self.norm_scope, self._sharding)
-            if self.awaited is not None:
-                self.perturbation.load_state_dict(self.awaited, self.awaited["E"], may_be_new=True)
-                self.awaited = None
+        self.perturbation.follow(pairs, self._sharding)
 
     @override
     def install(self) -> None:
-        if self.perturbation is not None and not self.perturbation.is_installed:
+        if self.pairs and not self.perturbation.is_installed:
             self.warn(*rounding_problems("B", [pair.B for pair in self.pairs]))
             self.perturbation.install()
 
     @override
     def close(self) -> None:
-        super().close()
-        if self.perturbation is not None:
-            self.perturbation.uninstall()
+        self.perturbation.uninstall()
 
     @override
-    def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
+    def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
         saved = state.get("perturbation")
-        if saved is None or self.perturbation is None:
-            # Its pairs are frozen or not there yet. When they come, the new perturbation starts from this state.
-            self.awaited = saved
+        if saved and saved["E"]:
+            # If there is no pair yet, all that are saved may come.
+            self.perturbation.load_state_dict(saved, known if self.pairs else saved["E"])
+
+
+class FMLoRAStep(BPerturbationStep):
+    """Two passes per step: E from the gradient of the first, at the clean B, and the step's gradient at B + E."""
+
+    title = "FMLoRA"
+    takes_two_passes = True
+
+    @override
+    def ascend(self) -> AbstractContextManager[None]:
+        self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
+        return self.perturbation.applied()
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class EFMLoRAStep(BPerturbationStep):
+    """One pass per step, at B + Ê; the step's own gradient moves Ê.
+
+    Next to an FMLoRAModule, which takes the passes, :meth:`ascend` gives the fresh E of a micro-batch, and Ê moves by
+    the mean of those of the step.
+
+    Attributes:
+        schedules_module: whether an FMLoRAModule takes the passes.
+    """
+
+    title = "EFMLoRA"
+    takes_several_optimizers = True
+
+    beta: float = 0.9
+    # No argument: the step's own gradient is averaged over the ranks already.
+    sync_ascent: bool = field(default=True, init=False)
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self.schedules_module = False
+        self.forget_gradients()
+
+    @property
+    @override
+    def perturbs(self) -> bool:
+        # The first of two passes reads the clean B, and the second has its own perturbation, see ascend().
+        if not self.perturbation.may_be_nonzero or (self.schedules_module and self.ascends):
+            return False
+        # A frozen B is read clean in any case, and may be frozen for a part of a step only, as by toggle_optimizer. The
+        # views that FSDP1's layers read don't know whether it is frozen.
+        return self.perturbation.learns or not self._sharding.only_views
+
+    @override
+    def on(self) -> None:
+        self.perturbation.on()
+
+    @override
+    def off(self) -> None:
+        self.perturbation.off()
+
+    @override
+    def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
+        """Move Ê by the gradients of the coming step, which were taken at B + Ê."""
+        if self.schedules_module:
+            self._average_ascents(also_finite)
+        elif self.perturbation.has_gradient and self.refreshes:
+            fresh = self.perturbation.ascend(self.current_rho, at_perturbed=True, also_finite=also_finite)
+            self.perturbation.average(fresh, self.beta)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "perturbation": self.perturbation.state_dict()}
+
+    # -- next to an FMLoRAModule
+
+    @property
+    @override
+    def ascends(self) -> bool:
+        # With rho = 0 the step is plain, unless there is an average, which the zero perturbation must move.
+        return bool(self.pairs) and self.refreshes and (self.perturbation.may_be_nonzero or self.current_rho > 0)
+
+    @override
+    def forget_gradients(self) -> None:
+        self._sum: FreshPerturbation | None = None
+        self._ascents = 0
+
+    @override
+    def ascend(self) -> AbstractContextManager[None]:
+        fresh = self.perturbation.ascend(self.current_rho, at_perturbed=False)
+        self._ascents += 1
+        if self._sum is None:
+            self._sum = fresh
         else:
-            names: Collection[str] = set(known)
-            self.perturbation.load_state_dict(saved, names)
+            stacks = list(torch._foreach_add(self._sum.stacks, fresh.stacks))
+            self._sum = FreshPerturbation(stacks, self._sum.finite & fresh.finite, fresh.is_zero)
+        return self.perturbation.applied(fresh.stacks)
+
+    def _average_ascents(self, also_finite: Iterable[nn.Parameter]) -> None:
+        """Move Ê once, by the mean E of the window's micro-batches, unless the step itself will be skipped."""
+        if self._sum is None:
+            return
+        finite = self.perturbation.all_finite(also_finite) & self._sum.finite
+        stacks = list(torch._foreach_div(self._sum.stacks, self._ascents))
+        self.perturbation.average(FreshPerturbation(stacks, finite, self._sum.is_zero), self.beta)
+        self.forget_gradients()

@@ -1,12 +1,14 @@
 """Remember what a pass may change, and put it back afterwards (the parts of rule R3).
 
-Each function notes a state at the moment of the call and gives a function that puts it back, any number of times.
+Each function that gives a ``PutBack`` notes a state at the moment of the call; what it gives puts that back, any number
+of times. A batch is copied.
 """
 
 import copy
+import dataclasses
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from numbers import Number
 from operator import attrgetter
 from typing import Any, TypeGuard
@@ -70,26 +72,22 @@ def own_attributes(module: nn.Module) -> PutBack:
         (1, [0.5])
     """
     attributes = vars(module)
-    numbers: dict[str, Any] = {}
-    containers: dict[str, tuple[Any, Any]] = {}
+    kept: dict[str, tuple[Any, Any]] = {}
     for name, value in attributes.items():
-        if name in _OF_TORCH:
-            continue
-        if type(value) in _CONTAINERS:
-            containers[name] = value, copy.copy(value)
-        elif isinstance(value, Number):
-            numbers[name] = value
+        if name not in _OF_TORCH and (type(value) in _CONTAINERS or isinstance(value, Number)):
+            kept[name] = value, copy.copy(value)
 
     def put_back() -> None:
-        attributes.update(numbers)
-        for name, (container, contents) in containers.items():
+        for name, (value, contents) in kept.items():
             # The same object, which others may hold as well.
-            attributes[name] = container
-            container.clear()
-            if isinstance(container, (list, deque)):
-                container.extend(contents)
+            attributes[name] = value
+            if isinstance(value, Number):
+                continue
+            value.clear()
+            if isinstance(value, (list, deque)):
+                value.extend(contents)
             else:
-                container.update(contents)
+                value.update(contents)
 
     return put_back
 
@@ -176,3 +174,50 @@ def _copied(value: Any) -> Any:
     if type(value) is list:
         return list(value)
     return value
+
+
+def copied_batch(batch: Any) -> Any:
+    """Copy the tensors of a batch into new containers, so that no pass sees what another has done to them.
+
+    Containers are dicts and other mappings, lists, tuples, dataclasses, and objects with a method ``to``.
+
+    Args:
+        batch: whatever a data loader gives.
+
+    Raises:
+        RuntimeError: the batch is an iterator, or holds one, which the first pass would leave empty.
+
+    Example:
+        >>> batch = {"x": 1, "more": [2]}
+        >>> copied = copied_batch(batch)
+        >>> batch.pop("x"), batch["more"].pop(), copied
+        (1, 2, {'x': 1, 'more': [2]})
+    """
+    if isinstance(batch, Tensor):
+        copied = batch.clone()
+        # A user may have put attributes on it.
+        copied.__dict__.update(batch.__dict__)
+        return copied
+    if isinstance(batch, Iterator):
+        raise RuntimeError(
+            f"a second pass over a batch needs the batch again, and a {type(batch).__name__} can be read only once: "
+            "let the loader give lists"
+        )
+    if type(batch) in (list, tuple):
+        return type(batch)(map(copied_batch, batch))
+    if isinstance(batch, tuple) and hasattr(batch, "_make"):  # a named tuple
+        return batch._make(map(copied_batch, batch))
+    is_mapping = isinstance(batch, MutableMapping)
+    # All others that Lightning moves to a device have one of these.
+    if callable(batch) or not (is_mapping or dataclasses.is_dataclass(batch) or hasattr(batch, "to")):
+        return batch
+    own = copy.copy(batch)
+    if is_mapping:
+        for key, value in batch.items():
+            own[key] = copied_batch(value)
+    # A class that says itself how it is copied has seen to what it holds.
+    elif own is not batch and hasattr(batch, "__dict__") and not hasattr(type(batch), "__copy__"):
+        for name, value in vars(batch).items():
+            # Not by setattr, which frozen dataclasses refuse.
+            vars(own)[name] = copied_batch(value)
+    return own

@@ -1,7 +1,7 @@
 """Run a second pass over a batch as if there were only the first (rule R3 of extra passes)."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -10,8 +10,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.methods.put_back import PutBack, buffers_of, metrics_on_copies, own_attributes, random_state
+from lightning_flatlora.methods.step_method import StepMethod
+from lightning_flatlora.sharding import average_gradients
+from lightning_flatlora.wrappers import parameters_of
 
 
 class Replay:
@@ -20,17 +22,16 @@ class Replay:
     The second pass starts from what the first one started from: the states of the global random generators (Python's,
     NumPy's and torch's), the buffers, and the numbers, lists, dicts and sets among the module's own attributes.
     Afterwards these, and torchmetrics among the modules, are as the first pass has left them. The batch is copied by
-    whoever runs the passes, see :func:`~lightning_flatlora.methods.batches.copied_batch`.
+    whoever runs the passes, see :func:`~lightning_flatlora.methods.put_back.copied_batch`.
 
     No parameter is copied. One that a step writes and no optimizer trains, such as a momentum encoder's, is refused.
     Parameters are not watched under FSDP. :meth:`undone` does the same for passes that stand outside of any step.
 
-    Attributes:
-        parameters: those of the module, listed once: between forward and backward FSDP shows stand-ins for them.
-
     Args:
-        module: the module, not what a strategy has wrapped around it.
-        optimizers: all that train it.
+        module: the module, not what a strategy has wrapped around it. Its parts are listed now, not in each step, and
+            between forward and backward FSDP shows stand-ins for its parameters.
+        optimizers: all that train it. They also hold what the module's own list lacks: parameters in a plain list or a
+            loss object, and those that have joined in the middle of the fit.
         is_sharded: whether ranks hold parts of its parameters.
 
     Example:
@@ -46,28 +47,57 @@ class Replay:
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer] = (), is_sharded: bool = False) -> None:
-        self.parameters = list(module.parameters())
         self._module = module
+        self._modules = list(module.modules())
+        self._parameters = list(module.parameters())
         self._optimizers = list(optimizers)
         self._watched = [] if is_sharded else _watchable(module)
-        self._modules: list[nn.Module] = []
         self._device = torch.device("cpu")
         self._at_start: list[PutBack] = []
-
-    def look_again(self, optimizers: Iterable[Optimizer]) -> None:
-        """At the next first pass, find the modules again, which takes too long for every step.
-
-        Not now, at the start of an epoch, since the hooks of others may still change the module.
-        """
-        self._optimizers = list(optimizers)
-        self._modules = []
+        self._at_perturbed_weights: AbstractContextManager[None] = nullcontext()
 
     def first_pass_starts(self, device: torch.device) -> None:
         """Note the state from which both passes start; the device is that on which they draw random numbers."""
-        self._modules = self._modules or list(self._module.modules())
         self._device = device
         self._at_start = self._noted()
         self._marks = list(map(_mark_of, self._watched))
+
+    @contextmanager
+    def ascent(self, method: StepMethod, is_averaged: bool) -> Iterator[None]:
+        """Inside, the first backward leaves the gradient from which the second pass gets its perturbation.
+
+        Gradients begin anew inside, so that the ascent's stand alone; afterwards those from before are back.
+
+        Args:
+            method: that gives the perturbation.
+            is_averaged: whether the backward averages the gradient over the ranks, so that it need not be done here.
+        """
+        taken = {}
+        for parameter in self._holders():
+            if parameter.grad is not None:
+                taken[parameter] = parameter.grad.clone()
+                # In place, not by a new tensor: DDP's gradient_as_bucket_view and FSDP1 own the memory of p.grad.
+                parameter.grad.zero_()
+        try:
+            yield
+            if method.sync_ascent and not is_averaged:
+                average_gradients(method.ascending)
+            self._at_perturbed_weights = method.ascend()
+        finally:
+            # Listed again, because hooks of the backward may have given the optimizer new parameters.
+            for parameter in self._holders():
+                if parameter.grad is not None and parameter in taken:
+                    parameter.grad.copy_(taken[parameter])  # in place, as above
+                else:
+                    # None and not zeros: AdamW leaves a parameter without a gradient alone, and decays one with zeros.
+                    parameter.grad = None
+
+    def _holders(self) -> list[nn.Parameter]:
+        """List the parameters whose gradients a pass may change and a step may read, each once, as they are now."""
+        holders = dict.fromkeys(self._parameters)
+        for optimizer in self._optimizers:
+            holders.update(dict.fromkeys(parameters_of(optimizer)))
+        return list(holders)
 
     def _noted(self) -> list[PutBack]:
         return [random_state(self._device), own_attributes(self._module), buffers_of(self._modules)]
@@ -77,11 +107,14 @@ class Replay:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside, the second pass starts where the first one started; afterwards all is as the first has left it.
+        """Inside, the second pass starts where the first one started, at weights that :meth:`ascent` has perturbed.
+
+        Afterwards all is as the first pass has left it.
 
         Raises:
             MisconfigurationException: the first pass has written a parameter that no optimizer trains.
         """
+        # Asked before the perturbation may move weights in place.
         written = self.written_parameter()
         if written is not None:
             raise MisconfigurationException(
@@ -92,7 +125,8 @@ class Replay:
         _put_back(self._at_start)
         self._at_start = []  # its copies are not needed any more
         try:
-            yield
+            with self._at_perturbed_weights:
+                yield
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise RuntimeError(

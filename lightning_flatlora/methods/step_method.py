@@ -2,21 +2,21 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import WarningCache
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_flatlora.methods import checks
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, trained_factors
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.schedules import ConstantRho, RhoSchedule
+from lightning_flatlora.schedules import ConstantRho, RhoSchedule, is_size
 from lightning_flatlora.sharding import Sharding, sharding_of
+from lightning_flatlora.wrappers import parameters_of
 
 STEPS_UNTIL_WARNING = 100
 """Optimizer steps without any gradient of a pair after which the method says that it had no effect."""
@@ -39,18 +39,11 @@ class StepMethod:
         left_out: lines about the layers that the method leaves out; None for those of the search.
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
-        perturbation: of the pairs' B; None for a method without one, or while there is no pair.
+        is_skipped_on_overflow: whether a loss scaler skips a step with a gradient that is not finite.
+        perturbation: of the pairs' B; None for a method without one.
 
-    Args:
-        size: rho, a number >= 0 or a schedule over optimizer steps.
-        start_step: optimizer steps before the first perturbation.
-        every_n_steps: optimizer steps between fresh perturbations.
-        adapter_name: the peft adapter to perturb; None takes the active ones.
-        finder: says what the pairs are if the layers are not peft's.
-        sync_ascent: whether the ascent's gradient is averaged over the ranks.
-
-    Raises:
-        MisconfigurationException: values out of range.
+    The arguments are those of the callbacks, such as :class:`lightning_flatlora.FMLoRA`, with the size, which most call
+    rho, in the first place. Values out of range are refused, in one error with ``more_problems`` of whoever makes it.
     """
 
     title: ClassVar[str]
@@ -63,6 +56,7 @@ class StepMethod:
 
     size: InitVar[float | RhoSchedule]
     _: KW_ONLY
+    more_problems: InitVar[Sequence[str]] = ()
     start_step: int = 0
     every_n_steps: int = 1
     adapter_name: str | None = None
@@ -71,11 +65,15 @@ class StepMethod:
     rho: RhoSchedule = field(init=False)
     perturbation: Perturbation | None = field(default=None, init=False)
 
-    def __post_init__(self, size: float | RhoSchedule) -> None:
-        problems = checks.value_problems(
-            self.size_name, size, self.start_step, self.every_n_steps, self.adapter_name, self.finder
-        )
-        checks.refuse(self, problems + self.argument_problems())
+    def __post_init__(self, size: float | RhoSchedule, more_problems: Sequence[str]) -> None:
+        # All problems are collected, so that a user need not run once for each.
+        problems = []
+        if not isinstance(size, RhoSchedule) and not is_size(size):
+            problems.append(f"{self.size_name} must be a finite number >= 0 or a RhoSchedule, got {size!r}")
+        problems += checks.integer_problems("start_step", self.start_step, least=0)
+        problems += checks.integer_problems("every_n_steps", self.every_n_steps, least=1)
+        problems += checks.finder_problems(self.finder, self.adapter_name)
+        checks.refuse(self, [*problems, *self.argument_problems(), *more_problems])
         self.rho = size if isinstance(size, RhoSchedule) else ConstantRho(float(size))
         self.reset()
 
@@ -91,6 +89,7 @@ class StepMethod:
         self.left_out: list[str] | None = None
         self.step = 0
         self.horizon = math.inf
+        self.is_skipped_on_overflow = False
         self.initial_lr: float | None = None
         self._sharding = Sharding()
         # None as soon as a pair has had a gradient.
@@ -103,22 +102,13 @@ class StepMethod:
         other.reset()
         return other
 
-    def settings(self) -> dict[str, Any]:
-        """Return the arguments that a resumed run must not change."""
-        return {name: getattr(self, name) for name in self.fixed}
-
     # -- the pairs
 
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
         """Take the pairs that the optimizer holds now, maybe none; those that stay keep their state.
 
-        Args:
-            pairs: of the module.
-            module: that holds them.
-            wrapped: the same as the strategy or the loop has wrapped it, which says how ranks share the factors.
-
-        Raises:
-            ValueError: the method can't work with any of these layers.
+        ``wrapped`` is the module in what a strategy or a loop has put around it, which says how ranks share factors. A
+        ValueError says that the method can't work with any of these layers.
         """
         self.pairs = pairs
         self._sharding = sharding_of(wrapped)
@@ -129,10 +119,6 @@ class StepMethod:
     def close(self) -> None:
         """Leave no trace on the layers; what a checkpoint needs stays."""
         self.off()
-
-    def trained_factors(self) -> list[nn.Parameter]:
-        """List the factors of the pairs whose B is trained now, each once, A before B, without a frozen A."""
-        return trained_factors([pair for pair in self.pairs if pair.B.requires_grad])
 
     # -- the size
 
@@ -147,7 +133,7 @@ class StepMethod:
     def current_rho(self) -> float:
         """The size of the coming step's perturbation."""
         share = 1.0
-        groups = self._followed_groups() if self.rho.needs_learning_rate else []
+        groups = self._followed_groups()
         if groups:
             # Not only None: a hand-written warm-up may start at 0.
             if not self.initial_lr:
@@ -177,19 +163,27 @@ class StepMethod:
         return [pair.B for pair in self.pairs]
 
     def _followed_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups that hold a followed parameter."""
+        """The optimizer's parameter groups whose learning rate the size follows."""
+        if not self.rho.needs_learning_rate or self.optimizer is None:
+            return []
         identities = {id(parameter) for parameter in self.followed}
-        groups = []
-        for group in self.optimizer.param_groups:
-            if any(id(parameter) in identities for parameter in group["params"]):
-                groups.append(group)
-        return groups
+        groups = self.optimizer.param_groups
+        return [group for group in groups if not identities.isdisjoint(map(id, group["params"]))]
 
     def rate_problems(self) -> list[str]:
         """List why the size can't follow the learning rate, if it is to do so."""
-        if not self.rho.needs_learning_rate or self.optimizer is None:
-            return []
-        return checks.rate_problems(self.argument, self._followed_groups())
+        groups, problems = self._followed_groups(), []
+        if any(isinstance(group["lr"], Tensor) for group in groups):
+            problems.append(
+                f"{self.argument} follows the learning rate, a tensor here: reading it would make the host wait. Give "
+                "the optimizer a float, or choose another schedule"
+            )
+        if len(groups) > 1:
+            problems.append(
+                f"{self.argument} follows the learning rate, but what it moves is in several parameter groups: put it "
+                "into one, or choose another schedule"
+            )
+        return problems
 
     def pair_problems(self) -> list[str]:
         """List what can't work with the pairs that were found; subclasses add their own."""
@@ -216,28 +210,24 @@ class StepMethod:
     @property
     def ascending(self) -> list[nn.Parameter]:
         """The trained parameters whose gradients give the perturbation, in the same order on every rank."""
-        return []
+        return trained_factors([pair for pair in self.pairs if pair.B.requires_grad])
 
     def ascend(self) -> AbstractContextManager[None]:
         """Take the perturbation from the first pass's gradients; it is zero if one of them is not finite.
 
-        Returns:
-            A context in which the layers read perturbed weights. After it, whatever happens, they read the clean ones.
+        The layers read perturbed weights inside the context, and after it, whatever happens, the clean ones.
         """
         raise NotImplementedError(f"{self.title} takes one pass")
 
-    def before_step(self, also_finite: Iterable[nn.Parameter] = ()) -> None:
-        """Use the gradients of the coming optimizer step, and count it.
-
-        If a gradient of ``also_finite`` overflows, a loss scaler skips the step, so that nothing may move.
-        """
+    def before_step(self) -> None:
+        """Use the gradients of the coming optimizer step, and count it."""
         self._look_for_gradients()
         if self.pairs:
-            self.use_gradients(also_finite)
+            self.use_gradients(parameters_of(self.optimizer) if self.is_skipped_on_overflow else [])
         self.step += 1
 
     def use_gradients(self, also_finite: Iterable[nn.Parameter]) -> None:
-        """Do what the method does with the gradients of the coming step; nothing in many methods of two passes."""
+        """Do what the method does with the gradients of a step, which is skipped if one of ``also_finite`` is not."""
 
     def forget_gradients(self) -> None:
         """Drop gradients of the method's own, at the moment at which a loop clears those of the model."""
@@ -250,24 +240,22 @@ class StepMethod:
             return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
         # Nobody expects a gradient while all pairs are frozen.
-        if not trained:
-            return
-        if self._sharding.has_gradient(trained):
+        if trained and self._sharding.has_gradient(trained):
             self._steps_without_gradient = None
-            return
-        self._steps_without_gradient += 1
-        if self._steps_without_gradient == STEPS_UNTIL_WARNING:
-            self.warn_without_gradient()
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether any pair has had a gradient in a step."""
-        return self._steps_without_gradient is None
+        elif trained:
+            self._steps_without_gradient += 1
+            if self._steps_without_gradient == STEPS_UNTIL_WARNING:
+                self.warn_without_gradient()
 
     def warn_without_gradient(self) -> None:
-        """Say, once, that no pair has had a gradient so far, if this is so."""
+        """Say, once, that no pair has had a gradient in the steps so far, if this is so."""
         if self._steps_without_gradient:
-            self.warn(checks.without_gradient(self.place))
+            self.warn(
+                f"no B of a pair{self.place} has had a gradient in any step so far, so the method had no effect "
+                "there: the loss must depend on what the adapted layers compute (not under torch.no_grad, not "
+                "detached), and the gradients must still be there in on_before_optimizer_step, which they are not if "
+                "an optimizer steps inside backward"
+            )
 
     def warn(self, *problems: str) -> None:
         """Warn of problems, of each once in a run."""
@@ -278,23 +266,32 @@ class StepMethod:
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a resumed run needs, as CPU tensors and numbers."""
-        return {"step": self.step, "initial_lr": self.initial_lr}
+        settings = {name: getattr(self, name) for name in self.fixed}
+        return {"step": self.step, "initial_lr": self.initial_lr, "settings": settings}
 
-    def load_state_dict(self, state: dict[str, Any], known: Iterable[str]) -> None:
+    def load_state_dict(self, state: dict[str, Any], known: Collection[str]) -> None:
         """Continue from a :meth:`state_dict`.
 
-        Args:
-            state: may hold the perturbation of pairs that are in no optimizer yet.
-            known: the names of all pairs of the model.
+        It may hold the perturbation of pairs that are in no optimizer yet. ``known`` names all pairs of the model.
 
         Raises:
-            MisconfigurationException: the state belongs to other pairs; nothing has changed then.
+            MisconfigurationException: the state belongs to other pairs or settings; nothing has changed then.
         """
+        problems = []
+        for name in self.fixed:
+            own, saved = getattr(self, name), state["settings"][name]
+            if own != saved:
+                problems.append(
+                    f"{name} must be {saved!r} as in the checkpoint, got {own!r}: "
+                    "change it back, or start a new run from the weights"
+                )
         try:
-            self.restore(state, known)
+            if not problems:
+                self.restore(state, known)
         except ValueError as error:
-            raise MisconfigurationException(checks.message(self, [str(error)])) from error
+            problems.append(str(error))
+        checks.refuse(self, problems)
         self.step, self.initial_lr = state["step"], state["initial_lr"]
 
-    def restore(self, state: dict[str, Any], known: Iterable[str]) -> None:
+    def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
         """Take what a subclass has added to the state; a ValueError says that it belongs to other pairs."""

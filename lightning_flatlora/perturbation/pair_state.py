@@ -22,7 +22,7 @@ class PairState(NamedTuple):
 
 
 def state_problems(
-    saved: Mapping[str, PairState], expected: Mapping[str, torch.Size], may_come: Collection[str], may_be_new: bool
+    saved: Mapping[str, PairState], expected: Mapping[str, torch.Size], may_come: Collection[str]
 ) -> list[str]:
     """List why saved states are of other pairs.
 
@@ -30,13 +30,11 @@ def state_problems(
         saved: by the pairs' names.
         expected: the shapes of E, by the names of the pairs that are there.
         may_come: names of pairs that the model has and does not train yet.
-        may_be_new: whether pairs without a saved state are right.
     """
     problems = []
     for name, shape in expected.items():
         if name not in saved:
-            if not may_be_new:
-                problems.append(f"{name} is not in the checkpoint")
+            problems.append(f"{name} is not in the checkpoint")
         elif saved[name].E.shape != shape:
             problems.append(other_shape(name, shape, saved[name]))
     for name in saved:

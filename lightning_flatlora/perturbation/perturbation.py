@@ -62,23 +62,21 @@ class Perturbation:
     ) -> None:
         _check_choice("estimator", estimator, get_args(Estimator))
         _check_choice("norm_scope", norm_scope, get_args(NormScope))
-        if not pairs:
-            raise ValueError("pairs must hold at least one LoRAPair: see find_pairs")
         self.pairs = pairs
         self.norm_scope: NormScope = norm_scope
         self._estimator: Estimator = estimator
         self._sharding = sharding or Sharding()
         self._stacks = self._stacked(pairs)
-        if self.pairs[0].B.device.type == "cpu":
-            # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
-            # system in each step, and faults every page in again: a quarter of E's time with small layers.
-            torch.empty(2**24, dtype=torch.uint8)
         self.is_installed = self.may_be_nonzero = False
         self._switch = perturbed_read.Switch()
         # By name, from a checkpoint: the states of pairs that the model does not train yet.
         self._waiting: dict[str, PairState] = {}
 
     def _stacked(self, pairs: list[LoRAPair]) -> list[PairStack]:
+        if pairs and pairs[0].B.device.type == "cpu":
+            # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
+            # system in each step, and faults every page in again: a quarter of E's time with small layers.
+            torch.empty(2**24, dtype=torch.uint8)
         return [PairStack(group, self._estimator, self._sharding) for group in stackable(pairs, self._sharding)]
 
     def _places(self) -> Iterator[tuple[PairStack, int, LoRAPair]]:
@@ -94,7 +92,7 @@ class Perturbation:
         layers read the clean B until the next :meth:`on`.
 
         Args:
-            pairs: at least one, from another search of the same model.
+            pairs: from another search of the same model.
             sharding: how the ranks share their factors; None where each holds them whole, or as DTensors.
         """
         was_installed = self.is_installed
@@ -262,15 +260,12 @@ class Perturbation:
             "scalings": {name: each.scaling for name, each in saved.items()},
         }
 
-    def load_state_dict(
-        self, state: dict[str, Any], may_come: Collection[str] = (), *, may_be_new: bool = False
-    ) -> None:
+    def load_state_dict(self, state: dict[str, Any], may_come: Collection[str] = ()) -> None:
         """Take a :meth:`state_dict` over.
 
         Args:
             state: of this or another process.
             may_come: names of pairs that the model has and does not train yet; their state waits for :meth:`follow`.
-            may_be_new: whether pairs that the state does not have keep what they have.
 
         Raises:
             ValueError: the state belongs to other pairs; the message says which are missing, new or of another shape.
@@ -279,7 +274,7 @@ class Perturbation:
         for name, E in state["E"].items():
             saved[name] = PairState(E, state["averaged"][name], state["scalings"][name])
         expected = {pair.name: stack.E[i].shape for stack, i, pair in self._places()}
-        problems = state_problems(saved, expected, may_come, may_be_new)
+        problems = state_problems(saved, expected, may_come)
         if problems:
             raise ValueError(f"the checkpoint's perturbation is of other pairs: {problems_text(problems)}")
         self.may_be_nonzero = any(bool(each.E.any()) for each in saved.values())

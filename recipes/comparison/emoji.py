@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.silenced import silenced
+from lightning_flatlora.callbacks.patches import silenced
 from recipes.clip import emoji
 from recipes.clip.model import DEFAULT_LORA
 from recipes.clip_contrastive.pretrain import Pretraining, pretrained

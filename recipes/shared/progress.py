@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.fmlora_module import counting_windows
+from lightning_flatlora.callbacks.fmlora import counting_windows
 
 _SECONDS = 10.0  # between two lines
 

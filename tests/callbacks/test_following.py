@@ -129,7 +129,7 @@ def test_finetuning_that_unfreezes_later(tmp_path, callback):
     """It starts, says at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
     module, plain, ours = TrainedOnly(), TrainedOnly(), callback(0.5)
     watching = Watching(module)
-    with pytest.warns(UserWarning, match="no pair has been trained so far") as warned:
+    with pytest.warns(UserWarning, match="no pair is trained now") as warned:
         fit(tmp_path, module, [ours, Unfreeze()])
     assert len([each for each in warned if "no pair" in str(each.message)]) == 1
     assert ours.step == 12
@@ -201,7 +201,7 @@ def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
         module, callback = TrainedOnly(), EFMLoRA(0.5)
         saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*no pair has been trained")
+            warnings.filterwarnings("ignore", message=".*no pair is trained now")
             fit(tmp_path, module, [callback, UnfreezeFrom(), saving], max_epochs=3, ckpt_path=ckpt_path)
         return weights(module), E_hat(callback), callback.step
 
@@ -214,7 +214,7 @@ class Never(Unfreeze):
 
 
 def test_pairs_that_never_come_are_said_once(tmp_path):
-    with pytest.warns(UserWarning, match="EFMLoRA: no pair has been trained so far") as warned:
+    with pytest.warns(UserWarning, match="EFMLoRA: no pair is trained now") as warned:
         fit(tmp_path, TrainedOnly(), [EFMLoRA(0.5), Never()])
     assert len([each for each in warned if "no pair" in str(each.message)]) == 1
 
@@ -230,7 +230,7 @@ class Pruning(Callback):
 
 
 def test_pairs_that_are_gone_are_said_as_such(tmp_path):
-    with pytest.warns(UserWarning, match="EFMLoRA: no pair is trained any more, .*as by pruning"):
+    with pytest.warns(UserWarning, match="EFMLoRA: no pair is trained now, .*as by pruning"):
         fit(tmp_path, Classifier(), [EFMLoRA(0.5), Pruning()], max_epochs=3)
 
 

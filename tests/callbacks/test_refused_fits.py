@@ -237,7 +237,7 @@ CASES: dict[str, Case] = {
     ),
     # One message, one line each.
     "several at once": Case(
-        ("FMLoRA: 4 problems", "keep one", "manual optimization", "adapter_name must be", "no end"),
+        ("FMLoRA: 4 problems", "keep one", "manual optimization", "adapter_name must be", "steps its optimizer itself"),
         ("fmlora",),
         ByHand,
         rho=CosineRho(1.0, 0.0),

@@ -10,7 +10,7 @@ from helpers import make_net
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, LinearRho, loops
-from lightning_flatlora.methods.efmlora import EFMLoRAStep
+from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
 from lightning_flatlora.pairs.finders import litgpt_pairs
 
 BAD: dict[str, tuple[str, list[Any]]] = {

@@ -17,8 +17,8 @@ from lightning_flatlora.callbacks.adapter_checkpoint.transfer import adapters_on
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.strategies import checkpoint_problems
 from lightning_flatlora.methods.checks import refuse
-from lightning_flatlora.methods.gradients import parameters_of
 from lightning_flatlora.pairs.lora_pair import Finder
+from lightning_flatlora.wrappers import parameters_of
 
 if TYPE_CHECKING:
     _Base = ModelCheckpoint
