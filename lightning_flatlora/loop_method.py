@@ -149,14 +149,11 @@ class LoopMethod:
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._use_gradients()
-            # Not before, since PyTorch calls no hook after a step that is refused.
-            self._is_stepping = True
             return None
 
         def then_use_gradients() -> Any:
             loss = closure()
             self._use_gradients()
-            self._is_stepping = True
             return loss
 
         if len(args) > 1:
@@ -180,6 +177,8 @@ class LoopMethod:
     def _use_gradients(self) -> None:
         self._check_parameters()
         self.method.before_step()
+        # Not before, since PyTorch calls no hook after a step that is refused.
+        self._is_stepping = True
 
     def _check_parameters(self) -> None:
         """Refuse a model whose parameters were replaced since, and follow one that has moved to another device."""

@@ -1,7 +1,5 @@
 """The callback under every method: when its hooks are called, the method does its work."""
 
-import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +11,7 @@ from typing_extensions import override
 from lightning_flatlora.callbacks import strategies
 from lightning_flatlora.callbacks.methods_of_fit import MethodsOfFit, unfreezes_later
 from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, two_pass_problems
-from lightning_flatlora.callbacks.patches import nothing, without_logging
+from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of
 from lightning_flatlora.methods.checks import optimizer_problems, refuse
@@ -38,7 +36,6 @@ class MethodCallback(Callback):
 
     def __init__(self, method: StepMethod) -> None:
         self.fit_methods = MethodsOfFit(method)
-        self._last_trainer: Callable[[], Any] = nothing
         self._begin()
 
     def _begin(self) -> None:
@@ -54,7 +51,6 @@ class MethodCallback(Callback):
         blank._begin()
         blank.fit_methods = MethodsOfFit(self.method.for_another_optimizer())
         blank._loaded = self.state_dict()
-        blank._last_trainer = nothing
         return without_logging(blank)
 
     def __getattr__(self, name: str) -> Any:
@@ -100,9 +96,9 @@ class MethodCallback(Callback):
         self.uninstall()
         if stage != "fit":
             return
-        # A further fit of the same Trainer continues. Not by trainer.ckpt_path, which is still that of the last run.
         self._begin()
-        self.fit_methods.begin(continues=self._last_trainer() is trainer and trainer.global_step > 0)
+        # A further fit of the same Trainer continues. A checkpoint comes later, and brings its own count.
+        self.fit_methods.begin(continues=trainer.global_step > 0)
         refuse(self, strategies.problems_before_wrapping(trainer))
 
     @override
@@ -157,7 +153,6 @@ class MethodCallback(Callback):
         self.fit_methods.set_horizon(trainer)
         # Not earlier: to restore an optimizer of FSDP2, PyTorch takes a step that changes nothing.
         self.passes.watch_steps()
-        self._last_trainer = weakref.ref(trainer)
 
     # -- the pairs
 
