@@ -21,7 +21,7 @@ from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse
 from lightning_flatlora.pairs import find_pairs, merge_problems
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.sharding import is_sharded
+from lightning_flatlora.sharding import is_sharded, reshard
 from lightning_flatlora.wrappers import innermost, parameters_of, unwrapped, wrapping_problems
 
 STATE_KEY = "lightning_flatlora"
@@ -89,6 +89,8 @@ class LoopMethod:
             MisconfigurationException: the optimizer holds none, or an adapter is merged.
         """
         method, module = self.method, unwrapped(self._model)
+        # As after an evaluation.
+        reshard(module)
         search = find_pairs(module, method.adapter_name, finder=method.finder)
         assignment = assign_pairs(search, [self._optimizer])
         problems = merge_problems(module)

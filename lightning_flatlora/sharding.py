@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from typing_extensions import override
 
@@ -202,6 +202,13 @@ def is_sharded(model: nn.Module | None) -> bool:
         return False
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     return sharded or bool(FullyShardedDataParallel.fsdp_modules(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2's modules have their sharded parameters, for which a pass without a backward leaves whole stand-ins."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def matrix_shape(shape: torch.Size) -> torch.Size:

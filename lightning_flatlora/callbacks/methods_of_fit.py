@@ -16,6 +16,7 @@ from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs import nothing_found, search_pairs
 from lightning_flatlora.pairs.lora_pair import LoRAPair, NoPairsError, PairSearch
+from lightning_flatlora.sharding import reshard
 from lightning_flatlora.wrappers import parameters_of
 
 
@@ -153,6 +154,8 @@ class MethodsOfFit:
         if not self.needs_pairs:
             return
         adapter_name, finder = self.methods[0].adapter_name, self.methods[0].finder
+        # As after a validation.
+        reshard(module)
         # If pairs may be unfrozen or activated later, a start without any is no error.
         self.search = search_pairs(module, adapter_name, finder, must_be_active=not self.may_come)
         if must_be_there and not self.search.pairs and not (self.may_come and self.search.resting):
