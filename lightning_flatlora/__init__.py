@@ -1,41 +1,24 @@
 """Flat minima for LoRA fine-tuning in PyTorch Lightning: FMLoRA and EFMLoRA (arXiv 2508.00522)."""
 
-from lightning_flatlora.callbacks import AdapterCheckpoint, EFMLoRA, FlatnessMonitor, FMLoRA, load_adapter_checkpoint
-from lightning_flatlora.module import FMLoRAModule
-from lightning_flatlora.pairs import find_pairs
-from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
-from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
-from lightning_flatlora.perturbed_read import ParameterRef
-from lightning_flatlora.schedules import (
-    ConstantRho,
-    CosineRho,
-    InverseSqrtRho,
-    LearningRateRho,
-    LinearRho,
-    RhoSchedule,
-)
+from lightning_flatlora.callbacks import AdapterCheckpoint as AdapterCheckpoint
+from lightning_flatlora.callbacks import EFMLoRA as EFMLoRA
+from lightning_flatlora.callbacks import FlatnessMonitor as FlatnessMonitor
+from lightning_flatlora.callbacks import FMLoRA as FMLoRA
+from lightning_flatlora.callbacks import load_adapter_checkpoint as load_adapter_checkpoint
+from lightning_flatlora.module import FMLoRAModule as FMLoRAModule
+from lightning_flatlora.pairs import find_pairs as find_pairs
+from lightning_flatlora.pairs.lora_pair import Finder as Finder
+from lightning_flatlora.pairs.lora_pair import LoRAPair as LoRAPair
+from lightning_flatlora.pairs.lora_pair import NoPairsError as NoPairsError
+from lightning_flatlora.pairs.lora_pair import PairSearch as PairSearch
+from lightning_flatlora.perturbation import FreshPerturbation as FreshPerturbation
+from lightning_flatlora.perturbation import Perturbation as Perturbation
+from lightning_flatlora.perturbed_read import ParameterRef as ParameterRef
+from lightning_flatlora.schedules import ConstantRho as ConstantRho
+from lightning_flatlora.schedules import CosineRho as CosineRho
+from lightning_flatlora.schedules import InverseSqrtRho as InverseSqrtRho
+from lightning_flatlora.schedules import LearningRateRho as LearningRateRho
+from lightning_flatlora.schedules import LinearRho as LinearRho
+from lightning_flatlora.schedules import RhoSchedule as RhoSchedule
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "AdapterCheckpoint",
-    "ConstantRho",
-    "CosineRho",
-    "EFMLoRA",
-    "FMLoRA",
-    "FMLoRAModule",
-    "Finder",
-    "FlatnessMonitor",
-    "FreshPerturbation",
-    "InverseSqrtRho",
-    "LearningRateRho",
-    "LinearRho",
-    "LoRAPair",
-    "NoPairsError",
-    "PairSearch",
-    "ParameterRef",
-    "Perturbation",
-    "RhoSchedule",
-    "find_pairs",
-    "load_adapter_checkpoint",
-]

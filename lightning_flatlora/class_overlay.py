@@ -21,11 +21,9 @@ class Overlay:
     Its names are private, lest they hide a parameter or a submodule of the same name.
 
     Attributes:
-        _overlay_prefix: of the name of a class with this mixin.
         _overlay_state: the attribute of a module that holds what the mixin needs; copies of the module leave it out.
     """
 
-    _overlay_prefix: ClassVar[str]
     _overlay_state: ClassVar[str]
     _plain_class: Any
 
@@ -36,10 +34,9 @@ class Overlay:
         return copyreg._reconstructor, (self._plain_class, object, None), state  # type: ignore[attr-defined]
 
 
-class _ReadsPerturbed(Overlay):
+class _Perturbed(Overlay):
     """Mixin of modules some of whose parameters are properties."""
 
-    _overlay_prefix = "Perturbed"
     _overlay_state = READINGS
 
 
@@ -50,7 +47,6 @@ class _Gated(Overlay):
     would go into copies of the model.
     """
 
-    _overlay_prefix = "Gated"
     _overlay_state = GATES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +77,6 @@ def set_class(module: nn.Module) -> None:
             mixins.append(mixin)
     kind: Any = plain_class(module)
     if mixins:
-        mixins.sort(key=lambda mixin: mixin._overlay_prefix)
         read = sorted(module.__dict__.get(READINGS, ()))
         kind = _class_of(kind, tuple(mixins), tuple(read))
     module.__class__ = kind
@@ -90,7 +85,7 @@ def set_class(module: nn.Module) -> None:
 # One class for each kind of module, not one for each module: compiled graphs are guarded by the class.
 @cache
 def _class_of(plain: Any, mixins: tuple[type[Overlay], ...], attributes: tuple[str, ...]) -> Any:
-    name = "".join(mixin._overlay_prefix for mixin in mixins) + plain.__name__
+    name = "".join(mixin.__name__.strip("_") for mixin in mixins) + plain.__name__
     members: dict[str, Any] = {attribute: _property_of(attribute) for attribute in attributes}
     return type(name, (*mixins, plain), {"_plain_class": plain, **members})
 
@@ -106,7 +101,7 @@ def _property_of(attribute: str) -> property:
                 raise AttributeError(attribute)
             value = self._parameters[attribute]
         reading = self.__dict__[READINGS][attribute]
-        if not reading.switch.is_on or not reading.parts or value is None:
+        if value is None or not reading.parts():
             return value
         is_parameter = isinstance(value, nn.Parameter)
         if isinstance(value, DTensor) or (reading.only_views and is_parameter):

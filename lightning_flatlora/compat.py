@@ -34,11 +34,6 @@ def is_lightning(value: object, *kinds: type[T]) -> TypeGuard[T]:
     return any(_name(each) in wanted for each in type(value).__mro__)
 
 
-def is_defined_by_lightning(value: object) -> bool:
-    """Tell whether an object's own class, and not only one that it inherits from, is of Lightning."""
-    return _name(type(value)).startswith(("lightning.pytorch.", "lightning.fabric."))
-
-
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks of a trainer, an attribute that Lightning's types do not declare."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]

@@ -5,7 +5,6 @@ in ``merge_adapter``, and in evaluation and generation, the layer reads the clea
 """
 
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 
 from lightning_flatlora.class_overlay import GATES, set_class
-from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import as_ref
 
@@ -27,8 +25,7 @@ class ForwardGate:
 
     def __init__(self) -> None:
         self.has_opened = False
-        self._perturbation: Perturbation | None = None
-        self._layers: list[nn.Module] = []
+        self._layers: dict[nn.Module, None] = {}
 
     def install(self, perturbation: Perturbation) -> None:
         """Let the layers of a perturbation's pairs read it in their forward, once its average has begun.
@@ -37,7 +34,8 @@ class ForwardGate:
         """
         self.uninstall()
         self._perturbation = perturbation
-        self._layers = list(layers_of(perturbation.pairs))
+        for pair in perturbation.pairs:
+            self._layers.update(dict.fromkeys(pair.layers or [as_ref(reader).module for reader in pair.readers]))
         for layer in self._layers:
             layer.__dict__.setdefault(GATES, []).append(self)
             set_class(layer)
@@ -47,33 +45,21 @@ class ForwardGate:
         for layer in self._layers:
             layer.__dict__[GATES].remove(self)
             set_class(layer)
-        self._layers = []
-        self._perturbation = None
+        self._layers = {}
 
     def opens(self, layer: nn.Module) -> bool:
         """Say whether a forward of a layer that begins now is one of training, and there is something to read."""
-        perturbation = self._perturbation
-        if perturbation is None or not layer.training or not perturbation.may_be_nonzero or perturbation.is_on:
+        if not layer.training or not self._perturbation.may_be_nonzero or self._perturbation.is_on:
             return False
         return torch.is_grad_enabled() or _in_reentrant_checkpoint()
 
     def switch(self, is_on: bool) -> None:
         """Switch the perturbation for the forward of a layer."""
-        assert self._perturbation is not None
         if is_on:
             self.has_opened = True
             self._perturbation.on()
         else:
             self._perturbation.off()
-
-
-def layers_of(pairs: Iterable[LoRAPair]) -> dict[nn.Module, None]:
-    """List the modules in whose forward the B of pairs is read, each once."""
-    layers: dict[nn.Module, None] = {}
-    for pair in pairs:
-        of_pair = pair.layers or [as_ref(reader).module for reader in pair.readers]
-        layers.update(dict.fromkeys(of_pair))
-    return layers
 
 
 def _in_reentrant_checkpoint() -> bool:

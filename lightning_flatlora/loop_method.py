@@ -273,7 +273,7 @@ def _problems(
     if not isinstance(model, nn.Module) or "_optimizer_step_pre_hooks" not in getattr(inner, "__dict__", {}):
         given = f"{type(model).__name__} and {type(optimizer).__name__}"
         return [*problems, f"the first two arguments must be a model and its torch.optim.Optimizer, got {given}"]
-    problems += wrapping_problems(model, takes_two_passes=method.takes_two_passes)
+    problems += wrapping_problems(model, [f"{method.title}'s first pass"] if method.takes_two_passes else [])
     problems += optimizer_problems([inner])
     if not method.sync_ascent and is_sharded(model):
         problems.append("sync_ascent=False needs each rank's own gradient, which FSDP does not keep")

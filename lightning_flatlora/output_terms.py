@@ -75,14 +75,13 @@ class OutputTerm(ABC):
 Term = TypeVar("Term", bound=OutputTerm)
 
 
-class _AddsTerms(Overlay):
+class _Adding(Overlay):
     """Mixin before a layer's own class while it adds terms to its output.
 
     A compiled network has one graph for each class of a module, and makes one when it meets a new class. It
     would ignore a hook added after the first call, and would keep forever what an earlier hook refers to.
     """
 
-    _overlay_prefix = "Adding"
     _overlay_state = _TERMS
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

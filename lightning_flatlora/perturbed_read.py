@@ -7,7 +7,7 @@ Parameters, names and state dicts are untouched, so the stored weights are the c
 convolutions.)
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +22,11 @@ class Switch:
     """One flag for all readers of one owner, which need not walk over them twice in every step.
 
     Attributes:
-        is_on: whether the readers that listen to it add their perturbation.
-        is_connected: set by the owner after connecting the readers; false again as soon as one of them gets another
-            owner.
+        is_on: whether the owner's readers add its perturbation.
     """
 
     def __init__(self, is_on: bool = False) -> None:
         self.is_on = is_on
-        self.is_connected = False
-
-
-# For readers without an owner that switches them.
-_ALWAYS_ON = Switch(is_on=True)
 
 
 @dataclass(frozen=True)
@@ -68,19 +61,41 @@ AnyRef = ParameterRef | nn.Module
 """A reader; a module stands for its weight."""
 
 
+Parts = dict[range | None, Tensor]
+"""E by the rows of the parameter that it is added to."""
+
+
 class _Reading:
-    """What one attribute of a module adds to the parameter."""
+    """What one attribute of a module adds to the parameter.
+
+    Attributes:
+        only_views: see :func:`perturb`.
+        sources: the E of each owner; that of the last one that is switched on is read.
+    """
 
     def __init__(self, only_views: bool) -> None:
         self.only_views = only_views
-        self.switch = _ALWAYS_ON
-        self.installs = 0
-        self.parts: dict[range | None, Tensor] = {}
+        self.sources: list[tuple[Switch, Parts]] = []
+
+    def parts(self) -> Parts:
+        """What is added now, nothing for the clean value."""
+        for switch, parts in reversed(self.sources):
+            if switch.is_on:
+                return parts
+        return {}
+
+    def take(self, switch: Switch) -> Parts:
+        """Remove what an owner has given, and return it."""
+        for source in self.sources:
+            if source[0] is switch:
+                self.sources.remove(source)
+                return source[1]
+        return {}
 
     def added_to(self, value: Tensor) -> Tensor:
         """B + E, out of place, so that autograd gives the gradient at B + E to the parameter B."""
         perturbed = value
-        for rows, perturbation in self.parts.items():
+        for rows, perturbation in self.parts().items():
             if rows is not None:
                 around = (rows.start, len(value) - rows.stop)
                 perturbation = F.pad(perturbation, (0, 0) * (value.ndim - 1) + around)
@@ -93,21 +108,25 @@ def as_ref(reader: AnyRef) -> ParameterRef:
     return reader if isinstance(reader, ParameterRef) else ParameterRef(reader)
 
 
-def install(reader: AnyRef, only_views: bool = False) -> None:
-    """Make a module able to read a perturbed parameter; it reads the clean one until :func:`perturb`.
+def perturb(reader: AnyRef, perturbation: Tensor, switch: Switch, only_views: bool = False) -> None:
+    """Let a reader add E to its parameter while a switch is on, until :func:`release`.
 
     Args:
         reader: what reads the parameter; a module stands for its weight.
+        perturbation: E, of the shape of the reader's rows, any floating dtype (the sum is taken in the wider of the
+            two and rounded once).
+        switch: the owner's. If several owners are on, the last that has called this is read.
         only_views: never perturb the parameter itself, only a tensor that has replaced it. FSDP1 replaces it in
             forward, and takes what it reads at other times to be the parameter's new value.
 
     Example:
         >>> import torch
-        >>> layer = nn.Linear(2, 2, bias=False)
-        >>> install(layer); perturb(layer, torch.ones(2, 2))
+        >>> layer, switch = nn.Linear(2, 2, bias=False), Switch()
+        >>> perturb(layer, torch.ones(2, 2), switch)
+        >>> switch.is_on = True
         >>> bool((layer.weight == layer.state_dict()["weight"] + 1).all())
         True
-        >>> uninstall(layer); type(layer).__name__
+        >>> release(layer, switch); type(layer).__name__
         'Linear'
     """
     reader = as_ref(reader)
@@ -115,80 +134,60 @@ def install(reader: AnyRef, only_views: bool = False) -> None:
     if reader.name not in readings:
         readings[reader.name] = _Reading(only_views)
         set_class(reader.module)
-    readings[reader.name].installs += 1
+    reading = readings[reader.name]
+    parts = reading.take(switch)
+    parts[reader.rows] = perturbation
+    reading.sources.append((switch, parts))
 
 
-def uninstall(reader: AnyRef) -> None:
-    """Take one :func:`install` back; after the last one the module has its own class again."""
-    reader = as_ref(reader)
+def release(reader: AnyRef, switch: Switch) -> None:
+    """Let a reader no longer add what an owner has given; without any owner the module has its own class again."""
     reading = _reading_of(reader)
     if reading is not None:
-        reading.installs -= 1
-        # Counted, because the monitor and the methods may install the same reader.
-        if reading.installs == 0:
-            perturb(reader, None)
+        reading.take(switch)
+        if not reading.sources:
+            reader = as_ref(reader)
             del reader.module.__dict__[READINGS][reader.name]
             set_class(reader.module)
 
 
-def _reading_of(reader: ParameterRef) -> _Reading | None:
+def _reading_of(reader: AnyRef) -> _Reading | None:
+    reader = as_ref(reader)
     readings: dict[str, _Reading] = reader.module.__dict__.get(READINGS, {})
     return readings.get(reader.name)
 
 
-def perturb(reader: AnyRef, perturbation: Tensor | None, switch: Switch = _ALWAYS_ON) -> None:
-    """Set what an installed reader adds to its parameter.
-
-    Args:
-        reader: what :func:`install` was given.
-        perturbation: E, of the shape of the reader's rows, any floating dtype (the sum is taken in the wider of the
-            two and rounded once); None for the clean value.
-        switch: adds E only while this is on; without one, always.
-
-    Raises:
-        RuntimeError: the reader is not installed, so that E would be silently ignored.
-    """
-    reader = as_ref(reader)
-    reading = _reading_of(reader)
-    if reading is None:
-        if perturbation is None:
-            return
-        name = type(reader.module).__name__
-        raise RuntimeError(f"{name} can't read a perturbed {reader.name}: call install() first")
-    if reading.switch is not switch:
-        # Rows that another owner has perturbed are not this switch's.
-        reading.switch.is_connected = False
-        reading.switch, reading.parts = switch, {}
-    if perturbation is None:
-        reading.parts.pop(reader.rows, None)
-    else:
-        reading.parts[reader.rows] = perturbation
-
-
 def shown(reader: AnyRef) -> Tensor | None:
-    """What a reader adds to its parameter now; None for the clean value, and for one that is not installed."""
-    reader = as_ref(reader)
+    """What a reader adds to its parameter now; None for the clean value."""
     reading = _reading_of(reader)
-    if reading is None or not reading.switch.is_on:
-        return None
-    return reading.parts.get(reader.rows)
+    return None if reading is None else reading.parts().get(as_ref(reader).rows)
 
 
 @contextmanager
-def restored(readers: Iterable[AnyRef]) -> Iterator[None]:
-    """Afterwards, whatever happens, readers add to their parameters what they added before, switched as before."""
-    before = []
+def perturbed(perturbations: Mapping[AnyRef, Tensor], only_views: bool = False) -> Iterator[None]:
+    """Let each reader add its E inside; afterwards, whatever happens, readers add what they added before."""
+    switch = Switch(is_on=True)
+    try:
+        for reader, perturbation in perturbations.items():
+            perturb(reader, perturbation, switch, only_views)
+        yield
+    finally:
+        for reader in perturbations:
+            release(reader, switch)
+
+
+@contextmanager
+def clean(readers: Iterable[AnyRef]) -> Iterator[None]:
+    """Switch everything off that readers add to their parameters; afterwards, whatever happens, it is on again."""
+    switches: set[Switch] = set()
     for reader in readers:
-        reading = _reading_of(as_ref(reader))
+        reading = _reading_of(reader)
         if reading is not None:
-            before.append((reading, reading.switch, dict(reading.parts)))
-    switches = {switch: switch.is_on for _, switch, _ in before}
+            switches.update(switch for switch, _ in reading.sources if switch.is_on)
+    for switch in switches:
+        switch.is_on = False
     try:
         yield
     finally:
-        for reading, switch, parts in before:
-            if reading.switch is not switch:
-                reading.switch.is_connected = False
-            reading.switch, reading.parts = switch, parts
-        for switch, was_on in switches.items():
-            switch.is_on = was_on
+        for switch in switches:
+            switch.is_on = True

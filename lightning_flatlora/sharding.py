@@ -61,10 +61,6 @@ class Sharding:
         """The union of all ranks' small tables, in the same order everywhere; the first rank with an entry decides."""
         return table
 
-    def has_gradient(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether any parameter has a gradient at all, known to the host."""
-        return any(parameter.grad is not None for parameter in parameters)
-
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
         """Which parameters have a gradient, known to the host, the same on every rank."""
         return [parameter.grad is not None for parameter in parameters]
@@ -118,28 +114,28 @@ class FlatShards(Sharding):
 
     @override
     def stack(self, parameters: Sequence[nn.Parameter], *, gradients: bool = False) -> Tensor:
-        first, shape = parameters[0], self.shape(parameters[0])
-        full = torch.zeros(len(parameters), shape.numel(), dtype=first.dtype, device=first.device)
-        for row, parameter in zip(full, parameters, strict=True):
+        rows = []
+        for parameter in parameters:
             tensor = parameter.grad if gradients else parameter.detach()
-            if tensor is None:
-                continue
+            part = parameter.new_empty(0) if tensor is None else tensor.to(parameter.dtype)
             # A gradient in FSDP's no_sync is whole, and of this rank's samples alone.
-            if tensor.ndim > 1:
-                row.copy_(tensor.flatten()).div_(self._group.size())
-            else:
-                offset = self._offsets[id(parameter)]
-                row[offset : offset + tensor.numel()].copy_(tensor)
+            rows.append(part.flatten() / self._group.size() if part.ndim > 1 else self._among_zeros(part, parameter))
+        full = torch.stack(rows)
         dist.all_reduce(full, group=self._group)
-        return full.view(len(parameters), *matrix_shape(shape))
+        return full.view(len(rows), *matrix_shape(self.shape(parameters[0])))
+
+    def _among_zeros(self, part: Tensor, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a tensor that is split as a parameter is, in the flattened whole."""
+        full = torch.zeros(self.shape(parameter).numel(), dtype=part.dtype, device=part.device)
+        offset = self._offsets[id(parameter)]
+        full[offset : offset + part.numel()].copy_(part.detach().flatten())
+        return full
 
     @override
     def gather(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
         if not self.splits(parameter):
             return super().gather(tensor, parameter)
-        full = torch.zeros(self.shape(parameter).numel(), dtype=tensor.dtype, device=tensor.device)
-        offset = self._offsets[id(parameter)]
-        full[offset : offset + tensor.numel()].copy_(tensor.detach().flatten())
+        full = self._among_zeros(tensor, parameter)
         # Added up as bytes, because a sum of floats would turn -0.0 into 0.0.
         dist.all_reduce(full.view(torch.uint8), group=self._group)
         return full.view(self.shape(parameter))
@@ -164,11 +160,6 @@ class FlatShards(Sharding):
         for of_rank in reversed(tables):
             merged.update(of_rank)
         return merged
-
-    @override
-    def has_gradient(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """True where other ranks may have one, since Lightning lets no single rank of several skip a batch."""
-        return self._group.size() > 1 or super().has_gradient(parameters)
 
     @override
     def have_gradients(self, parameters: Sequence[nn.Parameter]) -> list[bool]:
@@ -200,8 +191,7 @@ def is_sharded(model: nn.Module | None) -> bool:
     """Whether any rank holds only a part of a parameter."""
     if model is None:
         return False
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    return sharded or bool(FullyShardedDataParallel.fsdp_modules(model))
+    return sharding_of(model).only_views or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What is inside of a wrapped model or an optimizer, and under which wrappers of a model no perturbation is exact."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,17 +11,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_flatlora.pairs.peft_pairs import bare
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Give the model itself, without what Fabric, torch.compile, DDP and DataParallel have put around it."""
-    while True:
-        # Not by "or", since a module may have a length, and be false where that is 0.
-        inner = model._modules.get("_original_module", model._modules.get("_orig_mod"))
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            inner = model._modules["module"]
-        if inner is None:
-            return model
-        model = inner
+    model = bare(model)
+    while isinstance(model, (DistributedDataParallel, DataParallel)):
+        model = bare(model._modules["module"])
+    return model
 
 
 def innermost(optimizer: Any) -> Any:
@@ -54,43 +52,36 @@ def without_sync(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def wrapping_problems(model: nn.Module, *, takes_two_passes: bool) -> list[str]:
+def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_fsdp1: bool = False) -> list[str]:
     """Why a perturbation can't be exact in a model as it is wrapped, one line for each reason.
 
     Args:
-        model: as the loop calls it.
-        takes_two_passes: whether the method takes a gradient twice, and so the first one without DDP's average.
+        model: as the loop or Lightning's strategy calls it.
+        unsynchronized: settings with which some backward passes leave DDP's average out, as the user wrote them.
+        takes_fsdp1: whether FSDP1 works, as it does under Lightning's Trainer.
     """
     modules = list(model.modules())
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    megatron_runs = megatron is not None and megatron.model_parallel_is_initialized()
+    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    by_fsdp = any(isinstance(module, FSDPModule) for module in modules)
     problems = []
     if any(is_of("deepspeed", module) for module in modules):
         problems.append(f"DeepSpeed's engine owns the gradients and the optimizer's step: {_USE}")
-    megatron = sys.modules.get("megatron.core.parallel_state")
-    megatron_runs = megatron is not None and megatron.model_parallel_is_initialized()
     if megatron_runs or any(is_of("megatron", module) for module in modules):
         problems.append(
             "Megatron keeps gradients in buffers of its own, and its tensor parallelism splits the factors: "
             f"{_USE}, without Megatron"
         )
-    if FullyShardedDataParallel.fsdp_modules(model):
+    if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):
         problems.append(f"FSDP1 has only been tested under Lightning's Trainer: {_USE}")
     if any(isinstance(module, DataParallel) for module in modules):
         problems.append(f"DataParallel copies the layers to other devices, without their perturbation: {_USE}")
-    if takes_two_passes and any(wrapper.static_graph for wrapper in _of_ddp(model)):
+    if unsynchronized and any(wrapper.static_graph for wrapper in _of_ddp(model)):
         problems.append(
-            "DDP's static_graph=True crashes in a backward that does not synchronize (pytorch#143580): leave it out"
+            "DDP's static_graph=True crashes in a backward that does not synchronize (pytorch#143580), as with "
+            f"{' and '.join(unsynchronized)}: leave static_graph out"
         )
-    return problems + _mesh_problems(model)
-
-
-_USE = "use one device, DDP, or FSDP2 (fully_shard)"
-
-
-def _mesh_problems(model: nn.Module) -> list[str]:
-    """What can't work about parameters that the ranks share as DTensors."""
-    sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    problems = []
-    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
     if sharded and not (by_fsdp and all(parameter.device_mesh.ndim == 1 for parameter in sharded)):
         problems.append(
             "parameters are split otherwise than by fully_shard over one dimension, as by tensor parallelism or HSDP, "
@@ -102,6 +93,9 @@ def _mesh_problems(model: nn.Module) -> list[str]:
             "the layers run"
         )
     return problems
+
+
+_USE = "use one device, DDP, or FSDP2 (fully_shard)"
 
 
 def _of_ddp(model: nn.Module) -> list[DistributedDataParallel]:

@@ -106,14 +106,14 @@ def test_a_measurement_in_the_middle_leaves_the_loop_as_it_is(kind: str) -> None
     flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA, **settings)
     pairs = find_pairs(net, finder=settings.get("finder")).pairs
     assert len(pairs) == len(flat.perturbation.pairs)
-    others = []
+    others, switch = [], perturbed_read.Switch()
     for index, batch in enumerate(INPUTS):
         squares(net, batch).backward()
         if index == 1:
             others = [Perturbation(pairs), Perturbation(pairs)]
             for other in others:
                 other.install()
-            perturbed_read.install(pairs[0].A_readers[0])
+            perturbed_read.perturb(pairs[0].A_readers[0], torch.ones_like(pairs[0].A), switch)
             with others[0].applied(others[0].ascend(1.0, at_perturbed=True).stacks):
                 squares(net, batch)
         optimizer.step()
@@ -122,7 +122,7 @@ def test_a_measurement_in_the_middle_leaves_the_loop_as_it_is(kind: str) -> None
             others[0].uninstall()
     flat.close()
     others[1].uninstall()
-    perturbed_read.uninstall(pairs[0].A_readers[0])
+    perturbed_read.release(pairs[0].A_readers[0], switch)
     assert same(weights(net), weights(plain))
     assert_no_trace(net)
 

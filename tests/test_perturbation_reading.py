@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from lightning_flatlora import Perturbation, find_pairs, perturbed_read
-from lightning_flatlora.flatness.sharpness import clean
 from lightning_flatlora.pairs import LoRAPair
 from lightning_flatlora.pairs.lora_pair import readers_of
+from lightning_flatlora.perturbed_read import clean
 
 NETS = [title for title, kind in KINDS.items() if kind.own in (Hostile, IsQuantized) and "stacked" not in title]
 
@@ -88,7 +88,7 @@ def test_two_perturbations_of_one_model_do_not_disturb_each_other() -> None:
 
 
 def test_after_anothers_turn_the_own_average_is_read_again() -> None:
-    """The one switch must not be trusted where somebody else has given the readers another perturbation."""
+    """Of several that are on, that of the last owner is read."""
     model, pairs = model_and_pairs()
     clean_loss = backward(model)
     first, second = Perturbation(pairs), Perturbation(pairs)
@@ -101,7 +101,7 @@ def test_after_anothers_turn_the_own_average_is_read_again() -> None:
     assert perturbed != clean_loss
     second.on()
     assert backward(model) not in (perturbed, clean_loss)
-    first.on()
+    second.off()
     assert backward(model) == perturbed
     with pytest.raises(ZeroDivisionError), clean(readers_of(pairs)), second.applied():
         raise ZeroDivisionError
@@ -140,17 +140,37 @@ def test_a_pair_that_has_left_reads_clean_while_somebody_else_keeps_its_reader()
     perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
     perturbation.on()
     gone, stays = pairs[0].readers[0], pairs[1].readers[0]
-    perturbed_read.install(gone)
+    somebody_else = perturbed_read.Switch()
+    perturbed_read.perturb(gone, torch.zeros_like(pairs[0].B), somebody_else)
     perturbation.follow(pairs[1:])
     perturbation.on()
     assert perturbed_read.shown(gone) is None
     assert perturbed_read.shown(stays) is not None
+    perturbation.uninstall()
+    perturbed_read.release(gone, somebody_else)
+    assert not is_installed(nn.ModuleList([gone, stays]))
 
 
-def test_reading_without_install_is_refused() -> None:
+def test_switching_off_inside_leaves_what_is_applied() -> None:
+    """As where a second pass lies within a method that switches its average off."""
+    model, pairs = model_and_pairs()
+    clean_loss = backward(model)
+    perturbation = Perturbation(pairs)
+    perturbation.install()
+    fresh_E = perturbation.ascend(RHO, at_perturbed=False)
+    perturbation.on()
+    with perturbation.applied(fresh_E.stacks):
+        perturbed = backward(model)
+        perturbation.off()
+        assert backward(model) == perturbed != clean_loss
+    assert backward(model) == clean_loss
+    perturbation.uninstall()
+
+
+def test_switching_on_without_install_is_refused() -> None:
     _, pairs = model_and_pairs()
-    with pytest.raises(RuntimeError, match="call install"), Perturbation(pairs).applied():
-        pass
+    with pytest.raises(RuntimeError, match="call install"):
+        Perturbation(pairs).on()
 
 
 def test_what_is_read_has_the_gradient_of_the_parameter() -> None:

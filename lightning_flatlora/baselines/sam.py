@@ -11,11 +11,10 @@ from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
-from lightning_flatlora.flatness.sharpness import reading
 from lightning_flatlora.methods.checks import rounding_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
-from lightning_flatlora.perturbed_read import AnyRef, as_ref
+from lightning_flatlora.perturbed_read import AnyRef, as_ref, perturbed
 from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.wrappers import parameters_of
 
@@ -193,11 +192,11 @@ class LoRASAMStep(StepMethod):
         for group, stack in zip(groups.values(), joint_ascent(gradients, self.current_rho), strict=True):
             for factor, of_factor in zip(group, stack, strict=True):
                 E[factor] = of_factor.view(self._sharding.shape(factor))
-        moves: dict[AnyRef, Tensor | None] = {}
+        moves: dict[AnyRef, Tensor] = {}
         for pair in self.pairs:
             for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
                 # A factor that is frozen is not perturbed.
                 for reader in readers if factor in E else ():
                     # A pair may be some rows of the parameter.
                     moves[reader] = rows_of(E[factor], as_ref(reader).rows)
-        return reading(moves, self._sharding.only_views)
+        return perturbed(moves, self._sharding.only_views)

@@ -10,16 +10,18 @@ from typing import Any
 
 from lightning.pytorch import Trainer, strategies
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import nn
 from torch.distributed.fsdp import ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora.callbacks.patches import nothing, put_on_instance
 from lightning_flatlora.callbacks.training_step import window_of
-from lightning_flatlora.compat import callbacks_of, is_defined_by_lightning, is_lightning
+from lightning_flatlora.compat import callbacks_of, is_lightning
+from lightning_flatlora.wrappers import wrapping_problems
 
 _USE = "use strategy='ddp', ModelParallelStrategy (FSDP2) or, with automatic optimization, strategy='fsdp'"
-_OFFLOAD = "parameters would lie on the CPU, while E must be where the layers run"
+_SHARDED = (strategies.FSDPStrategy, strategies.ModelParallelStrategy)
+_SUPPORTED = (strategies.SingleDeviceStrategy, strategies.DDPStrategy, *_SHARDED)
+# For TPUs; they inherit from strategies that are supported.
 _XLA = (strategies.XLAStrategy, strategies.SingleDeviceXLAStrategy)
 
 
@@ -35,31 +37,57 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
         works_sharded: whether the method can work where each rank holds a part of a parameter.
     """
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
-    # DeepSpeed's and XLA's strategies inherit from those of DDP and of a single device, so they come first.
-    if is_lightning(strategy, strategies.DeepSpeedStrategy):
-        return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
-    if is_lightning(strategy, *_XLA):
-        return [
-            f"{name} trains on TPUs, where this package has not been tested: with accelerator='gpu' or 'cpu', {_USE}"
-        ]
-    if is_lightning(strategy, strategies.DDPStrategy):
-        return _foreign_problems(strategy) or _static_graph_problems(trainer, strategy, sync_ascent)
-    if is_lightning(strategy, strategies.SingleDeviceStrategy):
-        return []
-    if not is_lightning(strategy, strategies.FSDPStrategy, strategies.ModelParallelStrategy):
-        return [f"the strategy {name} has not been tested: {_USE}"]
+    problems = _kind_problems(strategy)
+    if is_lightning(strategy, strategies.ModelParallelStrategy):
+        size = strategy.device_mesh["tensor_parallel"].size()
+        if size > 1:  # Lightning's default
+            problems.append(
+                f"tensor_parallel_size must be 1, got {size}: a factor split over the ranks of one product is not "
+                f"supported. Use ModelParallelStrategy(data_parallel_size={strategy.world_size}, "
+                "tensor_parallel_size=1)"
+            )
+    if not problems and strategy.model is not None:
+        problems = wrapping_problems(strategy.model, _unsynchronized(trainer, sync_ascent), takes_fsdp1=True)
+    if problems or not is_lightning(strategy, *_SHARDED):
+        return problems
     if not works_sharded:
         return [f"{name} leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"]
-    problems = []
     if is_lightning(strategy, strategies.FSDPStrategy):
         problems += _fsdp1_problems(strategy, trainer.lightning_module.automatic_optimization)
-    if is_lightning(strategy, strategies.ModelParallelStrategy):
-        problems += _fsdp2_problems(strategy, trainer.lightning_module)
     if not sync_ascent:
         problems.append(
             "sync_ascent=False needs each rank's own gradient, which FSDP does not keep: use sync_ascent=True, or DDP"
         )
     return problems
+
+
+def _kind_problems(strategy: strategies.Strategy) -> list[str]:
+    """Why a method can't work under a kind of strategy."""
+    name = type(strategy).__name__
+    if is_lightning(strategy, strategies.DeepSpeedStrategy):
+        return [f"DeepSpeed owns the gradients and gives them to no callback: {_USE}"]
+    if is_lightning(strategy, *_XLA) or not is_lightning(strategy, *_SUPPORTED):
+        return [f"the strategy {name} has not been tested: with accelerator='gpu' or 'cpu', {_USE}"]
+    if not is_lightning(strategy, strategies.DDPStrategy) or strategy.model is None:
+        return []
+    # Another library's subclass may not behave as DDP does, such as NeMo's for Megatron.
+    model = strategy.model
+    if isinstance(model, DistributedDataParallel) and model.process_group.size() == strategy.world_size:
+        return []
+    return [
+        f"the strategy {name} is a DDPStrategy whose model, a {type(model).__name__}, is no DistributedDataParallel of "
+        f"PyTorch over all {strategy.world_size} ranks, so it may share parameters and gradients otherwise: {_USE}"
+    ]
+
+
+def _unsynchronized(trainer: Trainer, sync_ascent: bool) -> list[str]:
+    """The settings with which there are backward passes that do not average gradients over the ranks."""
+    window = window_of(trainer)
+    for callback in callbacks_of(trainer):
+        if is_lightning(callback, GradientAccumulationScheduler):
+            window = max(window, *callback.scheduling.values())
+    causes = [] if sync_ascent else ["sync_ascent=False"]
+    return [f"accumulate_grad_batches={window}", *causes] if window > 1 else causes
 
 
 def problems_before_wrapping(trainer: Trainer) -> list[str]:
@@ -75,12 +103,8 @@ def problems_before_wrapping(trainer: Trainer) -> list[str]:
 
 def monitor_problems(strategy: strategies.Strategy) -> list[str]:
     """Why flatness can't be measured under a strategy, one line for each reason."""
-    # These inherit from the two that are supported.
-    if not is_lightning(strategy, strategies.DeepSpeedStrategy, *_XLA):
-        if is_lightning(strategy, strategies.DDPStrategy):
-            return _foreign_problems(strategy)
-        if is_lightning(strategy, strategies.SingleDeviceStrategy):
-            return []
+    if not _kind_problems(strategy) and not is_lightning(strategy, *_SHARDED):
+        return []
     return [
         f"the strategy {type(strategy).__name__} is not supported, because a sharded model has no whole weights to "
         "perturb: use one device or strategy='ddp', or measure the saved adapter afterwards"
@@ -93,53 +117,6 @@ def checkpoint_problems(strategy: strategies.Strategy) -> list[str]:
         return [
             "DeepSpeed keeps weights and optimizer in a form of its own: use Lightning's ModelCheckpoint, or train "
             "under DDP or FSDP"
-        ]
-    return []
-
-
-def _foreign_problems(strategy: strategies.DDPStrategy) -> list[str]:
-    """Why another library's subclass of DDPStrategy does not behave as DDP does, such as NeMo's for Megatron.
-
-    Args:
-        strategy: after it is set up.
-    """
-    if any(kind.__name__ == "MegatronStrategy" for kind in type(strategy).__mro__):
-        return [
-            "MegatronStrategy is a DDPStrategy by its class alone: Megatron keeps gradients in buffers of its own, and "
-            f"its tensor parallelism splits the factors: {_USE}"
-        ]
-    model = strategy.model
-    if is_defined_by_lightning(strategy) or model is None or model is strategy.lightning_module:
-        return []
-    name = type(strategy).__name__
-    if not isinstance(model, DistributedDataParallel):
-        return [
-            f"the strategy {name} is a DDPStrategy whose model is a {type(model).__name__} and not PyTorch's "
-            f"DistributedDataParallel, so it may share parameters and gradients among the ranks otherwise: {_USE}"
-        ]
-    if model.process_group.size() != strategy.world_size:
-        return [
-            f"the strategy {name} averages gradients over {model.process_group.size()} of {strategy.world_size} ranks, "
-            f"so the ranks may hold parts of the model, which has not been tested: {_USE}"
-        ]
-    return []
-
-
-def _static_graph_problems(trainer: Trainer, strategy: strategies.DDPStrategy, sync_ascent: bool) -> list[str]:
-    """Why DDP's static graph can't be used, if there are backward passes that do not synchronize."""
-    window = window_of(trainer)
-    for callback in callbacks_of(trainer):
-        if is_lightning(callback, GradientAccumulationScheduler):
-            window = max(window, *callback.scheduling.values())
-    causes = []
-    if window > 1:
-        causes.append(f"accumulate_grad_batches={window}")
-    if not sync_ascent:
-        causes.append("sync_ascent=False")
-    if causes and strategy._ddp_kwargs.get("static_graph", False):
-        return [
-            "DDP's static_graph=True crashes in a backward that does not synchronize (pytorch#143580), as with "
-            f"{' and '.join(causes)}: leave static_graph out"
         ]
     return []
 
@@ -158,20 +135,7 @@ def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: b
             "hybrid ones are not tested"
         )
     if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
-        problems.append(f"cpu_offload must be False, got True: {_OFFLOAD}")
-    return problems
-
-
-def _fsdp2_problems(strategy: strategies.ModelParallelStrategy, model: nn.Module) -> list[str]:
-    problems = []
-    mesh = strategy.device_mesh["tensor_parallel"]
-    if mesh.size() > 1:
-        problems.append(
-            f"tensor_parallel_size must be 1, got {mesh.size()}: a factor split over the ranks of one product is not "
-            f"supported. Use ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1)"
-        )
-    if any(parameter.device.type != strategy.root_device.type for parameter in model.parameters()):
-        problems.append(f"fully_shard's offload_policy must be left out, got CPU offloading: {_OFFLOAD}")
+        problems.append("cpu_offload must be False, got True: parameters would lie on the CPU, and E where layers run")
     return problems
 
 

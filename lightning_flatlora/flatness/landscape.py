@@ -13,12 +13,12 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lightning_flatlora.flatness.losses import Loss, LossGradient, value
-from lightning_flatlora.flatness.sharpness import fresh_perturbation, overlaps, read, reading
+from lightning_flatlora.flatness.sharpness import fresh_perturbation, overlaps, read
 from lightning_flatlora.functional import pseudo_inverse_roots
 from lightning_flatlora.output_terms import adapted_layers
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
-from lightning_flatlora.perturbed_read import AnyRef
+from lightning_flatlora.perturbed_read import AnyRef, perturbed
 
 Direction = list[Tensor]
 """One (n, r) matrix for each pair, in the order of the pairs."""
@@ -85,11 +85,11 @@ def normalized(pairs: Sequence[LoRAPair], direction: Direction) -> Direction:
 
 def loss_at(loss: Loss, pairs: Sequence[LoRAPair], *steps: tuple[float, Direction]) -> Tensor:
     """Compute the loss, shape (), after steps from the weights, each a length in the weights' units and a direction."""
-    moves: dict[AnyRef, Tensor | None] = {}
+    moves: dict[AnyRef, Tensor] = {}
     for index, pair in enumerate(pairs):
         E = torch.stack([x * direction[index] for x, direction in steps]).sum(0)
         moves.update(dict.fromkeys(pair.readers, E.view_as(pair.B)))
-    with reading(moves):
+    with perturbed(moves):
         return value(loss)
 
 

@@ -14,6 +14,7 @@ from lightning_flatlora.flatness.factors import balancedness, condition_number, 
 from lightning_flatlora.flatness.losses import Loss, LossGradient, loss_gradient
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, rows_of, trained_factors
 from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.perturbed_read import clean
 from lightning_flatlora.weight_noise import WeightNoise
 
 Values = dict[str, Tensor]
@@ -98,7 +99,7 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
         raise ValueError("; ".join(problems))
     result: Values = {}
     # With EFMLoRA the layers would otherwise read B + Ê.
-    with sharpness.clean(readers_of(point.pairs)):
+    with clean(readers_of(point.pairs)):
         for measure_name in measures:
             for name, value in MEASURES[measure_name](point).items():
                 result[name] = _OVER_LAYERS[name](value) if value.ndim else value

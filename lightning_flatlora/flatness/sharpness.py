@@ -4,8 +4,8 @@ The rise is in the loss's own unit (nats for a cross-entropy). The passes that a
 gradient. What a gradient enters is nan if that is not finite.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from lightning_flatlora.flatness.factors import cosine_of, inner_product
 from lightning_flatlora.flatness.losses import Loss, LossGradient, joint_ascent, loss_gradient, value
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of, trained_factors
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
-from lightning_flatlora.perturbed_read import AnyRef
+from lightning_flatlora.perturbed_read import clean
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -214,27 +214,6 @@ def overlaps(pairs: Sequence[LoRAPair], E1: Sequence[Tensor], E2: Sequence[Tenso
     for pair, one, other in zip(pairs, E1, E2, strict=True):
         products.append(inner_product(one, other, pair.matrices()[0], pair.scaling))
     return torch.stack([product.to(products[0].device) for product in products])
-
-
-def clean(readers: Sequence[AnyRef]) -> AbstractContextManager[None]:
-    """Let readers read clean factors, and be able to read perturbed ones; afterwards all is as before."""
-    return reading(dict.fromkeys(readers))
-
-
-@contextmanager
-def reading(moves: Mapping[AnyRef, Tensor | None], only_views: bool = False) -> Iterator[None]:
-    """Let readers read their factors with a move each; afterwards they read what they read before.
-
-    Args:
-        moves: of the shape of the reader's rows; None for the clean factor.
-        only_views: see :func:`perturbed_read.install`.
-    """
-    with perturbed_read.restored(moves), ExitStack() as stack:
-        for reader, move in moves.items():
-            perturbed_read.install(reader, only_views)
-            stack.callback(perturbed_read.uninstall, reader)
-            perturbed_read.perturb(reader, move)
-        yield
 
 
 def _at_fresh(loss: Loss, perturbation: Perturbation, fresh: FreshPerturbation) -> Tensor:

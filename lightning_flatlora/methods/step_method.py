@@ -240,7 +240,7 @@ class StepMethod:
             return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
         # Nobody expects a gradient while all pairs are frozen.
-        if trained and self._sharding.has_gradient(trained):
+        if trained and any(self._sharding.have_gradients(trained)):
             self._steps_without_gradient = None
         elif trained:
             self._steps_without_gradient += 1

@@ -1,13 +1,28 @@
-"""Find the LoRA pairs (A, B) of a model: in peft's layers, or by a finder in others."""
+"""Find the LoRA pairs (A, B) of a model: in peft's layers, or by a finder in others.
+
+They are divided into those that are trained, those that are not, and those that can't be perturbed.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
+from itertools import combinations
+from math import isfinite
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lightning_flatlora.pairs.division import check_found, divided
-from lightning_flatlora.pairs.lora_pair import Finder, NoPairsError, PairSearch, pairs_from
+from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
 from lightning_flatlora.pairs.peft_pairs import active_adapters, check_adapter, kind_of, lora_layers, search_layers
+from lightning_flatlora.perturbed_read import as_ref
+from lightning_flatlora.sharding import matrix_shape
+
+SCALING_IS_0 = "its scaling is 0, so that no perturbation of B moves its weight"
+IS_SHARED = "a factor is shared with another pair or scaling, so its gradient is of several products"
 
 
 def find_pairs(model: nn.Module, adapter_name: str | None = None, *, finder: Finder | None = None) -> PairSearch:
@@ -44,87 +59,191 @@ def search_pairs(
     """Find what :func:`find_pairs` gives; it may be nothing.
 
     Args:
-        model: see :func:`find_pairs`, as the other two.
+        model: see :func:`find_pairs`, as for the other two, and for the errors.
         adapter_name: may be the name of an adapter that is activated later, if ``must_be_active`` is False.
         finder: for layers that are not peft's.
         must_be_active: whether a named adapter that is not active is refused.
-
-    Raises:
-        ValueError: as :func:`find_pairs`.
     """
     if finder is not None and adapter_name is not None:
         raise ValueError("adapter_name applies to peft layers, finder to all others: give one of them")
     if finder is not None:
-        found = pairs_from(finder, model)
-        check_found(found)
-        return divided(found, lambda pair: pair.B.requires_grad)
+        pairs = pairs_from(finder, model)
+        return _divided(pairs, {id(pair.B) for pair in pairs if pair.B.requires_grad}, {}, [])
     layers = lora_layers(model)
     check_adapter(layers, adapter_name, must_be_active)
-    return search_layers(layers, adapter_name)
+    return _divided(*search_layers(layers, adapter_name))
 
 
-def _looks_like_lora(module: nn.Module) -> bool:
-    """Whether a layer has LoRA's names but is not peft's, such as those of litgpt, torchtune, loralib and NeMo."""
-    if isinstance(module, BaseTunerLayer | LoraLayer):
-        return False
-    held = (*module.named_parameters(recurse=False), *module.named_children())
-    names = {name.lower() for name, _ in held}
-    return {"lora_a", "lora_b"} <= names or {"linear_in", "linear_out"} <= names
+def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
+    """What a finder gives for a model.
+
+    Raises:
+        ValueError: it is no list of pairs, or a pair of it can't be read as s B A.
+    """
+    found: object = finder(model)
+    if not isinstance(found, Iterable):
+        raise ValueError(f"the finder must return a list of LoRAPair, got {found!r}")
+    pairs = list(found)
+    for pair in pairs:
+        if not isinstance(pair, LoRAPair):
+            raise ValueError(f"the finder must return a list of LoRAPair, got {pair!r} in it")
+        problem = _misfit(pair)
+        if problem:
+            raise ValueError(f"the finder's pair {pair.name} can't be perturbed: {problem}")
+    return pairs
+
+
+def _misfit(pair: LoRAPair) -> str | None:
+    """Why a pair can't be read as s B A; None if it can."""
+    if not isfinite(pair.scaling):
+        return f"scaling must be a finite number, got {pair.scaling!r}"
+    if not pair.readers:
+        return "no reader is given, so nothing would read B + E"
+    if pair.A.requires_grad and not pair.A_readers:
+        return "A is trained and no reader of it is given (A_readers)"
+    shapes = []
+    for factor, rows, readers in ((pair.A, pair.A_rows, pair.A_readers), (pair.B, pair.B_rows, pair.readers)):
+        for each in readers:
+            reader = as_ref(each)
+            owner = f"{reader.name} of the reader {type(reader.module).__name__}"
+            if reader.parameter is not factor:
+                return f"{owner} is another parameter"
+            if reader.rows != rows:
+                return f"{owner} is read in the rows {reader.rows}, but the pair's are {rows}"
+        if rows is not None and (rows.step != 1 or rows.start < 0 or not rows):
+            return f"rows must be a range of rows one after another, got {rows}"
+        if rows is not None and factor.ndim > 1 and rows.stop > len(factor):
+            return f"the rows {rows} are not all there: the parameter has {len(factor)}"
+        length, columns = matrix_shape(factor.shape)
+        shapes.append((length if rows is None else len(rows), columns))
+    # Between its passes FSDP1 leaves a flat part of each parameter, which says nothing about shapes.
+    if min(pair.A.ndim, pair.B.ndim) < 2:
+        return None
+    A, B = shapes
+    got = f"A must be (r, m) and B (n, r), got {A} and {B}"
+    if A[0] != B[1]:
+        return got
+    return f"{got}, which look transposed" if A[0] > max(A[1], B[0]) else None
+
+
+def _divided(
+    pairs: Sequence[LoRAPair], trained: set[int], left_out: dict[str, list[str]], others: Iterable[Any]
+) -> PairSearch:
+    """Divide the pairs of a model; the arguments are what :func:`search_layers` returns.
+
+    Pairs of the same factors and scaling are one pair with the readers of all: a tied adapter.
+    """
+    pairs = _tied_as_one(pairs)
+    for name, count in Counter(pair.name for pair in pairs).items():
+        if count > 1:  # checkpoints know a pair by its name
+            raise ValueError(f"the finder gives {count} pairs the name {name!r}: give each a name of its own")
+    search = PairSearch([], [])
+    shared = _shared(pairs, others)
+    for pair in pairs:
+        is_trained = id(pair.B) in trained
+        if pair not in shared:
+            (search.pairs if is_trained and pair.scaling != 0 else search.resting).append(pair)
+        # What is not trained in any case is not missed.
+        if is_trained and (pair in shared or pair.scaling == 0):
+            left_out.setdefault(IS_SHARED if pair in shared else SCALING_IS_0, []).append(pair.name)
+    for reason, names in left_out.items():
+        search.left_out.append(f"{reason} ({len(names)} in all, first {names[0]})")
+    return search
+
+
+def _tied_as_one(pairs: Sequence[LoRAPair]) -> list[LoRAPair]:
+    """The pairs, those of one product with the readers of all of its layers."""
+    by_product: dict[Hashable, LoRAPair] = {}
+    for pair in pairs:
+        product = (id(pair.A), pair.A_rows, id(pair.B), pair.B_rows, pair.scaling)
+        if product in by_product:
+            first = by_product[product]
+            pair = replace(
+                first,
+                readers=[*first.readers, *pair.readers],
+                A_readers=[*first.A_readers, *pair.A_readers],
+                layers=[*first.layers, *pair.layers],
+            )
+        by_product[product] = pair
+    return list(by_product.values())
+
+
+def _shared(pairs: Sequence[LoRAPair], others: Iterable[Any]) -> set[LoRAPair]:
+    """The pairs one of whose factors also serves in another product than s B A."""
+    uses: dict[Hashable, list[tuple[LoRAPair | None, range | None]]] = defaultdict(list)
+    for pair in pairs:
+        uses[_place(pair.A)].append((pair, pair.A_rows))
+        uses[_place(pair.B)].append((pair, pair.B_rows))
+    for factor in others:
+        uses[_place(factor)].append((None, None))
+    shared: set[LoRAPair] = set()
+    for of_factor in uses.values():
+        for (one, rows), (other, other_rows) in combinations(of_factor, 2):
+            # Without rows it is all of the parameter.
+            overlap = not (rows and other_rows) or (rows.start < other_rows.stop and other_rows.start < rows.stop)
+            if one is not other and overlap:
+                shared.update(each for each in (one, other) if each is not None)
+    return shared
+
+
+def _place(factor: Any) -> Hashable:
+    """Where a factor's values lie: peft ties an output layer to its embedding by parameters that share memory."""
+    # A rank may hold nothing of a sharded parameter, and such ones lie at one place.
+    if type(factor) is not nn.Parameter or isinstance(factor.data, DTensor) or factor.numel() == 0:
+        return id(factor)
+    return factor.data_ptr() or id(factor)
 
 
 def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | None, search: PairSearch) -> str:
     """Say why a model has no pair to perturb, with the LoRA layers and module types that were seen."""
-    if finder is not None:
-        return _finder_found_nothing(model, finder, search)
+    kinds = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
     layers = lora_layers(model)
     lines = ["no LoRA pair to perturb: need a peft LoRA layer whose B is trained."]
-    others = sorted({type(module).__name__ for module in model.modules() if _looks_like_lora(module)})
-    tuners = sorted(_other_methods_of_peft(model))
-    if not layers and others:
-        lines += [
-            f"The model holds layers that look like another library's LoRA, {', '.join(others)}; without a finder only "
-            "peft's are found.",
-            "Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, torchtune_pairs, nemo_pairs, or "
-            'PairsByName(a="lora_A", b="lora_B", scaling="scaling") with the names that the layers have.',
-        ]
-    elif not layers and tuners:
-        lines.append(
-            f"The model holds peft's {', '.join(tuners)}, and no LoRA layer: only LoRA's update is a product s B A."
-        )
-    elif not layers:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        lines += [f"The model holds no LoRA layer, only {', '.join(kinds)}.", "Wrap it with peft.get_peft_model."]
-    else:
-        kinds = sorted({kind_of(layer).__name__ for _, layer in layers})
-        adapters = adapter_name or sorted(active_adapters(layers))
-        lines.append(f"LoRA layers seen: {', '.join(kinds)}; adapter {adapters}.")
-        lines += [f"Left out: {line}." for line in search.left_out]
+    if finder is not None:
+        lines = [f"no LoRA pair to perturb: {getattr(finder, '__name__', finder)} found none whose B is trained."]
+        if search.resting:
+            name = search.resting[0].name
+            lines.append(f"{len(search.resting)} are not trained, {name} among them: unfreeze their B.")
+        elif not search.left_out:
+            lines.append(f"The model holds {kinds}: does the finder know these layers?")
+    elif layers:
+        seen = ", ".join(sorted({kind_of(layer).__name__ for _, layer in layers}))
+        lines.append(f"LoRA layers seen: {seen}; adapter {adapter_name or sorted(active_adapters(layers))}.")
         if not search.left_out:
             lines.append(
                 "Every B is frozen: was the adapter loaded with is_trainable=False, disabled, or never activated? "
                 "Where it is unfrozen later in the fit, let a BaseFinetuning callback do it"
             )
-    return " ".join(lines)
-
-
-def _other_methods_of_peft(model: nn.Module) -> set[str]:
-    """The names of peft's methods in a model: of those that adapt layers their classes, of prompts their kinds."""
-    found = set()
-    for module in model.modules():
-        if isinstance(module, BaseTuner):
-            found.add(type(module).__name__)
-        elif isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
-            found.add(str(module.active_peft_config.peft_type.value))
-    return found
-
-
-def _finder_found_nothing(model: nn.Module, finder: Finder, search: PairSearch) -> str:
-    """Why a finder gave no pair to perturb."""
-    lines = [f"no LoRA pair to perturb: {getattr(finder, '__name__', finder)} found none whose B is trained."]
+    else:
+        lines.append(
+            _other_adapters(model) or f"The model holds no LoRA layer, only {kinds}. Wrap it with peft.get_peft_model."
+        )
     lines += [f"Left out: {line}." for line in search.left_out]
-    if search.resting:
-        lines.append(f"{len(search.resting)} are not trained, {search.resting[0].name} among them: unfreeze their B.")
-    if not search.left_out and not search.resting:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        lines.append(f"The model holds {', '.join(kinds)}: does the finder know these layers?")
     return " ".join(lines)
+
+
+def _other_adapters(model: nn.Module) -> str | None:
+    """Say what a model without peft's LoRA holds in its place: another library's, or another method of peft."""
+    others, methods = set(), set()
+    for module in model.modules():
+        held = (*module.named_parameters(recurse=False), *module.named_children())
+        names = {name.lower() for name, _ in held}
+        # As those of litgpt, torchtune, loralib and NeMo.
+        looks_like_lora = {"lora_a", "lora_b"} <= names or {"linear_in", "linear_out"} <= names
+        if looks_like_lora and not isinstance(module, BaseTunerLayer | LoraLayer):
+            others.add(type(module).__name__)
+        if isinstance(module, BaseTuner):
+            methods.add(type(module).__name__)
+        elif isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+            methods.add(str(module.active_peft_config.peft_type.value))
+    if others:
+        return (
+            f"The model holds layers that look like another library's LoRA, {', '.join(sorted(others))}; without a "
+            "finder only peft's are found. Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, "
+            'torchtune_pairs, nemo_pairs, or PairsByName(a="lora_A", b="lora_B", scaling="scaling") with the names '
+            "that the layers have."
+        )
+    if methods:
+        found = ", ".join(sorted(methods))
+        return f"The model holds peft's {found}, and no LoRA layer: only LoRA's update is a product s B A."
+    return None

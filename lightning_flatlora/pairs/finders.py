@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_flatlora.pairs import bare, clean_name
 from lightning_flatlora.pairs.lora_pair import LoRAPair
+from lightning_flatlora.pairs.peft_pairs import bare, clean_name
 from lightning_flatlora.perturbed_read import ParameterRef
 
 
@@ -58,22 +58,17 @@ class PairsByName:
             A, B = _reader(layer, self.a), _reader(layer, self.b)
             if A is None or B is None or not (self.where is None or self.where(layer)):
                 continue
-            scaling, base = self.scaling, self.base
-            if isinstance(scaling, str):
-                factor = self._attribute(name, layer, scaling, "give scaling as a function of the layer")
-            else:
-                factor = scaling(layer)
-            linear = None if base is None else self._attribute(name, layer, base, "leave base out")
-            pairs.append(_pair(name, self.b, factor, A, B, base=linear))
+            remedies = ((self.scaling, "give scaling as a function of the layer"), (self.base, "leave base out"))
+            for attribute, remedy in remedies:
+                if isinstance(attribute, str) and not hasattr(layer, attribute):
+                    raise ValueError(
+                        f"{name or 'the model'} ({type(layer).__name__}) has {self.a} and {self.b}, but no "
+                        f"{attribute}: {remedy}, or leave such layers out by where"
+                    )
+            scaling = getattr(layer, self.scaling) if isinstance(self.scaling, str) else self.scaling(layer)
+            base = None if self.base is None else getattr(layer, self.base)
+            pairs.append(_pair(name, self.b, scaling, A, B, base=base))
         return pairs
-
-    def _attribute(self, name: str, layer: nn.Module, attribute: str, remedy: str) -> Any:
-        if not hasattr(layer, attribute):
-            raise ValueError(
-                f"{name or 'the model'} ({type(layer).__name__}) has {self.a} and {self.b}, but no {attribute}: "
-                f"{remedy}, or leave such layers out by where"
-            )
-        return getattr(layer, attribute)
 
 
 def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
@@ -81,12 +76,6 @@ def litgpt_pairs(model: nn.Module, /) -> list[LoRAPair]:
 
     The second keeps the factors of q, k and v stacked in one parameter each. Each of the three is a pair,
     since its update is a product of its own rows. A layer whose update is merged into its weight is left out.
-
-    Args:
-        model: holds litgpt's layers at any depth.
-
-    Returns:
-        The pairs, in the order of the modules.
 
     Example:
         >>> from lightning_flatlora import EFMLoRA
@@ -145,12 +134,6 @@ _NEMO = (
 def torchtune_pairs(model: nn.Module, /) -> list[LoRAPair]:
     """Find the pairs of layers such as torchtune's: ``lora_a`` and ``lora_b``, scaled by alpha / rank.
 
-    Args:
-        model: holds such layers at any depth.
-
-    Returns:
-        The pairs, in the order of the modules.
-
     Example:
         >>> layer = nn.Module()
         >>> layer.lora_a, layer.lora_b = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
@@ -167,12 +150,6 @@ def nemo_pairs(model: nn.Module, /) -> list[LoRAPair]:
     The former keep ``linear_in`` and ``linear_out``, scaled by alpha / dim, the latter ``lora_a`` and ``lora_b`` (in
     AutoModel ``lora_A`` and ``lora_B``), scaled by ``scale``. Tensor parallelism, which splits the factors themselves,
     is not supported.
-
-    Args:
-        model: holds such layers at any depth.
-
-    Returns:
-        The pairs, kind by kind.
 
     Example:
         >>> layer = nn.Module()
@@ -198,14 +175,5 @@ def _pair(layer_name: str, b: str, scaling: Any, A: ParameterRef, B: ParameterRe
     name = f"{layer_name}.{b}" if B.name == b else f"{layer_name}.{b}.weight"
     if B.rows is not None:
         name += f"[{B.rows.start}:{B.rows.stop}]"
-    return LoRAPair(
-        clean_name(name).removeprefix("."),
-        A.parameter,
-        B.parameter,
-        float(scaling),
-        readers=[B],
-        A_readers=[A],
-        A_rows=A.rows,
-        B_rows=B.rows,
-        **of_base,
-    )
+    places: Any = {"readers": [B], "A_readers": [A], "A_rows": A.rows, "B_rows": B.rows}
+    return LoRAPair(clean_name(name), A.parameter, B.parameter, float(scaling), **places, **of_base)

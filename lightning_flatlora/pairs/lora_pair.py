@@ -176,19 +176,3 @@ def readers_of(pairs: Iterable[LoRAPair]) -> list[AnyRef]:
     for pair in pairs:
         readers += pair.readers
     return readers
-
-
-def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:
-    """What a finder gives for a model.
-
-    Raises:
-        ValueError: it is no list of pairs.
-    """
-    found: object = finder(model)
-    if not isinstance(found, Iterable):
-        raise ValueError(f"the finder must return a list of LoRAPair, got {found!r}")
-    pairs = list(found)
-    for pair in pairs:
-        if not isinstance(pair, LoRAPair):
-            raise ValueError(f"the finder must return a list of LoRAPair, got {pair!r} in it")
-    return pairs

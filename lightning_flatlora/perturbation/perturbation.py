@@ -1,6 +1,5 @@
 """The perturbation E of every pair of a model: from gradients, averaged over steps, and read through by the layers."""
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -11,8 +10,14 @@ from torch import Tensor, nn
 from lightning_flatlora import perturbed_read
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, readers_of
-from lightning_flatlora.perturbation.pair_stack import FreshPerturbation, PairStack, fresh_perturbation, stackable
-from lightning_flatlora.perturbation.pair_state import PairState, other_shape, problems_text, state_problems
+from lightning_flatlora.perturbation.pair_stack import (
+    FreshPerturbation,
+    PairStack,
+    PairState,
+    fresh_perturbation,
+    stacked,
+)
+from lightning_flatlora.perturbed_read import AnyRef
 from lightning_flatlora.schedules import is_size
 from lightning_flatlora.sharding import Sharding
 
@@ -27,9 +32,6 @@ class Perturbation:
     again. One that has no gradient in a step, such as an expert that no sample was routed to, keeps its E as well.
 
     Attributes:
-        pairs: the pairs that are perturbed.
-        norm_scope: "global" or "layer".
-        is_installed: whether the readers are able to read B + E.
         may_be_nonzero: whether the average may be other than zero, as far as the host knows.
 
     Args:
@@ -60,30 +62,26 @@ class Perturbation:
         norm_scope: NormScope = "global",
         sharding: Sharding | None = None,
     ) -> None:
-        _check_choice("estimator", estimator, get_args(Estimator))
-        _check_choice("norm_scope", norm_scope, get_args(NormScope))
-        self.pairs = pairs
+        for name, value, kind in (("estimator", estimator, Estimator), ("norm_scope", norm_scope, NormScope)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, got {value!r}")
         self.norm_scope: NormScope = norm_scope
         self._estimator: Estimator = estimator
-        self._sharding = sharding or Sharding()
-        self._stacks = self._stacked(pairs)
-        self.is_installed = self.may_be_nonzero = False
+        self.may_be_nonzero = False
         self._switch = perturbed_read.Switch()
+        self._is_on = self._is_applied = False
+        # What the readers add while the switch is on; None while they are not installed.
+        self._shown: list[tuple[AnyRef, Tensor]] | None = None
         # By name, from a checkpoint: the states of pairs that the model does not train yet.
         self._waiting: dict[str, PairState] = {}
+        self.pairs: list[LoRAPair] = []
+        self._stacks: list[PairStack] = []
+        self.follow(pairs, sharding)
 
-    def _stacked(self, pairs: list[LoRAPair]) -> list[PairStack]:
-        if pairs and pairs[0].B.device.type == "cpu":
-            # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
-            # system in each step, and faults every page in again: a quarter of E's time with small layers.
-            torch.empty(2**24, dtype=torch.uint8)
-        return [PairStack(group, self._estimator, self._sharding) for group in stackable(pairs, self._sharding)]
-
-    def _places(self) -> Iterator[tuple[PairStack, int, LoRAPair]]:
-        """Every pair, with its stack and its place in that."""
+    def _states(self) -> Iterator[tuple[LoRAPair, PairState]]:
+        """Every pair with its state."""
         for stack in self._stacks:
-            for i, pair in enumerate(stack.pairs):
-                yield stack, i, pair
+            yield from stack.states()
 
     def follow(self, pairs: list[LoRAPair], sharding: Sharding | None = None) -> None:
         """Continue with the pairs that the model has now: those that stay keep their E, new ones start at zero.
@@ -94,62 +92,71 @@ class Perturbation:
         Args:
             pairs: from another search of the same model.
             sharding: how the ranks share their factors; None where each holds them whole, or as DTensors.
+
+        Raises:
+            ValueError: a state from a checkpoint, which has waited for a pair, is of another shape.
         """
         was_installed = self.is_installed
         self.uninstall()
         # By the identity of B: names change when a module is wrapped.
-        before = {pair.key: stack.state(i) for stack, i, pair in self._places()}
+        kept = {pair.key: state for pair, state in self._states()}
+        states = self._waiting | {pair.name: kept[pair.key] for pair in pairs if pair.key in kept}
         self.pairs, self._sharding = pairs, sharding or Sharding()
-        self._stacks = self._stacked(pairs)
-        reshaped = []
-        for stack, i, pair in self._places():
-            if pair.key in before:
-                stack.put(i, before[pair.key])
-                stack.rescale(i)
-                continue
-            saved = self._waiting.pop(pair.name, None)
-            if saved is not None and saved.E.shape != stack.E[i].shape:
-                reshaped.append(other_shape(pair.name, stack.E[i].shape, saved))
-            elif saved is not None:
-                stack.put(i, saved)
-                stack.rescale(i)
-        if reshaped:
-            text = f"a perturbation starts anew because its shape changed: {problems_text(reshaped)}"
-            warnings.warn(text, stacklevel=2)
+        self._stacks = stacked(pairs, self._estimator, self._sharding)
+        if pairs and pairs[0].B.device.type == "cpu":
+            # 16 MB, given back untouched. Until a block of some size has been, glibc returns the stacks' memory to the
+            # system in each step, and faults every page in again: a quarter of E's time with small layers.
+            torch.empty(2**24, dtype=torch.uint8)
+        self._continue_from(states, [])
+        for pair, state in self._states():
+            if state.scaling != pair.scaling:
+                state.E.mul_(float(state.scaling) / pair.scaling)
+                state.scaling.fill_(pair.scaling)
         if was_installed:
             self.install()
+
+    def _continue_from(self, states: dict[str, PairState], problems: list[str]) -> None:
+        """Give pairs their states; those of pairs that are not there wait for them.
+
+        Raises:
+            ValueError: there are problems, or an E has another shape; no pair has changed then.
+        """
+        for pair, now in self._states():
+            here, there = tuple(now.E.shape), tuple(states.get(pair.name, now).E.shape)
+            if here != there:
+                problems.append(f"{pair.name} has shape {here}, in the checkpoint {there}")
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError(f"the checkpoint's perturbation is of other pairs: {'; '.join(problems[:3])}{more}")
+        for pair, now in self._states():
+            for mine, kept in zip(now, states.pop(pair.name, now), strict=True):
+                mine.copy_(kept)
+        self._waiting = states
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the readers are able to read B + E."""
+        return self._shown is not None
 
     def install(self) -> None:
         """Make every reader able to read B + E; until :meth:`on` they read B."""
         if not self.is_installed:
-            readers = readers_of(self.pairs)
-            for reader in readers:
-                perturbed_read.install(reader, self._sharding.only_views)
-            # Connected from the start, so that compiled layers have one graph for the clean weight. Not if the layers
-            # read another perturbation now.
-            if all(perturbed_read.shown(reader) is None for reader in readers):
-                self._connect_all()
-        self.is_installed = True
+            self._show(self._slices([stack.E for stack in self._stacks]))
 
     def uninstall(self) -> None:
         """Give every reader its own class back; E stays, for :meth:`state_dict`."""
-        if self.is_installed:
-            self.off()
-            # Readers that somebody else keeps installed still listen to the old switch, which is off.
-            self._switch = perturbed_read.Switch()
-            for reader in readers_of(self.pairs):
-                perturbed_read.uninstall(reader)
-        self.is_installed = False
+        self.off()
+        self._show(None)
 
     def on(self) -> None:
         """Let the layers read B + E, with the kept E, whose updates they follow."""
-        if not self._switch.is_connected:
-            self._connect_all()
-        self._switch.is_on = True
+        if not self.is_installed:  # E would be silently ignored
+            raise RuntimeError("the layers can't read B + E: call install() first")
+        self._is_on = self._switch.is_on = True
 
     def off(self) -> None:
-        """Let the layers read the clean B."""
-        self._switch.is_on = False
+        """Let the layers read the clean B, except inside of :meth:`applied`."""
+        self._is_on, self._switch.is_on = False, self._is_applied
 
     @property
     def is_on(self) -> bool:
@@ -161,28 +168,38 @@ class Perturbation:
         """The layers read B + E inside; after it, whatever happens, they read what they read before.
 
         Args:
-            perturbations: E to read, the ``stacks`` of a :class:`FreshPerturbation`; None reads the kept one, and
-                follows its updates.
+            perturbations: E to read, the ``stacks`` of a :class:`FreshPerturbation`; None reads the kept one.
         """
-        if perturbations is None:
-            perturbations = [stack.E for stack in self._stacks]
-        with perturbed_read.restored(readers_of(self.pairs)):
-            self._connect(perturbations, perturbed_read.Switch(is_on=True))
+        before, was_applied = self._shown, self._is_applied
+        inside = self._slices(perturbations or [stack.E for stack in self._stacks])
+        try:
+            self._show(inside)
+            self._is_applied = self._switch.is_on = True
             yield
+        finally:
+            # Unless it was uninstalled inside.
+            if self._shown is inside:
+                self._show(before)
+            self._is_applied, self._switch.is_on = was_applied, was_applied or self._is_on
 
-    def _connect_all(self) -> None:
-        """Let every reader listen to the own switch."""
-        self._connect([stack.E for stack in self._stacks], self._switch)
-        self._switch.is_connected = True
-
-    def _connect(self, perturbations: list[Tensor], switch: perturbed_read.Switch) -> None:
-        """Give every reader its slice of the stacked perturbations, to add while a switch is on."""
+    def _slices(self, perturbations: list[Tensor]) -> list[tuple[AnyRef, Tensor]]:
+        """Every reader with its slice of stacked perturbations."""
+        slices: list[tuple[AnyRef, Tensor]] = []
         for stack, stacked_E in zip(self._stacks, perturbations, strict=True):
             for pair, E in zip(stack.pairs, stacked_E.unbind(), strict=True):
                 # Shaped as B is, which of a convolution has a kernel's dimensions.
                 view = E.view(len(E), *self._sharding.shape(pair.B)[1:])
-                for reader in pair.readers:
-                    perturbed_read.perturb(reader, view, switch)
+                slices += [(reader, view) for reader in pair.readers]
+        return slices
+
+    def _show(self, slices: list[tuple[AnyRef, Tensor]] | None) -> None:
+        """Let the readers add these to their parameters while the switch is on; for None they are plain ones again."""
+        self._shown = slices
+        for reader, E in slices or ():
+            perturbed_read.perturb(reader, E, self._switch, self._sharding.only_views)
+        if slices is None:
+            for reader in readers_of(self.pairs):
+                perturbed_read.release(reader, self._switch)
 
     def ascend(
         self, rho: float | Tensor, *, at_perturbed: bool, also_finite: Iterable[nn.Parameter] = ()
@@ -194,9 +211,6 @@ class Perturbation:
             at_perturbed: whether the gradients were taken at B + E (EFMLoRA, Algorithm 2) or at B (FMLoRA).
             also_finite: parameters whose gradients decide ``finite`` too, such as those that a loss scaler watches.
 
-        Returns:
-            E, equal on every rank if the gradients are.
-
         Raises:
             ValueError: rho is a number that can't be a radius.
         """
@@ -204,12 +218,7 @@ class Perturbation:
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
         # A manual training_step runs inside autocast, which would take the products in half precision.
         with torch.no_grad(), torch.autocast(self.pairs[0].B.device.type, enabled=False):
-            return self._ascend(rho, at_perturbed, also_finite)
-
-    def _ascend(
-        self, rho: float | Tensor, at_perturbed: bool, also_finite: Iterable[nn.Parameter]
-    ) -> FreshPerturbation:
-        return fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, also_finite, self._sharding)
+            return fresh_perturbation(self._stacks, self.norm_scope, rho, at_perturbed, list(also_finite))
 
     def assign(self, fresh: FreshPerturbation) -> None:
         """Set E := fresh (Algorithm 1)."""
@@ -240,7 +249,7 @@ class Perturbation:
     @property
     def has_gradient(self) -> bool:
         """Whether any pair has a gradient at all, known to the host."""
-        return self._sharding.has_gradient(pair.B for pair in self.pairs)
+        return any(self._sharding.have_gradients([pair.B for pair in self.pairs]))
 
     def all_finite(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Whether every gradient is finite on every rank, as a boolean on the device, shape ()."""
@@ -248,16 +257,11 @@ class Perturbation:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as full CPU tensors, keyed by the clean name of each B."""
-        saved = dict(self._waiting)
-        for stack in self._stacks:
-            has_average = stack.has_average.tolist()  # one wait for a stack, not one for each pair
-            for i, (pair, has) in enumerate(zip(stack.pairs, has_average, strict=True)):
-                E = stack.E[i].detach().cpu().clone()
-                saved[pair.name] = stack.state(i)._replace(E=E, has_average=has)
+        states = self._waiting | {pair.name: state for pair, state in self._states()}
         return {
-            "E": {name: each.E for name, each in saved.items()},
-            "averaged": {name: each.has_average for name, each in saved.items()},
-            "scalings": {name: each.scaling for name, each in saved.items()},
+            "E": {name: state.E.detach().cpu().clone() for name, state in states.items()},
+            "averaged": {name: bool(state.has_average) for name, state in states.items()},
+            "scalings": {name: float(state.scaling) for name, state in states.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], may_come: Collection[str] = ()) -> None:
@@ -272,18 +276,11 @@ class Perturbation:
         """
         saved = {}
         for name, E in state["E"].items():
-            saved[name] = PairState(E, state["averaged"][name], state["scalings"][name])
-        expected = {pair.name: stack.E[i].shape for stack, i, pair in self._places()}
-        problems = state_problems(saved, expected, may_come)
-        if problems:
-            raise ValueError(f"the checkpoint's perturbation is of other pairs: {problems_text(problems)}")
-        self.may_be_nonzero = any(bool(each.E.any()) for each in saved.values())
-        for stack, i, pair in self._places():
-            if pair.name in saved:
-                stack.put(i, saved.pop(pair.name))
-        self._waiting = saved
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}")
+            scaling = torch.tensor(state["scalings"][name], dtype=torch.float64)
+            saved[name] = PairState(E, torch.as_tensor(state["averaged"][name]), scaling)
+        names = [pair.name for pair in self.pairs]
+        problems = [f"{name} is not in the checkpoint" for name in names if name not in saved]
+        for name in sorted(set(saved).difference(names, may_come)):
+            problems.append(f"{name} is in the checkpoint but not in the model")
+        self._continue_from(saved, problems)
+        self.may_be_nonzero = any(bool(E.any()) for E in state["E"].values())

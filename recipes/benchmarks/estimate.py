@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
 from lightning_flatlora import Perturbation, find_pairs
+from lightning_flatlora.perturbation.pair_stack import fresh_perturbation
 from recipes.benchmarks.methods import RHO
 from recipes.benchmarks.workloads import WORKLOADS, Learner, Workload
 
@@ -145,7 +146,8 @@ def count_engine(work: Workload) -> Kernels:
     kernels = Kernels()
     with kernels:
         with torch.no_grad():  # not ascend(): autocast does not know the meta device
-            perturbation.average(perturbation._ascend(RHO, at_perturbed=True, also_finite=()), beta=0.9)
+            fresh = fresh_perturbation(perturbation._stacks, "global", RHO, True, [])
+            perturbation.average(fresh, beta=0.9)
         with perturbation.applied():
             for pair in pairs:
                 lora_B: Any = pair.readers[0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_flatlora import find_pairs
 from lightning_flatlora.baselines import BiLoRA
 from lightning_flatlora.baselines.bi_lora import BiLoRAStep
-from lightning_flatlora.output_terms import _AddsTerms
+from lightning_flatlora.output_terms import _Adding
 from lightning_flatlora.pairs.finders import PairsByName
 
 
@@ -52,7 +52,7 @@ class Course(Callback):
 
 
 def adds_something(module: nn.Module) -> bool:
-    return any(isinstance(part, _AddsTerms) for part in module.modules())
+    return any(isinstance(part, _Adding) for part in module.modules())
 
 
 # -- the ball

@@ -1,5 +1,6 @@
 """Strategies that can't work are refused with the remedy, and those that are like supported ones are served."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.callbacks.strategies import monitor_problems
 
 CALLBACKS = [EFMLoRA, FMLoRA]
+NO_TPU = "with accelerator='gpu' or 'cpu'"
 
 
 def fake_trainer(strategy: Any, module: Any, callback: Any, accumulate: int = 1) -> Any:
@@ -59,9 +61,9 @@ class Homemade(Strategy):
     ("kind", "words"),
     [
         (DeepSpeedStrategy, ["DeepSpeed owns the gradients and gives them to no callback"]),
-        (XLAStrategy, ["XLAStrategy trains on TPUs", "accelerator='gpu' or 'cpu'"]),
-        (SingleDeviceXLAStrategy, ["SingleDeviceXLAStrategy trains on TPUs", "accelerator='gpu' or 'cpu'"]),
-        (MyTPU, ["MyTPU trains on TPUs", "accelerator='gpu' or 'cpu'"]),
+        (XLAStrategy, ["the strategy XLAStrategy has not been tested", NO_TPU]),
+        (SingleDeviceXLAStrategy, ["the strategy SingleDeviceXLAStrategy has not been tested", NO_TPU]),
+        (MyTPU, ["the strategy MyTPU has not been tested", NO_TPU]),
         (Homemade, ["the strategy Homemade has not been tested"]),
     ],
 )
@@ -85,15 +87,6 @@ def test_fsdp_with_manual_optimization():
         assert word in problem
 
 
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_static_graph_with_accumulation(callback):
-    strategy = DDPStrategy(static_graph=True)
-    (problem,) = strategy_problems_of(strategy, callback, accumulate=2)
-    assert "static_graph=True" in problem
-    assert "accumulate_grad_batches=2" in problem
-    assert not strategy_problems_of(strategy, callback)
-
-
 def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
     trainer = trainer_of(".", [EFMLoRA(1.0)])
     module = TwoPassClassifier(1.0, sync_ascent=False)
@@ -104,16 +97,8 @@ def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeyp
         assert any("sync_ascent=False leaves each rank its own E" in problem for problem in problems) is is_refused
 
 
-class Megatron(DDPStrategy):
-    """As NeMo's: a DDPStrategy by its class alone."""
-
-
-class MegatronStrategy(DDPStrategy):
-    """NeMo's name. Before its setup, or where nothing is wrapped, its model is the LightningModule."""
-
-
 class OwnDDP(DDPStrategy):
-    """A user's own, which wraps as Lightning's does."""
+    """A user's own, or another library's."""
 
 
 @pytest.fixture
@@ -124,28 +109,37 @@ def one_process_group():
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_static_graph_with_accumulation(one_process_group, callback):
+    strategy = DDPStrategy(cluster_environment=LightningEnvironment())
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2), static_graph=True)
+    (problem,) = strategy_problems_of(strategy, callback, accumulate=2)
+    assert "static_graph=True" in problem
+    assert "accumulate_grad_batches=2" in problem
+    assert not strategy_problems_of(strategy, callback)
+
+
 def test_a_subclass_of_ddp_that_keeps_its_parameters_otherwise(one_process_group):
-    strategy = Megatron(cluster_environment=LightningEnvironment())
+    strategy = OwnDDP(cluster_environment=LightningEnvironment())
     strategy._model = nn.Sequential(nn.Linear(2, 2))
     (problem,) = strategy_problems_of(strategy, EFMLoRA)
-    for word in ("the strategy Megatron is a DDPStrategy", "whose model is a Sequential", "use strategy='ddp'"):
+    for word in ("the strategy OwnDDP is a DDPStrategy whose model, a Sequential, is no", "use strategy='ddp'"):
         assert word in problem
-    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
-    strategy.cluster_environment.set_world_size(2)  # of which the group holds one
-    (problem,) = strategy_problems_of(strategy, EFMLoRA)
-    assert "the strategy Megatron averages gradients over 1 of 2 ranks" in problem
-
-
-def test_nemos_strategy_is_refused_by_name_however_it_wraps(one_process_group):
-    strategy = MegatronStrategy(cluster_environment=LightningEnvironment())
-    for model in (None, nn.parallel.DistributedDataParallel(nn.Linear(2, 2))):
-        strategy._model = model
-        (problem,) = strategy_problems_of(strategy, EFMLoRA)
-        assert "Megatron keeps gradients in buffers of its own" in problem
-        assert monitor_problems(strategy) == [problem]
-
-
-def test_a_subclass_of_ddp_that_wraps_as_ddp_does(one_process_group):
-    strategy = OwnDDP(cluster_environment=LightningEnvironment())
+    (refused,) = monitor_problems(strategy)
+    assert "OwnDDP is not supported" in refused
     strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
     assert not strategy_problems_of(strategy, EFMLoRA)
+    assert not monitor_problems(strategy)
+    strategy.cluster_environment.set_world_size(2)  # of which the group holds one
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    assert "over all 2 ranks" in problem
+
+
+def test_nemos_strategy_is_refused_however_it_wraps(one_process_group, monkeypatch):
+    """A DDPStrategy by its class alone: Megatron's parallel state tells it."""
+    state = SimpleNamespace(model_parallel_is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
+    strategy = OwnDDP(cluster_environment=LightningEnvironment())
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    assert "Megatron keeps gradients in buffers of its own" in problem

@@ -19,7 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lightning_flatlora.pairs import bare, clean_name, search_pairs
-from lightning_flatlora.pairs.lora_pair import Finder, all_factors, pairs_from
+from lightning_flatlora.pairs.find import pairs_from
+from lightning_flatlora.pairs.lora_pair import Finder, all_factors
 
 # Drawn at random, or made from data or gradients. Plain PiSSA and OLoRA come out the same from the same base.
 _DIFFER_EACH_TIME = ("pissa_niter", "corda", "lora_ga")
