@@ -67,17 +67,7 @@ class FMLoRASteps(_Base):
         if gradient_clip_val is not None and not (is_number(gradient_clip_val) and gradient_clip_val >= 0):
             problems.append(f"gradient_clip_val must be None or a number >= 0, got {gradient_clip_val!r}")
         problems += choice_problems("gradient_clip_algorithm", gradient_clip_algorithm, Literal["norm", "value"])
-        method = FMLoRAModuleStep(
-            rho,
-            estimator=estimator,
-            norm_scope=norm_scope,
-            start_step=start_step,
-            every_n_steps=every_n_steps,
-            adapter_name=adapter_name,
-            finder=finder,
-            sync_ascent=sync_ascent,
-            more_problems=problems,
-        )
+        method = FMLoRAModuleStep.of(locals(), more_problems=problems)
         self._callback = FMLoRAModuleCallback(method)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val

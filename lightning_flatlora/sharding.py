@@ -18,7 +18,7 @@ class Sharding:
     communicate, so every rank must call them in the same order.
 
     Attributes:
-        only_views: whether layers compute with views of the parameters, see :func:`perturbed_read.install`.
+        only_views: whether layers compute with views of the parameters, see :func:`perturbed_read.perturb`.
     """
 
     only_views = False

@@ -72,9 +72,7 @@ class BiLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(
-            BiLoRAStep(rho, step_size=step_size, rank=rank, seed=seed, adapter_name=adapter_name, finder=finder)
-        )
+        super().__init__(BiLoRAStep.of(locals()))
 
 
 class _AuxiliaryPair(OutputTerm):

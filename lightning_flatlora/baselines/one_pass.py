@@ -59,7 +59,7 @@ class RandomPerturbation(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(RandomPerturbationStep(sigma, seed=seed, adapter_name=adapter_name, finder=finder))
+        super().__init__(RandomPerturbationStep.of(locals()))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -174,7 +174,7 @@ class BalancednessRegularization(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BalancednessStep(alpha, kind=kind, adapter_name=adapter_name, finder=finder))
+        super().__init__(BalancednessStep.of(locals()))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -56,7 +56,7 @@ class SAM(MethodCallback):
         every_n_steps: int = 1,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(SAMStep(rho, start_step=start_step, every_n_steps=every_n_steps, sync_ascent=sync_ascent))
+        super().__init__(SAMStep.of(locals()))
 
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -152,16 +152,7 @@ class LoRASAM(MethodCallback):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(
-            LoRASAMStep(
-                rho,
-                start_step=start_step,
-                every_n_steps=every_n_steps,
-                adapter_name=adapter_name,
-                finder=finder,
-                sync_ascent=sync_ascent,
-            )
-        )
+        super().__init__(LoRASAMStep.of(locals()))
 
 
 class LoRASAMStep(StepMethod):

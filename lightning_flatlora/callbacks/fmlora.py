@@ -62,18 +62,7 @@ class FMLoRA(MethodCallback):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(
-            FMLoRAStep(
-                rho,
-                estimator=estimator,
-                norm_scope=norm_scope,
-                start_step=start_step,
-                every_n_steps=every_n_steps,
-                adapter_name=adapter_name,
-                finder=finder,
-                sync_ascent=sync_ascent,
-            )
-        )
+        super().__init__(FMLoRAStep.of(locals()))
 
 
 class EFMLoRA(MethodCallback):
@@ -121,18 +110,7 @@ class EFMLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(
-            EFMLoRAStep(
-                rho,
-                beta=beta,
-                estimator=estimator,
-                norm_scope=norm_scope,
-                start_step=start_step,
-                every_n_steps=every_n_steps,
-                adapter_name=adapter_name,
-                finder=finder,
-            )
-        )
+        super().__init__(EFMLoRAStep.of(locals()))
 
     @override
     def works_beside(self, other: MethodCallback) -> bool:

@@ -2,9 +2,9 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, InitVar, dataclass, field
+from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.rank_zero import WarningCache
@@ -76,6 +76,13 @@ class StepMethod:
         checks.refuse(self, [*problems, *self.argument_problems(), *more_problems])
         self.rho = size if isinstance(size, RhoSchedule) else ConstantRho(float(size))
         self.reset()
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], more_problems: Sequence[str] = ()) -> Self:
+        """Make a method from the ``locals()`` of a constructor that has its arguments, so that each is written once."""
+        names = [each.name for each in fields(cls) if each.init]
+        settings = {name: arguments[name] for name in names if name in arguments}
+        return cls(arguments[cls.size_name], more_problems=more_problems, **settings)
 
     def argument_problems(self) -> list[str]:
         """List what is wrong with a subclass's own settings."""
