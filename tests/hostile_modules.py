@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, FEATURES, make_net
+from helpers import CLASSES, FEATURES, FRONT_ENDS, make_net
 from imitated_layers import BY_NAME, Bare, OfNeMo, OfTorchtune, OnHuggingFace
 from lightning.pytorch.callbacks import BaseFinetuning
 from omegaconf import OmegaConf
@@ -363,10 +363,6 @@ def nested(kind: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda batch: kind({"inputs": batch[0]}, [batch[1], batch[2]])
 
 
-def ordered(parts: dict[str, Tensor], more: list[Tensor]) -> OrderedDict[str, Any]:
-    return OrderedDict(parts=parts, more=more)
-
-
 def named(kind: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda batch: kind(**dict(zip(NAMES, batch, strict=True)))
 
@@ -435,10 +431,6 @@ def under_peft(base: Callable[[], nn.Module], *targets: str, **settings: Any) ->
 
 def two_linear() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
-
-
-def of_gpt2() -> nn.Module:
-    return nn.Sequential(Conv1D(CLASSES, FEATURES))
 
 
 def tied() -> nn.Module:
@@ -547,6 +539,15 @@ def make_dropout_net() -> nn.Module:
     return make_net(dropout=0.2)
 
 
+EVERYWHERE = (*FRONT_ENDS, "loops.EFMLoRA", "loops.FMLoRA")
+BY_TRAINER = (*FRONT_ENDS, "LoRASAM")
+"""For what stands on hooks or on logging."""
+IN_TWO_PASSES = ("fmlora", "module", "LoRASAM")
+"""For batches, which a loop's author would copy."""
+OF_LAYERS = ("efmlora", "fmlora", "loops.EFMLoRA")
+"""For what is special in its layers alone: one of each way in which these are made to read B + E."""
+
+
 @dataclass
 class Kind:
     """What a module does to be hostile.
@@ -556,7 +557,7 @@ class Kind:
         net: makes its network.
         as_batch: makes a batch of the loader of a tuple.
         settings: what a method needs there.
-        needs_trainer: whether it stands on hooks, on logging, or on batches that a loop's author would copy.
+        front_ends: under which it is trained.
         callbacks: makes those of the project.
         saves_adapters: whether AdapterCheckpoint writes the files, and not ModelCheckpoint.
         like: the kind whose run, bit for bit, it must have.
@@ -566,13 +567,15 @@ class Kind:
     net: Callable[[], nn.Module] = make_dropout_net
     as_batch: Callable[[Any], Any] = tuple
     settings: dict[str, Any] = field(default_factory=dict)
-    needs_trainer: bool = False
+    front_ends: tuple[str, ...] = (*EVERYWHERE, "LoRASAM")
     callbacks: Callable[[], list[Any]] = list
     saves_adapters: bool = False
     like: str | None = None
 
 
-takes = partial(Kind, needs_trainer=True, like="writes into a tuple")
+by_trainer = partial(Kind, front_ends=BY_TRAINER)
+takes = partial(Kind, front_ends=IN_TWO_PASSES, like="writes into a tuple")
+layers = partial(Kind, front_ends=OF_LAYERS)
 KINDS: dict[str, Kind] = {
     "dropout": Kind(),
     "writes buffers": Kind(WritesBuffers, saves_adapters=True),
@@ -580,14 +583,11 @@ KINDS: dict[str, Kind] = {
     "keeps attributes": Kind(KeepsAttributes),
     "draws": Kind(Draws),
     "normalizes": Kind(Normalizes),
-    "measures": Kind(Measures, needs_trainer=True),
-    "teaches": Kind(Teaches, needs_trainer=True),
-    "freezes late": Kind(FreezesLate, saves_adapters=True),
-    "unfreezes a head": Kind(WithHead, needs_trainer=True, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
-    "add_adapter": Kind(net=Bert, saves_adapters=True),
-    "Hydra": Kind(net=of_hydra),
-    "halves gradients": Kind(HalvesGradients, needs_trainer=True),
-    "writes into a tuple": Kind(Adds, needs_trainer=True),
+    "measures": by_trainer(Measures),
+    "teaches": by_trainer(Teaches),
+    "freezes late": by_trainer(FreezesLate, saves_adapters=True),
+    "unfreezes a head": by_trainer(WithHead, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
+    "writes into a tuple": Kind(Adds, front_ends=IN_TWO_PASSES),
     "writes into a dataclass": takes(Adds, as_batch=lambda batch: Fields(*batch)),
     "writes into a class of a library": takes(Adds, as_batch=named(Movable)),
     "replaces in a dataclass": takes(Replaces, as_batch=lambda batch: Fields(*batch)),
@@ -596,33 +596,35 @@ KINDS: dict[str, Kind] = {
     "pops from an encoding": takes(Pops, as_batch=lambda batch: BatchEncoding(dict(zip(NAMES, batch, strict=True)))),
     "pops from nested parts": takes(Pops, as_batch=nested(lambda *parts: parts)),
     "pops from a named tuple": takes(Pops, as_batch=nested(Pair)),
-    "pops from an ordered dict": takes(Pops, as_batch=nested(ordered)),
-    "DoRA": Kind(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
-    "DoRA of a convolution": Kind(
+    "pops from an ordered dict": takes(Pops, as_batch=named(OrderedDict)),
+    "add_adapter": layers(net=Bert, saves_adapters=True),
+    "Hydra": layers(net=of_hydra, saves_adapters=True),
+    "DoRA": layers(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
+    "DoRA of a convolution": layers(
         net=lambda: Logits(
             under_peft(lambda: nn.Sequential(nn.Conv2d(1, CLASSES, 2)), "0", use_dora=True, init_lora_weights=False),
             pictures,
         )
     ),
-    "convolution": Kind(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(1, CLASSES, 2)), "0"), series)),
-    "GPT-2": Kind(net=lambda: under_peft(of_gpt2, "0", fan_in_fan_out=True)),
-    "rslora": Kind(net=lambda: under_peft(two_linear, "0", "2", use_rslora=True)),
-    "MultiheadAttention": Kind(net=lambda: Logits(under_peft(Attention, "attention"))),
-    "tied": Kind(net=tied),
-    "frozen A": Kind(net=frozen_A),
-    "several adapters": Kind(net=two_adapters),
-    "experts": Kind(net=lambda: under_peft(Experts, "0", "1")),
-    "torchtune": Kind(net=lambda: imitated(OfTorchtune), settings={"finder": torchtune_pairs}),
-    "NeMo": Kind(net=lambda: imitated(OfNeMo), settings={"finder": nemo_pairs}),
-    "NeMo on Hugging Face": Kind(net=lambda: imitated(OnHuggingFace), settings={"finder": nemo_pairs}),
-    "bare parameters": Kind(net=lambda: imitated(Bare), settings={"finder": litgpt_pairs}),
-    "by name": Kind(net=lambda: imitated(Bare), settings={"finder": BY_NAME}),
-    "stacked q, k and v": Kind(net=of_litgpt, settings={"finder": litgpt_pairs}),
-    "4 bits": Kind(IsQuantized, net=lambda: quantized("four_bits")),
-    "8 bits": Kind(IsQuantized, net=lambda: quantized("eight_bits")),
-    "not checkpointed": Kind(net=make_net),
+    "convolution": layers(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(1, CLASSES, 2)), "0"), series)),
+    "GPT-2": layers(net=lambda: under_peft(lambda: nn.Sequential(Conv1D(CLASSES, FEATURES)), "0", fan_in_fan_out=True)),
+    "rslora": layers(net=lambda: under_peft(two_linear, "0", "2", use_rslora=True)),
+    "MultiheadAttention": layers(net=lambda: Logits(under_peft(Attention, "attention"))),
+    "tied": layers(net=tied),
+    "frozen A": layers(net=frozen_A),
+    "several adapters": layers(net=two_adapters),
+    "experts": layers(net=lambda: under_peft(Experts, "0", "1")),
+    "torchtune": layers(net=lambda: imitated(OfTorchtune), settings={"finder": torchtune_pairs}),
+    "NeMo": layers(net=lambda: imitated(OfNeMo), settings={"finder": nemo_pairs}),
+    "NeMo on Hugging Face": layers(net=lambda: imitated(OnHuggingFace), settings={"finder": nemo_pairs}),
+    "bare parameters": layers(net=lambda: imitated(Bare), settings={"finder": litgpt_pairs}),
+    "by name": layers(net=lambda: imitated(Bare), settings={"finder": BY_NAME}),
+    "stacked q, k and v": layers(net=of_litgpt, settings={"finder": litgpt_pairs}),
+    "4 bits": layers(IsQuantized, net=lambda: quantized("four_bits")),
+    "8 bits": layers(IsQuantized, net=lambda: quantized("eight_bits")),
+    "not checkpointed": layers(net=make_net),
 }
 for title, how in CHECKPOINTS.items():
     dropout, like = (0.0, "not checkpointed") if title == "another library's" else (0.2, "dropout")
     makes = partial(lambda how, dropout: Checkpointed(make_net(dropout), how), how, dropout)
-    KINDS[f"checkpointed, {title}"] = Kind(net=makes, like=like)
+    KINDS[f"checkpointed, {title}"] = layers(net=makes, like=like)

@@ -1,4 +1,8 @@
-"""The baselines in a real Trainer: size 0, resuming, what others see, and steps that end early."""
+"""The baselines in a real Trainer: what others see, settings that must stay, steps that end early, compiled networks.
+
+At size 0, resumed, and stopped by an exception: tests/callbacks/test_rho_zero.py, test_resume.py and
+test_steps_that_end_early.py.
+"""
 
 import copy
 from pathlib import Path
@@ -6,70 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_cases import BASELINES, TWO_PASSES, ByHand
-from helpers import Classifier, ResumableLoader, assert_no_trace, fit, make_loader, make_net, same, weights
+from helpers import (
+    BASELINES,
+    ByHand,
+    Classifier,
+    ResumableLoader,
+    assert_no_trace,
+    fit,
+    make_loader,
+    make_net,
+    same,
+    weights,
+)
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.amp import GradScaler
 
-from lightning_flatlora import EFMLoRA, FMLoRA, LearningRateRho, LinearRho, RhoSchedule
+from lightning_flatlora import EFMLoRA, FMLoRA, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
-
-
-class Course(Callback):
-    """The weights and the loss after every batch."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self.seen.append((weights(pl_module), outputs["loss"]))
-
-
-def course(tmp_path: Path, callbacks: list[Callback], accumulate: int, precision: str) -> Any:
-    """Everything that a run with dropout, a scheduler and clipping leaves."""
-    module, seen = Classifier(net=make_net(0.3)), Course()
-    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
-    settings = {"accumulate_grad_batches": accumulate, "precision": precision, "gradient_clip_val": 0.5}
-    trainer = fit(tmp_path, module, [*callbacks, seen], make_loader(5), val=make_loader(2), **settings)
-    return seen.seen, trainer.optimizers[0].state_dict(), torch.get_rng_state()
-
-
-@pytest.mark.parametrize(("accumulate", "precision"), [(1, "bf16-mixed"), (2, "32-true")])
-@pytest.mark.parametrize("name", BASELINES)
-def test_size_zero_is_the_base_run_to_the_bit(tmp_path: Path, name: str, accumulate: int, precision: str) -> None:
-    base = course(tmp_path, [], accumulate, precision)
-    assert same(course(tmp_path, [BASELINES[name](0)], accumulate, precision), base)
-    assert not same(course(tmp_path, [BASELINES[name](0.5)], accumulate, precision), base)
-
-
-# -- resuming
-
-
-def run(path: Path, callback: Any, accumulate: int, resume: Path | None = None) -> Any:
-    module = Classifier()
-    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
-    file = ModelCheckpoint(path, every_n_train_steps=1, save_top_k=-1, filename="{step}", auto_insert_metric_name=False)
-    loader = ResumableLoader(list(make_loader(6)))
-    settings = {"accumulate_grad_batches": accumulate, "max_epochs": 3, "ckpt_path": resume}
-    trainer = fit(path, module, [callback, file], loader, **settings)
-    return weights(module), trainer.optimizers[0].state_dict(), callback.state_dict()
-
-
-@pytest.mark.parametrize(("accumulate", "schedule"), [(1, LearningRateRho(0.5)), (2, LinearRho(1.0, 0.1))])
-@pytest.mark.parametrize("name", BASELINES)
-def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, accumulate: int, schedule: RhoSchedule) -> None:
-    """In the middle and at the end of an epoch, with a size that changes from step to step."""
-    per_epoch = 6 // accumulate
-    whole = run(tmp_path, BASELINES[name](schedule), accumulate)
-    assert whole[2]["step"] == 3 * per_epoch
-    for step in (per_epoch, per_epoch + 1):
-        assert same(run(tmp_path, BASELINES[name](schedule), accumulate, tmp_path / f"{step}.ckpt"), whole)
 
 
 @pytest.mark.parametrize(
@@ -89,79 +51,33 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, accumulate: int
     ],
 )
 def test_settings_that_a_resumed_run_must_keep(tmp_path: Path, first: Any, second: Any, message: str) -> None:
-    run(tmp_path, first, 1)
+    fit(tmp_path, Classifier(), [first], max_epochs=1).save_checkpoint(tmp_path / "file.ckpt")
     with pytest.raises(MisconfigurationException, match=message):
-        run(tmp_path, second, 1, tmp_path / "4.ckpt")
+        fit(tmp_path, Classifier(), [second], ckpt_path=tmp_path / "file.ckpt")
 
 
-# -- what others see
+HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start")
 
 
 @pytest.mark.parametrize("name", PERTURBING)
-def test_stored_and_read_weights_in_other_hooks(tmp_path: Path, name: str) -> None:
-    """Outside of a pass all see and compute with clean weights; inside they are stored clean, except SAM's."""
-    module, x = Classifier(), torch.ones(2, 6)
-    shadow = {"stored": weights(module)}
-    looks: list[str] = []
+def test_others_compute_with_clean_weights(tmp_path: Path, name: str) -> None:
+    """Outside of a pass. That what is stored is clean inside too, except SAM's: callbacks/test_clean_weights.py."""
+    module, x, looks = Classifier(), torch.ones(2, 6), []
 
-    def look(where: str) -> None:
-        assert same(weights(module), shadow["stored"]), where
-        clean = copy.deepcopy(module.net)
+    def look(*args: Any, **kwargs: Any) -> None:
+        clean, generator = copy.deepcopy(module.net), torch.get_rng_state()
         assert_no_trace(clean)
-        if where not in ("step", "on_before_backward", "on_after_backward"):
-            mode = torch.get_rng_state()
-            assert torch.equal(module.net(x), clean(x)), where
-            assert torch.equal(mode, torch.get_rng_state())
-        looks.append(where)
+        assert torch.equal(module.net(x), clean(x))
+        assert torch.equal(torch.get_rng_state(), generator)
+        looks.append(weights(module))
 
-    class Shadowed(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            super().step()
-            shadow["stored"] = weights(module)
-            return loss
-
-    class Looks(Callback):
-        pass
-
-    hooks = [f"on_train_batch_{when}" for when in ("start", "end")]
-    hooks += ["on_before_optimizer_step", "on_validation_start", "on_validation_batch_start"]
-    hooks += ["on_before_backward", "on_after_backward"] if name != "SAM" else []
-    for hook in hooks:
-        setattr(Looks, hook, lambda *args, where=hook: look(where))
-    if name != "SAM":
-        module.inside.append(lambda *_: look("step") if module.trainer.training else None)
-    module.optimizer_class = Shadowed
-    late = type("Late", (Looks,), {})
-    fit(tmp_path, module, [Looks(), BASELINES[name](0.5), late()], val=make_loader(2))
-    assert set(hooks) <= set(looks)
-    assert_no_trace(module)
+    early, late = (type(each, (Callback,), dict.fromkeys(HOOKS, look))() for each in ("Early", "Late"))
+    fit(tmp_path, module, [early, BASELINES[name](0.5), late], val=make_loader(2))
+    assert len(looks) == 2 * (3 * 12 + 2 * 2)
     assert not any(m._forward_hooks for m in module.modules())
 
 
 # -- steps that end early
-
-
-@pytest.mark.parametrize("name", PERTURBING)
-@pytest.mark.parametrize("pass_number", [1, 2])
-def test_an_exception_leaves_clean_weights(tmp_path: Path, name: str, pass_number: int) -> None:
-    module, stored, calls = Classifier(), {}, []
-
-    def interrupt(module: Any, batch_idx: int) -> None:
-        calls.append(batch_idx)
-        if calls.count(2) == 0 or (batch_idx == 2 and calls.count(2) == 1):
-            stored.update(weights(module))
-        if calls.count(2) == (pass_number if name in TWO_PASSES else 1):
-            raise RuntimeError("stop here")
-
-    module.inside.append(interrupt)
-    with pytest.raises(RuntimeError, match="stop here"):
-        fit(tmp_path, module, [BASELINES[name](0.5)])
-    assert same(weights(module), stored)
-    assert_no_trace(module)
-    assert not any(m._forward_hooks for m in module.modules())
-    assert "training_step" not in module.__dict__
 
 
 def overflowing() -> ResumableLoader:
@@ -173,19 +89,28 @@ def overflowing() -> ResumableLoader:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_step_that_the_loss_scaler_skips_changes_nothing(tmp_path: Path, name: str) -> None:
-    module, seen = Classifier(), Course()
+    module, steps = Classifier(), []
+    notes = type("Notes", (Callback,), {"on_train_batch_end": lambda *args: steps.append(weights(module))})()
     scaler = GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6)
     plugins = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    fit(tmp_path, module, [BASELINES[name](0.5), seen], overflowing(), plugins=plugins, max_epochs=1)
-    steps = [values for values, _ in seen.seen]
+    fit(tmp_path, module, [BASELINES[name](0.5), notes], overflowing(), plugins=plugins, max_epochs=1)
     assert [same(one, other) for one, other in zip(steps[1:], steps, strict=False)].count(True) == 1
     assert all(value.isfinite().all() for value in steps[5].values())
 
 
+class StepsTwice(ByHand):
+    """Two optimizer steps in one training_step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(2):
+            self.outputs.append(self.net(torch.ones(1, 6)).detach())
+            super().training_step(batch, batch_idx)
+
+
 @pytest.mark.parametrize("name", ["nBAR", "oBAR", "RandomPerturbation", "BiLoRA"])
 def test_manual_optimization(tmp_path: Path, name: str) -> None:
-    callback, module = BASELINES[name](0.3), ByHand()
-    module.lr, module.optimizer_class = 0.0, torch.optim.SGD
+    callback, module = BASELINES[name](0.3), StepsTwice(lr=0.0)
+    module.optimizer_class, module.outputs = torch.optim.SGD, []
     fit(tmp_path, module, [callback], make_loader(3), max_epochs=1)
     assert callback.step == 6
     if name in PERTURBING:  # each step has its own

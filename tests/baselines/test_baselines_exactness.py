@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import pytest
-from baseline_cases import BASELINES, SIZES
 from dense import (
     Dense,
     DenseBAR,
@@ -16,6 +15,7 @@ from dense import (
     plain_network,
 )
 from float64_runs import Automatic, fit_in_float64, network, worst_difference
+from helpers import BASELINES, SIZES
 
 from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, LoRASAM

@@ -1,5 +1,6 @@
 """What defines each baseline: SAM's ball, LoRA-SAM's dependence on the factors, and the flows that BAR stands for."""
 
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -139,3 +140,18 @@ def test_a_graph_of_the_clean_weights_fails_where_sam_has_moved_them() -> None:
     with sam.ascend(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
     assert torch.equal(weight, torch.tensor([1.0, 2.0]))
+
+
+def test_sam_moves_what_its_optimizer_trains_at_the_moment_and_takes_it_back() -> None:
+    first, later = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    sam = SAM(0.1).method
+    sam.optimizer = torch.optim.SGD([first], lr=0.1)
+    sam.optimizer.add_param_group({"params": [later]})
+    for is_trained in (False, True):
+        later.requires_grad_(is_trained)
+        first.grad, later.grad = torch.ones(2), torch.ones(2) if is_trained else None
+        with suppress(ZeroDivisionError), sam.ascend():
+            assert not torch.equal(first, torch.ones(2))
+            assert torch.equal(later, torch.ones(2)) is not is_trained
+            raise ZeroDivisionError
+        assert torch.equal(torch.cat([first, later]), torch.ones(4))

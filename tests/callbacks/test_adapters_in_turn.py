@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from changing_models import two_adapters
-from helpers import FRONT_ENDS, Classifier, TwoPassClassifier, build, fit, weights
+from helpers import FRONT_ENDS, Classifier, build, fit, weights
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, perturbed_read
@@ -33,8 +33,7 @@ def test_the_estimator_is_the_one_that_was_asked_for(tmp_path: Any, front_end: s
     """Where A counted as frozen, both estimators gave the same weights bit for bit."""
     found = []
     for estimator in ("average", "projected"):
-        classes = type("Turns", (InTurn, Classifier), {}), type("TwoPassTurns", (InTurn, TwoPassClassifier), {})
-        module, callbacks, kwargs = build(front_end, net=two_adapters(), classes=classes, estimator=estimator)
+        module, callbacks, kwargs = build(front_end, net=two_adapters(), own=InTurn, estimator=estimator)
         fit(tmp_path, module, callbacks, max_epochs=4, **kwargs)
         found.append(weights(module))
     average, projected = found
@@ -71,8 +70,7 @@ def test_an_adapter_that_only_the_step_activates_is_perturbed_from_its_second_st
 ) -> None:
     net = two_adapters()
     net.set_adapter(first)
-    classes = type("Both", (BothInAStep, Classifier), {}), type("TwoPassBoth", (BothInAStep, TwoPassClassifier), {})
-    module, callbacks, kwargs = build(front_end, net=net, classes=classes)
+    module, callbacks, kwargs = build(front_end, net=net, own=BothInAStep)
     READ.clear()
     fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
     perturbed = {(step, adapter) for step, adapter, is_perturbed in READ if is_perturbed}

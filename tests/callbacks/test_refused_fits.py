@@ -258,9 +258,7 @@ for name, each in CASES.items():
 @pytest.mark.parametrize(("title", "front_end"), AT_THE_START)
 def test_refused_at_the_start(tmp_path: Any, title: str, front_end: str) -> None:
     case = CASES[title]
-    bases = () if case.own is object else (case.own,)
-    classes = type("Automatic", (*bases, Classifier), {}), type("Manual", (*bases, TwoPassClassifier), {})
-    module, callbacks, _ = build(front_end, case.rho, net=case.net(), classes=classes, **case.settings)
+    module, callbacks, _ = build(front_end, case.rho, net=case.net(), own=case.own, **case.settings)
     case.prepare(module)
     callbacks += [make(case.rho) for make in case.beside]
     before, kinds, steps = weights(module), [type(m) for m in module.modules()], []

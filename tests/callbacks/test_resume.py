@@ -6,6 +6,7 @@ state are refused with the reason; the radius may change; a file without our sta
 
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from changing_models import two_adapters
 from helpers import (
+    BASELINES,
     FRONT_ENDS,
     E_hat,
     ResumableLoader,
@@ -116,33 +118,25 @@ def resume_points(accumulate: int) -> list[str]:
     return [f"steps/{per_epoch + 2}", f"steps/{per_epoch}", f"ends/{per_epoch}"]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_resumed_equals_uninterrupted(tmp_path, front_end, accumulate, precision):
-    settings = {"accumulate": accumulate, "precision": precision}
-    whole = run(tmp_path, front_end, **settings)
-    for point in resume_points(accumulate):
-        resumed = run(tmp_path, front_end, resume=tmp_path / f"{point}.ckpt", **settings)
-        assert_same_end(whole, resumed)
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"accumulate": 2},
+    {"precision": "bf16-mixed"},
+    {"precision": "16-mixed", "accumulate": 2},
+    {"rho": LearningRateRho(1.0)},
+    {"rho": 0.5, "norm_scope": "layer", "estimator": "projected"},
+    {"rho": 0.5, "start_step": 3, "every_n_steps": 3},
+    {"rho": CosineRho(1.0, 0.1, total_steps=9), "dropout": 0.3},
+]
+RUNS = [*product(FRONT_ENDS, SETTINGS), *product(BASELINES, ({}, {"accumulate": 2, "rho": LearningRateRho(0.5)}))]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rho": LearningRateRho(1.0)},
-        {"rho": 0.5, "norm_scope": "layer", "estimator": "projected"},
-        {"rho": 0.5, "start_step": 3, "every_n_steps": 3},
-        {"rho": CosineRho(1.0, 0.1, total_steps=9), "dropout": 0.3},
-    ],
-    ids=["learning-rate", "layer-projected", "intervals", "dropout"],
-)
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_resumed_with_other_settings(tmp_path, front_end, settings):
-    if front_end == "efmlora+module" and "start_step" in settings:
+@pytest.mark.parametrize(("front_end", "settings"), RUNS, ids=str)
+def test_resumed_equals_uninterrupted(tmp_path, front_end, settings):
+    if front_end == "efmlora+module":
         settings = {key: value for key, value in settings.items() if key != "start_step"}
     whole = run(tmp_path, front_end, **settings)
-    for point in resume_points(1):
+    for point in resume_points(settings.get("accumulate", 1)):
         assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / f"{point}.ckpt", **settings))
 
 

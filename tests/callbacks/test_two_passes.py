@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FRONT_ENDS, Classifier, build, driver_of, fit, make_loader, make_net, same, weights
+from helpers import FRONT_ENDS, TWO_PASSES, Classifier, build, driver_of, fit, make_loader, make_net, same, weights
 from hostile_modules import TEACHERS, HalvesGradients, Teaches
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from two_pass_runs import TWO_PASSES, two_passes
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LinearRho
 from lightning_flatlora.baselines import SAM, LoRASAM
@@ -43,7 +42,7 @@ def test_large_buffers_and_what_lies_deeper_see_both_passes(
     """The documented limits: such counts belong in on_train_batch_end."""
     for name, limit in limits.items():
         monkeypatch.setattr(put_back, name, limit)
-    module, callbacks, more = two_passes("fmlora", Counts)
+    module, callbacks, more = build("fmlora", own=Counts)
     fit(tmp_path, module, callbacks, max_epochs=1, **more)
     assert (int(module.floats[0]), int(module.packed[0])) == counted
     assert module.counts == {"batches": [12]}
@@ -57,7 +56,7 @@ def test_a_momentum_encoder_is_refused_inside_of_a_step(tmp_path: Any, kind: str
             TEACHERS[name](self)
             return super().loss(batch, batch_idx)
 
-    module, callbacks, more = two_passes(kind, Inside)
+    module, callbacks, more = build(kind, own=Inside)
     message = rf"writes the parameter {name}\..* no optimizer trains.*on_train_batch_end"
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, module, callbacks, max_epochs=1, **more)
@@ -78,7 +77,7 @@ def test_what_callbacks_log_around_the_backward_pass_is_that_of_the_first(tmp_pa
     """At a learning rate of 0, where the clean passes of all runs agree."""
     logged = []
     for each in ("plain", kind):
-        module, callbacks, more = two_passes(each, object, lr=0.0)
+        module, callbacks, more = build(each, lr=0.0)
         module.optimizer_class = torch.optim.SGD
         logged.append(fit(tmp_path, module, [*callbacks, Logs()], **more).callback_metrics)
     assert set(logged[0]) == {"before", "after"}
@@ -135,59 +134,14 @@ class FreeWeights:
         self.seen.append([weight.grad.clone() for weight in self.free if weight.grad is not None])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", TWO_PASSES)
-def test_parameters_outside_the_module_have_one_gradient(tmp_path: Any, kind: str, accumulate: int) -> None:
-    module, callbacks, more = two_passes(kind, FreeWeights, net=make_net().double(), accumulate=accumulate)
+def test_parameters_outside_the_module_have_one_gradient(tmp_path: Any, kind: str) -> None:
+    module, callbacks, more = build(kind, own=FreeWeights, net=make_net().double(), accumulate=2)
     fit(tmp_path, module, callbacks, make_loader(4, dtype=torch.float64), max_epochs=1, **more)
-    means = [0.0, 1.0, 2.0, 3.0] if accumulate == 1 else [0.5, 2.5]
-    for step, (mean, grads) in enumerate(zip(means, module.seen, strict=True)):
-        assert len(grads) == (2 if step * accumulate >= 2 else 1)
+    for mean, grads, expected in zip([0.5, 2.5], module.seen, [1, 2], strict=True):
+        assert len(grads) == expected
         for grad in grads:
             torch.testing.assert_close(grad, torch.full_like(grad, mean))
-
-
-class WithHead:
-    """A head that the optimizer holds later, or that is trained later; notes its weight in each pass."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        torch.manual_seed(0)
-        self.head = nn.Linear(6, 6)
-        self.seen: tuple[Tensor, ...] = ()
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        self.seen += (self.head.weight.detach().clone(),)
-        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
-
-    def configure_optimizers(self) -> Any:
-        held = self.net if self.head.weight.requires_grad else self
-        return torch.optim.SGD([p for p in held.parameters() if p.requires_grad or held is self], lr=0.0)
-
-
-class Joining(Callback):
-    """Gives a head to the optimizer at the start of the first epoch."""
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        trainer.optimizers[0].add_param_group({"params": list(pl_module.head.parameters())})
-
-
-class Thawing(Callback):
-    """Trains a head, which the optimizer holds, from the second batch on."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.head.requires_grad_(batch_idx >= 1)
-
-
-@pytest.mark.parametrize("comes_first", [True, False])
-@pytest.mark.parametrize("change", [Joining, Thawing])
-def test_sam_moves_what_joins_the_optimizer_or_is_unfrozen_later(tmp_path: Any, change: Any, comes_first: bool) -> None:
-    module, callbacks, more = two_passes("sam", WithHead)
-    module.head.requires_grad_(change is Joining)
-    callbacks = [change(), *callbacks] if comes_first else [*callbacks, change()]
-    fit(tmp_path, module, callbacks, max_epochs=1, **more)
-    moved = [not torch.equal(*passes) for passes in zip(module.seen[::2], module.seen[1::2], strict=True)]
-    assert moved == [change is Joining, *[True] * 5]
 
 
 class Wrapping(torch.optim.Optimizer):
