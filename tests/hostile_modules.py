@@ -5,12 +5,11 @@ At a learning rate of 0 the clean passes of every run agree, so whatever a step 
 
 import copy
 import random
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
-from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune_pairs
@@ -301,70 +300,23 @@ class HalvesGradients(Hostile):
                 p.grad *= 0.5
 
 
-# -- batches that a step takes apart or writes
-
-
-class Pair(NamedTuple):
-    """A batch that can't be built from an iterable."""
-
-    parts: dict[str, Tensor]
-    more: list[Tensor]
-
-
-@dataclass
-class Fields:
-    """A batch whose tensors a step may replace."""
-
-    inputs: Tensor
-    labels: Tensor
-    factor: Tensor
-
-
-class Movable(SimpleNamespace):
-    """A batch of a library's own class, which says how it is moved to a device."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "Movable":
-        return copy.copy(self)
-
-
-NAMES = ("inputs", "labels", "factor")
-
-
-class Pops(Hostile):
-    """Takes all out of its batch."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        if "parts" in batch or isinstance(batch, tuple):
-            parts, more = batch if isinstance(batch, tuple) else batch.values()
-            factor, labels = more.pop(), more.pop()
-            return super().loss((parts.pop("inputs") + 1, labels, factor), batch_idx)
-        inputs, labels, factor = (batch.pop(name) for name in NAMES)
-        return super().loss((inputs + 1, labels, factor), batch_idx)
-
-
-class Replaces(Hostile):
-    """Puts another tensor into its batch, as a step may normalize it."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        batch.inputs = batch.inputs + 1
-        return super().loss((batch.inputs, batch.labels, batch.factor), batch_idx)
+# -- batches that a step writes or takes apart; what else may be one is in methods/test_batches.py
 
 
 class Adds(Hostile):
     """Writes into the tensors of its batch."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        values = vars(batch).values() if isinstance(batch, (Fields, Movable)) else batch
-        inputs, labels, factor = values
+        inputs, labels, factor = batch
         return super().loss((inputs.add_(1), labels, factor), batch_idx)
 
 
-def nested(kind: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda batch: kind({"inputs": batch[0]}, [batch[1], batch[2]])
+class Pops(Hostile):
+    """Takes all out of its batch."""
 
-
-def named(kind: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda batch: kind(**dict(zip(NAMES, batch, strict=True)))
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        inputs, more = batch.pop("inputs"), batch.pop("more")
+        return super().loss((inputs + 1, more.pop(0), more.pop()), batch_idx)
 
 
 # -- networks
@@ -541,11 +493,9 @@ def make_dropout_net() -> nn.Module:
 
 EVERYWHERE = (*FRONT_ENDS, "loops.EFMLoRA", "loops.FMLoRA")
 BY_TRAINER = (*FRONT_ENDS, "LoRASAM")
-"""For what stands on hooks or on logging."""
-IN_TWO_PASSES = ("fmlora", "module", "LoRASAM")
-"""For batches, which a loop's author would copy."""
-OF_LAYERS = ("efmlora", "fmlora", "loops.EFMLoRA")
-"""For what is special in its layers alone: one of each way in which these are made to read B + E."""
+"""For what stands on hooks, on logging, or on batches that a loop's author would copy."""
+OF_LAYERS = ("efmlora", "loops.EFMLoRA")
+"""For what is special in its layers alone: read by a switch, and by the forward gate."""
 
 
 @dataclass
@@ -574,7 +524,6 @@ class Kind:
 
 
 by_trainer = partial(Kind, front_ends=BY_TRAINER)
-takes = partial(Kind, front_ends=IN_TWO_PASSES, like="writes into a tuple")
 layers = partial(Kind, front_ends=OF_LAYERS)
 KINDS: dict[str, Kind] = {
     "dropout": Kind(),
@@ -587,16 +536,10 @@ KINDS: dict[str, Kind] = {
     "teaches": by_trainer(Teaches),
     "freezes late": by_trainer(FreezesLate, saves_adapters=True),
     "unfreezes a head": by_trainer(WithHead, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
-    "writes into a tuple": Kind(Adds, front_ends=IN_TWO_PASSES),
-    "writes into a dataclass": takes(Adds, as_batch=lambda batch: Fields(*batch)),
-    "writes into a class of a library": takes(Adds, as_batch=named(Movable)),
-    "replaces in a dataclass": takes(Replaces, as_batch=lambda batch: Fields(*batch)),
-    "replaces in a class of a library": takes(Replaces, as_batch=named(Movable)),
-    "pops from a dict": takes(Pops, as_batch=named(dict)),
-    "pops from an encoding": takes(Pops, as_batch=lambda batch: BatchEncoding(dict(zip(NAMES, batch, strict=True)))),
-    "pops from nested parts": takes(Pops, as_batch=nested(lambda *parts: parts)),
-    "pops from a named tuple": takes(Pops, as_batch=nested(Pair)),
-    "pops from an ordered dict": takes(Pops, as_batch=named(OrderedDict)),
+    "writes into a tuple": by_trainer(Adds),
+    "pops from a dict": by_trainer(
+        Pops, as_batch=lambda batch: {"inputs": batch[0], "more": batch[1:]}, like="writes into a tuple"
+    ),
     "add_adapter": layers(net=Bert, saves_adapters=True),
     "Hydra": layers(net=of_hydra, saves_adapters=True),
     "DoRA": layers(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
@@ -622,9 +565,11 @@ KINDS: dict[str, Kind] = {
     "stacked q, k and v": layers(net=of_litgpt, settings={"finder": litgpt_pairs}),
     "4 bits": layers(IsQuantized, net=lambda: quantized("four_bits")),
     "8 bits": layers(IsQuantized, net=lambda: quantized("eight_bits")),
-    "not checkpointed": layers(net=make_net),
+    "not checkpointed": Kind(net=make_net),
 }
 for title, how in CHECKPOINTS.items():
     dropout, like = (0.0, "not checkpointed") if title == "another library's" else (0.2, "dropout")
     makes = partial(lambda how, dropout: Checkpointed(make_net(dropout), how), how, dropout)
-    KINDS[f"checkpointed, {title}"] = layers(net=makes, like=like)
+    KINDS[f"checkpointed, {title}"] = Kind(
+        net=makes, like=like, front_ends=("fmlora", "module", "loops.FMLoRA", *OF_LAYERS)
+    )

@@ -35,12 +35,8 @@ def schedule() -> CosineRho:
 
 
 def method_of(name: str, model: nn.Module, optimizer: Any, rho: Any = None, **settings: Any) -> Any:
-    kinds: dict[str, tuple[type[Any], dict[str, Any]]] = {
-        "EFMLoRA": (loops.EFMLoRA, {"beta": BETA}),
-        "FMLoRA": (loops.FMLoRA, {}),
-    }
-    kind, own = kinds[name]
-    return kind(model, optimizer, schedule() if rho is None else rho, **own, **settings)
+    own = {"beta": BETA} if name == "EFMLoRA" else {}
+    return getattr(loops, name)(model, optimizer, schedule() if rho is None else rho, **own, **settings)
 
 
 def plain_backward(value: Tensor) -> None:
@@ -90,11 +86,12 @@ def one_pass() -> list[Any]:
     return [torch.enable_grad()]
 
 
-def train(name: str | None, net: nn.Module, data: list[Any], rho: Any = None, **settings: Any) -> Any:
+def train(
+    name: str, net: nn.Module, data: list[Any], rho: Any = None, method: dict[str, Any] | None = None, **settings: Any
+) -> Any:
     """Train in plain PyTorch; what drove it."""
     optimizer = optimizer_of(net)
-    flat = None if name is None else method_of(name, net, optimizer, rho)
+    flat = method_of(name, net, optimizer, rho, **(method or {}))
     run(flat, net, optimizer, data, scheduler=scheduler_of(optimizer), **settings)
-    if flat is not None:
-        flat.close()
+    flat.close()
     return flat

@@ -150,19 +150,6 @@ def test_a_batch_of_layers_is_the_layers_one_by_one() -> None:
         assert torch.allclose(together.squared_norm[i], alone.squared_norm[0], rtol=1e-12)
 
 
-def test_gradients_of_one_loss_give_the_literal_norm() -> None:
-    """Eq. 12's norm with both gradients as they are, which the two agree on."""
-    A, B, grad_A, grad_B = factors()
-    R_A, R_B = damped_inverse_root(A.mT), damped_inverse_root(B)
-    K_A, K_B = R_A.mT @ R_A, R_B.mT @ R_B
-    projector = K_A @ A @ A.mT
-    grad_B_seen, C_A = grad_B @ projector, grad_A @ A.mT @ projector
-    cross = (B.mT @ grad_B_seen @ K_A) * (K_B @ C_A)
-    literal = ((grad_B_seen @ K_A) * grad_B_seen).sum() + ((K_B @ grad_A) * grad_A).sum() + 2 * cross.sum()
-    ours = ascent_average(*batch(A, B, grad_A, grad_B), scaling()).squared_norm[0]
-    assert relative_error(ours, literal / (4 * S**2)) < 1e-12
-
-
 PENALTIES = {"L1": lambda factor: factor.abs().sum(), "L2": lambda factor: factor.square().sum()}
 
 

@@ -55,9 +55,6 @@ class Case:
 
 
 REFUSED = {
-    "arguments, together": Case(
-        "rho must be", "every_n_steps must be", "finder must be", rho=-1.0, every_n_steps=0, finder="litgpt"
-    ),
     "no horizon": Case("set total_steps", rho=LinearRho(1.0, 0.0)),
     "total_steps": Case("total_steps must be an integer >= 1, got 0", rho=LinearRho(1.0, 0.0), total_steps=0),
     "each other's place": Case("must be a model and its torch.optim.Optimizer", optimizer=lambda net: net),

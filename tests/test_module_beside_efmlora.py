@@ -84,18 +84,6 @@ def test_efmlora_beside_the_module_equals_the_literal_loop(tmp_path, every_n_ste
     assert callbacks[0].step == 30
 
 
-def test_the_pair_is_not_either_alone(tmp_path):
-    """Guards the test above against a run in which the callback does nothing."""
-    ends = []
-    for front_end in ("efmlora", "module", "efmlora+module"):
-        module, callbacks, kwargs = build(front_end)
-        fit(tmp_path, module, callbacks, **kwargs)
-        ends.append(list(weights(module).values()))
-    assert not same(ends[0], ends[1])
-    assert not same(ends[0], ends[2])
-    assert not same(ends[1], ends[2])
-
-
 def test_callback_given_by_the_module_itself(tmp_path):
     """EFMLoRA in configure_callbacks, after the module's own driver, works as one in the Trainer's list."""
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from helpers import E_hat, make_net
+from helpers import make_net
 from lightning.pytorch import Callback
 from peft import LoraConfig
 from torch import nn
@@ -19,16 +19,6 @@ class At(Callback):
         if self.seen == self.step:
             self.change(pl_module)
         self.seen += 1
-
-
-class Averages(Callback):
-    """Ê of every pair after each batch."""
-
-    def __init__(self, callback: Any) -> None:
-        self.callback, self.seen = callback, []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.seen.append(E_hat(self.callback))
 
 
 def moved(module: nn.Module) -> list[str]:

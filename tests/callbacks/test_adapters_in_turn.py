@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from changing_models import two_adapters
-from helpers import FRONT_ENDS, Classifier, build, fit, weights
+from helpers import FRONT_ENDS, Classifier, build, fit
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, perturbed_read
@@ -17,30 +17,6 @@ class TrainsBoth:
     def configure_optimizers(self) -> Any:
         module: Any = self
         return torch.optim.AdamW([p for name, p in module.named_parameters() if "lora" in name], lr=0.02)
-
-
-class InTurn(TrainsBoth):
-    """The batch's number decides on the adapter, in training_step itself."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        module: Any = self
-        module.net.set_adapter(("default", "other")[batch_idx % 2])
-        return super().loss(batch, batch_idx)  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("front_end", ["efmlora", "fmlora", "module"])
-def test_the_estimator_is_the_one_that_was_asked_for(tmp_path: Any, front_end: str) -> None:
-    """Where A counted as frozen, both estimators gave the same weights bit for bit."""
-    found = []
-    for estimator in ("average", "projected"):
-        module, callbacks, kwargs = build(front_end, net=two_adapters(), own=InTurn, estimator=estimator)
-        fit(tmp_path, module, callbacks, max_epochs=4, **kwargs)
-        found.append(weights(module))
-    average, projected = found
-    for adapter in ("default", "other"):
-        names = [name for name in average if f".{adapter}." in name]
-        assert names
-        assert any(not torch.equal(average[name], projected[name]) for name in names), adapter
 
 
 READ: list[tuple[int, str, bool]] = []  # not in the module, where both passes would count in it

@@ -1,6 +1,5 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
-from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,6 @@ import pytest
 import torch
 from checkpointed_bases import WEIGHTS, assert_resumes, epochs, saver, state
 from helpers import (
-    CLASSES,
-    FEATURES,
     Classifier,
     fit,
     make_loader,
@@ -24,7 +21,7 @@ from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
 from quantized_bases import BASES
@@ -238,30 +235,27 @@ def test_a_quantized_base_is_not_saved_and_may_be_exchanged(tmp_path: Path, quan
     loads.validate(module(packed=False), batches, ckpt_path=file, verbose=False)
 
 
-def test_without_a_trainer(tmp_path: Path) -> None:
-    module = Classifier()
-    fit(tmp_path, module, [saver(tmp_path)])
+def test_without_a_trainer(trained: tuple[Any, Path]) -> None:
+    module, file = trained[0], trained[1] / "step=12.ckpt"
     other = Classifier(net=make_net())
-    assert load_adapter_checkpoint(other, tmp_path / "step=12.ckpt") is other
+    assert load_adapter_checkpoint(other, file) is other
     assert same(weights(other), weights(module))
     with pytest.warns(UserWarning, match=r"tensors of the base.*are not those"):
-        load_adapter_checkpoint(Classifier(net=make_net(seed=1)), tmp_path / "step=12.ckpt")
+        load_adapter_checkpoint(Classifier(net=make_net(seed=1)), file)
     with pytest.raises(RuntimeError, match=r"size mismatch for net.base_model.model.0.lora_A.*\[2, 6\].*\[3, 6\]"):
-        load_adapter_checkpoint(Classifier(net=make_net(rank=3)), tmp_path / "step=12.ckpt")
+        load_adapter_checkpoint(Classifier(net=make_net(rank=3)), file)
 
 
 @pytest.mark.filterwarnings("ignore:Found keys that are in the model")
-def test_load_from_checkpoint_is_not_strict(tmp_path: Path) -> None:
+def test_load_from_checkpoint_is_not_strict(tmp_path: Path, trained: tuple[Any, Path]) -> None:
     """What the page on checkpoints says of Lightning's own way."""
-    module = Classifier()
-    fit(tmp_path, module, [saver(tmp_path)])
+    module, file = trained[0], trained[1] / "step=12.ckpt"
     with pytest.raises(RuntimeError, match="Missing key"):
-        Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt")
-    loaded = Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt", strict=False)
+        Classifier.load_from_checkpoint(file)
+    loaded = Classifier.load_from_checkpoint(file, strict=False)
     assert same(weights(loaded), weights(module))
-    trainer = trainer_of(tmp_path, [])
     loaded.strict_loading = False
-    trainer.validate(loaded, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)
+    trainer_of(tmp_path, []).validate(loaded, make_loader(1), ckpt_path=file, verbose=False)
 
 
 class TakesWeightsOut(Classifier):

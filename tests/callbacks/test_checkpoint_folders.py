@@ -88,36 +88,23 @@ def test_what_a_user_has_under_a_checkpoints_name_stays(tmp_path: Path, counter:
             assert same(factor, saved["net.base_model.model.0.lora_A.default.weight"])
 
 
-def test_a_folder_that_was_kept_without_its_file_stays(tmp_path: Path) -> None:
+def test_a_kept_folder_stays_where_the_next_checkpoint_or_a_removal_comes(tmp_path: Path) -> None:
     """Who deletes the large files and keeps the small folders may train again into the same place."""
-    train(tmp_path, saver(tmp_path))
+    settings = {"save_top_k": 1, "every_n_train_steps": None, "filename": "{epoch}"}
+    train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
     for file in tmp_path.glob("*.ckpt"):
         file.unlink()
     kept = {path: load_file(path / WEIGHTS) for path in tmp_path.iterdir()}
-    assert len(kept) > 1
-    train(tmp_path, saver(tmp_path, save_top_k=1, monitor="step", mode="max"))
+    assert len(kept) == 2
+    train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
+    # The resumed run removes its former best checkpoint, which is gone.
+    resumed = tmp_path / "resumed.ckpt"
+    (tmp_path / "epoch=0-v1.ckpt").rename(resumed)
+    kept[tmp_path / "epoch=0-v1"] = load_file(tmp_path / "epoch=0-v1" / WEIGHTS)
+    train(tmp_path, saver(tmp_path, **settings), max_epochs=2, ckpt_path=resumed)
     for path, weights_before in kept.items():
         assert same(load_file(path / WEIGHTS), weights_before)
-    (file,) = tmp_path.glob("*.ckpt")
-    assert file.stem.endswith("-v1")
-    assert (file.with_suffix("") / WEIGHTS).exists()
-
-
-def test_a_kept_folder_stays_where_the_last_checkpoint_or_a_removal_comes(tmp_path: Path) -> None:
-    settings = {"save_top_k": 1, "every_n_train_steps": None, "filename": "{epoch}"}
-    train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
-    (tmp_path / "last.ckpt").unlink()
-    kept = load_file(tmp_path / "last" / WEIGHTS)
-    train(tmp_path, saver(tmp_path, save_last=True, **settings), max_epochs=1)
-    assert same(load_file(tmp_path / "last" / WEIGHTS), kept)
     assert (tmp_path / "last-v1" / WEIGHTS).exists()
-    # The resumed run removes its former best checkpoint, which is gone.
-    (file,) = tmp_path.glob("epoch=0-v1.ckpt")
-    resumed = tmp_path / "resumed.ckpt"
-    file.rename(resumed)
-    kept = load_file(tmp_path / "epoch=0-v1" / WEIGHTS)
-    train(tmp_path, saver(tmp_path, **settings), max_epochs=2, ckpt_path=resumed)
-    assert same(load_file(tmp_path / "epoch=0-v1" / WEIGHTS), kept)
 
 
 def test_a_users_folder_in_the_place_of_a_file_stays(tmp_path: Path) -> None:

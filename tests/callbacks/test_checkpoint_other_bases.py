@@ -16,33 +16,30 @@ from lightning_flatlora.callbacks.adapter_checkpoint.contents import differing, 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
-def test_another_base_is_noticed(tmp_path: Path) -> None:
+def test_another_base_is_noticed(tmp_path: Path, trained_base: Path) -> None:
     """A head that the loader draws anew: no resumed run, and an evaluation with a warning."""
-    fit(tmp_path, module_of(head_seed=1), [saver(tmp_path / "1")])
-    file = tmp_path / "1" / "step=6.ckpt"
-    with pytest.raises(MisconfigurationException, match=r"1 tensors of the base.*base_model.model.head.weight.*strict"):
-        fit(tmp_path, module_of(head_seed=2), [saver(tmp_path / "2")], ckpt_path=file)
-    with pytest.warns(UserWarning, match=r"1 tensors of the base.*base_model.model.head.weight"):
-        validate(tmp_path / "1", module_of(head_seed=2))
+    said, file = r"1 tensors of the base.*base_model.model.head.weight", trained_base / "step=6.ckpt"
+    with pytest.raises(MisconfigurationException, match=f"{said}.*strict"):
+        fit(tmp_path, module_of(head_seed=2), [saver(tmp_path)], ckpt_path=file)
+    with pytest.warns(UserWarning, match=said):
+        validate(trained_base, module_of(head_seed=2))
     lenient = module_of(head_seed=2)
     lenient.strict_loading = False
-    with pytest.warns(UserWarning, match=r"1 tensors of the base.*base_model.model.head.weight"):
-        fit(tmp_path, lenient, [saver(tmp_path / "2")], ckpt_path=file)
+    with pytest.warns(UserWarning, match=said):
+        fit(tmp_path, lenient, [saver(tmp_path)], ckpt_path=file)
 
 
-def test_a_base_that_differs_between_the_samples_is_taken_for_the_same(tmp_path: Path) -> None:
+def test_a_base_that_differs_between_the_samples_is_taken_for_the_same(tmp_path: Path, trained_base: Path) -> None:
     """As the page on checkpoints says: a few values of each weight are compared."""
-    fit(tmp_path, module_of(), [saver(tmp_path / "1")])
     other = module_of()
     other.net.base_model.model.head.weight.data[0, 1] += 1
-    fit(tmp_path, other, [saver(tmp_path / "2")], ckpt_path=tmp_path / "1" / "step=6.ckpt")
+    fit(tmp_path, other, [saver(tmp_path)], ckpt_path=trained_base / "step=6.ckpt")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_base_of_another_precision_is_the_same_base(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_base_of_another_precision_is_the_same_base(trained_base: Path, dtype: torch.dtype) -> None:
     """pytest turns warnings into errors."""
-    fit(tmp_path, module_of(), [saver(tmp_path)])
-    validate(tmp_path, module_of().to(dtype), dtype=dtype)
+    validate(trained_base, module_of().to(dtype), dtype=dtype)
 
 
 class BuiltLater(Classifier):
@@ -121,20 +118,15 @@ def test_a_base_that_comes_out_the_same_is_left_out(tmp_path: Path) -> None:
     assert "net.base_model.model.0.base_layer.weight" not in state(tmp_path / "step=6.ckpt")
 
 
-def test_another_scaling_of_the_adapter_is_told_of(tmp_path: Path) -> None:
+def test_another_scaling_of_the_adapter_is_told_of(tmp_path: Path, trained_base: Path) -> None:
     """The same weights with another lora_alpha or use_rslora are another model, and have the same names and shapes."""
-    fit(tmp_path, module_of(), [saver(tmp_path / "1")])
-    file = tmp_path / "1" / "step=6.ckpt"
-    other = "another lora_alpha, r or use_rslora in 1 layers, such as net.base_model.model.first.lora_B.default.weight"
-
-    def module() -> Classifier:
-        rescaled = module_of()
-        rescaled.net.base_model.model.first.scaling["default"] = 16.0
-        return rescaled
-
-    with pytest.warns(UserWarning, match=other):
-        load_adapter_checkpoint(module(), file)
-    with pytest.warns(UserWarning, match=other):
-        validate(tmp_path / "1", module())
-    with pytest.warns(UserWarning, match=other):
-        fit(tmp_path, module(), [saver(tmp_path / "3")], ckpt_path=file)
+    file = trained_base / "step=6.ckpt"
+    for load in (
+        lambda module: load_adapter_checkpoint(module, file),
+        lambda module: validate(trained_base, module),
+        lambda module: fit(tmp_path, module, [saver(tmp_path)], ckpt_path=file),
+    ):
+        module = module_of()
+        module.net.base_model.model.first.scaling["default"] = 16.0
+        with pytest.warns(UserWarning, match=r"another lora_alpha, r or use_rslora in 1 layers, .*first.lora_B"):
+            load(module)

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import FEATURES, Classifier, fit
+import torch
+from helpers import FEATURES, ByHand, Classifier, fit, make_net, with_own
+from hostile_modules import Teaches, by_data
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, find_pairs
-from lightning_flatlora.callbacks import flatness_monitor
 
 
 def test_all_bad_values_are_told_at_once() -> None:
@@ -64,10 +65,13 @@ def test_a_start_that_lacks_everything_says_so_at_once(tmp_path: Any) -> None:
     assert "no LoRA pair to perturb" in lines[3]
 
 
-def test_expected_sharpness_needs_the_base_of_a_finders_pairs(tmp_path: Any) -> None:
-    monitor = FlatnessMonitor(1.0, measures=["expected_sharpness"], finder=lambda model: find_pairs(model).pairs)
-    with pytest.raises(MisconfigurationException, match="the finder names no plain Linear as their base"):
-        fit(tmp_path, Classifier(), [monitor])
+def test_one_of_two_average_perturbations_is_measured_with_a_warning(tmp_path: Any) -> None:
+    net = make_net()
+    net.add_adapter("second", LoraConfig(r=2, target_modules=["2"]))
+    net.base_model.set_adapter(["default", "second"])
+    callbacks = [EFMLoRA(0.5, adapter_name=name) for name in ("default", "second")]
+    with pytest.warns(UserWarning, match="EFMLoRA has 2 average perturbations .* and the first alone is measured"):
+        fit(tmp_path, Classifier(net=net), [*callbacks, FlatnessMonitor()], max_epochs=1)
 
 
 def test_a_finder_of_its_own_takes_the_place_of_the_methods_adapter(tmp_path: Any) -> None:
@@ -120,60 +124,79 @@ class TakesTheLoader(Classifier):
         return self.loss(batch, batch_idx)
 
 
+class Checkpointed(Classifier):
+    """With reentrant activation checkpointing, in eval mode as well."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, labels, _ = batch
+        logits = checkpoint(self.net, inputs.requires_grad_(), use_reentrant=True)
+        return nn.functional.cross_entropy(logits, labels)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (DetectsInEvalMode, "KeyError: 'losses'"),
-        (WritesItsGraph, "RuntimeError: .* inplace operation"),
-        (TakesTheLoader, "TypeError: 'NoneType' object is not an iterator"),
+        (DetectsInEvalMode, "training_step fails in eval mode.*KeyError: 'losses'"),
+        (WritesItsGraph, "training_step fails in eval mode.*RuntimeError: .* inplace operation"),
+        (TakesTheLoader, "training_step fails in eval mode.*TypeError: 'NoneType' object is not an iterator"),
+        (Checkpointed, ".* the loss has reentrant"),
     ],
 )
 def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: Any, kind: Any, reason: str) -> None:
-    monitor = FlatnessMonitor(0.5)
-    with pytest.warns(
-        UserWarning, match=f"nothing is measured in this run: training_step fails in eval mode.*{reason}"
-    ):
-        trainer = fit(tmp_path, kind(), [monitor])
+    with pytest.warns(UserWarning, match=f"nothing is measured in this run: {reason}"):
+        trainer = fit(tmp_path, kind(), [FlatnessMonitor(0.5)])
     assert trainer.global_step == 12
     assert not [name for name in trainer.callback_metrics if name.startswith("flatness")]
 
 
-def test_a_measurement_that_fails_is_left_out(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: Any) -> Any:
-        raise ZeroDivisionError("no pass")
-
-    monkeypatch.setattr(flatness_monitor, "measure", failing)
-    with pytest.warns(UserWarning, match="FlatnessMonitor: a measurement was left out: ZeroDivisionError: no pass"):
-        trainer = fit(tmp_path, Classifier(), [FlatnessMonitor(0.5)])
-    assert trainer.global_step == 12
+# -- at the start
 
 
-def test_validation_data_needs_a_validation(tmp_path: Any) -> None:
-    with pytest.raises(MisconfigurationException, match="data='val' gives no batch to hold"):
-        fit(tmp_path, Classifier(), [FlatnessMonitor(1.0, data="val")])
-
-
-class Teaches(Classifier):
-    """A momentum encoder that a step updates, in training mode alone or always."""
-
-    def __init__(self, only_in_training: bool) -> None:
-        super().__init__()
-        self.only_in_training = only_in_training
-        self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
-        self.teacher.requires_grad_(False)
+class TeachesInTraining(Teaches):
+    """A momentum encoder that a step updates in training mode alone, or always."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        if self.training or not self.only_in_training:
-            for own, other in zip(self.teacher.parameters(), self.head.parameters(), strict=True):
-                own.data = own.data * 0.5 + other.data * 0.5
-        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
+        if self.training:
+            by_data(self)
+        return super().loss(batch, batch_idx)
 
 
-def test_a_momentum_encoder_that_is_written_in_eval_mode_is_refused(tmp_path: Any) -> None:
-    monitor = FlatnessMonitor(0.5, every_n_steps=4)
-    with pytest.raises(
-        MisconfigurationException, match=r"writes the parameter teacher\.weight in eval mode.*behind `if self.training`"
-    ):
-        fit(tmp_path, Teaches(only_in_training=False), [monitor], max_steps=1)  # before the first measurement
-    trainer = fit(tmp_path, Teaches(only_in_training=True), [monitor])
+class TeachesAlways(Teaches):
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        by_data(self)
+        return super().loss(batch, batch_idx)
+
+
+def compiled_network() -> Any:
+    module = Classifier()
+    module.net.compile(backend="eager")
+    return module
+
+
+SECOND: dict[str, Any] = {"measures": ["sharpness", "hessian_trace"]}
+NEEDS_SECOND = r"hessian_trace need second derivatives, which torch\.compile"
+OF_A_FINDER: dict[str, Any] = {"measures": ["expected_sharpness"], "finder": lambda model: find_pairs(model).pairs}
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a finder's pairs": (Classifier, OF_A_FINDER, "the finder names no plain Linear as their base"),
+    "no validation": (Classifier, {"data": "val"}, "data='val' gives no batch to hold"),
+    "manual optimization": (ByHand, {}, "put the loss of a batch into a method compute_loss"),
+    "compiled": (lambda: torch.compile(Classifier(), backend="eager"), SECOND, NEEDS_SECOND),
+    "a compiled network": (compiled_network, SECOND, NEEDS_SECOND),
+    "a momentum encoder": (
+        with_own(TeachesAlways)[0],
+        {},
+        r"writes the parameter by_data\.weight in eval mode.*behind `if self.training`",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_can_not_be_measured_is_refused(tmp_path: Any, what: str) -> None:
+    make, settings, message = REFUSED[what]
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, make(), [FlatnessMonitor(1.0, **settings)], max_steps=1)
+
+
+def test_what_is_written_in_training_mode_alone_is_measured(tmp_path: Any) -> None:
+    trainer = fit(tmp_path, with_own(TeachesInTraining)[0](), [FlatnessMonitor(0.5)])
     assert "flatness/sharpness" in trainer.callback_metrics

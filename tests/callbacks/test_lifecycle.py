@@ -21,7 +21,7 @@ from helpers import (
     weights,
 )
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_flatlora import (
@@ -98,21 +98,6 @@ def test_a_used_trainer_takes_no_count_from_a_checkpoint_of_plain_lora(tmp_path)
     assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(6)])
 
 
-def test_a_second_fit_goes_on_after_a_finder_of_the_rate(tmp_path):
-    callback = EFMLoRA(LinearRho(1.0, 0.0, total_steps=24))
-    finder = LearningRateFinder(num_training_steps=5, min_lr=1e-3, max_lr=1e-2)
-    module = Classifier()
-    trainer = fit(tmp_path, module, [callback, finder], max_epochs=1)
-    trainer.callbacks.remove(finder)
-    before = trainer.global_step  # 6, or 1 after Lightning 2.5's finder
-    trainer.fit_loop.max_epochs = 2
-    sizes = Sizes(callback)
-    trainer.callbacks.append(sizes)
-    trainer.fit(module, make_loader(), make_loader(1))
-    assert before > 0
-    assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(before, trainer.global_step)])
-
-
 def test_another_trainer_starts_anew(tmp_path):
     module, callback = Classifier(), EFMLoRA(CosineRho(1.0, 0.0))
     fit(tmp_path, module, [callback], max_epochs=1)
@@ -120,15 +105,6 @@ def test_another_trainer_starts_anew(tmp_path):
     fit(tmp_path, module, [callback, sizes], max_epochs=1)
     assert callback.step == 6
     assert sizes.sizes[0] == 1.0
-
-
-def test_a_second_fit_from_a_checkpoint_takes_its_count(tmp_path):
-    module, callback = Classifier(), EFMLoRA(0.5)
-    saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    trainer = fit(tmp_path, module, [callback, saving])
-    trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, make_loader(), make_loader(1), ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert callback.step == trainer.global_step == 18
 
 
 # -- weight averaging

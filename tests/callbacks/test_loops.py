@@ -1,12 +1,15 @@
 """Evaluation sees the clean weights; compiled and hand-optimized modules train as plain ones do."""
 
 import copy
+import functools
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
     FRONT_ENDS,
+    ByHand,
     Classifier,
     E_hat,
     Losses,
@@ -79,9 +82,8 @@ def test_second_fit_of_one_trainer(tmp_path, front_end):
     assert (driver_of(trainer).step, driver_of(other).step) == (12, 6)
 
 
-@pytest.mark.parametrize("evaluate", ["validate", "test"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_evaluating_a_checkpoint_loads_no_state_for_the_next_fit(tmp_path, front_end, evaluate):
+def test_evaluating_a_checkpoint_loads_no_state_for_the_next_fit(tmp_path, front_end):
     """``validate(ckpt_path=...)`` hands callbacks the file's state; a fit without it must not use that."""
     module, callbacks, kwargs = build(front_end)
     file = ModelCheckpoint(tmp_path, filename="last")
@@ -91,7 +93,7 @@ def test_evaluating_a_checkpoint_loads_no_state_for_the_next_fit(tmp_path, front
 
     again = ModelCheckpoint(tmp_path, filename="again")
     trainer = trainer_of(tmp_path, [*callbacks, again], max_epochs=1, limit_val_batches=1, **kwargs)
-    getattr(trainer, evaluate)(module, make_loader(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    trainer.validate(module, make_loader(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     trainer.fit(module, make_loader(), make_loader(1))
     assert_same_run(trainer, fit(tmp_path, fresh, fresh_callbacks, max_epochs=1, **kwargs))
 
@@ -121,12 +123,11 @@ def test_compiled_network_toggles_without_recompiling(tmp_path, front_end):
 # -- the user's own manual optimization, and other forms of training_step
 
 
-class ByHand(Losses, LightningModule):
-    """Manual optimization with one optimizer for all, or one for the pairs and one for the bias."""
+class InWindows(ByHand):
+    """With one optimizer for all, or one for the pairs and one for the bias."""
 
-    def __init__(self, optimizers: int = 1, accumulate: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.automatic_optimization = False
+    def __init__(self, optimizers: int, accumulate: int) -> None:
+        super().__init__()
         self.count, self.accumulate = optimizers, accumulate
         self.looks: list[tuple[bool, bool]] = []
 
@@ -134,28 +135,26 @@ class ByHand(Losses, LightningModule):
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         groups = [list(trained.values())]
         if self.count == 2:
-            groups = [
-                [p for n, p in trained.items() if "lora" not in n],
-                [p for n, p in trained.items() if "lora" in n],
-            ]
+            of_pairs = [p for name, p in trained.items() if "lora" in name]
+            groups = [[p for name, p in trained.items() if "lora" not in name], of_pairs]
         return [torch.optim.AdamW(group, lr=self.lr) for group in groups]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizers = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        self.manual_backward(self.loss(batch, batch_idx) / self.accumulate)
         if (batch_idx + 1) % self.accumulate == 0:
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            super().training_step(batch, batch_idx)
+        else:
+            self.manual_backward(self.loss(batch, batch_idx))
         self.looks.append((is_perturbed(self), same(self.net.state_dict(), copy.deepcopy(self.net).state_dict())))
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss(batch, batch_idx) / self.accumulate
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optimizers", [1, 2])
 def test_efmlora_in_a_module_optimized_by_hand(tmp_path, optimizers, accumulate):
     """With one or two optimizers of which one holds all pairs: the run of automatic optimization, bit for bit."""
-    module = ByHand(optimizers, accumulate)
+    module = InWindows(optimizers, accumulate)
     callback, other_callback = EFMLoRA(0.5, every_n_steps=2), EFMLoRA(0.5, every_n_steps=2)
     fit(tmp_path, module, [callback])
     other = Classifier()
@@ -166,6 +165,14 @@ def test_efmlora_in_a_module_optimized_by_hand(tmp_path, optimizers, accumulate)
     assert all(moved for moved, _ in module.looks[accumulate:])
     assert all(clean for _, clean in module.looks)
     assert_no_trace(module)
+
+
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 class FromIterator(Losses, LightningModule):
@@ -183,9 +190,18 @@ class NoIndex(Losses, LightningModule):
         return {"loss": self.loss(batch, 0), "more": 1}
 
 
-@pytest.mark.parametrize(
-    ("form", "callback"), [(FromIterator, EFMLoRA), (NoIndex, EFMLoRA), (NoIndex, FMLoRA)], ids=lambda c: c.__name__
-)
+class Decorated(NoIndex):
+    """Its step seems to take anything."""
+
+    @decorated
+    def training_step(self, batch: Any) -> Any:
+        return self.loss(batch, 0)
+
+
+FORMS = [(FromIterator, EFMLoRA), *product([NoIndex, Decorated], [EFMLoRA, FMLoRA])]
+
+
+@pytest.mark.parametrize(("form", "callback"), FORMS, ids=lambda c: c.__name__)
 def test_other_forms_of_training_step(tmp_path, form, callback):
     module, other = form(), Classifier()
     fit(tmp_path, module, [callback(0.5)])

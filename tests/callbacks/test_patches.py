@@ -1,12 +1,11 @@
 """What the callbacks put on a module for a moment is taken away again, and what was there comes back."""
 
-import functools
 import types
 from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, TwoPassClassifier, fit, same, weights
+from helpers import Classifier, TwoPassClassifier, fit
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.callbacks.patches import put_on_instance
@@ -57,25 +56,3 @@ def test_an_instances_own_configure_optimizers_is_kept(tmp_path: Any) -> None:
     trainer = fit(tmp_path, module, [], max_epochs=1)
     assert isinstance(trainer.optimizers[0], torch.optim.SGD)
     assert module.configure_optimizers is own
-
-
-def decorated(function: Any) -> Any:
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
-def test_a_decorated_step_is_given_what_it_takes(tmp_path: Any, kind: Any) -> None:
-    class Decorated(Classifier):
-        @decorated
-        def training_step(self, batch: Any) -> Any:  # type: ignore[override]
-            return self.loss(batch, 0)
-
-    trained = []
-    for module in (Classifier(), Decorated()):
-        fit(tmp_path, module, [kind(0.5)], max_epochs=1)
-        trained.append(weights(module))
-    assert same(*trained)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, assert_no_trace, fit, make_loader, same, trainer_of, weights
+from helpers import assert_no_trace, fit, make_loader, same, trainer_of, weights
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -143,21 +143,6 @@ def test_one_callback_for_both_equals_one_for_each_adapter(tmp_path):
         fit(tmp_path, module, [EFMLoRA(0.5, adapter_name=name) for name in names], max_epochs=1)
         ends.append(weights(module))
     assert same(*ends)
-
-
-def test_two_that_each_ran_alone_run_together(tmp_path):
-    ours = [EFMLoRA(0.5, adapter_name=name) for name in ("gen", "crit")]
-    for name, callback in zip(("gen", "crit"), ours, strict=True):
-        trainer = fit(tmp_path, Classifier(net=one_adapter(name)), [callback], max_epochs=1)
-        trainer.save_checkpoint(tmp_path / "file.ckpt")
-    assert len({callback.state_key for callback in ours}) == 2
-    fit(tmp_path, Pair(adapters=("gen", "crit")), ours, max_epochs=1)
-    assert [callback.step for callback in ours] == [3, 6]
-
-
-def one_adapter(name: str) -> nn.Module:
-    net = nn.Sequential(nn.Linear(6, 3))
-    return get_peft_model(net, LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
 
 
 class OneForBoth(Pair):
