@@ -67,7 +67,7 @@ class Registering(nn.Module):
 
 
 class WritesBuffers(Hostile):
-    """By name, by ``.data``, in place; replaced, registered late, expanded, of a type that knows no arithmetic."""
+    """By name, by ``.data``, in place; grown, registered late, expanded, of a type that knows no arithmetic."""
 
     def prepare(self) -> None:
         module: Any = self
@@ -76,41 +76,27 @@ class WritesBuffers(Hostile):
         module.register_buffer("bank", torch.empty(0), persistent=False)
         module.register_buffer("small", torch.zeros(4).to(torch.float8_e4m3fn))
         module.register_buffer("mask", torch.ones(1, FEATURES).expand(4, FEATURES), persistent=False)
+        module.register_buffer("last", torch.zeros(FEATURES))
         self.part = Registering()
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        if not len(self.bank):
-            self.bank = torch.zeros(FEATURES)
-        self.saw(batch_idx, self.average.sum(), self.queue.sum(), self.bank.sum(), self.small.float().sum())
-        self.saw(batch_idx, self.part())
-        inputs = batch[0] * self.mask + self.average + self.queue
-        self.average.data.lerp_(batch[0].mean(0), 0.5)
+        self.saw(batch_idx, self.average.sum(), self.queue.sum(), self.small.float().sum(), self.last.sum())
+        self.saw(batch_idx, self.part(), len(self.bank))
+        # The input is written before it is remembered.
+        raw = batch[0].mul_(0.5)
+        inputs = raw * self.mask + self.average + self.queue + self.last
+        self.average.data.lerp_(raw.mean(0), 0.5)
         self.queue[0] += 1
         self.queue = nn.functional.normalize(self.queue, dim=0)
         self.small.data = (self.small.float() + 1).to(torch.float8_e4m3fn)
+        self.last.copy_(raw.mean(dim=0))
         loss = super().loss((inputs, *batch[1:]), batch_idx)
-        self.bank += loss.detach()
-        return loss
-
-
-class Grows(Hostile):
-    """A queue that grows, and an input that is written before it is remembered."""
-
-    def prepare(self) -> None:
-        self.register_buffer("queue", torch.zeros(0), persistent=False)
-        self.register_buffer("last", torch.zeros(FEATURES))
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        inputs = batch[0].mul_(0.5)
-        self.saw(batch_idx, inputs.sum(), len(self.queue), self.last.sum())
-        loss = super().loss((inputs + self.last, *batch[1:]), batch_idx)
-        self.last.copy_(inputs.mean(dim=0))
-        self.queue = torch.cat([self.queue, loss.detach()[None]])
+        self.bank = torch.cat([self.bank, loss.detach()[None]])
         return loss
 
 
 class KeepsAttributes(Hostile):
-    """Numbers, lists, dicts and sets of its own, private ones too."""
+    """Numbers, lists, dicts and sets of its own, private ones too; and it draws from all generators."""
 
     def prepare(self) -> None:
         self.steps, self.rate, self._private = 0, 1.0, [0]
@@ -127,27 +113,19 @@ class KeepsAttributes(Hostile):
         return [self.steps, self.rate, *containers]
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        self.saw(batch_idx, self.steps, len(self.losses), sum(self.kinds), self.rate)
+        drawn = float(torch.rand(())), random.random(), np.random.rand()
+        self.saw(batch_idx, self.steps, len(self.losses), sum(self.kinds), self.rate, *drawn)
         self.steps, self.rate = self.steps + 1, self.rate * 0.5
         self._private.append(self.steps)
         self.kinds.add(self.steps)
         self.recent.append(self.steps)
         self.tally["a"] += 1
         self.table[str(self.steps)] = self.rate
-        loss = super().loss(batch, batch_idx)
+        loss = super().loss((batch[0] * sum(drawn), *batch[1:]), batch_idx)
         # Written into, and replaced by another one.
         self.losses.append(0.0)
         self.losses = [*self.losses, loss.item()]
         return loss
-
-
-class Draws(Hostile):
-    """From the generators of Python, NumPy and torch."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        drawn = float(torch.rand(())), random.random(), np.random.rand()
-        self.saw(batch_idx, *drawn)
-        return super().loss((batch[0] * sum(drawn), *batch[1:]), batch_idx)
 
 
 class Normalizes(Hostile):
@@ -289,15 +267,6 @@ def by_average(module: Any) -> None:
 
 TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_lerp, "by_data": by_data, "average.module": by_average}
 """How the parameters of each of these names are written."""
-
-
-class HalvesGradients(Hostile):
-    """In a hook after backward."""
-
-    def on_after_backward(self) -> None:
-        for p in self.parameters():
-            if p.grad is not None:
-                p.grad *= 0.5
 
 
 # -- batches that a step writes or takes apart; what else may be one is in methods/test_batches.py
@@ -528,9 +497,7 @@ layers = partial(Kind, front_ends=OF_LAYERS)
 KINDS: dict[str, Kind] = {
     "dropout": Kind(),
     "writes buffers": Kind(WritesBuffers, saves_adapters=True),
-    "grows": Kind(Grows),
     "keeps attributes": Kind(KeepsAttributes),
-    "draws": Kind(Draws),
     "normalizes": Kind(Normalizes),
     "measures": by_trainer(Measures),
     "teaches": by_trainer(Teaches),

@@ -15,7 +15,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_flatlora import EFMLoRA
 
-API = Path(__file__).parent.parent / "docs" / "api"
+ROOT = Path(__file__).parent.parent
+API = ROOT / "docs" / "api"
 MODULES = (
     "lightning_flatlora",
     "lightning_flatlora.baselines",
@@ -100,38 +101,48 @@ transformers.AutoModelForCausalLM.from_pretrained = small_model
 '''
 
 
-def test_the_first_program_runs_and_leaves_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model and a tokenizer that need no download; both programs of the page, one after the other."""
-    page = (API.parent / "start.md").read_text(encoding="utf-8")
-    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+PROGRAMS_ALONE = {
+    "README.md": ("", "max_epochs=1` reached"),
+    "docs/flatness.md": ("", "'expected_sharpness_error': tensor("),
+    # With a model and a tokenizer that need no download; both programs of the page, one after the other.
+    "docs/start.md": (STAND_INS, ""),
+}
+
+
+@pytest.mark.parametrize("page", PROGRAMS_ALONE)
+def test_the_program_of_a_page_runs_in_a_process_of_its_own(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, says = PROGRAMS_ALONE[page]
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(programs) == (2 if before else 1)
     monkeypatch.chdir(tmp_path)
-    ended = processes.run(processes.run_code, STAND_INS + "\n".join(programs), output=tmp_path / "output.txt")
-    assert ended == 0, (tmp_path / "output.txt").read_text()
-    assert len(programs) == 2
-    runs = list(tmp_path.glob("lightning_logs/version_*/checkpoints/*/adapter_config.json"))
-    assert len(runs) == 2
+    ended = processes.run(processes.run_code, before + "\n".join(programs), output=tmp_path / "output.txt")
+    said = (tmp_path / "output.txt").read_text()
+    assert ended == 0, said
+    assert says in said
+    adapters = list(tmp_path.glob("lightning_logs/version_*/checkpoints/*/adapter_config.json"))
+    assert len(adapters) == (2 if before else 0)
 
 
 def test_modules_of_the_recipes_that_pages_name_exist() -> None:
-    root = API.parent.parent
-    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for name in re.findall(r"\brecipes(?:\.[a-z_]+)+", page.read_text(encoding="utf-8")):
             place = name.removesuffix(".py").replace(".", "/")
             # The last part may be a function of the module.
-            places = (root / place, root / f"{place}.py", (root / place).parent.with_suffix(".py"))
+            places = (ROOT / place, ROOT / f"{place}.py", (ROOT / place).parent.with_suffix(".py"))
             assert any(each.exists() for each in places), f"{page}: {name}"
 
 
 def test_what_pages_import_exists() -> None:
-    root = API.parent.parent
-    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for program in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in re.findall(r"^from (?:lightning_flatlora|recipes)\b.* import .*", program, re.MULTILINE):
                 exec(line, {})
 
 
 @pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser
-@pytest.mark.parametrize("name", ["callbacks.md", "choosing_rho.md"])
+@pytest.mark.parametrize("name", ["callbacks.md", "choosing_rho.md", "flatness.md"])
 def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fit"])
     page = (API.parent / name).read_text(encoding="utf-8")
@@ -179,3 +190,39 @@ def test_litgpts_line_is_the_one_that_the_tests_insert() -> None:
     page = (API.parent / "other_loops.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"\n \s+max_steps = .*\n\+(.*)\n", page)
     assert line.strip() == "flat = EFMLoRA(model, optimizer, rho=0.05, finder=litgpt_pairs)"
+
+
+# -- commands, links and names
+
+
+def test_commands_and_links_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"^make (\S+)", readme, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    for module in re.findall(r"python -m (recipes[\w.]*)", readme):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text()
+        for variable, value in re.findall(r"^(\w+)=(.+)$", text, re.MULTILINE):
+            text = re.sub(rf"\${variable}\b", value.strip("\"'"), text)
+        for config in re.findall(r"--config[ =]([\w./]+/[\w./]+\.yaml)", text):
+            assert (ROOT / config).exists(), f"{page}: {config}"
+        for link, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", text):
+            target = page.parent / link
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{page}: {link}#{anchor}"
+
+
+def anchors(page: str) -> set[str]:
+    """Of each heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_method_page_names_functions_and_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "method.md").read_text()
+    for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", page):
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+    for module, function in re.findall(r"`(functional|schedules)\.(\w+)`", page):
+        assert re.search(rf"(def|class) {function}\b", (ROOT / "lightning_flatlora" / f"{module}.py").read_text())

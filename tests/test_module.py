@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import TwoPassClassifier, build, driver_of, fit, is_perturbed, make_loader, make_net, same, weights
+from helpers import TwoPassClassifier, build, driver_of, fit, make_loader, make_net, same, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -138,45 +138,6 @@ def test_schedules_of_rho_span_the_same_steps(accumulate, run):
 
 
 # -- passes
-
-
-class Logged(Callback):
-    """What the Trainer holds after each batch."""
-
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, float]] = []
-        self.outputs: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.outputs.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
-
-
-@pytest.mark.parametrize("front_end", ["fmlora", "module"])
-def test_logging_comes_from_the_clean_pass(tmp_path, front_end):
-    """log and log_dict, on steps and over the epoch, and the returned loss; a module's own log works again after."""
-    losses: dict[bool, list[float]] = {True: [], False: []}
-
-    class Logs:
-        def loss(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().loss(batch, batch_idx)
-            losses[is_perturbed(self)].append(float(loss.detach()))
-            self.log("one", loss, on_step=True, on_epoch=True)
-            self.log_dict({"two": loss, "passes": 1.0}, on_step=False, on_epoch=True, reduce_fx="sum")
-            return loss
-
-    module, callbacks, kwargs = build(front_end, own=Logs)
-    logged = Logged()
-    trainer = fit(tmp_path, module, [*callbacks, logged], max_epochs=1, **kwargs)
-    clean, moved = losses[False], losses[True]
-    assert len(clean) == len(moved) == 6
-    assert all(there > here for here, there in zip(clean, moved, strict=True))
-    assert [metrics["one_step"] for metrics in logged.metrics] == clean
-    assert logged.outputs == clean
-    assert float(trainer.callback_metrics["one_epoch"]) == pytest.approx(sum(clean) / 6)
-    assert float(trainer.callback_metrics["two"]) == pytest.approx(sum(clean))
-    assert float(trainer.callback_metrics["passes"]) == 6
-    assert "log" not in module.__dict__
 
 
 @pytest.mark.parametrize("wrong", [3.0, "loss", {"value": 1}])

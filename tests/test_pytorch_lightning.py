@@ -55,11 +55,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_callbacks(tmp_path, method, accumulate):
+def test_callbacks(tmp_path, method):
     """Of that library's classes; and those of lightning.pytorch's, whose hooks run there as well."""
-    build, step = METHODS[method], {"accumulate_grad_batches": accumulate}
+    build, step = METHODS[method], {"accumulate_grad_batches": 2}
     module = Classifier()
     train(lightning.pytorch, module, [build(lightning_flatlora, baselines)], tmp_path, **step)
     doors = [(flatlora, flatlora)]
@@ -109,43 +108,34 @@ def test_the_monitor(tmp_path):
 
 @pytest.mark.parametrize("method", ["EFMLoRA", "module"])
 def test_a_run_goes_on_under_the_other_name(tmp_path, method):
+    """From checkpoints of the adapter, whose callback's place is the last in the list, and from whole ones."""
+
     def parts(automatic, manual, ours):
         if method == "module":
             return manual(0.5), [ours.EFMLoRA(0.5, every_n_steps=2)]
         return automatic(), [ours.EFMLoRA(0.5)]
 
-    whole, callbacks = parts(OtherClassifier, OtherTwoPassClassifier, flatlora)
-    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=2, save_top_k=-1)
-    train(pytorch_lightning, whole, [*callbacks, saver], tmp_path, enable_checkpointing=True)
-    for library, kinds in (
-        (pytorch_lightning, (OtherClassifier, OtherTwoPassClassifier, flatlora)),
-        (lightning.pytorch, (Classifier, TwoPassClassifier, lightning_flatlora)),
-    ):
-        resumed, callbacks = parts(*kinds)
-        train(library, resumed, callbacks, tmp_path, ckpt_path=tmp_path / "step=12.ckpt")
-        assert same(weights(resumed), weights(whole))
-
-
-@pytest.mark.parametrize("method", ["EFMLoRA", "module"])
-def test_checkpoints_of_the_adapter(tmp_path, method):
-    """Its place is the last in the list, and its files serve both names."""
-
-    def parts(automatic, manual, ours):
-        return (manual(0.5), []) if method == "module" else (automatic(), [ours.EFMLoRA(0.5)])
-
     there = OtherClassifier, OtherTwoPassClassifier, flatlora
     here = Classifier, TwoPassClassifier, lightning_flatlora
     whole, callbacks = parts(*there)
-    saver = flatlora.AdapterCheckpoint(tmp_path, filename="{step}", every_n_epochs=2, save_top_k=-1)
-    trainer = train(pytorch_lightning, whole, [saver, *callbacks], tmp_path, enable_checkpointing=True)
-    assert trainer.checkpoint_callback is saver
-    assert trainer.callbacks[-1] is saver
-    assert (tmp_path / "step=12" / "adapter_config.json").exists()
-    for library, kinds in ((pytorch_lightning, there), (lightning.pytorch, here)):
+    files = {"filename": "{step}", "every_n_epochs": 2, "save_top_k": -1}
+    saver, plain = (
+        flatlora.AdapterCheckpoint(tmp_path / "adapter", **files),
+        ModelCheckpoint(tmp_path / "whole", **files),
+    )
+    trainer = train(pytorch_lightning, whole, [saver, plain, *callbacks], tmp_path, enable_checkpointing=True)
+    assert trainer.callbacks[-2] is saver
+    assert (tmp_path / "adapter" / "step=12" / "adapter_config.json").exists()
+    for folder, library, kinds in (
+        ("adapter", pytorch_lightning, there),
+        ("adapter", lightning.pytorch, here),
+        ("whole", lightning.pytorch, here),
+    ):
         resumed, callbacks = parts(*kinds)
-        callbacks.append(kinds[2].AdapterCheckpoint(tmp_path / "more", save_top_k=0))
-        path = tmp_path / "step=12.ckpt"
-        train(library, resumed, callbacks, tmp_path, ckpt_path=path, enable_checkpointing=True)
+        if folder == "adapter":
+            callbacks.append(kinds[2].AdapterCheckpoint(tmp_path / "more", save_top_k=0))
+        path = tmp_path / folder / "step=12.ckpt"
+        train(library, resumed, callbacks, tmp_path, ckpt_path=path, enable_checkpointing=bool(callbacks[1:]))
         assert same(weights(resumed), weights(whole))
 
 

@@ -17,11 +17,11 @@ from helpers import (
     trainer_of,
     weights,
 )
+from hostile_modules import Bert
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
 from quantized_bases import BASES
@@ -30,7 +30,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 
@@ -177,40 +176,17 @@ def test_the_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list((tmp_path / "a").rglob(".dry-run*"))
 
 
-class Language(L.LightningModule):
-    """A tiny transformers model with an adapter of its own, on one batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        no_dropout = {f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")}
-        size = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, **no_dropout)
-        self.model = GPT2LMHeadModel(size)
-        torch.seed()
-        self.model.add_adapter(LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False))
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
-        return self.model(input_ids=batch, labels=batch).loss
-
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*loss_type")
 def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their way to load one takes it."""
     pytest.importorskip("peft.utils.transformers_weight_conversion", reason="transformers 5 loads adapters by it")
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **kwargs: None)
-    batches = DataLoader(torch.arange(8).repeat(6, 1), batch_size=1)
-    batch = torch.arange(8).unsqueeze(0)
-    whole = assert_resumes(tmp_path, Language, batches)
-    assert len(state(tmp_path / "1" / "step=6.ckpt")) == 2
-    torch.manual_seed(0)
-    plain = GPT2LMHeadModel(whole.model.config)
-    plain.load_adapter(str(tmp_path / "1" / "step=12"))
-    assert torch.equal(plain(batch).logits, whole.model.eval()(batch).logits)
+    module, plain = Classifier(net=Bert()), Bert().bert
+    fit(tmp_path, module, [saver(tmp_path)])
+    plain.load_adapter(str(tmp_path / "step=12"), adapter_name="saved")
+    plain.set_adapter("saved")
+    plain.classifier.load_state_dict(module.net.bert.classifier.state_dict())
+    tokens = torch.arange(8).view(1, 8)
+    assert torch.equal(plain.eval()(tokens).logits, module.net.bert.eval()(tokens).logits)
 
 
 @pytest.mark.parametrize("quantize", BASES)

@@ -1,7 +1,6 @@
 """Which parts of a module hold adapters, whatever attributes it has and under whatever names its parts stand."""
 
 import re
-from collections import UserDict, UserList
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,9 @@ OWN_CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(("make", "kind"), zip([in_a_peft_model, injected, in_a_peft_model], OWN_CONFIGS, strict=True))
+@pytest.mark.parametrize(
+    ("make", "kind"), [*zip([in_a_peft_model, injected, in_a_peft_model], OWN_CONFIGS, strict=True)]
+)
 def test_a_modules_own_attribute_called_peft_config_changes_nothing(tmp_path: Path, make: Any, kind: str) -> None:
     seeds = iter((1, 2))
 
@@ -98,11 +99,6 @@ def test_two_peft_models_are_two_hosts_and_a_module_without_adapters_is_none() -
 
 HOSTS = {
     "a peft model": (in_a_peft_model, "net"),
-    # As OmegaConf's lists, which are unknown to JSON.
-    "a config of other containers": (
-        lambda: get_peft_model(base(), config(target_modules=UserList(["0", "2"]), rank_pattern=UserDict({"0": 3}))),
-        "net",
-    ),
     "a mixed model": (lambda: PeftMixedModel(base(), config()), "net.base_model.model"),
     "a tuner": (lambda: LoraModel(base(), config(), "default"), "net.model"),
     "a model into which an adapter was injected": (injected, "net"),

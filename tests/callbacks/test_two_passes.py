@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FRONT_ENDS, TWO_PASSES, Classifier, build, driver_of, fit, make_loader, make_net, same, weights
-from hostile_modules import TEACHERS, HalvesGradients, Teaches
+from hostile_modules import TEACHERS, Teaches
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def test_a_momentum_encoder_is_refused_inside_of_a_step(tmp_path: Any, kind: str
 
 
 class Logs(Callback):
-    """Logs around the backward pass, by the method that Lightning gives to callbacks."""
+    """Logs around the backward pass, by the method that Lightning gives to callbacks, and what the step returned."""
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         self.log("before", loss.detach(), on_step=False, on_epoch=True, batch_size=4)
@@ -71,24 +71,31 @@ class Logs(Callback):
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         self.log("after", float(trainer.global_step), on_step=False, on_epoch=True, batch_size=4)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.log("returned", outputs["loss"], on_step=False, on_epoch=True, batch_size=4)
+
 
 @pytest.mark.parametrize("kind", TWO_PASSES)
-def test_what_callbacks_log_around_the_backward_pass_is_that_of_the_first(tmp_path: Any, kind: str) -> None:
+def test_what_is_returned_and_logged_around_the_backward_pass_is_that_of_the_first(tmp_path: Any, kind: str) -> None:
     """At a learning rate of 0, where the clean passes of all runs agree."""
     logged = []
     for each in ("plain", kind):
         module, callbacks, more = build(each, lr=0.0)
         module.optimizer_class = torch.optim.SGD
         logged.append(fit(tmp_path, module, [*callbacks, Logs()], **more).callback_metrics)
-    assert set(logged[0]) == {"before", "after"}
+    assert set(logged[0]) == {"before", "after", "returned"}
     assert same(*logged)
 
 
-class Norms(HalvesGradients):
-    """Notes the norm of each step's gradient."""
+class HalvesGradients:
+    """In a hook after backward; notes the norm of each step's gradient."""
 
-    def prepare(self) -> None:
-        self.norms: tuple[Tensor, ...] = ()
+    norms: tuple[Tensor, ...] = ()
+
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad *= 0.5
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.norms += (nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]),)
@@ -100,9 +107,9 @@ def test_a_modules_own_hook_changes_each_gradient_once(tmp_path: Any, make: Any,
     """At rho near 0 the step is plain LoRA's, whatever the hooks around backward do to its gradient."""
     norms = []
     for callbacks in ([], [make(1e-6)]):
-        module = type("Own", (Norms, Classifier), {})()
+        module, _, more = build("plain", own=HalvesGradients, accumulate=accumulate)
         module.optimizer_class = torch.optim.SGD  # Adam would make steps of 1e-6's gradients, too
-        fit(tmp_path, module, callbacks, max_epochs=1, accumulate_grad_batches=accumulate)
+        fit(tmp_path, module, callbacks, max_epochs=1, **more)
         norms.append(torch.stack(module.norms))
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
 

@@ -3,17 +3,13 @@
 import itertools
 import re
 import shlex
-import sys
 from pathlib import Path
 
-import processes
 import pytest
 import yaml
 from helpers import since_lightning
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_flatlora import EFMLoRA, FlatnessMonitor, flatness
+from lightning_flatlora import flatness
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import config_files
 
@@ -28,28 +24,6 @@ def cells(line: str) -> list[str]:
 
 
 ROWS = [cells(line) for line in TABLE[1:]]
-
-
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    ended = processes.run(processes.run_code, code, output=tmp_path / "output.txt")
-    said = (tmp_path / "output.txt").read_text()
-    assert ended == 0, said
-    assert "'expected_sharpness_error': tensor(" in said
-
-
-@pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser
-def test_the_configuration_makes_the_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["fit"])
-    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    settings = {"trainer.logger": False, "trainer.accelerator": "cpu", **yaml.safe_load(text)}
-    made = LightningCLI(
-        BoringModel, run=False, args=settings, save_config_callback=None, seed_everything_default=False
-    ).trainer.callbacks
-    ema, monitor = [callback for callback in made if isinstance(callback, EFMLoRA | FlatnessMonitor)]
-    assert isinstance(ema, EFMLoRA)
-    assert (monitor.rho, monitor.every_n_steps, monitor.batches) == (0.1, 20, 4)
 
 
 def test_the_configuration_suits_the_recipe_that_it_can_be_pasted_into() -> None:
