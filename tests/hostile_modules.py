@@ -3,7 +3,6 @@
 At a learning rate of 0 the clean passes of every run agree, so whatever a step writes must be what a plain run writes.
 """
 
-import copy
 import random
 from collections import Counter, deque
 from collections.abc import Callable
@@ -230,7 +229,7 @@ class Teaches(Hostile):
 
     def prepare(self) -> None:
         self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
-        self.by_data, self.average = copy.deepcopy(self.teacher), AveragedModel(self.head)
+        self.average = AveragedModel(self.head)
         self.teacher.requires_grad_(False)
         # The first update of all would be a copy, which shows nothing.
         self.average.update_parameters(self.teacher)
@@ -250,14 +249,8 @@ class Teaches(Hostile):
         return self.optimizer_class([*trained, *self.head.parameters()], lr=self.lr)
 
 
-def by_lerp(module: Any) -> None:
-    with torch.no_grad():
-        for own, other in zip(module.teacher.parameters(), module.head.parameters(), strict=True):
-            own.lerp_(other, 0.5)
-
-
 def by_data(module: Any) -> None:
-    for own, other in zip(module.by_data.parameters(), module.head.parameters(), strict=True):
+    for own, other in zip(module.teacher.parameters(), module.head.parameters(), strict=True):
         own.data = own.data * 0.5 + other.data * 0.5
 
 
@@ -265,7 +258,7 @@ def by_average(module: Any) -> None:
     module.average.update_parameters(module.head)
 
 
-TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_lerp, "by_data": by_data, "average.module": by_average}
+TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_data, "average.module": by_average}
 """How the parameters of each of these names are written."""
 
 

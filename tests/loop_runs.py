@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from float64_runs import BETA, RHO, dataset, loss, network, optimizer_of, scheduler_of
+from helpers import calling
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -75,11 +76,9 @@ def run(
             after_step(index)
 
 
-class Seeds(L.Callback):
+def seeds() -> Callback:
     """Seeds each batch as :func:`run` does."""
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(batch_idx)
+    return calling(on_train_batch_start=lambda trainer, module, batch, batch_idx: torch.manual_seed(batch_idx))
 
 
 def one_pass() -> list[Any]:

@@ -1,8 +1,10 @@
-"""The site names everything that is public; ``make docs`` checks that what it names exists."""
+"""The pages name what exists and all that is public, their programs run, and versions stand in all places alike."""
 
 import ast
 import importlib
+import itertools
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,15 @@ from typing import Any
 import processes
 import pytest
 import yaml
+from helpers import since_lightning
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from packaging.requirements import Requirement
 
-from lightning_flatlora import EFMLoRA
+import lightning_flatlora
+from lightning_flatlora import EFMLoRA, flatness
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import config_files
 
 ROOT = Path(__file__).parent.parent
 API = ROOT / "docs" / "api"
@@ -226,3 +233,90 @@ def test_the_method_page_names_functions_and_tests_that_exist() -> None:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
     for module, function in re.findall(r"`(functional|schedules)\.(\w+)`", page):
         assert re.search(rf"(def|class) {function}\b", (ROOT / "lightning_flatlora" / f"{module}.py").read_text())
+
+
+PAGE = (ROOT / "docs" / "compatibility.md").read_text()
+ROWS = re.findall(r"^\| ([\w-]+)[^|]*\| (>=[\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+ACCEPTED = {name: floor for name, floor, _, _ in ROWS}
+OLDEST = {name: oldest for name, _, oldest, _ in ROWS}
+DECLARED = (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_floors_are_those_of_the_package() -> None:
+    declared = {"Python": re.findall(r'^requires-python = "(.+)"', DECLARED, re.MULTILINE)}
+    for line in re.findall(r'"([\w-]+(?:\[\w+\])?>=[\d.]+)"', DECLARED):
+        requirement = Requirement(line)
+        declared.setdefault(requirement.name, []).append(str(requirement.specifier))
+    assert ACCEPTED.keys() >= {"Python", "torch", "lightning", "peft", "torchmetrics", "transformers"}
+    for name, floor in ACCEPTED.items():
+        assert set(declared[name]) == {floor}, name
+
+
+def test_the_oldest_releases_are_those_that_are_installed() -> None:
+    pinned = re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests" / "oldest.txt").read_text(), re.MULTILINE)
+    assert pinned
+    for name, version in pinned:
+        assert OLDEST[name] == version, name
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == lightning_flatlora.__version__
+
+
+FLATNESS_PAGE = (ROOT / "docs" / "flatness.md").read_text()
+TABLE = [line for line in FLATNESS_PAGE.splitlines() if line.startswith("| ")]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+INSTRUMENTS = [cells(line) for line in TABLE[1:]]
+
+
+def test_the_configuration_suits_the_recipe_that_it_can_be_pasted_into() -> None:
+    base, overlay = config_files("instruction_tuning", "efmlora")
+    recipe, method = yaml.safe_load(base.read_text()), yaml.safe_load(overlay.read_text())
+    (text,) = re.findall(r"```yaml\n(.*?)```", FLATNESS_PAGE, re.DOTALL)
+    pasted, monitor = yaml.safe_load(text)["trainer"]["callbacks"]
+    (ema,) = method["trainer"]["callbacks+"]
+    assert pasted["class_path"] == ema["class_path"]
+    assert pasted["init_args"]["rho"] == ema["init_args"]["rho"]
+    data = recipe["data"]["init_args"]
+    questions = 1221 * (1 - data["validation_share"] - data["test_share"])  # of packaged:commonsense_qa
+    steps = recipe["trainer"]["max_epochs"] * questions / data["batch_size"]
+    assert 2 <= steps // monitor["init_args"]["every_n_steps"] <= 10
+
+
+@since_lightning("2.6.0", "Lightning 2.5.0 prints no configuration with the jsonargparse of today")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["flatness.md", "baselines.md", "recipes/instruction_tuning.md"])
+def test_callbacks_that_a_command_adds_leave_the_configurations(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / name).read_text().replace("\\\n", "")
+    for variable, value in re.findall(r"^(\w+)=(.+)$", text, re.MULTILINE):
+        text = text.replace(f"${variable}", value.strip("\"'"))
+    (command,) = re.findall(r"python -m recipes.instruction_tuning (fit .*callbacks\+=[^`\n]*)", text)
+    arguments = shlex.split(command, comments=True)
+    with pytest.raises(SystemExit):
+        RecipeCLI(args=[*arguments, "--print_config"])
+    made = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    kept = []
+    for option, path in itertools.pairwise(arguments):
+        if option == "--config":
+            trainer = yaml.safe_load(Path(path).read_text())["trainer"]
+            kept += trainer.get("callbacks", []) + trainer.get("callbacks+", [])
+    assert [one["class_path"] for one in made[: len(kept)]] == [one["class_path"] for one in kept]
+    added = re.findall(r"callbacks\+=(?:\w+\.)*(\w+) --trainer.callbacks.rho=(\S+)", command)
+    assert [(one["class_path"].split(".")[-1], str(one["init_args"]["rho"])) for one in made[len(kept) :]] == added
+
+
+def test_the_table_names_what_exists_and_all_of_it() -> None:
+    assert [row[0].strip("`") for row in INSTRUMENTS if row[0]] == list(flatness.MEASURES)
+    for row in INSTRUMENTS:
+        assert hasattr(flatness, row[5].strip("`")), row
+        file, test = row[7].strip("`").split("::")
+        assert f"def {test}(" in (ROOT / "tests" / "flatness" / file).read_text(), row

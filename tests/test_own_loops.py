@@ -8,7 +8,7 @@ import pytest
 import torch
 from float64_runs import BETA, Automatic, fit_in_float64, loss, optimizer_of
 from helpers import assert_no_trace, is_perturbed, make_net, same, weights
-from loop_runs import Seeds, batches, method_of, net_of, run, schedule, train
+from loop_runs import batches, method_of, net_of, run, schedule, seeds, train
 from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
@@ -34,7 +34,7 @@ def test_weights_equal_the_callbacks(name: str, window: int, clip: float | None,
     kind: Any = partial(EFMLoRA, beta=BETA) if name == "EFMLoRA" else FMLoRA
     callback = kind(schedule(), **method)
     settings = {"accumulate_grad_batches": window, "gradient_clip_val": clip}
-    fit_in_float64(Automatic(theirs), 1, [Seeds(), callback], DataLoader(batches(), batch_size=None), **settings)
+    fit_in_float64(Automatic(theirs), 1, [seeds(), callback], DataLoader(batches(), batch_size=None), **settings)
     assert flat.step == callback.step == -(-len(batches()) // window)
     E, other = flat.perturbation.state_dict()["E"], callback.perturbation.state_dict()["E"]
     if clip is not None and name == "EFMLoRA":
@@ -221,7 +221,7 @@ def halves(net: nn.Module) -> list[torch.optim.Optimizer]:
 def test_several_optimizers_take_one_object_each() -> None:
     ours, theirs, alone = net_of(), net_of(), net_of()
     callback = EFMLoRA(0.3, beta=BETA)
-    fit_in_float64(ByTwo(theirs), 1, [Seeds(), callback], DataLoader(batches(), batch_size=None))
+    fit_in_float64(ByTwo(theirs), 1, [seeds(), callback], DataLoader(batches(), batch_size=None))
     for net, methods in ((ours, METHODS[:1] * 2), (alone, METHODS[:1])):
         optimizers = halves(net)
         flats = [method_of(name, net, optimizer, 0.3) for name, optimizer in zip(methods, optimizers, strict=False)]

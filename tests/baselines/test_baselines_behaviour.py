@@ -1,4 +1,4 @@
-"""The baselines in a real Trainer: what others see, settings that must stay, steps that end early, compiled networks.
+"""The baselines in a real Trainer: what others see, settings that must stay, steps that end early, and refusals.
 
 At size 0, resumed, and stopped by an exception: tests/callbacks/test_rho_zero.py, test_resume.py and
 test_steps_that_end_early.py.
@@ -6,8 +6,10 @@ test_steps_that_end_early.py.
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from helpers import (
@@ -15,6 +17,7 @@ from helpers import (
     ByHand,
     Classifier,
     ResumableLoader,
+    TwoPassClassifier,
     assert_no_trace,
     fit,
     make_loader,
@@ -22,14 +25,18 @@ from helpers import (
     same,
     weights,
 )
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.amp import GradScaler
 
-from lightning_flatlora import EFMLoRA, FMLoRA, LinearRho
+from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
+from lightning_flatlora.callbacks.base import MethodCallback
+from lightning_flatlora.methods.checks import changed_settings
 
 PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
 
@@ -37,23 +44,14 @@ PERTURBING = ("SAM", "LoRASAM", "RandomPerturbation", "BiLoRA")
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (
-            RandomPerturbation(0.1, seed=1),
-            RandomPerturbation(0.1, seed=2),
-            "seed must be 1 as in the checkpoint, got 2",
-        ),
-        (
-            BalancednessRegularization(0.1),
-            BalancednessRegularization(0.1, "oBAR"),
-            "kind must be 'nBAR' as in the checkpoint, got 'oBAR'",
-        ),
-        (BiLoRA(0.1), BiLoRA(0.1, rank=3), "rank must be None as in the checkpoint, got 3"),
+        (RandomPerturbation(0.1, seed=1), RandomPerturbation(0.1, seed=2), "seed must be 1"),
+        (BalancednessRegularization(0.1), BalancednessRegularization(0.1, "oBAR"), "kind must be 'nBAR'"),
+        (BiLoRA(0.1), BiLoRA(0.1, rank=3), "rank must be None"),
     ],
 )
-def test_settings_that_a_resumed_run_must_keep(tmp_path: Path, first: Any, second: Any, message: str) -> None:
-    fit(tmp_path, Classifier(), [first], max_epochs=1).save_checkpoint(tmp_path / "file.ckpt")
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, Classifier(), [second], ckpt_path=tmp_path / "file.ckpt")
+def test_settings_that_a_resumed_run_must_keep(first: Any, second: Any, message: str) -> None:
+    (problem,) = changed_settings(second.method.settings(), first.method.settings())
+    assert f"{message} as in the checkpoint" in problem
 
 
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start")
@@ -119,45 +117,105 @@ def test_manual_optimization(tmp_path: Path, name: str) -> None:
     assert not any(m._forward_hooks for m in module.modules())
 
 
-# -- the YAML switch
+def refused(tmp_path: Path, module: Any, callbacks: list[Callback], **kwargs: Any) -> str:
+    before = weights(module)
+    with pytest.raises(MisconfigurationException) as error:
+        fit(tmp_path, module, callbacks, **kwargs)
+    assert same(weights(module), before)
+    assert_no_trace(module)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "init", "expected"),
+    ("make", "message"),
     [
-        ("LoRASAM", {"rho": 0.1}, LoRASAM),
-        ("SAM", {"rho": {"class_path": "lightning_flatlora.LinearRho", "init_args": {"start": 1, "end": 0}}}, SAM),
-        ("RandomPerturbation", {"sigma": 0.05, "seed": 3}, RandomPerturbation),
-        ("BalancednessRegularization", {"alpha": 1, "kind": "oBAR"}, BalancednessRegularization),
-        ("BiLoRA", {"rho": 0.5, "step_size": 0.2, "rank": 4, "seed": 3}, BiLoRA),
+        (lambda: SAM(-1), "SAM: rho must be a finite number >= 0 or a RhoSchedule, got -1"),
+        (lambda: LoRASAM(0.1, every_n_steps=0), "LoRASAM: every_n_steps must be an integer >= 1, got 0"),
+        (lambda: RandomPerturbation("a"), "RandomPerturbation: sigma must be a finite number >= 0 or a RhoSchedule"),
+        (lambda: RandomPerturbation(0.1, seed=-1), "seed must be an integer >= 0, got -1"),
+        (lambda: BalancednessRegularization(None), "alpha must be a finite number >= 0 or a RhoSchedule, got None"),
+        (lambda: BalancednessRegularization(1, "xBAR"), "kind must be 'nBAR' or 'oBAR', got 'xBAR'"),
+        (lambda: BalancednessRegularization(-1, 3, adapter_name=2), "BalancednessRegularization: 3 problems"),
+        (lambda: BiLoRA(0.1, step_size=0), "BiLoRA: step_size must be a finite number > 0, got 0"),
+        (lambda: BiLoRA(0.1, step_size=float("inf")), "step_size must be a finite number > 0, got inf"),
+        (lambda: BiLoRA(0.1, rank=0), "rank must be an integer >= 1, got 0"),
+        (lambda: BiLoRA(-1, step_size="a", rank=1.5, seed=-1), "BiLoRA: 4 problems"),
     ],
 )
-def test_yaml(name: str, init: dict[str, Any], expected: Any) -> None:
-    """As LightningCLI reads an entry of trainer.callbacks."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Callback, "callback")
-    entry = {"class_path": f"lightning_flatlora.baselines.{name}", "init_args": init}
-    assert type(parser.instantiate(parser.parse_object({"callback": entry})).callback) is expected
+def test_values(make: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        make()
 
 
-# -- compiled networks
+@pytest.mark.parametrize("name", ["SAM", "LoRASAM"])
+def test_two_passes_need_automatic_optimization(tmp_path: Path, name: str) -> None:
+    assert "a second pass can't be put into a training_step" in refused(tmp_path, ByHand(), [BASELINES[name](0.1)])
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "EFMLoRA", "FMLoRA"])
-def test_a_size_that_rises_from_zero_on_a_compiled_network(tmp_path: Path, name: str) -> None:
-    """Compiled before the fit, by an evaluation, and in its first steps without any perturbation."""
-    method = {**BASELINES, "EFMLoRA": EFMLoRA, "FMLoRA": FMLoRA}[name]
-    found = []
-    for compiled in (False, True):
-        net = make_net()
-        module = Classifier(net=net)
-        if compiled:
-            torch.compiler.reset()
-            module.net = torch.compile(net, backend="eager")
-            module.net(next(iter(make_loader()))[0])
-        fit(tmp_path, module, [method(LinearRho(0.0, 0.5))], max_epochs=1)
-        found.append(weights(net))
-    assert same(*found)
-    plain = Classifier()
-    fit(tmp_path, plain, [], max_epochs=1)
-    assert not same(weights(plain.net), found[1])
+@pytest.mark.parametrize("name", BASELINES)
+def test_one_method_at_a_time(tmp_path: Path, name: str) -> None:
+    for other in (EFMLoRA, FMLoRA):
+        message = refused(tmp_path, Classifier(), [BASELINES[name](0.1), other(0.1)])
+        assert "keep one" in message
+        assert other.__name__ in message
+    assert "keep one" in refused(tmp_path, TwoPassClassifier(0.1), [BASELINES[name](0.1)])
+
+
+def test_sam_needs_one_optimizer_that_trains(tmp_path: Path) -> None:
+    class Two(ByHand):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD([p], 0.1) for p in self.parameters() if p.requires_grad][:2]
+
+    assert "must return one optimizer, got 2" in refused(tmp_path, Two(), [SAM(0.1)])
+
+    class Frozen(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if not p.requires_grad], 0.1)
+
+    assert "holds no parameter that is trained" in refused(tmp_path, Frozen(), [SAM(0.1)])
+
+
+def test_a_frozen_A_can_not_be_balanced(tmp_path: Path) -> None:
+    module = Classifier()
+    for name, p in module.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_A" not in name)
+    message = refused(tmp_path, module, [BalancednessRegularization(1.0)])
+    assert "A of 3 pairs is frozen, as beside net.base_model.model.0.lora_B.default.weight" in message
+
+
+def test_lora_sam_leaves_a_frozen_A(tmp_path: Path) -> None:
+    module = Classifier()
+    for name, p in module.named_parameters():
+        p.requires_grad_(p.requires_grad and "lora_A" not in name)
+    before = weights(module)
+    fit(tmp_path, module, [LoRASAM(0.5)])
+    assert all(same(v, before[n]) for n, v in weights(module).items() if "lora_A" in n)
+
+
+@pytest.mark.parametrize("name", ["RandomPerturbation", "BiLoRA"])
+def test_no_layer_with_a_whole_weight(tmp_path: Path, name: str) -> None:
+    module = Classifier()
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    module.net = get_peft_model(nn.Sequential(nn.Linear(6, 3)), config)
+    assert "no LoRA layer on a Linear" in refused(tmp_path, module, [BASELINES[name](0.1)])
+
+
+@pytest.mark.parametrize("name", ["SAM", "nBAR", "RandomPerturbation", "BiLoRA"])
+def test_shards_are_refused(name: str) -> None:
+    callback = BASELINES[name](0.1)
+    assert not callback.works_sharded
+    assert LoRASAM(0.1).works_sharded
+
+    strategy = FSDPStrategy(accelerator=L.pytorch.accelerators.CPUAccelerator())
+    trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, callbacks=[], optimizers=[])
+    problems = MethodCallback.configuration_problems(callback, trainer, Classifier())
+    assert problems == [
+        "FSDPStrategy leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"
+    ]
+
+
+@pytest.mark.parametrize("name", ["SAM", "LoRASAM", "nBAR"])
+def test_sixteen_bits_are_warned_of(tmp_path: Path, name: str) -> None:
+    module = Classifier(net=make_net().bfloat16())
+    with pytest.warns(UserWarning, match=r"kept in torch.bfloat16.*bf16-mixed"):
+        fit(tmp_path, module, [BASELINES[name](0.5)], precision="bf16-true", max_epochs=1)

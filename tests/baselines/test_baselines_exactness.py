@@ -1,6 +1,7 @@
 """Run for run, each baseline equals its literal loop in float64: 52 or more AdamW steps, differences below 1e-10."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -48,20 +49,21 @@ def test_sam_needs_no_adapter() -> None:
     assert worst_difference(net, DenseSAM(lambda step: 0.4, plain_network()).run(2)) < 1e-10
 
 
+SCHEDULES: dict[str, Any] = {
+    "decreasing": (lambda size: LinearRho(size, 0.0), lambda step: 1 - step / 52),
+    "increasing": (
+        lambda size: CosineRho(0.0, size, total_steps=40),
+        lambda step: (1 - math.cos(math.pi * min(step / 40, 1))) / 2,
+    ),
+    "with the learning rate": (LearningRateRho, lambda step: (1 + math.cos(math.pi * step / 200)) / 2),
+}
+
+
 @pytest.mark.parametrize(
-    ("schedule", "factor"),
-    [
-        (lambda size: LinearRho(size, 0.0), lambda step: 1 - step / 52),
-        (
-            lambda size: CosineRho(0.0, size, total_steps=40),
-            lambda step: (1 - math.cos(math.pi * min(step / 40, 1))) / 2,
-        ),
-        (LearningRateRho, lambda step: (1 + math.cos(math.pi * step / 200)) / 2),
-    ],
-    ids=["decreasing", "increasing", "with the learning rate"],
+    ("name", "kind"), [*product(BASELINES, ["decreasing"]), *product(["LoRASAM", "nBAR"], [*SCHEDULES][1:])]
 )
-@pytest.mark.parametrize("name", BASELINES)
-def test_schedules_equal_the_literal_loop(name: str, schedule: Any, factor: Any) -> None:
+def test_schedules_equal_the_literal_loop(name: str, kind: str) -> None:
+    schedule, factor = SCHEDULES[kind]
     size, net = SIZES[name], network()
     fit_in_float64(Automatic(net), 2, [BASELINES[name](schedule(size))])
     assert worst_difference(net, LITERAL[name](lambda step: size * factor(step)).run(2)) < 1e-10

@@ -1,28 +1,18 @@
-"""What defines each baseline: SAM's ball, LoRA-SAM's dependence on the factors, and the flows that BAR stands for."""
+"""What defines SAM and LoRA-SAM: the ball, and the dependence on the factors."""
 
 from contextlib import suppress
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from float64_runs import Automatic, dataset, fit_in_float64, loss, network
+from float64_runs import dataset, loss, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import FMLoRA, LoRAPair, find_pairs
-from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM
+from lightning_flatlora import FMLoRA, find_pairs
+from lightning_flatlora.baselines import SAM, LoRASAM
 from lightning_flatlora.flatness import joint_ascent
 
 BATCH = next(iter(DataLoader(dataset(), batch_size=32)))
-LR = 1e-6
-
-
-class Descends(Automatic):
-    """One step of plain gradient descent, so short that it follows the gradient's flow."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=LR)
 
 
 def trained_network() -> nn.Module:
@@ -31,56 +21,6 @@ def trained_network() -> nn.Module:
     for pair, std in zip(find_pairs(net).pairs, (0.03, 0.3, 0.9), strict=True):
         pair.B.data.normal_(std=std)
     return net
-
-
-def balancedness(pair: LoRAPair) -> Tensor:
-    return (pair.B.square().sum() - pair.A.square().sum()).detach() / 2
-
-
-def one_step(callbacks: list[Any]) -> list[Tensor]:
-    """How fast a step moves the balancedness of each layer, per unit of the learning rate."""
-    net = trained_network()
-    pairs = find_pairs(net).pairs
-    before = [balancedness(pair) for pair in pairs]
-    fit_in_float64(Descends(net), 1, callbacks, DataLoader(dataset(), batch_size=32), limit_train_batches=1)
-    return [(balancedness(pair) - old) / LR for pair, old in zip(pairs, before, strict=True)]
-
-
-def squared_norms() -> tuple[list[Tensor], list[Tensor]]:
-    """||G_B||^2 and ||G_A||^2 of each layer."""
-    net = trained_network()
-    loss(net, BATCH).backward()
-    pairs = find_pairs(net).pairs
-    return [pair.B.grad.square().sum() for pair in pairs], [pair.A.grad.square().sum() for pair in pairs]
-
-
-def test_lora_sams_flow_is_that_of_theorem_2_and_nbar_has_its_sign() -> None:
-    """arXiv 2410.14802: d/dt (||B||^2 - ||A||^2) / 2 = rho (||G_B||^2 - ||G_A||^2) / ||G||, layer by layer."""
-    rho = 1e-3
-    G_B, G_A = squared_norms()
-    total = sum(G_B + G_A).sqrt()
-    flow = [rho * (b - a) / total for b, a in zip(G_B, G_A, strict=True)]
-    assert {bool(rate > 0) for rate in flow} == {True, False}
-    plain, sam, bar = one_step([]), one_step([LoRASAM(rho)]), one_step([BalancednessRegularization(1.0)])
-    for expected, base, with_sam, with_bar in zip(flow, plain, sam, bar, strict=True):
-        torch.testing.assert_close(with_sam - base, expected, rtol=0.02, atol=1e-7)
-        assert torch.sign(with_bar - base) == torch.sign(expected)
-
-
-def test_obar_shrinks_the_balancedness_in_every_step_without_a_gradient() -> None:
-    class Still(Automatic):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            seen.append([balancedness(pair).abs() for pair in find_pairs(self.net).pairs])
-            return 0 * loss(self.net, batch)
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
-
-    seen: list[list[Tensor]] = []
-    fit_in_float64(Still(trained_network()), 1, [BalancednessRegularization(0.5, "oBAR")])
-    assert len(seen) == 26
-    for before, after in pairwise(seen):
-        assert all(new < old for new, old in zip(after, before, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])

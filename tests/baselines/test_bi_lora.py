@@ -7,9 +7,8 @@ import pytest
 import torch
 from dense import DenseBiLoRA, frobenius
 from float64_runs import Automatic, fit_in_float64, network
-from helpers import Classifier, ResumableLoader, fit, make_loader, make_net, same
+from helpers import Classifier, ResumableLoader, calling, fit, make_loader, make_net, same
 from imitated_layers import Bare
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -41,32 +40,20 @@ def products(callback: BiLoRA) -> dict[str, Tensor]:
     return {name: saved["B"] @ saved["A"] for name, saved in states(callback).items()}
 
 
-class Course(Callback):
-    """The auxiliary pairs after every batch."""
-
-    def __init__(self, callback: BiLoRA) -> None:
-        self.callback = callback
-        self.states: list[Any] = []
-        self.norms: list[float] = []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.states.append(states(self.callback))
-        self.norms.append(frobenius(list(products(self.callback).values())))
-
-
 # -- the ball
 
 
 def test_the_pairs_stay_in_the_ball_and_reach_its_sphere() -> None:
     callback, loop = BiLoRA(0.4, step_size=0.3, seed=5), DenseBiLoRA(lambda step: 0.4)
-    course = Course(callback)
-    fit_in_float64(Automatic(network()), 2, [callback, course])
+    norms: list[float] = []
+    notes = calling(on_train_batch_end=lambda *args: norms.append(frobenius(list(products(callback).values()))))
+    fit_in_float64(Automatic(network()), 2, [callback, notes])
     loop.run(2)
-    assert max(course.norms) <= 0.4 * (1 + 1e-12)
-    assert sum(norm > 0.4 * (1 - 1e-12) for norm in course.norms) > 10
-    for norm, unscaled in zip(course.norms, loop.norms, strict=True):
+    assert max(norms) <= 0.4 * (1 + 1e-12)
+    assert sum(norm > 0.4 * (1 - 1e-12) for norm in norms) > 10
+    for norm, unscaled in zip(norms, loop.norms, strict=True):
         assert norm == pytest.approx(min(unscaled, 0.4), rel=1e-9)
-    assert float(callback.norm()) == pytest.approx(course.norms[-1], rel=1e-12)
+    assert float(callback.norm()) == pytest.approx(norms[-1], rel=1e-12)
 
 
 def test_the_first_step_is_loras_and_the_ascent_raises_the_loss() -> None:
@@ -76,11 +63,8 @@ def test_the_first_step_is_loras_and_the_ascent_raises_the_loss() -> None:
     module.optimizer_class = torch.optim.SGD
     batch = next(iter(make_loader()))
 
-    class Looks(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-            losses.append(float(outputs["loss"]))
-
-    fit(None, module, [callback, Looks()], ResumableLoader([batch] * 8), max_epochs=1)
+    looks = calling(on_train_batch_end=lambda trainer, module, outputs, *args: losses.append(float(outputs["loss"])))
+    fit(None, module, [callback, looks], ResumableLoader([batch] * 8), max_epochs=1)
     assert losses[0] == module.loss(batch, 0).item()
     assert losses == sorted(losses)
     assert losses[-1] > losses[0] + 0.01
@@ -140,17 +124,17 @@ def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> N
     module, callback = Classifier(), BiLoRA(0.5)
     name, counts, kept = "net.base_model.model.2", [], []
 
-    class Freezes(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            layer = pl_module.net.base_model.model[2]
-            for factor in (layer.lora_A.default.weight, layer.lora_B.default.weight):
-                factor.requires_grad_(trainer.current_epoch != 1)
+    def freeze(trainer: Any, pl_module: Any) -> None:
+        layer = pl_module.net.base_model.model[2]
+        for factor in (layer.lora_A.default.weight, layer.lora_B.default.weight):
+            factor.requires_grad_(trainer.current_epoch != 1)
 
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            counts.append(len(callback.terms))
-            kept.append(states(callback)[name])
+    def note(*args: Any) -> None:
+        counts.append(len(callback.terms))
+        kept.append(states(callback)[name])
 
-    fit(tmp_path, module, [Freezes(), callback], max_epochs=3)
+    changes = calling(on_train_epoch_start=freeze, on_train_epoch_end=note)
+    fit(tmp_path, module, [changes, callback], max_epochs=3)
     assert counts == [3, 2, 3]
     assert same(kept[0], kept[1])
     assert not same(kept[1], kept[2])

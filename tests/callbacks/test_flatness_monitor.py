@@ -14,6 +14,7 @@ from helpers import (
     Classifier,
     assert_no_trace,
     build,
+    calling,
     fit,
     make_loader,
     make_net,
@@ -177,12 +178,11 @@ def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
     error = Interrupt
     states: list[Any] = []
 
-    class Before(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
+    def note(trainer: Any, pl_module: Any, *args: Any) -> None:
+        states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
 
     with pytest.raises(Interrupt):
-        fit(tmp_path, module, [*callbacks, Before(), monitor], **kwargs)
+        fit(tmp_path, module, [*callbacks, calling(on_train_batch_end=note), monitor], **kwargs)
     assert monitor._held is None
     assert len(states) == 1  # the step is tried out after the first batch
     assert same(states[-1], (weights(module), [m.training for m in module.modules()], torch.get_rng_state()))

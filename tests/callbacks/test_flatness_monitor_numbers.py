@@ -13,13 +13,13 @@ from helpers import (
     ByHand,
     Classifier,
     build,
+    calling,
     fit,
     make_loader,
     make_net,
     same,
     weights,
 )
-from lightning.pytorch import Callback
 from monitored_runs import ALL_BUT_EMA, Recorder, measured
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -30,15 +30,13 @@ from lightning_flatlora.flatness import DEFAULT_MEASURES, MEASURES, MeanLoss, Po
 from lightning_flatlora.weight_noise import WeightNoise
 
 
-class FreezesOneB(Callback):
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            next(iter(find_pairs(pl_module).pairs)).B.requires_grad_(False)
+def freeze_one_B(trainer: Any, pl_module: Any) -> None:
+    find_pairs(pl_module).pairs[0].B.requires_grad_(trainer.current_epoch == 0)
 
 
 def test_every_measure_goes_on_where_a_pair_rests(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(every_n_epochs=1, batches=2, measures=list(MEASURES), sigma=0.1)
-    rows = measured(tmp_path, Classifier(), [EFMLoRA(0.5), monitor, FreezesOneB()])
+    rows = measured(tmp_path, Classifier(), [EFMLoRA(0.5), monitor, calling(on_train_epoch_start=freeze_one_B)])
     assert [math.isfinite(row["gradient_residual"]) for row in rows] == [True, True]
 
 

@@ -10,9 +10,11 @@ import torch
 from changing_models import At, moved, two_adapters
 from helpers import (
     CLASSES,
+    FRONT_ENDS,
     Classifier,
     E_hat,
     assert_no_trace,
+    build,
     fit,
     same,
     weights,
@@ -21,9 +23,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.utils import prune
 
-from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, perturbed_read
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 
@@ -193,21 +194,6 @@ class Never(Unfreeze):
         pass
 
 
-class Pruning(Callback):
-    """As Lightning's ModelPruning does to every layer, from the second epoch on."""
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            for name, layer in pl_module.named_modules():
-                if "lora_B." in name:
-                    prune.identity(layer, "weight")
-
-
-def test_pairs_that_are_gone_are_said_as_such(tmp_path):
-    with pytest.warns(UserWarning, match="EFMLoRA: no pair is trained now, .*as by pruning"):
-        fit(tmp_path, Classifier(), [EFMLoRA(0.5), Pruning()], max_epochs=3)
-
-
 class Measured(FlatnessMonitor):
     """Notes the scalings that it measures with, by the step."""
 
@@ -244,3 +230,48 @@ def test_pairs_that_came_before_the_first_refresh_are_not_missed(tmp_path, callb
     """No warning: they were unfrozen, though no step has perturbed them yet."""
     unfreeze = At(2, lambda module: freeze(module, True))
     fit(tmp_path, AllInOptimizer(), [callback(0.5, start_step=100), Never(), unfreeze], max_epochs=1)
+
+
+class TrainsBoth:
+    """An optimizer of both adapters, whichever is active."""
+
+    def configure_optimizers(self) -> Any:
+        module: Any = self
+        return torch.optim.AdamW([p for name, p in module.named_parameters() if "lora" in name], lr=0.02)
+
+
+READ: list[tuple[int, str, bool]] = []  # not in the module, where both passes would count in it
+
+
+class BothInAStep(TrainsBoth):
+    """Activates one adapter and then the other, in training_step itself, and notes whether the layers read B + E."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        module: Any = self
+        losses = []
+        for adapter in ("default", "other"):
+            module.net.set_adapter(adapter)
+            losses.append(super().loss(batch, batch_idx))  # type: ignore[misc]
+            reader = module.net.base_model.model[0].lora_B[adapter]
+            READ.append((module.global_step, adapter, perturbed_read.shown(reader) is not None))
+        # peft has frozen the first one again, and its gradient would not be kept.
+        for name, parameter in module.net.named_parameters():
+            parameter.requires_grad_("lora" in name)
+        return losses[0] + losses[1]
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("first", ["default", "other"])
+def test_an_adapter_that_only_the_step_activates_is_perturbed_from_its_second_step_on(
+    tmp_path: Any, front_end: str, first: str
+) -> None:
+    net = two_adapters()
+    net.set_adapter(first)
+    module, callbacks, kwargs = build(front_end, net=net, own=BothInAStep)
+    READ.clear()
+    fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
+    perturbed = {(step, adapter) for step, adapter, is_perturbed in READ if is_perturbed}
+    steps = {step for step, _, _ in READ}
+    assert steps == set(range(6))
+    for step in steps - {0}:
+        assert {(step, "default"), (step, "other")} <= perturbed

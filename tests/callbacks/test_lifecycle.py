@@ -10,14 +10,15 @@ from helpers import (
     FRONT_ENDS,
     Classifier,
     E_hat,
-    TwoPassClassifier,
     assert_no_trace,
     build,
+    calling,
     driver_of,
     fit,
     make_loader,
     make_net,
     same,
+    trainer_of,
     weights,
 )
 from lightning.pytorch import Callback
@@ -25,8 +26,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import Tensor, nn
 
 from lightning_flatlora import (
-    AdapterCheckpoint,
-    CosineRho,
     EFMLoRA,
     FlatnessMonitor,
     FMLoRA,
@@ -85,6 +84,12 @@ def test_a_second_fit_goes_on_whatever_was_loaded_before(tmp_path, front_end, be
     trainer.fit(module, make_loader(), make_loader(1))
     assert driver_of(trainer).step == 18
     assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(before, 18)])
+    if between == "validate":
+        # Neither does another Trainer take what an evaluation has loaded.
+        other = trainer_of(tmp_path, [*callbacks], max_epochs=1, limit_val_batches=1, **kwargs)
+        other.validate(module, make_loader(1), ckpt_path=last, verbose=False)
+        other.fit(module, make_loader(), make_loader(1))
+        assert driver_of(other).step == 6
 
 
 def test_a_used_trainer_takes_no_count_from_a_checkpoint_of_plain_lora(tmp_path):
@@ -96,15 +101,6 @@ def test_a_used_trainer_takes_no_count_from_a_checkpoint_of_plain_lora(tmp_path)
     trainer.fit(Classifier(), make_loader(), make_loader(1), ckpt_path=tmp_path / "last.ckpt")
     assert trainer.global_step == 12
     assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(6)])
-
-
-def test_another_trainer_starts_anew(tmp_path):
-    module, callback = Classifier(), EFMLoRA(CosineRho(1.0, 0.0))
-    fit(tmp_path, module, [callback], max_epochs=1)
-    sizes = Sizes(callback)
-    fit(tmp_path, module, [callback, sizes], max_epochs=1)
-    assert callback.step == 6
-    assert sizes.sizes[0] == 1.0
 
 
 # -- weight averaging
@@ -162,72 +158,24 @@ def test_steps_may_be_skipped_and_nothing_watches_after_a_fit(tmp_path):
 # -- copies
 
 
-class Copying(Callback):
-    """Copies and pickles all callbacks in the hooks of a batch."""
-
-    def __init__(self) -> None:
-        self.copies: list[Any] = []
-
-    def copy(self, trainer: Any) -> None:
-        others = [callback for callback in trainer.callbacks if callback is not self]
-        for each in others:
-            pickled = pickle.loads(pickle.dumps(each))
-            copied = copy.deepcopy(each)
-            self.copies.append((each.state_dict(), pickled.state_dict(), copied.state_dict()))
-            assert not [value for value in vars(copied).values() if isinstance(value, nn.Module)]
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        self.copy(trainer)
-
-    def on_after_backward(self, trainer: Any, *args: Any) -> None:
-        self.copy(trainer)
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self.copy(trainer)
+METHODS = [EFMLoRA, FMLoRA, SAM, LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization, FlatnessMonitor]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: [EFMLoRA(0.5), FlatnessMonitor(every_n_steps=2)],
-        lambda: [FMLoRA(CosineRho(0.5, 0.1))],
-        lambda: [SAM(0.1)],
-        lambda: [LoRASAM(0.1)],
-        lambda: [RandomPerturbation(0.1)],
-        lambda: [BiLoRA(0.1)],
-        lambda: [BalancednessRegularization(0.1)],
-        lambda: [AdapterCheckpoint()],
-        list,
-    ],
-    ids=lambda make: type(make()[0]).__name__ if make is not list else "FMLoRAModule",
-)
-def test_callbacks_are_copied_and_pickled_in_mid_fit(tmp_path, make):
-    """With their state, without any part in the fit; and the fit is what it is without the copying."""
+@pytest.mark.parametrize("make", METHODS)
+def test_copies_and_pickles_of_mid_fit_have_the_state_and_can_be_trained_with(tmp_path, make):
+    copies: list[Any] = []
+
+    def copied(trainer: Any, *args: Any) -> None:
+        ours = trainer.callbacks[0]
+        copies[:] = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
+        assert all(same(each.state_dict(), ours.state_dict()) for each in copies)
+
+    hooks = dict.fromkeys(("on_train_batch_start", "on_after_backward", "on_train_batch_end"), copied)
+    fit(tmp_path, Classifier(), [make(0.1), calling(**hooks)], max_epochs=1)
     ends = []
-    for copying in (Copying(), None):
-        callbacks = make()
-        module = Classifier() if callbacks else TwoPassClassifier(0.5)
-        fit(tmp_path, module, [*callbacks, *([copying] if copying else [])], max_epochs=1)
-        ends.append(weights(module))
-        if copying:
-            assert copying.copies
-            for state, *others in copying.copies:
-                assert all(same(state, other) for other in others)
-    assert same(*ends)
-
-
-def test_a_copy_of_mid_fit_can_be_trained_with(tmp_path):
-    class Last(Callback):
-        copied: Any = None
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.copied = copy.deepcopy(trainer.callbacks[0])
-
-    last = Last()
-    fit(tmp_path, Classifier(), [EFMLoRA(0.5), last], max_epochs=1)
-    ends = []
-    for callback in (last.copied, EFMLoRA(0.5)):
+    for callback in (make(0.1), *copies):
         module = Classifier()
         fit(tmp_path, module, [callback], max_epochs=1)
-        ends.append((weights(module), callback.step))
-    assert same(*ends)
+        ends.append(weights(module))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])

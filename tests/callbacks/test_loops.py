@@ -23,11 +23,9 @@ from helpers import (
     make_loader,
     make_net,
     same,
-    trainer_of,
     weights,
 )
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 
@@ -80,22 +78,6 @@ def test_second_fit_of_one_trainer(tmp_path, front_end):
     other = fit(tmp_path, fresh, fresh_callbacks, max_epochs=1, **kwargs)
     assert same(weights(module), weights(fresh))
     assert (driver_of(trainer).step, driver_of(other).step) == (12, 6)
-
-
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_evaluating_a_checkpoint_loads_no_state_for_the_next_fit(tmp_path, front_end):
-    """``validate(ckpt_path=...)`` hands callbacks the file's state; a fit without it must not use that."""
-    module, callbacks, kwargs = build(front_end)
-    file = ModelCheckpoint(tmp_path, filename="last")
-    fit(tmp_path, module, [*callbacks, file], **kwargs)
-    fresh, fresh_callbacks, _ = build(front_end)
-    fresh.load_state_dict(module.state_dict())
-
-    again = ModelCheckpoint(tmp_path, filename="again")
-    trainer = trainer_of(tmp_path, [*callbacks, again], max_epochs=1, limit_val_batches=1, **kwargs)
-    trainer.validate(module, make_loader(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
-    trainer.fit(module, make_loader(), make_loader(1))
-    assert_same_run(trainer, fit(tmp_path, fresh, fresh_callbacks, max_epochs=1, **kwargs))
 
 
 # -- compiled networks

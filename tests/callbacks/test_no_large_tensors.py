@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, FEATURES, FRONT_ENDS, build, fit
-from lightning.pytorch import Callback
+from helpers import CLASSES, FEATURES, FRONT_ENDS, build, calling, fit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,49 +36,36 @@ class Watch(TorchDispatchMode):
         return out
 
 
-class Watched(Callback):
-    """Watches every batch, from before the first hook of other callbacks to after their last."""
-
-    def __init__(self, net: nn.Module) -> None:
-        # All that LoRA does not train, and nothing else in the step has the size of one of these.
-        frozen = [parameter for parameter in net.parameters() if not parameter.requires_grad and parameter.dim() == 2]
-        self.watch = Watch(frozen)
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.watch.__enter__()
-
-
-class Ends(Callback):
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.watch.__exit__(None, None, None)
-
-
 def make_small_net() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, CLASSES)]
     return get_peft_model(nn.Sequential(*layers), LoraConfig(r=2, target_modules=["0", "2"]))
 
 
+def watched_fit(tmp_path: Any, net: nn.Module, module: Any, callbacks: list[Any], **more: Any) -> Watch:
+    """Watch every batch, from before the first hook of other callbacks to after their last."""
+    # All that LoRA does not train, and nothing else in the step has the size of one of these.
+    watch = Watch([parameter for parameter in net.parameters() if not parameter.requires_grad and parameter.dim() == 2])
+    assert watch.numels == {FEATURES * HIDDEN, HIDDEN * CLASSES}
+    starts = calling(on_train_batch_start=lambda *args: watch.__enter__())
+    ends = calling(on_train_batch_end=lambda *args: watch.__exit__(None, None, None))
+    fit(tmp_path, module, [starts, *callbacks, ends], max_epochs=1, **more)
+    return watch
+
+
 @pytest.mark.parametrize("monitored", [False, True])
-@pytest.mark.parametrize("front_end", ["plain", *FRONT_ENDS])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_no_step_makes_a_tensor_of_a_frozen_weights_size(tmp_path: Any, front_end: str, monitored: bool) -> None:
     net = make_small_net()
     module, callbacks, more = build(front_end, net=net)
-    watched = Watched(net)
-    assert watched.watch.numels == {FEATURES * HIDDEN, HIDDEN * CLASSES}
     monitors = [FlatnessMonitor(0.3, every_n_steps=1)] if monitored else []
-    fit(tmp_path, module, [watched, *callbacks, *monitors, Ends(watched.watch)], max_epochs=1, **more)
-    assert watched.watch.operations > 100
-    assert watched.watch.made == []
+    watch = watched_fit(tmp_path, net, module, [*callbacks, *monitors], **more)
+    assert watch.operations > 100
+    assert watch.made == []
 
 
 def test_a_copy_of_a_frozen_weight_would_be_seen(tmp_path: Any) -> None:
     net = make_small_net()
     module, callbacks, more = build("plain", net=net)
     module.inside.append(lambda self, batch_idx: net.base_model.model[0].base_layer.weight.clone())
-    watched = Watched(net)
-    fit(tmp_path, module, [watched, *callbacks, Ends(watched.watch)], max_epochs=1, **more)
-    assert len(watched.watch.made) == 6
+    assert len(watched_fit(tmp_path, net, module, callbacks, **more).made) == 6

@@ -1,13 +1,10 @@
 """What the callbacks put on a module for a moment is taken away again, and what was there comes back."""
 
-import types
 from typing import Any
 
-import pytest
 import torch
 from helpers import Classifier, TwoPassClassifier, fit
 
-from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.callbacks.patches import put_on_instance
 
 
@@ -32,20 +29,6 @@ def test_put_on_instance_restores_what_was_there() -> None:
     put_back()
     assert module.log is int  # what somebody else has put on top stays
     assert not [name for name in module.__dict__ if "replaced" in name]
-
-
-@pytest.mark.parametrize("kind", [EFMLoRA, FMLoRA])
-def test_an_instances_own_training_step_is_kept(tmp_path: Any, kind: Any) -> None:
-    module, calls = Classifier(), []
-
-    def own(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
-        calls.append(batch_idx)
-        return self.loss(batch, batch_idx)
-
-    module.training_step = types.MethodType(own, module)  # type: ignore[method-assign]
-    fit(tmp_path, module, [kind(0.5)], max_epochs=1)
-    assert len(calls) == (6 if kind is EFMLoRA else 12)
-    assert module.training_step.__func__ is own  # type: ignore[attr-defined]
 
 
 def test_an_instances_own_configure_optimizers_is_kept(tmp_path: Any) -> None:

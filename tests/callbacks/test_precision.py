@@ -17,6 +17,7 @@ from helpers import (
     Classifier,
     E_hat,
     build,
+    calling,
     driver_of,
     fit,
     is_perturbed,
@@ -62,38 +63,6 @@ def test_every_precision_trains_flat(tmp_path, front_end, precision):
             radius = sum((p.scaling * E[p.name] @ p.A.detach()).square().sum() for p in perturbation.pairs).sqrt()
             assert 0.1 < radius <= 0.5 * 1.5
     assert not same(*ends)
-
-
-class Watched(Callback):
-    """Calls a test's function around one method of the perturbation in use."""
-
-    def __init__(self, method: str, around: Any) -> None:
-        self.method, self.around = method, around
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        perturbation = driver_of(trainer).perturbation
-        original = getattr(perturbation, self.method)
-        setattr(perturbation, self.method, lambda *args, **kwargs: self.around(perturbation, original, *args, **kwargs))
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_algebra_is_outside_autocast(tmp_path, front_end, precision):
-    """E has the bits that the same gradients give in float32, though manual optimization steps inside autocast."""
-    fresh: list[Any] = []
-
-    def ascend(perturbation: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            expected = original(*args, **kwargs)
-        fresh.append(original(*args, **kwargs))
-        assert same(fresh[-1].stacks, expected.stacks)
-        assert fresh[-1].finite
-        return fresh[-1]
-
-    module, callbacks, kwargs = build(front_end)
-    plugin: dict[str, Any] = {"plugins": half_precision()} if precision == "16-mixed" else {"precision": precision}
-    fit(tmp_path, module, [*callbacks, Watched("ascend", ascend)], **plugin, **kwargs)
-    assert len(fresh) >= 6
 
 
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA])
@@ -143,17 +112,16 @@ def snapshot(trainer: Any) -> tuple[Any, Any, Any]:
     return weights(trainer.lightning_module), E_hat(callback) if isinstance(callback, EFMLoRA) else {}, optimizer
 
 
-class LowerScale(Callback):
+def lower_scale(index: int) -> Callback:
     """Halves the scale at one batch, as the scaler of the other run did when it met the overflow."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.index:
+    def halve(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == index:
             scaler = trainer.precision_plugin.scaler
             scaler.scale(torch.ones(()))  # makes the scale, if no step has yet
             scaler.update(scaler.get_scale() / 2)
+
+    return calling(on_train_batch_start=halve)
 
 
 def overflowing(dataset: TensorDataset, batches: set[int]) -> TensorDataset:
@@ -188,7 +156,7 @@ def test_overflow_changes_nothing_but_the_scaler(tmp_path, front_end, where, whi
 
     kept = [i for i in range(BATCHES * SIZE) if i // SIZE not in skipped]
     reference, callbacks, kwargs = build(front_end, accumulate=window, **every)
-    lower = LowerScale(min(skipped))
+    lower = lower_scale(min(skipped))
     loader = DataLoader(Subset(dataset, kept), batch_size=SIZE)
     other = fit(tmp_path, reference, [*callbacks, lower], loader, max_epochs=1, plugins=half_precision(), **kwargs)
     assert trainer.global_step == other.global_step + 1

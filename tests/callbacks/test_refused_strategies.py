@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
-    SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
     Strategy,
     XLAStrategy,
@@ -72,13 +71,6 @@ def test_strategies_that_are_not_supported(monkeypatch, front_end, kind, words):
     (problem,) = strategy_problems_of(without_its_library(kind), front_end)
     for word in (*words, "use strategy='ddp'", "ModelParallelStrategy (FSDP2)", "strategy='fsdp'"):
         assert word in problem
-
-
-@pytest.mark.parametrize("front_end", CALLBACKS)
-def test_strategies_that_are_supported(front_end):
-    """As they are by default; tests/distributed trains with each."""
-    for strategy in (SingleDeviceStrategy(), DDPStrategy(), FSDPStrategy()):
-        assert not strategy_problems_of(strategy, front_end, accumulate=2)
 
 
 def test_fsdp_with_manual_optimization():

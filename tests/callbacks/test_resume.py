@@ -139,18 +139,6 @@ def test_resumed_equals_uninterrupted(tmp_path, front_end, settings):
         assert_same_end(whole, run(tmp_path, front_end, resume=tmp_path / f"{point}.ckpt", **settings))
 
 
-class Start(Callback):
-    """What ours held when the first batch of a resumed run began."""
-
-    def __init__(self) -> None:
-        self.seen: Any = None
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        if self.seen is None:
-            callback = driver_of(trainer)
-            self.seen = callback.step, E_hat(callback), callback.perturbation.may_be_nonzero
-
-
 def both_adapters() -> Any:
     net = two_adapters()
     net.base_model.set_adapter(["default", "other"])
@@ -183,25 +171,8 @@ def test_a_refused_checkpoint_is_forgotten(tmp_path, front_end):
     assert driver_of(trainer).step == 5
 
 
-@pytest.mark.filterwarnings("ignore:.* was not part of this run until now:UserWarning")
-@pytest.mark.parametrize("front_end", ["efmlora", "fmlora"])
-def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path, front_end):
-    """Weights and optimizer are kept, steps and Ê begin anew."""
-    net = make_net()
-    module, _, kwargs = build("plain", net=net)
-    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.8)
-    files = [ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="plain")]
-    loader = ResumableLoader(list(make_loader(BATCHES)))
-    fit(tmp_path, module, [Generator(), *files], loader, max_epochs=2, **kwargs)
-    start = Start()
-    trainer = run(tmp_path, front_end, resume=tmp_path / "plain.ckpt", watch=start)
-    step, E, started = start.seen
-    assert (step, started) == (0, False)
-    assert not any(e.any() for e in E.values())
-    assert (driver_of(trainer).step, trainer.global_step) == (8, 15)
-
-
-def test_a_schedule_that_joins_in_the_middle_says_that_it_will_not_end(tmp_path):
+def test_a_checkpoint_of_plain_lora_starts_afresh(tmp_path):
+    """And says that a schedule which joins in the middle will not end."""
     module, _, kwargs = build("plain")
     fit(tmp_path, module, [], max_epochs=1, **kwargs).save_checkpoint(tmp_path / "plain.ckpt")
     for rho in (CosineRho(1.0, 0.0), CosineRho(1.0, 0.0, total_steps=6)):

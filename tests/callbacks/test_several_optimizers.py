@@ -84,29 +84,6 @@ def test_one_callback_follows_the_pairs_of_each_optimizer(tmp_path, toggle):
     assert_no_trace(module)
 
 
-class CriticFirst(Pair):
-    """The generator is not stepped in the first epoch, and then its pairs have no gradient."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        inputs, _, _ = batch
-        generator, critic = self.optimizers()
-        critic.zero_grad()
-        self.manual_backward(self.nets["critic"](inputs).square().mean())
-        critic.step()
-        if self.current_epoch > 0:
-            generator.step()
-
-
-def test_only_the_optimizer_that_learns_nothing_is_named(tmp_path):
-    callback = EFMLoRA(0.1)
-    with pytest.warns(UserWarning, match="EFMLoRA") as warned:
-        fit(tmp_path, CriticFirst(), [callback], max_epochs=2)
-    said = [str(each.message) for each in warned if "EFMLoRA" in str(each.message)]
-    assert len(said) == 1
-    assert "no B of a pair of optimizer 0 has had a gradient in any step so far" in said[0]
-    assert [group.step for group in callback.methods] == [6, 12]
-
-
 @pytest.mark.parametrize("callbacks", [1, 2])
 def test_a_run_of_several_optimizers_is_resumed(tmp_path, callbacks):
     """With one callback for both, or one for each adapter: the states lie side by side in the file."""

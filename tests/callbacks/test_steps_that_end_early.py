@@ -14,6 +14,7 @@ from helpers import (
     assert_copies_are_plain,
     assert_no_trace,
     build,
+    calling,
     driver_of,
     fit,
     is_installed,
@@ -23,7 +24,7 @@ from helpers import (
     trainer_of,
     weights,
 )
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from shadows import shown, watched
@@ -40,18 +41,14 @@ def test_batch_start_returns_minus_one(tmp_path, front_end, hook_of):
     if hook_of == "module":
         module.on_train_batch_start = answer
     else:
-        callbacks.append(type("Skips", (Callback,), {"on_train_batch_start": lambda self, *args: answer(*args)})())
+        callbacks.append(calling(on_train_batch_start=answer))
     ends: list[bool] = []
 
-    class AtEpochEnd(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            ends.append(is_perturbed(pl_module))
+    def look(trainer: Any, pl_module: Any, *args: Any) -> None:
+        ends.append(is_perturbed(pl_module))
 
-        on_train_end = on_validation_batch_start = lambda self, trainer, pl_module, *args: ends.append(
-            is_perturbed(pl_module)
-        )
-
-    trainer = fit(tmp_path, module, [*callbacks, AtEpochEnd()], val=make_loader(1), **kwargs)
+    at_ends = calling(on_train_epoch_start=look, on_train_end=look, on_validation_batch_start=look)
+    trainer = fit(tmp_path, module, [*callbacks, at_ends], val=make_loader(1), **kwargs)
     assert trainer.global_step == (4 if hook_of == "module" else 12)
     assert not any(ends)
     assert_no_trace(module)
@@ -145,13 +142,9 @@ def test_exception_in_a_step(tmp_path, front_end, error, pass_number):
 
     module.inside.append(interrupt)
     seen: list[bool] = []
-
-    class AtException(Callback):
-        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-            seen.append(is_perturbed(pl_module))
-
+    look = calling(on_exception=lambda trainer, pl_module, exception: seen.append(is_perturbed(pl_module)))
     before = signal.getsignal(signal.SIGINT)
-    callbacks = [*callbacks, AtException(), OnExceptionCheckpoint(tmp_path, "crash")]
+    callbacks = [*callbacks, look, OnExceptionCheckpoint(tmp_path, "crash")]
     trainer = trainer_of(tmp_path, callbacks, **kwargs)
     try:
         with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
@@ -215,12 +208,9 @@ def test_copies_made_during_training_are_plain(tmp_path, front_end, monkeypatch)
         assert_no_trace(twin)
         assert same(twin.state_dict(), module.state_dict())
 
-    class Copies(Callback):
-        on_train_batch_start = on_before_backward = on_after_backward = on_train_batch_end = (
-            lambda self, trainer, pl_module, *args: look(pl_module)
-        )
-
+    hooks = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end")
+    copies = calling(**dict.fromkeys(hooks, lambda trainer, pl_module, *args: look(pl_module)))
     module.inside.append(look)
-    fit(tmp_path, module, [*callbacks, Copies()], make_loader(3), max_epochs=1, **kwargs)
+    fit(tmp_path, module, [*callbacks, copies], make_loader(3), max_epochs=1, **kwargs)
     assert any(states)
     assert not all(states)

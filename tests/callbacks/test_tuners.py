@@ -11,6 +11,7 @@ from helpers import (
     assert_no_trace,
     assert_same_run,
     build,
+    calling,
     driver_of,
     is_perturbed,
     make_dataset,
@@ -44,19 +45,12 @@ class Passes:
         self.counts = dict.fromkeys(product((True, False), (True, False)), 0)
         module.inside.append(self)
 
+    def end_of_finding(self, *args: Any) -> None:
+        self.finding = False
+
     def __call__(self, module: Any, batch_idx: int) -> None:
         if module.training:
             self.counts[self.finding, is_perturbed(module)] += 1
-
-
-class Begin(Callback):
-    """Marks the start of training proper: finders run before it."""
-
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.passes.finding = False
 
 
 def searched(front_end: str, **kwargs: Any) -> tuple[Any, list[Callback], dict[str, Any], Passes]:
@@ -88,7 +82,7 @@ def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[st
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_finders_as_tuner(tmp_path, front_end, search):
     module, callbacks, kwargs, passes = searched(front_end)
-    trainer = trainer_of(tmp_path, [*callbacks, Begin(passes)], **kwargs)
+    trainer = trainer_of(tmp_path, [*callbacks, calling(on_train_start=passes.end_of_finding)], **kwargs)
     if search == "rate":
         finder = Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
         assert len(finder.results["lr"]) == 5
@@ -116,7 +110,7 @@ def test_finders_as_callback(tmp_path, front_end, make):
     finder = make()
     is_rate = isinstance(finder, LearningRateFinder)
     order = [*callbacks, finder] if is_rate else [finder, *callbacks]
-    trainer = train(tmp_path, module, [*order, Begin(passes)], kwargs)
+    trainer = train(tmp_path, module, [*order, calling(on_train_start=passes.end_of_finding)], kwargs)
     assert_inactive_while_finding(passes)
     found = {} if is_rate else {"batch_size": finder.optimal_batch_size}
     assert not is_rate or len(finder.optimal_lr.results["lr"]) == 5

@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FRONT_ENDS, TWO_PASSES, Classifier, build, driver_of, fit, make_loader, make_net, same, weights
+from helpers import FRONT_ENDS, TWO_PASSES, build, driver_of, fit, make_loader, make_net, same, weights
 from hostile_modules import TEACHERS, Teaches
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA, FMLoRA, LinearRho
 from lightning_flatlora.baselines import SAM, LoRASAM
@@ -173,16 +172,3 @@ def test_an_optimizer_around_another_one_takes_the_same_steps(tmp_path: Any, fro
         runs.append((driver_of(trainer).step, weights(module)))
     assert runs[0][0] == 12
     assert same(*runs)
-
-
-def test_a_batch_that_can_be_read_only_once_is_refused(tmp_path: Any) -> None:
-    class Summed(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return sum(self.loss(part, batch_idx) for part in batch)
-
-    def loader() -> Any:
-        return DataLoader(list(make_loader(4)), batch_size=2, collate_fn=iter)
-
-    fit(tmp_path, Summed(), [], loader(), max_epochs=1)
-    with pytest.raises(RuntimeError, match="a list_iterator can be read only once: let the loader give lists"):
-        fit(tmp_path, Summed(), [FMLoRA(0.5)], loader(), max_epochs=1)

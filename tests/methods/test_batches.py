@@ -69,3 +69,8 @@ def test_a_copy_shares_nothing(form: str) -> None:
     for one, other in pairs:
         assert torch.equal(one, other)
         assert one.data_ptr() != other.data_ptr()
+
+
+def test_what_can_be_read_only_once_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="a list_iterator can be read only once: let the loader give lists"):
+        copied_batch({"parts": [iter([torch.ones(1)])]})
