@@ -143,6 +143,15 @@ def with_own(own: type[Any]) -> tuple[type[Any], type[Any]]:
     return type("Automatic", (own, Classifier), {}), type("Manual", (own, TwoPassClassifier), {})
 
 
+def trains(chosen: Callable[[str, nn.Parameter], bool]) -> type[Any]:
+    """A class, to be added to a module's, whose optimizer holds the chosen parameters."""
+
+    def configure_optimizers(self: Any) -> Any:
+        return torch.optim.AdamW([p for name, p in self.named_parameters() if chosen(name, p)], lr=self.lr)
+
+    return type("Chosen", (), {"configure_optimizers": configure_optimizers})
+
+
 def build(
     front_end: str,
     rho: Any = 0.5,

@@ -262,7 +262,7 @@ TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_data, "average.modul
 """How the parameters of each of these names are written."""
 
 
-# -- batches that a step writes or takes apart; what else may be one is in methods/test_batches.py
+# -- batches that a step writes or takes apart; what else may be one is in test_replay.py
 
 
 class Adds(Hostile):

@@ -40,6 +40,20 @@ def method_of(name: str, model: nn.Module, optimizer: Any, rho: Any = None, **se
     return getattr(loops, name)(model, optimizer, schedule() if rho is None else rho, **own, **settings)
 
 
+def started(name: str, rho: Any = 0.3) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """A method's object, its network and its optimizer."""
+    net = net_of()
+    optimizer = optimizer_of(net)
+    return method_of(name, net, optimizer, rho), net, optimizer
+
+
+def trained_plainly(name: str, data: list[Any], rho: Any = 0.3, **settings: Any) -> nn.Module:
+    """The network after a loop in plain PyTorch."""
+    flat, net, optimizer = started(name, rho)
+    run(flat, net, optimizer, data, **settings)
+    return net
+
+
 def plain_backward(value: Tensor) -> None:
     value.backward()
 

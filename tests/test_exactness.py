@@ -18,16 +18,13 @@ from float64_runs import (
     reference,
     worst_difference,
 )
+from helpers import assert_no_trace, trainer_of, weights
+from imitated_layers import KINDS, Learner, batches, error, model_of, optimizer_of
+from reference import Reference
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_flatlora import (
-    CosineRho,
-    EFMLoRA,
-    FMLoRA,
-    InverseSqrtRho,
-    LearningRateRho,
-    LinearRho,
-)
+from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA, InverseSqrtRho, LearningRateRho, LinearRho, find_pairs
 
 CASES = [
     {},
@@ -123,3 +120,23 @@ def test_rho_follows_the_learning_rate() -> None:
     cosine = [(1 + math.cos(math.pi * step / 200)) / 2 for step in range(104)]
     expected = reference(4, beta=BETA, rho=lambda step: RHO * cosine[step])
     assert worst_difference(net, expected) < 1e-10
+
+
+METHODS = {"EFMLoRA": (EFMLoRA, {"beta": BETA}), "FMLoRA": (FMLoRA, {})}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "finder", "name"), KINDS)
+def test_layers_of_other_projects_equal_the_literal_algorithm(
+    kind: type[nn.Module], finder: Any, name: str, method: str
+) -> None:
+    make, own = METHODS[method]
+    expected, model = model_of(kind), model_of(kind)
+    pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(expected, finder=finder).pairs]
+    run = Reference(expected, pairs, error, optimizer_of(expected), lambda step: RHO, beta=own.get("beta"))
+    run.train(batches(4))
+    trainer = trainer_of(None, [make(RHO, finder=finder, **own)], max_epochs=-1, max_steps=4, precision="64-true")
+    trainer.fit(Learner(model), DataLoader(batches(8), batch_size=None))
+    for key, value in weights(model).items():
+        assert torch.allclose(value, weights(expected)[key], rtol=0, atol=1e-10), key
+    assert_no_trace(model)

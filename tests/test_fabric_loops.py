@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from float64_runs import loss, optimizer_of
 from helpers import same, weights
 from lightning.fabric.plugins import MixedPrecision
-from loop_runs import batches, method_of, net_of, run
+from loop_runs import batches, method_of, net_of, run, schedule, trained_plainly
 from torch import nn
 from torch.amp import GradScaler
 
@@ -87,24 +87,20 @@ def test_the_object_may_be_made_before_and_after_wrapping(
     own_accelerate: None, name: str, made: str, wrap: Callable[..., Any]
 ) -> None:
     """accelerate loads an optimizer's state into it as it wraps it."""
-    net, plain = net_of(), net_of()
+    net = net_of()
     bare = optimizer_of(net)
     flat = method_of(name, net, bare) if made == "before" else None
     model, optimizer, backward = wrap(net, bare)
     if flat is None:
         flat = method_of(name, net, bare) if "bare" in made else method_of(name, model, optimizer)
     run(flat, model, optimizer, batches(), backward=backward)
-    other = optimizer_of(plain)
-    run(method_of(name, plain, other), plain, other, batches())
     assert flat.step == 10
-    assert same(weights(net), weights(plain))
+    assert same(weights(net), weights(trained_plainly(name, batches(), schedule())))
 
 
 def test_loops_of_accelerate(own_accelerate: None) -> None:
     """Its own loop, without a Trainer, in which an accumulating step is no step; and its own checkpoints."""
-    whole, first, second = net_of(), net_of(), net_of()
-    other = optimizer_of(whole)
-    run(method_of("EFMLoRA", whole, other, 0.3), whole, other, batches(), window=2)
+    whole, first, second = trained_plainly("EFMLoRA", batches(), window=2), net_of(), net_of()
     with TemporaryDirectory() as folder:
         for net, data in ((first, batches()[:4]), (second, batches()[4:])):
             accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

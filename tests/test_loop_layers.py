@@ -15,7 +15,7 @@ from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
 from helpers import assert_copies_are_plain, assert_no_trace, is_perturbed, same, weights
 from hostile_modules import CHECKPOINTS, Checkpointed, two_adapters, two_linear, under_peft
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run
+from loop_runs import batches, method_of, net_of, run, schedule, started, trained_plainly
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -46,9 +46,8 @@ def loop(net: nn.Module) -> Any:
 
 
 def test_merging_and_generating_in_training_mode_use_the_clean_weights() -> None:
-    net: Any = net_of()
-    optimizer, (x, _) = optimizer_of(net), batches()[0]
-    run(method_of("EFMLoRA", net, optimizer, 0.3), net, optimizer, batches()[:3])
+    net: Any = trained_plainly("EFMLoRA", batches()[:3])
+    x, _ = batches()[0]
     clean = copy.deepcopy(net)
     assert net.training
     assert not same(net(x), clean(x))
@@ -64,10 +63,7 @@ def test_merging_and_generating_in_training_mode_use_the_clean_weights() -> None
 
 
 def test_a_step_that_raises_leaves_clean_layers_and_can_be_tried_again() -> None:
-    plain, net = net_of(), net_of()
-    optimizer, other = optimizer_of(net), optimizer_of(plain)
-    flat = method_of("EFMLoRA", net, optimizer, 0.3)
-    run(method_of("EFMLoRA", plain, other, 0.3), plain, other, batches()[:4])
+    flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:3])
 
     def fail(*args: Any) -> None:
@@ -81,7 +77,7 @@ def test_a_step_that_raises_leaves_clean_layers_and_can_be_tried_again() -> None
     handle.remove()
     assert not is_perturbed(net)
     run(flat, net, optimizer, batches()[3:4])
-    assert same(weights(net), weights(plain))
+    assert same(weights(net), weights(trained_plainly("EFMLoRA", batches()[:4])))
 
 
 def test_copies_and_pickles_are_plain() -> None:
@@ -193,11 +189,8 @@ METHODS = ("EFMLoRA", "FMLoRA")
 @pytest.mark.parametrize("name", METHODS)
 def test_an_object_that_is_made_after_the_load_takes_its_state_from_state_dict(name: str) -> None:
     """One that is made before finds it in the optimizer's: see test_hostile_modules.py."""
-    whole, first, second = net_of(), net_of(), net_of()
-    optimizer = optimizer_of(whole)
-    run(method_of(name, whole, optimizer), whole, optimizer, batches())
-    optimizer = optimizer_of(first)
-    flat = method_of(name, first, optimizer)
+    second = net_of()
+    flat, first, optimizer = started(name, schedule())
     run(flat, first, optimizer, batches()[:5])
     saved = copy.deepcopy((first.state_dict(), optimizer.state_dict(), flat.state_dict()))
     second.load_state_dict(saved[0])
@@ -207,7 +200,7 @@ def test_an_object_that_is_made_after_the_load_takes_its_state_from_state_dict(n
     resumed.load_state_dict(saved[2])
     run(resumed, second, optimizer, batches()[5:])
     assert resumed.step == 10
-    assert same(weights(second), weights(whole))
+    assert same(weights(second), weights(trained_plainly(name, batches(), schedule())))
     with pytest.raises(MisconfigurationException, match="estimator must be 'average' as in the checkpoint"):
         method_of(name, second, optimizer, estimator="projected").load_state_dict(saved[2])
     with pytest.raises(MisconfigurationException, match="of 2 optimizers, and a loop's object follows one"):
@@ -215,9 +208,10 @@ def test_an_object_that_is_made_after_the_load_takes_its_state_from_state_dict(n
 
 
 def test_optimizer_states_go_from_runs_with_the_method_to_runs_without_and_back() -> None:
-    net, plain = net_of(), net_of()
-    optimizer, other = optimizer_of(net), optimizer_of(plain)
-    run(method_of("EFMLoRA", net, optimizer, 0.3), net, optimizer, batches()[:3])
+    flat, net, optimizer = started("EFMLoRA")
+    plain = net_of()
+    other = optimizer_of(plain)
+    run(flat, net, optimizer, batches()[:3])
     run(None, plain, other, batches()[:3])
     with pytest.warns(UserWarning, match="the optimizer's state has none of EFMLoRA, as after a run without it"):
         optimizer.load_state_dict(other.state_dict())
@@ -238,16 +232,13 @@ def test_preparing_a_distributed_checkpoint_is_no_step(name: str) -> None:
     """It steps the optimizer once, with zero gradients, and keeps nothing of ours: state_dict is there for that."""
     from torch.distributed.checkpoint import state_dict as dcp
 
-    net, plain = net_of(), net_of()
-    optimizer, other = optimizer_of(net), optimizer_of(plain)
-    flat, unprepared = method_of(name, net, optimizer), method_of(name, plain, other)
+    flat, net, optimizer = started(name)
     assert STATE_KEY not in dcp.get_optimizer_state_dict(net, optimizer)
-    assert (flat.step, len(optimizer.state)) == (0, len(other.param_groups[0]["params"]))
+    assert (flat.step, len(optimizer.state)) == (0, len(optimizer.param_groups[0]["params"]))
     # The preparation counts as a step in AdamW's own bias correction.
     optimizer.state.clear()
     run(flat, net, optimizer, batches()[:3])
-    run(unprepared, plain, other, batches()[:3])
-    assert same(weights(net), weights(plain))
+    assert same(weights(net), weights(trained_plainly(name, batches()[:3])))
 
 
 class LoadsWithoutHooks(torch.optim.AdamW):

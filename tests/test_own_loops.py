@@ -8,7 +8,7 @@ import pytest
 import torch
 from float64_runs import BETA, Automatic, fit_in_float64, loss, optimizer_of
 from helpers import assert_no_trace, is_perturbed, make_net, same, weights
-from loop_runs import batches, method_of, net_of, run, schedule, seeds, train
+from loop_runs import batches, method_of, net_of, run, schedule, seeds, started, train, trained_plainly
 from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader
@@ -49,9 +49,7 @@ def test_weights_equal_the_callbacks(name: str, window: int, clip: float | None,
 
 @pytest.mark.parametrize("name", METHODS)
 def test_only_the_forward_of_a_layer_or_a_pass_reads_perturbed_weights(name: str) -> None:
-    net: Any = net_of()
-    optimizer = optimizer_of(net)
-    flat = method_of(name, net, optimizer, 0.3)
+    flat, net, optimizer = started(name)
     inside: list[bool] = []
     net.base_model.model[0].lora_B["default"].register_forward_hook(lambda *args: inside.append(is_perturbed(net)))
     stored: dict[str, Any] = {}
@@ -74,8 +72,7 @@ def test_only_the_forward_of_a_layer_or_a_pass_reads_perturbed_weights(name: str
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_pass_that_raises_leaves_clean_layers(name: str) -> None:
-    net = net_of()
-    flat = method_of(name, net, optimizer_of(net))
+    flat, net, _ = started(name)
 
     def fails() -> None:
         for each_pass in flat.training_passes():
@@ -152,22 +149,18 @@ def test_a_closure_gives_the_gradients_of_its_step(as_keyword: bool) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled(name: str) -> None:
     torch._dynamo.reset()
-    net, other = net_of(), net_of()
+    net = net_of()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     optimizer = optimizer_of(net)
-    flat = method_of(name, compiled, optimizer)
+    flat = method_of(name, compiled, optimizer, 0.3)
     run(flat, compiled, optimizer, batches()[:4])
-    optimizer = optimizer_of(other)
-    run(method_of(name, other, optimizer), other, optimizer, batches()[:4])
-    assert close(weights(net), weights(other))
+    assert close(weights(net), weights(trained_plainly(name, batches()[:4])))
     assert not [pair.name for pair in flat.perturbation.pairs if "_orig_mod" in pair.name]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.:DeprecationWarning")  # torch's own
 def test_a_compiled_step_of_the_optimizer() -> None:
-    net, other = net_of(), net_of()
-    optimizer = optimizer_of(net)
-    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    flat, net, optimizer = started("EFMLoRA")
     torch._dynamo.reset()
     step = torch.compile(lambda: optimizer.step(), backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -175,11 +168,9 @@ def test_a_compiled_step_of_the_optimizer() -> None:
             loss(net, batch).backward()
             step()
             optimizer.zero_grad()
-    optimizer = optimizer_of(other)
-    run(method_of("EFMLoRA", other, optimizer, 0.3), other, optimizer, batches()[:4])
     assert flat.step == 4
     # A compiled AdamW counts in float32.
-    assert close(weights(net), weights(other), 1e-6)
+    assert close(weights(net), weights(trained_plainly("EFMLoRA", batches()[:4])), 1e-6)
 
 
 def test_a_compiled_model_of_length_zero_is_unwrapped() -> None:

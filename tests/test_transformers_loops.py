@@ -12,17 +12,11 @@ from helpers import assert_no_trace, same, weights
 from hf_runs import RHO, SIZE, Samples, trained_by, trainer_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from loop_runs import net_of
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from lightning_flatlora import EFMLoRA as LightningEFMLoRA
 from lightning_flatlora import FMLoRA as LightningFMLoRA
@@ -127,29 +121,6 @@ def llama() -> Any:
 def arguments(folder: Path, kind: type[Any] = TrainingArguments, **settings: Any) -> Any:
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", "save_steps": 4}
     return kind(str(folder), max_steps=STEPS, learning_rate=0.01, bf16=False, **{**quiet, **settings})
-
-
-@pytest.mark.parametrize("reentrant", [None, False, True])
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # the name that old releases know
-def test_a_peft_model_with_gradient_checkpointing_saves_its_adapter(tmp_path: Path, reentrant: bool | None) -> None:
-    """Checkpointing changes no bit, and a resumed run ends with the same ones."""
-    ends = []
-    for place in ("plain", "asked"):
-        model = get_peft_model(llama(), LoraConfig(r=2, lora_dropout=0.1))
-        rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(12)]
-        if place == "asked" and reentrant is not None:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        trainer = Trainer(model, arguments(tmp_path / place), train_dataset=rows)
-        flat = EFMLoRA(trainer.model, trainer.create_optimizer(), 0.05)
-        resume = str(tmp_path / "plain" / "checkpoint-4") if place == "asked" and reentrant is None else None
-        trainer.train(resume_from_checkpoint=resume)
-        assert model.base_model.model.is_gradient_checkpointing == (place == "asked" and reentrant is not None)
-        assert flat.step == STEPS
-        ends.append(weights(model))
-    assert same(*ends)
-    saved = {path.name for path in (tmp_path / "asked" / "checkpoint-8").iterdir()}
-    assert "adapter_model.safetensors" in saved
 
 
 def tokenizer() -> Any:

@@ -5,16 +5,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from dense import (
-    Dense,
-    DenseBAR,
-    DenseBiLoRA,
-    DenseFlatLoRA,
-    DenseLoRASAM,
-    DenseOBAR,
-    DenseSAM,
-    plain_network,
-)
+from dense import Dense, DenseBAR, DenseBiLoRA, DenseFlatLoRA, DenseLoRASAM, DenseOBAR, DenseSAM, plain_network
 from float64_runs import Automatic, fit_in_float64, network, worst_difference
 from helpers import BASELINES, SIZES
 

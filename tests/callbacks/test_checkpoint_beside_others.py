@@ -7,16 +7,7 @@ import lightning as L
 import pytest
 import torch
 from checkpointed_bases import WEIGHTS, assert_resumes, epochs, saver, state
-from helpers import (
-    Classifier,
-    fit,
-    make_loader,
-    make_net,
-    needs_weight_averaging,
-    same,
-    trainer_of,
-    weights,
-)
+from helpers import Classifier, fit, make_loader, make_net, needs_weight_averaging, same, trainer_of, weights
 from hostile_modules import Bert
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging

@@ -120,16 +120,6 @@ def test_what_was_trained_between_two_saves_is_in_the_file(tmp_path: Path) -> No
     assert same(state(tmp_path / "step=12.ckpt")[HEAD], module.net.base_model.model.head.weight.detach())
 
 
-def test_a_second_fit_remembers_what_the_first_one_trained(tmp_path: Path) -> None:
-    module = TrainsHeadInFirstEpoch()
-    fit(tmp_path, module, [saver(tmp_path / "1")])
-    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
-    module.on_train_epoch_start = lambda: None
-    module.net.base_model.model.head.requires_grad_(False)
-    fit(tmp_path, module, [saver(tmp_path / "2")])
-    assert HEAD in state(tmp_path / "2" / "step=12.ckpt")
-
-
 class AddsAnAdapter(L.Callback):
     """Its targets are others, so that peft puts a layer around the head in the middle of the fit."""
 

@@ -5,19 +5,16 @@ import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 from checkpointed_bases import WEIGHTS, saver, state
 from helpers import Classifier, build, calling, fit, make_loader, same
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
 from lightning_flatlora import AdapterCheckpoint
-from lightning_flatlora.callbacks.adapter_checkpoint import export
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, remove_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -145,18 +142,6 @@ def test_a_save_while_the_adapter_is_merged_warns(tmp_path: Path) -> None:
         run("refused", max_epochs=3, ckpt_path=late)
 
 
-def test_rank_zero_alone_looks_at_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a slower rank the files would vanish while it reads them."""
-    looks: list[Any] = []
-    monkeypatch.setattr(export, "is_ours", lambda *args: looks.append(args))
-    (tmp_path / "step=3.ckpt").touch()
-    strategy = SimpleNamespace(remove_checkpoint=lambda path: None)
-    for is_global_zero in (False, True):
-        trainer: Any = SimpleNamespace(is_global_zero=is_global_zero, strategy=strategy)
-        saver(tmp_path)._remove_checkpoint(trainer, str(tmp_path / "step=3.ckpt"))
-        assert bool(looks) == is_global_zero
-
-
 def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "ours").mkdir()
@@ -164,14 +149,6 @@ def test_a_list_that_names_files_elsewhere_is_not_followed(tmp_path: Path) -> No
     (tmp_path / "ours" / LIST).write_text(json.dumps({"checkpoint": "ours.ckpt", "files": names}))
     remove_folder(tmp_path / "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_a_loggers_folder_keeps_its_rows(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, name=None, version="run")
-    logger.log_metrics({"before": 1.0})
-    logger.save()
-    train(tmp_path, saver(tmp_path, filename="run"), logger=logger, log_every_n_steps=1)
-    assert "before" in (tmp_path / "run" / "metrics.csv").read_text()
 
 
 def test_a_users_file_in_our_folder_outlives_the_checkpoint(tmp_path: Path) -> None:

@@ -8,13 +8,7 @@ import pytest
 import torch
 from checkpointed_bases import assert_resumes, saver, state
 from helpers import CLASSES, FEATURES, WIDTH, Classifier, fit, same
-from peft import (
-    LoraConfig,
-    PeftMixedModel,
-    PeftModel,
-    get_peft_model,
-    inject_adapter_in_model,
-)
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraModel
 from quantized_bases import BASES
 from quantized_bases import network as quantized_network

@@ -8,19 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    FRONT_ENDS,
-    ByHand,
-    Classifier,
-    build,
-    calling,
-    fit,
-    make_loader,
-    make_net,
-    same,
-    weights,
-)
-from monitored_runs import ALL_BUT_EMA, Recorder, measured
+from helpers import FRONT_ENDS, ByHand, Classifier, build, calling, fit, make_loader, make_net, same, weights
+from monitored_runs import ALL_BUT_EMA, KeepsPoints, Recorder, measured
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,14 +104,9 @@ def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_e
     """rho over time, scope and estimator too: the realized radius shows which were taken."""
     rho = CosineRho(0.8, 0.1)
     module, callbacks, kwargs = build(front_end, rho, estimator="projected", norm_scope="layer")
-    points: list[Point] = []
-
-    class Watched(FlatnessMonitor):
-        def _point(self, *args: Any) -> Point:
-            points.append(super()._point(*args))
-            return points[-1]
-
-    rows = measured(tmp_path, module, [Watched(every_n_steps=3, measures=["radius"]), *callbacks], **kwargs)
+    monitor = KeepsPoints(every_n_steps=3, measures=["radius"])
+    rows = measured(tmp_path, module, [monitor, *callbacks], **kwargs)
+    points = [point for *_, point in monitor.points]
     assert [point.rho for point in points] == [rho(step, 12) for step in (3, 6, 9, 12)]
     assert {point.perturbation._estimator for point in points} == {"projected"}
     assert all(abs(row["radius"] - math.sqrt(3)) < 0.05 for row in rows[:3])  # three layers, each of radius rho
@@ -147,15 +131,9 @@ def test_when(tmp_path: Any) -> None:
         ({"every_n_steps": 3}, 4, [9]),
         ({"every_n_epochs": 2}, 1, [11]),
     ):
-        batches: list[int] = []
-
-        class Watched(FlatnessMonitor):
-            def _point(self, trainer: Any, *args: Any, batches: list[int] = batches) -> Point:
-                batches.append(trainer.current_epoch * 6 + trainer.fit_loop.epoch_loop.batch_idx)
-                return super()._point(trainer, *args)
-
-        fit(tmp_path, Classifier(), [Watched(1.0, **settings)], accumulate_grad_batches=accumulate)
-        assert batches == expected, settings
+        monitor = KeepsPoints(1.0, **settings)
+        fit(tmp_path, Classifier(), [monitor], accumulate_grad_batches=accumulate)
+        assert [batch for _, batch, _ in monitor.points] == expected, settings
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -6,25 +6,15 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
 from changing_models import At, moved, two_adapters
-from helpers import (
-    CLASSES,
-    FRONT_ENDS,
-    Classifier,
-    E_hat,
-    assert_no_trace,
-    build,
-    fit,
-    same,
-    weights,
-)
+from helpers import CLASSES, FRONT_ENDS, Classifier, E_hat, assert_no_trace, build, fit, same, trains, weights, with_own
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from monitored_runs import KeepsPoints
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, perturbed_read
+from lightning_flatlora import EFMLoRA, FMLoRA, perturbed_read
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 
@@ -44,6 +34,9 @@ def freeze(module: Any, trained: bool = False, layers: str = "") -> None:
 
 
 ALL = ["0.default", "2.default", "4.default"]
+ALL_IN_OPTIMIZER = trains(lambda name, parameter: "lora" in name or parameter.requires_grad)
+"""Also the factors of adapters that come to be active later."""
+HEAD_ONLY = trains(lambda name, parameter: parameter.requires_grad and "lora" not in name)
 OTHERS = [LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization]
 
 
@@ -57,16 +50,9 @@ def test_pairs_that_stop_learning_are_read_clean(tmp_path):
     assert_no_trace(module)
 
 
-class AllInOptimizer(Classifier):
-    """The optimizer holds all factors, also those of adapters that come to be active later."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for n, p in self.named_parameters() if "lora" in n or p.requires_grad], lr=0.02)
-
-
 def test_an_adapter_made_active_in_mid_fit_is_perturbed(tmp_path):
     """In a hook of the module, which comes after the callbacks'."""
-    module, callback = AllInOptimizer(net=two_adapters()), EFMLoRA(0.5)
+    module, callback = with_own(ALL_IN_OPTIMIZER)[0](net=two_adapters()), EFMLoRA(0.5)
     watching = Watching(module)
     change_at = At(3, lambda module: module.net.base_model.set_adapter("other"))
     module.on_train_batch_start = lambda batch, batch_idx: change_at.on_train_batch_start(None, module)
@@ -106,15 +92,10 @@ class Unfreeze(BaseFinetuning):
             optimizer.add_param_group({"params": [p for n, p in pl_module.named_parameters() if "lora" in n]})
 
 
-class TrainedOnly(Classifier):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
-
-
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, *OTHERS])
 def test_finetuning_that_unfreezes_later(tmp_path, callback):
     """It starts, says at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
-    module, plain, ours = TrainedOnly(), TrainedOnly(), callback(0.5)
+    module, plain, ours = Classifier(), Classifier(), callback(0.5)
     watching = Watching(module)
     with pytest.warns(UserWarning, match="no pair is trained now") as warned:
         fit(tmp_path, module, [ours, Unfreeze()])
@@ -143,15 +124,10 @@ class Joins(BaseFinetuning):
             optimizer.add_param_group({"params": new})
 
 
-class HeadOnly(Classifier):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and "lora" not in n])
-
-
 @pytest.mark.parametrize(("callback", "part"), [(EFMLoRA, ""), *product([EFMLoRA, *OTHERS], [".2."])])
 def test_factors_that_join_the_optimizer_later(tmp_path, callback, part):
     """What never joins is said at the end."""
-    module = HeadOnly()
+    module = with_own(HEAD_ONLY)[0]()
     watching = Watching(module)
     with pytest.warns(UserWarning, match=callback.__name__) as warned:
         fit(tmp_path, module, [callback(0.5), Joins(part)])
@@ -165,7 +141,7 @@ def test_factors_that_join_the_optimizer_later(tmp_path, callback, part):
 def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
     change = At(3, lambda module: module.net.set_adapter("other"))
     with pytest.warns(UserWarning, match="such as .*other.*, are in no optimizer.* Until then these pairs are not"):
-        fit(tmp_path, TrainedOnly(net=two_adapters()), [EFMLoRA(0.5), change])
+        fit(tmp_path, Classifier(net=two_adapters()), [EFMLoRA(0.5), change])
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -179,7 +155,7 @@ def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
                 freeze(pl_module, True)
 
     def run(ckpt_path: Any = None) -> Any:
-        module, callback = TrainedOnly(), EFMLoRA(0.5)
+        module, callback = Classifier(), EFMLoRA(0.5)
         saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*no pair is trained now")
@@ -194,19 +170,6 @@ class Never(Unfreeze):
         pass
 
 
-class Measured(FlatnessMonitor):
-    """Notes the scalings that it measures with, by the step."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.scalings: dict[int, list[float]] = {}
-
-    def _point(self, trainer: Any, *args: Any) -> Any:
-        point = super()._point(trainer, *args)
-        self.scalings[trainer.global_step] = sorted(pair.scaling for pair in point.pairs)
-        return point
-
-
 class PutsIn(Callback):
     """LoRA that comes at an epoch's start."""
 
@@ -219,7 +182,7 @@ class PutsIn(Callback):
 
 def test_the_monitor_follows_too(tmp_path):
     """It measures as soon as there is a pair, whatever pairs there are, with the scaling of the moment."""
-    module, measured = TrainedOnly(), Measured(rho=0.5, every_n_steps=3)
+    module, measured = Classifier(), KeepsPoints(0.5, every_n_steps=3)
     scale = At(10, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))
     fit(tmp_path, module, [measured, Unfreeze(), PutsIn(), scale])
     assert measured.scalings == {9: [2.0, 2.0, 2.0, 4.0], 12: [2.0, 2.0, 4.0, 6.0]}
@@ -229,21 +192,13 @@ def test_the_monitor_follows_too(tmp_path):
 def test_pairs_that_came_before_the_first_refresh_are_not_missed(tmp_path, callback):
     """No warning: they were unfrozen, though no step has perturbed them yet."""
     unfreeze = At(2, lambda module: freeze(module, True))
-    fit(tmp_path, AllInOptimizer(), [callback(0.5, start_step=100), Never(), unfreeze], max_epochs=1)
-
-
-class TrainsBoth:
-    """An optimizer of both adapters, whichever is active."""
-
-    def configure_optimizers(self) -> Any:
-        module: Any = self
-        return torch.optim.AdamW([p for name, p in module.named_parameters() if "lora" in name], lr=0.02)
+    fit(tmp_path, with_own(ALL_IN_OPTIMIZER)[0](), [callback(0.5, start_step=100), Never(), unfreeze], max_epochs=1)
 
 
 READ: list[tuple[int, str, bool]] = []  # not in the module, where both passes would count in it
 
 
-class BothInAStep(TrainsBoth):
+class BothInAStep(trains(lambda name, parameter: "lora" in name)):  # type: ignore[misc]
     """Activates one adapter and then the other, in training_step itself, and notes whether the layers read B + E."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:

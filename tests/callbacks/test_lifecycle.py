@@ -25,13 +25,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
-from lightning_flatlora import (
-    EFMLoRA,
-    FlatnessMonitor,
-    FMLoRA,
-    LearningRateRho,
-    LinearRho,
-)
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 # -- a second fit

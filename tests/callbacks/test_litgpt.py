@@ -29,13 +29,7 @@ from reference import Reference
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import (
-    AdapterCheckpoint,
-    EFMLoRA,
-    FMLoRA,
-    find_pairs,
-    load_adapter_checkpoint,
-)
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, find_pairs, load_adapter_checkpoint
 from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs
 from lightning_flatlora.weight_noise import WeightNoise
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, assert_no_trace, build, fit, make_loader, make_net, same, weights
+from helpers import Classifier, assert_no_trace, build, fit, make_loader, make_net, same, trains, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD, lr_scheduler
@@ -17,11 +17,6 @@ from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA
 
 CALLBACKS = ("efmlora", "fmlora")
 SINGLE = (*CALLBACKS, "module")
-
-
-def optimizes(make: Callable[[Any], Any]) -> type[Any]:
-    """A class whose optimizers are made of the module by a function."""
-    return type("Own", (), {"configure_optimizers": make})
 
 
 def trained(module: Any, skip: str = "nothing") -> list[nn.Parameter]:
@@ -164,7 +159,7 @@ CASES: dict[str, Case] = {
     ),
     "B in no optimizer": Case(
         ("in no optimizer", "net.base_model.model.0.lora_B.default.weight"),
-        own=optimizes(lambda module: SGD(trained(module, "0.lora_B"), lr=0.1)),
+        own=trains(lambda name, parameter: parameter.requires_grad and "0.lora_B" not in name),
     ),
     "a module's two optimizers": Case(("must return one optimizer, got 2",), ("module",), TwoOptimizers),
     "differential privacy": Case(("which the privacy budget does not cover",), prepare=uses(Private)),

@@ -9,13 +9,7 @@ import torch
 from quadratics import Quadratic
 from torch import Tensor, nn
 
-from lightning_flatlora.flatness import (
-    MeanLoss,
-    hessian_product,
-    hessian_trace,
-    top_eigenvalue,
-    trained_factors,
-)
+from lightning_flatlora.flatness import MeanLoss, hessian_product, hessian_trace, top_eigenvalue, trained_factors
 
 
 def dense_hessian(loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> Tensor:
