@@ -15,10 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from float64_runs import loss, optimizer_of
 from helpers import same, weights
-from lightning.fabric.plugins import MixedPrecision
 from loop_runs import batches, method_of, net_of, run, schedule, trained_plainly
 from torch import nn
-from torch.amp import GradScaler
 
 from lightning_flatlora import loops
 from lightning_flatlora.pairs.finders import litgpt_pairs
@@ -49,17 +47,6 @@ def test_a_run_that_fabric_has_saved_is_resumed(name: str, tmp_path: Path) -> No
     assert flat.step == 10
     assert same(weights(second), weights(whole))
     assert not [pair.name for pair in flat.perturbation.pairs if "_module" in pair.name]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_half_precision_trains_with_fabrics_scaler(name: str) -> None:
-    scaler = GradScaler("cpu", init_scale=2.0**10)
-    net, flat = fabric_run(name, batches(torch.float32), plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler))
-    full, _ = fabric_run(name, batches(torch.float32))
-    for key, value in weights(net).items():
-        assert value.dtype == torch.float32
-        assert float((value - weights(full)[key]).norm()) < 0.05, key
-    assert flat.perturbation.may_be_nonzero or name == "FMLoRA"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
 from helpers import assert_copies_are_plain, assert_no_trace, is_perturbed, same, weights
-from hostile_modules import CHECKPOINTS, Checkpointed, two_adapters, two_linear, under_peft
+from hostile_modules import CHECKPOINTS, Checkpointed, two_linear, under_peft
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from loop_runs import batches, method_of, net_of, run, schedule, started, trained_plainly
 from peft import LoraConfig
@@ -162,25 +162,6 @@ def test_looking_again_finds_a_new_adapter() -> None:
     assert len(flat.method.pairs) == 4
     now = flat.state_dict()["perturbation"]["E"]
     assert same(before, {name: now[name] for name in before})
-
-
-def test_adapters_that_take_turns_within_a_step() -> None:
-    found = []
-    for first in ("default", "other"):
-        net: Any = two_adapters().double()
-        net.set_adapter(first)
-        optimizer = torch.optim.SGD([p for name, p in net.named_parameters() if "lora" in name], lr=0.1)
-        flat = loops.EFMLoRA(net, optimizer, rho=0.5)
-        for batch in torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64):
-            for adapter in ("default", "other"):
-                net.set_adapter(adapter)
-                net(batch).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(weights(net))
-        assert len(flat.perturbation.pairs) == 5
-        assert all(float(E.norm()) > 0 for E in flat.perturbation.state_dict()["E"].values())
-    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
 
 
 METHODS = ("EFMLoRA", "FMLoRA")

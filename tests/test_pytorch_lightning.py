@@ -98,21 +98,6 @@ def test_the_module(tmp_path, beside):
     assert same(found[0], found[2])
 
 
-def test_the_monitor(tmp_path):
-    found = []
-    for library, kind, ours in (
-        (lightning.pytorch, Classifier, lightning_flatlora),
-        (pytorch_lightning, OtherClassifier, flatlora),
-        (pytorch_lightning, OtherClassifier, lightning_flatlora if TAKES_OTHERS else flatlora),
-    ):
-        callbacks = [ours.EFMLoRA(0.5), ours.FlatnessMonitor(every_n_steps=5, batches=2)]
-        trainer = train(library, kind(), callbacks, tmp_path)
-        found.append({name: value for name, value in trainer.callback_metrics.items() if name.startswith("flatness/")})
-    assert "flatness/sharpness" in found[0]
-    assert same(found[0], found[1])
-    assert same(found[0], found[2])
-
-
 @pytest.mark.parametrize("method", ["EFMLoRA", "module"])
 def test_a_run_goes_on_under_the_other_name(tmp_path, method):
     """From checkpoints of the adapter, whose callback's place is the last in the list, and from whole ones."""

@@ -1,20 +1,17 @@
 """The peft folder beside a checkpoint: what stands in its place stays, and only a folder of ours alone is deleted."""
 
 import json
-import warnings
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 from checkpointed_bases import WEIGHTS, saver, state
-from helpers import Classifier, build, calling, fit, make_loader, same
+from helpers import Classifier, calling, fit, make_loader, same
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 
-from lightning_flatlora import AdapterCheckpoint
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, remove_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -39,20 +36,6 @@ def source_code(folder: Path) -> dict[str, str]:
 
 def assert_untouched(folder: Path, files: dict[str, str]) -> None:
     assert {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()} == files
-
-
-@pytest.mark.parametrize("front_end", ["efmlora", "module"])
-@pytest.mark.parametrize("by", [{"train_time_interval": timedelta(microseconds=1)}, {"every_n_train_steps": 3}])
-def test_both_kinds_of_optimization_save_within_an_epoch(tmp_path: Path, front_end: str, by: dict[str, Any]) -> None:
-    module, callbacks, kwargs = build(front_end)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "The dirpath has changed")
-        keeps = AdapterCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, **by)
-        fit(tmp_path, module, [*callbacks, keeps], max_epochs=1, **kwargs)
-    saved = sorted(path.stem for path in (tmp_path / "kept").glob("*.ckpt"))
-    every = by.get("every_n_train_steps", 1)
-    assert saved == [f"step={step}" for step in range(every, 7, every)]
 
 
 @pytest.mark.parametrize("counter", [True, False])

@@ -1,4 +1,7 @@
-"""Pairs may freeze, unfreeze and be added in mid-fit: what stops learning is read clean, what starts is perturbed."""
+"""Pairs may freeze, unfreeze and be added in mid-fit: what stops learning is read clean, what starts is perturbed.
+
+A fit whose pairs never have a gradient perturbs nothing, and says so.
+"""
 
 import re
 import warnings
@@ -6,13 +9,29 @@ from itertools import product
 from typing import Any
 
 import pytest
-from changing_models import At, moved, two_adapters
-from helpers import CLASSES, FRONT_ENDS, Classifier, E_hat, assert_no_trace, build, fit, same, trains, weights, with_own
+import torch
+from helpers import (
+    CLASSES,
+    FRONT_ENDS,
+    At,
+    Classifier,
+    E_hat,
+    assert_no_trace,
+    build,
+    fit,
+    make_net,
+    moved,
+    same,
+    trains,
+    two_adapters,
+    weights,
+    with_own,
+)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from monitored_runs import KeepsPoints
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_flatlora import EFMLoRA, FMLoRA, perturbed_read
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
@@ -230,3 +249,62 @@ def test_an_adapter_that_only_the_step_activates_is_perturbed_from_its_second_st
     assert steps == set(range(6))
     for step in steps - {0}:
         assert {(step, "default"), (step, "other")} <= perturbed
+
+
+class Detached(nn.Module):
+    """A trained head on the features of adapted layers, which a mistake has put under no_grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+        self.head = nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.net(x)
+        return self.head(features)
+
+
+class StepsInBackward:
+    """Each parameter has an optimizer that steps as soon as its gradient is there, as in PyTorch's tutorial."""
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+        def step(parameter: Tensor) -> None:
+            torch.optim.SGD([parameter], lr=0.01).step()
+            parameter.grad = None
+
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(step)
+        return torch.optim.SGD(trained, lr=0.0)
+
+
+class Late(Detached):
+    """The adapters join after some steps, as the layers of a staged fine-tuning do."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= 3:
+            return super().forward(x)
+        return self.head(self.net(x))
+
+
+CASES = [
+    *product([*FRONT_ENDS, "LoRASAM", "nBAR", "RandomPerturbation", "BiLoRA"], [Detached]),
+    *product(["efmlora", "module"], [StepsInBackward, Late]),
+]
+
+
+@pytest.mark.parametrize(("front_end", "case"), CASES)
+def test_a_fit_without_gradients_says_it_once(tmp_path: Any, front_end: str, case: Any) -> None:
+    """Gradients that come later are no reason."""
+    own, net = (case, make_net()) if case is StepsInBackward else (object, case())
+    module, callbacks, kwargs = build(front_end, net=net, own=own)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit(tmp_path, module, callbacks, **kwargs)
+    said = [each for each in warned if "no B of a pair has had a gradient in any step so far" in str(each.message)]
+    assert len(said) == (case is not Late)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from changing_models import two_adapters
 from helpers import (
     BASELINES,
     FRONT_ENDS,
@@ -25,6 +24,7 @@ from helpers import (
     make_net,
     same,
     trainer_of,
+    two_adapters,
     weights,
 )
 from lightning.pytorch import Callback

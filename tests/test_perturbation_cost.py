@@ -1,0 +1,114 @@
+"""What the perturbation takes: bounded memory, parts of bounded size, and no copy between host and device."""
+
+import weakref
+
+import pytest
+import torch
+from perturbation_models import RHO, backward, fresh, model_and_pairs, slices
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_flatlora import Perturbation
+from lightning_flatlora.functional import Estimator
+from lightning_flatlora.pairs import LoRAPair
+
+
+def test_large_models_are_computed_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = model_and_pairs()
+    backward(model)
+    whole = fresh(pairs)
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 1)
+    parts = Perturbation(pairs).ascend(RHO, at_perturbed=False).stacks
+    assert [len(stack) for stack in parts] == [1, 1, 1]
+    assert all(torch.allclose(E, whole[p.name]) for p, E in zip(pairs, slices(parts), strict=True))
+
+
+class PeakMemory(TorchDispatchMode):
+    """Largest number of bytes held at once by the tensors that were made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._made: list[weakref.ref[Tensor]] = []
+        self._given: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self._made += [weakref.ref(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        tensors = [reference() for reference in self._made]
+        alive = [tensor for tensor in tensors if tensor is not None]
+        self._made = [weakref.ref(tensor) for tensor in alive]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+        made_here = {pointer: size for pointer, size in storages.items() if pointer not in self._given}
+        self.peak = max(self.peak, sum(made_here.values()))
+        return out
+
+    def given(self, *tensors: Tensor) -> None:
+        """Tensors that were there before: views of them are no new memory."""
+        self._given |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average is one float32 copy of all B, a refresh makes one more, and the temporaries are of one stack."""
+    n, m, r, layers = 64, 48, 4, 40
+    pairs = [
+        LoRAPair(str(i), nn.Parameter(torch.randn(r, m)), nn.Parameter(torch.randn(n, r)), 2.0) for i in range(layers)
+    ]
+    for pair in pairs:
+        pair.A.grad, pair.B.grad = torch.randn(r, m), torch.randn(n, r)
+    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 2 * n * r)  # two layers in a stack
+    all_B = sum(pair.B.numel() * 4 for pair in pairs)
+    perturbation = Perturbation(pairs)
+    kept = sum(stack.E.numel() * stack.E.element_size() for stack in perturbation._stacks)
+    assert kept == all_B
+    watch = PeakMemory()
+    for pair in pairs:
+        watch.given(pair.A, pair.B, pair.A.grad, pair.B.grad)
+    watch.given(*(stack.E for stack in perturbation._stacks))
+    with watch:
+        perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.9)
+    one_stack = all_B * 2 // layers
+    assert all_B < watch.peak < all_B + 12 * one_stack
+
+
+@pytest.mark.parametrize("estimator", ["average", "projected"])
+def test_a_layer_that_is_computed_without_a_copy_keeps_its_factors_and_gradients(estimator: Estimator) -> None:
+    """A stack of one layer is a view of the parameter; nothing may be written into it."""
+    A, B = nn.Parameter(torch.randn(96, 40)), nn.Parameter(torch.randn(48, 96))
+    A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+    before = [tensor.detach().clone() for tensor in (A, B, A.grad, B.grad)]
+    pair = LoRAPair("only", A, B, 2.0)
+    perturbation = Perturbation([pair], estimator)
+    for _ in range(2):  # the second at B + E
+        perturbation.average(perturbation.ascend(RHO, at_perturbed=True), beta=0.9)
+    for tensor, old in zip((A, B, A.grad, B.grad), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+class Copies(TorchDispatchMode):
+    """Between two devices, during everything inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        kinds = {t.device.type for t in pytree.tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        if len(kinds) > 1:
+            self.seen.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_a_step_copies_nothing_between_host_and_device(also: bool) -> None:
+    """Such a copy would make the host wait. Here the device is one that holds shapes alone, and refuses to be read."""
+    A, B = (nn.Parameter(torch.zeros(shape, device="meta")) for shape in ((2, 5), (4, 2)))
+    perturbation = Perturbation([LoRAPair("B", A, B, 2.0)])
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    with Copies() as copies, torch.no_grad():  # not ascend(), as it knows no autocast
+        fresh = perturbation._ascend(RHO, at_perturbed=True, also_finite=[A, B] if also else [])
+        perturbation.average(fresh, beta=0.9)
+        perturbation.assign(fresh)
+    assert not copies.seen
