@@ -21,7 +21,6 @@ from helpers import (
     assert_no_trace,
     fit,
     make_loader,
-    make_net,
     same,
     weights,
 )
@@ -212,10 +211,3 @@ def test_shards_are_refused(name: str) -> None:
     assert problems == [
         "FSDPStrategy leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"
     ]
-
-
-@pytest.mark.parametrize("name", ["SAM", "LoRASAM", "nBAR"])
-def test_sixteen_bits_are_warned_of(tmp_path: Path, name: str) -> None:
-    module = Classifier(net=make_net().bfloat16())
-    with pytest.warns(UserWarning, match=r"kept in torch.bfloat16.*bf16-mixed"):
-        fit(tmp_path, module, [BASELINES[name](0.5)], precision="bf16-true", max_epochs=1)

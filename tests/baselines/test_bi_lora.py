@@ -7,7 +7,7 @@ import pytest
 import torch
 from dense import DenseBiLoRA, frobenius
 from float64_runs import Automatic, fit_in_float64, network
-from helpers import Classifier, ResumableLoader, calling, fit, make_loader, make_net, same
+from helpers import Classifier, calling, fit, make_net, same
 from imitated_layers import Bare
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
@@ -54,20 +54,6 @@ def test_the_pairs_stay_in_the_ball_and_reach_its_sphere() -> None:
     for norm, unscaled in zip(norms, loop.norms, strict=True):
         assert norm == pytest.approx(min(unscaled, 0.4), rel=1e-9)
     assert float(callback.norm()) == pytest.approx(norms[-1], rel=1e-12)
-
-
-def test_the_first_step_is_loras_and_the_ascent_raises_the_loss() -> None:
-    """At a learning rate of 0, on one batch."""
-    losses = []
-    module, callback = Classifier(lr=0.0), BiLoRA(0.5)
-    module.optimizer_class = torch.optim.SGD
-    batch = next(iter(make_loader()))
-
-    looks = calling(on_train_batch_end=lambda trainer, module, outputs, *args: losses.append(float(outputs["loss"])))
-    fit(None, module, [callback, looks], ResumableLoader([batch] * 8), max_epochs=1)
-    assert losses[0] == module.loss(batch, 0).item()
-    assert losses == sorted(losses)
-    assert losses[-1] > losses[0] + 0.01
 
 
 # -- whom they are hidden from

@@ -32,7 +32,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA
-from lightning_flatlora.baselines import SAM, LoRASAM
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, LoRASAM
 
 BATCHES, SIZE = 8, 4
 
@@ -65,10 +65,10 @@ def test_every_precision_trains_flat(tmp_path, front_end, precision):
     assert not same(*ends)
 
 
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA])
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, SAM, LoRASAM, BalancednessRegularization])
 def test_bf16_true_warns(tmp_path, callback):
     """A small E is lost where B is kept in bfloat16: said once at the start."""
-    with pytest.warns(UserWarning, match=r"B is kept in torch.bfloat16.*bf16-mixed"):
+    with pytest.warns(UserWarning, match=r"kept in torch.bfloat16.*bf16-mixed"):
         fit(tmp_path, Classifier(), [callback(0.5)], make_loader(dtype=torch.bfloat16), precision="bf16-true")
 
 
