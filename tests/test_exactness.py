@@ -6,18 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from float64_runs import (
-    BATCHES,
-    BETA,
-    RHO,
-    Automatic,
-    Manual,
-    fit_in_float64,
-    loss,
-    network,
-    reference,
-    worst_difference,
-)
+from float64_runs import BATCHES, BETA, RHO, Automatic, Manual, fit_in_float64, network, reference, worst_difference
 from helpers import assert_no_trace, trainer_of, weights
 from imitated_layers import KINDS, Learner, batches, error, model_of, optimizer_of
 from reference import Reference
@@ -69,32 +58,6 @@ def test_100_steps_equal_the_literal_algorithm(front_end: str, number: int) -> N
         fit_in_float64(Automatic(net), epochs, [callback], accumulate_grad_batches=accumulate, **clip)
     assert worst_difference(net, literal(number, BETA if front_end == "EFMLoRA" else None, RHO)) < 1e-10
     assert worst_difference(net, literal(number, None, 0.0)) > 1e-4
-
-
-def penalized(model: nn.Module, batch: Any) -> torch.Tensor:
-    """A penalty on A, which one optimizer step sees in its gradient and E must not."""
-    sizes = [p.square().sum() + p.abs().sum() for name, p in model.named_parameters() if "lora_A" in name]
-    return loss(model, batch) + 0.01 * sum(sizes)
-
-
-class PenalizedAutomatic(Automatic):
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return penalized(self.net, batch)
-
-
-class PenalizedManual(Manual):
-    def compute_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return penalized(self.net, batch)
-
-
-@pytest.mark.parametrize("front_end", ["EFMLoRA", "FMLoRA", "FMLoRAModule"])
-def test_a_penalized_run_equals_the_literal_algorithm(front_end: str) -> None:
-    net, algorithm = network(), {"beta": BETA} if front_end == "EFMLoRA" else {}
-    if front_end == "FMLoRAModule":
-        fit_in_float64(PenalizedManual(net, rho=RHO), 4, [])
-    else:
-        fit_in_float64(PenalizedAutomatic(net), 4, [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)])
-    assert worst_difference(net, reference(4, loss=penalized, **algorithm)) < 1e-10
 
 
 @pytest.mark.parametrize(

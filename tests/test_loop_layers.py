@@ -46,7 +46,8 @@ def loop(net: nn.Module) -> Any:
 
 
 def test_merging_and_generating_in_training_mode_use_the_clean_weights() -> None:
-    net: Any = trained_plainly("EFMLoRA", batches()[:3])
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:3])
     x, _ = batches()[0]
     clean = copy.deepcopy(net)
     assert net.training

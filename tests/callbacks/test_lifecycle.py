@@ -96,17 +96,6 @@ def test_a_second_fit_goes_on_whatever_was_loaded_before(tmp_path, front_end, be
         assert driver_of(other).step == 6
 
 
-def test_a_used_trainer_takes_no_count_from_a_checkpoint_of_plain_lora(tmp_path):
-    fit(tmp_path, Classifier(), [ModelCheckpoint(tmp_path, save_last=True)], max_epochs=1)
-    callback = EFMLoRA(LinearRho(1.0, 0.0, total_steps=24))
-    trainer = fit(tmp_path, Classifier(), [callback])
-    sizes = Sizes(callback)
-    trainer.callbacks.append(sizes)
-    trainer.fit(Classifier(), make_loader(), make_loader(1), ckpt_path=tmp_path / "last.ckpt")
-    assert trainer.global_step == 12
-    assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(6)])
-
-
 # -- weight averaging
 
 

@@ -233,14 +233,6 @@ def test_refused_at_the_start(tmp_path: Any, title: str, front_end: str) -> None
         assert_no_trace(module)
 
 
-@pytest.mark.parametrize("settings", [{"total_steps": 4}, {}])
-def test_schedule_with_an_end_of_its_own(tmp_path: Any, settings: dict[str, int]) -> None:
-    """total_steps, or the Trainer's max_steps, is enough where the loader has no length."""
-    callback = EFMLoRA(CosineRho(1.0, 0.5, **settings))
-    fit(tmp_path, Classifier(), [callback], endless(), max_epochs=1, **({} if settings else {"max_steps": 4}))
-    assert callback.rho(4, callback.method.horizon) == pytest.approx(0.5)
-
-
 # -- steps that do not come as they should, which shows in the first one
 
 
