@@ -1,6 +1,6 @@
 """The baselines in a real Trainer: what others see, settings that must stay, steps that end early, and refusals.
 
-At size 0, resumed, and stopped by an exception: tests/callbacks/test_rho_zero.py, test_resume.py and
+At size 0, resumed, and stopped by an exception: tests/callbacks/test_resume.py and
 test_steps_that_end_early.py.
 """
 

@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from helpers import ResumableLoader, assert_no_trace, same, trainer_of, weights
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from litgpt_models import (
     STACKED,
@@ -76,20 +75,6 @@ def test_steps_equal_the_dense_reference(which: str, front_end: str, estimator: 
         else:
             assert same(value, before[name]), name
     assert_no_trace(model)
-
-
-def test_litgpt_merges_what_was_trained(tmp_path: Path) -> None:
-    save = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3)
-    train(LanguageModel(gpt("all layers")), EFMLoRA(RHO, finder=litgpt_pairs), save, steps=3)
-    saved = torch.load(tmp_path / "three.ckpt")["state_dict"]
-    loaded = gpt("all layers")
-    loaded.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
-    tokens = batches(1)[0]
-    before = loss(loaded, tokens)
-    lora.merge_lora_weights(loaded)
-    assert all(layer.merged for layer in loaded.modules() if isinstance(layer, lora.LoRALinear) and layer.r > 0)
-    assert not torch.equal(before, loss(gpt("all layers"), tokens))
-    assert torch.allclose(loss(loaded, tokens), before, atol=1e-12)
 
 
 def test_a_merged_layer_is_no_pair() -> None:

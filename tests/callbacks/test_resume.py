@@ -1,10 +1,12 @@
-"""A run resumed from a file of an optimizer-step boundary ends in the bits of the run that was never interrupted.
+"""A resumed run ends in the bits of the run that was never interrupted, and one at rho = 0 in those of plain LoRA.
 
 Files are ModelCheckpoint's, in the middle of an epoch and at its end. Settings that would change the meaning of the
-state are refused with the reason; the radius may change; a file without our state starts afresh.
+state are refused with the reason; the radius may change; a file without our state starts afresh. That another rho is
+another run, and other modules, are in tests/test_hostile_modules.py.
 """
 
 from contextlib import nullcontext
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,43 @@ def test_the_state_is_plain_and_small(tmp_path, front_end):
         assert all(E.dtype == torch.float32 and E.device.type == "cpu" for E in state["perturbation"]["E"].values())
     else:
         assert "perturbation" not in state
+
+
+class Course(Callback):
+    """The weights after every batch, and the losses that the Trainer was given."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.losses: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.weights.append(weights(pl_module))
+        # In automatic optimization Lightning hands out the loss divided by the window.
+        divisor = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self.losses.append(outputs["loss"] * divisor)
+
+
+@cache
+def course(front_end: str, accumulate: int, clip: float | None, precision: str) -> Any:
+    """One run with dropout and a scheduler: weights and losses batch by batch, Adam's state, the generator's state."""
+    module, callbacks, kwargs = build(front_end, rho=0, net=make_net(0.3), accumulate=accumulate)
+    if "module" in front_end:
+        module.gradient_clip_val = clip
+    else:
+        kwargs["gradient_clip_val"] = clip
+    module.scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
+    seen = Course()
+    loader = make_loader(5)
+    trainer = fit(None, module, [*callbacks, seen], loader, val=make_loader(2), precision=precision, **kwargs)
+    states = trainer.optimizers[0].state_dict(), trainer.lr_scheduler_configs[0].scheduler.get_last_lr()
+    return seen.weights, seen.losses, states, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, 0.05)])
+@pytest.mark.parametrize("front_end", [*FRONT_ENDS, *BASELINES])
+def test_rho_zero_is_the_base_run(front_end, accumulate, clip, precision):
+    base = course("plain", accumulate, clip, precision)
+    ours = course(front_end, accumulate, clip, precision)
+    for what, left, right in zip(("weights", "losses", "optimizer", "generator"), base, ours, strict=True):
+        assert same(left, right), what
