@@ -24,6 +24,7 @@ from helpers import (
     same,
     weights,
 )
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -211,3 +212,21 @@ def test_shards_are_refused(name: str) -> None:
     assert problems == [
         "FSDPStrategy leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"
     ]
+
+
+YAML: dict[str, dict[str, Any]] = {
+    "LoRASAM": {"rho": 0.1},
+    "SAM": {"rho": {"class_path": "lightning_flatlora.LinearRho", "init_args": {"start": 1, "end": 0}}},
+    "RandomPerturbation": {"sigma": 0.05, "seed": 3},
+    "BalancednessRegularization": {"alpha": 1, "kind": "oBAR"},
+    "BiLoRA": {"rho": 0.5, "step_size": 0.2, "rank": 4, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("name", YAML)
+def test_yaml(name: str) -> None:
+    """As LightningCLI reads an entry of trainer.callbacks."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    entry = {"class_path": f"lightning_flatlora.baselines.{name}", "init_args": YAML[name]}
+    assert type(parser.instantiate(parser.parse_object({"callback": entry})).callback).__name__ == name
