@@ -34,7 +34,6 @@ from torchmetrics import Metric
 from lightning_flatlora import AdapterCheckpoint, loops
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*BatchEncoding:DeprecationWarning"),
 ]

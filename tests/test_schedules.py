@@ -115,7 +115,6 @@ class Settings:
     rate: float
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.skipif("weights_only" not in signature(Trainer.fit).parameters, reason="this Lightning loads anything")
 def test_hyperparameters_that_pytorch_would_not_load_are_named_at_the_start(tmp_path: Path) -> None:
     saver, last = AdapterCheckpoint(tmp_path, save_last=True), tmp_path / "last.ckpt"

@@ -19,7 +19,6 @@ from lightning_flatlora import EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import unwrapped
 from lightning_flatlora.callbacks.adapter_checkpoint.export import aside
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 SAVES_ON_EXCEPTION = "save_on_exception" in inspect.signature(ModelCheckpoint).parameters  # since Lightning 2.5.3
 
 

@@ -25,7 +25,6 @@ from transformers import BertForSequenceClassification
 
 from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 BASE = "net.base_model.model.0.base_layer.weight"
 
 

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import differing, identities_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
-
 
 class TrainsHeadInFirstEpoch(Classifier):
     """One optimizer for all; the head of the base is frozen when the second epoch starts."""

@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 
 from lightning_flatlora.callbacks.adapter_checkpoint.export import LIST, remove_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
-
 UNWRITTEN = r"stays, since it is not ours, and .* has no folder"
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lightning_flatlora import EFMLoRA
 from lightning_flatlora.callbacks.adapter_checkpoint.contents import divided_state, hosts
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 ARGUMENTS = {"r": 2, "target_modules": ["0", "2"]}
 
 
