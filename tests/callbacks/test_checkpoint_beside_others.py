@@ -1,5 +1,6 @@
 """Checkpoints beside other callbacks, optimizers, ways to hold an adapter, and without a Trainer."""
 
+from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from checkpointed_bases import WEIGHTS, assert_resumes, epochs, saver, state
 from helpers import Classifier, fit, make_net, needs_weight_averaging, same, trainer_of, weights
-from hostile_modules import Bert
+from hostile_modules import Bert, two_linear, under_peft
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -109,7 +110,8 @@ def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     with pytest.raises(MisconfigurationException, match=r"would fail: RuntimeError: not yet"):
         fit(tmp_path, module, [FailsToTellItsState(), saver(tmp_path)])
-    listed = get_peft_model(nn.Sequential(nn.Linear(FEATURES, CLASSES)), LoraConfig(target_modules=UserList(["0"])))
+    listed = under_peft(two_linear, "0")
+    listed.peft_config["default"].target_modules = UserList(["0"])
     with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: .*UserList is not JSON serializable"):
         fit(tmp_path, Classifier(net=listed), [saver(tmp_path)])
     (tmp_path / "file").write_text("")

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from helpers import FEATURES, ByHand, Classifier, fit, make_net, with_own
+from helpers import FEATURES, ByHand, Classifier, fit, with_own
 from hostile_modules import Teaches, by_data
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -65,15 +64,6 @@ def test_a_start_that_lacks_everything_says_so_at_once(tmp_path: Any) -> None:
     assert "no LoRA pair to perturb" in lines[3]
 
 
-def test_one_of_two_average_perturbations_is_measured_with_a_warning(tmp_path: Any) -> None:
-    net = make_net()
-    net.add_adapter("second", LoraConfig(r=2, target_modules=["2"]))
-    net.base_model.set_adapter(["default", "second"])
-    callbacks = [EFMLoRA(0.5, adapter_name=name) for name in ("default", "second")]
-    with pytest.warns(UserWarning, match="EFMLoRA has 2 average perturbations .* and the first alone is measured"):
-        fit(tmp_path, Classifier(net=net), [*callbacks, FlatnessMonitor()], max_epochs=1)
-
-
 def test_a_finder_of_its_own_takes_the_place_of_the_methods_adapter(tmp_path: Any) -> None:
     monitor = FlatnessMonitor(0.5, finder=lambda model: find_pairs(model).pairs)
     fit(tmp_path, Classifier(), [EFMLoRA(0.5, adapter_name="default"), monitor], max_epochs=1)
@@ -124,22 +114,12 @@ class TakesTheLoader(Classifier):
         return self.loss(batch, batch_idx)
 
 
-class Checkpointed(Classifier):
-    """With reentrant activation checkpointing, in eval mode as well."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        inputs, labels, _ = batch
-        logits = checkpoint(self.net, inputs.requires_grad_(), use_reentrant=True)
-        return nn.functional.cross_entropy(logits, labels)
-
-
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         (DetectsInEvalMode, "training_step fails in eval mode.*KeyError: 'losses'"),
         (WritesItsGraph, "training_step fails in eval mode.*RuntimeError: .* inplace operation"),
         (TakesTheLoader, "training_step fails in eval mode.*TypeError: 'NoneType' object is not an iterator"),
-        (Checkpointed, ".* the loss has reentrant"),
     ],
 )
 def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: Any, kind: Any, reason: str) -> None:
@@ -167,21 +147,11 @@ class TeachesAlways(Teaches):
         return super().loss(batch, batch_idx)
 
 
-def compiled_network() -> Any:
-    module = Classifier()
-    module.net.compile(backend="eager")
-    return module
-
-
-SECOND: dict[str, Any] = {"measures": ["sharpness", "hessian_trace"]}
-NEEDS_SECOND = r"hessian_trace need second derivatives, which torch\.compile"
 OF_A_FINDER: dict[str, Any] = {"measures": ["expected_sharpness"], "finder": lambda model: find_pairs(model).pairs}
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a finder's pairs": (Classifier, OF_A_FINDER, "the finder names no plain Linear as their base"),
     "no validation": (Classifier, {"data": "val"}, "data='val' gives no batch to hold"),
     "manual optimization": (ByHand, {}, "put the loss of a batch into a method compute_loss"),
-    "compiled": (lambda: torch.compile(Classifier(), backend="eager"), SECOND, NEEDS_SECOND),
-    "a compiled network": (compiled_network, SECOND, NEEDS_SECOND),
     "a momentum encoder": (
         with_own(TeachesAlways)[0],
         {},
