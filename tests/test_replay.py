@@ -15,11 +15,11 @@ import pytest
 import torch
 from helpers import same
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_flatlora.methods.batches import copied_batch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import BatchEncoding
 
+from lightning_flatlora.methods.put_back import copied_batch
 from lightning_flatlora.methods.replay import Replay
 
 CPU = torch.device("cpu")
