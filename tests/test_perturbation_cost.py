@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_flatlora import Perturbation
 from lightning_flatlora.functional import Estimator
 from lightning_flatlora.pairs import LoRAPair
+from lightning_flatlora.perturbation.pair_stack import fresh_perturbation
 
 
 def test_large_models_are_computed_in_parts_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +109,7 @@ def test_a_step_copies_nothing_between_host_and_device(also: bool) -> None:
     perturbation = Perturbation([LoRAPair("B", A, B, 2.0)])
     A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
     with Copies() as copies, torch.no_grad():  # not ascend(), as it knows no autocast
-        fresh = perturbation._ascend(RHO, at_perturbed=True, also_finite=[A, B] if also else [])
+        fresh = fresh_perturbation(perturbation._stacks, "global", RHO, True, [A, B] if also else [])
         perturbation.average(fresh, beta=0.9)
         perturbation.assign(fresh)
     assert not copies.seen

@@ -1,6 +1,6 @@
 """Strategies that can't work are refused with the remedy, and those that are like supported ones are served."""
 
-from functools import partial
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,15 +12,18 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
+    SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
     Strategy,
     XLAStrategy,
 )
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_flatlora import EFMLoRA, FMLoRA
 from lightning_flatlora.callbacks.strategies import monitor_problems
+
+CALLBACKS = [EFMLoRA, FMLoRA]
+NO_TPU = "with accelerator='gpu' or 'cpu'"
 
 
 def fake_trainer(strategy: Any, module: Any, callback: Any, accumulate: int = 1) -> Any:
@@ -43,9 +46,6 @@ def strategy_problems_of(strategy: Any, front_end: Any, accumulate: int = 1) -> 
 def without_its_library(kind: type[Strategy]) -> Strategy:
     """A strategy whose own constructor wants DeepSpeed or torch_xla."""
     return kind.__new__(kind)
-
-
-STATIC = partial(DDPStrategy, static_graph=True)
 
 
 class MyTPU(XLAStrategy):
@@ -74,20 +74,17 @@ def test_strategies_that_are_not_supported(monkeypatch, front_end, kind, words):
         assert word in problem
 
 
-@pytest.mark.parametrize(
-    ("strategy", "front_end", "accumulate", "words"),
-    [
-        (FSDPStrategy, TwoPassClassifier, 1, ["manual optimization", "FMLoRA or EFMLoRA callback", "(FSDP2)"]),
-        (STATIC, EFMLoRA, 2, ["static_graph=True", "accumulate_grad_batches=2"]),
-        (STATIC, FMLoRA, 2, ["static_graph=True", "accumulate_grad_batches=2"]),
-        (STATIC, FMLoRA, 1, None),
-    ],
-)
-def test_settings_of_supported_strategies(strategy, front_end, accumulate, words):
-    problems = strategy_problems_of(strategy(), front_end, accumulate)
-    assert len(problems) == (words is not None)
-    for word in words or []:
-        assert word in problems[0]
+@pytest.mark.parametrize("front_end", CALLBACKS)
+def test_strategies_that_are_supported(front_end):
+    """As they are by default; tests/distributed trains with each."""
+    for strategy in (SingleDeviceStrategy(), DDPStrategy(), FSDPStrategy()):
+        assert not strategy_problems_of(strategy, front_end, accumulate=2)
+
+
+def test_fsdp_with_manual_optimization():
+    (problem,) = strategy_problems_of(FSDPStrategy(), TwoPassClassifier)
+    for word in ("manual optimization", "FMLoRA or EFMLoRA callback", "ModelParallelStrategy (FSDP2)"):
+        assert word in problem
 
 
 def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
@@ -112,33 +109,37 @@ def one_process_group():
     torch.distributed.destroy_process_group()
 
 
-UNWRAPPED = ["the strategy Megatron is a DDPStrategy", "whose model is a Sequential", "use strategy='ddp'"]
-NEMO = ["Megatron keeps gradients in buffers of its own"]
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_static_graph_with_accumulation(one_process_group, callback):
+    strategy = DDPStrategy(cluster_environment=LightningEnvironment())
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2), static_graph=True)
+    (problem,) = strategy_problems_of(strategy, callback, accumulate=2)
+    assert "static_graph=True" in problem
+    assert "accumulate_grad_batches=2" in problem
+    assert not strategy_problems_of(strategy, callback)
 
 
-@pytest.mark.parametrize(
-    ("kind", "wraps", "ranks", "words"),
-    [
-        (Megatron, lambda model: nn.Sequential(model), 1, UNWRAPPED),
-        # Of which the group holds one.
-        (
-            Megatron,
-            DistributedDataParallel,
-            2,
-            ["the strategy Megatron averages gradients over 1 of 2 ranks"],
-        ),
-        (MegatronStrategy, lambda model: None, 1, NEMO),
-        (MegatronStrategy, DistributedDataParallel, 1, NEMO),
-        (OwnDDP, DistributedDataParallel, 1, None),
-    ],
-)
-def test_subclasses_of_ddp_are_served_if_they_wrap_as_it_does(one_process_group, kind, wraps, ranks, words):
-    strategy = kind(cluster_environment=LightningEnvironment())
-    strategy._model = wraps(nn.Linear(2, 2))
-    strategy.cluster_environment.set_world_size(ranks)
-    problems = strategy_problems_of(strategy, EFMLoRA)
-    assert len(problems) == (words is not None)
-    for word in words or []:
-        assert word in problems[0]
-    if kind is MegatronStrategy:
-        assert monitor_problems(strategy) == problems
+def test_a_subclass_of_ddp_that_keeps_its_parameters_otherwise(one_process_group):
+    strategy = OwnDDP(cluster_environment=LightningEnvironment())
+    strategy._model = nn.Sequential(nn.Linear(2, 2))
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    for word in ("the strategy OwnDDP is a DDPStrategy whose model, a Sequential, is no", "use strategy='ddp'"):
+        assert word in problem
+    (refused,) = monitor_problems(strategy)
+    assert "OwnDDP is not supported" in refused
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    assert not strategy_problems_of(strategy, EFMLoRA)
+    assert not monitor_problems(strategy)
+    strategy.cluster_environment.set_world_size(2)  # of which the group holds one
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    assert "over all 2 ranks" in problem
+
+
+def test_nemos_strategy_is_refused_however_it_wraps(one_process_group, monkeypatch):
+    """A DDPStrategy by its class alone: Megatron's parallel state tells it."""
+    state = SimpleNamespace(model_parallel_is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
+    strategy = OwnDDP(cluster_environment=LightningEnvironment())
+    strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    (problem,) = strategy_problems_of(strategy, EFMLoRA)
+    assert "Megatron keeps gradients in buffers of its own" in problem
