@@ -97,6 +97,7 @@ def test_a_measurement_in_the_middle_leaves_the_loop_as_it_is() -> None:
     flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA)
     pairs = find_pairs(net).pairs
     others: list[Perturbation] = []
+    switch = perturbed_read.Switch()
     for index, batch in enumerate(INPUTS):
         squares(net, batch).backward()
         if index == 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_flatlora import find_pairs
 from lightning_flatlora.baselines import BiLoRA
 from lightning_flatlora.baselines.bi_lora import BiLoRAStep
+from lightning_flatlora.output_terms import _Adding
 from lightning_flatlora.pairs.finders import PairsByName
 
 OF_BARE = PairsByName(a="lora_A", b="lora_B", scaling="scaling", base="linear")
@@ -155,4 +156,4 @@ def test_layers_of_another_library() -> None:
     fit(None, module, [callback])
     assert [tuple(product.shape) for product in products(callback).values()] == [(6, 6), (6, 6)]
     assert frobenius(list(products(callback).values())) > 0.1
-    assert not any(isinstance(part, _AddsTerms) for part in module.modules())
+    assert not any(isinstance(part, _Adding) for part in module.modules())
