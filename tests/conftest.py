@@ -7,6 +7,8 @@ its fixtures of wider scope hold. Starting Python with all libraries takes about
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,3 +48,28 @@ def _deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+# -- folders of checkpoints that many tests of callbacks/ read and none changes
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A classifier, and the folder with its files."""
+    from checkpointed_bases import saver
+    from helpers import Classifier, fit
+
+    module, folder = Classifier(), tmp_path_factory.mktemp("trained")
+    fit(folder, module, [saver(folder)])
+    return module, folder
+
+
+@pytest.fixture(scope="session")
+def trained_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a module on the base of checkpointed_bases.py."""
+    from checkpointed_bases import module_of, saver
+    from helpers import fit
+
+    folder = tmp_path_factory.mktemp("trained-base")
+    fit(folder, module_of(), [saver(folder)])
+    return folder

@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_flatlora import EFMLoRA, FMLoRA, FMLoRAModule, perturbed_read
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from lightning_flatlora.class_overlay import GATES, READINGS, Overlay
 
 
@@ -29,6 +32,19 @@ needs_weight_averaging = since_lightning("2.6.0", "WeightAveraging came with Lig
 FEATURES, WIDTH, CLASSES = 6, 12, 3
 FRONT_ENDS = ("efmlora", "fmlora", "module", "efmlora+module")
 """EFMLoRA and FMLoRA over automatic optimization, FMLoRAModule alone, and EFMLoRA beside FMLoRAModule."""
+BASELINES: dict[str, Any] = {
+    "SAM": SAM,
+    "LoRASAM": LoRASAM,
+    "nBAR": BalancednessRegularization,
+    "oBAR": partial(BalancednessRegularization, kind="oBAR"),
+    "RandomPerturbation": partial(RandomPerturbation, seed=5),
+    "BiLoRA": partial(BiLoRA, step_size=0.3, seed=5),
+}
+"""Each is called with a size, and maybe other settings."""
+SIZES: dict[str, float] = defaultdict(lambda: 0.4, nBAR=2.0, oBAR=2.0, RandomPerturbation=0.3)
+"""At which a baseline's run is clearly another one than plain LoRA's."""
+TWO_PASSES = ("fmlora", "module", "LoRASAM", "SAM")
+CALLBACKS: dict[str, Any] = {"efmlora": EFMLoRA, "fmlora": FMLoRA, **BASELINES}
 
 
 def make_net(dropout: float = 0.0, seed: int = 0, rank: int = 2) -> nn.Module:
@@ -98,11 +114,42 @@ class Classifier(Losses, LightningModule):
         return self.loss(batch, batch_idx)
 
 
+class ByHand(Classifier):
+    """Manual optimization: a step of each optimizer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        self.manual_backward(self.loss(batch, batch_idx))
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 class TwoPassClassifier(Losses, FMLoRAModule):
     """The same loss on FMLoRAModule."""
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Tensor | None:
         return self.loss(batch, batch_idx)
+
+
+def with_own(own: type[Any]) -> tuple[type[Any], type[Any]]:
+    """Both modules with the methods of a class of a test's own."""
+    if own is object:
+        return Classifier, TwoPassClassifier
+    return type("Automatic", (own, Classifier), {}), type("Manual", (own, TwoPassClassifier), {})
+
+
+def trains(chosen: Callable[[str, nn.Parameter], bool]) -> type[Any]:
+    """A class, to be added to a module's, whose optimizer holds the chosen parameters."""
+
+    def configure_optimizers(self: Any) -> Any:
+        return torch.optim.AdamW([p for name, p in self.named_parameters() if chosen(name, p)], lr=self.lr)
+
+    return type("Chosen", (), {"configure_optimizers": configure_optimizers})
 
 
 def build(
@@ -112,21 +159,21 @@ def build(
     net: nn.Module | None = None,
     lr: float = 0.02,
     accumulate: int = 1,
-    classes: tuple[type[Any], type[Any]] = (Classifier, TwoPassClassifier),
+    own: type[Any] = object,
+    classes: tuple[type[Any], type[Any]] | None = None,
     every_n_steps: int | None = None,
     **settings: Any,
 ) -> tuple[Any, list[Callback], dict[str, Any]]:
-    """One front end.
+    """One front end or baseline, or plain LoRA.
 
     Returns:
         The module, its flatness callbacks, and what the Trainer needs beside (accumulation).
     """
-    automatic, manual = classes
+    automatic, manual = classes or with_own(own)
     every = {} if every_n_steps is None else {"every_n_steps": every_n_steps}
-    if front_end in ("plain", "efmlora", "fmlora"):
+    if "module" not in front_end:
         module = automatic(net=net, lr=lr)
-        callback = {"plain": None, "efmlora": EFMLoRA, "fmlora": FMLoRA}[front_end]
-        callbacks = [] if callback is None else [callback(rho, **every, **settings)]
+        callbacks = [] if front_end == "plain" else [CALLBACKS[front_end](rho, **every, **settings)]
         return module, callbacks, {"accumulate_grad_batches": accumulate}
     shared = {name: value for name, value in settings.items() if name != "beta"}
     module = manual(
@@ -174,6 +221,15 @@ def fit(
     return trainer
 
 
+def calling(**functions: Callable[..., Any]) -> Callback:
+    """A callback that calls a function in each of these hooks with what Lightning gives."""
+
+    def method_of(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *args, **kwargs: function(*args, **kwargs)
+
+    return type("Calling", (Callback,), {hook: method_of(function) for hook, function in functions.items()})()
+
+
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all stored weights, by name."""
     return {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -201,14 +257,13 @@ def same(left: Any, right: Any) -> bool:
 
 
 def E_hat(callback: Any) -> dict[str, Tensor]:
-    """Copies of a callback's perturbations, by the name of B."""
-    return callback.perturbation.state_dict()["E"]
+    """Copies of a callback's perturbations, by the name of B; a baseline has none."""
+    return {} if callback.perturbation is None else callback.perturbation.state_dict()["E"]
 
 
 def driver_of(trainer: Trainer) -> Any:
-    """The flatness callback that holds the perturbation in use: EFMLoRA, FMLoRA, or the module's own."""
-    found = [c for c in trainer.callbacks if hasattr(c, "perturbation")]
-    return found[0]
+    """The callback that holds the perturbation in use: EFMLoRA, FMLoRA, the module's own, or a baseline."""
+    return next(each for each in trainer.callbacks if hasattr(each, "perturbation"))
 
 
 def is_perturbed(module: nn.Module) -> bool:
@@ -247,6 +302,33 @@ def assert_copies_are_plain(net: nn.Module) -> None:
     for other in copies:
         assert_no_trace(other)
         assert same(other.state_dict(), stored)
+
+
+class At(Callback):
+    """Changes the model at the start of one batch, counted over the whole fit."""
+
+    def __init__(self, step: int, change: Any) -> None:
+        self.step, self.change, self.seen = step, change, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if self.seen == self.step:
+            self.change(pl_module)
+        self.seen += 1
+
+
+def moved(module: nn.Module) -> list[str]:
+    """The adapters and layers that read another weight than the stored one at this moment."""
+    names = []
+    for name, part in module.named_modules():
+        if ".lora_B." in name and not torch.equal(part.weight, part._parameters["weight"]):
+            names.append(".".join(name.split(".")[-3::2]))
+    return names
+
+
+def two_adapters() -> Any:
+    net = make_net()
+    net.add_adapter("other", LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2", "4"]))
+    return net
 
 
 class ResumableLoader:

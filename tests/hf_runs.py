@@ -1,5 +1,6 @@
 """Runs by transformers' Trainer of the network that Lightning's Trainer also trains."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,16 @@ class TwoPasses(Trainer):  # type: ignore[misc]
         return losses[0]
 
 
-def trained_by(name: str, folder: Path, resume: str | None = None, **settings: Any) -> tuple[Any, Any]:
+def trained_by(name: str, folder: Path, resume: str | None = None, rho: Any = RHO, **settings: Any) -> tuple[Any, Any]:
     """Train by a method; the trainer and the method's object."""
     if name == "FMLoRA":
         trainer = trainer_of(folder, kind=TwoPasses, **settings)
-        flat: Any = FMLoRA(trainer.model, trainer.create_optimizer(), RHO)
-        trainer.flat = flat
+        method: Any = FMLoRA
     else:
         trainer = trainer_of(folder, **settings)
-        flat = EFMLoRA(trainer.model, trainer.create_optimizer(), RHO, beta=BETA)
+        method = partial(EFMLoRA, beta=BETA)
+    flat = method(trainer.model, trainer.create_optimizer(), rho, total_steps=trainer.args.max_steps)
+    trainer.flat = flat
     trainer.train(resume_from_checkpoint=resume)
     return trainer, flat
 

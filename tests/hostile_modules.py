@@ -3,20 +3,18 @@
 At a learning rate of 0 the clean passes of every run agree, so whatever a step writes must be what a plain run writes.
 """
 
-import copy
 import random
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, FEATURES, make_net
+from helpers import CLASSES, FEATURES, FRONT_ENDS, make_net
 from imitated_layers import BY_NAME, Bare, OfNeMo, OfTorchtune, OnHuggingFace
 from lightning.pytorch.callbacks import BaseFinetuning
 from omegaconf import OmegaConf
@@ -27,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
-from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from lightning_flatlora.pairs.finders import litgpt_pairs, nemo_pairs, torchtune_pairs
@@ -68,7 +66,7 @@ class Registering(nn.Module):
 
 
 class WritesBuffers(Hostile):
-    """By name, by ``.data``, in place; replaced, registered late, expanded, of a type that knows no arithmetic."""
+    """By name, by ``.data``, in place; grown, registered late, expanded, of a type that knows no arithmetic."""
 
     def prepare(self) -> None:
         module: Any = self
@@ -77,41 +75,27 @@ class WritesBuffers(Hostile):
         module.register_buffer("bank", torch.empty(0), persistent=False)
         module.register_buffer("small", torch.zeros(4).to(torch.float8_e4m3fn))
         module.register_buffer("mask", torch.ones(1, FEATURES).expand(4, FEATURES), persistent=False)
+        module.register_buffer("last", torch.zeros(FEATURES))
         self.part = Registering()
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        if not len(self.bank):
-            self.bank = torch.zeros(FEATURES)
-        self.saw(batch_idx, self.average.sum(), self.queue.sum(), self.bank.sum(), self.small.float().sum())
-        self.saw(batch_idx, self.part())
-        inputs = batch[0] * self.mask + self.average + self.queue
-        self.average.data.lerp_(batch[0].mean(0), 0.5)
+        self.saw(batch_idx, self.average.sum(), self.queue.sum(), self.small.float().sum(), self.last.sum())
+        self.saw(batch_idx, self.part(), len(self.bank))
+        # The input is written before it is remembered.
+        raw = batch[0].mul_(0.5)
+        inputs = raw * self.mask + self.average + self.queue + self.last
+        self.average.data.lerp_(raw.mean(0), 0.5)
         self.queue[0] += 1
         self.queue = nn.functional.normalize(self.queue, dim=0)
         self.small.data = (self.small.float() + 1).to(torch.float8_e4m3fn)
+        self.last.copy_(raw.mean(dim=0))
         loss = super().loss((inputs, *batch[1:]), batch_idx)
-        self.bank += loss.detach()
-        return loss
-
-
-class Grows(Hostile):
-    """A queue that grows, and an input that is written before it is remembered."""
-
-    def prepare(self) -> None:
-        self.register_buffer("queue", torch.zeros(0), persistent=False)
-        self.register_buffer("last", torch.zeros(FEATURES))
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        inputs = batch[0].mul_(0.5)
-        self.saw(batch_idx, inputs.sum(), len(self.queue), self.last.sum())
-        loss = super().loss((inputs + self.last, *batch[1:]), batch_idx)
-        self.last.copy_(inputs.mean(dim=0))
-        self.queue = torch.cat([self.queue, loss.detach()[None]])
+        self.bank = torch.cat([self.bank, loss.detach()[None]])
         return loss
 
 
 class KeepsAttributes(Hostile):
-    """Numbers, lists, dicts and sets of its own, private ones too."""
+    """Numbers, lists, dicts and sets of its own, private ones too; and it draws from all generators."""
 
     def prepare(self) -> None:
         self.steps, self.rate, self._private = 0, 1.0, [0]
@@ -128,27 +112,19 @@ class KeepsAttributes(Hostile):
         return [self.steps, self.rate, *containers]
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        self.saw(batch_idx, self.steps, len(self.losses), sum(self.kinds), self.rate)
+        drawn = float(torch.rand(())), random.random(), np.random.rand()
+        self.saw(batch_idx, self.steps, len(self.losses), sum(self.kinds), self.rate, *drawn)
         self.steps, self.rate = self.steps + 1, self.rate * 0.5
         self._private.append(self.steps)
         self.kinds.add(self.steps)
         self.recent.append(self.steps)
         self.tally["a"] += 1
         self.table[str(self.steps)] = self.rate
-        loss = super().loss(batch, batch_idx)
+        loss = super().loss((batch[0] * sum(drawn), *batch[1:]), batch_idx)
         # Written into, and replaced by another one.
         self.losses.append(0.0)
         self.losses = [*self.losses, loss.item()]
         return loss
-
-
-class Draws(Hostile):
-    """From the generators of Python, NumPy and torch."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        drawn = float(torch.rand(())), random.random(), np.random.rand()
-        self.saw(batch_idx, *drawn)
-        return super().loss((batch[0] * sum(drawn), *batch[1:]), batch_idx)
 
 
 class Normalizes(Hostile):
@@ -253,7 +229,7 @@ class Teaches(Hostile):
 
     def prepare(self) -> None:
         self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
-        self.by_data, self.average = copy.deepcopy(self.teacher), AveragedModel(self.head)
+        self.average = AveragedModel(self.head)
         self.teacher.requires_grad_(False)
         # The first update of all would be a copy, which shows nothing.
         self.average.update_parameters(self.teacher)
@@ -273,14 +249,8 @@ class Teaches(Hostile):
         return self.optimizer_class([*trained, *self.head.parameters()], lr=self.lr)
 
 
-def by_lerp(module: Any) -> None:
-    with torch.no_grad():
-        for own, other in zip(module.teacher.parameters(), module.head.parameters(), strict=True):
-            own.lerp_(other, 0.5)
-
-
 def by_data(module: Any) -> None:
-    for own, other in zip(module.by_data.parameters(), module.head.parameters(), strict=True):
+    for own, other in zip(module.teacher.parameters(), module.head.parameters(), strict=True):
         own.data = own.data * 0.5 + other.data * 0.5
 
 
@@ -288,87 +258,27 @@ def by_average(module: Any) -> None:
     module.average.update_parameters(module.head)
 
 
-TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_lerp, "by_data": by_data, "average.module": by_average}
+TEACHERS: dict[str, Callable[[Any], None]] = {"teacher": by_data, "average.module": by_average}
 """How the parameters of each of these names are written."""
 
 
-class HalvesGradients(Hostile):
-    """In a hook after backward."""
-
-    def on_after_backward(self) -> None:
-        for p in self.parameters():
-            if p.grad is not None:
-                p.grad *= 0.5
-
-
-# -- batches that a step takes apart or writes
-
-
-class Pair(NamedTuple):
-    """A batch that can't be built from an iterable."""
-
-    parts: dict[str, Tensor]
-    more: list[Tensor]
-
-
-@dataclass
-class Fields:
-    """A batch whose tensors a step may replace."""
-
-    inputs: Tensor
-    labels: Tensor
-    factor: Tensor
-
-
-class Movable(SimpleNamespace):
-    """A batch of a library's own class, which says how it is moved to a device."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "Movable":
-        return copy.copy(self)
-
-
-NAMES = ("inputs", "labels", "factor")
-
-
-class Pops(Hostile):
-    """Takes all out of its batch."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        if "parts" in batch or isinstance(batch, tuple):
-            parts, more = batch if isinstance(batch, tuple) else batch.values()
-            factor, labels = more.pop(), more.pop()
-            return super().loss((parts.pop("inputs") + 1, labels, factor), batch_idx)
-        inputs, labels, factor = (batch.pop(name) for name in NAMES)
-        return super().loss((inputs + 1, labels, factor), batch_idx)
-
-
-class Replaces(Hostile):
-    """Puts another tensor into its batch, as a step may normalize it."""
-
-    def loss(self, batch: Any, batch_idx: int) -> Any:
-        batch.inputs = batch.inputs + 1
-        return super().loss((batch.inputs, batch.labels, batch.factor), batch_idx)
+# -- batches that a step writes or takes apart; what else may be one is in test_replay.py
 
 
 class Adds(Hostile):
     """Writes into the tensors of its batch."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        values = vars(batch).values() if isinstance(batch, (Fields, Movable)) else batch
-        inputs, labels, factor = values
+        inputs, labels, factor = batch
         return super().loss((inputs.add_(1), labels, factor), batch_idx)
 
 
-def nested(kind: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda batch: kind({"inputs": batch[0]}, [batch[1], batch[2]])
+class Pops(Hostile):
+    """Takes all out of its batch."""
 
-
-def ordered(parts: dict[str, Tensor], more: list[Tensor]) -> OrderedDict[str, Any]:
-    return OrderedDict(parts=parts, more=more)
-
-
-def named(kind: Callable[..., Any]) -> Callable[[Any], Any]:
-    return lambda batch: kind(**dict(zip(NAMES, batch, strict=True)))
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        inputs, more = batch.pop("inputs"), batch.pop("more")
+        return super().loss((inputs + 1, more.pop(0), more.pop()), batch_idx)
 
 
 # -- networks
@@ -435,10 +345,6 @@ def under_peft(base: Callable[[], nn.Module], *targets: str, **settings: Any) ->
 
 def two_linear() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
-
-
-def of_gpt2() -> nn.Module:
-    return nn.Sequential(Conv1D(CLASSES, FEATURES))
 
 
 def tied() -> nn.Module:
@@ -547,6 +453,13 @@ def make_dropout_net() -> nn.Module:
     return make_net(dropout=0.2)
 
 
+EVERYWHERE = (*FRONT_ENDS, "loops.EFMLoRA", "loops.FMLoRA")
+BY_TRAINER = (*FRONT_ENDS, "LoRASAM")
+"""For what stands on hooks, on logging, or on batches that a loop's author would copy."""
+OF_LAYERS = ("efmlora", "loops.EFMLoRA")
+"""For what is special in its layers alone: read by a switch, and by the forward gate."""
+
+
 @dataclass
 class Kind:
     """What a module does to be hostile.
@@ -556,7 +469,7 @@ class Kind:
         net: makes its network.
         as_batch: makes a batch of the loader of a tuple.
         settings: what a method needs there.
-        needs_trainer: whether it stands on hooks, on logging, or on batches that a loop's author would copy.
+        front_ends: under which it is trained.
         callbacks: makes those of the project.
         saves_adapters: whether AdapterCheckpoint writes the files, and not ModelCheckpoint.
         like: the kind whose run, bit for bit, it must have.
@@ -566,63 +479,57 @@ class Kind:
     net: Callable[[], nn.Module] = make_dropout_net
     as_batch: Callable[[Any], Any] = tuple
     settings: dict[str, Any] = field(default_factory=dict)
-    needs_trainer: bool = False
+    front_ends: tuple[str, ...] = (*EVERYWHERE, "LoRASAM")
     callbacks: Callable[[], list[Any]] = list
     saves_adapters: bool = False
     like: str | None = None
 
 
-takes = partial(Kind, needs_trainer=True, like="writes into a tuple")
+by_trainer = partial(Kind, front_ends=BY_TRAINER)
+layers = partial(Kind, front_ends=OF_LAYERS)
 KINDS: dict[str, Kind] = {
     "dropout": Kind(),
     "writes buffers": Kind(WritesBuffers, saves_adapters=True),
-    "grows": Kind(Grows),
     "keeps attributes": Kind(KeepsAttributes),
-    "draws": Kind(Draws),
     "normalizes": Kind(Normalizes),
-    "measures": Kind(Measures, needs_trainer=True),
-    "teaches": Kind(Teaches, needs_trainer=True),
-    "freezes late": Kind(FreezesLate, saves_adapters=True),
-    "unfreezes a head": Kind(WithHead, needs_trainer=True, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
-    "add_adapter": Kind(net=Bert, saves_adapters=True),
-    "Hydra": Kind(net=of_hydra),
-    "halves gradients": Kind(HalvesGradients, needs_trainer=True),
-    "writes into a tuple": Kind(Adds, needs_trainer=True),
-    "writes into a dataclass": takes(Adds, as_batch=lambda batch: Fields(*batch)),
-    "writes into a class of a library": takes(Adds, as_batch=named(Movable)),
-    "replaces in a dataclass": takes(Replaces, as_batch=lambda batch: Fields(*batch)),
-    "replaces in a class of a library": takes(Replaces, as_batch=named(Movable)),
-    "pops from a dict": takes(Pops, as_batch=named(dict)),
-    "pops from an encoding": takes(Pops, as_batch=lambda batch: BatchEncoding(dict(zip(NAMES, batch, strict=True)))),
-    "pops from nested parts": takes(Pops, as_batch=nested(lambda *parts: parts)),
-    "pops from a named tuple": takes(Pops, as_batch=nested(Pair)),
-    "pops from an ordered dict": takes(Pops, as_batch=nested(ordered)),
-    "DoRA": Kind(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
-    "DoRA of a convolution": Kind(
+    "measures": by_trainer(Measures),
+    "teaches": by_trainer(Teaches),
+    "freezes late": by_trainer(FreezesLate, saves_adapters=True),
+    "unfreezes a head": by_trainer(WithHead, callbacks=lambda: [UnfreezesHead()], saves_adapters=True),
+    "writes into a tuple": by_trainer(Adds),
+    "pops from a dict": by_trainer(
+        Pops, as_batch=lambda batch: {"inputs": batch[0], "more": batch[1:]}, like="writes into a tuple"
+    ),
+    "add_adapter": layers(net=Bert, saves_adapters=True),
+    "Hydra": layers(net=of_hydra),
+    "DoRA": layers(net=lambda: under_peft(two_linear, "0", "2", use_dora=True)),
+    "DoRA of a convolution": layers(
         net=lambda: Logits(
             under_peft(lambda: nn.Sequential(nn.Conv2d(1, CLASSES, 2)), "0", use_dora=True, init_lora_weights=False),
             pictures,
         )
     ),
-    "convolution": Kind(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(1, CLASSES, 2)), "0"), series)),
-    "GPT-2": Kind(net=lambda: under_peft(of_gpt2, "0", fan_in_fan_out=True)),
-    "rslora": Kind(net=lambda: under_peft(two_linear, "0", "2", use_rslora=True)),
-    "MultiheadAttention": Kind(net=lambda: Logits(under_peft(Attention, "attention"))),
-    "tied": Kind(net=tied),
-    "frozen A": Kind(net=frozen_A),
-    "several adapters": Kind(net=two_adapters),
-    "experts": Kind(net=lambda: under_peft(Experts, "0", "1")),
-    "torchtune": Kind(net=lambda: imitated(OfTorchtune), settings={"finder": torchtune_pairs}),
-    "NeMo": Kind(net=lambda: imitated(OfNeMo), settings={"finder": nemo_pairs}),
-    "NeMo on Hugging Face": Kind(net=lambda: imitated(OnHuggingFace), settings={"finder": nemo_pairs}),
-    "bare parameters": Kind(net=lambda: imitated(Bare), settings={"finder": litgpt_pairs}),
-    "by name": Kind(net=lambda: imitated(Bare), settings={"finder": BY_NAME}),
-    "stacked q, k and v": Kind(net=of_litgpt, settings={"finder": litgpt_pairs}),
-    "4 bits": Kind(IsQuantized, net=lambda: quantized("four_bits")),
-    "8 bits": Kind(IsQuantized, net=lambda: quantized("eight_bits")),
+    "convolution": layers(net=lambda: Logits(under_peft(lambda: nn.Sequential(nn.Conv1d(1, CLASSES, 2)), "0"), series)),
+    "GPT-2": layers(net=lambda: under_peft(lambda: nn.Sequential(Conv1D(CLASSES, FEATURES)), "0", fan_in_fan_out=True)),
+    "rslora": layers(net=lambda: under_peft(two_linear, "0", "2", use_rslora=True)),
+    "MultiheadAttention": layers(net=lambda: Logits(under_peft(Attention, "attention"))),
+    "tied": layers(net=tied),
+    "frozen A": layers(net=frozen_A),
+    "several adapters": layers(net=two_adapters),
+    "experts": layers(net=lambda: under_peft(Experts, "0", "1")),
+    "torchtune": layers(net=lambda: imitated(OfTorchtune), settings={"finder": torchtune_pairs}),
+    "NeMo": layers(net=lambda: imitated(OfNeMo), settings={"finder": nemo_pairs}),
+    "NeMo on Hugging Face": layers(net=lambda: imitated(OnHuggingFace), settings={"finder": nemo_pairs}),
+    "bare parameters": layers(net=lambda: imitated(Bare), settings={"finder": litgpt_pairs}),
+    "by name": layers(net=lambda: imitated(Bare), settings={"finder": BY_NAME}),
+    "stacked q, k and v": layers(net=of_litgpt, settings={"finder": litgpt_pairs}),
+    "4 bits": layers(IsQuantized, net=lambda: quantized("four_bits")),
+    "8 bits": layers(IsQuantized, net=lambda: quantized("eight_bits")),
     "not checkpointed": Kind(net=make_net),
 }
 for title, how in CHECKPOINTS.items():
     dropout, like = (0.0, "not checkpointed") if title == "another library's" else (0.2, "dropout")
     makes = partial(lambda how, dropout: Checkpointed(make_net(dropout), how), how, dropout)
-    KINDS[f"checkpointed, {title}"] = Kind(net=makes, like=like)
+    KINDS[f"checkpointed, {title}"] = Kind(
+        net=makes, like=like, front_ends=("fmlora", "module", "loops.FMLoRA", *OF_LAYERS)
+    )

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from float64_runs import BETA, RHO, dataset, loss, network, optimizer_of, scheduler_of
+from helpers import calling
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -35,12 +36,22 @@ def schedule() -> CosineRho:
 
 
 def method_of(name: str, model: nn.Module, optimizer: Any, rho: Any = None, **settings: Any) -> Any:
-    kinds: dict[str, tuple[type[Any], dict[str, Any]]] = {
-        "EFMLoRA": (loops.EFMLoRA, {"beta": BETA}),
-        "FMLoRA": (loops.FMLoRA, {}),
-    }
-    kind, own = kinds[name]
-    return kind(model, optimizer, schedule() if rho is None else rho, **own, **settings)
+    own = {"beta": BETA} if name == "EFMLoRA" else {}
+    return getattr(loops, name)(model, optimizer, schedule() if rho is None else rho, **own, **settings)
+
+
+def started(name: str, rho: Any = 0.3) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """A method's object, its network and its optimizer."""
+    net = net_of()
+    optimizer = optimizer_of(net)
+    return method_of(name, net, optimizer, rho), net, optimizer
+
+
+def trained_plainly(name: str, data: list[Any], rho: Any = 0.3, **settings: Any) -> nn.Module:
+    """The network after a loop in plain PyTorch."""
+    flat, net, optimizer = started(name, rho)
+    run(flat, net, optimizer, data, **settings)
+    return net
 
 
 def plain_backward(value: Tensor) -> None:
@@ -79,22 +90,21 @@ def run(
             after_step(index)
 
 
-class Seeds(L.Callback):
+def seeds() -> Callback:
     """Seeds each batch as :func:`run` does."""
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(batch_idx)
+    return calling(on_train_batch_start=lambda trainer, module, batch, batch_idx: torch.manual_seed(batch_idx))
 
 
 def one_pass() -> list[Any]:
     return [torch.enable_grad()]
 
 
-def train(name: str | None, net: nn.Module, data: list[Any], rho: Any = None, **settings: Any) -> Any:
+def train(
+    name: str, net: nn.Module, data: list[Any], rho: Any = None, method: dict[str, Any] | None = None, **settings: Any
+) -> Any:
     """Train in plain PyTorch; what drove it."""
     optimizer = optimizer_of(net)
-    flat = None if name is None else method_of(name, net, optimizer, rho)
+    flat = method_of(name, net, optimizer, rho, **(method or {}))
     run(flat, net, optimizer, data, scheduler=scheduler_of(optimizer), **settings)
-    if flat is not None:
-        flat.close()
+    flat.close()
     return flat

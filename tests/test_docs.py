@@ -1,8 +1,10 @@
-"""The site names everything that is public; ``make docs`` checks that what it names exists."""
+"""The pages name what exists and all that is public, their programs run, and versions stand in all places alike."""
 
 import ast
 import importlib
+import itertools
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ from typing import Any
 import processes
 import pytest
 import yaml
+from helpers import since_lightning
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from packaging.requirements import Requirement
 
-from lightning_flatlora import EFMLoRA
+import lightning_flatlora
+from lightning_flatlora import EFMLoRA, flatness
+from recipes.shared.cli import RecipeCLI
 
-API = Path(__file__).parent.parent / "docs" / "api"
+ROOT = Path(__file__).parent.parent
+API = ROOT / "docs" / "api"
 MODULES = (
     "lightning_flatlora",
     "lightning_flatlora.baselines",
@@ -100,38 +107,48 @@ transformers.AutoModelForCausalLM.from_pretrained = small_model
 '''
 
 
-def test_the_first_program_runs_and_leaves_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a model and a tokenizer that need no download; both programs of the page, one after the other."""
-    page = (API.parent / "start.md").read_text(encoding="utf-8")
-    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+PROGRAMS_ALONE = {
+    "README.md": ("", "max_epochs=1` reached"),
+    "docs/flatness.md": ("", "'expected_sharpness_error': tensor("),
+    # With a model and a tokenizer that need no download; both programs of the page, one after the other.
+    "docs/start.md": (STAND_INS, ""),
+}
+
+
+@pytest.mark.parametrize("page", PROGRAMS_ALONE)
+def test_the_program_of_a_page_runs_in_a_process_of_its_own(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, says = PROGRAMS_ALONE[page]
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert len(programs) == (2 if before else 1)
     monkeypatch.chdir(tmp_path)
-    ended = processes.run(processes.run_code, STAND_INS + "\n".join(programs), output=tmp_path / "output.txt")
-    assert ended == 0, (tmp_path / "output.txt").read_text()
-    assert len(programs) == 2
-    runs = list(tmp_path.glob("lightning_logs/version_*/checkpoints/*/adapter_config.json"))
-    assert len(runs) == 2
+    ended = processes.run(processes.run_code, before + "\n".join(programs), output=tmp_path / "output.txt")
+    said = (tmp_path / "output.txt").read_text()
+    assert ended == 0, said
+    assert says in said
+    adapters = list(tmp_path.glob("lightning_logs/version_*/checkpoints/*/adapter_config.json"))
+    assert len(adapters) == (2 if before else 0)
 
 
 def test_modules_of_the_recipes_that_pages_name_exist() -> None:
-    root = API.parent.parent
-    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for name in re.findall(r"\brecipes(?:\.[a-z_]+)+", page.read_text(encoding="utf-8")):
             place = name.removesuffix(".py").replace(".", "/")
             # The last part may be a function of the module.
-            places = (root / place, root / f"{place}.py", (root / place).parent.with_suffix(".py"))
+            places = (ROOT / place, ROOT / f"{place}.py", (ROOT / place).parent.with_suffix(".py"))
             assert any(each.exists() for each in places), f"{page}: {name}"
 
 
 def test_what_pages_import_exists() -> None:
-    root = API.parent.parent
-    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for program in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in re.findall(r"^from (?:lightning_flatlora|recipes)\b.* import .*", program, re.MULTILINE):
                 exec(line, {})
 
 
 @pytest.mark.filterwarnings("ignore")  # LightningCLI's, of its parser
-@pytest.mark.parametrize("name", ["callbacks.md", "choosing_rho.md"])
+@pytest.mark.parametrize("name", ["callbacks.md", "choosing_rho.md", "flatness.md"])
 def test_the_configurations_of_a_page_make_its_callback(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fit"])
     page = (API.parent / name).read_text(encoding="utf-8")
@@ -179,3 +196,176 @@ def test_litgpts_line_is_the_one_that_the_tests_insert() -> None:
     page = (API.parent / "other_loops.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"\n \s+max_steps = .*\n\+(.*)\n", page)
     assert line.strip() == "flat = EFMLoRA(model, optimizer, rho=0.05, finder=litgpt_pairs)"
+
+
+# -- commands, links and names
+
+
+def test_commands_and_links_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"^make (\S+)", readme, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    for module in re.findall(r"python -m (recipes[\w.]*)", readme):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text()
+        for variable, value in re.findall(r"^(\w+)=(.+)$", text, re.MULTILINE):
+            text = re.sub(rf"\${variable}\b", value.strip("\"'"), text)
+        for config in re.findall(r"--config[ =]([\w./]+/[\w./]+\.yaml)", text):
+            assert (ROOT / config).exists(), f"{page}: {config}"
+        for link, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", text):
+            target = page.parent / link
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{page}: {link}#{anchor}"
+
+
+def anchors(page: str) -> set[str]:
+    """Of each heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_method_page_names_functions_and_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "method.md").read_text()
+    for file, test in re.findall(r"`(test_\w+\.py)::(\w+)`", page):
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+    for module, function in re.findall(r"`(functional|schedules)\.(\w+)`", page):
+        assert re.search(rf"(def|class) {function}\b", (ROOT / "lightning_flatlora" / f"{module}.py").read_text())
+
+
+PAGE = (ROOT / "docs" / "compatibility.md").read_text()
+ROWS = re.findall(r"^\| ([\w-]+)[^|]*\| (>=[\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+ACCEPTED = {name: floor for name, floor, _, _ in ROWS}
+OLDEST = {name: oldest for name, _, oldest, _ in ROWS}
+DECLARED = (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_floors_are_those_of_the_package() -> None:
+    declared = {"Python": re.findall(r'^requires-python = "(.+)"', DECLARED, re.MULTILINE)}
+    for line in re.findall(r'"([\w-]+(?:\[\w+\])?>=[\d.]+)"', DECLARED):
+        requirement = Requirement(line)
+        declared.setdefault(requirement.name, []).append(str(requirement.specifier))
+    assert ACCEPTED.keys() >= {"Python", "torch", "lightning", "peft", "torchmetrics", "transformers"}
+    for name, floor in ACCEPTED.items():
+        assert set(declared[name]) == {floor}, name
+
+
+def test_the_oldest_releases_are_those_that_are_installed() -> None:
+    pinned = re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests" / "oldest.txt").read_text(), re.MULTILINE)
+    assert pinned
+    for name, version in pinned:
+        assert OLDEST[name] == version, name
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == lightning_flatlora.__version__
+
+
+FLATNESS_PAGE = (ROOT / "docs" / "flatness.md").read_text()
+TABLE = [line for line in FLATNESS_PAGE.splitlines() if line.startswith("| ")]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+INSTRUMENTS = [cells(line) for line in TABLE[1:]]
+
+
+@since_lightning("2.6.0", "Lightning 2.5.0 prints no configuration with the jsonargparse of today")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["flatness.md", "baselines.md", "recipes/instruction_tuning.md"])
+def test_callbacks_that_a_command_adds_leave_the_configurations(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / name).read_text().replace("\\\n", "")
+    for variable, value in re.findall(r"^(\w+)=(.+)$", text, re.MULTILINE):
+        text = text.replace(f"${variable}", value.strip("\"'"))
+    (command,) = re.findall(r"python -m recipes.instruction_tuning (fit .*callbacks\+=[^`\n]*)", text)
+    arguments = shlex.split(command, comments=True)
+    with pytest.raises(SystemExit):
+        RecipeCLI(args=[*arguments, "--print_config"])
+    made = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    kept = []
+    for option, path in itertools.pairwise(arguments):
+        if option == "--config":
+            trainer = yaml.safe_load(Path(path).read_text())["trainer"]
+            kept += trainer.get("callbacks", []) + trainer.get("callbacks+", [])
+    assert [one["class_path"] for one in made[: len(kept)]] == [one["class_path"] for one in kept]
+    added = re.findall(r"callbacks\+=(?:\w+\.)*(\w+) --trainer.callbacks.rho=(\S+)", command)
+    assert [(one["class_path"].split(".")[-1], str(one["init_args"]["rho"])) for one in made[len(kept) :]] == added
+
+
+def test_the_table_names_what_exists_and_all_of_it() -> None:
+    assert [row[0].strip("`") for row in INSTRUMENTS if row[0]] == list(flatness.MEASURES)
+    for row in INSTRUMENTS:
+        assert hasattr(flatness, row[5].strip("`")), row
+        file, test = row[7].strip("`").split("::")
+        assert f"def {test}(" in (ROOT / "tests" / "flatness" / file).read_text(), row
+
+
+PAGES = ("docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md", ".github/pull_request_template.md")
+PATH = re.compile(r"[\w.-]*(/[\w.-]+)+/?|[\w-]+\.(py|md|toml|txt|cff|yaml)|Makefile")
+ANYWHERE = {"conftest.py", "__main__.py", "results.jsonl"}
+"""Names of files without a folder, of which there are several or none in the repository."""
+
+
+def quoted(page: str) -> list[str]:
+    """What stands in backticks, commands in blocks apart."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    return re.findall(r"`([^`]+)`", text)
+
+
+def names_in(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """What a module or a class defines, functions, classes and variables, by name."""
+    names: dict[str, ast.stmt] = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names[node.name] = node
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names[node.target.id] = node
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    names[target.id] = node
+    return names
+
+
+def defines(path: Path, dotted: str) -> bool:
+    body = ast.parse(path.read_text()).body
+    for name in dotted.split("."):
+        node = names_in(body).get(name)
+        if node is None:
+            return False
+        body = node.body if isinstance(node, ast.ClassDef) else []
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_name_exists(page: str) -> None:
+    missing = []
+    for text in quoted(page):
+        path, _, name = text.partition("::")
+        if not PATH.fullmatch(path) or path in ANYWHERE:
+            continue
+        if not (ROOT / path).exists() or (name and not defines(ROOT / path, name)):
+            missing.append(text)
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_target_of_make_exists(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)`|^make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE):
+        name = target[0] or target[1]
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+
+
+def test_missing_files_and_names_are_seen() -> None:
+    assert PATH.fullmatch("lightning_flatlora/nothing.py")
+    assert not defines(ROOT / "lightning_flatlora" / "functional.py", "ascent_nothing")
+    assert defines(ROOT / "lightning_flatlora" / "functional.py", "Ascent.direction")
+    assert len([text for text in quoted("docs/architecture.md") if "::" in text]) > 25

@@ -1,32 +1,19 @@
 """Run for run, the package equals the literal algorithms in float64: 100 AdamW steps, differences below 1e-10."""
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from float64_runs import (
-    BATCHES,
-    BETA,
-    RHO,
-    Automatic,
-    Manual,
-    fit_in_float64,
-    loss,
-    network,
-    reference,
-    worst_difference,
-)
+from float64_runs import BATCHES, BETA, RHO, Automatic, Manual, fit_in_float64, network, reference, worst_difference
+from helpers import assert_no_trace, trainer_of, weights
+from imitated_layers import KINDS, Learner, batches, error, model_of, optimizer_of
+from reference import Reference
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_flatlora import (
-    CosineRho,
-    EFMLoRA,
-    FMLoRA,
-    InverseSqrtRho,
-    LearningRateRho,
-    LinearRho,
-)
+from lightning_flatlora import CosineRho, EFMLoRA, FMLoRA, InverseSqrtRho, LearningRateRho, LinearRho, find_pairs
 
 CASES = [
     {},
@@ -42,13 +29,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@cache
+def literal(number: int, beta: float | None, rho: float) -> nn.Module:
+    return reference(epochs_of(CASES[number]), **CASES[number], beta=beta, rho=lambda step: rho)
+
+
+def epochs_of(case: dict[str, Any]) -> int:
+    return -(-100 // -(-BATCHES // case.get("accumulate", 1)))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))
 @pytest.mark.parametrize("front_end", ["EFMLoRA", "FMLoRA", "FMLoRAModule"])
-def test_100_steps_equal_the_literal_algorithm(front_end: str, case: dict[str, Any]) -> None:
-    accumulate = case.get("accumulate", 1)
-    epochs = -(-100 // -(-BATCHES // accumulate))
-    algorithm = {"beta": BETA} if front_end == "EFMLoRA" else {}
-    expected = reference(epochs, **case, **algorithm)
+def test_100_steps_equal_the_literal_algorithm(front_end: str, number: int) -> None:
+    case = CASES[number]
+    epochs, accumulate = epochs_of(case), case.get("accumulate", 1)
     method = {
         key: value for key, value in case.items() if key in ("estimator", "norm_scope", "start_step", "every_n_steps")
     }
@@ -62,34 +56,8 @@ def test_100_steps_equal_the_literal_algorithm(front_end: str, case: dict[str, A
     else:
         callback = EFMLoRA(RHO, beta=BETA, **method) if front_end == "EFMLoRA" else FMLoRA(RHO, **method)
         fit_in_float64(Automatic(net), epochs, [callback], accumulate_grad_batches=accumulate, **clip)
-    assert worst_difference(net, expected) < 1e-10
-    assert worst_difference(net, reference(epochs, **{**case, **algorithm, "rho": lambda step: 0.0})) > 1e-4
-
-
-def penalized(model: nn.Module, batch: Any) -> torch.Tensor:
-    """A penalty on A, which one optimizer step sees in its gradient and E must not."""
-    sizes = [p.square().sum() + p.abs().sum() for name, p in model.named_parameters() if "lora_A" in name]
-    return loss(model, batch) + 0.01 * sum(sizes)
-
-
-class PenalizedAutomatic(Automatic):
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return penalized(self.net, batch)
-
-
-class PenalizedManual(Manual):
-    def compute_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return penalized(self.net, batch)
-
-
-@pytest.mark.parametrize("front_end", ["EFMLoRA", "FMLoRA", "FMLoRAModule"])
-def test_a_penalized_run_equals_the_literal_algorithm(front_end: str) -> None:
-    net, algorithm = network(), {"beta": BETA} if front_end == "EFMLoRA" else {}
-    if front_end == "FMLoRAModule":
-        fit_in_float64(PenalizedManual(net, rho=RHO), 4, [])
-    else:
-        fit_in_float64(PenalizedAutomatic(net), 4, [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)])
-    assert worst_difference(net, reference(4, loss=penalized, **algorithm)) < 1e-10
+    assert worst_difference(net, literal(number, BETA if front_end == "EFMLoRA" else None, RHO)) < 1e-10
+    assert worst_difference(net, literal(number, None, 0.0)) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -115,3 +83,23 @@ def test_rho_follows_the_learning_rate() -> None:
     cosine = [(1 + math.cos(math.pi * step / 200)) / 2 for step in range(104)]
     expected = reference(4, beta=BETA, rho=lambda step: RHO * cosine[step])
     assert worst_difference(net, expected) < 1e-10
+
+
+METHODS = {"EFMLoRA": (EFMLoRA, {"beta": BETA}), "FMLoRA": (FMLoRA, {})}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "finder", "name"), KINDS)
+def test_layers_of_other_projects_equal_the_literal_algorithm(
+    kind: type[nn.Module], finder: Any, name: str, method: str
+) -> None:
+    make, own = METHODS[method]
+    expected, model = model_of(kind), model_of(kind)
+    pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(expected, finder=finder).pairs]
+    run = Reference(expected, pairs, error, optimizer_of(expected), lambda step: RHO, beta=own.get("beta"))
+    run.train(batches(4))
+    trainer = trainer_of(None, [make(RHO, finder=finder, **own)], max_epochs=-1, max_steps=4, precision="64-true")
+    trainer.fit(Learner(model), DataLoader(batches(8), batch_size=None))
+    for key, value in weights(model).items():
+        assert torch.allclose(value, weights(expected)[key], rtol=0, atol=1e-10), key
+    assert_no_trace(model)

@@ -85,10 +85,14 @@ def test_a_finder_that_finds_nothing() -> None:
         find_pairs(nn.Sequential(nn.Linear(4, 4)), finder=litgpt_pairs)
 
 
-def test_pairs_that_are_not_trained_are_named() -> None:
-    model = model_of(Bare).requires_grad_(False)
+def test_pairs_that_are_not_trained_are_known_and_named() -> None:
+    model = model_of(Bare)
+    model[0].lora_B.requires_grad_(False)
+    search = find_pairs(model, finder=litgpt_pairs)
+    assert [pair.name for pair in search.pairs] == ["2.lora_B"]
+    assert [pair.name for pair in search.resting] == ["0.lora_B"]
     with pytest.raises(NoPairsError, match=r"2 are not trained, 0\.lora_B among them: unfreeze their B"):
-        find_pairs(model, finder=litgpt_pairs)
+        find_pairs(model.requires_grad_(False), finder=litgpt_pairs)
 
 
 def of_shapes(A: tuple[int, int], B: tuple[int, int]) -> Bare:
@@ -203,11 +207,3 @@ def test_a_tied_pair_has_two_readers() -> None:
     two.scaling = 2 * one.scaling
     with pytest.raises(NoPairsError, match="shared with another pair"):
         find_pairs(nn.Sequential(one, two), finder=litgpt_pairs)
-
-
-def test_pairs_of_a_finder_that_are_not_trained_now_are_known() -> None:
-    model = model_of(Bare)
-    model[0].lora_B.requires_grad_(False)
-    search = find_pairs(model, finder=litgpt_pairs)
-    assert [pair.name for pair in search.pairs] == ["2.lora_B"]
-    assert [pair.name for pair in search.resting] == ["0.lora_B"]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from reference import ascent
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora.functional import (
     DAMPING,
@@ -112,18 +111,6 @@ def test_noise_where_the_rows_of_A_are_dependent_stays_noise(columns: int, estim
     assert relative_error(found[1].squared_norm, found[0].squared_norm) < 5e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zero_factors_give_zeros_not_nan(dtype: torch.dtype) -> None:
-    A, B, grad_A, grad_B = factors(dtype)
-    at_start = ascent_average(*batch(A, torch.zeros_like(B), torch.zeros_like(grad_A), grad_B), scaling(dtype))
-    from_B = ascent_projected(*batch(A, grad_B), scaling(dtype))
-    assert torch.allclose(at_start.direction * 2, from_B.direction)
-    assert torch.allclose(at_start.squared_norm * 4, from_B.squared_norm)
-    nothing = ascent_average(*batch(torch.zeros_like(A), B, grad_A, torch.zeros_like(grad_B)), scaling(dtype))
-    assert torch.isfinite(nothing.direction).all()
-    assert (nothing.direction == 0).all()
-
-
 @pytest.mark.parametrize("rank", [1, R, 64, 65, 150, 256])
 def test_the_damped_inverse_is_its_definition_and_tends_to_the_pseudo_inverse(rank: int) -> None:
     """Large ranks go through it in blocks, of which the last one may be smaller."""
@@ -148,19 +135,6 @@ def test_a_batch_of_layers_is_the_layers_one_by_one() -> None:
         alone = ascent_average(*batch(*layers[i]), torch.tensor([s]).double())
         assert torch.allclose(together.direction[i], alone.direction[0], rtol=1e-12)
         assert torch.allclose(together.squared_norm[i], alone.squared_norm[0], rtol=1e-12)
-
-
-def test_gradients_of_one_loss_give_the_literal_norm() -> None:
-    """Eq. 12's norm with both gradients as they are, which the two agree on."""
-    A, B, grad_A, grad_B = factors()
-    R_A, R_B = damped_inverse_root(A.mT), damped_inverse_root(B)
-    K_A, K_B = R_A.mT @ R_A, R_B.mT @ R_B
-    projector = K_A @ A @ A.mT
-    grad_B_seen, C_A = grad_B @ projector, grad_A @ A.mT @ projector
-    cross = (B.mT @ grad_B_seen @ K_A) * (K_B @ C_A)
-    literal = ((grad_B_seen @ K_A) * grad_B_seen).sum() + ((K_B @ grad_A) * grad_A).sum() + 2 * cross.sum()
-    ours = ascent_average(*batch(A, B, grad_A, grad_B), scaling()).squared_norm[0]
-    assert relative_error(ours, literal / (4 * S**2)) < 1e-12
 
 
 PENALTIES = {"L1": lambda factor: factor.abs().sum(), "L2": lambda factor: factor.square().sum()}
@@ -217,8 +191,13 @@ def test_a_penalty_is_weighed_as_in_the_dense_definition(of_B: float) -> None:
 def test_at_zero_B_the_gradient_of_A_says_nothing(dtype: torch.dtype) -> None:
     """No loss of the weight has a gradient there; and one that is not finite is still seen."""
     A, B, grad_A, grad_B = factors(dtype)
+    nothing = ascent_average(*batch(torch.zeros_like(A), B, grad_A, torch.zeros_like(grad_B)), scaling(dtype))
+    assert (nothing.direction == 0).all()
     B = torch.zeros_like(B)
     plain = ascent_average(*batch(A, B, torch.zeros_like(grad_A), grad_B), scaling(dtype))
+    from_B = ascent_projected(*batch(A, grad_B), scaling(dtype))
+    assert torch.allclose(plain.direction * 2, from_B.direction)
+    assert torch.allclose(plain.squared_norm * 4, from_B.squared_norm)
     penalized = ascent_average(*batch(A, B, 1e3 * grad_A, grad_B), scaling(dtype))
     assert torch.equal(penalized.direction, plain.direction)
     assert torch.equal(penalized.squared_norm, plain.squared_norm)
@@ -230,24 +209,3 @@ def test_at_zero_B_the_gradient_of_A_says_nothing(dtype: torch.dtype) -> None:
 def test_the_scale_is_rho_over_the_norm_and_zero_without_a_gradient() -> None:
     squared = torch.tensor([4.0, 0.0, -1e-12])
     assert torch.equal(perturbation_scale(squared, 3.0), torch.tensor([1.5, 0.0, 0.0]))
-
-
-def test_no_full_size_tensor_is_made() -> None:
-    """Every tensor made on the way has at most as many elements as the larger factor."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
-    n, m, r = 64, 96, 2
-    A, B = torch.randn(1, r, m), torch.randn(1, n, r)
-    with Watch():
-        ascent_average(A, B, torch.randn_like(A), torch.randn_like(B), torch.ones(1))
-        ascent_projected(A, torch.randn_like(B), torch.ones(1))
-    assert 0 < largest <= r * max(n, m)

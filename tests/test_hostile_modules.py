@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    FRONT_ENDS,
-    Classifier,
+    BASELINES,
+    TWO_PASSES,
     E_hat,
-    TwoPassClassifier,
     assert_no_trace,
     build,
     driver_of,
@@ -23,8 +22,9 @@ from helpers import (
     make_loader,
     same,
     weights,
+    with_own,
 )
-from hostile_modules import KINDS, Adds, Hostile, IsQuantized, Pops, Replaces
+from hostile_modules import EVERYWHERE, KINDS
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from shadows import Shadow, spy
@@ -32,16 +32,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from lightning_flatlora import AdapterCheckpoint, loops
-from lightning_flatlora.baselines import SAM, LoRASAM
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*BatchEncoding:DeprecationWarning"),
 ]
 LOOPS = {"loops.EFMLoRA": loops.EFMLoRA, "loops.FMLoRA": loops.FMLoRA}
-BASELINES = {"LoRASAM": LoRASAM, "SAM": SAM}
-TWO_PASSES = ("fmlora", "module", "efmlora+module", "loops.FMLoRA", *BASELINES)
 BATCHES, EPOCHS, RHO, LR = 3, 2, 0.5, 0.02
 BETWEEN = {"on_train_batch_start", "on_train_batch_end", "on_save_checkpoint", "on_train_epoch_end", "step"}
 """Hooks in which no layer may read B + E."""
@@ -111,17 +107,14 @@ def result(module: Any, driver: Any, logged: dict[str, Any]) -> Run:
 
 def by_trainer(title: str, front_end: str, rho: float, lr: float, folder: Path, resume: Path | None = None) -> Run:
     kind = KINDS[title]
-    classes = type("Automatic", (kind.own, Classifier), {}), type("Manual", (kind.own, TwoPassClassifier), {})
-    name = front_end if front_end in FRONT_ENDS else "plain"
-    settings = {} if name == "plain" else dict(kind.settings)
-    if name == "efmlora+module":
+    is_ours = front_end not in ("plain", *BASELINES)
+    settings = dict(kind.settings) if is_ours else {}
+    if front_end == "efmlora+module":
         settings["every_n_steps"] = 1 if lr == 0 else 2
-    module, callbacks, more = build(name, rho, net=kind.net(), classes=classes, lr=lr, **settings)
+    module, callbacks, more = build(front_end, rho, net=kind.net(), own=kind.own, lr=lr, **settings)
     if lr == 0:
         module.optimizer_class = torch.optim.SGD
-    looks = name != "plain" and rho > 0 and lr > 0 and resume is None
-    if front_end in BASELINES:
-        callbacks.append(BASELINES[front_end](rho))
+    looks = is_ours and rho > 0 and lr > 0 and resume is None
     if looks:
         shadow = Shadow(module.net, trained_only=title == "MultiheadAttention")
         module.optimizer_class = shadow.optimizer_class()
@@ -135,13 +128,13 @@ def by_trainer(title: str, front_end: str, rho: float, lr: float, folder: Path, 
     if looks:
         assert {"training_step", "on_after_backward", *BETWEEN} <= shadow.seen.keys()
         assert not shadow.seen.get("perturbed", set()) & BETWEEN
-    driver = driver_of(trainer) if name != "plain" else None
+    driver = driver_of(trainer) if is_ours else None
     return result(module, driver, dict(trainer.callback_metrics))
 
 
 def by_loop(title: str, front_end: str, rho: float, lr: float, folder: Path, resume: Path | None = None) -> Run:
     kind = KINDS[title]
-    module = type("Automatic", (kind.own, Classifier), {})(net=kind.net(), lr=lr)
+    module = with_own(kind.own)[0](net=kind.net(), lr=lr)
     if lr == 0:
         module.optimizer_class = torch.optim.SGD
     optimizer = module.configure_optimizers()
@@ -188,20 +181,16 @@ def resumed(title: str, front_end: str) -> Run:
     return run(title, front_end, RHO, LR, folder, folder / "epoch=0.ckpt")
 
 
-def cases(*front_ends: str) -> Any:
+def cases(only: tuple[str, ...] = (*EVERYWHERE, *BASELINES), alike_too: bool = True) -> Any:
+    """Each kind under its front ends; one whose run is another kind's may be left out."""
     found = []
     for title, kind in KINDS.items():
-        for front_end in front_ends:
-            by_itself = front_end in LOOPS and kind.needs_trainer
-            one_pass = "efmlora" in front_end and kind.own in (Pops, Replaces, Adds)
-            # The layers that these read are no others than FMLoRA's.
-            baseline = front_end in BASELINES and kind.own in (Hostile, IsQuantized)
-            if not (by_itself or one_pass or baseline):
-                found.append((title, front_end))
+        if alike_too or kind.like is None:
+            found += [(title, front_end) for front_end in kind.front_ends if front_end in only]
     return pytest.mark.parametrize(("title", "front_end"), found)
 
 
-@cases(*FRONT_ENDS, *LOOPS)
+@cases(EVERYWHERE, alike_too=False)
 def test_plain_at_rho_0(title: str, front_end: str) -> None:
     """Bit for bit, and not at another rho."""
     plain, zero = trained(title, "plain"), trained(title, front_end, 0.0)
@@ -210,13 +199,13 @@ def test_plain_at_rho_0(title: str, front_end: str) -> None:
     assert not same(trained(title, front_end).weights, plain.weights)
 
 
-@cases(*FRONT_ENDS, *LOOPS)
+@cases(EVERYWHERE)
 def test_clean(title: str, front_end: str) -> None:
     """The shadow's looks are inside of the run: in all hooks, in each pass, and in the optimizer's step."""
     assert trained(title, front_end).method[0] == BATCHES * EPOCHS
 
 
-@cases(*TWO_PASSES)
+@cases((*TWO_PASSES, "efmlora+module", "loops.FMLoRA"))
 def test_counted_once(title: str, front_end: str) -> None:
     """Each pass starts from what a plain run's starts from, and what it leaves is what the first pass has left."""
     plain, ours = trained(title, "plain", lr=0.0), trained(title, front_end, lr=0.0)
@@ -225,14 +214,14 @@ def test_counted_once(title: str, front_end: str) -> None:
     assert same(ours.written[:logged], plain.written[:logged])
 
 
-@cases(*FRONT_ENDS, *LOOPS)
+@cases(EVERYWHERE, alike_too=False)
 def test_resumed(title: str, front_end: str) -> None:
     whole, again = trained(title, front_end), resumed(title, front_end)
     assert same(again.stored, whole.stored)
     assert same(again.method, whole.method)
 
 
-@cases(*FRONT_ENDS, *LOOPS)
+@cases(EVERYWHERE)
 def test_it_trains_as_what_it_is_like(title: str, front_end: str) -> None:
     """Checkpointing and the class of a batch change no bit, nor does a loop in a Trainer's place."""
     ours = trained(title, front_end)

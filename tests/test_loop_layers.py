@@ -1,40 +1,43 @@
-"""How a loop's layers read B + Ê: merging, exceptions, copies, measurements, and what leaves them.
+"""How a loop's layers read B + Ê, what leaves them, and what the optimizer's state carries.
 
 Layers of every kind, and checkpointing, are in test_hostile_modules.py.
 """
 
 import copy
 import gc
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from float64_runs import BETA, optimizer_of
+from float64_runs import BETA, Automatic, fit_in_float64, optimizer_of
 from helpers import assert_copies_are_plain, assert_no_trace, is_perturbed, same, weights
-from hostile_modules import CHECKPOINTS, Checkpointed, of_litgpt, two_adapters, two_linear, under_peft
-from loop_runs import batches, method_of, net_of, run
+from hostile_modules import CHECKPOINTS, Checkpointed, two_linear, under_peft
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from loop_runs import batches, method_of, net_of, run, schedule, started, trained_plainly
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_flatlora import Perturbation, find_pairs, loops, perturbed_read
-from lightning_flatlora.pairs.finders import litgpt_pairs
+from lightning_flatlora import EFMLoRA, Perturbation, find_pairs, loops, perturbed_read
+from lightning_flatlora.loop_method import STATE_KEY
 
 INPUTS = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
-LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "linear": (lambda: under_peft(two_linear, "0", "2", init_lora_weights=False), {}),
-    "litgpt": (of_litgpt, {"finder": litgpt_pairs}),
-}
+
+
+def linear() -> nn.Module:
+    return under_peft(two_linear, "0", "2", init_lora_weights=False)
 
 
 def squares(net: nn.Module, batch: Tensor) -> Tensor:
     return net(batch).square().mean()
 
 
-def loop(net: nn.Module, rho: float = 0.5, **settings: Any) -> Any:
+def loop(net: nn.Module) -> Any:
     """EFMLoRA in a loop over the inputs; what is left running."""
     optimizer = optimizer_of(net)
-    flat = loops.EFMLoRA(net, optimizer, rho, beta=BETA, **settings)
+    flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA)
     for batch in INPUTS:
         squares(net, batch).backward()
         optimizer.step()
@@ -43,9 +46,9 @@ def loop(net: nn.Module, rho: float = 0.5, **settings: Any) -> Any:
 
 
 def test_merging_and_generating_in_training_mode_use_the_clean_weights() -> None:
-    net: Any = net_of()
-    optimizer, (x, _) = optimizer_of(net), batches()[0]
-    run(method_of("EFMLoRA", net, optimizer, 0.3), net, optimizer, batches()[:3])
+    flat, net, optimizer = started("EFMLoRA")
+    run(flat, net, optimizer, batches()[:3])
+    x, _ = batches()[0]
     clean = copy.deepcopy(net)
     assert net.training
     assert not same(net(x), clean(x))
@@ -61,10 +64,7 @@ def test_merging_and_generating_in_training_mode_use_the_clean_weights() -> None
 
 
 def test_a_step_that_raises_leaves_clean_layers_and_can_be_tried_again() -> None:
-    plain, net = net_of(), net_of()
-    optimizer, other = optimizer_of(net), optimizer_of(plain)
-    flat = method_of("EFMLoRA", net, optimizer, 0.3)
-    run(method_of("EFMLoRA", plain, other, 0.3), plain, other, batches()[:4])
+    flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:3])
 
     def fail(*args: Any) -> None:
@@ -78,35 +78,26 @@ def test_a_step_that_raises_leaves_clean_layers_and_can_be_tried_again() -> None
     handle.remove()
     assert not is_perturbed(net)
     run(flat, net, optimizer, batches()[3:4])
-    assert same(weights(net), weights(plain))
+    assert same(weights(net), weights(trained_plainly("EFMLoRA", batches()[:4])))
 
 
-@pytest.mark.parametrize("kind", ["linear", "litgpt"])
-def test_copies_and_pickles_are_plain(kind: str) -> None:
-    make, settings = LAYERS[kind]
-    net = make()
-    flat = loop(net, **settings)
-    if kind == "linear":
-        assert_copies_are_plain(net)
-    else:  # litgpt's own layers hold a lambda, which nobody can pickle
-        other = copy.deepcopy(net)
-        assert_no_trace(other)
-        assert same(other.state_dict(), net.state_dict())
+def test_copies_and_pickles_are_plain() -> None:
+    net = linear()
+    flat = loop(net)
+    assert_copies_are_plain(net)
     flat.close()
     assert_no_trace(net)
 
 
-@pytest.mark.parametrize("kind", ["linear", "litgpt"])
-def test_a_measurement_in_the_middle_leaves_the_loop_as_it_is(kind: str) -> None:
+def test_a_measurement_in_the_middle_leaves_the_loop_as_it_is() -> None:
     """Others install readers on the layers too, of A as well, and take them away in any order."""
-    make, settings = LAYERS[kind]
-    plain, net = make(), make()
-    loop(plain, **settings).close()
+    plain, net = linear(), linear()
+    loop(plain).close()
     optimizer = optimizer_of(net)
-    flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA, **settings)
-    pairs = find_pairs(net, finder=settings.get("finder")).pairs
-    assert len(pairs) == len(flat.perturbation.pairs)
-    others, switch = [], perturbed_read.Switch()
+    flat = loops.EFMLoRA(net, optimizer, 0.5, beta=BETA)
+    pairs = find_pairs(net).pairs
+    others: list[Perturbation] = []
+    switch = perturbed_read.Switch()
     for index, batch in enumerate(INPUTS):
         squares(net, batch).backward()
         if index == 1:
@@ -150,7 +141,7 @@ def make_a_newer_one(flats: list[Any], net: nn.Module) -> None:
 @pytest.mark.parametrize("end", [close, forget, make_a_newer_one])
 def test_an_object_that_has_ended_leaves_plain_layers(end: Callable[..., None]) -> None:
     """Also one that nobody has closed, and of which only the layers are left: a notebook's."""
-    net = LAYERS["linear"][0]()
+    net = linear()
     flats = [loop(net)]
     with torch.no_grad():
         clean = net(INPUTS[0])
@@ -161,7 +152,7 @@ def test_an_object_that_has_ended_leaves_plain_layers(end: Callable[..., None]) 
 
 
 def test_looking_again_finds_a_new_adapter() -> None:
-    net: Any = LAYERS["linear"][0]()
+    net: Any = linear()
     optimizer = optimizer_of(net)
     flat = loops.EFMLoRA(net, optimizer, 0.5)
     squares(net, INPUTS[0]).backward()
@@ -175,20 +166,98 @@ def test_looking_again_finds_a_new_adapter() -> None:
     assert same(before, {name: now[name] for name in before})
 
 
-def test_adapters_that_take_turns_within_a_step() -> None:
-    found = []
-    for first in ("default", "other"):
-        net: Any = two_adapters().double()
-        net.set_adapter(first)
-        optimizer = torch.optim.SGD([p for name, p in net.named_parameters() if "lora" in name], lr=0.1)
-        flat = loops.EFMLoRA(net, optimizer, rho=0.5)
-        for batch in torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64):
-            for adapter in ("default", "other"):
-                net.set_adapter(adapter)
-                net(batch).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(weights(net))
-        assert len(flat.perturbation.pairs) == 5
-        assert all(float(E.norm()) > 0 for E in flat.perturbation.state_dict()["E"].values())
-    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+METHODS = ("EFMLoRA", "FMLoRA")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_object_that_is_made_after_the_load_takes_its_state_from_state_dict(name: str) -> None:
+    """One that is made before finds it in the optimizer's: see test_hostile_modules.py."""
+    second = net_of()
+    flat, first, optimizer = started(name, schedule())
+    run(flat, first, optimizer, batches()[:5])
+    saved = copy.deepcopy((first.state_dict(), optimizer.state_dict(), flat.state_dict()))
+    second.load_state_dict(saved[0])
+    optimizer = optimizer_of(second)
+    optimizer.load_state_dict(saved[1])
+    resumed = method_of(name, second, optimizer)
+    resumed.load_state_dict(saved[2])
+    run(resumed, second, optimizer, batches()[5:])
+    assert resumed.step == 10
+    assert same(weights(second), weights(trained_plainly(name, batches(), schedule())))
+    with pytest.raises(MisconfigurationException, match="estimator must be 'average' as in the checkpoint"):
+        method_of(name, second, optimizer, estimator="projected").load_state_dict(saved[2])
+    with pytest.raises(MisconfigurationException, match="of 2 optimizers, and a loop's object follows one"):
+        resumed.load_state_dict({**saved[2], "optimizers": [saved[2], saved[2]]})
+
+
+def test_optimizer_states_go_from_runs_with_the_method_to_runs_without_and_back() -> None:
+    flat, net, optimizer = started("EFMLoRA")
+    plain = net_of()
+    other = optimizer_of(plain)
+    run(flat, net, optimizer, batches()[:3])
+    run(None, plain, other, batches()[:3])
+    with pytest.warns(UserWarning, match="the optimizer's state has none of EFMLoRA, as after a run without it"):
+        optimizer.load_state_dict(other.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert STATE_KEY in optimizer.state_dict()
+    assert STATE_KEY not in other.state_dict()
+    # Of two methods each finds its own.
+    first = method_of("EFMLoRA", net, optimizer, 0.3, adapter_name="default")
+    state = optimizer.state_dict()
+    assert set(state[STATE_KEY]) == {"EFMLoRA[default]"}
+    run(first, net, optimizer, batches()[:1])
+    optimizer.load_state_dict(state)
+    assert first.step == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_preparing_a_distributed_checkpoint_is_no_step(name: str) -> None:
+    """It steps the optimizer once, with zero gradients, and keeps nothing of ours: state_dict is there for that."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    flat, net, optimizer = started(name)
+    assert STATE_KEY not in dcp.get_optimizer_state_dict(net, optimizer)
+    assert (flat.step, len(optimizer.state)) == (0, len(optimizer.param_groups[0]["params"]))
+    # The preparation counts as a step in AdamW's own bias correction.
+    optimizer.state.clear()
+    run(flat, net, optimizer, batches()[:3])
+    assert same(weights(net), weights(trained_plainly(name, batches()[:3])))
+
+
+class LoadsWithoutHooks(torch.optim.AdamW):
+    """As the optimizers of bitsandbytes."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        hooks, self._optimizer_load_state_dict_pre_hooks = self._optimizer_load_state_dict_pre_hooks, OrderedDict()
+        super().load_state_dict(state_dict)
+        self._optimizer_load_state_dict_pre_hooks = hooks
+
+
+def test_an_optimizer_that_loads_without_hooks_carries_the_state_too() -> None:
+    net = net_of()
+    optimizer = LoadsWithoutHooks([p for p in net.parameters() if p.requires_grad], lr=3e-3)
+    first = method_of("EFMLoRA", net, optimizer, 0.3)
+    run(first, net, optimizer, batches()[:2])
+    state = optimizer.state_dict()
+    first.close()
+    assert "load_state_dict" not in vars(optimizer)
+    second = method_of("EFMLoRA", net, optimizer, 0.3)
+    optimizer.load_state_dict(state)
+    assert second.step == 2
+    assert same(second.state_dict(), first.state_dict())
+    # Somebody else's method over this one still calls it after the end.
+    over = optimizer.load_state_dict
+    run(second, net, optimizer, batches()[:1])
+    second.close()
+    over(state)
+    assert second.step == 3
+
+
+def test_the_state_of_the_callback_is_taken_over() -> None:
+    """If the loop's model is the module itself, since pairs are known by their names in it."""
+    module, callback = Automatic(net_of()), EFMLoRA(0.3, beta=BETA)
+    fit_in_float64(module, 1, [callback], DataLoader(batches(), batch_size=None))
+    flat = method_of("EFMLoRA", module, optimizer_of(module), 0.3)
+    flat.load_state_dict(callback.state_dict())
+    assert flat.step == 10
+    assert same(flat.perturbation.state_dict(), callback.perturbation.state_dict())

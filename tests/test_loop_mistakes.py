@@ -11,7 +11,7 @@ import torch
 from float64_runs import loss, optimizer_of
 from helpers import assert_no_trace, make_net, same, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from loop_runs import batches, method_of, net_of, run
+from loop_runs import batches, method_of, net_of, run, started, trained_plainly
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -55,9 +55,6 @@ class Case:
 
 
 REFUSED = {
-    "arguments, together": Case(
-        "rho must be", "every_n_steps must be", "finder must be", rho=-1.0, every_n_steps=0, finder="litgpt"
-    ),
     "no horizon": Case("set total_steps", rho=LinearRho(1.0, 0.0)),
     "total_steps": Case("total_steps must be an integer >= 1, got 0", rho=LinearRho(1.0, 0.0), total_steps=0),
     "each other's place": Case("must be a model and its torch.optim.Optimizer", optimizer=lambda net: net),
@@ -122,9 +119,7 @@ def backward(net: nn.Module) -> None:
 
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_fmlora_without_its_passes_is_refused(steps_before: int) -> None:
-    net = net_of()
-    optimizer = optimizer_of(net)
-    flat = loops.FMLoRA(net, optimizer, 0.3)
+    flat, net, optimizer = started("FMLoRA")
     run(flat, net, optimizer, batches()[:steps_before])
     backward(net)
     before = weights(net)
@@ -138,9 +133,7 @@ def test_fmlora_without_its_passes_is_refused(steps_before: int) -> None:
 
 
 def test_fmloras_first_pass_alone_is_refused() -> None:
-    net = net_of()
-    optimizer = optimizer_of(net)
-    flat = loops.FMLoRA(net, optimizer, 0.3)
+    flat, net, optimizer = started("FMLoRA")
     passes = flat.training_passes()
     next(passes)
     with pytest.raises(RuntimeError, match="the first pass was not entered"):
@@ -156,8 +149,7 @@ def test_fmloras_first_pass_alone_is_refused() -> None:
 
 
 def test_a_first_pass_without_any_gradient_is_told() -> None:
-    net = net_of()
-    flat = loops.FMLoRA(net, optimizer_of(net), 0.3)
+    flat, net, _ = started("FMLoRA")
 
     def backward_outside() -> None:
         for each_pass in flat.training_passes():
@@ -171,8 +163,7 @@ def test_a_first_pass_without_any_gradient_is_told() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_closed_object_gives_no_passes(name: str) -> None:
-    net = net_of()
-    flat = method_of(name, net, optimizer_of(net), 0.3)
+    flat, _, _ = started(name)
     flat.close()
     flat.close()
     with pytest.raises(RuntimeError, match=rf"close\(\), or a newer object, has ended this {name}: make a new one"):
@@ -181,9 +172,7 @@ def test_a_closed_object_gives_no_passes(name: str) -> None:
 
 def test_training_in_eval_mode_is_refused() -> None:
     """The layers would read the clean weights, and nobody would see it."""
-    net = net_of()
-    optimizer = optimizer_of(net)
-    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    flat, net, optimizer = started("EFMLoRA")
     run(flat, net, optimizer, batches()[:2])
     net.eval()
     backward(net)
@@ -215,8 +204,7 @@ def of_new_parameters(net: nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_another_optimizer_is_refused(name: str, another: Callable[[nn.Module], Any]) -> None:
     """It would train plain LoRA, or at the last Ê: as when a trainer makes an optimizer of its own."""
-    net = net_of()
-    flat = method_of(name, net, optimizer_of(net), 0.3)
+    flat, net, optimizer = started(name)
     other = another(net)
     backward(net)
     with pytest.raises(RuntimeError, match=f"AdamW was about to step LoRA factors of which {name} knows another"):
@@ -224,7 +212,6 @@ def test_a_step_of_another_optimizer_is_refused(name: str, another: Callable[[nn
     # Neither does a step of the right optimizer that was refused let it in.
     net.eval()
     backward(net)
-    optimizer = flat._optimizer
     if name == "FMLoRA":
         with pytest.raises(RuntimeError):
             optimizer.step()
@@ -240,9 +227,7 @@ def test_a_step_of_another_optimizer_is_refused(name: str, another: Callable[[nn
 
 
 def test_an_optimizer_that_no_longer_holds_the_factors_is_refused() -> None:
-    net = net_of()
-    optimizer = optimizer_of(net)
-    flat = method_of("EFMLoRA", net, optimizer, 0.3)
+    flat, net, optimizer = started("EFMLoRA")
     backward(net)
     optimizer.param_groups[0]["params"] = list(nn.Linear(2, 2).parameters())
     with pytest.raises(RuntimeError, match="holds none of the parameters that EFMLoRA knows"):
@@ -257,15 +242,13 @@ def test_an_optimizer_may_step_another_one_within() -> None:
         def step(self, closure: Any = None) -> Any:  # type: ignore[override]
             return inner.step()
 
-    net, plain = net_of(), net_of()
+    net = net_of()
     inner = optimizer_of(net)
     outer = Outer([p for p in net.parameters() if p.requires_grad], lr=0.1)
     flat = method_of("EFMLoRA", net, outer, 0.3)
     run(flat, net, outer, batches()[:3])
-    other = optimizer_of(plain)
-    run(method_of("EFMLoRA", plain, other, 0.3), plain, other, batches()[:3])
     assert flat.step == 3
-    assert same(weights(net), weights(plain))
+    assert same(weights(net), weights(trained_plainly("EFMLoRA", batches()[:3])))
 
 
 def test_two_models_of_one_optimizer_are_refused() -> None:

@@ -1,120 +1,147 @@
-"""FMLoRAModule does by hand what Lightning does for the FMLoRA callback, and what a subclass may not do."""
+"""FMLoRAModule does by hand what Lightning does for the FMLoRA callback; beside EFMLoRA it takes the average.
+
+And what a subclass may not do.
+"""
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from helpers import (
-    Classifier,
-    Losses,
-    TwoPassClassifier,
-    build,
-    driver_of,
-    fit,
-    is_perturbed,
-    make_loader,
-    same,
-    weights,
-)
+from helpers import E_hat, TwoPassClassifier, build, driver_of, fit, is_perturbed, make_loader, make_net, same, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from module_runs import whole_run
+from reference import Reference
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import CosineRho, FMLoRAModule, LinearRho
-
-
-def cosine(optimizer: Any) -> Any:
-    return lr_scheduler.CosineAnnealingLR(optimizer, 40)
-
+from lightning_flatlora import EFMLoRA, FMLoRAModule, LinearRho, find_pairs
 
 # -- whole runs
 
 
-@pytest.mark.parametrize("clip", [None, ("norm", 0.05), ("value", 0.003)], ids=["free", "norm", "value"])
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_whole_run_equals_the_callback(tmp_path, accumulate, clip):
-    """35 batches in float64 with dropout and a scheduler; 7 batches an epoch leave a shorter last window."""
-    settings = {"accumulate": accumulate, "clip": clip, "scheduler": cosine}
-    left, watch, trainer = whole_run(tmp_path, "fmlora", **settings)
-    right, other_watch, other = whole_run(tmp_path, "module", **settings)
+class Watch(Callback):
+    """Learning rate at each batch's end, and rho of each step in which a perturbation is taken."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.radii: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        callback = driver_of(trainer)
+        self.radii.append((callback.step, callback.current_rho))
+
+
+class Estimates:
+    """Notes how many steps Lightning expects."""
+
+    def configure_optimizers(self) -> Any:
+        module: Any = self
+        module.estimated = module.trainer.estimated_stepping_batches
+        return super().configure_optimizers()  # type: ignore[misc]
+
+
+def whole_run(
+    front_end: str,
+    *,
+    rho: Any = 0.5,
+    accumulate: int = 1,
+    clip: tuple[str, float] | None = None,
+    scheduler: Any = None,
+    **kwargs: Any,
+) -> tuple[dict[str, torch.Tensor], Watch, Any]:
+    """35 batches in float64 with dropout; 7 batches an epoch leave a shorter last window."""
+    net = make_net(dropout=0.2).double()
+    module, callbacks, more = build(front_end, rho, net=net, accumulate=accumulate, own=Estimates)
+    module.scheduler = scheduler
+    if clip is not None and front_end == "fmlora":
+        more |= {"gradient_clip_algorithm": clip[0], "gradient_clip_val": clip[1]}
+    elif clip is not None:
+        module.gradient_clip_algorithm, module.gradient_clip_val = clip
+    watch = Watch()
+    loader = make_loader(7, dtype=torch.float64)
+    trainer = fit(None, module, [*callbacks, watch], loader, **{"max_epochs": 5, **more, **kwargs})
+    assert module.estimated == trainer.global_step
+    return weights(module), watch, trainer
+
+
+def scheduled(kind: str) -> Any:
+    """Scheduler configurations by name."""
+    interval, frequency = kind.split("/")
+
+    def make(optimizer: Any) -> dict[str, Any]:
+        scheduler = lr_scheduler.StepLR(optimizer, 1, 0.8)
+        return {"scheduler": scheduler, "interval": interval, "frequency": int(frequency)}
+
+    return make
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (2, ("value", 0.003)), (3, ("norm", 0.05))])
+@pytest.mark.parametrize("kind", ["step/1", "step/3", "epoch/2"])
+def test_whole_run_equals_the_callback(kind, accumulate, clip):
+    """In its weights, in the number of steps, and in the learning rate of each batch."""
+    settings = {"accumulate": accumulate, "clip": clip, "scheduler": scheduled(kind)}
+    left, watch, trainer = whole_run("fmlora", **settings)
+    right, other_watch, other = whole_run("module", **settings)
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-12, msg=name)
     assert trainer.global_step == other.global_step == 5 * -(-7 // accumulate)
     assert driver_of(trainer).step == driver_of(other).step == trainer.global_step
+    assert len(set(watch.rates)) > 1
     assert watch.rates == other_watch.rates
-    unclipped, *_ = whole_run(tmp_path, "module", **(settings | {"clip": None}))
-    assert same(unclipped, right) is (clip is None)
 
 
-@pytest.mark.parametrize("validate_every", [2, 3, 7])
-def test_validation_inside_a_window_keeps_its_gradients(tmp_path, validate_every):
+class EndsEarly:
+    """Leaves out the last two batches of each epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 4 else None
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 6}], ids=["ended", "stopped"])
+@pytest.mark.parametrize("kind", ["epoch/1", "epoch/2"])
+def test_an_epoch_that_a_hook_ends_early_is_one(tmp_path, kind, settings):
+    """Or is none, where the run was stopped within it, as under automatic optimization."""
+    rates = []
+    for front_end in ("plain", "module"):
+        module, _, _ = build(front_end, rho=0.0, own=EndsEarly)
+        module.scheduler = scheduled(kind)
+        trainer = fit(tmp_path, module, [], max_epochs=4, **settings)
+        rates.append((trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
+    assert rates[0] == rates[1]
+    # Lightning 2.5 itself takes such an epoch for one that was stopped.
+    assert settings or rates[0][1] < module.lr or L.__version__.startswith("2.5")
+
+
+@pytest.mark.parametrize("validate_every", [2, 3])
+def test_validation_inside_a_window_keeps_its_gradients(validate_every):
     """Lightning clears gradients before validation unless it accumulates, and knows nothing of the module's window."""
     settings = {"accumulate": 3, "val": make_loader(1, dtype=torch.float64), "val_check_interval": validate_every}
-    left, *_ = whole_run(tmp_path, "fmlora", **settings)
-    right, *_ = whole_run(tmp_path, "module", **settings)
+    left, *_ = whole_run("fmlora", **settings)
+    right, *_ = whole_run("module", **settings)
     assert same(left, right)
 
 
 @pytest.mark.parametrize(
     "run", [{"max_epochs": 3}, {"max_epochs": 9, "max_steps": 10}, {"max_epochs": -1, "max_steps": 6}]
 )
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
-@pytest.mark.parametrize("schedule", [CosineRho, LinearRho])
-def test_schedules_of_rho_span_the_same_steps(tmp_path, schedule, accumulate, run):
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_schedules_of_rho_span_the_same_steps(accumulate, run):
     """The horizon counts optimizer steps, shorter windows and max_steps included, as the callback's does."""
-    settings = {"accumulate": accumulate, "settings": {"rho": schedule(1.0, 0.0)}, **run}
-    _, watch, trainer = whole_run(tmp_path, "fmlora", **settings)
-    _, other_watch, other = whole_run(tmp_path, "module", **settings)
+    settings = {"accumulate": accumulate, "rho": LinearRho(1.0, 0.0), **run}
+    _, watch, trainer = whole_run("fmlora", **settings)
+    _, other_watch, other = whole_run("module", **settings)
     assert trainer.global_step == other.global_step
     assert watch.radii == other_watch.radii
-    last = schedule(1.0, 0.0, total_steps=trainer.global_step)(trainer.global_step - 1)
+    last = LinearRho(1.0, 0.0, total_steps=trainer.global_step)(trainer.global_step - 1)
     assert watch.radii[-1] == (trainer.global_step - 1, pytest.approx(last))
 
 
 # -- passes
-
-
-class Logged(Callback):
-    """What the Trainer holds after each batch."""
-
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, float]] = []
-        self.outputs: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        self.outputs.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
-
-
-@pytest.mark.parametrize("front_end", ["fmlora", "module"])
-def test_logging_comes_from_the_clean_pass(tmp_path, front_end):
-    """log and log_dict, on steps and over the epoch, and the returned loss; a module's own log works again after."""
-    losses: dict[bool, list[float]] = {True: [], False: []}
-
-    class Logs:
-        def loss(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().loss(batch, batch_idx)
-            losses[is_perturbed(self)].append(float(loss.detach()))
-            self.log("one", loss, on_step=True, on_epoch=True)
-            self.log_dict({"two": loss, "passes": 1.0}, on_step=False, on_epoch=True, reduce_fx="sum")
-            return loss
-
-    classes = (type("A", (Logs, Classifier), {}), type("B", (Logs, TwoPassClassifier), {}))
-    module, callbacks, kwargs = build(front_end, classes=classes)
-    logged = Logged()
-    trainer = fit(tmp_path, module, [*callbacks, logged], max_epochs=1, **kwargs)
-    clean, moved = losses[False], losses[True]
-    assert len(clean) == len(moved) == 6
-    assert all(there > here for here, there in zip(clean, moved, strict=True))
-    assert [metrics["one_step"] for metrics in logged.metrics] == clean
-    assert logged.outputs == clean
-    assert float(trainer.callback_metrics["one_epoch"]) == pytest.approx(sum(clean) / 6)
-    assert float(trainer.callback_metrics["two"]) == pytest.approx(sum(clean))
-    assert float(trainer.callback_metrics["passes"]) == 6
-    assert "log" not in module.__dict__
 
 
 @pytest.mark.parametrize("wrong", [3.0, "loss", {"value": 1}])
@@ -125,20 +152,15 @@ def test_compute_loss_must_return_a_loss(tmp_path, wrong):
 
     with pytest.raises(TypeError, match="compute_loss must return the loss as a tensor"):
         fit(tmp_path, Wrong(0.5), [])
-
-
-def test_compute_loss_is_the_users(tmp_path):
-    class Missing(TwoPassClassifier):
-        compute_loss = FMLoRAModule.compute_loss
-
+    missing = type("Missing", (TwoPassClassifier,), {"compute_loss": FMLoRAModule.compute_loss})
     with pytest.raises(NotImplementedError, match="Missing must define compute_loss"):
-        fit(tmp_path, Missing(0.5), [])
+        fit(tmp_path, missing(0.5), [])
 
 
 # -- clipping
 
 
-class OwnHook(TwoPassClassifier):
+class OwnHook:
     """A user's on_before_optimizer_step, which does not call super()."""
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -147,25 +169,15 @@ class OwnHook(TwoPassClassifier):
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_survives_the_users_own_hook(tmp_path, algorithm):
-    """What reaches the optimizer is clipped, and is the gradient that needed it."""
-    sizes: list[float] = []
-
-    class Sized(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            closure()  # in which Lightning calls the hooks
-            (group,) = self.param_groups
-            grads = [p.grad for p in group["params"]]
-            order = 2.0 if algorithm == "norm" else torch.inf
-            sizes.append(float(nn.utils.get_total_norm(grads, norm_type=order)))
-            return super().step()
-
-    for clip in (None, 0.003):
-        module = OwnHook(0.5, gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
-        module.optimizer_class = Sized
+    ends = []
+    for own, clip in ((object, 0.003), (OwnHook, 0.003), (OwnHook, None)):
+        module, _, _ = build("module", own=own, gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
+        module.optimizer_class = torch.optim.SGD
         fit(tmp_path, module, [], max_epochs=1)
-        assert module.seen == 6
-    assert min(sizes[:6]) > 0.01
-    assert max(sizes[6:]) <= 0.003 * (1 + 1e-4)
+        ends.append(weights(module))
+    assert module.seen == 6
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -191,26 +203,6 @@ def test_clipping_may_be_the_subclass_own(tmp_path, clip):
 
 
 # -- what a subclass may not do
-
-
-class OwnStep(Losses, FMLoRAModule):
-    """A training_step that was kept when the base class changed."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(batch, batch_idx)
-
-
-class Around(TwoPassClassifier):
-    """A training_step around FMLoRAModule's."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.parametrize("kind", [OwnStep, Around])
-def test_a_training_step_in_place_of_compute_loss_is_refused(tmp_path, kind):
-    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__} defines training_step.*rename it to comp"):
-        fit(tmp_path, kind(0.5), [])
 
 
 def test_a_module_that_does_not_give_its_callback_is_refused(tmp_path):
@@ -261,3 +253,61 @@ def test_a_window_may_be_set_later_and_is_the_modules_alone(tmp_path):
     # The Trainer's own would change the steps at which loggers log.
     assert trainer.accumulate_grad_batches == 1
     assert trainer.fit_loop.epoch_loop._batches_that_stepped == 12
+
+
+class Paired(Reference):
+    """The callback beside the module, word for word (method.md, section 5)."""
+
+    def one_pass_gradients(self, window: list[Any]) -> None:
+        E = self.ema
+        if self.due:
+            self.loss(self.model, window[0]).backward()
+            E = self.fresh()
+            self.optimizer.zero_grad()
+            if self.ema is None:
+                self.ema = E
+            else:
+                self.ema = [(1 - self.beta) * old + self.beta * new for old, new in zip(self.ema, E, strict=True)]
+        self.move(E)
+        self.loss(self.model, window[0]).backward()
+        self.move_back()
+
+
+def loss(net: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.6])
+@pytest.mark.parametrize("every_n_steps", [1, 2, 5])
+def test_efmlora_beside_the_module_equals_the_literal_loop(tmp_path, every_n_steps, beta):
+    """Refresh steps: fresh E at the clean point, Ê moved, descent at B + E; the others: one pass at B + Ê."""
+    net, other = make_net().double(), make_net().double()
+    loader = make_loader(6, dtype=torch.float64)
+    module, callbacks, _ = build("efmlora+module", net=net, every_n_steps=every_n_steps, beta=beta)
+    passes: list[bool] = []
+    module.inside.append(lambda module, _: passes.append(is_perturbed(module)))
+    fit(tmp_path, module, callbacks, loader, max_epochs=5)
+    pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(other).pairs]
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=0.02)
+    run = Paired(other, pairs, loss, optimizer, lambda step: 0.5, beta=beta, every_n_steps=every_n_steps)
+    run.train(list(loader) * 5)
+    for name, parameter in weights(other).items():
+        torch.testing.assert_close(weights(net)[name], parameter, rtol=0, atol=1e-10, msg=name)
+    for E, expected in zip(E_hat(callbacks[0]).values(), run.ema, strict=True):
+        torch.testing.assert_close(E, expected, rtol=0, atol=1e-10)
+    assert len(passes) == 30 + -(-30 // every_n_steps)
+    assert callbacks[0].step == 30
+
+
+def test_callback_given_by_the_module_itself(tmp_path):
+    """EFMLoRA in configure_callbacks, after the module's own driver, works as one in the Trainer's list."""
+
+    class Own(TwoPassClassifier):
+        def configure_callbacks(self) -> Any:
+            return [*super().configure_callbacks(), EFMLoRA(0.5, every_n_steps=2)]
+
+    module, (other, callbacks, _) = Own(0.5), build("efmlora+module")
+    trainer = fit(tmp_path, module, [])
+    fit(tmp_path, other, callbacks)
+    assert same(weights(module), weights(other))
+    assert next(c for c in trainer.callbacks if isinstance(c, EFMLoRA)).step == 12

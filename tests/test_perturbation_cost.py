@@ -73,20 +73,6 @@ def test_extra_memory_is_two_copies_of_B_and_one_stack(monkeypatch: pytest.Monke
     assert all_B < watch.peak < all_B + 12 * one_stack
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_an_accelerator_takes_more_layers_at_once(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """There the launches of kernels count, on a CPU what its caches hold."""
-    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK", 8)
-    monkeypatch.setattr("lightning_flatlora.perturbation.pair_stack.LARGEST_STACK_ON_ACCELERATORS", 32)
-    pairs = []
-    for i in range(5):
-        A = nn.Parameter(torch.zeros(2, 4, device=device))
-        B = nn.Parameter(torch.zeros(4, 2, device=device))
-        pairs.append(LoRAPair(str(i), A, B, 2.0))
-    lengths = [len(stack.pairs) for stack in Perturbation(pairs)._stacks]
-    assert lengths == ([1, 1, 1, 1, 1] if device == "cpu" else [4, 1])
-
-
 @pytest.mark.parametrize("estimator", ["average", "projected"])
 def test_a_layer_that_is_computed_without_a_copy_keeps_its_factors_and_gradients(estimator: Estimator) -> None:
     """A stack of one layer is a view of the parameter; nothing may be written into it."""

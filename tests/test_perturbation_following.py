@@ -96,16 +96,6 @@ def test_following_keeps_what_is_known() -> None:
     assert not is_installed(model)
 
 
-def test_a_state_waits_for_pairs_that_come_later() -> None:
-    model, pairs = model_and_pairs()
-    state = averaged_once(pairs, model).state_dict()
-    other = Perturbation(pairs[1:])
-    other.load_state_dict(state, may_come=[pairs[0].name])
-    assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
-    other.follow(pairs)
-    assert all(torch.equal(other.state_dict()["E"][name], E) for name, E in state["E"].items())
-
-
 def test_a_state_that_waits_and_is_of_another_shape_is_refused() -> None:
     """(6, 1) would be broadcast into (6, 3) without a word."""
     model, pairs = model_and_pairs()

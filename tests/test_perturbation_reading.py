@@ -66,27 +66,6 @@ def test_reading_b_plus_e_equals_moving_b(title: str) -> None:
     torch.testing.assert_close(loss_and_gradients(model, pairs)[0], clean, rtol=0, atol=tolerance)
 
 
-def test_two_perturbations_of_one_model_do_not_disturb_each_other() -> None:
-    """A measurement inside a training step may have its own; afterwards the first is read again."""
-    model, pairs = model_and_pairs()
-    backward(model)
-    first, second = Perturbation(pairs), Perturbation(pairs, norm_scope="layer")
-    first.install()
-    first.assign(first.ascend(RHO, at_perturbed=False))
-    with first.applied():
-        perturbed = backward(model)
-        second.install()
-        second.assign(second.ascend(2 * RHO, at_perturbed=False))
-        with second.applied():
-            assert backward(model) != perturbed
-        assert backward(model) == perturbed
-    second.uninstall()
-    with first.applied():
-        assert backward(model) == perturbed
-    first.uninstall()
-    assert not is_installed(model)
-
-
 def test_after_anothers_turn_the_own_average_is_read_again() -> None:
     """Of several that are on, that of the last owner is read."""
     model, pairs = model_and_pairs()
@@ -111,24 +90,6 @@ def test_after_anothers_turn_the_own_average_is_read_again() -> None:
     first.uninstall()
     second.uninstall()
     assert not is_installed(model)
-
-
-def test_on_and_off_are_one_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are called several times in every step, so they must not walk over all layers."""
-    model, pairs = model_and_pairs()
-    perturbation = Perturbation(pairs)
-    perturbation.install()
-    clean_loss = backward(model)
-    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
-    perturbation.on()
-    given: list[nn.Module] = []
-    monkeypatch.setattr(perturbed_read, "perturb", lambda module, *rest: given.append(module))
-    for _ in range(2):
-        perturbation.off()
-        assert backward(model) == clean_loss
-        perturbation.on()
-        assert backward(model) != clean_loss
-    assert not given
 
 
 def test_a_pair_that_has_left_reads_clean_while_somebody_else_keeps_its_reader() -> None:

@@ -3,10 +3,16 @@
 import inspect
 
 import lightning.pytorch
+import lightning.pytorch.callbacks
+import lightning.pytorch.strategies
 import pytest
 import pytorch_lightning
+import pytorch_lightning.utilities.exceptions
 import torch
 from helpers import Classifier, Losses, TwoPassClassifier, make_loader, same, weights
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from pytorch_lightning.trainer.connectors import callback_connector
@@ -14,6 +20,7 @@ from pytorch_lightning.trainer.connectors import callback_connector
 import lightning_flatlora
 import lightning_flatlora.pytorch_lightning as flatlora
 from lightning_flatlora import CosineRho, baselines
+from lightning_flatlora.compat import is_lightning
 
 STEPS = 20
 TAKES_OTHERS = "parent=Callback" in inspect.getsource(callback_connector._validate_callbacks_list)
@@ -55,11 +62,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_callbacks(tmp_path, method, accumulate):
+def test_callbacks(tmp_path, method):
     """Of that library's classes; and those of lightning.pytorch's, whose hooks run there as well."""
-    build, step = METHODS[method], {"accumulate_grad_batches": accumulate}
+    build, step = METHODS[method], {"accumulate_grad_batches": 2}
     module = Classifier()
     train(lightning.pytorch, module, [build(lightning_flatlora, baselines)], tmp_path, **step)
     doors = [(flatlora, flatlora)]
@@ -92,60 +98,36 @@ def test_the_module(tmp_path, beside):
     assert same(found[0], found[2])
 
 
-def test_the_monitor(tmp_path):
-    found = []
-    for library, kind, ours in (
-        (lightning.pytorch, Classifier, lightning_flatlora),
-        (pytorch_lightning, OtherClassifier, flatlora),
-        (pytorch_lightning, OtherClassifier, lightning_flatlora if TAKES_OTHERS else flatlora),
-    ):
-        callbacks = [ours.EFMLoRA(0.5), ours.FlatnessMonitor(every_n_steps=5, batches=2)]
-        trainer = train(library, kind(), callbacks, tmp_path)
-        found.append({name: value for name, value in trainer.callback_metrics.items() if name.startswith("flatness/")})
-    assert "flatness/sharpness" in found[0]
-    assert same(found[0], found[1])
-    assert same(found[0], found[2])
-
-
 @pytest.mark.parametrize("method", ["EFMLoRA", "module"])
 def test_a_run_goes_on_under_the_other_name(tmp_path, method):
+    """From checkpoints of the adapter, whose callback's place is the last in the list, and from whole ones."""
+
     def parts(automatic, manual, ours):
         if method == "module":
             return manual(0.5), [ours.EFMLoRA(0.5, every_n_steps=2)]
         return automatic(), [ours.EFMLoRA(0.5)]
 
-    whole, callbacks = parts(OtherClassifier, OtherTwoPassClassifier, flatlora)
-    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=2, save_top_k=-1)
-    train(pytorch_lightning, whole, [*callbacks, saver], tmp_path, enable_checkpointing=True)
-    for library, kinds in (
-        (pytorch_lightning, (OtherClassifier, OtherTwoPassClassifier, flatlora)),
-        (lightning.pytorch, (Classifier, TwoPassClassifier, lightning_flatlora)),
-    ):
-        resumed, callbacks = parts(*kinds)
-        train(library, resumed, callbacks, tmp_path, ckpt_path=tmp_path / "step=12.ckpt")
-        assert same(weights(resumed), weights(whole))
-
-
-@pytest.mark.parametrize("method", ["EFMLoRA", "module"])
-def test_checkpoints_of_the_adapter(tmp_path, method):
-    """Its place is the last in the list, and its files serve both names."""
-
-    def parts(automatic, manual, ours):
-        return (manual(0.5), []) if method == "module" else (automatic(), [ours.EFMLoRA(0.5)])
-
     there = OtherClassifier, OtherTwoPassClassifier, flatlora
     here = Classifier, TwoPassClassifier, lightning_flatlora
     whole, callbacks = parts(*there)
-    saver = flatlora.AdapterCheckpoint(tmp_path, filename="{step}", every_n_epochs=2, save_top_k=-1)
-    trainer = train(pytorch_lightning, whole, [saver, *callbacks], tmp_path, enable_checkpointing=True)
-    assert trainer.checkpoint_callback is saver
-    assert trainer.callbacks[-1] is saver
-    assert (tmp_path / "step=12" / "adapter_config.json").exists()
-    for library, kinds in ((pytorch_lightning, there), (lightning.pytorch, here)):
+    files = {"filename": "{step}", "every_n_epochs": 2, "save_top_k": -1}
+    saver, plain = (
+        flatlora.AdapterCheckpoint(tmp_path / "adapter", **files),
+        ModelCheckpoint(tmp_path / "whole", **files),
+    )
+    trainer = train(pytorch_lightning, whole, [saver, plain, *callbacks], tmp_path, enable_checkpointing=True)
+    assert trainer.callbacks[-2] is saver
+    assert (tmp_path / "adapter" / "step=12" / "adapter_config.json").exists()
+    for folder, library, kinds in (
+        ("adapter", pytorch_lightning, there),
+        ("adapter", lightning.pytorch, here),
+        ("whole", lightning.pytorch, here),
+    ):
         resumed, callbacks = parts(*kinds)
-        callbacks.append(kinds[2].AdapterCheckpoint(tmp_path / "more", save_top_k=0))
-        path = tmp_path / "step=12.ckpt"
-        train(library, resumed, callbacks, tmp_path, ckpt_path=path, enable_checkpointing=True)
+        if folder == "adapter":
+            callbacks.append(kinds[2].AdapterCheckpoint(tmp_path / "more", save_top_k=0))
+        path = tmp_path / folder / "step=12.ckpt"
+        train(library, resumed, callbacks, tmp_path, ckpt_path=path, enable_checkpointing=bool(callbacks[1:]))
         assert same(weights(resumed), weights(whole))
 
 
@@ -177,3 +159,29 @@ def test_what_can_not_work_is_refused_there_too(tmp_path):
     callbacks = [flatlora.FMLoRA(1.0), flatlora.EFMLoRA(1.0)]
     with pytest.raises(MisconfigurationException, match="it perturbs the same weights as EFMLoRA beside it"):
         train(pytorch_lightning, OtherClassifier(), callbacks, tmp_path)
+
+
+BOTH = pytest.mark.parametrize("library", [lightning.pytorch, pytorch_lightning])
+
+
+class OwnDDP(pytorch_lightning.strategies.DDPStrategy):
+    """A user's own."""
+
+
+@BOTH
+def test_objects_of_either_name(library):
+    strategy = library.strategies.SingleDeviceStrategy()
+    assert is_lightning(strategy, SingleDeviceStrategy)
+    assert is_lightning(strategy, DDPStrategy, SingleDeviceStrategy)
+    assert not is_lightning(strategy, DDPStrategy, ParallelStrategy)
+    assert is_lightning(library.strategies.DDPStrategy(), ParallelStrategy)
+    assert is_lightning(library.callbacks.ModelCheckpoint(), Checkpoint)
+    scheduler = library.callbacks.GradientAccumulationScheduler({0: 2})
+    assert is_lightning(scheduler, lightning.pytorch.callbacks.GradientAccumulationScheduler)
+
+
+def test_subclasses_and_strangers():
+    assert is_lightning(OwnDDP(), DDPStrategy)
+    assert not is_lightning(OwnDDP(), DeepSpeedStrategy)
+    for stranger in (None, "a string", DDPStrategy, Classifier()):
+        assert not is_lightning(stranger, DDPStrategy, LightningOptimizer)

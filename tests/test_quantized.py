@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from float64_runs import Automatic, Manual, fit_in_float64, loss
+from float64_runs import Automatic, Manual, fit_in_float64, loss, optimizer_of, scheduler_of
 from quantized_bases import BASES, CLASSES, FEATURES, LAYERS, network
 from reference import Reference, ascent, perturbations
 from torch import Tensor, nn
@@ -26,25 +26,6 @@ def loader() -> "DataLoader[Any]":
     return DataLoader(dataset(), batch_size=SIZE)
 
 
-class _PlainAdamW:
-    net: nn.Module
-
-    def configure_optimizers(self) -> Any:
-        return optimizer_of(self.net)
-
-
-class QuantizedAutomatic(_PlainAdamW, Automatic):
-    """Automatic optimization."""
-
-
-class QuantizedManual(_PlainAdamW, Manual):
-    """FMLoRAModule."""
-
-
-def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=3e-3)
-
-
 class WideReference(Reference):
     """The literal method on weights in float32, its dense algebra in float64."""
 
@@ -59,7 +40,9 @@ class WideReference(Reference):
 def reference(quantize: Any, rho: float, beta: float | None) -> nn.Module:
     net = network(quantize)
     pairs = [(pair.A, pair.B, pair.scaling) for pair in find_pairs(net).pairs]
-    WideReference(net, pairs, loss, optimizer_of(net), rho=lambda step: rho, beta=beta).train(list(loader()))
+    optimizer = optimizer_of(net)
+    run = WideReference(net, pairs, loss, optimizer, lambda step: rho, beta=beta, scheduler=scheduler_of(optimizer))
+    run.train(list(loader()))
     return net
 
 
@@ -94,10 +77,10 @@ def test_training_equals_the_literal_algorithm(quantize: Any, front_end: str) ->
     net = network(quantize)
     base = stored_base(net)
     if front_end == "FMLoRAModule":
-        module: Any = QuantizedManual(net, rho=RHO)
+        module: Any = Manual(net, rho=RHO)
         callbacks = []
     else:
-        module = QuantizedAutomatic(net)
+        module = Automatic(net)
         callbacks = [EFMLoRA(RHO, beta=BETA) if front_end == "EFMLoRA" else FMLoRA(RHO)]
     fit_in_float64(module, 1, callbacks, loader(), precision="32-true")
     driver = callbacks[0] if callbacks else module._callback

@@ -4,10 +4,10 @@ import os
 from typing import Any
 
 import torch
-from baselines.baseline_cases import BASELINES, SIZES
 from ddp_runs import joint_batches, trained
 from fits import PRECISION_OF_FLOAT64, Sharded, ShardedAutomatic
 from float64_runs import dataset, fit_in_float64, network
+from helpers import BASELINES, SIZES
 from strategies import full_weights, strategy_of
 
 

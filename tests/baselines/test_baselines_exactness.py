@@ -1,24 +1,24 @@
-"""Run for run, each baseline equals its literal loop in float64: 52 or more AdamW steps, differences below 1e-10."""
+"""Run for run, each baseline equals its literal loop in float64: 52 or more AdamW steps, differences below 1e-10.
+
+And what defines SAM and LoRA-SAM: the ball, and the dependence on the factors.
+"""
 
 import math
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import pytest
-from baseline_cases import BASELINES, SIZES
-from dense import (
-    Dense,
-    DenseBAR,
-    DenseBiLoRA,
-    DenseFlatLoRA,
-    DenseLoRASAM,
-    DenseOBAR,
-    DenseSAM,
-    plain_network,
-)
-from float64_runs import Automatic, fit_in_float64, network, worst_difference
+import torch
+from dense import Dense, DenseBAR, DenseBiLoRA, DenseFlatLoRA, DenseLoRASAM, DenseOBAR, DenseSAM, plain_network
+from float64_runs import Automatic, dataset, fit_in_float64, loss, network, worst_difference
+from helpers import BASELINES, SIZES
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_flatlora import CosineRho, LearningRateRho, LinearRho
+from lightning_flatlora import CosineRho, FMLoRA, LearningRateRho, LinearRho, find_pairs
 from lightning_flatlora.baselines import SAM, LoRASAM
+from lightning_flatlora.flatness import joint_ascent
 
 LITERAL: dict[str, Any] = {
     "SAM": DenseSAM,
@@ -48,20 +48,21 @@ def test_sam_needs_no_adapter() -> None:
     assert worst_difference(net, DenseSAM(lambda step: 0.4, plain_network()).run(2)) < 1e-10
 
 
+SCHEDULES: dict[str, Any] = {
+    "decreasing": (lambda size: LinearRho(size, 0.0), lambda step: 1 - step / 52),
+    "increasing": (
+        lambda size: CosineRho(0.0, size, total_steps=40),
+        lambda step: (1 - math.cos(math.pi * min(step / 40, 1))) / 2,
+    ),
+    "with the learning rate": (LearningRateRho, lambda step: (1 + math.cos(math.pi * step / 200)) / 2),
+}
+
+
 @pytest.mark.parametrize(
-    ("schedule", "factor"),
-    [
-        (lambda size: LinearRho(size, 0.0), lambda step: 1 - step / 52),
-        (
-            lambda size: CosineRho(0.0, size, total_steps=40),
-            lambda step: (1 - math.cos(math.pi * min(step / 40, 1))) / 2,
-        ),
-        (LearningRateRho, lambda step: (1 + math.cos(math.pi * step / 200)) / 2),
-    ],
-    ids=["decreasing", "increasing", "with the learning rate"],
+    ("name", "kind"), [*product(BASELINES, ["decreasing"]), *product(["LoRASAM", "nBAR"], [*SCHEDULES][1:])]
 )
-@pytest.mark.parametrize("name", BASELINES)
-def test_schedules_equal_the_literal_loop(name: str, schedule: Any, factor: Any) -> None:
+def test_schedules_equal_the_literal_loop(name: str, kind: str) -> None:
+    schedule, factor = SCHEDULES[kind]
     size, net = SIZES[name], network()
     fit_in_float64(Automatic(net), 2, [BASELINES[name](schedule(size))])
     assert worst_difference(net, LITERAL[name](lambda step: size * factor(step)).run(2)) < 1e-10
@@ -72,3 +73,88 @@ def test_ascents_every_third_step_from_the_seventh() -> None:
     fit_in_float64(Automatic(net), 2, [LoRASAM(0.4, start_step=7, every_n_steps=3)])
     loop = DenseLoRASAM(lambda step: 0.4 if step >= 7 and (step - 7) % 3 == 0 else 0.0)
     assert worst_difference(net, loop.run(2)) < 1e-10
+
+
+BATCH = next(iter(DataLoader(dataset(), batch_size=32)))
+
+
+def trained_network() -> nn.Module:
+    """B is not 0, but smaller than A in the first layer and larger in the last."""
+    net = network()
+    for pair, std in zip(find_pairs(net).pairs, (0.03, 0.3, 0.9), strict=True):
+        pair.B.data.normal_(std=std)
+    return net
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_the_joint_perturbation_is_on_the_sphere_along_the_gradient(scale: float) -> None:
+    gradients = [torch.randn(3, 4), torch.randn(5), torch.zeros(2)]
+    E = joint_ascent([scale * g for g in gradients], 0.7)
+    flat = torch.cat([e.flatten() for e in E])
+    direction = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.testing.assert_close(flat, 0.7 * direction / direction.norm())
+
+
+def test_a_sparse_gradient_counts_as_the_dense_one() -> None:
+    dense, other = torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.randn(3)
+    # An embedding's may name a row twice.
+    sparse = torch.sparse_coo_tensor([[1, 1]], [[1.0, 0.0], [2.0, 1.0]], (2, 2), check_invariants=True)
+    torch.testing.assert_close(joint_ascent([sparse, other], 0.7), joint_ascent([dense, other], 0.7))
+
+
+def test_no_gradient_or_one_that_is_not_finite_gives_zero() -> None:
+    for bad in (0.0, torch.inf, torch.nan):
+        E = joint_ascent([torch.tensor([bad, 0.0]), torch.full((2,), 0.0 if bad == 0 else 1.0)], 0.7)
+        assert all(torch.equal(e, torch.zeros(2)) for e in E)
+
+
+def moved_weights(of_factors: bool, refactor: bool) -> list[Tensor]:
+    """How LoRA-SAM or FMLoRA moves W, at (B, A) or at (B M, M⁻¹ A), the same W."""
+    net = trained_network()
+    pairs = find_pairs(net).pairs
+    M = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
+    for pair in pairs if refactor else []:
+        pair.B.data, pair.A.data = pair.B.data @ M, torch.linalg.inv(M) @ pair.A.data
+    loss(net, BATCH).backward()
+    before = [pair.scaling * pair.B @ pair.A for pair in pairs]
+    method = (LoRASAM(0.1) if of_factors else FMLoRA(0.1)).method
+    method.follow(pairs, net, net)
+    method.install()
+    with method.ascend():
+        moved = [p.scaling * p.readers[0].weight @ p.A_readers[0].weight for p in pairs]
+    method.close()
+    return [(new - old).detach() for new, old in zip(moved, before, strict=True)]
+
+
+def test_lora_sam_depends_on_the_factors_and_fmlora_does_not() -> None:
+    for of_factors in (True, False):
+        one, other = moved_weights(of_factors, False), moved_weights(of_factors, True)
+        gap = max(float((x - y).norm() / x.norm()) for x, y in zip(one, other, strict=True))
+        assert gap > 0.1 if of_factors else gap < 1e-3
+
+
+def test_a_graph_of_the_clean_weights_fails_where_sam_has_moved_them() -> None:
+    """Its gradient would silently be of other weights than its loss."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    kept = weight.square().sum()
+    kept.backward(retain_graph=True)
+    sam = SAM(0.1).method
+    sam.optimizer = torch.optim.SGD([weight], lr=0.1)
+    with sam.ascend(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    assert torch.equal(weight, torch.tensor([1.0, 2.0]))
+
+
+def test_sam_moves_what_its_optimizer_trains_at_the_moment_and_takes_it_back() -> None:
+    first, later = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    sam = SAM(0.1).method
+    sam.optimizer = torch.optim.SGD([first], lr=0.1)
+    sam.optimizer.add_param_group({"params": [later]})
+    for is_trained in (False, True):
+        later.requires_grad_(is_trained)
+        first.grad, later.grad = torch.ones(2), torch.ones(2) if is_trained else None
+        with suppress(ZeroDivisionError), sam.ascend():
+            assert not torch.equal(first, torch.ones(2))
+            assert torch.equal(later, torch.ones(2)) is not is_trained
+            raise ZeroDivisionError
+        assert torch.equal(torch.cat([first, later]), torch.ones(4))

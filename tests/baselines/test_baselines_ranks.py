@@ -4,10 +4,9 @@ from itertools import product
 from typing import Any
 
 import pytest
-from baselines.baseline_cases import BASELINES
 from baselines.ranks import train
 from ddp_runs import difference, turns
-from helpers import since_lightning
+from helpers import BASELINES, since_lightning
 from launch import Results, launch
 
 DDP = list(product(BASELINES, (1, 2)))

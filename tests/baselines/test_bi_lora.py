@@ -7,10 +7,10 @@ import pytest
 import torch
 from dense import DenseBiLoRA, frobenius
 from float64_runs import Automatic, fit_in_float64, network
-from helpers import Classifier, ResumableLoader, fit, make_loader, make_net, same, weights
-from lightning.pytorch import Callback
+from helpers import Classifier, calling, fit, make_net, same
+from imitated_layers import Bare
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from lightning_flatlora import find_pairs
@@ -18,6 +18,8 @@ from lightning_flatlora.baselines import BiLoRA
 from lightning_flatlora.baselines.bi_lora import BiLoRAStep
 from lightning_flatlora.output_terms import _Adding
 from lightning_flatlora.pairs.finders import PairsByName
+
+OF_BARE = PairsByName(a="lora_A", b="lora_B", scaling="scaling", base="linear")
 
 
 def states(owner: BiLoRA | BiLoRAStep) -> dict[str, dict[str, Tensor]]:
@@ -38,53 +40,20 @@ def products(callback: BiLoRA) -> dict[str, Tensor]:
     return {name: saved["B"] @ saved["A"] for name, saved in states(callback).items()}
 
 
-class Course(Callback):
-    """The auxiliary pairs after every batch."""
-
-    def __init__(self, callback: BiLoRA) -> None:
-        self.callback = callback
-        self.states: list[Any] = []
-        self.norms: list[float] = []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.states.append(states(self.callback))
-        self.norms.append(frobenius(list(products(self.callback).values())))
-
-
-def adds_something(module: nn.Module) -> bool:
-    return any(isinstance(part, _Adding) for part in module.modules())
-
-
 # -- the ball
 
 
 def test_the_pairs_stay_in_the_ball_and_reach_its_sphere() -> None:
     callback, loop = BiLoRA(0.4, step_size=0.3, seed=5), DenseBiLoRA(lambda step: 0.4)
-    course = Course(callback)
-    fit_in_float64(Automatic(network()), 2, [callback, course])
+    norms: list[float] = []
+    notes = calling(on_train_batch_end=lambda *args: norms.append(frobenius(list(products(callback).values()))))
+    fit_in_float64(Automatic(network()), 2, [callback, notes])
     loop.run(2)
-    assert max(course.norms) <= 0.4 * (1 + 1e-12)
-    assert sum(norm > 0.4 * (1 - 1e-12) for norm in course.norms) > 10
-    for norm, unscaled in zip(course.norms, loop.norms, strict=True):
+    assert max(norms) <= 0.4 * (1 + 1e-12)
+    assert sum(norm > 0.4 * (1 - 1e-12) for norm in norms) > 10
+    for norm, unscaled in zip(norms, loop.norms, strict=True):
         assert norm == pytest.approx(min(unscaled, 0.4), rel=1e-9)
-    assert float(callback.norm()) == pytest.approx(course.norms[-1], rel=1e-12)
-
-
-def test_the_first_step_is_loras_and_the_ascent_raises_the_loss() -> None:
-    """At a learning rate of 0, on one batch."""
-    losses = []
-    module, callback = Classifier(lr=0.0), BiLoRA(0.5)
-    module.optimizer_class = torch.optim.SGD
-    batch = next(iter(make_loader()))
-
-    class Looks(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-            losses.append(float(outputs["loss"]))
-
-    fit(None, module, [callback, Looks()], ResumableLoader([batch] * 8), max_epochs=1)
-    assert losses[0] == module.loss(batch, 0).item()
-    assert losses == sorted(losses)
-    assert losses[-1] > losses[0] + 0.01
+    assert float(callback.norm()) == pytest.approx(norms[-1], rel=1e-12)
 
 
 # -- whom they are hidden from
@@ -141,46 +110,23 @@ def test_a_layer_that_is_frozen_for_an_epoch_keeps_its_pair(tmp_path: Path) -> N
     module, callback = Classifier(), BiLoRA(0.5)
     name, counts, kept = "net.base_model.model.2", [], []
 
-    class Freezes(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            layer = pl_module.net.base_model.model[2]
-            for factor in (layer.lora_A.default.weight, layer.lora_B.default.weight):
-                factor.requires_grad_(trainer.current_epoch != 1)
+    def freeze(trainer: Any, pl_module: Any) -> None:
+        layer = pl_module.net.base_model.model[2]
+        for factor in (layer.lora_A.default.weight, layer.lora_B.default.weight):
+            factor.requires_grad_(trainer.current_epoch != 1)
 
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            counts.append(len(callback.terms))
-            kept.append(states(callback)[name])
+    def note(*args: Any) -> None:
+        counts.append(len(callback.terms))
+        kept.append(states(callback)[name])
 
-    fit(tmp_path, module, [Freezes(), callback], max_epochs=3)
+    changes = calling(on_train_epoch_start=freeze, on_train_epoch_end=note)
+    fit(tmp_path, module, [changes, callback], max_epochs=3)
     assert counts == [3, 2, 3]
     assert same(kept[0], kept[1])
     assert not same(kept[1], kept[2])
 
 
 # -- which layers, and how their pairs begin
-
-
-class Mixed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.linear = nn.Conv1d(1, 2, 3), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.conv(x[:, None]).flatten(1))
-
-
-def test_other_layers_are_named_once_and_train_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    net = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["conv", "linear"]))
-    module, callback = Classifier(net=net), BiLoRA(0.5)
-    before = weights(module)
-    with caplog.at_level("INFO"):
-        fit(tmp_path, module, [callback])
-    named = [message for message in caplog.messages if "leaves unperturbed" in message]
-    assert len(named) == 1
-    assert "Conv1d: its base, a Conv1d, is no plain Linear (1 in all, first net.base_model.model.conv)" in named[0]
-    assert list(states(callback)) == ["net.base_model.model.linear"]
-    factor = "net.base_model.model.conv.lora_B.default.weight"
-    assert not same(weights(module)[factor], before[factor])
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(None, 2), (5, 5)])
@@ -205,27 +151,9 @@ def test_two_active_adapters_have_one_pair_of_both_ranks() -> None:
     assert [len(saved["A"]) for saved in states(pairs).values()] == [5, 5, 5]
 
 
-class Layer(nn.Module):
-    """Another library's LoRA layer."""
-
-    def __init__(self, m: int, n: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(m, n)
-        self.linear.requires_grad_(False)
-        self.lora_A, self.lora_B = nn.Linear(m, 2, bias=False), nn.Linear(2, n, bias=False)
-        self.scaling = 2.0
-        nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))
-
-
 def test_layers_of_another_library() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(Layer(6, 5), nn.Tanh(), Layer(5, 3))
-    finder = PairsByName(a="lora_A", b="lora_B", scaling="scaling", base="linear")
-    module, callback = Classifier(net=net), BiLoRA(0.5, finder=finder)
+    module, callback = Classifier(net=nn.Sequential(Bare(), nn.Tanh(), Bare())), BiLoRA(0.5, finder=OF_BARE)
     fit(None, module, [callback])
-    assert [tuple(product.shape) for product in products(callback).values()] == [(5, 6), (3, 5)]
+    assert [tuple(product.shape) for product in products(callback).values()] == [(6, 6), (6, 6)]
     assert frobenius(list(products(callback).values())) > 0.1
-    assert not adds_something(module)
+    assert not any(isinstance(part, _Adding) for part in module.modules())

@@ -5,6 +5,7 @@ from typing import Any
 from helpers import fit
 from lightning.pytorch.loggers.logger import Logger
 
+from lightning_flatlora import FlatnessMonitor
 from lightning_flatlora.flatness import MEASURES
 
 ALL_BUT_EMA = [name for name in MEASURES if name != "ema"]
@@ -46,3 +47,20 @@ def measured(tmp_path: Any, module: Any, callbacks: list[Any], *loader: Any, **s
     logger = Recorder()
     fit(tmp_path, module, callbacks, *loader, **{"logger": logger, "log_every_n_steps": 1} | settings)
     return logger.measured
+
+
+class KeepsPoints(FlatnessMonitor):
+    """Keeps each point of a measurement, with the optimizer step, the batch (of 6 an epoch) and the scalings there."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.points: list[tuple[int, int, Any]] = []
+        self.scalings: dict[int, list[float]] = {}
+
+    def _point(self, trainer: Any, *args: Any) -> Any:
+        point = super()._point(trainer, *args)
+        self.points.append(
+            (trainer.global_step, trainer.current_epoch * 6 + trainer.fit_loop.epoch_loop.batch_idx, point)
+        )
+        self.scalings[trainer.global_step] = sorted(pair.scaling for pair in point.pairs)
+        return point

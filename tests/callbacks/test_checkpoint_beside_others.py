@@ -8,23 +8,12 @@ import lightning as L
 import pytest
 import torch
 from checkpointed_bases import WEIGHTS, assert_resumes, epochs, saver, state
-from helpers import (
-    CLASSES,
-    FEATURES,
-    Classifier,
-    fit,
-    make_loader,
-    make_net,
-    needs_weight_averaging,
-    same,
-    trainer_of,
-    weights,
-)
+from helpers import Classifier, fit, make_net, needs_weight_averaging, same, trainer_of, weights
+from hostile_modules import Bert, two_linear, under_peft
 from lightning.pytorch import callbacks as lightnings
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from pytorch_optimizer import Lookahead
 from quantized_bases import BASES
@@ -33,11 +22,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertForSequenceClassification
 
 from lightning_flatlora import EFMLoRA, load_adapter_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 BASE = "net.base_model.model.0.base_layer.weight"
 
 
@@ -97,7 +85,7 @@ class WithLookahead(Classifier):
 
 @pytest.mark.parametrize("kind", [WithLoraFA, WithLookahead])
 def test_optimizers_that_key_their_state_in_another_way(tmp_path: Path, kind: Any) -> None:
-    assert_resumes(tmp_path, kind)
+    assert_resumes(tmp_path, kind, callbacks=lambda: [EFMLoRA(0.5)])
 
 
 def never(*args: Any) -> Any:
@@ -122,7 +110,8 @@ def test_what_would_fail_at_the_first_save_fails_at_the_start(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     with pytest.raises(MisconfigurationException, match=r"would fail: RuntimeError: not yet"):
         fit(tmp_path, module, [FailsToTellItsState(), saver(tmp_path)])
-    listed = get_peft_model(nn.Sequential(nn.Linear(FEATURES, CLASSES)), LoraConfig(target_modules=UserList(["0"])))
+    listed = under_peft(two_linear, "0")
+    listed.peft_config["default"].target_modules = UserList(["0"])
     with pytest.raises(MisconfigurationException, match=r"would fail: TypeError: .*UserList is not JSON serializable"):
         fit(tmp_path, Classifier(net=listed), [saver(tmp_path)])
     (tmp_path / "file").write_text("")
@@ -180,40 +169,18 @@ def test_the_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list((tmp_path / "a").rglob(".dry-run*"))
 
 
-class Language(L.LightningModule):
-    """A tiny transformers model with an adapter of its own, on one batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        no_dropout = {f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")}
-        size = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, **no_dropout)
-        self.model = GPT2LMHeadModel(size)
-        torch.seed()
-        self.model.add_adapter(LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False))
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
-        return self.model(input_ids=batch, labels=batch).loss
-
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*loss_type")
 def test_an_adapter_of_transformers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their way to load one takes it."""
     pytest.importorskip("peft.utils.transformers_weight_conversion", reason="transformers 5 loads adapters by it")
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **kwargs: None)
-    batches = DataLoader(torch.arange(8).repeat(6, 1), batch_size=1)
-    batch = torch.arange(8).unsqueeze(0)
-    whole = assert_resumes(tmp_path, Language, batches)
-    assert len(state(tmp_path / "1" / "step=6.ckpt")) == 2
+    module = Classifier(net=Bert())
+    fit(tmp_path, module, [saver(tmp_path)])
     torch.manual_seed(0)
-    plain = GPT2LMHeadModel(whole.model.config)
-    plain.load_adapter(str(tmp_path / "1" / "step=12"))
-    assert torch.equal(plain(batch).logits, whole.model.eval()(batch).logits)
+    plain = BertForSequenceClassification(module.net.bert.config)
+    plain.load_adapter(str(tmp_path / "step=12"))
+    plain.classifier.load_state_dict(module.net.bert.classifier.state_dict())
+    tokens = torch.arange(8).view(1, 8)
+    assert torch.equal(plain.eval()(tokens).logits, module.net.bert.eval()(tokens).logits)
 
 
 @pytest.mark.parametrize("quantize", BASES)
@@ -238,50 +205,32 @@ def test_a_quantized_base_is_not_saved_and_may_be_exchanged(tmp_path: Path, quan
     loads.validate(module(packed=False), batches, ckpt_path=file, verbose=False)
 
 
-def test_without_a_trainer(tmp_path: Path) -> None:
-    module = Classifier()
-    fit(tmp_path, module, [saver(tmp_path)])
+def test_without_a_trainer(trained: tuple[Any, Path]) -> None:
+    module, file = trained[0], trained[1] / "step=12.ckpt"
     other = Classifier(net=make_net())
-    assert load_adapter_checkpoint(other, tmp_path / "step=12.ckpt") is other
+    assert load_adapter_checkpoint(other, file) is other
     assert same(weights(other), weights(module))
-    with pytest.warns(UserWarning, match=r"tensors of the base.*are not those"):
-        load_adapter_checkpoint(Classifier(net=make_net(seed=1)), tmp_path / "step=12.ckpt")
-    with pytest.raises(RuntimeError, match=r"size mismatch for net.base_model.model.0.lora_A.*\[2, 6\].*\[3, 6\]"):
-        load_adapter_checkpoint(Classifier(net=make_net(rank=3)), tmp_path / "step=12.ckpt")
-
-
-@pytest.mark.filterwarnings("ignore:Found keys that are in the model")
-def test_load_from_checkpoint_is_not_strict(tmp_path: Path) -> None:
-    """What the page on checkpoints says of Lightning's own way."""
-    module = Classifier()
-    fit(tmp_path, module, [saver(tmp_path)])
+    # Lightning's own way is not strict.
     with pytest.raises(RuntimeError, match="Missing key"):
-        Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt")
-    loaded = Classifier.load_from_checkpoint(tmp_path / "step=12.ckpt", strict=False)
-    assert same(weights(loaded), weights(module))
-    trainer = trainer_of(tmp_path, [])
-    loaded.strict_loading = False
-    trainer.validate(loaded, make_loader(1), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)
-
-
-class TakesWeightsOut(Classifier):
-    """Makes its files small in its own way."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        del checkpoint["state_dict"]
+        Classifier.load_from_checkpoint(file)
+    with pytest.warns(UserWarning, match="Found keys that are in the model"):
+        assert same(weights(Classifier.load_from_checkpoint(file, strict=False)), weights(module))
+    with pytest.warns(UserWarning, match=r"tensors of the base.*are not those"):
+        load_adapter_checkpoint(Classifier(net=make_net(seed=1)), file)
+    with pytest.raises(RuntimeError, match=r"size mismatch for net.base_model.model.0.lora_A.*\[2, 6\].*\[3, 6\]"):
+        load_adapter_checkpoint(Classifier(net=make_net(rank=3)), file)
 
 
 class KeepsLoraAlone(Classifier):
-    """As TakesWeightsOut, for the adapter."""
+    """Makes its files small in its own way."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("kind", [TakesWeightsOut, KeepsLoraAlone])
-def test_a_module_that_takes_weights_out_of_its_checkpoints_resumes(tmp_path: Path, kind: Any) -> None:
-    assert_resumes(tmp_path, kind, callbacks=lambda: [EFMLoRA(0.1)])
+def test_a_module_that_takes_weights_out_of_its_checkpoints_resumes(tmp_path: Path) -> None:
+    assert_resumes(tmp_path, KeepsLoraAlone, callbacks=lambda: [EFMLoRA(0.1)])
     assert load_file(tmp_path / "1" / "step=6" / WEIGHTS)
 
 

@@ -12,16 +12,15 @@ from helpers import (
     FEATURES,
     FRONT_ENDS,
     Classifier,
-    TwoPassClassifier,
     assert_no_trace,
     build,
+    calling,
     fit,
     make_loader,
     make_net,
     same,
     weights,
 )
-from hostile_modules import Measures
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from monitored_runs import ALL_BUT_EMA, Recorder, measured
@@ -30,6 +29,10 @@ from torchmetrics import MeanMetric
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:Found 1 module.* in eval mode at the start of training"
+)
+
 
 class Rich:
     """All that a measurement could disturb: BatchNorm, dropout, a metric, noise of every generator, lists, logging."""
@@ -37,7 +40,8 @@ class Rich:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         torch.manual_seed(0)
-        self.norm = nn.BatchNorm1d(FEATURES)
+        self.norm, self.scripted = nn.BatchNorm1d(FEATURES), torch.jit.script(nn.Sequential(nn.BatchNorm1d(FEATURES)))
+        self.frozen = nn.Dropout(0.5).eval()
         self.mean = MeanMetric()
         self.losses: list[Tensor] = []
         self.calls = 0
@@ -45,6 +49,7 @@ class Rich:
     def loss(self, batch: Any, batch_idx: int) -> Any:
         inputs, *rest = batch
         inputs.mul_(1.5)  # a step may change its batch
+        inputs = self.frozen(self.scripted(inputs))
         inputs = self.norm(inputs + 0.1 * torch.randn_like(inputs) + 0.1 * random.random() + 0.1 * np.random.rand())
         loss = super().loss((inputs, *rest), batch_idx)  # type: ignore[misc]
         if self.trainer.validating:  # type: ignore[attr-defined]
@@ -59,17 +64,6 @@ class Rich:
     def on_train_epoch_end(self) -> None:
         self.log("sum", torch.stack(self.losses).sum())  # type: ignore[attr-defined]
         self.losses.clear()
-
-
-class RichClassifier(Rich, Classifier):
-    pass
-
-
-class RichTwoPassClassifier(Rich, TwoPassClassifier):
-    pass
-
-
-RICH = (RichClassifier, RichTwoPassClassifier)
 
 
 class Course(Callback):
@@ -103,7 +97,7 @@ def run(
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    module, callbacks, kwargs = build(front_end, net=make_net(0.3), classes=RICH, **settings)
+    module, callbacks, kwargs = build(front_end, net=make_net(0.3), own=Rich, **settings)
     course, logger = Course(), Recorder()
     callbacks = [*monitors, *callbacks, course] if first else [*callbacks, *monitors, course]
     loader = torch.utils.data.DataLoader(make_loader(5).dataset, batch_size=4, shuffle=True)
@@ -184,12 +178,11 @@ def test_a_loss_that_fails_leaves_training_as_it_was(tmp_path: Any) -> None:
     error = Interrupt
     states: list[Any] = []
 
-    class Before(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
+    def note(trainer: Any, pl_module: Any, *args: Any) -> None:
+        states.append((weights(pl_module), [m.training for m in pl_module.modules()], torch.get_rng_state()))
 
     with pytest.raises(Interrupt):
-        fit(tmp_path, module, [*callbacks, Before(), monitor], **kwargs)
+        fit(tmp_path, module, [*callbacks, calling(on_train_batch_end=note), monitor], **kwargs)
     assert monitor._held is None
     assert len(states) == 1  # the step is tried out after the first batch
     assert same(states[-1], (weights(module), [m.training for m in module.modules()], torch.get_rng_state()))
@@ -201,22 +194,3 @@ def test_it_can_be_used_for_another_run(tmp_path: Any) -> None:
     for callback in (EFMLoRA(0.5), FMLoRA(0.3)):
         rows += measured(tmp_path, Classifier(), [callback, monitor], max_epochs=1)
     assert ["ema_gap" in row for row in rows] == [True, True, False, False]
-
-
-class LogsBatchEnds(Callback):
-    """Logs in another hook than the module."""
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self.log("batches", float(trainer.global_step), on_step=False, on_epoch=True)
-
-
-@pytest.mark.parametrize("every", [{"every_n_steps": 1}, {"every_n_steps": 2}, {"every_n_epochs": 1}])
-def test_averages_wrapped_metrics_and_logged_values_are_those_without_it(tmp_path: Any, every: dict[str, int]) -> None:
-    found = []
-    for monitors in ([], [FlatnessMonitor(0.3, **every)]):
-        module = type("Own", (Measures, Classifier), {})()
-        fit(tmp_path, module, [LogsBatchEnds(), *monitors], val=make_loader(2, seed=7), max_epochs=2)
-        logged = {name: value for name, value in module.trainer.callback_metrics.items() if "flatness/" not in name}
-        found.append([module.own, logged])
-    assert {"own/stored_epoch", "around", "own/batches", "own/val_loss"} <= set(found[0][1])
-    assert same(*found)

@@ -8,19 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    FRONT_ENDS,
-    Classifier,
-    build,
-    fit,
-    make_loader,
-    make_net,
-    same,
-    weights,
-)
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from monitored_runs import ALL_BUT_EMA, Recorder, measured
+from helpers import FRONT_ENDS, ByHand, Classifier, build, calling, fit, make_loader, make_net, same, weights
+from monitored_runs import ALL_BUT_EMA, KeepsPoints, Recorder, measured
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,16 +19,13 @@ from lightning_flatlora.flatness import DEFAULT_MEASURES, MEASURES, MeanLoss, Po
 from lightning_flatlora.weight_noise import WeightNoise
 
 
-class FreezesOneB(Callback):
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            next(iter(find_pairs(pl_module).pairs)).B.requires_grad_(False)
+def freeze_one_B(trainer: Any, pl_module: Any) -> None:
+    find_pairs(pl_module).pairs[0].B.requires_grad_(trainer.current_epoch == 0)
 
 
-@pytest.mark.parametrize("rho", [None, 0.5])
-def test_every_measure_goes_on_where_a_pair_rests(tmp_path: Any, rho: float | None) -> None:
-    monitor = FlatnessMonitor(rho, every_n_epochs=1, batches=2, measures=list(MEASURES), sigma=0.1)
-    rows = measured(tmp_path, Classifier(), [EFMLoRA(0.5), monitor, FreezesOneB()])
+def test_every_measure_goes_on_where_a_pair_rests(tmp_path: Any) -> None:
+    monitor = FlatnessMonitor(every_n_epochs=1, batches=2, measures=list(MEASURES), sigma=0.1)
+    rows = measured(tmp_path, Classifier(), [EFMLoRA(0.5), monitor, calling(on_train_epoch_start=freeze_one_B)])
     assert [math.isfinite(row["gradient_residual"]) for row in rows] == [True, True]
 
 
@@ -118,14 +104,9 @@ def test_without_a_radius_of_its_own_it_takes_the_methods(tmp_path: Any, front_e
     """rho over time, scope and estimator too: the realized radius shows which were taken."""
     rho = CosineRho(0.8, 0.1)
     module, callbacks, kwargs = build(front_end, rho, estimator="projected", norm_scope="layer")
-    points: list[Point] = []
-
-    class Watched(FlatnessMonitor):
-        def _point(self, *args: Any) -> Point:
-            points.append(super()._point(*args))
-            return points[-1]
-
-    rows = measured(tmp_path, module, [Watched(every_n_steps=3, measures=["radius"]), *callbacks], **kwargs)
+    monitor = KeepsPoints(every_n_steps=3, measures=["radius"])
+    rows = measured(tmp_path, module, [monitor, *callbacks], **kwargs)
+    points = [point for *_, point in monitor.points]
     assert [point.rho for point in points] == [rho(step, 12) for step in (3, 6, 9, 12)]
     assert {point.perturbation._estimator for point in points} == {"projected"}
     assert all(abs(row["radius"] - math.sqrt(3)) < 0.05 for row in rows[:3])  # three layers, each of radius rho
@@ -150,15 +131,9 @@ def test_when(tmp_path: Any) -> None:
         ({"every_n_steps": 3}, 4, [9]),
         ({"every_n_epochs": 2}, 1, [11]),
     ):
-        batches: list[int] = []
-
-        class Watched(FlatnessMonitor):
-            def _point(self, trainer: Any, *args: Any, batches: list[int] = batches) -> Point:
-                batches.append(trainer.current_epoch * 6 + trainer.fit_loop.epoch_loop.batch_idx)
-                return super()._point(trainer, *args)
-
-        fit(tmp_path, Classifier(), [Watched(1.0, **settings)], accumulate_grad_batches=accumulate)
-        assert batches == expected, settings
+        monitor = KeepsPoints(1.0, **settings)
+        fit(tmp_path, Classifier(), [monitor], accumulate_grad_batches=accumulate)
+        assert [batch for _, batch, _ in monitor.points] == expected, settings
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -247,31 +222,11 @@ def test_mixed_precision_is_that_of_training(tmp_path: Any) -> None:
     assert math.isclose(losses["bf16-mixed"], losses["32-true"], rel_tol=0.05)
 
 
-class ByHand(Classifier):
-    """A user's own manual optimization."""
-
-    def __init__(self, lr: float = 0.02) -> None:
-        super().__init__(lr=lr)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch, batch_idx))
-        optimizer.step()
-
-
 class MeasuredByHand(ByHand):
-    """The same, with a loss that can be measured."""
+    """With a loss that can be measured."""
 
     def compute_loss(self, batch: Any, batch_idx: int) -> Any:
         return self.loss(batch, batch_idx)
-
-
-def test_manual_optimization_is_measured_by_compute_loss(tmp_path: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=r"put the loss of a batch into a method compute_loss"):
-        fit(tmp_path, ByHand(), [FlatnessMonitor(0.3)])
-    assert len(measured(tmp_path, MeasuredByHand(), [EFMLoRA(0.5), FlatnessMonitor(every_n_steps=4)])) == 3
 
 
 def test_the_perturbation_of_another_callback_is_not_measured(tmp_path: Any) -> None:
@@ -280,6 +235,7 @@ def test_the_perturbation_of_another_callback_is_not_measured(tmp_path: Any) -> 
     for callbacks in ([], [RandomPerturbation(0.5)], [EFMLoRA(0.5)]):
         monitor = FlatnessMonitor(0.3, every_n_steps=1, measures=["sharpness"])
         rows.append(measured(tmp_path, MeasuredByHand(lr=0.0), [monitor, *callbacks]))
+    assert len(rows[0]) == 12
     assert rows[0] == rows[1] == rows[2]
 
 

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import FEATURES, Classifier, fit
+from helpers import FEATURES, ByHand, Classifier, fit, with_own
+from hostile_modules import Teaches, by_data
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_flatlora import EFMLoRA, FlatnessMonitor, find_pairs
-from lightning_flatlora.callbacks import flatness_monitor
 
 
 def test_all_bad_values_are_told_at_once() -> None:
@@ -62,12 +62,6 @@ def test_a_start_that_lacks_everything_says_so_at_once(tmp_path: Any) -> None:
     assert "rho must be given where no EFMLoRA, FMLoRA or FMLoRAModule has one" in lines[1]
     assert "the measure 'ema' needs an EFMLoRA callback" in lines[2]
     assert "no LoRA pair to perturb" in lines[3]
-
-
-def test_expected_sharpness_needs_the_base_of_a_finders_pairs(tmp_path: Any) -> None:
-    monitor = FlatnessMonitor(1.0, measures=["expected_sharpness"], finder=lambda model: find_pairs(model).pairs)
-    with pytest.raises(MisconfigurationException, match="the finder names no plain Linear as their base"):
-        fit(tmp_path, Classifier(), [monitor])
 
 
 def test_a_finder_of_its_own_takes_the_place_of_the_methods_adapter(tmp_path: Any) -> None:
@@ -123,57 +117,56 @@ class TakesTheLoader(Classifier):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (DetectsInEvalMode, "KeyError: 'losses'"),
-        (WritesItsGraph, "RuntimeError: .* inplace operation"),
-        (TakesTheLoader, "TypeError: 'NoneType' object is not an iterator"),
+        (DetectsInEvalMode, "training_step fails in eval mode.*KeyError: 'losses'"),
+        (WritesItsGraph, "training_step fails in eval mode.*RuntimeError: .* inplace operation"),
+        (TakesTheLoader, "training_step fails in eval mode.*TypeError: 'NoneType' object is not an iterator"),
     ],
 )
 def test_a_step_that_fails_in_eval_mode_is_not_measured_and_trains_on(tmp_path: Any, kind: Any, reason: str) -> None:
-    monitor = FlatnessMonitor(0.5)
-    with pytest.warns(
-        UserWarning, match=f"nothing is measured in this run: training_step fails in eval mode.*{reason}"
-    ):
-        trainer = fit(tmp_path, kind(), [monitor])
+    with pytest.warns(UserWarning, match=f"nothing is measured in this run: {reason}"):
+        trainer = fit(tmp_path, kind(), [FlatnessMonitor(0.5)])
     assert trainer.global_step == 12
     assert not [name for name in trainer.callback_metrics if name.startswith("flatness")]
 
 
-def test_a_measurement_that_fails_is_left_out(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: Any) -> Any:
-        raise ZeroDivisionError("no pass")
-
-    monkeypatch.setattr(flatness_monitor, "measure", failing)
-    with pytest.warns(UserWarning, match="FlatnessMonitor: a measurement was left out: ZeroDivisionError: no pass"):
-        trainer = fit(tmp_path, Classifier(), [FlatnessMonitor(0.5)])
-    assert trainer.global_step == 12
+# -- at the start
 
 
-def test_validation_data_needs_a_validation(tmp_path: Any) -> None:
-    with pytest.raises(MisconfigurationException, match="data='val' gives no batch to hold"):
-        fit(tmp_path, Classifier(), [FlatnessMonitor(1.0, data="val")])
-
-
-class Teaches(Classifier):
-    """A momentum encoder that a step updates, in training mode alone or always."""
-
-    def __init__(self, only_in_training: bool) -> None:
-        super().__init__()
-        self.only_in_training = only_in_training
-        self.head, self.teacher = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
-        self.teacher.requires_grad_(False)
+class TeachesInTraining(Teaches):
+    """A momentum encoder that a step updates in training mode alone, or always."""
 
     def loss(self, batch: Any, batch_idx: int) -> Any:
-        if self.training or not self.only_in_training:
-            for own, other in zip(self.teacher.parameters(), self.head.parameters(), strict=True):
-                own.data = own.data * 0.5 + other.data * 0.5
-        return super().loss((self.head(batch[0]), *batch[1:]), batch_idx)
+        if self.training:
+            by_data(self)
+        return super().loss(batch, batch_idx)
 
 
-def test_a_momentum_encoder_that_is_written_in_eval_mode_is_refused(tmp_path: Any) -> None:
-    monitor = FlatnessMonitor(0.5, every_n_steps=4)
-    with pytest.raises(
-        MisconfigurationException, match=r"writes the parameter teacher\.weight in eval mode.*behind `if self.training`"
-    ):
-        fit(tmp_path, Teaches(only_in_training=False), [monitor], max_steps=1)  # before the first measurement
-    trainer = fit(tmp_path, Teaches(only_in_training=True), [monitor])
+class TeachesAlways(Teaches):
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        by_data(self)
+        return super().loss(batch, batch_idx)
+
+
+OF_A_FINDER: dict[str, Any] = {"measures": ["expected_sharpness"], "finder": lambda model: find_pairs(model).pairs}
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "a finder's pairs": (Classifier, OF_A_FINDER, "the finder names no plain Linear as their base"),
+    "no validation": (Classifier, {"data": "val"}, "data='val' gives no batch to hold"),
+    "manual optimization": (ByHand, {}, "put the loss of a batch into a method compute_loss"),
+    "a momentum encoder": (
+        with_own(TeachesAlways)[0],
+        {},
+        r"writes the parameter teacher\.weight in eval mode.*behind `if self.training`",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_can_not_be_measured_is_refused(tmp_path: Any, what: str) -> None:
+    make, settings, message = REFUSED[what]
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, make(), [FlatnessMonitor(1.0, **settings)], max_steps=1)
+
+
+def test_what_is_written_in_training_mode_alone_is_measured(tmp_path: Any) -> None:
+    trainer = fit(tmp_path, with_own(TeachesInTraining)[0](), [FlatnessMonitor(0.5)])
     assert "flatness/sharpness" in trainer.callback_metrics

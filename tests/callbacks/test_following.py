@@ -1,28 +1,39 @@
-"""Pairs may freeze, unfreeze and be added in mid-fit: what stops learning is read clean, what starts is perturbed."""
+"""Pairs may freeze, unfreeze and be added in mid-fit: what stops learning is read clean, what starts is perturbed.
 
+A fit whose pairs never have a gradient perturbs nothing, and says so.
+"""
+
+import re
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from changing_models import At, Averages, moved, two_adapters
 from helpers import (
     CLASSES,
+    FRONT_ENDS,
+    At,
     Classifier,
     E_hat,
     assert_no_trace,
+    build,
     fit,
+    make_net,
+    moved,
     same,
+    trains,
+    two_adapters,
     weights,
+    with_own,
 )
-from hostile_modules import KINDS
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from monitored_runs import KeepsPoints
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from torch.nn.utils import prune
+from torch import Tensor, nn
 
-from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA
+from lightning_flatlora import EFMLoRA, FMLoRA, perturbed_read
 from lightning_flatlora.baselines import BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 
 
@@ -42,6 +53,10 @@ def freeze(module: Any, trained: bool = False, layers: str = "") -> None:
 
 
 ALL = ["0.default", "2.default", "4.default"]
+ALL_IN_OPTIMIZER = trains(lambda name, parameter: "lora" in name or parameter.requires_grad)
+"""Also the factors of adapters that come to be active later."""
+HEAD_ONLY = trains(lambda name, parameter: parameter.requires_grad and "lora" not in name)
+OTHERS = [LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization]
 
 
 def test_pairs_that_stop_learning_are_read_clean(tmp_path):
@@ -54,40 +69,17 @@ def test_pairs_that_stop_learning_are_read_clean(tmp_path):
     assert_no_trace(module)
 
 
-class AllInOptimizer(Classifier):
-    """The optimizer holds all factors, also those of adapters that come to be active later."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for n, p in self.named_parameters() if "lora" in n or p.requires_grad], lr=0.02)
-
-
-@pytest.mark.parametrize("in_hook_of", ["callback", "module"])
-def test_an_adapter_made_active_in_mid_fit_is_perturbed(tmp_path, in_hook_of):
-    module, callback = AllInOptimizer(net=two_adapters()), EFMLoRA(0.5)
+def test_an_adapter_made_active_in_mid_fit_is_perturbed(tmp_path):
+    """In a hook of the module, which comes after the callbacks'."""
+    module, callback = with_own(ALL_IN_OPTIMIZER)[0](net=two_adapters()), EFMLoRA(0.5)
     watching = Watching(module)
-
-    def change(module: Any) -> None:
-        module.net.base_model.set_adapter("other")
-
-    change_at = At(3, change)
-    if in_hook_of == "module":  # its hooks come after the callbacks'
-        module.on_train_batch_start = lambda batch, batch_idx: change_at.on_train_batch_start(None, module)
-    fit(tmp_path, module, [callback, *([change_at] if in_hook_of == "callback" else [])], max_epochs=1)
+    change_at = At(3, lambda module: module.net.base_model.set_adapter("other"))
+    module.on_train_batch_start = lambda batch, batch_idx: change_at.on_train_batch_start(None, module)
+    fit(tmp_path, module, [callback], max_epochs=1)
     others = [name.replace("default", "other") for name in ALL]
     assert watching.moved == [[], ALL, ALL, [], others, others]
     assert len(E_hat(callback)) == 6
     assert_no_trace(module)
-
-
-def test_adapters_that_take_turns_keep_their_perturbations(tmp_path):
-    module = AllInOptimizer(net=two_adapters())
-    watching = Watching(module)
-    turns = [
-        At(i, lambda module, name=name: module.net.set_adapter(name)) for i, name in enumerate(["other", "default"] * 3)
-    ]
-    fit(tmp_path, module, [EFMLoRA(0.5), *turns], max_epochs=1)
-    others = [name.replace("default", "other") for name in ALL]
-    assert watching.moved == [[], [], others, ALL, others, ALL]
 
 
 def test_an_adapter_added_in_mid_fit_is_perturbed(tmp_path):
@@ -119,15 +111,10 @@ class Unfreeze(BaseFinetuning):
             optimizer.add_param_group({"params": [p for n, p in pl_module.named_parameters() if "lora" in n]})
 
 
-class TrainedOnly(Classifier):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
-
-
-@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization])
+@pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, *OTHERS])
 def test_finetuning_that_unfreezes_later(tmp_path, callback):
     """It starts, says at the end of the first epoch that nothing was perturbed, and perturbs from the second on."""
-    module, plain, ours = TrainedOnly(), TrainedOnly(), callback(0.5)
+    module, plain, ours = Classifier(), Classifier(), callback(0.5)
     watching = Watching(module)
     with pytest.warns(UserWarning, match="no pair is trained now") as warned:
         fit(tmp_path, module, [ours, Unfreeze()])
@@ -156,35 +143,24 @@ class Joins(BaseFinetuning):
             optimizer.add_param_group({"params": new})
 
 
-class HeadOnly(Classifier):
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for n, p in self.named_parameters() if p.requires_grad and "lora" not in n])
-
-
-@pytest.mark.parametrize("part", ["", ".2."])
-def test_factors_that_join_the_optimizer_later(tmp_path, part):
+@pytest.mark.parametrize(("callback", "part"), [(EFMLoRA, ""), *product([EFMLoRA, *OTHERS], [".2."])])
+def test_factors_that_join_the_optimizer_later(tmp_path, callback, part):
     """What never joins is said at the end."""
-    module = HeadOnly()
+    module = with_own(HEAD_ONLY)[0]()
     watching = Watching(module)
-    with pytest.warns(UserWarning, match="EFMLoRA") as warned:
-        fit(tmp_path, module, [EFMLoRA(0.5), Joins(part)])
-    assert watching.moved == [*[[]] * 7, *[["2.default"] if part else ALL] * 5]
-    assert len([each for each in warned if "2 pairs" in str(each.message)]) == bool(part)
-
-
-@pytest.mark.parametrize("baseline", [LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization])
-def test_a_baseline_beside_factors_that_join_late_or_never(tmp_path, baseline):
-    module = Classifier()
-    module.configure_optimizers = lambda: torch.optim.AdamW([p for n, p in module.named_parameters() if ".0.lora" in n])
-    with pytest.warns(UserWarning, match="came into no optimizer and were not perturbed"):
-        fit(tmp_path, module, [baseline(0.5), Joins(".2.")])
+    with pytest.warns(UserWarning, match=callback.__name__) as warned:
+        fit(tmp_path, module, [callback(0.5), Joins(part)])
+    if callback is EFMLoRA:
+        assert watching.moved == [*[[]] * 7, *[["2.default"] if part else ALL] * 5]
+    left = "2 pairs, .* came into no optimizer and were not perturbed"
+    assert len([each for each in warned if re.search(left, str(each.message))]) == bool(part)
     assert_no_trace(module)
 
 
 def test_an_adapter_that_no_optimizer_holds_is_said(tmp_path):
     change = At(3, lambda module: module.net.set_adapter("other"))
     with pytest.warns(UserWarning, match="such as .*other.*, are in no optimizer.* Until then these pairs are not"):
-        fit(tmp_path, TrainedOnly(net=two_adapters()), [EFMLoRA(0.5), change])
+        fit(tmp_path, Classifier(net=two_adapters()), [EFMLoRA(0.5), change])
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -198,7 +174,7 @@ def test_a_run_that_unfreezes_is_resumed(tmp_path, epoch):
                 freeze(pl_module, True)
 
     def run(ckpt_path: Any = None) -> Any:
-        module, callback = TrainedOnly(), EFMLoRA(0.5)
+        module, callback = Classifier(), EFMLoRA(0.5)
         saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*no pair is trained now")
@@ -213,81 +189,122 @@ class Never(Unfreeze):
         pass
 
 
-def test_pairs_that_never_come_are_said_once(tmp_path):
-    with pytest.warns(UserWarning, match="EFMLoRA: no pair is trained now") as warned:
-        fit(tmp_path, TrainedOnly(), [EFMLoRA(0.5), Never()])
-    assert len([each for each in warned if "no pair" in str(each.message)]) == 1
+class PutsIn(Callback):
+    """LoRA that comes at an epoch's start."""
 
-
-class Pruning(Callback):
-    """As Lightning's ModelPruning does to every layer, from the second epoch on."""
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch == 1:
-            for name, layer in pl_module.named_modules():
-                if "lora_B." in name:
-                    prune.identity(layer, "weight")
-
-
-def test_pairs_that_are_gone_are_said_as_such(tmp_path):
-    with pytest.warns(UserWarning, match="EFMLoRA: no pair is trained now, .*as by pruning"):
-        fit(tmp_path, Classifier(), [EFMLoRA(0.5), Pruning()], max_epochs=3)
-
-
-def test_layers_that_are_used_in_turn_are_perturbed(tmp_path):
-    """Each is read perturbed from its second turn on, and keeps its average while the other one learns."""
-    net = KINDS["experts"].net()
-    turns = [False, True] * 3
-    net.base_model.model.forward = lambda x: net.base_model.model.experts[turns.pop()](x)
-    module, ours = Classifier(net=net), EFMLoRA(0.5)
-    watching, averages = Watching(module), Averages(ours)
-    fit(tmp_path, module, [ours, averages], max_epochs=1)
-    assert watching.moved == [[], ["1.default"], *[["0.default", "1.default"]] * 4]
-    first, second = sorted(averages.seen[0])
-    for step in range(2, 6):
-        rests, moves = (second, first) if step % 2 else (first, second)
-        assert torch.equal(averages.seen[step][rests], averages.seen[step - 1][rests])
-        assert not torch.equal(averages.seen[step][moves], averages.seen[step - 1][moves])
-
-
-class Measured(FlatnessMonitor):
-    """Notes the scalings that it measures with, by the step."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.scalings: dict[int, list[float]] = {}
-
-    def _point(self, trainer: Any, *args: Any) -> Any:
-        point = super()._point(trainer, *args)
-        self.scalings[trainer.global_step] = sorted(pair.scaling for pair in point.pairs)
-        return point
+            net = nn.Sequential(nn.Linear(CLASSES, CLASSES))
+            layers = pl_module.net.base_model.model
+            layers.append(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])))
 
 
 def test_the_monitor_follows_too(tmp_path):
-    """It measures as soon as there is a pair, with the scaling of the moment."""
-    module, measured = TrainedOnly(), Measured(rho=0.5, every_n_steps=3)
+    """It measures as soon as there is a pair, whatever pairs there are, with the scaling of the moment."""
+    module, measured = Classifier(), KeepsPoints(0.5, every_n_steps=3)
     scale = At(10, lambda module: module.net.base_model.model[2].set_scale("default", 3.0))
-    fit(tmp_path, module, [measured, Unfreeze(), scale])
-    assert measured.scalings == {9: [2.0, 2.0, 2.0], 12: [2.0, 2.0, 6.0]}
-
-
-def test_the_monitor_sees_a_layer_that_was_put_in(tmp_path):
-    """LoRA that comes at an epoch's start is measured in that epoch."""
-
-    class PutsIn(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            if trainer.current_epoch == 1:
-                net = nn.Sequential(nn.Linear(CLASSES, CLASSES))
-                layers = pl_module.net.base_model.model
-                layers.append(get_peft_model(net, LoraConfig(r=2, target_modules=["0"])))
-
-    measured = Measured(rho=0.5, every_n_steps=3)
-    fit(tmp_path, Classifier(), [PutsIn(), measured])
-    assert [len(scalings) for scalings in measured.scalings.values()] == [3, 3, 4, 4]
+    fit(tmp_path, module, [measured, Unfreeze(), PutsIn(), scale])
+    assert measured.scalings == {9: [2.0, 2.0, 2.0, 4.0], 12: [2.0, 2.0, 4.0, 6.0]}
 
 
 @pytest.mark.parametrize("callback", [EFMLoRA, FMLoRA, LoRASAM])
 def test_pairs_that_came_before_the_first_refresh_are_not_missed(tmp_path, callback):
     """No warning: they were unfrozen, though no step has perturbed them yet."""
     unfreeze = At(2, lambda module: freeze(module, True))
-    fit(tmp_path, AllInOptimizer(), [callback(0.5, start_step=100), Never(), unfreeze], max_epochs=1)
+    fit(tmp_path, with_own(ALL_IN_OPTIMIZER)[0](), [callback(0.5, start_step=100), Never(), unfreeze], max_epochs=1)
+
+
+READ: list[tuple[int, str, bool]] = []  # not in the module, where both passes would count in it
+
+
+class BothInAStep(trains(lambda name, parameter: "lora" in name)):  # type: ignore[misc]
+    """Activates one adapter and then the other, in training_step itself, and notes whether the layers read B + E."""
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        module: Any = self
+        losses = []
+        for adapter in ("default", "other"):
+            module.net.set_adapter(adapter)
+            losses.append(super().loss(batch, batch_idx))  # type: ignore[misc]
+            reader = module.net.base_model.model[0].lora_B[adapter]
+            READ.append((module.global_step, adapter, perturbed_read.shown(reader) is not None))
+        # peft has frozen the first one again, and its gradient would not be kept.
+        for name, parameter in module.net.named_parameters():
+            parameter.requires_grad_("lora" in name)
+        return losses[0] + losses[1]
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("first", ["default", "other"])
+def test_an_adapter_that_only_the_step_activates_is_perturbed_from_its_second_step_on(
+    tmp_path: Any, front_end: str, first: str
+) -> None:
+    net = two_adapters()
+    net.set_adapter(first)
+    module, callbacks, kwargs = build(front_end, net=net, own=BothInAStep)
+    READ.clear()
+    fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
+    perturbed = {(step, adapter) for step, adapter, is_perturbed in READ if is_perturbed}
+    steps = {step for step, _, _ in READ}
+    assert steps == set(range(6))
+    for step in steps - {0}:
+        assert {(step, "default"), (step, "other")} <= perturbed
+
+
+class Detached(nn.Module):
+    """A trained head on the features of adapted layers, which a mistake has put under no_grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+        self.head = nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.net(x)
+        return self.head(features)
+
+
+class StepsInBackward:
+    """Each parameter has an optimizer that steps as soon as its gradient is there, as in PyTorch's tutorial."""
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+        def step(parameter: Tensor) -> None:
+            torch.optim.SGD([parameter], lr=0.01).step()
+            parameter.grad = None
+
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(step)
+        return torch.optim.SGD(trained, lr=0.0)
+
+
+class Late(Detached):
+    """The adapters join after some steps, as the layers of a staged fine-tuning do."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= 3:
+            return super().forward(x)
+        return self.head(self.net(x))
+
+
+CASES = [
+    *product([*FRONT_ENDS, "LoRASAM", "nBAR", "RandomPerturbation", "BiLoRA"], [Detached]),
+    *product(["efmlora", "module"], [StepsInBackward, Late]),
+]
+
+
+@pytest.mark.parametrize(("front_end", "case"), CASES)
+def test_a_fit_without_gradients_says_it_once(tmp_path: Any, front_end: str, case: Any) -> None:
+    """Gradients that come later are no reason."""
+    own, net = (case, make_net()) if case is StepsInBackward else (object, case())
+    module, callbacks, kwargs = build(front_end, net=net, own=own)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit(tmp_path, module, callbacks, **kwargs)
+    said = [each for each in warned if "no B of a pair has had a gradient in any step so far" in str(each.message)]
+    assert len(said) == (case is not Late)

@@ -1,39 +1,42 @@
-"""A callback over a Trainer's life: a second fit, weight averaging, hidden steps, and copies made in mid-fit."""
+"""A callback over a Trainer's life: evaluation, a second fit, weight averaging, steps of a user's own, and copies."""
 
 import copy
+import functools
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
-from changing_models import moved
+import torch
 from helpers import (
     FRONT_ENDS,
+    ByHand,
     Classifier,
     E_hat,
+    Losses,
     TwoPassClassifier,
     assert_no_trace,
+    assert_same_run,
     build,
+    calling,
     driver_of,
     fit,
+    is_perturbed,
+    make_dataset,
     make_loader,
     make_net,
+    moved,
     same,
+    trainer_of,
     weights,
 )
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
-from lightning_flatlora import (
-    AdapterCheckpoint,
-    CosineRho,
-    EFMLoRA,
-    FlatnessMonitor,
-    FMLoRA,
-    LearningRateRho,
-    LinearRho,
-)
+from lightning_flatlora import EFMLoRA, FlatnessMonitor, FMLoRA, LearningRateRho, LinearRho
 from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
+from lightning_flatlora.callbacks.patches import put_on_instance
 
 # -- a second fit
 
@@ -85,50 +88,12 @@ def test_a_second_fit_goes_on_whatever_was_loaded_before(tmp_path, front_end, be
     trainer.fit(module, make_loader(), make_loader(1))
     assert driver_of(trainer).step == 18
     assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(before, 18)])
-
-
-def test_a_used_trainer_takes_no_count_from_a_checkpoint_of_plain_lora(tmp_path):
-    fit(tmp_path, Classifier(), [ModelCheckpoint(tmp_path, save_last=True)], max_epochs=1)
-    callback = EFMLoRA(LinearRho(1.0, 0.0, total_steps=24))
-    trainer = fit(tmp_path, Classifier(), [callback])
-    sizes = Sizes(callback)
-    trainer.callbacks.append(sizes)
-    trainer.fit(Classifier(), make_loader(), make_loader(1), ckpt_path=tmp_path / "last.ckpt")
-    assert trainer.global_step == 12
-    assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(6)])
-
-
-def test_a_second_fit_goes_on_after_a_finder_of_the_rate(tmp_path):
-    callback = EFMLoRA(LinearRho(1.0, 0.0, total_steps=24))
-    finder = LearningRateFinder(num_training_steps=5, min_lr=1e-3, max_lr=1e-2)
-    module = Classifier()
-    trainer = fit(tmp_path, module, [callback, finder], max_epochs=1)
-    trainer.callbacks.remove(finder)
-    before = trainer.global_step  # 6, or 1 after Lightning 2.5's finder
-    trainer.fit_loop.max_epochs = 2
-    sizes = Sizes(callback)
-    trainer.callbacks.append(sizes)
-    trainer.fit(module, make_loader(), make_loader(1))
-    assert before > 0
-    assert sizes.sizes == pytest.approx([1 - step / 24 for step in range(before, trainer.global_step)])
-
-
-def test_another_trainer_starts_anew(tmp_path):
-    module, callback = Classifier(), EFMLoRA(CosineRho(1.0, 0.0))
-    fit(tmp_path, module, [callback], max_epochs=1)
-    sizes = Sizes(callback)
-    fit(tmp_path, module, [callback, sizes], max_epochs=1)
-    assert callback.step == 6
-    assert sizes.sizes[0] == 1.0
-
-
-def test_a_second_fit_from_a_checkpoint_takes_its_count(tmp_path):
-    module, callback = Classifier(), EFMLoRA(0.5)
-    saving = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
-    trainer = fit(tmp_path, module, [callback, saving])
-    trainer.fit_loop.max_epochs = 3
-    trainer.fit(module, make_loader(), make_loader(1), ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert callback.step == trainer.global_step == 18
+    if between == "validate":
+        # Neither does another Trainer take what an evaluation has loaded.
+        other = trainer_of(tmp_path, [*callbacks], max_epochs=1, limit_val_batches=1, **kwargs)
+        other.validate(module, make_loader(1), ckpt_path=last, verbose=False)
+        other.fit(module, make_loader(), make_loader(1))
+        assert driver_of(other).step == 6
 
 
 # -- weight averaging
@@ -186,72 +151,219 @@ def test_steps_may_be_skipped_and_nothing_watches_after_a_fit(tmp_path):
 # -- copies
 
 
-class Copying(Callback):
-    """Copies and pickles all callbacks in the hooks of a batch."""
-
-    def __init__(self) -> None:
-        self.copies: list[Any] = []
-
-    def copy(self, trainer: Any) -> None:
-        others = [callback for callback in trainer.callbacks if callback is not self]
-        for each in others:
-            pickled = pickle.loads(pickle.dumps(each))
-            copied = copy.deepcopy(each)
-            self.copies.append((each.state_dict(), pickled.state_dict(), copied.state_dict()))
-            assert not [value for value in vars(copied).values() if isinstance(value, nn.Module)]
-
-    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        self.copy(trainer)
-
-    def on_after_backward(self, trainer: Any, *args: Any) -> None:
-        self.copy(trainer)
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        self.copy(trainer)
+METHODS = [EFMLoRA, FMLoRA, SAM, LoRASAM, RandomPerturbation, BiLoRA, BalancednessRegularization, FlatnessMonitor]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: [EFMLoRA(0.5), FlatnessMonitor(every_n_steps=2)],
-        lambda: [FMLoRA(CosineRho(0.5, 0.1))],
-        lambda: [SAM(0.1)],
-        lambda: [LoRASAM(0.1)],
-        lambda: [RandomPerturbation(0.1)],
-        lambda: [BiLoRA(0.1)],
-        lambda: [BalancednessRegularization(0.1)],
-        lambda: [AdapterCheckpoint()],
-        list,
-    ],
-    ids=lambda make: type(make()[0]).__name__ if make is not list else "FMLoRAModule",
-)
-def test_callbacks_are_copied_and_pickled_in_mid_fit(tmp_path, make):
-    """With their state, without any part in the fit; and the fit is what it is without the copying."""
+@pytest.mark.parametrize("make", METHODS)
+def test_copies_and_pickles_of_mid_fit_have_the_state_and_can_be_trained_with(tmp_path, make):
+    copies: list[Any] = []
+
+    def copied(trainer: Any, *args: Any) -> None:
+        ours = trainer.callbacks[0]
+        copies[:] = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
+        assert all(same(each.state_dict(), ours.state_dict()) for each in copies)
+
+    hooks = dict.fromkeys(("on_train_batch_start", "on_after_backward", "on_train_batch_end"), copied)
+    fit(tmp_path, Classifier(), [make(0.1), calling(**hooks)], max_epochs=1)
     ends = []
-    for copying in (Copying(), None):
-        callbacks = make()
-        module = Classifier() if callbacks else TwoPassClassifier(0.5)
-        fit(tmp_path, module, [*callbacks, *([copying] if copying else [])], max_epochs=1)
-        ends.append(weights(module))
-        if copying:
-            assert copying.copies
-            for state, *others in copying.copies:
-                assert all(same(state, other) for other in others)
-    assert same(*ends)
-
-
-def test_a_copy_of_mid_fit_can_be_trained_with(tmp_path):
-    class Last(Callback):
-        copied: Any = None
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            self.copied = copy.deepcopy(trainer.callbacks[0])
-
-    last = Last()
-    fit(tmp_path, Classifier(), [EFMLoRA(0.5), last], max_epochs=1)
-    ends = []
-    for callback in (last.copied, EFMLoRA(0.5)):
+    for callback in (make(0.1), *copies):
         module = Classifier()
         fit(tmp_path, module, [callback], max_epochs=1)
-        ends.append((weights(module), callback.step))
-    assert same(*ends)
+        ends.append(weights(module))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+# -- evaluation, and fitting again
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_evaluation_sees_clean_weights(tmp_path, front_end):
+    """In the sanity check, within epochs and after fit, the logits are those of the stored weights."""
+    module, callbacks, kwargs = build(front_end)
+    seen: list[str] = []
+    inputs = make_dataset(4).tensors[0]
+
+    def look(module: Any, batch_idx: int) -> None:
+        if module.training:
+            return
+        seen.append(str(module.trainer.state.stage.value))
+        plain = make_net()
+        plain.load_state_dict(module.net.state_dict())
+        assert same(module.net(inputs), plain.eval()(inputs))
+
+    module.inside.append(look)
+    val = make_loader(1)
+    trainer = fit(tmp_path, module, callbacks, val=val, num_sanity_val_steps=1, val_check_interval=2, **kwargs)
+    trainer.validate(module, val, verbose=False)
+    trainer.test(module, val, verbose=False)
+    assert seen == ["sanity_check"] + ["validate"] * 7 + ["test"]
+    assert_no_trace(module)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_validation_does_not_change_the_run(tmp_path, front_end):
+    runs = []
+    for val in (None, make_loader(2)):
+        module, callbacks, kwargs = build(front_end, accumulate=2)
+        trainer = fit(tmp_path, module, callbacks, val=val, val_check_interval=3, **kwargs)
+        runs.append(trainer)
+    assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_second_fit_of_one_trainer(tmp_path, front_end):
+    """With more epochs allowed the same Trainer trains on: the count continues, Ê begins anew as the optimizer does."""
+    module, callbacks, kwargs = build(front_end)
+    trainer = fit(tmp_path, module, callbacks, max_epochs=1, **kwargs)
+    fresh, fresh_callbacks, _ = build(front_end)
+    fresh.load_state_dict(module.state_dict())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, make_loader(), make_loader(1))
+    other = fit(tmp_path, fresh, fresh_callbacks, max_epochs=1, **kwargs)
+    assert same(weights(module), weights(fresh))
+    assert (driver_of(trainer).step, driver_of(other).step) == (12, 6)
+
+
+# -- compiled networks
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_compiled_network_toggles_without_recompiling(tmp_path, front_end):
+    """One graph for the clean weights and one for the moved, and the run of the network that is not compiled."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    module, callbacks, kwargs = build(front_end, net=torch.compile(make_net(), backend=counter))
+    trainer = fit(tmp_path, module, callbacks, **kwargs)
+    assert counter.frame_count == 2
+    assert_no_trace(module)
+    other, other_callbacks, kwargs = build(front_end)
+    plain = fit(tmp_path, other, other_callbacks, **kwargs)
+    for left, right in zip(weights(module).values(), weights(other).values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    E, expected = E_hat(driver_of(trainer)), E_hat(driver_of(plain))
+    assert list(E) == list(expected)  # no _orig_mod in the names
+
+
+# -- the user's own manual optimization, and other forms of training_step
+
+
+class InWindows(ByHand):
+    """With one optimizer for all, or one for the pairs and one for the bias."""
+
+    def __init__(self, optimizers: int, accumulate: int) -> None:
+        super().__init__()
+        self.count, self.accumulate = optimizers, accumulate
+        self.looks: list[tuple[bool, bool]] = []
+
+    def configure_optimizers(self) -> Any:
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        groups = [list(trained.values())]
+        if self.count == 2:
+            of_pairs = [p for name, p in trained.items() if "lora" in name]
+            groups = [[p for name, p in trained.items() if "lora" not in name], of_pairs]
+        return [torch.optim.AdamW(group, lr=self.lr) for group in groups]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.accumulate == 0:
+            super().training_step(batch, batch_idx)
+        else:
+            self.manual_backward(self.loss(batch, batch_idx))
+        self.looks.append((is_perturbed(self), same(self.net.state_dict(), copy.deepcopy(self.net).state_dict())))
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        return super().loss(batch, batch_idx) / self.accumulate
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_efmlora_in_a_module_optimized_by_hand(tmp_path, optimizers, accumulate):
+    """With one or two optimizers of which one holds all pairs: the run of automatic optimization, bit for bit."""
+    module = InWindows(optimizers, accumulate)
+    callback, other_callback = EFMLoRA(0.5, every_n_steps=2), EFMLoRA(0.5, every_n_steps=2)
+    fit(tmp_path, module, [callback])
+    other = Classifier()
+    fit(tmp_path, other, [other_callback], accumulate_grad_batches=accumulate)
+    assert same(weights(module), weights(other))
+    assert same(E_hat(callback), E_hat(other_callback))
+    assert callback.step == other_callback.step == 12 // accumulate
+    assert all(moved for moved, _ in module.looks[accumulate:])
+    assert all(clean for _, clean in module.looks)
+    assert_no_trace(module)
+
+
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class FromIterator(Losses, LightningModule):
+    """Takes its batches from the iterator itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return self.loss(batch, batch_idx)
+
+
+class NoIndex(Losses, LightningModule):
+    """Takes the batch alone, and returns a mapping."""
+
+    def training_step(self, batch: Any) -> Any:
+        return {"loss": self.loss(batch, 0), "more": 1}
+
+
+class Decorated(NoIndex):
+    """Its step seems to take anything."""
+
+    @decorated
+    def training_step(self, batch: Any) -> Any:
+        return self.loss(batch, 0)
+
+
+FORMS = [(FromIterator, EFMLoRA), *product([NoIndex, Decorated], [EFMLoRA, FMLoRA])]
+
+
+@pytest.mark.parametrize(("form", "callback"), FORMS, ids=lambda c: c.__name__)
+def test_other_forms_of_training_step(tmp_path, form, callback):
+    module, other = form(), Classifier()
+    fit(tmp_path, module, [callback(0.5)])
+    fit(tmp_path, other, [callback(0.5)])
+    assert same(weights(module), weights(other))
+
+
+def test_put_on_instance_restores_what_was_there() -> None:
+    module = Classifier()
+    put_back = put_on_instance(module, "log", lambda: "put")
+    assert module.log() == "put"  # type: ignore[call-arg, func-returns-value]
+    put_back()
+    assert "log" not in module.__dict__
+    module.log = repr  # type: ignore[method-assign, assignment]
+    put_back = put_on_instance(module, "log", lambda: "put")
+    put_back()
+    put_back()
+    assert module.log is repr
+    below, above = put_on_instance(module, "log", str), put_on_instance(module, "log", int)
+    below()  # patches may end in any order
+    assert module.log is int
+    above()
+    assert module.log is repr
+    put_back = put_on_instance(module, "log", str)
+    module.log = int  # type: ignore[method-assign, assignment]
+    put_back()
+    assert module.log is int  # what somebody else has put on top stays
+    assert not [name for name in module.__dict__ if "replaced" in name]
+
+
+def test_an_instances_own_configure_optimizers_is_kept(tmp_path: Any) -> None:
+    """As LightningCLI sets one for an optimizer in YAML."""
+    module = TwoPassClassifier(0.5)
+    own = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)  # noqa: E731
+    module.configure_optimizers = own  # type: ignore[method-assign]
+    trainer = fit(tmp_path, module, [], max_epochs=1)
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+    assert module.configure_optimizers is own

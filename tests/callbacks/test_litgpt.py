@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from helpers import ResumableLoader, assert_no_trace, same, trainer_of, weights
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from litgpt_models import (
     STACKED,
@@ -29,16 +28,7 @@ from reference import Reference
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from lightning_flatlora import (
-    AdapterCheckpoint,
-    EFMLoRA,
-    FlatnessMonitor,
-    FMLoRA,
-    Perturbation,
-    find_pairs,
-    load_adapter_checkpoint,
-)
-from lightning_flatlora.baselines import BalancednessRegularization, LoRASAM, RandomPerturbation
+from lightning_flatlora import AdapterCheckpoint, EFMLoRA, FMLoRA, find_pairs, load_adapter_checkpoint
 from lightning_flatlora.pairs.finders import PairsByName, litgpt_pairs
 from lightning_flatlora.weight_noise import WeightNoise
 
@@ -87,51 +77,10 @@ def test_steps_equal_the_dense_reference(which: str, front_end: str, estimator: 
     assert_no_trace(model)
 
 
-def test_litgpt_merges_what_was_trained(tmp_path: Path) -> None:
-    save = ModelCheckpoint(tmp_path, filename="three", every_n_train_steps=3)
-    train(LanguageModel(gpt("all layers")), EFMLoRA(RHO, finder=litgpt_pairs), save, steps=3)
-    saved = torch.load(tmp_path / "three.ckpt")["state_dict"]
-    loaded = gpt("all layers")
-    loaded.load_state_dict({name.removeprefix("model."): value for name, value in saved.items()})
-    tokens = batches(1)[0]
-    before = loss(loaded, tokens)
-    lora.merge_lora_weights(loaded)
-    assert all(layer.merged for layer in loaded.modules() if isinstance(layer, lora.LoRALinear) and layer.r > 0)
-    assert not torch.equal(before, loss(gpt("all layers"), tokens))
-    assert torch.allclose(loss(loaded, tokens), before, atol=1e-12)
-
-
 def test_a_merged_layer_is_no_pair() -> None:
     model = gpt()
     lora.merge_lora_weights(model)
     assert litgpt_pairs(model) == []
-
-
-def test_the_monitor_takes_the_finder() -> None:
-    logged: dict[str, float] = {}
-
-    class Logs(L.Callback):
-        def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
-            logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-    settings = {"every_n_steps": 2, "batches": 1, "finder": litgpt_pairs}
-    for own in ({"per_layer": True}, {"measures": ["expected_sharpness"]}):
-        train(LanguageModel(gpt()), EFMLoRA(RHO, finder=litgpt_pairs), FlatnessMonitor(0.3, **settings, **own), Logs())
-    assert any("qkv.lora_B[16:32]" in name for name in logged)
-    assert all(0 < abs(value) < 1e6 for name, value in logged.items() if "expected_sharpness" in name)
-    assert "flatness/expected_sharpness" in logged
-
-
-@pytest.mark.parametrize("baseline", [LoRASAM, BalancednessRegularization, RandomPerturbation])
-def test_baselines_take_the_finder(baseline: Any) -> None:
-    finals = []
-    for callbacks in ([], [baseline(0.0, finder=litgpt_pairs)], [baseline(0.1, finder=litgpt_pairs)]):
-        module = LanguageModel(gpt("all layers"))
-        train(module, *callbacks)
-        finals.append(weights(module))
-    assert same(finals[0], finals[1])
-    assert not same(finals[0], finals[2])
-    assert_no_trace(module)
 
 
 @pytest.mark.parametrize("which", STACKED)
@@ -149,26 +98,6 @@ def test_noise_is_relative_to_the_whole_weights_rows(which: str) -> None:
     for layer, noisy in zip(layers, noise._layers, strict=True):
         merged = layer.linear.weight + layer.get_lora_AB()
         assert torch.allclose(noisy._squared_norms(), merged.square().sum(1), rtol=1e-10)
-
-
-def test_all_rows_of_a_stacked_parameter_are_read_and_no_others() -> None:
-    """The E of each pair enters its own rows of B."""
-    model = gpt("q, k, v of grouped queries")
-    pairs = find_pairs(model, finder=litgpt_pairs).pairs
-    perturbation = Perturbation(pairs)
-    perturbation.install()
-    loss(model, batches(1)[0]).backward()
-    perturbation.assign(perturbation.ascend(RHO, at_perturbed=False))
-    E = perturbation.state_dict()["E"]
-    layer = model.transformer.h[1].attn.qkv
-    clean = layer.lora_B.detach().clone()
-    with perturbation.applied():
-        moved = (layer.lora_B - clean).detach()
-    parts = [E[pair.name] for pair in pairs if pair.B is layer._parameters["lora_B"]]
-    assert torch.allclose(moved, torch.cat(parts), atol=1e-14)
-    assert all(float(part.norm()) > 0 for part in parts)
-    perturbation.uninstall()
-    assert_no_trace(model)
 
 
 def test_the_program_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

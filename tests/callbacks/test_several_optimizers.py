@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Classifier, assert_no_trace, fit, make_loader, same, trainer_of, weights
+from helpers import assert_no_trace, fit, make_loader, same, trainer_of, weights
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -84,29 +84,6 @@ def test_one_callback_follows_the_pairs_of_each_optimizer(tmp_path, toggle):
     assert_no_trace(module)
 
 
-class CriticFirst(Pair):
-    """The generator is not stepped in the first epoch, and then its pairs have no gradient."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        inputs, _, _ = batch
-        generator, critic = self.optimizers()
-        critic.zero_grad()
-        self.manual_backward(self.nets["critic"](inputs).square().mean())
-        critic.step()
-        if self.current_epoch > 0:
-            generator.step()
-
-
-def test_only_the_optimizer_that_learns_nothing_is_named(tmp_path):
-    callback = EFMLoRA(0.1)
-    with pytest.warns(UserWarning, match="EFMLoRA") as warned:
-        fit(tmp_path, CriticFirst(), [callback], max_epochs=2)
-    said = [str(each.message) for each in warned if "EFMLoRA" in str(each.message)]
-    assert len(said) == 1
-    assert "no B of a pair of optimizer 0 has had a gradient in any step so far" in said[0]
-    assert [group.step for group in callback.methods] == [6, 12]
-
-
 @pytest.mark.parametrize("callbacks", [1, 2])
 def test_a_run_of_several_optimizers_is_resumed(tmp_path, callbacks):
     """With one callback for both, or one for each adapter: the states lie side by side in the file."""
@@ -143,21 +120,6 @@ def test_one_callback_for_both_equals_one_for_each_adapter(tmp_path):
         fit(tmp_path, module, [EFMLoRA(0.5, adapter_name=name) for name in names], max_epochs=1)
         ends.append(weights(module))
     assert same(*ends)
-
-
-def test_two_that_each_ran_alone_run_together(tmp_path):
-    ours = [EFMLoRA(0.5, adapter_name=name) for name in ("gen", "crit")]
-    for name, callback in zip(("gen", "crit"), ours, strict=True):
-        trainer = fit(tmp_path, Classifier(net=one_adapter(name)), [callback], max_epochs=1)
-        trainer.save_checkpoint(tmp_path / "file.ckpt")
-    assert len({callback.state_key for callback in ours}) == 2
-    fit(tmp_path, Pair(adapters=("gen", "crit")), ours, max_epochs=1)
-    assert [callback.step for callback in ours] == [3, 6]
-
-
-def one_adapter(name: str) -> nn.Module:
-    net = nn.Sequential(nn.Linear(6, 3))
-    return get_peft_model(net, LoraConfig(r=2, target_modules=["0"]), adapter_name=name)
 
 
 class OneForBoth(Pair):

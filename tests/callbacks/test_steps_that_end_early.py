@@ -1,7 +1,11 @@
-"""Batches that are called off, skipped or fail leave the clean weights and nothing patched behind, and so do copies."""
+"""Two passes are one step; and a batch that is called off, skipped or fails leaves the clean weights behind.
+
+See tests/test_hostile_modules.py for what a step may write.
+"""
 
 import copy
 import signal
+from itertools import product
 from typing import Any
 from unittest.mock import Mock
 
@@ -9,27 +13,34 @@ import pytest
 import torch
 from helpers import (
     FRONT_ENDS,
-    Classifier,
+    TWO_PASSES,
     E_hat,
-    TwoPassClassifier,
     assert_copies_are_plain,
     assert_no_trace,
     build,
+    calling,
     driver_of,
     fit,
     is_installed,
     is_perturbed,
     make_loader,
+    make_net,
     same,
     trainer_of,
     weights,
 )
+from hostile_modules import TEACHERS, Teaches
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from shadows import shown, watched
+from torch import Tensor, nn
 
+from lightning_flatlora import EFMLoRA, FMLoRA
+from lightning_flatlora.baselines import SAM, LoRASAM
 from lightning_flatlora.callbacks.training_step import leave_batch_out
+from lightning_flatlora.methods import put_back
 
 
 @pytest.mark.parametrize("hook_of", ["module", "callback"])
@@ -41,30 +52,16 @@ def test_batch_start_returns_minus_one(tmp_path, front_end, hook_of):
     if hook_of == "module":
         module.on_train_batch_start = answer
     else:
-        callbacks.append(type("Skips", (Callback,), {"on_train_batch_start": lambda self, *args: answer(*args)})())
+        callbacks.append(calling(on_train_batch_start=answer))
     ends: list[bool] = []
 
-    class AtEpochEnd(Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            ends.append(is_perturbed(pl_module))
+    def look(trainer: Any, pl_module: Any, *args: Any) -> None:
+        ends.append(is_perturbed(pl_module))
 
-        on_train_end = on_validation_batch_start = lambda self, trainer, pl_module, *args: ends.append(
-            is_perturbed(pl_module)
-        )
-
-    trainer = fit(tmp_path, module, [*callbacks, AtEpochEnd()], val=make_loader(1), **kwargs)
+    at_ends = calling(on_train_epoch_start=look, on_train_end=look, on_validation_batch_start=look)
+    trainer = fit(tmp_path, module, [*callbacks, at_ends], val=make_loader(1), **kwargs)
     assert trainer.global_step == (4 if hook_of == "module" else 12)
     assert not any(ends)
-    assert_no_trace(module)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_training_step_returns_none(tmp_path, front_end, accumulate):
-    module, callbacks, kwargs, _ = watched(front_end, accumulate=accumulate)
-    module.inside.append(lambda module, batch_idx: "skip" if batch_idx == 3 else None)
-    fit(tmp_path, module, callbacks, **kwargs)
-    assert all(torch.isfinite(w).all() for w in weights(module).values())
     assert_no_trace(module)
 
 
@@ -117,41 +114,38 @@ class Prepares:
 @pytest.mark.parametrize("front_end", ["fmlora", "module"])
 def test_a_graph_from_outside_of_the_step_is_refused_with_the_remedy(tmp_path, front_end):
     """The first pass's backward has used it up."""
-    automatic = type("Automatic", (Prepares, Classifier), {})
-    manual = type("Manual", (Prepares, TwoPassClassifier), {})
-    module, callbacks, kwargs = build(front_end, classes=(automatic, manual))
+    module, callbacks, kwargs = build(front_end, own=Prepares)
     with pytest.raises(RuntimeError, match=r"second pass of a step needs a graph.*compute it inside the step.*EFMLoRA"):
         fit(tmp_path, module, callbacks, **kwargs)
     assert_no_trace(module)
 
 
-@pytest.mark.parametrize("pass_number", [1, 2])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
+ONE_PASS = ("efmlora", "RandomPerturbation", "BiLoRA")
+EXCEPTIONS = [
+    *product(ONE_PASS, [RuntimeError], [1]),
+    *product(["fmlora", "efmlora+module"], [RuntimeError], [1, 2]),
+    *product(["module", "LoRASAM"], [RuntimeError], [2]),
+    *product(["efmlora", "fmlora", "module"], [KeyboardInterrupt], [1]),
+]
+
+
+@pytest.mark.parametrize(("front_end", "error", "pass_number"), EXCEPTIONS)
 def test_exception_in_a_step(tmp_path, front_end, error, pass_number):
     """In the first or second pass of the third batch: clean weights, plain classes, and Ê in what is saved then."""
-    if pass_number == 2 and front_end == "efmlora":
-        pytest.skip("EFMLoRA has one pass")
     module, callbacks, kwargs, shadow = watched(front_end)
     calls = []
 
     def interrupt(module: Any, batch_idx: int) -> None:
         calls.append(batch_idx)
         if batch_idx == 2 and calls.count(2) == pass_number:
-            states.append({name: E.clone() for name, E in shown(module.net).items()})
-            assert bool(states[-1]) is (front_end == "efmlora" or pass_number == 2)
+            assert bool(shown(module.net)) is (front_end == "efmlora" or pass_number == 2)
             raise error("stop here")
 
-    states: list[dict[str, torch.Tensor]] = []
     module.inside.append(interrupt)
     seen: list[bool] = []
-
-    class AtException(Callback):
-        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-            seen.append(is_perturbed(pl_module))
-
+    look = calling(on_exception=lambda trainer, pl_module, exception: seen.append(is_perturbed(pl_module)))
     before = signal.getsignal(signal.SIGINT)
-    callbacks = [*callbacks, AtException(), OnExceptionCheckpoint(tmp_path, "crash")]
+    callbacks = [*callbacks, look, OnExceptionCheckpoint(tmp_path, "crash")]
     trainer = trainer_of(tmp_path, callbacks, **kwargs)
     try:
         with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
@@ -215,12 +209,135 @@ def test_copies_made_during_training_are_plain(tmp_path, front_end, monkeypatch)
         assert_no_trace(twin)
         assert same(twin.state_dict(), module.state_dict())
 
-    class Copies(Callback):
-        on_train_batch_start = on_before_backward = on_after_backward = on_train_batch_end = (
-            lambda self, trainer, pl_module, *args: look(pl_module)
-        )
-
+    hooks = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end")
+    copies = calling(**dict.fromkeys(hooks, lambda trainer, pl_module, *args: look(pl_module)))
     module.inside.append(look)
-    fit(tmp_path, module, [*callbacks, Copies()], make_loader(3), max_epochs=1, **kwargs)
+    fit(tmp_path, module, [*callbacks, copies], make_loader(3), max_epochs=1, **kwargs)
     assert any(states)
     assert not all(states)
+
+
+class Counts:
+    """In buffers of floats and of integers, and one level deeper than what is put back."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("floats", torch.zeros(100))
+        self.register_buffer("packed", torch.zeros(10, dtype=torch.int32))
+        self.counts = {"batches": [0]}
+
+    def loss(self, batch: Any, batch_idx: int) -> Any:
+        self.floats += 1
+        self.packed += 1
+        self.counts["batches"][0] += 1
+        return super().loss(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("limits", "counted"),
+    [({}, (6, 6)), ({"_MOST_BYTES": 40}, (12, 6)), ({"_MOST_BYTES_OF_INTEGERS": 39}, (6, 12))],
+)
+def test_large_buffers_and_what_lies_deeper_see_both_passes(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], counted: tuple[int, int]
+) -> None:
+    """The documented limits: such counts belong in on_train_batch_end."""
+    for name, limit in limits.items():
+        monkeypatch.setattr(put_back, name, limit)
+    module, callbacks, more = build("fmlora", own=Counts)
+    fit(tmp_path, module, callbacks, max_epochs=1, **more)
+    assert (int(module.floats[0]), int(module.packed[0])) == counted
+    assert module.counts == {"batches": [12]}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_a_momentum_encoder_is_refused_inside_of_a_step(tmp_path: Any, kind: str, name: str) -> None:
+    class Inside(Teaches):
+        def loss(self, batch: Any, batch_idx: int) -> Any:
+            TEACHERS[name](self)
+            return super().loss(batch, batch_idx)
+
+    module, callbacks, more = build(kind, own=Inside)
+    message = rf"writes the parameter {name}\..* no optimizer trains.*on_train_batch_end"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module, callbacks, max_epochs=1, **more)
+
+
+class Logs(Callback):
+    """Logs around the backward pass, by the method that Lightning gives to callbacks, and what the step returned."""
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        self.log("before", loss.detach(), on_step=False, on_epoch=True, batch_size=4)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.log("after", float(trainer.global_step), on_step=False, on_epoch=True, batch_size=4)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        self.log("returned", outputs["loss"], on_step=False, on_epoch=True, batch_size=4)
+
+
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_what_is_returned_and_logged_around_the_backward_pass_is_that_of_the_first(tmp_path: Any, kind: str) -> None:
+    """At a learning rate of 0, where the clean passes of all runs agree."""
+    logged = []
+    for each in ("plain", kind):
+        module, callbacks, more = build(each, lr=0.0)
+        module.optimizer_class = torch.optim.SGD
+        logged.append(fit(tmp_path, module, [*callbacks, Logs()], **more).callback_metrics)
+    assert set(logged[0]) == {"before", "after", "returned"}
+    assert same(*logged)
+
+
+class HalvesGradients:
+    """In a hook after backward; notes the norm of each step's gradient."""
+
+    norms: tuple[Tensor, ...] = ()
+
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad *= 0.5
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.norms += (nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]),)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("make", [EFMLoRA, FMLoRA, LoRASAM, SAM])
+def test_a_modules_own_hook_changes_each_gradient_once(tmp_path: Any, make: Any, accumulate: int) -> None:
+    """At rho near 0 the step is plain LoRA's, whatever the hooks around backward do to its gradient."""
+    norms = []
+    for callbacks in ([], [make(1e-6)]):
+        module, _, more = build("plain", own=HalvesGradients, accumulate=accumulate)
+        module.optimizer_class = torch.optim.SGD  # Adam would make steps of 1e-6's gradients, too
+        fit(tmp_path, module, callbacks, max_epochs=1, **more)
+        norms.append(torch.stack(module.norms))
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
+
+
+class FreeWeights:
+    """Loss weights in a plain list, which no module lists as parameters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.free = [nn.Parameter(torch.ones(3, dtype=torch.float64))]
+        self.seen: list[Tensor] = []
+
+    def loss(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().loss(batch, batch_idx) + (self.free[0] * batch_idx).sum()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.add_param_group({"params": self.free})
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append(self.free[0].grad.clone())
+
+
+@pytest.mark.parametrize("kind", TWO_PASSES)
+def test_parameters_outside_the_module_have_one_gradient(tmp_path: Any, kind: str) -> None:
+    module, callbacks, more = build(kind, own=FreeWeights, net=make_net().double(), accumulate=2)
+    fit(tmp_path, module, callbacks, make_loader(4, dtype=torch.float64), max_epochs=1, **more)
+    for mean, grad in zip([0.5, 2.5], module.seen, strict=True):
+        torch.testing.assert_close(grad, torch.full_like(grad, mean))

@@ -7,12 +7,11 @@ import pytest
 import torch
 from helpers import (
     FRONT_ENDS,
-    Classifier,
     E_hat,
-    TwoPassClassifier,
     assert_no_trace,
     assert_same_run,
     build,
+    calling,
     driver_of,
     is_perturbed,
     make_dataset,
@@ -27,8 +26,6 @@ from torch.utils.data import DataLoader
 
 from lightning_flatlora import EFMLoRA
 
-WITH_PLAIN = ("plain", *FRONT_ENDS)
-
 
 class OwnLoader:
     """A module that builds its loader from ``batch_size``, as the batch-size finder wants it."""
@@ -40,17 +37,6 @@ class OwnLoader:
         return DataLoader(make_dataset(4, seed=2), batch_size=4)
 
 
-class Sized(OwnLoader, Classifier):
-    pass
-
-
-class SizedTwoPass(OwnLoader, TwoPassClassifier):
-    pass
-
-
-SIZED = (Sized, SizedTwoPass)
-
-
 class Passes:
     """Counts passes and those at moved weights, apart for those that a finder ran and those of training."""
 
@@ -59,31 +45,23 @@ class Passes:
         self.counts = dict.fromkeys(product((True, False), (True, False)), 0)
         module.inside.append(self)
 
+    def end_of_finding(self, *args: Any) -> None:
+        self.finding = False
+
     def __call__(self, module: Any, batch_idx: int) -> None:
         if module.training:
             self.counts[self.finding, is_perturbed(module)] += 1
 
 
-class Begin(Callback):
-    """Marks the start of training proper: finders run before it."""
-
-    def __init__(self, passes: Passes) -> None:
-        self.passes = passes
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.passes.finding = False
-
-
 def searched(front_end: str, **kwargs: Any) -> tuple[Any, list[Callback], dict[str, Any], Passes]:
-    module, callbacks, kwargs = build(front_end, classes=SIZED, **kwargs)
+    module, callbacks, kwargs = build(front_end, own=OwnLoader, **kwargs)
     return module, callbacks, kwargs, Passes(module)
 
 
-def assert_inactive_while_finding(passes: Passes, front_end: str) -> None:
+def assert_inactive_while_finding(passes: Passes) -> None:
     assert passes.counts[True, False] > 0
     assert passes.counts[True, True] == 0
-    if front_end != "plain":
-        assert passes.counts[False, True] > 0
+    assert passes.counts[False, True] > 0
 
 
 def plain_fit(tmp_path: Any, front_end: str, **attributes: Any) -> Any:
@@ -101,10 +79,10 @@ def train(tmp_path: Any, module: Any, callbacks: list[Callback], kwargs: dict[st
 
 
 @pytest.mark.parametrize("search", ["rate", "batch size"])
-@pytest.mark.parametrize("front_end", WITH_PLAIN)
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_finders_as_tuner(tmp_path, front_end, search):
     module, callbacks, kwargs, passes = searched(front_end)
-    trainer = trainer_of(tmp_path, [*callbacks, Begin(passes)], **kwargs)
+    trainer = trainer_of(tmp_path, [*callbacks, calling(on_train_start=passes.end_of_finding)], **kwargs)
     if search == "rate":
         finder = Tuner(trainer).lr_find(module, num_training=5, update_attr=False)
         assert len(finder.results["lr"]) == 5
@@ -113,7 +91,7 @@ def test_finders_as_tuner(tmp_path, front_end, search):
         module.batch_size = 4
     assert_no_trace(module)
     train(tmp_path, module, callbacks, kwargs, trainer)
-    assert_inactive_while_finding(passes, front_end)
+    assert_inactive_while_finding(passes)
     assert_same_run(trainer, plain_fit(tmp_path, front_end))
 
 
@@ -125,15 +103,15 @@ OF_SIZE = lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2, init_val=2)  
 
 
 @pytest.mark.parametrize("make", [OF_RATE, OF_SIZE], ids=["rate", "batch size"])
-@pytest.mark.parametrize("ours_first", [True, False])
-@pytest.mark.parametrize("front_end", WITH_PLAIN)
-def test_finders_as_callback(tmp_path, front_end, ours_first, make):
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_finders_as_callback(tmp_path, front_end, make):
+    """Before ours in the list or, the finder of the rate, after."""
     module, callbacks, kwargs, passes = searched(front_end)
     finder = make()
-    order = [*callbacks, finder] if ours_first else [finder, *callbacks]
-    trainer = train(tmp_path, module, [*order, Begin(passes)], kwargs)
-    assert_inactive_while_finding(passes, front_end)
     is_rate = isinstance(finder, LearningRateFinder)
+    order = [*callbacks, finder] if is_rate else [finder, *callbacks]
+    trainer = train(tmp_path, module, [*order, calling(on_train_start=passes.end_of_finding)], kwargs)
+    assert_inactive_while_finding(passes)
     found = {} if is_rate else {"batch_size": finder.optimal_batch_size}
     assert not is_rate or len(finder.optimal_lr.results["lr"]) == 5
     assert_same_run(trainer, plain_fit(tmp_path, front_end, **found))

@@ -18,7 +18,6 @@ from lightning_flatlora.methods.step_method import STEPS_UNTIL_WARNING
 
 KINDS = [EFMLoRAStep, FMLoRAStep]
 kinds = pytest.mark.parametrize("kind", KINDS)
-Groups = list[dict[str, Any]]
 
 
 def started(method: Any, pairs: Any = None, model: Any = None) -> tuple[Any, nn.Module]:
