@@ -153,8 +153,8 @@ class Wide(nn.Module):
         return self.last(torch.tanh(self.first(x)))[:, :3]
 
 
-def traffic(folder: str, strategy: str, saver: str = "adapter", **settings: Any) -> dict[str, int]:
-    """The largest tensor in the collectives while a checkpoint is saved and loaded, and the largest factor."""
+def traffic(folder: str, strategy: str, **settings: Any) -> dict[str, int]:
+    """The largest tensor in the collectives while a checkpoint is saved and loaded, of the factors and of the base."""
     largest = {}
 
     def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,18 +167,19 @@ def traffic(folder: str, strategy: str, saver: str = "adapter", **settings: Any)
         return run
 
     def trainer(where: str, steps: int) -> Any:
-        save: Any = SAVERS[saver](where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        save: Any = AdapterCheckpoint(where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
         save._save_checkpoint = counted("save", save._save_checkpoint)
         return trainer_of(strategy, [EFMLoRA(RHO), save], max_steps=steps, **settings)
 
     first = wide_module()
     factor = max(p.nbytes for p in first.parameters() if p.requires_grad)
+    base = max(p.nbytes for p in first.parameters())
     trainer(folder, 1).fit(first, loader())
     resumed = trainer(folder + "-2", 2)
     connector = resumed._checkpoint_connector
     connector._restore_modules_and_callbacks = counted("load", connector._restore_modules_and_callbacks)
     resumed.fit(wide_module(), loader(), ckpt_path=f"{folder}/step=1.ckpt")
-    return {**largest, "factor": factor}
+    return {**largest, "factor": factor, "base": base}
 
 
 def wide_module() -> ShardedAutomatic:
