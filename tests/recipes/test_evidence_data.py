@@ -47,19 +47,14 @@ def test_noise_of_similar_classes_takes_the_nearest_mean() -> None:
     assert sum(hit) == 3
 
 
-def test_a_workload_may_say_what_its_noise_goes_to() -> None:
-    states = tiny_encoder().states
-    clean = training_examples(SETTINGS, 0, states)
-    noisy = training_examples({**SETTINGS, "noise": 1.0, "noise_to": "most_similar"}, 0, states)
-    similar = most_similar_classes(clean, 3, states)
-    assert [example.label for example in noisy] == [similar[example.label] for example in clean]
-
-
 def test_noise_of_a_workload_reaches_its_training_examples_alone() -> None:
     states = tiny_encoder().states
     clean = training_examples(SETTINGS, 0, states)
     noisy = training_examples({**SETTINGS, "noise": 0.5}, 0, states)
     assert sum(old.label != new.label for old, new in zip(clean, noisy, strict=True)) == 6
+    noisy = training_examples({**SETTINGS, "noise": 1.0, "noise_to": "most_similar"}, 0, states)
+    similar = most_similar_classes(clean, 3, states)
+    assert [example.label for example in noisy] == [similar[example.label] for example in clean]
     true = {example.text: example.label for example in made_up()}
     assert all(true[example.text] == example.label for example in texts.parts("tiny")["validation"])
 

@@ -12,10 +12,9 @@ from scipy import stats
 from recipes.evidence.plan import STAGES, Plan
 from recipes.evidence.run import Run
 from recipes.evidence.search import Grid, arm_of, choose, common_grid, has_diverged
-from recipes.evidence.verdict import difference, ends_early, seeds_to_decide, verdict
+from recipes.evidence.verdict import difference, ends_early, verdict
 from recipes.evidence.workloads import LEARNING_RATES, SEARCHES, Config
 from recipes.shared.ledger import Row
-from recipes.shared.statistics import Estimate
 
 
 def by_seed(*values: float) -> dict[int, float]:
@@ -92,18 +91,6 @@ def test_a_workload_ends_early_after_eight_seeds_below_half_a_point() -> None:
     assert ends_early({**FLAT, 8: 0.0, 9: 0.0}, {**SMALL, 8: 99.0, 9: 50.0})
 
 
-def test_the_seeds_that_would_decide_are_the_least_that_do() -> None:
-    found = Estimate(mean=1.0, error=0.6, values=9)
-    seeds = seeds_to_decide(found)
-    assert seeds is not None
-
-    def p(number: int) -> float:
-        return float(2 * stats.t.sf(1.0 / (1.8 / math.sqrt(number)), number - 1))
-
-    assert 3 * p(seeds) < 0.05 <= 3 * p(seeds - 1)
-    assert seeds_to_decide(Estimate(mean=0.49999, error=1.0, values=9)) is None
-
-
 # -- searches
 
 
@@ -177,15 +164,6 @@ class Dropped(Fake):
         return row
 
 
-class Harmed(Fake):
-    """Any rho makes it worse, and a larger one more."""
-
-    def __call__(self, run: Run, folder: Path | None = None) -> Row:
-        row = super().__call__(run, folder)
-        row["validation_loss"] += run.config.get("rho", 0.0)
-        return row
-
-
 def test_a_search_is_finished_where_training_has_diverged(tmp_path: Path) -> None:
     """LoRA's choice at the end of its grid extends all, and EFMLoRA's largest rho of the first is not exceeded."""
     plan = Plan(tmp_path, "tiny", SETTINGS, ["lora", "efmlora"], STAGES, range(1))
@@ -194,11 +172,3 @@ def test_a_search_is_finished_where_training_has_diverged(tmp_path: Path) -> Non
     assert grid == Grid(further=2)
     assert plan.chosen("lora", grid) == {"learning_rate": 2e-3, "dropout": 0.5}
     assert {row["config"].get("rho", 0) for row in plan.ledger.rows if row["arm"] == "efmlora"} == {0.5, 2.0, 8.0}
-
-
-def test_the_best_trial_above_0_is_not_the_one_that_the_search_chooses(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, "tiny", SETTINGS, ["lora", "efmlora", "efmlora_above_0"], STAGES, range(1))
-    work_by_pieces(plan, Harmed(gain=0.0), lambda run: None)
-    grid = common_grid(plan.chosen)
-    assert plan.config_of("efmlora", grid) == {"learning_rate": 2e-3}
-    assert plan.config_of("efmlora_above_0", grid) == {"learning_rate": 2e-3, "rho": 0.5}
