@@ -1,6 +1,5 @@
 """The comparison end to end on shortened tasks: what it runs, keeps, never repeats, and shows."""
 
-import json
 import math
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ from recipes.comparison.__main__ import main
 from recipes.comparison.classification import TextTask
 from recipes.comparison.commonsense import CommonsenseTask
 from recipes.comparison.emoji import EmojiTask
-from recipes.comparison.methods import ALL, METHODS, VARIANTS
+from recipes.comparison.methods import ALL, METHODS
 from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan
 from recipes.comparison.run import Row, Run, perform
 from recipes.comparison.task import Config
@@ -55,26 +54,6 @@ def test_the_hyper_parameter_arrives_in_the_callback(name: str) -> None:
     (callback,) = methods.METHODS[name].callbacks(**settings)
     assert callback.rho in (ConstantRho(0.7), CosineRho(0.7, 0.0), CosineRho(0.0, 0.7))  # type: ignore[attr-defined]
     assert isinstance(callback.rho, ConstantRho) == (ALL[name].parameter == "rho")  # type: ignore[attr-defined]
-
-
-def test_variants_differ_from_their_method() -> None:
-    def settings(name: str) -> dict[str, Any]:
-        (callback,) = methods.METHODS[name].callbacks(rho=0.7)
-        keys = ("estimator", "norm_scope", "every_n_steps", "beta")
-        return {key: getattr(callback, key, None) for key in keys} | {"type": type(callback).__name__}
-
-    changed = {}
-    for name in set(VARIANTS) - {"bi_lora"}:  # a baseline
-        plain, own = settings(name.split("_")[0]), settings(name)
-        changed[name] = {key: value for key, value in own.items() if value != plain[key]}
-    assert changed == {
-        "efmlora_projected": {"estimator": "projected"},
-        "fmlora_projected": {"estimator": "projected"},
-        "efmlora_layer": {"norm_scope": "layer"},
-        "efmlora_beta01": {"beta": 0.1},
-        "efmlora_every5": {"every_n_steps": 5},
-        "fmlora_every5": {"every_n_steps": 5},
-    }
 
 
 def test_every_method_has_as_many_configurations_to_choose_from() -> None:
@@ -132,29 +111,22 @@ def test_the_order_of_a_plan(tmp_path: Path, task: TextTask) -> None:
 
 
 @pytest.mark.usefixtures("only_this")
-def test_runs_through_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["run", "--methods", "lora", "efmlora", "--seeds", "0", "1", f"--folder={tmp_path}"]
     assert main(given) == 0
     rows = read(tmp_path / RESULTS)
     assert len(rows) == 4 + 2 + 4 + 2
     for row in rows:
         assert row["examples"] == 20
-        assert row["settings"]["precision"] in ("bf16-mixed", "32-true")
         assert row["accuracy"] == row["correct"] / 20
         assert all(math.isfinite(row[name]) for name in ("loss", "seconds_per_step", "processor_seconds_per_step"))
         assert ("sharpness" in row) == (row["part"] == "test")
-        assert len(json.dumps(row)) < 1000  # small enough to be committed
     test = {(row["method"], row["seed"]): row for row in rows if row["part"] == "test"}
     assert test["lora", 0]["sharpness"] > 0
     assert test["lora", 0]["adapted_norm"] == test["efmlora", 1]["adapted_norm"] > 0
     assert len({row["train_loss"] for row in test.values()}) == 4  # seeds and methods do something of their own
 
-    for name in ("table", "plot"):
-        assert main([name, f"--folder={tmp_path}"]) == 0
-    assert "| efmlora | rho" in (tmp_path / "table.md").read_text()
-    assert f"computed in {rows[0]['settings']['precision']}" in (tmp_path / "table.md").read_text()
+    assert main(["plot", f"--folder={tmp_path}"]) == 0
     for name in ("gain", "sharpness", "tuning", "cost"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 400
@@ -168,7 +140,6 @@ def test_runs_through_the_command_line(
     again = read(tmp_path / RESULTS)[-1]
     cost = {"seconds", "seconds_per_step", "processor_seconds_per_step", "peak_mib"}
     assert {k: v for k, v in again.items() if k not in cost} == {k: v for k, v in rows[-1].items() if k not in cost}
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "efmlora")])

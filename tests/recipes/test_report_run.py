@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from report_models import save_adapter, save_base
-from safetensors.torch import load_file, save_file
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import (
@@ -27,7 +26,7 @@ from recipes.report.adapters import load
 from recipes.report.data import mean_loss, read_rows
 from recipes.report.document import write
 from recipes.report.numbers import LOSS, NORM, RADIUS, sam_name
-from recipes.report.options import AdapterFolder, Options, parse
+from recipes.report.options import Options, parse
 from recipes.report.result import Measured
 from recipes.report.run import main, measure
 
@@ -144,28 +143,12 @@ def test_the_adversarial_curve_meets_the_sharpness(options: Options, results: li
     assert rise == pytest.approx(result.value(sam_name(0.5)), rel=1e-10)
 
 
-def test_classifiers_side_by_side(classifiers: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
-    main(arguments(classifiers, texts, "--output", str(tmp_path)))
-    text = (tmp_path / "report.md").read_text()
-    assert "| classifier | " in text
-    assert "nats per example" in text
-    assert "| 6 examples |" in text
-
-
 def test_layers_without_noise_are_named(base: Path, root: Path, texts: Path, tmp_path: Path) -> None:
     dora = save_adapter(root / "dora", base, use_dora=True)
     main(arguments((dora,), texts, "--output", str(tmp_path), "--no-curvature", "--no-surface"))
     text = (tmp_path / "report.md").read_text()
     assert "Left out of dora" in text
     assert "expected sharpness, sigma" not in text
-
-
-def test_a_loss_that_is_not_finite_is_an_error(base: Path, root: Path, texts: Path) -> None:
-    broken = save_adapter(root / "broken", base)
-    state = load_file(broken / "adapter_model.safetensors")
-    save_file({name: value * torch.nan for name, value in state.items()}, broken / "adapter_model.safetensors")
-    with pytest.raises(MisconfigurationException, match="the adapter holds numbers that are not finite"):
-        measure(Options([AdapterFolder("broken", broken)], texts))
 
 
 def test_columns_are_checked_before_a_model_is_loaded(adapters: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
