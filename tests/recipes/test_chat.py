@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 
-from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, R1, messages, tokenizer  # noqa: E402
+from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, messages, tokenizer  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from recipes.language.batches import Collate, padding_id  # noqa: E402
@@ -68,28 +68,6 @@ def test_thoughts_in_the_data_are_learnt() -> None:
     assert learnt(encoder, "why?", "<think>hm</think>so") == "<think>\nhm\n</think>\n\nso<|im_end|>"
 
 
-def test_marks_of_a_template_leave_the_prompt_out() -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ '<think></think>' + m.content }}"
-        "{{ eos_token }}{% endgeneration %}{% else %}{{ 'Q:' + m.content }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}A:<think></think>{% endif %}"
-    )
-    encoder = ChatEncoder(tokenizer(template), 1000)
-    assert learnt(encoder, "why?", "so") == "so<eos>"
-
-
-def test_a_generation_prompt_that_no_answer_follows_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"asks for an answer with .*<think>.* Set chat_template"):
-        ChatEncoder(tokenizer(R1), 1000)
-
-
-def test_a_conversation_that_an_answer_begins_is_read() -> None:
-    encoder = ChatEncoder(tokenizer(LLAMA3), 1000)
-    turns = [{"role": "assistant", "content": "hello"}, *messages("why?", "so")]
-    labels = encoder.encode(turns).labels
-    assert encoder.tokenizer.decode([label for label in labels if label != IGNORED]) == "hello<|eot|>so<|eot|>"
-
-
 # -- system messages
 
 
@@ -110,12 +88,6 @@ def test_an_option_gets_no_end_that_the_template_does_not_give_it() -> None:
         labels = encoder.encode(messages("why?", "so"), ends=False).labels
         learnt_text = encoder.tokenizer.decode([label for label in labels if label != IGNORED])
         assert learnt_text == (" so" if template == BARE else answer)
-
-
-def test_a_template_that_takes_one_gets_it() -> None:
-    encoder = ChatEncoder(tokenizer(LLAMA3), 1000, system_prompt="Be brief.")
-    text = encoder.tokenizer.decode(encoder.encode_prompt(messages("why?")))
-    assert text.startswith("<bos><|start|>system<|end|>\n\nBe brief.<|eot|><|start|>user")
 
 
 def test_what_a_template_refuses_is_no_traceback_of_jinja() -> None:
@@ -249,14 +221,6 @@ def test_a_question_and_its_answer(template: str) -> None:
 def test_a_question_bears_what_the_template_refuses() -> None:
     encoder = QuestionEncoder(Processor(GEMMA), system_prompt="Be brief.")
     assert "<start_of_turn>user\n<image>Be brief.\n\nwhy?<end_of_turn>" in encoder.prompt("why?")
-
-
-def test_a_photo_of_eight_megapixels_is_scaled_down() -> None:
-    photo = Image.new("RGB", (2448, 3264))
-    smaller = sized(photo, 1280 * 28 * 28, None)
-    inputs = transformers.Qwen2VLImageProcessor()(images=[smaller], return_tensors="pt")
-    assert 1200 < inputs["image_grid_thw"].prod().item() // 4 < 1330  # 10,179 for the photo itself
-    assert smaller.width / smaller.height == pytest.approx(2448 / 3264, rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 
@@ -84,15 +84,6 @@ def test_lora_goes_to_q_and_v_as_linears() -> None:
     assert [tuple(pair.B.shape) for pair in find_pairs(adapter).pairs] == [(32, 4)] * 4
 
 
-def test_a_saved_adapter_loads_onto_a_split_model(tmp_path: Path) -> None:
-    adapter = adapted(gpt2())
-    adapter.save_pretrained(tmp_path)
-    base = gpt2()
-    split_attention(base, TARGETS)
-    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert torch.equal(loaded(tokens()).logits, adapter(tokens()).logits)
-
-
 def test_a_merged_model_is_a_plain_gpt2(tmp_path: Path) -> None:
     adapter = adapted(gpt2(torch.float64))
     expected = adapter(tokens()).logits
@@ -129,16 +120,6 @@ def test_the_first_gpt_is_split_too() -> None:
     expected = model(tokens()).logits
     assert len(split_attention(model, TARGETS)) == 1
     torch.testing.assert_close(model(tokens()).logits, expected)
-
-
-def test_models_with_separate_projections_stay() -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
-    )
-    model = transformers.LlamaForCausalLM(config)
-    before = [name for name, _ in model.named_modules()]
-    assert split_attention(model, TARGETS) == []
-    assert [name for name, _ in model.named_modules()] == before
 
 
 def test_other_joint_layers_are_refused_in_words() -> None:
