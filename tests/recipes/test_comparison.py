@@ -159,7 +159,7 @@ def test_every_method_runs(task: TextTask, name: str) -> None:
 def questions(tiny: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> CommonsenseTask:
     """The first questions of CommonsenseQA by a random model."""
     load = sources.load
-    monkeypatch.setattr(sources, "load", lambda *given, **named: load(*given, **named).select(range(120)))
+    monkeypatch.setattr(sources, "load", lambda *given, **named: load(*given, **named).select(range(160)))
     monkeypatch.setattr(CommonsenseTask, "model", tiny)
     return CommonsenseTask("commonsense", {"examples": 8, "epochs": 1, "batch_size": 4} | FLATNESS, GRIDS)
 

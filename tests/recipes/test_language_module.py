@@ -14,7 +14,7 @@ from trainers import trainer
 from lightning_flatlora import EFMLoRA
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
-from recipes.language.model import checkpoint_activations, positions
+from recipes.language.model import positions
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}
@@ -45,13 +45,6 @@ def test_activations_computed_twice_change_nothing(
     again, _ = fitted(tiny, sums, tmp_path, gradient_checkpointing=True)
     assert len(calls) == 3 * once  # forward once more, and again in backward
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
-
-
-def test_a_model_without_blocks_that_can_is_named(tiny: str) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    model.supports_gradient_checkpointing = False
-    with pytest.raises(MisconfigurationException, match=r"gradient_checkpointing: LlamaForCausalLM.*Set it to false"):
-        checkpoint_activations(model)
 
 
 def test_adamw_takes_the_betas_and_warms_up_over_a_share(tiny: str, sums: str, tmp_path: Path) -> None:
@@ -88,10 +81,6 @@ def test_a_model_reads_as_many_tokens_as_it_has_positions(kind: str) -> None:
     model(input_ids=torch.full((1, readable), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, readable + 1), 5))
-
-
-def test_rotary_positions_have_no_end(tiny: str) -> None:
-    assert positions(transformers.AutoModelForCausalLM.from_pretrained(tiny)) is None
 
 
 def test_conversations_longer_than_a_model_reads_are_refused(tiny: str, sums: str, tmp_path: Path) -> None:
