@@ -2,8 +2,6 @@
 
 import json
 import platform
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +14,6 @@ from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
 from recipes.benchmarks import estimate, memory
-from recipes.benchmarks.methods import METHODS
 from recipes.benchmarks.step import main
 from recipes.benchmarks.workloads import WORKLOADS
 
@@ -39,14 +36,6 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert output.with_suffix(".png").stat().st_size > 0
 
 
-def test_every_method_and_peer_takes_steps_and_is_plotted_against_what_varies(tmp_path: Path) -> None:
-    output = tmp_path / "ranks.json"
-    sizes = ["--models", "tiny", "--methods", "all", "--vary", "rank", "2", "4", "--rounds", "1", "--steps", "2"]
-    result = main([*sizes, "--output", str(output)])
-    assert [(row["rank"], row["method"]) for row in result["steps"]] == list(product((2, 4), METHODS))
-    assert output.with_suffix(".png").stat().st_size > 0
-
-
 def test_workloads_are_of_the_sizes_they_are_named_after() -> None:
     sizes = {}
     for name, workload in SIZES:
@@ -64,22 +53,6 @@ def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
         pairs = find_pairs(WORKLOADS[name].varied("layers", 2).network()).pairs
     alone = name in ("gpt2-medium", "small-layers")  # GPT-2 has q, k and v in one
     assert len(pairs) == 2 * (1 if alone else 2)
-
-
-def test_an_estimate_counts_kernels_bytes_and_operations() -> None:
-    a, b = torch.zeros(4, 8, device="meta"), torch.zeros(16, 8, device="meta", dtype=torch.float32)
-    K = torch.zeros(3, 6, 6, device="meta", dtype=torch.float64)
-    with estimate.Kernels() as kernels:
-        a.view(8, 4)
-        a @ b.mT
-        torch.linalg.cholesky_ex(K)
-    product, factorization = kernels.seen
-    assert (product.operations, product.bytes) == (2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16))
-    assert (factorization.operations, factorization.dtype, factorization.columns) == (3 * 6**3 / 3, torch.float64, 6)
-    assert product.seconds(estimate.CARDS["H100 SXM"]) == estimate.LAUNCH
-    large = replace(product, operations=1e12)
-    assert large.seconds(estimate.CARDS["RTX 4090"]) == 1e12 / 82.6e12
-    assert replace(large, dtype=torch.float64).seconds(estimate.CARDS["RTX 4090"]) == 64 * 1e12 / 82.6e12
 
 
 def test_an_estimate_is_of_lora_and_of_what_is_added(

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.choose_rho import run as runs
 from recipes.choose_rho.__main__ import main
 from recipes.choose_rho.report import advice, chosen, draw, table
-from recipes.choose_rho.run import Run, Sweep, logged_metrics
+from recipes.choose_rho.run import logged_metrics
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError
@@ -101,21 +101,6 @@ def test_a_run_that_diverged_is_never_chosen() -> None:
     assert len(draw(rows).axes) == 1
     # LoRA diverged and the method did not.
     assert advice(rows_of({0.0: [math.inf, 1.0], 0.1: [0.5, 0.5], 1.0: [2.0, 2.0]})).startswith("Take rho = 0.1.")
-
-
-def test_a_recipe_without_a_monitored_metric_is_refused_before_the_first_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(command: Sequence[str]) -> None:
-        raise AssertionError(command)
-
-    monkeypatch.setattr(runs, "run_process", never)
-    config = (RECIPES / "clip_fewshot" / "configs" / "base.yaml").read_text()
-    monkeypatch.setattr(runs, "configuration", lambda fit: config)
-    with pytest.raises(SystemExit, match="--metric"):
-        Sweep("clip_fewshot", [], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
-    with pytest.raises(AssertionError, match="fit"):
-        Sweep("clip_fewshot", [], "trainer.callbacks.rho", tmp_path, "val_accuracy").perform(Run(0.0, 0))
 
 
 @pytest.mark.parametrize(

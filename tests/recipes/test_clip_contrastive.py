@@ -11,8 +11,7 @@ import torch
 from clip_contrastive_runs import COCA, SIGLIP, save_model
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import run
-from trainers import trainer
+from recipe_runs import run, trainer
 
 from lightning_flatlora import FMLoRA
 from recipes.clip.export import main as export_main

@@ -9,10 +9,10 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import trainers
 from clip_contrastive_runs import CLIP, save_model
 from clip_fewshot_runs import data_of, filled, options_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import trainer as plain_trainer
 from torch import nn
 
 from recipes.clip.export import export
@@ -28,7 +28,7 @@ from recipes.shared.configs import config_arguments
 pytestmark = pytest.mark.usefixtures("command_line")
 
 LORA = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.25}
-trainer = partial(trainers.trainer, max_epochs=1, num_sanity_val_steps=0)
+trainer = partial(plain_trainer, max_epochs=1, num_sanity_val_steps=0)
 
 
 # -- what the model is asked

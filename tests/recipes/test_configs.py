@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from parsing import ParsingCLI
+from one_command import ParsingCLI
 
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import (

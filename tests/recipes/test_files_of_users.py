@@ -6,7 +6,6 @@ import pytest
 
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.files import begin_folder
-from recipes.shared.ledger import keep_options
 
 BORING = "lightning.pytorch.demos.boring_classes"
 
@@ -44,16 +43,3 @@ def test_a_new_command_sets_aside_what_it_would_replace(tmp_path: Path) -> None:
     (tmp_path / "table.md").write_text("the command's")
     begin_folder(tmp_path, "results.jsonl", names)
     assert (tmp_path / "table.md").read_text() == "the command's"
-
-
-def test_options_of_another_program_are_set_aside(tmp_path: Path) -> None:
-    for content in ('{"mine": 1}', "[1, 2]", "no JSON"):
-        folder = tmp_path / content.strip("{[")[:3]
-        folder.mkdir()
-        (folder / "options.json").write_text(content)
-        (folder / "table.md").write_text("my own")
-        for _ in range(2):
-            keep_options(folder, ["--seed=1"], written=["table.md"])
-        found = sorted(path.name for path in folder.iterdir() if path.is_file())
-        assert found == ["options-1.json", "options.json", "table-1.md"]
-        assert (folder / "options-1.json").read_text() == content

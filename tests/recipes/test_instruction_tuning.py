@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import quick
+from recipe_runs import quick, trainer
 from torch import Tensor
-from trainers import trainer
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.instruction_tuning.data import InstructionData

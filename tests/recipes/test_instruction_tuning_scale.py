@@ -10,8 +10,8 @@ import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
+from recipe_runs import trainer
 from torch import Tensor
-from trainers import trainer
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.instruction_tuning.data import InstructionData

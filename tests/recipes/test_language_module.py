@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import trainer
 from torch import Tensor
-from trainers import trainer
 
 from lightning_flatlora import EFMLoRA
 from recipes.instruction_tuning.data import InstructionData

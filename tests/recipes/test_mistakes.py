@@ -1,7 +1,6 @@
 """A mistake of the user's ends a command with its message, and without a traceback."""
 
 import runpy
-from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,7 +13,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after imp
 
 MISTAKES = {
     "classification": ["fit", "--data.dataset=mine.csv", "--data.validation_split=validation"],
-    "instruction_tuning": ["fit", "--data.dataset=mine.jsonl", "--data.test_split=test"],
     "nlg": ["fit", "--data.dataset=mine.txt", "--data.test_split=test"],
 }
 
@@ -40,13 +38,6 @@ def test_a_missing_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["classification", *arguments])
     with pytest.raises(SystemExit, match=r"^Error: --ckpt_path gone.ckpt: there is no such file$"):
         runpy.run_module("recipes.classification", run_name="__main__")
-
-
-def test_other_options_for_the_runs_of_a_table_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "options.json").write_text('["--data.batch_size=8"]')
-    monkeypatch.setattr("sys.argv", ["reproduce", "table1_offline", f"--folder={tmp_path}"])
-    with pytest.raises(SystemExit, match=r"^Error: --folder=.* holds runs with the options .*: name another folder$"):
-        runpy.run_module("recipes.reproduce", run_name="__main__")
 
 
 def test_a_defect_keeps_its_traceback() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parsing import ParsingCLI
+from one_command import ParsingCLI
 
 from recipes.reproduce import __main__ as command_line_of_tables
 from recipes.reproduce import run as running

@@ -8,8 +8,8 @@ import pytest
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
+from recipe_runs import trainer
 from torch import Tensor
-from trainers import trainer
 from vqa_models import draw, prepared
 
 from recipes.language.batches import LengthBatchSampler

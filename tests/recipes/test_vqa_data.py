@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
+from recipe_runs import trainer
 from torch import Tensor
-from trainers import trainer
 from vqa_models import COLOURS, first_batch, prepared
 
 from recipes.language.chat import IGNORED
