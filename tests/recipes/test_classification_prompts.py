@@ -76,13 +76,6 @@ def test_the_whole_head_is_trained_and_untied(roberta: str, glue: str) -> None:
     torch.testing.assert_close(loaded, expected)
 
 
-def test_the_head_is_trained_in_float32_beside_frozen_weights_in_bfloat16(roberta: str, glue: str) -> None:
-    cli = run("fit", roberta, glue, "sst2", "--trainer.precision=bf16-mixed", "--trainer.max_steps=3")
-    assert {weight.dtype for weight in trained(cli).values()} == {torch.float32}
-    assert cli.model.net.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
-    assert any("decoder" in name for name in trained(cli))
-
-
 @pytest.fixture(scope="module")
 def gpt2(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random GPT-2, whose tokenizer has no padding token and pads on the left."""

@@ -211,24 +211,6 @@ def test_a_shard_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
         sources.load(str(shard))
 
 
-def test_names_of_shards_that_would_lose_a_pair_are_refused(pictures: str, tmp_path: Path) -> None:
-    image, text = Path(pictures) / "red-circle.png", Path(pictures) / "red-circle.txt"
-    members = {
-        "good.tar": ("one.png", "one.txt", "one.mask.png"),
-        "twice.tar": ("one.png", "one.txt", "one.png"),
-        "dotted.tar": ("one.png", "one.txt", "two.v2.png", "two.v2.txt"),
-    }
-    for archive, names in members.items():
-        with tarfile.open(tmp_path / archive, "w") as shard:
-            for name in names:
-                shard.add(image if name.endswith("png") else text, name)
-    assert len(sources.load(str(tmp_path / "good.tar"))) == 1
-    with pytest.raises(MisconfigurationException, match=r"there is a second image one\.png"):
-        sources.load(str(tmp_path / "twice.tar"))
-    with pytest.raises(MisconfigurationException, match=r"the key of two\.v2\.png ends at the first dot, two"):
-        sources.load(str(tmp_path / "dotted.tar"))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

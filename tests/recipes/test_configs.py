@@ -136,23 +136,6 @@ def test_wandb_comes_beside_the_other_loggers(recipe: str, parse: Parse) -> None
     assert changed["trainer.logger.WandbLogger.init_args.name"] == "efmlora"
 
 
-def test_the_data_of_visual_questions_suit_every_method(parse: Parse) -> None:
-    overlays = [f"--config={RECIPES / 'vqa' / 'configs' / name}.yaml" for name in ("scienceqa", "vizwiz", "vizwiz_hub")]
-    trained = {}
-    for added in (overlays[:1], overlays[1:2], overlays[1:]):
-        for method in methods_of("vqa"):
-            plain, made = (parse(config_arguments("vqa", method)), parse([*config_arguments("vqa", method), *added]))
-            assert set(made) - set(plain) == {"model.init_args.lora.exclude_modules"}
-            changed = set(changes(plain, made))
-            of_trainer = {name for name in changed if name.startswith("trainer.")}
-            assert of_trainer == {"trainer.precision", "trainer.accumulate_grad_batches"}
-            assert {"model.init_args.model", "model.init_args.lora.r", "data.init_args.dataset"} < changed
-            assert not changed & {"model.class_path", "data.class_path", "run_name", "model.init_args.rho"}
-            # All are trained alike.
-            settings = {name: value for name, value in made.items() if not name.startswith("data.")}
-            assert trained.setdefault(method, settings) == settings
-
-
 @pytest.mark.parametrize("method", methods_of("clip_fewshot"))
 def test_clip_loras_protocol_is_the_published_one(method: str, parse: Parse) -> None:
     overlay = f"--config={RECIPES / 'clip_fewshot' / 'configs' / 'clip_lora.yaml'}"
@@ -234,15 +217,6 @@ def test_help_and_errors_name_the_shipped_files(
     for path in FILES:
         assert path.name in shown
         assert str(path.parent.relative_to(ROOT)) in shown
-
-
-def test_loggers_with_a_name_keep_it(parse: Parse) -> None:
-    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=here"]
-    arguments = [*config_arguments(NAMES[0], "lora"), "--run_name=mine", *logger]
-    name = "trainer.logger.init_args.name"
-    assert parse([*arguments, "--trainer.logger.name=null"])[name] == "mine"
-    assert parse([*arguments, "--trainer.logger.name=another"])[name] == "another"
-    assert parse([*arguments, "--trainer.logger=false"])["trainer.logger"] is False
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ from recipes.evidence.workloads import (
     EXPLORED,
     PROBE,
     SEARCHES,
-    Config,
 )
 from recipes.language.texts import Example
 from recipes.shared.ledger import Row
@@ -86,14 +85,6 @@ def test_size_0_is_lora_bit_for_bit(method: str) -> None:
     assert figures(perform(larger)) != figures(perform(RUN))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"dropout": 0.5}, {"weight_decay": 10.0}, {"label_smoothing": 0.5}, {"rank": 1}, {"length_of_training": 2}],
-)
-def test_a_change_of_the_configuration_changes_the_run(change: Config) -> None:
-    assert figures(perform(replace(RUN, config={**RUN.config, **change}))) != figures(perform(RUN))
-
-
 def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss() -> None:
     # At this rate the loss rises.
     long = replace(RUN, settings={**SETTINGS, "steps": 40}, config={"learning_rate": 0.3})
@@ -114,14 +105,6 @@ def test_a_run_that_diverges_counts_as_chance() -> None:
     assert row["failed"]
     assert row["test_accuracy"] == row["chance"] == 1 / 3
     assert row["test_loss"] is None
-
-
-def test_logits_are_float32_in_mixed_precision(encoder: CutEncoder) -> None:
-    mixed = replace(RUN, settings={**SETTINGS, "precision": "bf16-mixed"})
-    module = ShotsClassifier(encoder, 3, mixed.settings, mixed.config)
-    logits, _ = running._trained(mixed, module, encoder)[0]["test"]
-    assert logits.dtype == torch.float32
-    assert not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_a_search_never_sees_the_test_part() -> None:
@@ -260,9 +243,3 @@ def test_the_command_trains_as_its_workload_says(workload: str, name: str, tmp_p
     options = ["--workload", workload, "--folder", str(tmp_path), "--precision", "32-true", "--methods", "lora"]
     assert main(["run", *options, "--stages", "search"]) == 0
     assert {run.workload for run in fake.done} == {workload}
-
-
-def test_seeds_of_the_search_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["run", "--seeds", "100"])
-    assert "choose configurations" in capsys.readouterr().err

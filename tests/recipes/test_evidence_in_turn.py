@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence_runs import figures, made_up, tiny_encoder
+from evidence_runs import made_up, tiny_encoder
 
 from recipes.evidence import tasks as on_tasks
 from recipes.evidence.in_turn import perform_in_turn
 from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import key_of_row
-from recipes.evidence.run import Run, perform
+from recipes.evidence.run import Run
 from recipes.evidence.tasks import CLASSES, judged_after_training, judged_again, short, trained
 from recipes.evidence.workloads import WORKLOADS, Config
 from recipes.language import texts
@@ -52,19 +52,6 @@ def of_task(run: Run, task: str) -> Run:
 
 
 # -- training
-
-
-@pytest.mark.parametrize(
-    ("arm", "config"),
-    [("efmlora", {"rho": 2.0}), ("early_stopping", {"early_stopping": True})],
-)
-def test_one_task_is_a_plain_run(arm: str, config: Config) -> None:
-    run = replace(RUN, arm=arm, config={**BEST_BEFORE_THE_END, **config})
-    plain = perform(of_task(run, "turn_a"))
-    row = perform_in_turn(on(run, "turn_a"))
-    assert figures(row) == figures(plain)
-    for name, value in row["after"]["1"]["turn_a"].items():
-        assert value == plain[name]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from evidence_runs import Fake, tiny_encoder
-from safetensors import safe_open
 from torch import Tensor
 
 from recipes.evidence import __main__ as command
@@ -125,12 +124,6 @@ def test_a_run_says_what_it_was_and_what_merging_keeps(tmp_path: Path) -> None:
     of_ties = row["merged"]["ties"]
     for name in ("validation_loss", "validation_accuracy", "test_loss", "test_accuracy"):
         assert row[name] == pytest.approx(sum(of_ties[task][name] for task in TASKS) / 5, abs=1e-12)
-        # All tasks are one here, so that the merged adapter is about the same as each.
-        assert row[name] == pytest.approx(row["single"]["tiny_a"][name], abs=0.2)
-    with safe_open(tmp_path / row["weights"], "pt") as file:
-        names = list(file.keys())
-    assert len(names) == 5 * (2 * 2 + 2)
-    assert sum(name.startswith("tiny_b.") for name in names) == 6
     again = perform_merging(RUN)
     assert again["merged"] == row["merged"]
     assert perform_merging(replace(RUN, seed=1))["single"] != row["single"]

@@ -149,11 +149,6 @@ def test_sizes_end_where_training_diverges_at_every_rate() -> None:
     assert not has_diverged([{"chance": 0.1, **row(2.25)}, {"chance": 0.1, **row(2.29)}])
 
 
-def test_the_weakest_setting_is_no_end() -> None:
-    assert Grid().extended("efmlora", {"learning_rate": 1e-3}) == Grid()
-    assert Grid().extended("lora", {"learning_rate": 5e-4, "dropout": 0.3}) == Grid(lower_rates=1, further=1)
-
-
 class Dropped(Fake):
     """Dropout of 0.5 is best, and from rho 8 on nothing is learned."""
 

@@ -59,13 +59,6 @@ def test_a_cpu_is_timed_once(
     assert set(asked) == {torch.float32, torch.bfloat16}
 
 
-def test_timing_changes_neither_threads_nor_random_state() -> None:
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    assert fast_precision() in ("32-true", "bf16-mixed")
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize(
     ("bfloat16", "capability", "chosen"),
     [(True, (8, 0), "bf16-mixed"), (False, (7, 5), "16-mixed"), (False, (6, 1), "32-true")],

@@ -8,7 +8,6 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 
 from recipes.instruction_tuning import export as exporting
@@ -78,17 +77,6 @@ def test_the_card_says_how_it_was_made(adapter: Path, tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in card.content
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
     assert merged.dtype == torch.bfloat16
-
-
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path, tokenizer: Any) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
-    )
-    config.num_key_value_heads = 1
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "longer")
-    with pytest.raises(MisconfigurationException, match=r"does not fit .*longer; --base .*have other names"):
-        exporting.export(adapter, tmp_path / "plain", base=str(tmp_path / "longer"))
 
 
 def test_a_vision_language_model_is_merged_too(tiny_vlm: str, tmp_path: Path) -> None:

@@ -125,14 +125,6 @@ def test_a_packed_run_learns_and_counts_rows(tiny: str, sums: str, tmp_path: Pat
 # -- attention, optimizer, start
 
 
-def test_attention_is_the_one_asked_for(tiny: str) -> None:
-    module = InstructionTuning(model=tiny, lora=LORA, attn_implementation="eager")
-    module.configure_model()
-    assert module.net.get_base_model().config._attn_implementation == "eager"
-    with pytest.raises(MisconfigurationException, match=r"can't be loaded by AutoModelForCausalLM.*flash_attention_9"):
-        InstructionTuning(model=tiny, lora=LORA, attn_implementation="flash_attention_9").configure_model()
-
-
 def fitted(tiny: str, sums: str, folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
     L.seed_everything(0, verbose=False)
     module = InstructionTuning(model=tiny, lora=LORA, exact_match_examples=0, **{"learning_rate": 1e-2, **settings})

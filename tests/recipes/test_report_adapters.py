@@ -109,12 +109,6 @@ def test_tasks_that_can_not_be_measured(adapters: tuple[Path, Path], tmp_path: P
     assert 'write "task_type": "CAUSAL_LM" into its adapter_config.json' in str(raised.value)
 
 
-def test_no_base_is_named(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
-    nameless = changed(adapters[0], tmp_path / "nameless", base_model_name_or_path=None)
-    with pytest.raises(MisconfigurationException, match="names no base model: say --base"):
-        loaded(nameless, data)
-
-
 @pytest.mark.parametrize(
     ("config", "says"),
     [

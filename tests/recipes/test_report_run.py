@@ -1,8 +1,6 @@
 """The command from beginning to end: the files it writes, the numbers in them, and what it leaves alone."""
 
-import errno
 import hashlib
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from lightning_flatlora.weight_noise import WeightNoise
 from recipes.report import numbers
 from recipes.report.adapters import load
 from recipes.report.data import mean_loss, read_rows
-from recipes.report.document import write
 from recipes.report.numbers import LOSS, NORM, RADIUS, sam_name
 from recipes.report.options import Options, parse
 from recipes.report.result import Measured
@@ -182,30 +179,3 @@ def test_all_adapters_are_checked_before_the_first_is_measured(
     monkeypatch.setattr(numbers, "measure_numbers", lambda *args: pytest.fail("the first was measured"))
     with pytest.raises(MisconfigurationException, match=says):
         main(arguments((classifiers[0], second), texts, "--base", str(base), "--output", str(tmp_path / "report")))
-
-
-def test_one_model_at_a_time_is_in_memory(
-    adapters: tuple[Path, Path], texts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models: list[weakref.ref[Any]] = []
-
-    def watched(*args: Any) -> Any:
-        assert not any(model() for model in models)
-        adapted = load(*args)
-        models.append(weakref.ref(adapted.model))
-        return adapted
-
-    monkeypatch.setattr("recipes.report.run.load", watched)
-    assert len(measure(parse(arguments(adapters, texts, "--no-curvature", "--no-surface")))) == 2
-    assert len(models) >= 2
-
-
-def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "report.md").write_text("# Flatness of old")
-    monkeypatch.setattr("recipes.report.document.draw_curves", full)
-    with pytest.raises(MisconfigurationException, match=r"--output .* can't be written: No space left on device"):
-        write([], Options(adapter=[], data=Path(__file__), output=tmp_path), "command")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "# Flatness of old")]

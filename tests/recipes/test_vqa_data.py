@@ -201,23 +201,6 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
         converter(row, 0)
 
 
-def test_numbers_and_dates_stay_as_they_are_written(jsonl: Any) -> None:
-    rows = []
-    for answer in (2, 2.5):
-        rows.append({"image": "a.png", "question": "How many?", "answer": answer, "hint": "x"})
-    assert [row["answers"] for row in sources.load(jsonl(rows, "numbers.jsonl"), "train")] == [["2"], ["2.5"]]
-    dated = [{"image": "a.png", "question": "When?", "answer": "2020-01-01"}]
-    assert sources.load(jsonl(dated, "dates.jsonl"), "train")["answers"][:] == [["2020-01-01"]]
-
-
-def test_an_answer_that_became_a_date_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    row = '{"image": "a.png", "question": "When?", "answer": "1969-07-20"}\n'
-    (tmp_path / "mine" / "train.jsonl").write_text(row * 2)
-    with pytest.raises(MisconfigurationException, match=r"1969-07-20.* is a date .*give the file itself"):
-        sources.load(str(tmp_path / "mine"), "train")
-
-
 def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> None:
     data = prepared("fit", tiny_vlm, dataset=drawn, validation_share=0.3, test_share=0.3)
     data.setup("test")
