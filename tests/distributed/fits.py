@@ -32,7 +32,7 @@ class _ConfiguresModel:
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not getattr(self, "is_sharded", False):
-            shard(self, self.net)  # type: ignore[arg-type]
+            shard(self.net, self.device_mesh)
             self.is_sharded = True
 
 

@@ -13,7 +13,7 @@ from launch import run_on
 from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
-from recipes.benchmarks import estimate, memory
+from recipes.benchmarks import memory
 from recipes.benchmarks.step import main
 from recipes.benchmarks.workloads import WORKLOADS
 
@@ -53,26 +53,6 @@ def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
         pairs = find_pairs(WORKLOADS[name].varied("layers", 2).network()).pairs
     alone = name in ("gpt2-medium", "small-layers")  # GPT-2 has q, k and v in one
     assert len(pairs) == 2 * (1 if alone else 2)
-
-
-def test_an_estimate_is_of_lora_and_of_what_is_added(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A refresh launches as many kernels whatever the number of layers; reading B + E takes one for each."""
-    monkeypatch.setattr(estimate, "works", lambda tokens: {"tiny": WORKLOADS["tiny"]})
-    (row,) = estimate.main(["--tokens", "32", "--output", str(tmp_path / "new" / "estimate.json")])
-    assert json.loads((tmp_path / "new" / "estimate.json").read_text()) == [row]
-    assert "float64_operations" in row["engine"]
-    assert "float64_operations" not in row["step"]
-    for times in row["seconds"].values():
-        assert times["ratio"] == 1 + times["engine"] / times["step"]
-    deeper = estimate.count_engine(WORKLOADS["tiny"].varied("layers", 4)).total()
-    assert deeper["kernels"] == row["engine"]["kernels"] + 4
-    assert "Estimates, not measurements" in capsys.readouterr().out
-    for wrong in (["--models", "large"], ["--tokens", "0"]):
-        with pytest.raises(SystemExit):
-            estimate.main(wrong)
-    assert "there is no large; there are tiny" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")

@@ -19,7 +19,6 @@ from recipes.language.model import (  # noqa: E402
     answer_log_likelihood,
     ending,
     generate_answers,
-    quantization_config,
 )
 from recipes.vqa.conversation import QuestionEncoder, sized  # noqa: E402
 
@@ -172,16 +171,6 @@ def test_an_answer_ends_at_any_of_the_models_end_tokens_and_where_the_template_e
     assert [ChatEncoder(tokenizer(template), 1000).answer_end for template in (QWEN3, LLAMA3, MISTRAL, BARE)] == [
         ""
     ] * 4
-
-
-def test_four_bits_are_those_of_qlora() -> None:
-    config = quantization_config("4bit", "float16")
-    assert config.load_in_4bit
-    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
-    assert config.bnb_4bit_compute_dtype == torch.float16
-    assert quantization_config("4bit", "auto").bnb_4bit_compute_dtype == torch.bfloat16
-    eight = quantization_config("8bit", "float16")
-    assert (eight.load_in_4bit, eight.load_in_8bit) == (False, True)
 
 
 # -- questions about images

@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import transformers
 from hub_sets import prepared
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipe_runs import quick, trained
@@ -192,16 +191,3 @@ def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) 
     for name, message in wrong.items():
         with pytest.raises(MisconfigurationException, match=message):
             prepared(tiny, "predict", dataset=dataset, text=["one", "other"], predict_file=name)
-
-
-def test_texts_longer_than_a_model_reads_are_refused(tiny: str, jsonl: Any, tmp_path: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    tokenizer.save_pretrained(tmp_path / "short")
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **small)
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "short")
-    texts = jsonl([{"text": f"This is text number {i} " * 9, "label": i % 2} for i in range(40)])
-    options = ["--trainer.max_steps=1", "--model.lora.target_modules=[query]"]
-    with pytest.raises(MisconfigurationException, match=r"reads 16 tokens, and the longest text has \d+: set data.max"):
-        fit(str(tmp_path / "short"), texts, *options)
-    fit(str(tmp_path / "short"), texts, *options, "--data.max_length=16")

@@ -236,10 +236,3 @@ def test_a_configuration_that_can_not_be_read_is_named(tmp_path: Path, text: str
         with pytest.raises(MisconfigurationException, match=f"--config {broken} {message}"):
             check_config_files(["fit", *base, *given])
     check_config_files(["fit", *base, "--config"])  # what lacks is left to the parser
-
-
-@pytest.mark.usefixtures("command_line")
-def test_an_option_that_comes_too_early_has_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        RecipeCLI([*config_arguments("classification", "lora"), "--trainer.callbacks.rho=0.1"], run=False)
-    assert "behind the --config that chooses it" in capsys.readouterr().err

@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from evidence_runs import made_up, tiny_encoder
 
-from recipes.evidence import tasks as on_tasks
 from recipes.evidence.in_turn import perform_in_turn
 from recipes.evidence.module import ShotsClassifier
 from recipes.evidence.plan import key_of_row
@@ -103,24 +101,3 @@ def test_a_row_holds_what_the_adapter_knows_after_each_task(tmp_path: Path) -> N
     fewer = perform_in_turn(on(RUN, *TASKS[:2]))
     assert fewer["after"] == {number: row["after"][number] for number in ("1", "2")}
     assert perform_in_turn(replace(RUN, seed=1))["after"] != row["after"]
-
-
-def test_a_run_fails_as_a_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fits = []
-    plain_fit = on_tasks.fit
-
-    def failing_fit(run: Run, module: ShotsClassifier, encoder: Any) -> Any:
-        fits.append(run.settings["data"])
-        best = plain_fit(run, module, encoder)
-        module.has_failed = module.has_failed or fits == TASKS[:2]
-        return best
-
-    monkeypatch.setattr(on_tasks, "fit", failing_fit)
-    for run in (RUN, replace(RUN, config={"learning_rate": 1e38})):
-        row = perform_in_turn(run, tmp_path)
-        assert row["failed"]
-        assert row["test_accuracy"] == row["chance"] == 0.5
-        assert row["validation_loss"] is row["train_loss"] is None
-        assert "after" not in row
-    assert fits == ["turn_a", "turn_b", "turn_a"]
-    assert not list(tmp_path.iterdir())

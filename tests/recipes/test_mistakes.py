@@ -49,15 +49,3 @@ def test_what_another_library_has_wrapped_is_found() -> None:
     outer = ValueError("many lines")
     outer.__cause__ = MisconfigurationException("set rho")
     assert str(mistake_behind(outer)) == "set rho"
-
-
-def test_a_defect_in_the_handling_of_a_mistake_is_a_defect() -> None:
-    def fails() -> None:
-        try:
-            raise MisconfigurationException("set rho")
-        except MisconfigurationException:
-            raise KeyError("a defect")  # noqa: B904
-
-    with pytest.raises(KeyError) as error:
-        fails()
-    assert mistake_behind(error.value) is None

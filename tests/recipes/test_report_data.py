@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from report_models import make_tokenizer, save_adapter, save_base, write_rows
+from report_models import save_adapter, write_rows
 from torch.nn.functional import cross_entropy
 
 from recipes.language.chat import IGNORED
@@ -133,20 +133,6 @@ def test_only_answers_of_a_conversation_count(adapted: Adapted, adapters: tuple[
     labels[0, 6:8], labels[0, -5:] = ids[0, 6:8], ids[0, -5:]
     expected = cross_entropy(adapted.model(ids).logits[0, :-1], labels[0, 1:])
     assert loss().item() == pytest.approx(expected.item(), rel=1e-10)
-
-
-def test_a_classifiers_rows_are_padded_with_what_it_takes_for_padding(texts: Path, tmp_path: Path) -> None:
-    """The base's configuration names another token, as where a user has set the tokenizer's."""
-    base = save_base(tmp_path / "base")
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = "<unk>"
-    tokenizer.save_pretrained(base)
-    adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS"), texts)
-    rows = read_rows(options(tmp_path / "adapter", texts))
-    alone, together = (
-        mean_loss(adapted, rows, options(tmp_path / "adapter", texts, batch_size=size))[0]().item() for size in (1, 4)
-    )
-    assert together == pytest.approx(alone, rel=1e-10)
 
 
 def test_what_is_too_long_is_cut_and_what_counts_no_token_left_out(

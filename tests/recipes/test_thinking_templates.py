@@ -109,13 +109,6 @@ def test_marks_leave_the_opening_of_every_turn_out() -> None:
     assert learnt(encoder, first) == ["b!<|im_end|>"]
 
 
-def test_answers_marked_as_one_cannot_be_told_apart() -> None:
-    template = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
-    turns = [TURNS[0], {**TURNS[1], "learnt": False}, *TURNS[2:]]
-    with pytest.raises(MisconfigurationException, match=r"marks 1 answers of 2 by itself"):
-        ChatEncoder(tokenizer(template), 1000).encode(turns)
-
-
 def test_marks_behind_another_prompt_are_warned_of() -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"

@@ -9,7 +9,6 @@ import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from vqa_kinds import OWN_CLASSES, qwen2_5_vl
-from vqa_models import prepared
 from vqa_sets import QUICK, save_scienceqa, save_vizwiz, save_vizwiz_hub, saved
 
 from recipes.shared.cli import RecipeCLI
@@ -57,24 +56,6 @@ def test_scienceqa_from_the_hub(kinds: dict[str, str], tmp_path: Path) -> None:
     assert "colours" not in names
     (group,) = cli.trainer.optimizers[0].param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.1)
-
-
-def test_a_configuration_of_a_hub_data_set(kinds: dict[str, str], tmp_path: Path) -> None:
-    """In the layout of lmms-lab/ScienceQA."""
-    folder = tmp_path / "hub"
-    save_scienceqa(folder / "ScienceQA-IMG")
-    configs = ["---", "configs:"]
-    for name, files in (
-        ("ScienceQA-FULL", "ScienceQA-IMG/data/test-*"),
-        ("ScienceQA-IMG", "ScienceQA-IMG/data/train-*"),
-    ):
-        configs += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {files}"]
-    (folder / "README.md").write_text("\n".join([*configs, "---", ""]))
-    options = {"dataset": str(folder), "skip_unreadable": True, "validation_share": 0.0}
-    data = prepared("fit", kinds["qwen2_5_vl"], config_name="ScienceQA-IMG", **options)
-    assert len(data.parts["train"]) == 8
-    with pytest.raises(MisconfigurationException, match="Config name is missing"):
-        prepared("fit", kinds["qwen2_5_vl"], **options)
 
 
 def test_vizwiz_from_its_files(kinds: dict[str, str], tmp_path: Path) -> None:
