@@ -103,6 +103,16 @@ def test_all_linears_and_patterns_reach_the_parts() -> None:
     assert len(split_attention(gpt2(), r".*\.0\.attn\.c_attn\.[qv]_proj")) == 2
 
 
+def test_models_with_separate_projections_stay() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    model = transformers.LlamaForCausalLM(config)
+    before = [name for name, _ in model.named_modules()]
+    assert split_attention(model, TARGETS) == []
+    assert [name for name, _ in model.named_modules()] == before
+
+
 def test_other_joint_layers_are_refused_in_words() -> None:
     config = transformers.GPTNeoXConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50

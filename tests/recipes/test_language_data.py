@@ -83,10 +83,3 @@ def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
     file.write_text("\n".join(["instruction,output", *rows, "who?,me"]), encoding="utf-8")
     outputs = read_table(str(file), "train")["output"][:]
     assert (outputs[0], outputs[10_000], outputs[10_001]) == ("0.50", "10000.50", "me")
-
-
-def test_a_csv_file_with_more_values_than_names_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "commas.csv"
-    file.write_text("text,label\nGood, but long,1\nBad, and long,0\n", encoding="utf-8")
-    with pytest.raises(MisconfigurationException, match=r"more values than the header has names.*quotation marks"):
-        read_table(str(file), "train")

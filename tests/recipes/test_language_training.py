@@ -162,6 +162,12 @@ def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: 
         fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path))
 
 
+def test_attention_is_the_one_asked_for(tiny: str) -> None:
+    module = InstructionTuning(model=tiny, lora=LORA, attn_implementation="eager")
+    module.configure_model()
+    assert module.net.get_base_model().config._attn_implementation == "eager"
+
+
 # -- activations, rates and positions
 
 

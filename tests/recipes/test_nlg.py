@@ -1,6 +1,7 @@
 """Texts for meanings with tiny random GPT-2s on files of E2E's schema: through the recipe's command line."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nlg_sets import END, meanings, save_e2e, save_gpt2
 from peft import PeftModel
 from recipe_runs import quick
+from torch import nn
 
 from recipes.language.joint_attention import split_attention
 from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments
@@ -89,6 +91,12 @@ def prompts(module: TextGeneration) -> list[list[int]]:
     return [[*tokenizer(prompt)["input_ids"], tokenizer.eos_token_id] for prompt in PROMPTS]
 
 
+def test_there_is_no_dropout_except_the_adapters(writer: TextGeneration) -> None:
+    dropouts = {name: m.p for name, m in writer.net.named_modules() if isinstance(m, nn.Dropout)}
+    assert {p for name, p in dropouts.items() if "lora_dropout" in name} == {0.1}
+    assert {p for name, p in dropouts.items() if "lora_dropout" not in name} == {0.0}
+
+
 def test_texts_of_a_batch_are_those_of_single_meanings(writer: TextGeneration) -> None:
     together = writer.generate(prompts(writer))
     assert together == [writer.generate([ids])[0] for ids in prompts(writer)]
@@ -129,6 +137,15 @@ def test_the_test_writes_one_text_for_each_meaning(model: str, e2e: str, tmp_pat
     asked = [cli.datamodule.encoder.prompt(meaning) for meaning, _ in meanings(42, 49)]
     written = cli.model.eval().generate(asked)
     assert [row[1] for row in texts] == [" ".join(text.split()) for text in written]
+
+
+def test_predict_writes_for_the_lines_of_a_file(model: str, e2e: str, tmp_path: Path) -> None:
+    file = tmp_path / "meanings.txt"
+    file.write_text("name[The Eagle]\n\nname[Zizzi]\n", encoding="utf-8")
+    run("predict", model, e2e, f"--data.prompts={file}")
+    (path,) = tmp_path.glob("runs/**/answers.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == ["name[The Eagle]", "name[Zizzi]"]
 
 
 # -- other models, and the way out

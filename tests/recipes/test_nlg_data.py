@@ -51,6 +51,19 @@ def test_every_format_gives_the_same_pairs(kind: str, model: str, tmp_path: Path
     assert [row["references"] for row in data.meanings["validation"]] == [texts for _, texts in meanings(36, 40)]
 
 
+def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: str, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        rows = []
+        for meaning, texts in meanings(0, 4):
+            row = {"meaning_representation": meaning, "target": texts[0]}
+            rows.append(row | {"references": texts if split == "validation" else [""]})
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.warns(UserWarning, match="4 of 11 texts and their meanings are in the training split too"):
+        data = prepared(model, str(tmp_path), validation_split="validation", test_share=0.0)
+    assert lines(data, "train") == [f"{meaning}{END} {texts[0]}{END}" for meaning, texts in meanings(0, 4)]
+    assert data.meanings["validation"]["references"][:] == [texts for _, texts in meanings(0, 4)]
+
+
 def test_columns_may_have_any_names_and_hold_lists(model: str, jsonl: Any) -> None:
     file = jsonl([{"in": meaning, "out": texts, "mr": "other", "ref": "other"} for meaning, texts in meanings(0, 36)])
     data = prepared(model, file, meaning="in", text="out", validation_share=0.0, test_share=0.0)

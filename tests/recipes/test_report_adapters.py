@@ -66,28 +66,12 @@ def test_the_number_of_classes_is_the_heads_whatever_else_an_adapter_brings(
     assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
 
 
-def roberta() -> Any:
-    """Its head has two layers, the first of which has fewer rows than there are classes."""
-    return transformers.RobertaModel(transformers.RobertaConfig(**SIZES))
-
-
-def xlnet() -> Any:
-    """Its head has a name that peft does not save by itself."""
-    sizes = {"vocab_size": 20, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
-    return transformers.XLNetModel(transformers.XLNetConfig(**sizes))
-
-
-@pytest.mark.parametrize(
-    ("make", "more"),
-    [
-        (roberta, {"target_modules": ["query"]}),
-        (xlnet, {"target_modules": ["layer_1"], "modules_to_save": ["sequence_summary", "logits_proj"]}),
-    ],
-)
-def test_heads_of_other_models_are_found(make: Any, more: dict[str, Any], tmp_path: Path, data: Path) -> None:
+def test_heads_of_other_models_are_found(tmp_path: Path, data: Path) -> None:
+    """That of RoBERTa has two layers, the first of which has fewer rows than there are classes."""
     torch.manual_seed(0)
-    make().save_pretrained(tmp_path / "base")
+    transformers.RobertaModel(transformers.RobertaConfig(**SIZES)).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
+    more: dict[str, Any] = {"target_modules": ["query"]}
     adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", task="SEQ_CLS", classes=20, **more)
     assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
 

@@ -1,4 +1,4 @@
-"""The recipe on tiny random vision-language models of three kinds, with drawn images of different sizes."""
+"""The recipe on tiny random vision-language models of two kinds, with drawn images of different sizes."""
 
 from itertools import chain
 from pathlib import Path
@@ -154,6 +154,14 @@ def test_predict_names_bad_lines(more: Any, message: str, tiny_vlm: str, tmp_pat
     draw(tmp_path, 1)
     with pytest.raises(MisconfigurationException, match=message):
         prepared("predict", tiny_vlm, questions=jsonl([{"image": "0.png", "question": "why?", **more}]))
+
+
+def test_predict_asks_as_fit_does(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
+    draw(tmp_path, 1)
+    choices = {"text": ["a cat", "a dog"], "label": ["A", "B"]}
+    line = {"image": "0.png", "question": "who?", "choices": choices}
+    asked = prepared("predict", tiny_vlm, questions=jsonl([line])).parts["predict"]
+    assert "A. a cat\nB. a dog" in asked[0]["prompt"]
 
 
 def test_bad_models_are_named(tiny_vlm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

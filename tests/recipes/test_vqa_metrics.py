@@ -31,15 +31,6 @@ def test_the_accuracy_is_the_mean_over_people_set_aside() -> None:
     assert not metrics.vqa_accuracy.update_called
 
 
-def test_unanswerable_is_an_answer_like_others() -> None:
-    metrics = AnswerMetrics()
-    people = ["unanswerable"] * 8 + ["unsuitable", "blue"]
-    given = ["Unanswerable", "Unanswerable.", "blue", ""]
-    metrics.update_answers(given, [people] * 4, ["unanswerable"] * 4, [[]] * 4)
-    assert metrics.vqa_accuracy.compute() == pytest.approx((1 + 1 + 0.3 + 0) / 4)
-    assert metrics.per_type["type_unanswerable"].compute() == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize(
     ("answer", "compared"),
     [
