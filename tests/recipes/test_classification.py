@@ -142,8 +142,9 @@ def test_numbers_of_a_csv_file(tmp_path: Path) -> None:
     file.write_text("text,label\na,0.5\nb,\nc,-1e3\n")
     table = read_table(str(file), "train")
     assert numbers(table, "label", "data") == [0.5, None, -1000.0]
+    file.write_text("text,label\na,0.5\nb,1\nc,2.25\n")
     with pytest.raises(MisconfigurationException, match=r"'label' must hold .* set regression to true"):
-        class_names(table, "label", "data")
+        class_names(read_table(str(file), "train"), "label", "data")
 
 
 def test_labels_are_read_without_spaces_and_empty_ones_are_missing() -> None:
@@ -190,4 +191,4 @@ def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) 
     wrong = {"bad.csv": r"must have rows with the columns \['one', 'other'\]", "a.tsv": "a table with"}
     for name, message in wrong.items():
         with pytest.raises(MisconfigurationException, match=message):
-            prepared(tiny, "predict", dataset=dataset, text=["one", "other"], predict_file=name)
+            prepared(tiny, "predict", dataset=dataset, regression=True, text=["one", "other"], predict_file=name)

@@ -131,7 +131,7 @@ def test_the_demo_reports_resumes_and_keeps(
     few: emoji.Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
-    judged = {part: images[::10] for part, images in load(str(few.target)).parts.items()}
+    judged = {part: images[::20] for part, images in load(str(few.target)).parts.items()}
     monkeypatch.setattr(emoji, "prepare", lambda: few)
     monkeypatch.setattr("recipes.clip_demo.run.examples", lambda images, part: judged[part])
     monkeypatch.setattr("recipes.clip_demo.__main__.examples", lambda images, part: judged[part])

@@ -57,9 +57,11 @@ def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: s
         for meaning, texts in meanings(0, 4):
             row = {"meaning_representation": meaning, "target": texts[0]}
             rows.append(row | {"references": texts if split == "validation" else [""]})
-        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
+        path = tmp_path / "gem" / f"{split}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(path)
     with pytest.warns(UserWarning, match="4 of 11 texts and their meanings are in the training split too"):
-        data = prepared(model, str(tmp_path), validation_split="validation", test_share=0.0)
+        data = prepared(model, str(tmp_path / "gem"), validation_split="validation", test_share=0.0)
     assert lines(data, "train") == [f"{meaning}{END} {texts[0]}{END}" for meaning, texts in meanings(0, 4)]
     assert data.meanings["validation"]["references"][:] == [texts for _, texts in meanings(0, 4)]
 
