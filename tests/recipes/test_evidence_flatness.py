@@ -10,7 +10,8 @@ import torch
 from evidence_runs import RUN, Fake, tiny_encoder
 from torch import Tensor
 
-from lightning_flatlora.flatness import MeanLoss, hessian_product, loss_gradient, moved
+from lightning_flatlora import Perturbation, find_pairs
+from lightning_flatlora.flatness import MeanLoss, hessian_product, loss_gradient, moved, sam_sharpness, trained_factors
 from lightning_flatlora.flatness.losses import value
 from recipes.evidence import commands
 from recipes.evidence.__main__ import main
@@ -111,6 +112,19 @@ def test_a_direction_is_the_steepest_of_its_subspace_at_its_radius(
     # The loss itself rises by the slope times a small radius.
     with moved(ball.weights, ball.moves(1e-6)):
         assert float(value(loss) - at.loss) == pytest.approx(1e-6 * ball.norm(), rel=1e-3)
+
+
+def test_the_steepest_move_of_b_is_the_methods_own(module: ShotsClassifier, loss: MeanLoss) -> None:
+    layers, pairs = module.adapted_layers, find_pairs(module).pairs
+    at = loss_gradient(loss, frozen_weights(layers))
+    ball = balls(layers, at)["B"]
+    of_factors = loss_gradient(loss, trained_factors(pairs))
+    for rho in RADII:
+        with moved(ball.weights, ball.moves(rho)):
+            rise = float(value(loss) - at.loss)
+        # Up to the damping of the inverse.
+        sharp = sam_sharpness(loss, Perturbation(pairs, estimator="projected"), rho, of_factors)
+        assert rise == pytest.approx(float(sharp.sharpness), rel=1e-4)
 
 
 def shaped(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

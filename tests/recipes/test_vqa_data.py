@@ -14,7 +14,7 @@ from torch import Tensor
 from vqa_models import COLOURS, first_batch, prepared
 
 from recipes.language.chat import IGNORED
-from recipes.vqa import easy_vqa, sources
+from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder
 from recipes.vqa.data import VQAData
 from recipes.vqa.model import DEFAULT_LORA, load_processor
@@ -239,16 +239,3 @@ def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:
     assert answers.count("yes") / len(answers) == pytest.approx(0.5, abs=0.02)
     folders = {Path(row["image"]["path"]).parts[-3] for row in rows.select(range(0, len(rows), 50))}
     assert folders == {"test"}
-
-
-def test_the_packaged_tasks_part_the_questions() -> None:
-    whole, plain, negated = (sources.load(f"packaged:{name}", "test") for name in easy_vqa.TASKS)
-    assert len(whole) == 9_673
-    kinds = [set(table["type"]) for table in (whole, plain, negated)]
-    assert kinds == [{"colour", "shape", "presence", "absence"}, {"colour", "shape", "presence"}, {"absence"}]
-    assert identities(plain) | identities(negated) < identities(whole)
-    assert not identities(plain) & identities(negated)
-
-
-def identities(table: Any) -> set[tuple[str, str]]:
-    return {(image["path"], question) for image, question in zip(table["image"], table["question"], strict=True)}
