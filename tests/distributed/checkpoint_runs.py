@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from communication_runs import Collectives
 from fits import ShardedAutomatic
 from float64_runs import BETA, RHO, dataset, network
 from helpers import ResumableLoader, same
@@ -23,7 +24,6 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatlora import AdapterCheckpoint, CosineRho, EFMLoRA
 from lightning_flatlora.sharding import is_sharded, sharding_of
@@ -121,27 +121,6 @@ def local_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return values
 
 
-class Traffic(TorchDispatchMode):
-    """The bytes of the largest tensor in collectives."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
-            self.largest = max(self.largest, *(t.nbytes for t in _tensors((args, result))))
-        return result
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    tensors = []
-    for each in value if isinstance(value, (list, tuple)) else []:
-        tensors += _tensors(each)
-    return tensors
-
-
 class Wide(nn.Module):
     """A frozen base much larger than the adapter."""
 
@@ -153,13 +132,13 @@ class Wide(nn.Module):
         return self.last(torch.tanh(self.first(x)))[:, :3]
 
 
-def traffic(folder: str, strategy: str, saver: str = "adapter", **settings: Any) -> dict[str, int]:
-    """The largest tensor in the collectives while a checkpoint is saved and loaded, and the largest factor."""
+def traffic(folder: str, strategy: str, **settings: Any) -> dict[str, int]:
+    """The largest tensor in the collectives while a checkpoint is saved and loaded, of the factors and of the base."""
     largest = {}
 
     def counted(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with Traffic() as mode:
+            with Collectives() as mode:
                 result = action(*args, **kwargs)
             largest[name] = mode.largest
             return result
@@ -167,18 +146,19 @@ def traffic(folder: str, strategy: str, saver: str = "adapter", **settings: Any)
         return run
 
     def trainer(where: str, steps: int) -> Any:
-        save: Any = SAVERS[saver](where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+        save: Any = AdapterCheckpoint(where, filename="{step}", save_top_k=-1, every_n_train_steps=1)
         save._save_checkpoint = counted("save", save._save_checkpoint)
         return trainer_of(strategy, [EFMLoRA(RHO), save], max_steps=steps, **settings)
 
     first = wide_module()
     factor = max(p.nbytes for p in first.parameters() if p.requires_grad)
+    base = max(p.nbytes for p in first.parameters())
     trainer(folder, 1).fit(first, loader())
     resumed = trainer(folder + "-2", 2)
     connector = resumed._checkpoint_connector
     connector._restore_modules_and_callbacks = counted("load", connector._restore_modules_and_callbacks)
     resumed.fit(wide_module(), loader(), ckpt_path=f"{folder}/step=1.ckpt")
-    return {**largest, "factor": factor}
+    return {**largest, "factor": factor, "base": base}
 
 
 def wide_module() -> ShardedAutomatic:

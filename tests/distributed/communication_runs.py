@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Collectives(TorchDispatchMode):
-    """Counts calls by name, and bytes of the whole tensors: the sum, what is gathered, what is scattered."""
+    """Counts calls by name, and bytes of the whole tensors: the sum, what is gathered or scattered; the largest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
-        self.bytes = 0
+        self.bytes = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
@@ -27,7 +27,9 @@ class Collectives(TorchDispatchMode):
             if "wrap" not in name:
                 self.calls[name] += 1
                 shares = int(args[1]) if name == "all_gather_into_tensor" else 1  # it makes its output itself
-                self.bytes += shares * max(_size(argument) for argument in args)
+                size = shares * max(_size(argument) for argument in args)
+                self.bytes += size
+                self.largest = max(self.largest, size)
         return func(*args, **(kwargs or {}))
 
 

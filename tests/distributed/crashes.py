@@ -59,19 +59,9 @@ def die() -> None:
 
 
 def arm(kill: dict[str, Any], folder: Path) -> list[L.Callback]:
-    """Die at a "step", as "saving" begins, or before a file is "renamed"; or "copy" what a kill would leave."""
+    """Die at a "step", or before a file is "renamed"; or "copy" what a kill would leave."""
     if kill["at"] == "step":
         return [At(kill["step"])]
-    if kill["at"] == "saving":
-        save = Saver._save_checkpoint
-
-        def saving(self: Saver, trainer: L.Trainer, filepath: str) -> None:
-            if trainer.global_step == kill["step"]:
-                die()
-            save(self, trainer, filepath)
-
-        Saver._save_checkpoint = saving  # type: ignore[method-assign]
-        return []
     numbers = iter(range(1, 10000))
 
     def hook(event: str, args: Any) -> None:

@@ -102,10 +102,10 @@ class RoutedManual(Manual):
         return super().compute_loss(batch, batch_idx)
 
 
-def train_routed(front_end: str, accumulate: int, alone: bool = False) -> dict[str, Any]:
+def train_routed(front_end: str, alone: bool = False) -> dict[str, Any]:
     """Layers that some batches leave out, with find_unused_parameters."""
     net = Routed(network())
-    step = {"accumulate_grad_batches": accumulate}
+    step = {"accumulate_grad_batches": 2}
     short = {"limit_train_batches": 12}
     loader, trainer = (joint_batches(), {}) if alone else on_two_ranks(find_unused_parameters=True)
     if front_end == "FMLoRAModule":
@@ -145,19 +145,6 @@ def train_called_off(alone: bool = False) -> dict[str, Any]:
     trainer["limit_train_batches"] = 12 if alone else 6
     fit_in_float64(CalledOff(net, at=6 if alone else 3), 2, callbacks, loader, **trainer)
     return {"weights": trained(net), "synchronizes": answers.answers}
-
-
-class Skips(Manual):
-    """Has no loss for its third batch."""
-
-    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
-        return None if batch_idx == 2 else super().compute_loss(batch, batch_idx)
-
-
-def train_skipping() -> None:
-    """FMLoRAModule without a loss on any rank."""
-    loader, trainer = on_two_ranks()
-    fit_in_float64(Skips(network(), rho=RHO), 1, [], loader, **trainer)
 
 
 class UnderTheOtherName(pytorch_lightning.LightningModule):

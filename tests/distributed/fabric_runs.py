@@ -13,7 +13,7 @@ from fits import Sharded
 from float64_runs import RHO, dataset, network, optimizer_of, scheduler_of
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from loop_runs import run
-from peft.tuners.lora import LoraLayer
+from strategies import shard
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -21,14 +21,6 @@ from lightning_flatlora import loops
 from lightning_flatlora.sharding import Sharding, is_sharded
 
 BATCHES = 6
-
-
-def shard(net: nn.Module, device_mesh: Any) -> nn.Module:
-    mesh = device_mesh["data_parallel"]
-    for layer in net.modules():
-        if isinstance(layer, LoraLayer):
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(net, mesh=mesh)
 
 
 def fabric_of(strategy: str) -> L.Fabric:

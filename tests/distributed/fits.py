@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from float64_runs import RHO, SIZE, Automatic, Manual, dataset, fit_in_float64, network
-from lightning.pytorch import Callback
 from strategies import full_weights, shard, strategy_of
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -33,7 +32,7 @@ class _ConfiguresModel:
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not getattr(self, "is_sharded", False):
-            shard(self, self.net)  # type: ignore[arg-type]
+            shard(self.net, self.device_mesh)
             self.is_sharded = True
 
 
@@ -60,16 +59,6 @@ def parts(
     return ShardedAutomatic(net), [callback(RHO, **settings) for callback in callbacks], step
 
 
-class Rescales(Callback):
-    """Gives every layer three times its scaling in the middle of the first epoch."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if (trainer.current_epoch, batch_idx) == (0, 2):
-            for module in pl_module.modules():
-                if hasattr(module, "set_scale"):
-                    module.set_scale("default", 3.0)
-
-
 def train(
     strategy: str,
     front_end: str,
@@ -80,7 +69,6 @@ def train(
     strategy_settings: dict[str, Any] | None = None,
     epochs: int = 2,
     batches: int | None = None,
-    rescales: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train on this rank's half of each batch, or of an epoch's first ones; the trained weights and E, whole."""
@@ -95,10 +83,7 @@ def train(
     used = strategy_of(strategy, **(strategy_settings or {}))
     devices = {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "use_distributed_sampler": False}
     devices["limit_train_batches"] = batches
-    more = [Rescales()] if rescales else []
-    fit_in_float64(
-        module, epochs, [*callbacks, *more], loader, strategy=used, precision=precision, **devices, **trainer
-    )
+    fit_in_float64(module, epochs, callbacks, loader, strategy=used, precision=precision, **devices, **trainer)
     driver = callbacks[0] if callbacks else getattr(module, "_callback", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}
     return {"weights": full_weights(used, net), "E": E}

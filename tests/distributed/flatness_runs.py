@@ -38,7 +38,8 @@ def train(
     measures = [name for name in MEASURES if wanted.get(name, True)]
     monitor = FlatnessMonitor(0.3, every_n_steps=5, batches=2, measures=measures, samples=2, per_layer=True)
     logged = Logged()
-    fit_in_float64(module, 1, [*([monitor] if monitored else []), *callbacks, logged], loader, **step, **trainer)
+    used = [*([monitor] if monitored else []), *callbacks, logged]
+    fit_in_float64(module, 1, used, loader, limit_train_batches=12, **step, **trainer)
     return {"weights": trained(net), "rows": logged.rows}
 
 

@@ -1,7 +1,6 @@
 """Run functions on several processes, in the environment that torchrun gives them, and bring back what each returns."""
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,6 @@ import torch
 import worker
 from processes import start
 from torch.distributed import TCPStore
-
-HERE = Path(__file__).parent
 
 
 def launch(
@@ -70,12 +67,6 @@ def _of_torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": True,
     }
     return {name: str(value) for name, value in variables.items()}
-
-
-def torchrun(ranks: int) -> list[str]:
-    """The command that starts a script on several processes of this machine."""
-    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    return [*run, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 
 
 class Results:

@@ -37,7 +37,6 @@ class Split(ShardedAutomatic):
 def refused(
     strategy: str,
     front_end: str,
-    accumulate: int = 1,
     strategy_settings: dict[str, Any] | None = None,
     scheduled: dict[str, int] | None = None,
     **settings: Any,
@@ -47,7 +46,7 @@ def refused(
     Args:
         strategy: as in strategy_of, or "tensor-parallel".
         front_end: as in parts, or "EFMLoRA by hand".
-        accumulate: batches of a step.
+
         strategy_settings: of the strategy.
         scheduled: batches of a step by epoch, for a GradientAccumulationScheduler.
         settings: of the front end.
@@ -56,7 +55,7 @@ def refused(
     if front_end == "EFMLoRA by hand":
         module, callbacks, trainer = ByHand(net), [EFMLoRA(RHO)], {}
     else:
-        module, callbacks, trainer = parts(front_end, net, accumulate, **settings)
+        module, callbacks, trainer = parts(front_end, net, accumulate=1, **settings)
     if strategy == "tensor-parallel":
         used: Any = ModelParallelStrategy(process_group_backend="gloo", **(strategy_settings or {}))
         module.__class__ = Split

@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from peft.tuners.lora import LoraLayer
@@ -67,13 +66,13 @@ def strategy_of(name: str, **settings: Any) -> Strategy:
     return FSDPOnCPU(process_group_backend="gloo", auto_wrap_policy=WRAPPING[policy or "layers"], **settings)
 
 
-def shard(module: LightningModule, net: nn.Module) -> None:
-    """What configure_model does under ModelParallelStrategy: every LoRA layer a unit, then the rest."""
-    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+def shard(net: nn.Module, device_mesh: Any) -> nn.Module:
+    """What configure_model and Fabric do under ModelParallelStrategy: every LoRA layer a unit, then the rest."""
+    mesh = device_mesh["data_parallel"]
     for layer in net.modules():
         if isinstance(layer, LoraLayer):
             fully_shard(layer, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
 
 
 def full_weights(strategy: Strategy, net: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from launch import Results, launch
 RUNS: dict[str, dict[str, Any]] = {
     "EFMLoRA, network": {"front_end": "EFMLoRA", "compiled": "net"},
     "FMLoRA, module": {"front_end": "FMLoRA", "compiled": "module"},
-    "FMLoRAModule, network": {"front_end": "FMLoRAModule", "compiled": "net"},
     "EFMLoRA beside FMLoRAModule, network": {"front_end": "EFMLoRA+FMLoRAModule", "compiled": "net", "accumulate": 2},
 }
 INDUCTOR = {"FMLoRA, inductor": {"front_end": "FMLoRA", "compiled": "net", "backend": "inductor"}}

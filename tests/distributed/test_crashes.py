@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 KILLED = -signal.SIGKILL
 
-WHOLE: dict[str, Any] = {kind: (2, kind, None) for kind in ("ddp", "fsdp1-root", "fsdp2")}
+WHOLE: dict[str, Any] = {kind: (2, kind, None) for kind in ("ddp", "fsdp2")}
 KILLS: dict[str, Any] = {
     "one-between-steps": (2, "ddp", {"at": "step", "step": 3, "rank": 1}),
-    "one-before-gathering": (2, "fsdp1-root", {"at": "saving", "step": 4, "rank": 1}),
     "first-before-renaming": (2, "fsdp2", {"at": "renamed", "rank": 0}),
 }
 COPIED: dict[str, Any] = {"copied": (1, "single", {"at": "copy", "rank": 0})}

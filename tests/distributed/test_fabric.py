@@ -1,7 +1,5 @@
 """Loops under Fabric on two processes, DDP and FSDP2, give what the callbacks give, bit for bit."""
 
-from itertools import product
-
 import fabric_runs
 import pytest
 from helpers import same
@@ -9,8 +7,8 @@ from launch import Results, launch
 
 from lightning_flatlora.loop_method import STATE_KEY
 
-RUNS = list(product(("ddp", "fsdp2"), ("EFMLoRA", "FMLoRA"), (1, 4)))
-
+RUNS = [("ddp", "EFMLoRA", 1), ("ddp", "EFMLoRA", 4), ("ddp", "FMLoRA", 4)]
+RUNS += [("fsdp2", "EFMLoRA", 1), ("fsdp2", "EFMLoRA", 4), ("fsdp2", "FMLoRA", 4)]
 OF_DDP = ("plain", "zero", "unused")
 
 

@@ -1,64 +1,66 @@
-"""What fails on one rank alone ends every process, with an exit code that says so, whoever started them."""
+"""What fails on one rank alone ends that rank at once, with an exit code by which its launcher ends the others."""
 
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
-from failing import main
-from launch import HERE, run_on, torchrun
+import torch
+from fits import Sharded, parts
+from float64_runs import dataset, fit_in_float64, network
+from launch import run_on
 
 LONG = 150  # seconds; a hang lasts for gloo's half an hour
-CASES = {  # launcher, and the arguments of failing.py
-    # rank 0 waits in FMLoRA's own all-reduce, in a batch that DDP does not synchronize
-    "the ascent of an accumulating batch": ("torchrun", "FMLoRA", "5"),
-    "a callback": ("script", "EFMLoRA", "callback"),
+CASES = {  # the front end and what fails on rank 1, and what that says
+    # Rank 0 waits in FMLoRA's own all-reduce, in a batch that DDP does not synchronize.
+    "the ascent of an accumulating batch": (("FMLoRA", 5), "ValueError: rank 1 fails"),
+    "a callback": (("EFMLoRA", None), "ValueError: rank 1 fails"),
+    "a loss that the other rank has": (("FMLoRAModule", 3), "compute_loss returned None on one of several ranks"),
 }
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
-    """All cases at once, each a launcher of its own."""
-    env = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    started = {}
-    for name, (launcher, *arguments) in CASES.items():
-        command = torchrun(2) if launcher == "torchrun" else [sys.executable, "-W", "ignore"]
-        started[name] = subprocess.Popen(
-            [*command, str(HERE / "failing.py"), *arguments],
-            cwd=HERE,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    yield started
-    for process in started.values():
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)  # to torchrun, which ends its workers
-            process.wait()
-        if process.stdout and not process.stdout.closed:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.stdout.close()
+class FailingCallback(L.Callback):
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            raise ValueError("rank 1 fails")
+
+
+def make_fail(module: Any, name: str, last_call: int, rank: int) -> None:
+    """Let training_step raise, or compute_loss return None, on rank 1 when it is called for the last time."""
+    original, calls = getattr(module, name), []
+
+    def failing(batch: Any, batch_idx: int) -> Any:
+        calls.append(batch_idx)
+        if rank == 0 or len(calls) < last_call:
+            return original(batch, batch_idx)
+        if name == "compute_loss":
+            return None
+        raise ValueError("rank 1 fails")
+
+    setattr(module, name, failing)
+
+
+def train(front_end: str, last_call: int | None) -> None:
+    """What each process does; without a number of a call it is a callback that fails."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    module, callbacks, trainer = parts(front_end, network(), accumulate=2)
+    if last_call is None:
+        callbacks.append(FailingCallback())
+    else:
+        make_fail(module, "compute_loss" if front_end == "FMLoRAModule" else "training_step", last_call, rank)
+    loader = Sharded(dataset(), 2, rank)
+    fit_in_float64(module, 1, callbacks, loader, strategy="ddp", devices=2, use_distributed_sampler=False, **trainer)
+    print("trained to the end")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_failure_of_one_rank_ends_all(processes: dict[str, "subprocess.Popen[str]"], case: str) -> None:
-    """The output of a launch ends only once every process that writes to it has ended."""
-    output, _ = processes[case].communicate(timeout=LONG)
-    assert processes[case].returncode not in (0, None)
-    assert "ValueError: rank 1 fails" in output
-    assert "trained to the end" not in output
-
-
-def test_a_loss_that_only_one_rank_lacks_ends_that_rank(tmp_path: Path) -> None:
-    """By itself, with a code by which its launcher, whichever it is, knows to end the other."""
+def test_a_failure_of_one_rank_ends_all(case: str, tmp_path: Path) -> None:
+    arguments, error = CASES[case]
     output = tmp_path / "output.txt"
-    codes = run_on(2, main, "FMLoRAModule", "3", "None", output=output, timeout=LONG)
+    codes = run_on(2, train, *arguments, output=output, timeout=LONG)
     said = output.read_text()
     assert codes[1] == 1, said
-    assert "RuntimeError: compute_loss returned None on one of several ranks" in said
+    assert error in said
     assert "trained to the end" not in said

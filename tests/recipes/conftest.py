@@ -130,7 +130,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of random vision-language models of three kinds."""
+    """Folders of random vision-language models of two kinds."""
     return {kind: save_model(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
 
 

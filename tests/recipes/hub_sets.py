@@ -1,6 +1,5 @@
 """Small data sets in the Hub's own layout and schema, and a tiny RoBERTa to read them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -45,46 +44,6 @@ def save_glue(folder: Path) -> str:
         for split in splits:
             configs += [f"  - split: {split}", f"    path: {task}/{split}-*"]
     (folder / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
-    return str(folder)
-
-
-def save_snli(folder: Path) -> str:
-    """A folder like the repository of stanfordnlp/snli; every fifth pair has no label."""
-    features = Features(premise=Value("string"), hypothesis=Value("string"), label=ClassLabel(names=_NLI))
-    for split in ("train", "validation", "test"):
-        rows = []
-        for i in range(60):
-            label = -1 if i % 5 == 4 else i % 3
-            rows.append({"premise": f"It was {split} {i}.", "hypothesis": "The film was good.", "label": label})
-        path = folder / "plain_text" / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(rows, features=features).to_parquet(path)
-    configs = ["---", "configs:", "- config_name: plain_text", "  data_files:"]
-    for split in ("train", "validation", "test"):
-        configs += [f"  - split: {split}", f"    path: plain_text/{split}-*"]
-    (folder / "README.md").write_text("\n".join([*configs, "---", ""]))
-    return str(folder)
-
-
-def save_trec(folder: Path) -> str:
-    """A folder like the converted branch of CogComp/trec."""
-    coarse = ClassLabel(names=["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"])
-    features = Features(text=Value("string"), coarse_label=coarse, fine_label=ClassLabel(num_classes=50))
-    for split in ("train", "test"):
-        rows = [{"text": f"Who was {split} {i} ?", "coarse_label": i % 6, "fine_label": i % 50} for i in range(60)]
-        path = folder / "default" / split / "0000.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(rows, features=features).to_parquet(path)
-    return str(folder)
-
-
-def save_sst5(folder: Path) -> str:
-    """A folder like the repository of SetFit/sst5."""
-    names = ["very negative", "negative", "neutral", "positive", "very positive"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "dev", "test"):
-        rows = [{"text": f"film {split} {i}", "label": i % 5, "label_text": names[i % 5]} for i in range(60)]
-        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return str(folder)
 
 

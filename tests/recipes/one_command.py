@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from typing_extensions import override
+
 from recipes.shared.cli import RecipeCLI
 
 
@@ -27,3 +29,15 @@ def one_command() -> Iterator[None]:
         yield
     finally:
         RecipeCLI.__init__ = begin  # type: ignore[method-assign]
+
+
+class ParsingCLI(RecipeCLI):
+    """Parses and makes nothing, which would need models and data."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        pass
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        pass

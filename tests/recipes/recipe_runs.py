@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lightning as L
 from one_command import one_command
 from strategies import full_weights
 from torch import Tensor
@@ -61,3 +62,16 @@ def quick(command: str, configs: list[str], *options: str) -> RecipeCLI:
 def trained(cli: RecipeCLI) -> dict[str, Tensor]:
     """Copies of the trained weights."""
     return {name: p.detach().clone() for name, p in cli.model.named_parameters() if p.requires_grad}
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU, without checkpoints."""
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False} | options
+    return L.Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )

@@ -57,7 +57,7 @@ def classification(place: Path, name: str, task: str) -> Recipe:
         f"--config={configs / task}.yaml",
         f"--model.init_args.model={save_roberta(place / 'roberta')}",
         f"--data.init_args.dataset={save_glue(place / 'glue')}",
-        "--trainer.max_epochs=2",
+        "--trainer.max_epochs=1",
         "--trainer.max_steps=-1",
         "--trainer.val_check_interval=1.0",
         "--trainer.check_val_every_n_epoch=1",

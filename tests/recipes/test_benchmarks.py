@@ -2,8 +2,6 @@
 
 import json
 import platform
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,8 +13,7 @@ from launch import run_on
 from transformers import AutoModel
 
 from lightning_flatlora import find_pairs
-from recipes.benchmarks import estimate, memory
-from recipes.benchmarks.methods import METHODS
+from recipes.benchmarks import memory
 from recipes.benchmarks.step import main
 from recipes.benchmarks.workloads import WORKLOADS
 
@@ -39,14 +36,6 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert output.with_suffix(".png").stat().st_size > 0
 
 
-def test_every_method_and_peer_takes_steps_and_is_plotted_against_what_varies(tmp_path: Path) -> None:
-    output = tmp_path / "ranks.json"
-    sizes = ["--models", "tiny", "--methods", "all", "--vary", "rank", "2", "4", "--rounds", "1", "--steps", "2"]
-    result = main([*sizes, "--output", str(output)])
-    assert [(row["rank"], row["method"]) for row in result["steps"]] == list(product((2, 4), METHODS))
-    assert output.with_suffix(".png").stat().st_size > 0
-
-
 def test_workloads_are_of_the_sizes_they_are_named_after() -> None:
     sizes = {}
     for name, workload in SIZES:
@@ -64,42 +53,6 @@ def test_the_adapter_of_a_workload_is_on_every_layer(name: str) -> None:
         pairs = find_pairs(WORKLOADS[name].varied("layers", 2).network()).pairs
     alone = name in ("gpt2-medium", "small-layers")  # GPT-2 has q, k and v in one
     assert len(pairs) == 2 * (1 if alone else 2)
-
-
-def test_an_estimate_counts_kernels_bytes_and_operations() -> None:
-    a, b = torch.zeros(4, 8, device="meta"), torch.zeros(16, 8, device="meta", dtype=torch.float32)
-    K = torch.zeros(3, 6, 6, device="meta", dtype=torch.float64)
-    with estimate.Kernels() as kernels:
-        a.view(8, 4)
-        a @ b.mT
-        torch.linalg.cholesky_ex(K)
-    product, factorization = kernels.seen
-    assert (product.operations, product.bytes) == (2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16))
-    assert (factorization.operations, factorization.dtype, factorization.columns) == (3 * 6**3 / 3, torch.float64, 6)
-    assert product.seconds(estimate.CARDS["H100 SXM"]) == estimate.LAUNCH
-    large = replace(product, operations=1e12)
-    assert large.seconds(estimate.CARDS["RTX 4090"]) == 1e12 / 82.6e12
-    assert replace(large, dtype=torch.float64).seconds(estimate.CARDS["RTX 4090"]) == 64 * 1e12 / 82.6e12
-
-
-def test_an_estimate_is_of_lora_and_of_what_is_added(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A refresh launches as many kernels whatever the number of layers; reading B + E takes one for each."""
-    monkeypatch.setattr(estimate, "works", lambda tokens: {"tiny": WORKLOADS["tiny"]})
-    (row,) = estimate.main(["--tokens", "32", "--output", str(tmp_path / "new" / "estimate.json")])
-    assert json.loads((tmp_path / "new" / "estimate.json").read_text()) == [row]
-    assert "float64_operations" in row["engine"]
-    assert "float64_operations" not in row["step"]
-    for times in row["seconds"].values():
-        assert times["ratio"] == 1 + times["engine"] / times["step"]
-    deeper = estimate.count_engine(WORKLOADS["tiny"].varied("layers", 4)).total()
-    assert deeper["kernels"] == row["engine"]["kernels"] + 4
-    assert "Estimates, not measurements" in capsys.readouterr().out
-    for wrong in (["--models", "large"], ["--tokens", "0"]):
-        with pytest.raises(SystemExit):
-            estimate.main(wrong)
-    assert "there is no large; there are tiny" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.choose_rho import run as runs
 from recipes.choose_rho.__main__ import main
-from recipes.choose_rho.report import advice, chosen, draw, table
-from recipes.choose_rho.run import Run, Sweep, logged_metrics
+from recipes.choose_rho.report import advice, chosen, table
+from recipes.choose_rho.run import logged_metrics
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError
@@ -75,9 +75,8 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
     assert "mean and standard error over the seeds" in out
     assert (tmp_path / "sweep" / "rho.png").stat().st_size > 0
     # Rows of another metric or of other options can't be compared with those that are there.
-    for other in (["--trainer.max_epochs=1"], ["--metric", "val_loss"], ["--mode", "min"]):
-        with pytest.raises(MisconfigurationException, match="name another folder"):
-            main([*options, *other])
+    with pytest.raises(MisconfigurationException, match="name another folder"):
+        main([*options, "--metric", "val_loss"])
 
 
 def test_the_best_mean_is_chosen_and_said_with_its_doubt() -> None:
@@ -90,32 +89,14 @@ def test_the_best_mean_is_chosen_and_said_with_its_doubt() -> None:
     assert "add 3 to --rho" in advice(rows_of({0.0: [1.0, 1.0], 1.0: [0.5, 0.5]}))
     assert advice(rows_of({0.0: [1.0], 0.1: [1.0]})) == "No radius is better than 0 here: take plain LoRA."
     assert [row[-1] for row in table(rows).rows] == ["", "best", ""]
-    assert len(draw(rows).axes) == 1
 
 
 def test_a_run_that_diverged_is_never_chosen() -> None:
     rows = rows_of({0.0: [1.0, 2.0], 8.0: [0.5, math.inf]})
     assert chosen(rows) == 0.0
     assert chosen(rows_of({0.0: [0.5], 8.0: [-math.inf]}, "max")) == 0.0
-    assert [row[1] for row in table(rows).rows] == ["1.5000 ± 0.5000", "inf ± nan"]
-    assert len(draw(rows).axes) == 1
     # LoRA diverged and the method did not.
     assert advice(rows_of({0.0: [math.inf, 1.0], 0.1: [0.5, 0.5], 1.0: [2.0, 2.0]})).startswith("Take rho = 0.1.")
-
-
-def test_a_recipe_without_a_monitored_metric_is_refused_before_the_first_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(command: Sequence[str]) -> None:
-        raise AssertionError(command)
-
-    monkeypatch.setattr(runs, "run_process", never)
-    config = (RECIPES / "clip_fewshot" / "configs" / "base.yaml").read_text()
-    monkeypatch.setattr(runs, "configuration", lambda fit: config)
-    with pytest.raises(SystemExit, match="--metric"):
-        Sweep("clip_fewshot", [], "trainer.callbacks.rho", tmp_path).perform(Run(0.0, 0))
-    with pytest.raises(AssertionError, match="fit"):
-        Sweep("clip_fewshot", [], "trainer.callbacks.rho", tmp_path, "val_accuracy").perform(Run(0.0, 0))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +104,6 @@ def test_a_recipe_without_a_monitored_metric_is_refused_before_the_first_run(
     [
         ([], "no --config"),
         (["--config=x.yaml", "--rho", "-1"], "0 or more, got -1"),
-        (["--config=x.yaml", "--rho", "0", "inf", "nan"], "finite numbers of 0 or more, got inf, nan"),
         (["--config=x.yaml", "--rho", "1", "1"], "twice"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from hub_sets import prepared, save_snli, save_sst5, save_trec
+from hub_sets import prepared
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from recipe_runs import quick, trained
@@ -74,13 +74,6 @@ def test_the_whole_head_is_trained_and_untied(roberta: str, glue: str) -> None:
         expected = cli.model.eval().net(input_ids=ids).logits
         loaded = PeftModel.from_pretrained(pretrained, str(saved.parent)).eval()(input_ids=ids).logits
     torch.testing.assert_close(loaded, expected)
-
-
-def test_the_head_is_trained_in_float32_beside_frozen_weights_in_bfloat16(roberta: str, glue: str) -> None:
-    cli = run("fit", roberta, glue, "sst2", "--trainer.precision=bf16-mixed", "--trainer.max_steps=3")
-    assert {weight.dtype for weight in trained(cli).values()} == {torch.float32}
-    assert cli.model.net.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
-    assert any("decoder" in name for name in trained(cli))
 
 
 @pytest.fixture(scope="module")
@@ -153,14 +146,10 @@ def test_the_prompts_of_the_protocol(task: str, roberta: str) -> None:
     assert long["input_ids"].count(tokenizer.mask_token_id) == 1
 
 
-@pytest.mark.parametrize("task", ROWS)
-def test_the_data_of_the_protocol_have_the_classes_of_the_label_words(
-    task: str, roberta: str, glue: str, tmp_path: Path
-) -> None:
-    savers = {"snli": save_snli, "trec": save_trec, "sst5": save_sst5}
-    folder = savers[task](tmp_path / task) if task in savers else glue
+@pytest.mark.parametrize("task", ["sst2", "mnli", "rte"])
+def test_the_data_of_the_protocol_have_the_classes_of_the_label_words(task: str, roberta: str, glue: str) -> None:
     common, own = (yaml.safe_load((CONFIGS / name).read_text()) for name in ("prompt.yaml", f"prompt/{task}.yaml"))
-    settings = common["data"]["init_args"] | own["data"]["init_args"] | {"dataset": folder, "shots": 4, "test_rows": 5}
+    settings = common["data"]["init_args"] | own["data"]["init_args"] | {"dataset": glue, "shots": 4, "test_rows": 5}
     data = prepared(roberta, **settings)
     assert set(data.classes) == set(own["model"]["init_args"]["label_words"])
     for part in ("train", "validation"):
@@ -168,7 +157,7 @@ def test_the_data_of_the_protocol_have_the_classes_of_the_label_words(
     assert len(prepared(roberta, "test", **settings).parts["test"]) == 5
 
 
-@pytest.mark.parametrize("text", ["good \U0001f600\U0001f601", "\u6f22\u5b57" * 9, "\U0001f600" * 9])
+@pytest.mark.parametrize("text", ["good \U0001f600\U0001f601", "\u6f22\u5b57" * 9])
 def test_characters_of_several_tokens_are_kept_or_dropped_whole(text: str, roberta: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
     template = len(tokenizer(" It was<mask>.")["input_ids"])
@@ -216,7 +205,6 @@ def test_the_word_follows_a_causal_prompt_and_not_its_end_token(tiny: str) -> No
         ("{text} {mask} {mask}.", "may have {mask} once"),
         ("{text} It was ", "must not end in a space"),
         ("{text", r"can't be read: .*; write \{\{ or \}\}"),
-        ("{text:upper} {mask}.", "may change a text by :no_end or :lower"),
         ("{text!r} {mask}.", "may change a text by :no_end or :lower"),
         ("{text} {mask:lower}.", "may change a text by :no_end or :lower"),
     ],
@@ -227,13 +215,10 @@ def test_a_template_that_does_not_fit_is_refused(template: str, message: str, ro
         Prompt(template, ["text"], tokenizer, 32).check()
 
 
-def test_a_slow_tokenizer_is_refused() -> None:
+def test_tokenizers_that_can_not_read_a_template_are_refused(tokenizer: Any) -> None:
     slow = type("SlowTokenizer", (), {"is_fast": False, "mask_token": "<mask>"})()
     with pytest.raises(MisconfigurationException, match=r"needs a fast tokenizer.*SlowTokenizer is a slow one"):
         Prompt("{text} It was {mask}.", ["text"], slow, 32).check()
-
-
-def test_a_mask_for_a_causal_model_is_refused(tokenizer: Any) -> None:
     with pytest.raises(MisconfigurationException, match="for a model with a mask token"):
         Prompt("{text} It was {mask}.", ["text"], tokenizer, 32).check()
 
@@ -249,24 +234,25 @@ def test_prompts_that_cannot_be_read_are_refused(roberta: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("{negative: terrible}", r"must have a word for each of \['negative', 'positive'\]"),
-        ("{negative: terrible, positive: splendid}", r"'splendid' must be one token, and is \["),
-        ("{negative: great, positive: great}", "must be another word for each class"),
+        ({"negative": "terrible"}, r"must have a word for each of \['negative', 'positive'\]"),
+        ({"negative": "terrible", "positive": "splendid"}, r"'splendid' must be one token, and is \["),
+        ({"negative": "great", "positive": "great"}, "must be another word for each class"),
     ],
 )
-def test_words_that_do_not_fit_are_refused_before_training(words: str, message: str, roberta: str, glue: str) -> None:
+def test_words_that_do_not_fit_are_refused(words: dict[str, str], message: str, roberta: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        run("fit", roberta, glue, "sst2", f"--model.label_words={words}")
+        word_tokens(words, ["negative", "positive"], transformers.AutoTokenizer.from_pretrained(roberta))
 
 
-def test_words_without_a_template_are_refused(roberta: str, glue: str) -> None:
-    with pytest.raises(MisconfigurationException, match=r"set data\.template"):
-        run("fit", roberta, glue, "sst2", "--data.template=null")
-
-
-def test_a_template_for_a_head_is_refused(roberta: str, glue: str) -> None:
-    manual = f"--config={CONFIGS / 'methods' / 'fmlora_manual.yaml'}"
-    with pytest.raises(
-        MisconfigurationException, match=r"TextClassificationFM has a new head: .*PromptClassificationFM"
-    ):
-        run("fit", roberta, glue, "sst2", manual)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--data.template=null", r"set data\.template"),
+        (f"--config={CONFIGS / 'methods' / 'fmlora_manual.yaml'}", r"FM has a new head: .*PromptClassificationFM"),
+    ],
+)
+def test_words_without_a_template_and_a_template_for_a_head_are_refused(
+    option: str, message: str, roberta: str, glue: str
+) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        run("fit", roberta, glue, "sst2", option)

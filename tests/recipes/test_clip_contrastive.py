@@ -1,6 +1,5 @@
 """Contrastive fine-tuning on a small_clip random open_clip model and drawn shapes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from clip_contrastive_runs import COCA, SIGLIP, save_model
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import run
-from trainers import trainer
+from recipe_runs import run, trainer
 
 from lightning_flatlora import FMLoRA
-from recipes.clip.export import export
 from recipes.clip.export import main as export_main
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.loss import ContrastiveLoss
@@ -174,19 +171,3 @@ def test_a_run_is_exported(method: str, small_clip: str, pictures: str, tmp_path
     with pytest.raises(SystemExit):
         export_main([str(checkpoint), "exported"])
     assert "exported is there already and is not an empty folder" in capsys.readouterr().err
-
-
-def test_a_checkpoint_of_another_model_is_not_exported(small_clip: str, pictures: str, tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    model = {"class_path": f"{ContrastiveModel.__module__}.ContrastiveModel", "init_args": {"model": small_clip}}
-    config.write_text(json.dumps({"model": model}))
-    checkpoint = tmp_path / "run" / "other.ckpt"
-    with pytest.raises(MisconfigurationException, match=r"checkpoint: there is no file .*other.ckpt"):
-        export(checkpoint, tmp_path / "out", config)
-    checkpoint.parent.mkdir()
-    torch.save({"state_dict": {"net.other": torch.ones(1)}}, checkpoint)
-    with pytest.raises(MisconfigurationException, match=r"other.ckpt is not of the model.*net.other"):
-        export(checkpoint, tmp_path / "out", config)
-    config.write_text("model: {class_path: nowhere.Model}")
-    with pytest.raises(MisconfigurationException, match=r"config.yaml has no model that can be built"):
-        export(checkpoint, tmp_path / "out")

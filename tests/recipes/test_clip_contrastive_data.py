@@ -118,7 +118,6 @@ def test_an_emoji_stays_in_one_part_in_all_styles(
     ("rows", "header", "message"),
     [
         ([("a.png", "b")], ("file", "caption"), r"columns \['file', 'caption'\].*image_column='image'"),
-        ([("a.png", "x"), ("a.png", " ")], COLUMNS, "line 3 has an empty 'caption'"),
         ([("", "x")], COLUMNS, "line 2 has an empty 'image'"),
         ([("a.png",)], COLUMNS, "line 2 has an empty 'caption'"),
         ([("nowhere.png", "x")], COLUMNS, "there is no .*nowhere.png"),
@@ -188,16 +187,6 @@ def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_
     assert sources.lines_of("one\u2028line\r\n\rtwo\n") == ("one\u2028line", "two")
 
 
-def test_a_folder_of_shards_may_have_brackets_in_its_name(pictures: str, tmp_path: Path) -> None:
-    folder = tmp_path / "shards [1]"
-    folder.mkdir()
-    for number in range(2):
-        image = Path(pictures) / "red-circle.png"
-        write_shard(folder / f"{number}.tar", {f"{number}.png": image, f"{number}.txt": b"a red circle"})
-    for pattern in ("*.tar", "{0..1}.tar", "{0,1}.tar"):
-        assert len(sources.load(str(folder / pattern))) == 2
-
-
 def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"'no-\{0..1\}.tar': there is no no-0.tar, no-1.tar"):
         sources.load("no-{0..1}.tar")
@@ -211,49 +200,25 @@ def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
         sources.load("bare.tar")
 
 
-@pytest.mark.parametrize("kept", [512 * 2, 512 * 2 + 100, 512 * 3])
+@pytest.mark.parametrize("kept", [512 * 2, 512 * 2 + 100, 512 * 3, 512 * 4])
 def test_a_shard_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
+    """After a member, or within the second one's header: archives end with zeros."""
     shard = tmp_path / "shard.tar"
     write_shard(shard, {"a.png": b"abc", "a.txt": b"abc"})
-    whole = shard.read_bytes()
     assert len(sources.load(str(shard))) == 1
-    # After the first member, within the second one's header, or after it: archives end with zeros.
-    shard.write_bytes(whole[:kept])
-    with pytest.raises(MisconfigurationException, match=r"no end of an archive after a\.png|unexpected end of data"):
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(MisconfigurationException, match=r"no end of an archive after a\.|unexpected end of data"):
         sources.load(str(shard))
-    shard.write_bytes(whole[:2048])
-    with pytest.raises(MisconfigurationException, match=r"no end of an archive after a\.txt: it has been cut off"):
-        sources.load(str(shard))
-
-
-def test_names_of_shards_that_would_lose_a_pair_are_refused(pictures: str, tmp_path: Path) -> None:
-    image, text = Path(pictures) / "red-circle.png", Path(pictures) / "red-circle.txt"
-    members = {
-        "good.tar": ("one.png", "one.txt", "one.mask.png"),
-        "twice.tar": ("one.png", "one.txt", "one.png"),
-        "dotted.tar": ("one.png", "one.txt", "two.v2.png", "two.v2.txt"),
-    }
-    for archive, names in members.items():
-        with tarfile.open(tmp_path / archive, "w") as shard:
-            for name in names:
-                shard.add(image if name.endswith("png") else text, name)
-    assert len(sources.load(str(tmp_path / "good.tar"))) == 1
-    with pytest.raises(MisconfigurationException, match=r"there is a second image one\.png"):
-        sources.load(str(tmp_path / "twice.tar"))
-    with pytest.raises(MisconfigurationException, match=r"the key of two\.v2\.png ends at the first dot, two"):
-        sources.load(str(tmp_path / "dotted.tar"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dataset": "missing.csv"}, "missing.csv.*no such file"),
-        ({"dataset": "missing"}, "'missing' is not a folder.*packaged:emoji"),
         ({"dataset": "packaged:chess"}, "unknown package 'packaged:chess', give one of packaged:emoji"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on, got 0.5 and 0.5"),
         ({"skip_unreadable": True, "check_images": False}, "skip_unreadable needs check_images"),
-        ({"validation_dataset": "missing.tsv"}, "missing.tsv.*no such file"),
         ({"dataset": "data.csv", "test_dataset": "./data.csv"}, "test_dataset='./data.csv' is what is trained on"),
     ],
 )
@@ -310,16 +275,6 @@ def test_no_image_is_on_two_sides(clip: Any, pictures: str, write_table: Callabl
     assert len(set.union(*found.values())) == 32
     assert parts(random.sample(rows, len(rows))) == found
     assert parts(rows, seed=1) != found
-
-
-def test_validation_may_be_given(clip: Any, pictures: str, write_table: Callable[..., str]) -> None:
-    table = write_table([(str(Path(pictures) / "red-circle.png"), "a red circle")])
-    with pytest.warns(UserWarning, match="validation: 1 of 1 images are in the training split too"):
-        data = prepared(clip, "fit", pictures, validation_dataset=table, test_share=0.0)
-    assert len(data.parts["train"]) == 32
-    assert len(data.parts["validation"]) == 1
-    with pytest.raises(MisconfigurationException, match="set test_dataset, or test_share above 0"):
-        data.setup("test")
 
 
 def test_ranks_share_each_joint_batch() -> None:

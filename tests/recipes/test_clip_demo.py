@@ -2,24 +2,19 @@
 
 import csv
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from PIL import Image
 
 from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
-from recipes.clip_contrastive.data import too_long
 from recipes.clip_contrastive.module import ContrastiveModel
 from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_demo.__main__ import main
-from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
+from recipes.clip_demo.run import ZERO_SHOT, Run, perform
 from recipes.clip_fewshot.sources import load
 from recipes.shared.ledger import Row
 from recipes.shared.methods import OURS
@@ -76,57 +71,7 @@ def test_variants_of_an_emoji_are_one() -> None:
     assert emoji.variants("1f469-200d-1f680") != emoji.variants("1f469-200d-1f692")  # and a firefighter
 
 
-def test_the_target_style_is_in_no_pair(data: emoji.Folders) -> None:
-    styles = {Path(row["image"]).parts[1] for row in pairs(data.pairs) + pairs(data.held_out_pairs)}
-    assert styles == set(emoji.STYLES) - {emoji.TARGET}
-
-
-def test_every_class_has_images_enough(data: emoji.Folders) -> None:
-    counts = {}
-    for part in PARTS:
-        folders = (data.target / part).iterdir()
-        counts[part] = {folder.name: len(list(folder.iterdir())) for folder in folders}
-    assert all(set(of_part) == set(emoji.CLASSES) for of_part in counts.values())
-    assert [min(counts[part].values()) for part in PARTS] == [16, 3, 8]  # 16 shots are possible
-    assert sum(counts["test"].values()) > 300
-
-
-def test_images_are_as_the_model_wants_them(data: emoji.Folders) -> None:
-    rows = pairs(data.pairs)[::500]
-    for path in [data.pairs.parent / row["image"] for row in rows] + list((data.target / "test" / "clock").iterdir()):
-        with Image.open(path) as image:
-            assert (image.size, image.mode) == ((64, 64), "RGB"), path
-    corner = Image.open(next((data.target / "test" / "clock").iterdir())).getpixel((0, 0))
-    assert corner == (255, 255, 255)  # what is transparent is white
-
-
-def test_captions_name_the_emoji_and_its_class(data: emoji.Folders) -> None:
-    captions = {row["caption"] for row in pairs(data.pairs) if row["image"] == "pairs/google/1f437.png"}
-    assert captions == {"mammal", "pig face", "pig", "pig face, mammal", "pig, mammal"}
-    tokenizer = open_clip.SimpleTokenizer(context_length=16)
-    every = sorted({row["caption"] for row in pairs(data.pairs)})
-    assert len(too_long(every, tokenizer)) < 0.02 * len(every)
-
-
-def test_licences_are_told(data: emoji.Folders) -> None:
-    told = (data.pairs.parent / "LICENCES.txt").read_text()
-    assert all(f"{name}: {style.licence}" in told for name, style in emoji.STYLES.items())
-
-
 # -- the model
-
-
-def test_what_another_process_trains_is_waited_for(data: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def after_another(lock: str) -> Iterator[None]:
-        folder = Path(lock).with_suffix("")
-        folder.mkdir()
-        (folder / "pretraining.json").write_text("{}")
-        yield
-
-    monkeypatch.setattr("recipes.clip_contrastive.pretrain.FileLock", after_another)
-    folder = pretrained(Pretraining(steps=1, batch_size=4, seed=7), data)
-    assert [path.name for path in folder.iterdir()] == ["pretraining.json"]  # nothing was trained here
 
 
 @pytest.fixture
@@ -186,7 +131,7 @@ def test_the_demo_reports_resumes_and_keeps(
     few: emoji.Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
-    judged = {part: images[::10] for part, images in load(str(few.target)).parts.items()}
+    judged = {part: images[::20] for part, images in load(str(few.target)).parts.items()}
     monkeypatch.setattr(emoji, "prepare", lambda: few)
     monkeypatch.setattr("recipes.clip_demo.run.examples", lambda images, part: judged[part])
     monkeypatch.setattr("recipes.clip_demo.__main__.examples", lambda images, part: judged[part])
@@ -212,26 +157,10 @@ def test_the_demo_reports_resumes_and_keeps(
     assert len(rows) == 1 + len(OURS) * 2
     assert "[3/7]" in out
     assert "[1/7]" not in out
-    assert "chance 4.3" in " ".join((folder / "table.txt").read_text().split())
-    for method in (ZERO_SHOT, *OURS):
-        assert method in (folder / "table.txt").read_text()
-        assert all(0 <= row["accuracy"] <= 1 for row in rows if row["method"] == method)
-    for name in ("shots.png", "predictions.png"):
-        with Image.open(folder / name) as image:
-            assert min(image.size) > 400
+    table = (folder / "table.txt").read_text()
+    assert all(method in table for method in (ZERO_SHOT, *OURS))
+    assert {path.name for path in folder.glob("*.png")} == {"shots.png", "predictions.png"}
     given = {(row["method"], row["seed"]): tuple(row["given"]) for row in rows if row["shots"]}
     assert len(set(given.values())) == 2 * len(OURS)  # seeds and methods do something of their own
     assert main(command(folder)) == 0
     assert "/7]" not in capsys.readouterr().out  # nothing is run again
-
-
-def test_a_run_is_found_again_by_all_that_decides_it(tmp_path: Path) -> None:
-    """In a line that holds what a run has found too."""
-    run = Run("LoRA", 4, 0, Settings(), tmp_path, tmp_path)
-    line = {"method": "LoRA", "shots": 4, "seed": 0, "model": tmp_path.name, "part": "test"}
-    line |= {"settings": asdict(Settings()), "accuracy": 0.5, "given": [1, 2], "seconds_per_step": 0.1}
-    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
-    rows = ledger(tmp_path)
-    assert rows.find(run) == line
-    assert rows.find(run._replace(settings=Settings(rho=0.5))) is None
-    assert rows.find(run._replace(part="validation")) is None

@@ -9,10 +9,10 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import trainers
 from clip_contrastive_runs import CLIP, save_model
 from clip_fewshot_runs import data_of, filled, options_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import trainer as plain_trainer
 from torch import nn
 
 from recipes.clip.export import export
@@ -20,16 +20,15 @@ from recipes.clip.images import image_files
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.__main__ import main
 from recipes.clip_fewshot.data import FewShotData
-from recipes.clip_fewshot.evaluation import Evaluation, class_accuracies, plot_confusion
+from recipes.clip_fewshot.evaluation import Evaluation
 from recipes.clip_fewshot.module import FewShot
 from recipes.clip_fewshot.prompts import tokenize
 from recipes.shared.configs import config_arguments
-from recipes.shared.random_state import RandomState
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
 LORA = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.25}
-trainer = partial(trainers.trainer, max_epochs=1, num_sanity_val_steps=0)
+trainer = partial(plain_trainer, max_epochs=1, num_sanity_val_steps=0)
 
 
 # -- what the model is asked
@@ -107,12 +106,6 @@ def test_metrics_are_those_of_the_definitions() -> None:
     assert confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
-def test_class_names_may_repeat_and_hold_dollars(tmp_path: Path) -> None:
-    names = ["missile", "$5_{ bill$", "missile"]
-    assert class_accuracies(torch.eye(3), names) == {"missile (class 0)": 1, "$5_{ bill$": 1, "missile (class 2)": 1}
-    plot_confusion(torch.eye(3, dtype=torch.int64), names, tmp_path / "names.png", "title")
-
-
 # -- the command line
 
 
@@ -141,34 +134,22 @@ def test_a_run_follows_the_protocol(tiny_clip: str, images: Path, tmp_path: Path
     assert (folder / "checkpoints" / "last" / "adapter_model.safetensors").is_file()
     tested = run("test", method, tiny_clip, images, checkpoint).trainer.callback_metrics
     assert tested["test_calibration_error"].item() == pytest.approx(result["test"]["calibration_error"], rel=1e-5)
+    # Stopped in its last test, a run has no validation after its resumption.
+    run("fit", method, tiny_clip, images, fast, checkpoint)
+    resumed = json.loads((folder.parent / "version_2" / "result.json").read_text())
+    for part in ("zero_shot", "validation", "test"):
+        assert resumed[part] == result[part] != {}
     assert export(folder / "checkpoints" / "last.ckpt", tmp_path / "plain") < 1e-5  # as open_clip loads it
     untuned = run("test", method, tiny_clip, images).trainer.callback_metrics
     assert untuned["test_calibration_error"].item() == pytest.approx(result["zero_shot"]["calibration_error"], rel=1e-5)
 
 
-def test_a_fast_dev_run_takes_few_batches_and_leaves_no_file(
-    tiny_clip: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tested: list[int] = []
-    step = FewShot.test_step
-
-    def counted(module: FewShot, batch: Any, number: int) -> None:
-        tested.append(number)
-        step(module, batch, number)
-
-    monkeypatch.setattr(FewShot, "test_step", counted)
-    run("fit", "lora", tiny_clip, images, "--data.init_args.eval_batch_size=2", "--trainer.fast_dev_run=1")
-    assert tested == [0, 0]  # before and after training
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["classes.csv", "classes.jsonl"])
-def test_predict_gives_each_image_of_a_folder_a_class(name: str, tiny_clip: str, images: Path, tmp_path: Path) -> None:
-    options = [f"--data.init_args.predict_folder={images}", f"--model.init_args.predictions={name}"]
+def test_predict_gives_each_image_of_a_folder_a_class(tiny_clip: str, images: Path, tmp_path: Path) -> None:
+    options = [f"--data.init_args.predict_folder={images}", "--model.init_args.predictions=classes.csv"]
     made = run("predict", "lora", tiny_clip, images, *options, "--data.init_args.eval_batch_size=7")
-    (path,) = tmp_path.glob(f"runs/**/{name}")
+    (path,) = tmp_path.glob("runs/**/classes.csv")
     with path.open() as file:
-        rows = list(csv.DictReader(file)) if name.endswith("csv") else [json.loads(line) for line in file]
+        rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [str(p) for p in image_files(images)]
     module, data = made.model.eval(), made.datamodule
     image = data.predict_dataloader().dataset[[(20, 0)]]["images"]
@@ -176,36 +157,6 @@ def test_predict_gives_each_image_of_a_folder_a_class(name: str, tiny_clip: str,
         probability, label = module.probabilities(image)[0].max(dim=0)
     assert rows[20]["class"] == data.classes[label]
     assert float(rows[20]["probability"]) == pytest.approx(probability.item(), rel=1e-5)
-
-
-# -- going on after a stop
-
-
-def test_a_run_that_was_stopped_goes_on_from_its_last_validation(
-    tiny_clip: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run("fit", "efmlora", tiny_clip, images)
-    runs = tmp_path / "runs" / "clip_fewshot" / "efmlora"
-    whole = json.loads((runs / "version_0" / "result.json").read_text())
-
-    def stop(self: Any, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == 5:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RandomState, "on_train_batch_start", stop)
-        with pytest.raises(RuntimeError, match="power cut"):
-            run("fit", "efmlora", tiny_clip, images)
-    last = runs / "version_1" / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 3
-    run("fit", "efmlora", tiny_clip, images, f"--ckpt_path={last}")
-    resumed = json.loads((runs / "version_2" / "result.json").read_text())
-    assert resumed["test"] == whole["test"]
-    assert resumed["zero_shot"] == whole["zero_shot"]
-    # Stopped in its last test, a run has no validation after its resumption.
-    last = runs / "version_0" / "checkpoints" / "last.ckpt"
-    run("fit", "efmlora", tiny_clip, images, f"--ckpt_path={last}")
-    assert json.loads((runs / "version_3" / "result.json").read_text())["validation"] == whole["validation"] != {}
 
 
 # -- what is refused
@@ -216,11 +167,9 @@ def test_a_run_that_was_stopped_goes_on_from_its_last_validation(
     [
         ({"shots": 0}, "shots must be an integer >= 1, got 0"),
         ({"crop_scale": (0.9, 0.1)}, "crop_scale must be two shares"),
-        ({"validation_shots": -1}, "validation_shots must be null or an integer >= 0, got -1"),
         ({"validation_shots": 5}, "'blue_grey' has 2 images in validation .*validation_shots=5"),
         ({"flip": 2}, "flip must be a probability, got 2"),
         ({"dataset": "missing"}, "dataset='missing' is no folder, and not one of .*eurosat"),
-        ({"dataset": "eurosat"}, "'eurosat' is not complete in root='data': .*download to true"),
         ({"shots": 11}, "'blue_grey' has 6 images in train .*shots=11, and so have 2 other classes"),
         ({"templates": ["a photo"]}, "templates must be texts with one {}.*'a photo'"),
         ({"class_names": {"red": "r", "pink": "p"}}, r"no name for \['blue_grey', 'green'\], not a class: \['pink'\]"),

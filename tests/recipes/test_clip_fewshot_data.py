@@ -1,7 +1,6 @@
 """Which images the few-shot recipe draws, what the classes are called, and the batches."""
 
 import json
-import os
 from itertools import chain, product
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from recipes.clip.images import image_files, read_image, readable
-from recipes.clip_contrastive.data import shuffled
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream
 from recipes.clip_fewshot.data import few_shots
@@ -55,12 +53,6 @@ def test_folders_that_are_no_part_are_named(tmp_path: Path) -> None:
     assert all(path.parts[-3] == "dev" for path, _ in source.parts["validation"])
 
 
-def test_names_that_are_no_utf_8_have_a_place_too(tmp_path: Path) -> None:
-    examples = [(tmp_path / os.fsdecode(name), 0) for name in (b"caf\xe9.png", b"tea.png")]
-    assert sorted(sources.in_order(examples, 0)) == sorted(examples)
-    assert len(shuffled({str(path) for path, _ in examples}, 0)) == 2
-
-
 def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     for name in ("a.png", "deep/b.gif", "deep/c.jfif"):
@@ -76,20 +68,6 @@ def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path)
     assert found == ["linked/a.png", "linked/deep/b.gif", "linked/deep/c.jfif", "linked/deep/d.heic"]
     with pytest.raises(MisconfigurationException, match=r"1 of 4 images can't be read: .*d.heic"):
         readable(image_files(folder))
-
-
-def test_of_two_ways_to_an_image_one_counts_on_every_machine(tmp_path: Path) -> None:
-    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "images"
-    for name in ("b/of_b.png", "c/of_c.png"):
-        picture(elsewhere / name, (255, 0, 0), seed=0)
-    folder.mkdir()
-    (folder / "z").symlink_to(elsewhere / "b")
-    (folder / "y").symlink_to(elsewhere / "b")
-    (folder / "own").mkdir()
-    (folder / "a").symlink_to(folder / "own")
-    picture(folder / "own" / "mine.png", (255, 0, 0), seed=0)
-    found = [str(path.relative_to(folder)) for path in image_files(folder)]
-    assert found == ["own/mine.png", "y/of_b.png"]
 
 
 def test_a_message_does_not_hold_an_image_that_was_given_as_its_name() -> None:

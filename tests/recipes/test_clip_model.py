@@ -23,21 +23,12 @@ from recipes.clip.model import (
     image_features,
     load_clip,
     text_features,
-    wants_quick_gelu,
 )
 
 
 @pytest.fixture(scope="module")
 def name(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("clip") / "model", CLIP)
-
-
-def test_the_model_is_frozen_with_split_attention_and_ready_to_train(name: str) -> None:
-    clip = load_clip(name)
-    assert not any(p.requires_grad for p in clip.net.parameters())
-    assert clip.net.training
-    assert not any(isinstance(module, nn.MultiheadAttention) for module in clip.net.modules())
-    assert clip.tokenizer(["a cat"]).shape == (1, clip.net.context_length)
 
 
 def test_it_has_the_weights_of_the_folder(name: str) -> None:
@@ -92,6 +83,9 @@ def test_a_tags_weights_run_with_the_activation_they_were_trained_with(tagged: s
         assert activations(load_clip(tagged, "plain", True).net) == {"visual": {QuickGELU}, "text": {QuickGELU}}
     with pytest.warns(UserWarning, match="QuickGELU mismatch"):
         assert activations(load_clip(tagged, "quick", False).net) == {"visual": {nn.GELU}, "text": {nn.GELU}}
+    file = str(Path(tagged).parent / "weights.pt")  # which is as it is told
+    assert activations(load_clip(tagged, file).net)["text"] == {nn.GELU}
+    assert activations(load_clip(tagged, file, True).net)["text"] == {QuickGELU}
 
 
 def test_split_and_merged_it_keeps_that_activation(tagged: str) -> None:
@@ -108,20 +102,6 @@ def test_split_and_merged_it_keeps_that_activation(tagged: str) -> None:
         nn.init.normal_(pair.B, std=0.2)
     plain.load_state_dict(export_open_clip(adapted), strict=True)
     assert torch.allclose(image_features(adapted, images), plain.encode_image(images, normalize=True), atol=1e-5)
-
-
-def test_a_file_of_weights_runs_as_it_is_told(tagged: str, tmp_path: Path) -> None:
-    file = str(tmp_path / "weights.pt")
-    assert activations(load_clip(tagged, file).net)["text"] == {nn.GELU}
-    assert activations(load_clip(tagged, file, True).net)["text"] == {QuickGELU}
-
-
-def test_every_tag_of_open_clips_list_is_obeyed() -> None:
-    listed = open_clip.list_pretrained()
-    quick = {(model, tag) for model, tag in listed if wants_quick_gelu(model, tag)}
-    assert {("ViT-B-16", "openai"), ("ViT-B-16", "dfn2b"), ("ViT-L-14", "metaclip_400m"), ("RN50", "openai")} <= quick
-    assert ("ViT-B-16", "laion2b_s34b_b88k") not in quick
-    assert 20 < len(quick) < len(listed) / 2
 
 
 # -- the adapter
@@ -170,7 +150,6 @@ def test_the_export_is_loaded_by_plain_open_clip_with_equal_features(name: str) 
             ("ViT-B-32", "opnai"),
             r"pretrained='opnai' is neither a file nor a tag of ViT-B-32, whose.* are \['openai'",
         ),
-        (("local-dir:missing",), r"model='local-dir:missing', .* can't be loaded: .*not found"),
         (("local-dir:missing", "openai"), "brings its own weights: set pretrained to null"),
         (("missing.json",), r"model: there is no file missing.json"),
     ],
@@ -184,7 +163,6 @@ def test_models_that_are_not_there(arguments: tuple[str, ...], words: str) -> No
     ("lora", "words"),
     [
         ({"rank": 2}, r"lora={'rank': 2} can't be used: .*rank"),
-        ({"r": 0}, "can't be used"),
         ({"towers": "image"}, "towers must be one of"),
         ({"blocks": 9}, "the tower has 2 blocks, so give"),
         ({"towers": "text", "target_modules": ["c_fc"]}, "says twice where the adapter goes"),

@@ -1,6 +1,5 @@
 """The comparison end to end on shortened tasks: what it runs, keeps, never repeats, and shows."""
 
-import json
 import math
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ from recipes.comparison.__main__ import main
 from recipes.comparison.classification import TextTask
 from recipes.comparison.commonsense import CommonsenseTask
 from recipes.comparison.emoji import EmojiTask
-from recipes.comparison.methods import ALL, METHODS, VARIANTS
+from recipes.comparison.methods import ALL, METHODS
 from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan
 from recipes.comparison.run import Row, Run, perform
 from recipes.comparison.task import Config
@@ -57,41 +56,9 @@ def test_the_hyper_parameter_arrives_in_the_callback(name: str) -> None:
     assert isinstance(callback.rho, ConstantRho) == (ALL[name].parameter == "rho")  # type: ignore[attr-defined]
 
 
-def test_variants_differ_from_their_method() -> None:
-    def settings(name: str) -> dict[str, Any]:
-        (callback,) = methods.METHODS[name].callbacks(rho=0.7)
-        keys = ("estimator", "norm_scope", "every_n_steps", "beta")
-        return {key: getattr(callback, key, None) for key in keys} | {"type": type(callback).__name__}
-
-    changed = {}
-    for name in set(VARIANTS) - {"bi_lora"}:  # a baseline
-        plain, own = settings(name.split("_")[0]), settings(name)
-        changed[name] = {key: value for key, value in own.items() if value != plain[key]}
-    assert changed == {
-        "efmlora_projected": {"estimator": "projected"},
-        "fmlora_projected": {"estimator": "projected"},
-        "efmlora_layer": {"norm_scope": "layer"},
-        "efmlora_beta01": {"beta": 0.1},
-        "efmlora_every5": {"every_n_steps": 5},
-        "fmlora_every5": {"every_n_steps": 5},
-    }
-
-
 def test_every_method_has_as_many_configurations_to_choose_from() -> None:
     for each in TASKS.values():
         assert {len(method.configurations(each.grids, 1.0)) for method in ALL.values()} == {4}, each.name
-
-
-def test_full_fine_tuning_trains_all_weights_and_no_adapter(task: TextTask) -> None:
-    module: Any = task.module({"learning_rate": 1e-3}, full=True)
-    batch = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
-    module.eval()
-    before = module.logits(batch)
-    for name, parameter in module.named_parameters():
-        assert parameter.requires_grad == ("lora_" not in name), name
-        if "lora_" in name:
-            parameter.data.add_(1.0)
-    torch.testing.assert_close(module.logits(batch), before, rtol=0, atol=0)
 
 
 # -- the plan
@@ -132,29 +99,22 @@ def test_the_order_of_a_plan(tmp_path: Path, task: TextTask) -> None:
 
 
 @pytest.mark.usefixtures("only_this")
-def test_runs_through_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["run", "--methods", "lora", "efmlora", "--seeds", "0", "1", f"--folder={tmp_path}"]
     assert main(given) == 0
     rows = read(tmp_path / RESULTS)
     assert len(rows) == 4 + 2 + 4 + 2
     for row in rows:
         assert row["examples"] == 20
-        assert row["settings"]["precision"] in ("bf16-mixed", "32-true")
         assert row["accuracy"] == row["correct"] / 20
         assert all(math.isfinite(row[name]) for name in ("loss", "seconds_per_step", "processor_seconds_per_step"))
         assert ("sharpness" in row) == (row["part"] == "test")
-        assert len(json.dumps(row)) < 1000  # small enough to be committed
     test = {(row["method"], row["seed"]): row for row in rows if row["part"] == "test"}
     assert test["lora", 0]["sharpness"] > 0
     assert test["lora", 0]["adapted_norm"] == test["efmlora", 1]["adapted_norm"] > 0
     assert len({row["train_loss"] for row in test.values()}) == 4  # seeds and methods do something of their own
 
-    for name in ("table", "plot"):
-        assert main([name, f"--folder={tmp_path}"]) == 0
-    assert "| efmlora | rho" in (tmp_path / "table.md").read_text()
-    assert f"computed in {rows[0]['settings']['precision']}" in (tmp_path / "table.md").read_text()
+    assert main(["plot", f"--folder={tmp_path}"]) == 0
     for name in ("gain", "sharpness", "tuning", "cost"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 400
@@ -168,7 +128,6 @@ def test_runs_through_the_command_line(
     again = read(tmp_path / RESULTS)[-1]
     cost = {"seconds", "seconds_per_step", "processor_seconds_per_step", "peak_mib"}
     assert {k: v for k, v in again.items() if k not in cost} == {k: v for k, v in rows[-1].items() if k not in cost}
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "efmlora")])
@@ -195,11 +154,11 @@ def questions(tiny: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Com
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
-    """Each twentieth emoji by a model of two steps, in a cache of its own."""
+    """Each sixtieth emoji by a model of two steps, in a cache of its own."""
     (tmp_path / "emoji").symlink_to(emoji.prepare().pairs.parent)
     monkeypatch.setenv("FLATLORA_CACHE", str(tmp_path))
     monkeypatch.setattr(EmojiTask, "pretraining", {"steps": 2, "batch_size": 4})
-    monkeypatch.setattr(emoji_task, "examples", lambda *given: few_shot_emoji.examples(*given)[::20])
+    monkeypatch.setattr(emoji_task, "examples", lambda *given: few_shot_emoji.examples(*given)[::60])
     return EmojiTask("emoji", {"shots": 1, "steps_per_shot": 2, "epochs": 1, "batch_size": 32} | FLATNESS, GRIDS)
 
 
@@ -207,12 +166,9 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
 def test_other_models_run_too(name: str, request: pytest.FixtureRequest) -> None:
     task = request.getfixturevalue(name)
     flat = perform(Run(task, "efmlora", {"learning_rate": 1e-3, "rho": 0.1}, 0, "test"))
-    full = perform(Run(task, "full", {"learning_rate": 1e-4}, 0, "test"))
-    assert flat["examples"] == full["examples"] > 15
+    assert flat["examples"] > 5
     for entry in ("loss", "train_loss", "sharpness", "expected_sharpness", "adapted_norm"):
         assert math.isfinite(flat[entry]), entry
-    assert math.isfinite(full["full_sharpness"])
-    assert flat["train_loss"] != full["train_loss"]
 
 
 def test_answers_are_judged_as_in_their_own_recipe(questions: CommonsenseTask) -> None:

@@ -12,10 +12,9 @@ from scipy import stats
 from recipes.evidence.plan import STAGES, Plan
 from recipes.evidence.run import Run
 from recipes.evidence.search import Grid, arm_of, choose, common_grid, has_diverged
-from recipes.evidence.verdict import difference, ends_early, seeds_to_decide, verdict
+from recipes.evidence.verdict import difference, ends_early, verdict
 from recipes.evidence.workloads import LEARNING_RATES, SEARCHES, Config
 from recipes.shared.ledger import Row
-from recipes.shared.statistics import Estimate
 
 
 def by_seed(*values: float) -> dict[int, float]:
@@ -92,18 +91,6 @@ def test_a_workload_ends_early_after_eight_seeds_below_half_a_point() -> None:
     assert ends_early({**FLAT, 8: 0.0, 9: 0.0}, {**SMALL, 8: 99.0, 9: 50.0})
 
 
-def test_the_seeds_that_would_decide_are_the_least_that_do() -> None:
-    found = Estimate(mean=1.0, error=0.6, values=9)
-    seeds = seeds_to_decide(found)
-    assert seeds is not None
-
-    def p(number: int) -> float:
-        return float(2 * stats.t.sf(1.0 / (1.8 / math.sqrt(number)), number - 1))
-
-    assert 3 * p(seeds) < 0.05 <= 3 * p(seeds - 1)
-    assert seeds_to_decide(Estimate(mean=0.49999, error=1.0, values=9)) is None
-
-
 # -- searches
 
 
@@ -162,11 +149,6 @@ def test_sizes_end_where_training_diverges_at_every_rate() -> None:
     assert not has_diverged([{"chance": 0.1, **row(2.25)}, {"chance": 0.1, **row(2.29)}])
 
 
-def test_the_weakest_setting_is_no_end() -> None:
-    assert Grid().extended("efmlora", {"learning_rate": 1e-3}) == Grid()
-    assert Grid().extended("lora", {"learning_rate": 5e-4, "dropout": 0.3}) == Grid(lower_rates=1, further=1)
-
-
 class Dropped(Fake):
     """Dropout of 0.5 is best, and from rho 8 on nothing is learned."""
 
@@ -174,15 +156,6 @@ class Dropped(Fake):
         row = super().__call__(run, folder)
         of_dropout = 0.01 * abs(run.config.get("dropout", 0) - 0.5)
         row["validation_loss"] += of_dropout + 0.1 * (run.config.get("rho", 0) >= 8)
-        return row
-
-
-class Harmed(Fake):
-    """Any rho makes it worse, and a larger one more."""
-
-    def __call__(self, run: Run, folder: Path | None = None) -> Row:
-        row = super().__call__(run, folder)
-        row["validation_loss"] += run.config.get("rho", 0.0)
         return row
 
 
@@ -194,11 +167,3 @@ def test_a_search_is_finished_where_training_has_diverged(tmp_path: Path) -> Non
     assert grid == Grid(further=2)
     assert plan.chosen("lora", grid) == {"learning_rate": 2e-3, "dropout": 0.5}
     assert {row["config"].get("rho", 0) for row in plan.ledger.rows if row["arm"] == "efmlora"} == {0.5, 2.0, 8.0}
-
-
-def test_the_best_trial_above_0_is_not_the_one_that_the_search_chooses(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, "tiny", SETTINGS, ["lora", "efmlora", "efmlora_above_0"], STAGES, range(1))
-    work_by_pieces(plan, Harmed(gain=0.0), lambda run: None)
-    grid = common_grid(plan.chosen)
-    assert plan.config_of("efmlora", grid) == {"learning_rate": 2e-3}
-    assert plan.config_of("efmlora_above_0", grid) == {"learning_rate": 2e-3, "rho": 0.5}

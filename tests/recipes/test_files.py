@@ -1,10 +1,48 @@
-"""Files that are written whole or set aside."""
+"""Files that are written whole or set aside, and files of a user's that lie where a command writes: none is lost."""
 
 from pathlib import Path
 
 import pytest
 
-from recipes.shared.files import set_aside, write_whole
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.files import begin_folder, set_aside, write_whole
+
+BORING = "lightning.pytorch.demos.boring_classes"
+
+
+def fit(*more: str) -> None:
+    """A short run without a logger, whose files land in the working directory."""
+    quiet = ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    short = ["--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.precision=32-true"]
+    module, data = f"--model={BORING}.BoringModel", f"--data={BORING}.BoringDataModule"
+    RecipeCLI(["fit", module, data, "--trainer.logger=false", *quiet, *short, *more])
+
+
+@pytest.mark.usefixtures("command_line")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+def test_a_run_without_a_logger_keeps_another_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("my own")
+    fit()
+    assert Path("config-1.yaml").read_text() == "my own"
+    first = Path("config.yaml").read_text()
+    fit()  # the same run writes the same file
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config-1.yaml", "config.yaml"]
+    fit("--seed_everything=3")
+    assert Path("config-2.yaml").read_text() == first
+    assert Path("config.yaml").read_text() != first
+
+
+def test_a_new_command_sets_aside_what_it_would_replace(tmp_path: Path) -> None:
+    names = ["table.md", "rho.png"]
+    for name in (*names, "notes.txt"):
+        (tmp_path / name).write_text("my own")
+    begin_folder(tmp_path, "results.jsonl", names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "rho-1.png", "table-1.md"]
+    (tmp_path / "results.jsonl").touch()
+    (tmp_path / "table.md").write_text("the command's")
+    begin_folder(tmp_path, "results.jsonl", names)
+    assert (tmp_path / "table.md").read_text() == "the command's"
 
 
 def test_a_stop_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

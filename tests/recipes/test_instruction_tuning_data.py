@@ -51,16 +51,6 @@ def test_every_answer_of_a_conversation_is_learnt(tiny: str, tokenizer: Any, jso
     assert "C?" not in tokenizer.decode(row["input_ids"][0])  # nobody answers it
 
 
-def test_a_template_may_mark_the_answers_itself(tokenizer: Any) -> None:
-    template = (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}"
-        "{{ eos_token }}{% endgeneration %}{% else %}Q:{{ m['content'] }}{% endif %}{% endfor %}"
-    )
-    encoder = ChatEncoder(tokenizer, 100, template)
-    encoded = encoder.encode([{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}])
-    assert tokenizer.decode([label for label in encoded.labels if label != IGNORED]) == "so<|im_end|>"
-
-
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     turns = [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]
@@ -121,18 +111,6 @@ def test_packaged_tasks_are_split_without_leaks(task: str) -> None:
     assert len(questions["test"]) / len(table) == pytest.approx(0.25, abs=0.05)
 
 
-def test_a_part_depends_on_the_question_alone(tiny: str, jsonl: Any) -> None:
-    rows = [{"instruction": f"Question {i}", "output": "a"} for i in range(40)]
-    more = [{"instruction": f"  QUESTION {i}!", "output": "b"} for i in reversed(range(40))]
-
-    def held_out(rows: list[dict[str, str]]) -> set[str]:
-        table = sources.load(jsonl(rows), "train")
-        return {row["key"] for row in table if part_of(row["key"], {"test": 0.3}) == "test"}
-
-    assert held_out(rows) == held_out(more) == held_out(rows + more)
-    assert 0 < len(held_out(rows)) < 40
-
-
 def test_batches_are_of_similar_length_and_new_in_each_epoch() -> None:
     lengths = torch.randint(1, 500, (1000,)).tolist()
     sampler = LengthBatchSampler(lengths, batch_size=8, seed=1)
@@ -146,10 +124,3 @@ def test_batches_are_of_similar_length_and_new_in_each_epoch() -> None:
     assert padded / sum(lengths) < 1.15  # random batches of 8 would be at 1.7
     sampler.set_epoch(1)
     assert first != list(sampler)
-
-
-def test_ranks_share_the_batches() -> None:
-    both = [list(LengthBatchSampler(range(1, 50), 4, num_replicas=2, rank=rank)) for rank in (0, 1)]
-    assert len(both[0]) == len(both[1])
-    batches = chain.from_iterable(both)
-    assert set(chain.from_iterable(batches)) == set(range(49))

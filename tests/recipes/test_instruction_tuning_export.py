@@ -8,11 +8,9 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 
 from recipes.instruction_tuning import export as exporting
-from recipes.instruction_tuning.model_card import method, model_card
 from recipes.language.model import add_adapter
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -80,17 +78,6 @@ def test_the_card_says_how_it_was_made(adapter: Path, tmp_path: Path) -> None:
     assert merged.dtype == torch.bfloat16
 
 
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-def test_an_adapter_of_another_model_is_refused(adapter: Path, tmp_path: Path, tokenizer: Any) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
-    )
-    config.num_key_value_heads = 1
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "longer")
-    with pytest.raises(MisconfigurationException, match=r"does not fit .*longer; --base .*have other names"):
-        exporting.export(adapter, tmp_path / "plain", base=str(tmp_path / "longer"))
-
-
 def test_a_vision_language_model_is_merged_too(tiny_vlm: str, tmp_path: Path) -> None:
     net = add_adapter(transformers.AutoModelForImageTextToText.from_pretrained(tiny_vlm), LORA)
     net.save_pretrained(str(tmp_path / "adapter"))
@@ -100,51 +87,6 @@ def test_a_vision_language_model_is_merged_too(tiny_vlm: str, tmp_path: Path) ->
     for name, weight in base.state_dict().items():
         assert torch.equal(weight, merged.state_dict()[name]), name  # B is 0 at its start
     assert transformers.AutoProcessor.from_pretrained(tmp_path / "plain").image_processor is not None
-
-
-def test_methods_of_runs() -> None:
-    manual = {"trainer": {}, "model": {"init_args": {"rho": 0.1, "norm_scope": "layer"}}}
-    assert method(manual) == ("FMLoRA", {"rho": 0.1, "estimator": None, "norm_scope": "layer", "sync_ascent": None})
-    name, settings = method({})
-    assert name == "LoRA"
-    assert "not known" in settings["settings"]
-    card = model_card("Qwen/Qwen3-0.6B", PeftModelConfig, {})
-    assert card.data.base_model == "Qwen/Qwen3-0.6B"
-
-
-def test_a_card_says_what_had_an_effect() -> None:
-    run = {
-        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
-        "lr_scheduler": None,
-        "trainer": {
-            "accumulate_grad_batches": 1,
-            "gradient_clip_val": None,
-            "callbacks": [{"class_path": "lightning_flatlora.EFMLoRA", "init_args": {"rho": 0.2}}],
-        },
-        "model": {
-            "init_args": {
-                "rho": 0.1,
-                "learning_rate": 0.001,
-                "schedule": "linear",
-                "accumulate_grad_batches": 8,
-                "gradient_clip_val": 1.0,
-            }
-        },
-    }
-    text = model_card("Qwen/Qwen3-0.6B", PeftModelConfig, run).content
-    for line in ("optimizer: torch.optim.SGD", "lr: 0.5", "schedule: linear", "accumulate_grad_batches: 8"):
-        assert f"\n{line}\n" in text
-    assert "gradient_clip_val: 1.0" in text
-    assert "learning_rate" not in text
-    assert "fine-tuned with EFMLoRA and FMLoRA" in text
-    assert "  rho: 0.1" in text
-    assert "  rho: 0.2" in text
-
-
-class PeftModelConfig:
-    """A LoRA without any field, as of an older peft."""
-
-    target_modules = "all-linear"
 
 
 def test_nothing_is_sent_unless_asked(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

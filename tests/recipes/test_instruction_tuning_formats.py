@@ -37,10 +37,8 @@ ULTRACHAT = {"prompt": "Why?", "prompt_id": "1f", "messages": [ASK, SAY]}
 ROWS: dict[str, dict[str, Any]] = {
     "openhermes": OPENHERMES,
     "ultrachat": ULTRACHAT,
-    "trl-text": {"prompt": "Why?", "completion": " So."},
     "trl-messages": {"prompt": [ASK], "completion": [SAY]},
     "metamath": {"type": "GSM_Rephrased", "query": "Why?", "original_question": "Why so?", "response": "So."},
-    "gsm8k": {"question": "Why?", "answer": "So."},
     "alpaca": {"instruction": "Why?", "input": "", "output": "So.", "text": "Below is an instruction. Why? So."},
     "dolly": {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, SAY]},
@@ -56,6 +54,11 @@ def test_a_question_and_its_answer_are_read_in_every_schema(name: str, jsonl: An
     assert (row["key"], row["problem"], row["options"]) == ("why", "", [])
 
 
+def test_more_of_a_question_follows_it(jsonl: Any) -> None:
+    (row,) = sources.load(jsonl([{"instruction": "Add.", "context": "1 2", "response": "3"}]), "train")
+    assert row["messages"][0]["content"] == "Add.\n\n1 2"
+
+
 def encoded(tiny: str, dataset: str, **options: Any) -> Any:
     data = InstructionData(dataset, tokenizer=tiny, validation_share=0, test_share=0, **options)
     data.prepare_data()
@@ -65,12 +68,6 @@ def encoded(tiny: str, dataset: str, **options: Any) -> Any:
 
 def learnt(row: dict[str, Any], tokenizer: Any) -> str:
     return str(tokenizer.decode([label for label in row["labels"][0] if label != IGNORED]))
-
-
-@pytest.mark.parametrize(("more", "answer"), [("context", "response"), ("input", "output")])
-def test_more_of_a_question_follows_it(more: str, answer: str, jsonl: Any) -> None:
-    (row,) = sources.load(jsonl([{"instruction": "Add.", more: "1 2", answer: "3"}]), "train")
-    assert row["messages"][0]["content"] == "Add.\n\n1 2"
 
 
 def test_answers_without_weight_are_read_and_not_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
@@ -149,7 +146,6 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
     [
         ({"text": "Why? So."}, r"columns \['text'\]. Known are 'messages'.*'query' and 'response'.*--data.columns"),
         ({"question": "Why?", "answer": 4}, "'answer' must hold texts, and a row holds 4"),
-        ({"messages": "[]"}, "'messages' must hold lists of role and content, and a row holds '\\[\\]'"),
         ({"messages": [{"role": "narrator", "content": "Once"}]}, "a message of 'narrator'; the roles are system"),
         ({"conversations": ["Why?", "So."]}, "'conversations' must hold lists of role and content"),
         (
@@ -231,8 +227,3 @@ def test_wrong_splits_are_named(tiny: str, gsm8k: str) -> None:
     data = InstructionData(gsm8k, config_name="main", test_split="exam", tokenizer=tiny)
     with pytest.raises(MisconfigurationException, match="split='exam' can't be read"):
         data.setup("test")
-
-
-def test_several_processes_read_the_same(tiny: str, sums: str) -> None:
-    one, two = (encoded(tiny, sums, processes=processes).parts["train"] for processes in (None, 2))
-    assert one[:] == two[:]

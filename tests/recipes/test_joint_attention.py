@@ -7,11 +7,9 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lightning_flatlora import find_pairs
 from recipes.language.joint_attention import SplitProjection, join_attention, split_attention
 
 TARGETS = ["q_proj", "v_proj"]
@@ -75,24 +73,6 @@ def adapted(model: Any) -> Any:
     return adapter.eval()
 
 
-def test_lora_goes_to_q_and_v_as_linears() -> None:
-    """Without the split, peft would adapt q, k and v together, with one A for the three."""
-    adapter = adapted(gpt2())
-    layers = [name for name, module in adapter.named_modules() if isinstance(module, Linear)]
-    assert [name.rpartition(".")[2] for name in layers] == ["q_proj", "v_proj"] * 2
-    assert not any(adapter.get_submodule(name).fan_in_fan_out for name in layers)
-    assert [tuple(pair.B.shape) for pair in find_pairs(adapter).pairs] == [(32, 4)] * 4
-
-
-def test_a_saved_adapter_loads_onto_a_split_model(tmp_path: Path) -> None:
-    adapter = adapted(gpt2())
-    adapter.save_pretrained(tmp_path)
-    base = gpt2()
-    split_attention(base, TARGETS)
-    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    assert torch.equal(loaded(tokens()).logits, adapter(tokens()).logits)
-
-
 def test_a_merged_model_is_a_plain_gpt2(tmp_path: Path) -> None:
     adapter = adapted(gpt2(torch.float64))
     expected = adapter(tokens()).logits
@@ -121,14 +101,6 @@ def test_a_joint_layer_that_is_adapted_itself_stays(targets: Any) -> None:
 def test_all_linears_and_patterns_reach_the_parts() -> None:
     assert len(split_attention(gpt2(), "all-linear")) == 2
     assert len(split_attention(gpt2(), r".*\.0\.attn\.c_attn\.[qv]_proj")) == 2
-
-
-def test_the_first_gpt_is_split_too() -> None:
-    config = transformers.OpenAIGPTConfig(n_embd=32, n_head=2, n_layer=1, vocab_size=50, n_positions=40)
-    model = transformers.OpenAIGPTLMHeadModel(config).eval()
-    expected = model(tokens()).logits
-    assert len(split_attention(model, TARGETS)) == 1
-    torch.testing.assert_close(model(tokens()).logits, expected)
 
 
 def test_models_with_separate_projections_stay() -> None:

@@ -1,18 +1,14 @@
 """Files that the language recipes read: prompts for `predict`, and tables."""
 
 import json
-import os
 from pathlib import Path
 
-import datasets
 import fsspec
 import pytest
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
-from recipes.language.data import read_prompts, tokenizer_of
-from recipes.language.templates import read_template
+from recipes.language.data import read_prompts
 from recipes.shared.data import read_table
 from recipes.shared.table_files import files_of_csv_folder
 
@@ -30,28 +26,6 @@ def test_prompts_are_the_lines_of_a_file(written: str, encoding: str, read: list
     path = tmp_path / "prompts.txt"
     path.write_text(written, encoding=encoding)
     assert read_prompts(str(path), "prompt") == read
-
-
-def test_blank_lines_between_prompts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What is written for the prompts is numbered without them."""
-    path = tmp_path / "prompts.txt"
-    path.write_text("\none\n \ntwo\n\n", encoding="utf-8")
-    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        assert read_prompts(str(path), "prompt") == ["one", "two"]
-    assert "2 of 4 lines are blank and left out" in caplog.text
-    caplog.clear()
-    path.write_text("one\ntwo\n\n", encoding="utf-8")
-    read_prompts(str(path), "prompt")
-    assert not caplog.text
-
-
-def test_a_template_file_of_another_editor_or_encoding(tmp_path: Path) -> None:
-    path = tmp_path / "chat.jinja"
-    path.write_text("{{ messages }}\n", encoding="utf-8-sig")
-    assert read_template(str(path)) == "{{ messages }}\n"
-    path.write_text("{{ 'Größe' }}", encoding="latin-1")
-    with pytest.raises(MisconfigurationException, match=r"chat.jinja' is neither .*can't decode"):
-        read_template(str(path))
 
 
 def test_words_that_pandas_takes_for_nothing_are_kept(tmp_path: Path) -> None:
@@ -78,30 +52,10 @@ def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
     assert len(read_table(str(file.parent), "train[:2]")) == 2
 
 
-def test_a_folder_in_the_users_home_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "train.jsonl").write_text('{"question": "Why?"}\n')
-    assert read_table("~/mine", "train").to_list() == [{"question": "Why?"}]
-
-
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine [1]").mkdir()
     with pytest.raises(MisconfigurationException, match=r"takes \*, \? and \[ in a folder's name for a pattern"):
         read_table(str(tmp_path / "mine [1]"), "train")
-
-
-def test_a_table_without_rows_is_empty(tmp_path: Path) -> None:
-    file = tmp_path / "none.parquet"
-    datasets.Dataset.from_dict({"question": []}).to_parquet(file)
-    with pytest.raises(MisconfigurationException, match=r"none.parquet' is empty"):
-        read_table(str(file), "train")
-
-
-def test_a_tokenizer_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
-    with pytest.raises(MisconfigurationException, match=r"tokenizer='nowhere' can't be loaded"):
-        tokenizer_of(LightningDataModule(), "nowhere")
 
 
 def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> None:
@@ -122,26 +76,6 @@ def test_dates_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
         assert read_table(str(tmp_path / name), "train").to_list() == rows
 
 
-def test_files_of_one_relative_name_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("one", "two"):
-        folder = tmp_path / name
-        folder.mkdir()
-        file = folder / "train.json"
-        file.write_text(json.dumps([{"answer": "2020-01-01", "from": name}]))
-        os.utime(file, (1, 1))
-        monkeypatch.chdir(folder)
-        assert read_table("train.json", "train").to_list() == [{"answer": "2020-01-01", "from": name}]
-
-
-def test_pretty_objects_with_dates_are_read(tmp_path: Path) -> None:
-    file = tmp_path / "pretty.json"
-    row = {"answer": "2020-01-01", "n": 1}
-    file.write_text(json.dumps(row, indent=2))
-    assert read_table(str(file), "train").to_list() == [row]
-    file.write_text(json.dumps(row, indent=2) + "\n" + json.dumps(row, indent=2))
-    assert read_table(str(file), "train")["n"][:] == [1, 1]
-
-
 def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
     """Numbers too, and in a column that has texts only after more rows than pandas judges it by."""
     file = tmp_path / "sums.csv"
@@ -149,17 +83,3 @@ def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
     file.write_text("\n".join(["instruction,output", *rows, "who?,me"]), encoding="utf-8")
     outputs = read_table(str(file), "train")["output"][:]
     assert (outputs[0], outputs[10_000], outputs[10_001]) == ("0.50", "10000.50", "me")
-
-
-def test_a_csv_file_with_more_values_than_names_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "commas.csv"
-    file.write_text("text,label\nGood, but long,1\nBad, and long,0\n", encoding="utf-8")
-    with pytest.raises(MisconfigurationException, match=r"more values than the header has names.*quotation marks"):
-        read_table(str(file), "train")
-
-
-def test_why_a_file_cannot_be_read_is_said(tmp_path: Path) -> None:
-    file = tmp_path / "cut.jsonl"
-    file.write_text('{"text": "a", "label": 1}\n{"text": "b', encoding="utf-8")
-    with pytest.raises(MisconfigurationException, match=r"can't be read: .*\(.*JSON"):
-        read_table(str(file), "train")

@@ -1,7 +1,6 @@
 """A mistake of the user's ends a command with its message, and without a traceback."""
 
 import runpy
-from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,7 +13,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after imp
 
 MISTAKES = {
     "classification": ["fit", "--data.dataset=mine.csv", "--data.validation_split=validation"],
-    "instruction_tuning": ["fit", "--data.dataset=mine.jsonl", "--data.test_split=test"],
     "nlg": ["fit", "--data.dataset=mine.txt", "--data.test_split=test"],
 }
 
@@ -42,13 +40,6 @@ def test_a_missing_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         runpy.run_module("recipes.classification", run_name="__main__")
 
 
-def test_other_options_for_the_runs_of_a_table_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "options.json").write_text('["--data.batch_size=8"]')
-    monkeypatch.setattr("sys.argv", ["reproduce", "table1_offline", f"--folder={tmp_path}"])
-    with pytest.raises(SystemExit, match=r"^Error: --folder=.* holds runs with the options .*: name another folder$"):
-        runpy.run_module("recipes.reproduce", run_name="__main__")
-
-
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="a defect"), without_traceback():
         raise RuntimeError("a defect")
@@ -58,15 +49,3 @@ def test_what_another_library_has_wrapped_is_found() -> None:
     outer = ValueError("many lines")
     outer.__cause__ = MisconfigurationException("set rho")
     assert str(mistake_behind(outer)) == "set rho"
-
-
-def test_a_defect_in_the_handling_of_a_mistake_is_a_defect() -> None:
-    def fails() -> None:
-        try:
-            raise MisconfigurationException("set rho")
-        except MisconfigurationException:
-            raise KeyError("a defect")  # noqa: B904
-
-    with pytest.raises(KeyError) as error:
-        fails()
-    assert mistake_behind(error.value) is None

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2
+from nlg_sets import END, meanings, save_e2e, save_gpt2
 from peft import PeftModel
-from recipe_runs import quick, trained
+from recipe_runs import quick
 from torch import nn
 
 from recipes.language.joint_attention import split_attention
@@ -72,13 +72,6 @@ def test_the_loss_is_that_of_the_text_alone_with_smoothed_labels(model: str, e2e
     torch.testing.assert_close(module.loss(batch), -sums.sum() / numbers.sum())
 
 
-def test_training_has_no_dropout_except_the_adapters(model: str, e2e: str) -> None:
-    cli = run("fit", model, e2e, "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
-    dropouts = {name: m.p for name, m in cli.model.net.named_modules() if isinstance(m, nn.Dropout)}
-    assert {p for name, p in dropouts.items() if "lora_dropout" in name} == {0.1}
-    assert {p for name, p in dropouts.items() if "lora_dropout" not in name} == {0.0}
-
-
 # -- written texts
 
 
@@ -136,6 +129,8 @@ def test_the_test_writes_one_text_for_each_meaning(model: str, e2e: str, tmp_pat
         expected += [[meaning, line] for line in lines]
     assert references == expected
     asked = [cli.datamodule.encoder.prompt(meaning) for meaning, _ in meanings(42, 49)]
+    dropouts = {name: m.p for name, m in cli.model.net.named_modules() if isinstance(m, nn.Dropout)}
+    assert {p for name, p in dropouts.items() if "lora_dropout" not in name} == {0.0} < set(dropouts.values())
     written = cli.model.eval().generate(asked)
     assert [row[1] for row in texts] == [" ".join(text.split()) for text in written]
 
@@ -150,16 +145,6 @@ def test_predict_writes_for_the_lines_of_a_file(model: str, e2e: str, tmp_path: 
 
 
 # -- other models, and the way out
-
-
-def test_any_causal_model_and_any_columns(tiny: str, tmp_path: Path) -> None:
-    """A Llama has its own layers for q and v; the smallest settings and one pair in a batch."""
-    file = save_csv(tmp_path / "data.csv")
-    options = ["--data.batch_size=1", "--model.decoding.num_beams=1", "--data.validation_texts=1"]
-    options += ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
-    cli = run("fit", tiny, file, "--data.meaning=mr", "--data.text=ref", *options, overlay=[])
-    assert any("q_proj" in name for name in trained(cli))
-    assert cli.trainer.callback_metrics["val_loss"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
@@ -189,12 +174,6 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys:
         export(adapter, tmp_path / "plain")
     with pytest.raises(MisconfigurationException, match=r"no adapter_config.json"):
         export(tmp_path, tmp_path / "other")
-    layers = base.config.n_layer
-    for n_layer in (layers - 1, layers + 1):
-        resized = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**base.config.to_dict(), "n_layer": n_layer}))
-        resized.save_pretrained(tmp_path / "resized")
-        with pytest.raises(MisconfigurationException, match=r"does not fit .*--model gives the model"):
-            export(adapter, tmp_path / "other", str(tmp_path / "resized"))
 
 
 # -- what is refused
@@ -206,7 +185,6 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys:
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ({"metrics": ["bleu", "rouge"]}, r"metrics must be of .*'rouge_l'.*got \['rouge'\]"),
         ({"decoding": {"beams": 3}}, r"\['beams'\] can't be set"),
-        ({"decoding": {"num_return_sequences": 2}}, r"\['num_return_sequences'\] can't be set"),
         ({"decoding": {"num_beams": 4, "early_stopping": "always"}}, "early_stopping"),
     ],
 )
@@ -226,8 +204,3 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 def test_bad_models_are_refused_before_training(options: list[str], message: str, model: str, e2e: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         run("fit", model, e2e, *options)
-
-
-def test_rotary_models_read_no_more_than_their_configuration_names(tiny: str) -> None:
-    net = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    assert TextGeneration().readable_tokens(net) == net.config.max_position_embeddings

@@ -78,11 +78,3 @@ def test_what_is_missing_is_named_and_the_rest_is_there(monkeypatch: pytest.Monk
     assert (tmp_path / "test_references.tsv").read_text() == '"mr"\t"reference"\n"a"\t"w"\n"a"\t"z z"\n"b c"\t"x y"\n'
     assert (tmp_path / "test_texts-1.tsv").read_text() == "somebody's own"
     assert written.finish(tmp_path) == {}
-
-
-def test_without_the_package_its_scores_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    _, missing = score(TEXTS, REFERENCES, ["meteor"])
-    assert "pycocoevalcap is not installed" in missing["meteor"]
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
-    assert metrics.java_folder() is None

@@ -4,7 +4,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.demos.boring_classes import BoringModel
 from peft import LoraConfig, get_peft_model
 
 from lightning_flatlora import FMLoRAModule
@@ -55,39 +54,6 @@ def test_a_log_gets_lines_and_a_terminal_a_bar(
     with progress("Work", 1) as advance:
         advance()
     assert "1/1" in capsys.readouterr().out
-
-
-class TwoStages(BoringModel):
-    """Two batches a step."""
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        loss = self.step(batch)
-        self.log("train_loss", 0.25, prog_bar=True)
-        return loss
-
-
-@pytest.mark.usefixtures("stopped_clock")
-def test_training_and_tests_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=3,
-        accumulate_grad_batches=2,
-        limit_val_batches=0,
-        limit_test_batches=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[ProgressLines("LoRA")],
-    )
-    module = TwoStages()
-    trainer.fit(module)
-    trainer.test(module, verbose=False)
-    assert [line.partition(",")[2] for line in capsys.readouterr().out.splitlines()] == [
-        " training steps: 0 of 3",
-        " training steps: 3 of 3, 0 s, loss 0.250",
-        " test batches: 0 of 2",
-        " test batches: 2 of 2, 0 s",
-    ]
 
 
 class OwnWindows(FMLoRAModule):

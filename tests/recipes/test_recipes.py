@@ -147,7 +147,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert whole["steps"] == 8
     (first,) = tmp_path.glob("runs/*/*/version_0")
     assert len(losses(first)) == 8
-    places = PLACES if name == "instruction_tuning" else PLACES[1::2]
+    places = PLACES[::2] if name == "instruction_tuning" else PLACES[1::2]
     for number, place in enumerate(places, 1):
         resumed = trained(start, name, f"--ckpt_path={first / 'checkpoints' / place}.ckpt")
         assert same(whole, resumed), place

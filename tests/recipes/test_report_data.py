@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from report_models import make_tokenizer, save_adapter, save_base, write_rows
+from report_models import save_adapter, write_rows
 from torch.nn.functional import cross_entropy
 
 from recipes.language.chat import IGNORED
@@ -43,9 +43,23 @@ def test_a_class_by_its_number_or_its_name(label: Any, number: int) -> None:
 
 
 @pytest.mark.parametrize("label", [3, -1, 0.5, float("nan"), None, "two"])
-def test_what_is_no_class_is_named(label: Any) -> None:
-    with pytest.raises(ValueError, match="label must be a number from 0 to 2 or one of"):
-        class_of(label, {"zero": 0, "one": 1, "0": 2})
+def test_what_is_no_class_is_named(label: object, classifiers: tuple[Path, Path], texts: Path) -> None:
+    adapted = loaded(classifiers[0], texts)
+    with pytest.raises(MisconfigurationException, match="label must be a number from 0 to 2 or one of"):
+        mean_loss(adapted, [{"text": "a", "label": label}], options(classifiers[0], texts))
+
+
+def test_the_loss_of_classes_by_number_and_by_name(classifiers: tuple[Path, Path], texts: Path) -> None:
+    adapted = loaded(classifiers[0], texts)
+    settings = options(classifiers[0], texts, batch_size=4)
+    rows = read_rows(settings)
+    logits = [adapted.model(torch.tensor([adapted.tokenizer(row["text"])["input_ids"]])).logits for row in rows]
+    expected = cross_entropy(torch.cat(logits), torch.tensor([row["label"] for row in rows]))
+    named = [row | {"label": f"LABEL_{row['label']}"} for row in rows]
+    for given in (rows, named):
+        loss, terms = mean_loss(adapted, given, settings)
+        assert terms == 6
+        assert loss().item() == pytest.approx(expected.item(), rel=1e-10)
 
 
 def test_an_empty_text_has_no_class(base: Path, texts: Path, tmp_path: Path) -> None:
@@ -121,33 +135,6 @@ def test_only_answers_of_a_conversation_count(adapted: Adapted, adapters: tuple[
     assert loss().item() == pytest.approx(expected.item(), rel=1e-10)
 
 
-def test_classes_by_number_and_by_name(classifiers: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
-    adapted = loaded(classifiers[0], texts)
-    settings = options(classifiers[0], texts, batch_size=4)
-    rows = read_rows(settings)
-    loss, terms = mean_loss(adapted, rows, settings)
-    logits = [adapted.model(torch.tensor([adapted.tokenizer(row["text"])["input_ids"]])).logits for row in rows]
-    expected = cross_entropy(torch.cat(logits), torch.tensor([row["label"] for row in rows]))
-    assert terms == len(rows) == 6
-    assert loss().item() == pytest.approx(expected.item(), rel=1e-10)
-    named = [row | {"label": f"LABEL_{row['label']}"} for row in rows]
-    assert mean_loss(adapted, named, settings)[0]().item() == loss().item()
-
-
-def test_a_classifiers_rows_are_padded_with_what_it_takes_for_padding(texts: Path, tmp_path: Path) -> None:
-    """The base's configuration names another token, as where a user has set the tokenizer's."""
-    base = save_base(tmp_path / "base")
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = "<unk>"
-    tokenizer.save_pretrained(base)
-    adapted = loaded(save_adapter(tmp_path / "adapter", base, task="SEQ_CLS"), texts)
-    rows = read_rows(options(tmp_path / "adapter", texts))
-    alone, together = (
-        mean_loss(adapted, rows, options(tmp_path / "adapter", texts, batch_size=size))[0]().item() for size in (1, 4)
-    )
-    assert together == pytest.approx(alone, rel=1e-10)
-
-
 def test_what_is_too_long_is_cut_and_what_counts_no_token_left_out(
     adapted: Adapted, adapters: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -174,13 +161,6 @@ def test_rows_that_can_not_be_used(
     with pytest.raises(MisconfigurationException) as raised:
         mean_loss(adapted, [row], options(adapters[0], texts))
     assert says in str(raised.value)
-
-
-@pytest.mark.parametrize("label", [3, -1, "bad", 0.5, None])
-def test_labels_that_are_no_class(label: object, classifiers: tuple[Path, Path], texts: Path) -> None:
-    adapted = loaded(classifiers[0], texts)
-    with pytest.raises(MisconfigurationException, match="label must be a number from 0 to 2 or one of"):
-        mean_loss(adapted, [{"text": "a", "label": label}], options(classifiers[0], texts))
 
 
 @pytest.mark.usefixtures("own_datasets")

@@ -33,30 +33,13 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
     assert AdapterFolder.parse(f"{tmp_path}/no=such").path == tmp_path / "no=such"
 
 
-def test_the_defaults_and_how_far_curves_go(adapter: Path, data: Path) -> None:
-    given = ["--adapter", str(adapter), "--data", str(data)]
-    assert parse(given).reach == pytest.approx(2 * max(parse(given).rho))
-    assert parse([*given, "--rho", "1", "4"]).reach == 8
-    assert parse([*given, "--radius", "3"]).reach == 3
-    assert parse([*given, "--no-surface"]).surface is False
-
-
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["--rho", "0"], "--rho must be a finite number > 0, got 0.0"),
         (["--rho", "0.1", "nan"], "--rho must be a finite number > 0, got nan"),
-        (["--radius", "-1"], "--radius must be a finite number > 0, got -1.0"),
-        (["--sigma", "inf"], "--sigma must be a finite number > 0, got inf"),
         (["--points", "4"], "--points must be odd, so that one is the adapter itself, and 3 or more, got 4"),
-        (["--directions", "1"], "--directions must be 2 or more, got 1"),
         (["--samples", "1"], "--samples must be 2 or more, got 1"),
-        (["--examples", "0"], "--examples must be 1 or more, got 0"),
-        (["--batch_size", "0"], "--batch_size must be 1 or more, got 0"),
-        (["--max_length", "1"], "--max_length must be 2 or more, got 1"),
-        (["--seed", "-1"], "--seed must be 0 or more, got -1"),
         (["--device", "nonsense"], "--device nonsense can't be used here"),
-        (["--device", "meta"], "--device meta can't be used here"),
     ],
 )
 def test_numbers_out_of_range(given: list[str], says: str, adapter: Path, data: Path) -> None:
@@ -93,11 +76,6 @@ def test_a_folder_of_several_adapters_says_which(tmp_path: Path, data: Path) -> 
         parse(["--adapter", str(tmp_path), "--data", str(data)])
 
 
-def test_equal_labels_are_refused(adapter: Path, data: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="labels must differ, got adapter, adapter: write LABEL=FOLDER"):
-        parse(["--adapter", str(adapter), str(adapter), "--data", str(data)])
-
-
 def test_nothing_is_written_into_an_adapter(adapter: Path, data: Path) -> None:
     for output in (adapter, adapter / "report"):
         with pytest.raises(MisconfigurationException, match="lies in the adapter's folder"):
@@ -105,7 +83,7 @@ def test_nothing_is_written_into_an_adapter(adapter: Path, data: Path) -> None:
 
 
 def test_a_report_that_can_not_be_written_is_told_before_anything_is_computed(
-    adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, data: Path, tmp_path: Path
 ) -> None:
     given = ["--adapter", str(adapter), "--data", str(data)]
     for output in (data, data / "report"):
@@ -114,24 +92,12 @@ def test_a_report_that_can_not_be_written_is_told_before_anything_is_computed(
         ):
             parse([*given, "--output", str(output)])
     assert parse([*given, "--output", str(tmp_path / "new" / "report")])
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(
-        MisconfigurationException, match=rf"can't be written: {tmp_path} is not a folder that can be written to"
-    ):
-        parse([*given, "--output", str(tmp_path / "new" / "report")])
 
 
-@pytest.mark.parametrize("name", ["report.md", "curves.png", "surface.png"])
-def test_files_that_no_report_has_written_are_not_replaced(
-    adapter: Path, data: Path, tmp_path: Path, name: str
-) -> None:
-    output = tmp_path / "notes"
-    output.mkdir()
-    (output / name).write_text("mine")
-    given = ["--adapter", str(adapter), "--data", str(data), "--output", str(output)]
-    with pytest.raises(
-        MisconfigurationException, match=f"holds {name}, which no report has written: take another folder"
-    ):
+def test_files_that_no_report_has_written_are_not_replaced(adapter: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "curves.png").write_text("mine")
+    given = ["--adapter", str(adapter), "--data", str(data), "--output", str(tmp_path)]
+    with pytest.raises(MisconfigurationException, match=r"holds curves.png, which no report has written: take another"):
         parse(given)
-    (output / "report.md").write_text("# Flatness of an earlier adapter\n")
-    assert parse(given).output == output
+    (tmp_path / "report.md").write_text("# Flatness of an earlier adapter\n")
+    assert parse(given).output == tmp_path

@@ -1,16 +1,12 @@
 """The command from beginning to end: the files it writes, the numbers in them, and what it leaves alone."""
 
-import errno
 import hashlib
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from report_models import save_adapter, save_base
-from safetensors.torch import load_file, save_file
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import (
@@ -25,9 +21,8 @@ from lightning_flatlora.weight_noise import WeightNoise
 from recipes.report import numbers
 from recipes.report.adapters import load
 from recipes.report.data import mean_loss, read_rows
-from recipes.report.document import write
 from recipes.report.numbers import LOSS, NORM, RADIUS, sam_name
-from recipes.report.options import AdapterFolder, Options, parse
+from recipes.report.options import Options, parse
 from recipes.report.result import Measured
 from recipes.report.run import main, measure
 
@@ -144,28 +139,12 @@ def test_the_adversarial_curve_meets_the_sharpness(options: Options, results: li
     assert rise == pytest.approx(result.value(sam_name(0.5)), rel=1e-10)
 
 
-def test_classifiers_side_by_side(classifiers: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
-    main(arguments(classifiers, texts, "--output", str(tmp_path)))
-    text = (tmp_path / "report.md").read_text()
-    assert "| classifier | " in text
-    assert "nats per example" in text
-    assert "| 6 examples |" in text
-
-
 def test_layers_without_noise_are_named(base: Path, root: Path, texts: Path, tmp_path: Path) -> None:
     dora = save_adapter(root / "dora", base, use_dora=True)
     main(arguments((dora,), texts, "--output", str(tmp_path), "--no-curvature", "--no-surface"))
     text = (tmp_path / "report.md").read_text()
     assert "Left out of dora" in text
     assert "expected sharpness, sigma" not in text
-
-
-def test_a_loss_that_is_not_finite_is_an_error(base: Path, root: Path, texts: Path) -> None:
-    broken = save_adapter(root / "broken", base)
-    state = load_file(broken / "adapter_model.safetensors")
-    save_file({name: value * torch.nan for name, value in state.items()}, broken / "adapter_model.safetensors")
-    with pytest.raises(MisconfigurationException, match="the adapter holds numbers that are not finite"):
-        measure(Options([AdapterFolder("broken", broken)], texts))
 
 
 def test_columns_are_checked_before_a_model_is_loaded(adapters: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
@@ -175,54 +154,10 @@ def test_columns_are_checked_before_a_model_is_loaded(adapters: tuple[Path, Path
         main(arguments(adapters, data, "--base", str(tmp_path / "nowhere")))
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-@pytest.mark.parametrize(
-    ("layers", "more", "says"),
-    [
-        (2, {"classes": 2}, "label must be a number from 0 to 1"),
-        (3, {}, "trained on another base"),
-        (2, {"target_modules": ["embed_tokens"]}, "no LoRA pair to perturb"),
-    ],
-    ids=["other classes", "other base", "no pairs"],
-)
 def test_all_adapters_are_checked_before_the_first_is_measured(
-    layers: int,
-    more: dict[str, Any],
-    says: str,
-    classifiers: tuple[Path, Path],
-    base: Path,
-    texts: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    classifiers: tuple[Path, Path], base: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = save_adapter(tmp_path / "second", save_base(tmp_path / "base", layers=layers), task="SEQ_CLS", **more)
+    second = save_adapter(tmp_path / "second", save_base(tmp_path / "base"), task="SEQ_CLS", classes=2)
     monkeypatch.setattr(numbers, "measure_numbers", lambda *args: pytest.fail("the first was measured"))
-    with pytest.raises(MisconfigurationException, match=says):
+    with pytest.raises(MisconfigurationException, match="label must be a number from 0 to 1"):
         main(arguments((classifiers[0], second), texts, "--base", str(base), "--output", str(tmp_path / "report")))
-
-
-def test_one_model_at_a_time_is_in_memory(
-    adapters: tuple[Path, Path], texts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models: list[weakref.ref[Any]] = []
-
-    def watched(*args: Any) -> Any:
-        assert not any(model() for model in models)
-        adapted = load(*args)
-        models.append(weakref.ref(adapted.model))
-        return adapted
-
-    monkeypatch.setattr("recipes.report.run.load", watched)
-    assert len(measure(parse(arguments(adapters, texts, "--no-curvature", "--no-surface")))) == 2
-    assert len(models) >= 2
-
-
-def test_a_full_disk_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "report.md").write_text("# Flatness of old")
-    monkeypatch.setattr("recipes.report.document.draw_curves", full)
-    with pytest.raises(MisconfigurationException, match=r"--output .* can't be written: No space left on device"):
-        write([], Options(adapter=[], data=Path(__file__), output=tmp_path), "command")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.md", "# Flatness of old")]

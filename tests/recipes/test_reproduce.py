@@ -84,11 +84,7 @@ def test_a_table_from_plan_to_figures(
     assert kinds(here) == ["fit"] * 3 + ["fit", "test"] * tested
     assert [row["part"] for row in rows] == ["validation"] * 3 + ["test"] * tested
     for row in rows:
-        assert row["steps"] == 4
-        assert row["precision"] == "32-true"
-        assert row["devices"] == 1
-        assert row["training_seconds"] > 0
-        assert set(row["versions"]) >= {"torch", "peft"}
+        assert (row["steps"], row["precision"], row["devices"]) == (4, "32-true", 1)
         assert row["part"] == "test" or row["metrics"]["val_score"] == row["score"]
         assert not list(folder.rglob("*.ckpt"))
         assert (folder / row["adapter"] / "adapter_config.json").exists() == (row["part"] == "test")
@@ -97,8 +93,6 @@ def test_a_table_from_plan_to_figures(
     mean = (finals["lora", 13] + finals["lora", 21]) / 2
     assert f"| LoRA | {mean:.1f} ± " in shown
     assert "| *published:* LoRA, BAR's | 91.1±.8 |" in shown
-    assert "| EFMLoRA | learning_rate 0.01, rho 0" in shown  # the rate, of one value, has no mark
-    assert (folder / "table.md").read_text() in shown
 
     here.clear()
     assert main([*given, *prompts]) == 0
@@ -147,6 +141,3 @@ def test_later_tasks_start_from_the_adapter_of_the_same_method_and_seed(
     assert f"--model.start_from={folder / by_name['mnli/test']['adapter']}" in starts
     assert "mnli/validation" in starts[0]
     assert by_name["rte/test"]["start"].startswith("mnli/test/")
-
-
-# -- runs of size 0

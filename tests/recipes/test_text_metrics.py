@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.shared.text_metrics import is_same, normalized
+from recipes.shared.text_metrics import is_same
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,3 @@ from recipes.shared.text_metrics import is_same, normalized
 )
 def test_texts_that_are_the_same(answer: str, right: str, expected: bool) -> None:
     assert is_same(answer, right) is expected
-
-
-def test_texts_of_emoji_alone_are_not_one_text() -> None:
-    assert normalized("\N{GRINNING FACE}") != normalized("\N{CRYING FACE}")

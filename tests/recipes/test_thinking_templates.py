@@ -69,11 +69,6 @@ def test_thoughts_that_the_template_writes_are_learnt(template: str, answers: li
     assert learnt(ChatEncoder(tokenizer(template), 1000), thinking(TURNS)) == answers
 
 
-def test_a_prompt_leaves_room_for_thoughts_where_they_are_wanted() -> None:
-    encoder = ChatEncoder(tokenizer(QWEN3), 1000, template_arguments={"enable_thinking": True})
-    assert encoder.tokenizer.decode(encoder.encode_prompt(TURNS[:1])).endswith("<|im_start|>assistant\n")
-
-
 def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
     encoder = ChatEncoder(tokenizer(LLAMA3), 1000)
     row = conversation("why?", "so", [], "why?")
@@ -114,19 +109,6 @@ def test_marks_leave_the_opening_of_every_turn_out() -> None:
     assert learnt(encoder, first) == ["b!<|im_end|>"]
 
 
-def test_marks_that_hold_no_answer_are_refused() -> None:
-    template = "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}"
-    with pytest.raises(MisconfigurationException, match="blocks hold no token of a conversation's answers"):
-        ChatEncoder(tokenizer(template), 1000).encode(TURNS)
-
-
-def test_answers_marked_as_one_cannot_be_told_apart() -> None:
-    template = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
-    turns = [TURNS[0], {**TURNS[1], "learnt": False}, *TURNS[2:]]
-    with pytest.raises(MisconfigurationException, match=r"marks 1 answers of 2 by itself"):
-        ChatEncoder(tokenizer(template), 1000).encode(turns)
-
-
 def test_marks_behind_another_prompt_are_warned_of() -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"
@@ -135,8 +117,3 @@ def test_marks_behind_another_prompt_are_warned_of() -> None:
     with pytest.warns(UserWarning, match="is not what answers follow in training"):
         encoder = ChatEncoder(tokenizer(template), 1000)
     assert learnt(encoder, TURNS) == ["a!", "b!"]
-
-
-def test_a_template_that_wants_more_than_messages_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="can't render a conversation: TypeError: 'NoneType'"):
-        ChatEncoder(tokenizer("{% for tool in tools %}{{ tool }}{% endfor %}"), 1000)

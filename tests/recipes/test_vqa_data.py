@@ -9,14 +9,14 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
+from recipe_runs import trainer
 from torch import Tensor
-from trainers import trainer
-from vqa_models import COLOURS, draw, first_batch, prepared
+from vqa_models import COLOURS, first_batch, prepared
 
 from recipes.language.chat import IGNORED
-from recipes.vqa import easy_vqa, sources
+from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder
-from recipes.vqa.data import VQAData, _image_key
+from recipes.vqa.data import VQAData
 from recipes.vqa.model import DEFAULT_LORA, load_processor
 from recipes.vqa.module import VQA
 from recipes.vqa.prompts import Prompt
@@ -71,13 +71,6 @@ def test_a_template_without_end_token_gets_one(tiny_vlm: str) -> None:
     assert (last, rendered.length) == (0, len(ids))
 
 
-def test_a_system_prompt_comes_first(tiny_vlm: str) -> None:
-    encoder = QuestionEncoder(load_processor(tiny_vlm), system_prompt="Be brief.")
-    assert encoder.prompt("why?").startswith(
-        "<|im_start|>System: Be brief.<end_of_utterance>\n<|im_start|>User:<image>"
-    )
-
-
 def test_the_likelihood_is_that_of_each_row_alone(model: str, drawn: str) -> None:
     data = prepared("fit", model, dataset=drawn, batch_size=6)
     batch = first_batch(data)
@@ -124,10 +117,9 @@ def test_only_the_language_model_is_adapted_and_in_float32(model: str) -> None:
 
 def test_null_trains_all_weights(tiny_vlm: str, drawn: str, tmp_path: Path) -> None:
     module = VQA(tiny_vlm, None, "float32", learning_rate=1e-2)
-    fit = trainer(tmp_path, max_steps=2, limit_val_batches=0)
     module.configure_model()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    fit.fit(module, VQAData(drawn, batch_size=4))
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(module, VQAData(drawn, batch_size=4))
     moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
     assert any("vision_model" in name for name in moved)
     assert any("text_model" in name for name in moved)
@@ -151,21 +143,6 @@ def test_padding_changes_no_generated_answer(model: str, drawn: str) -> None:
 
 
 # -- data sets
-
-
-def test_answers_of_ten_people(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
-    draw(tmp_path / "train", 4)
-    people = [{"answer": a, "answer_confidence": "yes"} for a in ["soda"] * 6 + ["cola"] * 4]
-    rows = [
-        {"image": f"{i}.png", "question": "what is it?", "answers": people, "answer_type": "other"} for i in range(4)
-    ]
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    options = {"dataset": str(tmp_path / "{split}.json"), "image_folder": str(tmp_path / "{split}")}
-    data = prepared("fit", tiny_vlm, **options, validation_share=0)
-    row = data.parts["train"][0]
-    assert row["answers"] == ["soda"] * 6 + ["cola"] * 4
-    assert "Assistant: soda<" in row["text"]
-    assert row["type"] == "other"
 
 
 def test_choices_become_lines_and_the_answer_a_letter(tiny_vlm: str, tmp_path: Path) -> None:
@@ -204,6 +181,7 @@ def test_choices_become_lines_and_the_answer_a_letter(tiny_vlm: str, tmp_path: P
         (["hydrogen", "carbon"], "carbon", "B"),
         (["A", "B"], "B", "B"),
         ({"text": ["red", "green"], "label": ["A", "B"]}, "B", "B"),
+        (["red", "green"], "D", "is no choice: give the number from"),
         (["H", "C", "N"], "C", "the letter of one choice and the text of another"),
         (["1", "2", "3"], 2, "the number of one choice, from 0, and the text of another"),
         (["0", "1", "2"], 2, "C"),
@@ -221,46 +199,6 @@ def test_choices_in_the_forms_that_data_sets_have(choices: Any, answer: Any, exp
         return
     with pytest.raises(MisconfigurationException, match=f"row 0.*{expected}"):
         converter(row, 0)
-
-
-@pytest.mark.usefixtures("own_datasets")
-def test_numbers_and_dates_stay_as_they_are_written(jsonl: Any) -> None:
-    rows = []
-    for answer in (2, 2.5):
-        rows.append({"image": "a.png", "question": "How many?", "answer": answer, "hint": "x"})
-    assert [row["answers"] for row in sources.load(jsonl(rows, "numbers.jsonl"), "train")] == [["2"], ["2.5"]]
-    dated = [{"image": "a.png", "question": "When?", "answer": "2020-01-01"}]
-    assert sources.load(jsonl(dated, "dates.jsonl"), "train")["answers"][:] == [["2020-01-01"]]
-
-
-@pytest.mark.usefixtures("own_datasets")
-def test_an_answer_that_became_a_date_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    row = '{"image": "a.png", "question": "When?", "answer": "1969-07-20"}\n'
-    (tmp_path / "mine" / "train.jsonl").write_text(row * 2)
-    with pytest.raises(MisconfigurationException, match=r"1969-07-20.* is a date .*give the file itself"):
-        sources.load(str(tmp_path / "mine"), "train")
-
-
-@pytest.mark.usefixtures("own_datasets")
-def test_an_image_as_bytes_is_refused_in_few_words(tmp_path: Path) -> None:
-    rows = {"image": [bytes(10_000)], "question": ["What?"], "answer": ["It."]}
-    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "bytes.parquet")
-    with pytest.raises(MisconfigurationException, match="image must be an image or the name of a file") as raised:
-        sources.load(str(tmp_path / "bytes.parquet"), "train")
-    assert len(str(raised.value)) < 500
-
-
-@pytest.mark.usefixtures("own_datasets")
-def test_the_challenges_two_files_are_not_read_apart(jsonl: Any) -> None:
-    with pytest.raises(MisconfigurationException, match="in a list within the file: write each as a row of its own"):
-        sources.load(jsonl([{"info": {"year": 2015}, "questions": [{"question": "a", "image_id": 1}]}]), "train")
-
-
-def test_images_of_one_name_in_many_folders_are_divided(tmp_path: Path) -> None:
-    keys = [_image_key({"bytes": None, "path": str(tmp_path / f"{i}" / "rgb.png")}, tmp_path) for i in range(3)]
-    assert keys == ["0/rgb.png", "1/rgb.png", "2/rgb.png"]
-    assert _image_key({"bytes": None, "path": str(tmp_path / "0.png")}, tmp_path) == "0.png"
 
 
 def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> None:
@@ -301,23 +239,3 @@ def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:
     assert answers.count("yes") / len(answers) == pytest.approx(0.5, abs=0.02)
     folders = {Path(row["image"]["path"]).parts[-3] for row in rows.select(range(0, len(rows), 50))}
     assert folders == {"test"}
-
-
-def test_the_packaged_tasks_part_the_questions() -> None:
-    whole, plain, negated = (sources.load(f"packaged:{name}", "test") for name in easy_vqa.TASKS)
-    assert len(whole) == 9_673
-    kinds = [set(table["type"]) for table in (whole, plain, negated)]
-    assert kinds == [{"colour", "shape", "presence", "absence"}, {"colour", "shape", "presence"}, {"absence"}]
-    assert identities(plain) | identities(negated) < identities(whole)
-    assert not identities(plain) & identities(negated)
-
-
-def identities(table: Any) -> set[tuple[str, str]]:
-    return {(image["path"], question) for image, question in zip(table["image"], table["question"], strict=True)}
-
-
-def test_a_question_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path: Path) -> None:
-    row = {"image": "0.png", "question": "one\u2028line"}
-    path = tmp_path / "asked.jsonl"
-    path.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
-    assert sources.read_json_lines(str(path), "questions") == [row | {"hint": "", "choices": []}]

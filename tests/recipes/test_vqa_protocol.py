@@ -9,12 +9,11 @@ import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from vqa_kinds import OWN_CLASSES, qwen2_5_vl
-from vqa_models import prepared
 from vqa_sets import QUICK, save_scienceqa, save_vizwiz, save_vizwiz_hub, saved
 
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES, config_arguments
-from recipes.vqa.model import DEFAULT_LORA, load_processor
+from recipes.vqa.model import load_processor
 from recipes.vqa.module import VQA
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -57,25 +56,6 @@ def test_scienceqa_from_the_hub(kinds: dict[str, str], tmp_path: Path) -> None:
     assert "colours" not in names
     (group,) = cli.trainer.optimizers[0].param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.1)
-    run("test", kinds["qwen2_5_vl"], ["scienceqa"], dataset, "--ckpt_path=last")
-
-
-def test_a_configuration_of_a_hub_data_set(kinds: dict[str, str], tmp_path: Path) -> None:
-    """In the layout of lmms-lab/ScienceQA."""
-    folder = tmp_path / "hub"
-    save_scienceqa(folder / "ScienceQA-IMG")
-    configs = ["---", "configs:"]
-    for name, files in (
-        ("ScienceQA-FULL", "ScienceQA-IMG/data/test-*"),
-        ("ScienceQA-IMG", "ScienceQA-IMG/data/train-*"),
-    ):
-        configs += [f"- config_name: {name}", "  data_files:", "  - split: train", f"    path: {files}"]
-    (folder / "README.md").write_text("\n".join([*configs, "---", ""]))
-    options = {"dataset": str(folder), "skip_unreadable": True, "validation_share": 0.0}
-    data = prepared("fit", kinds["qwen2_5_vl"], config_name="ScienceQA-IMG", **options)
-    assert len(data.parts["train"]) == 8
-    with pytest.raises(MisconfigurationException, match="Config name is missing"):
-        prepared("fit", kinds["qwen2_5_vl"], **options)
 
 
 def test_vizwiz_from_its_files(kinds: dict[str, str], tmp_path: Path) -> None:
@@ -132,12 +112,6 @@ def test_the_connector_may_be_trained(kind: str, connector: str, kinds: dict[str
     loaded = PeftModel.from_pretrained(base, str(adapter)).state_dict()
     for name, weight in weights.items():
         torch.testing.assert_close(loaded[name], weight)
-
-
-def test_a_connector_of_another_model_is_named(kinds: dict[str, str]) -> None:
-    module = VQA(kinds["internvl"], {**DEFAULT_LORA, "modules_to_save": ["merger"]})
-    with pytest.raises(MisconfigurationException, match=r"modules_to_save names 'merger', which the model does not"):
-        module.configure_model()
 
 
 def test_the_language_model_alone_is_quantized(tmp_path: Path) -> None:

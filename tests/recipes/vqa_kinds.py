@@ -81,19 +81,6 @@ def _qwen_images(patch: int) -> Any:
     return transformers.Qwen2VLImageProcessor(size=size, patch_size=patch)
 
 
-def qwen2_vl() -> Any:
-    tokenizer = qwen_tokenizer()
-    own = transformers.Qwen2VLProcessor(
-        _qwen_images(14), tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=QWEN2_VL
-    )
-    config = transformers.Qwen2VLConfig(
-        text_config=_text(tokenizer, rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}),
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
-        **_qwen_ids(tokenizer),
-    )
-    return transformers.Qwen2VLForConditionalGeneration(config), own
-
-
 def qwen2_5_vl(width: int = 32) -> Any:
     tokenizer = qwen_tokenizer()
     own = transformers.Qwen2_5_VLProcessor(
@@ -171,7 +158,6 @@ def gemma3() -> Any:
 
 OWN_CLASSES: dict[str, Callable[[], Any]] = {
     "qwen2_5_vl": qwen2_5_vl,
-    "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
     "gemma3": gemma3,

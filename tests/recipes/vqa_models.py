@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import vqa_kinds
 from PIL import Image
 
@@ -17,54 +16,11 @@ from recipes.vqa.data import VQAData
 COLOURS = ("red", "green", "blue")
 
 
-def text_model(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-        "initializer_range": 0.3,
-    }
-
-
 def idefics3(processor: Any) -> Any:
     return offline.build_model(processor.tokenizer, width=32, depth=2, spread=0.3), processor
 
 
-def llava(processor: Any) -> Any:
-    tokenizer = processor.tokenizer
-    images = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
-    template = processor.chat_template
-    own = transformers.LlavaProcessor(
-        images, tokenizer, patch_size=8, vision_feature_select_strategy="full", chat_template=template
-    )
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-        "vision_use_head": False,
-    }
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config={"model_type": "llama", **text_model(tokenizer)},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_seq_length=16,
-    )
-    return transformers.LlavaForConditionalGeneration(config), own
-
-
-KINDS = {"idefics3": idefics3, "llava": llava, "qwen2_5_vl": lambda _: vqa_kinds.qwen2_5_vl()}
+KINDS = {"idefics3": idefics3, "qwen2_5_vl": lambda _: vqa_kinds.qwen2_5_vl()}
 
 
 def save_model(kind: str, folder: Path) -> str:

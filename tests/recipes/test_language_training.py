@@ -1,4 +1,4 @@
-"""Packing, attention, LoRA+ and a start from another adapter."""
+"""Training of language models: packing, LoRA+, a start from another adapter, activations, rates, lengths."""
 
 from itertools import chain
 from pathlib import Path
@@ -10,14 +10,14 @@ import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
+from recipe_runs import trainer
 from torch import Tensor
-from trainers import trainer
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
-from recipes.language.model import answer_log_likelihood
+from recipes.language.model import answer_log_likelihood, positions
 from recipes.language.packing import check_packing, fill_rows, packed
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -125,14 +125,6 @@ def test_a_packed_run_learns_and_counts_rows(tiny: str, sums: str, tmp_path: Pat
 # -- attention, optimizer, start
 
 
-def test_attention_is_the_one_asked_for(tiny: str) -> None:
-    module = InstructionTuning(model=tiny, lora=LORA, attn_implementation="eager")
-    module.configure_model()
-    assert module.net.get_base_model().config._attn_implementation == "eager"
-    with pytest.raises(MisconfigurationException, match=r"can't be loaded by AutoModelForCausalLM.*flash_attention_9"):
-        InstructionTuning(model=tiny, lora=LORA, attn_implementation="flash_attention_9").configure_model()
-
-
 def fitted(tiny: str, sums: str, folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
     L.seed_everything(0, verbose=False)
     module = InstructionTuning(model=tiny, lora=LORA, exact_match_examples=0, **{"learning_rate": 1e-2, **settings})
@@ -168,3 +160,93 @@ def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: 
             assert torch.equal(weight, before[name]), name
     with pytest.raises(MisconfigurationException, match=r"holds no adapter_config.json"):
         fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path))
+
+
+def test_attention_is_the_one_asked_for(tiny: str) -> None:
+    module = InstructionTuning(model=tiny, lora=LORA, attn_implementation="eager")
+    module.configure_model()
+    assert module.net.get_base_model().config._attn_implementation == "eager"
+
+
+# -- activations, rates and positions
+
+
+def trained(fit: L.Trainer) -> dict[str, Tensor]:
+    """Copies of the trained weights."""
+    return {name: p.detach().clone() for name, p in fit.lightning_module.named_parameters() if p.requires_grad}
+
+
+def test_activations_computed_twice_change_nothing(
+    tiny: str, sums: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = transformers.models.llama.modeling_llama.LlamaMLP
+    forward = part.forward
+    calls: list[bool] = []
+
+    def counted(self: Any, hidden: Tensor) -> Tensor:
+        calls.append(self.training)
+        return forward(self, hidden)
+
+    monkeypatch.setattr(part, "forward", counted)
+    plain = trained(fitted(tiny, sums, tmp_path, EFMLoRA(rho=0.5)))
+    once = len(calls)
+    again = trained(fitted(tiny, sums, tmp_path, EFMLoRA(rho=0.5), gradient_checkpointing=True))
+    assert len(calls) == 3 * once  # forward once more, and again in backward
+    assert all(torch.equal(weight, again[name]) for name, weight in plain.items())
+
+
+def test_adamw_takes_the_betas_and_warms_up_over_a_share(tiny: str, sums: str, tmp_path: Path) -> None:
+    fit = fitted(tiny, sums, tmp_path, betas=(0.8, 0.95), warmup_share=0.5)
+    assert fit.optimizers[0].param_groups[0]["betas"] == (0.8, 0.95)
+    (schedule,) = fit.lr_scheduler_configs
+    shares = [schedule.scheduler.lr_lambdas[0](step) for step in range(3)]
+    assert shares == [0, 1, 0]
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pad_token_id": 1}
+
+
+def with_positions(kind: str, given: int) -> tuple[Any, int]:
+    """A tiny model of a kind with so many learnt positions, and how many it can read."""
+    if kind == "gpt2":
+        options = {"n_positions": given, "n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 40}
+        return transformers.GPT2Model(transformers.GPT2Config(**options)), given
+    if kind == "opt":
+        options = {**SMALL, "ffn_dim": 8, "word_embed_proj_dim": 8}
+        return transformers.OPTModel(transformers.OPTConfig(max_position_embeddings=given, **options)), given
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(max_position_embeddings=given, **SMALL)), given
+    # These two begin to count behind the padding's place.
+    config = getattr(transformers, f"{kind}Config")(max_position_embeddings=given, **SMALL)
+    return getattr(transformers, f"{kind}Model")(config), given - 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert", "Roberta", "MPNet"])
+def test_a_model_reads_as_many_tokens_as_it_has_positions(kind: str) -> None:
+    model, readable = with_positions(kind, 20)
+    assert positions(model) == readable
+    model.eval()
+    model(input_ids=torch.full((1, readable), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, readable + 1), 5))
+
+
+def test_conversations_longer_than_a_model_reads_are_refused(tiny: str, sums: str, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(tmp_path / "short")
+    config = transformers.GPT2Config(n_positions=48, n_embd=8, n_layer=1, n_head=1, vocab_size=len(tokenizer))
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    lora = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+
+    def fit(exact_match_examples: int = 0, **options: Any) -> L.Trainer:
+        model = InstructionTuning(model=str(tmp_path / "short"), lora=lora, exact_match_examples=exact_match_examples)
+        runner = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+        runner.fit(model, InstructionData(sums, batch_size=4, **options))
+        return runner
+
+    with pytest.raises(MisconfigurationException, match=r"reads 48 tokens. The longest text .*data.max_length"):
+        fit()
+    # An answer of max_new_tokens has no room, which matters where one is written.
+    with pytest.raises(MisconfigurationException, match=r"reads 48 tokens. .*max_new_tokens=64"):
+        fit(max_length=48, exact_match_examples=1)
+    assert fit(max_length=48).global_step == 1
