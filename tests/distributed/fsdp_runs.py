@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Si
 from peft import LoraConfig, get_peft_model
 from strategies import WRAPPING, FSDPOnCPU, full_weights, strategy_of
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -151,6 +152,26 @@ def alone(strategy: str, front_end: str, accumulate: int, precision: str, accele
     driver = callbacks[0] if callbacks else getattr(module, "_callback", None)
     E = driver.perturbation.state_dict()["E"] if driver else {}
     return {"weights": {n: w.cpu() for n, w in full_weights(used, net).items()}, "E": E}
+
+
+def validated(front_end: str, batches: int) -> dict[str, Any]:
+    """Train three epochs under FSDP2 with one unit for all, after whose validation whole stand-ins stay in the modules.
+
+    Args:
+        front_end: see :func:`parts`.
+        batches: of each validation.
+    """
+    net = network()
+    module, callbacks, _ = parts(front_end, net, accumulate=1)
+    loader = DataLoader(dataset(), batch_size=4)
+    module.configure_model = lambda: fully_shard(net, mesh=module.device_mesh["data_parallel"])
+    module.val_dataloader = lambda: loader
+    module.validation_step = lambda batch, batch_idx: module.net(batch[0]).sum()
+    used = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    limits = {"limit_train_batches": 4, "limit_val_batches": batches, "num_sanity_val_steps": batches}
+    settings: dict[str, Any] = {"devices": 1, "strategy": used, "precision": "32-true", **limits}
+    fit_in_float64(module, 3, callbacks, loader, **settings)
+    return {"weights": full_weights(used, net)}
 
 
 def _fit(strategy: str, module: Any, callbacks: list[Any], data: Any = None, **trainer: Any) -> Any:

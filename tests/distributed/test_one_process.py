@@ -7,10 +7,11 @@ import torch
 from fits import relative_difference
 from launch import Results, launch
 
+FRONT_ENDS = ("EFMLoRA", "FMLoRA", "FMLoRAModule")
 CASES: dict[str, dict[str, Any]] = {}
 for strategy, front_ends in {
-    "single": ("EFMLoRA", "FMLoRA", "FMLoRAModule"),
-    "fsdp2": ("EFMLoRA", "FMLoRA", "FMLoRAModule"),
+    "single": FRONT_ENDS,
+    "fsdp2": FRONT_ENDS,
     "fsdp1": ("EFMLoRA", "FMLoRA"),  # it has no manual optimization
 }.items():
     for front_end in front_ends:
@@ -26,6 +27,11 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     runs: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, case in CASES.items():
         runs[name] = ("fsdp_runs:alone", {**case, "accelerator": request.param})
+    if request.param == "cpu":
+        for front_end in FRONT_ENDS:
+            for batches in (0, 1):
+                case = {"front_end": front_end, "batches": batches}
+                runs[f"validated:{front_end}:{batches}"] = ("fsdp_runs:validated", case)
     return launch(tmp_path_factory.mktemp("one"), runs, ranks=1)
 
 
@@ -36,3 +42,11 @@ def test_a_sharding_strategy_of_world_size_1_equals_one_device(results: Results,
     tolerance = 1e-5 if "32" in name else 0.1  # FSDP1's plugin also reduces and holds the layers' weights in bfloat16
     for kind in ("weights", "E"):
         assert relative_difference(sharded[kind], single[kind]) < tolerance
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("results", ["cpu"], indirect=True)
+def test_a_validation_changes_nothing_where_the_root_holds_the_pairs(results: Results, front_end: str) -> None:
+    """FSDP2 leaves the root's parameters whole after a forward without a backward."""
+    (plain,), (validated,) = results[f"validated:{front_end}:0"], results[f"validated:{front_end}:1"]
+    assert all(torch.equal(weight, validated["weights"][name]) for name, weight in plain["weights"].items())
