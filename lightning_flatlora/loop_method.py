@@ -4,7 +4,7 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -21,6 +21,7 @@ from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse
 from lightning_flatlora.pairs import find_pairs, merge_problems
 from lightning_flatlora.perturbation import Perturbation
+from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import is_sharded, reshard
 from lightning_flatlora.wrappers import innermost, parameters_of, unwrapped, wrapping_problems
 
@@ -34,18 +35,27 @@ class LoopMethod:
     """A method for the pairs of one optimizer, whose hooks say when a step comes and carry the method's state.
 
     Attributes:
+        kind: of the step method.
         method: the step of the method, with its settings and state.
         search: the pairs of the model, and what was left out.
 
-    The arguments are those of :class:`lightning_flatlora.loops.EFMLoRA`, with a step method in place of its settings.
+    The arguments are those of :class:`lightning_flatlora.loops.EFMLoRA`.
     """
 
+    kind: ClassVar[type[BPerturbationStep]]
+
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, method: BPerturbationStep, total_steps: int | None = None
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        rho: float | RhoSchedule,
+        *,
+        total_steps: int | None = None,
+        **settings: Any,
     ) -> None:
+        self.method = method = self.kind(rho, **settings)
         inner = innermost(optimizer)
         refuse(method, _problems(model, optimizer, inner, method, total_steps))
-        self.method = method
         self._model = model
         self._optimizer = method.optimizer = inner
         self._gate = ForwardGate()
@@ -206,11 +216,10 @@ class LoopMethod:
             return
         held = {id(parameter) for parameter in parameters_of(optimizer)}
         if any(id(pair.current_B) in held for pair in self.method.pairs):
-            title = self.method.title
             raise RuntimeError(
-                f"{type(optimizer).__name__} was about to step LoRA factors of which {title} knows another optimizer: "
-                f"make {title} with the model and the optimizer as they are trained, after fully_shard, or close() it "
-                "to go on without"
+                f"{type(optimizer).__name__} was about to step LoRA factors of which {self.method.title} knows another "
+                f"optimizer: make {self.method.title} with the model and the optimizer as they are trained, after "
+                "fully_shard, or close() it to go on without"
             )
 
     # -- the state
@@ -225,21 +234,18 @@ class LoopMethod:
 
     def _before_loading(self) -> Any:
         """Take each state that the optimizer is to load; return a function that ends that."""
-        optimizer = self._optimizer
-        if type(optimizer).load_state_dict is Optimizer.load_state_dict:
-            return optimizer.register_load_state_dict_pre_hook(self._take_state).remove
-        # Those of bitsandbytes, among others, load without calling the hooks.
-        own = optimizer.load_state_dict
+        # Not by a hook of PyTorch's, which the optimizers of bitsandbytes, among others, don't call.
+        own = self._optimizer.load_state_dict
 
         def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             # What somebody has put over this method still calls it after the end.
             if self in _RUNNING:
-                self._take_state(optimizer, state_dict)
+                self._take_state(state_dict)
             return own(state_dict, *args, **kwargs)
 
-        return put_on_instance(optimizer, "load_state_dict", load_state_dict)
+        return put_on_instance(self._optimizer, "load_state_dict", load_state_dict)
 
-    def _take_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
         states = state_dict.get(STATE_KEY, {})
         if self._name in states:
             self.load_state_dict(states[self._name])

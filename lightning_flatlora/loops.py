@@ -11,17 +11,13 @@ well, see :meth:`FMLoRA.training_passes`. Both use the engine of the callbacks o
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_flatlora.loop_method import LoopMethod
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
 from lightning_flatlora.methods.replay import Replay
-from lightning_flatlora.schedules import RhoSchedule
 from lightning_flatlora.sharding import is_sharded
 from lightning_flatlora.wrappers import has_gradient, unwrapped, without_sync
 
@@ -39,9 +35,8 @@ class EFMLoRA(LoopMethod):
         model: as the loop calls it, also after ``fabric.setup``, DDP or ``fully_shard``.
         optimizer: the one that trains the pairs, also as Fabric or accelerate has wrapped it.
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
-        beta: weight of the fresh perturbation in the average, in (0, 1]; 1 keeps only the latest.
         total_steps: optimizer steps of the run, for a schedule that spreads over it.
-        settings: all others as in :class:`lightning_flatlora.EFMLoRA`.
+        settings: ``beta``, ``estimator`` and all others as in :class:`lightning_flatlora.EFMLoRA`.
 
     Raises:
         MisconfigurationException: values out of range, or a model or optimizer that can't work.
@@ -62,17 +57,7 @@ class EFMLoRA(LoopMethod):
         >>> flat.close()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        rho: float | RhoSchedule,
-        *,
-        beta: float = 0.9,
-        total_steps: int | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(model, optimizer, EFMLoRAStep(rho, beta=beta, **settings), total_steps)
+    kind = EFMLoRAStep
 
     @override
     def _use_gradients(self) -> None:
@@ -117,19 +102,14 @@ class FMLoRA(LoopMethod):
         >>> flat.close()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        rho: float | RhoSchedule,
-        *,
-        total_steps: int | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(model, optimizer, FMLoRAStep(rho, **settings), total_steps)
-        self._replay = Replay(unwrapped(model), [self._optimizer], is_sharded(model))
-        self._passes_begun = 0
-        self._lacks_second_pass = False
+    kind = FMLoRAStep
+    _passes_begun = 0
+    _lacks_second_pass = False
+
+    @override
+    def look_again(self) -> None:
+        super().look_again()
+        self._replay = Replay(unwrapped(self._model), [self._optimizer], is_sharded(self._model))
 
     def training_passes(self) -> Iterator[AbstractContextManager[None]]:
         """Give the passes over one batch, or over one micro-batch of an accumulation window.

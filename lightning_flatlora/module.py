@@ -1,10 +1,12 @@
 """FMLoRAModule: FMLoRA in manual optimization, with the windows, clipping and schedulers that the Trainer refuses."""
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.memory import recursive_detach
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -15,9 +17,9 @@ from lightning_flatlora.callbacks.strategies import backward_without_sync
 from lightning_flatlora.callbacks.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.b_perturbation import FMLoRAStep
-from lightning_flatlora.methods.checks import choice_problems, integer_problems, is_number
+from lightning_flatlora.methods.checks import choice_problems, integer_problems
 from lightning_flatlora.pairs.lora_pair import Finder
-from lightning_flatlora.schedules import RhoSchedule
+from lightning_flatlora.schedules import RhoSchedule, is_size
 from lightning_flatlora.wrappers import has_gradient
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class FMLoRAModuleStep(FMLoRAStep):
     """FMLoRA's step under the module's name."""
 
     title = "FMLoRAModule"
+    needs_one_optimizer = True
 
 
 class FMLoRASteps(_Base):
@@ -64,11 +67,10 @@ class FMLoRASteps(_Base):
         super().__init__()
         self.automatic_optimization = False
         problems = integer_problems("accumulate_grad_batches", accumulate_grad_batches, least=1)
-        if gradient_clip_val is not None and not (is_number(gradient_clip_val) and gradient_clip_val >= 0):
+        if gradient_clip_val not in (None, math.inf) and not is_size(gradient_clip_val):
             problems.append(f"gradient_clip_val must be None or a number >= 0, got {gradient_clip_val!r}")
         problems += choice_problems("gradient_clip_algorithm", gradient_clip_algorithm, Literal["norm", "value"])
-        method = FMLoRAModuleStep.of(locals(), more_problems=problems)
-        self._callback = FMLoRAModuleCallback(method)
+        self._callback = FMLoRAModuleCallback(FMLoRAModuleStep, locals(), problems)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
@@ -131,7 +133,11 @@ class FMLoRASteps(_Base):
         # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
         if takes_no_step(trainer):
             return recursive_detach(self.compute_loss(batch, batch_idx))
-        callback.check_set_up()
+        if callback.passes is None:
+            raise MisconfigurationException(
+                "FMLoRAModule was not set up, so nothing would be perturbed: if you override configure_callbacks, "
+                "return [*super().configure_callbacks(), ...]"
+            )
         optimizer: Any = self.optimizers()  # one, as was checked in on_fit_start
         if batch_idx % self.accumulate_grad_batches == 0:
             # At the start of a window and not after the step, as Lightning does: hooks may read the last gradients.

@@ -75,7 +75,8 @@ class Sharding:
             if isinstance(parameter.grad, DTensor):
                 sharded.append(parameter.grad)
             elif parameter.grad is not None:
-                plain.append(_dense_values(parameter.grad))
+                # Of a sparse one, as an embedding's may be, the entries that are not 0.
+                plain.append(parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad)
         total = torch.zeros((), device=device)
         # PyTorch takes no norm over both kinds at once.
         for gradients in (sharded, plain):
@@ -227,11 +228,6 @@ def _sum_of_shards(tensor: DTensor, dim: int) -> Tensor:
     full.narrow(dim, start, local.shape[dim]).copy_(local)
     dist.all_reduce(full, group=group)
     return full
-
-
-def _dense_values(gradient: Tensor) -> Tensor:
-    """A gradient as it is; of a sparse one, as an embedding's may be, the entries that are not 0, in a dense tensor."""
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

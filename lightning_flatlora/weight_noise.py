@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,7 @@ class WeightNoise:
                 "noise on a whole weight needs the whole weight, of which FSDP leaves each rank a part: use DDP"
             )
         self._layers, self.left_out = output_terms(NoisyLayer, model, adapter_name, finder)
-        self.names: list[str] = []
-        for layer in self._layers:
-            self.names += layer.names
+        self.names = list(chain.from_iterable(layer.names for layer in self._layers))
 
     @contextmanager
     def applied(self, sigma: float, seed: int) -> Iterator[None]:

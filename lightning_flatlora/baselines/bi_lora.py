@@ -72,7 +72,7 @@ class BiLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BiLoRAStep.of(locals()))
+        super().__init__(BiLoRAStep, locals())
 
 
 class _AuxiliaryPair(OutputTerm):
@@ -159,17 +159,16 @@ class BiLoRAStep(FullWeightStep):
         """Take one step up the gradient of this step's passes, and return to the ball; the host does not wait."""
         if not self.perturbs:
             return
-        factors = self.factors
-        average_gradients(factors)
-        happens = Sharding().all_finite([*also_finite, *factors], factors[0].device)
-        gradients = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in factors]
-        length = nn.utils.get_total_norm(factors) * self.step_size * happens
-        for factor, direction in zip(factors, joint_ascent(gradients, 1.0), strict=True):
+        average_gradients(self.factors)
+        happens = Sharding().all_finite([*also_finite, *self.factors], self.factors[0].device)
+        gradients = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in self.factors]
+        length = nn.utils.get_total_norm(self.factors) * self.step_size * happens
+        for factor, direction in zip(self.factors, joint_ascent(gradients, 1.0), strict=True):
             factor.addcmul_(direction, length.to(factor.device, factor.dtype))
         shrinkage = (self.current_rho / self.norm()).clamp_max(1).sqrt()
         # Not even rounded, if the step is skipped.
         shrinkage = torch.where(happens, shrinkage, 1.0)
-        for factor in factors:
+        for factor in self.factors:
             factor.mul_(shrinkage.to(factor.device, factor.dtype))
         self.forget_gradients()
 

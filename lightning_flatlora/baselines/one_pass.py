@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
-from lightning_flatlora.methods.checks import choice_problems, integer_problems, rounding_problems
+from lightning_flatlora.methods.checks import choice_problems, integer_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.output_terms import OutputTerm, output_terms
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, rows_of
@@ -59,7 +59,7 @@ class RandomPerturbation(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(RandomPerturbationStep.of(locals()))
+        super().__init__(RandomPerturbationStep, locals())
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -72,6 +72,7 @@ class FullWeightStep(StepMethod):
         drawn_at: the step for which they have been drawn, if so.
     """
 
+    rounded = ""
     works_sharded = False
     kind: ClassVar[type[OutputTerm]]
 
@@ -174,7 +175,7 @@ class BalancednessRegularization(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(BalancednessStep.of(locals()))
+        super().__init__(BalancednessStep, locals())
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -201,10 +202,6 @@ class BalancednessStep(StepMethod):
                 f"A of {len(frozen)} pairs is frozen, as beside {frozen[0]}, and can't be scaled: train it as well"
             )
         return problems
-
-    @override
-    def install(self) -> None:
-        self.warn(*rounding_problems("B", [pair.B for pair in self.pairs]))
 
     @override
     @torch.no_grad()

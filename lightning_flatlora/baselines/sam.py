@@ -1,17 +1,14 @@
 """SAM on every trained parameter, and LoRA-SAM on A and B at once."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_flatlora.callbacks.base import MethodCallback
 from lightning_flatlora.flatness import joint_ascent, moved
-from lightning_flatlora.methods.checks import rounding_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder, rows_of, trained_factors
 from lightning_flatlora.perturbed_read import AnyRef, as_ref, perturbed
@@ -56,14 +53,7 @@ class SAM(MethodCallback):
         every_n_steps: int = 1,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(SAMStep.of(locals()))
-
-    @override
-    def configuration_problems(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        problems = super().configuration_problems(trainer, pl_module)
-        if len(trainer.optimizers) != 1:
-            return [*problems, f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}"]
-        return problems
+        super().__init__(SAMStep, locals())
 
 
 class SAMStep(StepMethod):
@@ -71,6 +61,8 @@ class SAMStep(StepMethod):
 
     title = "SAM"
     needs_pairs = False
+    needs_one_optimizer = True
+    rounded = "a weight"
     takes_two_passes = True
     works_sharded = False
 
@@ -79,10 +71,6 @@ class SAMStep(StepMethod):
         if not self.ascending:
             return ["the optimizer holds no parameter that is trained: unfreeze what it should learn"]
         return super().pair_problems()
-
-    @override
-    def install(self) -> None:
-        self.warn(*rounding_problems("a weight", self.ascending))
 
     @property
     @override
@@ -100,16 +88,10 @@ class SAMStep(StepMethod):
     def ascend(self) -> AbstractContextManager[None]:
         parameters = [parameter for parameter in self.ascending if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return self._moved(parameters, joint_ascent(gradients, self.current_rho))
-
-    @contextmanager
-    def _moved(self, parameters: list[nn.Parameter], moves: list[Tensor]) -> Iterator[None]:
-        """Move the parameters in place; afterwards they have exactly their old values."""
-        with moved(parameters, moves):
-            for parameter in self.ascending:
-                # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
-                torch.autograd.graph.increment_version(parameter)
-            yield
+        for parameter in self.ascending:
+            # A graph of the clean weights that outlives its pass must fail, not take the moved ones silently.
+            torch.autograd.graph.increment_version(parameter)
+        return moved(parameters, joint_ascent(gradients, self.current_rho))
 
 
 class LoRASAM(MethodCallback):
@@ -152,7 +134,7 @@ class LoRASAM(MethodCallback):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(LoRASAMStep.of(locals()))
+        super().__init__(LoRASAMStep, locals())
 
 
 class LoRASAMStep(StepMethod):
@@ -160,10 +142,6 @@ class LoRASAMStep(StepMethod):
 
     title = "LoRASAM"
     takes_two_passes = True
-
-    @override
-    def install(self) -> None:
-        self.warn(*rounding_problems("B", [pair.B for pair in self.pairs]))
 
     @property
     @override

@@ -1,6 +1,8 @@
 """The callback under every method: when its hooks are called, the method does its work."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,10 +34,17 @@ class MethodCallback(Callback):
         patches: end with the fit what is put on the trainer for it.
         step: steps that the pairs' optimizer has taken, from 0; steps that a loss scaler skipped count.
         perturbation: of the pairs' B; None for a method without one.
+
+    Args:
+        kind: of the method.
+        arguments: the ``locals()`` of a constructor that has the method's arguments, so that each is written once.
+        more_problems: with other arguments, to be refused with those of the method.
     """
 
-    def __init__(self, method: StepMethod) -> None:
-        self.fit_methods = MethodsOfFit(method)
+    def __init__(self, kind: type[StepMethod], arguments: Mapping[str, Any], more_problems: Sequence[str] = ()) -> None:
+        names = [each.name for each in fields(kind) if each.init]
+        settings = {name: arguments[name] for name in names if name in arguments}
+        self.fit_methods = MethodsOfFit(kind(arguments[kind.size_name], more_problems=more_problems, **settings))
         self._begin()
 
     def _begin(self) -> None:
@@ -137,6 +146,11 @@ class MethodCallback(Callback):
         rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
             problems.append(f"it perturbs the same weights as {', '.join(rivals)} beside it: keep one")
+        if method.needs_one_optimizer and len(trainer.optimizers) != 1:
+            problems.append(
+                f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}: for several, use "
+                "manual optimization and the EFMLoRA callback"
+            )
         if method.takes_two_passes and not takes_passes_itself(pl_module):
             problems += two_pass_problems(pl_module)
         return problems + optimizer_problems(trainer.optimizers)
@@ -190,13 +204,6 @@ class MethodCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_methods.warn_without_effect(pl_module)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What another callback was to give to an optimizer.
-        left = [pair.name for pair in self.fit_methods.assignment.orphans]
-        if left and self.fit_methods.may_come and self.method.pairs:
-            self.method.warn(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def uninstall(self) -> None:
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""

@@ -211,8 +211,7 @@ class FlatnessMonitor(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, count: int, step: int) -> None:
         """Measure if enough steps or epochs have passed, and log at the step at which Lightning logs the rest."""
-        held, every = self._held, self.every_n_steps or self.every_n_epochs
-        assert every is not None
+        held, every = self._held, self.every_n_steps or self.every_n_epochs or 1
         method = _method_of(trainer)
         if not held or (method is not None and not method.pairs):
             return

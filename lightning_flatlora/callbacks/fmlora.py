@@ -4,7 +4,6 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
@@ -62,7 +61,7 @@ class FMLoRA(MethodCallback):
         finder: Finder | None = None,
         sync_ascent: bool = True,
     ) -> None:
-        super().__init__(FMLoRAStep.of(locals()))
+        super().__init__(FMLoRAStep, locals())
 
 
 class EFMLoRA(MethodCallback):
@@ -110,7 +109,7 @@ class EFMLoRA(MethodCallback):
         adapter_name: str | None = None,
         finder: Finder | None = None,
     ) -> None:
-        super().__init__(EFMLoRAStep.of(locals()))
+        super().__init__(EFMLoRAStep, locals())
 
     @override
     def works_beside(self, other: MethodCallback) -> bool:
@@ -128,8 +127,6 @@ class FMLoRAModuleCallback(MethodCallback):
     pl_module is Any use what an FMLoRAModule has and a LightningModule has not.
     """
 
-    _is_set_up = False
-
     @property
     @override
     def source(self) -> StepMethod:
@@ -140,7 +137,6 @@ class FMLoRAModuleCallback(MethodCallback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._is_set_up = True
             original = trainer.strategy.setup_optimizers
 
             def setup_optimizers(trainer: Trainer) -> None:
@@ -159,17 +155,10 @@ class FMLoRAModuleCallback(MethodCallback):
                 "configure_optimizers and step it yourself, as in on_validation_epoch_end, or subclass "
                 "LightningModule and use the FMLoRA callback"
             )
-        if len(trainer.optimizers) != 1:
-            problems.append(
-                f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}: for several, use "
-                "manual optimization and the EFMLoRA callback"
-            )
         if sum(isinstance(callback, EFMLoRA) for callback in callbacks_of(trainer)) > 1:
             problems.append("one EFMLoRA can schedule the module's passes: keep one")
         efmlora = callback_of(trainer, EFMLoRA)
-        if efmlora is not None:
-            problems += self._problems_beside(efmlora, trainer)
-        return problems
+        return problems if efmlora is None else problems + self._problems_beside(efmlora, trainer)
 
     def _problems_beside(self, efmlora: EFMLoRA, trainer: Trainer) -> list[str]:
         """List what can't work with the EFMLoRA callback that schedules the passes."""
@@ -206,14 +195,6 @@ class FMLoRAModuleCallback(MethodCallback):
         if efmlora is not None:
             efmlora.look_again(trainer, pl_module)
         super().look_again(trainer, pl_module)
-
-    def check_set_up(self) -> None:
-        """Refuse a module that does not give this callback to the Trainer."""
-        if not self._is_set_up:
-            raise MisconfigurationException(
-                "FMLoRAModule was not set up, so nothing would be perturbed: if you override configure_callbacks, "
-                "return [*super().configure_callbacks(), ...]"
-            )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:

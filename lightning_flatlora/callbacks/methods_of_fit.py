@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_flatlora.callbacks.training_step import optimizer_steps, takes_passes_itself
@@ -133,14 +132,12 @@ class MethodsOfFit:
                 "Trainer's max_steps, or max_epochs with a loader of known length"
             )
             refuse(method, [problem])
-        # Next to EFMLoRA an FMLoRAModule's callback has no pairs.
-        is_in_use = bool(self.search.names or method.followed)
-        # No count has come with a checkpoint.
-        if is_in_use and method.step == 0 and trainer.global_step > 0:
-            rank_zero_warn(
-                f"{method.title} was not part of this run until now, at step {trainer.global_step} of "
-                f"{method.horizon:g}. {method.argument} begins at its own step 0 and will not come to its end: set its "
-                "total_steps to the steps that are left"
+        # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback follows nothing.
+        if method.followed and method.step == 0 and trainer.global_step > 0:
+            method.warn(
+                f"it was not part of this run until now, at step {trainer.global_step} of {method.horizon:g}. "
+                f"{method.argument} begins at its own step 0 and will not come to its end: set its total_steps to the "
+                "steps that are left"
             )
 
     # -- the pairs

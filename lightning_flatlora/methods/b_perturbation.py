@@ -10,10 +10,11 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.checks import choice_problems, is_number, rounding_problems
+from lightning_flatlora.methods.checks import choice_problems
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import FreshPerturbation, Perturbation
+from lightning_flatlora.schedules import is_size
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -35,7 +36,7 @@ class BPerturbationStep(StepMethod):
     @override
     def argument_problems(self) -> list[str]:
         beta, problems = self.beta, []
-        if not is_number(beta) or not 0 < beta <= 1:
+        if not is_size(beta) or not 0 < beta <= 1:
             problems.append(
                 f"beta must be in (0, 1], the weight of the fresh perturbation in the average, got {beta!r}"
             )
@@ -54,8 +55,8 @@ class BPerturbationStep(StepMethod):
 
     @override
     def install(self) -> None:
-        if self.pairs and not self.perturbation.is_installed:
-            self.warn(*rounding_problems("B", [pair.B for pair in self.pairs]))
+        super().install()
+        if self.pairs:
             self.perturbation.install()
 
     @override

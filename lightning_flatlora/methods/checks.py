@@ -1,8 +1,7 @@
 """Arguments that are refused, and the one message in which all problems of a configuration are reported."""
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
-from typing import Any, TypeGuard, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,7 +29,7 @@ def finder_problems(finder: object, adapter_name: object) -> list[str]:
 def rounding_problems(what: str, parameters: Iterable[nn.Parameter]) -> list[str]:
     """Say that a small perturbation of parameters that are stored in 16 bits may be lost, if any are."""
     low = [p.dtype for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
-    if not low:
+    if not low or not what:
         return []
     return [
         f"{what} is kept in {low[0]}, so a small change of it may be rounded away. Keep it in float32, as with "
@@ -51,11 +50,6 @@ def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
     if value in choices:
         return []
     return [f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}"]
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number; a bool, which Python takes for an integer, is not."""
-    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 SEVERAL_GRADIENTS = "takes several gradients a step, and the method knows one: use AdamW or SGD"

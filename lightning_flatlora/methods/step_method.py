@@ -2,9 +2,9 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, InitVar, dataclass, field, fields
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.rank_zero import WarningCache
@@ -49,10 +49,13 @@ class StepMethod:
     title: ClassVar[str]
     size_name: ClassVar[str] = "rho"
     needs_pairs: ClassVar[bool] = True
+    needs_one_optimizer: ClassVar[bool] = False
     takes_two_passes: ClassVar[bool] = False
     takes_several_optimizers: ClassVar[bool] = False
     works_sharded: ClassVar[bool] = True
     fixed: ClassVar[tuple[str, ...]] = ()
+    # What is moved in its own dtype, in words; empty if nothing is.
+    rounded: ClassVar[str] = "B"
 
     size: InitVar[float | RhoSchedule]
     _: KW_ONLY
@@ -76,13 +79,6 @@ class StepMethod:
         checks.refuse(self, [*problems, *self.argument_problems(), *more_problems])
         self.rho = size if isinstance(size, RhoSchedule) else ConstantRho(float(size))
         self.reset()
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any], more_problems: Sequence[str] = ()) -> Self:
-        """Make a method from the ``locals()`` of a constructor that has its arguments, so that each is written once."""
-        names = [each.name for each in fields(cls) if each.init]
-        settings = {name: arguments[name] for name in names if name in arguments}
-        return cls(arguments[cls.size_name], more_problems=more_problems, **settings)
 
     def argument_problems(self) -> list[str]:
         """List what is wrong with a subclass's own settings."""
@@ -121,7 +117,8 @@ class StepMethod:
         self._sharding = sharding_of(wrapped)
 
     def install(self) -> None:
-        """Let the layers be able to read perturbed weights, after all checks."""
+        """Let the layers be able to read perturbed weights, after all checks, and say what may be rounded away."""
+        self.warn(*checks.rounding_problems(self.rounded, self.followed))
 
     def close(self) -> None:
         """Leave no trace on the layers; what a checkpoint needs stays."""
@@ -238,8 +235,6 @@ class StepMethod:
 
     def forget_gradients(self) -> None:
         """Drop gradients of the method's own, at the moment at which a loop clears those of the model."""
-
-    # -- steps in which nothing can be perturbed
 
     def _look_for_gradients(self) -> None:
         """Say once that the pairs had no gradient in many steps, so that the method does nothing."""

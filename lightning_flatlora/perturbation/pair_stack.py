@@ -8,14 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_flatlora.functional import (
-    Ascent,
-    Estimator,
-    NormScope,
-    ascent_average,
-    ascent_projected,
-    perturbation_scale,
-)
+from lightning_flatlora import functional
+from lightning_flatlora.functional import Ascent, Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
 from lightning_flatlora.sharding import Sharding, matrix_shape
 
@@ -99,7 +93,7 @@ class PairStack:
         self._note_gradients()
         A, grad_B = self._stacked(of_B=False), self._stacked(of_B=True, gradients=True)
         if self.unread_A:
-            return ascent_projected(A, grad_B, self.scaling)
+            return functional.ascent_projected(A, grad_B, self.scaling)
         B = self._stacked(of_B=True)
         if at_perturbed:
             # Rounded as the layer reads it, so that the factors are those at which the gradients were taken.
@@ -109,7 +103,7 @@ class PairStack:
         if self._with_gradient is not None:
             # Not in place: a stack of one pair is a view of the user's own gradient.
             grad_A = grad_A.masked_fill(~self._with_gradient[:, None, None], 0.0)
-        return ascent_average(A, B, grad_A, grad_B, self.scaling)
+        return functional.ascent_average(A, B, grad_A, grad_B, self.scaling)
 
     @property
     def unread_A(self) -> list[nn.Parameter]:
@@ -201,7 +195,7 @@ def fresh_perturbation(
         norms = [total.to(norm.device, norm.dtype).expand_as(norm) for norm in norms]
     fresh = []
     for ascent, norm in zip(ascents, norms, strict=True):
-        scale = perturbation_scale(norm, rho)[:, None, None]
+        scale = functional.perturbation_scale(norm, rho)[:, None, None]
         fresh.append(ascent.direction.mul_(scale).masked_fill_(~finite.to(norm.device), 0.0))
     # Not of a tensor, which the host would have to wait for.
     is_zero = not isinstance(rho, Tensor) and rho == 0
