@@ -21,8 +21,6 @@ from lightning_flatlora.methods.replay import Replay
 from lightning_flatlora.sharding import is_sharded
 from lightning_flatlora.wrappers import has_gradient, unwrapped, without_sync
 
-__all__ = ["EFMLoRA", "FMLoRA"]
-
 
 class EFMLoRA(LoopMethod):
     """One pass per step, at B plus an average of past perturbations (Algorithm 2): LoRA's speed, by one line.
@@ -44,6 +42,7 @@ class EFMLoRA(LoopMethod):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> from peft import LoraConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -89,6 +88,7 @@ class FMLoRA(LoopMethod):
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> from peft import LoraConfig, get_peft_model
         >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(r=2, target_modules=["0"]))
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

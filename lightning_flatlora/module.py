@@ -16,7 +16,7 @@ from lightning_flatlora.callbacks.fmlora import FMLoRAModuleCallback
 from lightning_flatlora.callbacks.strategies import backward_without_sync
 from lightning_flatlora.callbacks.training_step import ends_window, loss_of, takes_no_step
 from lightning_flatlora.functional import Estimator, NormScope
-from lightning_flatlora.methods.b_perturbation import FMLoRAStep
+from lightning_flatlora.methods.b_perturbation import BPerturbationStep
 from lightning_flatlora.methods.checks import choice_problems, integer_problems
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule, is_size
@@ -37,10 +37,11 @@ _NOT_CALLED = {
 """Hooks that a subclass would override in vain, and what to do in their place."""
 
 
-class FMLoRAModuleStep(FMLoRAStep):
+class FMLoRAModuleStep(BPerturbationStep):
     """FMLoRA's step under the module's name."""
 
     title = "FMLoRAModule"
+    takes_two_passes = True
     needs_one_optimizer = True
 
 
@@ -71,6 +72,7 @@ class FMLoRASteps(_Base):
             problems.append(f"gradient_clip_val must be None or a number >= 0, got {gradient_clip_val!r}")
         problems += choice_problems("gradient_clip_algorithm", gradient_clip_algorithm, Literal["norm", "value"])
         self._callback = FMLoRAModuleCallback(FMLoRAModuleStep, locals(), problems)
+        self.sync_ascent = sync_ascent
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
@@ -133,7 +135,7 @@ class FMLoRASteps(_Base):
         # Weight averaging runs such batches through the module only to update BatchNorm's statistics.
         if takes_no_step(trainer):
             return recursive_detach(self.compute_loss(batch, batch_idx))
-        if callback.passes is None:
+        if not callback.is_set_up:
             raise MisconfigurationException(
                 "FMLoRAModule was not set up, so nothing would be perturbed: if you override configure_callbacks, "
                 "return [*super().configure_callbacks(), ...]"

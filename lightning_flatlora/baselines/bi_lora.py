@@ -175,12 +175,11 @@ class BiLoRAStep(FullWeightStep):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Compute the Frobenius norm of B2 A2 over all layers, shape (), from r x r matrices."""
-        device = self.factors[0].device
         squares = []
         # A manual training_step may be inside of autocast, which would round the products to 16 bits.
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(self.factors[0].device.type, enabled=False):
             for term in self.terms:
-                squares.append(((term.B.mT @ term.B) * (term.A @ term.A.mT)).sum().to(device))
+                squares.append(((term.B.mT @ term.B) * (term.A @ term.A.mT)).sum().to(self.factors[0].device))
         return torch.stack(squares).sum().clamp_min(0).sqrt()
 
     @override

@@ -125,7 +125,12 @@ class FMLoRAModuleCallback(MethodCallback):
 
     Next to an EFMLoRA callback the module takes rho, the perturbation and the average from that one. Hooks whose
     pl_module is Any use what an FMLoRAModule has and a LightningModule has not.
+
+    Attributes:
+        is_set_up: whether the module has given this callback to the Trainer, also while a tuner has taken it out.
     """
+
+    is_set_up = False
 
     @property
     @override
@@ -137,6 +142,7 @@ class FMLoRAModuleCallback(MethodCallback):
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self.is_set_up = True
             original = trainer.strategy.setup_optimizers
 
             def setup_optimizers(trainer: Trainer) -> None:

@@ -64,6 +64,11 @@ class BPerturbationStep(StepMethod):
         self.perturbation.uninstall()
 
     @override
+    def ascend(self) -> AbstractContextManager[None]:
+        self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
+        return self.perturbation.applied()
+
+    @override
     def restore(self, state: dict[str, Any], known: Collection[str]) -> None:
         saved = state.get("perturbation")
         if saved and saved["E"]:
@@ -76,11 +81,6 @@ class FMLoRAStep(BPerturbationStep):
 
     title = "FMLoRA"
     takes_two_passes = True
-
-    @override
-    def ascend(self) -> AbstractContextManager[None]:
-        self.perturbation.assign(self.perturbation.ascend(self.current_rho, at_perturbed=False))
-        return self.perturbation.applied()
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -46,10 +46,9 @@ def integer_problems(name: str, value: object, least: int) -> list[str]:
 
 def choice_problems(name: str, value: object, allowed: Any) -> list[str]:
     """What is wrong with an argument that must be one of a Literal's values."""
-    choices = get_args(allowed)
-    if value in choices:
+    if value in get_args(allowed):
         return []
-    return [f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}"]
+    return [f"{name} must be {' or '.join(map(repr, get_args(allowed)))}, got {value!r}"]
 
 
 SEVERAL_GRADIENTS = "takes several gradients a step, and the method knows one: use AdamW or SGD"

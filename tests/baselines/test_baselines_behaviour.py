@@ -206,7 +206,7 @@ def test_shards_are_refused(name: str) -> None:
     assert LoRASAM(0.1).works_sharded
 
     strategy = FSDPStrategy(accelerator=L.pytorch.accelerators.CPUAccelerator())
-    trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, callbacks=[], optimizers=[])
+    trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, callbacks=[], optimizers=[None])
     problems = MethodCallback.configuration_problems(callback, trainer, Classifier())
     assert problems == [
         "FSDPStrategy leaves each rank a part of every weight, and this method needs them whole: use strategy='ddp'"
