@@ -1,12 +1,16 @@
 """The direction of imports: equations know no state, no state knows Lightning, the library knows no recipe."""
 
 import ast
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
+from helpers import Classifier, calling, fit
 
 import lightning_flatlora
+from lightning_flatlora import EFMLoRA
 
 ROOT = Path(lightning_flatlora.__file__).parent
 TORCH_ONLY = (
@@ -196,6 +200,28 @@ def test_facts_about_strategies_are_in_one_file() -> None:
                 assert {alias.name for alias in node.names} <= {"Strategy"}, path
             if isinstance(node, ast.ImportFrom) and node.module == "lightning.pytorch":
                 assert "strategies" not in names_bound_by([node]), path
+
+
+def test_a_step_of_efmlora_passes_few_files(tmp_path: Path) -> None:
+    """So that somebody new can follow one."""
+    seen: set[str] = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(ROOT):
+            seen.add(str(file.relative_to(ROOT)))
+
+    def start(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            sys.setprofile(note)
+
+    starts = calling(on_train_batch_start=start)
+    ends = calling(on_train_batch_end=lambda *args: sys.setprofile(None))
+    fit(tmp_path, Classifier(), [starts, EFMLoRA(rho=0.5), ends], max_epochs=1)
+    assert "methods/b_perturbation.py" in seen
+    # Imported with the loops by other tests, it looks at each step of any optimizer.
+    seen.discard("loop_method.py")
+    assert len(seen) <= 13, sorted(seen)
 
 
 def test_test_files_are_short_and_import_no_other_one() -> None:

@@ -111,7 +111,7 @@ class PairStack:
 
         One that is frozen now may still have its gradient, if its turn within a step is over.
         """
-        learns = any(pair.learns_A for pair in self.pairs) or any(self.sharding.have_gradients(self._A))
+        learns = any(self.sharding.have_gradients(self._A)) or any(pair.learns_A for pair in self.pairs)
         return [] if learns and self._estimator == "average" else self._A
 
     def _stacked(self, of_B: bool, *, gradients: bool = False) -> Tensor:
