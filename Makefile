@@ -54,7 +54,9 @@ lint: $(DEV)
 docs: $(DEV)
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-test: lint docs
+# The type checker and the site take one core each.
+test: $(DEV)
+	$(MAKE) --jobs=2 lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt

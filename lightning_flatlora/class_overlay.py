@@ -101,7 +101,8 @@ def _property_of(attribute: str) -> property:
                 raise AttributeError(attribute)
             value = self._parameters[attribute]
         reading = self.__dict__[READINGS][attribute]
-        if value is None or not reading.parts():
+        parts = reading.parts()
+        if value is None or not parts:
             return value
         is_parameter = isinstance(value, nn.Parameter)
         if isinstance(value, DTensor) or (reading.only_views and is_parameter):
@@ -111,7 +112,7 @@ def _property_of(attribute: str) -> property:
             # Frozen, maybe for one pass alone, as by toggle_optimizer, or the values of a teacher that functional_call
             # has put here. Only what is being trained is perturbed.
             return value
-        perturbed: Tensor = reading.added_to(value)
+        perturbed: Tensor = reading.added_to(value, parts)
         # For hooks that look at the gradient of what they read here, or change it in place; the sum itself has none.
         if is_parameter and not torch.compiler.is_compiling():
             gradient = value.grad

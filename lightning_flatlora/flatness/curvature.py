@@ -129,10 +129,9 @@ def top_eigenvalue(
         return flat.numpy()
 
     start = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
-    operator = linalg.LinearOperator((size, size), matvec=matvec, dtype=start.dtype)
     try:
         eigenvalues = linalg.eigsh(
-            operator,
+            linalg.LinearOperator((size, size), matvec=matvec, dtype=start.dtype),
             k=1,
             which="LA",
             v0=start,

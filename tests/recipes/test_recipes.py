@@ -136,7 +136,7 @@ def losses(folder: Path) -> list[str]:
 
 
 PLACES = ("step=1", "val-step=2", "val-step=4", "step=7")
-"""Within the first epoch, in its validation, at its end, and in the second one."""
+"""Within the first epoch, in its validation, at its end, and in the second one; each recipe resumes in one of them."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,16 +147,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert whole["steps"] == 8
     (first,) = tmp_path.glob("runs/*/*/version_0")
     assert len(losses(first)) == 8
-    places = PLACES[::2] if name == "instruction_tuning" else PLACES[1::2]
-    for number, place in enumerate(places, 1):
-        resumed = trained(start, name, f"--ckpt_path={first / 'checkpoints' / place}.ckpt")
-        assert same(whole, resumed), place
-        assert losses(first.parent / f"version_{number}") == losses(first)[int(place[-1]) :], place
-        assert evaluated(resumed) == evaluated(whole), place
+    place = PLACES[list(NAMES).index(name) % len(PLACES)]
+    resumed = trained(start, name, f"--ckpt_path={first / 'checkpoints' / place}.ckpt")
+    assert same(whole, resumed)
+    assert losses(first.parent / "version_1") == losses(first)[int(place[-1]) :]
+    assert evaluated(resumed) == evaluated(whole)
     if name in WORKERS:
         workers = "--data.init_args.num_workers=1"
         assert same(whole, trained(start, name, workers))
-        saved = first.parent / f"version_{len(places) + 1}" / "checkpoints" / "step=3.ckpt"
+        saved = first.parent / "version_2" / "checkpoints" / "step=3.ckpt"
         assert same(whole, trained(start, name, workers, f"--ckpt_path={saved}"))
     if name == "instruction_tuning":  # the random state decides about that
         monkeypatch.setattr(RandomState, "load_state_dict", lambda self, state: None)
