@@ -104,7 +104,6 @@ class FMLoRA(LoopMethod):
 
     kind = FMLoRAStep
     _passes_begun = 0
-    _lacks_second_pass = False
 
     @override
     def look_again(self) -> None:
@@ -120,18 +119,15 @@ class FMLoRA(LoopMethod):
         """
         self._check_open()
         self._passes_begun += 1
-        # A batch whose second pass was left out may be tried again from its first.
-        self._lacks_second_pass = False
         if not self.method.ascends:
             yield nullcontext()
             return
         yield self._ascent()
-        if not self._lacks_second_pass:
+        if self._replay.at_perturbed_weights is None:
             raise RuntimeError(
                 "the first pass was not entered, or has not come to its end: write "
                 "`for each_pass in flat.training_passes():` and in it `with each_pass:`"
             )
-        self._lacks_second_pass = False
         yield self._replay.running()
 
     @override
@@ -141,7 +137,7 @@ class FMLoRA(LoopMethod):
                 "the optimizer was about to step without FMLoRA's passes: run forward and backward inside of each of "
                 "flat.training_passes(). To go on without the method, call flat.close()"
             )
-        if self._lacks_second_pass:
+        if self._replay.at_perturbed_weights is not None:
             raise RuntimeError(
                 "the optimizer was about to step after the first of two passes, which leaves no gradient for the step: "
                 "run both, `for each_pass in flat.training_passes():` and in it `with each_pass:`"
@@ -152,6 +148,7 @@ class FMLoRA(LoopMethod):
     @contextmanager
     def _ascent(self) -> Iterator[None]:
         """The first pass: its gradient gives E and is then dropped."""
+        # This forgets a second pass that was left out: the batch may be tried again from its first.
         self._replay.first_pass_starts(self.method.pairs[0].B.device)
         sharded = is_sharded(self._model)
         with self._replay.ascent(self.method, is_averaged=sharded):
@@ -168,4 +165,3 @@ class FMLoRA(LoopMethod):
                     "the first pass left no gradient, so E is 0: does backward stand inside each pass, and is this "
                     "FMLoRA of the model and the optimizer that the loop trains?"
                 )
-        self._lacks_second_pass = True

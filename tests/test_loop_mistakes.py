@@ -142,6 +142,14 @@ def test_fmloras_first_pass_alone_is_refused() -> None:
         backward(net)
     with pytest.raises(RuntimeError, match="after the first of two passes, which leaves no gradient"):
         optimizer.step()
+    # Nor does a second pass count that is given and not entered.
+    passes = flat.training_passes()
+    with next(passes):
+        backward(net)
+    next(passes)
+    backward(net)
+    with pytest.raises(RuntimeError, match="after the first of two passes, which leaves no gradient"):
+        optimizer.step()
     # Nothing is left behind: the batch is tried again from its first pass.
     optimizer.zero_grad()
     run(flat, net, optimizer, batches()[:2])

@@ -32,6 +32,7 @@ class MethodCallback(Callback):
         fit_methods: the methods of the optimizers, and the pairs that they train.
         passes: what wraps the strategy's methods; None outside of a fit.
         patches: end with the fit what is put on the trainer for it.
+        scheduler: another of these callbacks that gives the passes their perturbation, if there is one.
         step: steps that the pairs' optimizer has taken, from 0; steps that a loss scaler skipped count.
         perturbation: of the pairs' B; None for a method without one.
 
@@ -51,6 +52,7 @@ class MethodCallback(Callback):
         """Set everything that belongs to one fit to what it is before the fit."""
         self._loaded: dict[str, Any] | None = None
         self.passes: Any = None
+        self.scheduler: Any = None
         self.patches = ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class MethodCallback(Callback):
     @property
     def source(self) -> StepMethod:
         """The method that gives the passes their perturbation: another callback's, if that one schedules them."""
-        return self.method
+        return (self.scheduler or self).method
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Hand a setting that is assigned, such as ``rho`` or ``beta``, to the methods."""
@@ -204,6 +206,13 @@ class MethodCallback(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fit_methods.warn_without_effect(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What another callback was to give to an optimizer.
+        left = [pair.name for pair in self.fit_methods.assignment.orphans]
+        if left and self.fit_methods.may_come and self.method.pairs:
+            self.method.warn(f"{len(left)} pairs, {left[0]} among them, came into no optimizer and were not perturbed")
 
     def uninstall(self) -> None:
         """Leave no trace on the model and the trainer; what a checkpoint needs stays."""

@@ -14,7 +14,6 @@ from lightning_flatlora.callbacks.training_step import window_of
 from lightning_flatlora.compat import callback_of, callbacks_of
 from lightning_flatlora.functional import Estimator, NormScope
 from lightning_flatlora.methods.b_perturbation import EFMLoRAStep, FMLoRAStep
-from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs.lora_pair import Finder
 from lightning_flatlora.schedules import RhoSchedule
 
@@ -132,12 +131,6 @@ class FMLoRAModuleCallback(MethodCallback):
 
     is_set_up = False
 
-    @property
-    @override
-    def source(self) -> StepMethod:
-        efmlora = None if self.passes is None else callback_of(self.passes.trainer, EFMLoRA)
-        return self.method if efmlora is None else efmlora.method
-
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -163,8 +156,7 @@ class FMLoRAModuleCallback(MethodCallback):
             )
         if sum(isinstance(callback, EFMLoRA) for callback in callbacks_of(trainer)) > 1:
             problems.append("one EFMLoRA can schedule the module's passes: keep one")
-        efmlora = callback_of(trainer, EFMLoRA)
-        return problems if efmlora is None else problems + self._problems_beside(efmlora, trainer)
+        return problems if self.scheduler is None else problems + self._problems_beside(self.scheduler, trainer)
 
     def _problems_beside(self, efmlora: EFMLoRA, trainer: Trainer) -> list[str]:
         """List what can't work with the EFMLoRA callback that schedules the passes."""
@@ -186,20 +178,18 @@ class FMLoRAModuleCallback(MethodCallback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        efmlora = callback_of(trainer, EFMLoRA)
+        self.scheduler = callback_of(trainer, EFMLoRA)
         # EFMLoRA finds the pairs and has their perturbation.
-        self.fit_methods.needs_pairs = efmlora is None
+        self.fit_methods.needs_pairs = self.scheduler is None
         super().on_fit_start(trainer, pl_module)
-        if efmlora is not None:
-            method: Any = efmlora.method
-            method.schedules_module = True
+        if self.scheduler is not None:
+            self.scheduler.method.schedules_module = True
 
     @override
     def look_again(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Its pairs say whether the step ascends, and it may have wrapped the strategy's methods inside of ours.
-        efmlora = callback_of(trainer, EFMLoRA)
-        if efmlora is not None:
-            efmlora.look_again(trainer, pl_module)
+        if self.scheduler is not None:
+            self.scheduler.look_again(trainer, pl_module)
         super().look_again(trainer, pl_module)
 
     @override

@@ -103,16 +103,19 @@ def top_eigenvalue(
         200) products.
 
     Raises:
-        ImportError: scipy is missing, which the extra "flatness" installs.
+        ImportError: scipy is missing.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
         >>> top_eigenvalue(lambda: (torch.tensor([1.0, 5.0, 2.0]) * w.square()).sum() / 2, [w]).round(decimals=3)
         tensor(5., dtype=torch.float64)
     """
-    # Of the extra "flatness".
-    from scipy.sparse import linalg
-
+    try:
+        from scipy.sparse import linalg
+    except ImportError as error:
+        raise ImportError(
+            "top_eigenvalue needs scipy: pip install 'lightning-flatlora[flatness]', or use hessian_trace"
+        ) from error
     parameters = list(parameters)
     size = sum(parameter.numel() for parameter in parameters)
     if size < 2:

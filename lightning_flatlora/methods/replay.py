@@ -27,6 +27,9 @@ class Replay:
     No parameter is copied. One that a step writes and no optimizer trains, such as a momentum encoder's, is refused.
     Parameters are not watched under FSDP. :meth:`undone` does the same for passes that stand outside of any step.
 
+    Attributes:
+        at_perturbed_weights: of the second pass, from the end of an ascent until that pass begins; else None.
+
     Args:
         module: the module, not what a strategy has wrapped around it. Its parts are listed now, not in each step, and
             between forward and backward FSDP shows stand-ins for its parameters.
@@ -54,11 +57,12 @@ class Replay:
         self._watched = [] if is_sharded else _watchable(module)
         self._device = torch.device("cpu")
         self._at_start: list[PutBack] = []
-        self._at_perturbed_weights: AbstractContextManager[None] = nullcontext()
+        self.at_perturbed_weights: AbstractContextManager[None] | None = None
 
     def first_pass_starts(self, device: torch.device) -> None:
         """Note the state from which both passes start; the device is that on which they draw random numbers."""
         self._device = device
+        self.at_perturbed_weights = None
         self._at_start = self._noted()
         self._marks = list(map(_mark_of, self._watched))
 
@@ -82,7 +86,7 @@ class Replay:
             yield
             if method.sync_ascent and not is_averaged:
                 average_gradients(method.ascending)
-            self._at_perturbed_weights = method.ascend()
+            self.at_perturbed_weights = method.ascend()
         finally:
             # Listed again, because hooks of the backward may have given the optimizer new parameters.
             for parameter in self._holders():
@@ -124,8 +128,9 @@ class Replay:
         of_first = [*self._noted(), self._metrics_on_copies()]
         _put_back(self._at_start)
         self._at_start = []  # its copies are not needed any more
+        perturbed, self.at_perturbed_weights = self.at_perturbed_weights or nullcontext(), None
         try:
-            with self._at_perturbed_weights:
+            with perturbed:
                 yield
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):

@@ -3,6 +3,7 @@
 A fit whose pairs never have a gradient perturbs nothing, and says so.
 """
 
+import re
 import warnings
 from itertools import product
 from typing import Any
@@ -144,12 +145,15 @@ class Joins(BaseFinetuning):
 
 @pytest.mark.parametrize(("callback", "part"), [(EFMLoRA, ""), *product([EFMLoRA, *OTHERS], [".2."])])
 def test_factors_that_join_the_optimizer_later(tmp_path, callback, part):
+    """What never joins is said at the end."""
     module = with_own(HEAD_ONLY)[0]()
     watching = Watching(module)
-    with pytest.warns(UserWarning, match=callback.__name__):
+    with pytest.warns(UserWarning, match=callback.__name__) as warned:
         fit(tmp_path, module, [callback(0.5), Joins(part)])
     if callback is EFMLoRA:
         assert watching.moved == [*[[]] * 7, *[["2.default"] if part else ALL] * 5]
+    left = "2 pairs, .* came into no optimizer and were not perturbed"
+    assert len([each for each in warned if re.search(left, str(each.message))]) == bool(part)
     assert_no_trace(module)
 
 

@@ -1,5 +1,6 @@
 """Sharpness and curvature against closed forms on quadratics, dense Hessians, and the dense reference of the method."""
 
+import builtins
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -334,3 +335,16 @@ def test_attention_has_a_second_derivative() -> None:
     vector = random_like([q, k])
     expected = dense_hessian(by_hand, [q, k]) @ flat(vector)
     torch.testing.assert_close(flat(hessian_product(loss, [q, k], vector)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_scipy_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("scipy"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-flatlora\[flatness\]'"):
+        top_eigenvalue(lambda: torch.ones(()), [nn.Parameter(torch.ones(3))])
