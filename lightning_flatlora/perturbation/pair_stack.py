@@ -13,8 +13,8 @@ from lightning_flatlora.functional import Ascent, Estimator, NormScope
 from lightning_flatlora.pairs.lora_pair import LoRAPair, rows_of
 from lightning_flatlora.sharding import Sharding, matrix_shape
 
-LARGEST_STACK = 2**18
-"""Elements of a stacked factor in one computation on a CPU: 1 MB of float32, which its caches hold.
+LARGEST_STACK = 2**19
+"""Elements of a stacked factor in one computation on a CPU: 2 MB of float32, which its caches hold.
 
 A larger factor is computed by itself, without a copy. Stacks exist to save calls, and from this size on the work of a
 call takes far longer than making it.
@@ -111,7 +111,7 @@ class PairStack:
 
         One that is frozen now may still have its gradient, if its turn within a step is over.
         """
-        learns = any(self.sharding.have_gradients(self._A)) or any(pair.learns_A for pair in self.pairs)
+        learns = any(pair.learns_A for pair in self.pairs) or any(self.sharding.have_gradients(self._A))
         return [] if learns and self._estimator == "average" else self._A
 
     def _stacked(self, of_B: bool, *, gradients: bool = False) -> Tensor:

@@ -88,8 +88,10 @@ def test_fsdp_with_manual_optimization():
 
 
 def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeypatch):
-    trainer = trainer_of(".", [EFMLoRA(1.0)])
+    efmlora = EFMLoRA(1.0)
+    trainer = trainer_of(".", [efmlora])
     module = TwoPassClassifier(1.0, sync_ascent=False)
+    module._callback.scheduler = efmlora
     trainer.strategy.connect(module)
     for ranks, is_refused in ((2, True), (1, False)):
         monkeypatch.setattr(type(trainer), "world_size", ranks)
