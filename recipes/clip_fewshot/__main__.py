@@ -16,7 +16,7 @@ def main(args: ArgsType = None) -> Any:
     if isinstance(arguments, list) and arguments[:1] == ["sweep"]:
         return sweep.main(arguments[1:])
     epilog = "There is also sweep, over methods, shots and seeds (sweep --help)."
-    return RecipeCLI(args, parser_kwargs={"prog": "python -m recipes.clip_fewshot", "epilog": epilog})
+    return RecipeCLI(args, recipe="clip_fewshot", parser_kwargs={"epilog": epilog})
 
 
 if __name__ == "__main__":

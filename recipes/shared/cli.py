@@ -4,11 +4,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning as L
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
@@ -24,8 +25,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.shared.configs import check_config_files, methods_of_run, settings_of_run, shipped_configs
+from recipes.shared.command_line import hint, option, with_base, with_method, with_run
+from recipes.shared.configs import (
+    check_config_files,
+    is_method,
+    methods_of,
+    methods_of_run,
+    settings_help,
+    settings_of_run,
+    shipped_configs,
+)
 from recipes.shared.files import set_aside
+from recipes.shared.interrupt import InterruptAfterStep
 from recipes.shared.precision import fast_precision
 from recipes.shared.progress import ProgressLines, is_live
 from recipes.shared.training import RecipeModule
@@ -40,23 +51,25 @@ _STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "
 
 
 class RecipeParser(LightningArgumentParser):
-    """Lightning's parser, which names the shipped configurations in its help and where one is missing."""
+    """Lightning's parser, which names the shipped configurations in its help and where one is missing.
+
+    Abbreviations are no options: ``--ckpt`` would be read as ``--ckpt_path`` too late for the run's settings.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.first_help = ""
 
     @override
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        return f"{super().format_help(*args, **kwargs)}\n{shipped_configs()}\n"
+        return f"{self.first_help}{super().format_help(*args, **kwargs)}\n{shipped_configs()}\n"
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
         if 'key "config"' in message or "arguments are required" in message:
             message = f"{message}\n{shipped_configs()}"
-        elif "is not accepted" in message:
-            message = (
-                f"{message}\nAn option of the model, the data or a callback comes behind the --config that chooses it, "
-                "as --trainer.callbacks.rho behind a method's file"
-            )
-        super().error(message, ex)
+        super().error(f"{message}{hint(message, self)}", ex)
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -89,18 +102,30 @@ class RecipeCLI(LightningCLI):
 
     ``run_name`` is the name of all loggers whose own name is null: an overlay of a method names its runs in one line.
 
-    ``--optimizer`` and ``--lr_scheduler`` each replace their own part of what the recipe trains with. ``--ckpt_path
-    last`` is the newest last checkpoint of the runs that log into the same folder, and an error if there is none. Where
-    that run had other settings of the model or the data, a warning names them; a fit names those of the method, the
-    optimizer, the precision, accumulation and clipping, too.
-    Switching the progress bar, the checkpoints or the model summary off drops the callbacks that the configuration
-    lists for them.
+    The recipe's ``base.yaml`` is laid below all that is given. With ``--ckpt_path`` the settings of the checkpoint's
+    run come between the two, from its ``config.yaml``: its model, data, method and Trainer. ``--ckpt_path last`` is the
+    newest last checkpoint of the runs that log into the same folder, and an error if there is none. In a fit
+    a warning names what is given otherwise than there: of the model, the data, the method, the optimizer, the
+    precision, accumulation and clipping.
+
+    ``--method`` chooses a method's configuration, ``--rho`` its radius. ``--optimizer`` and ``--lr_scheduler`` each
+    replace their own part of what the recipe trains with. Switching the progress bar, the checkpoints or the model
+    summary off drops the callbacks that the configuration lists for them.
 
     ``trainer.precision: null`` is what the device computes fast (:func:`recipes.shared.precision.fast_precision`). The
     choice is printed and written into the run's ``config.yaml``: a run that is resumed with that file keeps it.
+
+    Args:
+        args: of the command line; None takes those of the process.
+        recipe: name of the recipe's folder; empty for a program without one.
+        settings: further ones of LightningCLI.
     """
 
-    def __init__(self, args: ArgsType = None, **settings: Any) -> None:
+    def __init__(self, args: ArgsType = None, recipe: str = "", **settings: Any) -> None:
+        self._recipe = recipe
+        if recipe:
+            parser_kwargs = {"prog": f"python -m recipes.{recipe}"}
+            settings["parser_kwargs"] = {**parser_kwargs, **settings.get("parser_kwargs", {})}
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -117,36 +142,79 @@ class RecipeCLI(LightningCLI):
         )
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # Among the Trainer's hundred options nobody would find them.
+        cast("RecipeParser", parser).first_help = settings_help(self._recipe)
+        return parser
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        methods = ", ".join(methods_of(self._recipe))
+        parser.add_argument("--method", type=str | None, default=None, help=f"One of {methods}; lora if none is given.")
+        rho = "Radius of the method's perturbation, in place of the one in its configuration."
+        parser.add_argument("--rho", type=float | None, default=None, help=rho)
         parser.add_argument("--run_name", type=str | None, default=None, help="Name of the loggers whose name is null.")
         parser.add_optimizer_args((Optimizer,))
         parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # Lightning would read sys.argv itself, without the optimizers' full names.
+        # Lightning would read sys.argv itself, without what is added here.
         given = sys.argv[1:] if args is None else args
-        if isinstance(given, list):
-            check_config_files(given)
-        if args is None:
-            self.config = parser.parse_args(with_torch_optimizers(sys.argv[1:]))
-        else:
-            super().parse_arguments(parser, with_torch_optimizers(args) if isinstance(args, list) else args)
+        if not isinstance(given, list):
+            super().parse_arguments(parser, given)
+            return
+        check_config_files(given)
+        given = with_torch_optimizers(given)
+        if given and given[0] in self.subcommands():
+            given = [given[0], *self._with_defaults(parser, given[0], given[1:])]
+        # LightningCLI warns of arguments that it is given beside the process's.
+        self.config = parser.parse_args(given)
+
+    def _with_defaults(self, parser: LightningArgumentParser, command: str, given: list[str]) -> list[str]:
+        """The arguments behind all that they leave out."""
+        given = with_base(self._recipe, with_method(self._recipe, given))
+        checkpoint = option(given, "--ckpt_path")
+        if checkpoint == "last":
+            settings = parser.parse_args([command, *given])[command]
+            checkpoint = str(last_checkpoint(settings))
+            given.append(f"--ckpt_path={checkpoint}")
+        # "hpc" and addresses are no files of a run.
+        is_file = checkpoint is not None and Path(checkpoint).exists()
+        return with_run(self._recipe, given, Path(checkpoint)) if is_file and checkpoint else given
 
     @override
     def before_instantiate_classes(self) -> None:
+        self._set_rho()
         loggers = self._get(self.config, "trainer").logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             arguments = getattr(logger, "init_args", {})
             if "name" in arguments and arguments["name"] is None:
                 arguments["name"] = self._get(self.config, "run_name")
 
+    def _set_rho(self) -> None:
+        """Hand ``--rho`` to what has one, and forget it, so that the run's ``config.yaml`` has it in one place."""
+        settings = self.config[self.subcommand] if self.subcommand else self.config
+        rho, settings.rho = settings.rho, None
+        if rho is None:
+            return
+        callbacks = settings.trainer.callbacks or []
+        chosen = [each for each in callbacks if is_method(each.class_path)]
+        owners = chosen or [settings.model]
+        if len(owners) > 1 or "rho" not in owners[0].init_args:
+            raise MisconfigurationException(
+                "--rho is the radius of one method: choose it with --method, or name the callback or the module, as in "
+                "--trainer.callbacks.rho or --model.rho"
+            )
+        owners[0].init_args.rho = rho
+
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self._choose_precision()
         settings = self._get(self.config_init, "trainer")
         # In place of the configuration's list; LightningCLI still adds the callbacks that it makes itself.
-        callbacks = wanted_callbacks(settings, self.subcommand or "run")
+        callbacks = [*wanted_callbacks(settings, self.subcommand or "run"), InterruptAfterStep()]
         trainer = super().instantiate_trainer(**{"callbacks": callbacks, **kwargs})
         for logger in trainer.loggers:
             _ = logger.version  # fixed at first sight: all must look before the first has made its folder
@@ -174,7 +242,7 @@ class RecipeCLI(LightningCLI):
                 "validate and test"
             )
         if self.subcommand is not None:
-            self._find_checkpoint()
+            self._check_checkpoint()
         optimizer, scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))
         if not (optimizer or scheduler):
             return
@@ -186,15 +254,10 @@ class RecipeCLI(LightningCLI):
         self.model.chosen_optimizer = optimizer
         self.model.chosen_scheduler = scheduler
 
-    def _find_checkpoint(self) -> None:
-        """Put a file in the place of "last", for which Lightning looks in this run's folder alone, a new one."""
+    def _check_checkpoint(self) -> None:
+        """Refuse a checkpoint that can't be read, and name what its run had otherwise."""
         settings = self.config_init[self.subcommand]
-        # A run that goes on is meant to have the settings of the one that stopped. A file that is named for an
-        # evaluation may well be judged on other data.
-        is_compared = settings.ckpt_path == "last" or self.subcommand == "fit"
-        if settings.ckpt_path == "last":
-            settings.ckpt_path = str(last_checkpoint(self.trainer))
-        elif settings.ckpt_path == "best":
+        if settings.ckpt_path == "best":
             raise MisconfigurationException(
                 "--ckpt_path best: which checkpoint is the best is known only to the run that has saved it. Give the "
                 "file, whose name holds the step"
@@ -207,25 +270,21 @@ class RecipeCLI(LightningCLI):
         problem = _problem_of(settings.ckpt_path)
         if problem:
             raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
-        if settings.ckpt_path and is_compared:
+        # An evaluation on other data is meant to have them.
+        if settings.ckpt_path and self.subcommand == "fit":
             self._warn_of_other_settings(Path(settings.ckpt_path))
 
     def _warn_of_other_settings(self, checkpoint: Path) -> None:
-        """Name what a checkpoint's run had otherwise: the newest may be one of other data, or of another rho."""
+        """Name what a checkpoint's run had otherwise, and this run would go on with."""
         # "hpc" and addresses are no files of a run.
         before = settings_of_run(checkpoint) if checkpoint.exists() else {}
         if not before:
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        differences: list[str] = []
-        # An evaluation needs neither an optimizer nor a method. Another schedule is refused when it is loaded.
-        sections = ("model", "data", "optimizer") if self.subcommand == "fit" else ("model", "data")
-        for section in sections:
-            # What was null in the model or the data may be what an evaluation or a prediction adds.
-            or_null = section not in ("model", "data")
-            differences += _differences(section, before.get(section), now.get(section), or_null)
-        if self.subcommand == "fit":
-            differences += _differences("trainer", _of_a_step(before), _of_a_step(now), or_null=True)
+        differences = _differences("trainer", _of_a_step(before), _of_a_step(now), or_null=True)
+        for section in ("model", "data", "optimizer"):
+            # What was null in the model or the data may be what a longer run adds.
+            differences += _differences(section, before.get(section), now.get(section), section == "optimizer")
         if differences:
             rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
 
@@ -268,38 +327,48 @@ def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:
     return wanted
 
 
-def last_checkpoint(trainer: L.Trainer) -> Path:
-    """The newest last checkpoint of the runs that log into the same folder as this one.
+def last_checkpoint(settings: Namespace) -> Path:
+    """The newest last checkpoint of the runs that log into the same folder as one with these settings.
 
     Raises:
         MisconfigurationException: there is none.
     """
-    searched = []
-    for saver in _savers(trainer):
-        pattern = f"{saver.CHECKPOINT_NAME_LAST}*{saver.FILE_EXTENSION}"
-        if saver.dirpath is not None:
-            searched.append((Path(saver.dirpath), pattern))
-        elif trainer.loggers:
-            logger = trainer.loggers[0]
-            # Where a ModelCheckpoint without dirpath saves, with any version in place of this run's new one.
-            runs = Path(logger.save_dir or trainer.default_root_dir, str(logger.name))
-            searched.append((runs, f"*/checkpoints/{pattern}"))
-        else:
-            searched.append((Path(trainer.default_root_dir, "checkpoints"), pattern))
-    searched = list(dict.fromkeys(searched))
+    pattern = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
+    searched = [(folder, pattern) for folder in _saved_in(settings.trainer)]
+    # Else where a ModelCheckpoint saves by itself, with any version in place of this run's new one.
+    if not searched and settings.trainer.enable_checkpointing is not False:
+        searched = [(_runs_of(settings), f"*/checkpoints/{pattern}")]
     checkpoints: list[Path] = []
-    for folder, pattern in searched:
-        checkpoints += folder.glob(pattern)
+    for folder, each in searched:
+        checkpoints += folder.glob(each)
     if not checkpoints:
-        places = " and ".join(str(folder / pattern) for folder, pattern in searched) or "nowhere: nothing saves any"
+        places = " and ".join(str(folder / each) for folder, each in searched) or "nowhere: nothing saves any"
         raise MisconfigurationException(
             f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start anew, or "
-            "give a file"
+            "give a file, or the --method or --run_name of the run"
         )
     # By time and not by name, in which version_10 comes before version_9.
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
     rank_zero_info(f"--ckpt_path last is {newest}")
     return newest
+
+
+def _saved_in(trainer: Namespace) -> list[Path]:
+    """The folders that a configuration's savers name."""
+    if trainer.enable_checkpointing is False:
+        return []
+    arguments = [callback.get("init_args", {}) for callback in trainer.callbacks or []]
+    return list(dict.fromkeys(Path(each["dirpath"]) for each in arguments if each.get("dirpath")))
+
+
+def _runs_of(settings: Namespace) -> Path:
+    """The folder of a run and others of its name."""
+    trainer = settings.trainer
+    root = trainer.default_root_dir or "."
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    first = loggers[0].get("init_args", {}) if isinstance(loggers[0], Namespace) else {}
+    name = first.get("name") or first.get("project") or settings.run_name or "lightning_logs"
+    return Path(first.get("save_dir") or root, name)
 
 
 def _differences(name: str, before: Any, now: Any, or_null: bool = False) -> list[str]:

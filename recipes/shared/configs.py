@@ -21,13 +21,14 @@ def config_files(recipe: str, method: str) -> list[Path]:
         method: "lora", which is the base alone, or the name of an overlay. The recipe's own one comes first, because it
             knows the recipe's settings.
     """
-    configs = RECIPES / recipe / "configs"
-    base = configs / "base.yaml"
-    if method == "lora":
-        return [base]
-    specific = configs / "methods" / f"{method}.yaml"
-    shared = RECIPES / "configs" / "methods" / f"{method}.yaml"
-    return [base, specific if specific.exists() else shared]
+    base = RECIPES / recipe / "configs" / "base.yaml"
+    return [base] if method == "lora" else [base, method_file(recipe, method)]
+
+
+def method_file(recipe: str, method: str) -> Path:
+    """The overlay of a method: the recipe's own, or else the one that all recipes share."""
+    specific = RECIPES / recipe / "configs" / "methods" / f"{method}.yaml"
+    return specific if specific.exists() else RECIPES / "configs" / "methods" / f"{method}.yaml"
 
 
 def config_arguments(recipe: str, method: str) -> list[str]:
@@ -53,6 +54,20 @@ def shipped_configs() -> str:
     lines = [f"  {folder}: {', '.join(names)}" for folder, names in by_folder.items()]
     rule = "The first --config is a recipe's base.yaml; a method, data and a strategy are laid over it. There are, in"
     return "\n".join([f"{rule} {RECIPES.parent}:", *lines])
+
+
+def settings_help(recipe: str) -> str:
+    """A text for users: the settings of a recipe's model and data with their defaults; empty without a recipe."""
+    base = RECIPES / recipe / "configs" / "base.yaml"
+    if not base.exists():
+        return ""
+    lines = base.read_text(encoding="utf-8").splitlines()
+    settings = "\n".join(lines[lines.index("model:") :])
+    name = base.relative_to(RECIPES.parent)
+    return (
+        f"Settings of the model and the data, from {name}, which is laid below all that is given. On the command line "
+        f"they are --model.NAME and --data.NAME:\n\n{settings}\n\n"
+    )
 
 
 def settings_of_run(saved: Path) -> dict[str, Any]:
@@ -88,10 +103,16 @@ def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         given = callback if isinstance(callback, dict) else {}
-        module, _, name = str(given.get("class_path")).rpartition(".")
-        if module.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS:
-            found[name] = given.get("init_args") or {}
+        path = str(given.get("class_path"))
+        if is_method(path):
+            found[path.rpartition(".")[2]] = given.get("init_args") or {}
     return found
+
+
+def is_method(class_path: str) -> bool:
+    """Whether a callback is one of the package's methods."""
+    module, _, name = class_path.rpartition(".")
+    return module.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS
 
 
 def check_config_files(arguments: Sequence[str]) -> None:

@@ -5,4 +5,4 @@ from recipes.shared.mistakes import without_traceback
 
 if __name__ == "__main__":
     with without_traceback():
-        RecipeCLI(parser_kwargs={"prog": "python -m recipes.vqa"})
+        RecipeCLI(recipe="vqa")

@@ -1,7 +1,9 @@
 """The command line of the recipes: options of Lightning's that a configuration must not get in the way of."""
 
 import json
+import os
 import runpy
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +13,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from one_command import ParsingCLI, one_command
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from lightning_flatlora import FMLoRAModule
+from lightning_flatlora import EFMLoRA, FMLoRAModule
+from lightning_flatlora.schedules import ConstantRho
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import config_arguments
 from recipes.shared.resumable import ResumableData
@@ -173,6 +177,15 @@ def test_help_names_the_command(
     assert capsys.readouterr().out.startswith(f"usage: python -m recipes.{recipe} ")
 
 
+def test_help_begins_with_the_settings_of_the_model_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("fit", "--help", recipe="vqa")
+    settings, _, others = capsys.readouterr().out.partition("usage: python -m recipes.vqa")
+    for setting in ("learning_rate: ", "dataset: ", "r: 8"):
+        assert setting in settings
+    assert "--trainer.max_epochs" in others
+
+
 # -- the optimizer and the schedule
 
 
@@ -269,34 +282,31 @@ def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Pat
 
 
 class Interrupts(L.Callback):
-    """Ctrl-C in the first epoch, after three of its four batches."""
+    """A true Ctrl-C in the first epoch, in the middle of the third of its four steps."""
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 3:
-            raise KeyboardInterrupt
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 # The recipes' own data resume.
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
 def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> None:
-    by_time = ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", "--trainer.callbacks.filename=last_by_time"]
-    by_time.append("--trainer.callbacks.train_time_interval=00:00:00")
     with pytest.raises(SystemExit):
-        run("fit", config, *by_time, f"--trainer.callbacks+={__name__}.Interrupts")
-    resumed = run("fit", config, *by_time, "--ckpt_path=last")
+        run("fit", config, f"--trainer.callbacks+={__name__}.Interrupts")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = run("fit", config, "--ckpt_path=last")
     assert len(resumed.model.rates) == 1
     assert resumed.trainer.global_step == 4
 
 
-def test_last_of_a_run_with_other_settings_is_named(config: str) -> None:
-    """The newest run may have been one on other data; a file that is named for an evaluation may be of other data."""
+def test_a_fit_that_goes_on_with_other_settings_is_named(config: str) -> None:
     run("fit", config, "--model.learning_rate=0.1")
-    file = "runs/tiny/version_0/checkpoints/last.ckpt"
-    for command, checkpoint in (("test", "last"), ("fit", file)):
+    for checkpoint in ("last", "runs/tiny/version_0/checkpoints/last.ckpt"):
         with pytest.warns(UserWarning, match=r"last\.ckpt is of a run with other settings: model\.learning_rate 0\.1"):
-            run(command, config, f"--ckpt_path={checkpoint}", "--model.learning_rate=0.2")
-    run("test", config, f"--ckpt_path={file}", "--model.learning_rate=0.2")
+            run("fit", config, f"--ckpt_path={checkpoint}", "--model.learning_rate=0.2")
+        run("test", config, f"--ckpt_path={checkpoint}", "--model.learning_rate=0.2")
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
@@ -311,13 +321,65 @@ def test_a_fit_that_goes_on_with_other_steps_is_named(config: str) -> None:
     run("fit", config, *first)
     run("fit", config, *first, "--ckpt_path=runs/tiny/version_0/checkpoints/last.ckpt", "--trainer.max_epochs=2")
     other = [efmlora, "--trainer.callbacks.rho=0.2", "--trainer.precision=bf16-mixed", quiet]
-    message = (
-        "settings: trainer.precision '32-true' there, 'bf16-mixed' here; trainer.accumulate_grad_batches 2 there, 1 "
-        "here; trainer.EFMLoRA.rho 0.1 there, 0.2 here"
-    )
+    message = "settings: trainer.precision '32-true' there, 'bf16-mixed' here; trainer.EFMLoRA.rho 0.1 there, 0.2 here"
     with pytest.warns(UserWarning, match=message):
         run("fit", config, *other, "--ckpt_path=last", "--trainer.max_epochs=3")
     run("test", config, "--ckpt_path=last", "--trainer.precision=32-true")
+
+
+@pytest.mark.filterwarnings("ignore:.*other settings. trainer.EFMLoRA.rho 0.1 there, 0.3 here:UserWarning")
+def test_every_command_has_the_settings_of_the_checkpoints_run(config: str) -> None:
+    efmlora = ["--trainer.callbacks+=lightning_flatlora.EFMLoRA", "--trainer.callbacks.rho=0.1"]
+    first = run("fit", config, *efmlora, "--model.learning_rate=0.2", "--trainer.accumulate_grad_batches=2")
+    file = "--ckpt_path=runs/tiny/version_0/checkpoints/last.ckpt"
+    quiet = "--trainer.enable_progress_bar=false"
+    tested = RecipeCLI(["test", file, quiet])
+    assert type(tested.model) is Tiny
+    assert all(torch.equal(a, b) for a, b in zip(tested.model.parameters(), first.model.parameters(), strict=True))
+    for given, rho in (([], 0.1), (["--rho=0.3"], 0.3)):
+        resumed = RecipeCLI(["fit", file, quiet, "--trainer.max_epochs=2", *given])
+        (method,) = (callback for callback in resumed.trainer.callbacks if isinstance(callback, EFMLoRA))
+        assert method.rho == ConstantRho(rho)
+        assert (resumed.model.learning_rate, resumed.trainer.accumulate_grad_batches) == (0.2, 2)
+        assert resumed.trainer.global_step == 4
+
+
+def parsed(*arguments: str, recipe: str = "classification") -> Any:
+    with one_command():
+        return ParsingCLI(list(arguments), recipe=recipe).config[arguments[0]]
+
+
+def test_the_recipes_base_and_the_method_are_laid_below_what_is_given() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
+        settings = parsed("fit", "--data.dataset=my.jsonl", "--model.learning_rate=0.5", "--method=efmlora", "--rho=2")
+        assert settings.run_name == settings.method == "efmlora"
+        assert (settings.data.init_args.dataset, settings.model.init_args.learning_rate) == ("my.jsonl", 0.5)
+        assert settings.trainer.callbacks[-1].init_args.rho == 2
+        manual = parsed("fit", "--method=fmlora_manual", "--rho=2")
+        assert (manual.model.init_args.rho, manual.rho) == (2, None)
+        assert manual.trainer.callbacks == parsed("fit").trainer.callbacks
+        with pytest.raises(MisconfigurationException, match="--rho is the radius of one method"):
+            parsed("fit", "--rho=2")
+        with pytest.raises(MisconfigurationException, match="--method sam: there are lora, efmlora, fmlora"):
+            parsed("fit", "--method=sam")
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("--ckpt=last", "ckpt_path"),  # no abbreviation
+        ("--trainer.max_epoch=3", "trainer.max_epochs"),
+        ("--model.learning_rat=3", "learning_rate"),
+        ("--data.datset=x", "dataset"),
+    ],
+)
+def test_a_misspelt_option_is_answered_by_the_nearest_one(
+    given: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed("fit", given)
+    assert capsys.readouterr().err.endswith(f"Did you mean {nearest}?\n")
 
 
 def test_a_folder_is_no_checkpoint(config: str) -> None:
