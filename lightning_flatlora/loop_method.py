@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -18,7 +18,7 @@ from lightning_flatlora.callbacks.methods_of_fit import assign_pairs
 from lightning_flatlora.callbacks.patches import put_on_instance
 from lightning_flatlora.forward_gate import ForwardGate
 from lightning_flatlora.methods.b_perturbation import BPerturbationStep
-from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse
+from lightning_flatlora.methods.checks import integer_problems, optimizer_problems, refuse, say_start
 from lightning_flatlora.pairs import find_pairs, merge_problems
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.schedules import RhoSchedule
@@ -65,8 +65,7 @@ class LoopMethod:
         # A loop does not say whether it has a scaler, which skips the step within a fused optimizer.
         method.is_skipped_on_overflow = True
         self.look_again()
-        if self.search.left_out:
-            rank_zero_info(f"{method.title} leaves unperturbed: " + "; ".join(self.search.left_out))
+        say_start(method, method.pairs, self.search.left_out)
         self._close_others()
         self._install()
         for handle in (

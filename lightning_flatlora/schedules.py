@@ -133,6 +133,9 @@ class ConstantRho(_FromOneRadius):
     def __call__(self, step: int, horizon: float = math.inf, learning_rate: float = 1.0) -> float:
         return self.rho
 
+    def __str__(self) -> str:
+        return str(self.rho)
+
 
 class LinearRho(_FromStartToEnd):
     """From ``start`` to ``end`` in a straight line.

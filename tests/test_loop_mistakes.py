@@ -102,12 +102,13 @@ def test_arguments_of_the_other_method_and_models_without_pairs_are_refused() ->
         loops.EFMLoRA(plain, sgd(plain), 0.3)
 
 
-def test_layers_that_stay_unperturbed_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_start_names_what_is_perturbed_and_what_is_not(caplog: pytest.LogCaptureFixture) -> None:
     net = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4)})
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["embedding", "inner"]))
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         loops.EFMLoRA(model, sgd(model), 0.3).close()
     assert "EFMLoRA leaves unperturbed: Embedding: embedding LoRA keeps bare parameters" in caplog.text
+    assert "EFMLoRA: 1 LoRA pairs of rank 2, rho=0.3, start_step=0, every_n_steps=1" in caplog.text
 
 
 # -- before a step

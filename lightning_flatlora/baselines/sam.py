@@ -154,13 +154,13 @@ class LoRASAMStep(StepMethod):
         # Factors that stack, in the same order on every rank.
         groups: dict[object, list[nn.Parameter]] = defaultdict(list)
         for factor in self.ascending:
-            groups[self._sharding.shape(factor), factor.dtype, factor.device].append(factor)
+            groups[self.sharding.shape(factor), factor.dtype, factor.device].append(factor)
         # A gradient that is missing counts as zero.
-        gradients = [self._sharding.stack(group, gradients=True) for group in groups.values()]
+        gradients = [self.sharding.stack(group, gradients=True) for group in groups.values()]
         E: dict[nn.Parameter, Tensor] = {}
         for group, stack in zip(groups.values(), joint_ascent(gradients, self.current_rho), strict=True):
             for factor, of_factor in zip(group, stack, strict=True):
-                E[factor] = of_factor.view(self._sharding.shape(factor))
+                E[factor] = of_factor.view(self.sharding.shape(factor))
         moves: dict[AnyRef, Tensor] = {}
         for pair in self.pairs:
             for factor, readers in ((pair.A, pair.A_readers), (pair.B, pair.readers)):
@@ -168,4 +168,4 @@ class LoRASAMStep(StepMethod):
                 for reader in readers if factor in E else ():
                     # A pair may be some rows of the parameter.
                     moves[reader] = rows_of(E[factor], as_ref(reader).rows)
-        return perturbed(moves, self._sharding.only_views)
+        return perturbed(moves, self.sharding.only_views)

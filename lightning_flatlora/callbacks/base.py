@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -16,7 +15,7 @@ from lightning_flatlora.callbacks.passes import OnePass, TwoPasses, two_pass_pro
 from lightning_flatlora.callbacks.patches import without_logging
 from lightning_flatlora.callbacks.training_step import horizon_problems, takes_no_step, takes_passes_itself
 from lightning_flatlora.compat import callbacks_of
-from lightning_flatlora.methods.checks import optimizer_problems, refuse
+from lightning_flatlora.methods.checks import optimizer_problems, refuse, say_start
 from lightning_flatlora.methods.step_method import StepMethod
 from lightning_flatlora.pairs import merge_problems
 
@@ -131,8 +130,7 @@ class MethodCallback(Callback):
             problems += horizon_problems(self.method.argument, trainer, pl_module)
         refuse(self, problems)
         left_out = self.fit_methods.search.left_out if self.method.left_out is None else self.method.left_out
-        if left_out:
-            rank_zero_info(f"{self.method.title} leaves unperturbed: " + "; ".join(left_out))
+        say_start(self.method, [pair for method in self.methods for pair in method.pairs], left_out)
         for method in self.methods:
             method.is_skipped_on_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
             method.install()

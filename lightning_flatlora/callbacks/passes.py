@@ -237,8 +237,8 @@ def two_pass_problems(pl_module: LightningModule) -> list[str]:
     problems = []
     if not pl_module.automatic_optimization:
         problems.append(
-            "a second pass can't be put into a training_step with manual optimization: "
-            "use automatic optimization, or subclass FMLoRAModule, or use EFMLoRA"
+            "a second pass can't be put into a training_step with manual optimization: use EFMLoRA, or with one "
+            "optimizer automatic optimization or FMLoRAModule"
         )
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         problems.append(

@@ -51,7 +51,7 @@ class BPerturbationStep(StepMethod):
     @override
     def follow(self, pairs: list[LoRAPair], module: nn.Module, wrapped: nn.Module) -> None:
         super().follow(pairs, module, wrapped)
-        self.perturbation.follow(pairs, self._sharding)
+        self.perturbation.follow(pairs, self.sharding)
 
     @override
     def install(self) -> None:
@@ -115,7 +115,7 @@ class EFMLoRAStep(BPerturbationStep):
             return False
         # A frozen B is read clean in any case, and may be frozen for a part of a step only, as by toggle_optimizer. The
         # views that FSDP1's layers read don't know whether it is frozen.
-        return self.perturbation.learns or not self._sharding.only_views
+        return self.perturbation.learns or not self.sharding.only_views
 
     @override
     def on(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
@@ -74,6 +75,16 @@ def optimizer_problems(optimizers: Sequence[Optimizer]) -> list[str]:
             "to the better side: return its negative as the loss, and minimize"
         )
     return problems
+
+
+def say_start(method: Any, pairs: Sequence[Any], left_out: Sequence[str]) -> None:
+    """Say what a method perturbs, by how much and when, and which layers it leaves out."""
+    if pairs:
+        ranks = ", ".join(sorted({str(method.sharding.shape(pair.B)[1]) for pair in pairs}))
+        when = f"start_step={method.start_step}, every_n_steps={method.every_n_steps}"
+        rank_zero_info(f"{method.title}: {len(pairs)} LoRA pairs of rank {ranks}, {method.argument}, {when}")
+    if left_out:
+        rank_zero_info(f"{method.title} leaves unperturbed: " + "; ".join(left_out))
 
 
 def refuse(owner: object, problems: list[str]) -> None:

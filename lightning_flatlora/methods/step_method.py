@@ -39,6 +39,7 @@ class StepMethod:
         left_out: lines about the layers that the method leaves out; None for those of the search.
         step: optimizer steps taken so far, from 0.
         horizon: optimizer steps of the whole run, infinite if unknown.
+        sharding: how the ranks share the pairs' factors.
         is_skipped_on_overflow: whether a loss scaler skips a step with a gradient that is not finite.
         perturbation: of the pairs' B; None for a method without one.
 
@@ -94,7 +95,7 @@ class StepMethod:
         self.horizon = math.inf
         self.is_skipped_on_overflow = False
         self.initial_lr: float | None = None
-        self._sharding = Sharding()
+        self.sharding = Sharding()
         # None as soon as a pair has had a gradient.
         self._steps_without_gradient: int | None = 0
         self._warnings = WarningCache()
@@ -114,7 +115,7 @@ class StepMethod:
         ValueError says that the method can't work with any of these layers.
         """
         self.pairs = pairs
-        self._sharding = sharding_of(wrapped)
+        self.sharding = sharding_of(wrapped)
 
     def install(self) -> None:
         """Let the layers be able to read perturbed weights, after all checks, and say what may be rounded away."""
@@ -242,7 +243,7 @@ class StepMethod:
             return
         trained = [pair.B for pair in self.pairs if pair.B.requires_grad]
         # Nobody expects a gradient while all pairs are frozen.
-        if trained and any(self._sharding.have_gradients(trained)):
+        if trained and any(self.sharding.have_gradients(trained)):
             self._steps_without_gradient = None
         elif trained:
             self._steps_without_gradient += 1

@@ -111,7 +111,7 @@ class PairStack:
 
         One that is frozen now may still have its gradient, if its turn within a step is over.
         """
-        learns = any(pair.learns_A for pair in self.pairs) or any(self.sharding.have_gradients(self._A))
+        learns = any(A.requires_grad for A in self._A) or any(self.sharding.have_gradients(self._A))
         return [] if learns and self._estimator == "average" else self._A
 
     def _stacked(self, of_B: bool, *, gradients: bool = False) -> Tensor:

@@ -66,8 +66,8 @@ class RecipeParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
-        if 'key "config"' in message or "arguments are required" in message:
+        # jsonargparse's own words, of a file that does not exist.
+        if 'key "config"' in message:
             message = f"{message}\n{shipped_configs()}"
         super().error(f"{message}{hint(message, self)}", ex)
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from one_command import ParsingCLI, one_command
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -177,15 +176,6 @@ def test_help_names_the_command(
     assert capsys.readouterr().out.startswith(f"usage: python -m recipes.{recipe} ")
 
 
-def test_help_begins_with_the_settings_of_the_model_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parsed("fit", "--help", recipe="vqa")
-    settings, _, others = capsys.readouterr().out.partition("usage: python -m recipes.vqa")
-    for setting in ("learning_rate: ", "dataset: ", "r: 8"):
-        assert setting in settings
-    assert "--trainer.max_epochs" in others
-
-
 # -- the optimizer and the schedule
 
 
@@ -342,44 +332,6 @@ def test_every_command_has_the_settings_of_the_checkpoints_run(config: str) -> N
         assert method.rho == ConstantRho(rho)
         assert (resumed.model.learning_rate, resumed.trainer.accumulate_grad_batches) == (0.2, 2)
         assert resumed.trainer.global_step == 4
-
-
-def parsed(*arguments: str, recipe: str = "classification") -> Any:
-    with one_command():
-        return ParsingCLI(list(arguments), recipe=recipe).config[arguments[0]]
-
-
-def test_the_recipes_base_and_the_method_are_laid_below_what_is_given() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
-        settings = parsed("fit", "--data.dataset=my.jsonl", "--model.learning_rate=0.5", "--method=efmlora", "--rho=2")
-        assert settings.run_name == settings.method == "efmlora"
-        assert (settings.data.init_args.dataset, settings.model.init_args.learning_rate) == ("my.jsonl", 0.5)
-        assert settings.trainer.callbacks[-1].init_args.rho == 2
-        manual = parsed("fit", "--method=fmlora_manual", "--rho=2")
-        assert (manual.model.init_args.rho, manual.rho) == (2, None)
-        assert manual.trainer.callbacks == parsed("fit").trainer.callbacks
-        with pytest.raises(MisconfigurationException, match="--rho is the radius of one method"):
-            parsed("fit", "--rho=2")
-        with pytest.raises(MisconfigurationException, match="--method sam: there are lora, efmlora, fmlora"):
-            parsed("fit", "--method=sam")
-
-
-@pytest.mark.parametrize(
-    ("given", "nearest"),
-    [
-        ("--ckpt=last", "ckpt_path"),  # no abbreviation
-        ("--trainer.max_epoch=3", "trainer.max_epochs"),
-        ("--model.learning_rat=3", "learning_rate"),
-        ("--data.datset=x", "dataset"),
-    ],
-)
-def test_a_misspelt_option_is_answered_by_the_nearest_one(
-    given: str, nearest: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        parsed("fit", given)
-    assert capsys.readouterr().err.endswith(f"Did you mean {nearest}?\n")
 
 
 def test_a_folder_is_no_checkpoint(config: str) -> None:

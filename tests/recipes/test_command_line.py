@@ -1,0 +1,105 @@
+"""What a command line leaves out, as the real parsers read it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from one_command import ParsingCLI, one_command
+
+from recipes.shared.configs import config_arguments, is_method
+
+pytestmark = pytest.mark.usefixtures("command_line")
+
+
+@pytest.fixture(autouse=True)
+def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ParsingCLI, "_run_subcommand", lambda self, name: None)
+
+
+def parsed(*arguments: str, recipe: str = "classification") -> Any:
+    with one_command():
+        return ParsingCLI(list(arguments), recipe=recipe).config[arguments[0]]
+
+
+def test_the_recipes_base_and_the_method_are_laid_below_what_is_given() -> None:
+    settings = parsed("fit", "--data.dataset=my.jsonl", "--model.learning_rate=0.5", "--method=efmlora", "--rho=2")
+    assert settings.run_name == settings.method == "efmlora"
+    assert (settings.data.init_args.dataset, settings.model.init_args.learning_rate) == ("my.jsonl", 0.5)
+    assert settings.trainer.callbacks[-1].init_args.rho == 2
+    manual = parsed("fit", "--method=fmlora_manual", "--rho=2")
+    assert (manual.model.init_args.rho, manual.rho) == (2, None)
+    assert manual.trainer.callbacks == parsed("fit").trainer.callbacks
+    with pytest.raises(MisconfigurationException, match="--rho is the radius of one method"):
+        parsed("fit", "--rho=2")
+    with pytest.raises(MisconfigurationException, match="--method sam: there are lora, efmlora, fmlora"):
+        parsed("fit", "--method=sam")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """``--ckpt_path`` with the file of a run of EFMLoRA on other data than the base's."""
+    folder = tmp_path / "runs/classification/efmlora/version_0"
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save({}, folder / "checkpoints" / "last.ckpt")
+    with one_command():
+        cli = ParsingCLI(["fit", "--data.dataset=my.jsonl", "--method=efmlora", "--rho=0.3"], recipe="classification")
+    saved = cli._parser("fit").dump(cli.config["fit"], skip_none=False)
+    (folder / "config.yaml").write_text(saved)
+    return f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
+
+
+@pytest.mark.parametrize(
+    ("given", "dataset", "method"),
+    [
+        (["test"], "my.jsonl", ("EFMLoRA", 0.3)),
+        (["predict"], "my.jsonl", ("EFMLoRA", 0.3)),
+        (["fit"], "my.jsonl", ("EFMLoRA", 0.3)),
+        (["fit", "--method=efmlora"], "my.jsonl", ("EFMLoRA", 0.3)),
+        (["fit", "--rho=0.4"], "my.jsonl", ("EFMLoRA", 0.4)),
+        (["fit", *config_arguments("classification", "efmlora")], "my.jsonl", ("EFMLoRA", 0.3)),
+        (["fit", "--method=efmlora", "--ckpt_path=last"], "my.jsonl", ("EFMLoRA", 0.3)),
+        (["test", "--data.dataset=other.jsonl"], "other.jsonl", ("EFMLoRA", 0.3)),
+        (["fit", "--method=fmlora", "--rho=0.5"], "my.jsonl", ("FMLoRA", 0.5)),
+        (
+            ["fit", "--trainer.callbacks+=lightning_flatlora.FMLoRA", "--trainer.callbacks.rho=0.6"],
+            "my.jsonl",
+            ("FMLoRA", 0.6),
+        ),
+    ],
+)
+def test_a_checkpoint_brings_its_runs_settings(
+    given: list[str], dataset: str, method: tuple[str, float], checkpoint: str
+) -> None:
+    command, *options = given
+    settings = parsed(command, *([] if "--ckpt_path=last" in options else [checkpoint]), *options)
+    assert settings.data.init_args.dataset == dataset
+    chosen = [callback for callback in settings.trainer.callbacks if is_method(callback.class_path)]
+    assert [(each.class_path.split(".")[-1], each.init_args.rho) for each in chosen] == [method]
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("--ckpt=last", "ckpt_path"),  # no abbreviation
+        ("--trainer.max_epoch=3", "trainer.max_epochs"),
+        ("--model.learning_rat=3", "learning_rate"),
+        ("--data.datset=x", "dataset"),
+    ],
+)
+def test_a_misspelt_option_is_answered_by_the_nearest_one(
+    given: str, nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed("fit", given)
+    assert capsys.readouterr().err.endswith(f"Did you mean {nearest}?\n")
+
+
+def test_help_begins_with_the_settings_of_the_model_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("fit", "--help", recipe="vqa")
+    settings, _, others = capsys.readouterr().out.partition("usage: python -m recipes.vqa")
+    for setting in ("learning_rate: ", "dataset: ", "r: 8"):
+        assert setting in settings
+    assert "--trainer.max_epochs" in others
