@@ -43,7 +43,7 @@ clip-demo: $(RECIPES)
 	$(BIN)/python -m recipes.clip_demo
 
 merging-demo: $(RECIPES)
-	$(BIN)/python -m recipes.evidence demo
+	$(BIN)/python -m recipes.merging_demo
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ from clip_contrastive_runs import CLIP, save_pictures  # noqa: E402
 from clip_contrastive_runs import save_model as save_clip  # noqa: E402
 from clip_fewshot_runs import filled  # noqa: E402
 from clip_fewshot_runs import tiny_clip as save_tiny_clip  # noqa: E402
-from evidence_runs import install  # noqa: E402
 from hub_sets import save_glue, save_roberta  # noqa: E402
 from one_command import one_command  # noqa: E402
 from report_models import WORDS, save_adapter, save_base, write_rows  # noqa: E402
@@ -184,12 +183,6 @@ def own_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny workload of the program of evidence."""
-    install(monkeypatch)
 
 
 # -- for the report

@@ -1,0 +1,91 @@
+"""The batches of a training, and of an evaluation: short texts that share a row."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from recipes.language.packing import fill_rows
+from recipes.language.texts import Example
+
+Batch = dict[str, Tensor]
+States = Callable[[str], Tensor]
+"""Gives the hidden states of a text, (tokens, d)."""
+
+_EVAL_BATCH = 64
+
+
+def batch_places(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """Which examples are in the batch of each step.
+
+    Each epoch is in a new random order and is cut into whole batches, without the rest.
+    """
+    # Of its own, so that all methods see the same batches, however many random numbers they draw.
+    random = torch.Generator().manual_seed(seed)
+    places: list[list[int]] = []
+    while len(places) < steps:
+        order = torch.randperm(examples, generator=random).tolist()
+        for start in range(0, examples - batch_size + 1, batch_size):
+            places.append(order[start : start + batch_size])
+    return places[:steps]
+
+
+class TrainingBatches(Dataset[Batch]):
+    """One batch for each step, made when it is asked for.
+
+    Args:
+        examples: to train on.
+        places: of the examples in each batch.
+        states: of the texts.
+    """
+
+    def __init__(self, examples: Sequence[Example], places: Sequence[Sequence[int]], states: States) -> None:
+        self.examples = examples
+        self.places = places
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @override
+    def __getitem__(self, step: Any) -> Batch:
+        return packed([self.examples[place] for place in self.places[step]], self.states)
+
+
+def evaluation_batches(examples: Sequence[Example], states: States) -> list[Batch]:
+    """All examples once, those of similar length together."""
+    # Texts of one length fill their rows without padding.
+    by_length = sorted(examples, key=lambda example: len(states(example.text)))
+    starts = range(0, len(by_length), _EVAL_BATCH)
+    return [packed(by_length[start : start + _EVAL_BATCH], states) for start in starts]
+
+
+def packed(examples: Sequence[Example], states: States) -> Batch:
+    """A batch in which short texts stand in one row, as long as the longest text, so that little is padding.
+
+    Args:
+        examples: n texts and their classes.
+        states: of the texts.
+
+    Returns:
+        ``hidden`` (R, T, d), ``owners`` (R, T), the place of each token's text among the examples, -1 for padding, and
+        ``labels`` (n,).
+    """
+    of_texts = [states(example.text) for example in examples]
+    lengths = [len(one) for one in of_texts]
+    longest = max(lengths)
+    rows = fill_rows(lengths, room=longest)
+    # The values of the padding do not matter: no text attends to places whose owner is -1, and no mean counts them.
+    hidden = of_texts[0].new_zeros(len(rows), longest, of_texts[0].shape[1])
+    owners = torch.full((len(rows), longest), -1)
+    for row, members in enumerate(rows):
+        start = 0
+        for member in members:
+            end = start + len(of_texts[member])
+            hidden[row, start:end] = of_texts[member]
+            owners[row, start:end] = member
+            start = end
+    return {"hidden": hidden, "owners": owners, "labels": torch.tensor([example.label for example in examples])}

@@ -1,0 +1,105 @@
+"""What is trained for a task: the upper layers of an encoder with LoRA and a new head, or a linear classifier."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from recipes.merging_demo.data import Batch
+from recipes.merging_demo.encoder import CutEncoder, pooled
+from recipes.shared.training import AutomaticTraining
+
+_SCALING = 2.0  # s, alike at every rank, so that only the rank differs
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class TaskClassifier(AutomaticTraining):
+    """Classes of texts from the mean over the tokens.
+
+    Args:
+        encoder: whose upper layers get LoRA.
+        classes: their number.
+        learning_rate: AdamW's at its highest.
+        rank: of the adapter.
+        dropout: on the adapter's input.
+    """
+
+    warmup_share = 0.06
+    weight_decay = 0.0
+
+    def __init__(
+        self, encoder: CutEncoder, classes: int, learning_rate: float, rank: int = 8, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        lora = LoraConfig(r=rank, lora_alpha=_SCALING * rank, lora_dropout=dropout, target_modules=["query", "value"])
+        self.net: Any = get_peft_model(encoder.upper(), lora)
+        self.head = nn.Linear(encoder.width, classes)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Of the classes, float32, (n, classes)."""
+        hidden = self.net(batch["hidden"], batch["owners"])
+        # In bfloat16 the logits of different classes would often be equal.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = self.head(pooled(hidden, batch["owners"], len(batch["labels"])))
+        return logits
+
+    @override
+    def loss(self, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(self.logits(batch), batch["labels"])
+
+    @override
+    def new_optimizer(self) -> Optimizer:
+        # Fused, because on layers this small starting an operation takes longer than its arithmetic.
+        return torch.optim.AdamW(self.parameter_groups(), lr=self.learning_rate, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def accuracy(self, batches: Sequence[Batch]) -> float:
+        """Share of the texts whose class is the most probable one, in the precision of the weights."""
+        self.eval()
+        logits = torch.cat([self.logits(batch) for batch in batches])
+        self.train()
+        return accuracy(logits, batches)
+
+
+def accuracy(logits: Tensor, batches: Sequence[Batch]) -> float:
+    """Of logits (n, classes), in [0, 1]."""
+    labels = torch.cat([batch["labels"] for batch in batches])
+    return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def linear_classifier(features: Tensor, labels: Tensor, validation: tuple[Tensor, Tensor], classes: int) -> nn.Linear:
+    """A linear classifier on fixed features, by L-BFGS; its L2 penalty is the one with the lowest validation loss.
+
+    Args:
+        features: (n, d).
+        labels: (n,).
+        validation: features and labels to choose the penalty on.
+        classes: their number.
+    """
+    fitted = [_fitted(features, labels, classes, penalty) for penalty in _PENALTIES]
+    inputs, truth = validation
+    with torch.no_grad():
+        return min(fitted, key=lambda classifier: float(nn.functional.cross_entropy(classifier(inputs), truth)))
+
+
+def _fitted(features: Tensor, labels: Tensor, classes: int, penalty: float) -> nn.Linear:
+    classifier = nn.Linear(features.shape[1], classes, dtype=features.dtype)
+    # The problem is convex: from zeros, the result does not depend on a seed.
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(classifier(features), labels)
+        loss = loss + penalty * classifier.weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return classifier

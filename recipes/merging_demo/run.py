@@ -1,0 +1,223 @@
+"""One run of the demo: an adapter for each task, trained apart from one start, and merged by peft's functions."""
+
+import gc
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.merge_utils import task_arithmetic, ties
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from recipes.language import texts
+from recipes.merging_demo.data import Batch, TrainingBatches, batch_places, evaluation_batches
+from recipes.merging_demo.encoder import CutEncoder, UpperLayers, load, pooled
+from recipes.merging_demo.module import TaskClassifier, accuracy, linear_classifier
+from recipes.shared.ledger import Row, commit
+from recipes.shared.methods import BY_TITLE
+from recipes.shared.precision import Precision, fast_precision
+from recipes.shared.training import BARE
+
+LORA, EFMLORA = "LoRA", "EFMLoRA"
+SMALL_WITH_DROPOUT = "LoRA, rank 2, dropout 0.9"
+FROZEN = "linear classifier, frozen encoder"
+ARMS: dict[str, dict[str, Any]] = {
+    LORA: {"learning_rate": 5e-4, "dropout": 0.3},
+    EFMLORA: {"learning_rate": 2e-3, "rho": 8.0},
+    "LoRA, rank 2": {"learning_rate": 5e-4, "dropout": 0.3, "rank": 2},
+    "LoRA, dropout 0.9": {"learning_rate": 1e-3, "dropout": 0.9},
+    SMALL_WITH_DROPOUT: {"learning_rate": 1e-3, "dropout": 0.9, "rank": 2},
+    FROZEN: {},
+}
+"""LoRA, EFMLoRA and changes of LoRA that cost nothing, with what the searches of docs/evidence.md (W3) have chosen."""
+
+SEEDS = (20, 21, 22)
+"""Which neither the searches nor the verdict of W3 has used."""
+
+_load = cache(load)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run beside its method and its seed.
+
+    Attributes:
+        tasks: an adapter is trained for each, and all are merged.
+        frozen_layers: of the encoder.
+        length: tokens kept of a text.
+        shots: training examples of a class.
+        steps: of each adapter.
+        batch_size: texts of a step.
+        validation: examples at most on which the linear classifier's penalty is chosen.
+        test: examples at most of a task.
+        precision: of training.
+    """
+
+    tasks: Sequence[str] = ("sentiment", "privacy", "anatomy_surgery", "physiology_biochemistry")
+    frozen_layers: int = 4
+    length: int = 32
+    shots: int = 64
+    steps: int = 120
+    batch_size: int = 16
+    validation: int = 150
+    test: int = 400
+    precision: Precision = field(default_factory=fast_precision)
+
+
+class Run(NamedTuple):
+    """One method with one seed.
+
+    Attributes:
+        arm: one of :data:`ARMS`.
+        seed: of the examples, the adapters' start, the order of the batches, and dropout.
+        settings: of the demo.
+    """
+
+    arm: str
+    seed: int
+    settings: Settings
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+    def key(self) -> Row:
+        """The first entries of its row."""
+        settings = asdict(self.settings) | {"tasks": list(self.settings.tasks)}  # as JSON gives them back
+        return {"arm": self.arm, "config": ARMS[self.arm], "seed": self.seed, "settings": settings}
+
+
+Merge = Callable[[list[Tensor]], Tensor]
+
+
+def _average(updates: list[Tensor]) -> Tensor:
+    mean: Tensor = task_arithmetic(updates, torch.full((len(updates),), 1 / len(updates), dtype=updates[0].dtype))
+    return mean
+
+
+def _task_arithmetic(updates: list[Tensor]) -> Tensor:
+    total: Tensor = task_arithmetic(updates, torch.full((len(updates),), 0.4, dtype=updates[0].dtype))
+    return total
+
+
+def _ties(updates: list[Tensor]) -> Tensor:
+    agreed: Tensor = ties(updates, torch.ones(len(updates), dtype=updates[0].dtype), density=0.5)
+    return agreed
+
+
+WAYS: dict[str, Merge] = {"average": _average, "task arithmetic": _task_arithmetic, "TIES": _ties}
+"""What is made of the updates s B A (m, n) that several adapters add to one weight."""
+
+
+def perform(run: Run) -> Row:
+    """Train an adapter and a head for each task, merge the adapters, and judge them with the heads.
+
+    Returns:
+        A JSON line: the run's key; ``single``, the test accuracy of each adapter before merging by task; ``merged``,
+        those of the merged adapter by way to merge and task, which the linear classifier does not have; and what the
+        run took, where, and with which versions.
+    """
+    gc.collect()  # the last run's models: their parts point at each other
+    began = time.perf_counter()
+    encoder = _load(run.settings.frozen_layers, run.settings.length)
+    found = _classified(run, encoder) if run.arm == FROZEN else _merged(run, encoder)
+    return {
+        **run.key(),
+        **found,
+        "seconds": time.perf_counter() - began,
+        "device": f"{platform.machine()} CPU",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+@torch.no_grad()
+def merged(upper: UpperLayers, nets: Sequence[PeftModel], merge: Merge) -> UpperLayers:
+    """Upper layers with the merged updates of several adapters in their weights.
+
+    Args:
+        upper: pretrained layers, which are changed in place.
+        nets: layers with an adapter each, all on the same modules.
+        merge: one of :data:`WAYS`.
+    """
+    layers = [net.get_base_model() for net in nets]
+    for name, module in layers[0].named_modules():
+        if isinstance(module, LoraLayer):
+            updates = [one.get_submodule(name).get_delta_weight("default") for one in layers]
+            upper.get_parameter(f"{name}.weight").add_(merge(updates))
+    return upper
+
+
+def _merged(run: Run, encoder: CutEncoder) -> Row:
+    modules = {task: _trained(run, task, encoder) for task in run.settings.tasks}
+    single = {task: _judged(run, task, module, encoder) for task, module in modules.items()}
+    # Put aside, since the modules are judged with the merged layers in place of their own.
+    nets = [module.net for module in modules.values()]
+    by_way: dict[str, dict[str, float]] = {}
+    for way, merge in WAYS.items():
+        net = merged(encoder.upper(), nets, merge)
+        by_way[way] = {}
+        for task, module in modules.items():
+            module.net = net
+            by_way[way][task] = _judged(run, task, module, encoder)
+    return {"single": single, "merged": by_way}
+
+
+def _trained(run: Run, task: str, encoder: CutEncoder) -> TaskClassifier:
+    settings, config = run.settings, dict(ARMS[run.arm])
+    method = BY_TITLE[EFMLORA if run.arm == EFMLORA else LORA]
+    callbacks = method.callbacks(rho=config.pop("rho", None))
+    # Anew for each task, so that all adapters begin with one A, and all heads alike.
+    L.seed_everything(run.seed, verbose=False)
+    module = TaskClassifier(encoder, len(texts.TASKS[task].classes), **config)
+    examples = texts.shots(task, settings.shots, run.seed)
+    places = batch_places(len(examples), settings.batch_size, settings.steps, run.seed)
+    trainer = L.Trainer(
+        # The kept states lie in the main memory, and steps are too small for a GPU to be faster.
+        accelerator="cpu",
+        precision=settings.precision,
+        max_epochs=1,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        **BARE,
+    )
+    batches = TrainingBatches(examples, places, encoder.states)
+    trainer.fit(module, DataLoader(batches, batch_size=None, shuffle=False))
+    return module
+
+
+def _judged(run: Run, task: str, module: TaskClassifier, encoder: CutEncoder) -> float:
+    """In float32, so that the rounding of merged weights plays no part."""
+    return module.accuracy(_held_out(encoder, task, "test", run.settings.test))
+
+
+@cache
+def _held_out(encoder: CutEncoder, task: str, part: str, most: int) -> list[Batch]:
+    """So many examples of a part at most; the lower layers compute them once in a process."""
+    return evaluation_batches(texts.parts(task)[part][:most], encoder.states)
+
+
+def _classified(run: Run, encoder: CutEncoder) -> Row:
+    """The linear classifier on the frozen encoder, in float32."""
+    settings = run.settings
+    upper = encoder.upper()
+
+    @torch.no_grad()
+    def features(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        means = [pooled(upper(b["hidden"], b["owners"]), b["owners"], len(b["labels"])) for b in batches]
+        return torch.cat(means), torch.cat([batch["labels"] for batch in batches])
+
+    single = {}
+    for task in settings.tasks:
+        train = features(evaluation_batches(texts.shots(task, settings.shots, run.seed), encoder.states))
+        validation = features(_held_out(encoder, task, "validation", settings.validation))
+        classifier = linear_classifier(*train, validation, len(texts.TASKS[task].classes))
+        test = _held_out(encoder, task, "test", settings.test)
+        single[task] = accuracy(classifier(features(test)[0]), test)
+    return {"single": single}

@@ -1,0 +1,187 @@
+"""The merging demo: merged weights against dense references, the parts of a run, and the whole on a tiny encoder."""
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from recipes.language import texts
+from recipes.language.texts import Example, Source
+from recipes.merging_demo import __main__ as command
+from recipes.merging_demo import run as running
+from recipes.merging_demo.__main__ import main
+from recipes.merging_demo.data import batch_places, packed
+from recipes.merging_demo.encoder import CutEncoder, pooled
+from recipes.merging_demo.module import TaskClassifier, linear_classifier
+from recipes.merging_demo.run import ARMS, FROZEN, SEEDS, WAYS, Run, Settings, merged, perform
+from recipes.shared import packaged
+from recipes.shared.ledger import Row
+
+WORDS = (("heart", "blood", "vein"), ("tooth", "gum", "molar"))
+# What a task consists of is kept in a process, for other tests too: so these have names that no other test uses.
+TASKS = ["merging_a", "merging_b", "merging_c"]
+LAYERS = ["layer.0.attention.self.query", "layer.0.attention.self.value"]
+SETTINGS = Settings(TASKS, 1, 32, shots=4, steps=2, batch_size=4, validation=8, test=10, precision="32-true")
+
+
+def made_up() -> Iterator[Example]:
+    for label, words in enumerate(WORDS):
+        for number in range(40):
+            text = f"{words[number % 3]} {'and so on ' * (number % 4)}{number}"
+            yield Example(text, label, text)
+
+
+def bert(layers: int, dtype: torch.dtype = torch.float32) -> Any:
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertModel(config, add_pooling_layer=False).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def wordpieces() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(packaged.minilm())
+
+
+@pytest.fixture(scope="module")
+def encoder(wordpieces: Any) -> CutEncoder:
+    return CutEncoder(bert(2), wordpieces, frozen_layers=1, length=32)
+
+
+@pytest.fixture
+def tiny(encoder: CutEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in TASKS:
+        monkeypatch.setitem(texts.TASKS, task, Source(("heart", "teeth"), made_up))
+    monkeypatch.setattr(running, "_load", lambda frozen_layers, length: encoder)
+
+
+def adapters(encoder: CutEncoder, number: int) -> list[TaskClassifier]:
+    """In float64, with factors that do something."""
+    generator = torch.Generator().manual_seed(0)
+    modules = []
+    for _ in range(number):
+        module = TaskClassifier(encoder, 2, learning_rate=1e-2, rank=2).double()
+        for name, parameter in module.named_parameters():
+            if "lora" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        modules.append(module)
+    return modules
+
+
+def updates(modules: list[TaskClassifier], layer: str) -> Tensor:
+    """s B A of each adapter, (adapters, m, n), from the factors themselves."""
+    found = []
+    for module in modules:
+        adapted = module.net.get_submodule(f"base_model.model.{layer}")
+        found.append(2.0 * adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight)
+    return torch.stack(found).detach()
+
+
+def by_ties(each: Tensor) -> Tensor:
+    """Density 0.5 and weight 1, one entry after the other (arXiv 2306.01708)."""
+    kept = torch.zeros_like(each)
+    for place, update in enumerate(each):
+        median = update.abs().flatten().sort().values[update.numel() // 2]
+        kept[place] = torch.where(update.abs() >= median, update, 0.0)
+    result = torch.zeros_like(each[0])
+    for row in range(result.shape[0]):
+        for column in range(result.shape[1]):
+            entries = kept[:, row, column]
+            elected = 1.0 if entries.sum() >= 0 else -1.0
+            agreeing = entries[entries * elected > 0]
+            if len(agreeing):
+                result[row, column] = agreeing.mean()
+    return result
+
+
+REFERENCES = {"average": lambda each: each.mean(dim=0), "task arithmetic": lambda each: 0.4 * each.sum(dim=0)}
+REFERENCES["TIES"] = by_ties
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_merged_weights_are_a_dense_reference_of_the_whole_updates(way: str, encoder: CutEncoder) -> None:
+    modules = adapters(encoder, 6)
+    pretrained = encoder.upper().double()
+    found = merged(encoder.upper().double(), [module.net for module in modules], WAYS[way])
+    for name, weight in found.named_parameters():
+        layer = name.removesuffix(".weight")
+        before = pretrained.get_parameter(name)
+        expected = before + REFERENCES[way](updates(modules, layer)) if layer in LAYERS else before
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen_layers", [1, 3])
+def test_kept_lower_layers_and_upper_ones_are_the_whole_model(wordpieces: Any, frozen_layers: int) -> None:
+    model = bert(4, torch.float64).eval()
+    cut = CutEncoder(model, wordpieces, frozen_layers, length=16)
+    examples = [Example("a heart", 0, ""), Example("one tooth and so on, and on, " * 5, 1, ""), Example("eye", 1, "")]
+    batch = packed(examples, cut.states)
+    found = pooled(cut.upper()(batch["hidden"], batch["owners"]), batch["owners"], len(examples))
+    for example, mean in zip(examples, found, strict=True):
+        inputs = wordpieces(example.text, truncation=True, max_length=16, return_tensors="pt")
+        torch.testing.assert_close(mean, model(**inputs).last_hidden_state[0].mean(dim=0), rtol=0, atol=1e-12)
+
+
+def test_batches_pass_over_all_examples() -> None:
+    places = batch_places(examples=10, batch_size=3, steps=7, seed=0)
+    assert [len(batch) for batch in places] == [3] * 7
+    assert len(set(chain.from_iterable(places[:3]))) == 9
+    assert places != batch_places(10, 3, 7, seed=1)
+
+
+def test_the_linear_classifier_separates_what_can_be_separated() -> None:
+    features, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
+    classifier = linear_classifier(features, labels, (features, labels), classes=3)
+    assert torch.equal(classifier(features).argmax(dim=1), labels)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("arm", ["EFMLoRA", FROZEN])
+def test_a_run_repeats_and_its_row_says_what_it_was(arm: str) -> None:
+    row = perform(Run(arm, 20, SETTINGS))
+    assert json.loads(json.dumps(row)) == row
+    assert row["config"] == ARMS[arm]
+    assert list(row["single"]) == TASKS
+    assert list(row.get("merged", {})) == ([] if arm == FROZEN else [*WAYS])
+    again = perform(Run(arm, 20, SETTINGS))
+    assert {name: again.get(name) for name in ("single", "merged")} == {
+        name: row.get(name) for name in ("single", "merged")
+    }
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_demo_runs_resumes_and_compares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Run] = []
+
+    def invented(run: Run) -> Row:
+        """With an accuracy before merging that is 10 points higher, and 5 points more for EFMLoRA."""
+        begun.append(run)
+        if len(begun) == 5:
+            raise KeyboardInterrupt
+        accuracy = 0.6 + 0.001 * run.seed % 3 + 0.05 * (run.arm == "EFMLoRA")
+        after = {} if run.arm == FROZEN else {"merged": {way: dict.fromkeys(TASKS, accuracy) for way in WAYS}}
+        return {**run.key(), "single": dict.fromkeys(TASKS, accuracy + 0.1), **after}
+
+    monkeypatch.setattr(command, "perform", invented)
+    options = ["--folder", str(tmp_path), "--precision", "32-true"]
+    assert main(options) == 130
+    assert "The same command resumes" in capsys.readouterr().out
+    assert main(options) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in SEEDS for arm in ARMS]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "in points of accuracy, 3 seeds: minus LoRA +5.00 [+5.00, +5.00]" in shown
+    assert "+5.00 [+5.00, +5.00]" in (tmp_path / "table.txt").read_text()
+    assert (tmp_path / "merging.png").stat().st_size > 10_000
+    monkeypatch.setattr(command, "perform", lambda run: pytest.fail("done twice"))
+    assert main(options) == 0
