@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, estimate, with_error
 from recipes.shared.tables import Table
+from recipes.studies.choice import best
 
 
 def by_radius(rows: Sequence[Row]) -> dict[float, dict[int, float]]:
@@ -32,9 +33,10 @@ def _estimate(values: Sequence[float]) -> Estimate:
 
 def chosen(rows: Sequence[Row]) -> float:
     """The radius with the best mean, the smaller one of equal ones."""
-    found = means(rows)
-    sign = 1 if rows[0]["mode"] == "min" else -1
-    return min(found, key=lambda rho: (sign * found[rho].mean, rho))
+    sign = -1 if rows[0]["mode"] == "min" else 1
+    values = by_radius(rows)
+    trials = [[(sign * value,) for value in of_seeds.values()] for of_seeds in values.values()]
+    return list(values)[best(trials)]
 
 
 def difference(rows: Sequence[Row]) -> Estimate | None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import markdown
+from recipes.studies.choice import Judgement, best
 
 Setting = tuple[float | None, float | None]
 
@@ -109,7 +110,7 @@ def chosen(rows: Sequence[Row]) -> Setting:
         >>> chosen([{"rho": rho, "learning_rate": None, "validation": {"accuracy": a}} for rho, a in tried])
         (0.3, None)
     """
-    scores: dict[Setting, list[float]] = {}
+    judged: dict[Setting, list[Judgement]] = {}
     for row in rows:
         accuracy = row["validation"].get("accuracy", math.nan)
         if math.isnan(accuracy):
@@ -117,8 +118,8 @@ def chosen(rows: Sequence[Row]) -> Setting:
                 "validation accuracy chooses between values of --rho and --learning_rate, and these runs have none: "
                 "set --data.init_args.validation_shots above 0"
             )
-        scores.setdefault(_setting(row), []).append(accuracy)
-    return max(scores, key=lambda setting: statistics.mean(scores[setting]))
+        judged.setdefault(_setting(row), []).append((accuracy,))
+    return list(judged)[best(list(judged.values()))]
 
 
 def counted(shots: int) -> str:

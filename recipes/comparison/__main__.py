@@ -7,6 +7,7 @@ same command resumes; started twice on one folder, the two processes share the r
 import argparse
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +30,7 @@ from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_run
 from recipes.shared.progress import quiet
 
 _WIDTH = 180
+_WAIT = 2.0  # seconds, while other processes do all that can be done now
 _WRITTEN = ("table.md", "gain.png", "sharpness.png", "tuning.png", "cost.png")
 
 
@@ -61,6 +63,10 @@ def run(options: argparse.Namespace) -> int:
         try:
             report(None)
             plan.work(perform, report)
+            while plan.open_runs():  # which other processes are doing
+                time.sleep(_WAIT)
+                plan.work(perform, report)
+            report(None)
         except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
             print("Stopped. The same command resumes: what is finished is kept")
             return 130

@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 from typing_extensions import override
 
-from recipes.comparison.task import Batch, Config, Grids, Judged, Task, train_everything
+from recipes.comparison.task import Batch, Grids, Judged, Task, train_everything
 from recipes.language import texts
 from recipes.language.batches import pad
 from recipes.language.texts import Example
 from recipes.shared import packaged
 from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.training import AutomaticTraining
+from recipes.studies.plan import Config
 
 _EVAL_BATCH = 64
 

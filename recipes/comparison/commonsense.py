@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from recipes.comparison.task import Batch, Config, Judged, Task, with_network
+from recipes.comparison.task import Batch, Judged, Task, with_network
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.chat import PLAIN_TEMPLATE
 from recipes.language.model import DEFAULT_LORA, PACKAGED, model_source, weights_dtype
+from recipes.studies.plan import Config
 
 
 class CommonsenseTask(Task):

@@ -16,8 +16,9 @@ from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.emoji import emoji_data, examples
 from recipes.clip_fewshot.module import FewShot
-from recipes.comparison.task import Batch, Config, Judged, Task, with_network
+from recipes.comparison.task import Batch, Judged, Task, with_network
 from recipes.shared.diverged import wrong_where_nan
+from recipes.studies.plan import Config
 
 
 class EmojiTask(Task):

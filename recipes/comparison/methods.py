@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from recipes.comparison.task import Config, Grids
+from recipes.comparison.task import Grids
+from recipes.studies.plan import Config
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from recipes.comparison.summary import (
     tuning,
     within_seeds,
 )
-from recipes.comparison.task import Config
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate
+from recipes.studies.plan import Config
 
 ByTask = Mapping[str, Sequence[Outcome]]
 

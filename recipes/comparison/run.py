@@ -11,47 +11,36 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import MeanLoss, Point, base_norm, joint_ascent, loss_gradient, measure, moved
 from lightning_flatlora.weight_noise import WeightNoise
-from recipes.comparison.task import Batch, Config, Task
+from recipes.comparison.task import Batch, Task
 from recipes.shared.ledger import Row, commit
 from recipes.shared.memory import Watch
 from recipes.shared.methods import METHODS
 from recipes.shared.step_times import StepTimes
 from recipes.shared.training import BARE
+from recipes.studies.plan import Run as StudyRun
 
 _NOISE_SAMPLES = 2
 _WARM_UP = 2  # steps
 
 
 @dataclass(frozen=True)
-class Run:
-    """What makes a run that one, and no other.
+class Run(StudyRun):
+    """A training that is judged on a part of a task.
 
     Attributes:
-        task: to train and to be judged on.
-        method: a name of the methods.
-        config: its configuration.
-        seed: of the examples, of new weights, of the batches, of dropout and of a method's own noise.
-        part: to be judged on, "validation" to choose a configuration, "test" with the chosen one.
+        on: the task itself.
     """
 
-    task: Task
-    method: str
-    config: Config
-    seed: int
-    part: str
+    on: Task
 
-    def __str__(self) -> str:
-        chosen = ", ".join(f"{name} {value:g}" for name, value in self.config.items())
-        return f"{self.task.name}, {self.method}, {chosen}, seed {self.seed}, {self.part}"
-
+    @override
     def key(self) -> Row:
-        """The first entries of its JSON line."""
-        row = {"task": self.task.name, "method": self.method, "config": self.config, "seed": self.seed}
-        return {**row, "part": self.part, "settings": self.task.settings}
+        return {**super().key(), "settings": self.on.settings}
 
 
 def perform(run: Run) -> Row:
@@ -64,22 +53,23 @@ def perform(run: Run) -> Row:
         less), ``peak_mib``; with the part "test" also what :func:`flatness` measures.
     """
     gc.collect()  # the last run's model: its parts point at each other
-    run.task.prepare()
+    task = run.on
+    task.prepare()
     L.seed_everything(run.seed, verbose=False)
     method = METHODS[run.method]
     began, processor = time.perf_counter(), time.process_time()
-    module = run.task.module(run.config, method.full)
+    module = task.module(run.config, method.full)
     times, watch = StepTimes(), Watch()
     # Watch reads /proc.
     memory: list[L.Callback] = [watch] if platform.system() == "Linux" else []
     method_callbacks = method.callbacks(**run.config, seed=run.seed)
-    trainer = _trainer(run.task, [times, *memory, *method_callbacks])
-    trainer.fit(module, datamodule=run.task.data(run.seed))
+    trainer = _trainer(task, [times, *memory, *method_callbacks])
+    trainer.fit(module, datamodule=task.data(run.seed))
     processor = time.process_time() - processor
     module.eval()
-    row = run.key() | _judged(run.task, module, trainer, run.part)
+    row = run.key() | _judged(task, module, trainer, run.part)
     if run.part == "test":
-        row |= flatness(run.task, module, run.task.batches(trainer, "train"), method.full)
+        row |= flatness(task, module, task.batches(trainer, "train"), method.full)
     return row | {
         "seconds": time.perf_counter() - began,
         "seconds_per_step": statistics.mean(times.seconds[_WARM_UP:] or times.seconds),

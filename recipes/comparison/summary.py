@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from recipes.comparison.methods import ALL, METHODS, VARIANTS
-from recipes.comparison.task import Config
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, estimate, holm
+from recipes.studies.plan import Config
 
 BASELINE = "lora"
 

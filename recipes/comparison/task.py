@@ -11,9 +11,9 @@ from torch import Tensor
 
 from recipes.shared.precision import Precision
 from recipes.shared.training import RecipeModule
+from recipes.studies.plan import Config
 
 Batch = dict[str, Any]
-Config = dict[str, float]
 Grids = Mapping[str, Sequence[float]]
 
 

@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 
 from recipes.reproduce.methods import DEFAULT, METHODS
-from recipes.reproduce.plan import Plan, Results, Shard
+from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import plan_text, table_text, time_left
-from recipes.reproduce.run import Place, Run, perform
+from recipes.reproduce.run import KEY, Place, Run, perform
 from recipes.reproduce.tables import TABLES
 from recipes.shared.ledger import StoppedError, each_once, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import precision_of_runs
+from recipes.studies.plan import Results, Shard
 
 WAITING = 75
 """The exit status while runs of this share wait for those of other shares: the system's name is EX_TEMPFAIL."""
@@ -77,10 +78,9 @@ def _plan(options: argparse.Namespace) -> Plan:
     used = sorted(set(seeds) & set(table.tuning_seeds))
     if used:
         raise SystemExit(f"--seeds: the seeds {used} choose the settings, so they can't be used for testing")
-    shard = options.shard
-    results = Results(options.folder or Path("runs/reproduce") / table.name, shard)
+    results = Results(options.folder or Path("runs/reproduce") / table.name, KEY, options.shard)
     methods = each_once(options.methods or table.methods)
-    return Plan(table, methods, tasks, seeds, options.protocol, results, shard)
+    return Plan(table, methods, tasks, seeds, options.protocol, results)
 
 
 def shard(text: str) -> Shard:

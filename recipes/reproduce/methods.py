@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-Config = dict[str, float]
+from recipes.studies.plan import Config
+
 LEARNING_RATE = "learning_rate"
 BASELINE = "lora"
 

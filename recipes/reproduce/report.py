@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 from recipes.reproduce.methods import BASELINE, METHODS, same_run
 from recipes.reproduce.plan import Plan
-from recipes.reproduce.run import Part, Run
+from recipes.reproduce.run import Run
 from recipes.reproduce.table import Metric
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import markdown
+from recipes.studies.plan import Part
 
 
 def plan_text(plan: Plan) -> str:
     """Runs, steps and downloads, and how settings are chosen."""
-    table = plan.table
+    table, shard = plan.table, plan.results.shard
     lines = [["task", "trials of each method", "runs that choose", "final runs", "optimizer steps"]]
     for task in plan.tasks:
         numbers = " / ".join(str(_trials(plan, task, method)) for method in plan.methods)
@@ -32,7 +33,7 @@ def plan_text(plan: Plan) -> str:
         f"those of the choice: {', '.join(map(str, table.tuning_seeds))}.",
         markdown(lines),
         *_choice_paragraphs(plan),
-        f"Done: {len(_done(plan))}. This share, {plan.shard.number} of {plan.shard.count}: {len(plan.open_runs())} "
+        f"Done: {len(_done(plan))}. This share, {shard.number} of {shard.count}: {len(plan.open_runs())} "
         f"runs may start now, and {plan.waiting} wait for choices. {time_left(plan)}",
         f"To download: {'; '.join(downloads) or 'nothing'}.",  # names of configurations follow a comma
         *table.notes,
@@ -131,7 +132,7 @@ def _choosing_runs(plan: Plan, task: str) -> int:
 
 
 def _steps(plan: Plan, task: str, part: Part) -> int:
-    return Run(plan.table, task, BASELINE, {}, 0, part).steps
+    return Run(task, BASELINE, {}, 0, part, plan.table).steps
 
 
 def table_text(plan: Plan) -> str:

@@ -8,37 +8,29 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from recipes.reproduce.methods import METHODS, Config
+from typing_extensions import override
+
+from recipes.reproduce.methods import METHODS
 from recipes.reproduce.table import Table
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, commit, run_process
+from recipes.studies.plan import KEY as STUDY_KEY
+from recipes.studies.plan import Run as StudyRun
 
-Part = Literal["validation", "test"]
 _VALIDATIONS = 4  # of a shortened run
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(StudyRun):
     """A training and, with the part "test", a test of the weights that it keeps.
 
     Attributes:
         table: that the run is for.
-        task: a name of the table's tasks.
-        method: a name of the methods.
-        config: its configuration.
-        seed: of all that the table's seed options name.
-        part: "validation" to choose a configuration by, "test" with the chosen one.
         start: the run whose adapter this one starts from.
     """
 
     table: Table
-    task: str
-    method: str
-    config: Config
-    seed: int
-    part: Part
     start: "Run | None" = None
 
     @property
@@ -54,32 +46,20 @@ class Run:
         return self.max_steps or self.table.tasks[self.task].steps
 
     @property
+    @override
     def name(self) -> str:
-        """A path below the table's folder that no other run has."""
         settings = "-".join(f"{name}={value:g}" for name, value in self.config.items())
         start = "" if self.start is None else f"-from-{hashlib.sha256(self.start.name.encode()).hexdigest()[:8]}"
         part = self.part if self.max_steps is None else f"{self.part}-{self.max_steps}"
         return f"{self.task}/{part}/{self.method}-{settings}{start}/seed-{self.seed}"
 
-    def __str__(self) -> str:
-        chosen = ", ".join(f"{name} {value:g}" for name, value in self.config.items())
-        return f"{self.task}, {self.method}, {chosen}, seed {self.seed}, {self.part}"
-
+    @override
     def key(self) -> Row:
-        """The first entries of its row, which make it this run."""
-        return {
-            "table": self.table.name,
-            "task": self.task,
-            "method": self.method,
-            "config": self.config,
-            "seed": self.seed,
-            "part": self.part,
-            "max_steps": self.max_steps,
-            "start": None if self.start is None else self.start.name,
-        }
+        start = None if self.start is None else self.start.name
+        return {"table": self.table.name, **super().key(), "max_steps": self.max_steps, "start": start}
 
 
-KEY = ("table", "task", "method", "config", "seed", "part", "max_steps", "start")
+KEY = ("table", *STUDY_KEY, "max_steps", "start")
 
 
 @dataclass(frozen=True)

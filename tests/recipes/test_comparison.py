@@ -15,7 +15,6 @@ from recipes.clip import emoji
 from recipes.clip_fewshot import emoji as few_shot_emoji
 from recipes.comparison import __main__ as command
 from recipes.comparison import emoji as emoji_task
-from recipes.comparison import plan as planning
 from recipes.comparison.__main__ import main
 from recipes.comparison.classification import TextTask
 from recipes.comparison.commonsense import CommonsenseTask
@@ -23,11 +22,11 @@ from recipes.comparison.emoji import EmojiTask
 from recipes.comparison.methods import ALL, METHODS
 from recipes.comparison.plan import RESULTS, TUNING_SEEDS, Plan
 from recipes.comparison.run import Row, Run, perform
-from recipes.comparison.task import Config
 from recipes.comparison.tasks import TASKS
 from recipes.instruction_tuning import sources
 from recipes.shared import methods
 from recipes.shared.ledger import read
+from recipes.studies.plan import Config
 
 FLATNESS = {"sharpness_rho": 1.0, "noise": 0.5, "precision": "32-true"}
 SETTINGS = {"examples": 16, "length": 16, "epochs": 1, "batch_size": 8, "validation": 20, "test": 20, **FLATNESS}
@@ -42,7 +41,7 @@ def task() -> TextTask:
 @pytest.fixture
 def only_this(task: TextTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "TASKS", {"sentiment": task})
-    monkeypatch.setattr(planning, "_WAIT", 0.01)
+    monkeypatch.setattr(command, "_WAIT", 0.01)
 
 
 # -- methods
@@ -133,7 +132,7 @@ def test_runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lora", "efmlora")])
 def test_every_method_runs(task: TextTask, name: str) -> None:
     own = {"weight_decay": 0.1, "dropout": 0.1} if name == "lora_regularised" else {ALL[name].parameter: 0.05}
-    row = perform(Run(task, name, {"learning_rate": 1e-3} | own, 0, "test"))
+    row = perform(Run(task.name, name, {"learning_rate": 1e-3} | own, 0, "test", task))
     assert math.isfinite(row["loss"])
     full = methods.METHODS[name].full
     assert ("full_sharpness" in row) == full  # two measures that must not be mixed up
@@ -165,7 +164,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmojiTask:
 @pytest.mark.parametrize("name", ["questions", "pictures"])
 def test_other_models_run_too(name: str, request: pytest.FixtureRequest) -> None:
     task = request.getfixturevalue(name)
-    flat = perform(Run(task, "efmlora", {"learning_rate": 1e-3, "rho": 0.1}, 0, "test"))
+    flat = perform(Run(task.name, "efmlora", {"learning_rate": 1e-3, "rho": 0.1}, 0, "test", task))
     assert flat["examples"] > 5
     for entry in ("loss", "train_loss", "sharpness", "expected_sharpness", "adapted_norm"):
         assert math.isfinite(flat[entry]), entry

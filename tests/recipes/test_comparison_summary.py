@@ -11,7 +11,6 @@ from scipy import stats
 from torch import nn
 
 from lightning_flatlora.flatness import MeanLoss
-from recipes.comparison.plan import choose
 from recipes.comparison.run import Row, sam_loss
 from recipes.comparison.summary import (
     corrected_p_values,
@@ -48,19 +47,6 @@ def rows() -> list[Row]:
 
 def by_name(rows: list[Row]) -> dict[str, Any]:
     return {outcome.method: outcome for outcome in outcomes(rows, "toy")}
-
-
-def test_the_best_mean_accuracy_is_chosen_and_then_the_least_loss() -> None:
-    tried = [
-        row("efmlora", {"rho": 1.0}, 100, 0.9, loss=3.0),
-        row("efmlora", {"rho": 1.0}, 101, 0.5, loss=3.0),
-        row("efmlora", {"rho": 2.0}, 100, 0.7, loss=2.0),
-        row("efmlora", {"rho": 2.0}, 101, 0.7, loss=2.0),
-        row("efmlora", {"rho": 3.0}, 100, 0.6, loss=0.1),
-        row("efmlora", {"rho": 3.0}, 101, 0.6, loss=0.1),
-    ]
-    assert choose(tried) == {"rho": 2.0}
-    assert choose(tried[:1] + tried[2:]) == {"rho": 1.0}
 
 
 def test_the_paired_test_is_students_with_holms_correction(rows: list[Row]) -> None:

@@ -1,6 +1,6 @@
 """The direction of imports between the folders of the recipes.
 
-shared <- language and clip <- the recipes <- the programs that drive them.
+shared <- language, clip and studies <- the recipes <- the programs that drive them.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 import recipes
 
 ROOT = Path(recipes.__file__).parent
-SHARED = ("shared", "language", "clip")
+SHARED = ("shared", "language", "clip", "studies")
 RECIPES = ("classification", "instruction_tuning", "nlg", "clip_contrastive", "clip_fewshot", "vqa")
 PROGRAMS = ("demo", "clip_demo", "comparison", "benchmarks", "merging_demo", "report", "reproduce", "choose_rho")
 

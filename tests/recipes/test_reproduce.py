@@ -131,8 +131,8 @@ def test_later_tasks_start_from_the_adapter_of_the_same_method_and_seed(
     rows = read(folder / "results.jsonl")
     assert [(row["task"], row["part"]) for row in rows] == [
         *[("mnli", "validation")] * 2,
-        *[("rte", "validation")] * 2,
         ("mnli", "test"),
+        *[("rte", "validation")] * 2,
         ("rte", "test"),
     ]
     by_name = {f"{row['task']}/{row['part']}": row for row in rows}

@@ -13,12 +13,13 @@ from recipes.reproduce import __main__ as command_line_of_tables
 from recipes.reproduce import run as running
 from recipes.reproduce.__main__ import main
 from recipes.reproduce.methods import METHODS
-from recipes.reproduce.plan import Plan, Results, Shard
+from recipes.reproduce.plan import Plan
 from recipes.reproduce.report import count, table_text
-from recipes.reproduce.run import Place, Run, score, validated
+from recipes.reproduce.run import KEY, Place, Run, score, validated
 from recipes.reproduce.table import Table
 from recipes.reproduce.tables import TABLES
 from recipes.shared.ledger import Row, StoppedError
+from recipes.studies.plan import Results, Shard
 
 GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1), "sigma": (0.0, 0.1), "alpha": (0.0, 1)}
 
@@ -39,7 +40,8 @@ class Fake:
 
 def planned(folder: Path, name: str, shard: Shard, tasks: Sequence[str] = (), **changed: Any) -> Plan:
     table = replace(TABLES[name], **changed)
-    return Plan(table, table.methods, tasks or list(table.tasks), table.seeds, "tuned", Results(folder, shard), shard)
+    results = Results(folder, KEY, shard)
+    return Plan(table, table.methods, tasks or list(table.tasks), table.seeds, "tuned", results)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_the_settings_of_every_method_arrive(table: Table, parse: Parse, tmp_pat
     task = next(iter(table.tasks))
     for name, method in METHODS.items():
         config = method.configurations([1.5e-3], table.grids)[-1]
-        run = Run(table, task, name, config, 5, "validation")
+        run = Run(task, name, config, 5, "validation", table)
         settings = parse(running.fit_command(run, Place(tmp_path, "32-true")))
         model, callbacks = settings.model.init_args, settings.trainer.callbacks
         assert model.learning_rate == 1.5e-3
@@ -200,7 +202,7 @@ for table in TABLES.values():
 def test_the_protocols_values_are_those_of_the_recipes_files(
     table: Table, task: str, parse: Parse, tmp_path: Path
 ) -> None:
-    run = Run(table, task, "lora", {"learning_rate": 1.0, "lora_dropout": 1.0}, 5, "test")
+    run = Run(task, "lora", {"learning_rate": 1.0, "lora_dropout": 1.0}, 5, "test", table)
     chosen = ("--model.learning_rate", "--model.lora")
     command = running.command("fit", run, Place(tmp_path, "32-true"), [])
     settings = parse([argument for argument in command if not argument.startswith(chosen)])
