@@ -200,7 +200,6 @@ WORKLOADS: dict[str, Workload | Stack] = {
     "width-768": _two_blocks(768),
     "width-1024": _two_blocks(1024),
     "width-2048": _two_blocks(2048),
-    "width-4096": _two_blocks(4096),
     "small-layers": Stack(layers=600, width=64, batch=16),
     "tiny": Workload(_bert(2, 32, 2), _QUERY_VALUE, batch=4, length=8),
 }
