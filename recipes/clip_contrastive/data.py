@@ -56,11 +56,11 @@ class ContrastiveData(ResumableData):
             training).
     """
 
-    dataset: str = sources.PACKAGED[0]
+    dataset: str | None = None
     validation_dataset: str | None = None
     test_dataset: str | None = None
-    validation_share: float = 0.1
-    test_share: float = 0.1
+    validation_share: float = 0.05
+    test_share: float = 0.0
     image_column: str = "image"
     caption_column: str = "caption"
     batch_size: int = 64
@@ -82,7 +82,7 @@ class ContrastiveData(ResumableData):
             self,
             {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0},
             {"validation": self.validation_share, "test": self.test_share},
-            blind_skips(self.skip_unreadable, self.check_images),
+            [*_no_data(self.dataset), *blind_skips(self.skip_unreadable, self.check_images)],
         )
         self.parts: dict[str, list[Picture]] = {}
         self.reports: dict[str, str] = {}
@@ -118,7 +118,7 @@ class ContrastiveData(ResumableData):
         problems = []
         for part in ("validation", "test"):
             own = self.datasets[part]
-            if own is not None and _place(own) == _place(self.dataset):
+            if own is not None and _place(own) == _place(str(self.dataset)):
                 problems.append(
                     f"{part}_dataset={own!r} is what is trained on: give another one, or null, which holds out a share"
                 )
@@ -142,7 +142,7 @@ class ContrastiveData(ResumableData):
     def _chosen(self, part: str) -> list[Picture]:
         """A part's pictures, in an order that has nothing to do with what they show."""
         dataset = self.datasets[part]
-        pictures = sources.load(dataset or self.dataset, self.image_column, self.caption_column)
+        pictures = sources.load(dataset or str(self.dataset), self.image_column, self.caption_column)
         keys = shuffled({picture.key for picture in pictures}, self.seed)
         place = dict(zip(keys, range(len(keys)), strict=True))
         pictures.sort(key=lambda picture: place[picture.key])
@@ -174,6 +174,10 @@ class ContrastiveData(ResumableData):
         self.reports[part] = report
         rank_zero_info(report)
         return pictures
+
+
+def _no_data(dataset: str | None) -> list[str]:
+    return [] if dataset else ["dataset: give a .csv or .tsv file, a folder of images with captions, or shards"]
 
 
 def _identity(picture: Picture) -> str:

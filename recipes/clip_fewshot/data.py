@@ -32,9 +32,9 @@ class FewShotData(ResumableData):
     batches a step accumulates.
 
     Args:
-        dataset: caltech101, dtd, eurosat, fgvc_aircraft, flowers102, food101, imagenet, oxford_pets, stanford_cars,
-            sun397, ucf101, packaged:emoji; or a folder with one folder for each class, or with folders train, test and
-            perhaps validation that hold these.
+        dataset: a folder with one folder for each class, or with folders train, test and perhaps validation that hold
+            these; or caltech101, dtd, eurosat, fgvc_aircraft, flowers102, food101, imagenet, oxford_pets,
+            stanford_cars, sun397, ucf101, packaged:emoji.
         root: folder of CoOp's or torchvision's data sets.
         download: fetch the images by torchvision if its copy is not there; it has all sets except imagenet,
             stanford_cars and ucf101.
@@ -66,7 +66,7 @@ class FewShotData(ResumableData):
             training).
     """
 
-    dataset: str = "packaged:emoji"
+    dataset: str | None = None
     root: str = "data"
     download: bool = False
     split: Split = "official"
@@ -95,13 +95,13 @@ class FewShotData(ResumableData):
 
     @override
     def prepare_data(self) -> None:
-        sources.fetch(self.dataset, self.root, self.download)
+        sources.fetch(str(self.dataset), self.root, self.download)
 
     @override
     def setup(self, stage: str) -> None:
-        source = sources.load(self.dataset, self.root, self.split, self.split_seed)
-        self.classes = class_names(source.classes, _mapping(self.class_names), self.dataset, source.names)
-        self.prompts = prompts(self.classes, templates_of(self.dataset, self.templates))
+        source = sources.load(str(self.dataset), self.root, self.split, self.split_seed)
+        self.classes = class_names(source.classes, _mapping(self.class_names), str(self.dataset), source.names)
+        self.prompts = prompts(self.classes, templates_of(str(self.dataset), self.templates))
         if stage == "predict":
             self.parts["predict"] = self._images_to_predict()
             return
@@ -231,6 +231,8 @@ def _mapping(names: Mapping[str, str] | str | None) -> Mapping[str, str] | None:
 
 def _problems(data: FewShotData) -> list[str]:
     problems = []
+    if data.dataset is None:
+        problems.append("dataset: give a folder with one folder for each class, or the name of a data set")
     if data.validation_shots is not None and data.validation_shots < 0:
         problems.append(f"validation_shots must be null or an integer >= 0, got {data.validation_shots!r}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:

@@ -27,12 +27,15 @@ from recipes.shared.data import (
     warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
+from recipes.shared.splits import own_split
 from recipes.vqa import easy_vqa, sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
 from recipes.vqa.images import open_image, too_long, usable
 from recipes.vqa.metrics import expected_answer
 from recipes.vqa.model import load_processor
 from recipes.vqa.prompts import Prompt
+
+_VALIDATION_SHARE = 0.05
 
 
 @dataclass(eq=False)
@@ -44,11 +47,12 @@ class VQAData(ResumableData):
 
     Args:
         dataset: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:easy_vqa", "packaged:easy_vqa_plain"
-            (without negation) or "packaged:easy_vqa_negated" (those with it). "{split}" stands for the split.
+            (without negation) or "packaged:easy_vqa_negated" (those with it). "{split}" stands for the split. Only
+            `predict` needs none.
         split: for training.
         validation_split: for validation, or a file of its own; None takes ``validation_share`` of the training split's
-            images.
-        test_split: for testing, or a file of its own; None takes ``test_share``.
+            images or, if that is None too and ``split`` is "train", the data set's own split of that name.
+        test_split: for testing, likewise.
         config_name: which of a Hub data set's configurations; None where it has one.
         image_folder: where relative image paths start, None for the file's own folder; "{split}" stands for the split.
             In `predict`, which has no split, a folder of splits counts as None.
@@ -68,8 +72,9 @@ class VQAData(ResumableData):
             models that keep an image's size, such as Qwen2-VL, it bounds the tokens: 28 x 28 pixels are one. None
             leaves that to the processor.
         min_pixels: smallest number of pixels of an image; smaller ones are scaled up.
-        validation_share: share of the images for validation.
-        test_share: share of the images held out for `test`.
+        validation_share: share of the training split's images for validation; None is 0.05 where the data set has no
+            validation split of its own.
+        test_share: share of them held out for `test`; None is none.
         check_images: decode every image once before training, to find broken ones.
         skip_unreadable: leave out, and count, questions without an image that can be read, instead of an error.
         seed: of the order of the batches.
@@ -81,7 +86,7 @@ class VQAData(ResumableData):
             `setup`, before training).
     """
 
-    dataset: str = "packaged:easy_vqa_negated"
+    dataset: str | None = None
     split: str = "train"
     validation_split: str | None = None
     test_split: str | None = None
@@ -98,8 +103,8 @@ class VQAData(ResumableData):
     template_arguments: dict[str, Any] | None = None
     max_pixels: int | None = 1280 * 28 * 28
     min_pixels: int | None = None
-    validation_share: float = 0.1
-    test_share: float = 0.0
+    validation_share: float | None = None
+    test_share: float | None = None
     check_images: bool = True
     skip_unreadable: bool = False
     seed: int = 0
@@ -109,10 +114,7 @@ class VQAData(ResumableData):
     def __post_init__(self) -> None:
         super().__init__()
         self.splits = {"train": self.split, "validation": self.validation_split, "test": self.test_split}
-        self.shares = {
-            "validation": 0.0 if self.validation_split else self.validation_share,
-            "test": 0.0 if self.test_split else self.test_share,
-        }
+        self.shares = {"validation": self.validation_share or 0.0, "test": self.test_share or 0.0}
         self._prompt = Prompt(self.prompt, self.choice_separator)
         problems = blind_skips(self.skip_unreadable, self.check_images)
         problems += _pixel_problems(self.max_pixels, self.min_pixels)
@@ -124,16 +126,16 @@ class VQAData(ResumableData):
     def prepare_data(self) -> None:
         # A prediction reads the user's own file alone.
         if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
-            easy_vqa.fetch(self.dataset)
+            easy_vqa.fetch(self.dataset or "")  # without any, `setup` says so
 
     @override
     def setup(self, stage: str) -> None:
         # Not where the arguments are checked: the base's test split is no mistake in `predict`, which reads no part.
         if stage != "predict":
-            own_splits = [self.splits["validation"], self.splits["test"]]
-            refuse_bad_settings(self, {}, more=split_problems(self.dataset, own_splits))
+            refuse_bad_settings(self, {}, more=split_problems(self._name(), [self.validation_split, self.test_split]))
+            self._find_parts()
         if stage == "fit":
-            refuse_training_data(self, self.dataset, self.split, [self.validation_split, self.test_split])
+            refuse_training_data(self, self._name(), self.split, [self.validation_split, self.test_split])
         self.encoder = QuestionEncoder(
             self._processor(),
             self.chat_template,
@@ -148,7 +150,7 @@ class VQAData(ResumableData):
         for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._encoded(part)
-        if stage == "fit" and self.validation_split is not None:
+        if stage == "fit" and self.splits["validation"] is not None:
             trained = _question_keys(self.parts["train"])
             held_out = _question_keys(self.parts["validation"])
             warn_of_training_data("validation", held_out, trained, "questions about the same image")
@@ -175,23 +177,44 @@ class VQAData(ResumableData):
 
     # -- which questions
 
+    def _name(self) -> str:
+        """The data set's name.
+
+        Raises:
+            MisconfigurationException: none was given.
+        """
+        if self.dataset is None:
+            raise MisconfigurationException("VQAData: dataset: give a Hub name or a .json, .jsonl or .parquet file")
+        return self.dataset
+
+    def _find_parts(self) -> None:
+        """Take the data set's own splits where neither a split nor a share was asked for."""
+        given = {"validation": self.validation_share, "test": self.test_share}
+        for part, share in given.items():
+            # Whoever trains on another split than "train" divides the data otherwise than their makers.
+            if self.splits[part] is None and share is None and self.split == "train":
+                self.splits[part] = own_split(self._name(), part, self.config_name)
+            self.shares[part] = 0.0 if self.splits[part] else share or 0.0
+        if self.splits["validation"] is None and self.validation_share is None:
+            self.shares["validation"] = _VALIDATION_SHARE
+
     def _chosen(self, part: str) -> Any:
         """A part's questions: a split of the data set, or a share of the training split's images."""
         split = self.splits[part]
         if split is None and not self.shares[part]:
             return []
         settings = self.image_folder, self.config_name, self.type_column, self._prompt
-        table = sources.load(self.dataset, split or str(self.splits["train"]), *settings)
+        table = sources.load(self._name(), split or self.split, *settings)
         if (split is not None and part != "train") or not any(self.shares.values()):
             return table
-        folder = sources.image_folder_of(self.dataset, split or str(self.splits["train"]), self.image_folder)
+        folder = sources.image_folder_of(self._name(), split or self.split, self.image_folder)
         keys = (_image_key(row["image"], folder) for row in table.select_columns("image"))
         return table.select([i for i, key in enumerate(keys) if part_of(key, self.shares) == part])
 
     def _encoded(self, part: str) -> Any:
         """One part with the texts that are to be tokenized, without the rows that can't teach or test anything."""
         table = self._chosen(part)
-        name = f"{self.dataset}, split {self.splits[part] or self.splits['train']}"
+        name = f"{self.dataset}, split {self.splits[part] or self.split}"
         counts = Counter(asked=len(table))
         if self.check_images and len(table):
             table = table.select(usable(table, name, self.skip_unreadable))

@@ -20,7 +20,8 @@ class VisionLanguageModel(LanguageModel):
     """A generative vision-language model with LoRA: training by any method, evaluation and prediction.
 
     Args:
-        model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``.
+        model: a Hub name, a local directory, or "packaged" for the model of ``python -m recipes.vqa.offline``; it has
+            to be given.
         lora: fields of peft's LoraConfig; None trains all weights, which are then in float32.
         dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
             "bf16-mixed", else float32. The adapter is always in float32.
@@ -36,7 +37,7 @@ class VisionLanguageModel(LanguageModel):
 
     def __init__(
         self,
-        model: str = "packaged",
+        model: str | None = None,
         lora: dict[str, Any] | None = None,
         dtype: DType | None = None,
         quantization: Quantization | None = None,
@@ -44,6 +45,8 @@ class VisionLanguageModel(LanguageModel):
         validation_answers: int = 200,
         **kwargs: Any,
     ) -> None:
+        if model is None:
+            raise MisconfigurationException(f"{type(self).__name__}: model: give a Hub name or a local directory")
         super().__init__(
             model=model,
             lora=lora,

@@ -27,7 +27,12 @@ from recipes.shared.resumable import ResumableData
 from recipes.shared.training import RecipeModule
 
 RECIPES = ("classification", "clip_contrastive", "clip_fewshot", "instruction_tuning", "nlg", "vqa")
-NEEDED = {"nlg": ["--data.dataset=texts.csv"]}
+NEEDED = {
+    "clip_contrastive": ["--data.dataset=pictures.csv"],
+    "clip_fewshot": ["--data.dataset=images"],
+    "nlg": ["--data.dataset=texts.csv"],
+    "vqa": ["--model.model=mine"],
+}
 """What a recipe's base leaves to the user."""
 
 pytestmark = [

@@ -263,7 +263,7 @@ def test_no_image_is_on_two_sides(clip: Any, pictures: str, write_table: Callabl
     rows = table_rows(pictures, expected)
 
     def parts(rows: list[tuple[str, str]], **options: Any) -> dict[str, set[str]]:
-        data = prepared(clip, "fit", write_table(rows), validation_share=0.25, **options)
+        data = prepared(clip, "fit", write_table(rows), validation_share=0.25, test_share=0.1, **options)
         data.setup("test")
         files = {}
         for part, chosen in data.parts.items():

@@ -165,6 +165,7 @@ def test_predict_gives_each_image_of_a_folder_a_class(tiny_clip: str, images: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dataset": None}, "FewShotData: dataset: give a folder with one folder for each class"),
         ({"shots": 0}, "shots must be an integer >= 1, got 0"),
         ({"crop_scale": (0.9, 0.1)}, "crop_scale must be two shares"),
         ({"validation_shots": 5}, "'blue_grey' has 2 images in validation .*validation_shots=5"),

@@ -65,7 +65,7 @@ def test_the_offline_model_is_trained_once_and_goes_on_after_a_stop(
     monkeypatch.setattr(offline, "BATCH", 4)
     monkeypatch.setattr(offline, "SAVE_EVERY", 2)
     with pytest.raises(MisconfigurationException, match=r"trained once.*python -m recipes.vqa.offline"):
-        VQA(lora=DEFAULT_LORA).prepare_data()
+        VQA("packaged", DEFAULT_LORA).prepare_data()
     steps: list[int] = []
     learn = VQA.training_step
 
@@ -98,6 +98,7 @@ def test_the_offline_model_is_trained_once_and_goes_on_after_a_stop(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dataset": None}, "VQAData: dataset: give a Hub name or a .json, .jsonl or .parquet file"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl.*no such file"),
         ({"dataset": "packaged:easy_vqa", "split": "dev"}, "splits train and test, got 'dev'"),
         ({"check_images": False, "skip_unreadable": True}, "skip_unreadable needs check_images"),
@@ -168,6 +169,8 @@ def test_bad_models_are_named(tiny_vlm: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     with pytest.raises(MisconfigurationException, match=r"model='nowhere/at-all' can't be loaded.*'packaged'"):
         _ = VQA("nowhere/at-all", DEFAULT_LORA).processor
+    with pytest.raises(MisconfigurationException, match="VQA: model: give a Hub name or a local directory"):
+        VQA(lora=DEFAULT_LORA)
     with pytest.raises(MisconfigurationException, match="target_modules"):
         VQA(tiny_vlm, {"target_modules": ["nothing"]}).configure_model()
     tokenizer = load_processor(tiny_vlm).tokenizer.backend_tokenizer

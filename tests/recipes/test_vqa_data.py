@@ -12,6 +12,7 @@ from PIL import Image
 from recipe_runs import trainer
 from torch import Tensor
 from vqa_models import COLOURS, first_batch, prepared
+from vqa_sets import save_scienceqa
 
 from recipes.language.chat import IGNORED
 from recipes.vqa import sources
@@ -217,6 +218,28 @@ def test_a_split_that_a_file_does_not_have_is_found_before_training(tiny_vlm: st
         prepared("fit", tiny_vlm, dataset=drawn, test_split="test")
     with pytest.raises(MisconfigurationException, match="'train' is read from where the training data are"):
         prepared("fit", tiny_vlm, dataset=drawn, validation_split="train")
+
+
+@pytest.mark.parametrize(
+    ("options", "validation", "shares"),
+    [
+        ({}, "validation", (0.0, 0.0)),
+        ({"validation_share": 0.5}, None, (0.5, 0.0)),  # what is asked for goes before what is there
+        ({"validation_split": "train[:2]"}, "train[:2]", (0.0, 0.0)),
+        ({"split": "validation"}, None, (0.05, 0.0)),
+    ],
+)
+def test_a_data_sets_own_splits_are_taken(
+    options: dict[str, Any], validation: str | None, shares: tuple[float, float], tmp_path: Path
+) -> None:
+    for name in (save_scienceqa(tmp_path / "hub"), str(tmp_path / "{split}.jsonl")):
+        data = VQAData(name, **options)
+        for split in ("train", "validation", "test"):
+            (tmp_path / f"{split}.jsonl").touch()
+        data._find_parts()
+        assert data.splits["validation"] == validation
+        assert data.splits["test"] == (None if "split" in options else "test")
+        assert tuple(data.shares.values()) == shares
 
 
 def test_validation_on_training_data_is_noticed(tiny_vlm: str, drawn: str) -> None:
