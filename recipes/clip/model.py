@@ -31,12 +31,14 @@ class Clip:
         tokenizer: texts to token ids (n, context length).
         preprocess_train: an image to (3, height, width), with random crops.
         preprocess_val: the same without chance.
+        sizes: by which another kind of model, or one of another size, is told from this one.
     """
 
     net: nn.Module
     tokenizer: Callable[..., Tensor]
     preprocess_train: Callable[..., Tensor]
     preprocess_val: Callable[..., Tensor]
+    sizes: dict[str, int]
 
 
 def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None = None) -> Clip:
@@ -68,7 +70,15 @@ def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None
         ) from error
     # open_clip keeps q, k and v in one parameter, and peft adapts layers.
     split_attention(net)
-    return Clip(net.requires_grad_(False).train(), tokenizer, train, val)
+    # Counted now: an adapter will be added, and sharding may leave a part of each weight.
+    image, all_weights = number_of_weights(net.visual), number_of_weights(net)
+    sizes = {"weights of the image tower": image, "weights of the rest": all_weights - image}
+    return Clip(net.requires_grad_(False).train(), tokenizer, train, val, sizes)
+
+
+def number_of_weights(module: nn.Module) -> int:
+    """Of all parameters together."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def wants_quick_gelu(model: str, pretrained: str | None) -> bool:

@@ -23,6 +23,7 @@ from recipes.clip.model import (
 from recipes.clip_contrastive.batches import Batch
 from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
 from recipes.clip_contrastive.retrieval import Retrieval
+from recipes.shared.fitting import FittingModule
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining, Schedule
 
@@ -36,7 +37,7 @@ class Evaluation(nn.Module):
         self.retrieval = Retrieval()
 
 
-class ContrastiveBase(EvaluatedModule):
+class ContrastiveBase(FittingModule, EvaluatedModule):
     """An open_clip model on images and captions: what training by any method and evaluation have in common.
 
     Args:
@@ -124,6 +125,10 @@ class ContrastiveBase(EvaluatedModule):
             # Lightning calls this before every stage, and a module can be sharded only once.
             if not isinstance(self.contrastive, FSDPModule):
                 fully_shard(cast("ContrastiveLoss", self.contrastive), mesh=mesh)
+
+    @override
+    def must_fit(self) -> dict[str, Any]:
+        return dict(self.clip.sizes)
 
     def _check_trainer(self, trainer: L.Trainer) -> None:
         """Refuse strategies and settings that can't work with this loss."""

@@ -21,6 +21,7 @@ from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, write_evaluation
 from recipes.clip_fewshot.prompts import tokenize
 from recipes.shared.diverged import wrong_where_nan
+from recipes.shared.fitting import FittingModule
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining
@@ -28,7 +29,7 @@ from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTr
 _CHUNK = 256  # texts that the text tower reads at once in evaluation
 
 
-class ClipClassifier(EvaluatedModule):
+class ClipClassifier(FittingModule, EvaluatedModule):
     """CLIP with LoRA as a classifier of images by texts: what all methods, evaluation and prediction have in common.
 
     A class's features are, in evaluation, the mean of its texts' normalized features, normalized again. Training uses
@@ -115,6 +116,10 @@ class ClipClassifier(EvaluatedModule):
             self.register_buffer("tokens", self._tokens(), persistent=False)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
             shard(self.net, self.device_mesh["data_parallel"], methods=("encode_image", "encode_text"))
+
+    @override
+    def must_fit(self) -> dict[str, Any]:
+        return {**self.clip.sizes, "classes": self.classes}
 
     def _tokens(self) -> Tensor:
         """The prompts' token ids (classes, templates, context)."""

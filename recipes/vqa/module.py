@@ -11,12 +11,13 @@ from typing_extensions import override
 from recipes.language.batches import Batch
 from recipes.language.model import DType, Quantization, add_adapter, answer_log_likelihood, generated
 from recipes.language.module import LanguageModel
+from recipes.shared.fitting import FittingModule
 from recipes.shared.training import AutomaticTraining, ManualTraining
 from recipes.vqa.metrics import AnswerMetrics
 from recipes.vqa.model import load_base, load_processor, model_source
 
 
-class VisionLanguageModel(LanguageModel):
+class VisionLanguageModel(FittingModule, LanguageModel):
     """A generative vision-language model with LoRA: training by any method, evaluation and prediction.
 
     Args:
@@ -82,6 +83,13 @@ class VisionLanguageModel(LanguageModel):
     def load_net(self) -> Any:
         base = load_base(self.model_name, self.weights_dtype(), self.quantization)
         return base if self.trains_all else add_adapter(base, self.lora)
+
+    @override
+    def must_fit(self) -> dict[str, Any]:
+        assert self.net is not None  # configure_model comes first
+        config = self.net.config
+        text = config.get_text_config()
+        return {"kind of model": config.model_type, "layers": text.num_hidden_layers, "width": text.hidden_size}
 
     @override
     def log_likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from recipes.shared.configs import config_arguments
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
+OTHER_CLASSES = ["--data.class_names={blue_grey: blue grey, green: green, red: rose}"]
 LORA = {"r": 2, "lora_alpha": 8, "lora_dropout": 0.25}
 trainer = partial(plain_trainer, max_epochs=1, num_sanity_val_steps=0)
 
@@ -142,6 +143,10 @@ def test_a_run_follows_the_protocol(tiny_clip: str, images: Path, tmp_path: Path
     assert export(folder / "checkpoints" / "last.ckpt", tmp_path / "plain") < 1e-5  # as open_clip loads it
     untuned = run("test", method, tiny_clip, images).trainer.callback_metrics
     assert untuned["test_calibration_error"].item() == pytest.approx(result["zero_shot"]["calibration_error"], rel=1e-5)
+    photos = f"--data.predict_folder={images}"
+    for command in ("fit", "test", "predict"):
+        with pytest.raises(MisconfigurationException, match=r"classes: \['red'\] there, \['rose'\] here"):
+            run(command, method, tiny_clip, images, fast, checkpoint, *OTHER_CLASSES, photos)
 
 
 def test_predict_gives_each_image_of_a_folder_a_class(tiny_clip: str, images: Path, tmp_path: Path) -> None:
