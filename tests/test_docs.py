@@ -294,7 +294,7 @@ def test_callbacks_that_a_command_adds_leave_the_configurations(
     kept = []
     for option, path in itertools.pairwise(arguments):
         if option == "--config":
-            trainer = yaml.safe_load(Path(path).read_text())["trainer"]
+            trainer = yaml.safe_load(Path(path).read_text()).get("trainer", {})
             kept += trainer.get("callbacks", []) + trainer.get("callbacks+", [])
     assert [one["class_path"] for one in made[: len(kept)]] == [one["class_path"] for one in kept]
     added = re.findall(r"callbacks\+=(?:\w+\.)*(\w+) --trainer.callbacks.rho=(\S+)", command)

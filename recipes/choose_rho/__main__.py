@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m recipes.choose_rho classification --rho 0 0.1 0.5 2 \\\n"
-        "    --config recipes/classification/configs/base.yaml --config recipes/configs/methods/efmlora.yaml \\\n"
+        "    --config recipes/classification/configs/base.yaml \\\n"
+        "    --config recipes/classification/configs/packaged.yaml \\\n"
+        "    --config recipes/configs/methods/efmlora.yaml \\\n"
         "    --trainer.max_epochs 1 --trainer.limit_train_batches 100",
     )
     parser.add_argument("recipe", choices=RECIPES, help="whose `fit` is run")

@@ -22,6 +22,7 @@ from recipes.language.batches import LengthBatchSampler, pad, padding_id
 from recipes.language.data import read_prompts, token_keys
 from recipes.shared.data import (
     columns,
+    given_dataset,
     is_packaged,
     mapped,
     packaged_names,
@@ -30,8 +31,11 @@ from recipes.shared.data import (
     read_table,
     refuse_bad_settings,
     refuse_training_data,
+    refuse_without_test,
     remedy_of_empty,
+    shares_of,
     split_problems,
+    take_own_splits,
     warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
@@ -61,7 +65,7 @@ class TextData(ResumableData):
         split: of a Hub data set, for training.
         validation_split: for validation: another split or a file, or several; None takes ``validation_share``. Those
             after the first are logged under their names, or their files' names, which must be different.
-        test_split: for `test`: another split or a file; None takes ``test_share``.
+        test_split: for `test`: another split or a file that is not trained on; None takes ``test_share``.
         text: the column that the model reads, or two for pairs.
         label: the column of the classes, numbers or names, or of the numbers to predict.
         regression: ``label`` holds numbers to predict.
@@ -74,8 +78,10 @@ class TextData(ResumableData):
         test_rows: test on so many texts at most, the same ones in all runs.
         batch_size: texts of a batch.
         max_length: tokens kept of a text.
-        validation_share: share of the training split's texts for validation.
-        test_share: share of them held out for `test`.
+        validation_share: share of the training split's texts for validation; 0 validates on nothing. None takes the
+            split "validation" that a folder or a Hub data set has, or 0.05 without one.
+        test_share: share of them held out for `test`, which has to be given in training too; 0 holds out none. None
+            takes the split "test", or holds out none without one.
         seed: of the order of the batches.
         num_workers: processes that load batches; 0 loads in the training process.
         predict_file: texts without labels, for `predict`: a table with the columns of ``text``, or, where that is one
@@ -89,7 +95,7 @@ class TextData(ResumableData):
             two classes, an unknown class, hidden labels, or an empty part (in `setup`, before training).
     """
 
-    dataset: str = "packaged:sentiment"
+    dataset: str | None = None
     config_name: str | None = None
     revision: str | None = None
     split: str = "train"
@@ -105,9 +111,9 @@ class TextData(ResumableData):
     shots_seed: int = 13
     test_rows: int | None = None
     batch_size: int = 16
-    max_length: int = 128
-    validation_share: float = 0.15
-    test_share: float = 0.25
+    max_length: int = 512
+    validation_share: float | None = None
+    test_share: float | None = None
     seed: int = 0
     num_workers: int = 0
     predict_file: str | None = None
@@ -117,11 +123,12 @@ class TextData(ResumableData):
         given = self.validation_split
         self.validation_splits = [given] if isinstance(given, str) else list(given or ())
         self.text_columns = [self.text] if isinstance(self.text, str) else list(self.text)
-        self.shares = {"validation": self.validation_share, "test": self.test_share}
-        if self.validation_splits or self.shots is not None:
-            self.shares["validation"] = 0.0
-        if self.test_split:
-            self.shares["test"] = 0.0
+        if self.shots is not None:
+            self.validation_share = 0.0  # the texts to validate on are drawn, too
+        self.own_splits: dict[str, str | None] = {"validation": None, "test": self.test_split}
+        for place, split in enumerate(self.validation_splits):
+            self.own_splits[Path(split).stem if place else "validation"] = split
+        self.shares = shares_of(self)
         least = {"batch_size": 1, "max_length": 1, "num_workers": 0}
         least |= {name: 1 for name in ("shots", "text_tokens", "test_rows") if getattr(self, name) is not None}
         more = self._bad_names() + split_problems(self.dataset, [*self.validation_splits, self.test_split])
@@ -134,11 +141,11 @@ class TextData(ResumableData):
     @property
     def validation_parts(self) -> list[str]:
         """The parts to validate on: "validation", and after it further ones, by the names of their splits."""
-        return ["validation", *(Path(split).stem for split in self.validation_splits[1:])]
+        return [part for part in self.own_splits if part != "test"]
 
     def _bad_names(self) -> list[str]:
         problems = []
-        names = self.validation_parts[1:]
+        names = [Path(split).stem for split in self.validation_splits[1:]]
         for name in names:
             if name in _RESERVED or "." in name or names.count(name) > 1:
                 problems.append(
@@ -150,6 +157,7 @@ class TextData(ResumableData):
 
     @override
     def prepare_data(self) -> None:
+        take_own_splits(self, _PACKAGED)
         self._read(self.split)  # on one process, so that the others find it downloaded
 
     @override
@@ -157,8 +165,9 @@ class TextData(ResumableData):
         if stage == "predict":
             self._set_up_prediction()
             return
+        take_own_splits(self, _PACKAGED)
         if stage == "fit":
-            refuse_training_data(self, self.dataset, self.split, [*self.validation_splits, self.test_split])
+            refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
         wanted = list(PARTS_OF_STAGE.get(stage, ()))
         if "validation" in wanted:
             wanted += self.validation_parts[1:]
@@ -173,15 +182,14 @@ class TextData(ResumableData):
         rows = self._labelled_rows(table, self.split)
         places = self._divided(rows)
         drawn = () if self.shots is None else ("validation",)
-        splits = dict(zip(self.validation_parts, self.validation_splits, strict=False))
-        if self.test_split:
-            splits["test"] = self.test_split
         for part in wanted:
-            if part in splits:
-                self.parts[part] = self._limited(part, self._labelled_rows(self._read(splits[part]), splits[part]))
+            split = self.own_splits.get(part)
+            if split is not None:
+                self.parts[part] = self._limited(part, self._labelled_rows(self._read(split), split))
             else:
                 self.parts[part] = self._limited(part, rows.select(places[part]))
-            if not len(self.parts[part]) and (part == "train" or part in splits or self.shares[part] or part in drawn):
+            may_be_empty = part != "train" and split is None and not self.shares[part] and part not in drawn
+            if not len(self.parts[part]) and not may_be_empty:
                 remedy = remedy_of_empty(part, self.shares)
                 raise MisconfigurationException(f"dataset={self.dataset!r}: no text is left for {part}{remedy}")
         encoder = self._encoder()
@@ -290,9 +298,10 @@ class TextData(ResumableData):
     def _table(self, split: str) -> Any:
         if table_ending(split) is not None:
             return read_table(split, split, _PACKAGED)
-        if not is_packaged(self.dataset):
-            return read_table(self.dataset, split, _PACKAGED, self.config_name, self.revision)
-        task = packaged_task(self.dataset, texts.TASKS)
+        name = given_dataset(self.dataset, _PACKAGED)
+        if not is_packaged(name):
+            return read_table(name, split, _PACKAGED, self.config_name, self.revision)
+        task = packaged_task(name, texts.TASKS)
         if split != self.split:
             raise MisconfigurationException(
                 f"dataset={self.dataset!r}, split={split!r}: packaged texts have no other splits"
@@ -317,7 +326,7 @@ class TextData(ResumableData):
     @override
     def test_dataloader(self) -> LateLoader:
         if not len(self.parts["test"]):
-            raise MisconfigurationException("there are no texts for the test: set test_split, or test_share above 0")
+            refuse_without_test()
         return self.loader("test")
 
     @override

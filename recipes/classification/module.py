@@ -17,8 +17,10 @@ from recipes.classification.data import TextData
 from recipes.classification.metrics import chosen_metrics, new_metric
 from recipes.language.batches import padding_id
 from recipes.language.model import (
+    DEFAULT_LORA,
     PACKAGED_ENCODER,
     add_adapter,
+    given_model,
     load_pretrained,
     load_tokenizer,
     model_source,
@@ -43,7 +45,7 @@ class TextClassifier(RecipeModule):
     Args:
         model: a Hub name or a local directory that AutoModelForSequenceClassification loads, or
             "packaged:minilm" for all-MiniLM-L6-v2.
-        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on query and value.
+        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on all linear layers.
         learning_rate: AdamW's largest learning rate.
         weight_decay: AdamW's, on the adapter and the head.
         schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
@@ -59,9 +61,9 @@ class TextClassifier(RecipeModule):
 
     def __init__(
         self,
-        model: str = PACKAGED_ENCODER,
+        model: str | None = None,
         lora: dict[str, Any] | None = None,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         schedule: Schedule = "linear",
         warmup_steps: int = 0,
@@ -72,8 +74,8 @@ class TextClassifier(RecipeModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.model_name = model
-        self.lora = lora or {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+        self.model_name = given_model(model, PACKAGED_ENCODER)
+        self.lora = lora or DEFAULT_LORA
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.schedule = schedule

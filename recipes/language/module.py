@@ -23,6 +23,7 @@ from recipes.language.model import (
     answer_log_likelihood,
     checkpoint_activations,
     generate_answers,
+    given_model,
     load_base,
     load_tokenizer,
     model_source,
@@ -39,7 +40,7 @@ class LanguageModel(EvaluatedModule):
 
     Args:
         model: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
-        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on q_proj and v_proj.
+        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on all linear layers except the head.
         dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
             "bf16-mixed", else float32. The adapter is always in float32.
         quantization: hold the frozen weights in "4bit" or "8bit" (needs bitsandbytes).
@@ -58,11 +59,11 @@ class LanguageModel(EvaluatedModule):
 
     def __init__(
         self,
-        model: str = "packaged",
+        model: str | None = None,
         lora: dict[str, Any] | None = None,
         dtype: DType | None = None,
         quantization: Quantization | None = None,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         schedule: Schedule = "linear",
         warmup_steps: int = 0,
@@ -74,7 +75,7 @@ class LanguageModel(EvaluatedModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.model_name = model
+        self.model_name = given_model(model)
         self.lora = DEFAULT_LORA if lora is None else lora
         self.dtype_name = dtype
         self.quantization = quantization

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
@@ -23,8 +24,11 @@ from recipes.shared.data import (
     part_of,
     refuse_bad_settings,
     refuse_training_data,
+    refuse_without_test,
     remedy_of_empty,
+    shares_of,
     split_problems,
+    take_own_splits,
     warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
@@ -48,15 +52,17 @@ class MeaningData(ResumableData):
         revision: of a Hub data set; "refs/convert/parquet" is there where the main one is a script.
         split: of a Hub data set, for training.
         validation_split: for validation: another split or a file; None takes ``validation_share``.
-        test_split: for `test`: another split or a file; None takes ``test_share``.
+        test_split: for `test`: another split or a file that is not trained on; None takes ``test_share``.
         meaning: column of the meanings; None finds those of E2E, GEM's E2E and LoRA's repository.
         text: column of the texts, or of lists of them; None finds those of the same sets.
         tokenizer: name or folder of a tokenizer; None takes the module's.
         batch_size: pairs of a meaning and a text in a batch, and meanings in a batch of those to write texts for.
         max_length: tokens kept of a pair; what was cut is printed.
         validation_texts: meanings of the validation part for which texts are written and compared in each validation.
-        validation_share: share of the training split's meanings for validation.
-        test_share: share of them held out for `test`.
+        validation_share: share of the training split's meanings for validation; 0 validates on nothing. None takes the
+            split "validation" that a folder or a Hub data set has, or 0.05 without one.
+        test_share: share of them held out for `test`, which has to be given in training too; 0 holds out none. None
+            takes the split "test", or holds out none without one.
         seed: of the order of the batches.
         num_workers: processes that load batches; 0 loads in the training process.
         prompts: a text file with one meaning a line, for `predict`.
@@ -76,25 +82,20 @@ class MeaningData(ResumableData):
     text: str | None = None
     tokenizer: str | None = None
     batch_size: int = 8
-    max_length: int = 512
+    max_length: int = 2048
     validation_texts: int = 0
-    validation_share: float = 0.1
-    test_share: float = 0.1
+    validation_share: float | None = None
+    test_share: float | None = None
     seed: int = 0
     num_workers: int = 0
     prompts: str | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.splits = {"train": self.split, "validation": self.validation_split, "test": self.test_split}
+        self.own_splits = {"validation": self.validation_split, "test": self.test_split}
+        self.shares = shares_of(self)
         self.columns = Columns(self.meaning, self.text)
-        self.shares = {
-            "validation": 0.0 if self.validation_split else self.validation_share,
-            "test": 0.0 if self.test_split else self.test_share,
-        }
-        more = split_problems(self.dataset, [self.validation_split, self.test_split])
-        if not self.dataset:
-            more.append("dataset: give a Hub name or a file")
+        more = split_problems(self.dataset, self.own_splits.values())
         least = {"batch_size": 1, "max_length": 3, "validation_texts": 0, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, more)
         self.parts: dict[str, Any] = {}
@@ -102,6 +103,9 @@ class MeaningData(ResumableData):
 
     @override
     def prepare_data(self) -> None:
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
+            return  # the prompts are all that it needs
+        take_own_splits(self)
         self._table("train")  # on one process, so that the others find it downloaded
 
     @override
@@ -110,8 +114,9 @@ class MeaningData(ResumableData):
         if stage == "predict":
             self.parts["predict"] = self._read_prompts()
             return
+        take_own_splits(self)
         if stage == "fit":
-            refuse_training_data(self, str(self.dataset), self.split, [self.validation_split, self.test_split])
+            refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
         for part in PARTS_OF_STAGE[stage]:
             if part in self.parts:
                 continue
@@ -147,7 +152,7 @@ class MeaningData(ResumableData):
     @override
     def test_dataloader(self) -> list[Any]:
         if not len(self.parts["test"]):
-            raise MisconfigurationException("there are no texts for the test: set test_split, or test_share above 0")
+            refuse_without_test()
         return self._evaluation_loaders("test", len(self.meanings["test"]))
 
     @override
@@ -169,18 +174,18 @@ class MeaningData(ResumableData):
         return self.whole_batches(rows, sampler, partial(collate, pad_id=padding_id(self.encoder.tokenizer)))
 
     def _table(self, part: str) -> Any:
-        dataset, split = str(self.dataset), self.splits[part] or str(self.splits["train"])
+        dataset, split = str(self.dataset), self.own_splits.get(part) or self.split
         if is_file(split):
             return read_source(split, split)
         return read_source(dataset, split, self.config_name, self.revision)
 
     def _pairs(self, part: str) -> list[Pair]:
         """A part's pairs: a split or a file of its own, or a share of the training split's meanings."""
-        split = self.splits[part]
-        source = f"dataset={self.dataset!r}, split={split or self.splits['train']!r}"
+        split = self.own_splits.get(part)
+        source = f"dataset={self.dataset!r}, split={split or self.split!r}"
         pairs = read_pairs(self._table(part), source, self.columns, with_references=part != "train")
         # A split of its own is taken whole; the training split loses the shares that other parts take from it.
-        if split is not None and part != "train":
+        if split is not None:
             return pairs
         return [pair for pair in pairs if part_of(normalized(pair.meaning), self.shares) == part]
 

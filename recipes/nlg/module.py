@@ -18,9 +18,6 @@ from recipes.nlg.written import WrittenTexts
 from recipes.shared.predictions import run_folder
 from recipes.shared.training import AutomaticTraining, ManualTraining
 
-DEFAULT_LORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
-"""That of LoRA's repository for E2E."""
-
 
 class TextGenerator(LanguageModel):
     """A causal language model with LoRA that writes texts for meanings.
@@ -29,7 +26,6 @@ class TextGenerator(LanguageModel):
     (:func:`recipes.language.joint_attention.split_attention`).
 
     Args:
-        lora: fields of peft's LoraConfig; None is rank 4, alpha 32, dropout 0.1 on q_proj and v_proj.
         model_config: fields of the model's configuration that take the place of its own, such as
             ``{"attn_pdrop": 0.0}``.
         label_smoothing: share of each token's target that is spread over the vocabulary, in training alone.
@@ -45,7 +41,6 @@ class TextGenerator(LanguageModel):
 
     def __init__(
         self,
-        lora: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
         label_smoothing: float = 0.1,
         decoding: dict[str, Any] | None = None,
@@ -53,7 +48,7 @@ class TextGenerator(LanguageModel):
         **kwargs: Any,
     ) -> None:
         # No exact match: a meaning can be said in many ways, and the metrics here compare with all references.
-        super().__init__(lora=lora or dict(DEFAULT_LORA), exact_match_examples=0, **kwargs)
+        super().__init__(exact_match_examples=0, **kwargs)
         self.model_config = model_config
         self.label_smoothing = label_smoothing
         self.decoding = dict(DEFAULT) if decoding is None else decoding

@@ -3,11 +3,12 @@
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,6 +26,8 @@ from recipes.shared.table_files import (
 )
 
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
+VALIDATION_SHARE = 0.05
+"""Of the training split, where nothing else says what validation takes."""
 _CODE = Path(__file__).parents[2]  # of the recipes and the package
 Task = TypeVar("Task")
 
@@ -48,7 +51,7 @@ def read_table(
     """
     path = Path(name).expanduser()
     ending = table_ending(name)
-    try:
+    with _read_errors(name, split, tasks):
         if ending is not None:
             if not path.is_file():
                 raise MisconfigurationException(f"dataset={name!r}: there is no such file")
@@ -59,29 +62,135 @@ def read_table(
             options = csv_options(files) if ending == ".csv" else {}
             table = datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
             return with_dates_as_texts(table, path, _code()) if FORMATS[ending] == "json" else table
-        refuse_other_forms(name, path)
-        if path.is_dir():
-            if glob.has_magic(str(path)):
-                raise MisconfigurationException(
-                    f"dataset={name!r}: `datasets` takes *, ? and [ in a folder's name for a pattern, and finds "
-                    "nothing: rename the folder, or give a file"
-                )
-            name = str(path)
+        name = _folder_or_hub(name)
         csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
         if csv_files:
             parts = {split.partition("[")[0]: csv_files}
             return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
         return datasets.load_dataset(name, config_name, split=split, revision=revision)
+
+
+def _folder_or_hub(name: str) -> str:
+    """What `datasets` takes for a data set that is no file.
+
+    Raises:
+        MisconfigurationException: it is a form that is not read.
+    """
+    path = Path(name).expanduser()
+    refuse_other_forms(name, path)
+    if not path.is_dir():
+        return name
+    if glob.has_magic(str(path)):
+        raise MisconfigurationException(
+            f"dataset={name!r}: `datasets` takes *, ? and [ in a folder's name for a pattern, and finds nothing: "
+            "rename the folder, or give a file"
+        )
+    return str(path)
+
+
+@contextmanager
+def _read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
+    """Say of whatever `datasets` raises which data set can't be read, and what to give."""
+    try:
+        yield
     except MisconfigurationException:
         raise
-    except Exception as error:  # `datasets` raises a dozen types, from a bad name to a network down or broken JSON
-        if ending is not None and is_of_empty_file(error):
+    except Exception as error:  # a dozen types, from a bad name to a network down or broken JSON
+        if table_ending(name) is not None and is_of_empty_file(error):
             raise MisconfigurationException(f"dataset={name!r} is empty") from error
         formats = ", ".join(FORMATS)
         raise MisconfigurationException(
             f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. Give a Hub name, "
             + (f"a file ending in {formats}, or one of {tasks}" if tasks else f"or a file ending in {formats}")
         ) from error
+
+
+class PartedData(Protocol):
+    """A data module whose validation and test are splits or files, or else shares of the training split.
+
+    Attributes:
+        dataset: its name.
+        config_name: which of a Hub data set's configurations.
+        revision: of it.
+        split: to train on.
+        validation_share: as given; None takes the data set's own split, or :data:`VALIDATION_SHARE` without one.
+        test_share: as given; None takes the data set's own split, or nothing without one.
+        own_splits: of each part the split or file; None where it takes a share.
+        shares: of each part the share.
+    """
+
+    dataset: str | None
+    config_name: str | None
+    revision: str | None
+    split: str
+    validation_share: float | None
+    test_share: float | None
+    own_splits: dict[str, str | None]
+    shares: dict[str, float]
+
+
+def shares_of(data: PartedData) -> dict[str, float]:
+    """The share of the training split that each part takes, as far as it is known before the data are looked at."""
+    validation = VALIDATION_SHARE if data.validation_share is None else data.validation_share
+    shares = {"validation": validation, "test": data.test_share or 0.0}
+    for part in shares:
+        if data.own_splits[part] is not None:
+            shares[part] = 0.0  # the whole training split trains, except for the other part's share
+    return shares
+
+
+def take_own_splits(data: PartedData, tasks: str = "") -> None:
+    """Make a data set's splits "validation" and "test" the parts for which no split and no share was given.
+
+    Args:
+        data: the data module, whose ``own_splits`` and ``shares`` change.
+        tasks: names of the packaged data sets, for the message.
+
+    Raises:
+        MisconfigurationException: no data set was given, or it can't be read.
+    """
+    name = given_dataset(data.dataset, tasks)
+    unset = []
+    for part, share in (("validation", data.validation_share), ("test", data.test_share)):
+        is_trained_on = re.search(rf"\b{part}\b", data.split)  # perhaps beside "train"
+        if share is None and data.own_splits[part] is None and not is_trained_on:
+            unset.append(part)
+    if not unset or is_packaged(name) or is_file(name):
+        return
+    with _read_errors(name, data.split, tasks):
+        names = datasets.get_dataset_split_names(_folder_or_hub(name), data.config_name, revision=data.revision)
+    for part in unset:
+        if part in names:
+            rank_zero_info(f"dataset={name!r}: its split {part!r} is taken; a {part}_share would take its place")
+            data.own_splits[part] = part
+            data.shares[part] = 0.0
+
+
+def given_dataset(name: str | None, tasks: str = "") -> str:
+    """The name of a data set.
+
+    Raises:
+        MisconfigurationException: there is none.
+    """
+    if name is None:
+        packaged = f", or one of {tasks}" if tasks else ""
+        raise MisconfigurationException(
+            f"no data: give a file ending in {', '.join(FORMATS)}, a folder or a Hub name as --data.dataset{packaged}"
+        )
+    return name
+
+
+def refuse_without_test() -> NoReturn:
+    """Say that there is nothing to test on.
+
+    Raises:
+        MisconfigurationException: always.
+    """
+    raise MisconfigurationException(
+        "there is nothing to test on, since the data set has no test split and no share was held out. Give test_split, "
+        "a split or a file that was not trained on, or train with test_share=0.1, say. `validate` judges on the "
+        "validation part"
+    )
 
 
 def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -69,7 +70,7 @@ class ResumableData(L.LightningDataModule):
         loader = self.trainer.train_dataloader if self.trainer else None
         if loader is None:
             return {}
-        place = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas}
+        place = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas, "trained": self._trained_on()}
         # Nothing of this epoch is left: a resumed run begins with the next one.
         if self.trainer and self.trainer.is_last_batch:
             return place | {"epoch": place["epoch"] + 1}
@@ -78,9 +79,33 @@ class ResumableData(L.LightningDataModule):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._place = state_dict
+        self._refuse_trained_rows(state_dict.get("trained"))
         loader = self.trainer.train_dataloader if self.trainer else None
         if loader is not None:  # FSDP builds the optimizer, whose schedule asks for the loader, before it loads
             self.resumed(loader)
+
+    def _trained_on(self) -> dict[str, Any]:
+        """What decides which rows train: a share of the training split is held out by it."""
+        return {name: getattr(self, name, None) for name in ("dataset", "split", "shares")}
+
+    def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
+        """Refuse to judge a checkpoint on a share that its own run did not hold out.
+
+        Raises:
+            MisconfigurationException: the run has trained on rows of that share.
+        """
+        parts = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test"}
+        part = parts.get(self.trainer.state.fn) if self.trainer and self.trainer.state.fn else None
+        now = self._trained_on()
+        if part is None or trained is None or not (now["shares"] or {}).get(part):
+            return
+        is_same_data = all(now[name] == trained[name] for name in ("dataset", "split"))
+        if is_same_data and now["shares"] != trained["shares"]:
+            raise MisconfigurationException(
+                f"{part}_share: the checkpoint's run held out the shares {trained['shares']}, and this one takes "
+                f"{now['shares']}, of which that run has trained on a part. Give the shares of that run, or "
+                f"{part}_split, a split or a file that was not trained on"
+            )
 
     def resumed(self, loader: LateLoader) -> LateLoader:
         """The training loader, put once at the place that a checkpoint holds."""

@@ -87,7 +87,7 @@ def save_roberta(folder: Path) -> str:
 
 def prepared(model: Any, stage: str = "fit", **settings: Any) -> Any:
     """A data module after `setup`, with the tokenizer of a model."""
-    data = TextData(**settings)
+    data = TextData(**{"validation_share": 0.15, "test_share": 0.25} | settings)
     module = type("Module", (), {"tokenizer": transformers.AutoTokenizer.from_pretrained(model)})()
     data.trainer = type("Trainer", (), {"lightning_module": module})()
     data.setup(stage)

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import STRATEGIES, config_arguments
+from recipes.shared.configs import RECIPES, STRATEGIES, config_arguments
+
+
+def packaged_arguments(recipe: str, method: str = "lora") -> list[str]:
+    """A method's configurations on the recipe's packaged model and data."""
+    base, *overlays = config_arguments(recipe, method)
+    packaged = RECIPES / recipe / "configs" / "packaged.yaml"
+    return [base, f"--config={packaged}", *overlays] if packaged.exists() else [base, *overlays]
 
 
 def run(command: str, folder: str, recipe: str, method: str, strategy: str, options: list[str]) -> dict[str, Any]:
@@ -33,7 +40,7 @@ def run(command: str, folder: str, recipe: str, method: str, strategy: str, opti
     datasets.disable_progress_bars()
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    arguments = [command, *config_arguments(recipe, method)]
+    arguments = [command, *packaged_arguments(recipe, method)]
     if strategy == "one":
         arguments.append("--trainer.devices=1")
     else:

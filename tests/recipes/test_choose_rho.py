@@ -58,6 +58,7 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
     options = [
         *("classification", "--rho", "0", "0.5", "--seeds", "0", "1", "--folder", str(tmp_path / "sweep")),
         *(f"--config={BASE}", f"--config={RECIPES / 'configs' / 'methods' / 'efmlora.yaml'}"),
+        "--data.validation_share=0.15",
         *(f"--model.model={tiny}", "--model.lora.target_modules=[q_proj,v_proj]", f"--data.dataset={data}"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true", "--trainer.max_epochs=2"),
         *("--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"),

@@ -10,11 +10,10 @@ import pytest
 import torch
 from hub_sets import prepared
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import quick, trained
+from recipe_runs import packaged_arguments, quick, trained
 
 from recipes.classification.labels import class_labels, class_names, numbers
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import config_arguments
 from recipes.shared.data import read_table
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -34,7 +33,7 @@ def animals(jsonl: Callable[..., str]) -> str:
 
 def run(command: str, model: str, dataset: str, *options: str) -> RecipeCLI:
     given = [f"--model.model={model}", "--model.lora.target_modules=[q_proj,v_proj]", f"--data.dataset={dataset}"]
-    return quick(command, config_arguments("classification", "lora"), *given, "--trainer.max_epochs=1", *options)
+    return quick(command, packaged_arguments("classification"), *given, "--trainer.max_epochs=1", *options)
 
 
 def fit(model: str, dataset: str, *options: str) -> RecipeCLI:
@@ -95,7 +94,7 @@ def test_bad_data_is_refused_before_training(tiny: str, jsonl: Any, rows: list[d
 
 def test_the_shipped_configuration_runs_with_its_own_model_and_data(tmp_path: Path) -> None:
     options = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2"]
-    cli = quick("fit", config_arguments("classification", "lora"), *options, "--data.batch_size=4")
+    cli = quick("fit", packaged_arguments("classification"), *options, "--data.batch_size=4")
     assert 0 < cli.trainer.callback_metrics["val_accuracy"] < 1
     assert cli.datamodule.classes == ["negative", "positive"]
     assert list((tmp_path / "runs").rglob("adapter_model.safetensors"))

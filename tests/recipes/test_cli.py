@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
+from recipe_runs import packaged_arguments
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, DistributedSampler
@@ -22,18 +23,10 @@ from typing_extensions import override
 from lightning_flatlora import EFMLoRA, FMLoRAModule
 from lightning_flatlora.schedules import ConstantRho
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import config_arguments
 from recipes.shared.resumable import ResumableData
 from recipes.shared.training import RecipeModule
 
 RECIPES = ("classification", "clip_contrastive", "clip_fewshot", "instruction_tuning", "nlg", "vqa")
-NEEDED = {
-    "clip_contrastive": ["--data.dataset=pictures.csv"],
-    "clip_fewshot": ["--data.dataset=images"],
-    "nlg": ["--data.dataset=texts.csv"],
-    "vqa": ["--model.model=mine"],
-}
-"""What a recipe's base leaves to the user."""
 
 pytestmark = [
     pytest.mark.usefixtures("command_line"),
@@ -147,7 +140,7 @@ def test_every_configuration_takes_lightnings_usual_options(recipe: str, method:
         "--lr_scheduler=ExponentialLR",
         "--lr_scheduler.gamma=0.5",
     ]
-    cli = RecipeCLI([*config_arguments(recipe, method), *NEEDED.get(recipe, ()), *options], run=False)
+    cli = RecipeCLI([*packaged_arguments(recipe, method), *options], run=False)
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     assert not [callback for callback in callbacks if isinstance(callback, Checkpoint | ProgressBar)]
     assert any(isinstance(callback, EarlyStopping) for callback in callbacks)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import quick, trainer
+from recipe_runs import packaged_arguments, quick, trainer
 from torch import Tensor
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
@@ -15,7 +15,7 @@ from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
 from recipes.language.chat import IGNORED
-from recipes.language.model import answer_log_likelihood
+from recipes.language.model import PACKAGED_LORA, answer_log_likelihood
 from recipes.shared.configs import config_arguments
 from recipes.shared.random_state import RandomState
 
@@ -25,7 +25,7 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj
 
 
 def prepared(stage: str, tokenizer: str, **options: Any) -> InstructionData:
-    data = InstructionData(tokenizer=tokenizer, **options)
+    data = InstructionData(tokenizer=tokenizer, **{"validation_share": 0.15, "test_share": 0.25} | options)
     data.prepare_data()
     data.setup(stage)
     return data
@@ -105,7 +105,7 @@ def test_predict_answers_the_lines_of_a_file(tiny: str, tmp_path: Path, capsys: 
     prompts.write_text("Why?\n\n  How many?  \n")
     # The training data are not looked at.
     options = [f"--model.model={tiny}", f"--data.prompts={prompts}", "--model.max_new_tokens=3"]
-    quick("predict", config_arguments("instruction_tuning", "lora"), *options, "--data.dataset=gone.jsonl")
+    quick("predict", packaged_arguments("instruction_tuning"), *options, "--data.dataset=gone.jsonl")
     (path,) = tmp_path.glob("runs/**/answers.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Why?", "How many?"]
@@ -113,9 +113,33 @@ def test_predict_answers_the_lines_of_a_file(tiny: str, tmp_path: Path, capsys: 
     assert "> How many?" in capsys.readouterr().out
 
 
+def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenizer: Any, sums: str) -> None:
+    """Without a toy's settings: no message of the system's, all linear layers, no part held out for a test."""
+    options = [f"--model.model={tiny}", f"--data.dataset={sums}", "--data.validation_share=0.2"]
+    base = config_arguments("instruction_tuning", "lora")
+    cli = quick("fit", base, *options, "--trainer.max_steps=1", "--trainer.limit_val_batches=1")
+    rows = cli.datamodule.parts["train"]
+    assert len(rows) + len(cli.datamodule.parts["validation"]) == 60
+    assert "briefly" not in tokenizer.decode(rows[0]["input_ids"][0])
+    assert cli.model.learning_rate == 2e-4
+    assert {name.split(".")[-1] for name in cli.model.net.targeted_module_names} == {
+        *(f"{letter}_proj" for letter in "qkvo"),
+        *(f"{name}_proj" for name in ("gate", "up", "down")),
+    }
+    held_out_late = [
+        *options,
+        "--data.test_share=0.2",
+        f"--ckpt_path={cli.trainer.checkpoint_callback.last_model_path}",
+    ]
+    with pytest.raises(MisconfigurationException, match=r"test_share: the checkpoint's run held out .*'test': 0.0"):
+        quick("test", base, *held_out_late)
+    with pytest.raises(MisconfigurationException, match=r"nothing to test on.*train with test_share"):
+        quick("test", base, *options)
+
+
 def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -> None:
-    module = InstructionTuning(learning_rate=3e-3)
-    data = InstructionData(batch_size=2)
+    module = InstructionTuning("packaged", PACKAGED_LORA, learning_rate=3e-3)
+    data = InstructionData("packaged:commonsense_qa", batch_size=2)
     saver = AdapterCheckpoint(tmp_path, save_last=True)
     callbacks = (EFMLoRA(rho=0.5), saver, RandomState())
     fit = trainer(tmp_path, *callbacks, max_steps=2, limit_val_batches=0, enable_checkpointing=True)
@@ -145,7 +169,7 @@ def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str, tiny: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        prepared("fit", tiny, **options)
+        prepared("fit", tiny, **{"dataset": "packaged:openbook_qa"} | options)
 
 
 def test_bad_data_is_named(tiny: str, jsonl: Any, tmp_path: Path) -> None:
@@ -158,10 +182,10 @@ def test_bad_data_is_named(tiny: str, jsonl: Any, tmp_path: Path) -> None:
 
 def test_prompts_are_needed_for_predict(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"predict needs --data.prompts"):
-        prepared("predict", tiny)
+        prepared("predict", tiny, dataset="packaged:openbook_qa")
     (tmp_path / "blank.txt").write_text("\n\n")
     with pytest.raises(MisconfigurationException, match="holds no prompt"):
-        prepared("predict", tiny, prompts="blank.txt")
+        prepared("predict", tiny, dataset="packaged:openbook_qa", prompts="blank.txt")
 
 
 def test_bad_models_are_named(tiny: str, monkeypatch: Any) -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 
 def prepared(stage: str, tokenizer: str, **options: Any) -> InstructionData:
-    data = InstructionData(tokenizer=tokenizer, **options)
+    data = InstructionData(tokenizer=tokenizer, **{"validation_share": 0.15, "test_share": 0.25} | options)
     data.prepare_data()
     data.setup(stage)
     return data

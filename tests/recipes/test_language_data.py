@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
+from recipes.classification.data import TextData
+from recipes.instruction_tuning.data import InstructionData
 from recipes.language.data import read_prompts
+from recipes.nlg.data import MeaningData
 from recipes.shared.data import read_table
 from recipes.shared.table_files import files_of_csv_folder
 
@@ -50,6 +54,34 @@ def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
     assert table["answer"][:] == ["abc", "NA", "007"]
     assert read_table(str(file.parent), "test").to_list() == [{"question": "NA"}]
     assert len(read_table(str(file.parent), "train[:2]")) == 2
+
+
+@pytest.mark.parametrize("module", [InstructionData, TextData, MeaningData])
+def test_own_splits_are_taken_where_nothing_else_is_given(module: Any, tmp_path: Path) -> None:
+    for name, kinds in {
+        "whole": ("train", "validation", "test"),
+        "half": ("train", "test"),
+        "none": ("train",),
+    }.items():
+        for kind in kinds:
+            file = tmp_path / name / f"{kind}.csv"
+            file.parent.mkdir(exist_ok=True)
+            columns = "question,answer,text,label,mr,ref\n"
+            file.write_text(columns + "\n".join(f"q{i},a{i},t{i},{i % 2},m{i},r{i}" for i in range(9)))
+    file_of = str(tmp_path / "none" / "train.csv")
+    for name, settings, splits, shares in (
+        ("whole", {}, ("validation", "test"), (0, 0)),
+        ("whole", {"validation_share": 0.3}, (None, "test"), (0.3, 0)),
+        ("whole", {"test_share": 0.0, "validation_split": "test"}, ("test", None), (0, 0)),
+        ("whole", {"split": "train+validation"}, (None, "test"), (0.05, 0)),
+        ("half", {}, (None, "test"), (0.05, 0)),
+        ("none", {}, (None, None), (0.05, 0)),
+        (file_of, {"test_share": 0.2}, (None, None), (0.05, 0.2)),
+    ):
+        data = module(str(tmp_path / name), **settings)
+        data.prepare_data()
+        assert tuple(data.own_splits.values()) == splits, (name, settings)
+        assert tuple(data.shares.values()) == shares, (name, settings)
 
 
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
-from recipes.language.model import answer_log_likelihood, positions
+from recipes.language.model import add_adapter, answer_log_likelihood, positions
 from recipes.language.packing import check_packing, fill_rows, packed
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -229,6 +229,23 @@ def test_a_model_reads_as_many_tokens_as_it_has_positions(kind: str) -> None:
     model(input_ids=torch.full((1, readable), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, readable + 1), 5))
+
+
+def test_all_linear_layers_of_a_classifier_leave_its_head_whole() -> None:
+    """DistilBERT's head has two layers, of which peft counts one among the linear ones."""
+    config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1, hidden_dim=8)
+    base = transformers.DistilBertForSequenceClassification(config)
+    net = add_adapter(base, {"r": 2, "target_modules": "all-linear"}, task_type="SEQ_CLS")
+    assert {name.split(".")[-1] for name in net.targeted_module_names} == {
+        "q_lin",
+        "k_lin",
+        "v_lin",
+        "out_lin",
+        "lin1",
+        "lin2",
+    }
+    whole = [name for name, p in net.named_parameters() if p.requires_grad and "lora_" not in name]
+    assert sorted(name.split(".")[-4] for name in whole) == ["classifier"] * 2 + ["pre_classifier"] * 2
 
 
 def test_conversations_longer_than_a_model_reads_are_refused(tiny: str, sums: str, tmp_path: Path) -> None:

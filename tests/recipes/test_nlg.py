@@ -11,7 +11,7 @@ import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nlg_sets import END, meanings, save_e2e, save_gpt2
 from peft import PeftModel
-from recipe_runs import quick
+from recipe_runs import packaged_arguments, quick
 from torch import nn
 
 from recipes.language.joint_attention import split_attention
@@ -19,7 +19,7 @@ from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments
 from recipes.nlg.export import export, main
 from recipes.nlg.module import TextGeneration
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES, config_arguments
+from recipes.shared.configs import RECIPES
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -40,7 +40,7 @@ def e2e(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(command: str, model: str, dataset: str, *options: str, overlay: Any = E2E) -> RecipeCLI:
     given = [f"--model.init_args.model={model}", f"--data.dataset={dataset}"]
     given += ["--model.warmup_steps=2", "--data.max_length=120", *SHORT]
-    return quick(command, [*config_arguments("nlg", "lora"), *overlay], *given, *options)
+    return quick(command, [*packaged_arguments("nlg"), *overlay], *given, *options)
 
 
 # -- the loss
@@ -190,7 +190,7 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys:
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        TextGeneration(**settings)
+        TextGeneration(model="gpt2", **settings)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def prepared(model: str, dataset: str, stage: str = "fit", **settings: Any) -> MeaningData:
-    data = MeaningData(dataset, tokenizer=model, **settings)
+    data = MeaningData(dataset, tokenizer=model, **{"validation_share": 0.1, "test_share": 0.1} | settings)
     data.prepare_data()
     data.setup(stage)
     return data
@@ -135,7 +135,6 @@ def test_a_model_that_begins_with_a_token_gets_it(tiny: str, model: str) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset": None}, "dataset: give a Hub name or a file"),
         ({"batch_size": 0, "max_length": 1}, r"batch_size must be .*; max_length must be an integer >= 3"),
         ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on"),
     ],
