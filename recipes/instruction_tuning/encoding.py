@@ -45,7 +45,8 @@ def _usable(row: Row, encoder: ChatEncoder, with_options: bool) -> Row:
     if any(set(e.labels) <= {IGNORED} for e in encoded):
         status = "too long"
     # Answers with thoughts are not generated: how a template ends thoughts is its own affair, and so is comparing them.
-    is_free = with_options and not row["options"] and not row["messages"][-1]["thoughts"]
+    has_thoughts = row["messages"][-1]["thoughts"] or "</think>" in answer["content"]
+    is_free = with_options and not row["options"] and not has_thoughts
     return {
         "input_ids": [e.input_ids for e in encoded],
         "labels": [e.labels for e in encoded],

@@ -106,7 +106,7 @@ class ChatEncoder(TemplateEncoder):
         try:
             text, spans = answer_spans(self._render, messages, self.tokenizer.eos_token, ends)
         except HiddenAnswerError as error:
-            raise MisconfigurationException(f"{error}. {REMEDY}") from error
+            raise MisconfigurationException(f"{error}. {REMEDY}{self._agreeing_arguments(messages)}") from error
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         mask = []
         for start, end in encoded["offset_mapping"]:

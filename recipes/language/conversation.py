@@ -72,7 +72,8 @@ def answer_spans(
         The text, and for each answer the numbers of its first character and of the one after its last.
 
     Raises:
-        HiddenAnswerError: the template leaves an answer out, or its generation prompt differs from how it opens one.
+        HiddenAnswerError: the template leaves an answer out, or its generation prompt differs from how it opens one, as
+            where that prompt says that there are no thoughts and the answer has some.
     """
     text = render(messages, False)
     spans = []
@@ -103,7 +104,13 @@ def _answer(
     # What a template writes before an answer is the prompt's, unless it holds the message's thoughts. A template may
     # also take the answer apart, as Qwen3's does with thoughts in it. Then, too, all after the prompt is the answer.
     is_opening = opens.strip() and text.startswith(before) and not _holds_thoughts(opens, messages[place])
-    start = len(before) if is_opening else len(prompt)
+    beginning = before if is_opening else prompt
+    if not text.startswith(beginning):
+        # The text has thoughts where the prompt has closed their block: labels would begin amid the thoughts.
+        raise HiddenAnswerError(
+            _hidden(place, f"it may have thoughts, and the prompt for it ends with {prompt[-40:]!r}")
+        )
+    start = len(beginning)
     end = len(text) - len(after)
     # What follows is the answer's end and the next message. The end is what also follows without that message.
     ending = _shared(after, render([*context, mark], False).partition(_MARK)[2]) if later else after

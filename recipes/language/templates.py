@@ -18,9 +18,11 @@ from recipes.language.conversation import (
     Render,
     answer_end,
     answer_opening,
+    answer_spans,
 )
 
 ASKED: list[Message] = [{"role": "user", "content": "Why?"}]  # to try a template with
+ANSWERED: list[Message] = [*ASKED, {"role": "assistant", "content": "So."}]
 REMEDY = (
     "Set chat_template to one with {% generation %} blocks around the answers, or template_arguments so that both "
     "agree, or use single-turn data"
@@ -109,22 +111,23 @@ class TemplateEncoder:
             return opening_of(self._render)
         except HiddenAnswerError as error:
             if not self._marks_answers:
-                raise MisconfigurationException(f"{error}. {REMEDY}{self._agreeing_arguments()}") from error
+                raise MisconfigurationException(f"{error}. {REMEDY}{self._agreeing_arguments(ANSWERED)}") from error
             rank_zero_warn(
                 f"{error}. The template's own marks say what is learnt; but what the model is asked with in evaluation "
                 "and prediction is not what answers follow in training"
             )
             return ""
 
-    def _agreeing_arguments(self) -> str:
-        """The usual arguments of thinking templates that would help here, as a part of a message."""
+    def _agreeing_arguments(self, messages: Sequence[Message]) -> str:
+        """The usual arguments of thinking templates that would help with a conversation, as a part of a message."""
         given = self.arguments
         helpful = []
         for switch in _SWITCHES:
             self.arguments = given | switch
             try:
                 answer_opening(self._render, ASKED)
-            except HiddenAnswerError:
+                answer_spans(self._render, messages, self.tokenizer.eos_token)
+            except (HiddenAnswerError, RefusedConversationError):
                 continue
             finally:
                 self.arguments = given

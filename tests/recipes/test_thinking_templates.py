@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from chat_templates import GEMMA4, GPT_OSS, LLAMA3, PHI, QWEN3, QWEN35, R1, messages, tokenizer
+from chat_templates import GEMMA4, GLM, GPT_OSS, LLAMA3, PHI, QWEN3, QWEN35, QWEN35_SMALL, R1, messages, tokenizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning.encoding import encode, template_message
@@ -67,6 +67,32 @@ def test_each_turn_is_learnt_without_its_opening(template: str, answers: list[st
 )
 def test_thoughts_that_the_template_writes_are_learnt(template: str, answers: list[str]) -> None:
     assert learnt(ChatEncoder(tokenizer(template), 1000), thinking(TURNS)) == answers
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "answer"),
+    [
+        (QWEN3, {"enable_thinking": False}, "<think>\nhm\n</think>\n\nso<|im_end|>"),
+        (QWEN35_SMALL, {}, "hm\n</think>\n\nso<|im_end|>"),
+        (QWEN35_SMALL, {"enable_thinking": False}, "hm\n</think>\n\nso<|im_end|>"),
+        (GLM, {}, "<think>hm</think>so<|im_end|>"),
+    ],
+    ids=["qwen3", "qwen3.5 small", "qwen3.5 small, off", "glm"],
+)
+def test_labels_never_begin_within_thoughts(template: str, arguments: dict[str, Any], answer: str) -> None:
+    """A prompt with a closed block is no beginning of a text with thoughts, and half of them would be learnt."""
+    encoder = ChatEncoder(tokenizer(template), 1000, template_arguments=arguments)
+    assert learnt(encoder, TURNS) == ["a!<|im_end|>", "b!<|im_end|>"]
+    for turns in (messages("why?", "<think>hm</think>so"), messages("a?", "a!", "why?", "<think>hm</think>so")):
+        refusal = r"the prompt for it ends with '.*template_arguments {\"enable_thinking\": true} would do"
+        with pytest.raises(MisconfigurationException, match=refusal):
+            encoder.encode(turns)
+        room = ChatEncoder(tokenizer(template), 1000, template_arguments={"enable_thinking": True})
+        assert learnt(room, turns)[-1] == answer
+        prompt = room.encode_prompt(turns[:-1])
+        assert room.encode(turns).input_ids[: len(prompt)] == prompt
+    row = conversation("why?", "<think>hm</think>so", [], "why?")
+    assert encode(row, room, with_options=True)["answer"] == ""  # which would be compared with an answer without any
 
 
 def test_thoughts_that_the_template_leaves_out_are_noticed() -> None:
