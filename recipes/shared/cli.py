@@ -1,5 +1,6 @@
 """The command line that all recipes share."""
 
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -66,8 +67,8 @@ class RecipeParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # jsonargparse's own words, of a file that does not exist.
-        if 'key "config"' in message:
+        # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
+        if 'key "config"' in message or re.search(r"required: (\w+\.)?(data|model)", message):
             message = f"{message}\n{shipped_configs()}"
         super().error(f"{message}{hint(message, self)}", ex)
 
