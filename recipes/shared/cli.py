@@ -10,7 +10,6 @@ from typing import Any, NoReturn, cast
 import lightning as L
 import torch
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
@@ -26,12 +25,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.shared.command_line import hint, option, with_base, with_method, with_run
+from recipes.shared.checkpoints import differing_settings, last_checkpoint, problem_of
+from recipes.shared.command_line import hint, option, refuse_unknown_fields, with_base, with_method, with_run
 from recipes.shared.configs import (
     check_config_files,
     is_method,
     methods_of,
-    methods_of_run,
     settings_help,
     settings_of_run,
     shipped_configs,
@@ -47,8 +46,6 @@ _SWITCHES = {
     "enable_checkpointing": Checkpoint,
     "enable_model_summary": ModelSummary,
 }
-
-_STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
 class RecipeParser(LightningArgumentParser):
@@ -188,6 +185,7 @@ class RecipeCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         self._set_rho()
+        refuse_unknown_fields(self._get(self.config, "model").get("init_args", {}).get("lora"))
         loggers = self._get(self.config, "trainer").logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             arguments = getattr(logger, "init_args", {})
@@ -268,7 +266,7 @@ class RecipeCLI(LightningCLI):
                 "--trainer.enable_checkpointing=false: without the configuration's AdapterCheckpoint no --ckpt_path "
                 "can be read, as it lacks the frozen weights. Leave one of the two out"
             )
-        problem = _problem_of(settings.ckpt_path)
+        problem = problem_of(settings.ckpt_path)
         if problem:
             raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
         # An evaluation on other data is meant to have them.
@@ -282,10 +280,7 @@ class RecipeCLI(LightningCLI):
         if not before:
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
-        differences = _differences("trainer", _of_a_step(before), _of_a_step(now), or_null=True)
-        for section in ("model", "data", "optimizer"):
-            # What was null in the model or the data may be what a longer run adds.
-            differences += _differences(section, before.get(section), now.get(section), section == "optimizer")
+        differences = differing_settings(before, now)
         if differences:
             rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
 
@@ -326,89 +321,6 @@ def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:
         redirected = type(callback) is RichProgressBar and not is_live()  # a user's own bar stays
         wanted.append(ProgressLines(name) if redirected else callback)
     return wanted
-
-
-def last_checkpoint(settings: Namespace) -> Path:
-    """The newest last checkpoint of the runs that log into the same folder as one with these settings.
-
-    Raises:
-        MisconfigurationException: there is none.
-    """
-    pattern = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
-    searched = [(folder, pattern) for folder in _saved_in(settings.trainer)]
-    # Else where a ModelCheckpoint saves by itself, with any version in place of this run's new one.
-    if not searched and settings.trainer.enable_checkpointing is not False:
-        searched = [(_runs_of(settings), f"*/checkpoints/{pattern}")]
-    checkpoints: list[Path] = []
-    for folder, each in searched:
-        checkpoints += folder.glob(each)
-    if not checkpoints:
-        places = " and ".join(str(folder / each) for folder, each in searched) or "nowhere: nothing saves any"
-        raise MisconfigurationException(
-            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start anew, or "
-            "give a file, or the --method or --run_name of the run"
-        )
-    # By time and not by name, in which version_10 comes before version_9.
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
-    rank_zero_info(f"--ckpt_path last is {newest}")
-    return newest
-
-
-def _saved_in(trainer: Namespace) -> list[Path]:
-    """The folders that a configuration's savers name."""
-    if trainer.enable_checkpointing is False:
-        return []
-    arguments = [callback.get("init_args", {}) for callback in trainer.callbacks or []]
-    return list(dict.fromkeys(Path(each["dirpath"]) for each in arguments if each.get("dirpath")))
-
-
-def _runs_of(settings: Namespace) -> Path:
-    """The folder of a run and others of its name."""
-    trainer = settings.trainer
-    root = trainer.default_root_dir or "."
-    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-    first = loggers[0].get("init_args", {}) if isinstance(loggers[0], Namespace) else {}
-    name = first.get("name") or first.get("project") or settings.run_name or "lightning_logs"
-    return Path(first.get("save_dir") or root, name)
-
-
-def _differences(name: str, before: Any, now: Any, or_null: bool = False) -> list[str]:
-    """The settings that differ, a text for each; those that were null only where they are asked for."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for key in dict.fromkeys([*before, *now]):
-            # What a run started from is of no account any more: its checkpoint holds all that it took over.
-            if key != "start_from":
-                found += _differences(f"{name}.{key}", before.get(key), now.get(key), or_null)
-        return found
-    if before == now or (before is None and not or_null):
-        return []
-    return [f"{name.replace('.init_args', '')} {before!r} there, {now!r} here"]
-
-
-def _of_a_step(settings: dict[str, Any]) -> dict[str, Any]:
-    """The Trainer's settings that change what a step does; the method has its name, or "none" where there is none."""
-    trainer = settings.get("trainer") or {}
-    chosen = {name: trainer.get(name) for name in _STEP_SETTINGS}
-    methods = methods_of_run(settings)
-    return {**chosen, "method": ", ".join(methods) or "none", **methods}
-
-
-def _problem_of(path: str | None) -> str | None:
-    """Why a checkpoint can't be read, if it is a local file, or a folder of a sharded one; None where nothing is wrong.
-
-    "hpc" and names of a registry are Lightning's own, and other places have an address.
-    """
-    if path is None or path == "hpc" or "://" in path or path.startswith("registry"):
-        return None
-    place = Path(path).expanduser()
-    if not place.exists():
-        return "there is no such file"
-    # A sharded checkpoint of PyTorch's is a folder with this file.
-    if place.is_dir() and not (place / ".metadata").exists():
-        files = sorted(place.glob("*.ckpt")) or sorted(place.parent.glob(f"{place.name}.ckpt"))
-        return "it is a folder" + (f"; give a file, such as {files[0]}" if files else " without a checkpoint")
-    return None
 
 
 def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:

@@ -1,5 +1,6 @@
 """What a command line leaves out: the recipe's own configuration, the method's, and those of the run that goes on."""
 
+import dataclasses
 import difflib
 import inspect
 import re
@@ -13,8 +14,12 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from peft import LoraConfig
 
 from recipes.shared.configs import RECIPES, method_file, methods_of, methods_of_run, settings_of_run
+
+CLIP_FIELDS = ("projections", "blocks", "towers")
+"""Where an adapter on a CLIP model goes."""
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -152,6 +157,21 @@ def _names_callbacks(recipe: str, arguments: Sequence[str]) -> bool:
         if "callbacks" in trainer or "callbacks+" in trainer:
             return True
     return False
+
+
+def refuse_unknown_fields(lora: Any) -> None:
+    """Refuse a misspelt field of an adapter before a model is loaded.
+
+    Args:
+        lora: fields of peft's LoraConfig, and on CLIP models where the adapter goes; anything else is left alone.
+
+    Raises:
+        MisconfigurationException: there is no such field.
+    """
+    known = [field.name for field in dataclasses.fields(LoraConfig)] + list(CLIP_FIELDS)
+    for name in lora if isinstance(lora, dict) else ():
+        if name not in known:
+            raise MisconfigurationException(f"lora: peft's LoraConfig has no field {name!r}.{_nearest(name, known)}")
 
 
 def hint(message: str, parser: ArgumentParser) -> str:

@@ -96,6 +96,12 @@ def test_a_misspelt_option_is_answered_by_the_nearest_one(
     assert capsys.readouterr().err.endswith(f"Did you mean {nearest}?\n")
 
 
+def test_a_misspelt_field_of_lora_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(MisconfigurationException, match=r"no field 'lora_alfa'.\nDid you mean lora_alpha"):
+        parsed("fit", "--model.lora.lora_alfa=3")
+    assert parsed("fit", "--model.lora.projections=[q]", recipe="clip_contrastive")
+
+
 def test_help_begins_with_the_settings_of_the_model_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("fit", "--help", recipe="vqa")
