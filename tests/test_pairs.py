@@ -237,6 +237,13 @@ def computed(how: Any, factor: str) -> Callable[[], nn.Module]:
     return make
 
 
+def of_mixed_tuners() -> nn.Module:
+    model: Any = get_peft_model(Net(), LoraConfig(r=2, target_modules=["two"]), mixed=True)
+    model.add_adapter("loha", LoHaConfig(r=2, target_modules=["one"]))
+    model.set_adapter(["default", "loha"])
+    return model
+
+
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
     "embedding": (lambda: peft(["embed", "one"]), ["one.lora_B.default"], "Embedding: embedding LoRA .*embed"),
     "grouped": (lambda: peft(["grouped", "one"]), ["one.lora_B.default"], "grouped convolution"),
@@ -246,6 +253,7 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
     "parameter": (lambda: peft(["two"], target_parameters=["one.weight"]), ["two.lora_B.default"], "ParamWrapper"),
     "X-LoRA": (of_xlora, ["conv.lora_B.default"], "Linear: X-LoRA weighs the adapters by a router"),
     "Arrow": (of_arrow, ["two.lora_B.plain"], "Linear: Arrow weighs the adapters by a router"),
+    "LoHa": (of_mixed_tuners, ["two.lora_B.default"], "Linear of loha, which is no LoRA .1 in all, first .*one"),
     "shared": (shared_B, ["conv.lora_B.default"], "shared with another pair"),
     "tied by memory": (tied_by_memory, ["inner.lora_B.default"], "shared with another pair"),
 }
