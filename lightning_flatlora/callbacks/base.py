@@ -203,7 +203,7 @@ class MethodCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.fit_methods.warn_without_effect(pl_module)
+        self.fit_methods.warn_without_effect()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

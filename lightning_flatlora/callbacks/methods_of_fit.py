@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch.optim import Optimizer
 
-from lightning_flatlora.callbacks.training_step import optimizer_steps, takes_passes_itself
+from lightning_flatlora.callbacks.training_step import optimizer_steps
 from lightning_flatlora.compat import callbacks_of, is_lightning
 from lightning_flatlora.methods.checks import refuse
 from lightning_flatlora.methods.step_method import StepMethod
@@ -190,19 +190,13 @@ class MethodsOfFit:
             method.install()
             method.warn(*(f"{each}. Until then the first group's is followed" for each in method.rate_problems()))
 
-    def warn_without_effect(self, module: LightningModule) -> None:
+    def warn_without_effect(self) -> None:
         """Say, at the end of an epoch, why nothing was perturbed, if this is so."""
-        steps_itself = not module.automatic_optimization and not takes_passes_itself(module)
         if self.needs_pairs and not self.main.pairs:
             self.main.warn(
                 "no pair is trained now, so nothing is perturbed: every B is frozen, in no optimizer, or computed from "
                 "other parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from "
                 "the next epoch on"
-            )
-        elif self.needs_pairs and steps_itself and not any(method.step for method in self.methods):
-            self.main.warn(
-                "no optimizer step was seen so far, so nothing was perturbed: step the optimizer that "
-                "self.optimizers() gives, not the one inside it"
             )
         for method in self.methods:
             method.warn_without_gradient()

@@ -165,35 +165,3 @@ def test_a_batch_size_finder_restores_what_it_saved_before_the_optimizers_were_k
         Sized(), val_dataloaders=make_loader(1)
     )
     assert [method.step for method in callback.methods] == [3, 6]  # the critic steps twice as often
-
-
-class Unwatched(torch.optim.Optimizer):
-    """A wrapper that does not call its base's constructor, so that it has no hooks."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.defaults, self.state = inner, inner.defaults, inner.state
-
-    @property
-    def param_groups(self) -> Any:
-        return self.inner.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: Any) -> None:
-        self.inner.param_groups = value
-
-    def step(self, closure: Any = None) -> None:
-        self.inner.step(closure)
-
-
-def test_steps_that_cannot_be_watched_are_told_of_at_the_end_of_the_epoch(tmp_path):
-    class Hidden(Pair):
-        def configure_optimizers(self) -> Any:
-            return [Unwatched(optimizer) for optimizer in super().configure_optimizers()]
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer, net in zip(self.optimizers(), self.nets.values(), strict=True):
-                self.manual_backward(net(batch[0]).square().mean())
-                optimizer.optimizer.step()
-
-    with pytest.warns(UserWarning, match=r"no optimizer step was seen so far.*self\.optimizers\(\) gives"):
-        fit(tmp_path, Hidden(), [EFMLoRA(0.5)], max_epochs=1)
