@@ -37,6 +37,7 @@ from recipes.shared.data import (
     split_problems,
     take_own_splits,
     warn_of_training_data,
+    with_known_names,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.shared.table_files import FORMATS, table_ending
@@ -223,7 +224,7 @@ class TextData(ResumableData):
                     f"{', '.join(FORMATS)}"
                 )
             return [[text] for text in read_prompts(file, "text", "predict_file")]
-        table = read_table(file, file)
+        table = with_known_names(read_table(file, file), self.text_columns)
         source = f"predict_file={file!r}"
         missing = set(self.text_columns) - set(table.column_names)
         if missing or not len(table):
@@ -286,8 +287,9 @@ class TextData(ResumableData):
 
     def _read(self, split: str) -> Any:
         """A split or a file, which has the columns."""
-        table = self._table(split)
-        missing = {*self.text_columns, self.label} - set(table.column_names)
+        wanted = {*self.text_columns, self.label}
+        table = with_known_names(self._table(split), wanted)
+        missing = wanted - set(table.column_names)
         if missing:
             raise MisconfigurationException(
                 f"{self._source(split)} has the columns {sorted(table.column_names)}, and not {sorted(missing)}: "

@@ -216,11 +216,20 @@ class InstructionData(ResumableData):
         table = self._read(self.split)
         own = None if part == "train" else self.own_splits[part]
         if own is None:
+            self._refuse_equal_questions(table)
             chosen = [i for i, key in enumerate(table["key"]) if part_of(key, self.shares) == part]
             return table.select(chosen)
         rows = self._read(own)
         warn_of_training_data(f"{part}_split={own!r}", rows["key"][:], table["key"][:], "questions")
         return rows
+
+    def _refuse_equal_questions(self, table: Any) -> None:
+        """Say of conversations that begin alike why none is left for a part: equal questions stay together."""
+        if len(table) > 1 and any(self.shares.values()) and len(set(table["key"])) == 1:
+            raise MisconfigurationException(
+                f"dataset={self.dataset!r}: all {len(table)} conversations begin with the same question, by which they "
+                "are divided: give a validation_split, or validation_share=0 to train without one"
+            )
 
     def _read(self, split: str) -> Any:
         """The conversations of a split, or of a file."""

@@ -51,22 +51,31 @@ class Pair(NamedTuple):
     Attributes:
         question: column of the question.
         answer: column of the answer.
-        more: a column that may be missing or empty, which follows the question after an empty line.
+        more: columns that may be missing or empty, which follow the question after an empty line.
     """
 
     question: str
     answer: str
-    more: str = ""
+    more: tuple[str, ...] = ()
 
 
+_MORE = ("input", "context")
 PAIRS = (
-    Pair("instruction", "output", "input"),  # Alpaca
-    Pair("instruction", "response", "context"),  # Dolly
+    Pair("instruction", "output", _MORE),  # Alpaca
+    Pair("instruction", "response", _MORE),  # Dolly
+    Pair("instruction", "answer", _MORE),
     Pair("prompt", "completion"),  # trl; texts, or lists of messages
+    Pair("prompt", "response"),
     Pair("query", "response"),  # MetaMath
+    Pair("query", "answer"),
     Pair("question", "answer"),  # GSM8K
     Pair("question", "response"),  # OpenOrca, with system_prompt
+    Pair("input", "output"),
 )
+
+
+NAMES = {*_LISTS, *_SYSTEM, *_MORE, *(pair.question for pair in PAIRS), *(pair.answer for pair in PAIRS)}
+"""Of columns that are read."""
 
 
 class _UnusableError(Exception):
@@ -98,7 +107,7 @@ def known_columns() -> str:
     """The columns that are understood, for messages."""
     pairs = []
     for pair in PAIRS:
-        more = f" (and perhaps {pair.more!r})" if pair.more else ""
+        more = f" (and perhaps {' or '.join(map(repr, pair.more))})" if pair.more else ""
         pairs.append(f"{pair.question!r} and {pair.answer!r}{more}")
     return (
         "'messages' (a list of role and content), 'conversations' (a list of from and value), or "
@@ -117,15 +126,12 @@ def renamed(table: Any, columns: Mapping[str, str], source: str) -> Any:
     Raises:
         MisconfigurationException: a column is missing, or its new name means nothing.
     """
-    known = {*_LISTS, *_SYSTEM}
-    for pair in PAIRS:
-        known.update(filter(None, pair))
     missing = sorted(set(columns) - set(table.column_names))
-    unknown = sorted(set(columns.values()) - known)
+    unknown = sorted(set(columns.values()) - NAMES)
     if missing or unknown or len(set(columns.values())) < len(columns):
         raise MisconfigurationException(
             f"columns={dict(columns)!r} must give each of some columns of {source}, which are "
-            f"{sorted(table.column_names)}, another one of the names {sorted(known)}; wrong are {missing + unknown}"
+            f"{sorted(table.column_names)}, another one of the names {sorted(NAMES)}; wrong are {missing + unknown}"
         )
     return table.select_columns(list(columns)).rename_columns(dict(columns))
 
@@ -159,7 +165,7 @@ def read_columns(columns: Sequence[str]) -> list[str]:
         ['question', 'answer']
     """
     found = _understood(columns)
-    wanted = found if isinstance(found, Pair) else (found,)
+    wanted = [found.question, found.answer, *found.more] if isinstance(found, Pair) else [found]
     return [column for column in (*wanted, *_SYSTEM) if column in columns]
 
 
@@ -217,7 +223,7 @@ def _read_pair(row: Row, pair: Pair) -> list[Message]:
     if isinstance(question, list):
         messages += _messages(question, pair.question, learnt=False)
     else:
-        parts = [_text_of(row, pair.question), _text_of(row, pair.more) if pair.more else ""]
+        parts = [_text_of(row, column) for column in (pair.question, *pair.more)]
         asked = "\n\n".join(part for part in parts if part)
         if not asked.strip():
             raise _UnusableError(NO_QUESTION)
@@ -231,11 +237,25 @@ def _read_pair(row: Row, pair: Pair) -> list[Message]:
 
 def _text_of(row: Row, column: str) -> str:
     value = row.get(column)
-    if value is None:
+    text = _written(value)
+    if text is None:
+        raise ValueError(f"the column {column!r} must hold texts or numbers, and a row holds {value!r}")
+    return text
+
+
+def _written(value: Any) -> str | None:
+    """A text, or a number as it is written; "" for none, and None for what is neither.
+
+    Example:
+        >>> _written(7.0), _written(0.5), _written(None), _written([])
+        ('7', '0.5', '', None)
+    """
+    if value is None or value != value:  # a missing number is not equal to itself
         return ""
-    if not isinstance(value, str):
-        raise ValueError(f"the column {column!r} must hold texts, and a row holds {value!r}")
-    return value
+    if isinstance(value, float) and value.is_integer():  # a column of integers in which one is missing
+        return str(int(value))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number or isinstance(value, str) else None
 
 
 def _read_messages(row: Row, column: str) -> list[Message]:
@@ -263,10 +283,9 @@ def _message(given: Mapping[str, Any], column: str, learnt: bool) -> Message:
 
 def _joined(content: Any) -> str:
     """The text of a message, whose content may be a list of parts."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    text = _written(content)
+    if text is not None:
+        return text
     if not isinstance(content, (list, dict)):
         raise ValueError(f"a message's content must be a text or a list of parts, and a row holds {content!r}")
     texts = []

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from recipes.instruction_tuning import formats
 from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns, renamed
 from recipes.language.texts import film_reviews
 from recipes.shared import packaged
@@ -19,6 +20,7 @@ from recipes.shared.data import (
     packaged_task,
     read_table,
     say_what_is_left_out,
+    with_known_names,
 )
 
 
@@ -51,8 +53,7 @@ def load(
     source = f"dataset={name!r}"
     if len(table) == 0:
         raise MisconfigurationException(f"{source} has no rows")
-    if columns:
-        table = renamed(table, columns, source)
+    table = renamed(table, columns, source) if columns else with_known_names(table, formats.NAMES)
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
     return mapped(

@@ -59,7 +59,7 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
         raise MisconfigurationException(f"predict needs --data.{option} FILE, a text file with one {kind} a line")
     try:
         lines = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise MisconfigurationException(f"{option}={path!r} can't be read: {error}") from error
     lines = "\n".join(lines).rstrip().split("\n")
     prompts = [line.strip() for line in lines if line.strip()]

@@ -164,11 +164,13 @@ def template_errors() -> Iterator[None]:
 
 
 def takes_system(render: Render) -> bool:
-    """Whether a template writes a system message, rather than refuse it or pass over it; what is done then is said."""
+    """Whether a template writes a system message, before an answer and with one, rather than refuse or leave it out."""
     render(ASKED, True)  # so that other problems of the template are not taken for a refusal
+    system = {"role": "system", "content": _PROBE}
     try:
-        # Gemma's template raises an error; others leave the message out without a word.
-        return _PROBE in render([{"role": "system", "content": _PROBE}, *ASKED], True)
+        # Gemma's template raises an error, others leave the message out without a word, and Mistral v0.3's and Nemo's
+        # write it into a last question alone, which no question with an answer is.
+        return _PROBE in render([system, *ASKED], True) and _PROBE in render([system, *ANSWERED], False)
     except MisconfigurationException:
         return False
 

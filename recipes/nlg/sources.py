@@ -1,13 +1,14 @@
 """Where meanings and their texts come from: any table that ``datasets`` reads, and LoRA's text files."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import read_table, refuse_split_of_file
+from recipes.shared.data import read_table, refuse_split_of_file, with_known_names
 from recipes.shared.files import read_lines
 
 LAYOUTS = (
@@ -54,6 +55,7 @@ def read_pairs(table: Any, source: str, columns: Columns, with_references: bool 
     Raises:
         MisconfigurationException: a column is missing, or a row has no text in one of them.
     """
+    table = with_known_names(table, _known_columns(columns))
     meaning_column, text_column = _columns(table.column_names, source, columns)
     pairs = []
     for number, row in enumerate(table):
@@ -119,11 +121,16 @@ def _columns(names: Sequence[str], source: str, columns: Columns) -> tuple[str, 
     )
 
 
+def _known_columns(columns: Columns) -> list[str]:
+    known = [_REFERENCES, *chain.from_iterable(LAYOUTS)]
+    return known + [name for name in columns if name is not None]
+
+
 def _text_table(name: str) -> Any:
     """Lines of LoRA's format as rows with its names, ``context`` and ``completion``."""
     try:
         lines = read_lines(name)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise MisconfigurationException(f"dataset={name!r} can't be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):

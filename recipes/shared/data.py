@@ -14,11 +14,13 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from recipes.shared.files import not_utf8
 from recipes.shared.table_files import (
     FORMATS,
     csv_options,
     files_of_csv_folder,
     is_of_empty_file,
+    refuse_other_encodings,
     refuse_other_forms,
     refuse_rows_by_key,
     table_ending,
@@ -61,13 +63,20 @@ def read_table(
             files = glob.escape(str(path))
             options = csv_options(files) if ending == ".csv" else {}
             table = datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
-            return with_dates_as_texts(table, path, _code()) if FORMATS[ending] == "json" else table
+            if FORMATS[ending] == "json":
+                refuse_other_encodings(table)
+                return with_dates_as_texts(table, path, _code())
+            return table
         name = _folder_or_hub(name)
-        csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
+        if not path.is_dir():
+            return datasets.load_dataset(name, config_name, split=split, revision=revision)
+        csv_files = files_of_csv_folder(name, config_name, split)
         if csv_files:
             parts = {split.partition("[")[0]: csv_files}
             return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
-        return datasets.load_dataset(name, config_name, split=split, revision=revision)
+        table = datasets.load_dataset(name, config_name, split=split, revision=revision)
+        refuse_other_encodings(table)
+        return table
 
 
 def _folder_or_hub(name: str) -> str:
@@ -78,6 +87,10 @@ def _folder_or_hub(name: str) -> str:
     """
     path = Path(name).expanduser()
     refuse_other_forms(name, path)
+    # A name on the Hub has no ending without an owner, no two slashes, and begins with none of these.
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    if not path.exists() and (is_path or ("/" not in name and path.suffix)):
+        raise MisconfigurationException(f"dataset={name!r}: there is no such file or folder")
     if not path.is_dir():
         return name
     if glob.has_magic(str(path)):
@@ -98,6 +111,8 @@ def _read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
     except Exception as error:  # a dozen types, from a bad name to a network down or broken JSON
         if table_ending(name) is not None and is_of_empty_file(error):
             raise MisconfigurationException(f"dataset={name!r} is empty") from error
+        if "'utf-8' codec" in _reason(error) or "Invalid UTF8" in _reason(error):
+            raise MisconfigurationException(not_utf8(f"dataset={name!r}")) from error
         formats = ", ".join(FORMATS)
         raise MisconfigurationException(
             f"dataset={name!r}, split={split!r} can't be read: {_reason(error)}. Give a Hub name, "
@@ -240,6 +255,29 @@ def say_what_is_left_out(source: str, columns: Iterable[str], used: Iterable[str
     left_out = [column for column in columns if column not in used]
     if left_out:
         rank_zero_info(f"{source}: read are {', '.join(sorted(used))}; left out are {', '.join(left_out)}")
+
+
+def with_known_names(table: Any, known: Iterable[str]) -> Any:
+    """A table in which columns have their known names that differ from them in case or in spaces around them alone.
+
+    Args:
+        table: a ``datasets.Dataset``.
+        known: names of columns that are looked for.
+
+    Example:
+        >>> table = datasets.Dataset.from_dict({"Question": ["Why?"], " answer": ["So."], "id": [0]})
+        >>> with_known_names(table, ["question", "answer"]).column_names
+        ['question', 'answer', 'id']
+    """
+    present = set(table.column_names)
+    by_form = {name.lower(): name for name in known}
+    names: dict[str, str] = {}
+    for column in table.column_names:
+        name = by_form.get(column.strip().lower())
+        if name is not None and name not in present:
+            names[column] = name
+            present.add(name)
+    return table.rename_columns(names) if names else table
 
 
 def _reason(error: BaseException) -> str:

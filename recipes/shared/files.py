@@ -36,7 +36,7 @@ def read_lines(path: str | Path) -> list[str]:
 
     Raises:
         OSError: it can't be read.
-        UnicodeDecodeError: it is in another encoding.
+        MisconfigurationException: it is in another encoding.
 
     Example:
         >>> import tempfile
@@ -47,7 +47,22 @@ def read_lines(path: str | Path) -> list[str]:
         ['Why?', 'How\\u2028so?']
     """
     # Not splitlines(), which also splits at rare characters that may stand within a text, such as U+2028.
-    return Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise MisconfigurationException(not_utf8(str(path))) from error
+
+
+def not_utf8(source: str) -> str:
+    """A message for a file in another encoding.
+
+    Args:
+        source: what to call the file.
+    """
+    return (
+        f"{source} is not in UTF-8, but perhaps in Latin-1 as of Windows, or in UTF-16: save it in UTF-8, for example "
+        "with iconv -f latin1 -t utf-8 OLD > NEW"
+    )
 
 
 def set_aside(path: Path) -> None:

@@ -68,6 +68,15 @@ def refuse_rows_by_key(name: str, path: Path) -> None:
         )
 
 
+def refuse_other_encodings(table: Any) -> None:
+    """Refuse texts of JSON files that are not in UTF-8, which `datasets` takes in as they are.
+
+    Raises:
+        pyarrow.ArrowInvalid: there are some.
+    """
+    table.data.table.validate(full=True)
+
+
 def is_of_empty_file(error: Exception) -> bool:
     """Say whether an error of ``datasets.load_dataset`` says that a file has no row.
 

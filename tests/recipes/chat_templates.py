@@ -79,6 +79,15 @@ MISTRAL = (
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}"
 )
+# As Mistral v0.3's, Nemo's and Codestral's: a system message shows in the last question, if no answer follows it.
+MISTRAL3 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
 # Passes over a system message in silence, and ends an answer with nothing.
 BARE = (
     "{% for m in messages if m.role != 'system' %}{{ 'Q: ' if m.role == 'user' else 'A:' }}"

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 transformers = pytest.importorskip("transformers", reason="the recipes' dependencies are not installed")
 pytest.importorskip("datasets", reason="the recipes' dependencies are not installed")
 
-from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, QWEN3, messages, tokenizer  # noqa: E402
+from chat_templates import BARE, FOREIGN, GEMMA, LLAMA3, MISTRAL, MISTRAL3, QWEN3, messages, tokenizer  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from recipes.language.batches import Collate, padding_id  # noqa: E402
@@ -28,9 +28,12 @@ ANSWERED = {  # what a last answer "so" is learnt as
     LLAMA3: "so<|eot|>",
     GEMMA: "so<end_of_turn>",
     MISTRAL: " so<eos>",
+    MISTRAL3: " so<eos>",
     BARE: " so<eos>",
 }
-TEMPLATES = pytest.mark.parametrize("template", list(ANSWERED), ids=["qwen3", "llama3", "gemma", "mistral", "bare"])
+TEMPLATES = pytest.mark.parametrize(
+    "template", list(ANSWERED), ids=["qwen3", "llama3", "gemma", "mistral", "mistral v0.3", "bare"]
+)
 
 
 def learnt(encoder: ChatEncoder, *turns: str) -> str:
@@ -70,7 +73,7 @@ def test_thoughts_in_the_data_are_learnt() -> None:
 # -- system messages
 
 
-@pytest.mark.parametrize("template", [GEMMA, MISTRAL, BARE], ids=["gemma", "mistral", "bare"])
+@pytest.mark.parametrize("template", [GEMMA, MISTRAL, MISTRAL3, BARE], ids=["gemma", "mistral", "mistral v0.3", "bare"])
 def test_a_system_message_that_a_template_takes_not_heads_the_question(template: str) -> None:
     encoder = ChatEncoder(tokenizer(template), 1000, system_prompt="Be brief.")
     assert "Be brief.\n\nwhy?" in encoder.tokenizer.decode(encoder.encode_prompt(messages("why?")))
@@ -78,6 +81,10 @@ def test_a_system_message_that_a_template_takes_not_heads_the_question(template:
     encoded = encoder.encode(own)
     assert "Be long.\n\nwhy?" in encoder.tokenizer.decode(encoded.input_ids)
     assert "Be brief." not in encoder.tokenizer.decode(encoded.input_ids)
+    turns = messages("a?", "a!", "b?", "b!")
+    prompt = encoder.encode_prompt(turns[:3])
+    assert encoder.encode(turns).input_ids[: len(prompt)] == prompt
+    assert "Be brief.\n\na?" in encoder.tokenizer.decode(prompt)
 
 
 def test_an_option_gets_no_end_that_the_template_does_not_give_it() -> None:

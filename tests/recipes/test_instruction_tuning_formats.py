@@ -42,6 +42,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "Why?", "input": "", "output": "So.", "text": "Below is an instruction. Why? So."},
     "dolly": {"instruction": "Why?", "context": "", "response": "So.", "category": "open_qa"},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, SAY]},
+    "prompt-response": {"prompt": "Why?", "response": "So.", "chosen": "x"},
+    "input-output": {"input": "Why?", "output": "So."},
+    "instruction-answer": {"instruction": "Why?", "input": None, "answer": "So."},
+    "query-answer": {"query": "Why?", "answer": "So."},
+    "capitals": {"Question": "Why?", " ANSWER ": "So."},
     "magpie": {"conversations": OPENHERMES["conversations"], "instruction": "Why?", "response": "So.", "uuid": "2"},
 }
 
@@ -54,9 +59,18 @@ def test_a_question_and_its_answer_are_read_in_every_schema(name: str, jsonl: An
     assert (row["key"], row["problem"], row["options"]) == ("why", "", [])
 
 
-def test_more_of_a_question_follows_it(jsonl: Any) -> None:
-    (row,) = sources.load(jsonl([{"instruction": "Add.", "context": "1 2", "response": "3"}]), "train")
-    assert row["messages"][0]["content"] == "Add.\n\n1 2"
+@pytest.mark.parametrize(("more", "answer"), [("context", "response"), ("input", "response"), ("context", "output")])
+def test_more_of_a_question_follows_it(more: str, answer: str, jsonl: Any) -> None:
+    (row,) = sources.load(jsonl([{"instruction": "Add.", more: "1 2", answer: 3}]), "train")
+    assert [message["content"] for message in row["messages"]] == ["Add.\n\n1 2", "3"]
+
+
+def test_numbers_are_the_texts_that_they_are_written_as(tiny: str, jsonl: Any) -> None:
+    answers = [4, "four", 0.5, 7.0, -1, None]
+    table = sources.load(jsonl([{"question": "How many?", "answer": answer} for answer in answers]), "train")
+    assert [row["messages"][-1]["content"] for row in table if row["messages"]] == ["4", "four", "0.5", "7", "-1"]
+    (row,) = sources.load(jsonl([{"messages": [{**ASK, "content": 1}, {**SAY, "content": 2}]}], "m.jsonl"), "train")
+    assert [message["content"] for message in row["messages"]] == ["1", "2"]
 
 
 def encoded(tiny: str, dataset: str, **options: Any) -> Any:
@@ -145,12 +159,12 @@ def test_other_names_of_columns_are_given(jsonl: Any) -> None:
     ("row", "message"),
     [
         ({"text": "Why? So."}, r"columns \['text'\]. Known are 'messages'.*'query' and 'response'.*--data.columns"),
-        ({"question": "Why?", "answer": 4}, "'answer' must hold texts, and a row holds 4"),
+        ({"question": "Why?", "answer": True}, "'answer' must hold texts or numbers, and a row holds True"),
         ({"messages": [{"role": "narrator", "content": "Once"}]}, "a message of 'narrator'; the roles are system"),
         ({"conversations": ["Why?", "So."]}, "'conversations' must hold lists of role and content"),
         (
-            {"messages": [{"role": "user", "content": 4}]},
-            "content must be a text or a list of parts, and a row holds 4",
+            {"messages": [{"role": "user", "content": True}]},
+            "content must be a text or a list of parts, and a row holds True",
         ),
     ],
 )
@@ -215,6 +229,16 @@ def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) 
     data = InstructionData(mine, validation_split=other, test_share=0, tokenizer=tiny)
     with pytest.warns(UserWarning, match="1 of 1 questions are in the training split too"):
         data.setup("fit")
+
+
+def test_conversations_that_begin_alike_can_not_be_divided(tiny: str, jsonl: Any) -> None:
+    mine = jsonl([{"messages": [ASK, {**SAY, "content": f"So {i}."}]} for i in range(40)])
+    for share in (None, 0.99):
+        with pytest.raises(MisconfigurationException, match=r"all 40 .*begin with the same question.*validation_split"):
+            InstructionData(mine, tokenizer=tiny, validation_share=share).setup("fit")
+    data = InstructionData(mine, tokenizer=tiny, validation_share=0)
+    data.setup("fit")
+    assert len(data.parts["train"]) == 40
 
 
 def test_wrong_splits_are_named(tiny: str, gsm8k: str) -> None:

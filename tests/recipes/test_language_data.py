@@ -13,6 +13,7 @@ from recipes.classification.data import TextData
 from recipes.instruction_tuning.data import InstructionData
 from recipes.language.data import read_prompts
 from recipes.nlg.data import MeaningData
+from recipes.nlg.sources import Columns, read_pairs
 from recipes.shared.data import read_table
 from recipes.shared.table_files import files_of_csv_folder
 
@@ -82,6 +83,40 @@ def test_own_splits_are_taken_where_nothing_else_is_given(module: Any, tmp_path:
         data.prepare_data()
         assert tuple(data.own_splits.values()) == splits, (name, settings)
         assert tuple(data.shares.values()) == shares, (name, settings)
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.json", "mine.jsonl", "folder"])
+@pytest.mark.filterwarnings("ignore")
+def test_another_encoding_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    rows = [{"question": f"Où est {i}?", "answer": "là"} for i in range(3)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    Path("mine.jsonl").write_text(lines, encoding="latin-1")
+    Path("folder/train.jsonl").write_text(lines, encoding="latin-1")
+    Path("mine.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="latin-1")
+    Path("mine.csv").write_text("question,answer\nOù?,là\n", encoding="latin-1")
+    with pytest.raises(MisconfigurationException, match=f"dataset='{name}' is not in UTF-8, but perhaps in Latin-1"):
+        read_table(name, "train")
+
+
+def test_another_encoding_of_prompts_is_named(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Où?", encoding="latin-1")
+    with pytest.raises(MisconfigurationException, match=r"prompts.txt is not in UTF-8, but perhaps in Latin-1"):
+        read_prompts(str(tmp_path / "prompts.txt"), "prompt")
+
+
+@pytest.mark.parametrize("name", ["./mine", "/no/where", "~/nowhere", "one/two/three", "mine/", "mine.txt"])
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str) -> None:
+    with pytest.raises(MisconfigurationException, match="there is no such file or folder"):
+        read_table(name, "train")
+
+
+def test_names_of_columns_may_be_in_capitals(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("Text, LABEL,MR, Ref\na,b,c,d\n")
+    TextData(str(file)).prepare_data()
+    assert read_pairs(read_table(str(file), "train"), "data", Columns()) == [("c", "d")]
 
 
 def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
