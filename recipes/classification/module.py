@@ -1,6 +1,6 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -10,18 +10,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import AutoModelForSequenceClassification
 from typing_extensions import override
 
 from recipes.classification.data import TextData
 from recipes.classification.metrics import chosen_metrics, new_metric
-from recipes.language.batches import padding_id
+from recipes.classification.readouts import Batch, LabelWords, NewHead
 from recipes.language.model import (
     DEFAULT_LORA,
     PACKAGED_ENCODER,
-    add_adapter,
     given_model,
-    load_pretrained,
     load_tokenizer,
     model_source,
     positions,
@@ -33,18 +30,16 @@ from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, ManualTraining, RecipeModule, Schedule
 
-Batch = dict[str, Tensor]
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
 
 class TextClassifier(RecipeModule):
-    """A pretrained model with LoRA and a new head, for the classes of the data or for one number.
+    """A pretrained model with LoRA that tells the class of a text or a number, by a new head or by label words.
 
-    The head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others.
+    A head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others. The
+    loss is the cross-entropy over the classes, or the squared error of the number.
 
     Args:
-        model: a Hub name or a local directory that AutoModelForSequenceClassification loads, or
-            "packaged:minilm" for all-MiniLM-L6-v2.
+        model: a Hub name or a local directory that AutoModelForSequenceClassification loads (with ``label_words``
+            AutoModelForMaskedLM or AutoModelForCausalLM), or "packaged:minilm" for all-MiniLM-L6-v2.
         lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on all linear layers.
         learning_rate: AdamW's largest learning rate.
         weight_decay: AdamW's, on the adapter and the head.
@@ -53,6 +48,8 @@ class TextClassifier(RecipeModule):
         warmup_share: the same as a share of all steps; the longer of the two counts.
         metrics: some of "accuracy", "f1" and "matthews" for classes, "pearson" and "spearman" for a regression; the
             first is logged as the score, too. None is accuracy, or both correlations.
+        label_words: a word of one token for each class, which the model predicts where the data's template says; None
+            gives the model a new head.
         start_from: folder of another run's adapter, whose LoRA weights this one starts from; the head is new. Only
             `fit` reads it; a run that resumes from a checkpoint may leave it out.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
@@ -69,6 +66,7 @@ class TextClassifier(RecipeModule):
         warmup_steps: int = 0,
         warmup_share: float = 0.0,
         metrics: str | list[str] | None = None,
+        label_words: Mapping[str, str] | None = None,
         start_from: str | None = None,
         predictions: str = "predictions.jsonl",
         **kwargs: Any,
@@ -83,6 +81,7 @@ class TextClassifier(RecipeModule):
         self.warmup_share = warmup_share
         self.wanted_metrics = [metrics] if isinstance(metrics, str) else metrics
         self.metric_names: list[str] = []
+        self.readout = NewHead() if label_words is None else LabelWords(label_words)
         self.start_from = start_from
         self.writer = PredictionWriter(predictions, "texts")
         self.net: PeftModel | None = None
@@ -107,7 +106,8 @@ class TextClassifier(RecipeModule):
         if self.net is None:
             check_strategy(self.trainer.strategy, lora=self.lora)
             self._add_metrics()
-            self.net = self.load_net()
+            dtype = weights_dtype(self.trainer.precision)
+            self.net = self.readout.load(self.model_name, self.lora, dtype, self.data, self.tokenizer)
             # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
             if self.start_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
                 load_factors(self.net, self.start_from)
@@ -125,31 +125,6 @@ class TextClassifier(RecipeModule):
                 f"model={self.model_name!r} reads {places} tokens, and the longest text has {longest}: set "
                 f"data.max_length to {places} or less, or take another model"
             )
-
-    def load_net(self) -> PeftModel:
-        """The pretrained model with the adapter and a new head.
-
-        Raises:
-            MisconfigurationException: the data have a template, which is for a model that predicts label words.
-        """
-        if self.data.template is not None:
-            raise MisconfigurationException(
-                f"template={self.data.template!r} is for label words, and {type(self).__name__} has a new head: set "
-                "data.template to null, or --model.class_path to recipes.classification.prompt_module."
-                "PromptClassification (PromptClassificationFM in place of fmlora_manual.yaml's class) with label_words"
-            )
-        classes = self.data.classes
-        base = load_pretrained(
-            AutoModelForSequenceClassification,
-            self.model_name,
-            num_labels=len(classes) or 1,
-            id2label=dict(enumerate(classes or ["number"])),
-            label2id={name: label for label, name in enumerate(classes or ["number"])},
-            dtype=weights_dtype(self.trainer.precision),
-        )
-        base.config.pad_token_id = padding_id(self.tokenizer)  # a decoder's head reads the last token before these
-        base.train()  # from_pretrained gives it in eval mode, where dropout would be off
-        return add_adapter(base, self.lora, task_type="SEQ_CLS")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -188,8 +163,7 @@ class TextClassifier(RecipeModule):
     def logits(self, batch: Batch) -> Tensor:
         """Of the classes, or the number, float32, (rows, classes or 1)."""
         assert self.net is not None  # configure_model comes first
-        inputs = {name: batch[name] for name in _INPUTS if name in batch}
-        return cast("Tensor", self.net(**inputs).logits.float())
+        return self.readout.logits(self.net, batch)
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Each row's loss: its cross-entropy in nats, or the squared error of its number."""

@@ -248,7 +248,7 @@ def test_words_that_do_not_fit_are_refused(words: dict[str, str], message: str, 
     ("option", "message"),
     [
         ("--data.template=null", r"set data\.template"),
-        (f"--config={CONFIGS / 'methods' / 'fmlora_manual.yaml'}", r"FM has a new head: .*PromptClassificationFM"),
+        ("--model.label_words=null", r"template=.* set model.label_words, or data.template to null for a new head"),
     ],
 )
 def test_words_without_a_template_and_a_template_for_a_head_are_refused(

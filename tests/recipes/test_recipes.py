@@ -31,7 +31,6 @@ TESTED = {
     "clip_contrastive": ["--data.init_args.test_share=0.25"],
 }
 """What a test needs beside."""
-PROMPTS_FM = "recipes.classification.prompt_module.PromptClassificationFM"
 SHORT = ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.log_every_n_steps=1"]
 SHORT += ["--model.init_args.learning_rate=0.02"]
 WORKERS = {"clip_contrastive", "instruction_tuning"}
@@ -53,8 +52,6 @@ def start(recipes: dict[str, Recipe], tmp_path: Path) -> Start:
     def start(name: str, method: str, *options: str, command: str = "fit") -> dict[str, Any]:
         recipe = recipes[name]
         given = ["--trainer.precision=32-true", *recipe.options, *recipe.ranks]
-        if (name, method) == ("classification by prompts", "fmlora_manual"):
-            given += [f"--model.class_path={PROMPTS_FM}", "--model.init_args.rho=0.03"]
         return run(command, str(tmp_path), recipe.folder, method, "one", [*given, *options])
 
     return start
