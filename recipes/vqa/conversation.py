@@ -14,12 +14,14 @@ from recipes.language.chat import IGNORED
 from recipes.language.conversation import HiddenAnswerError, Message, answer_spans
 from recipes.language.templates import TemplateEncoder
 
+_BLIND = "\x00"  # before a first question without an image
+
 
 class Rendered(NamedTuple):
     """A question and its answer as a chat template writes them.
 
     Attributes:
-        text: question and answer and what was said before, with a mark where the image is.
+        text: question and answer and what was said before, with a mark where an image is.
         prompt: the same without the answer, and with the opening of one.
         spans: of each answer with its end token, how many tokens before the text's end it begins, and how many it ends.
         length: tokens in all, the mark counted as one.
@@ -32,7 +34,7 @@ class Rendered(NamedTuple):
 
 
 class QuestionEncoder(TemplateEncoder):
-    """Encode questions about one image each, which stands before the first of them.
+    """Encode questions about one image each, which stands before the first of them, or about none.
 
     Args:
         processor: of a vision-language model, with a fast tokenizer, whose end token also pads if no other does.
@@ -68,21 +70,22 @@ class QuestionEncoder(TemplateEncoder):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def render(self, question: str, answer: str, history: Sequence[Message] = ()) -> Rendered:
+    def render(self, question: str, answer: str, history: Sequence[Message] = (), has_image: bool = True) -> Rendered:
         """A question and its answer as text, and which of its tokens are answers.
 
         Args:
             question: the last one.
             answer: to it.
             history: messages before the question, whose answers are learnt too.
+            has_image: whether they are about an image.
 
         Raises:
             MisconfigurationException: the template rewrites the question when it is answered, or a text holds the
                 mark of an image.
         """
-        messages = [*self._asked(question, history), {"role": "assistant", "content": answer}]
+        messages = [*self._asked(question, history, has_image), {"role": "assistant", "content": answer}]
         self._refuse_mark("answer", answer)
-        prompt = self.prompt(question, history)
+        prompt = self.prompt(question, history, has_image)
         try:
             text, places = answer_spans(self._render, messages, self.tokenizer.eos_token)
         except HiddenAnswerError as error:
@@ -95,7 +98,7 @@ class QuestionEncoder(TemplateEncoder):
             spans.append((after + inside, after))
         return Rendered(text, prompt, spans, len(offsets))
 
-    def prompt(self, question: str, history: Sequence[Message] = ()) -> str:
+    def prompt(self, question: str, history: Sequence[Message] = (), has_image: bool = True) -> str:
         """A question as text that an answer is to follow.
 
         Raises:
@@ -104,20 +107,21 @@ class QuestionEncoder(TemplateEncoder):
         self._refuse_mark("question", question)
         for message in history:
             self._refuse_mark("message", message["content"])
-        return self._render(self._asked(question, history), True) + self._opening
+        return self._render(self._asked(question, history, has_image), True) + self._opening
 
     def _refuse_mark(self, what: str, text: str) -> None:
         mark = getattr(self.processor, "image_token", None)
         if mark and mark in text:
             raise MisconfigurationException(f"the {what} {text!r} holds {mark!r}, the mark of an image")
 
-    def __call__(self, texts: Sequence[str], images: Sequence[Image], padding_side: str) -> dict[str, Tensor]:
-        """The model's inputs for texts with an image each: tokens padded on a side, and pixels."""
+    def __call__(self, texts: Sequence[str], images: Sequence[Image | None], padding_side: str) -> dict[str, Tensor]:
+        """The model's inputs for texts with an image each, or without: tokens padded on a side, and pixels."""
         bos = self.tokenizer.bos_token
+        # A list for each text, because processors allow several images in one.
+        of_texts = [[] if image is None else [sized(image, self.max_pixels, self.min_pixels)] for image in images]
         inputs = self.processor(
             text=list(texts),
-            # A list for each text, because processors allow several images in one.
-            images=[[sized(image, self.max_pixels, self.min_pixels)] for image in images],
+            images=of_texts if any(of_texts) else None,
             padding=True,
             padding_side=padding_side,
             return_tensors="pt",
@@ -126,19 +130,24 @@ class QuestionEncoder(TemplateEncoder):
         )
         return dict(inputs)
 
-    def _asked(self, question: str, history: Sequence[Message]) -> list[Message]:
-        return self._with_system([*history, {"role": "user", "content": question}])
+    def _asked(self, question: str, history: Sequence[Message], has_image: bool) -> list[Message]:
+        messages = [*history, {"role": "user", "content": question}]
+        if not has_image:
+            first = [message["role"] for message in messages].index("user")
+            messages[first] = {**messages[first], "content": _BLIND + messages[first]["content"]}
+        return self._with_system(messages)
 
     @override
     def _in_form(self, messages: Sequence[Message]) -> list[Message]:
         """Lists of parts, as image-text-to-text templates take them, with the image before the first question."""
         formed = []
-        has_image = False
+        is_asked = False
         for message in messages:
-            parts = [{"type": "text", "text": message["content"]}]
-            if message["role"] == "user" and not has_image:
-                parts.insert(0, {"type": "image"})
-                has_image = True
+            parts = [{"type": "text", "text": message["content"].replace(_BLIND, "")}]
+            if message["role"] == "user" and not is_asked:
+                is_asked = True
+                if _BLIND not in message["content"]:
+                    parts.insert(0, {"type": "image"})
             formed.append({**message, "content": parts})
         return formed
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -56,6 +57,8 @@ class VQAData(ResumableData):
         config_name: which of a Hub data set's configurations; None where it has one.
         image_folder: where relative image paths start, None for the file's own folder; "{split}" stands for the split.
             In `predict`, which has no split, a folder of splits counts as None.
+        columns: the data's own names of columns, each with the name by which this recipe knows it, such as
+            ``{"picture": "image", "caption": "answer"}``.
         type_column: the column with the questions' types, for the metrics; None takes the first that is there of
             type, question_type, answer_type, category and subject.
         prompt: what the model is asked: a text with {question}, and for questions with choices {choices} and {hint}.
@@ -76,7 +79,8 @@ class VQAData(ResumableData):
             validation split of its own.
         test_share: share of them held out for `test`; None is none.
         check_images: decode every image once before training, to find broken ones.
-        skip_unreadable: leave out, and count, questions without an image that can be read, instead of an error.
+        skip_unreadable: leave out, and count, questions with an image that can't be read, instead of an error.
+        text_only: also take questions without an image; False leaves them out, and counts them.
         seed: of the order of the batches.
         num_workers: processes that load batches; 0 loads in the training process.
         questions: a .jsonl file with ``image`` and ``question`` in each line, for `predict`.
@@ -92,6 +96,7 @@ class VQAData(ResumableData):
     test_split: str | None = None
     config_name: str | None = None
     image_folder: str | None = None
+    columns: dict[str, str] | None = None
     type_column: str | None = None
     prompt: str | None = None
     choice_separator: str = "\n"
@@ -107,6 +112,7 @@ class VQAData(ResumableData):
     test_share: float | None = None
     check_images: bool = True
     skip_unreadable: bool = False
+    text_only: bool = True
     seed: int = 0
     num_workers: int = 0
     questions: str | None = None
@@ -203,12 +209,12 @@ class VQAData(ResumableData):
         split = self.splits[part]
         if split is None and not self.shares[part]:
             return []
-        settings = self.image_folder, self.config_name, self.type_column, self._prompt
+        settings = self.image_folder, self.config_name, self.type_column, self._prompt, self.columns
         table = sources.load(self._name(), split or self.split, *settings)
         if (split is not None and part != "train") or not any(self.shares.values()):
             return table
         folder = sources.image_folder_of(self._name(), split or self.split, self.image_folder)
-        keys = (_image_key(row["image"], folder) for row in table.select_columns("image"))
+        keys = (_image_key(row, folder) for row in table.select_columns(["image", "question"]))
         return table.select([i for i, key in enumerate(keys) if part_of(key, self.shares) == part])
 
     def _encoded(self, part: str) -> Any:
@@ -216,9 +222,21 @@ class VQAData(ResumableData):
         table = self._chosen(part)
         name = f"{self.dataset}, split {self.splits[part] or self.split}"
         counts = Counter(asked=len(table))
+        if len(table):
+            seeing = [place for place, has_image in enumerate(table["has_image"]) if has_image]
+            if not seeing:
+                raise MisconfigurationException(f"{name}: no question has an image")
+            counts["text alone"] = len(table) - len(seeing)
+            if not self.text_only:
+                table = table.select(seeing)
+            elif counts["text alone"] and self._is_sharded():
+                raise MisconfigurationException(
+                    f"{name}: {counts['text alone']} questions have no image, and under FSDP all devices must enter "
+                    "the image tower in each step: set text_only to false to leave them out, or use ddp"
+                )
         if self.check_images and len(table):
-            table = table.select(usable(table, name, self.skip_unreadable))
-            counts["without image"] = counts["asked"] - len(table)
+            kept = table.select(usable(table, name, self.skip_unreadable))
+            counts["unreadable"], table = len(table) - len(kept), kept
         if len(table):
             table = mapped(table, partial(_rendered, encoder=self.encoder, known={}), desc=f"Tokenizing {part}")
             kept = table.select([i for i, length in enumerate(table["length"]) if length <= self.max_length])
@@ -230,9 +248,13 @@ class VQAData(ResumableData):
             raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}{remedy}")
         return table
 
+    def _is_sharded(self) -> bool:
+        return self.trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+
     def _report(self, name: str, left: int, counts: Counter[str]) -> str:
         notes = {
-            "without image": f"{counts['without image']} left out: no image that can be read",
+            "text alone": f"{counts['text alone']} without an image" + (" left out" if not self.text_only else ""),
+            "unreadable": f"{counts['unreadable']} left out: the image can't be read",
             "too long": f"{counts['too long']} left out: longer than max_length={self.max_length} tokens of text",
         }
         return "; ".join([f"{name}: {left} questions", *(note for what, note in notes.items() if counts[what])])
@@ -272,7 +294,7 @@ class Collate:
     def __call__(self, rows: dict[str, list[Any]]) -> Batch:
         """The batch of rows that are given in columns."""
         images = [
-            open_image(image, f"the image of {question!r}")
+            None if image is None else open_image(image, f"the image of {question!r}")
             for image, question in zip(rows["image"], rows["question"], strict=True)
         ]
         inputs = self.encoder(rows["text"], images, padding_side="right")
@@ -284,14 +306,15 @@ class Collate:
         )
 
 
-def _rendered(row: dict[str, Any], encoder: QuestionEncoder, known: dict[tuple[str, str], Rendered]) -> dict[str, Any]:
+def _rendered(row: dict[str, Any], encoder: QuestionEncoder, known: dict[Any, Rendered]) -> dict[str, Any]:
     """A row's columns of :class:`Rendered`; many data sets ask a question of thousands of images."""
-    asked = row["question"], expected_answer(row["answers"])
+    question, answer, has_image = row["question"], expected_answer(row["answers"]), row["has_image"]
     # A conversation hardly ever comes twice, and would only fill the memory.
     if row["history"]:
-        return encoder.render(*asked, row["history"])._asdict()
+        return encoder.render(question, answer, row["history"], has_image)._asdict()
+    asked = question, answer, has_image
     if asked not in known:
-        known[asked] = encoder.render(*asked)
+        known[asked] = encoder.render(question, answer, has_image=has_image)
     return known[asked]._asdict()
 
 
@@ -301,13 +324,14 @@ def _prompts(rows: list[dict[str, Any]], encoder: QuestionEncoder) -> Batch:
     return {"prompts": prompts, **columns(rows, ("line", "image", "question"))}
 
 
-def _image_key(image: dict[str, Any] | None, folder: Path) -> str:
+def _image_key(row: dict[str, Any], folder: Path) -> str:
     """What decides on an image's part: its content if it is inside the data set, else its file's place in the folder.
 
-    Not the name alone, which may be rgb.png in every folder.
+    Not the name alone, which may be rgb.png in every folder. Without an image it is the question.
     """
+    image = row["image"]
     if image is None:
-        return ""
+        return str(row["question"])
     if image["bytes"]:
         return hashlib.sha256(image["bytes"]).hexdigest()
     return Path(os.path.relpath(image["path"], folder)).as_posix()

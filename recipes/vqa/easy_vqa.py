@@ -75,7 +75,6 @@ def load(name: str, split: str) -> list[dict[str, Any]]:
             if frequent % _EVERY:
                 continue
         file = {"bytes": None, "path": str(folder / "images" / f"{image}.png")}
-        kind = _type_of(question)
-        row = {"image": file, "history": [], "question": question, "answers": [answer], "choices": [], "type": kind}
-        rows.append(row)
+        asked = {"question": question, "answers": [answer], "choices": [], "type": _type_of(question)}
+        rows.append({"image": file, "has_image": True, "history": [], **asked})
     return rows

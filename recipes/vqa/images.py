@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL.Image import Image
 
 from recipes.clip.images import Size, read_image, readable
@@ -53,35 +52,29 @@ def too_long(size: Size) -> str | None:
 
 
 def usable(table: Any, name: str, skip_unreadable: bool) -> list[int]:
-    """Places of the rows whose image is there and can be read: each is decoded once.
+    """Places of the rows without an image, and of those whose image can be read: each is decoded once.
 
     Args:
         table: with a column ``image`` in the form of ``datasets``, not decoded.
         name: of the data set.
-        skip_unreadable: leave out rows without a readable image, instead of an error.
+        skip_unreadable: leave out rows with a broken image, instead of an error.
 
     Raises:
-        MisconfigurationException: an image is missing or can't be read, and is not to be skipped, or none is left.
+        MisconfigurationException: an image can't be read, and is not to be skipped, or none is left.
     """
     files: dict[Any, list[int]] = {}
-    missing = []
+    places: list[int] = []
     column = table.select_columns("image")
     for place, row in enumerate(column):
         image = row["image"]
-        if image is None or not (image["bytes"] or image["path"]):
-            missing.append(place)
+        if image is None:
+            places.append(place)
         elif image["bytes"]:
             files[Embedded(f"{name}, row {place}", partial(_embedded, column, place))] = [place]
         else:
             # Many data sets ask several questions about one image.
             files.setdefault(image["path"], []).append(place)
-    if missing and not (skip_unreadable and files):
-        raise MisconfigurationException(
-            f"{name}: {len(missing)} of {len(table)} questions have no image, the first in row {missing[0]}: "
-            "set skip_unreadable to leave such out"
-        )
     distinct = list(files)
-    places: list[int] = []
     for number in readable(distinct, skip_unreadable, too_long):
         places += files[distinct[number]]
     return sorted(places)

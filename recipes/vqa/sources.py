@@ -1,12 +1,13 @@
 """Where questions about images come from: any data set that ``datasets`` reads, and a packaged one.
 
-Every source gives rows of six columns: ``image`` (bytes, or a path), ``history`` (messages before the question, mostly
-none), ``question``, ``answers`` (of one or several people), ``choices`` (options' texts; none where the answer is free)
-and ``type`` (of the question, "" where the data don't say).
+Every source gives rows of seven columns: ``image`` (bytes, or a path), ``has_image`` (False where it is None),
+``history`` (messages before the question, mostly none), ``question``, ``answers`` (of one or several people),
+``choices`` (options' texts; none where the answer is free) and ``type`` (of the question, "" where the data don't say).
 """
 
 import json
 import reprlib
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,15 @@ from recipes.shared.data import (
     say_what_is_left_out,
 )
 from recipes.shared.files import read_lines
-from recipes.vqa import easy_vqa
+from recipes.vqa import easy_vqa, turns
 from recipes.vqa.choices import MOST_CHOICES, letter
-from recipes.vqa.llava import last_question
 from recipes.vqa.prompts import Prompt
 
 Row = dict[str, Any]
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(decode=False),
+        "has_image": datasets.Value("bool"),
         "history": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
         "question": datasets.Value("string"),
         "answers": [datasets.Value("string")],
@@ -40,6 +41,8 @@ FEATURES = datasets.Features(
     }
 )
 _LISTS = {"questions", "annotations", "data"}  # in the files of VQAv2, OK-VQA and TextVQA
+_IMAGES = ("image", "images")
+_QUESTIONS = ("question", "answers", "answer", "choices", "hint")
 TYPE_COLUMNS = ("type", "question_type", "answer_type", "category", "subject")
 
 
@@ -50,6 +53,7 @@ def load(
     config_name: str | None = None,
     type_column: str | None = None,
     prompt: Prompt | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Any:
     """Questions of a data set, as a ``datasets.Dataset`` with the columns of :data:`FEATURES`.
 
@@ -61,12 +65,15 @@ def load(
         config_name: which of a Hub data set's configurations; None where it has one.
         type_column: the column with the questions' types; None takes the first of :data:`TYPE_COLUMNS` that is there.
         prompt: what the model is asked; None is the question, and its choices where there are some.
+        names: the data's own names of columns, each with the name by which this module knows it.
 
     Raises:
-        MisconfigurationException: there is no such file, data set, task, split or column, no row in it, or a row
-            without question or answer.
+        MisconfigurationException: there is no such file, folder, data set, task, split or column, no row in it, or a
+            row without question or answer.
     """
     folder = image_folder_of(name, split, image_folder)
+    if image_folder is not None and not folder.is_dir():
+        raise MisconfigurationException(f"image_folder={image_folder!r}: there is no folder {folder}")
     if is_file(split):
         name = split
     elif is_packaged(name):
@@ -75,10 +82,11 @@ def load(
     table = read_table(name, split, packaged_names(easy_vqa.TASKS), config_name)
     if len(table) == 0:
         raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
+    table = _renamed(table, names or {}, name)
     _check_columns(name, table.column_names, type_column)
-    # Not decoded: an image is opened when its batch is made.
-    if isinstance(table.features["image"], datasets.Image):
-        table = table.cast_column("image", datasets.Image(decode=False))
+    for column in set(_IMAGES) & set(table.column_names):
+        # Not decoded: an image is opened when its batch is made.
+        table = table.cast_column(column, _undecoded(table.features[column]))
     convert = _Converter(name, folder, table.column_names, type_column, prompt or Prompt())
     say_what_is_left_out(f"dataset={name!r}", table.column_names, convert.used)
     return mapped(
@@ -127,16 +135,43 @@ def read_json_lines(path: str, needs: str) -> list[Row]:
     return [row for _, row in rows]
 
 
+def _renamed(table: Any, names: Mapping[str, str], source: str) -> Any:
+    """A table with other names for some of its columns."""
+    known = {*_IMAGES, *_QUESTIONS, *turns.COLUMNS}
+    wrong = [name for name in names if name not in table.column_names]
+    wrong += [name for name in names.values() if name not in known]
+    if wrong or len(set(names.values())) < len(names):
+        raise MisconfigurationException(
+            f"columns={dict(names)!r} must give columns of dataset={source!r}, which are {sorted(table.column_names)}, "
+            f"different ones of the names {sorted(known)}; wrong are {wrong}"
+        )
+    replaced = [name for name in names.values() if name in table.column_names and name not in names]
+    return table.remove_columns(replaced).rename_columns(dict(names))
+
+
+def _undecoded(feature: Any) -> Any:
+    """The type of a column of images, or of lists of them, as `datasets` stores them."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    # `datasets` before 4 has a list of one type.
+    inside = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return datasets.Sequence(datasets.Image(decode=False)) if isinstance(inside, datasets.Image) else feature
+
+
 def _check_columns(name: str, columns: list[str], type_column: str | None) -> None:
-    needed = ["image"] if "conversations" in columns else ["image", "question"]
-    missing = [f"'{column}'" for column in needed if column not in columns]
-    if not {"answers", "answer", "conversations"} & set(columns):
+    has_turns = bool(set(turns.COLUMNS) & set(columns))
+    missing = []
+    if not set(_IMAGES) & set(columns):
+        missing.append("'image' or 'images'")
+    if not has_turns and "question" not in columns:
+        missing.append("'question' (or 'conversations', 'messages' or 'texts')")
+    if not has_turns and not {"answers", "answer"} & set(columns):
         missing.append("'answer' or 'answers'")
     if type_column is not None and type_column not in columns:
         missing.append(f"'{type_column}', which type_column names")
     if not missing:
         return
-    remedy = "rename_columns of `datasets` helps"
+    remedy = "If others hold these, name them, such as --data.columns '{picture: image}'"
     if _LISTS & set(columns):
         remedy = (
             "The questions seem to be in a list within the file: write each as a row of its own, together with its "
@@ -152,11 +187,12 @@ class _Converter:
 
     def __init__(self, name: str, folder: Path, columns: list[str], type_column: str | None, prompt: Prompt) -> None:
         self.name, self.folder, self.prompt = name, folder, prompt
-        self.has_conversations = "conversations" in columns
-        self.type_column = type_column or next((column for column in TYPE_COLUMNS if column in columns), None)
-        asked = ("conversations",) if self.has_conversations else ("question", "answers", "answer", "choices", "hint")
-        self.used = [column for column in ("image", *asked, self.type_column) if column in columns]
-        if self.has_conversations and prompt.template is not None:
+        self.images = str(_first(_IMAGES, columns))
+        self.turns = _first(turns.COLUMNS, columns)
+        self.type_column = type_column or _first(TYPE_COLUMNS, columns)
+        asked = _QUESTIONS if self.turns is None else (self.turns,)
+        self.used = [column for column in (self.images, *asked, self.type_column) if column in columns]
+        if self.turns is not None and prompt.template is not None:
             raise MisconfigurationException(
                 f"dataset={name!r} holds conversations, which say themselves what the model is asked: set prompt to "
                 "null"
@@ -164,9 +200,13 @@ class _Converter:
 
     def __call__(self, row: Row, index: int) -> Row:
         where = f"dataset={self.name!r}, row {index}"
-        asked = last_question(row["conversations"], where) if self.has_conversations else self._asked(row, where)
+        image = self._image(row[self.images], where)
         kind = row[self.type_column] if self.type_column else None
-        return {"image": self._image(row["image"], where), **asked, "type": "" if kind is None else str(kind)}
+        if self.turns is None:
+            asked = self._asked(row, where)
+        else:
+            asked = turns.last_question(row[self.turns], image is not None, where)
+        return {"image": image, "has_image": image is not None, **asked, "type": "" if kind is None else str(kind)}
 
     def _asked(self, row: Row, where: str) -> Row:
         question, answers = _text(row, "question", where), _answers(row, where)
@@ -192,6 +232,11 @@ class _Converter:
                 f"{where}: image must be an image or the name of a file, got {reprlib.repr(image)}"
             )
         return {"bytes": None, "path": str(self.folder / image)} if image else None
+
+
+def _first(names: Sequence[str], columns: Sequence[str]) -> str | None:
+    """The first of some names that a table has as a column."""
+    return next((name for name in names if name in columns), None)
 
 
 def _text(row: Row, name: str, where: str) -> str:

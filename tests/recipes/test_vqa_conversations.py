@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from vqa_models import COLOURS, draw, first_batch, prepared
 
 from recipes.language.chat import IGNORED
-from recipes.vqa.llava import last_question
+from recipes.vqa import sources
+from recipes.vqa.images import open_image
 from recipes.vqa.prompts import Prompt
+from recipes.vqa.turns import last_question
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -58,18 +61,21 @@ def test_all_answers_of_a_conversation_are_learnt(model: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ([], r"row 3: a conversation is human and gpt by turns .*got \[\]"),
-        (turns("<image> Why?"), r"ends with gpt.*got \['user'\]"),
+        ([], r"row 3: a conversation is human and gpt .*by turns .*got \[\]"),
+        (turns("<image> Why?"), r"ends with the latter.*got \['user'\]"),
         (turns("<image> Why?", "So.")[::-1], r"got \['assistant', 'user'\]"),
         ([*turns("<image> Why?"), *turns("Why?", "So.")], r"got \['user', 'user', 'assistant'\]"),
         (turns("<image><image> Which?", "One."), r"row 3 has 2 <image> marks, and one image is possible"),
-        (turns("Why?", "So.", "<image> Why?", "So."), r"row 3: <image> must stand in the first turn of the human"),
-        ([{"from": "bot", "value": "?"}], r"row 3, turn 0 must have a text as 'value'.*'from' one of.*human.*got"),
+        (turns("Why?", "So.", "<image> Why?", "So."), r"row 3: <image> must stand in the first turn of the user"),
+        ([{"from": "bot", "value": "?"}], r"row 3, turn 0 must have 'from' or 'role', one of.*human.*got"),
+        ([{"role": "user", "content": [{"type": "video"}]}], r"a list of parts that are texts and images; got"),
     ],
 )
 def test_what_is_no_conversation_is_named(said: Any, message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        last_question(said, "row 3")
+        last_question(said, True, "row 3")
+    with pytest.raises(MisconfigurationException, match=r"row 3 has the mark <image>, and no image"):
+        last_question(turns("<image> Why?", "So."), False, "row 3")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +93,57 @@ def test_rows_that_can_not_be_used_are_named(
     name = write(tmp_path, [row])
     with pytest.raises(MisconfigurationException, match=message):
         prepared("fit", tiny_vlm, dataset=name, image_folder=str(tmp_path / "images"), validation_share=0, **options)
+
+
+# -- the forms of other programs
+
+SAID = [("user", "<image>What is it?"), ("assistant", "A boat."), ("user", "Which colour?"), ("assistant", "Red.")]
+PARTS = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+MESSAGES = [{"role": role, "content": text} for role, text in SAID]
+IN_PARTS = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in SAID]
+PAIRS = [(SAID[0][1][7:], "A boat."), ("Which colour?", "Red.")]
+FORMS = {
+    "LLaMA-Factory": {"messages": MESSAGES, "images": ["0.png"]},
+    "its ShareGPT": {"conversations": [{"from": role, "value": text} for role, text in SAID], "images": ["0.png"]},
+    "transformers": {"messages": [{"role": "user", "content": PARTS}, *IN_PARTS[1:]], "image": "0.png"},
+    "the_cauldron": {
+        "texts": [{"user": user, "assistant": assistant, "source": "made up"} for user, assistant in PAIRS],
+        "images": ["0.png"],
+    },
+    "named columns": {"talk": MESSAGES, "picture": "0.png"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_conversations_in_the_forms_of_other_programs(form: str, ending: str, tmp_path: Path) -> None:
+    """In a file of JSON lines with paths, and in one of `datasets` with the images themselves."""
+    draw(tmp_path, 1)
+    row = FORMS[form]
+    path = tmp_path / f"data{ending}"
+    if ending == ".jsonl":
+        path.write_text(json.dumps(row))
+    else:
+        table = datasets.Dataset.from_list([row])
+        for column in {"image", "images", "picture"} & set(row):
+            embedded: Any = {"path": str(tmp_path / "0.png"), "bytes": None}
+            feature: Any = datasets.Image()
+            if column == "images":
+                embedded, feature = [embedded], datasets.Sequence(feature)
+            table = table.remove_columns(column).add_column(column, [embedded], feature=feature)
+        table.to_parquet(path)
+    names = {"talk": "messages", "picture": "image"} if form == "named columns" else None
+    (read,) = sources.load(str(path), "train", names=names)
+    assert [message["content"] for message in read["history"]] == ["What is it?", "A boat."]
+    assert (read["question"], read["answers"]) == ("Which colour?", ["Red."])
+    assert open_image(read["image"], "it").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("names", [{"photo": "image"}, {"id": "subject"}, {"id": "image", "image": "image"}])
+def test_wrong_names_of_columns_are_refused(names: dict[str, str], tmp_path: Path) -> None:
+    name = write(tmp_path, [{"id": "1", "image": "0.png", "conversations": turns("Why?", "So.")}])
+    with pytest.raises(MisconfigurationException, match=r"must give columns of dataset=.*which are \['conversations'"):
+        sources.load(name, "train", names=names)
 
 
 # -- texts around questions

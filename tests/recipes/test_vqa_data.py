@@ -11,13 +11,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from recipe_runs import trainer
 from torch import Tensor
+from vqa_kinds import OWN_CLASSES
 from vqa_models import COLOURS, first_batch, prepared
-from vqa_sets import save_scienceqa
+from vqa_sets import save_scienceqa, saved
 
 from recipes.language.chat import IGNORED
+from recipes.shared.data import columns
 from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder
-from recipes.vqa.data import VQAData
+from recipes.vqa.data import Collate, VQAData
 from recipes.vqa.model import DEFAULT_LORA, load_processor
 from recipes.vqa.module import VQA
 from recipes.vqa.prompts import Prompt
@@ -83,6 +85,31 @@ def test_the_likelihood_is_that_of_each_row_alone(model: str, drawn: str) -> Non
         alone = [by_hand(module.net, data, row) for row in rows_of(data, batch)]
     torch.testing.assert_close(sums, torch.tensor(alone), rtol=1e-4, atol=1e-4)
     assert tokens.tolist() == (batch["labels"] != IGNORED).sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize("kind", [*OWN_CLASSES, "idefics3"])
+def test_questions_without_an_image_are_learnt_beside_others(
+    kind: str, folders: dict[str, str], drawn: str, tmp_path: Path
+) -> None:
+    name = folders.get(kind) or saved(tmp_path / kind, OWN_CLASSES[kind])
+    rows = [json.loads(line) for line in Path(drawn).read_text().splitlines()]
+    for row in rows[::3]:
+        row["image"] = None
+    Path(drawn).write_text("\n".join(map(json.dumps, rows)))
+    data = prepared("fit", name, dataset=drawn, batch_size=64)
+    blind = data.parts["train"]["has_image"][:].count(False)
+    assert data.reports["train"].endswith(f"{blind} without an image")
+    module = VQA(name, DEFAULT_LORA)
+    module.configure_model()
+    module.eval()
+    batch = first_batch(data)
+    mixed = rows_of(data, batch)
+    assert {row["has_image"] for row in mixed} == {True, False}
+    collate = Collate(data.encoder, with_prompts=False)
+    with torch.no_grad():
+        together, _ = module.log_likelihood(batch)
+        alone = [module.log_likelihood(collate(columns([row], list(row))))[0] for row in mixed]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 def rows_of(data: VQAData, batch: Any) -> list[Any]:
@@ -162,12 +189,9 @@ def test_choices_become_lines_and_the_answer_a_letter(tiny_vlm: str, tmp_path: P
     features = datasets.Features({**features, "hint": text, "subject": text})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     name = str(tmp_path / "train.parquet")
-    with pytest.raises(
-        MisconfigurationException, match=r"3 of 6 questions have no image, the first in row 3.*skip_unr"
-    ):
-        prepared("fit", tiny_vlm, dataset=name, validation_share=0)
-    data = prepared("fit", tiny_vlm, dataset=name, validation_share=0, skip_unreadable=True)
-    assert data.reports["train"].endswith("for train: 3 questions; 3 left out: no image that can be read")
+    assert len(prepared("fit", tiny_vlm, dataset=name, validation_share=0).parts["train"]) == 6
+    data = prepared("fit", tiny_vlm, dataset=name, validation_share=0, text_only=False)
+    assert data.reports["train"].endswith("for train: 3 questions; 3 without an image left out")
     row = data.parts["train"][0]
     assert row["question"] == (
         "Look.\nWhich is it?\nA. red\nB. green\nC. blue\nAnswer with the letter of the right choice."
