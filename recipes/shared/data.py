@@ -30,6 +30,8 @@ from recipes.shared.table_files import (
 PACKAGED = "packaged:"  # how the names of packaged tasks begin
 VALIDATION_SHARE = 0.05
 """Of the training split, where nothing else says what validation takes."""
+_OWN_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+"""What data sets call the split for a part."""
 _CODE = Path(__file__).parents[2]  # of the recipes and the package
 Task = TypeVar("Task")
 
@@ -155,7 +157,7 @@ def shares_of(data: PartedData) -> dict[str, float]:
 
 
 def take_own_splits(data: PartedData, tasks: str = "") -> None:
-    """Make a data set's splits "validation" and "test" the parts for which no split and no share was given.
+    """Make a data set's own splits the parts for which no split and no share was given.
 
     Args:
         data: the data module, whose ``own_splits`` and ``shares`` change.
@@ -167,18 +169,28 @@ def take_own_splits(data: PartedData, tasks: str = "") -> None:
     name = given_dataset(data.dataset, tasks)
     unset = []
     for part, share in (("validation", data.validation_share), ("test", data.test_share)):
-        is_trained_on = re.search(rf"\b{part}\b", data.split)  # perhaps beside "train"
-        if share is None and data.own_splits[part] is None and not is_trained_on:
+        if share is None and data.own_splits[part] is None:
             unset.append(part)
-    if not unset or is_packaged(name) or is_file(name):
-        return
-    with _read_errors(name, data.split, tasks):
-        names = datasets.get_dataset_split_names(_folder_or_hub(name), data.config_name, revision=data.revision)
+    trained_on = re.findall(r"\w+", data.split)  # perhaps one beside "train"
+    names = [split for split in _split_names(data, name, tasks) if split not in trained_on] if unset else []
     for part in unset:
-        if part in names:
-            rank_zero_info(f"dataset={name!r}: its split {part!r} is taken; a {part}_share would take its place")
-            data.own_splits[part] = part
+        own = next((split for split in _OWN_SPLITS[part] if split in names), None)
+        if own is not None:
+            rank_zero_info(f"dataset={name!r}: its split {own!r} is taken; a {part}_share would take its place")
+            data.own_splits[part] = own
             data.shares[part] = 0.0
+
+
+def _split_names(data: PartedData, name: str, tasks: str) -> list[str]:
+    """The splits of a data set; of files with "{split}" in their name those that are there."""
+    if is_packaged(name):
+        return []
+    if is_file(name):
+        splits = [*_OWN_SPLITS["validation"], *_OWN_SPLITS["test"]] if "{split}" in name else []
+        return [split for split in splits if Path(name.replace("{split}", split)).expanduser().is_file()]
+    with _read_errors(name, data.split, tasks):
+        found = datasets.get_dataset_split_names(_folder_or_hub(name), data.config_name, revision=data.revision)
+    return list(found)
 
 
 def given_dataset(name: str | None, tasks: str = "") -> str:

@@ -19,24 +19,25 @@ from recipes.clip.images import blind_skips, read_image, readable
 from recipes.language.batches import Batch, LengthBatchSampler
 from recipes.shared.data import (
     columns,
+    given_dataset,
     mapped,
     part_of,
     refuse_bad_settings,
     refuse_training_data,
+    refuse_without_test,
     remedy_of_empty,
+    shares_of,
     split_problems,
+    take_own_splits,
     warn_of_training_data,
 )
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
-from recipes.shared.splits import own_split
 from recipes.vqa import easy_vqa, sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
 from recipes.vqa.images import open_image, too_long, usable
 from recipes.vqa.metrics import expected_answer
 from recipes.vqa.model import load_processor
 from recipes.vqa.prompts import Prompt
-
-_VALIDATION_SHARE = 0.05
 
 
 @dataclass(eq=False)
@@ -47,14 +48,14 @@ class VQAData(ResumableData):
     not change with the order, the seed or the size of the data, and all questions about an image stay together.
 
     Args:
-        dataset: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:easy_vqa", "packaged:easy_vqa_plain"
-            (without negation) or "packaged:easy_vqa_negated" (those with it). "{split}" stands for the split. Only
-            `predict` needs none.
+        dataset: a Hub name, a local folder or .json, .jsonl, .parquet or .csv file, or "packaged:easy_vqa",
+            "packaged:easy_vqa_plain" (without negation) or "packaged:easy_vqa_negated" (those with it). "{split}"
+            stands for the split. Only `predict` needs none.
         split: for training.
-        validation_split: for validation, or a file of its own; None takes ``validation_share`` of the training split's
-            images or, if that is None too and ``split`` is "train", the data set's own split of that name.
-        test_split: for testing, likewise.
+        validation_split: for validation, or a file of its own; None takes ``validation_share``.
+        test_split: for testing, or a file of its own; None takes ``test_share``.
         config_name: which of a Hub data set's configurations; None where it has one.
+        revision: of a Hub data set.
         image_folder: where relative image paths start, None for the file's own folder; "{split}" stands for the split.
             In `predict`, which has no split, a folder of splits counts as None.
         columns: the data's own names of columns, each with the name by which this recipe knows it, such as
@@ -75,9 +76,10 @@ class VQAData(ResumableData):
             models that keep an image's size, such as Qwen2-VL, it bounds the tokens: 28 x 28 pixels are one. None
             leaves that to the processor.
         min_pixels: smallest number of pixels of an image; smaller ones are scaled up.
-        validation_share: share of the training split's images for validation; None is 0.05 where the data set has no
-            validation split of its own.
-        test_share: share of them held out for `test`; None is none.
+        validation_share: share of the training split's images for validation; None takes the split that the data set
+            has for it, or 0.05 without one.
+        test_share: share of them held out for `test`, which has to be given in training too; None takes the split that
+            the data set has for it, or holds out none without one.
         check_images: decode every image once before training, to find broken ones.
         skip_unreadable: leave out, and count, questions with an image that can't be read, instead of an error.
         text_only: also take questions without an image; False leaves them out, and counts them.
@@ -95,6 +97,7 @@ class VQAData(ResumableData):
     validation_split: str | None = None
     test_split: str | None = None
     config_name: str | None = None
+    revision: str | None = None
     image_folder: str | None = None
     columns: dict[str, str] | None = None
     type_column: str | None = None
@@ -119,8 +122,8 @@ class VQAData(ResumableData):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.splits = {"train": self.split, "validation": self.validation_split, "test": self.test_split}
-        self.shares = {"validation": self.validation_share or 0.0, "test": self.test_share or 0.0}
+        self.own_splits = {"validation": self.validation_split, "test": self.test_split}
+        self.shares = shares_of(self)
         self._prompt = Prompt(self.prompt, self.choice_separator)
         problems = blind_skips(self.skip_unreadable, self.check_images)
         problems += _pixel_problems(self.max_pixels, self.min_pixels)
@@ -132,16 +135,16 @@ class VQAData(ResumableData):
     def prepare_data(self) -> None:
         # A prediction reads the user's own file alone.
         if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
-            easy_vqa.fetch(self.dataset or "")  # without any, `setup` says so
+            easy_vqa.fetch(given_dataset(self.dataset, sources.PACKAGED))
 
     @override
     def setup(self, stage: str) -> None:
         # Not where the arguments are checked: the base's test split is no mistake in `predict`, which reads no part.
         if stage != "predict":
-            refuse_bad_settings(self, {}, more=split_problems(self._name(), [self.validation_split, self.test_split]))
-            self._find_parts()
+            take_own_splits(self, sources.PACKAGED)
+            refuse_bad_settings(self, {}, more=split_problems(self.dataset, self.own_splits.values()))
         if stage == "fit":
-            refuse_training_data(self, self._name(), self.split, [self.validation_split, self.test_split])
+            refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
         self.encoder = QuestionEncoder(
             self._processor(),
             self.chat_template,
@@ -156,13 +159,13 @@ class VQAData(ResumableData):
         for part in PARTS_OF_STAGE[stage]:
             if part not in self.parts:
                 self.parts[part] = self._encoded(part)
-        if stage == "fit" and self.splits["validation"] is not None:
+        if stage == "fit" and self.own_splits["validation"] is not None:
             trained = _question_keys(self.parts["train"])
             held_out = _question_keys(self.parts["validation"])
             warn_of_training_data("validation", held_out, trained, "questions about the same image")
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not len(self.parts[part]):
-            raise MisconfigurationException(f"nothing to evaluate: set {part}_split, or {part}_share above 0")
+            refuse_without_test()
 
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:
@@ -183,44 +186,23 @@ class VQAData(ResumableData):
 
     # -- which questions
 
-    def _name(self) -> str:
-        """The data set's name.
-
-        Raises:
-            MisconfigurationException: none was given.
-        """
-        if self.dataset is None:
-            raise MisconfigurationException("VQAData: dataset: give a Hub name or a .json, .jsonl or .parquet file")
-        return self.dataset
-
-    def _find_parts(self) -> None:
-        """Take the data set's own splits where neither a split nor a share was asked for."""
-        given = {"validation": self.validation_share, "test": self.test_share}
-        for part, share in given.items():
-            # Whoever trains on another split than "train" divides the data otherwise than their makers.
-            if self.splits[part] is None and share is None and self.split == "train":
-                self.splits[part] = own_split(self._name(), part, self.config_name)
-            self.shares[part] = 0.0 if self.splits[part] else share or 0.0
-        if self.splits["validation"] is None and self.validation_share is None:
-            self.shares["validation"] = _VALIDATION_SHARE
-
     def _chosen(self, part: str) -> Any:
         """A part's questions: a split of the data set, or a share of the training split's images."""
-        split = self.splits[part]
-        if split is None and not self.shares[part]:
+        own = self.own_splits.get(part)
+        if part != "train" and own is None and not self.shares[part]:
             return []
-        settings = self.image_folder, self.config_name, self.type_column, self._prompt, self.columns
-        table = sources.load(self._name(), split or self.split, *settings)
-        if (split is not None and part != "train") or not any(self.shares.values()):
+        settings = self.image_folder, self.config_name, self.revision, self.type_column, self._prompt, self.columns
+        table = sources.load(str(self.dataset), own or self.split, *settings)
+        if own is not None or not any(self.shares.values()):
             return table
-        folder = sources.image_folder_of(self._name(), split or self.split, self.image_folder)
+        folder = sources.image_folder_of(str(self.dataset), self.split, self.image_folder)
         keys = (_image_key(row, folder) for row in table.select_columns(["image", "question"]))
         return table.select([i for i, key in enumerate(keys) if part_of(key, self.shares) == part])
 
     def _encoded(self, part: str) -> Any:
         """One part with the texts that are to be tokenized, without the rows that can't teach or test anything."""
         table = self._chosen(part)
-        name = f"{self.dataset}, split {self.splits[part] or self.split}"
+        name = f"{self.dataset}, split {self.own_splits.get(part) or self.split}"
         counts = Counter(asked=len(table))
         if len(table):
             seeing = [place for place, has_image in enumerate(table["has_image"]) if has_image]

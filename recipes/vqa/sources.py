@@ -29,6 +29,7 @@ from recipes.vqa.choices import MOST_CHOICES, letter
 from recipes.vqa.prompts import Prompt
 
 Row = dict[str, Any]
+PACKAGED = packaged_names(easy_vqa.TASKS)
 FEATURES = datasets.Features(
     {
         "image": datasets.Image(decode=False),
@@ -51,6 +52,7 @@ def load(
     split: str,
     image_folder: str | None = None,
     config_name: str | None = None,
+    revision: str | None = None,
     type_column: str | None = None,
     prompt: Prompt | None = None,
     names: Mapping[str, str] | None = None,
@@ -63,6 +65,7 @@ def load(
         split: the split to read, or a file that is read in place of the data set.
         image_folder: where relative image paths start; None is the file's own folder.
         config_name: which of a Hub data set's configurations; None where it has one.
+        revision: of a Hub data set.
         type_column: the column with the questions' types; None takes the first of :data:`TYPE_COLUMNS` that is there.
         prompt: what the model is asked; None is the question, and its choices where there are some.
         names: the data's own names of columns, each with the name by which this module knows it.
@@ -79,7 +82,7 @@ def load(
     elif is_packaged(name):
         return datasets.Dataset.from_list(easy_vqa.load(name, split), features=FEATURES)
     name = name.replace("{split}", split)
-    table = read_table(name, split, packaged_names(easy_vqa.TASKS), config_name)
+    table = read_table(name, split, PACKAGED, config_name, revision)
     if len(table) == 0:
         raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
     table = _renamed(table, names or {}, name)

@@ -98,7 +98,7 @@ def test_the_offline_model_is_trained_once_and_goes_on_after_a_stop(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": None}, "VQAData: dataset: give a Hub name or a .json, .jsonl or .parquet file"),
+        ({"dataset": None}, "no data: give a file ending in .*a folder or a Hub name"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl.*no such file"),
         ({"dataset": "packaged:easy_vqa", "split": "dev"}, "splits train and test, got 'dev'"),
         ({"check_images": False, "skip_unreadable": True}, "skip_unreadable needs check_images"),

@@ -16,7 +16,7 @@ from vqa_models import COLOURS, first_batch, prepared
 from vqa_sets import save_scienceqa, saved
 
 from recipes.language.chat import IGNORED
-from recipes.shared.data import columns
+from recipes.shared.data import columns, take_own_splits
 from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder
 from recipes.vqa.data import Collate, VQAData
@@ -250,7 +250,7 @@ def test_a_split_that_a_file_does_not_have_is_found_before_training(tiny_vlm: st
         ({}, "validation", (0.0, 0.0)),
         ({"validation_share": 0.5}, None, (0.5, 0.0)),  # what is asked for goes before what is there
         ({"validation_split": "train[:2]"}, "train[:2]", (0.0, 0.0)),
-        ({"split": "validation"}, None, (0.05, 0.0)),
+        ({"split": "train+validation"}, None, (0.05, 0.0)),
     ],
 )
 def test_a_data_sets_own_splits_are_taken(
@@ -260,9 +260,8 @@ def test_a_data_sets_own_splits_are_taken(
         data = VQAData(name, **options)
         for split in ("train", "validation", "test"):
             (tmp_path / f"{split}.jsonl").touch()
-        data._find_parts()
-        assert data.splits["validation"] == validation
-        assert data.splits["test"] == (None if "split" in options else "test")
+        take_own_splits(data)
+        assert data.own_splits == {"validation": validation, "test": "test"}
         assert tuple(data.shares.values()) == shares
 
 

@@ -49,7 +49,8 @@ def draw(folder: Path, number: int = 24) -> list[dict[str, Any]]:
 
 def prepared(stage: str, processor: str, **options: Any) -> VQAData:
     data = VQAData(**{"processor": processor, "validation_share": 0.3, **options})
-    data.prepare_data()
+    if stage != "predict":  # which asks for no data set
+        data.prepare_data()
     data.setup(stage)
     return data
 
