@@ -1,10 +1,8 @@
 """One run of a table: a recipe's commands, each in a process of its own, and the row that comes of them."""
 
 import hashlib
-import json
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,8 @@ from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, commit, run_process
 from recipes.studies.plan import KEY as STUDY_KEY
 from recipes.studies.plan import Run as StudyRun
+from recipes.studies.process import checkpoints, command, fit, written
+from recipes.studies.result import OF_THE_CHOICE
 
 _VALIDATIONS = 4  # of a shortened run
 
@@ -85,30 +85,29 @@ def perform(run: Run, place: Place) -> Row:
     Returns:
         The run's row: its key; with the part "validation" the ``score`` that the choice is by, of which more is better,
         and the ``loss`` where the recipe logs one; ``metrics``, all that was logged in the validation of the kept
-        checkpoint or in the test; and what :class:`recipes.reproduce.result.RunResult` writes.
+        checkpoint or in the test; and what :class:`recipes.studies.result.RunResult` writes.
 
     Raises:
         StoppedError: a command has failed, or the user has stopped it.
     """
     folder = place.folder / run.name
-    if not (folder / "fit.json").exists():
-        run_process(fit_command(run, place))
-    fitted = _read(folder / "fit.json")
+    recipe = run.table.recipe
+    fitted = fit(recipe, folder, fit_arguments(run, place))
     found: Row = {"metrics": {}}
     if run.table.keeps != "nothing":
         kept = checkpoint(run, place.folder)
         if run.part == "test":
             # The sweep may have been stopped between the test and the row.
             if not (folder / "test.json").exists():
-                run_process(command("test", run, place, [f"--ckpt_path={kept}"]))
-            found = {"metrics": _read(folder / "test.json")}
+                run_process(command(recipe, "test", folder, _arguments(run, place, [f"--ckpt_path={kept}"])))
+            found = {"metrics": written(folder / "test.json")}
         else:
             metrics = validated(fitted["validations"], run.table)
             found = {"score": score(metrics, run.table), "loss": metrics.get("val_loss"), "metrics": metrics}
         found["adapter"] = str(kept.with_suffix("").relative_to(place.folder))
         # The checkpoints of all the runs of a table, with their optimizers, would fill a disk.
         clear(kept, keep_adapter=run.part == "test" or _is_start(run))
-    entries = {name: fitted[name] for name in fitted if name not in ("best", "last", "validations")}
+    entries = {name: value for name, value in fitted.items() if name not in OF_THE_CHOICE}
     return {
         **run.key(),
         **found,
@@ -136,11 +135,9 @@ def score(metrics: Row, table: Table) -> float:
     return -value if table.choice == "loss" else value
 
 
-def fit_command(run: Run, place: Place) -> list[str]:
-    """What trains, or resumes a training that was stopped."""
-    # Of an epoch's end, or by time within a long one.
-    lasts = sorted(_checkpoints(run, place.folder).glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
-    more = [f"--ckpt_path={lasts[-1]}"] if lasts else []
+def fit_arguments(run: Run, place: Place) -> list[str]:
+    """Of the recipe's ``fit``."""
+    more = []
     if run.start is not None:
         more.append(f"--model.start_from={checkpoint(run.start, place.folder).with_suffix('')}")
     if run.max_steps is not None:
@@ -148,24 +145,13 @@ def fit_command(run: Run, place: Place) -> list[str]:
         # An epoch may be longer than such a run.
         interval = max(1, run.max_steps // _VALIDATIONS)
         more += [f"--trainer.val_check_interval={interval}", "--trainer.check_val_every_n_epoch=null"]
-    return command("fit", run, place, more)
+    return _arguments(run, place, more)
 
 
-def command(name: str, run: Run, place: Place, more: Sequence[str]) -> list[str]:
-    """A command of the run's recipe.
-
-    Args:
-        name: "fit" or "test".
-        run: of the table.
-        place: where it lands.
-        more: arguments of this command alone.
-    """
+def _arguments(run: Run, place: Place, more: Sequence[str]) -> list[str]:
     table, task, method = run.table, run.table.tasks[run.task], METHODS[run.method]
     configs = RECIPES / table.recipe / "configs"
-    folder = place.folder / run.name
-    logger = "--trainer.logger"
     return [
-        *(sys.executable, "-m", f"recipes.{table.recipe}", name),
         *(f"--config={configs / path}" for path in ("base.yaml", *task.configs)),
         *task.options,
         *(f"--{option}={run.seed}" for option in table.seed_options),
@@ -176,13 +162,6 @@ def command(name: str, run: Run, place: Place, more: Sequence[str]) -> list[str]
         *([f"--trainer.precision={place.precision}"] if table.precision is None else []),
         *more,
         *place.options,  # behind the method's, whose callback is then the one that --trainer.callbacks.… means
-        "--trainer.callbacks+=recipes.reproduce.result.RunResult",
-        f"--trainer.callbacks.folder={folder}",
-        f"{logger}=lightning.pytorch.loggers.CSVLogger",
-        # The three fix the folder of the checkpoints, so that a resumed run finds its own.
-        f"{logger}.init_args.save_dir={folder.parent}",
-        f"{logger}.init_args.name={folder.name}",
-        f"{logger}.init_args.version={name}",
     ]
 
 
@@ -193,12 +172,8 @@ def checkpoint(run: Run, folder: Path) -> Path:
         run: that is trained.
         folder: of the table; it may have been moved since.
     """
-    fitted = _read(folder / run.name / "fit.json")
-    return _checkpoints(run, folder) / Path(fitted[run.table.keeps]).name
-
-
-def _checkpoints(run: Run, folder: Path) -> Path:
-    return folder / run.name / "fit" / "checkpoints"
+    own = folder / run.name
+    return checkpoints(own) / Path(written(own / "fit.json")[run.table.keeps]).name
 
 
 def clear(kept: Path, keep_adapter: bool) -> None:
@@ -217,10 +192,3 @@ def clear(kept: Path, keep_adapter: bool) -> None:
 
 def _is_start(run: Run) -> bool:
     return any(task.start == run.task for task in run.table.tasks.values())
-
-
-def _read(path: Path) -> Row:
-    if not path.exists():
-        raise SystemExit(f"{path} is missing: a run has ended without it. Leave out options such as fast_dev_run")
-    found: Row = json.loads(path.read_text(encoding="utf-8"))
-    return found

@@ -1,24 +1,20 @@
 """The sweep over rho of a recipe's own run: what is run, resumed and judged, and what it says."""
 
-import io
+import csv
 import json
 import math
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import Any
 
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.choose_rho import run as runs
 from recipes.choose_rho.__main__ import main
 from recipes.choose_rho.report import advice, chosen, table
-from recipes.choose_rho.run import logged_metrics
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, StoppedError
+from recipes.studies import process
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -47,14 +43,7 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
             raise StoppedError(130)
         RecipeCLI(list(command[3:]))  # behind python -m recipes.classification
 
-    def printed(command: Sequence[str], **settings: Any) -> CompletedProcess[str]:
-        out = io.StringIO()
-        with redirect_stdout(out), pytest.raises(SystemExit):
-            RecipeCLI(list(command[3:]))
-        return CompletedProcess(command, 0, out.getvalue())
-
-    monkeypatch.setattr(runs, "run_process", run_here)
-    monkeypatch.setattr(runs.subprocess, "run", printed)
+    monkeypatch.setattr(process, "run_process", run_here)
     options = [
         *("classification", "--rho", "0", "0.5", "--seeds", "0", "1", "--folder", str(tmp_path / "sweep")),
         *(f"--config={BASE}", f"--config={RECIPES / 'configs' / 'methods' / 'efmlora.yaml'}"),
@@ -70,14 +59,23 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
     rows = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]
     assert [(row["rho"], row["seed"]) for row in rows] == [(0, 0), (0.5, 0), (0, 1), (0.5, 1)]
     assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
-    metrics = tmp_path / "sweep" / "rho_0_seed_0" / "version_0" / "metrics.csv"
-    assert rows[0]["value"] == max(logged_metrics(metrics)["val_score"])
+    with (tmp_path / "sweep" / "rho_0_seed_0" / "fit" / "metrics.csv").open() as file:
+        logged = [float(line["val_score"]) for line in csv.DictReader(file) if line["val_score"]]
+    assert len(logged) == 2
+    assert rows[0]["value"] == pytest.approx(max(logged))
     out = capsys.readouterr().out
     assert "mean and standard error over the seeds" in out
     assert (tmp_path / "sweep" / "rho.png").stat().st_size > 0
     # Rows of another metric or of other options can't be compared with those that are there.
     with pytest.raises(MisconfigurationException, match="name another folder"):
         main([*options, "--metric", "val_loss"])
+    # Without a metric that the configuration keeps a checkpoint by, nothing is trained.
+    without = [*options, f"--folder={tmp_path / 'other'}", "--trainer.callbacks=null"]
+    with pytest.raises(MisconfigurationException, match="such as --metric val_loss"):
+        main([*without, "--rho_option=model.weight_decay"])
+    assert not list(tmp_path.glob("other/**/*.ckpt"))
+    with pytest.raises(SystemExit, match="has logged no val_wrong on validation, only val_"):
+        main([*options, f"--folder={tmp_path / 'third'}", "--metric", "val_wrong"])
 
 
 def test_the_best_mean_is_chosen_and_said_with_its_doubt() -> None:

@@ -15,6 +15,7 @@ from recipes.reproduce.__main__ import main
 from recipes.reproduce.tables import TABLES
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.ledger import StoppedError, read
+from recipes.studies import process
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),  # a test logs into a folder of its own
@@ -54,6 +55,7 @@ def here(monkeypatch: pytest.MonkeyPatch, command_line: None, own_datasets: None
         RecipeCLI(command[3:])
 
     monkeypatch.setenv("FLATLORA_PRECISION", "32-true")
+    monkeypatch.setattr(process, "run_process", run_here)
     monkeypatch.setattr(running, "run_process", run_here)
     for name in ("table1", "table2"):
         small = replace(TABLES[name], learning_rates=(1e-2,), grids=GRIDS, trial_steps=None)
@@ -104,7 +106,7 @@ def test_a_table_from_plan_to_figures(
 def test_a_stopped_run_resumes_where_it_was(
     tmp_path: Path, here: list[list[str]], prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete = running.run_process
+    complete = process.run_process
 
     def stop_halfway(command: Any) -> None:
         complete([*command, "--trainer.max_steps=2"])
@@ -112,9 +114,9 @@ def test_a_stopped_run_resumes_where_it_was(
         raise StoppedError(130)
 
     given = ["table1", "--tasks=sst2", "--methods=lora", "--protocol=paper", "--seeds=13", f"--folder={tmp_path}/table"]
-    monkeypatch.setattr(running, "run_process", stop_halfway)
+    monkeypatch.setattr(process, "run_process", stop_halfway)
     assert main([*given, *prompts]) == 130
-    monkeypatch.setattr(running, "run_process", complete)
+    monkeypatch.setattr(process, "run_process", complete)
     assert main([*given, *prompts]) == 0
     assert any(argument.startswith("--ckpt_path=") and argument.endswith("last.ckpt") for argument in here[1])
     fitted = json.loads(next(tmp_path.rglob("fit.json")).read_text())

@@ -20,6 +20,7 @@ from recipes.reproduce.table import Table
 from recipes.reproduce.tables import TABLES
 from recipes.shared.ledger import Row, StoppedError
 from recipes.studies.plan import Results, Shard
+from recipes.studies.process import command
 
 GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1), "sigma": (0.0, 0.1), "alpha": (0.0, 1)}
 
@@ -182,7 +183,9 @@ def test_the_settings_of_every_method_arrive(table: Table, parse: Parse, tmp_pat
     for name, method in METHODS.items():
         config = method.configurations([1.5e-3], table.grids)[-1]
         run = Run(task, name, config, 5, "validation", table)
-        settings = parse(running.fit_command(run, Place(tmp_path, "32-true")))
+        settings = parse(
+            command(table.recipe, "fit", tmp_path / run.name, running.fit_arguments(run, Place(tmp_path, "32-true")))
+        )
         model, callbacks = settings.model.init_args, settings.trainer.callbacks
         assert model.learning_rate == 1.5e-3
         assert callbacks[-1].init_args.folder == str(tmp_path / run.name)
@@ -204,8 +207,9 @@ def test_the_protocols_values_are_those_of_the_recipes_files(
 ) -> None:
     run = Run(task, "lora", {"learning_rate": 1.0, "lora_dropout": 1.0}, 5, "test", table)
     chosen = ("--model.learning_rate", "--model.lora")
-    command = running.command("fit", run, Place(tmp_path, "32-true"), [])
-    settings = parse([argument for argument in command if not argument.startswith(chosen)])
+    arguments = running.fit_arguments(run, Place(tmp_path, "32-true"))
+    given = [argument for argument in arguments if not argument.startswith(chosen)]
+    settings = parse(command(table.recipe, "fit", tmp_path, given))
     # With another first value, runs of size 0 would be other ones than LoRA's, with which they are shared.
     assert settings.model.init_args.lora["lora_dropout"] == table.grids["lora_dropout"][0]
     assert table.tasks[task].learning_rate == settings.model.init_args.learning_rate

@@ -1,4 +1,4 @@
-"""What a run leaves for the table: a JSON file after training, and another after the test."""
+"""What a run of a recipe leaves for a study: a JSON file after training, and another after the test."""
 
 import json
 import statistics
@@ -8,11 +8,16 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from recipes.shared.files import write_whole
 from recipes.shared.ledger import Row
 from recipes.shared.step_times import StepTimes
+
+OF_THE_CHOICE = ("best", "last", "monitor", "mode", "validations")
+"""Entries of ``fit.json`` by which a checkpoint or a setting is chosen; the others belong into a row."""
 
 _VERSIONS = ("torch", "lightning", "transformers", "peft", "lightning-flatlora")
 
@@ -24,12 +29,22 @@ class RunResult(StepTimes):
 
     Args:
         folder: where the files land.
+        needs_monitor: refuse a training that keeps no checkpoint by a metric, before it begins.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, needs_monitor: bool = False) -> None:
         super().__init__()
         self.folder = Path(folder)
+        self.needs_monitor = needs_monitor
         self.validations: list[Row] = []
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.needs_monitor and _monitored(trainer)["monitor"] is None:
+            raise MisconfigurationException(
+                "these options keep no checkpoint by a metric: name one that is logged on validation, such as "
+                "--metric val_loss"
+            )
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,6 +67,7 @@ class RunResult(StepTimes):
             "validations": self.validations,
             "best": saver.best_model_path if saver else None,
             "last": saver.last_model_path if saver else None,
+            **_monitored(trainer),
         }
         self._write(trainer, "fit", fitted)
 
@@ -73,6 +89,14 @@ class RunResult(StepTimes):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / f"{name}.json", json.dumps(found, indent=2) + "\n")
+
+
+def _monitored(trainer: L.Trainer) -> Row:
+    """The metric by which the best checkpoint is kept, and whether less or more of it is better."""
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
+            return {"monitor": saver.monitor, "mode": saver.mode}
+    return {"monitor": None, "mode": None}
 
 
 def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:

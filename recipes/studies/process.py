@@ -1,0 +1,75 @@
+"""A recipe's command in a process of its own, and what it leaves."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.shared.ledger import Row, run_process
+
+
+def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool = False) -> Row:
+    """Train, unless that has been done; a training that was stopped resumes from its last checkpoint.
+
+    Args:
+        recipe: name of its folder.
+        folder: of the run.
+        arguments: of the recipe's ``fit``.
+        needs_monitor: refuse a training that keeps no checkpoint by a metric, before it begins.
+
+    Returns:
+        What :class:`recipes.studies.result.RunResult` has written.
+
+    Raises:
+        StoppedError: the command has failed, or the user has stopped it.
+        SystemExit: it has left nothing.
+    """
+    if not (folder / "fit.json").exists():
+        of_result = ["--trainer.callbacks.needs_monitor=true"] if needs_monitor else []
+        run_process([*command(recipe, "fit", folder, [*arguments, *_resuming(folder)]), *of_result])
+    return written(folder / "fit.json")
+
+
+def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> list[str]:
+    """A recipe's command that leaves what it has found in a folder.
+
+    Args:
+        recipe: name of its folder.
+        name: "fit" or "test".
+        folder: of the run.
+        arguments: of the command. Options of the last callback are meant for the last one among them.
+    """
+    logger = "--trainer.logger"
+    return [
+        *(sys.executable, "-m", f"recipes.{recipe}", name, *arguments),
+        "--trainer.callbacks+=recipes.studies.result.RunResult",
+        f"--trainer.callbacks.folder={folder}",
+        f"{logger}=lightning.pytorch.loggers.CSVLogger",
+        # The three fix the folder of the checkpoints, so that a resumed run finds its own.
+        f"{logger}.init_args.save_dir={folder.parent}",
+        f"{logger}.init_args.name={folder.name}",
+        f"{logger}.init_args.version={name}",
+    ]
+
+
+def checkpoints(folder: Path) -> Path:
+    """Where the training of a run leaves its checkpoints."""
+    return folder / "fit" / "checkpoints"
+
+
+def written(path: Path) -> Row:
+    """What a command has left in a file.
+
+    Raises:
+        SystemExit: it has left nothing.
+    """
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: a run has ended without it. Leave out options such as fast_dev_run")
+    found: Row = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _resuming(folder: Path) -> list[str]:
+    # Of an epoch's end, or by time within a long one.
+    lasts = sorted(checkpoints(folder).glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return [f"--ckpt_path={lasts[-1]}"] if lasts else []
