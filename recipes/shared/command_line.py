@@ -67,6 +67,10 @@ def without_config(arguments: Sequence[str], dropped: Sequence[Path]) -> list[st
 def with_method(recipe: str, arguments: Sequence[str]) -> list[str]:
     """The arguments with the configuration of ``--method``, or with the ``--method`` whose configuration is given.
 
+    Example:
+        >>> [Path(each).name for each in with_method("vqa", ["--config", "mine.yaml", "--method", "efmlora"])]
+        ['--config', 'mine.yaml', 'efmlora.yaml', '--method', 'efmlora']
+
     Raises:
         MisconfigurationException: the recipe has no such method.
     """
@@ -80,7 +84,12 @@ def with_method(recipe: str, arguments: Sequence[str]) -> list[str]:
         raise MisconfigurationException(f"--method {name}: there are lora, {', '.join(names)}")
     if name == "lora" or method_file(recipe, name).resolve() in given:
         return arguments
-    return [f"--config={method_file(recipe, name)}", *arguments]
+    # Behind all others, of which one may replace the list of callbacks.
+    place = 0
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config"):
+            place = index + (1 if "=" in argument else 2)
+    return [*arguments[:place], f"--config={method_file(recipe, name)}", *arguments[place:]]
 
 
 def with_base(recipe: str, arguments: Sequence[str]) -> list[str]:

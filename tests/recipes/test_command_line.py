@@ -23,6 +23,14 @@ def parsed(*arguments: str, recipe: str = "classification") -> Any:
         return ParsingCLI(list(arguments), recipe=recipe).config[arguments[0]]
 
 
+def saved(path: Path, *arguments: str) -> str:
+    """A run's configuration, as it is written."""
+    with one_command():
+        cli = ParsingCLI(list(arguments), recipe="classification")
+    path.write_text(cli._parser("fit").dump(cli.config["fit"], skip_none=False))
+    return str(path)
+
+
 def test_the_recipes_base_and_the_method_are_laid_below_what_is_given() -> None:
     settings = parsed("fit", "--data.dataset=my.jsonl", "--model.learning_rate=0.5", "--method=efmlora", "--rho=2")
     assert settings.run_name == settings.method == "efmlora"
@@ -37,16 +45,20 @@ def test_the_recipes_base_and_the_method_are_laid_below_what_is_given() -> None:
         parsed("fit", "--method=sam")
 
 
+def test_a_method_is_laid_over_a_configuration_with_callbacks_of_its_own(tmp_path: Path) -> None:
+    mine = saved(tmp_path / "mine.yaml", "fit", "--data.dataset=my.jsonl")
+    settings = parsed("fit", "--method=efmlora", f"--config={mine}")
+    assert settings.data.init_args.dataset == "my.jsonl"
+    assert [each.class_path for each in settings.trainer.callbacks[-1:]] == ["lightning_flatlora.EFMLoRA"]
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
     """``--ckpt_path`` with the file of a run of EFMLoRA on other data than the base's."""
     folder = tmp_path / "runs/classification/efmlora/version_0"
     (folder / "checkpoints").mkdir(parents=True)
     torch.save({}, folder / "checkpoints" / "last.ckpt")
-    with one_command():
-        cli = ParsingCLI(["fit", "--data.dataset=my.jsonl", "--method=efmlora", "--rho=0.3"], recipe="classification")
-    saved = cli._parser("fit").dump(cli.config["fit"], skip_none=False)
-    (folder / "config.yaml").write_text(saved)
+    saved(folder / "config.yaml", "fit", "--data.dataset=my.jsonl", "--method=efmlora", "--rho=0.3")
     return f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
 
 
