@@ -120,7 +120,7 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path) -> list[st
     method = option(arguments, "--method")
     taken = "model and data"
     if _names_callbacks(recipe, arguments) or method not in (None, run.get("method")):
-        run["trainer"].pop("callbacks", None)
+        run.get("trainer", {}).pop("callbacks", None)
     else:
         taken = f"model, data and method ({', '.join(methods_of_run(run)) or 'LoRA'})"
         if method is not None:
