@@ -9,46 +9,31 @@ import argparse
 import sys
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 from recipes.clip import emoji
 from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_demo import report
 from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
 from recipes.clip_fewshot.emoji import examples
-from recipes.shared import demo_sweep
-from recipes.shared.files import begin_folder
+from recipes.shared import demos
+from recipes.shared.demos import Demo
 from recipes.shared.ledger import each_once
 from recipes.shared.methods import OURS
 from recipes.shared.mistakes import without_traceback
-from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
-from recipes.shared.progress import quiet
+from recipes.shared.precision import Precision
 from recipes.shared.statistics import estimate, with_error
 from recipes.shared.tables import print_and_write
 
 _SHOWN = "EFMLoRA"  # beside zero-shot in the picture, with the most shots and the first seed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run what is not there yet, and report; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["choose_rho"]:
-        _choose_rho(arguments[1:])
-        return 0
-    options = _parser().parse_args(arguments)
-    quiet()
-    begin_folder(options.folder, "results.jsonl", ["table.txt", "shots.png", "predictions.png"])
-    data = emoji.prepare()
-    precision = precision_of_runs(options.folder, options.precision)
-    print(f"Precision: {precision}; --precision sets another", flush=True)
+def work(options: argparse.Namespace) -> None:
+    """Train the small model if it is not there, do what is missing, and report."""
+    data, precision = emoji.prepare(), options.precision
     settings = Settings(rho=options.rho, iterations_per_shot=options.iterations_per_shot, precision=precision)
-    try:
-        model = pretrained(Pretraining(steps=options.pretraining_steps, precision=precision), data)
-        runs = _runs(options, settings, model, data.target)
-        rows = list(ledger(options.folder).complete(runs, perform))
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into an exit
-        print("Stopped. The same command resumes: what is finished is kept, and the model's training has a checkpoint")
-        return 130
+    model = pretrained(Pretraining(steps=options.pretraining_steps, precision=precision), data)
+    runs = _runs(options, settings, model, data.target)
+    rows = list(ledger(options.folder).complete(runs, perform))
     test = examples(data.target, "test")
     # In the order in which labels are counted.
     names = [path.name for path in sorted((data.target / "test").iterdir())]
@@ -62,14 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
             predictions[f"{_SHOWN}, {most} shots"] = row["given"]
     report.picture(test, names, predictions, options.folder / "predictions.png")
     print(f"The model is in {model}; open_clip loads it as local-dir:{model}")
-    print(f"results.jsonl, table.txt, shots.png and predictions.png are in {options.folder}")
-    return 0
 
 
 def _choose_rho(arguments: list[str]) -> None:
     """Validation accuracy, mean and standard error over the seeds, for each method and rho."""
     radii = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    parser = demo_sweep.parser("python -m recipes.clip_demo choose_rho", radii, Path("runs/clip_demo_rho"))
+    parser = demos.sweep_parser("python -m recipes.clip_demo choose_rho", radii, Path("runs/clip_demo_rho"))
     parser.add_argument("--shots", type=int, default=4, help="images of each class to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of shots, adapter and batches")
     parser.add_argument("--learning_rate", type=float, default=Settings.learning_rate, help="AdamW's at the start")
@@ -84,7 +67,7 @@ def _choose_rho(arguments: list[str]) -> None:
         runs = [Run(method, options.shots, seed, settings, model, data.target, "validation") for seed in seeds]
         return [with_error(estimate([100 * row["accuracy"] for row in rows.complete(runs, perform)]))]
 
-    demo_sweep.print_sweep(options, ["validation accuracy in %"], cells)
+    demos.print_sweep(options, ["validation accuracy in %"], cells)
 
 
 def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: Path) -> list[Run]:
@@ -95,14 +78,8 @@ def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: 
     return runs
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.clip_demo",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--folder", type=Path, default=Path("runs/clip_demo"), help="where everything lands")
     add("--shots", type=int, nargs="+", default=[1, 4, 16], help="images of each class to train on; 16 at most")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of shots, adapter and batches")
     add("--rho", type=float, default=Settings.rho, help="radius of the perturbation of EFMLoRA and FMLoRA")
@@ -110,9 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--pretraining_steps", type=int, default=Pretraining.steps, help="optimizer steps of the small model's training"
     )
-    add("--precision", choices=get_args(Precision), help=PRECISION_HELP)
-    return parser
 
+
+WRITTEN = ("table.txt", "shots.png", "predictions.png")
+main = Demo("clip_demo", __doc__, WRITTEN, work, _add_options, commands={"choose_rho": _choose_rho}).main
 
 if __name__ == "__main__":
     with without_traceback():

@@ -9,53 +9,44 @@ import json
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import docstring_parser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.demo.report import plot, table
 from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize, validate
-from recipes.shared import demo_sweep
-from recipes.shared.files import begin_folder, set_aside, write_whole
-from recipes.shared.ledger import Row, StoppedError, run_process
+from recipes.shared import demos
+from recipes.shared.demos import Demo
+from recipes.shared.files import set_aside, write_whole
+from recipes.shared.ledger import Row, run_process
 from recipes.shared.mistakes import without_traceback
-from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
+from recipes.shared.precision import Precision, precision_of_runs
 from recipes.shared.progress import quiet
 from recipes.shared.tables import print_and_write
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run what is not there yet, and report; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["choose_rho"]:
-        _choose_rho(arguments[1:])
-        return 0
-    options = _parser().parse_args(arguments)
-    values = {field.name: getattr(options, field.name) for field in fields(Settings)}
-    if options.precision is None:
-        values["precision"] = precision_of_runs(options.folder)
-    settings = Settings(**values)
-    if options.only:
-        quiet()
-        perform(Run(options.only, settings, options.folder / options.only))
-        return 0
-    _drop_other_settings(options.folder, settings)
-    print(f"Precision: {settings.precision}; --precision sets another", flush=True)
-    begin_folder(options.folder, "results.jsonl", ["table.txt", "curves.png"])
-    rows = ledger(options.folder)
-    runs = [Run(method, settings, options.folder / method) for method in METHODS]
+def work(options: argparse.Namespace) -> None:
+    """Do what is missing, and report."""
+    folder, settings = options.folder, _settings(options)
+    rows = ledger(folder)
+    runs = [Run(method, settings, folder / method) for method in METHODS]
     if any(rows.find(run) is None for run in runs):
-        tokenize(settings, options.folder)
-    try:
-        results = {row["method"]: row for row in rows.complete(runs, _in_a_process)}
-    except StoppedError as stop:
-        print(f"Stopped. The same command resumes from the last checkpoint in {options.folder}")
-        return stop.status
-    print_and_write(table(results), options.folder / "table.txt")
-    plot(results, options.folder, options.folder / "curves.png")
-    print(f"Checkpoints, adapters, table.txt and curves.png are in {options.folder}")
-    return 0
+        tokenize(settings, folder)
+    results = {row["method"]: row for row in rows.complete(runs, _in_a_process)}
+    print_and_write(table(results), folder / "table.txt")
+    plot(results, folder, folder / "curves.png")
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+
+
+def _only(arguments: list[str]) -> None:
+    """What a process of one method does, which is named first."""
+    options = DEMO.parser().parse_args(arguments[1:])
+    quiet()
+    perform(Run(arguments[0], _settings(options), options.folder / arguments[0]))
 
 
 def _in_a_process(run: Run) -> Row:
@@ -65,7 +56,7 @@ def _in_a_process(run: Run) -> Row:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = [f"--{name}={value}" for name, value in asdict(run.settings).items() if value is not None]
-        command = [sys.executable, "-m", "recipes.demo", "--only", run.method, "--folder", str(run.folder.parent)]
+        command = [sys.executable, "-m", "recipes.demo", "only", run.method, "--folder", str(run.folder.parent)]
         run_process([*command, *settings])
     row: Row = json.loads(path.read_text())
     return row
@@ -73,7 +64,7 @@ def _in_a_process(run: Run) -> Row:
 
 def _choose_rho(arguments: list[str]) -> None:
     """Validation loss and accuracy for each method and rho."""
-    parser = demo_sweep.parser("python -m recipes.demo choose_rho", (0.01, 0.03, 0.1, 0.3), Path("runs/demo-rho"))
+    parser = demos.sweep_parser("python -m recipes.demo choose_rho", (0.01, 0.03, 0.1, 0.3), Path("runs/demo-rho"))
     parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each run")
     options = parser.parse_args(arguments)
     rows = ledger(options.folder)
@@ -84,19 +75,23 @@ def _choose_rho(arguments: list[str]) -> None:
         (row,) = rows.complete([run], validate)
         return [f"{row['val_loss']:.3f}", f"{row['val_accuracy']:.3f}"]
 
-    demo_sweep.print_sweep(options, ("validation loss", "validation accuracy"), cells)
+    demos.print_sweep(options, ("validation loss", "validation accuracy"), cells)
 
 
-def _drop_other_settings(folder: Path, settings: Settings) -> None:
+def _drop_other_settings(options: argparse.Namespace) -> None:
     """Set aside what an earlier demo with other settings left: its results would not be comparable.
 
     Raises:
         MisconfigurationException: that demo is doing a run.
     """
+    folder = options.folder
+    # Looked up before the folder is set aside, and its choice with it.
+    options.precision = precision_of_runs(folder, options.precision, keep=False)
+    settings = asdict(_settings(options))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     before = json.loads(path.read_text()) if path.exists() else None
-    if before not in (None, asdict(settings)):
+    if before not in (None, settings):
         if ledger(folder).is_in_use():
             raise MisconfigurationException(
                 f"{folder} belongs to a demo with other settings, which is doing a run: name another --folder"
@@ -104,18 +99,10 @@ def _drop_other_settings(folder: Path, settings: Settings) -> None:
         print(f"{folder} holds the results of other settings")
         set_aside(folder)
         folder.mkdir()
-    precision_of_runs(folder, settings.precision)
-    write_whole(path, json.dumps(asdict(settings), indent=2) + "\n")
+    write_whole(path, json.dumps(settings, indent=2) + "\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.demo",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything lands")
-    parser.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
+def _add_options(parser: argparse.ArgumentParser) -> None:
     kinds: dict[str, Any] = {"rho": float, "learning_rate": float, "dataset": str, "model": str}
     helps = {parameter.arg_name: parameter.description for parameter in docstring_parser.parse(Settings.__doc__).params}
     for field in fields(Settings):
@@ -123,9 +110,18 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(
                 f"--{field.name}", type=kinds.get(field.name, int), default=field.default, help=helps[field.name]
             )
-    parser.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
-    return parser
 
+
+DEMO = Demo(
+    "demo",
+    __doc__,
+    ["table.txt", "curves.png"],
+    work,
+    _add_options,
+    prepare=_drop_other_settings,
+    commands={"choose_rho": _choose_rho, "only": _only},
+)
+main = DEMO.main
 
 if __name__ == "__main__":
     with without_traceback():
