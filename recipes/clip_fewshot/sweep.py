@@ -22,6 +22,7 @@ from recipes.shared import methods
 from recipes.shared.configs import config_arguments
 from recipes.shared.files import set_aside
 from recipes.shared.ledger import Ledger, Row, StoppedError, each_once, entries, keep_options, run_process
+from recipes.studies.process import logging_in, resuming
 
 METHODS = ("lora", "efmlora", "fmlora", "fmlora_manual")
 
@@ -149,8 +150,6 @@ def command(run: Run, folder: Path, fit_options: Sequence[str]) -> list[str]:
         fit_options: more options of `fit`.
     """
     run_folder = run.folder(folder)
-    last = run_folder / "checkpoints" / "last.ckpt"
-    logger = "--trainer.logger"
     return [
         *(sys.executable, "-m", "recipes.clip_fewshot", "fit", *configuration(run)),
         *fit_options,
@@ -160,12 +159,8 @@ def command(run: Run, folder: Path, fit_options: Sequence[str]) -> list[str]:
         f"--data.init_args.shots={run.shots}",
         f"--data.init_args.seed={run.seed}",
         *([] if run.dataset is None else [f"--data.init_args.dataset={run.dataset}"]),
-        f"{logger}=lightning.pytorch.loggers.CSVLogger",
-        # The three fix the run's folder, so that a resumed run finds its checkpoint and continues its log.
-        f"{logger}.init_args.save_dir={run_folder.parent.parent}",
-        f"{logger}.init_args.name={run_folder.parent.name}",
-        f"{logger}.init_args.version={run_folder.name}",
-        *([f"--ckpt_path={last}"] if last.exists() else []),
+        *logging_in(run_folder),
+        *resuming(run_folder),
     ]
 
 

@@ -15,7 +15,7 @@ from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, commit, run_process
 from recipes.studies.plan import KEY as STUDY_KEY
 from recipes.studies.plan import Run as StudyRun
-from recipes.studies.process import checkpoints, command, fit, written
+from recipes.studies.process import command, fit, written
 from recipes.studies.result import OF_THE_CHOICE
 
 _VALIDATIONS = 4  # of a shortened run
@@ -173,7 +173,7 @@ def checkpoint(run: Run, folder: Path) -> Path:
         folder: of the table; it may have been moved since.
     """
     own = folder / run.name
-    return checkpoints(own) / Path(written(own / "fit.json")[run.table.keeps]).name
+    return own / "fit" / "checkpoints" / Path(written(own / "fit.json")[run.table.keeps]).name
 
 
 def clear(kept: Path, keep_adapter: bool) -> None:

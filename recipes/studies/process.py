@@ -26,7 +26,7 @@ def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool
     """
     if not (folder / "fit.json").exists():
         of_result = ["--trainer.callbacks.needs_monitor=true"] if needs_monitor else []
-        run_process([*command(recipe, "fit", folder, [*arguments, *_resuming(folder)]), *of_result])
+        run_process([*command(recipe, "fit", folder, [*arguments, *resuming(folder / "fit")]), *of_result])
     return written(folder / "fit.json")
 
 
@@ -39,22 +39,33 @@ def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> l
         folder: of the run.
         arguments: of the command. Options of the last callback are meant for the last one among them.
     """
-    logger = "--trainer.logger"
     return [
         *(sys.executable, "-m", f"recipes.{recipe}", name, *arguments),
         "--trainer.callbacks+=recipes.studies.result.RunResult",
         f"--trainer.callbacks.folder={folder}",
-        f"{logger}=lightning.pytorch.loggers.CSVLogger",
-        # The three fix the folder of the checkpoints, so that a resumed run finds its own.
-        f"{logger}.init_args.save_dir={folder.parent}",
-        f"{logger}.init_args.name={folder.name}",
-        f"{logger}.init_args.version={name}",
+        *logging_in(folder / name),
     ]
 
 
-def checkpoints(folder: Path) -> Path:
-    """Where the training of a run leaves its checkpoints."""
-    return folder / "fit" / "checkpoints"
+def logging_in(folder: Path) -> list[str]:
+    """Arguments by which a recipe leaves its log in a folder, and its checkpoints in ``checkpoints`` there.
+
+    The folder is fixed, so that a resumed run finds its own checkpoints.
+    """
+    logger = "--trainer.logger"
+    return [
+        f"{logger}=lightning.pytorch.loggers.CSVLogger",
+        f"{logger}.init_args.save_dir={folder.parent.parent}",
+        f"{logger}.init_args.name={folder.parent.name}",
+        f"{logger}.init_args.version={folder.name}",
+    ]
+
+
+def resuming(folder: Path) -> list[str]:
+    """Arguments by which a training goes on from the last checkpoint in its log's folder; none where there is none."""
+    # Of an epoch's end, or by time within a long one.
+    lasts = sorted(folder.glob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return [f"--ckpt_path={lasts[-1]}"] if lasts else []
 
 
 def written(path: Path) -> Row:
@@ -67,9 +78,3 @@ def written(path: Path) -> Row:
         raise SystemExit(f"{path} is missing: a run has ended without it. Leave out options such as fast_dev_run")
     found: Row = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def _resuming(folder: Path) -> list[str]:
-    # Of an epoch's end, or by time within a long one.
-    lasts = sorted(checkpoints(folder).glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return [f"--ckpt_path={lasts[-1]}"] if lasts else []
