@@ -1,4 +1,4 @@
-"""Studies: which setting is chosen, and where a run goes on. What is planned, shared and resumed is tested with the programs that do it."""
+"""Studies: which setting is chosen, and where a run goes on. The rest is tested with the programs that do it."""
 
 import math
 import os
