@@ -15,13 +15,10 @@ from recipes.clip_contrastive.pretrain import Pretraining, pretrained
 from recipes.clip_demo import report
 from recipes.clip_demo.run import ZERO_SHOT, Run, Settings, ledger, perform
 from recipes.clip_fewshot.emoji import examples
-from recipes.shared import demos
 from recipes.shared.demos import Demo
 from recipes.shared.ledger import each_once
 from recipes.shared.methods import OURS
 from recipes.shared.mistakes import without_traceback
-from recipes.shared.precision import Precision
-from recipes.shared.statistics import estimate, with_error
 from recipes.shared.tables import print_and_write
 
 _SHOWN = "EFMLoRA"  # beside zero-shot in the picture, with the most shots and the first seed
@@ -49,27 +46,6 @@ def work(options: argparse.Namespace) -> None:
     print(f"The model is in {model}; open_clip loads it as local-dir:{model}")
 
 
-def _choose_rho(arguments: list[str]) -> None:
-    """Validation accuracy, mean and standard error over the seeds, for each method and rho."""
-    radii = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    parser = demos.sweep_parser("python -m recipes.clip_demo choose_rho", radii, Path("runs/clip_demo_rho"))
-    parser.add_argument("--shots", type=int, default=4, help="images of each class to train on")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of shots, adapter and batches")
-    parser.add_argument("--learning_rate", type=float, default=Settings.learning_rate, help="AdamW's at the start")
-    options = parser.parse_args(arguments)
-    data = emoji.prepare()
-    rows = ledger(options.folder)
-
-    def cells(method: str, rho: float, precision: Precision) -> list[str]:
-        settings = Settings(rho=rho, learning_rate=options.learning_rate, precision=precision)
-        model = pretrained(Pretraining(precision=precision), data)
-        seeds = each_once(options.seeds)
-        runs = [Run(method, options.shots, seed, settings, model, data.target, "validation") for seed in seeds]
-        return [with_error(estimate([100 * row["accuracy"] for row in rows.complete(runs, perform)]))]
-
-    demos.print_sweep(options, ["validation accuracy in %"], cells)
-
-
 def _runs(options: argparse.Namespace, settings: Settings, model: Path, images: Path) -> list[Run]:
     """Zero-shot, and then the methods innermost: whatever else the machine does meanwhile slows them all alike."""
     runs = [Run(ZERO_SHOT, 0, options.seeds[0], settings, model, images)]
@@ -90,7 +66,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 WRITTEN = ("table.txt", "shots.png", "predictions.png")
-main = Demo("clip_demo", __doc__, WRITTEN, work, _add_options, commands={"choose_rho": _choose_rho}).main
+main = Demo("clip_demo", __doc__, WRITTEN, work, _add_options).main
 
 if __name__ == "__main__":
     with without_traceback():

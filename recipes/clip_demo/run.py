@@ -56,7 +56,6 @@ class Run(NamedTuple):
         settings: of the demo.
         model: folder that open_clip loads.
         images: folder with train/CLASS/ and the like.
-        part: to classify, "validation" or "test".
     """
 
     method: str
@@ -65,7 +64,6 @@ class Run(NamedTuple):
     settings: Settings
     model: Path
     images: Path
-    part: str = "test"
 
     def __str__(self) -> str:
         return f"{self.method}, shots {self.shots}, seed {self.seed}" if self.shots else self.method
@@ -73,16 +71,16 @@ class Run(NamedTuple):
     def key(self) -> Row:
         """The first entries of its row."""
         row = {"method": self.method, "shots": self.shots, "seed": self.seed, "model": self.model.name}
-        return {**row, "part": self.part, "settings": asdict(self.settings)}
+        return {**row, "settings": asdict(self.settings)}
 
 
 def ledger(folder: Path) -> Ledger:
     """The ``results.jsonl`` of the runs in a folder."""
-    return Ledger(folder / "results.jsonl", entries("method", "shots", "seed", "model", "part", "settings"))
+    return Ledger(folder / "results.jsonl", entries("method", "shots", "seed", "model", "settings"))
 
 
 def perform(run: Run) -> Row:
-    """Adapt the model, and classify the images of a part that training does not see.
+    """Adapt the model, and classify the images of the test part.
 
     Returns:
         A row: the run's key, accuracy, the label given to each image, in the order of
@@ -97,8 +95,7 @@ def perform(run: Run) -> Row:
     times = StepTimes()
     trainer = _trainer(run.method, settings, times)
     trainer.fit(module, data)
-    # So that the test loader gives whichever part is to be judged.
-    data.parts["test"] = examples(run.images, run.part)
+    data.parts["test"] = examples(run.images, "test")
     labels = torch.tensor([label for _, label in data.parts["test"]])
     predictions = torch.cat(list(_classified(module, data.test_dataloader())))
     return {

@@ -8,20 +8,18 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import docstring_parser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.demo.report import plot, table
-from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize, validate
-from recipes.shared import demos
+from recipes.demo.run import METHODS, Run, Settings, ledger, perform, tokenize
 from recipes.shared.demos import Demo
 from recipes.shared.files import set_aside, write_whole
 from recipes.shared.ledger import Row, run_process
 from recipes.shared.mistakes import without_traceback
-from recipes.shared.precision import Precision, precision_of_runs
+from recipes.shared.precision import precision_of_runs
 from recipes.shared.progress import quiet
 from recipes.shared.tables import print_and_write
 
@@ -62,22 +60,6 @@ def _in_a_process(run: Run) -> Row:
     return row
 
 
-def _choose_rho(arguments: list[str]) -> None:
-    """Validation loss and accuracy for each method and rho."""
-    parser = demos.sweep_parser("python -m recipes.demo choose_rho", (0.01, 0.03, 0.1, 0.3), Path("runs/demo-rho"))
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="optimizer steps of each run")
-    options = parser.parse_args(arguments)
-    rows = ledger(options.folder)
-
-    def cells(method: str, rho: float, precision: Precision) -> list[str]:
-        settings = Settings(rho=rho, steps=options.steps, precision=precision)
-        run = Run(method, settings, options.folder / f"{method}-{rho:g}-{options.steps}")
-        (row,) = rows.complete([run], validate)
-        return [f"{row['val_loss']:.3f}", f"{row['val_accuracy']:.3f}"]
-
-    demos.print_sweep(options, ("validation loss", "validation accuracy"), cells)
-
-
 def _drop_other_settings(options: argparse.Namespace) -> None:
     """Set aside what an earlier demo with other settings left: its results would not be comparable.
 
@@ -112,16 +94,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             )
 
 
-DEMO = Demo(
-    "demo",
-    __doc__,
-    ["table.txt", "curves.png"],
-    work,
-    _add_options,
-    prepare=_drop_other_settings,
-    commands={"choose_rho": _choose_rho, "only": _only},
-)
-main = DEMO.main
+DEMO = Demo("demo", __doc__, ["table.txt", "curves.png"], work, _add_options, prepare=_drop_other_settings)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not there yet, and report; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["only"]:
+        _only(arguments[1:])
+        return 0
+    return DEMO.main(arguments)
+
 
 if __name__ == "__main__":
     with without_traceback():

@@ -112,12 +112,6 @@ def perform(run: Run) -> Row:
     return row
 
 
-def validate(run: Run) -> Row:
-    """Train, and judge on the validation part, by which rho is chosen."""
-    trainer, module, data, _ = train(run)
-    return {**run.key(), **trainer.validate(module, data, verbose=False)[0]}
-
-
 def train(run: Run) -> tuple[L.Trainer, InstructionTuning, InstructionData, StepTimes]:
     """Model and data, after training with the run's method."""
     settings, folder = run.settings, run.folder
@@ -191,10 +185,8 @@ def _trainer(run: Run, epochs: int, times: StepTimes) -> L.Trainer:
         max_steps=settings.steps,
         gradient_clip_val=1.0,
         log_every_n_steps=1,
-        limit_val_batches=settings.test_batches,
+        limit_val_batches=0,  # the validation part is for choosing rho and is not even tokenized here
         limit_test_batches=settings.test_batches,
-        # Beyond the last epoch: the validation part is for choosing rho and is not even tokenized here.
-        check_val_every_n_epoch=epochs + 1,
         num_sanity_val_steps=0,
         callbacks=[times, *flat, checkpoints, RandomState(), progress_bar(method)],
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
