@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -64,21 +64,24 @@ def read_table(
                 refuse_rows_by_key(name, path)
             files = glob.escape(str(path))
             options = csv_options(files) if ending == ".csv" else {}
-            table = datasets.load_dataset(FORMATS[ending], data_files=files, split="train", **options)
-            if FORMATS[ending] == "json":
-                refuse_other_encodings(table)
-                return with_dates_as_texts(table, path, _code())
-            return table
+            load = partial(datasets.load_dataset, FORMATS[ending], data_files=files, split="train", **options)
+            return _with_texts_as_written(load)
         name = _folder_or_hub(name)
-        if not path.is_dir():
-            return datasets.load_dataset(name, config_name, split=split, revision=revision)
-        csv_files = files_of_csv_folder(name, config_name, split)
+        csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
         if csv_files:
             parts = {split.partition("[")[0]: csv_files}
             return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
-        table = datasets.load_dataset(name, config_name, split=split, revision=revision)
-        refuse_other_encodings(table)
+        load = partial(datasets.load_dataset, name, config_name, split=split, revision=revision)
+        return _with_texts_as_written(load)
+
+
+def _with_texts_as_written(load: Callable[..., Any]) -> Any:
+    """The table that ``load`` reads, with all texts of JSON files as they are there."""
+    table = load()
+    if table.info.builder_name != "json":
         return table
+    refuse_other_encodings(table)
+    return with_dates_as_texts(table, load)
 
 
 def _folder_or_hub(name: str) -> str:

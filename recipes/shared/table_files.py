@@ -1,9 +1,8 @@
 """The forms of files that tables come in: which are read, which are not, and what `datasets` would change of them."""
 
-import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
 _MOST_COLUMNS = 100  # of a table: more objects than that are rows by their ids, even where these differ
+_TIME = re.compile(r"\b(timestamp|date32|date64|time32|time64)\[")
 _ROWS_BY_KEY = re.compile(r'\s*\{\s*"[^"]*"\s*:\s*\{')
 
 
@@ -133,54 +133,21 @@ def files_of_csv_folder(name: str, config_name: str | None, split: str) -> list[
     return files.get(split.partition("[")[0])
 
 
-def with_dates_as_texts(table: Any, path: Path, code: str) -> Any:
-    """A table of a JSON file in which what looks like a date is the text that the file holds.
+def with_dates_as_texts(table: Any, load: Callable[..., Any]) -> Any:
+    """A table of JSON files in which what looks like a date is the text that they hold.
 
     `datasets` makes a time of it, whose text is another one.
 
     Args:
         table: as `datasets` has read it.
-        path: of the file.
-        code: a name for the code as it is now.
+        load: reads it again, with the ``features`` that it is given.
     """
-    features = _with_texts_for_times(table.features)
-    if features == table.features:
-        return table
-    state = path.stat()
-    # All that the rows depend on, since `datasets` keeps what it has once read under these arguments.
-    given = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns, "code": code}
-    try:
-        return datasets.Dataset.from_generator(_json_rows, gen_kwargs=given, features=features, split="train")
-    except datasets.exceptions.DatasetGenerationError:  # several objects, each over several lines
-        return table
-
-
-def _with_texts_for_times(feature: Any) -> Any:
-    if isinstance(feature, dict):
-        changed = {name: _with_texts_for_times(inner) for name, inner in feature.items()}
-        return type(feature)(changed)
-    if isinstance(feature, list):  # as older releases of `datasets` write them
-        return [_with_texts_for_times(inner) for inner in feature]
-    if hasattr(feature, "feature"):
-        changed_list = copy.copy(feature)
-        changed_list.feature = _with_texts_for_times(feature.feature)
-        return changed_list
-    is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith(("timestamp", "date", "time"))
-    return datasets.Value("string") if is_time else feature
-
-
-def _json_rows(path: str, size: int, changed: int, code: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file of JSON lines, or of one that holds a list of them or a single one."""
-    with _opened(Path(path)) as file:
-        first_line = file.readline()
-        file.seek(0)
-        if first_line.lstrip().startswith("[") or not _is_json(first_line):
-            content = json.load(file)
-            yield from content if isinstance(content, list) else [content]
-            return
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
+    features = dict(table.features)
+    for column in table.features.arrow_schema:
+        # Of the column itself, or of what it holds.
+        if _TIME.search(str(column.type)):
+            features[column.name] = datasets.Json()
+    return table if features == dict(table.features) else load(features=datasets.Features(features))
 
 
 def _is_json(text: str) -> bool:

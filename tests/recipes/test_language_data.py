@@ -1,9 +1,11 @@
 """Files that the language recipes read: prompts for `predict`, and tables."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -140,6 +142,17 @@ def test_dates_stay_as_they_are_written(tmp_path: Path, name: str) -> None:
         text = json.dumps(rows) if name == "dates.json" else "".join(json.dumps(row) + "\n" for row in rows)
         with fsspec.open(tmp_path / name, "wt", compression="infer") as file:
             file.write(text)
+        assert read_table(str(tmp_path / name), "train").to_list() == rows
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).rename(tmp_path / "folder" / f"train{''.join(Path(name).suffixes)}")
+    assert read_table(str(tmp_path / "folder"), "train").to_list() == rows
+
+
+def test_times_of_a_parquet_file_stay_times(tmp_path: Path) -> None:
+    rows = [{"day": date(2020, 1, 1), "text": "2020-01-01"}]
+    (tmp_path / "mine").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "mine" / "train.parquet")
+    for name in ("mine", "mine/train.parquet"):
         assert read_table(str(tmp_path / name), "train").to_list() == rows
 
 
