@@ -3,8 +3,10 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,7 +20,34 @@ _LONGEST = 200  # characters of a broken file's name, which may be an image in t
 _MORE_ENDINGS = (".heic", ".heif", ".qoi", ".dds")  # of telephones, which Pillow reads with a plugin alone; and others
 
 
-def read_image(path: str | Path) -> Image.Image:
+class Inside(Protocol):
+    """An image inside of another file, which Pillow opens as it opens a path: its bytes are read when needed."""
+
+    def read(self) -> bytes:
+        """All of the image's file."""
+        ...
+
+
+ImageFile = str | Path | Inside
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An image inside of a table.
+
+    Attributes:
+        name: for messages.
+        read: gives its bytes.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def read_image(path: ImageFile) -> Image.Image:
     """An image in RGB, turned as its EXIF orientation says; what is transparent becomes white.
 
     Args:
@@ -28,7 +57,7 @@ def read_image(path: str | Path) -> Image.Image:
         MisconfigurationException: it can't be read; the message names the file and the reason.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(cast("Any", path)) as opened:
             problem = _wide(opened)
             if problem is not None:
                 raise ValueError(problem)
@@ -47,7 +76,7 @@ Size = tuple[int, int]
 
 
 def readable(
-    paths: Sequence[str | Path],
+    paths: Sequence[ImageFile],
     skip_unreadable: bool = False,
     refuses: Callable[[Size], str | None] = lambda size: None,
 ) -> list[int]:
@@ -100,10 +129,10 @@ def blind_skips(skip_unreadable: bool, check_images: bool) -> list[str]:
     return []
 
 
-def _problem(path: str | Path, refuses: Callable[[Size], str | None]) -> str | None:
+def _problem(path: ImageFile, refuses: Callable[[Size], str | None]) -> str | None:
     """What is wrong with an image, or None."""
     try:
-        with Image.open(path) as image:
+        with Image.open(cast("Any", path)) as image:
             problem = _wide(image) or refuses(image.size)
             image.draft("RGB", (1, 1))  # JPEG: read all, but decode to an eighth of the size, several times faster
             image.load()

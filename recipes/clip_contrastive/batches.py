@@ -4,8 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from recipes.clip.images import read_image
-from recipes.clip_contrastive.sources import Picture
+from recipes.clip_contrastive.pictures import Picture
 
 Batch = dict[str, Tensor]
 Transform = Callable[[Image], Tensor]
@@ -142,7 +141,7 @@ class PictureBatches(Dataset[Batch]):
         }
 
     def _image(self, picture: Picture) -> Tensor:
-        return self.transform(read_image(cast("Path", picture.file)))  # Pillow takes whatever can be read
+        return self.transform(read_image(picture.file))
 
 
 def _captions(pictures: Sequence[Picture]) -> list[str]:

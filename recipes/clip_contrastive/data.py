@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 from typing_extensions import override
 
-from recipes.clip.images import blind_skips, readable
+from recipes.clip.images import Embedded, blind_skips, readable
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
-from recipes.clip_contrastive.sources import Picture
-from recipes.shared.data import refuse_bad_settings, warn_of_training_data
+from recipes.clip_contrastive.pictures import Picture
+from recipes.shared.data import (
+    given_dataset,
+    refuse_bad_settings,
+    shares_of,
+    take_own_splits,
+    warn_of_training_data,
+)
 from recipes.shared.ranks import rank
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 
@@ -28,19 +34,26 @@ _CHUNK = 4096  # captions that are tokenized at once to learn their length
 class ContrastiveData(ResumableData):
     """Images with captions for a contrastive model, whose tokenizer and preprocessing are used.
 
-    Validation and test are data sets of their own, or shares of the training data, chosen by a hash of the image's path
-    and the seed: with all its captions an image is in one part alone.
+    Validation and test are data sets or splits of their own, or shares of the training data, chosen by the seed and a
+    hash of the image's path, or of its content if it is in a table: with all its captions an image is in one part.
 
     Args:
-        dataset: for training: a .csv or .tsv file; a folder of images with a .txt file beside each or a captions.csv;
-            webdataset shards as ``shards/{000..009}.tar``; or "packaged:emoji" (more in
-            the docs).
-        validation_dataset: for validation; None takes ``validation_share`` of the training data.
-        test_dataset: for testing; None takes ``test_share``.
-        validation_share: share of the images.
-        test_share: share of the images.
-        image_column: of a table, the images' paths, relative to the table's folder.
-        caption_column: of a table; an image with several captions has several lines.
+        dataset: for training: a .csv, .tsv, .json, .jsonl or .parquet file; a folder of images with a .txt file beside
+            each, a captions.csv or ImageFolder's metadata.jsonl; a Hub name; webdataset shards as
+            ``shards/{000..009}.tar``; or "packaged:emoji" (more in the docs).
+        config_name: which of a Hub data set's configurations; None where it has one.
+        revision: of a Hub data set.
+        split: for training, of a Hub data set or a folder with several.
+        validation_dataset: for validation, of the same kinds; None takes ``validation_split``.
+        test_dataset: for testing; None takes ``test_split``.
+        validation_split: a split of ``dataset``; None takes ``validation_share``.
+        test_split: likewise; None takes ``test_share``.
+        validation_share: share of the images; None takes the split that the data set has for it, or 0.05 without one.
+        test_share: share of the images; None takes the split that the data set has for it, or nothing without one.
+        image_column: of a table: images, or their paths, relative to the table's folder; None takes the first of
+            image, filepath, file_name and image_path that is there.
+        caption_column: of a table; an image with several captions has several lines, or a list of them. None takes the
+            first of caption, title, text and captions.
         batch_size: images of a batch on one device. The loss compares all pairs of all devices' batches.
         eval_batch_size: images of a batch in evaluation, each with all its captions. The evaluation's loss is the mean
             over such batches, on any number of devices.
@@ -57,12 +70,17 @@ class ContrastiveData(ResumableData):
     """
 
     dataset: str | None = None
+    config_name: str | None = None
+    revision: str | None = None
+    split: str = "train"
     validation_dataset: str | None = None
     test_dataset: str | None = None
-    validation_share: float = 0.05
-    test_share: float = 0.0
-    image_column: str = "image"
-    caption_column: str = "caption"
+    validation_split: str | None = None
+    test_split: str | None = None
+    validation_share: float | None = None
+    test_share: float | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
     batch_size: int = 64
     eval_batch_size: int = 64
     refuse_long_captions: bool = False
@@ -73,24 +91,21 @@ class ContrastiveData(ResumableData):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self.datasets = {"train": self.dataset, "validation": self.validation_dataset, "test": self.test_dataset}
-        self.shares = {
-            "validation": 0.0 if self.validation_dataset else self.validation_share,
-            "test": 0.0 if self.test_dataset else self.test_share,
-        }
-        refuse_bad_settings(
-            self,
-            {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0},
-            {"validation": self.validation_share, "test": self.test_share},
-            [*_no_data(self.dataset), *blind_skips(self.skip_unreadable, self.check_images)],
-        )
+        self.own_datasets = {"validation": self.validation_dataset, "test": self.test_dataset}
+        self.own_splits = {"validation": self.validation_split, "test": self.test_split}
+        for part, own in self.own_datasets.items():
+            if own is not None:
+                self.own_splits[part] = "train"  # all of a data set that is nothing else
+        self.shares = shares_of(self)
+        least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
+        refuse_bad_settings(self, least, self.shares, blind_skips(self.skip_unreadable, self.check_images))
         self.parts: dict[str, list[Picture]] = {}
         self.reports: dict[str, str] = {}
         self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the Trainer's module's
 
     @override
     def prepare_data(self) -> None:
-        for dataset in filter(None, self.datasets.values()):
+        for dataset in (given_dataset(self.dataset, sources.PACKAGED), *filter(None, self.own_datasets.values())):
             sources.fetch(dataset)
 
     @override
@@ -101,6 +116,8 @@ class ContrastiveData(ResumableData):
                     "ContrastiveData takes the model's tokenizer: set .clip, or use a Trainer"
                 )
             self.clip = self.trainer.lightning_module.clip
+        if sources.is_of_datasets(given_dataset(self.dataset, sources.PACKAGED)):
+            take_own_splits(self, sources.PACKAGED)
         if stage == "fit":
             self._refuse_training_data()
         for part in PARTS_OF_STAGE[stage]:
@@ -112,12 +129,14 @@ class ContrastiveData(ResumableData):
             warn_of_training_data("validation", held_out, trained, "images")
         # Every stage except fit has a single part, the one that the loop ends with.
         if stage != "fit" and not self.parts[part]:
-            raise MisconfigurationException(f"nothing to evaluate: set {part}_dataset, or {part}_share above 0")
+            raise MisconfigurationException(
+                f"there is nothing to evaluate on: give {part}_dataset, which was not trained on, or train with "
+                f"{part}_share=0.1, say"
+            )
 
     def _refuse_training_data(self) -> None:
         problems = []
-        for part in ("validation", "test"):
-            own = self.datasets[part]
+        for part, own in self.own_datasets.items():
             if own is not None and _place(own) == _place(str(self.dataset)):
                 problems.append(
                     f"{part}_dataset={own!r} is what is trained on: give another one, or null, which holds out a share"
@@ -141,12 +160,16 @@ class ContrastiveData(ResumableData):
 
     def _chosen(self, part: str) -> list[Picture]:
         """A part's pictures, in an order that has nothing to do with what they show."""
-        dataset = self.datasets[part]
-        pictures = sources.load(dataset or str(self.dataset), self.image_column, self.caption_column)
+        own = self.own_datasets.get(part)
+        split = self.own_splits.get(part)
+        if part != "train" and split is None and not self.shares[part]:
+            return []
+        names = self.image_column, self.caption_column, self.config_name, self.revision
+        pictures = sources.load(own or str(self.dataset), split or self.split, *names)
         keys = shuffled({picture.key for picture in pictures}, self.seed)
         place = dict(zip(keys, range(len(keys)), strict=True))
         pictures.sort(key=lambda picture: place[picture.key])
-        if dataset and part != "train":
+        if split is not None:
             return pictures
         first, last = part_bounds(part, len(place), self.shares)
         return [picture for picture in pictures if first <= place[picture.key] < last]
@@ -158,10 +181,12 @@ class ContrastiveData(ResumableData):
                 "give more images"
             )
         if self.check_images and pictures:
-            files = [cast("Path", picture.file) for picture in pictures]  # Pillow takes whatever can be read
+            files = [picture.file for picture in pictures]
             pictures = [pictures[place] for place in readable(files, self.skip_unreadable)]
         captions = list(chain.from_iterable(picture.captions for picture in pictures))
-        report = f"{self.datasets[part] or self.dataset}, {part}: {len(pictures)} images, {len(captions)} captions"
+        report = (
+            f"{self.own_datasets.get(part) or self.dataset}, {part}: {len(pictures)} images, {len(captions)} captions"
+        )
         long = too_long(captions, self.clip.tokenizer)
         if long:
             length = self.clip.tokenizer.context_length
@@ -176,13 +201,11 @@ class ContrastiveData(ResumableData):
         return pictures
 
 
-def _no_data(dataset: str | None) -> list[str]:
-    return [] if dataset else ["dataset: give a .csv or .tsv file, a folder of images with captions, or shards"]
-
-
 def _identity(picture: Picture) -> str:
-    """Where an image lies, however its path is written."""
-    return os.path.realpath(picture.file) if isinstance(picture.file, Path) else str(picture.file)
+    """Where an image lies, however its path is written; of an image in a table its content."""
+    if isinstance(picture.file, Path):
+        return os.path.realpath(picture.file)
+    return picture.key if isinstance(picture.file, Embedded) else str(picture.file)
 
 
 def _place(dataset: str) -> Path:

@@ -97,6 +97,8 @@ def _folder_or_hub(name: str) -> str:
     if not path.exists() and (is_path or ("/" not in name and path.suffix)):
         raise MisconfigurationException(f"dataset={name!r}: there is no such file or folder")
     if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+            raise MisconfigurationException(f"dataset={name!r}: there is no such file or folder")
         return name
     if glob.has_magic(str(path)):
         raise MisconfigurationException(

@@ -1,28 +1,13 @@
 """Images of a data set's rows: in files, or inside the data set."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from PIL.Image import Image
 
-from recipes.clip.images import Size, read_image, readable
+from recipes.clip.images import Embedded, Size, read_image, readable
 
 _LONGEST = 200  # times as long as wide; Qwen's image processors refuse more
-
-
-class Embedded:
-    """An image inside a data set in the form of a file for Pillow: its bytes are read when they are needed."""
-
-    def __init__(self, name: str, load: Callable[[], bytes]) -> None:
-        self.name, self.load = name, load
-
-    def __str__(self) -> str:
-        return self.name
-
-    def read(self) -> bytes:
-        """All of the file."""
-        return self.load()
 
 
 def open_image(image: dict[str, Any], name: str) -> Image:
@@ -36,7 +21,7 @@ def open_image(image: dict[str, Any], name: str) -> Image:
         MisconfigurationException: it can't be read.
     """
     data = image["bytes"]
-    return read_image(image["path"] if data is None else cast("Any", Embedded(name, lambda: data)))
+    return read_image(image["path"] if data is None else Embedded(name, lambda: data))
 
 
 def too_long(size: Size) -> str | None:

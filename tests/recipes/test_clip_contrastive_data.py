@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import random
 import shutil
 import tarfile
@@ -10,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,9 @@ from recipes.clip import emoji
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import Draw, PictureBatchSampler
 from recipes.clip_contrastive.data import too_long
+from recipes.clip_contrastive.pictures import Picture, lines_of
 
-pytestmark = pytest.mark.usefixtures("command_line")
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
 COLUMNS = ("image", "caption")
 
@@ -85,6 +88,47 @@ def test_all_sources_give_the_same_pictures(pictures: str, write_table: Callable
     assert sources.load(str(tmp_path / "shard-*.tar")) == shards
 
 
+def test_what_datasets_reads_gives_the_same_pictures(pictures: str, tmp_path: Path) -> None:
+    expected = described(pictures)
+    paths = {name: str(Path(pictures) / f"{name}.png") for name in expected}
+    rows = [{"image_path": path, "text": expected[name][0]} for name, path in paths.items()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = {name: texts[:1] for name, texts in expected.items()}
+    assert described(str(tmp_path / "rows.jsonl")) == first
+    # As open_clip's own program reads it: tabs, whatever the ending.
+    lines = ["filepath\ttitle", *(f"{row['image_path']}\t{row['text']}" for row in rows)]
+    (tmp_path / "open_clip.csv").write_text("\n".join(lines))
+    assert described(str(tmp_path / "open_clip.csv")) == first
+    folder = tmp_path / "folder"
+    (folder / "train").mkdir(parents=True)
+    for path in paths.values():
+        shutil.copy(path, folder / "train")
+    named = [{"file_name": Path(row["image_path"]).name, "text": row["text"]} for row in rows]
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, named)))
+    assert described(str(folder)) == first
+
+
+def test_images_inside_of_a_hub_data_set_are_known_by_their_content(clip: Any, pictures: str, tmp_path: Path) -> None:
+    """An image in two rows is one picture; the data set's own split validates."""
+    features = {"image": datasets.Image(), "caption": datasets.Sequence(datasets.Value("string"))}
+    names = sorted(described(pictures))
+    for split, some in (("train", names[:24]), ("validation", names[24:])):
+        rows = []
+        for name in [*some, some[0]]:
+            image = {"path": None, "bytes": (Path(pictures) / f"{name}.png").read_bytes()}
+            rows.append({"image": image, "caption": [f"a {name}", f"the {name}"]})
+        (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
+        table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+        table.to_parquet(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet")
+    data = prepared(clip, "fit", str(tmp_path / "hub"), num_workers=1)
+    assert {part: len(found) for part, found in data.parts.items()} == {"train": 24, "validation": 8}
+    twice = [picture for picture in data.parts["train"] if len(picture.captions) == 4]
+    assert [picture.captions[0] for picture in twice] == [f"a {names[0]}"]
+    (batch,) = list(data.val_dataloader())
+    assert batch["images"].shape == (8, 3, 32, 32)
+    assert len(next(iter(data.train_dataloader()))["images"]) == 24
+
+
 def test_images_are_read_from_shards(clip: Any, pictures: str, tmp_path: Path) -> None:
     blue, red = (Path(pictures) / f"{colour}-circle.png" for colour in ("blue", "red"))
     members: dict[str, Path | bytes] = {blue.name: blue, red.name: red, "broken.png": red.read_bytes()[:60]}
@@ -111,17 +155,18 @@ def test_an_emoji_stays_in_one_part_in_all_styles(
     assert [(p.key, p.captions) for p in sources.load("packaged:emoji")] == [("1f600", ("grin",))] * 2
     assert len(sources.load("packaged:emoji-held-out")) == 1
     (fluent,) = sources.load("packaged:emoji-fluent")  # the other has no caption
-    assert fluent == sources.Picture(tmp_path / "fluent/train/face/1f600.png", ("grin",), "1f600")
+    assert fluent == Picture(tmp_path / "fluent/train/face/1f600.png", ("grin",), "1f600")
 
 
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
-        ([("a.png", "b")], ("file", "caption"), r"columns \['file', 'caption'\].*image_column='image'"),
-        ([("", "x")], COLUMNS, "line 2 has an empty 'image'"),
-        ([("a.png",)], COLUMNS, "line 2 has an empty 'caption'"),
+        ([("a.png", "b")], ("file", "caption"), r"columns \['file', 'caption'\], but not image_column, one of image"),
+        ([("", "x")], COLUMNS, "row 1 has no image"),
+        ([("a.png",)], COLUMNS, "row 1 has no caption"),
         ([("nowhere.png", "x")], COLUMNS, "there is no .*nowhere.png"),
-        ([("a.png", "a cat", " with a hat")], COLUMNS, "line 2 has more columns than the first line"),
+        ([("a.png", "a cat", " with a hat")], COLUMNS, "the first row has more columns than the header"),
+        ([("a.png", "b"), ("a.png", "a cat", " with a hat")], COLUMNS, "Expected 2 fields in line 3, saw 3"),
         ([], COLUMNS, "holds no image with a caption"),
     ],
 )
@@ -136,10 +181,10 @@ def test_a_quotation_mark_at_the_start_of_a_caption_swallows_no_lines(pictures: 
     table = tmp_path / "table.tsv"
     # As a reader of tables takes it, the caption of a.png goes on to the end of b.png's line.
     table.write_text('image\tcaption\na.png\t"Stop says the sign\nb.png\ta sign that says "Stop"\nc.png\tx\n')
-    with pytest.raises(MisconfigurationException, match=r"can't be read as a table"):
+    with pytest.raises(MisconfigurationException, match=r"row 1 has a caption that goes on over further lines"):
         sources.load(str(table))
     table.write_text('image\tcaption\na.png\t"Stop says the sign\nb.png\tthe sign says Stop"\nc.png\tx\n')
-    with pytest.raises(MisconfigurationException, match=r"line 3 ends a caption that began lines before"):
+    with pytest.raises(MisconfigurationException, match=r"row 1 has a caption that goes on over further lines"):
         sources.load(str(table))
     other = tmp_path / "table.csv"
     other.write_text('image,caption\na.png,"soup\t3 euro\nbread\t1 euro"\n')
@@ -151,12 +196,14 @@ def test_a_quotation_mark_at_the_start_of_a_caption_swallows_no_lines(pictures: 
 def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(
-        MisconfigurationException, match=r"folder holds no file with an image's ending, such as .*\.png"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"folder doesn't contain any data files"):
         sources.load(str(folder))
-    (folder / "one.png").symlink_to(Path(pictures) / "red-circle.png")
-    with pytest.raises(MisconfigurationException, match=r"one.png has neither a one.txt.*captions.csv"):
+    shutil.copy(Path(pictures) / "red-circle.png", folder / "one.png")
+    with pytest.raises(MisconfigurationException, match=r"needs a .txt beside each, a captions.csv, or a metadata"):
+        sources.load(str(folder))
+    (folder / "two.txt").write_text("a circle")
+    shutil.copy(Path(pictures) / "red-circle.png", folder / "two.png")
+    with pytest.raises(MisconfigurationException, match=r"one.png has no one.txt beside it"):
         sources.load(str(folder))
     (folder / "one.txt").write_text(" \n")
     with pytest.raises(MisconfigurationException, match=r"one.txt is empty"):
@@ -183,8 +230,8 @@ def test_an_image_that_is_written_in_two_ways_is_one_picture(pictures: str, tmp_
     absolute = tmp_path / "some" / ".." / "a.png"
     (tmp_path / "table.csv").write_text(f"image,caption\na.png,one\n./a.png,two\n{absolute},three\n")
     (picture,) = sources.load(str(tmp_path / "table.csv"))
-    assert picture == sources.Picture(tmp_path / "a.png", ("one", "two", "three"), "a.png")
-    assert sources.lines_of("one\u2028line\r\n\rtwo\n") == ("one\u2028line", "two")
+    assert picture == Picture(tmp_path / "a.png", ("one", "two", "three"), "a.png")
+    assert lines_of("one\u2028line\r\n\rtwo\n") == ("one\u2028line", "two")
 
 
 def test_faults_of_shards_are_named(pictures: str, tmp_path: Path) -> None:
@@ -214,7 +261,10 @@ def test_a_shard_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"dataset": None}, "no data: give a file"),
         ({"dataset": "missing.csv"}, "missing.csv.*no such file"),
+        ({"dataset": "./missing"}, "'./missing': there is no such file or folder"),
+        ({"dataset": "missing.parquet"}, "missing.parquet': there is no such file"),
         ({"dataset": "packaged:chess"}, "unknown package 'packaged:chess', give one of packaged:emoji"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on, got 0.5 and 0.5"),
