@@ -1,6 +1,5 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
-from functools import cached_property
 from typing import Any, cast
 
 import lightning as L
@@ -11,21 +10,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from recipes.clip.model import (
-    Clip,
-    add_lora,
-    export_open_clip,
-    hold_statistics,
-    image_features,
-    load_clip,
-    text_features,
-)
+from recipes.clip.model import add_lora, export_open_clip, image_features, text_features
+from recipes.clip.module import ClipModule
 from recipes.clip_contrastive.batches import Batch
 from recipes.clip_contrastive.loss import ContrastiveLoss, Kind
 from recipes.clip_contrastive.retrieval import Retrieval
-from recipes.shared.fitting import FittingModule
 from recipes.shared.sharding import check_strategy, shard
-from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining, Schedule
+from recipes.shared.training import AutomaticTraining, ManualTraining, Schedule
 
 
 class Evaluation(nn.Module):
@@ -37,17 +28,14 @@ class Evaluation(nn.Module):
         self.retrieval = Retrieval()
 
 
-class ContrastiveBase(FittingModule, EvaluatedModule):
+class ContrastiveBase(ClipModule):
     """An open_clip model on images and captions: what training by any method and evaluation have in common.
 
     Args:
-        model: an open_clip name, or ``hf-hub:`` and a Hub name, or ``local-dir:`` and a folder.
-        pretrained: a tag of open_clip's, or a file with weights; None starts from random weights, unless ``model``
-            names a place that holds them.
-        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
-            configuration, says. A file of OpenAI's weights needs true.
-        lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter; None
-            trains all weights.
+        model: see :class:`recipes.clip.module.ClipModule`.
+        pretrained: see there.
+        quick_gelu: see there.
+        lora: see there; None trains all weights.
         loss: "clip" or "siglip"; "auto" takes the one that the model was made for. CoCa models are trained as CLIP,
             with their text decoder left as it is.
         learn_logit_scale: train the scale of the similarities, and SigLIP's bias, too; None does where all weights are
@@ -80,11 +68,7 @@ class ContrastiveBase(FittingModule, EvaluatedModule):
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.model_name = model
-        self.pretrained = pretrained
-        self.quick_gelu = quick_gelu
-        self.lora = lora
+        super().__init__(model, pretrained, quick_gelu, lora, **kwargs)
         self.loss_kind: Kind = loss
         self.learn_logit_scale = lora is None if learn_logit_scale is None else learn_logit_scale
         self.learning_rate = learning_rate
@@ -94,14 +78,8 @@ class ContrastiveBase(FittingModule, EvaluatedModule):
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
-        self.net: nn.Module | None = None
         self.contrastive: ContrastiveLoss | None = None
         self.evaluations = nn.ModuleDict({stage: Evaluation() for stage in ("val", "test")})
-
-    @cached_property
-    def clip(self) -> Clip:
-        """The loaded model with its tokenizer and preprocessing; the data module takes these from here."""
-        return load_clip(self.model_name, self.pretrained, self.quick_gelu)
 
     @override
     def configure_model(self) -> None:
@@ -126,10 +104,6 @@ class ContrastiveBase(FittingModule, EvaluatedModule):
             if not isinstance(self.contrastive, FSDPModule):
                 fully_shard(cast("ContrastiveLoss", self.contrastive), mesh=mesh)
 
-    @override
-    def must_fit(self) -> dict[str, Any]:
-        return dict(self.clip.sizes)
-
     def _check_trainer(self, trainer: L.Trainer) -> None:
         """Refuse strategies and settings that can't work with this loss."""
         check_strategy(trainer.strategy, None, self.lora)
@@ -140,10 +114,6 @@ class ContrastiveBase(FittingModule, EvaluatedModule):
             raise MisconfigurationException(
                 "sync_ascent=False has no meaning here: the loss is that of all devices' joint batch; set it to true"
             )
-
-    @override
-    def on_train_start(self) -> None:
-        hold_statistics(self)
 
     @override
     def parameter_groups(self) -> list[dict[str, Any]]:

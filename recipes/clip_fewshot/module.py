@@ -1,7 +1,6 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import chain
 from typing import Any, cast
 
@@ -9,27 +8,26 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from open_clip.transform import PreprocessCfg
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from typing_extensions import override
 
-from recipes.clip.model import DEFAULT_LORA, Clip, add_lora, hold_statistics, image_features, load_clip, text_features
+from recipes.clip.model import DEFAULT_LORA, add_lora, image_features, text_features
+from recipes.clip.module import ClipModule
 from recipes.clip_fewshot.batches import Batch
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation, write_evaluation
 from recipes.clip_fewshot.prompts import tokenize
 from recipes.shared.diverged import wrong_where_nan
-from recipes.shared.fitting import FittingModule
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
-from recipes.shared.training import AutomaticTraining, EvaluatedModule, ManualTraining
+from recipes.shared.training import AutomaticTraining, ManualTraining
 
 _CHUNK = 256  # texts that the text tower reads at once in evaluation
 
 
-class ClipClassifier(FittingModule, EvaluatedModule):
+class ClipClassifier(ClipModule):
     """CLIP with LoRA as a classifier of images by texts: what all methods, evaluation and prediction have in common.
 
     A class's features are, in evaluation, the mean of its texts' normalized features, normalized again. Training uses
@@ -37,12 +35,11 @@ class ClipClassifier(FittingModule, EvaluatedModule):
     each class anew. The logits are the cosine similarities times the model's own scale, which stays frozen.
 
     Args:
-        model: an open_clip name, "hf-hub:..." or "local-dir:...".
-        pretrained: an open_clip tag or a file of weights; None for a model that brings its own.
-        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
-            configuration, says. A file of OpenAI's weights needs true.
-        lora: fields of peft's LoraConfig, and ``projections``, ``blocks`` and ``towers`` that choose what is adapted;
-            None is rank 2, alpha 1, scaling 1 / sqrt(2), dropout 0.25 on q, k, v of all blocks of both towers.
+        model: see :class:`recipes.clip.module.ClipModule`.
+        pretrained: see there.
+        quick_gelu: see there.
+        lora: see there; None is rank 2, alpha 1, scaling 1 / sqrt(2), dropout 0.25 on q, k, v of all blocks of both
+            towers.
         learning_rate: AdamW's at the start.
         weight_decay: AdamW's, on the adapter.
         min_learning_rate: at the end of the cosine schedule, which spans the run.
@@ -62,16 +59,11 @@ class ClipClassifier(FittingModule, EvaluatedModule):
         predictions: str = "predictions.jsonl",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.model_name = model
-        self.pretrained = pretrained
-        self.quick_gelu = quick_gelu
-        self.lora = DEFAULT_LORA if lora is None else lora
+        super().__init__(model, pretrained, quick_gelu, DEFAULT_LORA if lora is None else lora, **kwargs)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.min_learning_rate = min_learning_rate
         self.writer = PredictionWriter(predictions, "images")
-        self.net: PeftModel | None = None
         self.classes: list[str] = []
         self.prompts: list[list[str]] = []
         self.tokens: Tensor
@@ -90,11 +82,6 @@ class ClipClassifier(FittingModule, EvaluatedModule):
         # Not in __init__: only the data know how many classes there are.
         self.metrics = nn.ModuleDict({name: Evaluation(len(self.classes)) for name in ("val", "test")})
         self._class_features = None
-
-    @cached_property
-    def clip(self) -> Clip:
-        """The pretrained model, tokenizer and preprocessing; the adapter goes into its ``net``."""
-        return load_clip(self.model_name, self.pretrained, self.quick_gelu)
 
     @property
     def preprocess_cfg(self) -> PreprocessCfg:
@@ -119,7 +106,7 @@ class ClipClassifier(FittingModule, EvaluatedModule):
 
     @override
     def must_fit(self) -> dict[str, Any]:
-        return {**self.clip.sizes, "classes": self.classes}
+        return {**super().must_fit(), "classes": self.classes}
 
     def _tokens(self) -> Tensor:
         """The prompts' token ids (classes, templates, context)."""
@@ -131,10 +118,6 @@ class ClipClassifier(FittingModule, EvaluatedModule):
         """The open_clip model inside."""
         assert self.net is not None  # configure_model comes first
         return self.net.get_base_model()
-
-    @override
-    def on_train_start(self) -> None:
-        hold_statistics(self)
 
     @override
     def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:

@@ -1,0 +1,52 @@
+"""What the LightningModules of the recipes for open_clip models have in common."""
+
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import override
+
+from recipes.clip.model import Clip, hold_statistics, load_clip
+from recipes.shared.fitting import FittingModule
+from recipes.shared.training import EvaluatedModule
+
+
+class ClipModule(FittingModule, EvaluatedModule):
+    """An open_clip model with LoRA.
+
+    Args:
+        model: an open_clip name, or ``hf-hub:`` and a Hub name, or ``local-dir:`` and a folder.
+        pretrained: a tag of open_clip's, or a file with weights; None starts from random weights, unless ``model``
+            names a place that holds them.
+        quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
+            configuration, says. A file of OpenAI's weights needs true.
+        lora: fields of peft's LoraConfig, and which ``projections``, ``blocks`` and ``towers`` get an adapter.
+        kwargs: of the next class.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None,
+        quick_gelu: bool | None,
+        lora: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_name = model
+        self.pretrained = pretrained
+        self.quick_gelu = quick_gelu
+        self.lora = lora
+        self.net: Any = None  # what `configure_model` makes
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The pretrained model, tokenizer and preprocessing; the adapter goes into its ``net``."""
+        return load_clip(self.model_name, self.pretrained, self.quick_gelu)
+
+    @override
+    def must_fit(self) -> dict[str, Any]:
+        return dict(self.clip.sizes)
+
+    @override
+    def on_train_start(self) -> None:
+        hold_statistics(self)
