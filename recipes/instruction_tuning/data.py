@@ -225,7 +225,8 @@ class InstructionData(ResumableData):
 
     def _refuse_equal_questions(self, table: Any) -> None:
         """Say of conversations that begin alike why none is left for a part: equal questions stay together."""
-        if len(table) > 1 and any(self.shares.values()) and len(set(table["key"])) == 1:
+        keys = set(table["key"]) if any(self.shares.values()) else set()
+        if len(table) > 1 and len(keys) == 1 and keys != {""}:  # which is that of rows without a question
             raise MisconfigurationException(
                 f"dataset={self.dataset!r}: all {len(table)} conversations begin with the same question, by which they "
                 "are divided: give a validation_split, or validation_share=0 to train without one"

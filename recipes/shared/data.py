@@ -219,9 +219,9 @@ def refuse_without_test() -> NoReturn:
         MisconfigurationException: always.
     """
     raise MisconfigurationException(
-        "there is nothing to test on, since the data set has no test split and no share was held out. Give test_split, "
-        "a split or a file that was not trained on, or train with test_share=0.1, say. `validate` judges on the "
-        "validation part"
+        "there is nothing to test on: no test split was given or found, and no share was held out. Give "
+        "--data.test_split, a split or a file that was not trained on, or train with --data.test_share 0.1, say. "
+        "`validate` judges on the validation part"
     )
 
 
@@ -396,7 +396,7 @@ def refuse_training_data(data: object, name: str, training: str, own_splits: Ite
     """
     problems = []
     for split in own_splits:
-        if split is not None and _place(name, split) == _place(name, training):
+        if split is not None and place_of(name, split) == place_of(name, training):
             problems.append(
                 f"{split!r} is read from where the training data are: give another split or file as validation_split "
                 "or test_split, or null, which holds out a share"
@@ -427,7 +427,7 @@ def warn_of_training_data(part: str, keys: Collection[Hashable], trained: Collec
         )
 
 
-def _place(name: str, split: str) -> Path | tuple[str, str]:
+def place_of(name: str, split: str) -> Path | tuple[str, str]:
     """Where a split of a data set is read from: equal for what is the same, however it is written."""
     if is_file(split):
         return Path(split).expanduser().resolve()

@@ -13,6 +13,8 @@ from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
+from recipes.shared.data import place_of
+
 PARTS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 
 
@@ -89,18 +91,23 @@ class ResumableData(L.LightningDataModule):
         return {name: getattr(self, name, None) for name in ("dataset", "split", "shares")}
 
     def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
-        """Refuse to judge a checkpoint on a share that its own run did not hold out.
+        """Refuse to judge a checkpoint on what its own run has trained on.
 
         Raises:
-            MisconfigurationException: the run has trained on rows of that share.
+            MisconfigurationException: a part is that run's training split, or a share that it did not hold out.
         """
         parts = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test"}
         part = parts.get(self.trainer.state.fn) if self.trainer and self.trainer.state.fn else None
         now = self._trained_on()
-        if part is None or trained is None or not (now["shares"] or {}).get(part):
+        if part is None or trained is None or now["shares"] is None:
             return
+        own = getattr(self, "own_splits", {}).get(part)
+        if own is not None and place_of(now["dataset"], own) == place_of(trained["dataset"], trained["split"]):
+            raise MisconfigurationException(
+                f"{part}_split={own!r} is what the checkpoint's run was trained on: give another split or file"
+            )
         is_same_data = all(now[name] == trained[name] for name in ("dataset", "split"))
-        if is_same_data and now["shares"] != trained["shares"]:
+        if now["shares"][part] and is_same_data and now["shares"] != trained["shares"]:
             raise MisconfigurationException(
                 f"{part}_share: the checkpoint's run held out the shares {trained['shares']}, and this one takes "
                 f"{now['shares']}, of which that run has trained on a part. Give the shares of that run, or "

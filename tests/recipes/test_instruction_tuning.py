@@ -113,6 +113,7 @@ def test_predict_answers_the_lines_of_a_file(tiny: str, tmp_path: Path, capsys: 
     assert "> How many?" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*are in the training split too:UserWarning")
 def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenizer: Any, sums: str) -> None:
     """Without a toy's settings: no message of the system's, all linear layers, no part held out for a test."""
     options = [f"--model.model={tiny}", f"--data.dataset={sums}", "--data.validation_share=0.2"]
@@ -126,14 +127,14 @@ def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenize
         *(f"{letter}_proj" for letter in "qkvo"),
         *(f"{name}_proj" for name in ("gate", "up", "down")),
     }
-    held_out_late = [
-        *options,
-        "--data.test_share=0.2",
-        f"--ckpt_path={cli.trainer.checkpoint_callback.last_model_path}",
-    ]
-    with pytest.raises(MisconfigurationException, match=r"test_share: the checkpoint's run held out .*'test': 0.0"):
-        quick("test", base, *held_out_late)
-    with pytest.raises(MisconfigurationException, match=r"nothing to test on.*train with test_share"):
+    options.append(f"--ckpt_path={cli.trainer.checkpoint_callback.last_model_path}")
+    for held_out_late, message in (
+        ("--data.test_share=0.2", r"test_share: the checkpoint's run held out .*'test': 0.0"),
+        (f"--data.test_split={sums}", "is what the checkpoint's run was trained on"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            quick("test", base, *options, held_out_late)
+    with pytest.raises(MisconfigurationException, match=r"nothing to test on.*Give --data.test_split"):
         quick("test", base, *options)
 
 

@@ -211,7 +211,7 @@ def test_own_splits_leave_all_of_the_training_split(tiny: str, tokenizer: Any, g
     data.setup("fit")
     assert asked(data.parts["train"], tokenizer) == {f"socratic train {i}?" for i in range(30)}
     assert asked(data.parts["validation"], tokenizer) == {f"socratic test {i}?" for i in range(6)}
-    with pytest.raises(MisconfigurationException, match=r"nothing to test on.* Give test_split"):
+    with pytest.raises(MisconfigurationException, match=r"nothing to test on.* Give --data.test_split"):
         data.setup("test")
 
 
