@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from recipes.clip.images import blind_skips, read_image, readable
+from recipes.clip.images import blind_skips
 from recipes.language.batches import Batch, LengthBatchSampler
 from recipes.shared.data import (
     columns,
@@ -34,7 +34,7 @@ from recipes.shared.data import (
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
 from recipes.vqa import easy_vqa, sources
 from recipes.vqa.conversation import QuestionEncoder, Rendered, answer_labels
-from recipes.vqa.images import open_image, too_long, usable
+from recipes.vqa.images import open_images, usable
 from recipes.vqa.metrics import expected_answer
 from recipes.vqa.model import load_processor
 from recipes.vqa.prompts import Prompt
@@ -85,7 +85,7 @@ class VQAData(ResumableData):
         text_only: also take questions without an image; False leaves them out, and counts them.
         seed: of the order of the batches.
         num_workers: processes that load batches; 0 loads in the training process.
-        questions: a .jsonl file with ``image`` and ``question`` in each line, for `predict`.
+        questions: a file with ``image`` and ``question`` in each row, perhaps ``choices`` and ``hint``, for `predict`.
 
     Raises:
         MisconfigurationException: arguments out of range (here); data that can't be read, or nothing left of it (in
@@ -205,20 +205,7 @@ class VQAData(ResumableData):
         name = f"{self.dataset}, split {self.own_splits.get(part) or self.split}"
         counts = Counter(asked=len(table))
         if len(table):
-            seeing = [place for place, has_image in enumerate(table["has_image"]) if has_image]
-            if not seeing:
-                raise MisconfigurationException(f"{name}: no question has an image")
-            counts["text alone"] = len(table) - len(seeing)
-            if not self.text_only:
-                table = table.select(seeing)
-            elif counts["text alone"] and self._is_sharded():
-                raise MisconfigurationException(
-                    f"{name}: {counts['text alone']} questions have no image, and under FSDP all devices must enter "
-                    "the image tower in each step: set text_only to false to leave them out, or use ddp"
-                )
-        if self.check_images and len(table):
-            kept = table.select(usable(table, name, self.skip_unreadable))
-            counts["unreadable"], table = len(table) - len(kept), kept
+            table = self._with_usable_images(table, name, counts)
         if len(table):
             table = mapped(table, partial(_rendered, encoder=self.encoder, known={}), desc=f"Tokenizing {part}")
             kept = table.select([i for i, length in enumerate(table["length"]) if length <= self.max_length])
@@ -228,6 +215,22 @@ class VQAData(ResumableData):
         remedy = "" if counts["asked"] else remedy_of_empty(part, self.shares)
         if not len(table) and (part == "train" or counts["asked"] or remedy):
             raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}{remedy}")
+        return table
+
+    def _with_usable_images(self, table: Any, name: str, counts: Counter[str]) -> Any:
+        """The rows whose image can be read, and those without one if they are wanted; the others are counted."""
+        seeing = [place for place, has_image in enumerate(table["has_image"]) if has_image]
+        counts["text alone"] = len(table) - len(seeing)
+        if not self.text_only:
+            table = table.select(seeing)
+        elif counts["text alone"] and self._is_sharded():
+            raise MisconfigurationException(
+                f"{name}: {counts['text alone']} questions have no image, and under FSDP all devices must enter the "
+                "image tower in each step: set text_only to false to leave them out, or use ddp"
+            )
+        if self.check_images:
+            kept = table.select(usable(table, name, self.skip_unreadable))
+            counts["unreadable"], table = len(table) - len(kept), kept
         return table
 
     def _is_sharded(self) -> bool:
@@ -244,18 +247,18 @@ class VQAData(ResumableData):
     def _read_questions(self) -> list[dict[str, Any]]:
         if self.questions is None:
             raise MisconfigurationException(
-                "predict needs --data.questions FILE, a .jsonl file with image and question in each line"
+                "predict needs --data.questions FILE, with image and question in each row, such as a .jsonl file"
             )
-        rows = sources.read_json_lines(self.questions, "questions")
-        folder = Path(self.questions).parent
-        if self.image_folder is not None and "{split}" not in self.image_folder:
-            folder = Path(self.image_folder)
-        files = [folder.expanduser() / row["image"] for row in rows]
+        # A prediction has no split, so that a folder of splits is none for it.
+        own_folder = self.image_folder is None or "{split}" in self.image_folder
+        image_folder = None if own_folder else self.image_folder
+        table = sources.load(self.questions, "train", image_folder, prompt=self._prompt, answered=False)
+        table = self._with_usable_images(table, self.questions, Counter())
+        folder = sources.image_folder_of(self.questions, "train", image_folder)
         asked = []
-        for line, place in enumerate(readable(files, self.skip_unreadable, refuses=too_long)):
-            row, file = rows[place], files[place]
-            question = self._prompt(row["question"], row["choices"], row["hint"])
-            asked.append({**row, "line": line, "file": file, "prompt": self.encoder.prompt(question)})
+        for line, row in enumerate(table):
+            prompt = self.encoder.prompt(row["question"], has_image=row["has_image"])
+            asked.append({**row, "line": line, "prompt": prompt, "name": _name_of(row["image"], folder)})
         return asked
 
 
@@ -275,10 +278,7 @@ class Collate:
 
     def __call__(self, rows: dict[str, list[Any]]) -> Batch:
         """The batch of rows that are given in columns."""
-        images = [
-            None if image is None else open_image(image, f"the image of {question!r}")
-            for image, question in zip(rows["image"], rows["question"], strict=True)
-        ]
+        images = open_images(rows["image"], rows["question"])
         inputs = self.encoder(rows["text"], images, padding_side="right")
         labels = answer_labels(inputs, rows["spans"])
         batch = {"inputs": inputs, "labels": labels, "answers": rows["answers"], "types": rows["type"]}
@@ -301,9 +301,15 @@ def _rendered(row: dict[str, Any], encoder: QuestionEncoder, known: dict[Any, Re
 
 
 def _prompts(rows: list[dict[str, Any]], encoder: QuestionEncoder) -> Batch:
-    images = [read_image(row["file"]) for row in rows]
-    prompts = encoder([row["prompt"] for row in rows], images, padding_side="left")
-    return {"prompts": prompts, **columns(rows, ("line", "image", "question"))}
+    table = columns(rows, ("line", "name", "question", "image", "prompt"))
+    images = open_images(table.pop("image"), table["question"])
+    return {**table, "prompts": encoder(table["prompt"], images, padding_side="left")}
+
+
+def _name_of(image: dict[str, Any] | None, folder: Path) -> str:
+    """An image's file as a list of questions names it; "" where it has none."""
+    is_file = image is not None and not image["bytes"]
+    return os.path.relpath(image["path"], folder) if image is not None and is_file else ""
 
 
 def _image_key(row: dict[str, Any], folder: Path) -> str:

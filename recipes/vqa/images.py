@@ -1,5 +1,6 @@
 """Images of a data set's rows: in files, or inside the data set."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +23,14 @@ def open_image(image: dict[str, Any], name: str) -> Image:
     """
     data = image["bytes"]
     return read_image(image["path"] if data is None else Embedded(name, lambda: data))
+
+
+def open_images(images: Sequence[dict[str, Any] | None], questions: Sequence[str]) -> list[Image | None]:
+    """The images of questions, None where there is none."""
+    opened = []
+    for image, question in zip(images, questions, strict=True):
+        opened.append(None if image is None else open_image(image, f"the image of {question!r}"))
+    return opened
 
 
 def too_long(size: Size) -> str | None:

@@ -124,7 +124,7 @@ class VisionLanguageModel(FittingModule, LanguageModel):
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         answers = self.answers(batch["prompts"])
-        rows = zip(batch["image"], batch["question"], answers, strict=True)
+        rows = zip(batch["name"], batch["question"], answers, strict=True)
         return [{"image": image, "prompt": question, "answer": answer} for image, question, answer in rows]
 
 

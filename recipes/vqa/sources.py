@@ -5,7 +5,6 @@ Every source gives rows of seven columns: ``image`` (bytes, or a path), ``has_im
 ``choices`` (options' texts; none where the answer is free) and ``type`` (of the question, "" where the data don't say).
 """
 
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -23,7 +22,6 @@ from recipes.shared.data import (
     read_table,
     say_what_is_left_out,
 )
-from recipes.shared.files import read_lines
 from recipes.vqa import easy_vqa, turns
 from recipes.vqa.choices import MOST_CHOICES, letter
 from recipes.vqa.prompts import Prompt
@@ -56,6 +54,7 @@ def load(
     type_column: str | None = None,
     prompt: Prompt | None = None,
     names: Mapping[str, str] | None = None,
+    answered: bool = True,
 ) -> Any:
     """Questions of a data set, as a ``datasets.Dataset`` with the columns of :data:`FEATURES`.
 
@@ -69,6 +68,7 @@ def load(
         type_column: the column with the questions' types; None takes the first of :data:`TYPE_COLUMNS` that is there.
         prompt: what the model is asked; None is the question, and its choices where there are some.
         names: the data's own names of columns, each with the name by which this module knows it.
+        answered: whether there have to be answers.
 
     Raises:
         MisconfigurationException: there is no such file, folder, data set, task, split or column, no row in it, or a
@@ -86,20 +86,17 @@ def load(
     if len(table) == 0:
         raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
     table = _renamed(table, names or {}, name)
-    _check_columns(name, table.column_names, type_column)
+    _check_columns(name, table.column_names, type_column, answered)
     for column in set(_IMAGES) & set(table.column_names):
         # Not decoded: an image is opened when its batch is made.
         table = table.cast_column(column, _undecoded(table.features[column]))
-    convert = _Converter(name, folder, table.column_names, type_column, prompt or Prompt())
+    convert = _Converter(name, folder, table.column_names, type_column, prompt or Prompt(), answered)
     say_what_is_left_out(f"dataset={name!r}", table.column_names, convert.used)
-    return mapped(
-        table,
-        convert,
-        with_indices=True,
-        remove_columns=table.column_names,
-        features=FEATURES,
-        desc="Reading questions",
-    )
+    options = {"with_indices": True, "remove_columns": table.column_names, "features": FEATURES}
+    questions = mapped(table, convert, desc="Reading questions", **options)
+    if not any(questions["has_image"]):
+        raise MisconfigurationException(f"dataset={name!r}: no question has an image")
+    return questions
 
 
 def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
@@ -111,31 +108,6 @@ def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
         return Path(split).expanduser().parent
     folder = Path(name).parent if image_folder is None else Path(image_folder)
     return Path(str(folder).replace("{split}", split)).expanduser()
-
-
-def read_json_lines(path: str, needs: str) -> list[Row]:
-    """The rows of a .jsonl file that ``predict`` is to answer: ``image`` and ``question``, ``choices`` and ``hint``.
-
-    Raises:
-        MisconfigurationException: it can't be read, is empty, or a line lacks one of the first two or holds anything
-            else in them than texts.
-    """
-    try:
-        rows = [(number, json.loads(line)) for number, line in enumerate(read_lines(path), 1) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise MisconfigurationException(f"{needs}={path!r} can't be read: {error}") from error
-    if not rows:
-        raise MisconfigurationException(f"{needs}={path!r} holds no question")
-    for number, row in rows:
-        where = f"{needs}={path!r}, line {number}"
-        missing = [key for key in ("image", "question") if not isinstance(row, dict) or row.get(key) in (None, "")]
-        if missing:
-            raise MisconfigurationException(f"{where}: no {' and no '.join(missing)}")
-        if not isinstance(row["image"], str):
-            raise MisconfigurationException(f"{where}: image must be the name of a file, got {row['image']!r}")
-        row |= {"question": _text(row, "question", where), "hint": _text(row, "hint", where)}
-        row["choices"] = _choices(row.get("choices"), where)
-    return [row for _, row in rows]
 
 
 def _renamed(table: Any, names: Mapping[str, str], source: str) -> Any:
@@ -161,14 +133,14 @@ def _undecoded(feature: Any) -> Any:
     return datasets.Sequence(datasets.Image(decode=False)) if isinstance(inside, datasets.Image) else feature
 
 
-def _check_columns(name: str, columns: list[str], type_column: str | None) -> None:
-    has_turns = bool(set(turns.COLUMNS) & set(columns))
+def _check_columns(name: str, columns: list[str], type_column: str | None, answered: bool) -> None:
+    has_turns = answered and bool(set(turns.COLUMNS) & set(columns))
     missing = []
     if not set(_IMAGES) & set(columns):
         missing.append("'image' or 'images'")
     if not has_turns and "question" not in columns:
         missing.append("'question' (or 'conversations', 'messages' or 'texts')")
-    if not has_turns and not {"answers", "answer"} & set(columns):
+    if answered and not has_turns and not {"answers", "answer"} & set(columns):
         missing.append("'answer' or 'answers'")
     if type_column is not None and type_column not in columns:
         missing.append(f"'{type_column}', which type_column names")
@@ -188,10 +160,18 @@ def _check_columns(name: str, columns: list[str], type_column: str | None) -> No
 class _Converter:
     """From a row of a data set to one of :data:`FEATURES`."""
 
-    def __init__(self, name: str, folder: Path, columns: list[str], type_column: str | None, prompt: Prompt) -> None:
-        self.name, self.folder, self.prompt = name, folder, prompt
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        columns: list[str],
+        type_column: str | None,
+        prompt: Prompt,
+        answered: bool = True,
+    ) -> None:
+        self.name, self.folder, self.prompt, self.answered = name, folder, prompt, answered
         self.images = str(_first(_IMAGES, columns))
-        self.turns = _first(turns.COLUMNS, columns)
+        self.turns = _first(turns.COLUMNS, columns) if answered else None
         self.type_column = type_column or _first(TYPE_COLUMNS, columns)
         asked = _QUESTIONS if self.turns is None else (self.turns,)
         self.used = [column for column in (self.images, *asked, self.type_column) if column in columns]
@@ -212,13 +192,13 @@ class _Converter:
         return {"image": image, "has_image": image is not None, **asked, "type": "" if kind is None else str(kind)}
 
     def _asked(self, row: Row, where: str) -> Row:
-        question, answers = _text(row, "question", where), _answers(row, where)
-        choices = _choices(row.get("choices"), where)
+        question, choices = _text(row, "question", where), _choices(row.get("choices"), where)
         if not question:
             raise MisconfigurationException(f"{where} has no question")
-        if not answers:
+        answers = _answers(row, where) if self.answered else []
+        if self.answered and not answers:
             raise MisconfigurationException(f"{where} has no answer (its question: {question!r})")
-        if choices:
+        if self.answered and choices:
             answers = [_letter_of(row.get("answer"), choices, where)]
         question = self.prompt(question, choices, _text(row, "hint", where))
         return {"history": [], "question": question, "answers": answers, "choices": choices}

@@ -140,16 +140,17 @@ def test_bad_rows_are_named(row: Any, message: str, tiny_vlm: str, tmp_path: Pat
 def test_predict_needs_questions(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"predict needs --data.questions"):
         prepared("predict", tiny_vlm)
-    with pytest.raises(MisconfigurationException, match=r"line 1: no image"):
+    with pytest.raises(MisconfigurationException, match=r"needs 'image' or 'images'"):
         prepared("predict", tiny_vlm, questions=jsonl([{"question": "why?"}]))
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"image": ["0.png"]}, r"line 1: image must be the name of a file, got \['0.png'\]"),
-        ({"choices": "yes,no"}, "line 1: choices must be a list of texts, got 'yes,no'"),
-        ({"choices": [str(number) for number in range(40)]}, "line 1 has 40 choices, and there are 26 letters"),
+        ({"image": ["0.png", "1.png"]}, r"row 0 has 2 images, and one is possible"),
+        ({"image": "gone.png"}, r"gone.png \(no such file\)"),
+        ({"choices": "yes,no"}, "row 0: choices must be a list of texts, got 'yes,no'"),
+        ({"choices": [str(number) for number in range(40)]}, "row 0 has 40 choices, and there are 26 letters"),
     ],
 )
 def test_predict_names_bad_lines(more: Any, message: str, tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
@@ -164,6 +165,7 @@ def test_predict_asks_as_fit_does(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> 
     line = {"image": "0.png", "question": "who?", "choices": choices}
     asked = prepared("predict", tiny_vlm, questions=jsonl([line])).parts["predict"]
     assert "A. a cat\nB. a dog" in asked[0]["prompt"]
+    assert asked[0]["name"] == "0.png"
 
 
 def test_bad_models_are_named(tiny_vlm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
