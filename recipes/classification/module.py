@@ -26,12 +26,13 @@ from recipes.language.model import (
 )
 from recipes.language.warm_start import load_factors
 from recipes.shared.diverged import wrong_where_nan
+from recipes.shared.fitting import FittingModule
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, ManualTraining, RecipeModule, Schedule
 
 
-class TextClassifier(RecipeModule):
+class TextClassifier(FittingModule, RecipeModule):
     """A pretrained model with LoRA that tells the class of a text or a number, by a new head or by label words.
 
     A head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others. The
@@ -127,26 +128,9 @@ class TextClassifier(RecipeModule):
             )
 
     @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["classes"] = list(self.data.classes)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that were trained on other classes, or on the same in another order.
-
-        Raises:
-            MisconfigurationException: the checkpoint is of such a run.
-        """
-        super().on_load_checkpoint(checkpoint)
+    def must_fit(self) -> dict[str, Any]:
         # A label is a place in the list of classes, so another list would give each of them another meaning.
-        if self._trainer is None or "classes" not in checkpoint or checkpoint["classes"] == self.data.classes:
-            return
-        raise MisconfigurationException(
-            f"the checkpoint is of a run with {_listed(checkpoint['classes'])}, and "
-            f"dataset={self.data.dataset!r} has {_listed(self.data.classes)}: give the data set of that run, and "
-            "others as test_split or validation_split"
-        )
+        return {"classes": list(self.data.classes)}
 
     def _add_metrics(self) -> None:
         """Metrics of every part; they depend on the number of classes, which only the data know."""
@@ -219,13 +203,6 @@ class TextClassifier(RecipeModule):
         metric = cast("MeanMetric", self.metrics[name])
         metric.update(*values)
         self.log(name, metric, prog_bar=True, add_dataloader_idx=False)
-
-
-def _listed(classes: Sequence[str]) -> str:
-    names = [repr(name) for name in classes[:8]]
-    if len(classes) > len(names):
-        names.append("...")
-    return f"the {len(classes)} classes {', '.join(names)}" if classes else "numbers to predict"
 
 
 class TextClassification(TextClassifier, AutomaticTraining):
