@@ -31,7 +31,6 @@ from recipes.shared.data import (
     read_table,
     refuse_bad_settings,
     refuse_training_data,
-    refuse_without_test,
     remedy_of_empty,
     shares_of,
     split_problems,
@@ -166,7 +165,7 @@ class TextData(ResumableData):
         if stage == "predict":
             self._set_up_prediction()
             return
-        take_own_splits(self, _PACKAGED)
+        take_own_splits(self, _PACKAGED, stage)
         if stage == "fit":
             refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
         wanted = list(PARTS_OF_STAGE.get(stage, ()))
@@ -324,12 +323,6 @@ class TextData(ResumableData):
     @override
     def val_dataloader(self) -> list[LateLoader]:
         return [self.loader(part) for part in self.validation_parts if len(self.parts[part])]
-
-    @override
-    def test_dataloader(self) -> LateLoader:
-        if not len(self.parts["test"]):
-            refuse_without_test()
-        return self.loader("test")
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:

@@ -25,7 +25,6 @@ from recipes.shared.data import (
     part_of,
     refuse_bad_settings,
     refuse_training_data,
-    refuse_without_test,
     remedy_of_empty,
     shares_of,
     split_problems,
@@ -135,7 +134,7 @@ class InstructionData(ResumableData):
     @override
     def setup(self, stage: str) -> None:
         if stage != "predict":
-            take_own_splits(self, sources.NAMES)
+            take_own_splits(self, sources.NAMES, stage)
         if stage == "fit":
             refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
         self.encoder = ChatEncoder(
@@ -189,8 +188,6 @@ class InstructionData(ResumableData):
         if len(kept) == 0 and not may_be_empty:
             remedy = remedy_of_empty(part, self.shares) if len(rows) == 0 else ""
             raise MisconfigurationException(f"nothing is left to use. {self.reports[part]}{remedy}")
-        if len(kept) == 0 and part == "test":
-            refuse_without_test()
         if len(kept):
             self._conversation_lengths[part] = max(kept["length"])
         if len(kept) and part != "train":

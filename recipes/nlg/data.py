@@ -24,7 +24,6 @@ from recipes.shared.data import (
     part_of,
     refuse_bad_settings,
     refuse_training_data,
-    refuse_without_test,
     remedy_of_empty,
     shares_of,
     split_problems,
@@ -114,7 +113,7 @@ class MeaningData(ResumableData):
         if stage == "predict":
             self.parts["predict"] = self._read_prompts()
             return
-        take_own_splits(self)
+        take_own_splits(self, stage=stage)
         if stage == "fit":
             refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
         for part in PARTS_OF_STAGE[stage]:
@@ -151,8 +150,6 @@ class MeaningData(ResumableData):
 
     @override
     def test_dataloader(self) -> list[Any]:
-        if not len(self.parts["test"]):
-            refuse_without_test()
         return self._evaluation_loaders("test", len(self.meanings["test"]))
 
     @override

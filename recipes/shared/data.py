@@ -161,15 +161,16 @@ def shares_of(data: PartedData) -> dict[str, float]:
     return shares
 
 
-def take_own_splits(data: PartedData, tasks: str = "") -> None:
+def take_own_splits(data: PartedData, tasks: str = "", stage: str = "") -> None:
     """Make a data set's own splits the parts for which no split and no share was given.
 
     Args:
         data: the data module, whose ``own_splits`` and ``shares`` change.
         tasks: names of the packaged data sets, for the message.
+        stage: that is set up; "test" needs a part to test on.
 
     Raises:
-        MisconfigurationException: no data set was given, or it can't be read.
+        MisconfigurationException: no data set was given, it can't be read, or there is nothing to test on.
     """
     name = given_dataset(data.dataset, tasks)
     unset = []
@@ -184,6 +185,8 @@ def take_own_splits(data: PartedData, tasks: str = "") -> None:
             rank_zero_info(f"dataset={name!r}: its split {own!r} is taken; a {part}_share would take its place")
             data.own_splits[part] = own
             data.shares[part] = 0.0
+    if stage == "test" and data.own_splits["test"] is None and not data.shares["test"]:
+        refuse_without_test()
 
 
 def _split_names(data: PartedData, name: str, tasks: str) -> list[str]:
