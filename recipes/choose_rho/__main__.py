@@ -1,8 +1,8 @@
 """Choose rho for your own run of a recipe: a few short runs, judged on validation data.
 
-Give the recipe's name and the options of its `fit`, the configuration of the method among them. Every radius is run
-with every seed, each run in a process of its own. What is finished is kept, and the same command resumes after Ctrl-C.
-The end is a table, a plot, and the radius with the best mean; rho = 0 is plain LoRA and belongs in every sweep.
+Give the recipe's name and the options of its `fit`; without --method and --config the method is EFMLoRA. Every radius
+is run with every seed, each run in a process of its own. What is finished is kept, and the same command resumes after
+Ctrl-C. The end is a table, a plot, and the radius with the best mean; rho = 0 is plain LoRA and belongs in every sweep.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_flatlora.schedules import is_size
 from recipes.choose_rho.report import advice, draw, table
 from recipes.choose_rho.run import Run, Sweep
+from recipes.shared.command_line import option
 from recipes.shared.ledger import Ledger, Row, StoppedError, entries, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.tables import print_and_write
@@ -27,13 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not there yet; write ``results.jsonl``, ``table.txt`` and ``rho.png``; returns the exit status."""
     options, fit_options = _parser().parse_known_args(arguments)
     folder = options.folder or Path("runs/choose_rho") / options.recipe
-    _check(options, fit_options)
+    _check(options)
     metric, mode = options.metric, options.mode
     # Rows of two metrics can't be compared.
     asked = [f"--{name}={value}" for name, value in (("metric", metric), ("mode", mode)) if value is not None]
-    given = [options.recipe, options.rho_option, *asked, *fit_options]
+    if option(fit_options, "--method") is None and option(fit_options, "--config") is None:
+        fit_options = ["--method=efmlora", *fit_options]
+    given = [options.recipe, *asked, *fit_options]
     keep_options(folder, given, written=["table.txt", "rho.png"])
-    sweep = Sweep(options.recipe, fit_options, options.rho_option, folder, metric, mode)
+    sweep = Sweep(options.recipe, fit_options, folder, metric, mode)
     ledger = Ledger(folder / "results.jsonl", entries("rho", "seed"))
     rows: list[Row] = []
     try:
@@ -51,12 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
+def _check(options: argparse.Namespace) -> None:
     problems = []
-    if not any(option.startswith("--config") for option in fit_options):
-        problems.append(
-            f"no --config: give recipes/{options.recipe}/configs/base.yaml and recipes/configs/methods/efmlora.yaml"
-        )
     wrong = [f"{rho:g}" for rho in options.rho if not is_size(rho)]
     if wrong:
         problems.append(f"--rho must be finite numbers of 0 or more, got {', '.join(wrong)}")
@@ -76,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m recipes.choose_rho classification --rho 0 0.1 0.5 2 \\\n"
-        "    --config recipes/classification/configs/base.yaml \\\n"
-        "    --config recipes/classification/configs/packaged.yaml \\\n"
-        "    --config recipes/configs/methods/efmlora.yaml \\\n"
+        "    --data.dataset my.csv --model.model NAME --method efmlora \\\n"
         "    --trainer.max_epochs 1 --trainer.limit_train_batches 100",
     )
     parser.add_argument("recipe", choices=RECIPES, help="whose `fit` is run")
@@ -90,12 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--metric", help="that validation logs; default: the one by which checkpoints are kept")
     parser.add_argument("--mode", choices=["min", "max"], help="of the metric; default: as the configuration has it")
-    parser.add_argument(
-        "--rho_option",
-        default="trainer.callbacks.rho",
-        help="the option that sets rho; default trainer.callbacks.rho, the configuration's last callback; for an "
-        "FMLoRAModule give model.init_args.rho",
-    )
     parser.add_argument("--folder", type=Path, help="where everything lands; default runs/choose_rho/RECIPE")
     return parser
 

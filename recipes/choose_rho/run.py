@@ -34,7 +34,6 @@ class Sweep(NamedTuple):
     Attributes:
         recipe: name of its folder.
         options: of the recipe's ``fit``.
-        rho_option: the option that sets the radius, without dashes.
         folder: where the runs land.
         metric: on validation; None is the one by which the configuration keeps its best checkpoint.
         mode: "min" or "max"; None is the configuration's.
@@ -42,7 +41,6 @@ class Sweep(NamedTuple):
 
     recipe: str
     options: Sequence[str]
-    rho_option: str
     folder: Path
     metric: str | None = None
     mode: str | None = None
@@ -72,7 +70,7 @@ class Sweep(NamedTuple):
 
     def arguments(self, run: Run) -> list[str]:
         """Of the recipe's ``fit``."""
-        return [*self.options, f"--{self.rho_option}={run.rho}", f"--seed_everything={run.seed}"]
+        return [*self.options, f"--rho={run.rho}", f"--seed_everything={run.seed}"]
 
 
 def best(values: Sequence[float], mode: str) -> float:

@@ -198,7 +198,8 @@ class RecipeCLI(LightningCLI):
         rho, settings.rho = settings.rho, None
         if rho is None:
             return
-        callbacks = settings.trainer.callbacks or []
+        given = settings.trainer.callbacks or []
+        callbacks = given if isinstance(given, list) else [given]
         chosen = [each for each in callbacks if is_method(each.class_path)]
         owners = chosen or [settings.model]
         if len(owners) > 1 or "rho" not in owners[0].init_args:

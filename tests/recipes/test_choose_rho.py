@@ -70,9 +70,9 @@ def test_a_sweep_of_a_recipe_is_run_once_and_judged_on_validation(
     with pytest.raises(MisconfigurationException, match="name another folder"):
         main([*options, "--metric", "val_loss"])
     # Without a metric that the configuration keeps a checkpoint by, nothing is trained.
-    without = [*options, f"--folder={tmp_path / 'other'}", "--trainer.callbacks=null"]
+    without = [*options, f"--folder={tmp_path / 'other'}", "--trainer.callbacks=lightning_flatlora.EFMLoRA"]
     with pytest.raises(MisconfigurationException, match="such as --metric val_loss"):
-        main([*without, "--rho_option=model.weight_decay"])
+        main([*without, "--trainer.callbacks.rho=1"])
     assert not list(tmp_path.glob("other/**/*.ckpt"))
     with pytest.raises(SystemExit, match="has logged no val_wrong on validation, only val_"):
         main([*options, f"--folder={tmp_path / 'third'}", "--metric", "val_wrong"])
@@ -101,7 +101,6 @@ def test_a_run_that_diverged_is_never_chosen() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ([], "no --config"),
         (["--config=x.yaml", "--rho", "-1"], "0 or more, got -1"),
         (["--config=x.yaml", "--rho", "1", "1"], "twice"),
     ],
