@@ -93,12 +93,16 @@ class ContrastiveData(ResumableData):
         super().__init__()
         self.own_datasets = {"validation": self.validation_dataset, "test": self.test_dataset}
         self.own_splits = {"validation": self.validation_split, "test": self.test_split}
+        problems = blind_skips(self.skip_unreadable, self.check_images)
         for part, own in self.own_datasets.items():
+            if own is not None and self.own_splits[part] is not None:
+                verb = {"test": "tests", "validation": "validates"}[part]
+                problems.append(f"{part}_dataset and {part}_split both say what {verb}: give one of them")
             if own is not None:
-                self.own_splits[part] = "train"  # all of a data set that is nothing else
+                setattr(self, f"{part}_share", 0.0)  # nor is a split of the training data's wanted
         self.shares = shares_of(self)
         least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
-        refuse_bad_settings(self, least, self.shares, blind_skips(self.skip_unreadable, self.check_images))
+        refuse_bad_settings(self, least, self.shares, problems)
         self.parts: dict[str, list[Picture]] = {}
         self.reports: dict[str, str] = {}
         self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the Trainer's module's
@@ -162,14 +166,17 @@ class ContrastiveData(ResumableData):
         """A part's pictures, in an order that has nothing to do with what they show."""
         own = self.own_datasets.get(part)
         split = self.own_splits.get(part)
-        if part != "train" and split is None and not self.shares[part]:
+        if part != "train" and own is None and split is None and not self.shares[part]:
             return []
         names = self.image_column, self.caption_column, self.config_name, self.revision
-        pictures = sources.load(own or str(self.dataset), split or self.split, *names)
+        if own is not None:
+            pictures = sources.load(own, "train", *names)
+        else:
+            pictures = sources.load(str(self.dataset), split or self.split, *names)
         keys = shuffled({picture.key for picture in pictures}, self.seed)
         place = dict(zip(keys, range(len(keys)), strict=True))
         pictures.sort(key=lambda picture: place[picture.key])
-        if split is not None:
+        if own is not None or split is not None:
             return pictures
         first, last = part_bounds(part, len(place), self.shares)
         return [picture for picture in pictures if first <= place[picture.key] < last]

@@ -7,8 +7,10 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 from clip_contrastive_runs import prepared
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip import emoji
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import Draw, PictureBatchSampler
-from recipes.clip_contrastive.data import too_long
+from recipes.clip_contrastive.data import ContrastiveData, too_long
 from recipes.clip_contrastive.pictures import Picture, lines_of
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -266,6 +269,7 @@ def test_a_shard_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
         ({"dataset": "./missing"}, "'./missing': there is no such file or folder"),
         ({"dataset": "missing.parquet"}, "missing.parquet': there is no such file"),
         ({"dataset": "packaged:chess"}, "unknown package 'packaged:chess', give one of packaged:emoji"),
+        ({"test_dataset": "a.csv", "test_split": "test"}, "test_dataset and test_split both say what tests"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on, got 0.5 and 0.5"),
         ({"skip_unreadable": True, "check_images": False}, "skip_unreadable needs check_images"),
@@ -325,6 +329,23 @@ def test_no_image_is_on_two_sides(clip: Any, pictures: str, write_table: Callabl
     assert len(set.union(*found.values())) == 32
     assert parts(random.sample(rows, len(rows))) == found
     assert parts(rows, seed=1) != found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_dataset": "held_out.csv"}, None),
+        ({"test_split": "train"}, "is what the checkpoint's run was trained on"),
+    ],
+)
+def test_a_checkpoint_is_judged_on_other_data_than_it_was_trained_on(
+    options: dict[str, Any], message: str | None
+) -> None:
+    trained = ContrastiveData("my.csv")
+    data = ContrastiveData("my.csv", **options)
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.TESTING))
+    with pytest.raises(MisconfigurationException, match=message) if message else nullcontext():
+        data._refuse_trained_rows(trained._trained_on())
 
 
 def test_ranks_share_each_joint_batch() -> None:
