@@ -156,6 +156,7 @@ def table_text(plan: Plan) -> str:
         chosen.append([METHODS[method].title, *(_chosen(plan, task, method) for task in plan.tasks)])
     paragraphs = [
         f"**{table.title}**",
+        *_given_options(plan),
         markdown(lines),
         f"Test {table.unit}, mean ± standard error over seeds (number of seeds).",
         markdown(chosen),
@@ -221,6 +222,12 @@ def _chosen(plan: Plan, task: str, method: str) -> str:
         is_end = len(grid) > 1 and (value == max(grid) or value == min(grid) != 0)
         described.append(f"{name} {value:g}{'*' * is_end}")
     return ", ".join(described)
+
+
+def _given_options(plan: Plan) -> list[str]:
+    """The options that were given to the runs, such as another model or other data, which the title does not name."""
+    given = {" ".join(row.get("options", ())) for row in _done(plan).values()}
+    return [f"**Run with other settings than these: `{options}`.**" for options in sorted(given) if options]
 
 
 def _provenance(plan: Plan) -> str:

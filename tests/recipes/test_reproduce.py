@@ -95,6 +95,7 @@ def test_a_table_from_plan_to_figures(
     mean = (finals["lora", 13] + finals["lora", 21]) / 2
     assert f"| LoRA | {mean:.1f} ± " in shown
     assert "| *published:* LoRA, BAR's | 91.1±.8 |" in shown
+    assert f"**Run with other settings than these: `{' '.join(prompts)}`.**" in shown
 
     here.clear()
     assert main([*given, *prompts]) == 0
