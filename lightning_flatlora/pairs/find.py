@@ -17,14 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lightning_flatlora.pairs.lora_pair import Finder, LoRAPair, NoPairsError, PairSearch
-from lightning_flatlora.pairs.peft_pairs import (
-    active_adapters,
-    check_adapter,
-    clean_name,
-    kind_of,
-    lora_layers,
-    search_layers,
-)
+from lightning_flatlora.pairs.peft_pairs import active_adapters, check_adapter, kind_of, lora_layers, search_layers
 from lightning_flatlora.perturbed_read import as_ref
 from lightning_flatlora.sharding import matrix_shape
 
@@ -78,13 +71,7 @@ def search_pairs(
         return _divided(pairs, {id(pair.B) for pair in pairs if pair.B.requires_grad}, {}, [])
     layers = lora_layers(model)
     check_adapter(layers, adapter_name, must_be_active)
-    pairs, trained, left_out, others = search_layers(layers, adapter_name)
-    for name, module in model.named_modules():
-        # In a PeftMixedModel; alone, they would be no pairs at all.
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
-            tuner = kind_of(module).__module__.split(".")[-2]
-            left_out[f"{kind_of(module).__name__} of {tuner}, which is no LoRA"].append(clean_name(name))
-    return _divided(pairs, trained, left_out, others)
+    return _divided(*search_layers(model, layers, adapter_name))
 
 
 def pairs_from(finder: Finder, model: nn.Module) -> list[LoRAPair]:

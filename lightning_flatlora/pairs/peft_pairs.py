@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper, variants
 from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.xlora.layer import XLoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -40,9 +41,9 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def search_layers(
-    layers: Sequence[tuple[str, LoraLayer]], adapter_name: str | None
+    model: nn.Module, layers: Sequence[tuple[str, LoraLayer]], adapter_name: str | None
 ) -> tuple[list[LoRAPair], set[int], dict[str, list[str]], list[Any]]:
-    """Find the pairs of peft's layers, of one adapter or of all, of which the active ones are trained.
+    """Find the pairs of a model's LoRA layers, of one adapter or of all, of which the active ones are trained.
 
     Returns:
         All pairs, the identities of the B that are trained, names of layers by the reason for which they are no pair,
@@ -69,6 +70,11 @@ def search_layers(
             pairs.append(pair)
             if is_active and pair.B.requires_grad:
                 trained.add(id(pair.B))
+    for name, module in model.named_modules():
+        # In a PeftMixedModel; alone, they would be no pairs at all.
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
+            tuner = kind_of(module).__module__.split(".")[-2]
+            left_out[f"{kind_of(module).__name__} of {tuner}, which is no LoRA"].append(clean_name(name))
     return pairs, trained, left_out, others
 
 
