@@ -1,6 +1,7 @@
 """Ctrl-C ends a run behind a whole optimizer step, so that the checkpoint that is saved then resumes exactly."""
 
 import signal
+from threading import current_thread, main_thread
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +25,9 @@ class InterruptAfterStep(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_pressed = False
-        if trainer.world_size == 1:
+        # A shell lets its background jobs ignore the signal, and only the main thread may handle it.
+        is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if trainer.world_size == 1 and not is_ignored and current_thread() is main_thread():
             self._before = signal.signal(signal.SIGINT, self._press)
 
     @override

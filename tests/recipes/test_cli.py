@@ -281,6 +281,8 @@ class Interrupts(L.Callback):
 # The recipes' own data resume.
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended:UserWarning")
 def test_a_run_that_is_interrupted_in_its_first_epoch_resumes(config: str) -> None:
+    # Lightning ignores the signal from the first interrupted run of a process on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit):
         run("fit", config, f"--trainer.callbacks+={__name__}.Interrupts")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -114,6 +114,8 @@ def test_a_misspelt_field_of_lora_is_refused_before_anything_is_loaded() -> None
     assert parsed("fit", "--model.lora.projections=[q]", recipe="clip_contrastive")
 
 
+# Help imports whatever may be an optimizer or a logger, also what lacks a library.
+@pytest.mark.filterwarnings("ignore")
 def test_help_begins_with_the_settings_of_the_model_and_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parsed("fit", "--help", recipe="vqa")
