@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -130,7 +131,7 @@ class MethodCallback(Callback):
             problems += horizon_problems(self.method.argument, trainer, pl_module)
         refuse(self, problems)
         left_out = self.fit_methods.search.left_out if self.method.left_out is None else self.method.left_out
-        say_start(self.method, [pair for method in self.methods for pair in method.pairs], left_out)
+        say_start(self.method, list(chain.from_iterable(method.pairs for method in self.methods)), left_out)
         for method in self.methods:
             method.is_skipped_on_overflow = getattr(trainer.precision_plugin, "scaler", None) is not None
             method.install()

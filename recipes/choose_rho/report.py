@@ -35,7 +35,9 @@ def chosen(rows: Sequence[Row]) -> float:
     """The radius with the best mean, the smaller one of equal ones."""
     sign = -1 if rows[0]["mode"] == "min" else 1
     values = by_radius(rows)
-    trials = [[(sign * value,) for value in of_seeds.values()] for of_seeds in values.values()]
+    trials = []
+    for of_seeds in values.values():
+        trials.append([(sign * value,) for value in of_seeds.values()])
     return list(values)[best(trials)]
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
+from recipes.shared.command_line import CLIP_FIELDS
 
 DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "use_rslora": True, "lora_dropout": 0.25}
 """CLIP-LoRA's adapter, on q, k and v in all blocks of both towers; its scaling is alpha / sqrt(r), 0.71."""
-_PLACES = ("projections", "blocks", "towers")
 
 
 @dataclass
@@ -115,7 +115,7 @@ def add_lora(net: nn.Module, lora: dict[str, Any]) -> PeftModel:
         MisconfigurationException: a setting is wrong, or the model has no layer there that LoRA could reach.
     """
     settings = dict(lora)
-    places = {name: settings.pop(name) for name in _PLACES if name in settings}
+    places = {name: settings.pop(name) for name in CLIP_FIELDS if name in settings}
     if places and "target_modules" in settings:
         raise MisconfigurationException(
             f"lora={lora!r} says twice where the adapter goes: give either target_modules or {', '.join(places)}"

@@ -87,4 +87,5 @@ def difference(own: BySeed, other: BySeed) -> Estimate:
 
 
 def _with_adapters(rows: Sequence[Row]) -> list[str]:
-    return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != FROZEN]
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    return [arm for arm in arms if arm != FROZEN]

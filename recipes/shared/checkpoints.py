@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from recipes.shared.configs import methods_of_run
+from recipes.shared.configs import listed, methods_of_run
 
 _STEP_SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
@@ -20,18 +20,15 @@ def last_checkpoint(settings: Namespace) -> Path:
         MisconfigurationException: there is none.
     """
     pattern = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
-    searched = [(folder, pattern) for folder in _saved_in(settings.trainer)]
-    # Else where a ModelCheckpoint saves by itself, with any version in place of this run's new one.
-    if not searched and settings.trainer.enable_checkpointing is not False:
-        searched = [(_runs_of(settings), f"*/checkpoints/{pattern}")]
+    searched = _places(settings)
     checkpoints: list[Path] = []
-    for folder, each in searched:
-        checkpoints += folder.glob(each)
+    for folder, within in searched:
+        checkpoints += folder.glob(within + pattern)
     if not checkpoints:
-        places = " and ".join(str(folder / each) for folder, each in searched) or "nowhere: nothing saves any"
+        places = " and ".join(str(folder / (within + pattern)) for folder, within in searched)
         raise MisconfigurationException(
-            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start anew, or "
-            "give a file, or the --method or --run_name of the run"
+            f"--ckpt_path last: there is no last checkpoint, searched for in {places or 'nowhere: nothing saves any'}. "
+            "Leave it out to start anew, or give a file, or the --method or --run_name of the run"
         )
     # By time and not by name, in which version_10 comes before version_9.
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
@@ -39,22 +36,30 @@ def last_checkpoint(settings: Namespace) -> Path:
     return newest
 
 
-def _saved_in(trainer: Namespace) -> list[Path]:
-    """The folders that a configuration's savers name."""
-    if trainer.enable_checkpointing is False:
+def _places(settings: Namespace) -> list[tuple[Path, str]]:
+    """Where the savers of a configuration save: folders, and a pattern of those within, for any version of a run."""
+    if settings.trainer.enable_checkpointing is False:
         return []
-    arguments = [callback.get("init_args", {}) for callback in trainer.callbacks or []]
-    return list(dict.fromkeys(Path(each["dirpath"]) for each in arguments if each.get("dirpath")))
+    places = []
+    for callback in listed(settings.trainer.callbacks):
+        arguments = callback.get("init_args", {})
+        if "dirpath" in arguments:
+            places.append((Path(arguments["dirpath"]), "") if arguments["dirpath"] else _of_runs(settings))
+    # Without any, Lightning adds one.
+    return list(dict.fromkeys(places or [_of_runs(settings)]))
 
 
-def _runs_of(settings: Namespace) -> Path:
-    """The folder of a run and others of its name."""
+def _of_runs(settings: Namespace) -> tuple[Path, str]:
+    """Where a ModelCheckpoint saves by itself."""
     trainer = settings.trainer
-    root = trainer.default_root_dir or "."
-    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-    first = loggers[0].get("init_args", {}) if isinstance(loggers[0], Namespace) else {}
-    name = first.get("name") or first.get("project") or settings.run_name or "lightning_logs"
-    return Path(first.get("save_dir") or root, name)
+    root = Path(trainer.default_root_dir or "")
+    if trainer.logger in (None, True):
+        return root / "lightning_logs", "*/checkpoints/"
+    if not trainer.logger:
+        return root / "checkpoints", ""
+    first = listed(trainer.logger)[0].get("init_args", {})
+    name = first.get("name") or first.get("project") or settings.run_name or ""
+    return Path(first.get("save_dir") or root, name), "*/checkpoints/"
 
 
 def problem_of(path: str | None) -> str | None:

@@ -26,15 +26,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from recipes.shared.checkpoints import differing_settings, last_checkpoint, problem_of
-from recipes.shared.command_line import hint, option, refuse_unknown_fields, with_base, with_method, with_run
-from recipes.shared.configs import (
+from recipes.shared.command_line import (
     check_config_files,
-    is_method,
-    methods_of,
-    settings_help,
-    settings_of_run,
-    shipped_configs,
+    hint,
+    option,
+    refuse_unknown_fields,
+    with_base,
+    with_method,
+    with_run,
 )
+from recipes.shared.configs import is_method, listed, methods_of, settings_help, settings_of_run, shipped_configs
 from recipes.shared.files import set_aside
 from recipes.shared.interrupt import InterruptAfterStep
 from recipes.shared.precision import fast_precision
@@ -140,14 +141,9 @@ class RecipeCLI(LightningCLI):
         )
 
     @override
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Among the Trainer's hundred options nobody would find them.
         cast("RecipeParser", parser).first_help = settings_help(self._recipe)
-        return parser
-
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         methods = ", ".join(methods_of(self._recipe))
         parser.add_argument("--method", type=str | None, default=None, help=f"One of {methods}; lora if none is given.")
         rho = "Radius of the method's perturbation, in place of the one in its configuration."
@@ -179,15 +175,15 @@ class RecipeCLI(LightningCLI):
             checkpoint = str(last_checkpoint(settings))
             given.append(f"--ckpt_path={checkpoint}")
         # "hpc" and addresses are no files of a run.
-        is_file = checkpoint is not None and Path(checkpoint).exists()
-        return with_run(self._recipe, given, Path(checkpoint)) if is_file and checkpoint else given
+        if checkpoint is None or not Path(checkpoint).exists():
+            return given
+        return with_run(self._recipe, given, Path(checkpoint))
 
     @override
     def before_instantiate_classes(self) -> None:
         self._set_rho()
         refuse_unknown_fields(self._get(self.config, "model").get("init_args", {}).get("lora"))
-        loggers = self._get(self.config, "trainer").logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
+        for logger in listed(self._get(self.config, "trainer").logger):
             arguments = getattr(logger, "init_args", {})
             if "name" in arguments and arguments["name"] is None:
                 arguments["name"] = self._get(self.config, "run_name")
@@ -198,9 +194,7 @@ class RecipeCLI(LightningCLI):
         rho, settings.rho = settings.rho, None
         if rho is None:
             return
-        given = settings.trainer.callbacks or []
-        callbacks = given if isinstance(given, list) else [given]
-        chosen = [each for each in callbacks if is_method(each.class_path)]
+        chosen = [each for each in listed(settings.trainer.callbacks) if is_method(each.class_path)]
         owners = chosen or [settings.model]
         if len(owners) > 1 or "rho" not in owners[0].init_args:
             raise MisconfigurationException(
@@ -225,9 +219,8 @@ class RecipeCLI(LightningCLI):
 
     def _choose_precision(self) -> None:
         settings = self._get(self.config_init, "trainer")
-        plugins = settings.plugins if isinstance(settings.plugins, list) else [settings.plugins]
         # A precision beside a plugin for it is an error of the Trainer's.
-        if settings.precision is not None or any(isinstance(plugin, Precision) for plugin in plugins):
+        if settings.precision is not None or any(isinstance(each, Precision) for each in listed(settings.plugins)):
             return
         chosen = fast_precision(settings.accelerator if isinstance(settings.accelerator, str) else "auto")
         for config in (self.config_init, self.config):  # of the trainer, and of the file that the run leaves
@@ -311,8 +304,7 @@ def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:
     Of several progress bars the last one stays, so that one may be added to a configuration that lists another. Rich's
     bar draws over itself, which leaves nothing in a file: where the output goes to one, lines take its place.
     """
-    callbacks = settings.callbacks or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    callbacks = listed(settings.callbacks)
     off = tuple(kind for name, kind in _SWITCHES.items() if settings[name] is False)
     bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
     wanted = []

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import inspect
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc import locate
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig
 
-from recipes.shared.configs import RECIPES, method_file, methods_of, methods_of_run, settings_of_run
+from recipes.shared.configs import base_file, method_file, methods_of, methods_of_run, settings_of_run
 
 CLIP_FIELDS = ("projections", "blocks", "towers")
 """Where an adapter on a CLIP model goes."""
@@ -42,6 +41,30 @@ def option_values(arguments: Sequence[str], name: str) -> list[str]:
         elif argument == name and place + 1 < len(arguments):
             values.append(arguments[place + 1])
     return values
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Name a ``--config`` file that is empty or no YAML, since the parser does not say which of several it is.
+
+    Args:
+        arguments: of a command line.
+
+    Raises:
+        MisconfigurationException: there is such a file.
+
+    Example:
+        >>> check_config_files(["fit", "--config", "no_file.yaml"])  # left to the parser
+    """
+    for name in option_values(arguments, "--config"):
+        path = Path(name)
+        if not path.is_file():
+            continue
+        try:
+            read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise MisconfigurationException(f"--config {path} is no YAML: {error}") from error
+        if not isinstance(read, dict):
+            raise MisconfigurationException(f"--config {path} holds no settings: write lines such as `trainer:`")
 
 
 def without_config(arguments: Sequence[str], dropped: Sequence[Path]) -> list[str]:
@@ -94,7 +117,7 @@ def with_method(recipe: str, arguments: Sequence[str]) -> list[str]:
 
 def with_base(recipe: str, arguments: Sequence[str]) -> list[str]:
     """The arguments behind the recipe's ``base.yaml``, unless a configuration chooses both a model and data."""
-    base = _base(recipe)
+    base = base_file(recipe)
     arguments = without_config(arguments, [base])
     if not base.exists():
         return arguments
@@ -126,20 +149,9 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path) -> list[st
         if method is not None:
             arguments = without_config(arguments, [method_file(recipe, method)])
     rank_zero_info(f"The {taken} are as in {checkpoint.parent.parent / 'config.yaml'}, except for what is given here")
-    base = f"--config={_base(recipe)}"
-    shipped = [argument for argument in arguments[:1] if argument == base]
-    return [*shipped, f"--config={_written(run)}", *arguments[len(shipped) :]]
-
-
-def _base(recipe: str) -> Path:
-    return RECIPES / recipe / "configs" / "base.yaml"
-
-
-def _written(settings: dict[str, Any]) -> Path:
-    """A file with settings, since jsonargparse merges ``--config`` from files."""
-    path = Path(tempfile.mkdtemp(prefix="flatlora-"), "config.yaml")
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
+    # The parser takes settings in place of a file, too.
+    place = 1 if arguments[:1] == [f"--config={base_file(recipe)}"] else 0
+    return [*arguments[:place], f"--config={yaml.safe_dump(run)}", *arguments[place:]]
 
 
 def _given_settings(arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -160,7 +172,7 @@ def _names_callbacks(recipe: str, arguments: Sequence[str]) -> bool:
     """Whether callbacks are given, one by one or in a configuration that is none of the recipe's own."""
     if any(argument.startswith("--trainer.callbacks") for argument in arguments):
         return True
-    shipped = [_base(recipe), *(method_file(recipe, name) for name in methods_of(recipe))]
+    shipped = [base_file(recipe), *(method_file(recipe, name) for name in methods_of(recipe))]
     for settings in _given_settings(without_config(arguments, shipped)):
         trainer = settings.get("trainer") or {}
         if "callbacks" in trainer or "callbacks+" in trainer:

@@ -1,11 +1,9 @@
 """The YAML files that come with the recipes: a base for each recipe, and overlays to lay over it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 RECIPES = Path(__file__).parent.parent
 STRATEGIES = RECIPES / "configs" / "strategies"
@@ -21,8 +19,13 @@ def config_files(recipe: str, method: str) -> list[Path]:
         method: "lora", which is the base alone, or the name of an overlay. The recipe's own one comes first, because it
             knows the recipe's settings.
     """
-    base = RECIPES / recipe / "configs" / "base.yaml"
+    base = base_file(recipe)
     return [base] if method == "lora" else [base, method_file(recipe, method)]
+
+
+def base_file(recipe: str) -> Path:
+    """What a recipe trains by itself: plain LoRA."""
+    return RECIPES / recipe / "configs" / "base.yaml"
 
 
 def method_file(recipe: str, method: str) -> Path:
@@ -58,7 +61,7 @@ def shipped_configs() -> str:
 
 def settings_help(recipe: str) -> str:
     """A text for users: the settings of a recipe's model and data with their defaults; empty without a recipe."""
-    base = RECIPES / recipe / "configs" / "base.yaml"
+    base = base_file(recipe)
     if not base.exists():
         return ""
     lines = base.read_text(encoding="utf-8").splitlines()
@@ -88,6 +91,18 @@ def settings_of_run(saved: Path) -> dict[str, Any]:
     return settings if is_of_run else {}
 
 
+def listed(setting: Any) -> list[Any]:
+    """What a setting of the Trainer holds, where one thing may stand for a list of it.
+
+    Example:
+        >>> listed(None), listed("one"), listed(["one", "two"])
+        ([], ['one'], ['one', 'two'])
+    """
+    if setting is None:
+        return []
+    return setting if isinstance(setting, list) else [setting]
+
+
 def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The package's methods among the callbacks of a run, by name, with their arguments; none is plain LoRA.
 
@@ -99,9 +114,8 @@ def methods_of_run(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
         >>> methods_of_run({"trainer": {"callbacks": [callback]}})
         {'EFMLoRA': {'rho': 0.1}}
     """
-    callbacks = (settings.get("trainer") or {}).get("callbacks") or []
     found = {}
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+    for callback in listed((settings.get("trainer") or {}).get("callbacks")):
         given = callback if isinstance(callback, dict) else {}
         path = str(given.get("class_path"))
         if is_method(path):
@@ -113,29 +127,3 @@ def is_method(class_path: str) -> bool:
     """Whether a callback is one of the package's methods."""
     module, _, name = class_path.rpartition(".")
     return module.split(".")[0] == "lightning_flatlora" and name not in _NO_METHODS
-
-
-def check_config_files(arguments: Sequence[str]) -> None:
-    """Name a ``--config`` file that is empty or no YAML, since the parser does not say which of several it is.
-
-    Args:
-        arguments: of a command line.
-
-    Raises:
-        MisconfigurationException: there is such a file.
-
-    Example:
-        >>> check_config_files(["fit", "--config", "no_file.yaml"])  # left to the parser
-    """
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        follows = option == "--config" and not equals and place + 1 < len(arguments)
-        path = Path(arguments[place + 1] if follows else value)
-        if option != "--config" or not path.is_file():
-            continue
-        try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise MisconfigurationException(f"--config {path} is no YAML: {error}") from error
-        if not isinstance(read, dict):
-            raise MisconfigurationException(f"--config {path} holds no settings: write lines such as `trainer:`")

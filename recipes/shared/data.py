@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -97,8 +97,6 @@ def _folder_or_hub(name: str) -> str:
     if not path.exists() and (is_path or ("/" not in name and path.suffix)):
         raise MisconfigurationException(f"dataset={name!r}: there is no such file or folder")
     if not path.is_dir():
-        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-            raise MisconfigurationException(f"dataset={name!r}: there is no such file or folder")
         return name
     if glob.has_magic(str(path)):
         raise MisconfigurationException(
@@ -186,7 +184,11 @@ def take_own_splits(data: PartedData, tasks: str = "", stage: str = "") -> None:
             data.own_splits[part] = own
             data.shares[part] = 0.0
     if stage == "test" and data.own_splits["test"] is None and not data.shares["test"]:
-        refuse_without_test()
+        raise MisconfigurationException(
+            "there is nothing to test on: no test split was given or found, and no share was held out. Give "
+            "--data.test_split, a split or a file that was not trained on, or train with --data.test_share 0.1, say. "
+            "`validate` judges on the validation part"
+        )
 
 
 def _split_names(data: PartedData, name: str, tasks: str) -> list[str]:
@@ -213,19 +215,6 @@ def given_dataset(name: str | None, tasks: str = "") -> str:
             f"no data: give a file ending in {', '.join(FORMATS)}, a folder or a Hub name as --data.dataset{packaged}"
         )
     return name
-
-
-def refuse_without_test() -> NoReturn:
-    """Say that there is nothing to test on.
-
-    Raises:
-        MisconfigurationException: always.
-    """
-    raise MisconfigurationException(
-        "there is nothing to test on: no test split was given or found, and no share was held out. Give "
-        "--data.test_split, a split or a file that was not trained on, or train with --data.test_share 0.1, say. "
-        "`validate` judges on the validation part"
-    )
 
 
 def mapped(table: Any, function: Callable[..., dict[str, Any]], **options: Any) -> Any:

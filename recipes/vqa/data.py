@@ -24,7 +24,6 @@ from recipes.shared.data import (
     part_of,
     refuse_bad_settings,
     refuse_training_data,
-    refuse_without_test,
     remedy_of_empty,
     shares_of,
     split_problems,
@@ -141,7 +140,7 @@ class VQAData(ResumableData):
     def setup(self, stage: str) -> None:
         # Not where the arguments are checked: the base's test split is no mistake in `predict`, which reads no part.
         if stage != "predict":
-            take_own_splits(self, sources.PACKAGED)
+            take_own_splits(self, sources.PACKAGED, stage)
             refuse_bad_settings(self, {}, more=split_problems(self.dataset, self.own_splits.values()))
         if stage == "fit":
             refuse_training_data(self, str(self.dataset), self.split, self.own_splits.values())
@@ -163,9 +162,11 @@ class VQAData(ResumableData):
             trained = _question_keys(self.parts["train"])
             held_out = _question_keys(self.parts["validation"])
             warn_of_training_data("validation", held_out, trained, "questions about the same image")
-        # Every stage except fit has a single part, the one that the loop ends with.
-        if stage != "fit" and not len(self.parts[part]):
-            refuse_without_test()
+        if stage == "validate" and not len(self.parts["validation"]):
+            raise MisconfigurationException(
+                "there is nothing to validate on: give --data.validation_split, or train with "
+                "--data.validation_share 0.05, say"
+            )
 
     @override
     def predict_dataloader(self) -> DataLoader[Batch]:

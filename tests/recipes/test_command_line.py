@@ -91,6 +91,38 @@ def test_a_checkpoint_brings_its_runs_settings(
     assert [(each.class_path.split(".")[-1], each.init_args.rho) for each in chosen] == [method]
 
 
+LOGGER = [
+    "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+    "--trainer.logger.save_dir=logs",
+    "--trainer.logger.name=named",
+]
+OTHER = ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", "--trainer.callbacks.dirpath=kept"]
+
+
+@pytest.mark.parametrize(
+    ("place", "given"),
+    [
+        ("runs/classification/lora/version_3/checkpoints", []),
+        ("runs/classification/mine/version_0/checkpoints", ["--run_name=mine"]),
+        (
+            "logs/named/version_0/checkpoints",
+            LOGGER,
+        ),
+        ("lightning_logs/version_0/checkpoints", ["--trainer.logger=true"]),
+        ("checkpoints", ["--trainer.logger=false"]),
+        ("root/checkpoints", ["--trainer.logger=false", "--trainer.default_root_dir=root"]),
+        # Where both kinds of savers are, either may have saved the last.
+        ("kept", OTHER),
+        ("runs/classification/lora/version_0/checkpoints", OTHER),
+        ("checkpoints", ["--trainer.logger=false", "--trainer.callbacks=lightning_flatlora.AdapterCheckpoint"]),
+    ],
+)
+def test_the_last_checkpoint_is_searched_where_the_savers_save(place: str, given: list[str], tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(parents=True)
+    torch.save({}, tmp_path / place / "last.ckpt")
+    assert parsed("fit", "--ckpt_path=last", *given).ckpt_path == f"{place}/last.ckpt"
+
+
 @pytest.mark.parametrize(
     ("given", "nearest"),
     [

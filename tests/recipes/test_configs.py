@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI
 
 from recipes.shared.cli import RecipeCLI
+from recipes.shared.command_line import check_config_files
 from recipes.shared.configs import (
     RECIPES,
     STRATEGIES,
-    check_config_files,
     config_arguments,
     methods_of,
     shipped_configs,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def test_the_demo_runs_resumes_and_compares(
     assert "The same command resumes" in capsys.readouterr().out
     assert main(options) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in SEEDS for arm in ARMS]
+    assert [(row["seed"], row["arm"]) for row in rows] == list(product(SEEDS, ARMS))
     shown = " ".join(capsys.readouterr().out.split())
     assert "in points of accuracy, 3 seeds: minus LoRA +5.00 [+5.00, +5.00]" in shown
     assert "+5.00 [+5.00, +5.00]" in (tmp_path / "table.txt").read_text()
