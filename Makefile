@@ -1,4 +1,4 @@
-# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`, `make clip-demo`, `make merging-demo`.
+# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`, `make merging-demo`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +10,10 @@ LITGPT := 0.5.13
 # An environment with the oldest releases that are supported.
 OLDEST := .venv-oldest
 
-.PHONY: help test test-oldest demo clip-demo merging-demo lint docs gpu-test benchmark clean
+.PHONY: help test test-oldest demo merging-demo lint docs gpu-test benchmark clean
 
 help:
 	@echo "make demo       fine-tune a packaged language model with LoRA, EFMLoRA and FMLoRA, side by side"
-	@echo "make clip-demo  train a small CLIP on emoji, then adapt it with few images of a style it has never seen"
 	@echo "make merging-demo  train adapters of four tasks with LoRA and with EFMLoRA, and merge them into one"
 	@echo "make test       lint, type check, the site and all tests"
 	@echo "make docs       the site, in docs/_build/html"
@@ -28,7 +27,7 @@ $(DEV): EXTRAS := recipes,dev
 $(RECIPES) $(DEV): pyproject.toml
 	@echo "Installing the package with [$(EXTRAS)] into $(VENV), once: PyTorch, transformers and others, about 0.7 GB to"
 	@echo "fetch and 2 GB on the disk. On Linux pip may take PyTorch's CUDA build, which is 3 GB more; PyTorch's CPU build,"
-	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes. Each demo then fetches a model or images"
+	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes. Each demo then fetches a model or texts"
 	@echo "of its own, 0.1 GB (demo) or up to 0.2 GB (the others), and unpacks them into .cache, 0.6 GB at most."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -38,9 +37,6 @@ $(RECIPES) $(DEV): pyproject.toml
 
 demo: $(RECIPES)
 	$(BIN)/python -m recipes.demo
-
-clip-demo: $(RECIPES)
-	$(BIN)/python -m recipes.clip_demo
 
 merging-demo: $(RECIPES)
 	$(BIN)/python -m recipes.merging_demo

@@ -18,10 +18,8 @@ SLOW = (
     "test_recipes.py",
     "test_compile",
     "test_fsdp",
-    "test_comparison",
     "test_tutorial",
     "test_demo",
-    "test_clip_demo",
     "distributed/",
     "test_wheel",
 )

@@ -1,4 +1,8 @@
-"""A small open_clip model, trained from random weights on emoji with their names, by the contrastive recipe."""
+"""A small open_clip model, trained from random weights on emoji with their names, by the contrastive recipe.
+
+``python -m recipes.clip_contrastive.pretrain`` makes it, for the CLIP recipes without a network; after Ctrl-C the same
+command goes on from the last checkpoint.
+"""
 
 import dataclasses
 import hashlib
@@ -18,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision import transforms
 
+from recipes.clip import emoji
 from recipes.clip.emoji import Folders
 from recipes.clip.export import write
 from recipes.clip_contrastive.data import ContrastiveData
@@ -151,3 +156,7 @@ def augmentation(clip: Any, settings: Pretraining) -> Callable[[Any], torch.Tens
     colours = [transforms.ColorJitter(*changes), transforms.RandomGrayscale(settings.grey_share)]
     together: Callable[[Any], torch.Tensor] = transforms.Compose([*colours, crop])
     return together
+
+
+if __name__ == "__main__":
+    print(f"The model: local-dir:{pretrained(Pretraining(), emoji.prepare())}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP-LoRA's, for every data set
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "packaged:emoji": ("{}",),  # as the captions of the model that recipes.clip_demo trains
+    "packaged:emoji": ("{}",),  # as the captions of the model that recipes.clip_contrastive.pretrain makes
 }
 
 COOP_TEMPLATES = {

@@ -102,8 +102,7 @@ class LanguageModel(EvaluatedModule):
 
     @override
     def configure_model(self) -> None:
-        if self._trainer is not None:
-            # The comparison builds the network without a Trainer.
+        if self._trainer is not None:  # studies build the network without one
             check_strategy(self.trainer.strategy, self.quantization, self.lora)
         # Lightning calls this before every stage, and a second adapter must not go into the first.
         if self.net is None:

@@ -33,14 +33,6 @@ class Method:
         return self.build({**self.defaults, **settings})
 
 
-def _efmlora(title: str, **changed: Any) -> Method:
-    return Method(title, lambda settings: [EFMLoRA(settings["rho"], **changed)], {"rho": 0.5})
-
-
-def _fmlora(title: str, **changed: Any) -> Method:
-    return Method(title, lambda settings: [FMLoRA(settings["rho"], **changed)], {"rho": 0.5})
-
-
 def _random_perturbation(settings: Settings) -> list[L.Callback]:
     # Flat-LoRA's noise grows from nothing over the run.
     return [RandomPerturbation(CosineRho(0.0, settings["sigma"]), seed=int(settings["seed"]))]
@@ -57,9 +49,8 @@ def _balancedness(settings: Settings, kind: Any) -> list[L.Callback]:
 
 METHODS: dict[str, Method] = {
     "lora": Method("LoRA"),
-    "lora_regularised": Method("LoRA, regularized"),
-    "efmlora": _efmlora("EFMLoRA"),
-    "fmlora": _fmlora("FMLoRA"),
+    "efmlora": Method("EFMLoRA", lambda settings: [EFMLoRA(settings["rho"])], {"rho": 0.5}),
+    "fmlora": Method("FMLoRA", lambda settings: [FMLoRA(settings["rho"])], {"rho": 0.5}),
     # FMLoRA as a LightningModule in manual optimization: each recipe has one, whose name ends in FM.
     "fmlora_manual": Method("FMLoRAModule"),
     "lora_sam": Method("LoRA-SAM", lambda settings: [LoRASAM(settings["rho"])], {"rho": 0.5}),
@@ -69,13 +60,6 @@ METHODS: dict[str, Method] = {
     "obar": Method("oBAR", lambda settings: _balancedness(settings, "oBAR"), {"alpha": 1.0}),
     "full": Method("full", full=True),
     "full_sam": Method("SAM, full", lambda settings: [SAM(settings["rho"])], {"rho": 0.5}, full=True),
-    # Variants beyond the paper.
-    "efmlora_projected": _efmlora("EFMLoRA, projected", estimator="projected"),
-    "fmlora_projected": _fmlora("FMLoRA, projected", estimator="projected"),
-    "efmlora_layer": _efmlora("EFMLoRA, by layer", norm_scope="layer"),
-    "efmlora_beta01": _efmlora("EFMLoRA, beta 0.1", beta=0.1),
-    "efmlora_every5": _efmlora("EFMLoRA, every 5 steps", every_n_steps=5),
-    "fmlora_every5": _fmlora("FMLoRA, every 5 steps", every_n_steps=5),
 }
 BY_TITLE = {method.title: method for method in METHODS.values()}
 

@@ -1,13 +1,11 @@
-"""Means with their errors, and p-values corrected for testing several hypotheses."""
+"""Means with their errors."""
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from scipy import stats
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 class Estimate(NamedTuple):
@@ -21,22 +19,6 @@ class Estimate(NamedTuple):
     def interval(self) -> float:
         """Half the width of the 95 % confidence interval, by Student's t."""
         return float(self.error * stats.t.ppf(0.975, self.values - 1)) if self.values > 1 else math.nan
-
-
-def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
-    """Holm's correction for testing several hypotheses (Scandinavian Journal of Statistics 6, 1979).
-
-    Example:
-        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
-        {'a': 0.03, 'c': 0.06, 'b': 0.06}
-    """
-    corrected: dict[Key, float] = {}
-    largest = 0.0
-    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        # A hypothesis can't be rejected before one with a smaller p-value.
-        largest = max(largest, min(1.0, (len(p_values) - place) * p))
-        corrected[name] = largest
-    return corrected
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -116,7 +116,6 @@ class Plan(ABC, Generic[AnyRun]):
         results: what is done, and the share of this process.
 
     Attributes:
-        tried: the methods whose configurations are tried.
         failed: the runs that ended with an error in this process.
     """
 
@@ -130,7 +129,6 @@ class Plan(ABC, Generic[AnyRun]):
     ) -> None:
         self.tasks = tasks
         self.methods = methods
-        self.tried = methods
         self.tuning_seeds = tuning_seeds
         self.seeds = seeds
         self.results = results
@@ -193,7 +191,7 @@ class Plan(ABC, Generic[AnyRun]):
         """
         places: list[AnyRun | None] = []
         for task in self.tasks:
-            for method in self.tried:
+            for method in self.methods:
                 places += self._trial_places(task, method)
             for method in self.methods:
                 places += self.finals(task, method) or [None] * len(self.seeds)

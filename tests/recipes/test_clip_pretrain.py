@@ -1,4 +1,4 @@
-"""The CLIP demo on the real emoji, shortened: parts without leaks, training that resumes, a report that can be read."""
+"""The small CLIP of the packaged emoji: parts without leaks, and a training that resumes."""
 
 import csv
 import json
@@ -13,11 +13,6 @@ from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
 from recipes.clip_contrastive.module import ContrastiveModel
 from recipes.clip_contrastive.pretrain import Pretraining, pretrained
-from recipes.clip_demo.__main__ import main
-from recipes.clip_demo.run import ZERO_SHOT, Run, perform
-from recipes.clip_fewshot.sources import load
-from recipes.shared.ledger import Row
-from recipes.shared.methods import OURS
 
 PARTS = ("train", "validation", "test")
 
@@ -115,52 +110,3 @@ def test_a_stopped_training_goes_on(few: emoji.Folders, monkeypatch: pytest.Monk
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["dog, mammal"])
     assert tokens.shape == (1, 16)
     torch.testing.assert_close(text_features(ours.net.eval(), tokens), text_features(model.eval(), tokens))
-
-
-# -- the demo
-
-
-def command(folder: Path, *more: str) -> list[str]:
-    return [
-        f"--folder={folder}", "--shots", "2", "--seeds", "0", "1", "--iterations_per_shot=2", "--rho=1",
-        "--pretraining_steps=2", *more,
-    ]  # fmt: skip
-
-
-def test_the_demo_reports_resumes_and_keeps(
-    few: emoji.Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, results = tmp_path / "demo", tmp_path / "demo" / "results.jsonl"
-    judged = {part: images[::20] for part, images in load(str(few.target)).parts.items()}
-    monkeypatch.setattr(emoji, "prepare", lambda: few)
-    monkeypatch.setattr("recipes.clip_demo.run.examples", lambda images, part: judged[part])
-    monkeypatch.setattr("recipes.clip_demo.__main__.examples", lambda images, part: judged[part])
-    begun: list[Run] = []
-
-    def interrupted(run: Run) -> Row:
-        begun.append(run)
-        if len(begun) == 3:
-            raise KeyboardInterrupt
-        return perform(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("recipes.clip_demo.__main__.perform", interrupted)
-        assert main(command(folder)) == 130
-    assert "The same command resumes" in capsys.readouterr().out
-    before = results.read_text()
-    assert before.count("\n") == 2
-
-    assert main(command(folder)) == 0
-    out = capsys.readouterr().out
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert results.read_text().startswith(before)  # what was finished is kept
-    assert len(rows) == 1 + len(OURS) * 2
-    assert "[3/7]" in out
-    assert "[1/7]" not in out
-    table = (folder / "table.txt").read_text()
-    assert all(method in table for method in (ZERO_SHOT, *OURS))
-    assert {path.name for path in folder.glob("*.png")} == {"shots.png", "predictions.png"}
-    given = {(row["method"], row["seed"]): tuple(row["given"]) for row in rows if row["shots"]}
-    assert len(set(given.values())) == 2 * len(OURS)  # seeds and methods do something of their own
-    assert main(command(folder)) == 0
-    assert "/7]" not in capsys.readouterr().out  # nothing is run again
