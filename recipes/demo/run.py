@@ -208,13 +208,13 @@ def sharpness(method: str, module: InstructionTuning, data: InstructionData, set
     batches = [module.transfer_batch_to_device(batch, module.device, 0) for batch in first]
     module.eval().float()
     # Each batch is read twice: for loss and gradient at the weights, and for the loss at the perturbed ones.
-    with progress(f"{method}, sharpness, batches", 2 * len(batches)) as advance:
-        loss = MeanLoss([partial(_loss, module, batch, advance) for batch in batches])
+    with progress(f"{method}, sharpness, batches", 2 * len(batches)) as bar:
+        loss = MeanLoss([partial(_loss, module, batch, bar.update) for batch in batches])
         result = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), settings.rho)
     return {"train_loss": float(result.loss), "sharpness": float(result.sharpness)}
 
 
-def _loss(module: InstructionTuning, batch: dict[str, Any], done: Callable[[], None]) -> torch.Tensor:
+def _loss(module: InstructionTuning, batch: dict[str, Any], done: Callable[[], Any]) -> torch.Tensor:
     log_likelihood, tokens = module.log_likelihood(batch)
     done()
     return -log_likelihood.sum() / tokens.sum()

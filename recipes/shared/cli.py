@@ -10,7 +10,7 @@ from typing import Any, NoReturn, cast
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -39,7 +39,7 @@ from recipes.shared.configs import is_method, listed, methods_of, settings_help,
 from recipes.shared.files import set_aside
 from recipes.shared.interrupt import InterruptAfterStep
 from recipes.shared.precision import fast_precision
-from recipes.shared.progress import ProgressLines, is_live
+from recipes.shared.progress import progress_bar
 from recipes.shared.training import RecipeModule
 
 _SWITCHES = {
@@ -299,21 +299,13 @@ def with_torch_optimizers(arguments: Sequence[str]) -> list[str]:
 
 
 def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:
-    """The callbacks of the Trainer's settings, without those that another setting switches off.
-
-    Of several progress bars the last one stays, so that one may be added to a configuration that lists another. Rich's
-    bar draws over itself, which leaves nothing in a file: where the output goes to one, lines take its place.
-    """
-    callbacks = listed(settings.callbacks)
+    """The callbacks of the Trainer's settings without those that another setting switches off, and a progress bar."""
     off = tuple(kind for name, kind in _SWITCHES.items() if settings[name] is False)
-    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
-    wanted = []
-    for callback in callbacks:
-        if isinstance(callback, off) or (callback in bars and callback is not bars[-1]):
-            continue
-        redirected = type(callback) is RichProgressBar and not is_live()  # a user's own bar stays
-        wanted.append(ProgressLines(name) if redirected else callback)
-    return wanted
+    callbacks = [callback for callback in listed(settings.callbacks) if not isinstance(callback, off)]
+    has_own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if settings.enable_progress_bar is not False and not has_own_bar:
+        callbacks.append(progress_bar(name))
+    return callbacks
 
 
 def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:

@@ -1,22 +1,18 @@
 """How far long work has come: a bar in a terminal, and in a log a line every ten seconds."""
 
 import logging
-import math
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from lightning_flatlora.callbacks.fmlora import counting_windows
-
 _SECONDS = 10.0  # between two lines
+_FORM = "{desc}{n_fmt} of {total_fmt}, {elapsed}<{remaining}{postfix}"
 
 
 def progress_bar(name: str) -> ProgressBar:
@@ -24,69 +20,35 @@ def progress_bar(name: str) -> ProgressBar:
     return RichProgressBar() if is_live() else ProgressLines(name)
 
 
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show how far something is, in the same two ways.
+def progress(what: str, total: int) -> Tqdm:
+    """A bar for other work, or its lines: a context in which ``update()`` counts what is done.
 
     Args:
         what: is being done.
         total: its steps.
-
-    Yields:
-        A function to call after each step.
     """
-    if not is_live():
-        yield Lines(what, total).advance
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as shown:
-        bar = shown.add_task(what, total=total)
-        yield lambda: shown.advance(bar)
+    kind = Tqdm if is_live() else Lines
+    return kind(desc=f"{what}: ", total=total, file=sys.stdout)
 
 
-class Lines:
-    """Lines on how far something is: the first at once, then one every ten seconds, and one at the end.
+class Lines(Tqdm):
+    """A bar whose states are lines, one every ten seconds and one at the end, as a file can't be drawn over."""
 
-    Args:
-        what: is being done.
-        total: its steps.
-        done: how many of them are done already.
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self._shown, self._shown_at = 0, monotonic()
+        super().__init__(*args, **{"bar_format": _FORM, "leave": False, **settings})
 
-    Example:
-        >>> lines = Lines("Counting", total=2)
-        Counting: 0 of 2
-        >>> lines.advance()
-        >>> lines.advance()
-        Counting: 2 of 2, 0 s
-    """
-
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self.what = what
-        self.total = total
-        self.done = self._first = done
-        self._began = self._printed = monotonic()
-        self._print("")
-
-    def advance(self, note: str = "") -> None:
-        """A step is done; the note, if there is one, ends the line."""
-        self.done += 1
+    @override
+    def display(self, *args: Any, **settings: Any) -> None:
         now = monotonic()
-        if self.done != self.total and now - self._printed < _SECONDS:
-            return
-        self._printed = now
-        elapsed = now - self._began
-        times = f", {elapsed:.0f} s"
-        if self.done < self.total:
-            # Steps from before a resume took none of the time.
-            times += f", about {elapsed / (self.done - self._first) * (self.total - self.done):.0f} s left"
-        self._print(times + (f", {note}" if note else ""))
-
-    def _print(self, more: str) -> None:
-        print(f"{self.what}: {self.done} of {self.total}{more}", flush=True)
+        is_due = now - self._shown_at >= _SECONDS or self.n == self.total
+        if is_due and self.n != self._shown:
+            self._shown, self._shown_at = self.n, now
+            print(self, file=self.fp, flush=True)
 
 
-class ProgressLines(ProgressBar):
-    """Lightning's progress bar in lines; where a length is unknown there are none.
+class ProgressLines(TQDMProgressBar):
+    """Lightning's progress bar in lines.
 
     Args:
         name: that begins each line, a method's for example.
@@ -95,59 +57,11 @@ class ProgressLines(ProgressBar):
     def __init__(self, name: str) -> None:
         super().__init__()
         self._name = name
-        self._is_on = True
-        self._training: Lines | None = None
-        self._evaluation: Lines | None = None
 
-    @override
-    def enable(self) -> None:
-        self._is_on = True
+    def _lines(self) -> Lines:
+        return Lines(disable=self.is_disabled, file=sys.stdout, bar_format=f"{self._name}, {_FORM}")
 
-    @override
-    def disable(self) -> None:  # which Lightning does on all ranks but the first
-        self._is_on = False
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with counting_windows(trainer):
-            steps = trainer.estimated_stepping_batches
-        if self._is_on and not math.isinf(steps):
-            self._training = Lines(f"{self._name}, training steps", int(steps), trainer.global_step)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        lines = self._training
-        if lines is not None and trainer.global_step > lines.done:  # not every batch ends a step
-            loss = trainer.progress_bar_metrics.get("train_loss")
-            lines.advance("" if loss is None else f"loss {loss:.3f}")
-
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin_evaluation("validation batches", trainer.num_val_batches)
-
-    @override
-    def on_validation_batch_end(self, *arguments: Any, **named: Any) -> None:
-        self._advance_evaluation()
-
-    @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin_evaluation("test batches", trainer.num_test_batches)
-
-    @override
-    def on_test_batch_end(self, *arguments: Any, **named: Any) -> None:
-        self._advance_evaluation()
-
-    def _begin_evaluation(self, what: str, batches: Sequence[int | float]) -> None:
-        number = sum(batches)
-        self._evaluation = None
-        if self._is_on and not math.isinf(number):
-            self._evaluation = Lines(f"{self._name}, {what}", int(number))
-
-    def _advance_evaluation(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.advance()
+    init_sanity_tqdm = init_train_tqdm = init_validation_tqdm = init_test_tqdm = init_predict_tqdm = _lines
 
 
 def quiet() -> None:

@@ -103,7 +103,7 @@ def config(tmp_path: Path) -> str:
         "max_epochs": 1,
         "log_every_n_steps": 1,
         "num_sanity_val_steps": 0,
-        "callbacks": [saver, {"class_path": "lightning.pytorch.callbacks.RichProgressBar"}],
+        "callbacks": [saver],
         "logger": [logger],
     }
     path = tmp_path / "tiny.yaml"  # JSON is YAML
@@ -158,9 +158,8 @@ def test_a_run_whose_output_is_a_file_shows_its_progress_in_lines(
 ) -> None:
     RecipeCLI(["fit", f"--config={config}", f"--model={__name__}.Tiny"])
     out = capsys.readouterr().out
-    assert "fit, training steps: 0 of 4" in out
-    assert "fit, training steps: 4 of 4" in out
-    assert "fit, validation batches: 4 of 4" in out
+    assert "fit, Epoch 0: 4 of 4" in out
+    assert "fit, Validation DataLoader 0: 4 of 4" in out
 
 
 @pytest.mark.parametrize("recipe", ["classification", "clip_fewshot"])  # the second one has commands of its own

@@ -51,7 +51,7 @@ def test_demo_reports_resumes_and_keeps(
     assert main(command(folder, tiny, steps)) == 0
     assert begun[:11] == [*range(9), 8, 9]
     out = capsys.readouterr().out
-    assert "EFMLoRA, training steps: 10 of 10" in out  # not at a terminal, but not silent
+    assert "EFMLoRA, Epoch 0: 10 of 10" in out  # not at a terminal, but not silent
     assert "FMLoRA, sharpness, batches: 4 of 4" in out
     assert (folder / "untuned" / "result.json").stat().st_mtime_ns == untuned
     results = {method: json.loads((folder / method / "result.json").read_text()) for method in METHODS}
