@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -19,16 +19,17 @@ def last_checkpoint(settings: Namespace) -> Path:
     Raises:
         MisconfigurationException: there is none.
     """
-    pattern = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
-    searched = _places(settings)
+    name = f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*{ModelCheckpoint.FILE_EXTENSION}"
+    searched = _folders(settings)
     checkpoints: list[Path] = []
-    for folder, within in searched:
-        checkpoints += folder.glob(within + pattern)
+    for folder in searched:
+        # Of any version of a run, or without versions.
+        checkpoints += [*folder.glob(f"*/checkpoints/{name}"), *folder.glob(name)]
     if not checkpoints:
-        places = " and ".join(str(folder / (within + pattern)) for folder, within in searched)
+        places = " and ".join(map(str, searched)) or "nowhere: nothing saves any"
         raise MisconfigurationException(
-            f"--ckpt_path last: there is no last checkpoint, searched for in {places or 'nowhere: nothing saves any'}. "
-            "Leave it out to start anew, or give a file, or the --method or --run_name of the run"
+            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start anew, or "
+            "give a file, or the --method or --run_name of the run"
         )
     # By time and not by name, in which version_10 comes before version_9.
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
@@ -36,39 +37,47 @@ def last_checkpoint(settings: Namespace) -> Path:
     return newest
 
 
-def _places(settings: Namespace) -> list[tuple[Path, str]]:
-    """Where the savers of a configuration save: folders, and a pattern of those within, for any version of a run."""
+def _folders(settings: Namespace) -> list[Path]:
+    """Where the savers of a configuration save."""
     if settings.trainer.enable_checkpointing is False:
         return []
-    places = []
+    folders = []
     for callback in listed(settings.trainer.callbacks):
         arguments = callback.get("init_args", {})
         if "dirpath" in arguments:
-            places.append((Path(arguments["dirpath"]), "") if arguments["dirpath"] else _of_runs(settings))
+            folders.append(Path(arguments["dirpath"] or _of_runs(settings)))
     # Without any, Lightning adds one.
-    return list(dict.fromkeys(places or [_of_runs(settings)]))
+    return list(dict.fromkeys(folders or [_of_runs(settings)]))
 
 
-def _of_runs(settings: Namespace) -> tuple[Path, str]:
+def _of_runs(settings: Namespace) -> Path:
     """Where a ModelCheckpoint saves by itself."""
     trainer = settings.trainer
     root = Path(trainer.default_root_dir or "")
     if trainer.logger in (None, True):
-        return root / "lightning_logs", "*/checkpoints/"
+        return root / "lightning_logs"
     if not trainer.logger:
-        return root / "checkpoints", ""
+        return root / "checkpoints"
     first = listed(trainer.logger)[0].get("init_args", {})
     name = first.get("name") or first.get("project") or settings.run_name or ""
-    return Path(first.get("save_dir") or root, name), "*/checkpoints/"
+    return Path(first.get("save_dir") or root, name)
 
 
-def problem_of(path: str | None) -> str | None:
+def problem_of(path: str | None, has_savers: bool = True) -> str | None:
     """Why a checkpoint can't be read, if it is a local file, or a folder of a sharded one; None where nothing is wrong.
 
     "hpc" and names of a registry are Lightning's own, and other places have an address.
+
+    Args:
+        path: as it is given.
+        has_savers: the configuration's AdapterCheckpoint takes part.
     """
+    if path is not None and not has_savers:
+        return "it lacks the frozen weights, which --trainer.enable_checkpointing=false lets nobody add: leave it out"
     if path is None or path == "hpc" or "://" in path or path.startswith("registry"):
         return None
+    if path == "best":
+        return "which one is the best is known only to the run that has saved it: give the file, named after its step"
     place = Path(path).expanduser()
     if not place.exists():
         return "there is no such file"
@@ -81,30 +90,24 @@ def problem_of(path: str | None) -> str | None:
 
 def differing_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings in which a fit that goes on differs from the run before, a text for each."""
-    differences = _differences("trainer", _of_a_step(before), _of_a_step(now), or_null=True)
-    for section in ("model", "data", "optimizer"):
+    there, here = _compared(before), _compared(now)
+    differences = []
+    for name in dict.fromkeys([*there, *here]):
+        one, other = there.get(name), here.get(name)
         # What was null in the model or the data may be what a longer run adds.
-        differences += _differences(section, before.get(section), now.get(section), section == "optimizer")
+        is_added = one is None and name.startswith(("model.", "data."))
+        if one != other and not is_added:
+            differences.append(f"{name} {one!r} there, {other!r} here")
     return differences
 
 
-def _differences(name: str, before: Any, now: Any, or_null: bool = False) -> list[str]:
-    """The settings that differ, a text for each; those that were null only where they are asked for."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for key in dict.fromkeys([*before, *now]):
-            # What a run started from is of no account any more: its checkpoint holds all that it took over.
-            if key != "start_from":
-                found += _differences(f"{name}.{key}", before.get(key), now.get(key), or_null)
-        return found
-    if before == now or (before is None and not or_null):
-        return []
-    return [f"{name.replace('.init_args', '')} {before!r} there, {now!r} here"]
-
-
-def _of_a_step(settings: dict[str, Any]) -> dict[str, Any]:
-    """The Trainer's settings that change what a step does; the method has its name, or "none" where there is none."""
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the model, the data, and of what a step does, by dotted names."""
     trainer = settings.get("trainer") or {}
-    chosen = {name: trainer.get(name) for name in _STEP_SETTINGS}
     methods = methods_of_run(settings)
-    return {**chosen, "method": ", ".join(methods) or "none", **methods}
+    of_a_step = {name: trainer.get(name) for name in _STEP_SETTINGS}
+    compared = {section: settings.get(section) for section in ("model", "data", "optimizer")}
+    compared["trainer"] = {**of_a_step, "method": ", ".join(methods) or "none", **methods}
+    flat = vars(dict_to_namespace(compared).as_flat())
+    # What a run started from is of no account any more: its checkpoint holds all that it took over.
+    return {name.replace(".init_args", ""): flat[name] for name in flat if not name.endswith(".start_from")}

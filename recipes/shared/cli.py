@@ -2,13 +2,10 @@
 
 import re
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import (
@@ -26,15 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from recipes.shared.checkpoints import differing_settings, last_checkpoint, problem_of
-from recipes.shared.command_line import (
-    check_config_files,
-    hint,
-    option,
-    refuse_unknown_fields,
-    with_base,
-    with_method,
-    with_run,
-)
+from recipes.shared.command_line import hint, in_order, option, refuse_unknown_fields, with_base_and_method, with_run
 from recipes.shared.configs import is_method, listed, methods_of, settings_help, settings_of_run, shipped_configs
 from recipes.shared.files import set_aside
 from recipes.shared.interrupt import InterruptAfterStep
@@ -68,7 +57,7 @@ class RecipeParser(LightningArgumentParser):
         # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
         if 'key "config"' in message or re.search(r"required: (\w+\.)?(data|model)", message):
             message = f"{message}\n{shipped_configs()}"
-        super().error(f"{message}{hint(message, self)}", ex)
+        super().error(f"{message}{hint(message, self.get_defaults().keys())}", ex)
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -83,17 +72,9 @@ class ConfigSaver(SaveConfigCallback):
         folder = trainer.log_dir  # every rank has to ask
         assert folder is not None  # without a logger it is the Trainer's default_root_dir
         path = Path(folder, self.config_filename)
-        writes = self.save_to_log_dir and not self.already_saved and trainer.is_global_zero
-        if writes and path.is_file() and not self._would_write(path):
+        if self.save_to_log_dir and not self.already_saved and trainer.is_global_zero:
             set_aside(path)
         super().setup(trainer, pl_module, stage)
-
-    def _would_write(self, path: Path) -> bool:
-        """Whether a file holds just what this run is going to write."""
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder, path.name)
-            self.parser.save(self.config, str(written), skip_none=False, multifile=self.multifile)
-            return written.read_bytes() == path.read_bytes()
 
 
 class RecipeCLI(LightningCLI):
@@ -159,19 +140,19 @@ class RecipeCLI(LightningCLI):
         if not isinstance(given, list):
             super().parse_arguments(parser, given)
             return
-        check_config_files(given)
-        given = with_torch_optimizers(given)
         if given and given[0] in self.subcommands():
-            given = [given[0], *self._with_defaults(parser, given[0], given[1:])]
+            given = [given[0], *in_order(self._with_defaults(parser, given[0], given[1:]))]
+        else:
+            given = in_order(given)
         # LightningCLI warns of arguments that it is given beside the process's.
         self.config = parser.parse_args(given)
 
     def _with_defaults(self, parser: LightningArgumentParser, command: str, given: list[str]) -> list[str]:
         """The arguments behind all that they leave out."""
-        given = with_base(self._recipe, with_method(self._recipe, given))
+        given = with_base_and_method(self._recipe, given)
         checkpoint = option(given, "--ckpt_path")
         if checkpoint == "last":
-            settings = parser.parse_args([command, *given])[command]
+            settings = parser.parse_args([command, *in_order(given)])[command]
             checkpoint = str(last_checkpoint(settings))
             given.append(f"--ckpt_path={checkpoint}")
         # "hpc" and addresses are no files of a run.
@@ -250,17 +231,7 @@ class RecipeCLI(LightningCLI):
     def _check_checkpoint(self) -> None:
         """Refuse a checkpoint that can't be read, and name what its run had otherwise."""
         settings = self.config_init[self.subcommand]
-        if settings.ckpt_path == "best":
-            raise MisconfigurationException(
-                "--ckpt_path best: which checkpoint is the best is known only to the run that has saved it. Give the "
-                "file, whose name holds the step"
-            )
-        if settings.ckpt_path and settings.trainer.enable_checkpointing is False:
-            raise MisconfigurationException(
-                "--trainer.enable_checkpointing=false: without the configuration's AdapterCheckpoint no --ckpt_path "
-                "can be read, as it lacks the frozen weights. Leave one of the two out"
-            )
-        problem = problem_of(settings.ckpt_path)
+        problem = problem_of(settings.ckpt_path, settings.trainer.enable_checkpointing is not False)
         if problem:
             raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
         # An evaluation on other data is meant to have them.
@@ -277,25 +248,6 @@ class RecipeCLI(LightningCLI):
         differences = differing_settings(before, now)
         if differences:
             rank_zero_warn(f"--ckpt_path {checkpoint} is of a run with other settings: {'; '.join(differences)}")
-
-
-def with_torch_optimizers(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which an optimizer's bare name is PyTorch's, whoever else has one of that name.
-
-    Example:
-        >>> with_torch_optimizers(["fit", "--optimizer=SGD", "--optimizer", "Adam", "--optimizer.lr=1"])
-        ['fit', '--optimizer=torch.optim.SGD', '--optimizer', 'torch.optim.Adam', '--optimizer.lr=1']
-    """
-    arguments = list(arguments)
-    for place, argument in enumerate(arguments):
-        option, equals, name = argument.rpartition("=")
-        previous = arguments[place - 1] if place else ""
-        # Both spellings: --optimizer=SGD, and --optimizer SGD in two arguments.
-        is_choice = option == "--optimizer" if equals else previous == "--optimizer"
-        # jsonargparse takes a bare name only if one imported class has it, and bitsandbytes has an SGD and an Adam too.
-        if is_choice and name in torch.optim.__all__:
-            arguments[place] = f"{option}{equals}torch.optim.{name}"
-    return arguments
 
 
 def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:

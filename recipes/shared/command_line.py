@@ -1,16 +1,15 @@
 """What a command line leaves out: the recipe's own configuration, the method's, and those of the run that goes on."""
 
+import argparse
 import dataclasses
 import difflib
-import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
+import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig
@@ -28,101 +27,73 @@ def option(arguments: Sequence[str], name: str) -> str | None:
         >>> option(["--seed=1", "--ckpt_path", "last"], "--ckpt_path")
         'last'
     """
-    values = option_values(arguments, name)
+    values, _ = split(arguments, name)
     return values[-1] if values else None
 
 
-def option_values(arguments: Sequence[str], name: str) -> list[str]:
-    """All values of an option, in order."""
-    values = []
-    for place, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            values.append(argument.removeprefix(f"{name}="))
-        elif argument == name and place + 1 < len(arguments):
-            values.append(arguments[place + 1])
-    return values
+def split(arguments: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """The values of an option, in order, and the arguments without it.
+
+    Example:
+        >>> split(["--config", "a.yaml", "--config=b.yaml", "--seed=1"], "--config")
+        (['a.yaml', 'b.yaml'], ['--seed=1'])
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="values", action="append", default=[])
+    found, others = parser.parse_known_args(arguments)
+    return found.values, others
 
 
-def check_config_files(arguments: Sequence[str]) -> None:
-    """Name a ``--config`` file that is empty or no YAML, since the parser does not say which of several it is.
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the configurations in front, so that all other options apply to what these choose.
 
-    Args:
-        arguments: of a command line.
+    An optimizer's bare name becomes PyTorch's, whoever else has one of that name.
+
+    Example:
+        >>> in_order(["--optimizer", "SGD", "--optimizer.lr=1", "--config", "a.yaml"])
+        ['--config=a.yaml', '--optimizer=torch.optim.SGD', '--optimizer.lr=1']
+    """
+    configs, others = split(arguments, "--config")
+    optimizers, others = split(others, "--optimizer")
+    chosen = []
+    for name in optimizers:
+        # jsonargparse takes a bare name only if one imported class has it, and bitsandbytes has an SGD and an Adam too.
+        chosen.append(f"--optimizer={'torch.optim.' if name in torch.optim.__all__ else ''}{name}")
+    return [*_as_options(configs), *chosen, *others]
+
+
+def with_base_and_method(recipe: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments behind the recipe's ``base.yaml``, and with the configuration of ``--method``.
+
+    The base is left out if a configuration chooses both a model and data. If a method's configuration is given,
+    ``--method`` is added.
+
+    Example:
+        >>> given = ["--config", "mine.yaml", "--method", "efmlora"]
+        >>> [Path(each).name for each in with_base_and_method("vqa", given)]
+        ['base.yaml', 'mine.yaml', 'efmlora.yaml', '--method=efmlora']
 
     Raises:
-        MisconfigurationException: there is such a file.
-
-    Example:
-        >>> check_config_files(["fit", "--config", "no_file.yaml"])  # left to the parser
+        MisconfigurationException: the recipe has no such method, or a configuration can't be read.
     """
-    for name in option_values(arguments, "--config"):
-        path = Path(name)
-        if not path.is_file():
-            continue
-        try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise MisconfigurationException(f"--config {path} is no YAML: {error}") from error
-        if not isinstance(read, dict):
-            raise MisconfigurationException(f"--config {path} holds no settings: write lines such as `trainer:`")
-
-
-def without_config(arguments: Sequence[str], dropped: Sequence[Path]) -> list[str]:
-    """The arguments without the ``--config`` of some files.
-
-    Example:
-        >>> without_config(["--config", "a.yaml", "--config=b.yaml", "--seed=1"], [Path("a.yaml")])
-        ['--config=b.yaml', '--seed=1']
-    """
-    identities = [path.resolve() for path in dropped]
-    kept: list[str] = []
-    for argument in arguments:
-        path = argument.removeprefix("--config=")
-        is_second = bool(kept) and kept[-1] == "--config"
-        if (is_second or path != argument) and Path(path).resolve() in identities:
-            if is_second:
-                kept.pop()
-            continue
-        kept.append(argument)
-    return kept
-
-
-def with_method(recipe: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments with the configuration of ``--method``, or with the ``--method`` whose configuration is given.
-
-    Example:
-        >>> [Path(each).name for each in with_method("vqa", ["--config", "mine.yaml", "--method", "efmlora"])]
-        ['--config', 'mine.yaml', 'efmlora.yaml', '--method', 'efmlora']
-
-    Raises:
-        MisconfigurationException: the recipe has no such method.
-    """
-    arguments = list(arguments)
-    names = [name for name in methods_of(recipe) if name != "lora"]
-    given = {Path(path).resolve() for path in option_values(arguments, "--config")}
-    name = option(arguments, "--method")
-    if name is None:
-        return arguments + [f"--method={each}" for each in names if method_file(recipe, each).resolve() in given]
-    if name not in ("lora", *names):
-        raise MisconfigurationException(f"--method {name}: there are lora, {', '.join(names)}")
-    if name == "lora" or method_file(recipe, name).resolve() in given:
-        return arguments
-    # Behind all others, of which one may replace the list of callbacks.
-    place = 0
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--config"):
-            place = index + (1 if "=" in argument else 2)
-    return [*arguments[:place], f"--config={method_file(recipe, name)}", *arguments[place:]]
-
-
-def with_base(recipe: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments behind the recipe's ``base.yaml``, unless a configuration chooses both a model and data."""
+    configs, others = split(arguments, "--config")
+    methods, others = split(others, "--method")
     base = base_file(recipe)
-    arguments = without_config(arguments, [base])
-    if not base.exists():
-        return arguments
-    is_whole = any(_chooses_model_and_data(settings) for settings in _given_settings(arguments))
-    return arguments if is_whole else [f"--config={base}", *arguments]
+    configs = [config for config in configs if not _is_file(config, base)]
+    is_whole = any(_chooses_model_and_data(_read(config)) for config in configs)
+    names = methods_of(recipe)
+    for name in methods[-1:]:
+        if name not in names:
+            raise MisconfigurationException(f"--method {name}: there are {', '.join(names)}")
+        overlay = method_file(recipe, name)
+        # Behind all others, of which one may replace the list of callbacks.
+        if name != "lora" and not any(_is_file(config, overlay) for config in configs):
+            configs.append(str(overlay))
+    if not methods:
+        methods = [name for name in names if any(_is_file(config, method_file(recipe, name)) for config in configs)]
+    if base.exists() and not is_whole:
+        configs.insert(0, str(base))
+    return [*_as_options(configs), *(f"--method={name}" for name in methods[-1:]), *others]
 
 
 def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path) -> list[str]:
@@ -133,34 +104,52 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path) -> list[st
 
     Args:
         recipe: name of the recipe's folder.
-        arguments: behind the command, from :func:`with_base`.
+        arguments: behind the command, from :func:`with_base_and_method`.
         checkpoint: file or folder.
     """
     run = settings_of_run(checkpoint)
-    arguments = list(arguments)
     if not run:
-        return arguments
-    method = option(arguments, "--method")
+        return list(arguments)
+    configs, others = split(arguments, "--config")
+    base = [config for config in configs if _is_file(config, base_file(recipe))]
+    overlays = [method_file(recipe, name) for name in methods_of(recipe)]
+    given = configs[len(base) :]
+    own = [config for config in given if not any(_is_file(config, overlay) for overlay in overlays)]
     taken = "model and data"
-    if _names_callbacks(recipe, arguments) or method not in (None, run.get("method")):
+    if _names_callbacks(own, others) or option(others, "--method") not in (None, run.get("method")):
         run.get("trainer", {}).pop("callbacks", None)
     else:
+        given = own
         taken = f"model, data and method ({', '.join(methods_of_run(run)) or 'LoRA'})"
-        if method is not None:
-            arguments = without_config(arguments, [method_file(recipe, method)])
     rank_zero_info(f"The {taken} are as in {checkpoint.parent.parent / 'config.yaml'}, except for what is given here")
     # The parser takes settings in place of a file, too.
-    place = 1 if arguments[:1] == [f"--config={base_file(recipe)}"] else 0
-    return [*arguments[:place], f"--config={yaml.safe_dump(run)}", *arguments[place:]]
+    return [*_as_options([*base, yaml.safe_dump(run), *given]), *others]
 
 
-def _given_settings(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """What the given configurations hold; those that can't be read are left to the parser."""
-    found = []
-    for name in option_values(arguments, "--config"):
-        if Path(name).is_file():
-            found.append(yaml.safe_load(Path(name).read_text(encoding="utf-8")))
-    return found
+def _as_options(configs: Sequence[str]) -> list[str]:
+    return [f"--config={config}" for config in configs]
+
+
+def _is_file(config: str, path: Path) -> bool:
+    return Path(config).resolve() == path.resolve()
+
+
+def _read(config: str) -> dict[str, Any]:
+    """What a configuration holds; one that does not exist is left to the parser.
+
+    Raises:
+        MisconfigurationException: it is empty or no YAML; of several the parser does not say which one it is.
+    """
+    path = Path(config)
+    if not path.is_file():
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MisconfigurationException(f"--config {path} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise MisconfigurationException(f"--config {path} holds no settings: write lines such as `trainer:`")
+    return settings
 
 
 def _chooses_model_and_data(settings: dict[str, Any]) -> bool:
@@ -168,16 +157,12 @@ def _chooses_model_and_data(settings: dict[str, Any]) -> bool:
     return all(isinstance(part, str) or (isinstance(part, dict) and "class_path" in part) for part in parts)
 
 
-def _names_callbacks(recipe: str, arguments: Sequence[str]) -> bool:
-    """Whether callbacks are given, one by one or in a configuration that is none of the recipe's own."""
-    if any(argument.startswith("--trainer.callbacks") for argument in arguments):
+def _names_callbacks(configs: Sequence[str], options: Sequence[str]) -> bool:
+    """Whether callbacks are given, one by one or in a configuration."""
+    if any(option.startswith("--trainer.callbacks") for option in options):
         return True
-    shipped = [base_file(recipe), *(method_file(recipe, name) for name in methods_of(recipe))]
-    for settings in _given_settings(without_config(arguments, shipped)):
-        trainer = settings.get("trainer") or {}
-        if "callbacks" in trainer or "callbacks+" in trainer:
-            return True
-    return False
+    trainers = [_read(config).get("trainer") or {} for config in configs]
+    return any("callbacks" in trainer or "callbacks+" in trainer for trainer in trainers)
 
 
 def refuse_unknown_fields(lora: Any) -> None:
@@ -195,26 +180,15 @@ def refuse_unknown_fields(lora: Any) -> None:
             raise MisconfigurationException(f"lora: peft's LoraConfig has no field {name!r}.{_nearest(name, known)}")
 
 
-def hint(message: str, parser: ArgumentParser) -> str:
-    """The nearest name for a misspelt option, or the order of options; empty if an error is of another kind."""
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message)
-    if unknown:
-        commands = parser._subcommands_action
-        parsers = [parser, *(commands.choices.values() if commands else ())]
-        names: list[str] = []
-        for each in parsers:
-            names += [name.removeprefix("--") for name in each._option_string_actions]
-        return _nearest(unknown[1] or unknown[2], names)
-    found = re.search(r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
-    if not found:
-        return ""
-    names = []
-    for kind in getattr(locate(found[1]), "__mro__", ()):
-        names += inspect.signature(kind.__init__).parameters
-    return _nearest(found[2], names) or (
-        "\nAn option of the model, the data or a callback comes behind the --config that chooses it, as "
-        "--trainer.callbacks.rho behind a method's file"
-    )
+def hint(message: str, names: Iterable[str]) -> str:
+    """The nearest name for a misspelt option; empty if a parser's message is about something else.
+
+    Args:
+        message: of a parser, which may be that of a class whose options are given.
+        names: of the parser's options.
+    """
+    unknown = re.search(r"^(?:unrecognized arguments: --|Option ')([\w.]+)", message)
+    return _nearest(unknown[1], list(names)) if unknown else ""
 
 
 def _nearest(name: str, names: list[str]) -> str:

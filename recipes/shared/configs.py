@@ -11,18 +11,6 @@ _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
 """Callbacks of the package that leave the training as it is."""
 
 
-def config_files(recipe: str, method: str) -> list[Path]:
-    """What to give as ``--config``: the recipe's base, and the overlay of the method.
-
-    Args:
-        recipe: name of the recipe's folder.
-        method: "lora", which is the base alone, or the name of an overlay. The recipe's own one comes first, because it
-            knows the recipe's settings.
-    """
-    base = base_file(recipe)
-    return [base] if method == "lora" else [base, method_file(recipe, method)]
-
-
 def base_file(recipe: str) -> Path:
     """What a recipe trains by itself: plain LoRA."""
     return RECIPES / recipe / "configs" / "base.yaml"
@@ -35,8 +23,9 @@ def method_file(recipe: str, method: str) -> Path:
 
 
 def config_arguments(recipe: str, method: str) -> list[str]:
-    """:func:`config_files` as arguments of the command line."""
-    return [f"--config={path}" for path in config_files(recipe, method)]
+    """The recipe's base and the overlay of a method, "lora" for none, as arguments of the command line."""
+    files = [base_file(recipe)] if method == "lora" else [base_file(recipe), method_file(recipe, method)]
+    return [f"--config={path}" for path in files]
 
 
 def methods_of(recipe: str) -> list[str]:

@@ -1,7 +1,6 @@
 """What the LightningModules of all recipes do alike."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -47,7 +46,6 @@ class RecipeModule(L.LightningModule):
     eps: float = 1e-8
     chosen_optimizer: Any = None
     chosen_scheduler: Any = None
-    _saved_schedules: Sequence[dict[str, Any]] = ()
 
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, shape (); logged as ``train_loss``."""
@@ -92,35 +90,28 @@ class RecipeModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._saved_schedules = checkpoint.get("lr_schedulers", ())
-            self._check_schedules()  # under FSDP, which loads after on_fit_start
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["chosen_scheduler"] = self._name_of_scheduler()
 
     @override
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self._check_schedules()
-        self._saved_schedules = ()  # a later fit does not resume from that file
-
-    def _check_schedules(self) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the state of a schedule of another kind, before it fails halfway or is taken for this one's.
 
         Raises:
             MisconfigurationException: the checkpoint holds such a state.
         """
-        configs = self.trainer.lr_scheduler_configs if self._trainer is not None else []
-        # Of different lengths while one of them is not known yet: then the other caller of this method compares.
-        for config, saved in zip(configs, self._saved_schedules, strict=False):
-            before, now = _specific_entries(saved), _specific_entries(config.scheduler.state_dict())
-            # Schedules without entries of their own, such as SequentialLR, can't be distinguished from others.
-            if before and now and not before & now:
-                raise MisconfigurationException(
-                    f"the checkpoint is of a run with another learning rate schedule than this one's "
-                    f"{type(config.scheduler).__name__}: resume with the --lr_scheduler that the run began with, and "
-                    "with none if it began with none"
-                )
+        super().on_load_checkpoint(checkpoint)
+        before, now = checkpoint.get("chosen_scheduler"), self._name_of_scheduler()
+        is_resumed = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if is_resumed and before != now:
+            raise MisconfigurationException(
+                f"the checkpoint's run had {before or 'no'} --lr_scheduler, and this one has {now or 'none'}: resume "
+                "with the learning rate schedule that the run began with"
+            )
+
+    def _name_of_scheduler(self) -> str | None:
+        return self.chosen_scheduler["class_path"] if self.chosen_scheduler else None
 
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, for ``configure_optimizers``.
@@ -195,8 +186,3 @@ class EvaluatedModule(RecipeModule):
     @override
     def on_test_epoch_end(self) -> None:
         self.log_evaluation("test")
-
-
-def _specific_entries(state: dict[str, Any]) -> set[str]:
-    """The entries of a schedule's state that not every schedule has, such as LambdaLR's ``lr_lambdas``."""
-    return {name for name in state if not name.startswith("_")} - {"base_lrs", "last_epoch", "verbose"}

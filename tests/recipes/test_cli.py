@@ -229,7 +229,7 @@ def test_resuming_under_another_schedule_is_refused(config: str, module: str) ->
     run("fit", config, module=module)
     longer, other = ["--ckpt_path=last", "--trainer.max_epochs=2"], ["--lr_scheduler=ExponentialLR"]
     other.append("--lr_scheduler.gamma=0.5")
-    with pytest.raises(MisconfigurationException, match="another learning rate schedule than this one's"):
+    with pytest.raises(MisconfigurationException, match=r"run had no --lr_scheduler, and this one has .*Exp"):
         run("fit", config, *other, *longer, module=module)
     assert run("fit", config, *longer, module=module).trainer.current_epoch == 2
     run("test", config, *other, "--ckpt_path=last", module=module)  # which needs no schedule
@@ -241,10 +241,10 @@ def test_resuming_under_another_schedule_is_refused(config: str, module: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ckpt_path=last"], r"no last checkpoint, searched for in runs/tiny/\*/checkpo"),
+        (["--ckpt_path=last"], "no last checkpoint, searched for in runs/tiny. Leave"),
         (["--ckpt_path=last", "--trainer.enable_checkpointing=false"], "searched for in nowhere: nothing saves any"),
-        (["--ckpt_path=some.ckpt", "--trainer.enable_checkpointing=false"], "without the configuration's Adapter"),
-        (["--ckpt_path=best"], "best is known only to the run that has saved it"),
+        (["--ckpt_path=some.ckpt", "--trainer.enable_checkpointing=false"], "it lacks the frozen weights, which"),
+        (["--ckpt_path=best"], "the best is known only to the run that has saved it"),
     ],
 )
 def test_checkpoints_that_are_not_there_are_refused(options: list[str], message: str, config: str) -> None:
