@@ -1,13 +1,8 @@
 """What E costs by itself: by the closed form, by the whole engine, and by the paper's equations as they stand."""
 
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from lightning_flatlora import LoRAPair, Perturbation
 from lightning_flatlora.functional import ascent_average, perturbation_scale
@@ -27,23 +22,19 @@ def measure_engine(layers: int, n: int, m: int, rank: int, repeats: int, device:
         n: rows of each weight.
         m: columns of each weight.
         rank: r.
-        repeats: measurements of each; the dense one is left out on CUDA, where it would wait for the host.
+        repeats: calls of each.
         device: "cpu" or "cuda".
 
     Returns:
-        Median seconds, and their ratio.
+        Mean seconds of each.
     """
     work = _Layers(layers, n, m, rank, device)
-    if device == "cuda":
-        return {
-            "closed_seconds": _median_cuda(work.closed, repeats),
-            "engine_seconds": _median_cuda(work.engine, repeats),
-        }
-    seconds = _medians_in_turns(work, repeats)
-    return seconds | {
-        "dense_over_closed": seconds["dense_seconds"] / seconds["closed_seconds"],
-        "dense_over_engine": seconds["dense_seconds"] / seconds["engine_seconds"],
-    }
+    seconds = {}
+    for name, compute in (("closed", work.closed), ("engine", work.engine), ("dense", work.dense)):
+        # Timer waits for the device, and has calls of its own before it measures.
+        timer = Timer("compute()", globals={"compute": compute}, num_threads=torch.get_num_threads())
+        seconds[f"{name}_seconds"] = timer.timeit(repeats).mean
+    return seconds
 
 
 class _Layers:
@@ -82,34 +73,3 @@ class _Layers:
             gradients.append((grad_B @ pinv(A.T) / s + pinv(B.T) @ grad_A / s) / 2)
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         return [(RHO * gradient / norm) @ pinv(A) / s for gradient, A in zip(gradients, self.A, strict=True)]
-
-
-def _medians_in_turns(work: _Layers, repeats: int) -> dict[str, float]:
-    # Ten quick ones for each slow one: most then find the allocator in the state they left it in, as in training.
-    turns = [("closed", work.closed)] * 10 + [("engine", work.engine)] * 10 + [("dense", work.dense)]
-    times: dict[str, list[float]] = {"closed": [], "engine": [], "dense": []}
-    for _ in track(range(repeats), description="engine"):
-        for name, compute in turns:
-            start = time.perf_counter()
-            compute()
-            times[name].append(time.perf_counter() - start)
-    return {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
-
-
-def _median_cuda(compute: Callable[[], object], repeats: int) -> float:
-    """Median device time; any wait of the host for the device inside is an error."""
-    compute()
-    # The call before the first measurement loads the kernels and fills the allocator's pool.
-    times = []
-    for _ in range(repeats):
-        start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        start.record()
-        compute()
-        end.record()
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1e3)
-    return statistics.median(times)

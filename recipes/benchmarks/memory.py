@@ -6,11 +6,11 @@ python -m recipes.benchmarks.memory --model roberta-large --methods all
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import platform
-import subprocess
-import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,23 +60,17 @@ def measure(model: str, method: str, steps: int) -> dict[str, float]:
 
 def measured(model: str, method: str, steps: int) -> dict[str, float]:
     """The same in a fresh process, so that nothing of an earlier measurement is counted."""
-    own = ["--model", model, "--methods", method, "--steps", str(steps), "--worker"]
-    # What is freed goes back to the kernel at once, and is not counted.
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "recipes.benchmarks.memory", *own]
-    done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(measure, model, method, steps).result()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, write JSON, and return what was written."""
     options = _parser().parse_args(arguments)
-    if options.worker:
-        print(json.dumps(measure(options.model, options.methods[0], options.steps)))
-        return {}
     if platform.system() != "Linux":
         raise SystemExit("this benchmark reads /proc, which only Linux has")
+    # Of the fresh processes: what is freed goes back to the kernel at once, and is not counted.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     table = Table("method", "between steps (MiB)", "peak (MiB)", title=options.model)
     rows: list[dict[str, Any]] = []
@@ -101,7 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=list(OURS))
     parser.add_argument("--steps", type=int, default=3, help="watched steps, after one of warm-up")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/memory.json"))
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 

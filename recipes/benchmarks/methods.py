@@ -87,16 +87,11 @@ class Method:
     full: bool = False
 
 
-def _methods() -> dict[str, Method]:
-    """By title: the package's methods at the settings of the table, and the peers."""
-    by_title = {}
-    names = ("lora", "efmlora", "fmlora", "lora_sam", "flat_lora", "bi_lora", "nbar", "obar", "full", "full_sam")
-    for name in names:
-        method = methods.METHODS[name]
-        by_title[method.title] = Method(method.callbacks, full=method.full)
-    by_title["SAM of pytorch_optimizer"] = Method(learner=PeerSAM)
-    by_title["LookSAM of pytorch_optimizer"] = Method(learner=PeerLookSAM)
-    return by_title
-
-
-METHODS = _methods()
+_NAMES = ("lora", "efmlora", "fmlora", "lora_sam", "flat_lora", "bi_lora", "nbar", "obar", "full", "full_sam")
+_OURS = [methods.METHODS[name] for name in _NAMES]
+METHODS = {
+    **{method.title: Method(method.callbacks, full=method.full) for method in _OURS},
+    "SAM of pytorch_optimizer": Method(learner=PeerSAM),
+    "LookSAM of pytorch_optimizer": Method(learner=PeerLookSAM),
+}
+"""By title: the package's methods at the settings of the table, and the peers."""

@@ -21,9 +21,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -31,6 +31,7 @@ from recipes.benchmarks.engine import measure_engine
 from recipes.benchmarks.methods import METHODS, Method
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 from recipes.shared.methods import OURS
+from recipes.shared.tables import Table
 from recipes.shared.training import BARE
 
 Row = dict[str, Any]
@@ -137,7 +138,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             rows += [sizes | row for row in measure_steps(work, options.methods, options)]
             _write(result, options.output)  # what is measured so far stays, whatever happens to the rest
     if not options.varied and options.repeats:
-        # The engine after the steps: training has brought the C allocator into the state in which the engine runs.
         layers, n, m, rank = options.layers
         shape = {"layers": layers, "n": n, "m": m, "rank": rank}
         result["engine"] = shape | measure_engine(layers, n, m, rank, options.repeats, device)
@@ -155,68 +155,39 @@ def _write(result: dict[str, Any], path: Path) -> None:
 
 def plot(rows: list[Row], varied: str | None, path: Path) -> None:
     """Step time relative to LoRA by method, or against what was varied; a panel for each model."""
-    from matplotlib.figure import Figure
-
     models = list(dict.fromkeys(row["model"] for row in rows))
-    width = 6 * len(models) if varied else 2 + 3 * len(models)  # bars are named once, at the left
-    figure = Figure(figsize=(width, 4), layout="constrained")
+    figure = Figure(figsize=(6 * len(models), 4), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axes, model in zip(panels, models, strict=True):
-        of_model = [row for row in rows if row["model"] == model]
         axes.set_title(model)
+        for method in dict.fromkeys(row["method"] for row in rows):
+            found = [row for row in rows if (row["model"], row["method"]) == (model, method)]
+            ratios = [row["ratio_to_lora"] for row in found]
+            if varied:
+                axes.plot([row[varied] for row in found], ratios, marker="o", label=method)
+            else:
+                axes.bar_label(axes.barh([method], ratios), fmt="%.2f", padding=2)
         if varied:
-            _plot_growth(axes, of_model, varied)
+            axes.set(xlabel=varied, ylabel="step time relative to LoRA", xscale="log", ylim=(0, None))
+            axes.legend()
         else:
-            _plot_methods(axes, of_model)
+            axes.set(xlabel="step time relative to LoRA")
+            axes.margins(x=0.2)
     figure.savefig(path, dpi=150)
     print(f"plotted in {path}")
 
 
-def _plot_methods(axes: Any, rows: list[Row]) -> None:
-    bars = axes.barh([row["method"] for row in rows], [row["ratio_to_lora"] for row in rows])
-    axes.bar_label(bars, fmt="%.2f", padding=2)
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="step time relative to LoRA")
-    axes.margins(x=0.2)
-    if not axes.yaxis_inverted():  # once for all panels, which share it
-        axes.invert_yaxis()
-
-
-def _plot_growth(axes: Any, rows: list[Row], varied: str) -> None:
-    for method in dict.fromkeys(row["method"] for row in rows):
-        points = [(row[varied], row["ratio_to_lora"]) for row in rows if row["method"] == method]
-        axes.plot(*zip(*points, strict=True), marker="o", label=method)
-    axes.set(xlabel=varied, ylabel="step time relative to LoRA", xscale="log", ylim=(0, None))
-    axes.set_xticks([row[varied] for row in rows], [str(row[varied]) for row in rows], minor=False)
-    axes.minorticks_off()
-    axes.legend()
-
-
 def _print(result: dict[str, Any]) -> None:
-    console = Console()
-    if "engine" in result:
-        _print_engine(result["engine"], console)
-    table = Table(
-        "model", "rank", "layers", "batch", "method", "step (ms)", "x LoRA (rounds)", "peak (MiB)",
-        title=f"{result['device']}, medians",
-    )  # fmt: skip
+    for name, value in result.get("engine", {}).items():
+        print(f"E of all layers, {name}: {value:.4g}")
+    columns = ("model", "rank", "layers", "batch", "method", "step (ms)", "x LoRA (rounds)", "peak (MiB)")
+    lines = []
     for row in result["steps"]:
         sizes = (str(row[name]) for name in ("rank", "layers", "batch"))
+        ratio = f"{row['ratio_to_lora']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
         peak = f"{row['peak_mib']:.1f}" if "peak_mib" in row else "-"
-        spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
-        times = (f"{row['median_seconds'] * 1e3:.1f}", f"{row['ratio_to_lora']:.2f} ({spread})")
-        table.add_row(row["model"], *sizes, row["method"], *times, peak)
-    console.print(table)
-
-
-def _print_engine(engine: dict[str, Any], console: Console) -> None:
-    shape = f"{engine['layers']} layers of {engine['n']} x {engine['m']}, rank {engine['rank']}"
-    console.print(f"E for {shape}:")
-    for name, label in (("closed", "closed form"), ("engine", "whole engine"), ("dense", "dense, layer by layer")):
-        if f"{name}_seconds" in engine:
-            ratio = engine.get(f"dense_over_{name}")
-            times = f" (dense takes {ratio:.0f} times as long)" if ratio else ""
-            console.print(f"  {label}: {engine[f'{name}_seconds'] * 1e3:.2f} ms{times}")
+        lines.append([row["model"], *sizes, row["method"], f"{row['median_seconds'] * 1e3:.1f}", ratio, peak])
+    Table(f"{result['device']}, medians", columns, lines).show(Console())
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,8 +21,8 @@ LIBRARIES = ["lightning.pytorch.cli", "open_clip", "peft", "torch.distributed.fs
 """What is missing is left out; nothing that reads variables which tests set, as datasets does."""
 CAN_FORK = not torch.cuda.is_available()
 """CUDA, which bitsandbytes starts as it is imported, does not survive a fork: with a GPU processes start anew."""
-_SERVER: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
-_SERVER.set_forkserver_preload(LIBRARIES)
+SERVER: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+SERVER.set_forkserver_preload(LIBRARIES)
 
 
 def start(
@@ -41,7 +41,7 @@ def start(
     """
     variables = {**os.environ, **(environment or {})}
     work = pickle.dumps((function, arguments))  # unpickled, and its module imported, where the variables are set
-    process = _SERVER.Process(target=_call, args=(str(output), variables, work))
+    process = SERVER.Process(target=_call, args=(str(output), variables, work))
     process.start()
     return process
 
