@@ -1,11 +1,14 @@
 """``python -m recipes.report``: see --help."""
 
 import datasets
+import transformers
 
 from recipes.report.run import main
 from recipes.shared.mistakes import without_traceback
 
 if __name__ == "__main__":
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what is missing is checked here
     with without_traceback():
         main()

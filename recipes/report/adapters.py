@@ -1,8 +1,6 @@
 """A base model with a finished adapter, loaded whole or not at all."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
 from recipes.language.batches import padding_id
-from recipes.report.options import DTYPES, AdapterFolder, Options
+from recipes.report.options import AdapterFolder, Options
 
 _MODELS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -59,7 +57,9 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
     base, task = base_of(folder, options), task_of(folder)
     where = f"--adapter {folder.path} on --base {base}"
     try:
-        with quiet():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are checked here
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
             saved = load_peft_weights(str(folder.path), device="cpu")
             tokenizer = _tokenizer(folder, base)
             model = _base_model(base, task, saved, options, tokenizer)
@@ -108,35 +108,18 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}{opened}"
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers and peft from reporting progress and missing weights, which are checked here."""
-    logging = transformers.utils.logging
-    with ExitStack() as stack, warnings.catch_warnings():
-        stack.callback(logging.set_verbosity, logging.get_verbosity())
-        logging.set_verbosity_error()
-        if logging.is_progress_bar_enabled():
-            stack.callback(logging.enable_progress_bar)
-            logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft on new transformers
-        yield
-
-
 def _tokenizer(folder: AdapterFolder, base: str) -> Any:
+    """The adapter's own tokenizer or the base's, which pads on the right as batches need it."""
     has_own = (folder.path / "tokenizer_config.json").exists()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if has_own else base)
-    if not tokenizer.is_fast:
-        raise MisconfigurationException(
-            f"--base {base}: its tokenizer is not a fast one, and only those know where a token lies in the text"
-        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path) if has_own else base, padding_side="right")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id(tokenizer))
     return tokenizer
 
 
 def _base_model(base: str, task: str, saved: Weights, options: Options, tokenizer: Any) -> Any:
-    labels = _labels(base, saved) if task == "SEQ_CLS" else None
+    labels = _labels(saved) if task == "SEQ_CLS" else None
     extra = {"num_labels": labels} if labels else {}
-    model, info = _MODELS[task].from_pretrained(base, dtype=DTYPES[options.dtype], output_loading_info=True, **extra)
+    model, info = _MODELS[task].from_pretrained(base, dtype=options.dtype, output_loading_info=True, **extra)
     in_adapter = {name.removeprefix(_PREFIX) for name in saved}
     missing = sorted(set(info["missing_keys"]) - in_adapter)
     if missing:
@@ -146,30 +129,15 @@ def _base_model(base: str, task: str, saved: Weights, options: Options, tokenize
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # as peft's AutoPeftModel does
         model.resize_token_embeddings(len(tokenizer))
     # A decoder that classifies looks for the last token that is not padding, and rows are padded by the tokenizer's.
-    model.config.get_text_config().pad_token_id = padding_id(tokenizer)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def _labels(base: str, saved: Weights) -> int | None:
-    """Number of classes of the head that an adapter brings, None if it brings none.
-
-    The head has another name in each kind of model, and an adapter may bring other layers too. So the base's own class
-    says which weight grows with the number of classes.
-    """
-    two, three = _shapes_of_classifier(base, 2), _shapes_of_classifier(base, 3)
-    for name, shape in two.items():
-        weight = saved.get(f"{_PREFIX}{name}")
-        if weight is not None and shape != three[name]:
-            return int(weight.shape[0])
-    return None
-
-
-def _shapes_of_classifier(base: str, labels: int) -> dict[str, torch.Size]:
-    """The shapes of a classifier's weights by their names; no weight is loaded."""
-    config = transformers.AutoConfig.from_pretrained(base, num_labels=labels)
-    with torch.device("meta"):
-        model = _MODELS["SEQ_CLS"].from_config(config)
-    return {name: weight.shape for name, weight in model.state_dict().items()}
+def _labels(saved: Weights) -> int | None:
+    """Number of classes of the head that an adapter brings, by the names under which peft saves one; else None."""
+    heads = [saved[name] for name in sorted(saved) if {"classifier", "score"} & set(name.split("."))]
+    matrices = [weight for weight in heads if weight.ndim == 2]
+    return int(matrices[-1].shape[0]) if matrices else None  # the last of its layers gives the classes
 
 
 def _check_whole(where: str, saved: Weights, model: PeftModel) -> None:

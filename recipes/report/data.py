@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
 from lightning_flatlora.flatness import MeanLoss
-from recipes.language.batches import pad, padding_id
 from recipes.language.chat import IGNORED, ChatEncoder
 from recipes.language.model import answer_log_likelihood
 from recipes.report.adapters import Adapted, first_line
@@ -23,27 +23,6 @@ _COLUMNS = {
 }
 
 Row = dict[str, Any]
-
-
-class Encoded(NamedTuple):
-    """An example: its tokens, and a label for each (-100 where the loss does not count it), or its class."""
-
-    input_ids: list[int]
-    labels: list[int] | int
-
-    @property
-    def terms(self) -> int:
-        """How many terms the loss has: tokens that count and have one before them, or one for the class of a text."""
-        if isinstance(self.labels, int):
-            return min(1, len(self.input_ids))  # some tokenizers make no token of an empty text
-        return sum(label != IGNORED for label in self.labels[1:])
-
-
-class Batch(NamedTuple):
-    """The inputs, (rows, T), and what the model must predict: classes (rows,), or tokens (rows, T), -100 left out."""
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
 
 
 def read_rows(options: Options) -> list[Row]:
@@ -90,70 +69,66 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
         MisconfigurationException: a row that can't be encoded, or no token that counts.
     """
     _check_classes(adapted)
-    encoder = Encoder(adapted, columns_for(adapted.task, rows), options)
+    columns = columns_for(adapted.task, rows)
+    chat = None
+    if "messages" in columns:
+        chat = ChatEncoder(adapted.tokenizer, options.max_length, options.chat_template)
     examples = []
     for number, row in enumerate(rows):
         try:
-            examples.append(encoder.encode(row))
+            examples.append(_encoded(row, adapted, columns, chat, options.max_length))
         except MisconfigurationException as error:
             raise MisconfigurationException(f"--data: example {number} of those drawn: {error}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise MisconfigurationException(f"--data: example {number} of those drawn: {first_line(error)}") from error
     # A prompt that fills the whole length leaves nothing to predict.
-    examples = [example for example in examples if example.terms]
+    examples = [example for example in examples if terms_of(example)]
     if not examples:
         raise MisconfigurationException(
             f"--data: no token counts within --max_length {options.max_length}: take a larger one, if the examples "
             "have an answer at all (a completion, or a message of the assistant)"
         )
-    batches = _batches(examples, adapted, options)
-    total = sum(example.terms for example in examples)
+    # Of similar length, so that little is computed for padding.
+    examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+    collators = {"CAUSAL_LM": DataCollatorForTokenClassification, "SEQ_CLS": DataCollatorWithPadding}
+    collate = collators[adapted.task](adapted.tokenizer)
+    batches = []
+    for start in range(0, len(examples), options.batch_size):
+        batches.append(collate(examples[start : start + options.batch_size]).to(options.torch_device))
+    total = sum(terms_of(example) for example in examples)
     # MeanLoss divides by the number of batches, while the mean over all terms is wanted.
     weight = len(batches) / total
     return MeanLoss([partial(_weighted_loss, adapted.model, batch, weight) for batch in batches]), total
 
 
-class Encoder:
-    """Encode rows as tokens with a label for each, or with their class.
+def terms_of(example: Row) -> int:
+    """How many terms the loss has: tokens that count and have one before them, or one for the class of a text."""
+    labels = example["labels"]
+    if isinstance(labels, int):
+        return min(1, len(example["input_ids"]))  # some tokenizers make no token of an empty text
+    return sum(label != IGNORED for label in labels[1:])
 
-    Args:
-        adapted: whose tokenizer and classes are taken.
-        columns: of the rows, from :func:`columns_for`.
-        options: tokens kept of an example, and the chat template.
 
-    Raises:
-        MisconfigurationException: the rows hold messages, and the chat template can't be used.
-    """
-
-    def __init__(self, adapted: Adapted, columns: tuple[str, ...], options: Options) -> None:
-        self._tokenizer = adapted.tokenizer
-        self._classes = adapted.model.config.label2id
-        self._columns = columns
-        self._max_length = options.max_length
-        self._chat: ChatEncoder | None = None
-        if "messages" in columns:
-            self._chat = ChatEncoder(adapted.tokenizer, options.max_length, options.chat_template)
-
-    def encode(self, row: Row) -> Encoded:
-        """Encode one row."""
-        if self._chat is not None:
-            encoded = self._chat.encode(row["messages"])
-            return Encoded(encoded.input_ids, encoded.labels)
-        prompt = ""
-        if "prompt" in self._columns:
-            prompt = _string(row["prompt"])
-            text = prompt + _string(row["completion"]) + (self._tokenizer.eos_token or "")
-        else:
-            text = _string(row["text"])
-        tokens = self._tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=self._max_length)
-        ids = tokens["input_ids"]
-        if "label" in self._columns:
-            return Encoded(ids, class_of(row["label"], self._classes))
-        labels = []
-        for token, (_, end) in zip(ids, tokens["offset_mapping"], strict=True):
-            # The tokenizer gives special tokens that it adds itself the place (0, 0).
-            labels.append(token if end > len(prompt) else IGNORED)
-        return Encoded(ids, labels)
+def _encoded(
+    row: Row, adapted: Adapted, columns: tuple[str, ...], chat: ChatEncoder | None, max_length: int
+) -> dict[str, Any]:
+    """The tokens of a row, and a label for each (-100 where the loss does not count it), or the row's class."""
+    if chat is not None:
+        conversation = chat.encode(row["messages"])
+        return {"input_ids": conversation.input_ids, "labels": conversation.labels}
+    prompt, text = "", row[columns[-1]]
+    if "completion" in columns:
+        prompt = row["prompt"]
+        text = prompt + text + (adapted.tokenizer.eos_token or "")
+    elif "label" in columns:
+        text = row["text"]
+    tokens = adapted.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_length)
+    ids = tokens["input_ids"]
+    if "label" in columns:
+        return {"input_ids": ids, "labels": class_of(row["label"], adapted.model.config.label2id)}
+    # The tokenizer gives special tokens that it adds itself the place (0, 0).
+    counts = [end > len(prompt) for _, end in tokens["offset_mapping"]]
+    return {"input_ids": ids, "labels": [token if is_in else IGNORED for token, is_in in zip(ids, counts, strict=True)]}
 
 
 def class_of(label: object, names: dict[str, int]) -> int:
@@ -162,21 +137,13 @@ def class_of(label: object, names: dict[str, int]) -> int:
     Raises:
         ValueError: there is no such class.
     """
-    number = label
-    if isinstance(label, str):
-        # A CSV file holds texts, also where they are numbers.
-        number = int(label) if label.isdecimal() and label not in names else names.get(label)
-    if isinstance(label, (bool, float)) and float(label).is_integer():  # JSON's true, and 1.0 as pandas writes it
-        number = int(label)
-    if not isinstance(number, int) or not 0 <= number < len(names):
+    number = names.get(label, label)  # type: ignore[call-overload]
+    if isinstance(number, str) and number.isdecimal():  # a CSV file may hold texts where they are numbers
+        number = int(number)
+    # JSON's true and 1.0, as pandas writes it, are in it too.
+    if number not in range(len(names)):
         raise ValueError(f"label must be a number from 0 to {len(names) - 1} or one of {list(names)}, got {label!r}")
-    return number
-
-
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"text must be a string, got {value!r}")
-    return value
+    return int(number)
 
 
 def _check_classes(adapted: Adapted) -> None:
@@ -190,27 +157,13 @@ def _check_classes(adapted: Adapted) -> None:
         )
 
 
-def _weighted_loss(model: PeftModel, batch: Batch, weight: float) -> Tensor:
+def _weighted_loss(model: PeftModel, batch: dict[str, Tensor], weight: float) -> Tensor:
     """The sum of a batch's cross-entropy times a weight, in nats, float32 or wider."""
-    if batch.labels.ndim == 2:
-        log_likelihood, _ = answer_log_likelihood(model, batch.inputs, batch.labels)
+    labels = batch["labels"]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if labels.ndim == 2:
+        log_likelihood, _ = answer_log_likelihood(model, inputs, labels)
         return -log_likelihood.sum() * weight
-    logits = model(**batch.inputs).logits
+    logits = model(**inputs).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum") * weight
-
-
-def _batches(examples: list[Encoded], adapted: Adapted, options: Options) -> list[Batch]:
-    """Batches of similar length, padded on the right."""
-    # So that little is computed for padding.
-    examples = sorted(examples, key=lambda example: len(example.input_ids))
-    chunks = [examples[start : start + options.batch_size] for start in range(0, len(examples), options.batch_size)]
-    return [_batch(chunk, padding_id(adapted.tokenizer), options.torch_device) for chunk in chunks]
-
-
-def _batch(chunk: list[Encoded], pad_id: int, device: torch.device) -> Batch:
-    ids = [torch.tensor(example.input_ids, dtype=torch.long) for example in chunk]
-    inputs = {"input_ids": pad(ids, pad_id), "attention_mask": pad([torch.ones_like(row) for row in ids], 0)}
-    labels = [torch.tensor(example.labels) for example in chunk]
-    together = torch.stack(labels) if labels[0].ndim == 0 else pad(labels, IGNORED)
-    return Batch({name: value.to(device) for name, value in inputs.items()}, together.to(device))
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * weight

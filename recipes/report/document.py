@@ -1,13 +1,10 @@
 """The report's folder: tables, pictures, and how all of it was measured."""
 
 import platform
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.report.options import CURVES, HEADING, REPORT, SURFACE, Options
 from recipes.report.pictures import draw_curves, draw_surfaces
@@ -24,26 +21,14 @@ def write(results: Sequence[Measured], options: Options, command: str) -> None:
         results: one an adapter.
         options: of the report.
         command: the command line, which goes into it.
-
-    Raises:
-        MisconfigurationException: the folder can't be written.
     """
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        # Written aside and then moved, so that an error leaves the old report whole.
-        with tempfile.TemporaryDirectory(dir=options.output, prefix=".report-") as partial:
-            folder = Path(partial)
-            draw_curves(results, options, folder / CURVES)
-            if options.surface:
-                draw_surfaces(results, folder / SURFACE)
-            (folder / REPORT).write_text(_document(results, options, command), encoding="utf-8")
-            for name in (CURVES, SURFACE, REPORT):
-                if (folder / name).exists():
-                    (folder / name).replace(options.output / name)
-                else:  # a picture that this report does not have must not stay from the last one
-                    (options.output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise MisconfigurationException(f"--output {options.output} can't be written: {error.strerror}") from error
+    options.output.mkdir(parents=True, exist_ok=True)
+    draw_curves(results, options, options.output / CURVES)
+    if options.surface:
+        draw_surfaces(results, options.output / SURFACE)
+    else:  # that of an earlier report
+        (options.output / SURFACE).unlink(missing_ok=True)
+    (options.output / REPORT).write_text(_document(results, options, command), encoding="utf-8")
 
 
 def _document(results: Sequence[Measured], options: Options, command: str) -> str:

@@ -1,18 +1,19 @@
 """The options of the report's command line, and what is wrong with them."""
 
-import argparse
 import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import docstring_parser
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import HfArgumentParser
+from typing_extensions import override
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 REPORT, CURVES, SURFACE = "report.md", "curves.png", "surface.png"
 HEADING = "# Flatness of "
 """How a report begins."""
@@ -59,28 +60,47 @@ class AdapterFolder:
         if not (self.path / _CONFIG).exists():
             inside = sorted(str(config.parent) for config in self.path.glob(f"*/{_CONFIG}"))
             return [f"{name} holds no {_CONFIG}: " + (f"take {' or '.join(inside)}" if inside else "not peft's folder")]
-        try:
-            kind = self.config.get("peft_type")
-        except (ValueError, AttributeError) as error:
-            return [f"{name}/{_CONFIG} is not a JSON object: {error}"]
-        return (
-            []
-            if kind == "LORA"
-            else [f"{name} is of type {kind}, which has no factors A and B: only LoRA adapters can be measured"]
-        )
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            return [f"{name} is of type {kind}, which has no factors A and B: only LoRA adapters can be measured"]
+        return []
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of one report; their meaning is in ``--help``."""
+    """The settings of one report, as ``--help`` explains them.
 
-    adapter: list[AdapterFolder]
+    Attributes:
+        adapter: [LABEL=]FOLDER, one or more, as peft's save_pretrained or AdapterCheckpoint write them; of causal
+            language models and of sequence classifiers.
+        data: a file ending in .jsonl, .json, .csv or .parquet. Columns: text; prompt and completion; or messages
+            (through the chat template; loss on the assistant's tokens). Classifiers: text and label.
+        base: name on the Hub or folder of the base model; by default the one that each adapter names.
+        output: folder of the report.
+        rho: radii of SAM's ball, ||s E A|| in the weights' units; pictures go to twice the largest. Take those that
+            you train with: what is small depends on the model and on how many layers are adapted.
+        sigma: noise on the weights, relative to their rows' norms; pictures go to twice that, and to once that, of the
+            norm of all weights, along random directions.
+        points: points of a curve and of each side of the surface; odd.
+        directions: random directions in each mean and band.
+        samples: draws for expected sharpness and the Hessian's trace.
+        examples: how many of the data, drawn with the seed.
+        batch_size: examples at once; it changes memory, not results.
+        max_length: tokens kept of an example.
+        chat_template: file of a Jinja template for messages; by default the tokenizer's own.
+        seed: of examples, directions and draws.
+        device: as torch calls it; auto is a GPU where there is one.
+        dtype: of the base; bfloat16 rounds away small rises.
+        curvature: measure the Hessian, in about the time of 100 points.
+        surface: draw the loss over a plane, by points x points evaluations.
+    """
+
+    adapter: list[str]
     data: Path
     base: str | None = None
     output: Path = Path("flatness_report")
     rho: list[float] = field(default_factory=lambda: [0.05, 0.1])
     sigma: float = 0.05
-    radius: float | None = None
     points: int = 9
     directions: int = 5
     samples: int = 8
@@ -90,7 +110,7 @@ class Options:
     chat_template: str | None = None
     seed: int = 0
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     curvature: bool = True
     surface: bool = True
 
@@ -100,9 +120,14 @@ class Options:
             raise MisconfigurationException("; ".join(problems))
 
     @property
+    def adapters(self) -> list[AdapterFolder]:
+        """The adapters' folders with their labels."""
+        return [AdapterFolder.parse(text) for text in self.adapter]
+
+    @property
     def reach(self) -> float:
         """How far pictures go along the adversarial direction, in the weights' units."""
-        return self.radius if self.radius is not None else 2 * max(self.rho)
+        return 2 * max(self.rho)
 
     @property
     def torch_device(self) -> torch.device:
@@ -113,9 +138,9 @@ class Options:
 
     def _problems(self) -> list[str]:
         lines = []
-        for adapter in self.adapter:
+        for adapter in self.adapters:
             lines += adapter.problems
-        labels = [adapter.label for adapter in self.adapter]
+        labels = [adapter.label for adapter in self.adapters]
         if len(set(labels)) < len(labels):
             lines.append(f"--adapter: labels must differ, got {', '.join(labels)}: write LABEL=FOLDER")
         if not self.data.is_file():
@@ -125,7 +150,7 @@ class Options:
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             lines.append(f"--output {self.output} can't be written: {there} is not a folder that can be written to")
         lines += self._files_of_others()
-        for adapter in self.adapter:
+        for adapter in self.adapters:
             if output.is_relative_to(adapter.path.resolve()):
                 lines.append(f"--output {self.output} lies in the adapter's folder {adapter.path}: take another")
         return lines + self._bad_numbers()
@@ -141,10 +166,7 @@ class Options:
         return [f"--output {self.output} holds {', '.join(names)}, which no report has written: take another folder"]
 
     def _bad_numbers(self) -> list[str]:
-        sizes = [("--rho", rho) for rho in self.rho]
-        sizes.append(("--sigma", self.sigma))
-        if self.radius is not None:
-            sizes.append(("--radius", self.radius))
+        sizes = [*(("--rho", rho) for rho in self.rho), ("--sigma", self.sigma)]
         lines = []
         for name, size in sizes:
             if not 0 < size < math.inf:
@@ -163,6 +185,16 @@ class Options:
         return lines
 
 
+class _Parser(HfArgumentParser):  # type: ignore[misc]
+    """The parser that transformers makes of a dataclass, with the docstring's texts as help."""
+
+    @override
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        helps = {each.arg_name: each.description for each in docstring_parser.parse(Options.__doc__ or "").params}
+        name = names[0].removeprefix("--")
+        return super().add_argument(*names, **{"help": helps.get(name, "leave that out"), **settings})
+
+
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Parse a command line.
 
@@ -170,49 +202,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         MisconfigurationException: with all that is wrong.
         SystemExit: for --help, and for what argparse can't read.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
+        Options,
         prog="python -m recipes.report",
         description="How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_sources(parser)
-    _add_measurement(parser)
     return Options(**vars(parser.parse_args(arguments)))
-
-
-def _add_sources(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what is measured, and where the report goes").add_argument
-    add("--adapter", nargs="+", required=True, type=AdapterFolder.parse, default=argparse.SUPPRESS,
-        metavar="[LABEL=]FOLDER", help="one or more folders as peft's save_pretrained or AdapterCheckpoint write them; "
-        "of causal language models and of sequence classifiers")  # fmt: skip
-    add("--data", required=True, type=Path, default=argparse.SUPPRESS, metavar="FILE",
-        help=".jsonl, .json, .csv or .parquet. Columns: text; prompt and completion; or messages (through the chat "
-        "template; loss on the assistant's tokens). Classifiers: text and label")  # fmt: skip
-    add("--base", default=argparse.SUPPRESS,
-        help="name on the Hub or folder of the base model; by default the one that each adapter names")  # fmt: skip
-    add("--output", type=Path, default=Options.output, help="folder of the report")
-    add("--examples", type=int, default=Options.examples, help="how many of the data, drawn with the seed")
-    add("--batch_size", type=int, default=Options.batch_size, help="examples at once: changes memory, not results")
-    add("--max_length", type=int, default=Options.max_length, help="tokens kept of an example")
-    add("--chat_template", default=argparse.SUPPRESS, metavar="FILE",
-        help="a Jinja template for messages; by default the tokenizer's own")  # fmt: skip
-    add("--device", default=Options.device, help="as torch calls it; auto is a GPU where there is one")
-    add("--dtype", choices=DTYPES, default=Options.dtype, help="of the base; bfloat16 rounds away small rises")
-
-
-def _add_measurement(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("how").add_argument
-    add("--rho", nargs="+", type=float, default=[0.05, 0.1],
-        help="radii of SAM's ball, ||s E A|| in the weights' units. Take those that you train with: what is small "
-        "depends on the model and on how many layers are adapted")  # fmt: skip
-    add("--sigma", type=float, default=Options.sigma, help="noise on the weights, relative to their rows' norms; "
-        "pictures go to twice that, and to once that, of the norm of all weights, along random directions")  # fmt: skip
-    add("--radius", type=float, default=argparse.SUPPRESS,
-        help="how far pictures go along the adversarial direction; by default twice the largest rho")  # fmt: skip
-    add("--points", type=int, default=Options.points, help="points of a curve and of each side of the surface; odd")
-    add("--directions", type=int, default=Options.directions, help="random directions in each mean and band")
-    add("--samples", type=int, default=Options.samples, help="draws for expected sharpness and the Hessian's trace")
-    add("--seed", type=int, default=Options.seed, help="of examples, directions and draws")
-    switch = argparse.BooleanOptionalAction
-    add("--curvature", action=switch, default=True, help="measure the Hessian, in about the time of 100 points")
-    add("--surface", action=switch, default=True, help="draw the loss over a plane: points x points evaluations")

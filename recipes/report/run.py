@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_flatlora.flatness import Loss, MeanLoss, Point, base_norm, loss_gradient, trained_factors
 from lightning_flatlora.pairs import find_pairs
@@ -22,6 +21,7 @@ from recipes.report.data import Row, columns_for, mean_loss, read_rows
 from recipes.report.document import write
 from recipes.report.options import AdapterFolder, Options, parse
 from recipes.report.result import UNITS, Measured
+from recipes.shared.progress import progress
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = ["python", "-m", "recipes.report", *(sys.argv[1:] if arguments is None else arguments)]
     options = parse(arguments)
     write(measure(options), options, shlex.join(command))
-    Console(stderr=True).print(f"Wrote {options.output / 'report.md'}")
+    print(f"Wrote {options.output / 'report.md'}")
 
 
 def measure(options: Options) -> list[Measured]:
@@ -47,34 +47,27 @@ def measure(options: Options) -> list[Measured]:
             checked without a model is reported first, and all the rest before the first adapter is measured.
     """
     rows = read_rows(options)
-    for folder in options.adapter:
+    for folder in options.adapters:
         base_of(folder, options)
         columns_for(task_of(folder), rows)
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars = [progress.add_task(folder.label, total=None, start=False) for folder in options.adapter]
-        # Loaded to see that they fit, before hours of measuring; the first one is loaded for that anyway.
-        for folder in options.adapter[1:]:
-            _load(folder, rows, options)
-        results = []
-        for folder, bar in zip(options.adapter, bars, strict=True):
-            results.append(_measure_one(folder, bar, rows, options, progress))
-        return results
+    # Loaded to see that they fit, before hours of measuring; the first one is loaded for that anyway.
+    for folder in options.adapters[1:]:
+        _load(folder, rows, options)
+    return [_measure_one(folder, rows, options) for folder in options.adapters]
 
 
-def _measure_one(folder: AdapterFolder, bar: TaskID, rows: list[Row], options: Options, progress: Progress) -> Measured:
+def _measure_one(folder: AdapterFolder, rows: list[Row], options: Options) -> Measured:
     adapted, search, loss, terms = _load(folder, rows, options)
-    progress.start_task(bar)
-    progress.update(bar, total=(numbers.passes(options) + landscape.passes(options)) * len(loss.losses))
-    counted = MeanLoss([partial(_counted, part, progress, bar) for part in loss.losses])
     pairs = search.pairs
     noise, left_out = _noise(adapted.model, search.left_out)
-    point = _point(folder, pairs, counted, noise, options)
-    quantities = numbers.measure_numbers(point, UNITS[adapted.task], options)
-    norm = base_norm(adapted.model, pairs)
-    around = landscape.measure_landscape(point, norm, options)
-    # The total was an estimate: how many products the eigenvalue takes is known only now.
-    progress.update(bar, total=1, completed=1)
+    # An estimate: how many products the eigenvalue takes is known only at the end.
+    total = (numbers.passes(options) + landscape.passes(options)) * len(loss.losses)
+    with progress(f"{adapted.label}, batches", total) as bar:
+        counted = MeanLoss([partial(_counted, part, bar) for part in loss.losses])
+        point = _point(folder, pairs, counted, noise, options)
+        quantities = numbers.measure_numbers(point, UNITS[adapted.task], options)
+        norm = base_norm(adapted.model, pairs)
+        around = landscape.measure_landscape(point, norm, options)
     return Measured(
         label=adapted.label,
         folder=str(folder.path),
@@ -135,7 +128,7 @@ def _noise(model: PeftModel, left_out: list[str]) -> tuple[WeightNoise | None, l
     return noise, noise.left_out
 
 
-def _counted(part: Loss, progress: Progress, bar: TaskID) -> torch.Tensor:
+def _counted(part: Loss, bar: Tqdm) -> torch.Tensor:
     """One batch's loss, which moves the progress bar."""
-    progress.advance(bar)
+    bar.update()
     return part()

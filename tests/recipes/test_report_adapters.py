@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 
 def loaded(adapter: Path, data: Path, **options: Any) -> Adapted:
     folder = AdapterFolder(adapter.name, adapter)
-    return load(folder, Options([folder], data, **options))
+    return load(folder, Options([str(adapter)], data, **options))
 
 
 def changed(adapter: Path, to: Path, **config: Any) -> Path:

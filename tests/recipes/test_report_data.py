@@ -22,11 +22,11 @@ def adapted(adapters: tuple[Path, Path], texts: Path) -> Adapted:
 
 def loaded(path: Path, texts: Path) -> Adapted:
     folder = AdapterFolder("x", path)
-    return load(folder, Options([folder], texts, dtype="float64"))
+    return load(folder, Options([str(path)], texts, dtype="float64"))
 
 
 def options(adapter: Path, data: Path, **more: Any) -> Options:
-    return Options([AdapterFolder("x", adapter)], data, **more)
+    return Options([str(adapter)], data, **more)
 
 
 def by_hand(adapted: Adapted, words: str, counted: list[str]) -> float:
@@ -151,7 +151,7 @@ def test_what_is_too_long_is_cut_and_what_counts_no_token_left_out(
     ("row", "says"),
     [
         ({"other": "a"}, "has the columns other; a CAUSAL_LM adapter needs messages or prompt and completion or text"),
-        ({"text": 3}, "example 0 of those drawn: TypeError: text must be a string, got 3"),
+        ({"text": 3}, "example 0 of those drawn: ValueError: text input must be of type `str`"),
         ({"messages": [{"content": "a"}]}, "example 0 of those drawn: KeyError: 'role'"),
     ],
 )

@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def options(adapters: tuple[Path, Path], texts: Path) -> Options:
-    return parse(arguments(adapters, texts, "--dtype", "float64", "--radius", "0.5"))
+    return parse(arguments(adapters, texts, "--dtype", "float64"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_the_command_writes_the_report_and_nothing_else(
 
 
 def test_the_table_holds_what_the_instruments_say(options: Options, results: list[Measured]) -> None:
-    adapted = load(options.adapter[1], options)
+    adapted = load(options.adapters[1], options)
     loss, terms = mean_loss(adapted, read_rows(options), options)
     pairs = find_pairs(adapted.model).pairs
     perturbation, noise = Perturbation(pairs), WeightNoise(adapted.model)
@@ -96,7 +96,7 @@ def test_the_table_holds_what_the_instruments_say(options: Options, results: lis
 
 
 def test_factors_numbers_are_those_of_the_layers(options: Options, results: list[Measured]) -> None:
-    pairs = find_pairs(load(options.adapter[0], options).model).pairs
+    pairs = find_pairs(load(options.adapters[0], options).model).pairs
     by_hand = torch.stack([(pair.B.square().sum() - pair.A.square().sum()) / 2 for pair in pairs]).detach()
     found = {quantity.name: quantity for quantity in results[0].quantities}
     assert found["balancedness"].value == pytest.approx(by_hand.median().item())
@@ -104,7 +104,7 @@ def test_factors_numbers_are_those_of_the_layers(options: Options, results: list
     conditions = torch.stack([torch.linalg.cond(pair.B.detach()) for pair in pairs])
     assert found["condition number of B"].span == pytest.approx((conditions.min().item(), conditions.max().item()))
     assert 0.5 < found[RADIUS].value <= 1
-    model = load(options.adapter[0], options).model
+    model = load(options.adapters[0], options).model
     bases = [parameter for name, parameter in model.named_parameters() if "base_layer.weight" in name]
     assert len(bases) == len(pairs)
     norm = torch.cat([weight.flatten() for weight in bases]).norm().item()
@@ -114,7 +114,7 @@ def test_factors_numbers_are_those_of_the_layers(options: Options, results: list
 def test_every_curve_and_the_surface_go_through_the_adapter(results: list[Measured]) -> None:
     for result in results:
         around, loss = result.landscape, pytest.approx(result.value(LOSS), rel=1e-10)
-        assert around.steps.tolist() == [-0.5, -0.25, 0, 0.25, 0.5]
+        assert around.steps.tolist() == [-1, -0.5, 0, 0.5, 1]
         assert around.adversarial[2].item() == loss
         assert around.random[:, 2].tolist() == [loss, loss]
         assert around.shares.tolist() == pytest.approx([-0.05, -0.025, 0, 0.025, 0.05])
@@ -131,12 +131,12 @@ def test_every_curve_and_the_surface_go_through_the_adapter(results: list[Measur
 
 def test_the_adversarial_curve_meets_the_sharpness(options: Options, results: list[Measured]) -> None:
     """Where the curve reaches the radius that E has, the loss has risen by what the table says."""
-    radius = 0.5 * results[0].value(RADIUS)
-    exact = parse([*arguments((options.adapter[0].path,), options.data), "--dtype", "float64", "--no-curvature",
-                   "--no-surface", "--radius", repr(radius)])  # fmt: skip
-    (result,) = measure(exact)
-    rise = result.landscape.adversarial[-1].item() - result.value(LOSS)
-    assert rise == pytest.approx(result.value(sam_name(0.5)), rel=1e-10)
+    # The points are half of the largest rho apart.
+    largest = 2 * 0.2 * results[0].value(RADIUS)
+    given = arguments((options.adapters[0].path,), options.data, "--dtype", "float64", "--no-curvature")
+    (result,) = measure(parse([*given, "--no-surface", "--points", "9", "--rho", "0.2", repr(largest)]))
+    rise = result.landscape.adversarial[5].item() - result.value(LOSS)
+    assert rise == pytest.approx(result.value(sam_name(0.2)), rel=1e-10)
 
 
 def test_layers_without_noise_are_named(base: Path, root: Path, texts: Path, tmp_path: Path) -> None:
