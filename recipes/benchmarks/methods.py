@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_flatlora import CosineRho
+from lightning_flatlora.baselines import SAM, BalancednessRegularization, BiLoRA, LoRASAM, RandomPerturbation
 from recipes.benchmarks.workloads import Learner
-from recipes.shared import methods
+from recipes.shared.methods import OURS, callbacks_of
 
-RHO = float(methods.METHODS["efmlora"].defaults["rho"])  # a step costs the same whatever it is
+RHO = 0.5  # a step costs the same whatever it is
 
 
 class Peer(Learner):
@@ -87,11 +90,17 @@ class Method:
     full: bool = False
 
 
-_NAMES = ("lora", "efmlora", "fmlora", "lora_sam", "flat_lora", "bi_lora", "nbar", "obar", "full", "full_sam")
-_OURS = [methods.METHODS[name] for name in _NAMES]
 METHODS = {
-    **{method.title: Method(method.callbacks, full=method.full) for method in _OURS},
+    **{title: Method(partial(callbacks_of, title, RHO)) for title in OURS},
+    "LoRA-SAM": Method(lambda: [LoRASAM(RHO)]),
+    # Flat-LoRA's noise grows from nothing over the run, and the regularization of nBAR and oBAR fades out.
+    "Flat-LoRA": Method(lambda: [RandomPerturbation(CosineRho(0.0, 0.05), seed=0)]),
+    "Bi-LoRA": Method(lambda: [BiLoRA(RHO, seed=0)]),
+    "nBAR": Method(lambda: [BalancednessRegularization(CosineRho(1.0, 0.0), "nBAR")]),
+    "oBAR": Method(lambda: [BalancednessRegularization(CosineRho(1.0, 0.0), "oBAR")]),
+    "full": Method(full=True),
+    "SAM, full": Method(lambda: [SAM(RHO)], full=True),
     "SAM of pytorch_optimizer": Method(learner=PeerSAM),
     "LookSAM of pytorch_optimizer": Method(learner=PeerLookSAM),
 }
-"""By title: the package's methods at the settings of the table, and the peers."""
+"""By title: the package's methods, the baselines and the peers."""

@@ -18,10 +18,10 @@ from typing import NamedTuple
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip_fewshot.table import counted, tables
-from recipes.shared import methods
 from recipes.shared.configs import config_arguments
 from recipes.shared.files import set_aside
 from recipes.shared.ledger import Ledger, Row, StoppedError, each_once, entries, keep_options, run_process
+from recipes.shared.methods import TITLES
 from recipes.studies.process import logging_in, resuming
 
 METHODS = ("lora", "efmlora", "fmlora", "fmlora_manual")
@@ -49,7 +49,7 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """What the table calls the method."""
-        return methods.METHODS[self.method].title
+        return TITLES[self.method]
 
     @property
     def settings(self) -> dict[str, float]:

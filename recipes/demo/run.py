@@ -25,7 +25,7 @@ from recipes.language.chat import PLAIN_TEMPLATE
 from recipes.language.model import PACKAGED_LORA, model_source
 from recipes.shared.files import write_whole
 from recipes.shared.ledger import Ledger, Row, entries
-from recipes.shared.methods import BY_TITLE, OURS
+from recipes.shared.methods import OURS, callbacks_of
 from recipes.shared.precision import Precision, fast_precision
 from recipes.shared.progress import progress, progress_bar
 from recipes.shared.random_state import RandomState
@@ -174,7 +174,7 @@ def _without_validation(parts: dict[str, Any]) -> dict[str, Any]:
 
 def _trainer(run: Run, epochs: int, times: StepTimes) -> L.Trainer:
     method, settings, folder = run
-    flat = BY_TITLE[method].callbacks(rho=settings.rho) if method in BY_TITLE else []
+    flat = callbacks_of(method, settings.rho)
     checkpoints = AdapterCheckpoint(dirpath=folder, every_n_train_steps=8, save_top_k=0, save_last=True)
     return L.Trainer(
         accelerator="auto",

@@ -21,7 +21,7 @@ from recipes.merging_demo.data import Batch, TrainingBatches, batch_places, eval
 from recipes.merging_demo.encoder import CutEncoder, UpperLayers, load, pooled
 from recipes.merging_demo.module import TaskClassifier, accuracy, linear_classifier
 from recipes.shared.ledger import Row, commit
-from recipes.shared.methods import BY_TITLE
+from recipes.shared.methods import callbacks_of
 from recipes.shared.precision import Precision, fast_precision
 from recipes.shared.training import BARE
 
@@ -171,8 +171,7 @@ def _merged(run: Run, encoder: CutEncoder) -> Row:
 
 def _trained(run: Run, task: str, encoder: CutEncoder) -> TaskClassifier:
     settings, config = run.settings, dict(ARMS[run.arm])
-    method = BY_TITLE[EFMLORA if run.arm == EFMLORA else LORA]
-    callbacks = method.callbacks(rho=config.pop("rho", None))
+    callbacks = callbacks_of(run.arm, config.pop("rho", 0.0))
     # Anew for each task, so that all adapters begin with one A, and all heads alike.
     L.seed_everything(run.seed, verbose=False)
     module = TaskClassifier(encoder, len(texts.TASKS[task].classes), **config)

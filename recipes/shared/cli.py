@@ -7,7 +7,7 @@ from typing import Any, NoReturn, cast
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -194,8 +194,9 @@ class RecipeCLI(LightningCLI):
         for logger in trainer.loggers:
             _ = logger.version  # fixed at first sight: all must look before the first has made its folder
         if settings.fast_dev_run:
-            for saver in _savers(trainer):
-                saver.save_last = None  # Lightning suppresses every other file, but not the one at the end of training
+            # Lightning suppresses every other file, but not the one at the end of training.
+            for saver in trainer.checkpoint_callbacks:
+                saver.save_last = None  # type: ignore[attr-defined]
         return trainer
 
     def _choose_precision(self) -> None:
@@ -258,7 +259,3 @@ def wanted_callbacks(settings: Any, name: str) -> list[L.Callback]:
     if settings.enable_progress_bar is not False and not has_own_bar:
         callbacks.append(progress_bar(name))
     return callbacks
-
-
-def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:
-    return [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]

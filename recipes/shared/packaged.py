@@ -92,17 +92,8 @@ def packaged_file(package: str, path: str) -> Path:
     Args:
         package: a key of :data:`REQUIREMENTS`.
         path: relative to site-packages, with slashes.
-
-    Raises:
-        MisconfigurationException: this version of the package has no such file.
     """
-    release = fetch(package)
-    located = Path(str(release.locate_file(path)))
-    if not located.exists():
-        raise MisconfigurationException(
-            f"{package} {release.version} holds no {path}: install '{REQUIREMENTS[package]}' with --no-deps"
-        )
-    return located
+    return Path(str(fetch(package).locate_file(path)))
 
 
 def npm_folder(package: str) -> Path:

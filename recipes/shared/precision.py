@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.benchmark import Timer
 
 from recipes.shared.files import write_whole
 
@@ -106,28 +107,11 @@ def _of_gpu() -> Precision:
 @cache
 def _has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 clearly faster than float32."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # then the thread's own time can be measured, which other processes do not change
-    try:
-        wide, narrow = (_matrices(dtype) for dtype in (torch.float32, torch.bfloat16))
-        for matrices in (wide, narrow):
-            _product_seconds(*matrices)  # the first product of a kind sets up its kernel
-        # In turns, and the fastest of each: what else slows the machine then hits both.
-        of_float32, of_bfloat16 = [], []
-        for _ in range(_ROUNDS):
-            of_float32.append(_product_seconds(*wide))
-            of_bfloat16.append(_product_seconds(*narrow))
-    finally:
-        torch.set_num_threads(threads)
-    return min(of_float32) > _GAIN * min(of_bfloat16)
+    return _product_seconds(torch.float32) > _GAIN * _product_seconds(torch.bfloat16)
 
 
-def _matrices(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two square matrices; ones, so that nobody's random state changes."""
-    return torch.ones(_SIZE, _SIZE, dtype=dtype), torch.ones(_SIZE, _SIZE, dtype=dtype)
-
-
-def _product_seconds(inputs: Tensor, weight: Tensor) -> float:
-    began = time.thread_time()
-    nn.functional.linear(inputs, weight)
-    return time.thread_time() - began
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix = torch.ones(_SIZE, _SIZE, dtype=dtype)  # ones, so that nobody's random state changes
+    # The time of one thread, which other processes do not change.
+    timer = Timer("linear(matrix, matrix)", globals={"linear": linear, "matrix": matrix}, timer=time.thread_time)
+    return timer.timeit(_ROUNDS).mean
