@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.files import begin_folder, set_aside, write_whole
+from recipes.shared.files import write_whole
 
 BORING = "lightning.pytorch.demos.boring_classes"
 
@@ -31,18 +31,6 @@ def test_a_run_without_a_logger_keeps_another_config(tmp_path: Path, monkeypatch
     assert Path("config.yaml").read_text() != first
 
 
-def test_a_new_command_sets_aside_what_it_would_replace(tmp_path: Path) -> None:
-    names = ["table.md", "rho.png"]
-    for name in (*names, "notes.txt"):
-        (tmp_path / name).write_text("my own")
-    begin_folder(tmp_path, "results.jsonl", names)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "rho-1.png", "table-1.md"]
-    (tmp_path / "results.jsonl").touch()
-    (tmp_path / "table.md").write_text("the command's")
-    begin_folder(tmp_path, "results.jsonl", names)
-    assert (tmp_path / "table.md").read_text() == "the command's"
-
-
 def test_a_stop_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     write_whole(path, "old")
@@ -60,19 +48,3 @@ def test_a_stop_in_the_middle_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     write_whole(path, "new and longer")
     assert path.read_text() == "new and longer"
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_what_is_there_keeps_its_ending_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("first", "second"):
-        path = tmp_path / "answers.jsonl"
-        set_aside(path)
-        path.write_text(text)
-    set_aside(path)
-    assert (tmp_path / "answers-1.jsonl").read_text() == "first"
-    assert (tmp_path / "answers-2.jsonl").read_text() == "second"
-    (tmp_path / "v1.2").mkdir()
-    set_aside(tmp_path / "v1.2")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers-1.jsonl", "answers-2.jsonl", "v1.2-1"]
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{path} was there already, and is now called answers-1.jsonl"
-    assert len(said) == 3

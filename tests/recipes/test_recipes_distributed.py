@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from launch import Results, launch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
 from recipe_runs import run
 from recipe_sets import MODES, NAMES, PROMPTS, Recipe, prepared
 from vqa_models import COLOURS
@@ -24,7 +22,6 @@ pytestmark = [
     pytest.mark.timeout(1200),  # the first test waits for all runs
 ]
 
-STRATEGIES = ("ddp", "fsdp2", "fsdp1")
 NO_DROPOUT = "--model.init_args.lora.lora_dropout=0"  # each rank draws its own
 
 # -- the runs
@@ -106,8 +103,6 @@ def results(place: Path, recipes: dict[str, Recipe]) -> Results:
         add(name, strategy, "efmlora", "whole", options=steps)
         resumed = [*steps, f"--ckpt_path={version / 'checkpoints' / 'step=2.ckpt'}"]
         add(name, strategy, "efmlora", "resumed", options=resumed)
-    own = [*training("instruction_tuning", "fmlora_manual"), "--model.init_args.sync_ascent=false"]
-    add("instruction_tuning", "ddp", "fmlora_manual", "own ascent", options=own)
     for name, (strategy, _) in MEASURED.items():
         recipe = "instruction_tuning" if name == "choices" else name
         add(recipe, strategy, "lora", name, "test", measuring(name, 3))
@@ -163,11 +158,6 @@ def assert_same_protocol(folder: Path, other: Path) -> None:
         assert one[part] == pytest.approx(two[part], rel=1e-4), part
 
 
-def flat(result: dict[str, Any], kind: str = "lora") -> torch.Tensor:
-    """A run's weights as one vector."""
-    return torch.cat([weight.flatten() for name, weight in result["weights"].items() if kind in name])
-
-
 # -- training
 
 
@@ -202,17 +192,10 @@ def test_sharded_models_train_as_whole_ones(
 @pytest.mark.parametrize(("strategy", "method"), OF_FMLORA[1:])
 def test_both_passes_of_fmlora_are_the_same_on_sharded_models(strategy: str, method: str, results: Results) -> None:
     expected = results["clip_contrastive:ddp:fmlora"][0]
-    assert (flat(expected) - flat(results["clip_contrastive:ddp:efmlora"][0])).abs().max() > 1e-5
+    one_pass = results["clip_contrastive:ddp:efmlora"][0]["weights"]
+    assert any((weight - one_pass[name]).abs().max() > 1e-5 for name, weight in expected["weights"].items())
     for rank in results[f"clip_contrastive:{strategy}:{method}"]:
         assert_same_weights(rank, expected, 1e-5)
-
-
-def test_an_ascent_of_each_device_is_an_ascent_of_each_micro_batch(results: Results, alone: Alone) -> None:
-    accumulated = "--model.init_args.accumulate_grad_batches=2"
-    options = [*training("instruction_tuning", "fmlora_manual"), accumulated]
-    expected = flat(alone("instruction_tuning", "fmlora_manual", *options))
-    found = flat(results["instruction_tuning:ddp:own ascent"][0])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -225,17 +208,6 @@ def test_an_ascent_of_each_device_is_an_ascent_of_each_micro_batch(results: Resu
 def test_fsdp1_units_are_blocks_and_factors(name: str, units: int, results: Results) -> None:
     assert results[f"{name}:fsdp1:efmlora"][0]["units"] == units
     assert results[f"{name}:ddp:efmlora"][0]["units"] == 0
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_peft_loads_the_adapter(strategy: str, results: Results, place: Path) -> None:
-    case = f"instruction_tuning:{strategy}:efmlora"
-    trained = results[case][0]["weights"]
-    (folder,) = (place / case).glob("runs/*/efmlora/version_0/checkpoints/last")
-    base = transformers.AutoModelForCausalLM.from_pretrained(place / "instruction_tuning" / "talker")
-    loaded = PeftModel.from_pretrained(base, str(folder)).state_dict()
-    for key, weight in trained.items():
-        torch.testing.assert_close(loaded[key], weight)
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -57,40 +57,30 @@ def test_it_is_ready_to_be_measured(adapters: tuple[Path, Path], data: Path) -> 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
-def test_the_number_of_classes_is_the_heads_whatever_else_an_adapter_brings(
-    base: Path, tmp_path: Path, data: Path
-) -> None:
-    """Here trained tokens and a whole layer that have fewer rows than there are classes."""
-    more: dict[str, Any] = {"trainable_token_indices": [1, 2], "modules_to_save": ["norm"]}
-    adapter = save_adapter(tmp_path / "adapter", base, task="SEQ_CLS", classes=20, **more)
-    assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
-
-
-def test_heads_of_other_models_are_found(tmp_path: Path, data: Path) -> None:
-    """That of RoBERTa has two layers, the first of which has fewer rows than there are classes."""
+def test_the_number_of_classes_is_the_heads(base: Path, tmp_path: Path, data: Path) -> None:
+    """Trained tokens and a whole layer, or the head's first layer, have fewer rows than there are classes."""
     torch.manual_seed(0)
-    transformers.RobertaModel(transformers.RobertaConfig(**SIZES)).save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    more: dict[str, Any] = {"target_modules": ["query"]}
-    adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", task="SEQ_CLS", classes=20, **more)
-    assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
+    transformers.RobertaModel(transformers.RobertaConfig(**SIZES)).save_pretrained(tmp_path / "roberta")
+    make_tokenizer().save_pretrained(tmp_path / "roberta")
+    more: dict[str, Any] = {"trainable_token_indices": [1, 2], "modules_to_save": ["norm"]}
+    saved = save_adapter(tmp_path / "a", base, task="SEQ_CLS", classes=20, **more)
+    other = save_adapter(tmp_path / "b", tmp_path / "roberta", task="SEQ_CLS", classes=20, target_modules=["query"])
+    for adapter in (saved, other):
+        assert loaded(adapter, data).model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 20)
 
 
-def test_a_classifier_without_a_head_is_refused(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
-    headless = changed(adapters[0], tmp_path / "headless", task_type="SEQ_CLS")
-    with pytest.raises(
-        MisconfigurationException, match=r"neither it nor the adapter holds score.weight, which SEQ_CLS needs"
-    ):
-        loaded(headless, data)
-
-
-def test_tasks_that_can_not_be_measured(adapters: tuple[Path, Path], tmp_path: Path, data: Path) -> None:
-    other = changed(adapters[0], tmp_path / "other", task_type=None)
-    with pytest.raises(
-        MisconfigurationException, match="task_type None: only CAUSAL_LM and SEQ_CLS can be measured"
-    ) as raised:
-        loaded(other, data)
-    assert 'write "task_type": "CAUSAL_LM" into its adapter_config.json' in str(raised.value)
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"task_type": "SEQ_CLS"}, r"neither it nor the adapter holds score.weight, which SEQ_CLS needs"),
+        ({"task_type": None}, "task_type None: only CAUSAL_LM and SEQ_CLS can be measured; for a language model write"),
+    ],
+)
+def test_tasks_that_can_not_be_measured(
+    config: dict[str, Any], says: str, adapters: tuple[Path, Path], tmp_path: Path, data: Path
+) -> None:
+    with pytest.raises(MisconfigurationException, match=says):
+        loaded(changed(adapters[0], tmp_path / "other", **config), data)
 
 
 @pytest.mark.parametrize(
