@@ -21,8 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from matplotlib.figure import Figure
-from rich.console import Console
+from pandas import DataFrame
 from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
@@ -31,7 +30,6 @@ from recipes.benchmarks.engine import measure_engine
 from recipes.benchmarks.methods import METHODS, Method
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 from recipes.shared.methods import OURS
-from recipes.shared.tables import Table
 from recipes.shared.training import BARE
 
 Row = dict[str, Any]
@@ -154,40 +152,24 @@ def _write(result: dict[str, Any], path: Path) -> None:
 
 
 def plot(rows: list[Row], varied: str | None, path: Path) -> None:
-    """Step time relative to LoRA by method, or against what was varied; a panel for each model."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(6 * len(models), 4), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-    for axes, model in zip(panels, models, strict=True):
-        axes.set_title(model)
-        for method in dict.fromkeys(row["method"] for row in rows):
-            found = [row for row in rows if (row["model"], row["method"]) == (model, method)]
-            ratios = [row["ratio_to_lora"] for row in found]
-            if varied:
-                axes.plot([row[varied] for row in found], ratios, marker="o", label=method)
-            else:
-                axes.bar_label(axes.barh([method], ratios), fmt="%.2f", padding=2)
-        if varied:
-            axes.set(xlabel=varied, ylabel="step time relative to LoRA", xscale="log", ylim=(0, None))
-            axes.legend()
-        else:
-            axes.set(xlabel="step time relative to LoRA")
-            axes.margins(x=0.2)
-    figure.savefig(path, dpi=150)
+    """Step time relative to LoRA by method and model, or against what was varied."""
+    frame, label = DataFrame(rows), "step time relative to LoRA"
+    if varied:
+        lines = frame.pivot(index=varied, columns=["model", "method"], values="ratio_to_lora")
+        axes = lines.plot(marker="o", logx=True, ylabel=label)
+    else:
+        axes = frame.pivot(index="method", columns="model", values="ratio_to_lora").plot.barh(xlabel=label)
+    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
     print(f"plotted in {path}")
 
 
 def _print(result: dict[str, Any]) -> None:
     for name, value in result.get("engine", {}).items():
         print(f"E of all layers, {name}: {value:.4g}")
-    columns = ("model", "rank", "layers", "batch", "method", "step (ms)", "x LoRA (rounds)", "peak (MiB)")
-    lines = []
-    for row in result["steps"]:
-        sizes = (str(row[name]) for name in ("rank", "layers", "batch"))
-        ratio = f"{row['ratio_to_lora']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-        peak = f"{row['peak_mib']:.1f}" if "peak_mib" in row else "-"
-        lines.append([row["model"], *sizes, row["method"], f"{row['median_seconds'] * 1e3:.1f}", ratio, peak])
-    Table(f"{result['device']}, medians", columns, lines).show(Console())
+    frame = DataFrame(result["steps"])
+    frame["lowest ratio"], frame["highest ratio"] = frame["ratios"].map(min), frame["ratios"].map(max)
+    print(f"{result['device']}, medians")
+    print(frame.drop(columns="ratios").to_string(index=False, float_format="{:.4g}".format))
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

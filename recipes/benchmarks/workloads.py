@@ -18,7 +18,6 @@ from transformers import (
     RobertaConfig,
     ViTConfig,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
 _CAUSAL = ("gpt2", "llama")
 
@@ -105,7 +104,7 @@ class Stack:
     def network(self) -> nn.Module:
         """The model with its adapters."""
         torch.manual_seed(0)
-        network: Any = Linears(*(nn.Linear(self.width, self.width) for _ in range(self.layers)))
+        network: Any = nn.Sequential(*(nn.Linear(self.width, self.width) for _ in range(self.layers)))
         for layer in network:
             # Without residual connections the signal would fall to numbers below the smallest normal one, as in no real
             # model, and on those a processor's products are ten times slower.
@@ -125,15 +124,6 @@ class Stack:
         return replace(self, **changed)
 
 
-class Linears(nn.Sequential):
-    """Layers whose output is given as an encoder of transformers gives its states."""
-
-    def forward(self, x: Tensor) -> BaseModelOutput:
-        """The last layer's states."""
-        states: Any = super().forward(x)  # type: ignore[no-untyped-call]
-        return BaseModelOutput(last_hidden_state=states)
-
-
 class Learner(L.LightningModule):
     """Trains what is not frozen in a network with AdamW."""
 
@@ -143,11 +133,12 @@ class Learner(L.LightningModule):
         self.causal = causal
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The language model's loss, or the mean square of an encoder's states."""
+        """The language model's loss, or the mean square of an encoder's states or a stack's outputs."""
         if self.causal:
             loss: Tensor = self.network(input_ids=batch, labels=batch).loss
         else:
-            loss = self.network(batch).last_hidden_state.square().mean()
+            states = self.network(batch)
+            loss = getattr(states, "last_hidden_state", states).square().mean()
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

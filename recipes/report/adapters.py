@@ -64,6 +64,7 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
             tokenizer = _tokenizer(folder, base)
             model = _base_model(base, task, saved, options, tokenizer)
             model = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True)
+            model.to(options.torch_device)
     except MisconfigurationException:
         raise
     except Exception as error:  # the readers of safetensors and pickles have types of their own, derived from nothing
@@ -71,7 +72,7 @@ def load(folder: AdapterFolder, options: Options) -> Adapted:
         raise MisconfigurationException(f"{where}{source}: can't be loaded ({first_line(error)})") from error
     # Not left to peft, which only warns of missing keys and ignores surplus ones.
     _check_whole(where, saved, model)
-    model.to(options.torch_device).eval()
+    model.eval()
     return Adapted(folder.label, base, task, model, tokenizer)
 
 

@@ -53,12 +53,7 @@ def _document(results: Sequence[Measured], options: Options, command: str) -> st
 
 
 def _adapters(results: Sequence[Measured]) -> str:
-    head = ["adapter", "folder", "base", "task", "rank", "pairs", "parameters", "loss over"]
-    rows = []
-    for r in results:
-        ranks, over = ", ".join(map(str, r.ranks)), f"{r.terms:,} {r.unit.removeprefix('nats per ')}s"
-        rows.append([r.label, f"`{r.folder}`", f"`{r.base}`", r.task, ranks, str(r.pairs), f"{r.parameters:,}", over])
-    parts = [markdown([head, *rows])]
+    parts = [markdown([list(results[0].about), *(list(result.about.values()) for result in results)])]
     for result in results:
         parts += [f"Left out of {result.label}: {line}." for line in result.left_out]
     return "\n\n".join(parts)

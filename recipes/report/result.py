@@ -15,34 +15,19 @@ class Measured:
 
     Attributes:
         label: its name.
-        folder: where it lies.
-        base: name or folder of its base model.
-        task: as peft calls it.
-        ranks: of its pairs, each once.
-        pairs: how many.
-        parameters: numbers in their factors.
-        terms: tokens or examples over which the loss is a mean.
+        unit: of the loss.
+        about: what it is, by the heads of a table's columns.
         quantities: the instruments' numbers.
         landscape: losses around it.
         left_out: what could not be perturbed, and why.
     """
 
     label: str
-    folder: str
-    base: str
-    task: str
-    ranks: tuple[int, ...]
-    pairs: int
-    parameters: int
-    terms: int
+    unit: str
+    about: dict[str, str]
     quantities: list[Quantity]
     landscape: Landscape
     left_out: list[str]
-
-    @property
-    def unit(self) -> str:
-        """Of the loss."""
-        return UNITS[self.task]
 
     def value(self, name: str) -> float:
         """A quantity by its name."""

@@ -58,29 +58,28 @@ def measure(options: Options) -> list[Measured]:
 
 def _measure_one(folder: AdapterFolder, rows: list[Row], options: Options) -> Measured:
     adapted, search, loss, terms = _load(folder, rows, options)
-    pairs = search.pairs
+    pairs, unit = search.pairs, UNITS[adapted.task]
     noise, left_out = _noise(adapted.model, search.left_out)
     # An estimate: how many products the eigenvalue takes is known only at the end.
     total = (numbers.passes(options) + landscape.passes(options)) * len(loss.losses)
     with progress(f"{adapted.label}, batches", total) as bar:
         counted = MeanLoss([partial(_counted, part, bar) for part in loss.losses])
         point = _point(folder, pairs, counted, noise, options)
-        quantities = numbers.measure_numbers(point, UNITS[adapted.task], options)
+        quantities = numbers.measure_numbers(point, unit, options)
         norm = base_norm(adapted.model, pairs)
         around = landscape.measure_landscape(point, norm, options)
-    return Measured(
-        label=adapted.label,
-        folder=str(folder.path),
-        base=adapted.base,
-        task=adapted.task,
-        ranks=tuple(sorted({pair.A.shape[0] for pair in pairs})),
-        pairs=len(pairs),
-        parameters=sum(factor.numel() for factor in trained_factors(pairs)),
-        terms=terms,
-        quantities=[*quantities, numbers.Quantity(numbers.NORM, "weight", norm)],
-        landscape=around,
-        left_out=left_out,
-    )
+    about = {
+        "adapter": adapted.label,
+        "folder": f"`{folder.path}`",
+        "base": f"`{adapted.base}`",
+        "task": adapted.task,
+        "rank": ", ".join(map(str, sorted({pair.A.shape[0] for pair in pairs}))),
+        "pairs": str(len(pairs)),
+        "parameters": f"{sum(factor.numel() for factor in trained_factors(pairs)):,}",
+        "loss over": f"{terms:,} {unit.removeprefix('nats per ')}s",
+    }
+    quantities.append(numbers.Quantity(numbers.NORM, "weight", norm))
+    return Measured(adapted.label, unit, about, quantities, around, left_out)
 
 
 def _load(folder: AdapterFolder, rows: list[Row], options: Options) -> tuple[Adapted, PairSearch, MeanLoss, int]:

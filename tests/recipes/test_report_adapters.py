@@ -99,11 +99,13 @@ def test_an_adapter_of_another_base(
     assert "\n" not in str(raised.value)
 
 
-def test_a_base_that_is_not_there(adapters: tuple[Path, Path], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_such_base_or_device(adapters: tuple[Path, Path], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     says = r"small on --base .*nowhere \(no folder here, so looked for on the Hub\): can't be loaded \("
     with pytest.raises(MisconfigurationException, match=says):
         loaded(adapters[0], data, base="runs/nowhere")
+    with pytest.raises(MisconfigurationException, match=r"can't be loaded \(RuntimeError: Expected one of cpu"):
+        loaded(adapters[0], data, device="nonsense")
 
 
 @pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"])

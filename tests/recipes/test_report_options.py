@@ -40,7 +40,6 @@ def test_labels_are_given_or_the_folders_names(tmp_path: Path) -> None:
         (["--rho", "0.1", "nan"], "--rho must be a finite number > 0, got nan"),
         (["--points", "4"], "--points must be odd, so that one is the adapter itself, and 3 or more, got 4"),
         (["--samples", "1"], "--samples must be 2 or more, got 1"),
-        (["--device", "nonsense"], "--device nonsense can't be used here"),
         (["--adapter", "ia3"], "is of type IA3, which has no factors A and B: only LoRA adapters can be measured"),
         (["--adapter", "several"], "holds no adapter_config.json: take several/mine"),
         (["--adapter", "mine"], "holds no adapter_config.json: not peft's folder"),

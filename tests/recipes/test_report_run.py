@@ -92,7 +92,8 @@ def test_the_table_holds_what_the_instruments_say(options: Options, results: lis
     errors = {quantity.name: quantity.error for quantity in result.quantities}
     assert errors["Hessian trace"] == pytest.approx(trace.standard_error.item(), rel=1e-10)
     assert errors["expected sharpness, sigma 0.05"] == pytest.approx(expected.standard_error.item(), rel=1e-10)
-    assert (result.terms, result.ranks, result.pairs, result.label) == (terms, (4,), len(pairs), "large")
+    about = {"adapter": "large", "rank": "4", "pairs": str(len(pairs)), "loss over": f"{terms} tokens"}
+    assert result.about == result.about | about
 
 
 def test_factors_numbers_are_those_of_the_layers(options: Options, results: list[Measured]) -> None:
