@@ -3,7 +3,6 @@
 python -m recipes.benchmarks.memory --model roberta-large --methods all
 """
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -11,21 +10,38 @@ import os
 import platform
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
-from rich.table import Table
+from pandas import DataFrame
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from recipes.benchmarks.methods import METHODS
 from recipes.benchmarks.workloads import WORKLOADS
 from recipes.shared.methods import OURS
+from recipes.shared.options import parse_options
 from recipes.shared.training import BARE
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one benchmark, as ``--help`` explains them.
+
+    Attributes:
+        model: name of a workload.
+        methods: to compare, or all.
+        steps: watched steps, after one of warm-up.
+        output: file of the results.
+    """
+
+    model: str = field(default="smollm2", metadata={"choices": list(WORKLOADS)})
+    methods: list[str] = field(default_factory=lambda: list(OURS), metadata={"choices": ["all", *METHODS]})
+    steps: int = 3
+    output: Path = Path("runs/benchmarks/memory.json")
 
 
 class Watch(L.Callback):
@@ -92,36 +108,21 @@ def measured(model: str, method: str, steps: int) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a table, write JSON, and return what was written."""
-    options = _parser().parse_args(arguments)
+    options = parse_options(Options, arguments, "python -m recipes.benchmarks.memory", "Memory of a step, on the CPU.")
     if platform.system() != "Linux":
         raise SystemExit("this benchmark reads /proc, which only Linux has")
     # Of the fresh processes: what is freed goes back to the kernel at once, and is not counted.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    table = Table("method", "between steps (MiB)", "peak (MiB)", title=options.model)
     rows: list[dict[str, Any]] = []
     result = {"torch": torch.__version__, "model": options.model, "steps": options.steps, "rows": rows}
     for method in METHODS if "all" in options.methods else options.methods:
         print(f"{options.model}, {method}", flush=True)
         rows.append({"method": method, **measured(options.model, method, options.steps)})
         options.output.write_text(json.dumps(result, indent=2) + "\n")
-        table.add_row(method, f"{rows[-1]['held_mib']:.0f}", f"{rows[-1]['peak_mib']:.0f}")
-    Console().print(table)
+    print(DataFrame(rows).to_string(index=False, float_format="{:.0f}".format))
     print(f"written to {options.output}")
     return result
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.benchmarks.memory",
-        description="Resident memory of a process in a step of each method, on the CPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", choices=list(WORKLOADS), default="smollm2")
-    parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=list(OURS))
-    parser.add_argument("--steps", type=int, default=3, help="watched steps, after one of warm-up")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/memory.json"))
-    return parser
 
 
 if __name__ == "__main__":

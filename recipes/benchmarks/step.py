@@ -6,7 +6,6 @@ python -m recipes.benchmarks.step --models minilm --vary rank 4 16 64 256    # h
 python -m recipes.benchmarks.step --models small-layers --time processor --repeats 0
 """
 
-import argparse
 import gc
 import json
 import logging
@@ -15,9 +14,9 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -30,11 +29,55 @@ from recipes.benchmarks.engine import measure_engine
 from recipes.benchmarks.methods import METHODS, Method
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 from recipes.shared.methods import OURS
+from recipes.shared.options import parse_options
 from recipes.shared.training import BARE
 
 Row = dict[str, Any]
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+@dataclass
+class Options:
+    """The settings of one benchmark, as ``--help`` explains them.
+
+    Attributes:
+        models: names of workloads.
+        methods: to compare with LoRA, or all.
+        vary: rank, layers or batch, and the values to try in its place.
+        rounds: turns of each method.
+        steps: measured steps in a turn.
+        repeats: measurements of the engine; 0 for none.
+        layers: the engine's shapes: how many, their rows and columns, the rank.
+        accelerator: cpu or cuda.
+        precision: Lightning's.
+        time: the processor's time leaves out what else the machine does.
+        threads: of the CPU.
+        output: file of the results; a plot comes beside it.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["minilm", "smollm2"], metadata={"choices": list(WORKLOADS)})
+    methods: list[str] = field(default_factory=lambda: list(OURS), metadata={"choices": ["all", *METHODS]})
+    vary: list[str] | None = None
+    rounds: int = 10
+    steps: int = 8
+    repeats: int = 15
+    layers: list[int] = field(default_factory=lambda: [96, 768, 1024, 8])
+    accelerator: Literal["cpu", "cuda"] = "cpu"
+    precision: Any = "32-true"
+    time: Literal["wall", "processor"] = "wall"
+    threads: int = 1
+    output: Path = Path("runs/benchmarks/step.json")
+
+    def __post_init__(self) -> None:
+        self.methods = list(METHODS) if "all" in self.methods else list(dict.fromkeys(["LoRA", *self.methods]))
+        what, *values = self.vary or ["", "0"]
+        if what not in ("", "rank", "layers", "batch") or not values or not all(value.isdigit() for value in values):
+            raise SystemExit(
+                f"--vary takes rank, layers or batch, and the values to try, got {' '.join(self.vary or ())}"
+            )
+        self.varied = what
+        self.values = [int(value) for value in values]
 
 
 class Clock(L.Callback):
@@ -61,7 +104,7 @@ class Clock(L.Callback):
         self._last = now
 
 
-def measure_steps(work: Workload | Stack, methods: list[str], options: argparse.Namespace) -> list[Row]:
+def measure_steps(work: Workload | Stack, methods: list[str], options: Options) -> list[Row]:
     """Step time of each method, in turns: a noisy machine disturbs all alike.
 
     Args:
@@ -95,7 +138,7 @@ def measure_steps(work: Workload | Stack, methods: list[str], options: argparse.
     return rows
 
 
-def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], options: argparse.Namespace) -> float:
+def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], options: Options) -> float:
     """Median seconds of a step, after two of warm-up."""
     gc.collect()  # the last turn's trainer and optimizer, whose parts point at each other
     clock = Clock(CLOCKS[options.time])
@@ -115,7 +158,7 @@ def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print tables, write JSON and a plot, and return what was written."""
-    options = _options(arguments)
+    options = parse_options(Options, arguments, "python -m recipes.benchmarks.step", "Step time by method.")
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
@@ -131,7 +174,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     for model in options.models:
         for value in options.values:
-            work = WORKLOADS[model].varied(options.varied, value) if options.varied else WORKLOADS[model]
+            changed: dict[str, Any] = {options.varied: value} if options.varied else {}
+            work = replace(WORKLOADS[model], **changed)
             sizes = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.layers}
             rows += [sizes | row for row in measure_steps(work, options.methods, options)]
             _write(result, options.output)  # what is measured so far stays, whatever happens to the rest
@@ -151,7 +195,7 @@ def _write(result: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def plot(rows: list[Row], varied: str | None, path: Path) -> None:
+def plot(rows: list[Row], varied: str, path: Path) -> None:
     """Step time relative to LoRA by method and model, or against what was varied."""
     frame, label = DataFrame(rows), "step time relative to LoRA"
     if varied:
@@ -170,52 +214,6 @@ def _print(result: dict[str, Any]) -> None:
     frame["lowest ratio"], frame["highest ratio"] = frame["ratios"].map(min), frame["ratios"].map(max)
     print(f"{result['device']}, medians")
     print(frame.drop(columns="ratios").to_string(index=False, float_format="{:.4g}".format))
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if "all" in options.methods:
-        options.methods = list(METHODS)
-    if "LoRA" not in options.methods:
-        options.methods = ["LoRA", *options.methods]
-    options.varied, options.values = None, [0]
-    if options.vary:
-        what, *values = options.vary
-        if what not in ("rank", "layers", "batch") or not values or not all(v.isdigit() and int(v) for v in values):
-            parser.error(f"--vary takes rank, layers or batch, and the values to try, got {' '.join(options.vary)}")
-        options.varied, options.values = what, [int(value) for value in values]
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.benchmarks.step",
-        description="Step time by method, in turns, and the engine against the dense computation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=["minilm", "smollm2"])
-    parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=list(OURS), help="beside LoRA")
-    parser.add_argument(
-        "--vary", nargs="+", metavar=("WHAT", "VALUE"), help="rank, layers or batch, and the values to try in its place"
-    )
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each method")
-    parser.add_argument("--steps", type=int, default=8, help="measured steps in a turn")
-    parser.add_argument("--repeats", type=int, default=15, help="measurements of the engine; 0 for none")
-    parser.add_argument(
-        "--layers", nargs=4, type=int, metavar=("L", "N", "M", "R"), default=[96, 768, 1024, 8], help="engine's shapes"
-    )
-    parser.add_argument("--accelerator", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", default="32-true", help="Lightning's precision")
-    parser.add_argument(
-        "--time",
-        choices=list(CLOCKS),
-        default="wall",
-        help="the processor's time leaves out what else the machine does",
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/step.json"))
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the benchmarks train: models of known sizes, random weights and data, since cost depends on sizes alone."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
@@ -31,6 +31,7 @@ class Workload:
         targets: the layers that get LoRA.
         batch: sequences or images in a step.
         length: tokens in a sequence; images have their own.
+        layers: blocks of the model.
         rank: of the adapter; alpha is twice as large.
         full: train all weights, without an adapter.
     """
@@ -39,6 +40,7 @@ class Workload:
     targets: tuple[str, ...]
     batch: int
     length: int
+    layers: int
     rank: int = 8
     full: bool = False
 
@@ -50,7 +52,9 @@ class Workload:
     def network(self) -> nn.Module:
         """The model with its adapters."""
         torch.manual_seed(0)
-        network: Any = (AutoModelForCausalLM if self.causal else AutoModel).from_config(self.config)
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = self.layers
+        network: Any = (AutoModelForCausalLM if self.causal else AutoModel).from_config(config)
         if not self.full:
             linears = self.config.model_type != "gpt2"  # whose Conv1D keeps weights transposed
             lora = LoraConfig(
@@ -65,21 +69,6 @@ class Workload:
             side = self.config.image_size
             return torch.randn(self.batch, self.config.num_channels, side, side)
         return torch.randint(5, 1000, (self.batch, self.length))
-
-    @property
-    def layers(self) -> int:
-        """Blocks of the model."""
-        return int(self.config.num_hidden_layers)
-
-    def varied(self, what: str, value: int) -> "Workload":
-        """The same work with another "rank", "batch" or number of "layers"."""
-        if what == "rank":
-            return replace(self, rank=value)
-        if what == "batch":
-            return replace(self, batch=value)
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = value
-        return replace(self, config=config)
 
 
 @dataclass(frozen=True)
@@ -118,11 +107,6 @@ class Stack:
         """One batch, shape (batch, width)."""
         return torch.randn(self.batch, self.width)
 
-    def varied(self, what: str, value: int) -> "Stack":
-        """The same work with another "rank", "batch" or number of "layers"."""
-        changed: dict[str, Any] = {what: value}
-        return replace(self, **changed)
-
 
 class Learner(L.LightningModule):
     """Trains what is not frozen in a network with AdamW."""
@@ -150,47 +134,46 @@ class Learner(L.LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
-def _bert(layers: int, width: int, heads: int) -> BertConfig:
-    return BertConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width
-    )
+def _bert(width: int, heads: int) -> BertConfig:
+    return BertConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
 
 
-def _llama(layers: int, width: int, heads: int, **other: Any) -> LlamaConfig:
-    return LlamaConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, **other)
+def _llama(width: int, heads: int, **other: Any) -> LlamaConfig:
+    return LlamaConfig(hidden_size=width, num_attention_heads=heads, **other)
 
 
 _QV_VIT = ("q_proj", "v_proj", "query", "value")  # as transformers names them now and did before
 _QUERY_VALUE, _QKV_GPT2, _QV_LLAMA = ("query", "value"), ("c_attn",), ("q_proj", "v_proj")
-_ROBERTA: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+_ROBERTA: dict[str, Any] = {"hidden_size": 1024, "num_attention_heads": 16}
 
 
 def _two_blocks(width: int) -> Workload:
     """With 512 tokens a step, for the engine's share at high ranks."""
-    config = _llama(2, width, width // 64, vocab_size=1024, intermediate_size=8 * width // 3)
-    return Workload(config, _QV_LLAMA, batch=4, length=128)
+    config = _llama(width, width // 64, vocab_size=1024, intermediate_size=8 * width // 3)
+    return Workload(config, _QV_LLAMA, batch=4, length=128, layers=2)
 
 
 WORKLOADS: dict[str, Workload | Stack] = {
-    "minilm": Workload(_bert(6, 384, 12), _QUERY_VALUE, batch=16, length=40),
+    "minilm": Workload(_bert(384, 12), _QUERY_VALUE, batch=16, length=40, layers=6),
     "smollm2": Workload(
-        _llama(30, 576, 9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True),
+        _llama(576, 9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True),
         _QV_LLAMA,
         batch=4,
         length=25,
+        layers=30,
     ),
     "roberta-large": Workload(
-        RobertaConfig(**_ROBERTA, intermediate_size=4096, vocab_size=50265), _QUERY_VALUE, batch=8, length=64
+        RobertaConfig(**_ROBERTA, intermediate_size=4096, vocab_size=50265), _QUERY_VALUE, batch=8, length=64, layers=24
     ),
-    "gpt2-medium": Workload(GPT2Config(n_embd=1024, n_layer=24, n_head=16), _QKV_GPT2, batch=4, length=64),
-    "vit-b16": Workload(ViTConfig(), _QV_VIT, batch=4, length=0),
+    "gpt2-medium": Workload(GPT2Config(n_embd=1024, n_head=16), _QKV_GPT2, batch=4, length=64, layers=24),
+    "vit-b16": Workload(ViTConfig(), _QV_VIT, batch=4, length=0, layers=12),
     # two layers of a 7B model's shapes: what a layer costs is what all cost
     "llama-7b-layers": Workload(
-        _llama(2, 4096, 32, intermediate_size=11008, vocab_size=1024), _QV_LLAMA, batch=1, length=128
+        _llama(4096, 32, intermediate_size=11008, vocab_size=1024), _QV_LLAMA, batch=1, length=128, layers=2
     ),
     "width-768": _two_blocks(768),
     "width-1024": _two_blocks(1024),
     "width-2048": _two_blocks(2048),
     "small-layers": Stack(layers=600, width=64, batch=16),
-    "tiny": Workload(_bert(2, 32, 2), _QUERY_VALUE, batch=4, length=8),
+    "tiny": Workload(_bert(32, 2), _QUERY_VALUE, batch=4, length=8, layers=2),
 }

@@ -68,11 +68,9 @@ def measure_numbers(point: Point, unit: str, options: Options) -> list[Quantity]
         return MEASURES[measure](replace(point, rho=rho))
 
     quantities = [Quantity(LOSS, unit, float(point.gradient.loss))]
-    for rho in options.rho:
-        quantities.append(_quantity(sam_name(rho), unit, take("sharpness", rho), "sharpness"))
-    for rho in options.rho:
-        name = f"LoRA-space sharpness, rho {rho:g}"
-        quantities.append(_quantity(name, unit, take("lora_sharpness", rho), "lora_sharpness"))
+    for name, measure in (("SAM", "sharpness"), ("LoRA-space", "lora_sharpness")):
+        for rho in options.rho:
+            quantities.append(_quantity(f"{name} sharpness, rho {rho:g}", unit, take(measure, rho), measure))
     if point.noise is not None:
         name = f"expected sharpness, sigma {options.sigma:g}"
         quantities.append(_quantity(name, unit, take("expected_sharpness"), "expected_sharpness"))

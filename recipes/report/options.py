@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import docstring_parser
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import HfArgumentParser
-from typing_extensions import override
+
+from recipes.shared.options import parse_options
 
 REPORT, CURVES, SURFACE = "report.md", "curves.png", "surface.png"
 HEADING = "# Flatness of "
@@ -180,16 +179,6 @@ class Options:
         return lines
 
 
-class _Parser(HfArgumentParser):  # type: ignore[misc]
-    """The parser that transformers makes of a dataclass, with the docstring's texts as help."""
-
-    @override
-    def add_argument(self, *names: Any, **settings: Any) -> Any:
-        helps = {each.arg_name: each.description for each in docstring_parser.parse(Options.__doc__ or "").params}
-        name = names[0].removeprefix("--")
-        return super().add_argument(*names, **{"help": helps.get(name, "leave that out"), **settings})
-
-
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Parse a command line.
 
@@ -197,9 +186,5 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         MisconfigurationException: with all that is wrong.
         SystemExit: for --help, and for what argparse can't read.
     """
-    parser = _Parser(
-        Options,
-        prog="python -m recipes.report",
-        description="How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png.",
-    )
-    return Options(**vars(parser.parse_args(arguments)))
+    description = "How flat is the loss around finished LoRA adapters? Writes report.md, curves.png and surface.png."
+    return parse_options(Options, arguments, "python -m recipes.report", description)

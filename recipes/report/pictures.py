@@ -13,8 +13,6 @@ from recipes.report.numbers import LOSS, RADIUS, sam_name
 from recipes.report.options import Options
 from recipes.report.result import Measured
 
-_COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#66ccee", "#999933", "#666666")  # distinct to most eyes
-_STYLES = ("-", "--", ":")
 _LEVELS = 16
 _COLUMNS = 3  # surfaces in a row
 
@@ -25,12 +23,12 @@ def draw_curves(results: Sequence[Measured], options: Options, path: Path) -> No
     figure = Figure(figsize=(15 if noisy else 10, 5.2), layout="constrained")
     panels = figure.subplots(1, 3 if noisy else 2)
     for place, result in enumerate(results):
-        style = {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _STYLES[place // len(_COLOURS) % len(_STYLES)]}
+        colour = f"C{place % 10}"  # matplotlib's own
         around, loss = result.landscape, result.value(LOSS)
-        _adversarial(panels[0], result, options.rho, style)
-        _band(panels[1], around.shares, around.random - loss, style)
+        _adversarial(panels[0], result, options.rho, colour)
+        _band(panels[1], around.shares, around.random - loss, colour)
         if around.noise is not None:
-            _band(panels[2], around.sigmas, around.noise - loss, style)
+            _band(panels[2], around.sigmas, around.noise - loss, colour)
     panels[0].plot([], [], "o", color="#444444", label=f"SAM, rho {', '.join(f'{rho:g}' for rho in options.rho)}")
     panels[0].legend()
     many = f"{options.directions} of them: mean and range"
@@ -70,18 +68,18 @@ def draw_surfaces(results: Sequence[Measured], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _adversarial(axes: Any, result: Measured, rhos: Sequence[float], style: dict[str, str]) -> None:
+def _adversarial(axes: Any, result: Measured, rhos: Sequence[float], colour: str) -> None:
     """The line, with a dot where SAM's perturbation of each rho ends."""
     rise = result.landscape.adversarial - result.value(LOSS)
-    axes.plot(result.landscape.steps, rise, label=_name(result), **style)
+    axes.plot(result.landscape.steps, rise, label=_name(result), color=colour)
     for rho in rhos:
-        axes.plot(rho * result.value(RADIUS), result.value(sam_name(rho)), "o", markersize=7, color=style["color"])
+        axes.plot(rho * result.value(RADIUS), result.value(sam_name(rho)), "o", markersize=7, color=colour)
 
 
-def _band(axes: Any, x: Tensor, rises: Tensor, style: dict[str, str]) -> None:
+def _band(axes: Any, x: Tensor, rises: Tensor, colour: str) -> None:
     """Mean and range over the first dimension."""
-    axes.plot(x, rises.mean(0), **style)
-    axes.fill_between(x, rises.amin(0), rises.amax(0), color=style["color"], alpha=0.18, linewidth=0)
+    axes.plot(x, rises.mean(0), color=colour)
+    axes.fill_between(x, rises.amin(0), rises.amax(0), color=colour, alpha=0.18, linewidth=0)
 
 
 def _name(result: Measured) -> str:

@@ -140,12 +140,12 @@ class RecipeCLI(LightningCLI):
         if not isinstance(given, list):
             super().parse_arguments(parser, given)
             return
-        if given and given[0] in self.subcommands():
-            given = [given[0], *in_order(self._with_defaults(parser, given[0], given[1:]))]
-        else:
-            given = in_order(given)
+        command = given[:1] if given and given[0] in self.subcommands() else []
+        given = given[len(command) :]
+        if command:
+            given = self._with_defaults(parser, command[0], given)
         # LightningCLI warns of arguments that it is given beside the process's.
-        self.config = parser.parse_args(given)
+        self.config = parser.parse_args([*command, *in_order(given)])
 
     def _with_defaults(self, parser: LightningArgumentParser, command: str, given: list[str]) -> list[str]:
         """The arguments behind all that they leave out."""
@@ -235,15 +235,10 @@ class RecipeCLI(LightningCLI):
         problem = problem_of(settings.ckpt_path, settings.trainer.enable_checkpointing is not False)
         if problem:
             raise MisconfigurationException(f"--ckpt_path {settings.ckpt_path}: {problem}")
-        # An evaluation on other data is meant to have them.
-        if settings.ckpt_path and self.subcommand == "fit":
-            self._warn_of_other_settings(Path(settings.ckpt_path))
-
-    def _warn_of_other_settings(self, checkpoint: Path) -> None:
-        """Name what a checkpoint's run had otherwise, and this run would go on with."""
-        # "hpc" and addresses are no files of a run.
-        before = settings_of_run(checkpoint) if checkpoint.exists() else {}
-        if not before:
+        # An evaluation on other data is meant to have them, and "hpc" and addresses are no files of a run.
+        checkpoint = Path(settings.ckpt_path or "")
+        before = settings_of_run(checkpoint) if settings.ckpt_path and checkpoint.exists() else {}
+        if self.subcommand != "fit" or not before:
             return
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False))
         differences = differing_settings(before, now)

@@ -71,10 +71,7 @@ def settings_of_run(saved: Path) -> dict[str, Any]:
     path = saved.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        return {}
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     # Another program may have a file of that name.
     is_of_run = isinstance(settings, dict) and isinstance(settings.get("model"), dict)
     return settings if is_of_run else {}

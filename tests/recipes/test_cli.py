@@ -228,10 +228,7 @@ def test_last_is_the_newest_of_the_runs_in_one_folder(config: str, tmp_path: Pat
     assert first.trainer.global_step == 4
     second = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=3")
     assert len(second.model.rates) == 8  # steps 5 to 12
-    assert [path.parent.parent.name for path in sorted(tmp_path.glob("runs/tiny/*/checkpoints/last.ckpt"))] == [
-        "version_0",
-        "version_1",
-    ]
+    assert len(list(tmp_path.glob("runs/tiny/*/checkpoints/last.ckpt"))) == 2
     third = run("fit", config, "--ckpt_path=last", "--trainer.max_epochs=3")  # the second's, which is at its end
     assert third.model.rates == []
     tested = run("test", config, "--ckpt_path=last")

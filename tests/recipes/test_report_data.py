@@ -160,13 +160,3 @@ def test_rows_that_can_not_be_used(
     with pytest.raises(MisconfigurationException) as raised:
         mean_loss(adapted, [row], options(adapters[0], texts))
     assert says in str(raised.value)
-
-
-@pytest.mark.usefixtures("own_datasets")
-def test_files_that_can_not_be_read(adapters: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_text("a")
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (tmp_path / "empty.jsonl").touch()
-    for name, says in (("data.txt", "end in .json"), ("broken.jsonl", "can't be read"), ("empty.jsonl", "is empty")):
-        with pytest.raises(MisconfigurationException, match=f"^--data: .*{name}.* {says}"):
-            read_rows(options(adapters[0], tmp_path / name))
