@@ -64,7 +64,7 @@ class Options:
     repeats: int = 15
     layers: list[int] = field(default_factory=lambda: [96, 768, 1024, 8])
     accelerator: Literal["cpu", "cuda"] = "cpu"
-    precision: Any = "32-true"
+    precision: str = "32-true"
     time: Literal["wall", "processor"] = "wall"
     threads: int = 1
     output: Path = Path("runs/benchmarks/step.json")
@@ -146,7 +146,7 @@ def _turn(method: Method, network: nn.Module, causal: bool, batches: list[Any], 
         max_epochs=1,
         accelerator=options.accelerator,
         devices=1,
-        precision=options.precision,
+        precision=options.precision,  # type: ignore[arg-type]
         callbacks=[clock, *method.callbacks()],
         enable_progress_bar=False,
         **BARE,

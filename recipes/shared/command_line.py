@@ -69,9 +69,9 @@ def with_base_and_method(recipe: str, arguments: Sequence[str]) -> list[str]:
     ``--method`` is added.
 
     Example:
-        >>> given = ["--config", "mine.yaml", "--method", "efmlora"]
+        >>> given = ["--config", "my/own.yaml", "--method", "efmlora"]
         >>> [Path(each).name for each in with_base_and_method("vqa", given)]
-        ['base.yaml', 'mine.yaml', 'efmlora.yaml', '--method=efmlora']
+        ['base.yaml', 'own.yaml', 'efmlora.yaml', '--method=efmlora']
 
     Raises:
         MisconfigurationException: the recipe has no such method, or a configuration can't be read.

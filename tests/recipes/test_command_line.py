@@ -49,6 +49,8 @@ def test_a_method_is_laid_over_a_configuration_with_callbacks_of_its_own(tmp_pat
     mine = saved(tmp_path / "mine.yaml", "fit", "--data.dataset=my.jsonl")
     settings = parsed("fit", "--method=efmlora", f"--config={mine}")
     assert settings.data.init_args.dataset == "my.jsonl"
+    other = parsed("fit", "--data.dataset=other.jsonl", "--config", mine)  # configurations go first
+    assert other.data.init_args.dataset == "other.jsonl"
     assert [each.class_path for each in settings.trainer.callbacks[-1:]] == ["lightning_flatlora.EFMLoRA"]
 
 
