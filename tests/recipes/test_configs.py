@@ -153,7 +153,6 @@ def test_the_pages_name_files_that_exist() -> None:
     [
         (["fit", "--help"], "--run_name"),
         (["fit"], "the following arguments are required"),
-        (["fit", "--config=recipes/vqa/configs/methods/efmlora.yaml"], "the following arguments are required"),
         (["fit", "--config=recipes/vqa/configs/efmlora.yaml"], "File does not exist"),
     ],
 )

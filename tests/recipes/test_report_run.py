@@ -151,7 +151,9 @@ def test_layers_without_noise_are_named(base: Path, root: Path, texts: Path, tmp
 def test_columns_are_checked_before_a_model_is_loaded(adapters: tuple[Path, Path], texts: Path, tmp_path: Path) -> None:
     data = tmp_path / "other.jsonl"
     data.write_text('{"question": "a"}\n')
-    with pytest.raises(MisconfigurationException, match="--data has the columns question; a CAUSAL_LM adapter needs"):
+    with pytest.raises(
+        MisconfigurationException, match="--data has the columns question; a CAUSAL_LM adapter needs messages"
+    ):
         main(arguments(adapters, data, "--base", str(tmp_path / "nowhere")))
 
 
