@@ -30,11 +30,10 @@ def work(options: argparse.Namespace) -> None:
     ledger = Ledger(options.folder / "results.jsonl", entries("arm", "config", "seed", "settings"))
     rows = list(ledger.complete(runs, perform))
     print_and_write(report.table(rows), options.folder / "table.txt")
-    report.figure(rows).savefig(options.folder / "merging.png", dpi=130)
     print(report.sentence(rows))
 
 
-main = Demo("merging_demo", __doc__, ["table.txt", "merging.png"], work).main
+main = Demo("merging_demo", __doc__, ["table.txt"], work).main
 
 if __name__ == "__main__":
     with without_traceback():

@@ -1,12 +1,11 @@
 """The batches of a training, and of an evaluation: short texts that share a row."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from typing_extensions import override
+from torch.utils.data import DataLoader, RandomSampler
 
 from recipes.language.packing import fill_rows
 from recipes.language.texts import Example
@@ -18,41 +17,15 @@ States = Callable[[str], Tensor]
 _EVAL_BATCH = 64
 
 
-def batch_places(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Which examples are in the batch of each step.
-
-    Each epoch is in a new random order and is cut into whole batches, without the rest.
-    """
-    # Of its own, so that all methods see the same batches, however many random numbers they draw.
-    random = torch.Generator().manual_seed(seed)
-    places: list[list[int]] = []
-    while len(places) < steps:
-        order = torch.randperm(examples, generator=random).tolist()
-        for start in range(0, examples - batch_size + 1, batch_size):
-            places.append(order[start : start + batch_size])
-    return places[:steps]
-
-
-class TrainingBatches(Dataset[Batch]):
-    """One batch for each step, made when it is asked for.
-
-    Args:
-        examples: to train on.
-        places: of the examples in each batch.
-        states: of the texts.
-    """
-
-    def __init__(self, examples: Sequence[Example], places: Sequence[Sequence[int]], states: States) -> None:
-        self.examples = examples
-        self.places = places
-        self.states = states
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @override
-    def __getitem__(self, step: Any) -> Batch:
-        return packed([self.examples[place] for place in self.places[step]], self.states)
+def training_batches(
+    examples: Sequence[Example], states: States, batch_size: int, steps: int, seed: int
+) -> DataLoader[Batch]:
+    """A batch for each step, from passes over the examples in ever new random orders."""
+    # A generator for the order alone, so that all methods see the same batches, however many random numbers they draw.
+    generator = torch.Generator().manual_seed(seed)
+    order = RandomSampler(range(len(examples)), num_samples=steps * batch_size, generator=generator)
+    collate = partial(packed, states=states)
+    return DataLoader(examples, batch_size=batch_size, sampler=order, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def evaluation_batches(examples: Sequence[Example], states: States) -> list[Batch]:

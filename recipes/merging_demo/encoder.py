@@ -56,13 +56,10 @@ class CutEncoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any, frozen_layers: int, length: int) -> None:
-        layers = model.encoder.layer
-        if not 0 < frozen_layers < len(layers):
-            raise ValueError(f"frozen_layers must be between 1 and {len(layers) - 1}, got {frozen_layers}")
         self.width: int = model.config.hidden_size
         self.length = length
         self._tokenizer = tokenizer
-        self._upper = UpperLayers(list(layers[frozen_layers:]))
+        self._upper = UpperLayers(list(model.encoder.layer[frozen_layers:]))
         # A copy, since the caller's model keeps all of its layers.
         self._lower = copy.deepcopy(model).eval()
         self._lower.encoder.layer = self._lower.encoder.layer[:frozen_layers]

@@ -1,25 +1,23 @@
-"""The demo's table, its picture, and what they say in a sentence."""
+"""The demo's table, and what it says in a sentence."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
-
-from recipes.merging_demo.run import EFMLORA, FROZEN, LORA, SMALL_WITH_DROPOUT, WAYS
+from recipes.merging_demo.run import ARMS, EFMLORA, FROZEN, LORA, SMALL_WITH_DROPOUT, WAYS
 from recipes.shared.ledger import Row
-from recipes.shared.methods import COLOURS
 from recipes.shared.statistics import Estimate, estimate, with_error, with_interval
 from recipes.shared.tables import Table
 
 BySeed = Mapping[int, float]
 BEFORE = "before merging"
-_OTHERS = "#bbbbbb"
 
 
 def table(rows: Sequence[Row]) -> Table:
     """Test accuracy of each method in %, before merging and by each way to merge."""
     lines = []
-    for arm in _with_adapters(rows):
+    for arm in ARMS:
+        if arm == FROZEN:
+            continue
         line = [arm]
         for way in (BEFORE, *WAYS):
             line.append(with_error(estimate(list(accuracies(rows, arm, way).values()))))
@@ -32,31 +30,6 @@ def table(rows: Sequence[Row]) -> Table:
     ]
     columns = ("method", BEFORE, *WAYS, "TIES minus LoRA's")
     return Table("Test accuracy in % before merging and by way to merge", columns, lines, notes)
-
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Accuracy of each method before and after merging by TIES, with 95 % intervals over the seeds."""
-    arms = _with_adapters(rows)
-    drawn = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = drawn.subplots()
-    colours = [COLOURS.get(arm, _OTHERS) for arm in arms]
-    for place, (way, alpha) in enumerate(((BEFORE, 0.5), ("TIES", 1.0))):
-        found = [estimate(list(accuracies(rows, arm, way).values())) for arm in arms]
-        axes.bar(
-            [number + 0.4 * place for number in range(len(arms))],
-            [one.mean for one in found],
-            yerr=[one.interval for one in found],
-            width=0.38,
-            color=colours,
-            alpha=alpha,
-            capsize=4,
-        )
-    frozen = statistics.mean(accuracies(rows, FROZEN, BEFORE).values())
-    axes.axhline(frozen, color="#666666", linestyle="--", label=FROZEN)
-    axes.set_xticks([number + 0.2 for number in range(len(arms))], [arm.replace(", ", ",\n") for arm in arms])
-    axes.set(ylabel="mean test accuracy in %", title="pale: before merging; full: merged by TIES", ylim=(50, None))
-    axes.legend(loc="lower right")
-    return drawn
 
 
 def sentence(rows: Sequence[Row]) -> str:
@@ -84,8 +57,3 @@ def accuracies(rows: Sequence[Row], arm: str, way: str) -> BySeed:
 def difference(own: BySeed, other: BySeed) -> Estimate:
     """Paired by seed."""
     return estimate([own[seed] - other[seed] for seed in own])
-
-
-def _with_adapters(rows: Sequence[Row]) -> list[str]:
-    arms = dict.fromkeys(row["arm"] for row in rows)
-    return [arm for arm in arms if arm != FROZEN]

@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -14,10 +14,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.merge_utils import task_arithmetic, ties
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from recipes.language import texts
-from recipes.merging_demo.data import Batch, TrainingBatches, batch_places, evaluation_batches
+from recipes.merging_demo.data import Batch, evaluation_batches, training_batches
 from recipes.merging_demo.encoder import CutEncoder, UpperLayers, load, pooled
 from recipes.merging_demo.module import TaskClassifier, accuracy, linear_classifier
 from recipes.shared.ledger import Row, commit
@@ -89,29 +88,27 @@ class Run(NamedTuple):
 
     def key(self) -> Row:
         """The first entries of its row."""
-        settings = asdict(self.settings) | {"tasks": list(self.settings.tasks)}  # as JSON gives them back
-        return {"arm": self.arm, "config": ARMS[self.arm], "seed": self.seed, "settings": settings}
+        return {"arm": self.arm, "config": ARMS[self.arm], "seed": self.seed, "settings": asdict(self.settings)}
 
 
 Merge = Callable[[list[Tensor]], Tensor]
 
 
-def _average(updates: list[Tensor]) -> Tensor:
-    mean: Tensor = task_arithmetic(updates, torch.full((len(updates),), 1 / len(updates), dtype=updates[0].dtype))
-    return mean
-
-
-def _task_arithmetic(updates: list[Tensor]) -> Tensor:
-    total: Tensor = task_arithmetic(updates, torch.full((len(updates),), 0.4, dtype=updates[0].dtype))
+def _task_arithmetic(updates: list[Tensor], weight: float) -> Tensor:
+    total: Tensor = task_arithmetic(updates, updates[0].new_full((len(updates),), weight))
     return total
 
 
+def _average(updates: list[Tensor]) -> Tensor:
+    return _task_arithmetic(updates, 1 / len(updates))
+
+
 def _ties(updates: list[Tensor]) -> Tensor:
-    agreed: Tensor = ties(updates, torch.ones(len(updates), dtype=updates[0].dtype), density=0.5)
+    agreed: Tensor = ties(updates, updates[0].new_ones(len(updates)), density=0.5)
     return agreed
 
 
-WAYS: dict[str, Merge] = {"average": _average, "task arithmetic": _task_arithmetic, "TIES": _ties}
+WAYS: dict[str, Merge] = {"average": _average, "task arithmetic": partial(_task_arithmetic, weight=0.4), "TIES": _ties}
 """What is made of the updates s B A (m, n) that several adapters add to one weight."""
 
 
@@ -176,7 +173,6 @@ def _trained(run: Run, task: str, encoder: CutEncoder) -> TaskClassifier:
     L.seed_everything(run.seed, verbose=False)
     module = TaskClassifier(encoder, len(texts.TASKS[task].classes), **config)
     examples = texts.shots(task, settings.shots, run.seed)
-    places = batch_places(len(examples), settings.batch_size, settings.steps, run.seed)
     trainer = L.Trainer(
         # The kept states lie in the main memory, and steps are too small for a GPU to be faster.
         accelerator="cpu",
@@ -186,8 +182,7 @@ def _trained(run: Run, task: str, encoder: CutEncoder) -> TaskClassifier:
         enable_progress_bar=False,
         **BARE,
     )
-    batches = TrainingBatches(examples, places, encoder.states)
-    trainer.fit(module, DataLoader(batches, batch_size=None, shuffle=False))
+    trainer.fit(module, training_batches(examples, encoder.states, settings.batch_size, settings.steps, run.seed))
     return module
 
 

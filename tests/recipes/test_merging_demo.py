@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from recipes.language.texts import Example, Source
 from recipes.merging_demo import __main__ as command
 from recipes.merging_demo import run as running
 from recipes.merging_demo.__main__ import main
-from recipes.merging_demo.data import batch_places, packed
+from recipes.merging_demo.data import packed
 from recipes.merging_demo.encoder import CutEncoder, pooled
 from recipes.merging_demo.module import TaskClassifier, linear_classifier
 from recipes.merging_demo.run import ARMS, FROZEN, SEEDS, WAYS, Run, Settings, merged, perform
@@ -25,7 +25,7 @@ from recipes.shared.ledger import Row
 
 WORDS = (("heart", "blood", "vein"), ("tooth", "gum", "molar"))
 # What a task consists of is kept in a process, for other tests too: so these have names that no other test uses.
-TASKS = ["merging_a", "merging_b", "merging_c"]
+TASKS = ("merging_a", "merging_b", "merging_c")
 LAYERS = ["layer.0.attention.self.query", "layer.0.attention.self.value"]
 SETTINGS = Settings(TASKS, 1, 32, shots=4, steps=2, batch_size=4, validation=8, test=10, precision="32-true")
 
@@ -86,20 +86,14 @@ def updates(modules: list[TaskClassifier], layer: str) -> Tensor:
 
 
 def by_ties(each: Tensor) -> Tensor:
-    """Density 0.5 and weight 1, one entry after the other (arXiv 2306.01708)."""
+    """Density 0.5 and weight 1 (arXiv 2306.01708)."""
     kept = torch.zeros_like(each)
     for place, update in enumerate(each):
         median = update.abs().flatten().sort().values[update.numel() // 2]
         kept[place] = torch.where(update.abs() >= median, update, 0.0)
-    result = torch.zeros_like(each[0])
-    for row in range(result.shape[0]):
-        for column in range(result.shape[1]):
-            entries = kept[:, row, column]
-            elected = 1.0 if entries.sum() >= 0 else -1.0
-            agreeing = entries[entries * elected > 0]
-            if len(agreeing):
-                result[row, column] = agreeing.mean()
-    return result
+    elected = torch.where(kept.sum(dim=0) >= 0, 1.0, -1.0)
+    agreeing = kept * elected > 0
+    return (kept * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=1)
 
 
 REFERENCES = {"average": lambda each: each.mean(dim=0), "task arithmetic": lambda each: 0.4 * each.sum(dim=0)}
@@ -130,13 +124,6 @@ def test_kept_lower_layers_and_upper_ones_are_the_whole_model(wordpieces: Any, f
         torch.testing.assert_close(mean, model(**inputs).last_hidden_state[0].mean(dim=0), rtol=0, atol=1e-12)
 
 
-def test_batches_pass_over_all_examples() -> None:
-    places = batch_places(examples=10, batch_size=3, steps=7, seed=0)
-    assert [len(batch) for batch in places] == [3] * 7
-    assert len(set(chain.from_iterable(places[:3]))) == 9
-    assert places != batch_places(10, 3, 7, seed=1)
-
-
 def test_the_linear_classifier_separates_what_can_be_separated() -> None:
     features, labels = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)
     classifier = linear_classifier(features, labels, (features, labels), classes=3)
@@ -147,14 +134,11 @@ def test_the_linear_classifier_separates_what_can_be_separated() -> None:
 @pytest.mark.parametrize("arm", ["EFMLoRA", FROZEN])
 def test_a_run_repeats_and_its_row_says_what_it_was(arm: str) -> None:
     row = perform(Run(arm, 20, SETTINGS))
-    assert json.loads(json.dumps(row)) == row
     assert row["config"] == ARMS[arm]
-    assert list(row["single"]) == TASKS
+    assert tuple(row["single"]) == TASKS
     assert list(row.get("merged", {})) == ([] if arm == FROZEN else [*WAYS])
     again = perform(Run(arm, 20, SETTINGS))
-    assert {name: again.get(name) for name in ("single", "merged")} == {
-        name: row.get(name) for name in ("single", "merged")
-    }
+    assert (again["single"], again.get("merged")) == (row["single"], row.get("merged"))
 
 
 @pytest.mark.usefixtures("tiny")
@@ -182,6 +166,5 @@ def test_the_demo_runs_resumes_and_compares(
     shown = " ".join(capsys.readouterr().out.split())
     assert "in points of accuracy, 3 seeds: minus LoRA +5.00 [+5.00, +5.00]" in shown
     assert "+5.00 [+5.00, +5.00]" in (tmp_path / "table.txt").read_text()
-    assert (tmp_path / "merging.png").stat().st_size > 10_000
     monkeypatch.setattr(command, "perform", lambda run: pytest.fail("done twice"))
     assert main(options) == 0
