@@ -1,15 +1,21 @@
 """Reading images: errors that name the file, and one pass over a folder before training that finds what is broken."""
 
 import os
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from glob import glob
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -70,6 +76,20 @@ def read_image(path: ImageFile) -> Image.Image:
             return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except Exception as error:  # decoders raise of many kinds: OSError, SyntaxError, struct.error, ...
         raise MisconfigurationException(f"{path} can't be read as an image: {_reason(error)}") from error
+
+
+@contextmanager
+def drawing(*seeds: int) -> Iterator[None]:
+    """Let these numbers decide what is drawn inside, in whichever process; all generators are put back afterwards.
+
+    They are Python's, NumPy's and PyTorch's on the CPU, from any of which open_clip's transforms draw, and dropout too.
+    """
+    (seed,) = np.random.SeedSequence(seeds).generate_state(1).tolist()
+    with isolate_rng(include_cuda=False):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        yield
 
 
 Size = tuple[int, int]
@@ -180,30 +200,17 @@ def image_endings() -> frozenset[str]:
 
 def image_files(folder: Path) -> list[Path]:
     """All files at any depth below a folder whose name ends like an image's, in order; links are followed."""
-    found, seen = [], set()
+    found: dict[tuple[str, str], Path] = {}
     endings = image_endings()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        # A link to a folder above would go on for ever.
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        # Copies that a notebook or an archive has left, such as .ipynb_checkpoints/cat-checkpoint.png.
-        folders[:] = _links_last(place, [name for name in folders if not is_hidden(name)])
-        for name in files:
-            path = Path(place, name)
-            if path.suffix.lower() in endings and not is_hidden(name) and path.is_file():
-                found.append(path)
-    # Sorted, since file systems list files in different orders, and a seed has to draw the same ones.
-    return sorted(found)
-
-
-def _links_last(place: str, folders: list[str]) -> list[str]:
-    """The folders in a place in one order on every machine, since of two ways to a folder the first one counts."""
-    links = [name for name in folders if Path(place, name).is_symlink()]
-    own = set(folders) - set(links)
-    return [*sorted(own), *sorted(links)]
+    real = cache(os.path.realpath)
+    # Sorted, since file systems list files in different orders, and a seed has to draw the same ones. Without what
+    # notebooks and archives leave in hidden folders, such as .ipynb_checkpoints/cat-checkpoint.png.
+    for name in sorted(glob("**/*", root_dir=folder, recursive=True)):
+        path = folder / name
+        if path.suffix.lower() in endings and "__MACOSX" not in Path(name).parts and path.is_file():
+            # A link to a folder above gives its files again and again.
+            found.setdefault((real(path.parent), path.name), path)
+    return list(found.values())
 
 
 def is_hidden(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
 from lightning_flatlora.clip import check_reached, joined_state_dict, lora_targets, split_attention
 from recipes.shared.command_line import CLIP_FIELDS
+from recipes.shared.ranks import rank
 
 DEFAULT_LORA = {"r": 2, "lora_alpha": 1, "use_rslora": True, "lora_dropout": 0.25}
 """CLIP-LoRA's adapter, on q, k and v in all blocks of both towers; its scaling is alpha / sqrt(r), 0.71."""
+
+_CHUNK = 4096  # texts that are tokenized at once to learn their length
 
 
 @dataclass
@@ -152,6 +157,24 @@ def text_features(net: Any, tokens: Tensor) -> Tensor:
     return cast("Tensor", net.encode_text(tokens, normalize=True))
 
 
+def too_long(texts: Sequence[str], tokenizer: Any, context_length: int) -> list[str]:
+    """The texts that a tokenizer cuts silently, since they have more tokens."""
+    padding = tokenizer([""], context_length=context_length + 1)[0, -1]
+    distinct = list(dict.fromkeys(texts))
+    overlong: set[str] = set()
+    starts = range(0, len(distinct), _CHUNK)
+    for start in tqdm(starts, "Tokenizing", disable=len(starts) < 10 or rank() != 0):
+        chunk = distinct[start : start + _CHUNK]
+        # With room for one token more a text that was cut is longer: by a word in place of its end, or by one token.
+        cut, longer = (
+            tokenizer(chunk, context_length=context_length),
+            tokenizer(chunk, context_length=context_length + 1),
+        )
+        differs = (cut != longer[:, :context_length]).any(dim=1) | (longer[:, context_length] != padding)
+        overlong |= set(compress(chunk, differs.tolist()))
+    return [text for text in texts if text in overlong]
+
+
 def export_open_clip(net: nn.Module) -> dict[str, Tensor]:
     """The weights under open_clip's names, with the adapter merged in; ``net`` itself stays as it is.
 
@@ -180,8 +203,9 @@ def _known_name(model: str, pretrained: str | None) -> str:
         open_clip.add_model_config(Path(model))
         model = Path(model).stem
     if model not in open_clip.list_models():
+        alike = difflib.get_close_matches(model, open_clip.list_models()) or ["ViT-B-16"]
         raise MisconfigurationException(
-            f"model={model!r} is not one of open_clip's{_alike(model, open_clip.list_models())}; hf-hub:OWNER/NAME and "
+            f"model={model!r} is not one of open_clip's, such as {', '.join(alike)}; hf-hub:OWNER/NAME and "
             "local-dir:FOLDER are possible too"
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
@@ -190,11 +214,6 @@ def _known_name(model: str, pretrained: str | None) -> str:
             f"pretrained={pretrained!r} is neither a file nor a tag of {model}, whose tags are {tags}"
         )
     return model
-
-
-def _alike(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f", as {', '.join(close)}" if close else ""
 
 
 def _example(net: Any) -> tuple[Tensor, Tensor]:

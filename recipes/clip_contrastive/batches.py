@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from recipes.clip.images import read_image
+from recipes.clip.images import drawing, read_image
 from recipes.clip_contrastive.pictures import Picture
 
 Batch = dict[str, Tensor]
@@ -115,10 +114,9 @@ class PictureBatches(Dataset[Batch]):
 
     def _drawn(self, draw: Draw) -> Batch:
         images, captions = [], []
-        with isolate_rng(include_cuda=False):  # dropout draws from these generators too
-            for place in draw.places:
-                _seed_all(self.seed, draw.epoch, place)
-                picture = self.pictures[place]
+        for place in draw.places:
+            picture = self.pictures[place]
+            with drawing(self.seed, draw.epoch, place):
                 captions.append(random.choice(picture.captions))
                 images.append(self._image(picture))
         return {"images": torch.stack(images), "tokens": self.tokenizer(captions)}
@@ -146,11 +144,3 @@ class PictureBatches(Dataset[Batch]):
 
 def _captions(pictures: Sequence[Picture]) -> list[str]:
     return list(chain.from_iterable(picture.captions for picture in pictures))
-
-
-def _seed_all(*numbers: int) -> None:
-    """Python's, NumPy's and PyTorch's generators on the CPU: open_clip's transforms draw from any of them."""
-    (seed,) = np.random.SeedSequence(numbers).generate_state(1).tolist()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)

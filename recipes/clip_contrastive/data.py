@@ -2,18 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from tqdm import tqdm
 from typing_extensions import override
 
 from recipes.clip.images import Embedded, blind_skips, readable
+from recipes.clip.model import too_long
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.pictures import Picture
@@ -24,10 +23,7 @@ from recipes.shared.data import (
     take_own_splits,
     warn_of_training_data,
 )
-from recipes.shared.ranks import rank
 from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
-
-_CHUNK = 4096  # captions that are tokenized at once to learn their length
 
 
 @dataclass(eq=False)
@@ -194,9 +190,9 @@ class ContrastiveData(ResumableData):
         report = (
             f"{self.own_datasets.get(part) or self.dataset}, {part}: {len(pictures)} images, {len(captions)} captions"
         )
-        long = too_long(captions, self.clip.tokenizer)
+        length = self.clip.tokenizer.context_length
+        long = too_long(captions, self.clip.tokenizer, length)
         if long:
-            length = self.clip.tokenizer.context_length
             note = f"{len(long)} of them longer than the context_length of {length} tokens, such as {long[0]!r}"
             if self.refuse_long_captions:
                 raise MisconfigurationException(
@@ -249,19 +245,3 @@ def part_bounds(part: str, size: int, shares: dict[str, float]) -> tuple[int, in
             return first, last
         first = last
     return first, size
-
-
-def too_long(captions: Sequence[str], tokenizer: Any) -> list[str]:
-    """The captions that a tokenizer cuts at its context length."""
-    length = tokenizer.context_length
-    padding = tokenizer([""], context_length=length + 1)[0, -1]
-    distinct = list(dict.fromkeys(captions))
-    overlong: set[str] = set()
-    starts = range(0, len(distinct), _CHUNK)
-    for start in tqdm(starts, "Tokenizing", disable=len(starts) < 10 or rank() != 0):
-        chunk = distinct[start : start + _CHUNK]
-        # With room for one token more a text that was cut is longer: by a word in place of its end, or by one token.
-        cut, longer = tokenizer(chunk, context_length=length), tokenizer(chunk, context_length=length + 1)
-        differs = (cut != longer[:, :length]).any(dim=1) | (longer[:, length] != padding)
-        overlong |= set(compress(chunk, differs.tolist()))
-    return [caption for caption in captions if caption in overlong]

@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 from typing_extensions import override
 
-from recipes.clip.images import read_image
+from recipes.clip.images import drawing, read_image
 from recipes.shared.data import divided
 
 Batch = dict[str, Any]
@@ -102,22 +102,16 @@ class Images(Dataset[Batch]):
     @override
     def __getitem__(self, draws: list[Draw]) -> Batch:
         chosen = [self.examples[place] for place, _ in draws]
+        images = []
+        for (path, _), (_, number) in zip(chosen, draws, strict=True):
+            with drawing(self.seed, number):
+                images.append(self.transform(read_image(path)))
         return {
-            "images": torch.stack(
-                [self._image(path, number) for (path, _), (_, number) in zip(chosen, draws, strict=True)]
-            ),
+            "images": torch.stack(images),
             "labels": torch.tensor([label for _, label in chosen]),
             "places": [place for place, _ in draws],
             "paths": [str(path) for path, _ in chosen],
         }
-
-    def _image(self, path: Path, number: int) -> Tensor:
-        image = read_image(path)
-        # The state is put back afterwards: with num_workers=0 dropout draws from this generator too.
-        with torch.random.fork_rng(devices=[]):
-            state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)
-            torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would seed the GPUs too
-            return self.transform(image)
 
 
 def train_transform(cfg: PreprocessCfg, crop_scale: tuple[float, float], flip: float) -> Callable[[Any], Tensor]:
@@ -128,12 +122,6 @@ def train_transform(cfg: PreprocessCfg, crop_scale: tuple[float, float], flip: f
         crop_scale: smallest and largest share of the image's area that is kept.
         flip: probability of a horizontal flip.
     """
-    crop: Callable[[Any], Tensor] = image_transform_v2(cfg, is_train=True, aug_cfg={"scale": crop_scale})
+    crop = image_transform_v2(cfg, is_train=True, aug_cfg={"scale": crop_scale})
     composed: Callable[[Any], Tensor] = transforms.Compose([transforms.RandomHorizontalFlip(flip), crop])
     return composed
-
-
-def eval_transform(cfg: PreprocessCfg) -> Callable[[Any], Tensor]:
-    """open_clip's preprocessing for evaluation."""
-    transform: Callable[[Any], Tensor] = image_transform_v2(cfg, is_train=False)
-    return transform

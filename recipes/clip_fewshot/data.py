@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from recipes.clip.images import image_files, readable
 from recipes.clip_fewshot import sources
-from recipes.clip_fewshot.batches import Images, InTurn, Stream, eval_transform, train_transform
+from recipes.clip_fewshot.batches import Images, InTurn, Stream, train_transform
 from recipes.clip_fewshot.folders import Example
 from recipes.clip_fewshot.prompts import Templates, class_names, prompts, templates_of
 from recipes.clip_fewshot.sources import Source, Split
@@ -121,24 +120,20 @@ class FewShotData(ResumableData):
 
     @override
     def loader(self, part: str) -> LateLoader:
-        trainer, examples = self._trainer(), self.parts[part]
-        # Its ``preprocess_cfg`` holds the model's image size, mean and standard deviation.
-        module: Any = trainer.lightning_module
+        if self.trainer is None:
+            raise MisconfigurationException("FewShotData takes the image size from its Trainer's model: use a Trainer")
+        module: Any = self.trainer.lightning_module
+        examples = self.parts[part]
         if part == "train":
             # FMLoRA's module accumulates by itself.
-            accumulated = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+            accumulated = getattr(module, "accumulate_grad_batches", self.trainer.accumulate_grad_batches)
             steps = self.iterations_per_shot * self.shots
             sampler: Any = Stream(len(examples), self.batch_size, steps * accumulated, seed=self.seed, **self.ranks())
             transform = train_transform(module.preprocess_cfg, self.crop_scale, self.flip)
         else:
             sampler = InTurn(len(examples), self.eval_batch_size, **self.ranks())
-            transform = eval_transform(module.preprocess_cfg)
+            transform = module.clip.preprocess_val
         return self.whole_batches(Images(examples, transform, self.seed), sampler)
-
-    def _trainer(self) -> L.Trainer:
-        if self.trainer is None:
-            raise MisconfigurationException("FewShotData takes the image size from its Trainer's model: use a Trainer")
-        return self.trainer
 
     def _images_to_predict(self) -> list[Example]:
         folder = Path(self.predict_folder).expanduser() if self.predict_folder else None

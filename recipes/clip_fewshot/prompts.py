@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from recipes.clip.model import too_long
+
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP-LoRA's, for every data set
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "packaged:emoji": ("{}",),  # as the captions of the model that recipes.clip_contrastive.pretrain makes
@@ -140,12 +142,11 @@ def tokenize(texts: Sequence[str], tokenizer: Callable[..., Tensor], context_len
     Raises:
         MisconfigurationException: a text does not fit; the message holds it.
     """
-    wider = tokenizer([*texts, ""], context_length=context_length + 1)
-    too_long = (wider[:-1, -1] != wider[-1, -1]).nonzero().flatten().tolist()  # the last place is not padding
-    if too_long:
+    overlong = too_long(texts, tokenizer, context_length)
+    if overlong:
         raise MisconfigurationException(
-            f"{len(too_long)} text(s) are longer than the model's {context_length} tokens, the first: "
-            f"{texts[too_long[0]]!r}. Shorten the template or the class's name (class_names)"
+            f"{len(overlong)} text(s) are longer than the model's {context_length} tokens, the first: "
+            f"{overlong[0]!r}. Shorten the template or the class's name (class_names)"
         )
     return tokenizer(list(texts), context_length=context_length)
 

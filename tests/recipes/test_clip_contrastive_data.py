@@ -22,9 +22,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip import emoji
+from recipes.clip.model import too_long
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import Draw, PictureBatchSampler
-from recipes.clip_contrastive.data import ContrastiveData, too_long
+from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.pictures import Picture, lines_of
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -299,7 +300,7 @@ def test_long_captions_are_counted_and_cut_or_refused(
     clip: Any, pictures: str, write_table: Callable[..., str]
 ) -> None:
     fits, long = "one " * 10, "one " * 11  # with start and end 12 and 13 tokens
-    assert too_long([fits, "", long], clip.tokenizer) == [long]
+    assert too_long([fits, "", long], clip.tokenizer, 12) == [long]
     image = str(Path(pictures) / "red-circle.png")
     table = write_table([(image, fits), (image, long)])
     shares = {"validation_share": 0.0, "test_share": 0.0}

@@ -145,7 +145,7 @@ def test_the_export_is_loaded_by_plain_open_clip_with_equal_features(name: str) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("ViT-B-33",), r"model='ViT-B-33' is not one of open_clip's, as ViT-B-32"),
+        (("ViT-B-33",), r"model='ViT-B-33' is not one of open_clip's, such as ViT-B-32"),
         (
             ("ViT-B-32", "opnai"),
             r"pretrained='opnai' is neither a file nor a tag of ViT-B-32, whose.* are \['openai'",
