@@ -2,7 +2,7 @@
 
 import tarfile
 from dataclasses import dataclass
-from glob import escape, glob
+from glob import glob
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -43,11 +43,9 @@ class StoredFile:
 def pictures_of_shards(pattern: str) -> list[Picture]:
     """Pictures of webdataset shards, found in one pass over the archives' headers."""
     shards: list[Path] = []
-    for one in _expanded(pattern):
-        path = Path(one).expanduser()
-        # A folder may have brackets in its own name.
-        files = sorted(glob(str(path))) or sorted(glob(f"{escape(str(path.parent))}/{path.name}"))
-        shards += map(Path, files or [one])
+    # A backslash stands in paths of Windows, and escapes nothing.
+    for one in braceexpand(str(Path(pattern).expanduser()), escape=False):
+        shards += map(Path, sorted(glob(one)) or [one])
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
         raise MisconfigurationException(f"dataset={pattern!r}: there is no {', '.join(missing[:5])}")
@@ -112,19 +110,3 @@ def _ends_here(archive: tarfile.TarFile, shard: Path) -> bool:
     with shard.open("rb") as file:
         file.seek(archive.offset)
         return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
-
-
-def _expanded(pattern: str) -> list[str]:
-    """The patterns that braces stand for, as in webdataset; one with a lone brace in a name stays as it is.
-
-    Example:
-        >>> _expanded("{old,new}/{09..10}.tar")
-        ['old/09.tar', 'old/10.tar', 'new/09.tar', 'new/10.tar']
-        >>> _expanded("{old/1.tar")
-        ['{old/1.tar']
-    """
-    try:
-        # A backslash stands in paths of Windows, and escapes nothing.
-        return list(braceexpand(pattern, escape=False))
-    except ValueError:  # unbalanced braces
-        return [pattern]

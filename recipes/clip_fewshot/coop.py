@@ -6,8 +6,9 @@ name]``, whose paths begin in the set's folder of images. FGVCAircraft has text 
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -108,69 +109,38 @@ def _images(dataset: str, root: str) -> Path:
 
 
 def _split_file(file: Path, images: Path) -> Labelled:
-    split = _split(file)
-    names: dict[int, str] = {}
-    parts: Parts = {}
-    for part, key in _KEYS.items():
-        parts[part] = []
-        for path, label, name in split[key]:
-            if names.setdefault(label, name) != name:
-                raise MisconfigurationException(f"{file}: label {label} is both {names[label]!r} and {name!r}")
-            parts[part].append((images / path, label))
-    if sorted(names) != list(range(len(names))):
+    if not file.is_file():
         raise MisconfigurationException(
-            f"{file}: its {len(names)} labels have to be the numbers from 0 to {len(names) - 1}, got {sorted(names)}"
+            f"split='coop': there is no {file}. {GUIDE} links to it; with split official or seeded the parts are "
+            "others than CoOp's"
         )
+    names: dict[int, str] = {}
+    parts: Parts = {part: [] for part in PARTS}
+    try:
+        split = json.loads(file.read_text(encoding="utf-8-sig"))
+        for part, key in _KEYS.items():
+            for path, label, name in split[key]:
+                if names.setdefault(label, name) != name:
+                    raise ValueError(f"label {label} is both {names[label]!r} and {name!r}")
+                parts[part].append((images / path, label))
+        classes = [names[label] for label in range(len(names))]
+    except (KeyError, TypeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"{file} is no split file of CoOp's, a JSON object of the lists {', '.join(_KEYS.values())} of "
+            f"[path, label, class name], with labels from 0 on: {type(error).__name__}: {error}"
+        ) from error
     _check_there(file, images, parts)
-    classes = [names[label] for label in range(len(names))]
     return Labelled(classes, [name.replace("_", " ") for name in classes], parts)
 
 
-def _split(file: Path) -> dict[str, list[tuple[str, int, str]]]:
-    """The contents of a split file, checked."""
-    if not file.is_file():
-        others = sorted(path.name for path in file.parent.glob("split_zhou_*.json"))
-        found = f" ({', '.join(others)} is another set's)" if others else ""
-        raise MisconfigurationException(
-            f"split='coop': there is no {file}{found}. {GUIDE} links to it; with split official or seeded the parts "
-            "are others than CoOp's"
-        )
-    try:
-        split = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # broken JSON, or no UTF-8
-        raise MisconfigurationException(f"{file} can't be read as JSON: {error}") from error
-    lists = [split.get(key) for key in _KEYS.values()] if isinstance(split, dict) else [None]
-    if not all(isinstance(rows, list) and rows for rows in lists):
-        raise MisconfigurationException(
-            f"{file} has to hold an object with the lists {', '.join(_KEYS.values())}, none of them empty"
-        )
-    for key in _KEYS.values():
-        for row in split[key]:
-            if not _is_row(row):
-                raise MisconfigurationException(f"{file}: {key} has to hold [path, label, class name], got {row!r}")
-    return dict(split)
-
-
-def _is_row(row: Any) -> bool:
-    if not (isinstance(row, list) and len(row) == 3):
-        return False
-    path, label, name = row
-    # Not isinstance of the label, since True is an int as well.
-    return isinstance(path, str) and type(label) is int and isinstance(name, str) and name.strip() != ""
-
-
 def _check_there(file: Path, images: Path, parts: Parts) -> None:
-    """Refuse a list of images that are not all there."""
-    paths: list[Path] = []
-    for examples in parts.values():
-        # Looked up here, so that training does not fail hours later at the batch with a missing image.
-        paths += [path for path, _ in examples]
+    """Refuse a list of images that are not all there, so that training does not fail hours later at a missing one."""
+    paths = [path for path, _ in chain.from_iterable(parts.values())]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        hint = "complete them" if len(missing) < len(paths) else "is it another set's file?"
         raise MisconfigurationException(
             f"{len(missing)} of the {len(paths)} images that {file} names are not in {images}, the first: "
-            f"{missing[0]}: {hint}"
+            f"{missing[0]}. Complete them, or is it another set's file?"
         )
 
 

@@ -55,7 +55,7 @@ def _write_table(plan: Sweep, options: argparse.Namespace) -> str:
 
 def _announce(run: Run, plan: Sweep, options: argparse.Namespace) -> None:
     _write_table(plan, options)  # of what is there, for an early look
-    print(f"\n{run}; {len(plan.open_runs())} runs are left", flush=True)
+    print(f"\n{run}", flush=True)
 
 
 def perform(run: Run, folder: Path, fit_options: Sequence[str]) -> Row:
