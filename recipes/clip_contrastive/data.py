@@ -4,7 +4,6 @@ import hashlib
 import os
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -18,7 +17,9 @@ from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.pictures import Picture
 from recipes.shared.data import (
     given_dataset,
+    part_of,
     refuse_bad_settings,
+    remedy_of_empty,
     shares_of,
     take_own_splits,
     warn_of_training_data,
@@ -100,7 +101,6 @@ class ContrastiveData(ResumableData):
         least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, problems)
         self.parts: dict[str, list[Picture]] = {}
-        self.reports: dict[str, str] = {}
         self.clip: Any = None  # what recipes.clip.model.load_clip gives; None takes the Trainer's module's
 
     @override
@@ -124,11 +124,10 @@ class ContrastiveData(ResumableData):
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
         if stage == "fit":
-            trained = [_identity(picture) for picture in self.parts["train"]]
-            held_out = [_identity(picture) for picture in self.parts["validation"]]
+            trained, held_out = ([_identity(one) for one in self.parts[part]] for part in ("train", "validation"))
             warn_of_training_data("validation", held_out, trained, "images")
         # Every stage except fit has a single part, the one that the loop ends with.
-        if stage != "fit" and not self.parts[part]:
+        elif not self.parts[part]:
             raise MisconfigurationException(
                 f"there is nothing to evaluate on: give {part}_dataset, which was not trained on, or train with "
                 f"{part}_share=0.1, say"
@@ -137,7 +136,7 @@ class ContrastiveData(ResumableData):
     def _refuse_training_data(self) -> None:
         problems = []
         for part, own in self.own_datasets.items():
-            if own is not None and _place(own) == _place(str(self.dataset)):
+            if own is not None and os.path.realpath(own) == os.path.realpath(str(self.dataset)):
                 problems.append(
                     f"{part}_dataset={own!r} is what is trained on: give another one, or null, which holds out a share"
                 )
@@ -160,29 +159,24 @@ class ContrastiveData(ResumableData):
 
     def _chosen(self, part: str) -> list[Picture]:
         """A part's pictures, in an order that has nothing to do with what they show."""
-        own = self.own_datasets.get(part)
-        split = self.own_splits.get(part)
-        if part != "train" and own is None and split is None and not self.shares[part]:
+        own, split, share = (given.get(part) for given in (self.own_datasets, self.own_splits, self.shares))
+        if part != "train" and not (own or split or share):
             return []
-        names = self.image_column, self.caption_column, self.config_name, self.revision
-        if own is not None:
-            pictures = sources.load(own, "train", *names)
-        else:
-            pictures = sources.load(str(self.dataset), split or self.split, *names)
-        keys = shuffled({picture.key for picture in pictures}, self.seed)
-        place = dict(zip(keys, range(len(keys)), strict=True))
-        pictures.sort(key=lambda picture: place[picture.key])
-        if own is not None or split is not None:
-            return pictures
-        first, last = part_bounds(part, len(place), self.shares)
-        return [picture for picture in pictures if first <= place[picture.key] < last]
+        dataset, split = (own, "train") if own else (str(self.dataset), split or self.split)
+        columns = self.image_column, self.caption_column
+        pictures = sources.load(dataset, split, *columns, self.config_name, self.revision)
+        # Names of files may hold bytes that are no UTF-8, which ascii() writes as something else.
+        names = {picture.key: ascii(f"{self.seed}/{picture.key}") for picture in pictures}
+        pictures.sort(key=lambda picture: hashlib.sha256(names[picture.key].encode()).digest())
+        if part == "train" or share:
+            pictures = [picture for picture in pictures if part_of(names[picture.key], self.shares) == part]
+            if not pictures:
+                raise MisconfigurationException(
+                    f"{dataset}: no image is left for {part}{remedy_of_empty(part, self.shares)}"
+                )
+        return pictures
 
     def _checked(self, part: str, pictures: list[Picture]) -> list[Picture]:
-        if part == "train" and not pictures:
-            raise MisconfigurationException(
-                f"{self.dataset}: nothing is left to train on: lower validation_share and test_share, or "
-                "give more images"
-            )
         if self.check_images and pictures:
             files = [picture.file for picture in pictures]
             pictures = [pictures[place] for place in readable(files, self.skip_unreadable)]
@@ -199,49 +193,10 @@ class ContrastiveData(ResumableData):
                     f"{report}, {note}: shorten them, or set refuse_long_captions to false to have them cut"
                 )
             report += f", {note}: cut there"
-        self.reports[part] = report
         rank_zero_info(report)
         return pictures
 
 
 def _identity(picture: Picture) -> str:
     """Where an image lies, however its path is written; of an image in a table its content."""
-    if isinstance(picture.file, Path):
-        return os.path.realpath(picture.file)
-    return picture.key if isinstance(picture.file, Embedded) else str(picture.file)
-
-
-def _place(dataset: str) -> Path:
-    """Where a data set is, however its name is written."""
-    return Path(dataset).expanduser().resolve()
-
-
-def shuffled(keys: set[str], seed: int) -> list[str]:
-    """Keys in an order that is the same on every machine, whatever order the data are in.
-
-    Example:
-        >>> shuffled({"a", "b", "c"}, seed=0) == shuffled({"c", "b", "a"}, seed=0)
-        True
-    """
-
-    def place(key: str) -> bytes:
-        # A key may be a file's name, which may hold bytes that are no UTF-8.
-        return hashlib.sha256(f"{seed}/{key}".encode(errors="surrogateescape")).digest()
-
-    return sorted(keys, key=place)
-
-
-def part_bounds(part: str, size: int, shares: dict[str, float]) -> tuple[int, int]:
-    """Where a part begins and ends among shuffled keys; a share above 0 is one key at least.
-
-    Example:
-        >>> [part_bounds(part, 10, {"validation": 0.2, "test": 0.01}) for part in ("validation", "test", "train")]
-        [(0, 2), (2, 3), (3, 10)]
-    """
-    first = 0
-    for name, share in shares.items():
-        last = first + (max(1, round(share * size)) if share else 0)
-        if name == part:
-            return first, last
-        first = last
-    return first, size
+    return picture.key if isinstance(picture.file, Embedded) else os.path.realpath(str(picture.file))

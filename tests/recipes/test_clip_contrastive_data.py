@@ -297,15 +297,15 @@ def test_a_broken_image_is_named_or_skipped_and_counted(
 
 
 def test_long_captions_are_counted_and_cut_or_refused(
-    clip: Any, pictures: str, write_table: Callable[..., str]
+    clip: Any, pictures: str, write_table: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     fits, long = "one " * 10, "one " * 11  # with start and end 12 and 13 tokens
     assert too_long([fits, "", long], clip.tokenizer, 12) == [long]
     image = str(Path(pictures) / "red-circle.png")
     table = write_table([(image, fits), (image, long)])
     shares = {"validation_share": 0.0, "test_share": 0.0}
-    data = prepared(clip, "fit", table, **shares)
-    assert "1 images, 2 captions, 1 of them longer than the context_length of 12 tokens" in data.reports["train"]
+    prepared(clip, "fit", table, **shares)
+    assert "1 images, 2 captions, 1 of them longer than the context_length of 12 tokens" in caplog.text
     with pytest.raises(MisconfigurationException, match=r"1 of them longer.*'one .*refuse_long_captions"):
         prepared(clip, "fit", table, refuse_long_captions=True, **shares)
 
@@ -313,23 +313,24 @@ def test_long_captions_are_counted_and_cut_or_refused(
 # -- parts and batches
 
 
-def test_no_image_is_on_two_sides(clip: Any, pictures: str, write_table: Callable[..., str]) -> None:
-    expected = described(pictures)
-    rows = table_rows(pictures, expected)
+def test_no_image_is_on_two_sides_and_none_moves_when_the_data_grow(
+    clip: Any, pictures: str, write_table: Callable[..., str]
+) -> None:
+    rows = table_rows(pictures, described(pictures))
 
     def parts(rows: list[tuple[str, str]], **options: Any) -> dict[str, set[str]]:
         data = prepared(clip, "fit", write_table(rows), validation_share=0.25, test_share=0.1, **options)
         data.setup("test")
-        files = {}
-        for part, chosen in data.parts.items():
-            files[part] = {str(picture.file) for picture in chosen}
-        return files
+        return {part: {str(picture.file) for picture in chosen} for part, chosen in data.parts.items()}
 
     found = parts(rows)
-    assert {part: len(files) for part, files in found.items()} == {"train": 21, "validation": 8, "test": 3}
-    assert len(set.union(*found.values())) == 32
+    assert sum(len(files) for files in found.values()) == 32 == len(set.union(*found.values()))
+    assert len(found["train"]) > len(found["validation"]) > len(found["test"]) > 0
     assert parts(random.sample(rows, len(rows))) == found
     assert parts(rows, seed=1) != found
+    for fewer in (36, 44, 52, 60):
+        before = parts(rows[-fewer:])
+        assert all(before[part] <= found[part] for part in found)
 
 
 @pytest.mark.parametrize(
