@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,21 +123,13 @@ def _of_text_table(path: Path, given: Sequence[str | None]) -> list[Picture]:
         raise MisconfigurationException(f"{path}: the first row has more columns than the header")
     image, caption = _columns(str(path), list(table.columns), given)
     if separator == "\t":
-        # Whole lines, each with an image, would be lost in it.
         texts = table[caption].fillna("").str
-        swallowed = texts.contains("\t", regex=False) & texts.contains("\n", regex=False)
-        refuse(path, [_swallowed(number) for number in table.index[swallowed]])
-    rows: list[Row] = []
-    for value, text in zip(table[image], table[caption], strict=True):
-        rows.append((*_in_folder(value, path.parent), text))
+        swallowed = table.index[texts.contains("\t", regex=False) & texts.contains("\n", regex=False)]
+        # Whole lines, each with an image, would be lost in such a caption.
+        reason = 'goes on over further lines: a quotation mark at its beginning has to be written as """'
+        refuse(path, [f"row {number + 1} has a caption that {reason}" for number in swallowed])
+    rows = [(*_in_folder(value, path.parent), text) for value, text in zip(table[image], table[caption], strict=True)]
     return _gathered(str(path), rows)
-
-
-def _swallowed(number: int) -> str:
-    return (
-        f"row {number + 1} has a caption that goes on over further lines from a quotation mark at its beginning (a "
-        'caption such as "Stop" says the sign has to be written """Stop"" says the sign")'
-    )
 
 
 def _columns(source: str, columns: Sequence[str], given: Sequence[str | None]) -> tuple[str, str]:
@@ -216,11 +209,12 @@ def _packaged(dataset: str) -> list[Picture]:
     if dataset not in PACKAGED.split(", "):
         raise MisconfigurationException(f"dataset: unknown package {dataset!r}, give one of {PACKAGED}")
     folders, held_out = emoji.prepare(), dataset.endswith("held-out")
-    pairs = _of_text_table(folders.held_out_pairs if held_out else folders.pairs, (None, None))
-    codes = [Path(picture.key).stem for picture in pairs]  # the file's name is the emoji's code points, in every style
+    table = folders.held_out_pairs if held_out else folders.pairs
+    # A file's name is the emoji's code points, in every style.
+    pairs = [replace(one, key=Path(one.key).stem) for one in _of_text_table(table, (None, None))]
     if "fluent" not in dataset:
-        return [Picture(picture.file, picture.captions, code) for picture, code in zip(pairs, codes, strict=True)]
-    captions = {code: picture.captions for picture, code in zip(pairs, codes, strict=True)}
+        return pairs
+    captions = {pair.key: pair.captions for pair in pairs}
     images = sorted((folders.target / ("validation" if held_out else "train")).rglob("*.png"))
     # Captions come from the other styles' tables, and some emoji are drawn in this style alone.
     return [Picture(image, captions[image.stem], image.stem) for image in images if image.stem in captions]
