@@ -46,7 +46,12 @@ class Clip:
     sizes: dict[str, int]
 
 
-def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None = None) -> Clip:
+def load_clip(
+    model: str,
+    pretrained: str | None = None,
+    quick_gelu: bool | None = None,
+    augmentation: dict[str, Any] | None = None,
+) -> Clip:
     """A model that open_clip knows, or can read.
 
     Weights that were trained with QuickGELU, such as OpenAI's, are run with it, whatever the name's configuration says:
@@ -58,18 +63,21 @@ def load_clip(model: str, pretrained: str | None = None, quick_gelu: bool | None
             right for hf-hub: and local-dir:, which bring their own.
         quick_gelu: the activation that the weights were trained with; None is what the tag, or else the model's
             configuration, says.
+        augmentation: fields of open_clip's AugmentationCfg, for the preprocessing in training.
 
     Raises:
-        MisconfigurationException: there is no such model, tag or file, or the weights can't be had.
+        MisconfigurationException: there is no such model, tag, file or field, or the weights can't be had.
     """
     name = _known_name(model, pretrained)
     quick = wants_quick_gelu(name, pretrained) if quick_gelu is None else quick_gelu
     # force_quick_gelu can only switch it on; to switch it off, the configuration is overridden.
     other = {"quick_gelu": False} if quick_gelu is False else {}
     try:
-        net, train, val = open_clip.create_model_and_transforms(name, pretrained, force_quick_gelu=quick, **other)
+        net, train, val = open_clip.create_model_and_transforms(
+            name, pretrained, force_quick_gelu=quick, aug_cfg=augmentation, **other
+        )
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise MisconfigurationException(
             f"model={model!r}, pretrained={pretrained!r} can't be loaded: {error}"
         ) from error

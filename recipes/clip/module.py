@@ -36,12 +36,13 @@ class ClipModule(FittingModule, EvaluatedModule):
         self.pretrained = pretrained
         self.quick_gelu = quick_gelu
         self.lora = lora
+        self.augmentation: dict[str, Any] | None = None
         self.net: Any = None  # what `configure_model` makes
 
     @cached_property
     def clip(self) -> Clip:
         """The pretrained model, tokenizer and preprocessing; the adapter goes into its ``net``."""
-        return load_clip(self.model_name, self.pretrained, self.quick_gelu)
+        return load_clip(self.model_name, self.pretrained, self.quick_gelu, self.augmentation)
 
     @override
     def must_fit(self) -> dict[str, Any]:

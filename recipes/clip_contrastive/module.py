@@ -48,6 +48,8 @@ class ContrastiveBase(ClipModule):
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
             batches in the same memory, for a third more time.
+        augmentation: fields of open_clip's AugmentationCfg for training, such as ``scale``, the smallest and largest
+            share of an image's area that a random crop keeps; None is open_clip's, 0.9 to 1.
         kwargs: of the next class, for FMLoRA's module its rho and others.
     """
 
@@ -66,6 +68,7 @@ class ContrastiveBase(ClipModule):
         schedule: Schedule = "cosine",
         warmup_steps: int = 0,
         gradient_checkpointing: bool = False,
+        augmentation: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, pretrained, quick_gelu, lora, **kwargs)
@@ -78,6 +81,7 @@ class ContrastiveBase(ClipModule):
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
+        self.augmentation = augmentation
         self.contrastive: ContrastiveLoss | None = None
         self.evaluations = nn.ModuleDict({stage: Evaluation() for stage in ("val", "test")})
 

@@ -1,7 +1,7 @@
 """The small CLIP of the packaged emoji: parts without leaks, and a training that resumes."""
 
 import csv
-import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
 from recipes.clip_contrastive.module import ContrastiveModel
-from recipes.clip_contrastive.pretrain import Pretraining, pretrained
+from recipes.clip_contrastive.pretrain import main
 
+pytestmark = pytest.mark.usefixtures("command_line")
 PARTS = ("train", "validation", "test")
 
 
@@ -69,41 +70,29 @@ def test_variants_of_an_emoji_are_one() -> None:
 # -- the model
 
 
-@pytest.fixture
-def few(data: emoji.Folders, tmp_path: Path) -> emoji.Folders:
-    """Forty pairs of each part, by the images' whole paths."""
-    made = []
+def test_a_stopped_training_goes_on(data: emoji.Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = []
     for file in (data.pairs, data.held_out_pairs):
-        with (tmp_path / file.name).open("w", encoding="utf-8", newline="") as table:
-            writer = csv.writer(table)
-            writer.writerow(["image", "caption"])
-            writer.writerows([file.parent / row["image"], row["caption"]] for row in pairs(file)[::100][:40])
-        made.append(tmp_path / file.name)
-    return emoji.Folders(*made, data.target)
-
-
-def test_a_stopped_training_goes_on(few: emoji.Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Pretraining(steps=5, batch_size=4)
-    monkeypatch.setattr("recipes.clip_contrastive.pretrain._CHECKPOINT_STEPS", 2)
+        lines = [f"{file.parent / row['image']},{row['caption']}\n" for row in pairs(file)[::100][:40]]
+        few.append(tmp_path / file.name)
+        few[-1].write_text("image,caption\n" + "".join(line for line in lines if line.count(",") == 1))
+    monkeypatch.setattr(emoji, "prepare", lambda: emoji.Folders(*few, data.target))
     plain, steps = ContrastiveModel.training_step, []
 
     def stopping(self: ContrastiveModel, batch: Any, batch_idx: int) -> torch.Tensor:
         steps.append(self.global_step)
         if len(steps) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return plain(self, batch, batch_idx)
 
     monkeypatch.setattr(ContrastiveModel, "training_step", stopping)
+    options = ["--data.batch_size=4", "--trainer.max_steps=5", "--trainer.val_check_interval=5"]
     with pytest.raises(SystemExit):
-        pretrained(settings, few)
-    folder = pretrained(settings, few)
-    assert steps == [0, 1, 2, 3, 2, 3, 4]  # from the checkpoint of step 2
-
-    scores = json.loads((folder / "pretraining.json").read_text())
-    assert 0 <= scores["val_image_to_text_recall@1"] <= 1
-    assert not (folder / "training").exists()
-    assert pretrained(settings, few) == folder
-    assert len(steps) == 7  # nothing is trained again
+        main(options)
+    folder = main(options)
+    assert steps == [0, 1, 2, 3, 4]
+    assert main(options) == folder
+    assert len(steps) == 5  # nothing is trained again
 
     ours = load_clip(f"local-dir:{folder}")
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
