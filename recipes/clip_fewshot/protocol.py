@@ -48,8 +48,17 @@ class Protocol(StepTimes):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         test = evaluated(trainer, "test")
+        module: Any = pl_module
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        cuda = module.device.type == "cuda"
         result = {
-            **_settings(trainer),
+            **{name: getattr(data, name) for name in ("dataset", "split", "shots", "seed", "batch_size")},
+            **{name: getattr(module, name) for name in ("pretrained", "lora")},
+            "model": module.model_name,
+            "classes": len(data.classes),
+            "device": torch.cuda.get_device_name(module.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "devices": trainer.world_size,
+            "commit": commit(),
             "steps": trainer.global_step,
             "seconds_per_step": statistics.median(self.seconds) if self.seconds else None,
             "zero_shot": self.zero_shot,
@@ -104,23 +113,3 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
         logger.log_metrics({f"{name}_{key}": value.item() for key, value in values.items()}, step=trainer.global_step)
     write_evaluation(trainer, name, values, confusion, module.classes)
     return {key: value.item() for key, value in values.items()}
-
-
-def _settings(trainer: L.Trainer) -> dict[str, Any]:
-    module: Any = trainer.lightning_module
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    cuda = module.device.type == "cuda"
-    return {
-        "dataset": data.dataset,
-        "split": data.split,
-        "classes": len(data.classes),
-        "shots": data.shots,
-        "seed": data.seed,
-        "model": module.model_name,
-        "pretrained": module.pretrained,
-        "lora": module.lora,
-        "batch_size": data.batch_size,
-        "device": torch.cuda.get_device_name(module.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "devices": trainer.world_size,
-        "commit": commit(),
-    }

@@ -1,14 +1,30 @@
 """The data sets that torchvision reads, and most of which it downloads, in the parts that they come in."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision import datasets
 
 from recipes.clip_fewshot.folders import Example, Found
+
+SETS: dict[str, Any] = {
+    "caltech101": datasets.Caltech101,
+    "dtd": datasets.DTD,
+    "eurosat": datasets.EuroSAT,
+    "fgvc_aircraft": datasets.FGVCAircraft,
+    "flowers102": datasets.Flowers102,
+    "food101": datasets.Food101,
+    "oxford_pets": datasets.OxfordIIITPet,
+    "sun397": datasets.SUN397,
+}
+_THREE = {"train": "train", "validation": "val", "test": "test"}
+# What torchvision calls the parts of those that come in parts.
+_SPLITS = {
+    **dict.fromkeys(("dtd", "fgvc_aircraft", "flowers102"), _THREE),
+    "food101": {"train": "train", "test": "test"},
+    "oxford_pets": {"train": "trainval", "test": "test"},
+}
 
 
 def read(dataset: str, root: str) -> Found:
@@ -21,7 +37,15 @@ def read(dataset: str, root: str) -> Found:
     Raises:
         MisconfigurationException: it is not complete.
     """
-    return SETS[dataset].reads(dataset, root)
+    if dataset in _SPLITS:
+        found = {part: _opened(dataset, root, split=split) for part, split in _SPLITS[dataset].items()}
+        return found["test"].classes, {part: _files(data) for part, data in found.items()}
+    data = _opened(dataset, root)
+    if dataset == "caltech101":
+        return _caltech101(data)
+    # SUN397's "apartment_building/outdoor" is "outdoor apartment_building", as CoOp has it.
+    classes = [" ".join(reversed(name.split("/"))) for name in data.classes]
+    return classes, {"train": _files(data)}
 
 
 def download(dataset: str, root: str) -> None:
@@ -31,76 +55,16 @@ def download(dataset: str, root: str) -> None:
         MisconfigurationException: that failed.
     """
     try:
-        SETS[dataset].opens(root, download=True)
+        SETS[dataset](root, download=True)
     except Exception as error:  # of the network, of the archive, of the disk
         raise MisconfigurationException(
             f"dataset={dataset!r} can't be downloaded into root={root!r}: {type(error).__name__}: {error}"
         ) from error
 
 
-def _eurosat(dataset: str, root: str) -> Found:
-    data = _opened(dataset, root)
-    return data.classes, {"train": [(Path(path), label) for path, label in data.samples]}
-
-
-def _sun397(dataset: str, root: str) -> Found:
-    data = _opened(dataset, root)
-    # "apartment_building/outdoor" is "outdoor apartment_building", as CoOp has it.
-    classes = [" ".join(reversed(name.split("/"))) for name in data.classes]
-    return classes, {"train": _files(data)}
-
-
-def _caltech101(dataset: str, root: str) -> Found:
-    data = _opened(dataset, root)
-    classes = [name for name in data.categories if name != "Faces_easy"]  # the images of Faces, cropped: CoOp's choice
-    named = [(data.categories[label], number) for label, number in zip(data.y, data.index, strict=True)]
-    folder = Path(data.root) / "101_ObjectCategories"
-    images = [(folder / name / f"image_{number:04d}.jpg", name) for name, number in named if name in classes]
-    return classes, {"train": [(path, classes.index(name)) for path, name in images]}
-
-
-def _in_parts(dataset: str, root: str, attribute: str = "_image_files", **splits: str) -> Found:
-    """A set that comes in parts, by the names that torchvision has for them."""
-    parts, classes = {}, []
-    for part, split in splits.items():
-        data = _opened(dataset, root, split=split)
-        classes, parts[part] = data.classes, _files(data, attribute)
-    return classes, parts
-
-
-class Reader(NamedTuple):
-    """How a set is read.
-
-    Attributes:
-        opens: torchvision's class.
-        reads: takes the set's name and the root.
-    """
-
-    opens: Callable[..., Any]
-    reads: Callable[[str, str], Found]
-
-
-_three_parts = partial(_in_parts, train="train", validation="val", test="test")
-_food101 = partial(_in_parts, train="train", test="test")
-_oxford_pets = partial(_in_parts, train="trainval", test="test", attribute="_images")
-
-SETS = {
-    "caltech101": Reader(datasets.Caltech101, _caltech101),
-    "dtd": Reader(datasets.DTD, _three_parts),
-    "eurosat": Reader(datasets.EuroSAT, _eurosat),
-    "fgvc_aircraft": Reader(datasets.FGVCAircraft, _three_parts),
-    "flowers102": Reader(datasets.Flowers102, _three_parts),
-    "food101": Reader(datasets.Food101, _food101),
-    "oxford_pets": Reader(datasets.OxfordIIITPet, _oxford_pets),
-    "sun397": Reader(datasets.SUN397, _sun397),
-}
-
-
 def _opened(dataset: str, root: str, **options: Any) -> Any:
     try:
-        return SETS[dataset].opens(root, **options)
-    except ImportError as error:
-        raise MisconfigurationException(f"dataset={dataset!r} needs scipy: pip install scipy") from error
+        return SETS[dataset](root, **options)
     except Exception as error:  # of missing and of broken files
         raise MisconfigurationException(
             f"dataset={dataset!r} is not complete in root={root!r}: set root to the folder that holds torchvision's "
@@ -108,6 +72,20 @@ def _opened(dataset: str, root: str, **options: Any) -> Any:
         ) from error
 
 
-def _files(data: Any, attribute: str = "_image_files") -> list[Example]:
-    """torchvision's own lists: asking for its items would decode every image."""
-    return [(Path(path), label) for path, label in zip(getattr(data, attribute), data._labels, strict=True)]
+def _files(data: Any) -> list[Example]:
+    """torchvision's own lists, by whichever name: asking for its items would decode every image."""
+    if isinstance(data, datasets.ImageFolder):
+        return [(Path(path), label) for path, label in data.samples]
+    files = data._images if isinstance(data, datasets.OxfordIIITPet) else data._image_files
+    return [(Path(path), label) for path, label in zip(files, data._labels, strict=True)]
+
+
+def _caltech101(data: Any) -> Found:
+    classes = [name for name in data.categories if name != "Faces_easy"]  # the images of Faces, cropped: CoOp's choice
+    folder = Path(data.root) / "101_ObjectCategories"
+    images = []
+    for label, number in zip(data.y, data.index, strict=True):
+        name = data.categories[label]
+        if name in classes:
+            images.append((folder / name / f"image_{number:04d}.jpg", classes.index(name)))
+    return classes, {"train": images}
