@@ -136,14 +136,11 @@ class FewShotData(ResumableData):
         return self.whole_batches(Images(examples, transform, self.seed), sampler)
 
     def _images_to_predict(self) -> list[Example]:
-        folder = Path(self.predict_folder).expanduser() if self.predict_folder else None
-        if folder is None or not folder.is_dir():
-            raise MisconfigurationException(
-                f"predict needs --data.init_args.predict_folder FOLDER with images, got {self.predict_folder!r}"
-            )
-        paths = image_files(folder)
+        paths = image_files(Path(self.predict_folder).expanduser()) if self.predict_folder else []
         if not paths:
-            raise MisconfigurationException(f"predict_folder={self.predict_folder!r} holds no image")
+            raise MisconfigurationException(
+                f"predict needs --data.predict_folder FOLDER with images, and there is none in {self.predict_folder!r}"
+            )
         return [(paths[place], -1) for place in readable(paths, self.skip_unreadable)]
 
 

@@ -31,23 +31,23 @@ def read(dataset: str) -> Found:
     """
     folder = Path(dataset).expanduser()
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    candidates: dict[str, list[Path]] = {}
+    by_name = {path.name.lower(): path for path in inside}
+    parts = {}
     for part, names in _FOLDERS.items():
-        candidates[part] = []
         # In the order of the names: where there are several, the first is taken.
-        for name in names:
-            candidates[part] += [path for path in inside if path.name.lower() == name]
-    if not candidates["train"] and not candidates["test"]:
+        found = [by_name[name] for name in names if name in by_name]
+        if found:
+            parts[part] = found[0]
+    missing = [part for part in ("train", "test") if part not in parts]
+    if len(missing) == 2:
         classes = class_folders(folder)
         return classes, {"train": images_of(folder, classes)}
-    missing = [part for part in ("train", "test") if not candidates[part]]
     if missing:
         raise MisconfigurationException(
             f"dataset={dataset!r} has no folder {missing[0]!r}: give it both train and test, or neither and one folder "
             "for each class, which are then divided by split_seed. A class whose folder has the name of a part needs "
             "another name, which class_names can turn back"
         )
-    parts = {part: folders[0] for part, folders in candidates.items() if folders}
     left_out = [path.name for path in inside if path not in parts.values() and not is_hidden(path.name)]
     if left_out:
         rank_zero_warn(f"dataset={dataset!r}: the folders {', '.join(left_out)} are no part and are left out")

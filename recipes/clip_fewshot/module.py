@@ -126,7 +126,11 @@ class ClipClassifier(ClipModule):
     @override
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy of the classes, in nats; logged as ``train_loss``, beside ``train_accuracy``."""
-        features = self._encode_texts(self.tokens[:, 0]) if self._trains_text else self.class_features()
+        if self._trains_text:
+            self._class_features = None  # which this step will change
+            features = self._encode_texts(self.tokens[:, 0])
+        else:
+            features = self.class_features()
         logits = self._logits(batch["images"], features)
         loss = nn.functional.cross_entropy(logits, batch["labels"])
         accuracy = (logits.argmax(dim=1) == batch["labels"]).float().mean()
@@ -139,7 +143,7 @@ class ClipClassifier(ClipModule):
         return self._logits(images, self.class_features()).softmax(dim=1)
 
     def class_features(self) -> Tensor:
-        """Every class's mean over its texts, normalized, (classes, d); kept until something changes it."""
+        """Every class's mean over its texts, normalized, (classes, d); kept until a step of training changes it."""
         if self._class_features is None:
             # Not in inference mode, whose tensors training could not use: with a frozen text tower it takes them over.
             with torch.inference_mode(False), torch.no_grad():
@@ -161,19 +165,6 @@ class ClipClassifier(ClipModule):
     # -- evaluation
 
     @override
-    def on_validation_epoch_start(self) -> None:
-        self.forget_class_features()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self.forget_class_features()
-
-    def forget_class_features(self) -> None:
-        """Before and after an evaluation: training changes them, unless the text tower is frozen."""
-        if self._trains_text:
-            self._class_features = None
-
-    @override
     def evaluate(self, stage: str, batch: Batch) -> None:
         probabilities = wrong_where_nan(self.probabilities(batch["images"]), batch["labels"])
         self.evaluation(stage).update(probabilities, batch["labels"])
@@ -184,7 +175,6 @@ class ClipClassifier(ClipModule):
         self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=stage == "val")
         if stage == "test":
             write_evaluation(self.trainer, stage, values, confusion, self.classes)
-        self.forget_class_features()
 
     def evaluation(self, stage: str) -> Evaluation:
         """The metrics of "val" or "test"."""

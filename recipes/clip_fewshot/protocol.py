@@ -96,7 +96,6 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
     # Of each part, since frozen batch norms are in evaluation mode while the rest trains.
     training = {part: part.training for part in module.modules()}
     module.eval()
-    module.forget_class_features()
     loader = data.test_dataloader()
     total = getattr(trainer, "fast_dev_run", 0) or len(loader)
     shown = tqdm(islice(loader, total), desc=name, total=total, disable=not trainer.is_global_zero, leave=False)
@@ -106,7 +105,6 @@ def evaluated(trainer: L.Trainer, name: str) -> dict[str, float]:
             # anew in the middle of fit.
             strategy.test_step(strategy.batch_to_device(batch), number)
     values, confusion = module.evaluation("test").take()
-    module.forget_class_features()
     for part, mode in training.items():
         part.training = mode
     for logger in trainer.loggers:

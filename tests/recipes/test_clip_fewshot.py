@@ -222,9 +222,8 @@ def test_a_text_that_does_not_fit_is_named(tiny_clip: str, images: Path, tmp_pat
 
 
 def test_predict_needs_images(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"predict needs --data.init_args.predict_folder"):
-        data_of(images).setup("predict")
-    with pytest.raises(MisconfigurationException, match="holds no image"):
-        data_of(images, predict_folder=str(tmp_path)).setup("predict")
+    for folder in (None, str(tmp_path), "missing"):
+        with pytest.raises(MisconfigurationException, match=f"needs --data.predict_folder FOLDER.*none in {folder!r}"):
+            data_of(images, predict_folder=folder).setup("predict")
     with pytest.raises(MisconfigurationException, match=r"must end in .jsonl or .csv, got 'a.txt'"):
         FewShot(predictions="a.txt")

@@ -1,11 +1,11 @@
 """Which images the few-shot recipe draws, what the classes are called, and the batches."""
 
-import json
 from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from clip_fewshot_runs import data_of, filled, picture
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -142,105 +142,85 @@ def test_an_unreadable_image_is_named_or_another_is_drawn(images: Path, tmp_path
 # -- torchvision's data sets, as their archives lie on the disk
 
 
-def test_eurosat(tmp_path: Path) -> None:
-    for name in ("AnnualCrop", "SeaLake"):
-        for i in range(10):
-            picture(tmp_path / "eurosat" / "2750" / name / f"{name}_{i}.jpg", (9, 99, 9), i)
-    source = sources.load("eurosat", str(tmp_path))
-    assert [len(source.parts[part]) for part in PARTS] == [10, 4, 6]
-    assert class_names(source.classes, None, "eurosat") == ["Annual Crop Land", "Sea or Lake"]
-    assert "split_seed=0" in source.note
+def numbered(pattern: str, names: tuple[str, ...], numbers: range) -> list[str]:
+    return [pattern.format(name, number) for name, number in product(names, numbers)]
 
 
-def test_dtd(tmp_path: Path) -> None:
-    base = tmp_path / "dtd" / "dtd"
-    (base / "labels").mkdir(parents=True)
+def dtd_files() -> dict[str, str]:
+    files = {}
     for part, number in (("train", 1), ("val", 2), ("test", 3)):
         names = [f"{name}/{name}_{part}{i}.jpg" for name, i in product(("banded", "dotted"), range(number))]
-        (base / "labels" / f"{part}1.txt").write_text("\n".join(names))
-        for name in names:
-            picture(base / "images" / name, (9, 9, 9), 0)
-    source = sources.load("dtd", str(tmp_path))
-    assert [len(source.parts[part]) for part in PARTS] == [2, 4, 6]
-    assert source.parts["test"][3] == (base / "images" / "dotted" / "dotted_test0.jpg", 1)
+        files |= {f"dtd/dtd/labels/{part}1.txt": "\n".join(names)}
+        files |= {f"dtd/dtd/images/{name}": "" for name in names}
+    return files
+
+
+def pets(first: int) -> str:
+    lines = [f"Abyssinian_{first} 1", f"Abyssinian_{first + 1} 1", f"great_dane_{first} 2", f"great_dane_{first + 1} 2"]
+    return "".join(f"{line} 1 1\n" for line in lines)
+
+
+AIRCRAFT = "fgvc-aircraft-2013b/data"
+CALTECH = ("BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse")
+FOOD = '{{"apple_pie": ["apple_pie/{0}"], "waffles": ["waffles/{0}", "waffles/9"]}}'
+# Of each set: files with their texts; how many images each part has; the names of its classes; and an image with the
+# number of its class.
+TORCHVISION: dict[str, tuple[dict[str, str], list[int], list[str], tuple[str, int]]] = {
+    "eurosat": (
+        dict.fromkeys(numbered("eurosat/2750/{0}/{0}_{1}.jpg", ("AnnualCrop", "SeaLake"), range(10)), ""),
+        [10, 4, 6], ["Annual Crop Land", "Sea or Lake"], ("eurosat/2750/SeaLake/SeaLake_3.jpg", 1),
+    ),
+    "dtd": (dtd_files(), [2, 4, 6], ["banded", "dotted"], ("dtd/dtd/images/dotted/dotted_test0.jpg", 1)),
+    "oxford_pets": (
+        {f"oxford-iiit-pet/annotations/{part}.txt": pets(first) for part, first in (("trainval", 11), ("test", 1))}
+        | {"oxford-iiit-pet/images/x.jpg": ""},
+        [4, 0, 4], ["Abyssinian", "Great Dane"], ("oxford-iiit-pet/images/great_dane_1.jpg", 1),
+    ),
+    "caltech101": (
+        dict.fromkeys(numbered("caltech101/101_ObjectCategories/{}/image_{:04d}.jpg", CALTECH, range(1, 5)), ""),
+        [6, 3, 3], ["face", "airplane", "sea horse"],
+        ("caltech101/101_ObjectCategories/sea_horse/image_0004.jpg", 2),
+    ),
+    "food101": (
+        {f"food-101/meta/{part}.json": FOOD.format(number) for part, number in (("train", 1), ("test", 7))}
+        | {"food-101/images/x.jpg": ""},
+        [3, 0, 3], ["apple pie", "waffles"], ("food-101/images/waffles/7.jpg", 1),
+    ),
+    "fgvc_aircraft": (
+        {f"{AIRCRAFT}/images_variant_{part}.txt": f"{part} DC-9-30\n2 707-320\n" for part in ("train", "val", "test")}
+        | {f"{AIRCRAFT}/variants.txt": "707-320\nDC-9-30\n"},
+        [2, 2, 2], ["707-320", "DC-9-30"], (f"{AIRCRAFT}/images/val.jpg", 1),
+    ),
+    "sun397": (
+        dict.fromkeys(numbered("SUN397/{}/sun_{}.jpg", ("a/abbey", "a/apartment_building/outdoor"), range(10)), "")
+        | {"SUN397/ClassName.txt": "/a/abbey\n/a/apartment_building/outdoor\n"},
+        [10, 4, 6], ["abbey", "outdoor apartment building"], ("SUN397/a/apartment_building/outdoor/sun_7.jpg", 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", TORCHVISION)
+def test_torchvisions_data_sets(dataset: str, tmp_path: Path) -> None:
+    files, counts, names, (image, label) = TORCHVISION[dataset]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    source = sources.load(dataset, str(tmp_path))
+    assert [len(source.parts.get(part, [])) for part in PARTS] == counts
+    assert class_names(source.classes, None, dataset) == names
+    assert (tmp_path / image, label) in chain.from_iterable(source.parts.values())
 
 
 def test_flowers102(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scipy_io = pytest.importorskip("scipy.io", reason="torchvision's Flowers102 needs scipy")
     base = tmp_path / "flowers-102"
     (base / "jpg").mkdir(parents=True)
-    labels = np.tile(np.arange(1, 103), 3)
     parts = {"trnid": range(1, 103), "valid": range(103, 205), "tstid": range(205, 307)}
-    scipy_io.savemat(base / "imagelabels.mat", {"labels": labels})
-    scipy_io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in parts.items()})
+    scipy.io.savemat(base / "imagelabels.mat", {"labels": np.tile(np.arange(1, 103), 3)})
+    scipy.io.savemat(base / "setid.mat", {name: np.array(ids) for name, ids in parts.items()})
     monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)  # compares checksums
     source = sources.load("flowers102", str(tmp_path))
-    assert [len(source.parts[part]) for part in PARTS] == [102, 102, 102]
     assert source.parts["validation"][1] == (base / "jpg" / "image_00104.jpg", 1)
     assert class_names(source.classes, None, "flowers102")[1] == "hard-leaved pocket orchid"
-
-
-def test_oxford_pets(tmp_path: Path) -> None:
-    base = tmp_path / "oxford-iiit-pet"
-    (base / "annotations").mkdir(parents=True)
-    (base / "images").mkdir()
-    for part in ("trainval", "test"):
-        first = 1 if part == "test" else 11
-        lines = []
-        for label, name in ((1, "Abyssinian"), (2, "great_dane")):
-            lines += [f"{name}_{first} {label} 1 1", f"{name}_{first + 1} {label} 1 1"]
-        (base / "annotations" / f"{part}.txt").write_text("\n".join(lines))
-    source = sources.load("oxford_pets", str(tmp_path))
-    assert {part: len(found) for part, found in source.parts.items()} == {"train": 4, "test": 4}
-    assert list(source.classes) == ["Abyssinian", "Great Dane"]
-    assert source.parts["test"][2] == (base / "images" / "great_dane_1.jpg", 1)
-
-
-def test_caltech101(tmp_path: Path) -> None:
-    base = tmp_path / "caltech101" / "101_ObjectCategories"
-    for name in ("BACKGROUND_Google", "Faces", "Faces_easy", "airplanes", "sea_horse"):
-        for i in range(1, 5):
-            picture(base / name / f"image_{i:04d}.jpg", (9, 9, 99), i)
-    source = sources.load("caltech101", str(tmp_path))
-    assert class_names(source.classes, None, "caltech101") == ["face", "airplane", "sea horse"]
-    paths = [path for path, _ in chain.from_iterable(source.parts.values())]
-    assert len(paths) == 12
-    assert all(path.is_file() for path in paths)
-
-
-def test_food101(tmp_path: Path) -> None:
-    base = tmp_path / "food-101"
-    (base / "meta").mkdir(parents=True)
-    (base / "images").mkdir()
-    for part, first in (("train", 1), ("test", 7)):
-        names = {name: [f"{name}/{first}", f"{name}/{first + 1}"] for name in ("apple_pie", "waffles")}
-        (base / "meta" / f"{part}.json").write_text(json.dumps(names))
-    source = sources.load("food101", str(tmp_path))
-    assert {part: len(found) for part, found in source.parts.items()} == {"train": 4, "test": 4}
-    assert source.parts["test"][2] == (base / "images" / "waffles" / "7.jpg", 1)
-    assert class_names(source.classes, None, "food101") == ["apple pie", "waffles"]
-
-
-def test_fgvc_aircraft(tmp_path: Path) -> None:
-    base = tmp_path / "fgvc-aircraft-2013b" / "data"
-    base.mkdir(parents=True)
-    (base / "variants.txt").write_text("707-320\nDC-9-30\n")
-    for part, first in (("train", 1), ("val", 3), ("test", 5)):
-        (base / f"images_variant_{part}.txt").write_text(f"{first} DC-9-30\n{first + 1} 707-320\n")
-    source = sources.load("fgvc_aircraft", str(tmp_path))
-    assert list(source.classes) == ["707-320", "DC-9-30"]
-    assert source.parts["validation"] == [(base / "images" / "3.jpg", 1), (base / "images" / "4.jpg", 0)]
-
-
-def test_sun397(tmp_path: Path) -> None:
-    base = tmp_path / "SUN397"
-    for folder in ("a/abbey", "a/apartment_building/outdoor"):
-        for i in range(10):
-            picture(base / folder / f"sun_{i}.jpg", (9, 99, 9), i)
-    (base / "ClassName.txt").write_text("/a/abbey\n/a/apartment_building/outdoor\n")
-    source = sources.load("sun397", str(tmp_path))
-    assert [len(source.parts[part]) for part in PARTS] == [10, 4, 6]
-    assert class_names(source.classes, None, "sun397") == ["abbey", "outdoor apartment building"]
 
 
 # -- prompts
