@@ -12,8 +12,9 @@ import csv
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ class Emoji:
     codes: tuple[str, ...]
     names: tuple[str, ...]
     category: str
-    part: str = "train"
+    part: str
 
     def captions(self) -> list[str]:
         """Texts for an image of it."""
@@ -146,7 +147,7 @@ def emoji(entries: Iterable[dict[str, object]]) -> list[Emoji]:
     category_of: dict[str, str] = {}
     for name, groups in CLASSES.items():
         category_of |= dict.fromkeys(groups, name)
-    by_category: dict[str, dict[str, Emoji]] = defaultdict(dict)
+    by_category: dict[str, dict[str, dict[str, object]]] = defaultdict(dict)
     seen = set()
     for entry in entries:
         code, group = str(entry["unified"]).lower(), str(entry["subcategory"])
@@ -154,12 +155,12 @@ def emoji(entries: Iterable[dict[str, object]]) -> list[Emoji]:
         if group == "skin-tone" or variants(code) in seen:
             continue
         seen.add(variants(code))
-        category = category_of.get(group, group.replace("-", " "))
-        by_category[category][code] = Emoji(_spellings(entry), _names(entry), category)
-    all_emoji: list[Emoji] = []
-    for category, of_it in by_category.items():
-        all_emoji += _in_parts(of_it, category in CLASSES)
-    return all_emoji
+        by_category[category_of.get(group, group.replace("-", " "))][code] = entry
+    found = []
+    for category, by_code in by_category.items():
+        for code, part in _parts(list(by_code), category in CLASSES).items():
+            found.append(Emoji(_spellings(by_code[code]), _names(by_code[code]), category, part))
+    return found
 
 
 def variants(code: str) -> tuple[str, ...]:
@@ -173,17 +174,14 @@ def variants(code: str) -> tuple[str, ...]:
     return tuple("person" if point in _PEOPLE else point for point in points)
 
 
-def _in_parts(by_code: dict[str, Emoji], is_class: bool) -> Iterator[Emoji]:
-    """Emoji of one category with their parts, decided by a hash of the code."""
-    order = sorted(by_code, key=lambda code: hashlib.sha256(code.encode()).hexdigest())
+def _parts(codes: Sequence[str], is_class: bool) -> dict[str, str]:
+    """The part of each emoji of one category, decided by a hash of the code."""
+    order = sorted(codes, key=lambda code: hashlib.sha256(code.encode()).hexdigest())
     free = len(order) - max(_LEAST_TRAIN, len(order) // 2) if is_class else 0
     test = min(_MOST_HELD_OUT["test"], free * 2 // 3)
     validation = min(_MOST_HELD_OUT["validation"], free // 3)
     parts = ["test"] * test + ["validation"] * validation
-    parts += ["train"] * (len(order) - len(parts))
-    for code, part in zip(order, parts, strict=True):
-        one = by_code[code]
-        yield Emoji(one.codes, one.names, one.category, part)
+    return dict(zip_longest(order, parts, fillvalue="train"))
 
 
 def _spellings(entry: dict[str, object]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_flatlora import load_adapter_checkpoint
 from recipes.clip.model import export_open_clip, image_features, text_features
 from recipes.shared.files import refuse_unless_new
+from recipes.shared.mistakes import without_traceback
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLOSE = 1e-3  # of normalized features; a wrong weight changes them by more
@@ -40,10 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--config", type=Path, help="the run's config.yaml; by default the one in the folder above the checkpoint's"
     )
     parsed = parser.parse_args(args)
-    try:
-        difference = export(parsed.checkpoint, parsed.folder, parsed.config)
-    except MisconfigurationException as error:
-        parser.error(str(error))
+    difference = export(parsed.checkpoint, parsed.folder, parsed.config)
     name = f"local-dir:{parsed.folder}"
     print(
         f"{parsed.folder} holds a plain open_clip model, whose features differ from the run's by {difference:.0e}.\n"
@@ -93,12 +91,9 @@ def trained(checkpoint: Path, config: Path) -> Any:
     model = yaml.safe_load(config.read_text(encoding="utf-8")).get("model")
     try:
         module = parser.instantiate_classes(parser.parse_object({"model": model})).model
-    except (ArgumentError, TypeError) as error:
-        raise MisconfigurationException(f"{config} has no model that can be built: {error}") from error
-    module.configure_model()
-    try:
+        module.configure_model()
         load_adapter_checkpoint(module, checkpoint)
-    except (MisconfigurationException, RuntimeError) as error:
+    except (ArgumentError, MisconfigurationException, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())  # PyTorch writes one over many lines
         raise MisconfigurationException(
             f"{checkpoint} is not of the model in {config}; give the run's own --config. {reason}"
@@ -131,4 +126,5 @@ def features(net: nn.Module, preprocess: Callable[[Image.Image], Tensor], tokeni
 
 
 if __name__ == "__main__":
-    main()
+    with without_traceback():
+        main()

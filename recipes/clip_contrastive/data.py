@@ -159,7 +159,7 @@ class ContrastiveData(ResumableData):
 
     def _chosen(self, part: str) -> list[Picture]:
         """A part's pictures, in an order that has nothing to do with what they show."""
-        own, split, share = (given.get(part) for given in (self.own_datasets, self.own_splits, self.shares))
+        own, split, share = self.own_datasets.get(part), self.own_splits.get(part), self.shares.get(part)
         if part != "train" and not (own or split or share):
             return []
         dataset, split = (own, "train") if own else (str(self.dataset), split or self.split)

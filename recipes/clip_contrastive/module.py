@@ -82,7 +82,7 @@ class ContrastiveBase(ClipModule):
         self.warmup_steps = warmup_steps
         self.gradient_checkpointing = gradient_checkpointing
         self.augmentation = augmentation
-        self.contrastive: ContrastiveLoss | None = None
+        self.contrastive: Any = None  # what `configure_model` makes
         self.evaluations = nn.ModuleDict({stage: Evaluation() for stage in ("val", "test")})
 
     @override
@@ -106,7 +106,7 @@ class ContrastiveBase(ClipModule):
             shard(self.net, mesh, methods=("encode_image", "encode_text"))
             # Lightning calls this before every stage, and a module can be sharded only once.
             if not isinstance(self.contrastive, FSDPModule):
-                fully_shard(cast("ContrastiveLoss", self.contrastive), mesh=mesh)
+                fully_shard(self.contrastive, mesh=mesh)
 
     def _check_trainer(self, trainer: L.Trainer) -> None:
         """Refuse strategies and settings that can't work with this loss."""
@@ -126,10 +126,7 @@ class ContrastiveBase(ClipModule):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 is_vector = name.replace("_fsdp_wrapped_module.", "") in self._vectors
-                if is_vector:
-                    vectors.append(parameter)
-                else:
-                    matrices.append(parameter)
+                (vectors if is_vector else matrices).append(parameter)
         groups: list[dict[str, Any]] = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
         return [group for group in groups if group["params"]]
 
@@ -140,8 +137,6 @@ class ContrastiveBase(ClipModule):
         Args:
             batch: ``images`` (b, 3, H, W) and ``tokens`` (b, context length), one caption for each image.
         """
-        assert self.net is not None  # configure_model comes first
-        assert self.contrastive is not None
         images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
         loss = self.contrastive(images, texts)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(images), sync_dist=True)
@@ -149,20 +144,15 @@ class ContrastiveBase(ClipModule):
 
     def open_clip_state(self) -> dict[str, Tensor]:
         """All weights by their names in a plain open_clip model, with the adapter merged in and the scale as learnt."""
-        assert self.net is not None
-        assert self.contrastive is not None
-        return export_open_clip(self.net) | self.contrastive.open_clip_state()
+        return cast("dict[str, Tensor]", export_open_clip(self.net) | self.contrastive.open_clip_state())
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        assert self.contrastive is not None
         self.contrastive.clamp()
 
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:
         """Take up images with all their captions; the loss is over each image's first one."""
-        assert self.net is not None
-        assert self.contrastive is not None
         images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
         evaluation = self._evaluation(stage)
         # Of this rank's batch alone: a joint batch, and with it the loss, would grow with the number of devices.

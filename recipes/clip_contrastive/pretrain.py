@@ -27,9 +27,13 @@ def main(options: Sequence[str]) -> Path:
             model = f"--model.model={_HERE / 'emoji-ViT-8-64.json'}"
             arguments = [f"--config={_HERE / 'configs' / 'pretrain.yaml'}", model, *options]
             RecipeCLI(["fit", *arguments, *logging_in(run), *resuming(run)], recipe="clip_contrastive")
-            write_folder(folder, partial(export, run / "checkpoints" / "last.ckpt"))
+            write_folder(folder, partial(_export, run))
     print(f"The model: local-dir:{folder}")
     return folder
+
+
+def _export(run: Path, folder: Path) -> None:
+    export(run / "checkpoints" / "last.ckpt", folder)
 
 
 if __name__ == "__main__":

@@ -213,12 +213,11 @@ def _mapping(names: Mapping[str, str] | str | None) -> Mapping[str, str] | None:
     if not isinstance(names, str):
         return names
     try:
-        read = json.loads(Path(names).expanduser().read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise MisconfigurationException(f"class_names={names!r} can't be read as a JSON file: {error}") from error
-    if not (isinstance(read, dict) and all(isinstance(name, str) for name in read.values())):
-        raise MisconfigurationException(f"class_names={names!r} must hold one object of texts: {{CLASS: NAME, ...}}")
-    return read
+        return dict(json.loads(Path(names).expanduser().read_text(encoding="utf-8-sig")))
+    except (OSError, TypeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"class_names={names!r} can't be read as a JSON file of {{CLASS: NAME, ...}}: {error}"
+        ) from error
 
 
 def _problems(data: FewShotData) -> list[str]:

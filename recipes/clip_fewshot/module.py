@@ -95,9 +95,8 @@ class ClipClassifier(ClipModule):
         if self.net is None:
             scalars_as_buffers(self.clip.net)
             self.net = add_lora(self.clip.net, self.lora)
-            self._trains_text = any(
-                p.requires_grad for name, p in self._base().named_parameters() if "visual" not in name
-            )
+            text = [p for name, p in self._base().named_parameters() if "visual" not in name]
+            self._trains_text = any(p.requires_grad for p in text)
         # The export builds the network without data. Not in checkpoints, since the data give the texts in every run.
         if self.prompts:
             self.register_buffer("tokens", self._tokens(), persistent=False)
@@ -116,7 +115,6 @@ class ClipClassifier(ClipModule):
 
     def _base(self) -> Any:
         """The open_clip model inside."""
-        assert self.net is not None  # configure_model comes first
         return self.net.get_base_model()
 
     @override
@@ -153,13 +151,11 @@ class ClipClassifier(ClipModule):
         return self._class_features
 
     def _logits(self, images: Tensor, features: Tensor) -> Tensor:
-        assert self.net is not None
         encoded = image_features(self.net, images)
         with torch.autocast(self.device.type, enabled=False):  # a scale of 100 would make bfloat16's rounding visible
             return cast("Tensor", self._base().logit_scale.float().exp() * encoded.float() @ features.float().T)
 
     def _encode_texts(self, tokens: Tensor) -> Tensor:
-        assert self.net is not None
         return text_features(self.net, tokens).float()
 
     # -- evaluation
