@@ -16,7 +16,6 @@ from recipe_runs import run, trainer
 from lightning_flatlora import FMLoRA
 from recipes.clip.export import main as export_main
 from recipes.clip_contrastive.data import ContrastiveData
-from recipes.clip_contrastive.loss import ContrastiveLoss
 from recipes.clip_contrastive.module import ContrastiveModel, ContrastiveModelFM
 from recipes.shared.sharding import BlocksAndFactors
 
@@ -73,19 +72,10 @@ def test_the_scale_is_frozen_beside_an_adapter_and_clamped_where_it_is_learnt(
     assert frozen.contrastive.logit_scale.item() == pytest.approx(np.log(1 / 0.07))
     learnt = ContrastiveModel(small_clip, lora=LORA, learn_logit_scale=True, learning_rate=1.0)
     learnt.configure_model()
-    learnt.contrastive.logit_scale.data.fill_(np.log(100) - 0.01)
-    seen = []
-
-    class Seen(L.Callback):
-        def on_before_zero_grad(self, *args: Any) -> None:
-            seen.append(learnt.contrastive.logit_scale.item())
-
-    trainer(tmp_path, Seen(), max_steps=4, limit_val_batches=0).fit(learnt, data)
-    assert max(seen) <= np.log(100) + 1e-6
-    assert len(set(seen)) > 1
-    siglip = ContrastiveLoss(torch.tensor(4.7), torch.tensor(-10.0), learnt=True)
-    siglip.clamp()
-    assert siglip.logit_scale.item() == pytest.approx(4.7)
+    start = float(np.log(100) - 0.01)
+    learnt.contrastive.logit_scale.data.fill_(start)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(learnt, data)
+    assert start != learnt.contrastive.logit_scale.item() <= np.log(100) + 1e-6
 
 
 def test_vectors_have_no_weight_decay(small_clip: str, pictures: str, tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_images_are_read_from_shards(clip: Any, pictures: str, tmp_path: Path) -
     members: dict[str, Path | bytes] = {blue.name: blue, red.name: red, "broken.png": red.read_bytes()[:60]}
     texts = {name.replace(".png", ".txt"): b"a circle" for name in members}
     write_shard(tmp_path / "shard.tar", members | texts)
+    with pytest.raises(MisconfigurationException, match=r"1 of 3 images can't be read: .*broken.png.*skip_unreadable"):
+        prepared(clip, "fit", "shard.tar", validation_share=0.0, test_share=0.0)
     with pytest.warns(UserWarning, match=r"1 of 3 images can't be read: shard.tar/broken.png .*left out"):
         data = prepared(clip, "fit", "shard.tar", skip_unreadable=True, validation_share=0.0, test_share=0.0)
     files = [str(picture.file) for picture in data.parts["train"]]
@@ -280,20 +282,6 @@ def test_a_shard_that_is_cut_off_is_refused(kept: int, tmp_path: Path) -> None:
 def test_bad_arguments_are_named(options: dict[str, Any], message: str, clip: Any, pictures: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         prepared(clip, "fit", **{"dataset": pictures} | options)
-
-
-def test_a_broken_image_is_named_or_skipped_and_counted(
-    clip: Any, pictures: str, write_table: Callable[..., str], tmp_path: Path
-) -> None:
-    (tmp_path / "broken.png").write_bytes((Path(pictures) / "red-circle.png").read_bytes()[:60])
-    rows = [(str(path), "a thing") for path in sorted(Path(pictures).glob("*.png"))] + [("broken.png", "b")]
-    table = write_table(rows)
-    shares = {"validation_share": 0.0, "test_share": 0.0}
-    with pytest.raises(MisconfigurationException, match=r"1 of 33 images can't be read: .*broken.png.*skip_unreadable"):
-        prepared(clip, "fit", table, **shares)
-    with pytest.warns(UserWarning, match=r"1 of 33 images can't be read: .*broken.png.*left out"):
-        data = prepared(clip, "fit", table, skip_unreadable=True, **shares)
-    assert len(data.parts["train"]) == 32
 
 
 def test_long_captions_are_counted_and_cut_or_refused(

@@ -44,13 +44,16 @@ def test_a_loss_that_does_not_fit_the_model_is_refused(kind: Any, bias: Tensor |
         ContrastiveLoss(torch.tensor(1.0), bias, kind)
 
 
-def test_clips_scale_stays_between_1_and_100() -> None:
+def test_clips_scale_stays_between_1_and_100_and_siglips_as_it_is() -> None:
     loss = ContrastiveLoss(torch.tensor(10.0).log(), None)
     loss.logit_scale.requires_grad_()
     for value, kept in ((-1.0, 1.0), (9.0, 100.0)):
         loss.logit_scale.data.fill_(value)
         loss.clamp()
         assert loss.logit_scale.exp().item() == pytest.approx(kept)
+    siglip = ContrastiveLoss(torch.tensor(4.7), torch.tensor(-10.0), learnt=True)
+    siglip.clamp()
+    assert siglip.logit_scale.item() == pytest.approx(4.7)
 
 
 # -- retrieval

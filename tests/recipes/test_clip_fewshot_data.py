@@ -17,7 +17,7 @@ from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream
 from recipes.clip_fewshot.data import few_shots
 from recipes.clip_fewshot.folders import PARTS
-from recipes.clip_fewshot.prompts import class_names, prompts
+from recipes.clip_fewshot.prompts import class_names
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -223,15 +223,6 @@ def test_flowers102(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert class_names(source.classes, None, "flowers102")[1] == "hard-leaved pocket orchid"
 
 
-# -- prompts
-
-
-def test_prompts_fill_templates_with_readable_names() -> None:
-    names = class_names(["AnnualCrop", "great_masterwort"], None, "folder")
-    assert prompts(names, ["a {}.", "the {}."])[1] == ["a great masterwort.", "the great masterwort."]
-    assert class_names(["a", "b"], {"b": "bee", "a": "ant"}, "folder") == ["ant", "bee"]
-
-
 # -- batches
 
 
@@ -276,12 +267,9 @@ def test_augmentation_depends_on_seed_and_draw_alone(images: Path) -> None:
     assert not torch.equal(Images(examples, transform, seed=2)[[(0, 7)]]["images"], batch["images"][:1])
 
 
-def test_unreadable_test_images_stop_a_run_before_training(images: Path, tmp_path: Path) -> None:
-    filled(tmp_path, 12)
-    victim = sources.load(str(tmp_path)).parts["test"][0][0]
+def test_unreadable_test_images_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    victim = sources.load(str(filled(tmp_path, 12))).parts["test"][0][0]
     victim.write_text("no image")
-    with pytest.raises(MisconfigurationException, match=rf"1 of 12 images can't be read: .*{victim.name}"):
-        data_of(tmp_path).setup("fit")
     data = data_of(tmp_path, skip_unreadable=True)
     with pytest.warns(UserWarning, match=victim.name):
         data.setup("fit")
