@@ -19,15 +19,6 @@ from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import AutomaticTraining, ManualTraining, Schedule
 
 
-class Evaluation(nn.Module):
-    """Metrics of one evaluation: the mean loss of an image among its batch, and recall both ways."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss = MeanMetric()
-        self.retrieval = Retrieval()
-
-
 class ContrastiveBase(ClipModule):
     """An open_clip model on images and captions: what training by any method and evaluation have in common.
 
@@ -83,7 +74,9 @@ class ContrastiveBase(ClipModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.augmentation = augmentation
         self.contrastive: Any = None  # what `configure_model` makes
-        self.evaluations = nn.ModuleDict({stage: Evaluation() for stage in ("val", "test")})
+        # The mean loss of an image among its batch, and recall both ways.
+        self.losses: Any = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+        self.retrievals: Any = nn.ModuleDict({stage: Retrieval() for stage in ("val", "test")})
 
     @override
     def configure_model(self) -> None:
@@ -154,24 +147,19 @@ class ContrastiveBase(ClipModule):
     def evaluate(self, stage: str, batch: Batch) -> None:
         """Take up images with all their captions; the loss is over each image's first one."""
         images, texts = image_features(self.net, batch["images"]), text_features(self.net, batch["tokens"])
-        evaluation = self._evaluation(stage)
         # Of this rank's batch alone: a joint batch, and with it the loss, would grow with the number of devices.
         loss = self.contrastive(images, texts[batch["first_captions"]], joint=False)
-        evaluation.loss.update(loss, batch["weight"])
-        evaluation.retrieval.update(images, batch["image_ids"], texts, batch["text_ids"], batch["pairs"])
+        self.losses[stage].update(loss, batch["weight"])
+        self.retrievals[stage].update(images, batch["image_ids"], texts, batch["text_ids"], batch["pairs"])
 
     @override
     def log_evaluation(self, stage: str) -> None:
-        evaluation = self._evaluation(stage)
-        self.log(f"{stage}_loss", evaluation.loss, prog_bar=True)
+        self.log(f"{stage}_loss", self.losses[stage], prog_bar=True)
         # Computed and reset here, because Lightning logs only metrics that give one number.
-        recalls = evaluation.retrieval.compute()  # of all ranks, and the same on each
-        evaluation.retrieval.reset()
+        recalls = self.retrievals[stage].compute()  # of all ranks, and the same on each
+        self.retrievals[stage].reset()
         # sync_dist changes nothing, but without it Lightning warns.
         self.log_dict({f"{stage}_{name}": recall for name, recall in recalls.items()}, sync_dist=True)
-
-    def _evaluation(self, stage: str) -> Evaluation:
-        return cast("Evaluation", self.evaluations[stage])
 
 
 def unfrozen(base: nn.Module) -> nn.Module:

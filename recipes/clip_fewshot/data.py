@@ -50,7 +50,7 @@ class FewShotData(ResumableData):
         iterations_per_shot: optimizer steps for each shot.
         eval_batch_size: images of a batch in evaluation and prediction.
         templates: a text with {} for the class's name, or several; "coop" for CoOp's own of this data set; None for "a
-            photo of a {}.", or with the emoji the name alone. The first is the one to train with where the text tower
+            photo of a {}.". The first is the one to train with where the text tower
             is adapted.
         class_names: words for each class, as a mapping from the data's own names, or a JSON file with one; None takes
             the data set's, or makes the folders' names readable.

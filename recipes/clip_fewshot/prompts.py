@@ -9,10 +9,6 @@ from torch import Tensor
 from recipes.clip.model import too_long
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # CLIP-LoRA's, for every data set
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "packaged:emoji": ("{}",),  # as the captions of the model that recipes.clip_contrastive.pretrain makes
-}
-
 COOP_TEMPLATES = {
     "caltech101": "a photo of a {}.",
     "dtd": "{} texture.",
@@ -73,7 +69,7 @@ def templates_of(dataset: str, given: Templates) -> Sequence[str]:
         MisconfigurationException: CoOp has none for this data set.
     """
     if given is None:
-        return TEMPLATES.get(dataset, DEFAULT_TEMPLATES)
+        return DEFAULT_TEMPLATES
     if given != "coop":
         return [given] if isinstance(given, str) else given
     if dataset not in COOP_TEMPLATES:
