@@ -20,7 +20,6 @@ from recipes.shared.ledger import Row, StoppedError, keep_options, run_process
 from recipes.shared.methods import TITLES
 from recipes.studies.process import logging_in, resuming, written
 
-METHODS = ("lora", "efmlora", "fmlora", "fmlora_manual")
 _OPTIONS = {"rho": "--rho", "learning_rate": "--model.learning_rate"}
 
 
@@ -91,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=["lora", "efmlora", "fmlora"], help="to compare"
+        "--methods", nargs="+", choices=TITLES, default=["lora", "efmlora", "fmlora"], help="to compare"
     )
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 4, 16], help="images of each class")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of shots, adapter and batches")

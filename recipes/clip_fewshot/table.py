@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.clip_fewshot.plan import Sweep, accuracy, task
 from recipes.shared.ledger import Row
-from recipes.shared.methods import METHODS
+from recipes.shared.methods import TITLES
 from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import markdown
 from recipes.studies.plan import Config, Part
@@ -50,7 +50,7 @@ def _table(plan: Sweep, tasks: Sequence[str], rows: dict[str, list[Row]], part: 
     for method, of_method in rows.items():
         seconds = _seconds(of_method)
         relative = f"{seconds / base:.2f}" if seconds and base else "-"
-        title = METHODS[method].title
+        title = TITLES[method]
         if part == "test":
             lines.append([title, *(_chosen(plan, each, method) for each in tasks), relative])
             continue
