@@ -4,7 +4,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -15,20 +15,14 @@ from recipes.clip.model import too_long
 from recipes.clip_contrastive import sources
 from recipes.clip_contrastive.batches import PictureBatches, PictureBatchSampler
 from recipes.clip_contrastive.pictures import Picture
-from recipes.shared.data import (
-    given_dataset,
-    part_of,
-    refuse_bad_settings,
-    remedy_of_empty,
-    shares_of,
-    take_own_splits,
-    warn_of_training_data,
-)
-from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader, ResumableData
+from recipes.shared.data import given_dataset
+from recipes.shared.parted_data import PartedData
+from recipes.shared.parts import part_of, refuse_bad_settings, warn_of_training_data
+from recipes.shared.resumable import PARTS_OF_STAGE, LateLoader
 
 
 @dataclass(eq=False)
-class ContrastiveData(ResumableData):
+class ContrastiveData(PartedData):
     """Images with captions for a contrastive model, whose tokenizer and preprocessing are used.
 
     Validation and test are data sets or splits of their own, or shares of the training data, chosen by the seed and a
@@ -86,8 +80,10 @@ class ContrastiveData(ResumableData):
     seed: int = 0
     num_workers: int = 0
 
+    packaged: ClassVar[str] = sources.PACKAGED
+
     def __post_init__(self) -> None:
-        super().__init__()
+        super(PartedData, self).__init__()
         self.own_datasets = {"validation": self.validation_dataset, "test": self.test_dataset}
         self.own_splits = {"validation": self.validation_split, "test": self.test_split}
         problems = blind_skips(self.skip_unreadable, self.check_images)
@@ -97,7 +93,7 @@ class ContrastiveData(ResumableData):
                 problems.append(f"{part}_dataset and {part}_split both say what {verb}: give one of them")
             if own is not None:
                 setattr(self, f"{part}_share", 0.0)  # nor is a split of the training data's wanted
-        self.shares = shares_of(self)
+        self.shares = self.known_shares()
         least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0}
         refuse_bad_settings(self, least, self.shares, problems)
         self.parts: dict[str, list[Picture]] = {}
@@ -117,7 +113,7 @@ class ContrastiveData(ResumableData):
                 )
             self.clip = self.trainer.lightning_module.clip
         if sources.is_of_datasets(given_dataset(self.dataset, sources.PACKAGED)):
-            take_own_splits(self, sources.PACKAGED)
+            self.take_own_splits()
         if stage == "fit":
             self._refuse_training_data()
         for part in PARTS_OF_STAGE[stage]:
@@ -172,7 +168,7 @@ class ContrastiveData(ResumableData):
             pictures = [picture for picture in pictures if part_of(names[picture.key], self.shares) == part]
             if not pictures:
                 raise MisconfigurationException(
-                    f"{dataset}: no image is left for {part}{remedy_of_empty(part, self.shares)}"
+                    f"{dataset}: no image is left for {part}: give more images, a larger {part}_share, or a {part}_split"
                 )
         return pictures
 

@@ -16,7 +16,7 @@ from recipes.clip_fewshot.batches import Images, InTurn, Stream, train_transform
 from recipes.clip_fewshot.folders import Example
 from recipes.clip_fewshot.prompts import Templates, class_names, prompts, templates_of
 from recipes.clip_fewshot.sources import Source, Split
-from recipes.shared.data import refuse_bad_settings
+from recipes.shared.parts import refuse_bad_settings
 from recipes.shared.resumable import LateLoader, ResumableData
 
 ByClass = dict[int, list[Example]]

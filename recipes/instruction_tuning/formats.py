@@ -115,27 +115,6 @@ def known_columns() -> str:
     )
 
 
-def renamed(table: Any, columns: Mapping[str, str], source: str) -> Any:
-    """A table of the named columns alone, under other names.
-
-    Args:
-        table: of `datasets`.
-        columns: the data's own name of a column, and the name by which this module knows it.
-        source: where the table is from, for messages.
-
-    Raises:
-        MisconfigurationException: a column is missing, or its new name means nothing.
-    """
-    missing = sorted(set(columns) - set(table.column_names))
-    unknown = sorted(set(columns.values()) - NAMES)
-    if missing or unknown or len(set(columns.values())) < len(columns):
-        raise MisconfigurationException(
-            f"columns={dict(columns)!r} must give each of some columns of {source}, which are "
-            f"{sorted(table.column_names)}, another one of the names {sorted(NAMES)}; wrong are {missing + unknown}"
-        )
-    return table.select_columns(list(columns)).rename_columns(dict(columns))
-
-
 def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
     """What turns rows with these columns into rows of :data:`FEATURES`.
 

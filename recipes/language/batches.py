@@ -1,6 +1,6 @@
 """Batches of conversations of similar length: which examples, in which order, in which tensors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from recipes.language.chat import IGNORED
 from recipes.shared.data import divided
+from recipes.shared.resumable import LateLoader, ResumableData
 
 Batch = dict[str, Any]
 _POOL = 16  # batches' worth of random examples that are sorted by length together
@@ -66,6 +67,19 @@ class LengthBatchSampler(DistributedSampler[list[int]]):
         by_length = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in pools])
         batches = [by_length[i : i + self.batch_size].tolist() for i in range(0, len(by_length), self.batch_size)]
         return [batches[i] for i in random.permutation(len(batches))]
+
+
+def loader_by_length(data: ResumableData, rows: Any, collate: Callable[[Any], Any], is_training: bool) -> LateLoader:
+    """A loader of batches of similar length.
+
+    Args:
+        data: the data module, which knows the size of a batch, the seed and the ranks.
+        rows: a table with a column ``length``.
+        collate: makes a batch of rows that are given in columns.
+        is_training: a new order in each epoch, in which some batches may come twice.
+    """
+    sampler = LengthBatchSampler(rows["length"], data.batch_size, data.seed, shuffle=is_training, **data.ranks())
+    return data.whole_batches(rows, sampler, collate)
 
 
 class Collate:

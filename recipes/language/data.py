@@ -1,5 +1,6 @@
-"""What data modules of texts have in common: the tokenizer, keys of rows, and the file of prompts for `predict`."""
+"""What data modules of texts have in common: the tokenizer, and the file of prompts for `predict`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -27,23 +28,6 @@ def tokenizer_of(data: L.LightningDataModule, name: str | None) -> Any:
     return data.trainer.lightning_module.tokenizer
 
 
-def token_keys(rows: Any) -> list[int]:
-    """A key of each row of a table with ``input_ids``; rows with equal tokens have equal keys.
-
-    Example:
-        >>> import datasets
-        >>> first, second, third = token_keys(datasets.Dataset.from_dict({"input_ids": [[1, 2], [3], [1, 2]]}))
-        >>> first == third, first == second
-        (True, False)
-    """
-    keys: list[int] = []
-    if len(rows):  # a table without rows has no columns
-        for batch in rows.select_columns("input_ids").iter(batch_size=1000):
-            # Numbers in place of the tokens, which may take gigabytes.
-            keys += [hash(tuple(ids)) for ids in batch["input_ids"]]
-    return keys
-
-
 def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[str]:
     """The lines of a text file, without blank ones.
 
@@ -69,3 +53,11 @@ def read_prompts(path: str | None, kind: str, option: str = "prompts") -> list[s
         # What is written for them is numbered without these.
         rank_zero_info(f"{option}={path!r}: {len(lines) - len(prompts)} of {len(lines)} lines are blank and left out")
     return prompts
+
+
+def encoded_prompts(path: str | None, kind: str, encode: Callable[[str], list[int]]) -> list[dict[str, Any]]:
+    """The lines of a text file, numbered, with their tokens; the arguments are those of :func:`read_prompts`."""
+    rows = []
+    for place, prompt in enumerate(read_prompts(path, kind)):
+        rows.append({"places": place, "prompt": prompt, "prompt_ids": encode(prompt)})
+    return rows

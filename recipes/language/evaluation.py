@@ -1,10 +1,7 @@
-"""What validation and test measure, and where predicted answers go."""
+"""What validation and test measure."""
 
-import json
 from collections.abc import Collection, Mapping
-from itertools import chain
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning as L
 from torch import Tensor, nn
@@ -12,9 +9,6 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from recipes.language.batches import Batch
-from recipes.shared.files import set_aside
-from recipes.shared.predictions import run_folder
-from recipes.shared.ranks import gathered
 from recipes.shared.text_metrics import is_same
 
 
@@ -84,50 +78,3 @@ class EvaluationMetrics(nn.Module):
         """Take up whether answers equal the expected ones except for case, punctuation and spaces."""
         for answer, right in zip(answers, expected, strict=True):
             self.exact_match.update(float(is_same(answer, right)))
-
-
-class AnswerWriter(L.Callback):
-    """Print predicted answers, and write them as JSON lines into the run's folder: all ranks' into one file."""
-
-    def __init__(self) -> None:
-        self._written = 0
-
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._written = 0
-        path = self._path(trainer)
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            set_aside(path)
-            path.touch()
-
-    @override
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        path = self._path(trainer)
-        numbered = list(chain.from_iterable(gathered(list(zip(batch["line"], outputs, strict=True)))))
-        if not trainer.is_global_zero:
-            return
-        with path.open("a", encoding="utf-8") as lines:
-            for line, row in sorted(numbered, key=lambda pair: pair[0]):
-                if line < self._written:  # the ranks' last batches are filled up with the first prompts
-                    continue
-                self._written += 1
-                print(f"> {row['prompt']}\n{row['answer']}\n")
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    @override
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = self._path(trainer)
-        if trainer.is_global_zero:
-            print(f"Answers are in {path}")
-
-    def _path(self, trainer: L.Trainer) -> Path:
-        return run_folder(trainer) / "answers.jsonl"

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from typing_extensions import override
 
 from recipes.language.batches import Batch
-from recipes.language.evaluation import AnswerWriter, EvaluationMetrics
+from recipes.language.evaluation import EvaluationMetrics
 from recipes.language.model import (
     DEFAULT_LORA,
     DType,
@@ -31,6 +31,7 @@ from recipes.language.model import (
     weights_dtype,
 )
 from recipes.language.packing import check_packing
+from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
 from recipes.shared.training import EvaluatedModule, Schedule
 
@@ -223,4 +224,4 @@ class LanguageModel(EvaluatedModule):
     @override
     def configure_callbacks(self) -> list[L.Callback]:
         inherited = cast("Sequence[L.Callback]", super().configure_callbacks())  # FMLoRAModule has one
-        return [*inherited, AnswerWriter()]
+        return [*inherited, PredictionWriter("answers.jsonl", "prompts", shows=True)]

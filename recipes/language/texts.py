@@ -14,7 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 from recipes.shared import packaged
-from recipes.shared.data import part_of
+from recipes.shared.parts import part_of
 from recipes.shared.text_metrics import normalized
 
 PARTS = ("train", "validation", "test")

@@ -1,6 +1,6 @@
 """Where meanings and their texts come from: any table that ``datasets`` reads, and LoRA's text files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import read_table, refuse_split_of_file, with_known_names
+from recipes.shared.data import read_table, with_known_names
 from recipes.shared.files import read_lines
+from recipes.shared.parts import refuse_split_of_file
 
 LAYOUTS = (
     ("meaning_representation", "human_reference"),  # tuetschek/e2e_nlg
@@ -27,13 +28,6 @@ class Pair(NamedTuple):
 
     meaning: str
     text: str
-
-
-class Meaning(NamedTuple):
-    """A meaning with all its texts."""
-
-    meaning: str
-    references: list[str]
 
 
 class Columns(NamedTuple):
@@ -96,17 +90,21 @@ def read_source(name: str, split: str, config_name: str | None = None, revision:
     return _text_table(name)
 
 
-def grouped(pairs: Sequence[Pair]) -> list[Meaning]:
-    """Each meaning once, in the order of the first pair, with the texts of all its pairs.
+def grouped(pairs: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Each meaning once, numbered in the order of the first pair, with the texts of all its pairs.
 
     Example:
-        >>> grouped([Pair("a", "one"), Pair("b", "two"), Pair("a", "three")])
-        [Meaning(meaning='a', references=['one', 'three']), Meaning(meaning='b', references=['two'])]
+        >>> pairs = [("a", "one"), ("b", "two"), ("a", "three")]
+        >>> grouped(Pair(*pair)._asdict() for pair in pairs)[0]
+        {'number': 0, 'meaning': 'a', 'references': ['one', 'three']}
     """
     texts: dict[str, list[str]] = {}
-    for meaning, text in pairs:
-        texts.setdefault(meaning, []).append(text)
-    return [Meaning(meaning, references) for meaning, references in texts.items()]
+    for pair in pairs:
+        texts.setdefault(pair["meaning"], []).append(pair["text"])
+    rows = []
+    for number, (meaning, references) in enumerate(texts.items()):
+        rows.append({"number": number, "meaning": meaning, "references": references})
+    return rows
 
 
 def _columns(names: Sequence[str], source: str, columns: Columns) -> tuple[str, str]:

@@ -21,26 +21,34 @@ def run_folder(trainer: L.Trainer) -> Path:
 class PredictionWriter(L.Callback):
     """Write what is predicted of each example into the run's folder: all ranks' into one file, in the examples' order.
 
-    A batch holds ``places``, its examples' numbers from 0, and a predict_step returns a mapping for each.
+    A batch holds ``places``, its examples' numbers from 0, and a predict_step returns a mapping for each. The file
+    grows with each batch, so that a stop loses none of it.
 
     Args:
         name: of the file; .jsonl or .csv.
         examples: what to call them when the file is written, such as "images".
+        shows: print each prediction, a mapping with ``prompt`` and ``answer``.
 
     Raises:
         MisconfigurationException: another ending.
     """
 
-    def __init__(self, name: str, examples: str) -> None:
+    def __init__(self, name: str, examples: str, shows: bool = False) -> None:
         if not name.endswith((".jsonl", ".csv")):
             raise MisconfigurationException(f"predictions must end in .jsonl or .csv, got {name!r}")
         self.name = name
         self.examples = examples
-        self._rows: dict[int, dict[str, Any]] = {}
+        self.shows = shows
+        self._path = Path()
+        self._written = 0
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._rows = {}
+        self._path = run_folder(trainer) / self.name
+        self._written = 0
+        if trainer.is_global_zero:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            set_aside(self._path)
 
     @override
     def on_predict_batch_end(
@@ -52,23 +60,27 @@ class PredictionWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # By place: where there are fewer examples than ranks, some are predicted twice and count once.
+        rows: dict[int, dict[str, Any]] = {}
         for of_rank in gathered(dict(zip(batch["places"], outputs, strict=True))):
-            self._rows |= of_rank
+            rows |= of_rank
+        if not trainer.is_global_zero:
+            return
+        # The ranks' last batches are filled up with the first examples.
+        new = [row for place, row in sorted(rows.items()) if place >= self._written]
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            if self._path.suffix == ".csv":
+                table = csv.DictWriter(file, fieldnames=list(rows[min(rows)]))
+                if not self._written:
+                    table.writeheader()
+                table.writerows(new)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+        self._written += len(new)
+        if self.shows:
+            for row in new:
+                print(f"> {row['prompt']}\n{row['answer']}\n")
 
     @override
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = run_folder(trainer) / self.name
-        if not trainer.is_global_zero:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for _, row in sorted(self._rows.items())]
-        set_aside(path)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                table = csv.DictWriter(file, fieldnames=list(rows[0]))
-                table.writeheader()
-                table.writerows(rows)
-            else:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"Predictions for {len(rows)} {self.examples} are in {path}")
+        if trainer.is_global_zero:
+            print(f"Predictions for {self._written} {self.examples} are in {self._path}")

@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
-from recipes.shared.data import place_of
+from recipes.shared.parts import place_of
 
 PARTS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 

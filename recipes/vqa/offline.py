@@ -27,7 +27,7 @@ from transformers import (
 
 from recipes.shared.packaged import one_at_a_time, write_folder
 from recipes.shared.random_state import RandomState
-from recipes.vqa import easy_vqa, sources
+from recipes.vqa import sources
 from recipes.vqa.data import VQAData
 from recipes.vqa.model import packaged_model
 from recipes.vqa.module import VQA
@@ -158,7 +158,6 @@ def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
 
 
 def _build(folder: Path, steps: int, dataset: str) -> None:
-    easy_vqa.fetch(dataset)
     work = folder.with_name(f"{folder.name}.training")
     if not (work / "untrained").exists():
         write_folder(work / "untrained", partial(save_untrained, dataset=dataset))

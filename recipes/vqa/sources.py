@@ -14,14 +14,8 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.data import (
-    is_file,
-    is_packaged,
-    mapped,
-    packaged_names,
-    read_table,
-    say_what_is_left_out,
-)
+from recipes.shared.data import is_packaged, mapped, packaged_names, read_table, renamed, say_what_is_left_out
+from recipes.shared.parts import is_file
 from recipes.vqa import easy_vqa, turns
 from recipes.vqa.choices import MOST_CHOICES, letter
 from recipes.vqa.prompts import Prompt
@@ -59,9 +53,8 @@ def load(
     """Questions of a data set, as a ``datasets.Dataset`` with the columns of :data:`FEATURES`.
 
     Args:
-        name: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:" and a task. "{split}" in it, and in
-            ``image_folder``, stands for the split.
-        split: the split to read, or a file that is read in place of the data set.
+        name: a Hub name, a local .json, .jsonl or .parquet file, or "packaged:" and a task.
+        split: the split to read, or the file itself. "{split}" in ``image_folder`` stands for it.
         image_folder: where relative image paths start; None is the file's own folder.
         config_name: which of a Hub data set's configurations; None where it has one.
         revision: of a Hub data set.
@@ -77,15 +70,12 @@ def load(
     folder = image_folder_of(name, split, image_folder)
     if image_folder is not None and not folder.is_dir():
         raise MisconfigurationException(f"image_folder={image_folder!r}: there is no folder {folder}")
-    if is_file(split):
-        name = split
-    elif is_packaged(name):
+    if is_packaged(name):
         return datasets.Dataset.from_list(easy_vqa.load(name, split), features=FEATURES)
-    name = name.replace("{split}", split)
     table = read_table(name, split, PACKAGED, config_name, revision)
     if len(table) == 0:
         raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
-    table = _renamed(table, names or {}, name)
+    table = renamed(table, names or {}, {*_IMAGES, *_QUESTIONS, *turns.COLUMNS}, f"dataset={name!r}")
     _check_columns(name, table.column_names, type_column, answered)
     for column in set(_IMAGES) & set(table.column_names):
         # Not decoded: an image is opened when its batch is made.
@@ -104,24 +94,9 @@ def image_folder_of(name: str, split: str, image_folder: str | None) -> Path:
 
     A file that is given as a split has no name that could stand in a folder of splits.
     """
-    if is_file(split) and (image_folder is None or "{split}" in image_folder):
-        return Path(split).expanduser().parent
-    folder = Path(name).parent if image_folder is None else Path(image_folder)
-    return Path(str(folder).replace("{split}", split)).expanduser()
-
-
-def _renamed(table: Any, names: Mapping[str, str], source: str) -> Any:
-    """A table with other names for some of its columns."""
-    known = {*_IMAGES, *_QUESTIONS, *turns.COLUMNS}
-    wrong = [name for name in names if name not in table.column_names]
-    wrong += [name for name in names.values() if name not in known]
-    if wrong or len(set(names.values())) < len(names):
-        raise MisconfigurationException(
-            f"columns={dict(names)!r} must give columns of dataset={source!r}, which are {sorted(table.column_names)}, "
-            f"different ones of the names {sorted(known)}; wrong are {wrong}"
-        )
-    replaced = [name for name in names.values() if name in table.column_names and name not in names]
-    return table.remove_columns(replaced).rename_columns(dict(names))
+    if image_folder is None or ("{split}" in image_folder and is_file(split)):
+        return Path(name).expanduser().parent
+    return Path(image_folder.replace("{split}", split)).expanduser()
 
 
 def _undecoded(feature: Any) -> Any:

@@ -83,7 +83,7 @@ def test_validation_on_training_data_is_noticed(tiny: str, animals: str, tmp_pat
         ),
         (
             [{"text": "a", "label": 0}, {"text": "a", "label": 1}],
-            r"no text is left for .*a larger (validation|test)_share",
+            r"nothing is left for .*texts \(1 different ones\).*a larger share",
         ),
     ],
 )

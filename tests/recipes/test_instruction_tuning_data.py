@@ -11,7 +11,7 @@ from recipes.instruction_tuning import sources
 from recipes.instruction_tuning.data import InstructionData
 from recipes.language.batches import LengthBatchSampler
 from recipes.language.chat import IGNORED, ChatEncoder
-from recipes.shared.data import part_of
+from recipes.shared.parts import part_of
 from recipes.shared.text_metrics import normalized
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from recipes.instruction_tuning import export as exporting
+from recipes.language import export as exporting
 from recipes.language.model import add_adapter
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -49,7 +49,7 @@ def adapter(tiny: str, tmp_path: Path) -> Path:
 
 
 def test_the_folder_is_a_plain_model_that_answers_alike(adapter: Path, tiny: str, tmp_path: Path, capsys: Any) -> None:
-    exporting.main([str(adapter), str(tmp_path / "plain")])
+    exporting.main("export", [str(adapter), str(tmp_path / "plain")])
     assert "plain" in capsys.readouterr().out
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     ids = torch.arange(20)[None]
@@ -101,17 +101,17 @@ def test_nothing_is_sent_unless_asked(adapter: Path, tmp_path: Path, monkeypatch
             sent.append(options)
 
     monkeypatch.setattr(exporting, "HfApi", Hub)
-    exporting.main([str(adapter), str(tmp_path / "one")])
+    exporting.main("export", [str(adapter), str(tmp_path / "one")])
     assert not sent
-    exporting.main([str(adapter), str(tmp_path / "two"), "--push_to_hub", "me/mine"])
+    exporting.main("export", [str(adapter), str(tmp_path / "two"), "--push_to_hub", "me/mine"])
     folder = str(tmp_path / "two")
     assert sent == [("me/mine", {"private": True, "exist_ok": True}), {"repo_id": "me/mine", "folder_path": folder}]
 
 
 def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        exporting.main([tiny, str(tmp_path / "plain")])
+        exporting.main("export", [tiny, str(tmp_path / "plain")])
     assert "holds no adapter_config.json: give the folder beside" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        exporting.main([str(adapter), str(adapter)])
+        exporting.main("export", [str(adapter), str(adapter)])
     assert "is not an empty folder" in capsys.readouterr().err

@@ -227,14 +227,16 @@ def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) 
         data.setup("fit")
     Path(other).write_text(json.dumps({"question": "Q3?", "answer": "b"}))
     data = InstructionData(mine, validation_split=other, test_share=0, tokenizer=tiny)
-    with pytest.warns(UserWarning, match="1 of 1 questions are in the training split too"):
+    with pytest.warns(UserWarning, match="1 of 1 first questions are in the training split too"):
         data.setup("fit")
 
 
 def test_conversations_that_begin_alike_can_not_be_divided(tiny: str, jsonl: Any) -> None:
     mine = jsonl([{"messages": [ASK, {**SAY, "content": f"So {i}."}]} for i in range(40)])
     for share in (None, 0.99):
-        with pytest.raises(MisconfigurationException, match=r"all 40 .*begin with the same question.*validation_split"):
+        with pytest.raises(
+            MisconfigurationException, match=r"40 rows .*first questions .1 different.*validation_split"
+        ):
             InstructionData(mine, tokenizer=tiny, validation_share=share).setup("fit")
     data = InstructionData(mine, tokenizer=tiny, validation_share=0)
     data.setup("fit")
@@ -242,10 +244,10 @@ def test_conversations_that_begin_alike_can_not_be_divided(tiny: str, jsonl: Any
 
 
 def test_wrong_splits_are_named(tiny: str, gsm8k: str) -> None:
-    with pytest.raises(MisconfigurationException, match="validation_split='train' is the split that is trained on"):
-        InstructionData(gsm8k, validation_split="train")
-    with pytest.raises(MisconfigurationException, match="test_split='test': packaged tasks have no other splits"):
-        InstructionData("packaged:sentiment", test_split="test")
+    with pytest.raises(MisconfigurationException, match="'train' is read from where the training data are"):
+        InstructionData(gsm8k, config_name="main", validation_split="train").setup("fit")
+    with pytest.raises(MisconfigurationException, match="sentiment' has no other splits than train, got 'test'"):
+        InstructionData("packaged:sentiment", test_split="test").setup("fit")
     with pytest.raises(MisconfigurationException, match="Config name is missing"):
         InstructionData(gsm8k, tokenizer=tiny).prepare_data()
     data = InstructionData(gsm8k, config_name="main", test_split="exam", tokenizer=tiny)

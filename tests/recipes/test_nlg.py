@@ -14,9 +14,9 @@ from peft import PeftModel
 from recipe_runs import packaged_arguments, quick
 from torch import nn
 
+from recipes.language.export import export, main
 from recipes.language.joint_attention import split_attention
 from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments
-from recipes.nlg.export import export, main
 from recipes.nlg.module import TextGeneration
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
@@ -162,7 +162,7 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys:
     ids = torch.tensor(prompts(cli.model)[:1])
     expected = cli.model.eval().net(input_ids=ids).logits
     assert torch.equal(loaded(input_ids=ids).logits, expected)
-    main([str(adapter), str(tmp_path / "plain")])
+    main("export", [str(adapter), str(tmp_path / "plain")])
     assert "plain" in capsys.readouterr().out
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     assert isinstance(plain.transformer.h[0].attn.c_attn, transformers.pytorch_utils.Conv1D)

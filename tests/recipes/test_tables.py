@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning import sources
 from recipes.shared import data
+from recipes.shared.parted_data import PartedData
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 ROWS = [{"question": f"What is {n}?", "answer": f"A number, {n}.", "context": "Numbers."} for n in range(3)]
@@ -28,7 +29,8 @@ def written(file: Path, rows: list[dict[str, Any]] = ROWS) -> str:
 def test_files_of_other_endings(tmp_path: Path, name: str) -> None:
     table = data.read_table(written(tmp_path / name), "train")
     assert table.to_list() == ROWS
-    assert data.split_problems(str(tmp_path / name), ["test"])
+    with pytest.raises(MisconfigurationException, match="is a file, and has no split 'test'"):
+        data.read_table(str(tmp_path / name), "test")
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,10 @@ def test_files_of_other_endings(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is_refused: bool) -> None:
-    refused = pytest.raises(MisconfigurationException, match="is read from where the training data are")
-    with refused if is_refused else nullcontext():
-        data.refuse_training_data(object(), name, "train", [None, split])
+    for settings in ({"validation_split": split}, {"test_split": split}):
+        refused = pytest.raises(MisconfigurationException, match="is read from where the training data are")
+        with refused if is_refused else nullcontext():
+            PartedData(name, **settings)._refuse_wrong_splits("fit")
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_the_offline_model_is_trained_once_and_goes_on_after_a_stop(
     [
         ({"dataset": None}, "no data: give a file ending in .*a folder or a Hub name"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl.*no such file"),
-        ({"dataset": "packaged:easy_vqa", "split": "dev"}, "splits train and test, got 'dev'"),
+        ({"dataset": "packaged:easy_vqa", "split": "dev"}, "other splits than train, test, got 'dev'"),
         ({"check_images": False, "skip_unreadable": True}, "skip_unreadable needs check_images"),
         ({"image_folder": "gone"}, "image_folder='gone': there is no folder gone"),
         ({"max_length": 5}, "nothing is left.*30 left out: longer than max_length=5 tokens"),

@@ -13,10 +13,10 @@ from recipe_runs import trainer
 from torch import Tensor
 from vqa_kinds import OWN_CLASSES
 from vqa_models import COLOURS, first_batch, prepared
-from vqa_sets import save_scienceqa, saved
+from vqa_sets import saved
 
 from recipes.language.chat import IGNORED
-from recipes.shared.data import columns, take_own_splits
+from recipes.shared.data import columns
 from recipes.vqa import sources
 from recipes.vqa.conversation import QuestionEncoder
 from recipes.vqa.data import Collate, VQAData
@@ -244,37 +244,16 @@ def test_a_split_that_a_file_does_not_have_is_found_before_training(tiny_vlm: st
         prepared("fit", tiny_vlm, dataset=drawn, validation_split="train")
 
 
-@pytest.mark.parametrize(
-    ("options", "validation", "shares"),
-    [
-        ({}, "validation", (0.0, 0.0)),
-        ({"validation_share": 0.5}, None, (0.5, 0.0)),  # what is asked for goes before what is there
-        ({"validation_split": "train[:2]"}, "train[:2]", (0.0, 0.0)),
-        ({"split": "train+validation"}, None, (0.05, 0.0)),
-    ],
-)
-def test_a_data_sets_own_splits_are_taken(
-    options: dict[str, Any], validation: str | None, shares: tuple[float, float], tmp_path: Path
-) -> None:
-    for name in (save_scienceqa(tmp_path / "hub"), str(tmp_path / "{split}.jsonl")):
-        data = VQAData(name, **options)
-        for split in ("train", "validation", "test"):
-            (tmp_path / f"{split}.jsonl").touch()
-        take_own_splits(data)
-        assert data.own_splits == {"validation": validation, "test": "test"}
-        assert tuple(data.shares.values()) == shares
-
-
 def test_validation_on_training_data_is_noticed(tiny_vlm: str, drawn: str) -> None:
     copy = Path(drawn).with_name("copy.jsonl")
     rows = [json.loads(line) for line in Path(drawn).read_text().splitlines()[:3]]
     rows[0]["question"] = "Is this another question?"
     copy.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.warns(UserWarning, match="validation: 2 of 3 questions about the same image are in the training split"):
+    with pytest.warns(UserWarning, match="validation: 2 of 3 images are in the training split"):
         data = prepared("fit", tiny_vlm, dataset=drawn, validation_split=str(copy))
     assert data.parts["validation"]["question"][:] == [row["question"] for row in rows]
-    assert sources.image_folder_of("{split}.jsonl", "held/val.jsonl", "images/{split}") == Path("held")
-    assert sources.image_folder_of("{split}.jsonl", "held/val.jsonl", "images") == Path("images")
+    assert sources.image_folder_of("held/val.jsonl", "held/val.jsonl", "images/{split}") == Path("held")
+    assert sources.image_folder_of("held/val.jsonl", "held/val.jsonl", "images") == Path("images")
 
 
 def test_the_packaged_data_have_their_own_test_images(tiny_vlm: str) -> None:

@@ -1,23 +1,24 @@
 """The model card of an exported run."""
 
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from lightning_utilities.core.apply_func import apply_to_collection
 from peft import PeftConfig
 
 from recipes.shared.configs import methods_of_run
 
 _PACKAGES = ("lightning-flatlora", "lightning", "torch", "transformers", "peft")
-_DATA = ("dataset", "config_name", "revision", "split", "columns", "max_length", "packing")
-_PROMPT = ("system_prompt", "template_arguments")
-_OPTIMIZER = ("learning_rate", "loraplus_ratio", "weight_decay", "betas")
-_SCHEDULE = ("schedule", "warmup_steps", "warmup_share")
-_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
+_TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+_REPLACED = {
+    "optimizer": ("learning_rate", "loraplus_ratio", "weight_decay", "betas"),
+    "lr_scheduler": ("schedule", "warmup_steps", "warmup_share"),
+}
+"""What of the module has no effect beside an option."""
 
 
 def model_card(base: str, adapter: PeftConfig, run: dict[str, Any]) -> ModelCard:
@@ -28,33 +29,24 @@ def model_card(base: str, adapter: PeftConfig, run: dict[str, Any]) -> ModelCard
         adapter: its LoRA.
         run: the run's settings, as LightningCLI writes them into ``config.yaml``; empty if they are not known.
     """
-    model, data = _arguments(run, "model"), _arguments(run, "data")
+    model, data, trainer = _arguments(run, "model"), _arguments(run, "data"), run.get("trainer") or {}
     name, settings = method(run)
     lora = {field: getattr(adapter, field, None) for field in _LORA}
     if isinstance(lora["target_modules"], set):
         # peft keeps the list as a set, whose order differs from one process to the next.
         lora["target_modules"] = sorted(lora["target_modules"])
-    read = {field: data.get(field) for field in _DATA}
-    if read["dataset"]:
-        read["dataset"] = _shown(read["dataset"])
+    unused = {"model", "lora"}
+    for option, replaced in _REPLACED.items():
+        unused |= set(replaced) if run.get(option) else set()
     text = [
         f"# {Path(base).name}, fine-tuned with {name}",
         f"The LoRA adapter of a run of lightning-flatlora, merged into the weights of `{_shown(base)}`.",
         _section("Method", {"method": name, **settings}),
         _section("LoRA", lora),
-        _section("Data", read),
-        _section("Prompts in training", {field: data.get(field) for field in _PROMPT}),
-        _section("Optimizer", _chosen_or(_OPTIMIZER, run, "optimizer") | _chosen_or(_SCHEDULE, run, "lr_scheduler")),
-        _section(
-            "Run",
-            {
-                "seed": run.get("seed_everything"),
-                "batch_size": data.get("batch_size"),
-                "quantization in training": model.get("quantization"),
-                # An FMLoRAModule accumulates and clips itself, and the Trainer's fields hold nothing of it.
-                **{field: model.get(field, run.get("trainer", {}).get(field)) for field in _TRAINER},
-            },
-        ),
+        _section("Data and prompts", data),
+        _section("Model and optimizer", {field: value for field, value in model.items() if field not in unused}),
+        _section("Chosen in their place", {option: run.get(option) for option in _REPLACED}),
+        _section("Run", {"seed": run.get("seed_everything"), **{field: trainer.get(field) for field in _TRAINER}}),
         _section("Versions at the export", {package: version(package) for package in _PACKAGES}),
         "FMLoRA and EFMLoRA are the methods of [arXiv 2508.00522](https://arxiv.org/abs/2508.00522).",
     ]
@@ -94,15 +86,6 @@ def method(run: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return next(iter(methods.items()), ("LoRA", {}))
 
 
-def _chosen_or(fields: Sequence[str], run: dict[str, Any], option: str) -> dict[str, Any]:
-    """The module's fields, or what ``--optimizer`` or ``--lr_scheduler`` has put in their place."""
-    chosen = run.get(option)
-    if chosen:
-        return {option: chosen["class_path"], **(chosen.get("init_args") or {})}
-    model = _arguments(run, "model")
-    return {field: model.get(field) for field in fields}
-
-
 def _arguments(run: dict[str, Any], part: str) -> dict[str, Any]:
     arguments: dict[str, Any] = (run.get(part) or {}).get("init_args") or {}
     return arguments
@@ -113,12 +96,13 @@ def _section(title: str, settings: dict[str, Any]) -> str:
     known = {name: value for name, value in settings.items() if value is not None}
     if not known:
         return ""
-    return f"## {title}\n\n```yaml\n{yaml.safe_dump(known, sort_keys=False).strip()}\n```"
+    shown = yaml.safe_dump(apply_to_collection(known, str, _shown), sort_keys=False).strip()
+    return f"## {title}\n\n```yaml\n{shown}\n```"
 
 
-def _shown(name: str) -> str:
-    """A name without the folders of this machine."""
-    return name if _is_on_hub(name) else Path(name).name
+def _shown(text: str) -> str:
+    """A setting, without the folders of this machine."""
+    return Path(text).name if text.startswith(("/", "~", ".")) else text
 
 
 def _is_on_hub(name: str) -> bool:

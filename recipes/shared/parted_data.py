@@ -1,0 +1,282 @@
+"""A data module of one table, or of one for each part, in parts for training, validation and test."""
+
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from recipes.shared.data import columns, given_dataset, is_packaged, split_names
+from recipes.shared.parts import (
+    is_file,
+    part_of,
+    place_of,
+    refuse_bad_settings,
+    refuse_split_of_file,
+    warn_of_training_data,
+)
+from recipes.shared.resumable import PARTS_OF_STAGE, ResumableData
+
+VALIDATION_SHARE = 0.05
+"""Of the training split, where nothing else says what validation takes."""
+_OWN_SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+"""What data sets call the split for a part."""
+
+
+@dataclass(eq=False)
+class PartedData(ResumableData):
+    """Rows of tables, of which validation and test are splits of their own, or shares of the training split.
+
+    A share is read off a hash of each row's key: it does not change with the order, the seed or the size of the data,
+    and rows of equal keys stay together.
+
+    A subclass defines :meth:`read`, :meth:`keys` and :meth:`encoded`, and :meth:`loader`.
+
+    Args:
+        dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or a
+            packaged data set. "{split}" stands for the split.
+        split: of a Hub data set, for training.
+        validation_split: for validation: another split or a file; None takes ``validation_share``.
+        test_split: for `test`: another split or a file that is not trained on; None takes ``test_share``.
+        config_name: which of a Hub data set's configurations; None where it has one.
+        revision: of a Hub data set; "refs/convert/parquet" is there where the main one is a script.
+        validation_share: share of the training split for validation; 0 validates on nothing. None takes the split
+            "validation" that a folder or a Hub data set has, or 0.05 without one.
+        test_share: share of it held out for `test`, which has to be given in training too; 0 holds out none. None
+            takes the split "test" that a folder or a Hub data set has, or holds out none without one.
+        batch_size: examples of a batch.
+        seed: of the order of the batches.
+        num_workers: processes that load batches; 0 loads in the training process.
+
+    Attributes:
+        own_splits: of each part the split or file; None where it takes a share.
+        shares: of each part the share of the training split.
+        parts: the encoded rows of each part that is set up.
+        reports: what became of the rows of each part, where :meth:`encoded` says it.
+
+    Raises:
+        MisconfigurationException: arguments out of range (here); data that can't be read, or nothing left of it (in
+            `setup`, before training).
+    """
+
+    dataset: str | None = None
+    split: str = "train"
+    validation_split: Any = None
+    test_split: str | None = None
+    config_name: str | None = None
+    revision: str | None = None
+    validation_share: float | None = None
+    test_share: float | None = None
+    batch_size: int = 16
+    seed: int = 0
+    num_workers: int = 0
+
+    packaged: ClassVar[str] = ""
+    """Names of the packaged data sets, for messages."""
+    packaged_splits: ClassVar[Sequence[str]] = ("train",)
+    kinds: ClassVar[str] = "rows"
+    """What divides the rows, in the plural, for messages."""
+    least: ClassVar[Mapping[str, int]] = {}
+    """The smallest values of further settings that are integers, or None."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.own_splits = self.given_splits()
+        self.shares = self.known_shares()
+        least = {"batch_size": 1, "num_workers": 0, **self.least}
+        refuse_bad_settings(self, least, self.shares, self.problems())
+        self.parts = {}
+        self.reports: dict[str, str] = {}
+        self._tables: dict[str, Any] = {}
+
+    # -- for subclasses
+
+    def read(self, split: str) -> Any:
+        """The rows of a split or of a file, as a ``datasets.Dataset``; :meth:`source` says where they are."""
+        raise NotImplementedError
+
+    def keys(self, rows: Any) -> list[str]:
+        """What decides on each row's part."""
+        raise NotImplementedError
+
+    def encoded(self, part: str, rows: Any) -> Any:
+        """The rows of a part as batches take them, without those that can't be used."""
+        raise NotImplementedError
+
+    def identities(self, rows: Any) -> Sequence[Hashable]:
+        """By what a row is known that is in training and in validation."""
+        return self.keys(rows)
+
+    def begin(self) -> None:
+        """Prepare what encodes the rows, in `setup`."""
+
+    def rows_to_predict(self) -> Any:
+        """The encoded rows of `predict`."""
+        raise NotImplementedError
+
+    def problems(self) -> list[str]:
+        """What else is wrong with the settings."""
+        return []
+
+    def given_splits(self) -> dict[str, str | None]:
+        """The splits of the parts as far as they are given."""
+        return {"validation": self.validation_split, "test": self.test_split}
+
+    def parts_of(self, stage: str) -> Iterable[str]:
+        """The parts that a stage needs."""
+        return PARTS_OF_STAGE[stage]
+
+    def is_wanted(self, part: str) -> bool:
+        """Whether a part must not be empty."""
+        return part == "train" or self.own_splits[part] is not None or self.shares[part] > 0
+
+    # -- stages
+
+    @override
+    def prepare_data(self) -> None:
+        # A prediction reads the user's own file alone.
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
+            self.take_own_splits()
+            self.table(self.split)  # on one process, so that the others find it downloaded
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            self.take_own_splits()
+            self._refuse_wrong_splits(stage)
+        self.begin()
+        if stage == "predict":
+            self.parts["predict"] = self.rows_to_predict()
+            return
+        for part in self.parts_of(stage):
+            if part not in self.parts:
+                self.parts[part] = self._part(part)
+            if stage == "fit" and part != "train":
+                self._warn_of_training_data(part)
+        if stage == "validate" and not len(self.parts["validation"]):
+            raise MisconfigurationException(
+                "there is nothing to validate on: give --data.validation_split, or train with "
+                "--data.validation_share 0.05, say"
+            )
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self.prompts_loader(self.batch_to_predict)
+
+    def batch_to_predict(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Rows of `predict` as a batch."""
+        return columns(rows, list(rows[0]))
+
+    # -- which rows
+
+    def source(self, split: str) -> str:
+        """The name of the file, folder or data set that a split is read from."""
+        return split if is_file(split) else given_dataset(self.dataset, self.packaged).replace("{split}", split)
+
+    def table(self, split: str) -> Any:
+        """What :meth:`read` gives, kept."""
+        if split not in self._tables:
+            self._tables[split] = self.read(split)
+        return self._tables[split]
+
+    def rows(self, part: str) -> Any:
+        """The rows of a part: its own split or file, or its share of the training split."""
+        own = self.own_splits.get(part)
+        table = self.table(own or self.split)
+        if own is not None or not any(self.shares.values()):
+            return table if own is not None or part == "train" else table.select([])
+        keys = self.keys(table)
+        return table.select([place for place, key in enumerate(keys) if part_of(key, self.shares) == part])
+
+    def known_shares(self) -> dict[str, float]:
+        """The share that each part takes, as far as it is known before the data are looked at."""
+        validation = VALIDATION_SHARE if self.validation_share is None else self.validation_share
+        shares = {"validation": validation, "test": self.test_share or 0.0}
+        for part in shares:
+            if self.own_splits[part] is not None:
+                shares[part] = 0.0  # the whole training split trains, except for the other part's share
+        return shares
+
+    def take_own_splits(self) -> None:
+        """Make a data set's own splits the parts for which no split and no share was given."""
+        unset = []
+        for part, share in (("validation", self.validation_share), ("test", self.test_share)):
+            if share is None and self.own_splits[part] is None:
+                unset.append(part)
+        trained_on = re.findall(r"\w+", self.split)  # perhaps one beside "train"
+        names = [split for split in self._split_names() if split not in trained_on] if unset else []
+        for part in unset:
+            own = next((split for split in _OWN_SPLITS[part] if split in names), None)
+            if own is not None:
+                rank_zero_info(
+                    f"dataset={self.dataset!r}: its split {own!r} is taken; a {part}_share would take its place"
+                )
+                self.own_splits[part] = own
+                self.shares[part] = 0.0
+
+    def _split_names(self) -> list[str]:
+        """The splits of a data set; of files with "{split}" in their name those that are there."""
+        name = given_dataset(self.dataset, self.packaged)
+        if is_packaged(name):
+            return []
+        if is_file(name):
+            splits = [*_OWN_SPLITS["validation"], *_OWN_SPLITS["test"]] if "{split}" in name else []
+            return [split for split in splits if Path(name.replace("{split}", split)).expanduser().is_file()]
+        return split_names(name, self.split, self.config_name, self.revision, self.packaged)
+
+    def _refuse_wrong_splits(self, stage: str) -> None:
+        """Refuse splits that the data set does not have, or that are trained on, and a test on nothing."""
+        name = given_dataset(self.dataset, self.packaged)
+        given = [split for split in self.own_splits.values() if split is not None]
+        for split in (self.split, *given):
+            if is_packaged(name) and not is_file(split) and split not in self.packaged_splits:
+                raise MisconfigurationException(
+                    f"dataset={name!r} has no other splits than {', '.join(self.packaged_splits)}, got {split!r}: give "
+                    "one of them, a file or a share"
+                )
+        for split in given:
+            refuse_split_of_file(name, split)
+            # Of slices such as "train[:10%]" only equal ones are found here.
+            if stage == "fit" and place_of(name, split) == place_of(name, self.split):
+                raise MisconfigurationException(
+                    f"{split!r} is read from where the training data are: give another split or file as "
+                    "validation_split or test_split, or null, which holds out a share"
+                )
+        if stage == "test" and self.own_splits["test"] is None and not self.shares["test"]:
+            raise MisconfigurationException(
+                "there is nothing to test on: no test split was given or found, and no share was held out. Give "
+                "--data.test_split, a split or a file that was not trained on, or train with --data.test_share 0.1, "
+                "say. `validate` judges on the validation part"
+            )
+
+    def _part(self, part: str) -> Any:
+        rows = self.rows(part)
+        kept = self.encoded(part, rows) if len(rows) else rows
+        report = self.reports.get(part)
+        if report:
+            rank_zero_info(report)
+        if len(kept) or not self.is_wanted(part):
+            return kept
+        if len(rows):
+            raise MisconfigurationException(f"{part}: nothing is left to use. {report}")
+        own = self.own_splits.get(part)
+        if own is not None:
+            raise MisconfigurationException(f"{part}_split={own!r} of dataset={self.dataset!r} has no rows")
+        table = self.table(self.split)
+        raise MisconfigurationException(
+            f"dataset={self.dataset!r}: nothing is left for {part}. Its {len(table)} rows are divided by their "
+            f"{self.kinds} ({len(set(self.keys(table)))} different ones), and equal ones stay together: give more "
+            "rows, a larger share, a validation_split or a test_split, or validation_share=0 to train without one"
+        )
+
+    def _warn_of_training_data(self, part: str) -> None:
+        own = self.own_splits[part]
+        if own is not None:
+            trained = self.identities(self.table(self.split))
+            warn_of_training_data(part, set(self.identities(self.table(own))), trained, self.kinds)

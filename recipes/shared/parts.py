@@ -1,0 +1,131 @@
+"""Which part of the data a row belongs to, what a split is read from, and what is refused as a part."""
+
+import hashlib
+import re
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from recipes.shared.table_files import table_ending
+
+
+def refuse_split_of_file(name: str, split: str) -> None:
+    """Refuse a split of a data set that is a file: it has none, and would be read as a whole.
+
+    A model would be tested on what it was trained on.
+
+    Args:
+        name: of the data set; "{split}" in it stands for the split.
+        split: the name of a split, or a file.
+
+    Raises:
+        MisconfigurationException: the data set is a file, and nothing in its name says that it is of this split.
+    """
+    if not is_file(name) or "{split}" in name or split == "train" or is_file(split) or is_of_split(Path(name), split):
+        return
+    raise MisconfigurationException(
+        f"dataset={name!r} is a file, and has no split {split!r}: give another file as test_split or validation_split, "
+        "or null"
+    )
+
+
+def is_of_split(file: Path, split: str) -> bool:
+    """Whether a file's name, or that of a folder that it is in, says that it holds a split.
+
+    Example:
+        >>> is_of_split(Path("data/questions_val.json"), "val"), is_of_split(Path("data/questions.json"), "val")
+        (True, False)
+        >>> is_of_split(Path("data/latest.json"), "test"), is_of_split(Path("data/test-2024.json"), "test")
+        (False, True)
+        >>> is_of_split(Path("data/mine_test_a.json"), "test_a")
+        True
+        >>> is_of_split(Path("data/dev.json"), "./data/dev.json")
+        True
+    """
+    # Between other letters it is a part of a word: "latest" is no test, and v2_OpenEnded_val2014 is val.
+    is_named = re.search(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])", file.name) is not None
+    return is_named or split in file.parts or Path(split).expanduser() == file.expanduser()
+
+
+def place_of(name: str, split: str) -> Path | tuple[str, str]:
+    """Where a split of a data set is read from: equal for what is the same, however it is written."""
+    if is_file(split):
+        return Path(split).expanduser().resolve()
+    if is_file(name):
+        return Path(name.replace("{split}", split)).expanduser().resolve()
+    return name, split
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is that of a table's file, or of the text file that one recipe reads; it need not be there."""
+    return table_ending(name) is not None or Path(name).suffix.lower() == ".txt"
+
+
+def part_of(key: str, shares: dict[str, float]) -> str:
+    """The part that a key falls into: the same on every machine, whatever else is in the data.
+
+    Example:
+        >>> part_of("what is a cat", {"validation": 0.15, "test": 0.25})
+        'train'
+    """
+    # A number in [0, 1) that the text alone decides; Python's own hash of a text differs from process to process.
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    for part, share in shares.items():
+        if place < share:
+            return part
+        place -= share
+    return "train"
+
+
+def warn_of_training_data(part: str, keys: Collection[Hashable], trained: Collection[Hashable], what: str) -> None:
+    """Warn where a part repeats what is trained on, as a copied file and an overlapping slice do.
+
+    A warning and not an error, since many public data sets repeat a few of their texts.
+
+    Args:
+        part: its name, or what it is read from.
+        keys: of its rows: equal keys are the same to a model.
+        trained: the keys of the training data.
+        what: the keys stand for, in the plural.
+
+    Example:
+        >>> warn_of_training_data("validation", ["a"], ["b"], "texts")
+    """
+    known = set(trained)
+    repeated = sum(key in known for key in keys)
+    if repeated:
+        rank_zero_warn(
+            f"{part}: {repeated} of {len(keys)} {what} are in the training split too, so that this part measures "
+            "partly what was learnt by heart"
+        )
+
+
+def refuse_bad_settings(
+    data: object, least: Mapping[str, int], shares: Mapping[str, float] | None = None, more: Sequence[str] = ()
+) -> None:
+    """Check a data module's settings.
+
+    Args:
+        data: holds them.
+        least: the smallest values of integers, by name; None passes.
+        shares: of validation and test, which have to leave something to train on.
+        more: problems that have been found elsewhere.
+
+    Raises:
+        MisconfigurationException: with all problems.
+    """
+    problems = []
+    for name, smallest in least.items():
+        value = getattr(data, name)
+        if value is not None and value < smallest:
+            problems.append(f"{name} must be an integer >= {smallest}, got {value!r}")
+    if shares and (min(shares.values()) < 0 or sum(shares.values()) >= 1):
+        problems.append(
+            "validation_share and test_share must be >= 0 and leave something to train on, "
+            f"got {shares['validation']!r} and {shares['test']!r}"
+        )
+    problems += more
+    if problems:
+        raise MisconfigurationException(f"{type(data).__name__}: " + "; ".join(problems))
