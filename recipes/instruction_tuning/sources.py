@@ -95,8 +95,8 @@ def _sentiment() -> Iterator[Row]:
     """Film reviews, keyed by film, so that no film has reviews on both sides of a split."""
     for review in film_reviews():
         question = f"Is this film review positive or negative?\n{review.text}"
-        answer = "positive" if review.is_positive else "negative"
-        yield conversation(question, answer, ["positive", "negative"], key=review.film)
+        answer = "positive" if review.label else "negative"
+        yield conversation(question, answer, ["positive", "negative"], key=review.key)
 
 
 TASKS: dict[str, Callable[[], Iterator[Row]]] = {

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-_JOINT_NAMES = {"c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv", "W_pack", "attn_qkv"}
 _ALL_LINEAR = "all-linear"  # peft's word for every layer except the head
 
 
@@ -73,10 +71,6 @@ def split_attention(model: nn.Module, targets: str | Sequence[str] | None) -> li
     Returns:
         Names of what was replaced.
 
-    Raises:
-        MisconfigurationException: no layer has a name of ``targets``, and the model keeps q, k and v in one layer of
-            another kind, which can't be split.
-
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1))
@@ -93,8 +87,6 @@ def split_attention(model: nn.Module, targets: str | Sequence[str] | None) -> li
             joint[name] = module
     for name, module in joint.items():
         model.set_submodule(name, SplitProjection(module))
-    if not joint:
-        _refuse_other_kinds(model, targets)
     return list(joint)
 
 
@@ -126,16 +118,3 @@ def _is_target(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return targets != _ALL_LINEAR and re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _refuse_other_kinds(model: nn.Module, targets: str | Sequence[str]) -> None:
-    """Say why the targets are not there, where q, k and v are in one layer. Other wrong names are for peft to name."""
-    names = [name for name, _ in model.named_modules()]
-    joint = sorted({name.rpartition(".")[2] for name in names} & _JOINT_NAMES)
-    if not joint or targets == _ALL_LINEAR or any(_is_target(name, targets) for name in names):
-        return
-    raise MisconfigurationException(
-        f"lora.target_modules={targets!r} names no layer of {type(model).__name__}, which keeps q, k and v in one "
-        f"layer, {joint[0]!r}. Only GPT-2's c_attn can be split, and only without quantization: set "
-        f"lora.target_modules to [{joint[0]}], which adapts the three together, or take another model"
-    )

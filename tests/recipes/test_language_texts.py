@@ -49,14 +49,6 @@ def test_several_reviews_of_a_film_are_together() -> None:
     assert max(counts.values()) > 1  # keys that never repeat would show nothing
 
 
-def test_a_seed_draws_its_own_training_examples() -> None:
-    first, again, other = (texts.balanced_shots("sentiment", 16, seed) for seed in (0, 0, 1))
-    assert first == again
-    assert len(first) == 16
-    assert set(first) != set(other)
-    assert set(first) | set(other) <= set(texts.parts("sentiment")["train"])
-
-
 def test_a_mail_is_read_without_what_tells_where_it_was_caught() -> None:
     headers = "From: a@b.c\nX-Spam: yes\nSubject: hello\nContent-Type: text/plain; charset="
     assert texts.mail_body(headers + "utf-8\n\nDear\n friend") == "Dear friend"
