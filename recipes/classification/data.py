@@ -17,7 +17,7 @@ from typing_extensions import override
 from recipes.classification.labels import class_labels, class_names, draw_shots, labelled, numbers
 from recipes.classification.prompts import Prompt
 from recipes.language import texts
-from recipes.language.batches import loader_by_length, pad, padding_id
+from recipes.language.batches import loader_by_length, pad, padded, padding_id
 from recipes.language.data import read_prompts
 from recipes.shared.data import (
     columns,
@@ -180,6 +180,10 @@ class TextData(PartedData):
     def encoded(self, part: str, rows: Any) -> Any:
         return mapped(rows, self.encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
 
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest text; none is written."""
+        return max([max(rows["length"]) for rows in self.parts.values() if len(rows)], default=0), 0
+
     @override
     def rows_to_predict(self) -> Any:
         row_texts = self._texts_to_predict()
@@ -188,23 +192,17 @@ class TextData(PartedData):
 
     def _texts_to_predict(self) -> list[list[str]]:
         """The texts of each row of ``predict_file``."""
-        file = self.predict_file
-        if file is None or table_ending(file) is None:
-            if len(self.text_columns) > 1:
-                raise MisconfigurationException(
-                    f"predict needs --data.predict_file FILE, a table with the columns {self.text_columns}, got "
-                    f"{file!r}"
-                )
-            if file is not None and Path(file).suffix.lower() not in ("", ".txt"):
-                raise MisconfigurationException(
-                    f"predict_file={file!r} must be a .txt file with one text a line, or a table ending in "
-                    f"{', '.join(FORMATS)}"
-                )
-            return [[text] for text in read_prompts(file, "text", "predict_file")]
-        table = with_known_names(read_table(file, file), self.text_columns)
-        source = f"predict_file={file!r}"
-        missing = set(self.text_columns) - set(table.column_names)
-        if missing or not len(table):
+        file, source = self.predict_file, f"predict_file={self.predict_file!r}"
+        if file is None or Path(file).suffix.lower() in ("", ".txt"):
+            lines = read_prompts(file, "text", "predict_file")
+            table = datasets.Dataset.from_dict({self.text_columns[0]: lines})
+        elif table_ending(file) is None:
+            raise MisconfigurationException(
+                f"{source} must be a .txt file with one text a line, or a table ending in {', '.join(FORMATS)}"
+            )
+        else:
+            table = with_known_names(read_table(file, file), self.text_columns)
+        if not set(self.text_columns) <= set(table.column_names) or not len(table):
             raise MisconfigurationException(
                 f"{source} must have rows with the columns {self.text_columns}, and has {len(table)} rows with "
                 f"{sorted(table.column_names)}"
@@ -288,12 +286,9 @@ def _encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, A
 
 
 def _collate(columns: dict[str, list[Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    ids = [torch.tensor(row) for row in columns["input_ids"]]
-    batch: dict[str, torch.Tensor] = {
-        name: torch.tensor(columns[name]) for name in ("labels", "position") if name in columns
-    }
-    batch["input_ids"] = pad(ids, pad_id)
-    batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], 0)
+    batch = padded(columns["input_ids"], pad_id)
+    for name in {"labels", "position"} & columns.keys():
+        batch[name] = torch.tensor(columns[name])
     if "token_type_ids" in columns:
         batch["token_type_ids"] = pad([torch.tensor(row) for row in columns["token_type_ids"]], 0)
     return batch

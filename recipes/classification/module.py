@@ -1,12 +1,10 @@
 """The LightningModules: one for every method that is a callback, one for FMLoRA in manual optimization."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -15,24 +13,16 @@ from typing_extensions import override
 from recipes.classification.data import TextData
 from recipes.classification.metrics import chosen_metrics, new_metric
 from recipes.classification.readouts import Batch, LabelWords, NewHead
-from recipes.language.model import (
-    DEFAULT_LORA,
-    PACKAGED_ENCODER,
-    given_model,
-    load_tokenizer,
-    model_source,
-    positions,
-    weights_dtype,
-)
+from recipes.language.model import PACKAGED_ENCODER
+from recipes.language.module import PretrainedModel
 from recipes.language.warm_start import load_factors
 from recipes.shared.diverged import wrong_where_nan
 from recipes.shared.fitting import FittingModule
 from recipes.shared.predictions import PredictionWriter
-from recipes.shared.sharding import check_strategy, shard
-from recipes.shared.training import AutomaticTraining, ManualTraining, RecipeModule, Schedule
+from recipes.shared.training import AutomaticTraining, ManualTraining
 
 
-class TextClassifier(FittingModule, RecipeModule):
+class TextClassifier(FittingModule, PretrainedModel):
     """A pretrained model with LoRA that tells the class of a text or a number, by a new head or by label words.
 
     A head is trained plainly beside the adapter: the methods perturb the weights that LoRA adapts, and no others. The
@@ -41,12 +31,6 @@ class TextClassifier(FittingModule, RecipeModule):
     Args:
         model: a Hub name or a local directory that AutoModelForSequenceClassification loads (with ``label_words``
             AutoModelForMaskedLM or AutoModelForCausalLM), or "packaged:minilm" for all-MiniLM-L6-v2.
-        lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on all linear layers.
-        learning_rate: AdamW's largest learning rate.
-        weight_decay: AdamW's, on the adapter and the head.
-        schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
-        warmup_steps: optimizer steps over which the learning rate rises from 0.
-        warmup_share: the same as a share of all steps; the longer of the two counts.
         metrics: some of "accuracy", "f1" and "matthews" for classes, "pearson" and "spearman" for a regression; the
             first is logged as the score, too. None is accuracy, or both correlations.
         label_words: a word of one token for each class, which the model predicts where the data's template says; None
@@ -54,18 +38,13 @@ class TextClassifier(FittingModule, RecipeModule):
         start_from: folder of another run's adapter, whose LoRA weights this one starts from; the head is new. Only
             `fit` reads it; a run that resumes from a checkpoint may leave it out.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
-        kwargs: of the next class, such as rho for FMLoRA's module.
+        kwargs: of the next class: the optimizer's settings, and for FMLoRA's module rho and others.
     """
+
+    packaged_model = PACKAGED_ENCODER
 
     def __init__(
         self,
-        model: str | None = None,
-        lora: dict[str, Any] | None = None,
-        learning_rate: float = 2e-4,
-        weight_decay: float = 0.0,
-        schedule: Schedule = "linear",
-        warmup_steps: int = 0,
-        warmup_share: float = 0.0,
         metrics: str | list[str] | None = None,
         label_words: Mapping[str, str] | None = None,
         start_from: str | None = None,
@@ -73,19 +52,11 @@ class TextClassifier(FittingModule, RecipeModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.model_name = given_model(model, PACKAGED_ENCODER)
-        self.lora = lora or DEFAULT_LORA
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.schedule = schedule
-        self.warmup_steps = warmup_steps
-        self.warmup_share = warmup_share
         self.wanted_metrics = [metrics] if isinstance(metrics, str) else metrics
         self.metric_names: list[str] = []
         self.readout = NewHead() if label_words is None else LabelWords(label_words)
         self.start_from = start_from
         self.writer = PredictionWriter(predictions, "texts")
-        self.net: PeftModel | None = None
         self.metrics = nn.ModuleDict()
 
     @property
@@ -93,39 +64,14 @@ class TextClassifier(FittingModule, RecipeModule):
         """The data that the trainer was given."""
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer; the data module takes it from here."""
-        return load_tokenizer(self.model_name)
-
     @override
-    def prepare_data(self) -> None:
-        model_source(self.model_name)  # on one process, before all of them load it
-
-    @override
-    def configure_model(self) -> None:
-        if self.net is None:
-            check_strategy(self.trainer.strategy, lora=self.lora)
-            self._add_metrics()
-            dtype = weights_dtype(self.trainer.precision)
-            self.net = self.readout.load(self.model_name, self.lora, dtype, self.data, self.tokenizer)
-            # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
-            if self.start_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
-                load_factors(self.net, self.start_from)
-        self._check_lengths(self.net)
-        if self.device_mesh is not None:
-            shard(self.net, self.device_mesh["data_parallel"])
-
-    def _check_lengths(self, net: PeftModel) -> None:
-        """Refuse texts that are longer than a model with learnt positions can read."""
-        places = positions(net)
-        lengths = [max(rows["length"]) for rows in self.data.parts.values() if len(rows)]
-        longest = max(lengths, default=0)
-        if places is not None and longest > places:
-            raise MisconfigurationException(
-                f"model={self.model_name!r} reads {places} tokens, and the longest text has {longest}: set "
-                f"data.max_length to {places} or less, or take another model"
-            )
+    def load_net(self) -> PeftModel:
+        self._add_metrics()
+        net = self.readout.load(self.model_name, self.lora, self.weights_dtype(), self.data, self.tokenizer)
+        # A checkpoint brings the weights of an evaluation. In a fit the trainer does not yet know of one here.
+        if self.start_from is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            load_factors(net, self.start_from)
+        return net
 
     @override
     def must_fit(self) -> dict[str, Any]:

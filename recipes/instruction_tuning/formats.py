@@ -126,10 +126,8 @@ def converter(columns: Sequence[str], source: str) -> Callable[[Row], Row]:
         MisconfigurationException: the columns are not understood.
     """
     found = _understood(columns)
-    if isinstance(found, Pair):
-        return partial(_converted, messages_of=partial(_read_pair, pair=found), source=source)
     if found is not None:
-        return partial(_converted, messages_of=partial(_read_messages, column=found), source=source)
+        return partial(_converted, found=found, source=source)
     raise MisconfigurationException(
         f"{source} has the columns {sorted(columns)}. Known are {known_columns()}. Give other names in columns, for "
         "example --data.columns '{problem: question, solution: answer}'"
@@ -159,10 +157,10 @@ def _understood(columns: Sequence[str]) -> str | Pair | None:
     return None
 
 
-def _converted(row: Row, messages_of: Callable[[Row], list[Message]], source: str) -> Row:
+def _converted(row: Row, found: str | Pair, source: str) -> Row:
     """Up to the last answer that is learnt; a conversation without one keeps no message, and is counted later."""
     try:
-        messages = messages_of(row)
+        messages = _read_pair(row, found) if isinstance(found, Pair) else _messages(row[found] or [], found)
     except _UnusableError as error:
         # One such row must not stop a run; how many there are is printed.
         return _row([], "", problem=str(error))
@@ -235,10 +233,6 @@ def _written(value: Any) -> str | None:
         return str(int(value))
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if is_number or isinstance(value, str) else None
-
-
-def _read_messages(row: Row, column: str) -> list[Message]:
-    return _messages(row[column] or [], column)
 
 
 def _messages(listed: Any, column: str, learnt: bool = True) -> list[Message]:

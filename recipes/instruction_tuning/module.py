@@ -26,8 +26,7 @@ class InstructionModel(LanguageModel):
             that resumes from a checkpoint may leave it out.
         loraplus_ratio: how many times larger B's learning rate is than A's, which is ``learning_rate``: LoRA+, through
             peft's ``create_loraplus_optimizer``. None trains both at one rate.
-        args: of :class:`recipes.language.module.LanguageModel`, the model first.
-        kwargs: of it, too.
+        kwargs: of :class:`recipes.language.module.LanguageModel`.
 
     Raises:
         MisconfigurationException: a ratio below 1.
@@ -35,13 +34,12 @@ class InstructionModel(LanguageModel):
 
     def __init__(
         self,
-        *args: Any,
         attn_implementation: str | None = None,
         start_from: str | None = None,
         loraplus_ratio: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
         if loraplus_ratio is not None and loraplus_ratio < 1:
             raise MisconfigurationException(f"loraplus_ratio must be >= 1 or null, got {loraplus_ratio!r}")
         self.attn_implementation = attn_implementation

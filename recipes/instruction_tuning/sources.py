@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import datasets
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.instruction_tuning import formats
 from recipes.instruction_tuning.formats import FEATURES, Row, conversation, converter, read_columns
@@ -52,8 +51,6 @@ def load(
         return datasets.Dataset.from_list(rows, features=FEATURES)
     table = read_table(name, split, NAMES, config_name, revision)
     source = f"dataset={name!r}"
-    if len(table) == 0:
-        raise MisconfigurationException(f"{source} has no rows")
     if columns:
         table = renamed(table, columns, formats.NAMES, source).select_columns(list(columns.values()))
     else:

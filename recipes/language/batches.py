@@ -106,11 +106,9 @@ class Collate:
             return self._packed(examples)
         counts = [len(options) for options in examples["input_ids"]]
         starts = np.cumsum([0, *counts[:-1]])
-        ids = [torch.tensor(row) for row in chain.from_iterable(examples["input_ids"])]
         labels = [torch.tensor(row) for row in chain.from_iterable(examples["labels"])]
         return {
-            "input_ids": pad(ids, self.pad_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+            **padded(list(chain.from_iterable(examples["input_ids"])), self.pad_id),
             "labels": pad(labels, IGNORED),
             "options": counts,
             "gold": torch.tensor(starts + np.asarray(examples["gold"])),
@@ -125,6 +123,17 @@ class Collate:
             # Each token that fills up a row is a conversation of its own, which nothing else reads.
             "position_ids": pad([torch.tensor(positions) for positions in rows["position_ids"]], 0),
         }
+
+
+def padded(token_ids: Sequence[list[int]], pad_id: int) -> Batch:
+    """Rows of tokens as ``input_ids`` and ``attention_mask``, filled up on the right.
+
+    Example:
+        >>> padded([[5], [6, 7]], 0)["attention_mask"].tolist()
+        [[1, 0], [1, 1]]
+    """
+    rows = [torch.tensor(ids) for ids in token_ids]
+    return {"input_ids": pad(rows, pad_id), "attention_mask": pad([torch.ones_like(row) for row in rows], 0)}
 
 
 def pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:

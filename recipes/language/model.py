@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from recipes.shared.sharding import is_sharded
 
 PACKAGED = "packaged"
 PACKAGED_ENCODER = "packaged:minilm"
+_HINT = f"or a local directory, {PACKAGED!r} for SmolLM2-135M-Instruct, {PACKAGED_ENCODER!r} for all-MiniLM-L6-v2"
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 PACKAGED_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 """Of the demo's and the comparison's runs of SmolLM2."""
@@ -133,26 +135,35 @@ def quantization_config(
     )
 
 
-def load_pretrained(auto_class: Any, name: str, *, option: str = "model", **options: Any) -> Any:
+def load_pretrained(
+    auto_class: Any,
+    name: str,
+    source: Callable[[str], str] = model_source,
+    *,
+    option: str = "model",
+    hint: str = _HINT,
+    **options: Any,
+) -> Any:
     """What one of transformers' auto classes loads for a name.
 
     Args:
         auto_class: AutoTokenizer, AutoModelForCausalLM or another.
         name: a Hub name, a local directory, "packaged" for SmolLM2-135M-Instruct, or "packaged:minilm" for
             all-MiniLM-L6-v2.
+        source: what ``from_pretrained`` takes for a name.
         option: by which the user has given the name, for the message.
+        hint: what else may be given, for the message.
         options: of its ``from_pretrained``.
 
     Raises:
         MisconfigurationException: there is no such model.
     """
     try:
-        return auto_class.from_pretrained(model_source(name), **options)
+        return auto_class.from_pretrained(source(name), **options)
     except (OSError, ValueError, ImportError) as error:  # the last where a package is missing, such as flash_attn
         raise MisconfigurationException(
             f"{option}={name!r} can't be loaded by {auto_class.__name__}: give a name on the Hub (reachable, or in the "
-            f"local cache), a local directory, {PACKAGED!r} for SmolLM2-135M-Instruct, or {PACKAGED_ENCODER!r} for "
-            f"all-MiniLM-L6-v2. {type(error).__name__}: {error}"
+            f"local cache) {hint}. {type(error).__name__}: {error}"
         ) from error
 
 

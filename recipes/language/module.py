@@ -1,4 +1,4 @@
-"""A LightningModule of a language model with LoRA: what training by any method and evaluation have in common."""
+"""LightningModules of pretrained models with LoRA: what training by any method and evaluation have in common."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +17,7 @@ from recipes.language.batches import Batch
 from recipes.language.evaluation import EvaluationMetrics
 from recipes.language.model import (
     DEFAULT_LORA,
+    PACKAGED,
     DType,
     Quantization,
     add_adapter,
@@ -33,64 +34,48 @@ from recipes.language.model import (
 from recipes.language.packing import check_packing
 from recipes.shared.predictions import PredictionWriter
 from recipes.shared.sharding import check_strategy, shard
-from recipes.shared.training import EvaluatedModule, Schedule
+from recipes.shared.training import EvaluatedModule, RecipeModule, Schedule
 
 
-class LanguageModel(EvaluatedModule):
-    """A causal language model with LoRA: what training by any method, evaluation and prediction have in common.
+class PretrainedModel(RecipeModule):
+    """A pretrained model of texts with LoRA, whatever it is trained on.
 
     Args:
-        model: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
+        model: a Hub name, a local directory, or a packaged model; it has to be given.
         lora: fields of peft's LoraConfig; None is rank 8, alpha 16 on all linear layers except the head.
-        dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
-            "bf16-mixed", else float32. The adapter is always in float32.
-        quantization: hold the frozen weights in "4bit" or "8bit" (needs bitsandbytes).
         learning_rate: AdamW's largest learning rate.
-        weight_decay: AdamW's, on the adapter.
+        weight_decay: AdamW's, on what is trained.
         schedule: the learning rate after warm-up: "linear" or "cosine" to 0, or "constant_with_warmup".
         warmup_steps: optimizer steps over which the learning rate rises from 0.
         warmup_share: the same as a share of all steps; the longer of the two counts.
-        betas: AdamW's.
-        gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
-            batches in the same memory, for a third more time.
-        max_new_tokens: tokens of a generated answer.
-        exact_match_examples: free answers generated and compared in one evaluation; 0 generates none.
         kwargs: of the next class, for FMLoRA's module its rho and others.
     """
+
+    packaged_model = PACKAGED
+    quantization: Quantization | None = None
+    gradient_checkpointing = False
+    max_new_tokens = 0
 
     def __init__(
         self,
         model: str | None = None,
         lora: dict[str, Any] | None = None,
-        dtype: DType | None = None,
-        quantization: Quantization | None = None,
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         schedule: Schedule = "linear",
         warmup_steps: int = 0,
         warmup_share: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        gradient_checkpointing: bool = False,
-        max_new_tokens: int = 64,
-        exact_match_examples: int = 100,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.model_name = given_model(model)
+        self.model_name = given_model(model, self.packaged_model)
         self.lora = DEFAULT_LORA if lora is None else lora
-        self.dtype_name = dtype
-        self.quantization = quantization
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.schedule: Schedule = schedule
+        self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.warmup_share = warmup_share
-        self.betas = betas
-        self.gradient_checkpointing = gradient_checkpointing
-        self.max_new_tokens = max_new_tokens
-        self.exact_match_examples = exact_match_examples
         self.net: PeftModel | None = None
-        self.metrics = torch.nn.ModuleDict({stage: EvaluationMetrics() for stage in ("val", "test")})
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -99,11 +84,11 @@ class LanguageModel(EvaluatedModule):
 
     @override
     def prepare_data(self) -> None:
-        model_source(self.model_name)  # converts the packaged model on one process, before all load it
+        model_source(self.model_name)  # converts a packaged model on one process, before all load it
 
     @override
     def configure_model(self) -> None:
-        if self._trainer is not None:  # studies build the network without one
+        if self._trainer is not None:
             check_strategy(self.trainer.strategy, self.quantization, self.lora)
         # Lightning calls this before every stage, and a second adapter must not go into the first.
         if self.net is None:
@@ -112,7 +97,76 @@ class LanguageModel(EvaluatedModule):
                 checkpoint_activations(self.net)
         self._check_lengths(self.net)
         if self.device_mesh is not None:  # FSDP2; FSDP1 wraps the whole module later, by its policy
-            shard(self.net, self.device_mesh["data_parallel"], methods=["generate"])
+            methods = ["generate"] if hasattr(self.net, "generate") else []
+            shard(self.net, self.device_mesh["data_parallel"], methods=methods)
+
+    def load_net(self) -> PeftModel:
+        """The pretrained model with a new adapter."""
+        raise NotImplementedError
+
+    def weights_dtype(self) -> DType:
+        """Of the frozen weights, by what the Trainer computes in."""
+        return weights_dtype(None if self._trainer is None else self.trainer.precision)
+
+    def readable_tokens(self, net: PeftModel) -> int | None:
+        """The most tokens of a text; None where there is no bound."""
+        return positions(net)
+
+    def writes_answers(self) -> bool:
+        """Whether this stage generates answers to the data's prompts."""
+        return False
+
+    def _check_lengths(self, net: PeftModel) -> None:
+        """Refuse texts that are longer than the model can read."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        places = self.readable_tokens(net)
+        # A user's own data module need not say how long its texts are.
+        if places is None or not hasattr(data, "longest"):
+            return
+        row, prompt = data.longest()
+        written = prompt + self.max_new_tokens if prompt and self.writes_answers() else 0
+        if max(row, written) > places:
+            more = f", and the longest prompt with max_new_tokens={self.max_new_tokens} {written}" if written else ""
+            raise MisconfigurationException(
+                f"model={self.model_name!r} reads {places} tokens. The longest text has {row}{more}: set "
+                "data.max_length or max_new_tokens lower, or take another model"
+            )
+
+
+class LanguageModel(PretrainedModel, EvaluatedModule):
+    """A causal language model with LoRA: what training by any method, evaluation and prediction have in common.
+
+    Args:
+        model: a Hub name, a local directory, or "packaged" for SmolLM2-135M-Instruct.
+        dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
+            "bf16-mixed", else float32. The adapter is always in float32.
+        quantization: hold the frozen weights in "4bit" or "8bit" (needs bitsandbytes).
+        betas: AdamW's.
+        gradient_checkpointing: compute each block's activations again in backward instead of keeping them: larger
+            batches in the same memory, for a third more time.
+        max_new_tokens: tokens of a generated answer.
+        exact_match_examples: free answers generated and compared in one evaluation; 0 generates none.
+        kwargs: of the next class: the model and the optimizer's settings.
+    """
+
+    def __init__(
+        self,
+        dtype: DType | None = None,
+        quantization: Quantization | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 64,
+        exact_match_examples: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.dtype_name = dtype
+        self.quantization = quantization
+        self.betas = betas
+        self.gradient_checkpointing = gradient_checkpointing
+        self.max_new_tokens = max_new_tokens
+        self.exact_match_examples = exact_match_examples
+        self.metrics = torch.nn.ModuleDict({stage: EvaluationMetrics() for stage in ("val", "test")})
 
     @override
     def on_fit_start(self) -> None:
@@ -125,39 +179,17 @@ class LanguageModel(EvaluatedModule):
             with self.trainer.precision_plugin.forward_context():
                 check_packing(self.net, min(data.batch_size, 2), self.device)
 
-    def readable_tokens(self, net: PeftModel) -> int | None:
-        """The most tokens of a text; None where there is no bound."""
-        return positions(net)
-
-    def _check_lengths(self, net: PeftModel) -> None:
-        """Refuse texts that are longer than the model can read."""
-        data: Any = getattr(self._trainer, "datamodule", None)
-        places = self.readable_tokens(net)
-        # A user's own data module need not say how long its texts are.
-        if places is None or not hasattr(data, "longest"):
-            return
-        row, prompt = data.longest()
-        written = prompt + self.max_new_tokens if prompt and self.writes_answers() else 0
-        if max(row, written) > places:
-            raise MisconfigurationException(
-                f"model={self.model_name!r} reads {places} tokens. The longest text has {row}, and the longest prompt "
-                f"to answer has {prompt} and max_new_tokens={self.max_new_tokens} besides: set data.max_length or "
-                "max_new_tokens lower, or take another model"
-            )
-
+    @override
     def writes_answers(self) -> bool:
-        """Whether this stage generates answers to the data's prompts."""
         return self.exact_match_examples > 0 or self.trainer.state.fn == TrainerFn.PREDICTING
 
+    @override
     def load_net(self) -> PeftModel:
-        """The pretrained model with a new adapter."""
         return add_adapter(load_base(self.model_name, self.weights_dtype(), self.quantization), self.lora)
 
+    @override
     def weights_dtype(self) -> DType:
-        """Of the frozen weights: as given, or as the Trainer computes."""
-        if self.dtype_name is not None:
-            return self.dtype_name
-        return weights_dtype(None if self._trainer is None else self.trainer.precision)
+        return super().weights_dtype() if self.dtype_name is None else self.dtype_name
 
     @override
     def loss(self, batch: Batch) -> Tensor:

@@ -108,7 +108,7 @@ class TemplateEncoder:
             MisconfigurationException: no answer follows the generation prompt, and the answers are not marked.
         """
         try:
-            return opening_of(self._render)
+            opening = answer_opening(self._render, ASKED)
         except HiddenAnswerError as error:
             if not self._marks_answers:
                 raise MisconfigurationException(f"{error}. {REMEDY}{self._agreeing_arguments(ANSWERED)}") from error
@@ -117,6 +117,13 @@ class TemplateEncoder:
                 "and prediction is not what answers follow in training"
             )
             return ""
+        if opening:
+            rank_zero_info(
+                f"The chat template writes {opening!r} before an answer, which its generation prompt lacks: prompts "
+                "get it too, and it is not learnt. Use the model with a prompt that ends with it; for Qwen3, "
+                'template_arguments {"enable_thinking": false} says the same'
+            )
+        return opening
 
     def _agreeing_arguments(self, messages: Sequence[Message]) -> str:
         """The usual arguments of thinking templates that would help with a conversation, as a part of a message."""
@@ -204,22 +211,6 @@ def without_thoughts(message: Message) -> Message:
         {'role': 'assistant', 'content': 'So.'}
     """
     return {name: value for name, value in message.items() if name not in THOUGHTS}
-
-
-def opening_of(render: Render) -> str:
-    """What prompts need beyond the template's generation prompt, which is then printed; "" for most templates.
-
-    Raises:
-        HiddenAnswerError: no answer follows the generation prompt.
-    """
-    opening = answer_opening(render, ASKED)
-    if opening:
-        rank_zero_info(
-            f"The chat template writes {opening!r} before an answer, which its generation prompt lacks: prompts get it "
-            "too, and it is not learnt. Use the model with a prompt that ends with it; for Qwen3, template_arguments "
-            '{"enable_thinking": false} says the same'
-        )
-    return opening
 
 
 def read_template(path: str) -> str:

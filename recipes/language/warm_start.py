@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
+
+from recipes.language.export import config_of
 
 _SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """What has to be equal, so that the same factors give the same change of the weights."""
@@ -21,12 +23,8 @@ def load_factors(net: PeftModel, folder: str) -> None:
     Raises:
         MisconfigurationException: there is no adapter, or it is one of other layers or with other settings.
     """
-    given, folder = folder, str(Path(folder).expanduser())
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise MisconfigurationException(
-            f"start_from={given!r} holds no adapter_config.json: give the folder of an adapter, beside a checkpoint"
-        )
-    saved, own = PeftConfig.from_pretrained(folder), net.peft_config["default"]
+    folder = str(Path(folder).expanduser())
+    saved, own = config_of(Path(folder)), net.peft_config["default"]
     different = [name for name in _SAME if getattr(saved, name) != getattr(own, name)]
     if different:
         was = {name: getattr(saved, name) for name in different}

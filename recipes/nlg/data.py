@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from recipes.language.batches import Batch, loader_by_length, pad, padding_id
+from recipes.language.batches import Batch, loader_by_length, pad, padded, padding_id
 from recipes.language.chat import IGNORED
 from recipes.language.data import encoded_prompts, tokenizer_of
 from recipes.nlg.encoding import PairEncoder
-from recipes.nlg.sources import Columns, grouped, read_pairs, read_source
+from recipes.nlg.sources import grouped, read_pairs, read_source
 from recipes.shared.data import mapped
 from recipes.shared.parted_data import PartedData
 from recipes.shared.resumable import LateLoader
@@ -65,7 +65,7 @@ class MeaningData(PartedData):
         table = read_source(self.source(split), split, self.config_name, self.revision)
         source = f"dataset={self.dataset!r}, split={split!r}"
         # A split of its own is there to compare with; the texts of the training split are learnt.
-        pairs = read_pairs(table, source, Columns(self.meaning, self.text), with_references=split != self.split)
+        pairs = read_pairs(table, source, self.meaning, self.text, with_references=split != self.split)
         return datasets.Dataset.from_list([pair._asdict() for pair in pairs])
 
     @override
@@ -149,9 +149,5 @@ def collate(rows: dict[str, list[Any]], pad_id: int) -> Batch:
     # Prompts stay lists: the module pads them on the left when it generates.
     if "prompt_ids" in rows:
         return rows
-    ids = [torch.tensor(row) for row in rows["input_ids"]]
-    return {
-        "input_ids": pad(ids, pad_id),
-        "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
-        "labels": pad([torch.tensor(row) for row in rows["labels"]], IGNORED),
-    }
+    labels = pad([torch.tensor(row) for row in rows["labels"]], IGNORED)
+    return {**padded(rows["input_ids"], pad_id), "labels": labels}

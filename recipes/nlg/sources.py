@@ -30,44 +30,38 @@ class Pair(NamedTuple):
     text: str
 
 
-class Columns(NamedTuple):
-    """Which columns of a table hold the meanings and the texts; None for those of :data:`LAYOUTS`."""
-
-    meaning: str | None = None
-    text: str | None = None
-
-
-def read_pairs(table: Any, source: str, columns: Columns, with_references: bool = False) -> list[Pair]:
+def read_pairs(
+    table: Any, source: str, meaning: str | None = None, text: str | None = None, with_references: bool = False
+) -> list[Pair]:
     """The pairs of a table, in its order.
 
     Args:
         table: with a column of meanings, and one of texts or of lists of texts.
         source: what an error calls it.
-        columns: of the meanings and the texts.
+        meaning: column of the meanings; None finds one of :data:`LAYOUTS`.
+        text: column of the texts; None likewise.
         with_references: take the texts from GEM's column ``references`` where a row has some.
 
     Raises:
         MisconfigurationException: a column is missing, or a row has no text in one of them.
     """
-    table = with_known_names(table, _known_columns(columns))
-    meaning_column, text_column = _columns(table.column_names, source, columns)
+    named = [name for name in (meaning, text) if name is not None]
+    table = with_known_names(table, [_REFERENCES, *chain.from_iterable(LAYOUTS), *named])
+    meaning_column, text_column = _columns(table.column_names, source, meaning, text)
     pairs = []
     for number, row in enumerate(table):
         value = row[text_column]
-        if with_references and columns.text is None and row.get(_REFERENCES):
+        if with_references and text is None and row.get(_REFERENCES):
             value = row[_REFERENCES]
         # An empty list is a meaning without a text, as None is.
         texts = value if isinstance(value, list) and value else [value]
-        for text in [row[meaning_column], *texts]:
-            if not isinstance(text, str) or not text.strip():
+        for given in [row[meaning_column], *texts]:
+            if not isinstance(given, str) or not given.strip():
                 raise MisconfigurationException(
                     f"{source}: row {number} needs a text in {meaning_column!r} and in {text_column!r}, "
-                    f"and holds {text!r}"
+                    f"and holds {given!r}"
                 )
-        meaning = row[meaning_column].strip()
-        pairs += [Pair(meaning, text.strip()) for text in texts]
-    if not pairs:
-        raise MisconfigurationException(f"{source} has no rows")
+        pairs += [Pair(row[meaning_column].strip(), one.strip()) for one in texts]
     return pairs
 
 
@@ -107,21 +101,16 @@ def grouped(pairs: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _columns(names: Sequence[str], source: str, columns: Columns) -> tuple[str, str]:
-    for meaning, text in LAYOUTS:
-        found = columns.meaning or meaning, columns.text or text
+def _columns(names: Sequence[str], source: str, meaning: str | None, text: str | None) -> tuple[str, str]:
+    for layout in LAYOUTS:
+        found = meaning or layout[0], text or layout[1]
         if set(found) <= set(names):
             return found
-    known = ", ".join(f"{meaning} and {text}" for meaning, text in LAYOUTS)
+    known = ", ".join(f"{one} and {other}" for one, other in LAYOUTS)
     raise MisconfigurationException(
-        f"{source} has the columns {sorted(names)}, and data.meaning={columns.meaning!r}, data.text={columns.text!r}: "
-        f"set both to columns that it has. Null stands for {known}"
+        f"{source} has the columns {sorted(names)}, and data.meaning={meaning!r}, data.text={text!r}: set both to "
+        f"columns that it has. Null stands for {known}"
     )
-
-
-def _known_columns(columns: Columns) -> list[str]:
-    known = [_REFERENCES, *chain.from_iterable(LAYOUTS)]
-    return known + [name for name in columns if name is not None]
 
 
 def _text_table(name: str) -> Any:

@@ -1,11 +1,12 @@
 """Texts that the model wrote in one evaluation: gathered over the ranks, kept in files, and scored."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from recipes.language.batches import Batch
@@ -72,19 +73,11 @@ class WrittenTexts:
         texts, references = (folder / f"{self.stage}_{name}.tsv" for name in ("texts", "references"))
         for file in (texts, references):
             set_aside(file)
-        _write_table(texts, "output", ((row.meaning, row.text) for row in rows))
-        pairs = []
-        for row in rows:
-            pairs += [(row.meaning, reference) for reference in row.references]
-        _write_table(references, "reference", pairs)
+        written = [(row.meaning, row.text) for row in rows]
+        pairs = [(row.meaning, reference) for row in rows for reference in row.references]
+        for file, column, columns in ((texts, "output", written), (references, "reference", pairs)):
+            # Two columns, as e2e-metrics reads them; no line and no column ends within a text. All are in quotes:
+            # e2e-metrics strips its lines, and an empty text at the end would take its column with it.
+            table = pd.DataFrame(columns, columns=["mr", column]).map(lambda text: " ".join(text.split()))
+            table.to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
         rank_zero_info(f"Texts are in {texts}, the references in {references}")
-
-
-def _write_table(path: Path, name: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Two columns, as e2e-metrics reads them; no line and no column ends within a text."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        # All in quotes: e2e-metrics strips its lines, and an empty text at the end would take its column with it.
-        table = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
-        table.writerow(["mr", name])
-        for meaning, text in rows:
-            table.writerow([" ".join(meaning.split()), " ".join(text.split())])

@@ -49,26 +49,33 @@ def read_table(
     Raises:
         MisconfigurationException: it can't be read.
     """
+    with _read_errors(name, split, tasks):
+        table = _read(name, split, config_name, revision)
+    if not len(table):
+        raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
+    return table
+
+
+def _read(name: str, split: str, config_name: str | None, revision: str | None) -> Any:
     path = Path(name).expanduser()
     ending = table_ending(name)
-    with _read_errors(name, split, tasks):
-        if ending is not None:
-            if not path.is_file():
-                raise MisconfigurationException(f"dataset={name!r}: there is no such file")
-            refuse_split_of_file(name, split)
-            if ending == ".json":
-                refuse_rows_by_key(name, path)
-            files = glob.escape(str(path))
-            options = csv_options(files) if ending == ".csv" else {}
-            load = partial(datasets.load_dataset, FORMATS[ending], data_files=files, split="train", **options)
-            return _with_texts_as_written(load)
-        name = _folder_or_hub(name)
-        csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
-        if csv_files:
-            parts = {split.partition("[")[0]: csv_files}
-            return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
-        load = partial(datasets.load_dataset, name, config_name, split=split, revision=revision)
-        return _with_texts_as_written(load)
+    if ending is not None:
+        if not path.is_file():
+            raise MisconfigurationException(f"dataset={name!r}: there is no such file")
+        refuse_split_of_file(name, split)
+        files = glob.escape(str(path))
+        options = csv_options(files) if ending == ".csv" else {}
+        load = partial(datasets.load_dataset, FORMATS[ending], data_files=files, split="train", **options)
+        table = _with_texts_as_written(load)
+        if ending == ".json":
+            refuse_rows_by_key(name, table)
+        return table
+    name = _folder_or_hub(name)
+    csv_files = files_of_csv_folder(name, config_name, split) if path.is_dir() else None
+    if csv_files:
+        parts = {split.partition("[")[0]: csv_files}
+        return datasets.load_dataset("csv", data_files=parts, split=split, **csv_options(csv_files))
+    return _with_texts_as_written(partial(datasets.load_dataset, name, config_name, split=split, revision=revision))
 
 
 def _with_texts_as_written(load: Callable[..., Any]) -> Any:
@@ -105,7 +112,7 @@ def _read_errors(name: str, split: str, tasks: str) -> Iterator[None]:
     except Exception as error:  # a dozen types, from a bad name to a network down or broken JSON
         if table_ending(name) is not None and is_of_empty_file(error):
             raise MisconfigurationException(f"dataset={name!r} is empty") from error
-        if "'utf-8' codec" in _reason(error) or "Invalid UTF8" in _reason(error):
+        if "'utf-8' codec" in _reason(error) or "Invalid UTF" in _reason(error):
             raise MisconfigurationException(not_utf8(f"dataset={name!r}")) from error
         formats = ", ".join(FORMATS)
         raise MisconfigurationException(

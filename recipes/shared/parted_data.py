@@ -143,6 +143,7 @@ class PartedData(ResumableData):
         # A prediction reads the user's own file alone.
         if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
             self.take_own_splits()
+            self._refuse_wrong_splits("")
             self.table(self.split)  # on one process, so that the others find it downloaded
 
     @override
@@ -159,11 +160,6 @@ class PartedData(ResumableData):
                 self.parts[part] = self._part(part)
             if stage == "fit" and part != "train":
                 self._warn_of_training_data(part)
-        if stage == "validate" and not len(self.parts["validation"]):
-            raise MisconfigurationException(
-                "there is nothing to validate on: give --data.validation_split, or train with "
-                "--data.validation_share 0.05, say"
-            )
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -231,7 +227,7 @@ class PartedData(ResumableData):
         return split_names(name, self.split, self.config_name, self.revision, self.packaged)
 
     def _refuse_wrong_splits(self, stage: str) -> None:
-        """Refuse splits that the data set does not have, or that are trained on, and a test on nothing."""
+        """Refuse splits that the data set does not have, or that are trained on, and an evaluation on nothing."""
         name = given_dataset(self.dataset, self.packaged)
         given = [split for split in self.own_splits.values() if split is not None]
         for split in (self.split, *given):
@@ -248,11 +244,13 @@ class PartedData(ResumableData):
                     f"{split!r} is read from where the training data are: give another split or file as "
                     "validation_split or test_split, or null, which holds out a share"
                 )
-        if stage == "test" and self.own_splits["test"] is None and not self.shares["test"]:
+        part = {"validate": "validation", "test": "test"}.get(stage)
+        if part is not None and not self.is_wanted(part):
+            verb = "test" if part == "test" else "validate"
             raise MisconfigurationException(
-                "there is nothing to test on: no test split was given or found, and no share was held out. Give "
-                "--data.test_split, a split or a file that was not trained on, or train with --data.test_share 0.1, "
-                "say. `validate` judges on the validation part"
+                f"there is nothing to {verb} on: no split for it was given or found, and no share was held out. Give "
+                f"--data.{part}_split, a split or a file that was not trained on, or train with --data.{part}_share "
+                "0.1, say"
             )
 
     def _part(self, part: str) -> Any:
@@ -265,9 +263,6 @@ class PartedData(ResumableData):
             return kept
         if len(rows):
             raise MisconfigurationException(f"{part}: nothing is left to use. {report}")
-        own = self.own_splits.get(part)
-        if own is not None:
-            raise MisconfigurationException(f"{part}_split={own!r} of dataset={self.dataset!r} has no rows")
         table = self.table(self.split)
         raise MisconfigurationException(
             f"dataset={self.dataset!r}: nothing is left for {part}. Its {len(table)} rows are divided by their "

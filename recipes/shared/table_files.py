@@ -1,20 +1,16 @@
 """The forms of files that tables come in: which are read, which are not, and what `datasets` would change of them."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that `datasets` unpacks by itself
-_MOST_COLUMNS = 100  # of a table: more objects than that are rows by their ids, even where these differ
 _TIME = re.compile(r"\b(timestamp|date32|date64|time32|time64)\[")
-_ROWS_BY_KEY = re.compile(r'\s*\{\s*"[^"]*"\s*:\s*\{')
 
 
 def table_ending(name: str) -> str | None:
@@ -44,26 +40,16 @@ def refuse_other_forms(name: str, path: Path) -> None:
         )
 
 
-def refuse_rows_by_key(name: str, path: Path) -> None:
-    """Refuse a JSON object that holds rows by their ids, of which `datasets` would slowly make a column each."""
-    with _opened(path) as file:
-        first_line, more = file.readline(), file.read(1000)
-        if not _ROWS_BY_KEY.match(first_line + more):
-            return
-        if more.strip() and _is_json(first_line):  # lines of JSON
-            return
-        file.seek(0)
-        try:
-            content = json.load(file)
-        except ValueError:
-            return
-    rows = list(content.values())
-    if len(rows) < 2 or not all(isinstance(row, dict) for row in rows):
-        return
-    are_alike = all(row.keys() == rows[0].keys() for row in rows)
-    if are_alike or len(rows) > _MOST_COLUMNS:
+def refuse_rows_by_key(name: str, table: Any) -> None:
+    """Refuse a JSON object that holds rows by their ids, or columns by their names, which are read as one row.
+
+    Raises:
+        MisconfigurationException: the table has one row, of objects with the same keys.
+    """
+    columns = list(table.features.values())
+    if len(table) == 1 and len(columns) > 1 and isinstance(columns[0], dict) and columns[1:] == columns[:-1]:
         raise MisconfigurationException(
-            f"dataset={name!r} holds {len(rows)} objects by key, such as {next(iter(content))!r}, and no list of "
+            f"dataset={name!r} holds {len(columns)} objects by key, such as {table.column_names[0]!r}, and no list of "
             "rows: write the rows as a list, or one a line (with pandas, to_json(orient='records'))"
         )
 
@@ -148,16 +134,3 @@ def with_dates_as_texts(table: Any, load: Callable[..., Any]) -> Any:
         if _TIME.search(str(column.type)):
             features[column.name] = datasets.Json()
     return table if features == dict(table.features) else load(features=datasets.Features(features))
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _opened(path: Path) -> Any:
-    """A file of text, unpacked where its ending says that it is compressed."""
-    return fsspec.filesystem("file").open(str(path), "rt", compression="infer", encoding="utf-8-sig")

@@ -1,13 +1,11 @@
 """Tables for the terminal and for a document."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import rich.table
 from rich.console import Console
-
-_SHORT = {"learning_rate": "rate", "weight_decay": "decay"}
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,6 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     """
     head, *body = lines
     return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, body)])
-
-
-def settings_text(config: Mapping[str, float]) -> str:
-    """A configuration in a cell, with the usual names shortened.
-
-    Example:
-        >>> settings_text({"learning_rate": 0.001, "rho": 0.5})
-        'rate 0.001, rho 0.5'
-    """
-    return ", ".join(f"{_SHORT.get(name, name)} {value:g}" for name, value in config.items())
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from recipes.language.model import DType, Quantization, quantization_config, trainable
+from recipes.language.model import DType, Quantization, load_pretrained, quantization_config, trainable
 from recipes.shared import packaged
 
 PACKAGED = "packaged"
@@ -16,6 +16,10 @@ LANGUAGE_MODEL = r".*(language|text)_model.*\.(q|v)_proj"
 # Vision towers and connectors, by transformers' names: they stay as they are when the language model is quantized. The
 # patterns are compared with the beginnings of module names.
 _NOT_QUANTIZED = [r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|connector)", r"(.*\.)?lm_head"]
+_HINT = (
+    "of a vision-language model (image-text-to-text), a local directory with one, or 'packaged' for the model of "
+    "`python -m recipes.vqa.offline`"
+)
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_MODEL}
 
 
@@ -39,7 +43,7 @@ def model_source(name: str) -> str:
 
 def load_processor(name: str) -> Any:
     """The processor of a model: its tokenizer and its image processor."""
-    processor = _load(AutoProcessor, name)
+    processor = load_pretrained(AutoProcessor, name, model_source, hint=_HINT)
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise MisconfigurationException(
             f"model={name!r} has a {type(processor).__name__}, which takes no images and text: "
@@ -62,15 +66,6 @@ def load_base(name: str, dtype: DType, quantization: Quantization | None = None)
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, dtype, skipped=_NOT_QUANTIZED)
-    return trainable(_load(AutoModelForImageTextToText, name, **options), quantization)
-
-
-def _load(auto_class: Any, name: str, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(model_source(name), **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise MisconfigurationException(
-            f"model={name!r} can't be loaded: give the name of a vision-language model on the Hub (image-text-to-text; "
-            f"reachable, or in the local cache), a local directory, or {PACKAGED!r} for the model of "
-            f"`python -m recipes.vqa.offline`. {type(error).__name__}: {error}"
-        ) from error
+    return trainable(
+        load_pretrained(AutoModelForImageTextToText, name, model_source, hint=_HINT, **options), quantization
+    )

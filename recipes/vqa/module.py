@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from recipes.language.batches import Batch
-from recipes.language.model import DType, Quantization, add_adapter, answer_log_likelihood, generated
+from recipes.language.model import DType, add_adapter, answer_log_likelihood, generated
 from recipes.language.module import LanguageModel
 from recipes.shared.fitting import FittingModule
 from recipes.shared.training import AutomaticTraining, ManualTraining
@@ -26,7 +26,6 @@ class VisionLanguageModel(FittingModule, LanguageModel):
         lora: fields of peft's LoraConfig; None trains all weights, which are then in float32.
         dtype: of the frozen weights, "auto" as in the checkpoint; None is bfloat16 where the Trainer's precision is
             "bf16-mixed", else float32. The adapter is always in float32.
-        quantization: hold the language model's frozen weights in "4bit" or "8bit" (needs bitsandbytes).
         max_new_tokens: tokens of a generated answer.
         validation_answers: questions that one validation answers and compares, the first ones; 0 answers none. Testing
             answers all.
@@ -41,30 +40,19 @@ class VisionLanguageModel(FittingModule, LanguageModel):
         model: str | None = None,
         lora: dict[str, Any] | None = None,
         dtype: DType | None = None,
-        quantization: Quantization | None = None,
         max_new_tokens: int = 16,
         validation_answers: int = 200,
         **kwargs: Any,
     ) -> None:
-        if model is None:
-            raise MisconfigurationException(f"{type(self).__name__}: model: give a Hub name or a local directory")
-        super().__init__(
-            model=model,
-            lora=lora,
-            # All weights need float32: in bfloat16 most of AdamW's small steps would be rounded away.
-            dtype="float32" if lora is None and dtype is None else dtype,
-            quantization=quantization,
-            max_new_tokens=max_new_tokens,
-            **kwargs,
-        )
-        if lora is None and dtype not in (None, "float32"):
-            raise MisconfigurationException(
-                f"lora=null trains all weights, which needs dtype='float32', got {dtype!r}: leave it out, or give lora"
-            )
-        if lora is None and quantization is not None:
-            raise MisconfigurationException(
-                f"lora=null trains all weights, which quantization={quantization!r} can't: set it to null, or give lora"
-            )
+        super().__init__(model=model, lora=lora, dtype=dtype, max_new_tokens=max_new_tokens, **kwargs)
+        if lora is None:
+            if dtype not in (None, "float32") or self.quantization is not None:
+                raise MisconfigurationException(
+                    f"lora=null trains all weights, which needs dtype='float32' and no quantization, got {dtype!r} and "
+                    f"{self.quantization!r}: leave both out, or give lora"
+                )
+            # In bfloat16 most of AdamW's small steps would be rounded away.
+            self.dtype_name = "float32"
         # Kept apart, because self.lora holds the default where it was None.
         self.trains_all = lora is None
         self.validation_answers = validation_answers

@@ -109,7 +109,12 @@ def save_untrained(folder: Path, dataset: str) -> None:
     processor = build_processor(f"User: {question} Assistant: {answers[0]}" for question, answers in pairs)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        build_model(processor.tokenizer).save_pretrained(folder)
+        save(build_model(processor.tokenizer), processor, folder)
+
+
+def save(net: Any, processor: Any, folder: Path) -> None:
+    """A model and its processor, as ``from_pretrained`` loads them."""
+    net.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
@@ -128,21 +133,21 @@ def train(work: Path, steps: int, dataset: str) -> VQA:
     )  # fmt: skip
     # One file that each save replaces; a version counter would leave last-v1.ckpt beside it.
     saver = ModelCheckpoint(work, filename="last", every_n_train_steps=SAVE_EVERY, enable_version_counter=False)
-    common: dict[str, Any] = {"accelerator": "auto", "devices": 1, "logger": False}
     trainer = L.Trainer(
         max_steps=steps,
+        devices=1,
         gradient_clip_val=1.0,
         callbacks=[saver, RandomState(), TQDMProgressBar(refresh_rate=10)],
+        logger=False,
         enable_model_summary=False,
         # None lets the interval count over all epochs, and not within each.
         check_val_every_n_epoch=None,
         val_check_interval=500,
-        **common,
     )
     last = work / "last.ckpt"
     data = VQAData(dataset, test_split="test" if dataset == DATASET else None, test_share=0.1, batch_size=BATCH)
     trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-    L.Trainer(enable_checkpointing=False, **common).test(module, data)
+    trainer.test(module, data)
     return module
 
 
@@ -152,24 +157,14 @@ def build(steps: int = STEPS, dataset: str = DATASET) -> Path:
     with one_at_a_time(folder.name):
         if folder.exists():
             print(f"The model has been trained before; delete {folder} to have it trained again")
-        else:
-            _build(folder, steps, dataset)
+            return folder
+        work = folder.with_name(f"{folder.name}.training")
+        if not (work / "untrained").exists():
+            write_folder(work / "untrained", partial(save_untrained, dataset=dataset))
+        module = train(work, steps, dataset)
+        write_folder(folder, partial(save, module.net, module.processor))
+        shutil.rmtree(work)
     return folder
-
-
-def _build(folder: Path, steps: int, dataset: str) -> None:
-    work = folder.with_name(f"{folder.name}.training")
-    if not (work / "untrained").exists():
-        write_folder(work / "untrained", partial(save_untrained, dataset=dataset))
-    module = train(work, steps, dataset)
-
-    def save(target: Path) -> None:
-        assert module.net is not None
-        module.net.save_pretrained(target)
-        module.processor.save_pretrained(target)
-
-    write_folder(folder, save)
-    shutil.rmtree(work)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ Every source gives rows of seven columns: ``image`` (bytes, or a path), ``has_im
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,6 @@ def load(
     if is_packaged(name):
         return datasets.Dataset.from_list(easy_vqa.load(name, split), features=FEATURES)
     table = read_table(name, split, PACKAGED, config_name, revision)
-    if len(table) == 0:
-        raise MisconfigurationException(f"dataset={name!r}, split={split!r} has no rows")
     table = renamed(table, names or {}, {*_IMAGES, *_QUESTIONS, *turns.COLUMNS}, f"dataset={name!r}")
     _check_columns(name, table.column_names, type_column, answered)
     for column in set(_IMAGES) & set(table.column_names):
@@ -130,28 +129,27 @@ def _check_columns(name: str, columns: list[str], type_column: str | None, answe
     )
 
 
+@dataclass
 class _Converter:
     """From a row of a data set to one of :data:`FEATURES`."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        columns: list[str],
-        type_column: str | None,
-        prompt: Prompt,
-        answered: bool = True,
-    ) -> None:
-        self.name, self.folder, self.prompt, self.answered = name, folder, prompt, answered
-        self.images = str(_first(_IMAGES, columns))
-        self.turns = _first(turns.COLUMNS, columns) if answered else None
-        self.type_column = type_column or _first(TYPE_COLUMNS, columns)
+    name: str
+    folder: Path
+    columns: Sequence[str]
+    type_column: str | None
+    prompt: Prompt
+    answered: bool = True
+
+    def __post_init__(self) -> None:
+        self.images = str(_first(_IMAGES, self.columns))
+        self.turns = _first(turns.COLUMNS, self.columns) if self.answered else None
+        self.type_column = self.type_column or _first(TYPE_COLUMNS, self.columns)
         asked = _QUESTIONS if self.turns is None else (self.turns,)
-        self.used = [column for column in (self.images, *asked, self.type_column) if column in columns]
-        if self.turns is not None and prompt.template is not None:
+        self.used = [column for column in (self.images, *asked, self.type_column) if column in self.columns]
+        if self.turns is not None and self.prompt.template is not None:
             raise MisconfigurationException(
-                f"dataset={name!r} holds conversations, which say themselves what the model is asked: set prompt to "
-                "null"
+                f"dataset={self.name!r} holds conversations, which say themselves what the model is asked: set prompt "
+                "to null"
             )
 
     def __call__(self, row: Row, index: int) -> Row:

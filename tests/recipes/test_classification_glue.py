@@ -171,11 +171,6 @@ def test_metrics_of_the_other_kind_are_refused(task: str, metric: str, roberta: 
         run("fit", roberta, glue, task, f"--model.metrics=[{metric}]")
 
 
-def test_a_test_without_texts_is_refused(roberta: str, glue: str) -> None:
-    with pytest.raises(MisconfigurationException, match="nothing to test on"):
-        run("test", roberta, glue, "sst2")
-
-
 # -- the data
 
 

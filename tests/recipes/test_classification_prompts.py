@@ -215,20 +215,21 @@ def test_a_template_that_does_not_fit_is_refused(template: str, message: str, ro
         Prompt(template, ["text"], tokenizer, 32).check()
 
 
-def test_tokenizers_that_can_not_read_a_template_are_refused(tokenizer: Any) -> None:
+def test_prompts_that_cannot_be_read_are_refused(roberta: str, tokenizer: Any) -> None:
+    masked, template = transformers.AutoTokenizer.from_pretrained(roberta), "{text} It was {mask}."
     slow = type("SlowTokenizer", (), {"is_fast": False, "mask_token": "<mask>"})()
-    with pytest.raises(MisconfigurationException, match=r"needs a fast tokenizer.*SlowTokenizer is a slow one"):
-        Prompt("{text} It was {mask}.", ["text"], slow, 32).check()
-    with pytest.raises(MisconfigurationException, match="for a model with a mask token"):
-        Prompt("{text} It was {mask}.", ["text"], tokenizer, 32).check()
-
-
-def test_prompts_that_cannot_be_read_are_refused(roberta: str) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
-    with pytest.raises(MisconfigurationException, match="holds the mask token itself"):
-        Prompt("{text} It was {mask}.", ["text"], tokenizer, 32)({"texts": ["a <mask> film"]})
-    with pytest.raises(MisconfigurationException, match="longer than max_length by itself"):
-        Prompt("{text} It was {mask}.", ["text"], tokenizer, 4)({"texts": ["a film"]})
+    for used, message in (
+        (slow, "needs a fast tokenizer.*is a slow one"),
+        (tokenizer, "for a model with a mask token"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            Prompt(template, ["text"], used, 32).check()
+    for text, length, message in (
+        ("a <mask> film", 32, "the mask token itself"),
+        ("a", 4, "longer than max_length by"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            Prompt(template, ["text"], masked, length)({"texts": [text]})
 
 
 @pytest.mark.parametrize(

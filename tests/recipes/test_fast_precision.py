@@ -120,7 +120,7 @@ def test_every_base_leaves_it_open() -> None:
 def test_frozen_weights_are_as_the_trainer_computes(tiny: str, trained_in: Any, dtype: torch.dtype) -> None:
     trainer = L.Trainer(accelerator="cpu", precision=trained_in, logger=False, enable_checkpointing=False)
     for given, expected in ((None, dtype), ("float16", torch.float16)):
-        module = InstructionTuning(tiny, dtype=given)
+        module = InstructionTuning(model=tiny, dtype=given)
         module.trainer = trainer
         module.configure_model()
         frozen = {parameter.dtype for parameter in module.parameters() if not parameter.requires_grad}

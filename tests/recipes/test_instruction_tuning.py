@@ -139,7 +139,7 @@ def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenize
 
 
 def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -> None:
-    module = InstructionTuning("packaged", PACKAGED_LORA, learning_rate=3e-3)
+    module = InstructionTuning(model="packaged", lora=PACKAGED_LORA, learning_rate=3e-3)
     data = InstructionData("packaged:commonsense_qa", batch_size=2)
     saver = AdapterCheckpoint(tmp_path, save_last=True)
     callbacks = (EFMLoRA(rho=0.5), saver, RandomState())
@@ -160,22 +160,9 @@ def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -
 # -- what is refused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dataset": "missing.jsonl"}, "missing.jsonl.*no such file"),
-        ({"dataset": "packaged:chess"}, "unknown packaged task 'chess'.*packaged:commonsense_qa"),
-        ({"chat_template": "missing.jinja"}, "chat_template='missing.jinja'"),
-    ],
-)
-def test_bad_arguments_are_named(options: dict[str, Any], message: str, tiny: str) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
-        prepared("fit", tiny, **{"dataset": "packaged:openbook_qa"} | options)
-
-
-def test_bad_data_is_named(tiny: str, jsonl: Any, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"columns \['question', 'reply'\].*'messages'"):
-        prepared("fit", tiny, dataset=jsonl([{"question": "a", "reply": "b"}]))
+def test_bad_data_is_named(tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"chat_template='missing\.jinja'"):
+        prepared("fit", tiny, dataset="packaged:openbook_qa", chat_template="missing.jinja")
     (tmp_path / "unanswered.json").write_text(json.dumps([{"instruction": f"q {i}", "output": ""} for i in range(9)]))
     with pytest.raises(MisconfigurationException, match=r"nothing is left.*dropped: no answer in the data"):
         prepared("fit", tiny, dataset="unanswered.json")

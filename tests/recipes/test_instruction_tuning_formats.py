@@ -1,6 +1,5 @@
 """Rows in the schemas of well-known data sets, as conversations; the texts are our own."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -222,13 +221,6 @@ def test_a_part_may_be_a_file_of_its_own(tiny: str, tokenizer: Any, jsonl: Any) 
     data.setup("fit")
     assert len(data.parts["train"]) == 12
     assert asked(data.parts["validation"], tokenizer) == {"Why?", "Q 3!"}
-    data = InstructionData(mine, test_split=mine, tokenizer=tiny)
-    with pytest.raises(MisconfigurationException, match=r"mine.jsonl' is read from where the training data are"):
-        data.setup("fit")
-    Path(other).write_text(json.dumps({"question": "Q3?", "answer": "b"}))
-    data = InstructionData(mine, validation_split=other, test_share=0, tokenizer=tiny)
-    with pytest.warns(UserWarning, match="1 of 1 first questions are in the training split too"):
-        data.setup("fit")
 
 
 def test_conversations_that_begin_alike_can_not_be_divided(tiny: str, jsonl: Any) -> None:
@@ -241,15 +233,3 @@ def test_conversations_that_begin_alike_can_not_be_divided(tiny: str, jsonl: Any
     data = InstructionData(mine, tokenizer=tiny, validation_share=0)
     data.setup("fit")
     assert len(data.parts["train"]) == 40
-
-
-def test_wrong_splits_are_named(tiny: str, gsm8k: str) -> None:
-    with pytest.raises(MisconfigurationException, match="'train' is read from where the training data are"):
-        InstructionData(gsm8k, config_name="main", validation_split="train").setup("fit")
-    with pytest.raises(MisconfigurationException, match="sentiment' has no other splits than train, got 'test'"):
-        InstructionData("packaged:sentiment", test_split="test").setup("fit")
-    with pytest.raises(MisconfigurationException, match="Config name is missing"):
-        InstructionData(gsm8k, tokenizer=tiny).prepare_data()
-    data = InstructionData(gsm8k, config_name="main", test_split="exam", tokenizer=tiny)
-    with pytest.raises(MisconfigurationException, match="split='exam' can't be read"):
-        data.setup("test")

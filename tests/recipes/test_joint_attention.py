@@ -1,6 +1,5 @@
 """The split of GPT-2's joint projection: the same weights, the same outputs, and the way back to a plain GPT-2."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,33 +59,6 @@ def test_texts_are_the_same_with_a_cache_and_without() -> None:
     split_attention(model, TARGETS)
     assert torch.equal(model.generate(tokens(), attention_mask=mask, **options), expected)
     assert torch.equal(model.generate(tokens(), attention_mask=mask, use_cache=False, **options), expected)
-
-
-def adapted(model: Any) -> Any:
-    """The split model with an adapter that changes something."""
-    split_attention(model, TARGETS)
-    adapter = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    for name, parameter in adapter.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return adapter.eval()
-
-
-def test_a_merged_model_is_a_plain_gpt2(tmp_path: Path) -> None:
-    adapter = adapted(gpt2(torch.float64))
-    expected = adapter(tokens()).logits
-    with pytest.raises(ValueError, match="merge it first"):
-        join_attention(adapter)
-    merged = adapter.merge_and_unload()
-    join_attention(merged)
-    merged.save_pretrained(tmp_path)
-    plain, report = transformers.GPT2LMHeadModel.from_pretrained(
-        tmp_path, dtype=torch.float64, output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    torch.testing.assert_close(plain.eval()(tokens()).logits, expected, rtol=0, atol=1e-12)
-    assert (expected - gpt2(torch.float64)(tokens()).logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("targets", [["c_attn"], r".*\.c_attn", None])

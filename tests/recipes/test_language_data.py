@@ -13,7 +13,7 @@ from PIL import Image
 from recipes.classification.data import TextData
 from recipes.language.data import read_prompts
 from recipes.nlg.data import MeaningData
-from recipes.nlg.sources import Columns, read_pairs
+from recipes.nlg.sources import read_pairs
 from recipes.shared.data import read_table
 from recipes.shared.table_files import files_of_csv_folder
 
@@ -114,7 +114,7 @@ def test_names_of_columns_may_be_in_capitals(tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_text("Text, LABEL,MR, Ref\na,b,c,d\ne,f,g,h\n")
     TextData(str(file)).prepare_data()
-    assert read_pairs(read_table(str(file), "train"), "data", Columns()) == [("c", "d"), ("g", "h")]
+    assert read_pairs(read_table(str(file), "train"), "data") == [("c", "d"), ("g", "h")]
 
 
 def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> None:

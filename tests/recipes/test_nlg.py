@@ -1,7 +1,6 @@
 """Texts for meanings with tiny random GPT-2s on files of E2E's schema: through the recipe's command line."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from peft import PeftModel
 from recipe_runs import packaged_arguments, quick
 from torch import nn
 
-from recipes.language.export import export, main
-from recipes.language.joint_attention import split_attention
+from recipes.language.export import main
+from recipes.language.joint_attention import join_attention, split_attention
 from recipes.nlg.decoding import DEFAULT, NoRepeatInText, arguments
 from recipes.nlg.module import TextGeneration
 from recipes.shared.cli import RecipeCLI
@@ -135,20 +134,11 @@ def test_the_test_writes_one_text_for_each_meaning(model: str, e2e: str, tmp_pat
     assert [row[1] for row in texts] == [" ".join(text.split()) for text in written]
 
 
-def test_predict_writes_for_the_lines_of_a_file(model: str, e2e: str, tmp_path: Path) -> None:
-    file = tmp_path / "meanings.txt"
-    file.write_text("name[The Eagle]\n\nname[Zizzi]\n", encoding="utf-8")
-    run("predict", model, e2e, f"--data.prompts={file}")
-    (path,) = tmp_path.glob("runs/**/answers.jsonl")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [row["prompt"] for row in rows] == ["name[The Eagle]", "name[Zizzi]"]
-
-
 # -- other models, and the way out
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys: Any) -> None:
+def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path) -> None:
     options = [
         "--model.learning_rate=0.1",
         "--model.warmup_steps=0",
@@ -163,17 +153,14 @@ def test_export_gives_a_plain_gpt2(model: str, e2e: str, tmp_path: Path, capsys:
     expected = cli.model.eval().net(input_ids=ids).logits
     assert torch.equal(loaded(input_ids=ids).logits, expected)
     main("export", [str(adapter), str(tmp_path / "plain")])
-    assert "plain" in capsys.readouterr().out
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     assert isinstance(plain.transformer.h[0].attn.c_attn, transformers.pytorch_utils.Conv1D)
     torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     with loaded.disable_adapter():
         assert (plain(input_ids=ids).logits - loaded(input_ids=ids).logits).abs().max() > 1e-2
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == END
-    with pytest.raises(MisconfigurationException, match="is not an empty folder"):
-        export(adapter, tmp_path / "plain")
-    with pytest.raises(MisconfigurationException, match=r"no adapter_config.json"):
-        export(tmp_path, tmp_path / "other")
+    with pytest.raises(ValueError, match="merge it first"):
+        join_attention(loaded)
 
 
 # -- what is refused
@@ -196,7 +183,6 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.max_length=200", "--model.max_new_tokens=150"], r"reads 160 tokens.*max_new_tokens=150"),
         (["--model.model_config={pdrop: 0.1}"], r"model_config=\{'pdrop': 0.1\} can't be used"),
         (["--model.lora.target_modules=[query]"], r"Target modules \{'query'\} not found"),
     ],

@@ -10,7 +10,7 @@ from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2, save_lora_tex
 
 from recipes.language.chat import IGNORED
 from recipes.nlg.data import MeaningData
-from recipes.nlg.sources import Columns, read_pairs, read_source
+from recipes.nlg.sources import read_pairs, read_source
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 
@@ -133,18 +133,6 @@ def test_a_model_that_begins_with_a_token_gets_it(tiny: str, model: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 0, "max_length": 1}, r"batch_size must be .*; max_length must be an integer >= 3"),
-        ({"validation_share": 0.5, "test_share": 0.5}, "leave something to train on"),
-    ],
-)
-def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
-        MeaningData(**{"dataset": "data.csv", **settings})
-
-
-@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"question": "a", "reply": "b"}], r"has the columns \['question', 'reply'\].*mr and ref"),
@@ -158,7 +146,11 @@ def test_bad_rows_are_refused_before_training(model: str, jsonl: Any, rows: list
         prepared(model, jsonl(rows), validation_share=0.0, test_share=0.0, max_length=20)
 
 
-def test_bad_files_are_refused_before_training(model: str, tmp_path: Path) -> None:
+def test_bad_settings_and_files_are_refused_before_training(model: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"batch_size must be .*; max_length must be an integer >= 3"):
+        MeaningData("data.csv", batch_size=0, max_length=1)
+    with pytest.raises(MisconfigurationException, match="leave something to train on"):
+        MeaningData("data.csv", validation_share=0.5, test_share=0.5)
     file = save_csv(tmp_path / "train.csv")
     with pytest.raises(MisconfigurationException, match=r"train.csv' is a file, and has no split 'test'"):
         prepared(model, file, "test", test_split="test")
@@ -177,5 +169,5 @@ def test_bad_files_are_refused_before_training(model: str, tmp_path: Path) -> No
 def test_a_text_may_hold_the_separator_and_rare_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "data.txt"
     path.write_text("a||b || c\r\nd||e\u2028f\n", encoding="utf-8")
-    pairs = read_pairs(read_source(str(path), "train"), "data", Columns())
+    pairs = read_pairs(read_source(str(path), "train"), "data")
     assert [tuple(pair) for pair in pairs] == [("a", "b || c"), ("d", "e\u2028f")]

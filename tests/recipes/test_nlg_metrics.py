@@ -34,7 +34,7 @@ def test_bleu_and_nist_are_those_of_e2e_metrics() -> None:
 
 def test_the_captioning_scores_are_those_of_e2e_metrics() -> None:
     pytest.importorskip("pycocoevalcap", reason="the extra nlg is not installed")
-    if metrics.java_folder() is None:
+    if not metrics.finds_java():
         pytest.skip("there is no Java")
     scores, missing = score(TEXTS, REFERENCES, METRICS)
     assert not missing
@@ -63,7 +63,7 @@ def test_strange_texts_have_scores() -> None:
 
 
 def test_what_is_missing_is_named_and_the_rest_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(metrics, "java_folder", lambda: None)
+    monkeypatch.setattr(metrics, "finds_java", lambda: False)
     scores, missing = score(TEXTS, REFERENCES, METRICS)
     assert list(scores) == ["bleu", "nist"]
     assert set(missing) == {"meteor", "rouge_l", "cider"}

@@ -13,10 +13,15 @@ import pytest
 from recipes.reproduce.__main__ import main as reproduce
 from recipes.shared.ledger import Row, read
 from recipes.shared.statistics import estimate, with_error
-from recipes.shared.tables import settings_text
 
 DOCS = Path(__file__).parents[2] / "docs"
 PUBLISHED = DOCS / "results"
+
+
+def settings_text(config: dict[str, float]) -> str:
+    """A configuration as the tables of the study write it."""
+    text = ", ".join(f"{name} {value:g}" for name, value in config.items())
+    return text.replace("learning_rate", "rate").replace("weight_decay", "decay")
 
 
 @pytest.mark.parametrize("workload", ["w1", "w2", "w3", "w5", "w6"])

@@ -51,6 +51,11 @@ def test_no_part_is_read_from_where_training_is(name: str, split: str | None, is
             PartedData(name, **settings)._refuse_wrong_splits("fit")
 
 
+def test_a_packaged_data_set_has_its_own_splits_alone() -> None:
+    with pytest.raises(MisconfigurationException, match=r"sentiment' has no other splits than train, got 'test'"):
+        PartedData("packaged:sentiment", test_split="test")._refuse_wrong_splits("test")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

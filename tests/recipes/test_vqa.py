@@ -99,7 +99,6 @@ def test_the_offline_model_is_trained_once_and_goes_on_after_a_stop(
     ("options", "message"),
     [
         ({"dataset": None}, "no data: give a file ending in .*a folder or a Hub name"),
-        ({"dataset": "missing.jsonl"}, "missing.jsonl.*no such file"),
         ({"dataset": "packaged:easy_vqa", "split": "dev"}, "other splits than train, test, got 'dev'"),
         ({"check_images": False, "skip_unreadable": True}, "skip_unreadable needs check_images"),
         ({"image_folder": "gone"}, "image_folder='gone': there is no folder gone"),
@@ -121,6 +120,7 @@ ROW = {"image": "0.png", "question": "why?", "answer": "so"}
         (ROW | {"answer": " "}, r"data.jsonl', row 0 has no answer \(its question: 'why\?'\)"),
         (ROW | {"image": None}, "no question has an image"),
         (ROW | {"image": "broken.png"}, r"broken.png \(.*cannot identify"),
+        (ROW | {"image": "gone.png"}, r"gone.png \(no such file\)"),
         (ROW | {"image": "line.jpg"}, r"line.jpg \(1 x 300 pixels: it may be 200 times as long as wide at most\)"),
         (ROW | {"question": "what is an <image>?"}, "holds '<image>', the mark of an image"),
         (ROW | {"question": 1}, "row 0: question must be a text, got 1"),
@@ -144,21 +144,6 @@ def test_predict_needs_questions(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> N
         prepared("predict", tiny_vlm, questions=jsonl([{"question": "why?"}]))
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"image": ["0.png", "1.png"]}, r"row 0 has 2 images, and one is possible"),
-        ({"image": "gone.png"}, r"gone.png \(no such file\)"),
-        ({"choices": "yes,no"}, "row 0: choices must be a list of texts, got 'yes,no'"),
-        ({"choices": [str(number) for number in range(40)]}, "row 0 has 40 choices, and there are 26 letters"),
-    ],
-)
-def test_predict_names_bad_lines(more: Any, message: str, tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
-    draw(tmp_path, 1)
-    with pytest.raises(MisconfigurationException, match=message):
-        prepared("predict", tiny_vlm, questions=jsonl([{"image": "0.png", "question": "why?", **more}]))
-
-
 def test_predict_asks_as_fit_does(tiny_vlm: str, tmp_path: Path, jsonl: Any) -> None:
     draw(tmp_path, 1)
     choices = {"text": ["a cat", "a dog"], "label": ["A", "B"]}
@@ -172,7 +157,7 @@ def test_bad_models_are_named(tiny_vlm: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     with pytest.raises(MisconfigurationException, match=r"model='nowhere/at-all' can't be loaded.*'packaged'"):
         _ = VQA("nowhere/at-all", DEFAULT_LORA).processor
-    with pytest.raises(MisconfigurationException, match="VQA: model: give a Hub name or a local directory"):
+    with pytest.raises(MisconfigurationException, match="no model: give a name on the Hub or a folder"):
         VQA(lora=DEFAULT_LORA)
     with pytest.raises(MisconfigurationException, match="target_modules"):
         VQA(tiny_vlm, {"target_modules": ["nothing"]}).configure_model()
@@ -181,5 +166,5 @@ def test_bad_models_are_named(tiny_vlm: str, tmp_path: Path, monkeypatch: pytest
     transformers.LlamaConfig().save_pretrained(tmp_path / "text")
     with pytest.raises(MisconfigurationException, match=r"takes no images and text.*vision-language model"):
         load_processor(str(tmp_path / "text"))
-    with pytest.raises(MisconfigurationException, match=r"lora=null.*needs dtype='float32', got 'bfloat16'"):
+    with pytest.raises(MisconfigurationException, match=r"lora=null.*needs dtype='float32' .*got 'bfloat16'"):
         VQA(tiny_vlm, None, "bfloat16")

@@ -237,13 +237,6 @@ def test_questions_about_an_image_stay_together(tiny_vlm: str, drawn: str) -> No
     assert sum(len(rows) for rows in data.parts.values()) == 48
 
 
-def test_a_split_that_a_file_does_not_have_is_found_before_training(tiny_vlm: str, drawn: str) -> None:
-    with pytest.raises(MisconfigurationException, match="is a file, and has no split 'test'"):
-        prepared("fit", tiny_vlm, dataset=drawn, test_split="test")
-    with pytest.raises(MisconfigurationException, match="'train' is read from where the training data are"):
-        prepared("fit", tiny_vlm, dataset=drawn, validation_split="train")
-
-
 def test_validation_on_training_data_is_noticed(tiny_vlm: str, drawn: str) -> None:
     copy = Path(drawn).with_name("copy.jsonl")
     rows = [json.loads(line) for line in Path(drawn).read_text().splitlines()[:3]]

@@ -123,5 +123,5 @@ def test_the_language_model_alone_is_quantized(tmp_path: Path) -> None:
     quantized = [n for n, module in cli.model.net.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(quantized) == 14
     assert all(".language_model.layers." in name for name in quantized)
-    with pytest.raises(MisconfigurationException, match=r"lora=null.*quantization='4bit'"):
+    with pytest.raises(MisconfigurationException, match=r"lora=null.*got None and '4bit'"):
         VQA(model, None, quantization="4bit")
