@@ -72,7 +72,7 @@ class TextData(PartedData):
             two classes, an unknown class, hidden labels, or an empty part (in `setup`, before training).
     """
 
-    validation_split: str | list[str] | None = None
+    validation_split: str | list[str] | None = None  # type: ignore[assignment]
     text: str | list[str] = "text"
     label: str = "label"
     regression: bool = False
@@ -136,12 +136,14 @@ class TextData(PartedData):
 
     @override
     def begin(self) -> None:
-        self.table(self.split)  # first, because the classes are those of the training data
+        self.table(self.split)  # whose classes are predicted
         self.encoder = self._encoder()
 
     @override
     def read(self, split: str) -> Any:
         """A split or a file, with the columns ``texts`` and ``labels``."""
+        if split != self.split:
+            self.table(self.split)  # first, because the classes are those of the training data
         source = self._source(split)
         table = self._with_columns(split)
         row_texts = self._texts(table, source)

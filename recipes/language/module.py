@@ -149,6 +149,8 @@ class LanguageModel(PretrainedModel, EvaluatedModule):
         kwargs: of the next class: the model and the optimizer's settings.
     """
 
+    label_smoothing = 0.0  # of the loss of training alone
+
     def __init__(
         self,
         dtype: DType | None = None,
@@ -194,12 +196,12 @@ class LanguageModel(PretrainedModel, EvaluatedModule):
     @override
     def loss(self, batch: Batch) -> Tensor:
         """Mean negative log-likelihood per answer token, in nats; logged as ``train_loss``."""
-        log_likelihood, tokens = self.log_likelihood(batch)
+        log_likelihood, tokens = self.log_likelihood(batch, self.label_smoothing)
         loss = -log_likelihood.sum() / tokens.sum()
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(tokens))
         return loss
 
-    def log_likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def log_likelihood(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Each row's answer: log-likelihood in nats and number of tokens, each (rows,)."""
         assert self.net is not None  # configure_model comes first
         # Packed rows have position_ids, and no attention mask, which would hide them from transformers.
@@ -207,7 +209,7 @@ class LanguageModel(PretrainedModel, EvaluatedModule):
         for name in ("input_ids", "attention_mask", "position_ids"):
             if name in batch:
                 inputs[name] = batch[name]
-        return answer_log_likelihood(self.net, inputs, batch["labels"])
+        return answer_log_likelihood(self.net, inputs, batch["labels"], label_smoothing)
 
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:

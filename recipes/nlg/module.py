@@ -5,12 +5,11 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
-from torch import Tensor
 from typing_extensions import override
 
 from recipes.language.batches import Batch
 from recipes.language.joint_attention import split_attention
-from recipes.language.model import add_adapter, answer_log_likelihood, generate_answers, load_base
+from recipes.language.model import add_adapter, generate_answers, load_base
 from recipes.language.module import LanguageModel
 from recipes.nlg.decoding import DEFAULT, arguments, check_decoding
 from recipes.nlg.metrics import METRICS, Metric, check_metrics
@@ -78,16 +77,6 @@ class TextGenerator(LanguageModel):
         return True  # a text for each meaning, which the metrics compare
 
     @override
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean loss per token of the texts, in nats, with label smoothing; logged as ``train_loss``."""
-        assert self.net is not None  # configure_model comes first
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        log_likelihood, tokens = answer_log_likelihood(self.net, inputs, batch["labels"], self.label_smoothing)
-        loss = -log_likelihood.sum() / tokens.sum()
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(tokens))
-        return loss
-
-    @override
     def evaluate(self, stage: str, batch: Batch) -> None:
         if "prompt_ids" in batch:
             self.written[stage].add(batch, self.generate(batch["prompt_ids"]))
@@ -95,14 +84,6 @@ class TextGenerator(LanguageModel):
         log_likelihood, tokens = self.log_likelihood(batch)
         metrics: Any = self.metrics[stage]
         metrics.update_loss(log_likelihood, tokens)
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluate("val", batch)  # of pairs, and of meanings to write for
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.evaluate("test", batch)
 
     @override
     def log_evaluation(self, stage: str) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -67,7 +67,7 @@ class PartedData(ResumableData):
 
     dataset: str | None = None
     split: str = "train"
-    validation_split: Any = None
+    validation_split: str | None = None
     test_split: str | None = None
     config_name: str | None = None
     revision: str | None = None
@@ -140,11 +140,14 @@ class PartedData(ResumableData):
 
     @override
     def prepare_data(self) -> None:
+        stage = "fit" if self.trainer is None else str(cast("TrainerFn", self.trainer.state.fn).value)
         # A prediction reads the user's own file alone.
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
-            self.take_own_splits()
-            self._refuse_wrong_splits("")
-            self.table(self.split)  # on one process, so that the others find it downloaded
+        if stage == TrainerFn.PREDICTING.value:
+            return
+        self.take_own_splits()
+        self._refuse_wrong_splits("")
+        for part in self.parts_of(stage):
+            self.table(self.own_splits.get(part) or self.split)  # on one process, so that the others find it downloaded
 
     @override
     def setup(self, stage: str) -> None:

@@ -80,10 +80,10 @@ class VisionLanguageModel(FittingModule, LanguageModel):
         return {"kind of model": config.model_type, "layers": text.num_hidden_layers, "width": text.hidden_size}
 
     @override
-    def log_likelihood(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def log_likelihood(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """Each row's answer: log-likelihood in nats and number of tokens, each (rows,)."""
         assert self.net is not None  # configure_model comes first
-        return answer_log_likelihood(self.net, batch["inputs"], batch["labels"])
+        return answer_log_likelihood(self.net, batch["inputs"], batch["labels"], label_smoothing)
 
     @override
     def evaluate(self, stage: str, batch: Batch) -> None:

@@ -42,15 +42,6 @@ def test_the_loss_is_on_the_answer_and_its_end_token(tiny: str, tokenizer: Any, 
     assert text.endswith("<|im_end|>\n")
 
 
-def test_every_answer_of_a_conversation_is_learnt(tiny: str, tokenizer: Any, jsonl: Any) -> None:
-    turns = [("system", "S."), ("user", "A?"), ("assistant", "a!"), ("user", "B?"), ("assistant", "b!"), ("user", "C?")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    data = prepared("fit", tiny, dataset=jsonl([{"messages": messages}]), validation_share=0, test_share=0)
-    row = data.parts["train"][0]
-    assert answers_of(row, tokenizer) == "a!<|im_end|>b!<|im_end|>"
-    assert "C?" not in tokenizer.decode(row["input_ids"][0])  # nobody answers it
-
-
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     turns = [("user", "A?"), ("assistant", "a"), ("user", "B?"), ("assistant", "b")]

@@ -31,17 +31,9 @@ def test_prompts_are_the_lines_of_a_file(written: str, encoding: str, read: list
     path = tmp_path / "prompts.txt"
     path.write_text(written, encoding=encoding)
     assert read_prompts(str(path), "prompt") == read
-
-
-def test_words_that_pandas_takes_for_nothing_are_kept(tmp_path: Path) -> None:
-    # The brackets are a pattern to those who expand names.
-    folder = tmp_path / "data [1]"
-    folder.mkdir()
-    file = folder / "words.csv"
-    file.write_text("text,label\nN/A,None\nnull,favor\nnan,\n", encoding="utf-8")
-    table = read_table(str(file), "train")
-    assert table["text"][:] == ["N/A", "null", "nan"]
-    assert table["label"][:] == ["None", "favor", None]
+    path.write_text("Où?", encoding="latin-1")
+    with pytest.raises(MisconfigurationException, match=r"prompts.txt is not in UTF-8, but perhaps in Latin-1"):
+        read_prompts(str(path), "prompt")
 
 
 def test_a_folder_of_csv_files_is_read_as_its_files_are(tmp_path: Path) -> None:
@@ -98,12 +90,6 @@ def test_another_encoding_is_named(name: str, tmp_path: Path, monkeypatch: pytes
         read_table(name, "train")
 
 
-def test_another_encoding_of_prompts_is_named(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("Où?", encoding="latin-1")
-    with pytest.raises(MisconfigurationException, match=r"prompts.txt is not in UTF-8, but perhaps in Latin-1"):
-        read_prompts(str(tmp_path / "prompts.txt"), "prompt")
-
-
 @pytest.mark.parametrize("name", ["./mine", "/no/where", "~/nowhere", "one/two/three", "mine/", "mine.txt"])
 def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str) -> None:
     with pytest.raises(MisconfigurationException, match="there is no such file or folder"):
@@ -148,7 +134,8 @@ def test_times_of_a_parquet_file_stay_times(tmp_path: Path) -> None:
 
 def test_values_of_a_csv_file_stay_as_they_are_written(tmp_path: Path) -> None:
     """Numbers too, and in a column that has texts only after more rows than pandas judges it by."""
-    file = tmp_path / "sums.csv"
+    file = tmp_path / "data [1]" / "sums.csv"  # the brackets are a pattern to those who expand names
+    file.parent.mkdir()
     rows = [f"{i} + 0?,{i}.50" for i in range(10_001)]
     file.write_text("\n".join(["instruction,output", *rows, "who?,me"]), encoding="utf-8")
     outputs = read_table(str(file), "train")["output"][:]

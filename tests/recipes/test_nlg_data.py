@@ -1,10 +1,12 @@
 """Where meanings and texts come from, how they are divided and encoded, and what is refused before training."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2, save_lora_text
 
@@ -72,15 +74,6 @@ def test_columns_may_have_any_names_and_hold_lists(model: str, jsonl: Any) -> No
     assert lines(data, "train") == EXPECTED
 
 
-def test_labels_are_the_text_and_its_end(model: str, tmp_path: Path) -> None:
-    data = prepared(model, save_csv(tmp_path / "train.csv"), validation_share=0.0, test_share=0.0)
-    row = data.parts["train"][0]
-    learnt = [token for token in row["labels"] if token != IGNORED]
-    assert row["input_ids"][-len(learnt) :] == learnt
-    assert data.encoder.tokenizer.decode(learnt) == f" {meanings(0, 1)[0][1][0]}{END}"
-    assert data.longest() == (max(data.parts["train"]["length"]), 0)
-
-
 def test_shares_keep_the_texts_of_a_meaning_together(model: str, tmp_path: Path) -> None:
     data = prepared(model, save_csv(tmp_path / "train.csv"), validation_share=0.3, test_share=0.3)
     data.setup("test")
@@ -92,6 +85,12 @@ def test_shares_keep_the_texts_of_a_meaning_together(model: str, tmp_path: Path)
         assert heads
         number += len(heads)
     assert number == 36
+
+
+def test_a_test_reads_its_own_file_alone(tmp_path: Path) -> None:
+    data = MeaningData(str(tmp_path / "gone.csv"), test_split=save_csv(tmp_path / "test.csv"))
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.TESTING))  # type: ignore[assignment]
+    data.prepare_data()
 
 
 def test_evaluation_takes_pairs_and_as_many_meanings_as_are_asked_for(model: str, tmp_path: Path) -> None:
