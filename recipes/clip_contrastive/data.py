@@ -168,7 +168,7 @@ class ContrastiveData(PartedData):
             pictures = [picture for picture in pictures if part_of(names[picture.key], self.shares) == part]
             if not pictures:
                 raise MisconfigurationException(
-                    f"{dataset}: no image is left for {part}: give more images, a larger {part}_share, or a {part}_split"
+                    f"{dataset}: no image is left for {part}: give more images, a larger share, or a {part}_split"
                 )
         return pictures
 
