@@ -17,6 +17,12 @@ LAYOUTS = (
     ("meaning_representation", "target"),  # GEM/e2e_nlg
     ("mr", "ref"),  # E2E's own CSV files
     ("context", "completion"),  # LoRA's repository
+    ("document", "summary"),  # XSum
+    ("article", "highlights"),  # CNN/DailyMail
+    ("source", "target"),
+    ("input", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
 )
 """Columns of a meaning and of its text that are found by themselves."""
 _REFERENCES = "references"  # GEM's list of all texts of a meaning, in its splits for evaluation

@@ -55,7 +55,8 @@ def place_of(name: str, split: str) -> Path | tuple[str, str]:
         return Path(split).expanduser().resolve()
     if is_file(name):
         return Path(name.replace("{split}", split)).expanduser().resolve()
-    return name, split
+    folder = Path(name).expanduser()
+    return (str(folder.resolve()) if folder.is_dir() else name), split
 
 
 def is_file(name: str) -> bool:

@@ -101,13 +101,15 @@ class ResumableData(L.LightningDataModule):
         now = self._trained_on()
         if part is None or trained is None or now["shares"] is None:
             return
-        own = getattr(self, "own_splits", {}).get(part)
-        judged, learnt = place_of(now["dataset"], own or now["split"]), place_of(trained["dataset"], trained["split"])
+        dataset, split = getattr(self, "own_datasets", {}).get(part), getattr(self, "own_splits", {}).get(part)
+        own = dataset or split
+        # A data set of a part's own is read as its split "train".
+        judged = place_of(dataset, "train") if dataset else place_of(now["dataset"], split or now["split"])
         is_other_share = now["shares"][part] and now["shares"] != trained["shares"]
-        if judged == learnt and (own is not None or is_other_share):
+        if judged == place_of(trained["dataset"], trained["split"]) and (own is not None or is_other_share):
             raise MisconfigurationException(
                 f"{part}: {own or now['split']!r} is what the checkpoint's run was trained on, except for the shares "
-                f"{trained['shares']}: give these, or another split or file as {part}_split"
+                f"{trained['shares']}: give these, or another split or file"
             )
 
     def resumed(self, loader: LateLoader) -> LateLoader:

@@ -325,6 +325,7 @@ def test_no_image_is_on_two_sides_and_none_moves_when_the_data_grow(
     ("options", "message"),
     [
         ({"test_dataset": "held_out.csv"}, None),
+        ({"test_dataset": "./my.csv"}, "'./my.csv' is what the checkpoint's run was trained on"),
         ({"test_split": "train"}, "is what the checkpoint's run was trained on"),
     ],
 )

@@ -12,7 +12,7 @@ from nlg_sets import END, meanings, save_csv, save_e2e, save_gpt2, save_lora_tex
 
 from recipes.language.chat import IGNORED
 from recipes.nlg.data import MeaningData
-from recipes.nlg.sources import read_pairs, read_source
+from recipes.nlg.sources import LAYOUTS, read_pairs, read_source
 
 pytestmark = pytest.mark.usefixtures("own_datasets")
 
@@ -66,6 +66,12 @@ def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: s
         data = prepared(model, str(tmp_path / "gem"), validation_split="validation", test_share=0.0)
     assert lines(data, "train") == [f"{meaning}{END} {texts[0]}{END}" for meaning, texts in meanings(0, 4)]
     assert data.meanings["validation"]["references"][:] == [texts for _, texts in meanings(0, 4)]
+
+
+@pytest.mark.parametrize(("meaning", "text"), LAYOUTS)
+def test_usual_columns_are_found(meaning: str, text: str) -> None:
+    table = datasets.Dataset.from_list([{meaning.upper(): "a", text: "b", "id": 1}])
+    assert read_pairs(table, "a file") == [("a", "b")]
 
 
 def test_columns_may_have_any_names_and_hold_lists(model: str, jsonl: Any) -> None:
