@@ -83,7 +83,7 @@ def test_the_papers_table_of_two_data_sets_is_run_resumed_and_shown(
         *(("dtd", "efmlora", 0.01), ("dtd", "efmlora", 10), ("dtd", "lora", None)),
     ]
     trained = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("sweep/**/config.yaml")]
-    assert sorted(config["trainer"]["callbacks"][-1]["init_args"].get("rho", 0) for config in trained) == [
+    assert sorted(config["trainer"]["callbacks"][-1].get("init_args", {}).get("rho", 0) for config in trained) == [
         *(0, 0, 0.01, 0.01, 10, 10)
     ]
     assert {(row["split"], row["lora"]["r"], row["steps"]) for row in rows} == {("coop", 2, 4)}
