@@ -13,7 +13,7 @@ OLDEST := .venv-oldest
 .PHONY: help test test-oldest demo merging-demo lint docs gpu-test benchmark clean
 
 help:
-	@echo "make demo       fine-tune a packaged language model with LoRA, EFMLoRA and FMLoRA, side by side"
+	@echo "make demo       what the perturbation changes, against LoRA with and without dropout, in one picture"
 	@echo "make merging-demo  train adapters of four tasks with LoRA and with EFMLoRA, and merge them into one"
 	@echo "make test       lint, type check, the site and all tests"
 	@echo "make docs       the site, in docs/_build/html"
@@ -27,8 +27,8 @@ $(DEV): EXTRAS := recipes,dev
 $(RECIPES) $(DEV): pyproject.toml
 	@echo "Installing the package with [$(EXTRAS)] into $(VENV), once: PyTorch, transformers and others, about 0.7 GB to"
 	@echo "fetch and 2 GB on the disk. On Linux pip may take PyTorch's CUDA build, which is 3 GB more; PyTorch's CPU build,"
-	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes. Each demo then fetches a model or texts"
-	@echo "of its own, 0.1 GB (demo) or up to 0.2 GB (the others), and unpacks them into .cache, 0.6 GB at most."
+	@echo "installed into $(VENV) beforehand, is taken as it is. This takes minutes. The demos then fetch an"
+	@echo "encoder and texts, 0.2 GB."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --progress-bar=on -e '.[$(EXTRAS)]'
@@ -39,7 +39,7 @@ demo: $(RECIPES)
 	$(BIN)/python -m recipes.demo
 
 merging-demo: $(RECIPES)
-	$(BIN)/python -m recipes.merging_demo
+	$(BIN)/python -m recipes.demo.merging
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -145,7 +145,7 @@ def _columns(source: str, columns: Sequence[str], given: Sequence[str | None]) -
         raise MisconfigurationException(
             f"{source} has the columns {list(columns)}, but not {' nor '.join(missing)}: name those of the images and "
             "their captions (a table needs a first line with the columns' names; a folder of images needs a "
-            ".txt beside each, a captions.csv, or a metadata.jsonl)"
+            ".txt next to each, a captions.csv, or a metadata.jsonl)"
         )
     return found[0], found[1]
 
@@ -185,7 +185,7 @@ def _of_folder(folder: Path) -> list[Picture]:
         try:
             captions[image] = lines_of(text.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
-            faults.append(f"{image.name} has no {text.name} beside it")
+            faults.append(f"{image.name} has no {text.name} next to it")
         except UnicodeDecodeError as error:
             faults.append(f"{text} is not UTF-8: {error}")
         else:

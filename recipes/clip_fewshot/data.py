@@ -204,7 +204,7 @@ def _check_counts(source: Source, by_label: ByClass, part: str, argument: str, n
         raise MisconfigurationException(
             f"{source.name}: class {few[0][0]!r} has {few[0][1]} images in {part} ({source.note}), too few for "
             f"{argument}={needed}, and so have {len(few) - 1} other classes. Lower {argument}, add images, or divide "
-            "them anew with split=seeded"
+            "them again with split=seeded"
         )
 
 

@@ -45,7 +45,7 @@ def load(dataset: str, root: str = "data", split: Split = "official", split_seed
         dataset: a data set of CoOp's, "packaged:emoji", or a folder with one folder for each class, or with folders
             train, test and perhaps validation that hold these.
         root: folder of CoOp's or torchvision's data sets.
-        split: the parts that the data come in, where they come in any; "seeded" divides all images anew; "coop" takes
+        split: the parts that the data come in, where they come in any; "seeded" divides all images again; "coop" takes
             the parts of CoOp's split files.
         split_seed: of that division.
 
@@ -73,7 +73,7 @@ def _found(dataset: str, root: str) -> Found:
     if dataset in torchvision_sets.SETS:
         return torchvision_sets.read(dataset, root)
     if dataset in coop.SETS:
-        raise MisconfigurationException(f"dataset={dataset!r} is read in CoOp's parts alone: set split to coop")
+        raise MisconfigurationException(f"dataset={dataset!r} is read only in CoOp's parts: set split to coop")
     if not Path(dataset).expanduser().is_dir():
         raise MisconfigurationException(
             f"dataset={dataset!r} is no folder, and not one of {', '.join([*coop.SETS, EMOJI])}: name one of these, or "
@@ -130,7 +130,7 @@ def split_within_classes(examples: Sequence[Example], seed: int) -> Parts:
 
 def _check_classes(source: Source) -> None:
     if len(source.classes) < 2:
-        raise MisconfigurationException(f"{source.name} has the class {source.classes} alone: two are needed at least")
+        raise MisconfigurationException(f"{source.name} has only the class {source.classes}: at least two are needed")
     for part in ("train", "test"):
         labels = {label for _, label in source.parts[part]}
         empty = [name for label, name in enumerate(source.classes) if label not in labels]

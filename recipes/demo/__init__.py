@@ -1,1 +1,1 @@
-"""The demo: a packaged language model fine-tuned with LoRA, EFMLoRA and FMLoRA, side by side."""
+"""What the perturbation changes (``python -m recipes.demo``), and merging (``python -m recipes.demo.merging``)."""

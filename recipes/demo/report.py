@@ -1,83 +1,101 @@
-"""The demo's table and its picture."""
+"""The demo's table and its picture: the loss around the weights, and the validation loss against the learning rate."""
 
-import csv
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes.shared.methods import COLOURS
+from recipes.demo.run import ARMS, DISTANCES, EFMLORA, LORA, RATES, WITH_DROPOUT
+from recipes.shared.ledger import Row
+from recipes.shared.statistics import Estimate, estimate, with_error, with_interval
 from recipes.shared.tables import Table
 
-
-def table(results: dict[str, dict[str, Any]]) -> Table:
-    """One row a method: held-out accuracy and loss, train loss, sharpness, cost relative to LoRA.
-
-    Args:
-        results: each method's result.json.
-    """
-    settings = next(iter(results.values()))["settings"]
-    title = f"{settings['dataset']}, {settings['steps']} steps of {settings['batch_size']}, {settings['precision']}"
-    columns = ("method", "held-out accuracy", "held-out loss", "train loss", "sharpness", "step x LoRA", "peak MiB")
-    rows = []
-    base = results.get("LoRA", {}).get("median_step_seconds")
-    for method, result in results.items():
-        seconds = result["median_step_seconds"]
-        cells = [
-            method,
-            f"{result['test_accuracy']:.3f}" if result["test_accuracy"] is not None else "-",
-            f"{result['test_loss']:.3f}",
-            f"{result['train_loss']:.3f}",
-            f"{result['sharpness']:.4f}",
-            f"{seconds / base:.2f}" if seconds and base else "-",
-            f"{result['peak_memory_mib']:.0f}",
-        ]
-        rows.append(cells)
-    return Table(title, columns, rows)
+_SHOWN_RATE = RATES[-1]  # the highest, at which plain LoRA overfits most
+_COLOURS = {LORA: "#4477aa", WITH_DROPOUT: "#aa3377", EFMLORA: "#ee7733"}
 
 
-def plot(results: dict[str, dict[str, Any]], folder: Path, path: Path) -> None:
-    """Training loss by step, and held-out accuracy against sharpness, as a PNG.
+def table(rows: Sequence[Row]) -> Table:
+    """Validation loss of each method at each rate, and how much it rises around the weights."""
+    lines = []
+    for arm in ARMS:
+        cells = [with_error(estimate(_losses(rows, arm, rate)), ".3f") for rate in RATES]
+        rise = [around[-1] for around in _rises(rows, arm)]
+        lines.append([arm, *cells, with_error(estimate(rise), ".2f")])
+    accuracies = []
+    for arm in ARMS:
+        best = min(RATES, key=lambda rate: estimate(_losses(rows, arm, rate)).mean)
+        found = estimate([100 * row["validation_accuracy"] for row in _of(rows, arm, best)])
+        accuracies.append(f"{arm} {with_error(found)} (rate {best:g})")
+    notes = [
+        f"mean ± standard error over {len(_of(rows, LORA, RATES[0]))} seeds; validation part, 18 subjects of exam "
+        "questions; 16 examples of each to train on, 600 steps",
+        f"rise: of the loss at distance {DISTANCES[-1]:g} along the steepest direction that B can express, rate "
+        f"{_SHOWN_RATE:g}",
+        f"accuracy in % at the rate with the lowest loss: {', '.join(accuracies)}",
+    ]
+    columns = ("method", *(f"loss, rate {rate:g}" for rate in RATES), "rise")
+    return Table("Validation loss in nats", columns, lines, notes)
 
-    Args:
-        results: each method's result.json.
-        folder: that holds one folder for each method, with Lightning's metrics.csv.
-        path: of the picture.
-    """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    for method in results:
-        steps, losses = _curve(folder / method / "metrics.csv")
-        if steps:
-            curves.plot(steps, losses, color=COLOURS[method], alpha=0.25, linewidth=1)
-            curves.plot(steps, _smoothed(losses), color=COLOURS[method], label=method)
-    curves.set(xlabel="optimizer step", ylabel="training loss (nats per answer token)", title="training")
-    note = "thin: each step; thick: running mean.\nEFMLoRA's is at B + Ê, where its pass runs"
-    curves.text(0.98, 0.98, note, transform=curves.transAxes, ha="right", va="top", fontsize=8)
-    curves.legend(loc="center right")
-    accuracies = [result["test_accuracy"] or 0.0 for result in results.values()]
-    drawn = bars.bar(list(results), accuracies, color=[COLOURS[method] for method in results])
-    bars.bar_label(
-        drawn,
-        labels=[f"{a:.2f}\nsharpness {r['sharpness']:.3f}" for a, r in zip(accuracies, results.values(), strict=True)],
-        fontsize=8,
+
+def sentences(rows: Sequence[Row]) -> str:
+    """What the perturbation changes, and what a free change of LoRA does as well."""
+    losses = {arm: _losses(rows, arm, _SHOWN_RATE) for arm in ARMS}
+    to_lora = _paired(losses[EFMLORA], losses[LORA])
+    to_dropout = _paired(losses[EFMLORA], losses[WITH_DROPOUT])
+    return (
+        f"At the rate {_SHOWN_RATE:g} the validation loss of EFMLoRA less that of LoRA is {with_interval(to_lora)} "
+        f"nats, and less that of LoRA with dropout 0.9 {with_interval(to_dropout)} (95 % intervals, paired by seed).\n"
+        "EFMLoRA has a flatter loss around its weights and tolerates higher rates than LoRA. A dropout of 0.9 on the "
+        "adapter tolerates them as well, without a flatter loss. This demo does not show that EFMLoRA is more accurate "
+        "than LoRA with a tuned dropout."
     )
-    bars.set(ylabel="held-out accuracy", title="after training", ylim=(0, max(accuracies) * 1.25 or 1))
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Both sides of what changes, as a PNG."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    around, rates = figure.subplots(1, 2)
+    for arm in ARMS:
+        style = {"label": arm, "color": _COLOURS[arm], "capsize": 3}
+        by_distance = list(zip(*_rises(rows, arm), strict=True))
+        _curve(around, DISTANCES, [estimate(values) for values in by_distance], style)
+        _curve(rates, RATES, [estimate(_losses(rows, arm, rate)) for rate in RATES], {**style, "marker": "o"})
+    around.set(
+        title=f"Loss around the trained weights, rate {_SHOWN_RATE:g}",
+        xlabel="distance from the weights, along the steepest direction of B",
+        ylabel="rise of the validation loss (nats)",
+    )
+    rates.set(title="Loss against the learning rate", xlabel="learning rate", ylabel="validation loss (nats)")
+    rates.set_xscale("log")
+    rates.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    rates.set_xticks([], minor=True)
+    rates.legend()
     figure.savefig(path, dpi=130)
 
 
-def _curve(path: Path) -> tuple[list[int], list[float]]:
-    if not path.exists():
-        return [], []
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("train_loss")]
-    return [int(row["step"]) for row in rows], [float(row["train_loss"]) for row in rows]
+def _curve(axes: "object", places: Sequence[float], found: Sequence[Estimate], style: dict[str, object]) -> None:
+    errors = [each.error if each.values > 1 else 0.0 for each in found]
+    axes.errorbar(places, [each.mean for each in found], yerr=errors, **style)  # type: ignore[attr-defined]
 
 
-def _smoothed(values: list[float], decay: float = 0.5) -> list[float]:
-    """An exponential running mean that starts at the first value."""
-    mean, out = values[0], []
-    for value in values:
-        mean = decay * mean + (1 - decay) * value
-        out.append(mean)
-    return out
+def _of(rows: Sequence[Row], arm: str, rate: float) -> list[Row]:
+    """By seed."""
+    found = [row for row in rows if row["arm"] == arm and row["rate"] == rate]
+    return sorted(found, key=lambda row: int(row["seed"]))
+
+
+def _losses(rows: Sequence[Row], arm: str, rate: float) -> list[float]:
+    return [row["validation_loss"] for row in _of(rows, arm, rate)]
+
+
+def _rises(rows: Sequence[Row], arm: str) -> list[list[float]]:
+    """Above the loss at the weights, by seed and distance."""
+    rises = []
+    for row in _of(rows, arm, _SHOWN_RATE):
+        here = row["losses_around"][0]
+        rises.append([loss - here for loss in row["losses_around"]])
+    return rises
+
+
+def _paired(own: Sequence[float], other: Sequence[float]) -> Estimate:
+    return estimate([mine - its for mine, its in zip(own, other, strict=True)])

@@ -1,229 +1,186 @@
-"""One method of the demo, in a process of its own: train, test, measure sharpness, write result.json."""
+"""One run of the demo: an adapter trained at one rate, its losses, and the loss around its weights."""
 
-import json
-import math
-import resource
-import statistics
-import sys
-from collections.abc import Callable
+import gc
+import platform
+import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger
+import transformers
+from torch import Tensor
 
-from lightning_flatlora import AdapterCheckpoint, Perturbation, find_pairs
-from lightning_flatlora.flatness import MeanLoss, sam_sharpness
-from recipes.instruction_tuning.data import InstructionData
-from recipes.instruction_tuning.module import InstructionTuning
-from recipes.language.chat import PLAIN_TEMPLATE
-from recipes.language.model import PACKAGED_LORA, model_source
-from recipes.shared.files import write_whole
-from recipes.shared.ledger import Ledger, Row, entries
-from recipes.shared.methods import OURS, callbacks_of
+from lightning_flatlora import EFMLoRA, Perturbation, find_pairs
+from lightning_flatlora.flatness import (
+    MeanLoss,
+    adversarial_direction,
+    loss_along_line,
+    loss_gradient,
+    trained_factors,
+)
+from recipes.demo.data import Batch, evaluation_batches, training_batches
+from recipes.demo.encoder import CutEncoder, load
+from recipes.demo.module import TaskClassifier
+from recipes.language import texts
+from recipes.shared.ledger import Ledger, Row, commit, entries
 from recipes.shared.precision import Precision, fast_precision
-from recipes.shared.progress import progress, progress_bar
-from recipes.shared.random_state import RandomState
-from recipes.shared.step_times import StepTimes
+from recipes.shared.progress import quiet
+from recipes.shared.training import BARE
 
-METHODS = ("untuned", *OURS)
-TOKENS = "tokens"
+LORA, WITH_DROPOUT, EFMLORA = "LoRA", "LoRA, dropout 0.9", "EFMLoRA"
+ARMS: dict[str, dict[str, Any]] = {LORA: {}, WITH_DROPOUT: {"dropout": 0.9}, EFMLORA: {"rho": 32.0}}
+"""LoRA, a change of it that costs nothing, and EFMLoRA, with the rho and dropout that docs/study.md chose."""
+
+RATES = (1e-3, 2e-3, 4e-3)
+SEEDS = (40, 41, 42)
+"""On which nothing was chosen."""
+
+DISTANCES = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 28.0, 32.0)
+"""From the weights, along the steepest direction that B can express, in the full weights' units."""
+
+_load = cache(load)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a result; a folder's results are kept only while these stay the same.
+    """Everything that decides a run beside its method, rate and seed.
 
     Attributes:
-        dataset: the recipe's name of the data.
-        model: the recipe's name of the model.
-        rho: radius, chosen on the validation part (docs/recipes/instruction_tuning.md).
-        steps: optimizer steps of each method.
-        batch_size: conversations of a step.
-        max_length: tokens of the longest conversations; longer ones are left out, for the sake of slow machines.
-        learning_rate: AdamW's largest.
-        test_batches: held-out batches, of ``batch_size`` questions; None takes them all.
-        sharpness_batches: training batches on which sharpness is measured.
-        seed: of adapters, batches and dropout.
-        precision: of training and evaluation; by default what the device computes fast.
+        task: of the packaged texts.
+        frozen_layers: of the encoder.
+        length: tokens kept of a text.
+        shots: training examples of a class.
+        steps: of training.
+        batch_size: texts of a step.
+        precision: of training.
     """
 
-    dataset: str = "packaged:sentiment"
-    model: str = "packaged"
-    rho: float = 0.03
-    steps: int = 32
+    task: str = "all_subjects"
+    frozen_layers: int = 5
+    length: int = 32
+    shots: int = 16
+    steps: int = 600
     batch_size: int = 8
-    max_length: int = 36
-    learning_rate: float = 1e-3
-    test_batches: int | None = 20
-    sharpness_batches: int = 4
-    seed: int = 0
     precision: Precision = field(default_factory=fast_precision)
 
 
 class Run(NamedTuple):
-    """One method of the demo.
+    """One training.
 
     Attributes:
-        method: one of :data:`METHODS`; "untuned" only evaluates.
+        arm: one of :data:`ARMS`.
+        rate: AdamW's at its highest.
+        seed: of the examples, the adapter's start, the order of the batches, and dropout.
         settings: of the demo.
-        folder: of this method: checkpoints, log and ``result.json``.
     """
 
-    method: str
+    arm: str
+    rate: float
+    seed: int
     settings: Settings
-    folder: Path
 
     def __str__(self) -> str:
-        return self.method
+        return f"{self.arm}, learning rate {self.rate:g}, seed {self.seed}"
 
     def key(self) -> Row:
         """The first entries of its row."""
-        return {"method": self.method, "settings": asdict(self.settings)}
+        return {"arm": self.arm, "rate": self.rate, "seed": self.seed, "settings": asdict(self.settings)}
 
 
 def ledger(folder: Path) -> Ledger:
     """The ``results.jsonl`` of the runs in a folder."""
-    return Ledger(folder / "results.jsonl", entries("method", "settings"))
+    return Ledger(folder / "results.jsonl", entries("arm", "rate", "seed", "settings"))
+
+
+def share(folder: Path, runs: list[Run]) -> None:
+    """Do runs until each is done, or another process does it."""
+    quiet()
+    transformers.utils.logging.set_verbosity_error()  # of the pooler, which the encoder leaves out
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the next core is another process's
+    done = ledger(folder)
+
+    def report(run: Run) -> None:
+        print(f"[{len(done.rows) + 1}/{len(runs)}] {run}", flush=True)
+
+    while done.perform_first([run for run in runs if done.find(run) is None], perform, report):
+        done.reload()
 
 
 def perform(run: Run) -> Row:
-    """Train from the last checkpoint, if there is one, and evaluate on held-out questions.
+    """Train, and measure on the validation part in float32.
 
     Returns:
-        What was written to ``result.json``.
+        A JSON line: the run's key; ``validation_loss`` in nats and ``validation_accuracy``; ``losses_around``, the
+        validation loss at each of :data:`DISTANCES`; ``train_loss``; and what the run took, where, and with which
+        versions.
     """
-    trainer, module, data, times = train(run)
-    tested = trainer.test(module, data, verbose=False)[0]
-    row = {
+    gc.collect()  # the last run's models: their parts point at each other
+    began = time.perf_counter()
+    encoder = _load(run.settings.frozen_layers, run.settings.length)
+    examples = texts.shots(run.settings.task, run.settings.shots, run.seed)
+    module = _trained(run, encoder, examples)
+    seconds = time.perf_counter() - began
+    module.eval()
+    held_out = _held_out(encoder, run.settings.task)
+    losses = _losses_around(module, held_out)
+    train = _loss(module, evaluation_batches(examples, encoder.states))
+    return {
         **run.key(),
-        "test_accuracy": tested.get("test_accuracy"),
-        "test_loss": tested["test_loss"],
-        "median_step_seconds": statistics.median(times.seconds) if times.seconds else None,
-        "peak_memory_mib": _peak_memory_mib(),
+        "validation_loss": losses[0],
+        "validation_accuracy": module.accuracy(held_out),
+        "losses_around": losses,
+        "train_loss": train().item(),
+        "seconds": seconds,
+        "device": f"{platform.machine()} CPU",
+        "torch": torch.__version__,
+        "commit": commit(),
     }
-    row |= sharpness(run.method, module, data, run.settings)
-    write_whole(run.folder / "result.json", json.dumps(row, indent=2) + "\n")
-    return row
 
 
-def train(run: Run) -> tuple[L.Trainer, InstructionTuning, InstructionData, StepTimes]:
-    """Model and data, after training with the run's method."""
-    settings, folder = run.settings, run.folder
-    L.seed_everything(settings.seed, verbose=False)
-    data = _data(settings)
-    if (folder.parent / TOKENS).exists():
-        data.parts = _without_validation(dict(datasets.load_from_disk(folder.parent / TOKENS)))
-    rate = settings.learning_rate
-    module = InstructionTuning(model=settings.model, lora=PACKAGED_LORA, learning_rate=rate, warmup_steps=5)
-    data.prepare_data()
-    data.setup("fit")
-    times = StepTimes()
-    # The data are set up before the Trainer is made, because their number of batches decides its number of epochs.
-    epochs = math.ceil(settings.steps / len(data.train_dataloader()))
-    trainer = _trainer(run, epochs, times)
-    if run.method != "untuned":
-        last = folder / "last.ckpt"
-        trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None)
-    return trainer, module, data, times
-
-
-def tokenize(settings: Settings, folder: Path) -> None:
-    """Tokenize the reviews to train and to test on, once for all methods; a folder that is there stays as it is.
-
-    Args:
-        settings: of the demo.
-        folder: of all methods; the tokens land in its folder :data:`TOKENS`.
-    """
-    if (folder / TOKENS).exists():
-        return
-    data = _data(settings)
-    data.parts = _without_validation({})
-    data.prepare_data()
-    data.setup("fit")
-    data.setup("test")
-    partial_folder = folder / f"{TOKENS}.partial"
-    tables = datasets.DatasetDict({part: data.parts[part] for part in ("train", "test")})
-    tables.save_to_disk(partial_folder)
-    # A run that was stopped while it wrote must not leave half of the tokens under the final name.
-    partial_folder.rename(folder / TOKENS)
-
-
-def _data(settings: Settings) -> InstructionData:
-    return InstructionData(
-        settings.dataset,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        chat_template=PLAIN_TEMPLATE,
-        validation_share=0.15,
-        test_share=0.25,
-        seed=settings.seed,
-        tokenizer=model_source(settings.model),
-    )
-
-
-def _without_validation(parts: dict[str, Any]) -> dict[str, Any]:
-    """With an empty validation part, which is for choosing rho and not for the demo: it need not be tokenized."""
-    return {**parts, "validation": []}
-
-
-def _trainer(run: Run, epochs: int, times: StepTimes) -> L.Trainer:
-    method, settings, folder = run
-    flat = callbacks_of(method, settings.rho)
-    checkpoints = AdapterCheckpoint(dirpath=folder, every_n_train_steps=8, save_top_k=0, save_last=True)
-    return L.Trainer(
-        accelerator="auto",
-        devices=1,
+def _trained(run: Run, encoder: CutEncoder, examples: list[texts.Example]) -> TaskClassifier:
+    settings, config = run.settings, dict(ARMS[run.arm])
+    rho = config.pop("rho", None)
+    L.seed_everything(run.seed, verbose=False)
+    module = TaskClassifier(encoder, len(texts.TASKS[settings.task].classes), learning_rate=run.rate, **config)
+    trainer = L.Trainer(
+        # The kept states lie in the main memory, and steps are too small for a GPU to be faster.
+        accelerator="cpu",
         precision=settings.precision,
-        max_epochs=epochs,
-        limit_train_batches=settings.steps if epochs == 1 else None,  # so that the bar ends where training does
-        max_steps=settings.steps,
-        gradient_clip_val=1.0,
-        log_every_n_steps=1,
-        limit_val_batches=0,  # the validation part is for choosing rho and is not even tokenized here
-        limit_test_batches=settings.test_batches,
-        num_sanity_val_steps=0,
-        callbacks=[times, *flat, checkpoints, RandomState(), progress_bar(method)],
-        logger=CSVLogger(folder.parent, name=folder.name, version=""),
-        enable_model_summary=False,
+        max_epochs=1,
+        callbacks=[EFMLoRA(rho)] if rho else [],
+        enable_progress_bar=False,
+        **BARE,
     )
+    trainer.fit(module, training_batches(examples, encoder.states, settings.batch_size, settings.steps, run.seed))
+    return module
 
 
-def sharpness(method: str, module: InstructionTuning, data: InstructionData, settings: Settings) -> dict[str, float]:
-    """SAM's sharpness L(w + E) - L(w) in full weight space, with the same rho for every method.
-
-    E is the perturbation (Eqs. 10-15) of the mean gradient over a few training batches; both losses are over the same
-    batches, without dropout, and in float32 whatever the training's precision: bfloat16's rounding is larger than the
-    rise. The module is left in float32.
-
-    Returns:
-        ``train_loss`` L(w) and ``sharpness``, in nats per answer token.
-    """
-    first = islice(data.train_dataloader(), settings.sharpness_batches)
-    batches = [module.transfer_batch_to_device(batch, module.device, 0) for batch in first]
-    module.eval().float()
-    # Each batch is read twice: for loss and gradient at the weights, and for the loss at the perturbed ones.
-    with progress(f"{method}, sharpness, batches", 2 * len(batches)) as bar:
-        loss = MeanLoss([partial(_loss, module, batch, bar.update) for batch in batches])
-        result = sam_sharpness(loss, Perturbation(find_pairs(module).pairs), settings.rho)
-    return {"train_loss": float(result.loss), "sharpness": float(result.sharpness)}
+@cache
+def _held_out(encoder: CutEncoder, task: str) -> list[Batch]:
+    return evaluation_batches(texts.parts(task)["validation"], encoder.states)
 
 
-def _loss(module: InstructionTuning, batch: dict[str, Any], done: Callable[[], Any]) -> torch.Tensor:
-    log_likelihood, tokens = module.log_likelihood(batch)
-    done()
-    return -log_likelihood.sum() / tokens.sum()
+def _losses_around(module: TaskClassifier, batches: list[Batch]) -> list[float]:
+    """The mean loss of batches at :data:`DISTANCES` along their own steepest direction."""
+    loss, pairs = _loss(module, batches), find_pairs(module).pairs
+    direction = adversarial_direction(Perturbation(pairs), loss_gradient(loss, trained_factors(pairs)))
+    found: list[float] = loss_along_line(loss, pairs, direction, torch.tensor(DISTANCES)).tolist()
+    return found
 
 
-def _peak_memory_mib() -> float:
-    """The process's largest resident memory, and on CUDA the largest allocation."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    # macOS counts in bytes, Linux in KiB.
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+def _loss(module: TaskClassifier, batches: list[Batch]) -> MeanLoss:
+    """The mean over the batches, each weighted by its number of texts."""
+    texts_in_all = sum(len(batch["labels"]) for batch in batches)
+    share = len(batches) / texts_in_all
+    losses = []
+    for batch in batches:
+
+        def one(batch: Batch = batch) -> Tensor:
+            return module.loss(batch) * len(batch["labels"]) * share
+
+        losses.append(one)
+    return MeanLoss(losses)

@@ -111,7 +111,7 @@ def known_columns() -> str:
         pairs.append(f"{pair.question!r} and {pair.answer!r}{more}")
     return (
         "'messages' (a list of role and content), 'conversations' (a list of from and value), or "
-        f"{', '.join(pairs)}; beside each of them 'system' or 'system_prompt'"
+        f"{', '.join(pairs)}; with each of them, if you like, 'system' or 'system_prompt'"
     )
 
 

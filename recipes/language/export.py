@@ -124,7 +124,7 @@ def config_of(adapter: Path) -> PeftConfig:
     """
     if not (adapter / "adapter_config.json").is_file():
         raise MisconfigurationException(
-            f"{adapter} holds no adapter_config.json: give the folder beside a checkpoint, such as checkpoints/last"
+            f"{adapter} holds no adapter_config.json: give the folder next to a checkpoint, such as checkpoints/last"
         )
     return PeftConfig.from_pretrained(str(adapter))
 

@@ -166,7 +166,7 @@ def template_errors() -> Iterator[None]:
     except (TemplateError, TypeError, ValueError) as error:
         raise RefusedConversationError(
             f"the model's chat template can't render a conversation: {type(error).__name__}: {error}. Mend the data "
-            "(many templates want user and assistant in turns), or set chat_template to another one"
+            "(many templates want user and assistant alternately), or set chat_template to another one"
         ) from error
 
 

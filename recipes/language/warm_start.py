@@ -35,7 +35,7 @@ def load_factors(net: PeftModel, folder: str) -> None:
     if missing:
         raise MisconfigurationException(
             f"start_from={folder!r} adapts other layers than lora, or another model's: {sorted(missing)[:3]} of "
-            f"{len(missing)} are in one of them alone"
+            f"{len(missing)} are in only one of them"
         )
     set_peft_model_state_dict(net, present | factors)  # it wants the head too
 

@@ -153,7 +153,7 @@ def _check_classes(adapted: Adapted) -> None:
     if adapted.task == "SEQ_CLS" and (is_regression or config.problem_type == "multi_label_classification"):
         what = "predicts numbers" if is_regression else "gives a text several classes at once"
         raise MisconfigurationException(
-            f"the adapter of {adapted.base} {what}: the report measures the cross-entropy of one class alone"
+            f"the adapter of {adapted.base} {what}: the report measures the cross-entropy of one class only"
         )
 
 

@@ -28,7 +28,7 @@ def last_checkpoint(settings: Namespace) -> Path:
     if not checkpoints:
         places = " and ".join(map(str, searched)) or "nowhere: nothing saves any"
         raise MisconfigurationException(
-            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start anew, or "
+            f"--ckpt_path last: there is no last checkpoint, searched for in {places}. Leave it out to start again, or "
             "give a file, or the --method or --run_name of the run"
         )
     # By time and not by name, in which version_10 comes before version_9.

@@ -44,7 +44,7 @@ def shipped_configs() -> str:
     for path in sorted(RECIPES.rglob("*.yaml")):
         by_folder.setdefault(path.parent.relative_to(RECIPES.parent), []).append(path.name)
     lines = [f"  {folder}: {', '.join(names)}" for folder, names in by_folder.items()]
-    rule = "The first --config is a recipe's base.yaml; a method, data and a strategy are laid over it. There are, in"
+    rule = "A recipe's base.yaml is read first; later files override earlier ones. There are, in"
     return "\n".join([f"{rule} {RECIPES.parent}:", *lines])
 
 

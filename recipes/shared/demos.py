@@ -55,7 +55,7 @@ class Demo:
             description=self.description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        parser.add_argument("--folder", type=Path, default=Path("runs") / self.name, help="where everything lands")
+        parser.add_argument("--folder", type=Path, default=Path("runs") / self.name, help="output folder")
         parser.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
         self.add_options(parser)
         return parser

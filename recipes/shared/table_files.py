@@ -35,7 +35,7 @@ def refuse_other_forms(name: str, path: Path) -> None:
         )
     if (path / "state.json").is_file():
         raise MisconfigurationException(
-            f"dataset={name!r} was written by save_to_disk of `datasets`, which load_from_disk alone can read: write "
+            f"dataset={name!r} was written by save_to_disk of `datasets`, which only load_from_disk can read: write "
             "it by to_parquet"
         )
 

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of {BATCH} questions")
     arguments = parser.parse_args()
     disable_possible_user_warnings()
-    print(f"The model is in {build(arguments.steps)}: give it to the recipe as --model.init_args.model packaged")
+    print(f"The model is in {build(arguments.steps)}: give it to the recipe as --model.model packaged")
 
 
 if __name__ == "__main__":

@@ -205,11 +205,11 @@ def test_faults_of_a_folder_are_named(pictures: str, tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"folder doesn't contain any data files"):
         sources.load(str(folder))
     shutil.copy(Path(pictures) / "red-circle.png", folder / "one.png")
-    with pytest.raises(MisconfigurationException, match=r"needs a .txt beside each, a captions.csv, or a metadata"):
+    with pytest.raises(MisconfigurationException, match=r"needs a .txt next to each, a captions.csv, or a metadata"):
         sources.load(str(folder))
     (folder / "two.txt").write_text("a circle")
     shutil.copy(Path(pictures) / "red-circle.png", folder / "two.png")
-    with pytest.raises(MisconfigurationException, match=r"one.png has no one.txt beside it"):
+    with pytest.raises(MisconfigurationException, match=r"one.png has no one.txt next to it"):
         sources.load(str(folder))
     (folder / "one.txt").write_text(" \n")
     with pytest.raises(MisconfigurationException, match=r"one.txt is empty"):

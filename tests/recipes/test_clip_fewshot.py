@@ -204,7 +204,7 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     refused(filled(tmp_path / "few", 1), "class 'blue_grey' has no image in train")
     (tmp_path / "single").mkdir()
     (filled(tmp_path / "several", 4) / "red").rename(tmp_path / "single" / "red")
-    refused(tmp_path / "single", r"has the class \['red'\] alone: two are needed at least")
+    refused(tmp_path / "single", r"has only the class \['red'\]: at least two are needed")
 
 
 def test_a_text_that_does_not_fit_is_named(tiny_clip: str, images: Path, tmp_path: Path) -> None:

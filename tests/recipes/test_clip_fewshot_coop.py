@@ -138,4 +138,4 @@ def test_files_of_another_schema_are_refused(
 
 def test_a_split_has_its_data_sets(tmp_path: Path) -> None:
     refused(tmp_path, str(filled(tmp_path / "mine", 8)), "split='coop' is for the data sets caltech101, .*mine")
-    refused(tmp_path, "ucf101", "'ucf101' is read in CoOp's parts alone: set split to coop", split="official")
+    refused(tmp_path, "ucf101", "'ucf101' is read only in CoOp's parts: set split to coop", split="official")

@@ -1,81 +1,101 @@
-"""The demo from its command line, on a tiny model: it reports, keeps what is finished, and resumes after Ctrl-C."""
+"""The demo: its measurements on a tiny encoder, and what it reports, keeps and shares."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+import torch
+import transformers
 
+from recipes.demo import run as running
 from recipes.demo.__main__ import main
-from recipes.demo.run import Run, Settings, ledger
-from recipes.shared.ledger import StoppedError
-from recipes.shared.step_times import StepTimes
+from recipes.demo.data import evaluation_batches
+from recipes.demo.encoder import CutEncoder
+from recipes.demo.module import TaskClassifier
+from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, Run, Settings, perform
+from recipes.language import texts
+from recipes.language.texts import Example, Source
+from recipes.shared import packaged
+from recipes.shared.ledger import Row
 
-METHODS = ("untuned", "LoRA", "EFMLoRA", "FMLoRA")
-
-
-def command(folder: Path, model: str, *more: str) -> list[str]:
-    small = ("--dataset=packaged:openbook_qa", "--max_length=256", "--batch_size=4", "--test_batches=2")
-    return [f"--folder={folder}", f"--model={model}", *small, "--sharpness_batches=2", *more]
-
-
-def in_this_process(arguments: Sequence[str]) -> None:
-    """What a process of one method does, and what the demo learns of its end."""
-    try:
-        main(list(arguments[3:]))
-    except SystemExit as end:  # into which Lightning turns Ctrl-C
-        raise StoppedError(130) from end
+# What a task consists of is kept in a process, for other tests too: so this is a name that no other test uses.
+TASK = "demo_test"
+SETTINGS = Settings(TASK, frozen_layers=1, length=32, shots=4, steps=2, batch_size=4, precision="32-true")
 
 
-def test_demo_reports_resumes_and_keeps(
-    tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def made_up() -> Iterator[Example]:
+    for label, word in enumerate(("heart", "tooth")):
+        for number in range(60):
+            text = f"{word} {'and so on ' * (number % 4)}{number}"
+            yield Example(text, label, text)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> CutEncoder:
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packaged.minilm())
+    return CutEncoder(transformers.BertModel(config, add_pooling_layer=False), tokenizer, frozen_layers=1, length=32)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_run_repeats_and_measures_the_loss_around_its_weights(
+    arm: str, encoder: CutEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, steps = tmp_path / "demo", "--steps=10"
-    monkeypatch.setattr("recipes.demo.__main__.run_process", in_this_process)
-    begun: list[int] = []
-    begins = StepTimes.on_train_batch_start
+    monkeypatch.setitem(texts.TASKS, TASK, Source(("heart", "teeth"), made_up))
+    monkeypatch.setattr(running, "_load", lambda frozen_layers, length: encoder)
+    row = perform(Run(arm, 1e-2, 40, SETTINGS))
+    losses = row["losses_around"]
+    assert len(losses) == len(DISTANCES)
+    assert row["validation_loss"] == losses[0] < losses[1] < losses[2]  # upwards, along the steepest direction
+    again = perform(Run(arm, 1e-2, 40, SETTINGS))
+    assert (again["losses_around"], again["train_loss"]) == (losses, row["train_loss"])
 
-    def interrupted(self: StepTimes, trainer: Any, *args: Any) -> None:
-        begun.append(trainer.global_step)
-        if len(begun) == 9:  # a checkpoint of LoRA's is saved after the eighth step
+
+def test_the_mean_loss_weighs_each_text_alike(encoder: CutEncoder) -> None:
+    examples = list(made_up())[:70]  # two batches of different sizes
+    module = TaskClassifier(encoder, 2, learning_rate=1e-3).eval()
+    batches = evaluation_batches(examples, encoder.states)
+    assert [len(batch["labels"]) for batch in batches] == [64, 6]
+    logits = torch.cat([module.logits(batch) for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    torch.testing.assert_close(running._loss(module, batches)(), torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_the_demo_reports_resumes_and_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Run] = []
+
+    def invented(run: Run) -> Row:
+        """A loss that LoRA's rate raises, by half as much with dropout and not at all with EFMLoRA."""
+        begun.append(run)
+        if len(begun) == 5:
             raise KeyboardInterrupt
-        begins(self, trainer, *args)
+        steepness = {"LoRA": 200.0, "LoRA, dropout 0.9": 100.0, "EFMLoRA": 0.0}[run.arm]
+        loss = 2.0 + steepness * run.rate + 0.01 * (run.seed % 3)
+        around = [loss + steepness * run.rate * distance for distance in DISTANCES]
+        return {**run.key(), "validation_loss": loss, "validation_accuracy": 0.4, "losses_around": around}
 
-    monkeypatch.setattr(StepTimes, "on_train_batch_start", interrupted)
-    assert main(command(folder, tiny, steps)) == 130
+    monkeypatch.setattr(running, "perform", invented)
+    options = ["--folder", str(tmp_path), "--precision", "32-true"]
+    assert main([*options, "--processes", "1"]) == 130
     assert "The same command resumes" in capsys.readouterr().out
-    untuned = (folder / "untuned" / "result.json").stat().st_mtime_ns
+    assert main([*options, "--processes", "1"]) == 0
+    assert [(run.seed, run.rate, run.arm) for run in begun[5:]] == list(product(SEEDS, RATES, ARMS))[4:]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "EFMLoRA less that of LoRA is -0.40 [-0.40, -0.40] nats" in shown
+    assert "less that of LoRA with dropout 0.9 -0.20 [-0.20, -0.20]" in shown
+    assert "2.410 ± 0.006" in (tmp_path / "table.txt").read_text()
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
 
-    assert main(command(folder, tiny, steps)) == 0
-    assert begun[:11] == [*range(9), 8, 9]
-    out = capsys.readouterr().out
-    assert "EFMLoRA, Epoch 0: 10 of 10" in out  # not at a terminal, but not silent
-    assert "FMLoRA, sharpness, batches: 4 of 4" in out
-    assert (folder / "untuned" / "result.json").stat().st_mtime_ns == untuned
-    results = {method: json.loads((folder / method / "result.json").read_text()) for method in METHODS}
-    assert all(method in (folder / "table.txt").read_text() for method in results)
-    assert len({result["test_loss"] for result in results.values()}) == 4  # every method did something of its own
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "EFMLoRA" / "last" / "adapter_model.safetensors").exists()
-
-    assert main(command(folder, tiny, steps)) == 0
-    assert "[2/4]" not in capsys.readouterr().out  # nothing is trained again
-
-    def stop(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("recipes.demo.__main__.tokenize", stop)
-    assert main(command(folder, tiny, "--steps=2")) == 130
-    assert (tmp_path / "demo-1" / "table.txt").exists()  # results of other settings are set aside, not overwritten
-
-
-def test_other_settings_leave_a_running_demo_its_folder(tmp_path: Path, tiny: str) -> None:
-    earlier = json.dumps({"precision": "32-true"})
-    (tmp_path / "settings.json").write_text(earlier)
-    run = Run("LoRA", Settings(), tmp_path / "LoRA")
-    with ledger(tmp_path).claimed(run), pytest.raises(MisconfigurationException, match="demo with other settings"):
-        main(command(tmp_path, tiny))
-    assert [path.name for path in tmp_path.parent.iterdir() if path.name.startswith(tmp_path.name)] == [tmp_path.name]
-    assert (tmp_path / "settings.json").read_text() == earlier
+    # A second process finds everything done; without a stub, it would train.
+    rows = (tmp_path / "results.jsonl").read_text()
+    assert main(options) == 0
+    assert (tmp_path / "results.jsonl").read_text() == rows
+    assert len({json.dumps(json.loads(row)["seed"]) for row in rows.splitlines()}) == len(SEEDS)

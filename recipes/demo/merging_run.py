@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.merge_utils import task_arithmetic, ties
 from torch import Tensor
 
+from recipes.demo.data import Batch, evaluation_batches, training_batches
+from recipes.demo.encoder import CutEncoder, UpperLayers, load, pooled
+from recipes.demo.module import TaskClassifier, accuracy, linear_classifier
 from recipes.language import texts
-from recipes.merging_demo.data import Batch, evaluation_batches, training_batches
-from recipes.merging_demo.encoder import CutEncoder, UpperLayers, load, pooled
-from recipes.merging_demo.module import TaskClassifier, accuracy, linear_classifier
 from recipes.shared.ledger import Row, commit
 from recipes.shared.methods import callbacks_of
 from recipes.shared.precision import Precision, fast_precision
@@ -35,10 +35,10 @@ ARMS: dict[str, dict[str, Any]] = {
     SMALL_WITH_DROPOUT: {"learning_rate": 1e-3, "dropout": 0.9, "rank": 2},
     FROZEN: {},
 }
-"""LoRA, EFMLoRA and changes of LoRA that cost nothing, with what the searches of docs/evidence.md (W3) have chosen."""
+"""LoRA, EFMLoRA and changes of LoRA that cost nothing, with what the searches of docs/study.md have chosen."""
 
 SEEDS = (20, 21, 22)
-"""Which neither the searches nor the verdict of W3 has used."""
+"""Which neither the searches nor the verdict of the study has used."""
 
 _load = cache(load)
 

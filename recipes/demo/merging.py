@@ -1,8 +1,8 @@
 """`make merging-demo`: adapters of four tasks merged into one, trained by LoRA, by EFMLoRA and by stronger LoRAs.
 
-This is where the study of docs/evidence.md found a gain over LoRA, and a free competitor that matches it. The rates,
-rho and dropout are those that its searches chose, and the seeds are new. What is finished is kept: after Ctrl-C the
-same command resumes, and a second process started on the folder shares the work.
+Here the study of docs/study.md found a gain over LoRA with the usual dropouts, and changes of LoRA that gain as much.
+The rates, rho and dropout are those that its searches chose, and the seeds are new. What is finished is kept: after
+Ctrl-C the same command resumes, and a second process started on the folder shares the work.
 """
 
 import argparse
@@ -12,8 +12,8 @@ from itertools import product
 import torch
 import transformers
 
-from recipes.merging_demo import report
-from recipes.merging_demo.run import ARMS, SEEDS, Run, Settings, perform
+from recipes.demo import merging_report as report
+from recipes.demo.merging_run import ARMS, SEEDS, Run, Settings, perform
 from recipes.shared.demos import Demo
 from recipes.shared.ledger import Ledger, entries
 from recipes.shared.mistakes import without_traceback

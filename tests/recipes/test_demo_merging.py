@@ -11,15 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 
+from recipes.demo import merging as command
+from recipes.demo import merging_run as running
+from recipes.demo.data import packed
+from recipes.demo.encoder import CutEncoder, pooled
+from recipes.demo.merging import main
+from recipes.demo.merging_run import ARMS, FROZEN, SEEDS, WAYS, Run, Settings, merged, perform
+from recipes.demo.module import TaskClassifier, linear_classifier
 from recipes.language import texts
 from recipes.language.texts import Example, Source
-from recipes.merging_demo import __main__ as command
-from recipes.merging_demo import run as running
-from recipes.merging_demo.__main__ import main
-from recipes.merging_demo.data import packed
-from recipes.merging_demo.encoder import CutEncoder, pooled
-from recipes.merging_demo.module import TaskClassifier, linear_classifier
-from recipes.merging_demo.run import ARMS, FROZEN, SEEDS, WAYS, Run, Settings, merged, perform
 from recipes.shared import packaged
 from recipes.shared.ledger import Row
 

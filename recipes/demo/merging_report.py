@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from recipes.merging_demo.run import ARMS, EFMLORA, FROZEN, LORA, SMALL_WITH_DROPOUT, WAYS
+from recipes.demo.merging_run import ARMS, EFMLORA, FROZEN, LORA, SMALL_WITH_DROPOUT, WAYS
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, estimate, with_error, with_interval
 from recipes.shared.tables import Table
@@ -40,7 +40,8 @@ def sentence(rows: Sequence[Row]) -> str:
         found.append(f"minus {arm} {with_interval(difference(own, accuracies(rows, arm, way)))}")
     return (
         f"EFMLoRA after merging by TIES, in points of accuracy, {len(own)} seeds: {'; '.join(found)}. Rates, dropout "
-        "and rho come from the search of W3 in docs/evidence.md, which also says where nothing is gained."
+        "and rho come from the searches of docs/study.md. An audit of it found that LoRA does as well with separate "
+        "learning rates for head and adapter."
     )
 
 

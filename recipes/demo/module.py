@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from recipes.merging_demo.data import Batch
-from recipes.merging_demo.encoder import CutEncoder, pooled
+from recipes.demo.data import Batch
+from recipes.demo.encoder import CutEncoder, pooled
 from recipes.shared.training import AutomaticTraining
 
 _SCALING = 2.0  # s, alike at every rank, so that only the rank differs
