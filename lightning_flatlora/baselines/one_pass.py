@@ -199,7 +199,7 @@ class BalancednessStep(StepMethod):
         frozen = [pair.name for pair in self.pairs if pair.B.requires_grad and not pair.learns_A]
         if frozen:
             problems.append(
-                f"A of {len(frozen)} pairs is frozen, as beside {frozen[0]}, and can't be scaled: train it as well"
+                f"A of {len(frozen)} pairs is frozen, as in {frozen[0]}, and can't be scaled: train it as well"
             )
         return problems
 

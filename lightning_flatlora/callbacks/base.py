@@ -146,7 +146,7 @@ class MethodCallback(Callback):
         others = [each for each in callbacks_of(trainer) if isinstance(each, MethodCallback) and each is not self]
         rivals = [type(each).__name__ for each in others if not (self.works_beside(each) or each.works_beside(self))]
         if rivals:
-            problems.append(f"it perturbs the same weights as {', '.join(rivals)} beside it: keep one")
+            problems.append(f"it perturbs the weights that {', '.join(rivals)} perturbs too: keep one")
         if method.needs_one_optimizer and len(trainer.optimizers) != 1:
             problems.append(
                 f"configure_optimizers must return one optimizer, got {len(trainer.optimizers)}: for several, use "

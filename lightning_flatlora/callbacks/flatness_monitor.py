@@ -87,7 +87,7 @@ class FlatnessMonitor(Callback):
         problems = []
         if self.rho is not None and not (is_size(self.rho) and self.rho):
             problems.append(
-                f"rho must be a finite number > 0, or None to take that of the method beside it, got {self.rho!r}"
+                f"rho must be a finite number > 0, or None to take that of the training method, got {self.rho!r}"
             )
         if self.every_n_steps is not None and self.every_n_epochs is not None:
             problems.append("every_n_steps and every_n_epochs can't both be given: leave one out")

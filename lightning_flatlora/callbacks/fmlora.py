@@ -165,13 +165,13 @@ class FMLoRAModuleCallback(MethodCallback):
             own, other = getattr(self, name), getattr(efmlora, name)
             if own != other:
                 problems.append(
-                    f"{name} must be the same in the module and in EFMLoRA beside it, got {own!r} and {other!r}"
+                    f"{name} must be equal in the module and in the EFMLoRA callback, got {own!r} and {other!r}"
                 )
         if (self.start_step, self.every_n_steps) != (0, 1):
-            problems.append("EFMLoRA beside the module schedules the passes: give start_step and every_n_steps to it")
+            problems.append("EFMLoRA schedules the module's passes: give start_step and every_n_steps to EFMLoRA")
         if not self.sync_ascent and trainer.world_size > 1:
             problems.append(
-                "sync_ascent=False leaves each rank its own E, and EFMLoRA beside it keeps one average for all: "
+                "sync_ascent=False leaves each rank its own E, and the EFMLoRA callback keeps one average for all: "
                 "leave it True"
             )
         return problems

@@ -75,8 +75,8 @@ def _kind_problems(strategy: strategies.Strategy) -> list[str]:
     if isinstance(model, DistributedDataParallel) and model.process_group.size() == strategy.world_size:
         return []
     return [
-        f"the strategy {name} is a DDPStrategy whose model, a {type(model).__name__}, is no DistributedDataParallel of "
-        f"PyTorch over all {strategy.world_size} ranks, so it may share parameters and gradients otherwise: {_USE}"
+        f"the strategy {name} is a DDPStrategy whose model, a {type(model).__name__}, is not a DistributedDataParallel "
+        f"of PyTorch over all {strategy.world_size} ranks, so it may share parameters and gradients otherwise: {_USE}"
     ]
 
 

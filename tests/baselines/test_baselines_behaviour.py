@@ -179,7 +179,7 @@ def test_a_frozen_A_can_not_be_balanced(tmp_path: Path) -> None:
     for name, p in module.named_parameters():
         p.requires_grad_(p.requires_grad and "lora_A" not in name)
     message = refused(tmp_path, module, [BalancednessRegularization(1.0)])
-    assert "A of 3 pairs is frozen, as beside net.base_model.model.0.lora_B.default.weight" in message
+    assert "A of 3 pairs is frozen, as in net.base_model.model.0.lora_B.default.weight" in message
 
 
 def test_lora_sam_leaves_a_frozen_A(tmp_path: Path) -> None:

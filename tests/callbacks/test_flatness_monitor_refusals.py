@@ -21,7 +21,7 @@ def test_all_bad_values_are_told_at_once() -> None:
     lines = str(error.value).splitlines()
     assert lines[0] == "FlatnessMonitor: 9 problems"
     for line in (
-        "rho must be a finite number > 0, or None to take that of the method beside it, got -1",
+        "rho must be a finite number > 0, or None to take that of the training method, got -1",
         "every_n_steps and every_n_epochs can't both be given: leave one out",
         "every_n_steps must be an integer >= 1, got 0",
         "every_n_epochs must be an integer >= 1, got True",

@@ -149,8 +149,8 @@ CASES: dict[str, Case] = {
         net=second_adapter,
         settings={"adapter_name": "third"},
     ),
-    "both callbacks": Case(("the same weights as FMLoRA beside it: keep one",), ("efmlora",), beside=(FMLoRA,)),
-    "FMLoRA beside a module": Case(("it perturbs the same weights as", "keep one"), ("module",), beside=(FMLoRA,)),
+    "both callbacks": Case(("the weights that FMLoRA perturbs too: keep one",), ("efmlora",), beside=(FMLoRA,)),
+    "FMLoRA beside a module": Case(("it perturbs the weights that", "keep one"), ("module",), beside=(FMLoRA,)),
     "two on the same pairs": Case(("keep one",), ("efmlora",), Apart, beside=(named,)),
     "manual optimization": Case(("manual optimization", "FMLoRAModule", "EFMLoRA"), ("fmlora",), ByHand),
     "several optimizers": Case(("use EFMLoRA",), ("fmlora",), Apart),
@@ -171,13 +171,13 @@ CASES: dict[str, Case] = {
     # Lightning estimates such a run at max_steps, which is -1 where it was not set.
     "no length": Case(("total_steps",), SINGLE, rho=CosineRho(1.0, 0.0), loader=endless, trainer={"max_epochs": 1}),
     "another schedule": Case(
-        ("give start_step and every_n_steps to it",),
+        ("give start_step and every_n_steps to EFMLoRA",),
         ("module",),
         settings={"every_n_steps": 2},
         beside=(EFMLoRA,),
     ),
     "another module's settings": Case(
-        ("rho must be the same", "1.0", "2.0", "estimator must be the same", "norm_scope must be the same", "'global'"),
+        ("rho must be equal", "1.0", "2.0", "estimator must be equal", "norm_scope must be equal", "'global'"),
         ("module",),
         settings={"estimator": "projected", "norm_scope": "layer"},
         beside=(lambda rho: EFMLoRA(2.0),),
