@@ -21,8 +21,9 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_design",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "outreach"]
 
 html_theme = "furo"
 html_title = f"lightning-flatlora {release}"
@@ -30,6 +31,7 @@ html_show_sphinx = False
 
 # The anchors of headings are those of GitHub, so that one link serves both places.
 myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath"]
 
 # The tutorial is shown with the outputs that are stored in it; running it takes minutes, and a test does that.
 nb_execution_mode = "off"

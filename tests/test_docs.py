@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,57 +78,37 @@ def test_every_page_of_the_reference_is_in_its_table() -> None:
         assert page.name == "index.md" or f"]({page.name})" in index, page.name
 
 
-STAND_INS = '''
-import torch
-import transformers
+def programs(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-class Tokenizer:
-    """Words as numbers, for a model that knows 64 of them."""
-
-    def __call__(self, texts, padding, return_tensors):
-        lengths = [len(text.split()) for text in texts]
-        ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            words = text.split()
-            ids[row, : len(words)] = torch.tensor([len(word) for word in words])
-            mask[row, : len(words)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+# Those of the other loops have a test of their own below, and those of the recipes read a run's files.
+PAGES_WITH_PROGRAMS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS_ALONE = [
+    pytest.param(program, id=f"{page.name}-{number}")
+    for page in PAGES_WITH_PROGRAMS
+    if page.name not in ("other_loops.md", "many_devices.md")
+    for number, program in enumerate(programs(page))
+]
 
 
-def small_model(name, dtype):
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
-
-
-transformers.AutoTokenizer.from_pretrained = lambda name: Tokenizer()
-transformers.AutoModelForCausalLM.from_pretrained = small_model
-'''
-
-
-PROGRAMS_ALONE = {
-    "README.md": ("", "max_epochs=1` reached"),
-    "docs/flatness.md": ("", "'expected_sharpness_error': tensor("),
-    # With a model and a tokenizer that need no download; both programs of the page, one after the other.
-    "docs/start.md": (STAND_INS, ""),
-}
-
-
-@pytest.mark.parametrize("page", PROGRAMS_ALONE)
+@pytest.mark.parametrize("program", PROGRAMS_ALONE)
 def test_the_program_of_a_page_runs_in_a_process_of_its_own(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, says = PROGRAMS_ALONE[page]
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert len(programs) == (2 if before else 1)
     monkeypatch.chdir(tmp_path)
-    ended = processes.run(processes.run_code, before + "\n".join(programs), output=tmp_path / "output.txt")
-    said = (tmp_path / "output.txt").read_text()
-    assert ended == 0, said
-    assert says in said
-    adapters = list(tmp_path.glob("lightning_logs/version_*/checkpoints/*/adapter_config.json"))
-    assert len(adapters) == (2 if before else 0)
+    ended = processes.run(processes.run_code, program, output=tmp_path / "output.txt")
+    assert ended == 0, (tmp_path / "output.txt").read_text()
+
+
+def test_the_program_for_many_devices_runs_on_two_processes(tmp_path: Path) -> None:
+    (program,) = programs(ROOT / "docs" / "many_devices.md")
+    (tmp_path / "program.py").write_text(program)
+    # Lightning starts the second process by the command of the first.
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "GLOBAL_RANK: 1" in done.stderr
+    assert len(list(tmp_path.glob("lightning_logs/version_0/checkpoints/*/adapter_config.json"))) == 1
 
 
 def test_modules_of_the_recipes_that_pages_name_exist() -> None:

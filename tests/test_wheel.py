@@ -1,6 +1,7 @@
 """The built wheel installs in a clean environment, and works there beside its declared dependencies alone."""
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -64,6 +65,13 @@ def link(installed: Distribution, site: Path) -> None:
             (site / top).symlink_to(Path(str(installed.locate_file(top))).resolve())
 
 
+def first_program(page: str) -> str:
+    """The first program of a page, or what a diff makes of the user's own."""
+    blocks = re.findall(r"^```(?:python|diff)\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    programs = [re.sub(r"^[+ ]", "", block, flags=re.MULTILINE) if "\n+" in block else block for block in blocks]
+    return next(program for program in programs if "import" in program)
+
+
 def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
     """The environment holds links to what is installed here rather than another copy of PyTorch."""
     pip = (sys.executable, "-m", "pip")
@@ -86,3 +94,11 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
         link(each, installed.parent)
     run(*pip, "--python", python, "check", cwd=tmp_path)
     assert run(python, "-I", "-c", USE, cwd=tmp_path).split() == ["0.9", lightning_flatlora.__version__]
+    # The pages' programs, without the clone; only the last needs a library beside the declared ones.
+    for page in ("README.md", "docs/other_loops.md"):
+        run(python, "-I", "-c", first_program(page), cwd=tmp_path)
+    drawing = distribution("matplotlib")
+    for each in (drawing, *dependencies(drawing).values()):
+        link(each, installed.parent)
+    assert "sharpness" in run(python, "-I", "-c", first_program("docs/flatness.md"), cwd=tmp_path)
+    assert (tmp_path / "flatness.png").exists()

@@ -1,0 +1,110 @@
+"""The tutorial notebook of the site, run from its first cell to its last."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+nbclient = pytest.importorskip("nbclient", reason="the tools that run notebooks are not installed")
+nbformat = pytest.importorskip("nbformat", reason="the tools that run notebooks are not installed")
+
+from peft import load_peft_weights  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
+
+pytestmark = pytest.mark.timeout(1200)  # a busy machine takes twice the time of an idle one
+
+SHORTER = {
+    'reviews("train", 128), reviews("validation", 200), reviews("test", 400)': (
+        'reviews("train", 32), reviews("validation", 8), reviews("test", 16)'
+    ),
+    "max_epochs=3,\n        check_val_every_n_epoch=3,": "max_epochs=2,\n        check_val_every_n_epoch=2,",
+    "for rho in (0.0, 0.1, 1.0):": "for rho in (0.0, 1.0):",
+    "every_n_steps=6, batches=4": "every_n_steps=3, batches=2",
+    "test.select(range(32))": "test.select(range(8))",
+    "--examples 32 --batch_size 16 --points 5 --directions 2 --samples 4": (
+        "--examples 8 --batch_size 8 --points 3 --directions 2 --samples 2"
+    ),
+}
+"""What decides how long the notebook runs, and values for the test."""
+
+
+def shortened(source: str, found: set[str]) -> str:
+    """A cell with the values for the test; what was replaced is noted."""
+    for given, short in SHORTER.items():
+        if given in source:
+            source = source.replace(given, short)
+            found.add(given)
+    return source
+
+
+def outputs(notebook: Any, kind: str) -> list[str]:
+    """What the cells of a notebook have put out in one format."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if kind in output.get("data", {}):
+                found.append(output["data"][kind])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stands for the clone, so that the runs land in it."""
+    return tmp_path_factory.mktemp("clone")
+
+
+@pytest.fixture(scope="module")
+def executed(folder: Path) -> Iterator[Any]:
+    """The notebook with the outputs of this run."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    found: set[str] = set()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []  # those that are stored, which a cell that is skipped would keep
+            cell.source = shortened(cell.source, found)
+    assert found == set(SHORTER)
+    docs = folder / "docs"
+    docs.mkdir()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(ROOT))
+        environment.setenv("OMP_NUM_THREADS", "1")
+        client = nbclient.NotebookClient(
+            notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(docs)}}
+        )
+        client.execute()
+    return notebook
+
+
+def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
+    return load_peft_weights(str(folder / "runs" / "tutorial" / run / "last"), device="cpu")
+
+
+def are_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_runs_and_shows_what_its_page_shows(executed: Any, folder: Path) -> None:
+    """The monitor's curve and the report's picture and table; rho zero and the monitor leave LoRA as it is."""
+    assert len(outputs(executed, "image/png")) == 2
+    (table,) = outputs(executed, "text/markdown")
+    assert "| | unit | LoRA | EFMLoRA |" in " ".join(table.split())
+    lora = weights(folder, "lora")
+    assert are_equal(lora, weights(folder, "rho_0_seed_0"))
+    assert are_equal(lora, weights(folder, "lora_monitored"))
+    assert not are_equal(lora, weights(folder, "rho_1_seed_0"))
+    assert not are_equal(lora, weights(folder, "rho_0_seed_1"))
+
+
+def test_the_page_shows_the_outputs_of_one_run_in_order() -> None:
+    """The site is built without running the notebook, so what is stored in it must be complete."""
+    stored = nbformat.read(NOTEBOOK, as_version=4)
+    cells = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert len(outputs(stored, "image/png")) == 2
+    assert len(outputs(stored, "text/markdown")) == 1
+    for cell in cells:
+        assert not any(output.output_type == "error" for output in cell.outputs)
