@@ -11,7 +11,7 @@ import sys
 from itertools import product
 
 from recipes.demo.report import plot, sentences, table
-from recipes.demo.run import ARMS, RATES, SEEDS, Run, Settings, ledger, perform, share
+from recipes.demo.run import ARMS, RATES, SEEDS, Run, Settings, assist, ledger, perform, share
 from recipes.shared.demos import Demo
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.tables import print_and_write
@@ -24,7 +24,7 @@ def work(options: argparse.Namespace) -> None:
         Run(arm, rate, seed, Settings(precision=options.precision)) for seed, rate, arm in product(SEEDS, RATES, ARMS)
     ]
     others = [
-        multiprocessing.get_context("spawn").Process(target=share, args=(options.folder, runs), daemon=True)
+        multiprocessing.get_context("spawn").Process(target=assist, args=(options.folder, runs), daemon=True)
         for _ in range(options.processes - 1)
     ]
     for process in others:

@@ -33,7 +33,7 @@ def work(options: argparse.Namespace) -> None:
     print(report.sentence(rows))
 
 
-main = Demo("merging_demo", __doc__, ["table.txt"], work).main
+main = Demo("demo.merging", __doc__, ["table.txt"], work).main
 
 if __name__ == "__main__":
     with without_traceback():

@@ -3,6 +3,7 @@
 import gc
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from recipes.demo.encoder import CutEncoder, load
 from recipes.demo.module import TaskClassifier
 from recipes.language import texts
 from recipes.shared.ledger import Ledger, Row, commit, entries
+from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import Precision, fast_precision
 from recipes.shared.progress import quiet
 from recipes.shared.training import BARE
@@ -104,10 +106,16 @@ def share(folder: Path, runs: list[Run]) -> None:
     done = ledger(folder)
 
     def report(run: Run) -> None:
-        print(f"[{len(done.rows) + 1}/{len(runs)}] {run}", flush=True)
+        print(f"[{runs.index(run) + 1}/{len(runs)}] {run}", flush=True)
 
     while done.perform_first([run for run in runs if done.find(run) is None], perform, report):
         done.reload()
+
+
+def assist(folder: Path, runs: list[Run]) -> None:
+    """Do :func:`share` in a process of its own, which leaves it to the first one to say how it ended."""
+    with without_traceback(), suppress(KeyboardInterrupt):
+        share(folder, runs)
 
 
 def perform(run: Run) -> Row:

@@ -9,10 +9,6 @@ from recipes.language.conversation import HiddenAnswerError, Message, answer_spa
 from recipes.language.templates import REMEDY, TemplateEncoder, template_errors
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}{{ '\n' if message['role'] == 'user' }}{% endfor %}"
-)
-"""The question on a line, the answer on the next: half of the tokens of most models' own templates."""
 
 
 class Encoded(NamedTuple):

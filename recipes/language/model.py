@@ -22,8 +22,6 @@ PACKAGED = "packaged"
 PACKAGED_ENCODER = "packaged:minilm"
 _HINT = f"or a local directory, {PACKAGED!r} for SmolLM2-135M-Instruct, {PACKAGED_ENCODER!r} for all-MiniLM-L6-v2"
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-PACKAGED_LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-"""Of the demo's and the comparison's runs of SmolLM2."""
 Quantization = Literal["4bit", "8bit"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPES: dict[str, DType] = {"bf16-mixed": "bfloat16", "bf16-true": "bfloat16", "16-true": "float16"}

@@ -13,7 +13,7 @@ from recipes.language.batches import Batch, loader_by_length, pad, padded, paddi
 from recipes.language.chat import IGNORED
 from recipes.language.data import encoded_prompts, tokenizer_of
 from recipes.nlg.encoding import PairEncoder
-from recipes.nlg.sources import grouped, read_pairs, read_source
+from recipes.nlg.sources import grouped, in_full, read_pairs, read_source
 from recipes.shared.data import mapped
 from recipes.shared.parted_data import PartedData
 from recipes.shared.resumable import LateLoader
@@ -64,8 +64,7 @@ class MeaningData(PartedData):
     def read(self, split: str) -> Any:
         table = read_source(self.source(split), split, self.config_name, self.revision)
         source = f"dataset={self.dataset!r}, split={split!r}"
-        # A split of its own is there to compare with; the texts of the training split are learnt.
-        pairs = read_pairs(table, source, self.meaning, self.text, with_references=split != self.split)
+        pairs = read_pairs(table, source, self.meaning, self.text)
         return datasets.Dataset.from_list([pair._asdict() for pair in pairs])
 
     @override
@@ -74,6 +73,8 @@ class MeaningData(PartedData):
 
     @override
     def encoded(self, part: str, rows: Any) -> Any:
+        if part != "train":
+            rows = datasets.Dataset.from_list(in_full(rows))
         encode = partial(_encoded, encoder=self.encoder)
         table = mapped(rows, encode, remove_columns=rows.column_names, desc=f"Tokenizing {part}")
         cut = sum(table["cut"])

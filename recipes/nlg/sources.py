@@ -30,15 +30,14 @@ _SEPARATOR = "||"
 
 
 class Pair(NamedTuple):
-    """A meaning, and a text that says it."""
+    """A meaning, a text that says it, and GEM's other texts of the meaning, to compare a written text with."""
 
     meaning: str
     text: str
+    references: tuple[str, ...] = ()
 
 
-def read_pairs(
-    table: Any, source: str, meaning: str | None = None, text: str | None = None, with_references: bool = False
-) -> list[Pair]:
+def read_pairs(table: Any, source: str, meaning: str | None = None, text: str | None = None) -> list[Pair]:
     """The pairs of a table, in its order.
 
     Args:
@@ -46,7 +45,6 @@ def read_pairs(
         source: what an error calls it.
         meaning: column of the meanings; None finds one of :data:`LAYOUTS`.
         text: column of the texts; None likewise.
-        with_references: take the texts from GEM's column ``references`` where a row has some.
 
     Raises:
         MisconfigurationException: a column is missing, or a row has no text in one of them.
@@ -57,8 +55,9 @@ def read_pairs(
     pairs = []
     for number, row in enumerate(table):
         value = row[text_column]
-        if with_references and text is None and row.get(_REFERENCES):
-            value = row[_REFERENCES]
+        # In GEM's training splits they are empty texts.
+        found = (row.get(_REFERENCES) or []) if text is None else []
+        references = tuple(one.strip() for one in found if one and one.strip())
         # An empty list is a meaning without a text, as None is.
         texts = value if isinstance(value, list) and value else [value]
         for given in [row[meaning_column], *texts]:
@@ -67,8 +66,21 @@ def read_pairs(
                     f"{source}: row {number} needs a text in {meaning_column!r} and in {text_column!r}, "
                     f"and holds {given!r}"
                 )
-        pairs += [Pair(row[meaning_column].strip(), one.strip()) for one in texts]
+        pairs += [Pair(row[meaning_column].strip(), one.strip(), references) for one in texts]
     return pairs
+
+
+def in_full(rows: Any) -> list[dict[str, str]]:
+    """Rows with one for each text that a meaning is compared with: GEM's references in place of a row's own text."""
+    full, meanings_in_full = [], set()
+    for row in rows:
+        if not row["references"]:
+            full.append({"meaning": row["meaning"], "text": row["text"]})
+        # Each row of a meaning may hold all of them.
+        elif row["meaning"] not in meanings_in_full:
+            meanings_in_full.add(row["meaning"])
+            full += [{"meaning": row["meaning"], "text": text} for text in row["references"]]
+    return full
 
 
 def read_source(name: str, split: str, config_name: str | None = None, revision: str | None = None) -> Any:

@@ -79,7 +79,7 @@ def mean_loss(adapted: Adapted, rows: Sequence[Row], options: Options) -> tuple[
             examples.append(_encoded(row, adapted, columns, chat, options.max_length))
         except MisconfigurationException as error:
             raise MisconfigurationException(f"--data: example {number} of those drawn: {error}") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
             raise MisconfigurationException(f"--data: example {number} of those drawn: {first_line(error)}") from error
     # A prompt that fills the whole length leaves nothing to predict.
     examples = [example for example in examples if terms_of(example)]

@@ -17,12 +17,11 @@ class Demo:
     """A program that does its runs and reports; what is finished is kept, and after Ctrl-C the same command resumes.
 
     Attributes:
-        name: of its package, and of its folder in ``runs``.
+        name: of its module; with underscores for dots, of its folder in ``runs``.
         description: for ``--help``.
         written: what it writes beside ``results.jsonl``.
         work: does what is missing and reports. The ``precision`` of its options is that of all runs.
         add_options: adds what this demo has beside ``--folder`` and ``--precision``.
-        prepare: looks at the folder before anything is written into it.
     """
 
     name: str
@@ -30,13 +29,11 @@ class Demo:
     written: Sequence[str]
     work: Callable[[argparse.Namespace], None]
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    prepare: Callable[[argparse.Namespace], None] = lambda options: None
 
     def main(self, arguments: list[str] | None = None) -> int:
         """Run what is not there yet, and report; returns the exit status."""
         options = self.parser().parse_args(arguments)
         quiet()
-        self.prepare(options)
         begin_folder(options.folder, "results.jsonl", self.written)
         options.precision = precision_of_runs(options.folder, options.precision)
         print(f"Precision: {options.precision}; --precision sets another", flush=True)
@@ -50,12 +47,13 @@ class Demo:
 
     def parser(self) -> argparse.ArgumentParser:
         """Of the options."""
+        folder = self.name.replace(".", "_")
         parser = argparse.ArgumentParser(
             prog=f"python -m recipes.{self.name}",
             description=self.description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        parser.add_argument("--folder", type=Path, default=Path("runs") / self.name, help="output folder")
+        parser.add_argument("--folder", type=Path, default=Path("runs") / folder, help="output folder")
         parser.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
         self.add_options(parser)
         return parser

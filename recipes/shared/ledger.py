@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -54,7 +54,11 @@ class Ledger:
 
     def reload(self) -> None:
         """Read the file again, to which other processes may have appended."""
-        self._rows = {self._name(row): row for row in read(self.path)}
+        self._rows = {}
+        for row in read(self.path):
+            # Rows of another program, or of other versions of this one, have other entries.
+            with suppress(KeyError):
+                self._rows[self._name(row)] = row
 
     def find(self, run: Run) -> Row | None:
         """The row of a run, or None while the run is not done."""
@@ -138,17 +142,6 @@ class Ledger:
             yield name not in self._rows  # another process may have finished it since this one last looked
         finally:
             lock.release()
-
-    def is_in_use(self) -> bool:
-        """Whether another process is doing a run now."""
-        for claim in sorted((self.path.parent / "claims").glob("*")):
-            lock = self._lock(claim.name)
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                return True
-            lock.release()
-        return False
 
     def _lock(self, name: str) -> FileLock:
         """A lock that the processes share; its file stays in the folder ``claims``."""
@@ -273,11 +266,16 @@ def run_process(command: Sequence[str]) -> None:
     Raises:
         StoppedError: it has failed, or was stopped.
     """
-    try:
-        status = subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        # As a shell reports a command that Ctrl-C has ended.
-        status = 130
+    process = subprocess.Popen(command)
+    status, is_stopped = None, False
+    while status is None:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
+            is_stopped = True
+    if is_stopped:
+        status = 130  # as a shell reports a command that Ctrl-C has ended
     if status:
         raise StoppedError(status)
 

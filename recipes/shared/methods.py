@@ -9,10 +9,7 @@ TITLES = {"lora": "LoRA", "efmlora": "EFMLoRA", "fmlora": "FMLoRA", "fmlora_manu
 """By the names that configurations have, and rows of results."""
 
 OURS = ("LoRA", "EFMLoRA", "FMLoRA")
-"""Titles of what the demos compare."""
-
-COLOURS = {"untuned": "#888888", "LoRA": "#4477aa", "EFMLoRA": "#ee7733", "FMLoRA": "#228833"}
-"""Of their pictures, by title."""
+"""Titles of what the benchmarks compare."""
 
 
 def callbacks_of(title: str, rho: float) -> list[L.Callback]:

@@ -39,6 +39,11 @@ class Lines(Tqdm):
         super().__init__(*args, **{"bar_format": _FORM, "leave": False, **settings})
 
     @override
+    def reset(self, total: float | None = None) -> None:
+        self._shown = 0  # Lightning begins each epoch with it
+        super().reset(total)
+
+    @override
     def display(self, *args: Any, **settings: Any) -> None:
         now = monotonic()
         is_due = now - self._shown_at >= _SECONDS or self.n == self.total

@@ -89,8 +89,8 @@ def test_the_demo_reports_resumes_and_shares(
     assert main([*options, "--processes", "1"]) == 0
     assert [(run.seed, run.rate, run.arm) for run in begun[5:]] == list(product(SEEDS, RATES, ARMS))[4:]
     shown = " ".join(capsys.readouterr().out.split())
-    assert "EFMLoRA less that of LoRA is -0.40 [-0.40, -0.40] nats" in shown
-    assert "less that of LoRA with dropout 0.9 -0.20 [-0.20, -0.20]" in shown
+    assert "EFMLoRA less that of LoRA is -0.80 [-0.80, -0.80] nats" in shown
+    assert "less that of LoRA with dropout 0.9 -0.40 [-0.40, -0.40]" in shown
     assert "2.410 ± 0.006" in (tmp_path / "table.txt").read_text()
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 

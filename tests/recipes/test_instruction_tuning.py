@@ -15,7 +15,7 @@ from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
 from recipes.language.chat import IGNORED
-from recipes.language.model import PACKAGED_LORA, answer_log_likelihood
+from recipes.language.model import answer_log_likelihood
 from recipes.shared.configs import config_arguments
 from recipes.shared.random_state import RandomState
 
@@ -139,7 +139,9 @@ def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenize
 
 
 def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -> None:
-    module = InstructionTuning(model="packaged", lora=PACKAGED_LORA, learning_rate=3e-3)
+    module = InstructionTuning(
+        model="packaged", lora={**LORA, "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}, learning_rate=3e-3
+    )
     data = InstructionData("packaged:commonsense_qa", batch_size=2)
     saver = AdapterCheckpoint(tmp_path, save_last=True)
     callbacks = (EFMLoRA(rho=0.5), saver, RandomState())

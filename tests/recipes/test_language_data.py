@@ -100,7 +100,7 @@ def test_names_of_columns_may_be_in_capitals(tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_text("Text, LABEL,MR, Ref\na,b,c,d\ne,f,g,h\n")
     TextData(str(file)).prepare_data()
-    assert read_pairs(read_table(str(file), "train"), "data") == [("c", "d"), ("g", "h")]
+    assert read_pairs(read_table(str(file), "train"), "data") == [("c", "d", ()), ("g", "h", ())]
 
 
 def test_a_folder_of_images_with_a_table_is_one_of_images(tmp_path: Path) -> None:

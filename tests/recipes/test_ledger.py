@@ -1,6 +1,9 @@
 """The ledger of runs: what it finds again, what a stop leaves, and several processes at one file."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
@@ -136,6 +139,31 @@ def test_a_row_waits_until_another_process_has_written_its_own(tmp_path: Path) -
         file.write(line[10:] + "\n")
     thread.join(timeout=60)
     assert rows.path.read_text().splitlines() == [line, json.dumps(RUNS[1].key())]
+
+
+def test_rows_of_other_programs_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "results.jsonl").write_text('{"arm": "x"}\n{"method": "lora", "seed": 0}\n')
+    assert ledger(tmp_path).rows == [RUNS[0].key()]
+
+
+def _stopped(folder: Path) -> None:
+    save = f"trap 'sleep 1; touch {folder}/saved; exit 1' INT; touch {folder}/started; sleep 60 & wait"
+    with pytest.raises(StoppedError) as stop:
+        run_process(["sh", "-c", save])
+    assert stop.value.status == 130
+
+
+def test_a_command_that_is_stopped_has_time_to_save(tmp_path: Path) -> None:
+    process = processes.start(_stopped, tmp_path, output=tmp_path / "output.txt")
+    while not (tmp_path / "started").exists():
+        assert process.is_alive(), (tmp_path / "output.txt").read_text()
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    process.join(timeout=60)
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_process_that_fails_stops_the_ledger() -> None:

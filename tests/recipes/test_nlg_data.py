@@ -71,7 +71,19 @@ def test_gems_rows_train_on_the_target_and_are_judged_by_all_references(model: s
 @pytest.mark.parametrize(("meaning", "text"), LAYOUTS)
 def test_usual_columns_are_found(meaning: str, text: str) -> None:
     table = datasets.Dataset.from_list([{meaning.upper(): "a", text: "b", "id": 1}])
-    assert read_pairs(table, "a file") == [("a", "b")]
+    assert read_pairs(table, "a file") == [("a", "b", ())]
+
+
+def test_a_share_is_judged_by_all_references_too(model: str, jsonl: Any) -> None:
+    rows = []
+    for meaning, texts in meanings(0, 36):
+        rows.append({"meaning_representation": meaning, "target": texts[0], "references": texts})
+    data = prepared(model, jsonl(rows), validation_share=0.5, test_share=0.0)
+    references = dict(meanings(0, 36))
+    assert 0 < len(data.meanings["validation"]) < 36
+    for row in data.meanings["validation"]:
+        assert row["references"] == references[row["meaning"]]
+    assert len(lines(data, "train")) == 36 - len(data.meanings["validation"])
 
 
 def test_columns_may_have_any_names_and_hold_lists(model: str, jsonl: Any) -> None:
@@ -175,4 +187,4 @@ def test_a_text_may_hold_the_separator_and_rare_line_ends(tmp_path: Path) -> Non
     path = tmp_path / "data.txt"
     path.write_text("a||b || c\r\nd||e\u2028f\n", encoding="utf-8")
     pairs = read_pairs(read_source(str(path), "train"), "data")
-    assert [tuple(pair) for pair in pairs] == [("a", "b || c"), ("d", "e\u2028f")]
+    assert [pair[:2] for pair in pairs] == [("a", "b || c"), ("d", "e\u2028f")]

@@ -27,3 +27,12 @@ def test_a_log_gets_lines_and_a_terminal_a_bar(
     with progress("Work", 1) as bar:
         bar.update()
     assert "1/1" in capsys.readouterr().out
+
+
+def test_each_epoch_has_its_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("Work", 2) as bar:
+        for _ in range(3):
+            bar.reset()
+            bar.update(2)
+            bar.refresh()
+    assert capsys.readouterr().out.count("2 of 2") == 3
