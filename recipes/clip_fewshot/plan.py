@@ -31,8 +31,7 @@ class Run(StudyRun):
     @override
     def name(self) -> str:
         settings = [f"{name}={value:g}" for name, value in self.config.items()]
-        # A data set may be a folder, of whose path one name is made.
-        data = "" if self.dataset is None else self.dataset.strip("/").replace("/", "_") + "/"
+        data = "" if self.dataset is None else _folder_name(self.dataset) + "/"
         return f"{data}{self.shots}-shot/{'-'.join([self.method, *settings])}/seed-{self.seed}"
 
 
@@ -46,6 +45,9 @@ class Sweep(Plan[Run]):
         seeds: of all runs.
         grids: values of "learning_rate" and "rho"; without any, the configuration's is taken.
         folder: where everything lands.
+
+    Raises:
+        MisconfigurationException: two data sets would share a folder.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Sweep(Plan[Run]):
         folder: Path,
     ) -> None:
         self.datasets = each_once(datasets)
+        _refuse_shared_folders([dataset for dataset in self.datasets if dataset is not None])
         self.shots = sorted(set(shots))
         self.grids = {name: each_once(values) for name, values in grids.items()}
         self._of_task = {task(*pair): pair for pair in product(self.datasets, self.shots)}
@@ -84,6 +87,22 @@ class Sweep(Plan[Run]):
         """The results of those seeds that are done."""
         found = [self.results.find(self.run(task, method, config, seed)) for seed in self.seeds]
         return [row for row in found if row is not None]
+
+
+def _folder_name(dataset: str) -> str:
+    """What a data set's folder is called: it may be a folder itself, of whose path one name is made."""
+    return dataset.strip("/").replace("/", "_")
+
+
+def _refuse_shared_folders(datasets: Sequence[str]) -> None:
+    """The second one's runs would not be performed: a run whose folder holds a result is taken for done."""
+    names = [_folder_name(dataset) for dataset in datasets]
+    alike = [dataset for dataset, name in zip(datasets, names, strict=True) if names.count(name) > 1]
+    if alike:
+        raise MisconfigurationException(
+            f"the runs of the data sets {', '.join(alike)} would share folders, in whose names / becomes _: leave out "
+            "what is named twice, or rename a folder"
+        )
 
 
 def task(dataset: str | None, shots: int) -> str:

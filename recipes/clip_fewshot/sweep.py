@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from recipes.clip_fewshot.plan import Run, Sweep
 from recipes.clip_fewshot.table import tables
 from recipes.shared.files import set_aside
@@ -64,6 +66,9 @@ def perform(run: Run, folder: Path, fit_options: Sequence[str]) -> Row:
         run: of the sweep.
         folder: of the sweep.
         fit_options: more options of `fit`.
+
+    Raises:
+        MisconfigurationException: what its folder holds is of another data set.
     """
     place = folder / run.name
     result = place / "result.json"
@@ -79,7 +84,13 @@ def perform(run: Run, folder: Path, fit_options: Sequence[str]) -> Row:
         # It was stopped in its last test, and Lightning does nothing more with a run whose training is complete.
         set_aside(place / "checkpoints")
         run_process(command)
-    return {**run.key(), "recipe": "clip_fewshot", "name": TITLES[run.method], **written(result)}
+    found = written(result)
+    # An earlier command may have had another data set whose folder has this name.
+    if run.dataset is not None and found["dataset"] != run.dataset:
+        raise MisconfigurationException(
+            f"{result} is of the data set {found['dataset']}, not of {run.dataset}: give another --folder"
+        )
+    return {**run.key(), "recipe": "clip_fewshot", "name": TITLES[run.method], **found}
 
 
 def _parser() -> argparse.ArgumentParser:

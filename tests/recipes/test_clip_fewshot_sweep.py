@@ -44,6 +44,19 @@ def test_a_run_that_was_stopped_in_its_last_test_is_done_anew(tmp_path: Path, mo
     assert (tmp_path / run.name / "checkpoints-1" / "last.ckpt").exists()
 
 
+def test_data_sets_do_not_share_a_folder(tmp_path: Path) -> None:
+    for other in ("data_pets", "data/pets/"):
+        message = f"the data sets data/pets, {other} would share folders"
+        with pytest.raises(MisconfigurationException, match=message):
+            plan_of(tmp_path, {}, datasets=["data/pets", "eurosat", other])
+    (run,) = plan_of(tmp_path, {}, datasets=["data_pets"]).open_runs()
+    result = tmp_path / run.name / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text('{"dataset": "data/pets"}')  # of an earlier command
+    with pytest.raises(MisconfigurationException, match="is of the data set data/pets, not of data_pets"):
+        sweep.perform(run, tmp_path, [])
+
+
 def test_the_papers_table_of_two_data_sets_is_run_resumed_and_shown(
     tiny_clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
