@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from glob import glob
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -200,17 +199,25 @@ def image_endings() -> frozenset[str]:
 
 def image_files(folder: Path) -> list[Path]:
     """All files at any depth below a folder whose name ends like an image's, in order; links are followed."""
-    found: dict[tuple[str, str], Path] = {}
+    found: list[Path] = []
     endings = image_endings()
-    real = cache(os.path.realpath)
-    # Sorted, since file systems list files in different orders, and a seed has to draw the same ones. Without what
-    # notebooks and archives leave in hidden folders, such as .ipynb_checkpoints/cat-checkpoint.png.
-    for name in sorted(glob("**/*", root_dir=folder, recursive=True)):
-        path = folder / name
-        if path.suffix.lower() in endings and "__MACOSX" not in Path(name).parts and path.is_file():
-            # A link to a folder above gives its files again and again.
-            found.setdefault((real(path.parent), path.name), path)
-    return list(found.values())
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        # Each folder once: links to folders above give ever longer paths, and with two of them the walk would not end.
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        # Without what notebooks and archives leave in hidden folders, such as .ipynb_checkpoints/cat-checkpoint.png. In
+        # the order of the paths, the first of which stands for a folder that several links give.
+        folders[:] = sorted((name for name in folders if not is_hidden(name)), key=lambda name: f"{name}/")
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() in endings and not is_hidden(name) and path.is_file():
+                found.append(path)
+    # File systems list files in different orders, and a seed has to draw the same ones.
+    return sorted(found, key=str)
 
 
 def is_hidden(name: str) -> bool:
