@@ -81,6 +81,8 @@ class ContrastiveData(PartedData):
     num_workers: int = 0
 
     packaged: ClassVar[str] = sources.PACKAGED
+    predicts: ClassVar[bool] = False
+    deciding: ClassVar[tuple[str, ...]] = ("seed",)
 
     def __post_init__(self) -> None:
         super(PartedData, self).__init__()

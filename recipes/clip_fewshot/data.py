@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
@@ -16,7 +17,7 @@ from recipes.clip_fewshot.batches import Images, InTurn, Stream, train_transform
 from recipes.clip_fewshot.folders import Example
 from recipes.clip_fewshot.prompts import Templates, class_names, prompts, templates_of
 from recipes.clip_fewshot.sources import Source, Split
-from recipes.shared.parts import refuse_bad_settings
+from recipes.shared.parts import place_of, refuse_bad_settings
 from recipes.shared.resumable import LateLoader, ResumableData
 
 ByClass = dict[int, list[Example]]
@@ -84,6 +85,8 @@ class FewShotData(ResumableData):
     num_workers: int = 0
     predict_folder: str | None = None
 
+    deciding: ClassVar[tuple[str, ...]] = ("split_seed",)
+
     def __post_init__(self) -> None:
         super().__init__()
         positive = dict.fromkeys(("shots", "batch_size", "iterations_per_shot", "eval_batch_size"), 1)
@@ -134,6 +137,22 @@ class FewShotData(ResumableData):
             sampler = InTurn(len(examples), self.eval_batch_size, **self.ranks())
             transform = module.clip.preprocess_val
         return self.whole_batches(Images(examples, transform, self.seed), sampler)
+
+    @override
+    def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
+        """Refuse to test a checkpoint on the test part of another division of the images that its run has divided."""
+        if trained is None or self.trainer is None or self.trainer.state.fn != TrainerFn.TESTING:
+            return
+        now = self._trained_on()
+        # A checkpoint of an older version holds no split_seed.
+        there = {name: trained[name] for name in ("split", *self.deciding) if name in trained}
+        is_same = place_of(str(trained["dataset"]), "") == place_of(str(self.dataset), "")
+        if is_same and any(now[name] != value for name, value in there.items()):
+            divided = ", ".join(f"--data.{name} {value}" for name, value in there.items())
+            raise MisconfigurationException(
+                f"test: other parts of {self.dataset} than those of the checkpoint's run, so that images may be tested "
+                f"on which it was trained: give {divided}"
+            )
 
     def _images_to_predict(self) -> list[Example]:
         paths = image_files(Path(self.predict_folder).expanduser()) if self.predict_folder else []

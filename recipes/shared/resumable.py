@@ -1,7 +1,7 @@
 """A data module whose training loader resumes where a checkpoint has left it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -47,6 +47,11 @@ class ResumableData(L.LightningDataModule):
     seed: int
     parts: dict[str, Any]
 
+    predicts: ClassVar[bool] = True
+    """Whether `predict` has anything to do; False where the method for it is inherited and of no use."""
+    deciding: ClassVar[tuple[str, ...]] = ()
+    """The settings that decide, beside the shares themselves, which rows fall into them."""
+
     def __init__(self) -> None:
         super().__init__()
         self._place: dict[str, Any] = {}
@@ -88,7 +93,7 @@ class ResumableData(L.LightningDataModule):
 
     def _trained_on(self) -> dict[str, Any]:
         """What decides which rows train: a share of the training split is held out by it."""
-        return {name: getattr(self, name, None) for name in ("dataset", "split", "shares")}
+        return {name: getattr(self, name, None) for name in ("dataset", "split", "shares", *self.deciding)}
 
     def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
         """Refuse to judge a checkpoint on what its own run has trained on.
@@ -105,11 +110,14 @@ class ResumableData(L.LightningDataModule):
         own = dataset or split
         # A data set of a part's own is read as its split "train".
         judged = place_of(dataset, "train") if dataset else place_of(now["dataset"], split or now["split"])
-        is_other_share = now["shares"][part] and now["shares"] != trained["shares"]
+        # A checkpoint of an older version may not hold all of them.
+        held_out_by = {name: trained[name] for name in ("shares", *self.deciding) if name in trained}
+        is_other_share = now["shares"][part] and any(now[name] != value for name, value in held_out_by.items())
         if judged == place_of(trained["dataset"], trained["split"]) and (own is not None or is_other_share):
+            more = "".join(f" of {name} {value!r}" for name, value in held_out_by.items() if name != "shares")
             raise MisconfigurationException(
                 f"{part}: {own or now['split']!r} is what the checkpoint's run was trained on, except for the shares "
-                f"{trained['shares']}: give these, or another split or file"
+                f"{trained['shares']}{more}: give these, or another split or file"
             )
 
     def resumed(self, loader: LateLoader) -> LateLoader:

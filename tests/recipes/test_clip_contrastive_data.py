@@ -327,13 +327,19 @@ def test_no_image_is_on_two_sides_and_none_moves_when_the_data_grow(
         ({"test_dataset": "held_out.csv"}, None),
         ({"test_dataset": "./my.csv"}, "'./my.csv' is what the checkpoint's run was trained on"),
         ({"test_split": "train"}, "is what the checkpoint's run was trained on"),
+        ({"test_share": 0.2}, None),
+        (
+            {"test_share": 0.2, "seed": 1},
+            r"except for the shares \{'validation': 0.05, 'test': 0.2\} of seed 0: give these",
+        ),
+        ({"dataset": "other.csv", "test_share": 0.2, "seed": 1}, None),
     ],
 )
 def test_a_checkpoint_is_judged_on_other_data_than_it_was_trained_on(
     options: dict[str, Any], message: str | None
 ) -> None:
-    trained = ContrastiveData("my.csv")
-    data = ContrastiveData("my.csv", **options)
+    trained = ContrastiveData("my.csv", test_share=options.get("test_share"))
+    data = ContrastiveData(**{"dataset": "my.csv"} | options)
     data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.TESTING))
     with pytest.raises(MisconfigurationException, match=message) if message else nullcontext():
         data._refuse_trained_rows(trained._trained_on())

@@ -1,13 +1,17 @@
 """Which images the few-shot recipe draws, what the classes are called, and the batches."""
 
+from contextlib import nullcontext
 from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
 from clip_fewshot_runs import data_of, filled, picture
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
@@ -15,7 +19,7 @@ from torch import Tensor
 from recipes.clip.images import image_files, read_image, readable
 from recipes.clip_fewshot import sources
 from recipes.clip_fewshot.batches import Images, InTurn, Stream
-from recipes.clip_fewshot.data import few_shots
+from recipes.clip_fewshot.data import FewShotData, few_shots
 from recipes.clip_fewshot.folders import PARTS
 from recipes.clip_fewshot.prompts import class_names
 
@@ -53,6 +57,16 @@ def test_folders_that_are_no_part_are_named(tmp_path: Path) -> None:
     assert all(path.parts[-3] == "dev" for path, _ in source.parts["validation"])
 
 
+@pytest.mark.parametrize("options", [{"split": "seeded"}, {"split_seed": 1}, {"dataset": "other", "split_seed": 1}, {}])
+def test_a_checkpoint_is_not_tested_on_another_division_of_its_images(options: dict[str, Any]) -> None:
+    data = FewShotData(**{"dataset": "./mine"} | options)
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.TESTING))
+    is_refused = options and "dataset" not in options
+    message = "images may be tested on which it was trained: give --data.split official, --data.split_seed 0"
+    with pytest.raises(MisconfigurationException, match=message) if is_refused else nullcontext():
+        data._refuse_trained_rows(FewShotData("./mine")._trained_on())
+
+
 def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     for name in ("a.png", "deep/b.gif", "deep/c.jfif"):
@@ -64,6 +78,7 @@ def test_links_are_followed_once_and_all_endings_of_images_count(tmp_path: Path)
     folder.mkdir()
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "round").symlink_to(folder)
+    (elsewhere / "deep" / "up").symlink_to("..")  # with a second way up there is no end of paths
     found = [str(path.relative_to(folder)) for path in image_files(folder)]
     assert found == ["linked/a.png", "linked/deep/b.gif", "linked/deep/c.jfif", "linked/deep/d.heic"]
     with pytest.raises(MisconfigurationException, match=r"1 of 4 images can't be read: .*d.heic"):
