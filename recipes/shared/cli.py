@@ -211,7 +211,9 @@ class RecipeCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        if self.subcommand == "predict" and not is_overridden("predict_dataloader", self.datamodule):
+        # What a class inherits may be of no use to it: ContrastiveData has the method of all data in parts.
+        predicts = is_overridden("predict_dataloader", self.datamodule) and getattr(self.datamodule, "predicts", True)
+        if self.subcommand == "predict" and not predicts:
             raise MisconfigurationException(
                 f"predict: {type(self.datamodule).__name__} holds nothing to predict, as this recipe has only fit, "
                 "validate and test"

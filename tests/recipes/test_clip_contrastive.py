@@ -17,6 +17,7 @@ from lightning_flatlora import FMLoRA
 from recipes.clip.export import main as export_main
 from recipes.clip_contrastive.data import ContrastiveData
 from recipes.clip_contrastive.module import ContrastiveModel, ContrastiveModelFM
+from recipes.shared.cli import RecipeCLI
 from recipes.shared.sharding import BlocksAndFactors
 
 pytestmark = pytest.mark.usefixtures("command_line")
@@ -127,6 +128,12 @@ def test_all_weights_under_fsdp1_are_refused(small_clip: str, monkeypatch: pytes
     monkeypatch.setattr(module.trainer._accelerator_connector, "strategy", strategy)
     with pytest.raises(MisconfigurationException, match=r"lora=None trains all weights.*use FSDP2 or ddp"):
         module.configure_model()
+
+
+def test_there_is_nothing_to_predict(small_clip: str) -> None:
+    arguments = [f"--model.model={small_clip}", "--model.pretrained=null", "--trainer.accelerator=cpu"]
+    with pytest.raises(MisconfigurationException, match="ContrastiveData holds nothing to predict, as this recipe"):
+        RecipeCLI(["predict", *arguments], recipe="clip_contrastive")
 
 
 # -- the export
