@@ -4,10 +4,13 @@ It is for the CLIP recipes without a network. ``configs/pretrain.yaml`` decides 
 After Ctrl-C the same command goes on from the last checkpoint.
 """
 
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip.export import export
 from recipes.shared.cli import RecipeCLI
@@ -19,15 +22,27 @@ _HERE = Path(__file__).parent
 
 
 def main(options: Sequence[str]) -> Path:
-    """The folder of the model, in the cache; it is trained now, if there is none."""
+    """The folder of the model, in the cache; it is trained now, if there is none.
+
+    Raises:
+        MisconfigurationException: there is one, for whose training the options come too late.
+    """
     folder = cache_dir() / "emoji-clip"
     run = cache_dir() / "emoji-clip-training"
     with one_at_a_time(folder.name):
-        if not folder.exists():
+        is_there = folder.exists()
+        if not is_there:
             model = f"--model.model={_HERE / 'emoji-ViT-8-64.json'}"
             arguments = [f"--config={_HERE / 'configs' / 'pretrain.yaml'}", model, *options]
             RecipeCLI(["fit", *arguments, *logging_in(run), *resuming(run)], recipe="clip_contrastive")
             write_folder(folder, partial(_export, run))
+        # A model that is trained again, after its folder was deleted, would go on from the old one's last checkpoint.
+        shutil.rmtree(run, ignore_errors=True)
+    if is_there and options:
+        raise MisconfigurationException(
+            f"the model is there already, in {folder}, so that the options {' '.join(options)} would change nothing: "
+            "delete this folder to train it again, or leave the options out"
+        )
     print(f"The model: local-dir:{folder}")
     return folder
 

@@ -8,11 +8,13 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.clip import emoji
 from recipes.clip.model import load_clip, text_features
 from recipes.clip_contrastive.module import ContrastiveModel
 from recipes.clip_contrastive.pretrain import main
+from recipes.shared.configs import RECIPES
 
 pytestmark = pytest.mark.usefixtures("command_line")
 PARTS = ("train", "validation", "test")
@@ -70,6 +72,13 @@ def test_variants_of_an_emoji_are_one() -> None:
 # -- the model
 
 
+def test_no_configuration_lists_a_progress_bar() -> None:
+    """The command line chooses one, whose lines a log shows, too, unless there is a bar already."""
+    files = list(RECIPES.rglob("*.yaml"))
+    assert files
+    assert not [path for path in files if "ProgressBar" in path.read_text(encoding="utf-8")]
+
+
 def test_a_stopped_training_goes_on(data: emoji.Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = []
     for file in (data.pairs, data.held_out_pairs):
@@ -91,8 +100,11 @@ def test_a_stopped_training_goes_on(data: emoji.Folders, tmp_path: Path, monkeyp
         main(options)
     folder = main(options)
     assert steps == [0, 1, 2, 3, 4]
-    assert main(options) == folder
+    assert main([]) == folder
+    with pytest.raises(MisconfigurationException, match=r"there already, in .*emoji-clip, .*=4 .*: delete this folder"):
+        main(options)
     assert len(steps) == 5  # nothing is trained again
+    assert not folder.with_name("emoji-clip-training").exists()  # from which another model would go on
 
     ours = load_clip(f"local-dir:{folder}")
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
