@@ -46,7 +46,7 @@ class TextData(PartedData):
 
     Args:
         dataset: a Hub name, a local folder of the same layout, a local .json, .jsonl, .parquet or .csv file, or
-            one of recipes.language.texts.TASKS, such as "packaged:sentiment", "packaged:spam", "packaged:subject",
+            one of recipes.language.texts.TASKS, such as "packaged:sentiment", "packaged:subject",
             "packaged:all_subjects" or "packaged:privacy".
         validation_split: for validation: another split or a file, or several; None takes ``validation_share``. Those
             after the first are logged under their names, or their files' names, which must be different.

