@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -108,6 +108,14 @@ def _compared(settings: dict[str, Any]) -> dict[str, Any]:
     of_a_step = {name: trainer.get(name) for name in _STEP_SETTINGS}
     compared = {section: settings.get(section) for section in ("model", "data", "optimizer")}
     compared["trainer"] = {**of_a_step, "method": ", ".join(methods) or "none", **methods}
-    flat = vars(dict_to_namespace(compared).as_flat())
+    flat = _flat(compared)
     # What a run started from is of no account any more: its checkpoint holds all that it took over.
     return {name.replace(".init_args", ""): flat[name] for name in flat if not name.endswith(".start_from")}
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -158,7 +158,7 @@ class RecipeCLI(LightningCLI):
         # "hpc" and addresses are no files of a run.
         if checkpoint is None or not Path(checkpoint).exists():
             return given
-        return with_run(self._recipe, given, Path(checkpoint))
+        return with_run(self._recipe, given, Path(checkpoint), trains=command == "fit")
 
     @override
     def before_instantiate_classes(self) -> None:

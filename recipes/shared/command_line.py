@@ -14,8 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig
 
-from recipes.shared.configs import base_file, method_file, methods_of, methods_of_run, settings_of_run
+from recipes.shared.configs import base_file, is_method, method_file, methods_of, methods_of_run, settings_of_run
 
+MANUAL = "fmlora_manual"
+"""The method that is a module; all others are callbacks, which any module takes."""
 CLIP_FIELDS = ("projections", "blocks", "towers")
 """Where an adapter on a CLIP model goes."""
 
@@ -96,7 +98,7 @@ def with_base_and_method(recipe: str, arguments: Sequence[str]) -> list[str]:
     return [*_as_options(configs), *(f"--method={name}" for name in methods[-1:]), *others]
 
 
-def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path) -> list[str]:
+def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bool) -> list[str]:
     """The arguments behind the settings of the run that has saved a checkpoint, if its ``config.yaml`` is there.
 
     Whatever is given goes before them. If the method or callbacks are given, the callbacks are as in a new run. The
@@ -106,6 +108,10 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path) -> list[st
         recipe: name of the recipe's folder.
         arguments: behind the command, from :func:`with_base_and_method`.
         checkpoint: file or folder.
+        trains: whether the command is "fit".
+
+    Raises:
+        MisconfigurationException: what is given would take the place of the run's method without a word of it.
     """
     run = settings_of_run(checkpoint)
     if not run:
@@ -116,7 +122,20 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path) -> list[st
     given = configs[len(base) :]
     own = [config for config in given if not any(_is_file(config, overlay) for overlay in overlays)]
     taken = "model and data"
-    if _names_callbacks(own, others) or option(others, "--method") not in (None, run.get("method")):
+    method, had = option(others, "--method"), run.get("method")
+    if method not in (None, had) and MANUAL in (method, had):
+        raise MisconfigurationException(
+            f"--method {method}: {checkpoint} is of a run with {had or 'lora'}, and {MANUAL} has another module, so one "
+            "cannot go on as the other: leave the method out, or start a new run"
+        )
+    callbacks = _callbacks_given(own, others)
+    if trains and callbacks and methods_of_run(run) and method is None and not any(map(is_method, callbacks)):
+        methods = [f"{name} with rho {each.get('rho')}" for name, each in methods_of_run(run).items()]
+        raise MisconfigurationException(
+            f"callbacks are given, which take the place of those of the run of {checkpoint}, and so of "
+            f"its {', '.join(methods)}: give --method and --rho too"
+        )
+    if callbacks or method not in (None, had):
         run.get("trainer", {}).pop("callbacks", None)
     else:
         given = own
@@ -157,12 +176,14 @@ def _chooses_model_and_data(settings: dict[str, Any]) -> bool:
     return all(isinstance(part, str) or (isinstance(part, dict) and "class_path" in part) for part in parts)
 
 
-def _names_callbacks(configs: Sequence[str], options: Sequence[str]) -> bool:
-    """Whether callbacks are given, one by one or in a configuration."""
-    if any(option.startswith("--trainer.callbacks") for option in options):
-        return True
-    trainers = [_read(config).get("trainer") or {} for config in configs]
-    return any("callbacks" in trainer or "callbacks+" in trainer for trainer in trainers)
+def _callbacks_given(configs: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The words, classes among them, in which callbacks are given, one by one or in a configuration."""
+    # All of them, since a value may be a word of its own.
+    texts = list(options) if any(option.startswith("--trainer.callbacks") for option in options) else []
+    for config in configs:
+        trainer = _read(config).get("trainer") or {}
+        texts += [str(trainer[name]) for name in ("callbacks", "callbacks+") if name in trainer]
+    return re.findall(r"[\w.]+", " ".join(texts))
 
 
 def refuse_unknown_fields(lora: Any) -> None:

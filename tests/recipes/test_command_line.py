@@ -93,6 +93,21 @@ def test_a_checkpoint_brings_its_runs_settings(
     assert [(each.class_path.split(".")[-1], each.init_args.rho) for each in chosen] == [method]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--trainer.callbacks+=lightning_flatlora.FlatnessMonitor"], r"its EFMLoRA with rho 0.3: give --method"),
+        (["--method=fmlora_manual"], "fmlora_manual has another module"),
+    ],
+)
+def test_a_runs_method_is_not_lost_without_a_word(given: list[str], message: str, checkpoint: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        parsed("fit", checkpoint, *given)
+    both = parsed("fit", checkpoint, "--method=efmlora", "--trainer.callbacks+=lightning_flatlora.FlatnessMonitor")
+    assert [each.class_path.split(".")[-1] for each in both.trainer.callbacks[-2:]] == ["EFMLoRA", "FlatnessMonitor"]
+    parsed("test", checkpoint, "--trainer.callbacks+=lightning.pytorch.callbacks.Timer")
+
+
 LOGGER = [
     "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
     "--trainer.logger.save_dir=logs",
