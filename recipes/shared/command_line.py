@@ -125,8 +125,8 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
     method, had = option(others, "--method"), run.get("method")
     if method not in (None, had) and MANUAL in (method, had):
         raise MisconfigurationException(
-            f"--method {method}: {checkpoint} is of a run with {had or 'lora'}, and {MANUAL} has another module, so one "
-            "cannot go on as the other: leave the method out, or start a new run"
+            f"--method {method}: {checkpoint} is of a run with {had or 'lora'}, and {MANUAL} has another module, so "
+            "one cannot go on as the other: leave the method out, or start a new run"
         )
     callbacks = _callbacks_given(own, others)
     if trains and callbacks and methods_of_run(run) and method is None and not any(map(is_method, callbacks)):

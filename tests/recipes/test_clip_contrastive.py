@@ -25,9 +25,6 @@ pytestmark = pytest.mark.usefixtures("command_line")
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 
 
-# -- training
-
-
 def test_all_weights_are_trained_from_scratch_with_a_plain_trainer(
     small_clip: str, pictures: str, tmp_path: Path
 ) -> None:
@@ -134,9 +131,6 @@ def test_there_is_nothing_to_predict(small_clip: str) -> None:
     arguments = [f"--model.model={small_clip}", "--model.pretrained=null", "--trainer.accelerator=cpu"]
     with pytest.raises(MisconfigurationException, match="ContrastiveData holds nothing to predict, as this recipe"):
         RecipeCLI(["predict", *arguments], recipe="clip_contrastive")
-
-
-# -- the export
 
 
 @pytest.mark.parametrize("method", ["efmlora", "full"])

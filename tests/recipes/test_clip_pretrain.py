@@ -47,9 +47,6 @@ def pairs(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# -- data
-
-
 def test_no_emoji_is_in_two_parts(data: emoji.Folders) -> None:
     target = [set(map(emoji.variants, codes(data.target / part))) for part in PARTS]
     trained = {emoji.variants(Path(row["image"]).stem) for row in pairs(data.pairs)}
@@ -67,9 +64,6 @@ def test_variants_of_an_emoji_are_one() -> None:
     assert len({emoji.variants(code) for code in runners}) == 1
     assert emoji.variants("1f469-200d-1f680") == emoji.variants("1f468-1f3ff-200d-1f680")  # astronauts
     assert emoji.variants("1f469-200d-1f680") != emoji.variants("1f469-200d-1f692")  # and a firefighter
-
-
-# -- the model
 
 
 def test_no_configuration_lists_a_progress_bar() -> None:

@@ -121,10 +121,7 @@ OTHER = ["--trainer.callbacks+=lightning_flatlora.AdapterCheckpoint", "--trainer
     [
         ("runs/classification/lora/version_3/checkpoints", []),
         ("runs/classification/mine/version_0/checkpoints", ["--run_name=mine"]),
-        (
-            "logs/named/version_0/checkpoints",
-            LOGGER,
-        ),
+        ("logs/named/version_0/checkpoints", LOGGER),
         ("lightning_logs/version_0/checkpoints", ["--trainer.logger=true"]),
         ("checkpoints", ["--trainer.logger=false"]),
         ("root/checkpoints", ["--trainer.logger=false", "--trainer.default_root_dir=root"]),
