@@ -3,7 +3,6 @@
 Stacked q, k and v are a hostile module, too: see tests/test_hostile_modules.py.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +97,6 @@ def test_noise_is_relative_to_the_whole_weights_rows(which: str) -> None:
     for layer, noisy in zip(layers, noise._layers, strict=True):
         merged = layer.linear.weight + layer.get_lora_AB()
         assert torch.allclose(noisy._squared_norms(), merged.square().sum(1), rtol=1e-10)
-
-
-def test_the_program_on_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "callbacks.md").read_text(encoding="utf-8")
-    (program,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "litgpt" in each]
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(program, names)
-    callback = next(each for each in names["trainer"].callbacks if isinstance(each, EFMLoRA))
-    assert callback.step == 3
-    E = callback.perturbation.state_dict()["E"]
-    assert len(E) == 18, "q, k and v of six layers"
-    assert all(float(each.norm()) > 0 for each in E.values())
 
 
 # -- AdapterCheckpoint

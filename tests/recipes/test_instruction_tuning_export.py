@@ -111,7 +111,7 @@ def test_nothing_is_sent_unless_asked(adapter: Path, tmp_path: Path, monkeypatch
 def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         exporting.main("export", [tiny, str(tmp_path / "plain")])
-    assert "holds no adapter_config.json: give the folder beside" in capsys.readouterr().err
+    assert "holds no adapter_config.json: give the folder next to" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         exporting.main("export", [str(adapter), str(adapter)])
     assert "is not an empty folder" in capsys.readouterr().err
