@@ -84,12 +84,11 @@ def programs(page: Path) -> list[str]:
 
 # Those of the other loops have a test of their own below, and those of the recipes read a run's files.
 PAGES_WITH_PROGRAMS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS_ALONE = [
-    pytest.param(program, id=f"{page.name}-{number}")
-    for page in PAGES_WITH_PROGRAMS
-    if page.name not in ("other_loops.md", "many_devices.md")
-    for number, program in enumerate(programs(page))
-]
+PROGRAMS_ALONE = []
+for each in PAGES_WITH_PROGRAMS:
+    if each.name not in ("other_loops.md", "many_devices.md"):
+        for number, text in enumerate(programs(each)):
+            PROGRAMS_ALONE.append(pytest.param(text, id=f"{each.name}-{number}"))
 
 
 @pytest.mark.parametrize("program", PROGRAMS_ALONE)

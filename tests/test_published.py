@@ -9,6 +9,7 @@ import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ def small_tasks() -> list[str]:
             by_run[row["task"], row["method"]][row["seed"]] = 100 * row["accuracy"]
     tasks = {task for task, _ in by_run}
     assert len(tasks) == 6
-    shared = set.intersection(*(set(by_run[task, method]) for task in tasks for method in ("lora", "efmlora")))
-    means = [
-        statistics.mean(by_run[task, "efmlora"][seed] - by_run[task, "lora"][seed] for task in tasks) for seed in shared
-    ]
+    shared = set.intersection(*(set(by_run[task, method]) for task, method in product(tasks, ("lora", "efmlora"))))
+    means = []
+    for seed in shared:
+        means.append(statistics.mean(by_run[task, "efmlora"][seed] - by_run[task, "lora"][seed] for task in tasks))
     return [f"{len(shared)} {with_interval(estimate(means))}"]
 
 
@@ -116,11 +117,10 @@ def wrong_labels() -> list[str]:
 def more_data() -> list[str]:
     runs, searched = Runs("w6"), Runs("w6", "search")
     # rho 0 is LoRA without regularization, whose rows both searches share.
-    trials = {
-        settings: statistics.mean(row["validation_loss"] for row in rows.values())
-        for (arm, settings), rows in searched.arms.items()
-        if arm == "efmlora" or set(dict(settings)) == {"learning_rate"}
-    }
+    trials = {}
+    for (arm, settings), rows in searched.arms.items():
+        if arm == "efmlora" or set(dict(settings)) == {"learning_rate"}:
+            trials[settings] = statistics.mean(row["validation_loss"] for row in rows.values())
     chosen = dict(min(trials, key=lambda settings: trials[settings]))
     assert set(chosen) == {"learning_rate"}
     efmlora, lora = runs("lora", dropout=None, **chosen), runs("lora", dropout=0.3)

@@ -186,7 +186,7 @@ MEASURES: dict[str, Callable[[Point], Values]] = {
     "top_eigenvalue": _top_eigenvalue,
     "hessian_trace": _hessian_trace,
 }
-"""All measures by name, as the monitor, the report and the comparison take them."""
+"""All measures by name, as the monitor and the report take them."""
 
 DEFAULT_MEASURES = ("sharpness", "lora_sharpness", "balancedness", "condition", "radius")
 """Four passes in all: forward, backward, two forwards."""

@@ -82,7 +82,7 @@ class ContrastiveData(PartedData):
 
     packaged: ClassVar[str] = sources.PACKAGED
     predicts: ClassVar[bool] = False
-    deciding: ClassVar[tuple[str, ...]] = ("seed",)
+    deciding: ClassVar[tuple[str, ...]] = ("shares", "seed")
 
     def __post_init__(self) -> None:
         super(PartedData, self).__init__()
@@ -122,7 +122,8 @@ class ContrastiveData(PartedData):
             if part not in self.parts:
                 self.parts[part] = self._checked(part, self._chosen(part))
         if stage == "fit":
-            trained, held_out = ([_identity(one) for one in self.parts[part]] for part in ("train", "validation"))
+            trained = [_identity(picture) for picture in self.parts["train"]]
+            held_out = [_identity(picture) for picture in self.parts["validation"]]
             warn_of_training_data("validation", held_out, trained, "images")
         # Every stage except fit has a single part, the one that the loop ends with.
         elif not self.parts[part]:
@@ -155,12 +156,17 @@ class ContrastiveData(PartedData):
 
     # -- which pictures
 
+    @override
+    def place(self, part: str) -> tuple[str, str]:
+        own = self.own_datasets.get(part)
+        return super().place(part) if own is None else (own, "train")
+
     def _chosen(self, part: str) -> list[Picture]:
         """A part's pictures, in an order that has nothing to do with what they show."""
-        own, split, share = self.own_datasets.get(part), self.own_splits.get(part), self.shares.get(part)
-        if part != "train" and not (own or split or share):
+        share = self.shares.get(part)
+        if part != "train" and not (self.own_datasets.get(part) or self.own_splits.get(part) or share):
             return []
-        dataset, split = (own, "train") if own else (str(self.dataset), split or self.split)
+        dataset, split = self.place(part)
         columns = self.image_column, self.caption_column
         pictures = sources.load(dataset, split, *columns, self.config_name, self.revision)
         # Names of files may hold bytes that are no UTF-8, which ascii() writes as something else.

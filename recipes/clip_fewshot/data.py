@@ -144,8 +144,7 @@ class FewShotData(ResumableData):
         if trained is None or self.trainer is None or self.trainer.state.fn != TrainerFn.TESTING:
             return
         now = self._trained_on()
-        # A checkpoint of an older version holds no split_seed.
-        there = {name: trained[name] for name in ("split", *self.deciding) if name in trained}
+        there = {name: trained[name] for name in ("split", *self.deciding)}
         is_same = place_of(str(trained["dataset"]), "") == place_of(str(self.dataset), "")
         if is_same and any(now[name] != value for name, value in there.items()):
             divided = ", ".join(f"--data.{name} {value}" for name, value in there.items())

@@ -118,5 +118,5 @@ def _parser() -> argparse.ArgumentParser:
         default="test",
         help="in the table; validation shows all values, test those that validation has chosen",
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/clip_fewshot/sweep"), help="where everything lands")
+    parser.add_argument("--folder", type=Path, default=Path("runs/clip_fewshot/sweep"), help="output folder")
     return parser

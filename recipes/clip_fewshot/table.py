@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def tables(plan: Sweep, part: Part = "test") -> str:
 
 def _table(plan: Sweep, tasks: Sequence[str], rows: dict[str, list[Row]], part: Part) -> str:
     """A line for each method, accuracy over the seeds for each number of shots, and the step's relative time."""
-    every = [row for of_method in rows.values() for row in of_method]
+    every = list(chain.from_iterable(rows.values()))
     lines = [["method", *(task(None, shots) for shots in plan.shots), "step time"]]
     if part == "test":
         lines += _published(every, plan.shots)

@@ -1,6 +1,6 @@
-"""`make demo`: what EFMLoRA's perturbation changes, and a free change of LoRA that does as much, in one picture.
+"""`make demo`: what EFMLoRA's perturbation changes, next to a change of LoRA that costs nothing, in one picture.
 
-Adapters of the two upper layers of a small sentence encoder are trained on few examples, with LoRA, LoRA with dropout
+Adapters of the uppermost layer of a small sentence encoder are trained on few examples, with LoRA, LoRA with dropout
 0.9, and EFMLoRA, at three learning rates and with three seeds. Two processes share the runs. What is finished is kept:
 after Ctrl-C the same command resumes.
 """
@@ -20,15 +20,11 @@ from recipes.shared.tables import print_and_write
 def work(options: argparse.Namespace) -> None:
     """Do what is missing, and report."""
     # The methods of a seed one after the other: whatever else the machine does slows them alike.
-    runs = [
-        Run(arm, rate, seed, Settings(precision=options.precision)) for seed, rate, arm in product(SEEDS, RATES, ARMS)
-    ]
-    others = [
-        multiprocessing.get_context("spawn").Process(target=assist, args=(options.folder, runs), daemon=True)
-        for _ in range(options.processes - 1)
-    ]
-    for process in others:
-        process.start()
+    settings = Settings(precision=options.precision)
+    runs = [Run(arm, rate, seed, settings) for seed, rate, arm in product(SEEDS, RATES, ARMS)]
+    for _ in range(options.processes - 1):
+        # It ends by itself, and with this one.
+        multiprocessing.get_context("spawn").Process(target=assist, args=(options.folder, runs), daemon=True).start()
     share(options.folder, runs)
     rows = list(ledger(options.folder).complete(runs, perform))
     print_and_write(table(rows), options.folder / "table.txt")

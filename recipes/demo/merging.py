@@ -9,11 +9,9 @@ import argparse
 import sys
 from itertools import product
 
-import torch
-import transformers
-
 from recipes.demo import merging_report as report
 from recipes.demo.merging_run import ARMS, SEEDS, Run, Settings, perform
+from recipes.demo.training import on_one_thread
 from recipes.shared.demos import Demo
 from recipes.shared.ledger import Ledger, entries
 from recipes.shared.mistakes import without_traceback
@@ -22,9 +20,7 @@ from recipes.shared.tables import print_and_write
 
 def work(options: argparse.Namespace) -> None:
     """Do what is missing, and report."""
-    transformers.utils.logging.set_verbosity_error()  # of the pooler, which the encoder leaves out
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)  # a run repeats bit for bit, and a second process has the next core
+    on_one_thread()
     # The methods of a seed one after the other, so that a demo that is stopped has pairs.
     runs = [Run(arm, seed, Settings(precision=options.precision)) for seed, arm in product(SEEDS, ARMS)]
     ledger = Ledger(options.folder / "results.jsonl", entries("arm", "config", "seed", "settings"))

@@ -3,7 +3,8 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from recipes.demo.merging_run import ARMS, EFMLORA, FROZEN, LORA, SMALL_WITH_DROPOUT, WAYS
+from recipes.demo.merging_run import ARMS, FROZEN, SMALL_WITH_DROPOUT, WAYS
+from recipes.demo.training import EFMLORA, LORA
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, estimate, with_error, with_interval
 from recipes.shared.tables import Table

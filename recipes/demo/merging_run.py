@@ -4,27 +4,23 @@ import gc
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.merge_utils import task_arithmetic, ties
 from torch import Tensor
 
-from recipes.demo.data import Batch, evaluation_batches, training_batches
-from recipes.demo.encoder import CutEncoder, UpperLayers, load, pooled
+from recipes.demo.data import Batch, evaluation_batches
+from recipes.demo.encoder import CutEncoder, UpperLayers, pooled
 from recipes.demo.module import TaskClassifier, accuracy, linear_classifier
+from recipes.demo.training import EFMLORA, LORA, Training, kept, trained
 from recipes.language import texts
 from recipes.shared.ledger import Row, commit
-from recipes.shared.methods import callbacks_of
-from recipes.shared.precision import Precision, fast_precision
-from recipes.shared.training import BARE
 
-LORA, EFMLORA = "LoRA", "EFMLoRA"
 SMALL_WITH_DROPOUT = "LoRA, rank 2, dropout 0.9"
 FROZEN = "linear classifier, frozen encoder"
 ARMS: dict[str, dict[str, Any]] = {
@@ -40,34 +36,24 @@ ARMS: dict[str, dict[str, Any]] = {
 SEEDS = (20, 21, 22)
 """Which neither the searches nor the verdict of the study has used."""
 
-_load = cache(load)
 
-
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Training):
     """Everything that decides a run beside its method and its seed.
 
     Attributes:
         tasks: an adapter is trained for each, and all are merged.
-        frozen_layers: of the encoder.
-        length: tokens kept of a text.
-        shots: training examples of a class.
-        steps: of each adapter.
-        batch_size: texts of a step.
         validation: examples at most on which the linear classifier's penalty is chosen.
         test: examples at most of a task.
-        precision: of training.
     """
 
     tasks: Sequence[str] = ("sentiment", "privacy", "anatomy_surgery", "physiology_biochemistry")
     frozen_layers: int = 4
-    length: int = 32
     shots: int = 64
     steps: int = 120
     batch_size: int = 16
     validation: int = 150
     test: int = 400
-    precision: Precision = field(default_factory=fast_precision)
 
 
 class Run(NamedTuple):
@@ -122,7 +108,7 @@ def perform(run: Run) -> Row:
     """
     gc.collect()  # the last run's models: their parts point at each other
     began = time.perf_counter()
-    encoder = _load(run.settings.frozen_layers, run.settings.length)
+    encoder = kept(run.settings.frozen_layers, run.settings.length)
     found = _classified(run, encoder) if run.arm == FROZEN else _merged(run, encoder)
     return {
         **run.key(),
@@ -152,7 +138,9 @@ def merged(upper: UpperLayers, nets: Sequence[PeftModel], merge: Merge) -> Upper
 
 
 def _merged(run: Run, encoder: CutEncoder) -> Row:
-    modules = {task: _trained(run, task, encoder) for task in run.settings.tasks}
+    modules = {}
+    for task in run.settings.tasks:
+        modules[task] = trained(run.settings, encoder, task, run.seed, run.arm, ARMS[run.arm])
     single = {task: _judged(run, task, module, encoder) for task, module in modules.items()}
     # Put aside, since the modules are judged with the merged layers in place of their own.
     nets = [module.net for module in modules.values()]
@@ -164,26 +152,6 @@ def _merged(run: Run, encoder: CutEncoder) -> Row:
             module.net = net
             by_way[way][task] = _judged(run, task, module, encoder)
     return {"single": single, "merged": by_way}
-
-
-def _trained(run: Run, task: str, encoder: CutEncoder) -> TaskClassifier:
-    settings, config = run.settings, dict(ARMS[run.arm])
-    callbacks = callbacks_of(run.arm, config.pop("rho", 0.0))
-    # Anew for each task, so that all adapters begin with one A, and all heads alike.
-    L.seed_everything(run.seed, verbose=False)
-    module = TaskClassifier(encoder, len(texts.TASKS[task].classes), **config)
-    examples = texts.shots(task, settings.shots, run.seed)
-    trainer = L.Trainer(
-        # The kept states lie in the main memory, and steps are too small for a GPU to be faster.
-        accelerator="cpu",
-        precision=settings.precision,
-        max_epochs=1,
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        **BARE,
-    )
-    trainer.fit(module, training_batches(examples, encoder.states, settings.batch_size, settings.steps, run.seed))
-    return module
 
 
 def _judged(run: Run, task: str, module: TaskClassifier, encoder: CutEncoder) -> float:

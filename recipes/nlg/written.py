@@ -74,7 +74,9 @@ class WrittenTexts:
         for file in (texts, references):
             set_aside(file)
         written = [(row.meaning, row.text) for row in rows]
-        pairs = [(row.meaning, reference) for row in rows for reference in row.references]
+        pairs: list[tuple[str, str]] = []
+        for row in rows:
+            pairs += [(row.meaning, reference) for reference in row.references]
         for file, column, columns in ((texts, "output", written), (references, "reference", pairs)):
             # Two columns, as e2e-metrics reads them; no line and no column ends within a text. All are in quotes:
             # e2e-metrics strips its lines, and an empty text at the end would take its column with it.

@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
     "efmlora": Method("EFMLoRA", "rho", "rho", _callback("lightning_flatlora.EFMLoRA", "rho={}")),
     "fmlora": Method("FMLoRA", "rho", "rho", _callback("lightning_flatlora.FMLoRA", "rho={}")),
     "lora_sam": Method("LoRA-SAM", "rho", "lora_rho", _callback(f"{_BASELINES}.LoRASAM", "rho={}")),
-    # Flat-LoRA's noise grows from nothing over the run, and BAR's regularization fades out, as in the comparison.
+    # Flat-LoRA's noise grows from nothing over the run, and BAR's regularization fades out.
     "flat_lora": Method(
         "Flat-LoRA", "sigma", "sigma", _callback(f"{_BASELINES}.RandomPerturbation", f"sigma={_cosine('0.0', '{}')}")
     ),

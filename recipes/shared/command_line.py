@@ -89,10 +89,10 @@ def with_base_and_method(recipe: str, arguments: Sequence[str]) -> list[str]:
             raise MisconfigurationException(f"--method {name}: there are {', '.join(names)}")
         overlay = method_file(recipe, name)
         # Behind all others, of which one may replace the list of callbacks.
-        if name != "lora" and not any(_is_file(config, overlay) for config in configs):
+        if name != "lora" and not _is_among(overlay, configs):
             configs.append(str(overlay))
     if not methods:
-        methods = [name for name in names if any(_is_file(config, method_file(recipe, name)) for config in configs)]
+        methods = [name for name in names if _is_among(method_file(recipe, name), configs)]
     if base.exists() and not is_whole:
         configs.insert(0, str(base))
     return [*_as_options(configs), *(f"--method={name}" for name in methods[-1:]), *others]
@@ -118,9 +118,9 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
         return list(arguments)
     configs, others = split(arguments, "--config")
     base = [config for config in configs if _is_file(config, base_file(recipe))]
-    overlays = [method_file(recipe, name) for name in methods_of(recipe)]
+    overlays = [str(method_file(recipe, name)) for name in methods_of(recipe)]
     given = configs[len(base) :]
-    own = [config for config in given if not any(_is_file(config, overlay) for overlay in overlays)]
+    own = [config for config in given if not _is_among(Path(config), overlays)]
     taken = "model and data"
     method, had = option(others, "--method"), run.get("method")
     if method not in (None, had) and MANUAL in (method, had):
@@ -151,6 +151,10 @@ def _as_options(configs: Sequence[str]) -> list[str]:
 
 def _is_file(config: str, path: Path) -> bool:
     return Path(config).resolve() == path.resolve()
+
+
+def _is_among(path: Path, configs: Sequence[str]) -> bool:
+    return any(_is_file(config, path) for config in configs)
 
 
 def _read(config: str) -> dict[str, Any]:

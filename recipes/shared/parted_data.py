@@ -80,6 +80,7 @@ class PartedData(ResumableData):
     packaged: ClassVar[str] = ""
     """Names of the packaged data sets, for messages."""
     packaged_splits: ClassVar[Sequence[str]] = ("train",)
+    deciding: ClassVar[tuple[str, ...]] = ("shares",)
     kinds: ClassVar[str] = "rows"
     """What divides the rows, in the plural, for messages."""
     least: ClassVar[Mapping[str, int]] = {}
@@ -173,6 +174,27 @@ class PartedData(ResumableData):
         return columns(rows, list(rows[0]))
 
     # -- which rows
+
+    def place(self, part: str) -> tuple[str, str]:
+        """The data set and the split that a part is read from."""
+        return str(self.dataset), self.own_splits.get(part) or self.split
+
+    @override
+    def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
+        stage = self.trainer.state.fn if self.trainer else None
+        part = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test"}.get(cast("TrainerFn", stage))
+        if part is None or trained is None:
+            return
+        dataset, split = self.place(part)
+        now = self._trained_on()
+        is_held_out = self.shares[part] > 0 and all(now[name] == trained[name] for name in self.deciding)
+        if place_of(dataset, split) == place_of(trained["dataset"], trained["split"]) and not is_held_out:
+            read = split if dataset == self.dataset else dataset
+            held_out = " and ".join(f"{name} {trained[name]!r}" for name in self.deciding)
+            raise MisconfigurationException(
+                f"{part}: {read!r} is what the checkpoint's run was trained on, except for what its {held_out} hold "
+                "out: give these, or another split or file"
+            )
 
     def source(self, split: str) -> str:
         """The name of the file, folder or data set that a split is read from."""

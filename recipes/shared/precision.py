@@ -1,4 +1,4 @@
-"""In which precision a device computes fast: one choice for recipes, demos, comparison and tests."""
+"""In which precision a device computes fast: one choice for recipes, demos, studies and tests."""
 
 import os
 import time

@@ -5,15 +5,12 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
-
-from recipes.shared.parts import place_of
 
 PARTS_OF_STAGE = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 
@@ -42,6 +39,8 @@ class ResumableData(L.LightningDataModule):
         parts: the examples of "train", "validation", "test" and "predict", as far as they are set up.
     """
 
+    dataset: str | None
+    split: str
     batch_size: int
     num_workers: int
     seed: int
@@ -50,7 +49,7 @@ class ResumableData(L.LightningDataModule):
     predicts: ClassVar[bool] = True
     """Whether `predict` has anything to do; False where the method for it is inherited and of no use."""
     deciding: ClassVar[tuple[str, ...]] = ()
-    """The settings that decide, beside the shares themselves, which rows fall into them."""
+    """The settings that decide which rows train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,33 +91,11 @@ class ResumableData(L.LightningDataModule):
             self.resumed(loader)
 
     def _trained_on(self) -> dict[str, Any]:
-        """What decides which rows train: a share of the training split is held out by it."""
-        return {name: getattr(self, name, None) for name in ("dataset", "split", "shares", *self.deciding)}
+        """Where the rows that train come from, and which of them they are."""
+        return {name: getattr(self, name) for name in ("dataset", "split", *self.deciding)}
 
     def _refuse_trained_rows(self, trained: dict[str, Any] | None) -> None:
-        """Refuse to judge a checkpoint on what its own run has trained on.
-
-        Raises:
-            MisconfigurationException: a part is that run's training split, or a share that it did not hold out.
-        """
-        parts = {TrainerFn.VALIDATING: "validation", TrainerFn.TESTING: "test"}
-        part = parts.get(self.trainer.state.fn) if self.trainer and self.trainer.state.fn else None
-        now = self._trained_on()
-        if part is None or trained is None or now["shares"] is None:
-            return
-        dataset, split = getattr(self, "own_datasets", {}).get(part), getattr(self, "own_splits", {}).get(part)
-        own = dataset or split
-        # A data set of a part's own is read as its split "train".
-        judged = place_of(dataset, "train") if dataset else place_of(now["dataset"], split or now["split"])
-        # A checkpoint of an older version may not hold all of them.
-        held_out_by = {name: trained[name] for name in ("shares", *self.deciding) if name in trained}
-        is_other_share = now["shares"][part] and any(now[name] != value for name, value in held_out_by.items())
-        if judged == place_of(trained["dataset"], trained["split"]) and (own is not None or is_other_share):
-            more = "".join(f" of {name} {value!r}" for name, value in held_out_by.items() if name != "shares")
-            raise MisconfigurationException(
-                f"{part}: {own or now['split']!r} is what the checkpoint's run was trained on, except for the shares "
-                f"{trained['shares']}{more}: give these, or another split or file"
-            )
+        """Refuse to judge a checkpoint on what its own run, which :meth:`_trained_on` describes, has trained on."""
 
     def resumed(self, loader: LateLoader) -> LateLoader:
         """The training loader, put once at the place that a checkpoint holds."""

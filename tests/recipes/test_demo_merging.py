@@ -1,7 +1,6 @@
 """The merging demo: merged weights against dense references, the parts of a run, and the whole on a tiny encoder."""
 
 import json
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from demo_parts import bert, cut_in_two, made_up, stopped_and_resumed
 from torch import Tensor
 
 from recipes.demo import merging as command
@@ -23,27 +23,12 @@ from recipes.language.texts import Example, Source
 from recipes.shared import packaged
 from recipes.shared.ledger import Row
 
-WORDS = (("heart", "blood", "vein"), ("tooth", "gum", "molar"))
 # What a task consists of is kept in a process, for other tests too: so these have names that no other test uses.
 TASKS = ("merging_a", "merging_b", "merging_c")
 LAYERS = ["layer.0.attention.self.query", "layer.0.attention.self.value"]
-SETTINGS = Settings(TASKS, 1, 32, shots=4, steps=2, batch_size=4, validation=8, test=10, precision="32-true")
-
-
-def made_up() -> Iterator[Example]:
-    for label, words in enumerate(WORDS):
-        for number in range(40):
-            text = f"{words[number % 3]} {'and so on ' * (number % 4)}{number}"
-            yield Example(text, label, text)
-
-
-def bert(layers: int, dtype: torch.dtype = torch.float32) -> Any:
-    config = transformers.BertConfig(
-        vocab_size=30522, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.BertModel(config, add_pooling_layer=False).to(dtype)
+SETTINGS = Settings(
+    tasks=TASKS, frozen_layers=1, shots=4, steps=2, batch_size=4, validation=8, test=10, precision="32-true"
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +37,15 @@ def wordpieces() -> Any:
 
 
 @pytest.fixture(scope="module")
-def encoder(wordpieces: Any) -> CutEncoder:
-    return CutEncoder(bert(2), wordpieces, frozen_layers=1, length=32)
+def encoder() -> CutEncoder:
+    return cut_in_two()
 
 
 @pytest.fixture
 def tiny(encoder: CutEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     for task in TASKS:
         monkeypatch.setitem(texts.TASKS, task, Source(("heart", "teeth"), made_up))
-    monkeypatch.setattr(running, "_load", lambda frozen_layers, length: encoder)
+    monkeypatch.setattr(running, "kept", lambda frozen_layers, length: encoder)
 
 
 def adapters(encoder: CutEncoder, number: int) -> list[TaskClassifier]:
@@ -157,14 +142,10 @@ def test_the_demo_runs_resumes_and_compares(
         return {**run.key(), "single": dict.fromkeys(TASKS, accuracy + 0.1), **after}
 
     monkeypatch.setattr(command, "perform", invented)
-    options = ["--folder", str(tmp_path), "--precision", "32-true"]
-    assert main(options) == 130
-    assert "The same command resumes" in capsys.readouterr().out
-    assert main(options) == 0
+    shown = stopped_and_resumed(main, tmp_path, [], capsys)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["seed"], row["arm"]) for row in rows] == list(product(SEEDS, ARMS))
-    shown = " ".join(capsys.readouterr().out.split())
     assert "in points of accuracy, 3 seeds: minus LoRA +5.00 [+5.00, +5.00]" in shown
     assert "+5.00 [+5.00, +5.00]" in (tmp_path / "table.txt").read_text()
     monkeypatch.setattr(command, "perform", lambda run: pytest.fail("done twice"))
-    assert main(options) == 0
+    assert main(["--folder", str(tmp_path), "--precision", "32-true"]) == 0

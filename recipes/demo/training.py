@@ -1,0 +1,83 @@
+"""What both demos do in a run: an adapter of a small encoder's upper layers is trained on few texts of a task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+
+from recipes.demo.data import training_batches
+from recipes.demo.encoder import CutEncoder, load
+from recipes.demo.module import TaskClassifier
+from recipes.language import texts
+from recipes.shared.methods import callbacks_of
+from recipes.shared.precision import Precision, fast_precision
+from recipes.shared.training import BARE
+
+LORA, EFMLORA = "LoRA", "EFMLoRA"
+
+kept = cache(load)
+"""The encoder, loaded once in a process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What decides a training beside its method, its rate and its seed.
+
+    Attributes:
+        frozen_layers: of the encoder.
+        length: tokens kept of a text.
+        shots: training examples of a class.
+        steps: of training.
+        batch_size: texts of a step.
+        precision: of training.
+    """
+
+    frozen_layers: int
+    length: int = 32
+    shots: int
+    steps: int
+    batch_size: int
+    precision: Precision = field(default_factory=fast_precision)
+
+
+def on_one_thread() -> None:
+    """Leave the next core to another process, so that a run repeats bit for bit, and drop notices of the libraries."""
+    transformers.utils.logging.set_verbosity_error()  # of the pooler, which the encoder leaves out
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def trained(
+    training: Training, encoder: CutEncoder, task: str, seed: int, arm: str, config: Mapping[str, Any]
+) -> TaskClassifier:
+    """A new adapter and head, trained.
+
+    Args:
+        training: how.
+        encoder: whose upper layers get the adapter.
+        task: of the packaged texts.
+        seed: of the examples, the adapter's start, the order of the batches, and dropout.
+        arm: "EFMLoRA" adds its callback.
+        config: of the module, and perhaps ``rho``.
+    """
+    own = dict(config)
+    callbacks = callbacks_of(arm, own.pop("rho", 0.0))
+    # Anew for each training, so that all adapters of a seed begin with one A, and all heads alike.
+    L.seed_everything(seed, verbose=False)
+    module = TaskClassifier(encoder, len(texts.TASKS[task].classes), **own)
+    examples = texts.shots(task, training.shots, seed)
+    trainer = L.Trainer(
+        # The kept states lie in the main memory, and steps are too small for a GPU to be faster.
+        accelerator="cpu",
+        precision=training.precision,
+        max_epochs=1,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        **BARE,
+    )
+    trainer.fit(module, training_batches(examples, encoder.states, training.batch_size, training.steps, seed))
+    return module
