@@ -190,10 +190,10 @@ class PartedData(ResumableData):
         is_held_out = self.shares[part] > 0 and all(now[name] == trained[name] for name in self.deciding)
         if place_of(dataset, split) == place_of(trained["dataset"], trained["split"]) and not is_held_out:
             read = split if dataset == self.dataset else dataset
-            held_out = " and ".join(f"{name} {trained[name]!r}" for name in self.deciding)
+            held_out = " of ".join(f"{name} {trained[name]!r}" for name in self.deciding)
             raise MisconfigurationException(
-                f"{part}: {read!r} is what the checkpoint's run was trained on, except for what its {held_out} hold "
-                "out: give these, or another split or file"
+                f"{part}: {read!r} is what the checkpoint's run was trained on, except for the {held_out}: give "
+                "these, or another split or file"
             )
 
     def source(self, split: str) -> str:
