@@ -86,6 +86,7 @@ class TextData(PartedData):
     predict_file: str | None = None
 
     packaged: ClassVar[str] = packaged_names(texts.TASKS)
+    deciding: ClassVar[tuple[str, ...]] = ("shares", "shots", "shots_seed")
     kinds: ClassVar[str] = "texts"
     least: ClassVar[dict[str, int]] = {"max_length": 1, "shots": 1, "text_tokens": 1, "test_rows": 1}
 
@@ -117,7 +118,12 @@ class TextData(PartedData):
 
     @override
     def is_wanted(self, part: str) -> bool:
-        return super().is_wanted(part) or (part == "validation" and self.shots is not None)
+        return super().is_wanted(part) or self.is_divided(part)
+
+    @override
+    def is_divided(self, part: str) -> bool:
+        is_drawn = part == "validation" and self.shots is not None and self.own_splits[part] is None
+        return is_drawn or super().is_divided(part)
 
     @override
     def problems(self) -> list[str]:

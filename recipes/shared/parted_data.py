@@ -137,6 +137,10 @@ class PartedData(ResumableData):
         """Whether a part must not be empty."""
         return part == "train" or self.own_splits[part] is not None or self.shares[part] > 0
 
+    def is_divided(self, part: str) -> bool:
+        """Whether a part takes rows of the training split, which do not train."""
+        return self.shares[part] > 0
+
     # -- stages
 
     @override
@@ -187,10 +191,10 @@ class PartedData(ResumableData):
             return
         dataset, split = self.place(part)
         now = self._trained_on()
-        is_held_out = self.shares[part] > 0 and all(now[name] == trained[name] for name in self.deciding)
+        is_held_out = self.is_divided(part) and all(now[name] == trained[name] for name in self.deciding)
         if place_of(dataset, split) == place_of(trained["dataset"], trained["split"]) and not is_held_out:
             read = split if dataset == self.dataset else dataset
-            held_out = " of ".join(f"{name} {trained[name]!r}" for name in self.deciding)
+            held_out = ", ".join(f"{name} {trained[name]!r}" for name in self.deciding)
             raise MisconfigurationException(
                 f"{part}: {read!r} is what the checkpoint's run was trained on, except for the {held_out}: give "
                 "these, or another split or file"
