@@ -48,7 +48,7 @@ class LoopMethod:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        rho: float | RhoSchedule,
+        rho: float | RhoSchedule | None = None,
         *,
         total_steps: int | None = None,
         **settings: Any,

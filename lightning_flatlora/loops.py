@@ -33,6 +33,7 @@ class EFMLoRA(LoopMethod):
         model: as the loop calls it, also after ``fabric.setup``, DDP or ``fully_shard``.
         optimizer: the one that trains the pairs, also as Fabric or accelerate has wrapped it.
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+            It has no default: None is refused.
         total_steps: optimizer steps of the run, for a schedule that spreads over it.
         settings: ``beta``, ``estimator`` and all others as in :class:`lightning_flatlora.EFMLoRA`.
 

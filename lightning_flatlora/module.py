@@ -52,7 +52,7 @@ class FMLoRASteps(_Base):
 
     def __init__(
         self,
-        rho: float | RhoSchedule,
+        rho: float | RhoSchedule | None = None,
         *,
         estimator: Estimator = "average",
         norm_scope: NormScope = "global",
@@ -180,6 +180,7 @@ class FMLoRAModule(FMLoRASteps, LightningModule):
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+            It has no default: None is refused.
         estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
         norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
         start_step: optimizer steps of plain LoRA before the first ascent.

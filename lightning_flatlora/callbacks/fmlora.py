@@ -30,6 +30,7 @@ class FMLoRA(MethodCallback):
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+            It has no default: None is refused.
         estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
         norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
         start_step: optimizer steps of plain LoRA before the first ascent.
@@ -50,7 +51,7 @@ class FMLoRA(MethodCallback):
 
     def __init__(
         self,
-        rho: float | RhoSchedule,
+        rho: float | RhoSchedule | None = None,
         *,
         estimator: Estimator = "average",
         norm_scope: NormScope = "global",
@@ -78,6 +79,7 @@ class EFMLoRA(MethodCallback):
 
     Args:
         rho: radius of the ball in full weight space, in the weights' units, >= 0; or a schedule over optimizer steps.
+            It has no default: None is refused.
         beta: weight of the fresh perturbation in the average, in (0, 1]; 1 keeps only the latest.
         estimator: "average" of both gradients' estimates (Eq. 12), or "projected", from B's gradient alone.
         norm_scope: "global", one ball over all pairs, or "layer", one of radius rho for each.
@@ -98,7 +100,7 @@ class EFMLoRA(MethodCallback):
 
     def __init__(
         self,
-        rho: float | RhoSchedule,
+        rho: float | RhoSchedule | None = None,
         *,
         beta: float = 0.9,
         estimator: Estimator = "average",

@@ -58,7 +58,7 @@ class StepMethod:
     # What is moved in its own dtype, in words; empty if nothing is.
     rounded: ClassVar[str] = "B"
 
-    size: InitVar[float | RhoSchedule]
+    size: InitVar[float | RhoSchedule | None]
     _: KW_ONLY
     more_problems: InitVar[Sequence[str]] = ()
     start_step: int = 0
@@ -69,10 +69,15 @@ class StepMethod:
     rho: RhoSchedule = field(init=False)
     perturbation: Perturbation | None = field(default=None, init=False)
 
-    def __post_init__(self, size: float | RhoSchedule, more_problems: Sequence[str]) -> None:
+    def __post_init__(self, size: Any, more_problems: Sequence[str]) -> None:
         # All problems are collected, so that a user need not run once for each.
         problems = []
-        if not isinstance(size, RhoSchedule) and not is_size(size):
+        if size is None and self.size_name == "rho":
+            problems.append(
+                "rho has to be given, since it depends on model and data: start from rho=0.05, and see the "
+                "documentation's page 'Choosing rho' for how to find a better value"
+            )
+        elif not isinstance(size, RhoSchedule) and not is_size(size):
             problems.append(f"{self.size_name} must be a finite number >= 0 or a RhoSchedule, got {size!r}")
         problems += checks.integer_problems("start_step", self.start_step, least=0)
         problems += checks.integer_problems("every_n_steps", self.every_n_steps, least=1)

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lightning_flatlora import AdapterCheckpoint
+from lightning_flatlora.callbacks.adapter_checkpoint.transfer import HINT
 
 HEAD = "net.base_model.model.head.weight"
 WEIGHTS = "adapter_model.safetensors"
@@ -58,7 +59,9 @@ def epochs(folder: Path) -> AdapterCheckpoint:
 
 
 def state(file: Path) -> dict[str, Any]:
-    return torch.load(file, weights_only=True)["state_dict"]
+    weights: dict[str, Any] = torch.load(file, weights_only=True)["state_dict"]
+    weights.pop(HINT, None)  # not in files of Lightning
+    return weights
 
 
 def assert_resumes(

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from checkpointed_bases import state
 from helpers import ResumableLoader, assert_no_trace, same, trainer_of, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from litgpt_models import (
@@ -111,7 +112,7 @@ def test_adapter_checkpoint_leaves_out_the_base_and_is_resumed(tmp_path: Path) -
     save = save_of(tmp_path, every_n_train_steps=3)
     train(whole, EFMLoRA(RHO, finder=litgpt_pairs), save, steps=5, loader=ResumableLoader(batches(10)))
     file = tmp_path / "step=3.ckpt"
-    saved = torch.load(file)["state_dict"]
+    saved = state(file)
     assert saved
     assert all("lora_" in name for name in saved)
     resumed = [EFMLoRA(RHO, finder=litgpt_pairs), save_of(tmp_path / "second")]

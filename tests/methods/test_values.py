@@ -14,7 +14,7 @@ from lightning_flatlora.methods.b_perturbation import EFMLoRAStep
 from lightning_flatlora.pairs.finders import litgpt_pairs
 
 BAD: dict[str, tuple[str, list[Any]]] = {
-    "rho": ("a finite number >= 0 or a RhoSchedule", [-1, math.nan, math.inf, "2", None, True]),
+    "rho": ("a finite number >= 0 or a RhoSchedule", [-1, math.nan, math.inf, "2", True]),
     "estimator": ("'average' or 'projected'", ["mean", None]),
     "norm_scope": ("'global' or 'layer'", ["all"]),
     "start_step": ("an integer >= 0", [-1, 1.5]),
@@ -34,7 +34,7 @@ OF_MODULES: dict[str, tuple[str, list[Any]]] = {
 
 
 def of_loop(name: str) -> Any:
-    def make(rho: Any, **settings: Any) -> Any:
+    def make(rho: Any = None, **settings: Any) -> Any:
         net = make_net()
         return getattr(loops, name)(net, torch.optim.SGD(net.parameters(), lr=0.1), rho, **settings)
 
@@ -69,6 +69,13 @@ def test_values(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(MisconfigurationException) as caught:
         EFMLoRAStep(**{"size": 1.0, **settings})
     assert str(caught.value) == f"EFMLoRA: {name} must be {allowed}, got {value!r}"
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_without_rho_the_error_says_where_a_value_comes_from(front_end: str) -> None:
+    assert "rho has to be given, since it depends on model and data: start from rho=0.05" in refused(
+        FRONT_ENDS[front_end], {"rho": None}
+    )
 
 
 @values(OF_MODULES)

@@ -49,7 +49,7 @@ def test_a_masked_model_learns_and_its_best_checkpoint_is_what_a_test_loads(robe
     assert saver.best_model_score > 0.9
     best = run("validate", roberta, glue, "sst2", f"--ckpt_path={saver.best_model_path}").trainer.callback_metrics
     assert best["val_score"] == saver.best_model_score
-    with pytest.raises(MisconfigurationException, match="was trained on, except for .*shots_seed 13: give these"):
+    with pytest.raises(MisconfigurationException, match=r"was trained on, except for .*shots_seed 13: give these"):
         run("validate", roberta, glue, "sst2", "--data.shots_seed=21", f"--ckpt_path={saver.best_model_path}")
     tested = run("test", roberta, glue, "sst2").trainer.callback_metrics
     assert set(tested) == {"test_loss", "test_accuracy", "test_score"}

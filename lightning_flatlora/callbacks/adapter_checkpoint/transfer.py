@@ -25,6 +25,9 @@ from lightning_flatlora.wrappers import parameters_of
 # The key under which a checkpoint says that it is one of ours. There it has the identities of what is "left_out", and
 # the "scalings" of the adapters, both by name.
 MARK = "lightning_flatlora_adapter"
+# A key of the state dict, without a weight. Lightning's load_from_checkpoint, which misses the base, ends its error by
+# the keys that it doesn't know.
+HINT = "this file leaves out the frozen base: load it by lightning_flatlora's load_adapter_checkpoint(module, path)"
 
 
 def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
@@ -56,7 +59,7 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
         state = {**whole, **{name: value for name, value in changed.items() if name not in base}}
         # peft may need more of the base, such as a resized embedding, where this rank has it whole.
         frozen = {} if sharded else {name: value for name, value in base.items() if value is not None}
-        slim = {**checkpoint, "state_dict": state, MARK: mark}
+        slim = {**checkpoint, "state_dict": {**state, HINT: torch.empty(0)}, MARK: mark}
         slim = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), slim)
         if strategy.is_global_zero:
             export.write(slim, frozen, Path(filepath), module, finder)
@@ -220,7 +223,7 @@ def _load_weights(
     model = trainer.strategy.model if trainer else None
     sharding, left_out = sharding_of(model), checkpoint[MARK]["left_out"]
     # A module's on_load_checkpoint may have completed the state dict by itself.
-    state = {name: value for name, value in checkpoint["state_dict"].items() if name not in left_out}
+    state = {name: value for name, value in checkpoint["state_dict"].items() if name not in {*left_out, HINT}}
     contents.trained_names(module).update(contents.plain_name(name) for name in state)
     kept, base = contents.divided_state(module, finder)
     for name, value in state.items():
