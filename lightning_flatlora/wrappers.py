@@ -89,8 +89,7 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
         )
     if any(parameter.device.type != parameter.device_mesh.device_type for parameter in sharded):
         problems.append(
-            "fully_shard's offload_policy must be left out: parameters would lie on the CPU, while E must be where "
-            "the layers run"
+            "fully_shard's offload_policy must be left out: E must be where the layers run, and parameters with it"
         )
     return problems
 

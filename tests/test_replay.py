@@ -191,5 +191,5 @@ def test_a_copy_shares_nothing(form: str) -> None:
 
 
 def test_what_can_be_read_only_once_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="a list_iterator can be read only once: let the loader give lists"):
+    with pytest.raises(RuntimeError, match="batch, a list_iterator, once more: let the loader give lists"):
         copied_batch({"parts": [iter([torch.ones(1)])]})

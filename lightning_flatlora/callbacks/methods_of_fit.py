@@ -136,8 +136,7 @@ class MethodsOfFit:
         if method.followed and method.step == 0 and trainer.global_step > 0:
             method.warn(
                 f"it was not part of this run until now, at step {trainer.global_step} of {method.horizon:g}. "
-                f"{method.argument} begins at its own step 0 and will not come to its end: set its total_steps to the "
-                "steps that are left"
+                f"{method.argument} begins now and will not end: set its total_steps to the steps that are left"
             )
 
     # -- the pairs
@@ -195,8 +194,7 @@ class MethodsOfFit:
         if self.needs_pairs and not self.main.pairs:
             self.main.warn(
                 "no pair is trained now, so nothing is perturbed: every B is frozen, in no optimizer, or computed from "
-                "other parameters, as by pruning. What is unfrozen and given to an optimizer later is perturbed from "
-                "the next epoch on"
+                "other parameters, as by pruning. What is unfrozen later is perturbed from the next epoch on"
             )
         for method in self.methods:
             method.warn_without_gradient()

@@ -88,9 +88,8 @@ class ProbeBatches:
         # It can't be taken back, so the run must not go on as if nothing had happened.
         if written is not None:
             raise MisconfigurationException(
-                f"FlatnessMonitor: {self._step.__name__} writes the parameter {written} in eval mode, in which it "
-                "measures, and no optimizer trains it, as a momentum encoder's: update it in on_train_batch_end, or "
-                "behind `if self.training`"
+                f"FlatnessMonitor: {self._step.__name__} writes the parameter {written} in eval mode, and no "
+                "optimizer trains it, as a momentum encoder's: update it in on_train_batch_end or if self.training"
             )
 
     def try_out(self) -> bool:
@@ -127,8 +126,7 @@ class ProbeBatches:
         without = len(self._batches) - len(usable)
         if usable and without:
             rank_zero_warn(
-                f"FlatnessMonitor: {name} returned None for {without} of {len(self._batches)} probe batches, which are "
-                "left out"
+                f"FlatnessMonitor: {name} returned None for {without} of {len(self._batches)} probe batches: left out"
             )
         # Where no batch has a loss now, there may be one later.
         self._batches = usable or self._batches

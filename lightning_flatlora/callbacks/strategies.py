@@ -42,9 +42,8 @@ def strategy_problems(trainer: Trainer, sync_ascent: bool, works_sharded: bool =
         size = strategy.device_mesh["tensor_parallel"].size()
         if size > 1:  # Lightning's default
             problems.append(
-                f"tensor_parallel_size must be 1, got {size}: a factor split over the ranks of one product is not "
-                f"supported. Use ModelParallelStrategy(data_parallel_size={strategy.world_size}, "
-                "tensor_parallel_size=1)"
+                f"tensor_parallel_size must be 1, got {size}, so that no product is split over ranks. Use "
+                f"ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1)"
             )
     if not problems and strategy.model is not None:
         problems = wrapping_problems(strategy.model, _unsynchronized(trainer, sync_ascent), takes_fsdp1=True)
@@ -94,10 +93,7 @@ def problems_before_wrapping(trainer: Trainer) -> list[str]:
     """What must be reported before the strategy wraps the model, because its own error would be misleading."""
     strategy = trainer.strategy
     if is_lightning(strategy, strategies.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
-        return [
-            "use_orig_params must be True, Lightning's default, got False: FSDP would make one parameter of several "
-            "factors. Leave it out"
-        ]
+        return ["use_orig_params must be True, Lightning's default: FSDP would make one parameter of several factors"]
     return []
 
 
@@ -115,8 +111,7 @@ def checkpoint_problems(strategy: strategies.Strategy) -> list[str]:
     """Why checkpoints of adapters can't be written under a strategy."""
     if is_lightning(strategy, strategies.DeepSpeedStrategy):
         return [
-            "DeepSpeed keeps weights and optimizer in a form of its own: use Lightning's ModelCheckpoint, or train "
-            "under DDP or FSDP"
+            "DeepSpeed keeps weights in a form of its own: use Lightning's ModelCheckpoint, or train under DDP or FSDP"
         ]
     return []
 

@@ -33,8 +33,7 @@ def rounding_problems(what: str, parameters: Iterable[nn.Parameter]) -> list[str
     if not low or not what:
         return []
     return [
-        f"{what} is kept in {low[0]}, so a small change of it may be rounded away. Keep it in float32, as with "
-        "precision='bf16-mixed'."
+        f"{what} is kept in {low[0]}, which may round a small change away. Use float32, as with precision='bf16-mixed'."
     ]
 
 

@@ -200,8 +200,7 @@ def copied_batch(batch: Any) -> Any:
         return copied
     if isinstance(batch, Iterator):
         raise RuntimeError(
-            f"a second pass over a batch needs the batch again, and a {type(batch).__name__} can be read only once: "
-            "let the loader give lists"
+            f"a second pass can't read the batch, a {type(batch).__name__}, once more: let the loader give lists"
         )
     if type(batch) in (list, tuple):
         return type(batch)(map(copied_batch, batch))

@@ -73,10 +73,7 @@ class StepMethod:
         # All problems are collected, so that a user need not run once for each.
         problems = []
         if size is None and self.size_name == "rho":
-            problems.append(
-                "rho has to be given, since it depends on model and data: start from rho=0.05, and see the "
-                "documentation's page 'Choosing rho' for how to find a better value"
-            )
+            problems.append("rho has to be given: start from rho=0.05, and see the documentation's page 'Choosing rho'")
         elif not isinstance(size, RhoSchedule) and not is_size(size):
             problems.append(f"{self.size_name} must be a finite number >= 0 or a RhoSchedule, got {size!r}")
         problems += checks.integer_problems("start_step", self.start_step, least=0)
@@ -259,10 +256,9 @@ class StepMethod:
         """Say, once, that no pair has had a gradient in the steps so far, if this is so."""
         if self._steps_without_gradient:
             self.warn(
-                f"no B of a pair{self.place} has had a gradient in any step so far, so the method had no effect "
-                "there: the loss must depend on what the adapted layers compute (not under torch.no_grad, not "
-                "detached), and the gradients must still be there in on_before_optimizer_step, which they are not if "
-                "an optimizer steps inside backward"
+                f"no B of a pair{self.place} has had a gradient so far, so the method had no effect there: the loss "
+                "must depend on the adapted layers (not under torch.no_grad, not detached), and the gradients must "
+                "last until on_before_optimizer_step, which they don't if an optimizer steps inside backward"
             )
 
     def warn(self, *problems: str) -> None:
@@ -290,8 +286,7 @@ class StepMethod:
             own, saved = getattr(self, name), state["settings"][name]
             if own != saved:
                 problems.append(
-                    f"{name} must be {saved!r} as in the checkpoint, got {own!r}: "
-                    "change it back, or start a new run from the weights"
+                    f"{name} must be {saved!r} as in the checkpoint, got {own!r}: change it back, or start anew"
                 )
         try:
             if not problems:

@@ -240,8 +240,7 @@ def _other_adapters(model: nn.Module) -> str | None:
         return (
             f"The model holds layers that look like another library's LoRA, {', '.join(sorted(others))}; without a "
             "finder only peft's are found. Give one, such as finder=lightning_flatlora.pairs.finders.litgpt_pairs, "
-            'torchtune_pairs, nemo_pairs, or PairsByName(a="lora_A", b="lora_B", scaling="scaling") with the names '
-            "that the layers have."
+            'torchtune_pairs, nemo_pairs, or PairsByName(a="lora_A", b="lora_B", scaling="scaling") with your names.'
         )
     if methods:
         found = ", ".join(sorted(methods))

@@ -77,6 +77,7 @@ class ResumableData(L.LightningDataModule):
         if loader is None:
             return {}
         place = {"epoch": loader.sampler.epoch, "ranks": loader.sampler.num_replicas, "trained": self._trained_on()}
+        place["examples"] = len(self.parts["train"])
         # Nothing of this epoch is left: a resumed run begins with the next one.
         if self.trainer and self.trainer.is_last_batch:
             return place | {"epoch": place["epoch"] + 1}
@@ -104,6 +105,12 @@ class ResumableData(L.LightningDataModule):
             rank_zero_warn(
                 f"The checkpoint is of {self._place['ranks']} devices and this run has {ranks}: the rest of its "
                 "epoch repeats examples and leaves others out"
+            )
+        before, now = self._place.get("examples"), len(self.parts["train"])
+        if before not in (None, now):
+            rank_zero_warn(
+                f"The checkpoint's run trained on {before} examples, and this one has {now}: it repeats some in this "
+                "epoch, leaves others out, and ends after another number of steps"
             )
         loader.sampler.set_epoch(self._place.get("epoch", 0))
         # An empty state makes the loader forget an iterator that it has begun, and start at the first batch.

@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a momentum encoder": (
         with_own(TeachesAlways)[0],
         {},
-        r"writes the parameter teacher\.weight in eval mode.*behind `if self.training`",
+        r"writes the parameter teacher\.weight in eval mode.*if self.training",
     ),
 }
 

@@ -136,6 +136,9 @@ def test_the_base_configuration_trains_any_model_on_any_file(tiny: str, tokenize
             quick("test", base, *options, held_out_late)
     with pytest.raises(MisconfigurationException, match=r"nothing to test on.*Give --data.test_split"):
         quick("test", base, *options)
+    Path(sums).write_text(2 * Path(sums).read_text())
+    with pytest.warns(UserWarning, match=f"trained on {len(rows)} examples, and this one has {2 * len(rows)}"):
+        quick("fit", base, *options, "--trainer.max_steps=2")
 
 
 def test_the_packaged_model_learns_and_its_checkpoint_is_small(tmp_path: Path) -> None:

@@ -108,8 +108,7 @@ class SavesAdapters(_Base):
         if unsafe:
             rank_zero_warn(
                 f"AdapterCheckpoint: PyTorch loads {', '.join(sorted(unsafe)[:3])} only from a file that you trust. "
-                "Leave such objects out by self.save_hyperparameters(ignore=[...]), or give weights_only=False with "
-                "ckpt_path"
+                "Leave them out by self.save_hyperparameters(ignore=[...]), or give weights_only=False with ckpt_path"
             )
 
     @override

@@ -40,8 +40,7 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     contents.note_rewritten(module)
     for problem in merge_problems(module):
         rank_zero_warn(
-            f"AdapterCheckpoint: at a save {problem}, as in on_validation_epoch_end. The base that a loader gives will "
-            "seem to be another one"
+            f"AdapterCheckpoint: at a save {problem}, as in on_validation_epoch_end. A loader's base will seem another"
         )
     kept, base = contents.divided_state(module, finder)
     sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
