@@ -35,6 +35,7 @@ class TextClassifier(FittingModule, PretrainedModel):
             first is logged as the score, too. None is accuracy, or both correlations.
         label_words: a word of one token for each class, which the model predicts where the data's template says; None
             gives the model a new head.
+        head_learning_rate: of what is trained beside the adapter, at its highest; None is ``learning_rate``.
         start_from: folder of another run's adapter, whose LoRA weights this one starts from; the head is new. Only
             `fit` reads it; a run that resumes from a checkpoint may leave it out.
         predictions: name of the file that `predict` writes, .jsonl or .csv.
@@ -47,6 +48,7 @@ class TextClassifier(FittingModule, PretrainedModel):
         self,
         metrics: str | list[str] | None = None,
         label_words: Mapping[str, str] | None = None,
+        head_learning_rate: float | None = None,
         start_from: str | None = None,
         predictions: str = "predictions.jsonl",
         **kwargs: Any,
@@ -55,6 +57,7 @@ class TextClassifier(FittingModule, PretrainedModel):
         self.wanted_metrics = [metrics] if isinstance(metrics, str) else metrics
         self.metric_names: list[str] = []
         self.readout = NewHead() if label_words is None else LabelWords(label_words)
+        self.head_learning_rate = head_learning_rate
         self.start_from = start_from
         self.writer = PredictionWriter(predictions, "texts")
         self.metrics = nn.ModuleDict()
@@ -89,6 +92,14 @@ class TextClassifier(FittingModule, PretrainedModel):
 
     def _validation_prefixes(self) -> list[str]:
         return ["val", *self.data.validation_parts[1:]]
+
+    @override
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        head = [parameter for name, parameter in trained if ".modules_to_save." in name]
+        adapter = [parameter for name, parameter in trained if ".modules_to_save." not in name]
+        rate = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
+        return [{"params": adapter}, {"params": head, "lr": rate}] if head else [{"params": adapter}]
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the classes, or the number, float32, (rows, classes or 1)."""

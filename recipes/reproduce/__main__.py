@@ -18,7 +18,7 @@ from recipes.reproduce.tables import TABLES
 from recipes.shared.ledger import StoppedError, each_once, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import precision_of_runs
-from recipes.studies.plan import Results, Shard
+from recipes.studies.plan import Results, Shard, shard
 
 WAITING = 75
 """The exit status while runs of this share wait for those of other shares: the system's name is EX_TEMPFAIL."""
@@ -81,22 +81,6 @@ def _plan(options: argparse.Namespace) -> Plan:
     results = Results(options.folder or Path("runs/reproduce") / table.name, KEY, options.shard)
     methods = each_once(options.methods or table.methods)
     return Plan(table, methods, tasks, seeds, options.protocol, results)
-
-
-def shard(text: str) -> Shard:
-    """The share that a text such as "2/8" names.
-
-    Raises:
-        argparse.ArgumentTypeError: it names none.
-
-    Example:
-        >>> shard("2/8")
-        Shard(number=2, count=8)
-    """
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a share such as 2/8, from 1/8 to 8/8")
-    return Shard(int(number), int(count))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,12 +1,15 @@
 """Which runs a study needs, which may start now, and what is chosen; several processes may share the runs."""
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from recipes.shared.ledger import Ledger, Row, StoppedError, entries
+from recipes.shared.ledger import Run as AnyKeyed
 from recipes.studies.choice import Judgement, best
 
 Config = dict[str, float]
@@ -69,6 +72,22 @@ class Shard:
         return place % self.count == self.number - 1
 
 
+def shard(text: str) -> Shard:
+    """The share that a text such as "2/8" names.
+
+    Raises:
+        argparse.ArgumentTypeError: it names none.
+
+    Example:
+        >>> shard("2/8")
+        Shard(number=2, count=8)
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a share such as 2/8, from 1/8 to 8/8")
+    return Shard(int(number), int(count))
+
+
 class Results:
     """The rows of all shares: each writes into a file of its own, since not every file system appends safely.
 
@@ -93,7 +112,12 @@ class Results:
         paths = [self.folder / f"{_RESULTS}.jsonl", *sorted(self.folder.glob(f"{_RESULTS}-*-of-*.jsonl"))]
         self._others = [Ledger(path, self._key) for path in paths if path != self.own.path]
 
-    def find(self, run: Run) -> Row | None:
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all files."""
+        return list(chain.from_iterable(ledger.rows for ledger in (self.own, *self._others)))
+
+    def find(self, run: AnyKeyed) -> Row | None:
         """The row of a run, or None while the run is not done."""
         for ledger in (self.own, *self._others):
             row = ledger.find(run)

@@ -12,7 +12,7 @@ def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool
     """Train, unless that has been done; a training that was stopped resumes from its last checkpoint.
 
     Args:
-        recipe: name of its folder.
+        recipe: name of its folder, or a module, with a dot in its name, that is a LightningCLI.
         folder: of the run.
         arguments: of the recipe's ``fit``.
         needs_monitor: refuse a training that keeps no checkpoint by a metric, before it begins.
@@ -30,6 +30,11 @@ def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool
     return written(folder / "fit.json")
 
 
+def module_of(recipe: str) -> str:
+    """The module that a recipe's name stands for; one with a dot in its name is a LightningCLI itself."""
+    return recipe if "." in recipe else f"recipes.{recipe}"
+
+
 def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> list[str]:
     """A recipe's command that leaves what it has found in a folder.
 
@@ -40,7 +45,7 @@ def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> l
         arguments: of the command. Options of the last callback are meant for the last one among them.
     """
     return [
-        *(sys.executable, "-m", f"recipes.{recipe}", name, *arguments),
+        *(sys.executable, "-m", module_of(recipe), name, *arguments),
         "--trainer.callbacks+=recipes.studies.result.RunResult",
         f"--trainer.callbacks.folder={folder}",
         *logging_in(folder / name),

@@ -1,0 +1,262 @@
+"""The runs of a search, which of them come next, and one of them, in a process of its own."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from recipes.shared.ledger import Row, commit, run_process
+from recipes.studies.choice import best
+from recipes.studies.plan import Results
+from recipes.studies.process import command, fit, written
+from recipes.tune.space import RHO, Config, Space, arguments, short, size, suggestion
+
+WITHOUT, WITH = "without", "with"
+SIDES = (WITHOUT, WITH)
+KEY = ("side", "config", "seed", "stage")
+SEARCH_SEEDS = (0, 1, 2)
+"""All trials are run with the first one, and the best third of them with the others."""
+FIRST_FRESH_SEED = 100
+_LEAST_REPEATED = 2  # trials of a side that are run with all seeds
+
+
+class Run(NamedTuple):
+    """A training.
+
+    Attributes:
+        side: "with" the perturbation, or "without".
+        config: its settings; without the perturbation rho is 0.
+        seed: of ``--seed_everything``.
+        stage: "search", or "final" for the winner of a side on seeds that have chosen nothing.
+        trial: its configuration's number.
+    """
+
+    side: str
+    config: Config
+    seed: int
+    stage: str
+    trial: int
+
+    def __str__(self) -> str:
+        return f"{self.side} the perturbation: {short(self.config)}, seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        """A path that no other run has."""
+        return f"{self.stage}/{short(self.config).replace(', ', '-').replace('/', '_')}/seed-{self.seed}"
+
+    def key(self) -> Row:
+        """The entries of its row that make it this run."""
+        return {name: getattr(self, name) for name in KEY}
+
+
+@dataclass
+class Search:
+    """A search on each side, with as many trials, and the winners of both on fresh seeds.
+
+    Attributes:
+        command: the name of a recipe's folder, or a module that is a LightningCLI.
+        options: of its ``fit``.
+        space: the settings of both sides.
+        radii: what the side with the perturbation may take as rho.
+        results: what is done, and the share of this process.
+        trials: of both sides together.
+        hours: of one process, from which the number of trials follows instead.
+        fresh: seeds of the winners.
+        metric: on validation; None is the one by which the configuration keeps its best checkpoint.
+        mode: "min" or "max"; None is the configuration's.
+        tests: judge the winners on the test data, and not on the validation data.
+    """
+
+    command: str
+    options: Sequence[str]
+    space: Space
+    radii: Sequence[str]
+    results: Results
+    trials: int = 20
+    hours: float | None = None
+    fresh: int = 5
+    metric: str | None = None
+    mode: str | None = None
+    tests: bool = False
+
+    # -- what there is to do
+
+    def next_run(self) -> Run | None:
+        """The next run of this share; None if there is none, or if it waits for those of other shares."""
+        places = list(product(range(self.trials_of_side()), SIDES))
+        for place, (number, side) in enumerate(places):
+            if number not in self.tried(side) and self.results.shard.has(place):
+                tried = [(row["config"], -judged(row)) for row in self.tried(side).values()]
+                config = suggestion(self.space_of(side), tried, number)
+                return Run(side, config, SEARCH_SEEDS[0], "search", number)
+        for place, run in enumerate([*self._repeats(), *self._finals()]):
+            if self.results.find(run) is None and self.results.shard.has(place):
+                return run
+        return None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all shares have done their runs."""
+        finals = self._finals()
+        return bool(finals) and all(self.results.find(run) is not None for run in finals)
+
+    def runs(self) -> int:
+        """How many runs there are in all."""
+        return self._runs(self.trials_of_side())
+
+    def _runs(self, trials: int) -> int:
+        return 2 * (trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1) + self.fresh)
+
+    def trials_of_side(self) -> int:
+        """The trials of each side; for a budget of hours one, until the first of both sides have shown their time."""
+        most = size(self.space)
+        if self.hours is None:
+            return min(most, self.trials // 2)
+        first = [self.tried(side)[0]["seconds"] for side in SIDES if 0 in self.tried(side)]
+        if len(first) < len(SIDES):
+            return 1
+        affordable = 3600 * self.hours * self.results.shard.count / (sum(first) / len(first))
+        trials = _LEAST_REPEATED
+        while trials < most and self._runs(trials + 1) <= affordable:
+            trials += 1
+        return min(most, trials)
+
+    def tried(self, side: str) -> dict[int, Row]:
+        """The finished trials of a side with the first seed, by their numbers."""
+        found = {}
+        for row in self.results.rows:
+            if row["side"] == side and row["stage"] == "search" and row["seed"] == SEARCH_SEEDS[0]:
+                found[row["trial"]] = row
+        return dict(sorted(found.items()))
+
+    def space_of(self, side: str) -> Space:
+        """The settings of a side and its rho, which is 0 without the perturbation."""
+        return {**self.space, RHO: ["0"] if side == WITHOUT else self.radii}
+
+    def _repeats(self) -> list[Run]:
+        """The best third of each side's trials with the other seeds; none while trials are missing."""
+        runs = []
+        for side in SIDES:
+            for row, seed in product(self.repeated(side), SEARCH_SEEDS[1:]):
+                runs.append(Run(side, row["config"], seed, "search", row["trial"]))
+        return runs
+
+    def repeated(self, side: str) -> list[Row]:
+        """The best third of a side's trials, which are run with all seeds; none while any side's trials are missing."""
+        wanted = self.trials_of_side()
+        if any(len(self.tried(each)) < wanted for each in SIDES):
+            return []
+        rows = list(self.tried(side).values())[:wanted]
+        return sorted(rows, key=judged, reverse=True)[: _repeated(wanted)]
+
+    def chosen(self, side: str) -> Config | None:
+        """The settings with the best mean over the seeds; None while a run is missing."""
+        trials, configs = [], []
+        for row in self.repeated(side):
+            rows = self.rows(side, row["config"], "search")
+            if len(rows) < len(SEARCH_SEEDS):
+                return None
+            trials.append([(judged(each),) for each in rows])
+            configs.append(row["config"])
+        return configs[best(trials)] if trials else None
+
+    def rows(self, side: str, config: Config, stage: str) -> list[Row]:
+        """The finished runs with these settings."""
+        seeds = SEARCH_SEEDS if stage == "search" else self._fresh_seeds()
+        rows = [self.results.find(Run(side, config, seed, stage, 0)) for seed in seeds]
+        return [row for row in rows if row is not None]
+
+    def _fresh_seeds(self) -> range:
+        return range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.fresh)
+
+    def _finals(self) -> list[Run]:
+        """The winners of both sides, seed by seed; none while one of them is not known."""
+        chosen = {side: self.chosen(side) for side in SIDES}
+        runs = []
+        for seed, (side, config) in product(self._fresh_seeds(), chosen.items()):
+            if None in chosen.values() or config is None:
+                return []
+            runs.append(Run(side, config, seed, "final", -1))
+        return runs
+
+    # -- a run
+
+    def arguments(self, config: Config, seed: int) -> list[str]:
+        """Of the command's ``fit``."""
+        given = [*self.options, *arguments(config), f"--seed_everything={seed}"]
+        if "." in self.command:  # a LightningCLI, which has no --rho
+            return [*given, "--trainer.callbacks+=lightning_flatlora.EFMLoRA", f"--trainer.callbacks.rho={config[RHO]}"]
+        return [*given, f"--rho={config[RHO]}"]
+
+    def perform(self, run: Run) -> Row:
+        """Train, and return the run's row, with its best ``value``, inf or -inf if it diverged.
+
+        Raises:
+            StoppedError: the run has failed, or the user has stopped it.
+            SystemExit: the run has not logged the metric.
+        """
+        began = time.perf_counter()
+        folder = self.results.folder / run.name
+        given = self.arguments(run.config, run.seed)
+        fitted = fit(self.command, folder, given, needs_monitor=self.metric is None)
+        metric = self.metric or fitted["monitor"]
+        # The configuration's mode belongs to its own metric.
+        mode = self.mode or (fitted["mode"] if metric == fitted["monitor"] else None)
+        mode = mode or ("min" if "loss" in metric else "max")
+        values = [validation[metric] for validation in fitted["validations"] if metric in validation]
+        if not values:
+            logged = sorted(set().union(*fitted["validations"]) - {"step"})
+            raise SystemExit(
+                f"{run} has logged no {metric} on validation, only {', '.join(logged) or 'nothing'}. If it ended "
+                "before its first validation, make the epoch shorter with --trainer.limit_train_batches in place of "
+                "--trainer.max_steps"
+            )
+        value = best_of(values, mode)
+        if run.stage == "final" and self.tests:
+            value = self._tested(folder, given, metric, fitted)
+        if run.stage == "search":
+            # With their optimizers, the checkpoints of all trials would fill a disk.
+            for file in folder.glob("fit/checkpoints/*.ckpt"):
+                file.unlink()
+        seconds = time.perf_counter() - began
+        judgement = {"metric": metric, "mode": mode, "value": value}
+        return {**run.key(), "trial": run.trial, **judgement, "seconds": seconds, "commit": commit()}
+
+    def _tested(self, folder: Path, given: Sequence[str], metric: str, fitted: Row) -> float:
+        """The metric of the kept checkpoint on the test data."""
+        if not (folder / "test.json").exists():
+            kept = fitted["best"] or fitted["last"]
+            run_process(command(self.command, "test", folder, [*given, f"--ckpt_path={kept}"]))
+        tested = written(folder / "test.json")
+        name = metric.replace("val", "test", 1)
+        if name not in tested:
+            raise SystemExit(f"the test has logged no {name}, only {', '.join(sorted(tested))}")
+        return float(tested[name])
+
+
+def _repeated(trials: int) -> int:
+    """How many of a side's trials are run with all seeds."""
+    return min(trials, max(_LEAST_REPEATED, math.ceil(trials / 3)))
+
+
+def judged(row: Row) -> float:
+    """What a run is judged by, of which more is better."""
+    value = float(row["value"])
+    return -value if row["mode"] == "min" else value
+
+
+def best_of(values: Sequence[float], mode: str) -> float:
+    """The best of the values that are finite, or the worst number there is.
+
+    Example:
+        >>> best_of([0.5, 0.25, float("nan")], "min"), best_of([float("nan")], "max")
+        (0.25, -inf)
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if mode == "min":
+        return min(finite, default=math.inf)
+    return max(finite, default=-math.inf)

@@ -1,0 +1,105 @@
+"""What a search sets: options of `fit`, and the values that are tried."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.logging import WARNING, set_verbosity
+from optuna.samplers import TPESampler
+from optuna.study import create_study
+from optuna.trial import create_trial
+
+Config = dict[str, str]
+"""The value of each setting, as it stands on the command line."""
+Space = Mapping[str, Sequence[str]]
+"""The values of each setting. Options that change together, as in "model.lora.r/model.lora.lora_alpha", are one."""
+
+RHO = "rho"
+_STARTUP = 4  # trials at random, before the sampler learns from them
+_ATTEMPTS = 100  # to find a configuration that has not been tried
+
+_RATES = ["5e-5", "1e-4", "2e-4", "5e-4", "1e-3", "2e-3"]
+_DROPOUTS = ["0", "0.1", "0.5", "0.9"]
+_RANK = "model.lora.r/model.lora.lora_alpha"
+# alpha follows the rank, so that the scaling s, and with it the size of an update, stays.
+_SPACE: Space = {"model.learning_rate": _RATES, "model.lora.lora_dropout": _DROPOUTS, _RANK: ["2/4", "8/16"]}
+SPACES: Mapping[str, Space] = {
+    "classification": {**_SPACE, "model.head_learning_rate": ["null", "1e-3", "4e-3"]},
+    "instruction_tuning": _SPACE,
+    "nlg": _SPACE,
+    "vqa": _SPACE,
+    "clip_fewshot": {**_SPACE, _RANK: ["2/1", "8/2"]},  # its scaling is alpha / sqrt(r)
+    "clip_contrastive": _SPACE,
+}
+"""What is searched in a recipe, beside rho, if the user does not say it."""
+
+
+def arguments(config: Config) -> list[str]:
+    """The settings as options of `fit`, without rho.
+
+    Example:
+        >>> arguments({"model.lora.r/model.lora.lora_alpha": "2/4", "rho": "0.5"})
+        ['--model.lora.r=2', '--model.lora.lora_alpha=4']
+    """
+    given = []
+    for name, value in config.items():
+        if name != RHO:
+            given += [f"--{option}={each}" for option, each in pairs(name, value)]
+    return given
+
+
+def pairs(name: str, value: str) -> list[tuple[str, str]]:
+    """Each option of a setting, with its value.
+
+    Raises:
+        ValueError: there is not a value for each option.
+    """
+    options = name.split("/")
+    values = value.split("/") if len(options) > 1 else [value]
+    return list(zip(options, values, strict=True))
+
+
+def short(config: Config) -> str:
+    """For people, and for the name of a folder.
+
+    Example:
+        >>> short({"model.learning_rate": "1e-3", "model.lora.r/model.lora.lora_alpha": "2/4", "rho": "0.5"})
+        'learning_rate=1e-3, r=2, rho=0.5'
+    """
+    shown = []
+    for name, value in config.items():
+        option, first = pairs(name, value)[0]
+        shown.append(f"{option.rpartition('.')[2]}={first}")
+    return ", ".join(shown)
+
+
+def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> Config:
+    """A configuration that has not been tried, by Optuna's tree-structured Parzen estimator.
+
+    Equal arguments give equal suggestions, so that a run that was stopped is found again.
+
+    Args:
+        space: to search.
+        tried: what has been tried, and what came of it; the less the better.
+        number: of the trial.
+    """
+    set_verbosity(WARNING)
+    distributions: dict[str, BaseDistribution] = {}
+    for name, values in space.items():
+        distributions[name] = CategoricalDistribution(values)
+    for attempt in range(_ATTEMPTS):
+        sampler = TPESampler(seed=number * _ATTEMPTS + attempt, n_startup_trials=_STARTUP, multivariate=True)
+        study = create_study(sampler=sampler)
+        for config, value in tried:
+            study.add_trial(create_trial(params=config, distributions=distributions, value=value))
+        found: Config = study.ask(distributions).params
+        if all(found != config for config, _ in tried):
+            return found
+    configs = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+    return next(found for found in configs if all(found != config for config, _ in tried))
+
+
+def size(space: Space) -> int:
+    """How many configurations there are."""
+    return math.prod(len(values) for values in space.values())

@@ -1,0 +1,188 @@
+"""The search with the perturbation and without it: what is tried, run, shared and resumed, and what it says."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from recipes.shared.cli import RecipeCLI
+from recipes.shared.configs import RECIPES
+from recipes.shared.ledger import Row, StoppedError
+from recipes.studies.plan import Results, Shard
+from recipes.tune.__main__ import main
+from recipes.tune.report import Answer, draw
+from recipes.tune.search import KEY, SIDES, WITH, WITHOUT, Run, Search
+from recipes.tune.space import arguments, suggestion
+
+pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
+
+EFMLORA = RECIPES / "configs" / "methods" / "efmlora.yaml"
+ONE = Shard()
+SPACE = {"model.lr": ["1e-4", "1e-3", "1e-2"], "model.r/model.alpha": ["2/4", "8/16"]}
+
+
+@pytest.fixture
+def options(tiny: str, tmp_path: Path) -> list[str]:
+    """Four trials, and two fresh seeds, of a small classification."""
+    sentences = [{"text": f"The {('cat', 'dog')[i % 2]} number {i}", "label": ("cat", "dog")[i % 2]} for i in range(60)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(sentence) for sentence in sentences))
+    return [
+        *("classification", "--budget=4", "--fresh=2", "--rho", "0.1", "0.5", f"--folder={tmp_path / 'search'}"),
+        *("--try", "model.learning_rate", "1e-3", "1e-2", "--try", "model.head_learning_rate", "null", "1e-2"),
+        *(f"--config={RECIPES / 'classification' / 'configs' / 'base.yaml'}", f"--config={EFMLORA}"),
+        *(f"--model.model={tiny}", "--model.lora.target_modules=[q_proj,v_proj]", f"--data.dataset={data}"),
+        *("--data.validation_share=0.15", "--data.test_share=0.15", "--trainer.max_steps=2", "--trainer.devices=1"),
+        *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.val_check_interval=2"),
+        *("--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"),
+    ]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """The commands that were run, in this process; the third one is stopped."""
+    commands: list[Sequence[str]] = []
+
+    def run_here(command: Sequence[str]) -> None:
+        commands.append(command)
+        if len(commands) == 3:
+            raise StoppedError(130)
+        RecipeCLI(list(command[3:]))  # behind python -m recipes.classification
+
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))  # for the process that writes best.yaml
+    for module in ("recipes.studies.process", "recipes.tune.search"):
+        monkeypatch.setattr(f"{module}.run_process", run_here)
+    return commands
+
+
+def test_a_search_is_run_once_resumed_and_answered(
+    options: list[str], started: list[Sequence[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "--test"]) == 130
+    assert "The same command resumes" in capsys.readouterr().out
+    assert main([*options, "--test"]) == 0
+    # Four trials of one seed, each repeated with two more, two winners with two fresh seeds, four tests, and one stop.
+    rows = [json.loads(line) for line in (tmp_path / "search" / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 + 8 + 4
+    assert len(started) == len(rows) + 4 + 1
+    assert list(started[2]) == list(started[3])
+    for side in SIDES:
+        of_side = [row for row in rows if row["side"] == side]
+        assert [(row["stage"], row["seed"]) for row in of_side if row["stage"] == "final"] == [
+            ("final", 100),
+            ("final", 101),
+        ]
+        assert {row["config"]["rho"] == "0" for row in of_side} == {side == WITHOUT}
+    assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
+    out = capsys.readouterr().out
+    assert "on test data" in out
+    assert "One more hour buys" in out
+    best = yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())
+    assert best["model"]["class_path"] == "recipes.classification.module.TextClassification"
+    assert (tmp_path / "search" / "trials.png").stat().st_size > 0
+    assert not list(tmp_path.glob("search/search/**/*.ckpt"))
+    # Nothing is run again, more seeds can be bought, and rows of other options can't be compared with those.
+    assert main([*options, "--test"]) == 0
+    assert len(started) == 21
+    with pytest.raises(MisconfigurationException, match="name another folder"):
+        main(options)
+
+
+def finished(folder: Path, shard: Shard = ONE, **settings: Any) -> tuple[Search, list[Run]]:
+    """A search whose runs take no time: without the perturbation 1e-2 and rank 2 are best, with it rho 5."""
+    search = Search("my.cli", [], SPACE, ["0.5", "5"], Results(folder, KEY, shard), **settings)
+    runs = []
+    run = search.next_run()
+    while run is not None:
+        rate, rank = run.config["model.lr"], run.config["model.r/model.alpha"]
+        value = 1.0 - 10 * float(rate) + (rank == "8/16") - 0.1 * float(run.config["rho"]) + run.seed / 1000
+        row: Row = {
+            **run.key(),
+            "trial": run.trial,
+            "metric": "val_loss",
+            "mode": "min",
+            "value": value,
+            "seconds": 36.0,
+        }
+        search.results.own.append(row)
+        search.results.reload()
+        runs.append(run)
+        run = search.next_run()
+    return search, runs
+
+
+def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) -> None:
+    search, runs = finished(tmp_path, trials=12)
+    tried = {side: list(search.tried(side).values()) for side in SIDES}
+    assert [len(rows) for rows in tried.values()] == [6, 6]
+    assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that there are
+    assert search.chosen(WITHOUT) == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
+    assert len(runs) == search.runs() == 12 + 2 * 2 * 2 + 2 * 5
+    assert draw(search).axes[0].get_legend_handles_labels()[1][0] == "rho 0"
+    assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
+
+
+def test_shares_do_the_same_runs_and_wait_for_each_other(tmp_path: Path) -> None:
+    first, done = finished(tmp_path, Shard(1, 2), trials=8)
+    assert {run.side for run in done} == {WITHOUT}
+    assert not first.is_finished
+    second, _ = finished(tmp_path, Shard(2, 2), trials=8)
+    assert not second.is_finished  # the first share has repeats and finals to do now
+    for shard in (Shard(1, 2), Shard(2, 2), Shard(1, 2)):
+        last, _ = finished(tmp_path, shard, trials=8)
+    assert last.is_finished
+
+
+def test_a_budget_of_hours_becomes_trials_when_the_first_ones_are_done(tmp_path: Path) -> None:
+    search, runs = finished(tmp_path, hours=0.26)  # 26 runs of 36 seconds
+    assert search.trials_of_side() == 4
+    assert len(runs) == 2 * (4 + 4 + 5)
+
+
+def test_a_suggestion_is_new_and_the_same_again() -> None:
+    tried: list[tuple[dict[str, str], float]] = []
+    for number in range(6):
+        found = suggestion(SPACE, tried, number)
+        assert found == suggestion(SPACE, tried, number)
+        assert found not in [config for config, _ in tried]
+        tried.append((found, math.inf if number == 2 else float(number)))
+
+
+def answer_of(without: Sequence[float], perturbed: Sequence[float], less_is_better: bool = True) -> Answer:
+    values = {WITHOUT: dict(enumerate(without)), WITH: dict(enumerate(perturbed))}
+    return Answer({WITHOUT: {"rho": "0"}, WITH: {"rho": "5"}}, values, less_is_better, seconds=180.0)
+
+
+def test_the_answer_is_one_sentence_with_its_doubt() -> None:
+    better = answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6])
+    assert better.verdict().startswith("Use it, with rho=5: it is better by 0.4823 to 0.511 (95 %")
+    assert better.winner == WITH
+    assert answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6], less_is_better=False).verdict().startswith("Don't: without it")
+    unknown = answer_of([1.0, 1.2, 1.1], [1.1, 1.0, 1.2])
+    assert unknown.verdict().startswith("Not known yet: it is between ")
+    assert unknown.winner == WITHOUT
+    assert answer_of([1.0, 1.2], [0.5, math.inf]).verdict().startswith("Not known yet: runs have diverged")
+    assert better.one_more_hour().startswith("One more hour buys 10 more seeds of both sides (--fresh 13)")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["vqa", "--rho", "-1"], "different numbers above 0, got -1"),
+        (["vqa", "--rho", "1", "1"], "different numbers"),
+        (["vqa", "--budget", "2"], "at least 4, or hours, as in 2h: got 2"),
+        (["vqa", "--fresh", "1"], "--fresh must be at least 2"),
+        (["vqa", "--try", "a/b", "1/2", "3"], "each value must have 2 parts"),
+        (["no_recipe"], "no_recipe is no recipe: there are classification"),
+        (["my.cli"], "say what is searched"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_first_run(wrong: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        main(wrong)
+    assert list(tmp_path.iterdir()) == []
