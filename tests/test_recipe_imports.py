@@ -13,7 +13,7 @@ import recipes
 ROOT = Path(recipes.__file__).parent
 SHARED = ("shared", "language", "clip", "studies")
 RECIPES = ("classification", "instruction_tuning", "nlg", "clip_contrastive", "clip_fewshot", "vqa")
-PROGRAMS = ("demo", "benchmarks", "report", "reproduce", "choose_rho")
+PROGRAMS = ("demo", "benchmarks", "report", "reproduce", "tune")
 
 
 def folders_imported_by(path: Path) -> set[str]:

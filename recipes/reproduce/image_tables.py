@@ -2,7 +2,6 @@
 
 from itertools import product
 
-from recipes.clip_fewshot.table import PUBLISHED
 from recipes.reproduce.table import USUAL_GRIDS, Metric, Published, Table, Task
 
 _IMAGES = {
@@ -13,6 +12,14 @@ _IMAGES = {
     "dtd": "DTD",
 }
 _SHOTS = (1, 4, 16)
+# Accuracy in % with each of these numbers of images.
+_CLIP_LORA = {
+    "eurosat": "72.3 84.9 92.1",
+    "oxford_pets": "92.3 91.0 92.4",
+    "flowers102": "83.2 93.7 98.0",
+    "caltech101": "93.7 95.2 96.4",
+    "dtd": "54.3 63.8 72.0",
+}
 
 
 def _few_images(dataset: str, shots: int) -> Task:
@@ -30,12 +37,13 @@ def _few_images(dataset: str, shots: int) -> Task:
 _FEW_IMAGES = {f"{name}_{shots}": _few_images(name, shots) for name, shots in product(_IMAGES, _SHOTS)}
 
 
-def _of_recipe(name: str) -> Published:
-    """The figures that the recipe's own sweep shows."""
-    values: dict[str, str] = {}
-    for dataset, by_shots in PUBLISHED[name]["accuracy"].items():
-        values |= {f"{dataset}_{shots}": f"{value}" for shots, value in by_shots.items()}
-    return Published(name, PUBLISHED[name]["source"], values)
+def _published() -> Published:
+    values = {}
+    for dataset, of_shots in _CLIP_LORA.items():
+        for shots, value in zip(_SHOTS, of_shots.split(), strict=True):
+            values[f"{dataset}_{shots}"] = value
+    source = "Zanella and Ben Ayed, arXiv 2405.18541: ViT-B/16, accuracy in %, mean over 3 seeds, CoOp's parts"
+    return Published("CLIP-LoRA", source, values)
 
 
 TABLE4 = Table(
@@ -50,7 +58,7 @@ TABLE4 = Table(
     choice="accuracy",
     keeps="last",
     precision="recipe",
-    published=(_of_recipe("CLIP-LoRA"),),
+    published=(_published(),),
     notes=(
         "CLIP-LoRA has one learning rate for all sets and takes the last weights, without validation. Here settings "
         "are chosen by as many validation images of each class as there are shots, 4 at most.",

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from recipes.studies.plan import Config
+Config = dict[str, float]
+"""A method's settings, by name."""
 
 LEARNING_RATE = "learning_rate"
 BASELINE = "lora"

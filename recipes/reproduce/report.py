@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 from recipes.reproduce.methods import BASELINE, METHODS, same_run
 from recipes.reproduce.plan import Plan
-from recipes.reproduce.run import Run
+from recipes.reproduce.run import Part, Run
 from recipes.reproduce.table import Metric
 from recipes.shared.ledger import Row
 from recipes.shared.statistics import mean_cell
 from recipes.shared.tables import markdown
-from recipes.studies.plan import Part
 
 
 def plan_text(plan: Plan) -> str:

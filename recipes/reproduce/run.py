@@ -6,32 +6,46 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from typing_extensions import override
-
-from recipes.reproduce.methods import METHODS
+from recipes.reproduce.methods import METHODS, Config
 from recipes.reproduce.table import Table
 from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, commit, run_process
-from recipes.studies.plan import KEY as STUDY_KEY
-from recipes.studies.plan import Run as StudyRun
 from recipes.studies.process import command, fit, written
 from recipes.studies.result import OF_THE_CHOICE
 
+Part = Literal["validation", "test"]
+_OWN = ("task", "method", "config", "seed", "part")
+KEY = ("table", *_OWN, "max_steps", "start")
 _VALIDATIONS = 4  # of a shortened run
 
 
 @dataclass(frozen=True)
-class Run(StudyRun):
-    """A training and, with the part "test", a test of the weights that it keeps.
+class Run:
+    """A training with one configuration of a method and, with the part "test", a test of the weights that it keeps.
 
     Attributes:
+        task: model and data, by their name.
+        method: its name.
+        config: its configuration.
+        seed: of all that is random.
+        part: to be judged on, "validation" to choose a configuration by, "test" with the chosen one.
         table: that the run is for.
         start: the run whose adapter this one starts from.
     """
 
+    task: str
+    method: str
+    config: Config
+    seed: int
+    part: Part
     table: Table
     start: "Run | None" = None
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.config.items())
+        return f"{self.task}, {self.method}, {chosen}, seed {self.seed}, {self.part}"
 
     @property
     def max_steps(self) -> int | None:
@@ -46,20 +60,18 @@ class Run(StudyRun):
         return self.max_steps or self.table.tasks[self.task].steps
 
     @property
-    @override
     def name(self) -> str:
+        """A path that no other run of the table has."""
         settings = "-".join(f"{name}={value:g}" for name, value in self.config.items())
         start = "" if self.start is None else f"-from-{hashlib.sha256(self.start.name.encode()).hexdigest()[:8]}"
         part = self.part if self.max_steps is None else f"{self.part}-{self.max_steps}"
         return f"{self.task}/{part}/{self.method}-{settings}{start}/seed-{self.seed}"
 
-    @override
     def key(self) -> Row:
+        """The first entries of its row, which make it this run."""
         start = None if self.start is None else self.start.name
-        return {"table": self.table.name, **super().key(), "max_steps": self.max_steps, "start": start}
-
-
-KEY = ("table", *STUDY_KEY, "max_steps", "start")
+        own = {name: getattr(self, name) for name in _OWN}
+        return {"table": self.table.name, **own, "max_steps": self.max_steps, "start": start}
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,7 @@ class RecipeCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, recipe: str = "", **settings: Any) -> None:
         self._recipe = recipe
         if recipe:
-            parser_kwargs = {"prog": f"python -m recipes.{recipe}"}
-            settings["parser_kwargs"] = {**parser_kwargs, **settings.get("parser_kwargs", {})}
+            settings["parser_kwargs"] = {"prog": f"python -m recipes.{recipe}"}
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,

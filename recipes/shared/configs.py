@@ -6,7 +6,6 @@ from typing import Any
 import yaml
 
 RECIPES = Path(__file__).parent.parent
-STRATEGIES = RECIPES / "configs" / "strategies"
 _NO_METHODS = ("AdapterCheckpoint", "FlatnessMonitor")
 """Callbacks of the package that leave the training as it is."""
 
@@ -20,12 +19,6 @@ def method_file(recipe: str, method: str) -> Path:
     """The overlay of a method: the recipe's own, or else the one that all recipes share."""
     specific = RECIPES / recipe / "configs" / "methods" / f"{method}.yaml"
     return specific if specific.exists() else RECIPES / "configs" / "methods" / f"{method}.yaml"
-
-
-def config_arguments(recipe: str, method: str) -> list[str]:
-    """The recipe's base and the overlay of a method, "lora" for none, as arguments of the command line."""
-    files = [base_file(recipe)] if method == "lora" else [base_file(recipe), method_file(recipe, method)]
-    return [f"--config={path}" for path in files]
 
 
 def methods_of(recipe: str) -> list[str]:

@@ -1,12 +1,8 @@
-"""The methods that the demos and the sweeps compare."""
+"""The methods that the demos and the benchmarks compare."""
 
 import lightning as L
 
 from lightning_flatlora import EFMLoRA, FMLoRA
-
-# FMLoRAModule is FMLoRA in manual optimization: each recipe has one, whose name ends in FM.
-TITLES = {"lora": "LoRA", "efmlora": "EFMLoRA", "fmlora": "FMLoRA", "fmlora_manual": "FMLoRAModule"}
-"""By the names that configurations have, and rows of results."""
 
 OURS = ("LoRA", "EFMLoRA", "FMLoRA")
 """Titles of what the benchmarks compare."""

@@ -21,8 +21,8 @@ from recipes.shared.files import write_whole
 from recipes.shared.ledger import Row, StoppedError, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.tables import print_and_write
-from recipes.studies.plan import Results, Shard, shard
 from recipes.studies.process import module_of
+from recipes.studies.results import Results, Shard, shard
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import KEY, Run, Search
 from recipes.tune.space import SPACES, Space, pairs

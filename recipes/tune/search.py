@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from recipes.shared.ledger import Row, commit, run_process
 from recipes.studies.choice import best
-from recipes.studies.plan import Results
 from recipes.studies.process import command, fit, written
+from recipes.studies.results import Results
 from recipes.tune.space import RHO, Config, Space, arguments, short, size, suggestion
 
 WITHOUT, WITH = "without", "with"

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES, STRATEGIES, config_arguments
+from recipes.shared.configs import RECIPES, base_file, method_file
+
+STRATEGIES = RECIPES / "configs" / "strategies"
+
+
+def config_arguments(recipe: str, method: str) -> list[str]:
+    """The recipe's base and the overlay of a method, "lora" for none, as arguments of the command line."""
+    files = [base_file(recipe)] if method == "lora" else [base_file(recipe), method_file(recipe, method)]
+    return [f"--config={path}" for path in files]
 
 
 def packaged_arguments(recipe: str, method: str = "lora") -> list[str]:

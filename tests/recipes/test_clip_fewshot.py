@@ -12,17 +12,17 @@ import torch
 from clip_contrastive_runs import CLIP, save_model
 from clip_fewshot_runs import data_of, filled, options_of
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from recipe_runs import config_arguments
 from recipe_runs import trainer as plain_trainer
 from torch import nn
 
 from recipes.clip.export import export
 from recipes.clip.images import image_files
 from recipes.clip_fewshot import sources
-from recipes.clip_fewshot.__main__ import main
 from recipes.clip_fewshot.data import FewShotData
 from recipes.clip_fewshot.evaluation import Evaluation
 from recipes.clip_fewshot.module import FewShot
-from recipes.shared.configs import config_arguments
+from recipes.shared.cli import RecipeCLI
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -111,7 +111,7 @@ def test_metrics_are_those_of_the_definitions() -> None:
 
 def run(command: str, method: str, model: str, images: Path, *options: str) -> Any:
     given = [*options_of(model, str(images)), "--trainer.accelerator=cpu", *options]
-    return main([command, *config_arguments("clip_fewshot", method), *given])
+    return RecipeCLI([command, *config_arguments("clip_fewshot", method), *given])
 
 
 def test_a_run_follows_the_protocol(tiny_clip: str, images: Path, tmp_path: Path) -> None:

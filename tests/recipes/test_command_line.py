@@ -7,8 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI, one_command
+from recipe_runs import config_arguments
 
-from recipes.shared.configs import config_arguments, is_method
+from recipes.shared.configs import is_method
 
 pytestmark = pytest.mark.usefixtures("command_line")
 

@@ -11,12 +11,11 @@ import pytest
 import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI
+from recipe_runs import STRATEGIES, config_arguments
 
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import (
     RECIPES,
-    STRATEGIES,
-    config_arguments,
     methods_of,
     shipped_configs,
 )

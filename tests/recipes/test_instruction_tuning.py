@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recipe_runs import packaged_arguments, quick, trainer
+from recipe_runs import config_arguments, packaged_arguments, quick, trainer
 from torch import Tensor
 
 from lightning_flatlora import AdapterCheckpoint, EFMLoRA
@@ -16,7 +16,6 @@ from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
 from recipes.language.chat import IGNORED
 from recipes.language.model import answer_log_likelihood
-from recipes.shared.configs import config_arguments
 from recipes.shared.random_state import RandomState
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")

@@ -19,8 +19,8 @@ from recipes.reproduce.run import KEY, Place, Run, score, validated
 from recipes.reproduce.table import Table
 from recipes.reproduce.tables import TABLES
 from recipes.shared.ledger import Row, StoppedError
-from recipes.studies.plan import Results, Shard
 from recipes.studies.process import command
+from recipes.studies.results import Results, Shard
 
 GRIDS = {"lora_dropout": (0.0, 0.1), "rho": (0.0, 0.05), "lora_rho": (0.0, 0.1), "sigma": (0.0, 0.1), "alpha": (0.0, 1)}
 

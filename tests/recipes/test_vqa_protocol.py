@@ -8,11 +8,12 @@ import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
+from recipe_runs import config_arguments
 from vqa_kinds import OWN_CLASSES, qwen2_5_vl
 from vqa_sets import QUICK, save_scienceqa, save_vizwiz, save_vizwiz_hub, saved
 
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import RECIPES, config_arguments
+from recipes.shared.configs import RECIPES
 from recipes.vqa.model import load_processor
 from recipes.vqa.module import VQA
 
