@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         help="values of an option of fit, in place of what the recipe searches; may be given several times, and the "
         "picture is drawn against the first. Options that change together: model.lora.r/model.lora.lora_alpha 2/4 8/16",
     )  # fmt: skip
-    parser.add_argument("--rho", nargs="+", default=["0.05", "0.5", "5"], help="radii; default 0.05 0.5 5")
+    parser.add_argument("--rho", nargs="+", default=["0.05", "0.5", "2", "8"], help="radii; default 0.05 0.5 2 8")
     parser.add_argument("--fresh", type=int, default=5, help="seeds on which the winners are compared; default 5")
     parser.add_argument("--test", action="store_true", help="compare them on the test data, not on validation data")
     parser.add_argument("--metric", help="that validation logs; default: the one by which checkpoints are kept")

@@ -12,7 +12,7 @@ from recipes.shared.ledger import Row, commit, run_process
 from recipes.studies.choice import best
 from recipes.studies.process import command, fit, written
 from recipes.studies.results import Results
-from recipes.tune.space import RHO, Config, Space, arguments, short, size, suggestion
+from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestion
 
 WITHOUT, WITH = "without", "with"
 SIDES = (WITHOUT, WITH)
@@ -29,7 +29,7 @@ class Run(NamedTuple):
     Attributes:
         side: "with" the perturbation, or "without".
         config: its settings; without the perturbation rho is 0.
-        seed: of ``--seed_everything``.
+        seed: of ``--seed_everything`` and, in a recipe, of the data.
         stage: "search", or "final" for the winner of a side on seeds that have chosen nothing.
         trial: its configuration's number.
     """
@@ -190,7 +190,7 @@ class Search:
         given = [*self.options, *arguments(config), f"--seed_everything={seed}"]
         if "." in self.command:  # a LightningCLI, which has no --rho
             return [*given, "--trainer.callbacks+=lightning_flatlora.EFMLoRA", f"--trainer.callbacks.rho={config[RHO]}"]
-        return [*given, f"--rho={config[RHO]}"]
+        return [*given, *(f"--{name}={seed}" for name in seeds_of(self.command)), f"--rho={config[RHO]}"]
 
     def perform(self, run: Run) -> Row:
         """Train, and return the run's row, with its best ``value``, inf or -inf if it diverged.

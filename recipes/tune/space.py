@@ -35,6 +35,11 @@ SPACES: Mapping[str, Space] = {
 """What is searched in a recipe, beside rho, if the user does not say it."""
 
 
+def seeds_of(recipe: str) -> list[str]:
+    """The options of a recipe that seed its data: the order of the batches, and which few examples are taken."""
+    return ["data.seed", "data.shots_seed"] if recipe == "classification" else ["data.seed"]
+
+
 def arguments(config: Config) -> list[str]:
     """The settings as options of `fit`, without rho.
 
