@@ -126,8 +126,7 @@ class FMLoRA(LoopMethod):
         yield self._ascent()
         if self._replay.at_perturbed_weights is None:
             raise RuntimeError(
-                "the first pass was not entered, or has not come to its end: write "
-                "`for each_pass in flat.training_passes():` and in it `with each_pass:`"
+                "the first pass has not run: `for each_pass in flat.training_passes():` and in it `with each_pass:`"
             )
         yield self._replay.running()
 

@@ -70,8 +70,7 @@ def wrapping_problems(model: nn.Module, unsynchronized: Sequence[str], *, takes_
         problems.append(f"DeepSpeed's engine owns the gradients and the optimizer's step: {_USE}")
     if megatron_runs or any(is_of("megatron", module) for module in modules):
         problems.append(
-            "Megatron keeps gradients in buffers of its own, and its tensor parallelism splits the factors: "
-            f"{_USE}, without Megatron"
+            f"Megatron keeps gradients in its own buffers, and its tensor parallelism splits the factors: {_USE}"
         )
     if not takes_fsdp1 and FullyShardedDataParallel.fsdp_modules(model):
         problems.append(f"FSDP1 has only been tested under Lightning's Trainer: {_USE}")

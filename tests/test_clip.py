@@ -274,7 +274,7 @@ def test_blocks_leave_attention_pooling_out() -> None:
         ({"projections": ["qkv"]}, "projections must be of .*'qkv'"),
         ({"projections": []}, "projections must name at least one"),
         ({"towers": "image"}, "towers must be one of .*'image'"),
-        ({"blocks": 4}, r"blocks=4: the tower has 3 blocks, .* the last \(1 to 3\), or numbers from 0 to 2"),
+        ({"blocks": 4}, "blocks=4: the tower has 3 blocks, so give 'all', 1 to 3, or numbers from 0 on"),
         ({"blocks": [2, 5]}, r"blocks=\[2, 5\]: the tower has 3 blocks"),
         ({"blocks": 0}, r"blocks=0: the tower has 3 blocks"),
         ({"blocks": -1}, r"blocks=-1: the tower has 3 blocks"),

@@ -137,7 +137,7 @@ def test_fmloras_first_pass_alone_is_refused() -> None:
     flat, net, optimizer = started("FMLoRA")
     passes = flat.training_passes()
     next(passes)
-    with pytest.raises(RuntimeError, match="the first pass was not entered"):
+    with pytest.raises(RuntimeError, match="the first pass has not run"):
         next(passes)
     with next(iter(flat.training_passes())):
         backward(net)

@@ -150,7 +150,7 @@ def test_compute_loss_must_return_a_loss(tmp_path, wrong):
         def compute_loss(self, batch: Any, batch_idx: int) -> Any:
             return wrong
 
-    with pytest.raises(TypeError, match="compute_loss must return the loss as a tensor"):
+    with pytest.raises(TypeError, match="compute_loss must return the loss, a dict"):
         fit(tmp_path, Wrong(0.5), [])
     missing = type("Missing", (TwoPassClassifier,), {"compute_loss": FMLoRAModule.compute_loss})
     with pytest.raises(NotImplementedError, match="Missing must define compute_loss"):

@@ -128,8 +128,7 @@ class MethodsOfFit:
             return
         if math.isinf(method.horizon):
             problem = (
-                f"{method.argument} spreads over the whole run, and this run has no end: set its total_steps, or the "
-                "Trainer's max_steps, or max_epochs with a loader of known length"
+                f"{method.argument} spreads over the run, which has no end: set total_steps, max_steps or max_epochs"
             )
             refuse(method, [problem])
         # No count has come with a checkpoint. Next to EFMLoRA an FMLoRAModule's callback follows nothing.
@@ -167,7 +166,7 @@ class MethodsOfFit:
         if assignment.orphans and not self.may_come:
             problems.append(
                 f"trainable LoRA factors, such as {assignment.orphans[0].name}, are in no optimizer: give them to it, "
-                "or freeze them; if they join it later in the fit, let a BaseFinetuning callback do it"
+                "or freeze them; a BaseFinetuning callback may add them later in the fit"
             )
         several = [index for index, pairs in enumerate(assignment.pairs) if pairs]
         if assignment.spread:
@@ -216,10 +215,7 @@ class MethodsOfFit:
         states = state.get("optimizers", [state])
         # One state, as of a loop or before the optimizers were known, is that of the first optimizer's pairs.
         if len(states) not in (1, len(self.methods)):
-            problem = (
-                f"the checkpoint holds the state of {len(states)} optimizers, and this run has "
-                f"{len(self.methods)}: configure as many as it had, or start a new run from the weights"
-            )
+            problem = f"the checkpoint is of {len(states)} optimizers, and this run has {len(self.methods)}"
             refuse(self.main, [problem])
         methods = [self.main] if len(states) == 1 else self.methods
         for method, of_method in zip(methods, states, strict=True):

@@ -117,10 +117,9 @@ class Passes:
         if not self.methods[index].pairs and any(method.pairs for method in self.methods):
             return
         problem = (
-            f"the {type(optimizer).__name__} that learns the pairs is stepped without Lightning's knowledge, so that "
-            "on_before_optimizer_step is not called and nothing would be perturbed: in an optimizer_step "
-            "of your own call optimizer.step(closure=optimizer_closure) on the optimizer that it is given, "
-            "and in manual optimization step what self.optimizers() gives, not the .optimizer inside it"
+            f"the {type(optimizer).__name__} that learns the pairs is stepped without Lightning's knowledge, and "
+            "nothing would be perturbed: in an own optimizer_step call optimizer.step(closure=optimizer_closure) on "
+            "the optimizer that it is given, and in manual optimization step what self.optimizers() gives"
         )
         refuse(self.owner, [problem])
 
@@ -237,12 +236,8 @@ def two_pass_problems(pl_module: LightningModule) -> list[str]:
     problems = []
     if not pl_module.automatic_optimization:
         problems.append(
-            "a second pass can't be put into a training_step with manual optimization: use EFMLoRA, or with one "
-            "optimizer automatic optimization or FMLoRAModule"
+            "a second pass can't be put into manual optimization: use EFMLoRA, or, with one optimizer, FMLoRAModule"
         )
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        problems.append(
-            "training_step(dataloader_iter) takes batches itself, so a batch can't be passed twice: "
-            "write training_step(batch, batch_idx), or use EFMLoRA"
-        )
+        problems.append("training_step(dataloader_iter) can't get a batch twice: write training_step(batch, batch_idx)")
     return problems

@@ -125,9 +125,8 @@ def _fsdp1_problems(strategy: strategies.FSDPStrategy, automatic_optimization: b
         )
     if strategy.sharding_strategy is not ShardingStrategy.FULL_SHARD:
         problems.append(
-            f"sharding_strategy must be 'FULL_SHARD', got {strategy.sharding_strategy.name!r}: SHARD_GRAD_OP checks "
-            "between the passes that no layer reads another weight, NO_SHARD is DDP (use strategy='ddp'), and the "
-            "hybrid ones are not tested"
+            f"sharding_strategy must be 'FULL_SHARD', got {strategy.sharding_strategy.name!r}: SHARD_GRAD_OP refuses "
+            "perturbed weights, NO_SHARD is DDP (use strategy='ddp'), and the hybrid ones are not tested"
         )
     if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
         problems.append("cpu_offload must be False, got True: parameters would lie on the CPU, and E where layers run")

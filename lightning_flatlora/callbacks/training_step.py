@@ -23,8 +23,7 @@ def loss_of(output: Any, source: str) -> Tensor | None:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"{source} must return the loss as a tensor, a dict with the key 'loss', or None to skip the batch; "
-            f"got {type(output).__name__}"
+            f"{source} must return the loss, a dict with the key 'loss', or None to skip, got {type(output).__name__}"
         )
     return loss
 

@@ -95,9 +95,8 @@ def check_reached(model: nn.Module, targets: str, image: Tensor, text: Tensor) -
     if missed:
         parent = model.get_submodule(missed[0].rpartition(".")[0])
         raise ValueError(
-            f"{len(missed)} of {len(layers)} layers, as {missed[0]} in {type(parent).__name__}, are not "
-            "called by the model, which reads their weights itself, so LoRA would change nothing: choose other "
-            "projections, blocks or towers"
+            f"{len(missed)} of {len(layers)} layers, as {missed[0]} in {type(parent).__name__}, are not called by the "
+            "model, which reads their weights itself, so LoRA would change nothing: choose others"
         )
 
 
@@ -128,8 +127,7 @@ def _of_blocks(names: list[str], blocks: Any) -> list[str]:
     wanted = set(given) if isinstance(given, Iterable) else set()
     if not wanted or not wanted <= set(range(count)):
         raise ValueError(
-            f"blocks={blocks!r}: the tower has {count} blocks, so give 'all', how many of the last (1 to {count}), or "
-            f"numbers from 0 to {count - 1}"
+            f"blocks={blocks!r}: the tower has {count} blocks, so give 'all', 1 to {count}, or numbers from 0 on"
         )
     return [name for name in names if numbers[name] in wanted]
 

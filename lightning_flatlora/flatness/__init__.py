@@ -38,6 +38,7 @@ from lightning_flatlora.flatness.measures import Point as Point
 from lightning_flatlora.flatness.measures import measure as measure
 from lightning_flatlora.flatness.sharpness import EMASharpness as EMASharpness
 from lightning_flatlora.flatness.sharpness import Sharpness as Sharpness
+from lightning_flatlora.flatness.sharpness import critical_sharpness as critical_sharpness
 from lightning_flatlora.flatness.sharpness import ema_sharpness as ema_sharpness
 from lightning_flatlora.flatness.sharpness import expected_sharpness as expected_sharpness
 from lightning_flatlora.flatness.sharpness import fresh_perturbation as fresh_perturbation

@@ -68,8 +68,8 @@ def measure(point: Point, measures: Iterable[str], per_layer: bool = False) -> V
     """Take several measures at a point.
 
     The gradient is taken once: "sharpness", "lora_sharpness" and "ema" cost a forward pass each (two for "ema") beyond
-    the forward and backward pass that they, "radius" and "gradient_residual" share. "balancedness" and "condition" cost
-    none, and the others what their functions do.
+    the forward and backward pass that they, "radius", "gradient_residual" and "critical_sharpness" share.
+    "balancedness" and "condition" cost none, and the others what their functions do.
 
     Args:
         point: the loss, the weights and the settings.
@@ -169,6 +169,10 @@ def _top_eigenvalue(point: Point) -> Values:
     return {"top_eigenvalue": top_eigenvalue(point.loss, trained_factors(point.pairs), seed=point.seed)}
 
 
+def _critical_sharpness(point: Point) -> Values:
+    return {"critical_sharpness": sharpness.critical_sharpness(point.loss, point.gradient)}
+
+
 def _hessian_trace(point: Point) -> Values:
     trace = hessian_trace(point.loss, trained_factors(point.pairs), point.samples, point.seed)
     return {"hessian_trace": trace.mean, "hessian_trace_error": trace.standard_error}
@@ -184,6 +188,7 @@ MEASURES: dict[str, Callable[[Point], Values]] = {
     "radius": _radius,
     "gradient_residual": _gradient_residual,
     "top_eigenvalue": _top_eigenvalue,
+    "critical_sharpness": _critical_sharpness,
     "hessian_trace": _hessian_trace,
 }
 """All measures by name, as the monitor and the report take them."""

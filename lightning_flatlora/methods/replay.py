@@ -135,9 +135,8 @@ class Replay:
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise RuntimeError(
-                    "the second pass of a step needs a graph that the first one's backward has freed, since it was "
-                    "built outside of the step, as in a hook that prepares the batch: compute it inside the step, or "
-                    "detach it, or use EFMLoRA, which takes one pass"
+                    "the second pass of a step needs a graph that was built outside of the step, as in a hook that "
+                    "prepares the batch: compute it inside the step, or detach it, or use EFMLoRA, which takes one pass"
                 ) from error
             raise
         finally:

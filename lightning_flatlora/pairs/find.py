@@ -211,8 +211,7 @@ def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | N
         lines.append(f"LoRA layers seen: {seen}; adapter {adapter_name or sorted(active_adapters(layers))}.")
         if not search.left_out:
             lines.append(
-                "Every B is frozen: was the adapter loaded with is_trainable=False, disabled, or never activated? "
-                "Where it is unfrozen later in the fit, let a BaseFinetuning callback do it"
+                "Every B is frozen: was the adapter loaded with is_trainable=False, disabled, or never activated?"
             )
     else:
         lines.append(

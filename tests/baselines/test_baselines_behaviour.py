@@ -148,7 +148,7 @@ def test_values(make: Any, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["SAM", "LoRASAM"])
 def test_two_passes_need_automatic_optimization(tmp_path: Path, name: str) -> None:
-    assert "a second pass can't be put into a training_step" in refused(tmp_path, ByHand(), [BASELINES[name](0.1)])
+    assert "a second pass can't be put into manual optimization" in refused(tmp_path, ByHand(), [BASELINES[name](0.1)])
 
 
 @pytest.mark.parametrize("name", BASELINES)

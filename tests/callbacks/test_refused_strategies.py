@@ -146,4 +146,4 @@ def test_nemos_strategy_is_refused_however_it_wraps(one_process_group, monkeypat
     strategy = OwnDDP(cluster_environment=LightningEnvironment())
     strategy._model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
     (problem,) = strategy_problems_of(strategy, EFMLoRA)
-    assert "Megatron keeps gradients in buffers of its own" in problem
+    assert "Megatron keeps gradients in its own buffers" in problem

@@ -138,7 +138,7 @@ class OneForBoth(Pair):
 @pytest.mark.parametrize(
     ("saved", "resumed", "message"),
     [
-        (Pair, OneForBoth, "state of 2 optimizers, and this run has 1"),
+        (Pair, OneForBoth, "checkpoint is of 2 optimizers, and this run has 1"),
         (OneForBoth, Pair, "perturbation is of other pairs.*in the checkpoint but not in the model"),
     ],
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_flatlora import Perturbation, find_pairs
 from lightning_flatlora.flatness import (
     MeanLoss,
+    critical_sharpness,
     ema_sharpness,
     expected_sharpness,
     hessian_product,
@@ -282,6 +283,30 @@ def test_an_eigenvalue_that_does_not_converge_is_nan() -> None:
     curvatures = torch.linspace(0, 1, 400, dtype=torch.float64)
     found = top_eigenvalue(lambda: (curvatures * w.square()).sum() / 2, [w], tolerance=1e-14, restarts=1)
     assert found.isnan()
+
+
+def test_the_critical_sharpness_of_a_quadratic_is_the_curvature_along_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    hessian, w = root @ root.T, nn.Parameter(torch.randn(5, generator=generator, dtype=torch.float64))
+    for lowest in (0.0, -7.0, 1e-4):  # the first step that is tried depends on the loss itself
+
+        def loss(lowest: float = lowest) -> Tensor:
+            return w @ hessian @ w / 2 + lowest
+
+        at = loss_gradient(loss, [w])
+        (gradient,) = at.gradients
+        along = gradient @ hessian @ gradient / gradient.square().sum()
+        before = w.detach().clone()
+        assert abs(critical_sharpness(loss, at) / along - 1) < 0.05
+        assert torch.equal(w, before)
+
+
+def test_a_critical_sharpness_without_a_critical_step_is_zero_or_not_known() -> None:
+    w = nn.Parameter(torch.ones(3))
+    assert critical_sharpness(w.sum, loss_gradient(w.sum, [w])) == 0
+    for loss in (lambda: 0 * w.sum(), lambda: torch.inf * w.sum()):
+        assert critical_sharpness(loss, loss_gradient(loss, [w])).isnan()
 
 
 def test_a_hessian_of_zeros_has_the_eigenvalue_zero() -> None:
