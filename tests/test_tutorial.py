@@ -18,14 +18,13 @@ NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 pytestmark = pytest.mark.timeout(1200)  # a busy machine takes twice the time of an idle one
 
 SHORTER = {
-    'reviews("train", 128), reviews("validation", 200), reviews("test", 400)': (
-        'reviews("train", 32), reviews("validation", 8), reviews("test", 16)'
-    ),
-    "max_epochs=3,\n        check_val_every_n_epoch=3,": "max_epochs=2,\n        check_val_every_n_epoch=2,",
-    "for rho in (0.0, 0.1, 1.0):": "for rho in (0.0, 1.0):",
-    "every_n_steps=6, batches=4": "every_n_steps=3, batches=2",
-    "test.select(range(32))": "test.select(range(8))",
-    "--examples 32 --batch_size 16 --points 5 --directions 2 --samples 4": (
+    "number=16, seed=0": "number=2, seed=0",
+    'parts["validation"], parts["test"][:360]': 'parts["validation"][:18], parts["test"][:36]',
+    "max_epochs=14,\n        check_val_every_n_epoch=14,": "max_epochs=2,\n        check_val_every_n_epoch=2,",
+    "for rho in (0.0, 8.0, 32.0):": "for rho in (0.0, 32.0):",
+    "every_n_steps=21, batches=2": "every_n_steps=3, batches=1",
+    "questions.head(36)": "questions.head(8)",
+    "--examples 36 --batch_size 18 --points 5 --directions 2 --samples 4": (
         "--examples 8 --batch_size 8 --points 3 --directions 2 --samples 2"
     ),
 }
@@ -95,8 +94,9 @@ def test_it_runs_and_shows_what_its_page_shows(executed: Any, folder: Path) -> N
     lora = weights(folder, "lora")
     assert are_equal(lora, weights(folder, "rho_0_seed_0"))
     assert are_equal(lora, weights(folder, "lora_monitored"))
-    assert not are_equal(lora, weights(folder, "rho_1_seed_0"))
+    assert not are_equal(lora, weights(folder, "rho_32_seed_0"))
     assert not are_equal(lora, weights(folder, "rho_0_seed_1"))
+    assert not are_equal(lora, weights(folder, "dropout_seed_0"))
 
 
 def test_the_page_shows_the_outputs_of_one_run_in_order() -> None:
