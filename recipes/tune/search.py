@@ -215,27 +215,31 @@ class Search:
                 "before its first validation, make the epoch shorter with --trainer.limit_train_batches in place of "
                 "--trainer.max_steps"
             )
-        value = best_of(values, mode)
+        value, tested = best_of(values, mode), {}
         if run.stage == "final" and self.tests:
-            value = self._tested(folder, given, metric, fitted)
+            tested = self._tested(folder, given, fitted)
+            value = _metric_of_test(tested, metric)
         if run.stage == "search":
             # With their optimizers, the checkpoints of all trials would fill a disk.
             for file in folder.glob("fit/checkpoints/*.ckpt"):
                 file.unlink()
         seconds = time.perf_counter() - began
-        judgement = {"metric": metric, "mode": mode, "value": value}
+        judgement = {"metric": metric, "mode": mode, "value": value, "tested": tested}
         return {**run.key(), "trial": run.trial, **judgement, "seconds": seconds, "commit": commit()}
 
-    def _tested(self, folder: Path, given: Sequence[str], metric: str, fitted: Row) -> float:
-        """The metric of the kept checkpoint on the test data."""
+    def _tested(self, folder: Path, given: Sequence[str], fitted: Row) -> Row:
+        """What a test of the kept checkpoint logs."""
         if not (folder / "test.json").exists():
             kept = fitted["best"] or fitted["last"]
             run_process(command(self.command, "test", folder, [*given, f"--ckpt_path={kept}"]))
-        tested = written(folder / "test.json")
-        name = metric.replace("val", "test", 1)
-        if name not in tested:
-            raise SystemExit(f"the test has logged no {name}, only {', '.join(sorted(tested))}")
-        return float(tested[name])
+        return written(folder / "test.json")
+
+
+def _metric_of_test(tested: Row, metric: str) -> float:
+    name = metric.replace("val", "test", 1)
+    if name not in tested:
+        raise SystemExit(f"the test has logged no {name}, only {', '.join(sorted(tested))}")
+    return float(tested[name])
 
 
 def _repeated(trials: int) -> int:
