@@ -56,11 +56,11 @@ class Answer:
         if math.isnan(low):
             return "Not known yet: runs have diverged, or there is one seed. Lower the learning rates, or add seeds."
         if low > 0:
-            return f"Use it, with rho={rho}: it is better by {low:.4g} to {high:.4g} (95 % interval)."
+            return f"Use it, with rho={rho}: it is better by {low:.3g} to {high:.3g} (95 % interval)."
         if high < 0:
-            return f"Don't: without it the result is better by {-high:.4g} to {-low:.4g} (95 % interval)."
+            return f"Don't: without it the result is better by {-high:.3g} to {-low:.3g} (95 % interval)."
         return (
-            f"Not known yet: it is between {-low:.4g} worse and {high:.4g} better (95 % interval). Until then, don't."
+            f"Not known yet: it is between {-low:.3g} worse and {high:.3g} better (95 % interval). Until then, don't."
         )
 
     def one_more_hour(self) -> str:
@@ -102,18 +102,19 @@ def table(search: Search, found: Answer) -> Table:
         searched = estimate([row["value"] for row in search.rows(side, config, "search")])
         fresh = estimate(list(found.values[side].values()))
         trials = str(search.trials_of_side())
-        lines.append([_TITLES[side], short(config), trials, with_error(searched, ".4f"), with_error(fresh, ".4f")])
+        lines.append([_TITLES[side], trials, with_error(searched, ".4f"), with_error(fresh, ".4f")])
     difference = found.difference
     interval = f"{difference.mean:+.4f} ± {difference.interval:.4f}"
-    lines.append(["difference, 95 % interval", "", "", "", interval])
+    lines.append(["difference, 95 % interval", "", "", interval])
     metric = next(iter(search.tried(WITH).values()))["metric"]
     judged_on = "test" if search.tests else "validation"
     notes = [
+        *(f"{_TITLES[side]}: {short(config)}" for side, config in found.configs.items()),
         f"{metric}; mean and standard error over seeds {', '.join(map(str, SEARCH_SEEDS))} of the search, on "
         f"validation data, and over {search.fresh} fresh seeds, on {judged_on} data",
         f"Best of equally many trials; the difference is paired by seed. {found.one_more_hour()}",
     ]
-    return Table("Is it worth it?", ("best", "settings", "trials", "in the search", "fresh seeds"), lines, notes)
+    return Table("Is it worth it?", ("best", "trials", "in the search", "fresh seeds"), lines, notes)
 
 
 def draw(search: Search) -> Figure:
@@ -137,6 +138,6 @@ def draw(search: Search) -> Figure:
             axes.scatter(places, [row["value"] for row in of_rho], s=12, color=line.get_color(), alpha=0.4)
     axes.set_xticks(range(len(values)), values)
     axes.set_xlabel(name.rpartition(".")[2])
-    axes.set_ylabel(f"{rows[0]['metric']}, best of {'lower' if sign == 1 else 'higher'}")
+    axes.set_ylabel(f"{rows[0]['metric']} ({'lower' if sign == 1 else 'higher'} is better)")
     axes.legend()
     return figure

@@ -12,6 +12,8 @@ from helpers import same
 from processes import run
 from safetensors.torch import load_file
 
+from lightning_flatlora.callbacks.adapter_checkpoint.transfer import HINT
+
 KILLED = -signal.SIGKILL
 
 WHOLE: dict[str, Any] = {kind: (2, kind, None) for kind in ("ddp", "fsdp2")}
@@ -65,7 +67,7 @@ def content(file: Path) -> dict[str, Any]:
     checkpoint = torch.load(file, weights_only=True)
     return {
         "step": checkpoint["global_step"],
-        "weights": checkpoint["state_dict"],
+        "weights": {name: value for name, value in checkpoint["state_dict"].items() if name != HINT},
         "optimizer": checkpoint["optimizer_states"],
         "driver": checkpoint["callbacks"]["EFMLoRA"],
         "loops": checkpoint["loops"]["fit_loop"],

@@ -330,7 +330,7 @@ def test_no_image_is_on_two_sides_and_none_moves_when_the_data_grow(
         ({"test_share": 0.2}, None),
         (
             {"test_share": 0.2, "seed": 1},
-            r"except for the shares \{'validation': 0.05, 'test': 0.2\} of seed 0: give these",
+            r"except for the shares \{'validation': 0.05, 'test': 0.2\}, seed 0: give these",
         ),
         ({"dataset": "other.csv", "test_share": 0.2, "seed": 1}, None),
     ],
