@@ -93,9 +93,7 @@ def problems_before_wrapping(trainer: Trainer) -> list[str]:
     """What must be reported before the strategy wraps the model, because its own error would be misleading."""
     strategy = trainer.strategy
     if is_lightning(strategy, strategies.FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
-        return [
-            "use_orig_params must be True, got False: FSDP would make one parameter of several factors. Leave it out"
-        ]
+        return ["use_orig_params must be True, got False: FSDP would merge factors into one parameter. Leave it out"]
     return []
 
 
