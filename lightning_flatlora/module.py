@@ -104,7 +104,7 @@ class FMLoRASteps(_Base):
         if is_overridden("training_step", self, FMLoRASteps):
             problems.append(
                 f"{name} defines training_step, in place of FMLoRAModule's, which takes the passes and the optimizer's "
-                "step: rename it to compute_loss, and let it return the loss; on_train_batch_end may do more"
+                "step: rename it to compute_loss, and let it return the loss. Other work belongs in on_train_batch_end"
             )
         # Of either name of Lightning.
         lightnings = next(kind for kind in type(self).__mro__ if kind.__name__ == "LightningModule")

@@ -267,10 +267,8 @@ def test_the_separate_rates_of_the_study() -> None:
     small, plain, efmlora = arms[2, None], arms[None, None], arms[2, rho]
     assert small.keys() == plain.keys() == efmlora.keys()
     runs = Runs("w5")
-    one_rate, probe = (
-        {seed: row for seed, row in runs(name).items() if seed in small}
-        for name in ("efmlora_on_dropout", "linear_probe")
-    )
+    one_rate = {seed: row for seed, row in runs("efmlora_on_dropout").items() if seed in small}
+    probe = {seed: row for seed, row in runs("linear_probe").items() if seed in small}
     expected = [
         f"{len(small)} seeds: LoRA of rank 2 with dropout 0.9 (head 4e-3, adapter 1e-4) has {accuracy(small):.2f}",
         f"(head 2e-3, adapter 1e-4) {accuracy(plain):.2f}",

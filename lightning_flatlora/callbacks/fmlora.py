@@ -173,7 +173,7 @@ class FMLoRAModuleCallback(MethodCallback):
             problems.append("EFMLoRA schedules the module's passes: give start_step and every_n_steps to EFMLoRA")
         if not self.sync_ascent and trainer.world_size > 1:
             problems.append(
-                "sync_ascent must be True beside the EFMLoRA callback, which keeps one average for all ranks"
+                "sync_ascent must be True next to the EFMLoRA callback, which keeps one average for all ranks"
             )
         return problems
 

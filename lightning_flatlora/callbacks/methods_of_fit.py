@@ -215,7 +215,7 @@ class MethodsOfFit:
         states = state.get("optimizers", [state])
         # One state, as of a loop or before the optimizers were known, is that of the first optimizer's pairs.
         if len(states) not in (1, len(self.methods)):
-            problem = f"the checkpoint is of {len(states)} optimizers, and this run has {len(self.methods)}"
+            problem = f"the checkpoint has {len(states)} optimizers, this run {len(self.methods)}: configure as many"
             refuse(self.main, [problem])
         methods = [self.main] if len(states) == 1 else self.methods
         for method, of_method in zip(methods, states, strict=True):

@@ -118,7 +118,7 @@ class Passes:
             return
         problem = (
             f"the {type(optimizer).__name__} that learns the pairs is stepped without Lightning's knowledge, and "
-            "nothing would be perturbed: in an own optimizer_step call optimizer.step(closure=optimizer_closure) on "
+            "nothing would be perturbed: in your optimizer_step call optimizer.step(closure=optimizer_closure) on "
             "the optimizer that it is given, and in manual optimization step what self.optimizers() gives"
         )
         refuse(self.owner, [problem])

@@ -210,9 +210,7 @@ def nothing_found(model: nn.Module, adapter_name: str | None, finder: Finder | N
         seen = ", ".join(sorted({kind_of(layer).__name__ for _, layer in layers}))
         lines.append(f"LoRA layers seen: {seen}; adapter {adapter_name or sorted(active_adapters(layers))}.")
         if not search.left_out:
-            lines.append(
-                "Every B is frozen: was the adapter loaded with is_trainable=False, disabled, or never activated?"
-            )
+            lines.append("Every B is frozen: disabled, is_trainable=False, or left to a BaseFinetuning callback?")
     else:
         lines.append(
             _other_adapters(model) or f"The model holds no LoRA layer, only {kinds}. Wrap it with peft.get_peft_model."

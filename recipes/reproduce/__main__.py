@@ -18,10 +18,7 @@ from recipes.reproduce.tables import TABLES
 from recipes.shared.ledger import StoppedError, each_once, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import precision_of_runs
-from recipes.studies.results import Results, Shard, shard
-
-WAITING = 75
-"""The exit status while runs of this share wait for those of other shares: the system's name is EX_TEMPFAIL."""
+from recipes.studies.results import WAITING, Results, Shard, shard
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ MOST_FAILURES_IN_A_ROW = 3
 
 
 class Plan:
-    """All runs of a study for some methods, tasks and seeds.
+    """All runs of a table for some methods, tasks and seeds.
 
     Each method has its configurations tried on the validation part, and the best one run with each seed and tested. A
     task's final runs wait for the choices of all its methods, so that every share knows the same runs.

@@ -22,14 +22,12 @@ from recipes.shared.ledger import Row, StoppedError, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
-from recipes.studies.results import Results, Shard, shard
+from recipes.studies.results import WAITING, Results, Shard, shard
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import KEY, Run, Search
 from recipes.tune.space import SPACES, Space, pairs
 
 _WAIT = 5.0  # seconds
-WAITING = 75
-"""The exit status while this share waits for others: the system's name is EX_TEMPFAIL."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

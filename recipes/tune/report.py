@@ -88,7 +88,9 @@ def answer(search: Search) -> Answer | None:
         config = search.chosen(side)
         assert config is not None  # of a finished search
         configs[side], finals[side] = config, search.rows(side, config, "final")
-    values = {side: {row["seed"]: row["value"] for row in rows} for side, rows in finals.items()}
+    values = {}
+    for side, rows in finals.items():
+        values[side] = {row["seed"]: row["value"] for row in rows}
     every = [*finals[WITHOUT], *finals[WITH]]
     seconds = sum(row["seconds"] for row in every) / len(every)
     return Answer(configs, values, every[0]["mode"] == "min", seconds)
@@ -123,7 +125,7 @@ def draw(search: Search) -> Figure:
     values = list(search.space[name])
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    rows = [row for side in SIDES for row in search.tried(side).values()]
+    rows = [*search.tried(WITHOUT).values(), *search.tried(WITH).values()]
     sign = 1 if rows[0]["mode"] == "min" else -1
     for rho in ["0", *search.radii]:
         of_rho = [row for row in rows if row["config"][RHO] == rho and math.isfinite(row["value"])]

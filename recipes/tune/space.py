@@ -90,6 +90,7 @@ def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int)
         number: of the trial.
     """
     set_verbosity(WARNING)
+    known = [config for config, _ in tried]
     distributions: dict[str, BaseDistribution] = {}
     for name, values in space.items():
         distributions[name] = CategoricalDistribution(values)
@@ -99,10 +100,10 @@ def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int)
         for config, value in tried:
             study.add_trial(create_trial(params=config, distributions=distributions, value=value))
         found: Config = study.ask(distributions).params
-        if all(found != config for config, _ in tried):
+        if found not in known:
             return found
-    configs = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
-    return next(found for found in configs if all(found != config for config, _ in tried))
+    every = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+    return next(config for config in every if config not in known)
 
 
 def size(space: Space) -> int:

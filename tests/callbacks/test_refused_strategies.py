@@ -97,7 +97,8 @@ def test_efmlora_beside_a_module_whose_ranks_have_their_own_perturbation(monkeyp
         monkeypatch.setattr(type(trainer), "world_size", ranks)
         problems = module._callback.configuration_problems(trainer, module)
         assert (
-            any("sync_ascent must be True beside the EFMLoRA callback" in problem for problem in problems) is is_refused
+            any("sync_ascent must be True next to the EFMLoRA callback" in problem for problem in problems)
+            is is_refused
         )
 
 

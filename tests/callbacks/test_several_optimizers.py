@@ -138,7 +138,7 @@ class OneForBoth(Pair):
 @pytest.mark.parametrize(
     ("saved", "resumed", "message"),
     [
-        (Pair, OneForBoth, "checkpoint is of 2 optimizers, and this run has 1"),
+        (Pair, OneForBoth, "checkpoint has 2 optimizers, this run 1: configure as many"),
         (OneForBoth, Pair, "perturbation is of other pairs.*in the checkpoint but not in the model"),
     ],
 )

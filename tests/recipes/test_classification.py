@@ -48,6 +48,20 @@ def test_a_decoder_learns_the_classes_with_efmlora(tiny: str, animals: str) -> N
     assert any("score" in name for name in trained(cli))
 
 
+@pytest.mark.parametrize("rate", [None, 0.05])
+def test_the_head_may_have_a_rate_of_its_own(tiny: str, animals: str, rate: float | None) -> None:
+    options = [] if rate is None else [f"--model.head_learning_rate={rate}"]
+    cli = fit(tiny, animals, "--trainer.max_steps=1", "--model.learning_rate=0.01", *options)
+    rates = {}
+    for group in cli.trainer.optimizers[0].param_groups:
+        rates.update(dict.fromkeys(group["params"], group["initial_lr"]))
+    found = {name: rates[weight] for name, weight in cli.model.named_parameters() if weight.requires_grad}
+    assert len(found) == len(rates)
+    for name, value in found.items():
+        assert value == (0.01 if "lora_" in name or rate is None else rate)
+    assert any("score" in name for name in found)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

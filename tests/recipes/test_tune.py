@@ -71,6 +71,7 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert len(rows) == 4 + 8 + 4
     assert len(started) == len(rows) + 4 + 1
     assert list(started[2]) == list(started[3])
+    assert {"--data.seed=101", "--data.shots_seed=101"} <= set(started[-1])
     for side in SIDES:
         of_side = [row for row in rows if row["side"] == side]
         assert [(row["stage"], row["seed"]) for row in of_side if row["stage"] == "final"] == [

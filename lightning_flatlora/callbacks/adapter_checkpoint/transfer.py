@@ -40,7 +40,7 @@ def adapters_only(trainer: Trainer, finder: Finder | None) -> ExitStack:
     contents.note_rewritten(module)
     for problem in merge_problems(module):
         rank_zero_warn(
-            f"AdapterCheckpoint: at a save {problem}, as in on_validation_epoch_end. A loader's base will seem another"
+            f"AdapterCheckpoint: at a save {problem}, as in on_validation_epoch_end, so a load will report another base"
         )
     kept, base = contents.divided_state(module, finder)
     sharding, sharded = sharding_of(strategy.model), is_sharded(strategy.model)
@@ -222,7 +222,8 @@ def _load_weights(
     model = trainer.strategy.model if trainer else None
     sharding, left_out = sharding_of(model), checkpoint[MARK]["left_out"]
     # A module's on_load_checkpoint may have completed the state dict by itself.
-    state = {name: value for name, value in checkpoint["state_dict"].items() if name not in {*left_out, HINT}}
+    without = {*left_out, HINT}
+    state = {name: value for name, value in checkpoint["state_dict"].items() if name not in without}
     contents.trained_names(module).update(contents.plain_name(name) for name in state)
     kept, base = contents.divided_state(module, finder)
     for name, value in state.items():
