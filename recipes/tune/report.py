@@ -60,7 +60,7 @@ class Answer:
         if high < 0:
             return f"Don't: without it the result is better by {-high:.3g} to {-low:.3g} (95 % interval)."
         return (
-            f"Not known yet: it is between {-low:.3g} worse and {high:.3g} better (95 % interval). Until then, don't."
+            f"Not known yet: it is between {abs(low):.3g} worse and {high:.3g} better (95 % interval). Until then, don't."
         )
 
     def one_more_hour(self) -> str:
