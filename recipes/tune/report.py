@@ -59,9 +59,7 @@ class Answer:
             return f"Use it, with rho={rho}: it is better by {low:.3g} to {high:.3g} (95 % interval)."
         if high < 0:
             return f"Don't: without it the result is better by {-high:.3g} to {-low:.3g} (95 % interval)."
-        return (
-            f"Not known yet: it is between {abs(low):.3g} worse and {high:.3g} better (95 % interval). Until then, don't."
-        )
+        return f"Not known yet: between {abs(low):.3g} worse and {high:.3g} better (95 % interval). Until then, don't."
 
     def one_more_hour(self) -> str:
         """What it would buy, if the spread of the seeds stays."""

@@ -165,7 +165,7 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     assert better.winner == WITH
     assert answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6], less_is_better=False).verdict().startswith("Don't: without it")
     unknown = answer_of([1.0, 1.2, 1.1], [1.1, 1.0, 1.2])
-    assert unknown.verdict().startswith("Not known yet: it is between ")
+    assert unknown.verdict().startswith("Not known yet: between ")
     assert unknown.winner == WITHOUT
     assert answer_of([1.0, 1.2], [0.5, math.inf]).verdict().startswith("Not known yet: runs have diverged")
     assert better.one_more_hour().startswith("One more hour buys 10 more seeds of both sides (--fresh 13)")
