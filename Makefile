@@ -1,4 +1,4 @@
-# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`, `make merging-demo`.
+# Works on a fresh clone with Python >= 3.10: `make test`, `make demo`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,11 +10,10 @@ LITGPT := 0.5.13
 # An environment with the oldest releases that are supported.
 OLDEST := .venv-oldest
 
-.PHONY: help test test-oldest demo merging-demo lint docs gpu-test benchmark clean
+.PHONY: help test test-oldest demo lint docs gpu-test benchmark clean
 
 help:
 	@echo "make demo       what the perturbation changes, against LoRA with and without dropout, in one picture"
-	@echo "make merging-demo  train adapters of four tasks with LoRA and with EFMLoRA, and merge them into one"
 	@echo "make test       lint, type check, the site and all tests"
 	@echo "make docs       the site, in docs/_build/html"
 	@echo "make test-oldest  the package's tests with the oldest supported Lightning, peft and torchmetrics"
@@ -37,9 +36,6 @@ $(RECIPES) $(DEV): pyproject.toml
 
 demo: $(RECIPES)
 	$(BIN)/python -m recipes.demo
-
-merging-demo: $(RECIPES)
-	$(BIN)/python -m recipes.demo.merging
 
 lint: $(DEV)
 	$(BIN)/ruff check .

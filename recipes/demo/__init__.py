@@ -1,1 +1,1 @@
-"""What the perturbation changes (``python -m recipes.demo``), and merging (``python -m recipes.demo.merging``)."""
+"""What the perturbation changes (``python -m recipes.demo``)."""

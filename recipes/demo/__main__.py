@@ -9,15 +9,38 @@ import argparse
 import multiprocessing
 import sys
 from itertools import product
+from pathlib import Path
+from typing import get_args
 
 from recipes.demo.report import plot, sentences, table
 from recipes.demo.run import ARMS, RATES, SEEDS, Run, Settings, assist, ledger, perform, share
-from recipes.shared.demos import Demo
+from recipes.shared.files import begin_folder
+from recipes.shared.ledger import StoppedError
 from recipes.shared.mistakes import without_traceback
+from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
+from recipes.shared.progress import quiet
 from recipes.shared.tables import print_and_write
 
+_WRITTEN = ("table.txt", "demo.png")
 
-def work(options: argparse.Namespace) -> None:
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not there yet, and report; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    quiet()
+    begin_folder(options.folder, "results.jsonl", _WRITTEN)
+    options.precision = precision_of_runs(options.folder, options.precision)
+    print(f"Precision: {options.precision}; --precision sets another", flush=True)
+    try:
+        _work(options)
+    except (KeyboardInterrupt, SystemExit, StoppedError) as stop:  # Lightning turns Ctrl-C into an exit
+        print("Stopped. The same command resumes: what is finished is kept")
+        return stop.status if isinstance(stop, StoppedError) else 130
+    print(f"{', '.join(['results.jsonl', *_WRITTEN])} are in {options.folder}")
+    return 0
+
+
+def _work(options: argparse.Namespace) -> None:
     """Do what is missing, and report."""
     # The methods of a seed one after the other: whatever else the machine does slows them alike.
     settings = Settings(precision=options.precision)
@@ -32,11 +55,15 @@ def work(options: argparse.Namespace) -> None:
     print(sentences(rows))
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="output folder")
+    parser.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
     parser.add_argument("--processes", type=int, default=2, help="that share the runs, one thread each")
+    return parser
 
-
-main = Demo("demo", __doc__, ["table.txt", "demo.png"], work, _add_options).main
 
 if __name__ == "__main__":
     with without_traceback():

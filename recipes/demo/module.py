@@ -1,4 +1,4 @@
-"""What is trained for a task: the upper layers of an encoder with LoRA and a new head, or a linear classifier."""
+"""What is trained: the upper layers of an encoder with LoRA, and a new head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,6 @@ from recipes.demo.encoder import CutEncoder, pooled
 from recipes.shared.training import AutomaticTraining
 
 _SCALING = 2.0  # s, alike at every rank, so that only the rank differs
-_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class TaskClassifier(AutomaticTraining):
@@ -63,43 +62,5 @@ class TaskClassifier(AutomaticTraining):
         self.eval()
         logits = torch.cat([self.logits(batch) for batch in batches])
         self.train()
-        return accuracy(logits, batches)
-
-
-def accuracy(logits: Tensor, batches: Sequence[Batch]) -> float:
-    """Of logits (n, classes), in [0, 1]."""
-    labels = torch.cat([batch["labels"] for batch in batches])
-    return float((logits.argmax(dim=1) == labels).double().mean())
-
-
-def linear_classifier(features: Tensor, labels: Tensor, validation: tuple[Tensor, Tensor], classes: int) -> nn.Linear:
-    """A linear classifier on fixed features, by L-BFGS; its L2 penalty is the one with the lowest validation loss.
-
-    Args:
-        features: (n, d).
-        labels: (n,).
-        validation: features and labels to choose the penalty on.
-        classes: their number.
-    """
-    fitted = [_fitted(features, labels, classes, penalty) for penalty in _PENALTIES]
-    inputs, truth = validation
-    with torch.no_grad():
-        return min(fitted, key=lambda classifier: float(nn.functional.cross_entropy(classifier(inputs), truth)))
-
-
-def _fitted(features: Tensor, labels: Tensor, classes: int, penalty: float) -> nn.Linear:
-    classifier = nn.Linear(features.shape[1], classes, dtype=features.dtype)
-    # The problem is convex: from zeros, the result does not depend on a seed.
-    nn.init.zeros_(classifier.weight)
-    nn.init.zeros_(classifier.bias)
-    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(classifier(features), labels)
-        loss = loss + penalty * classifier.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return classifier
+        labels = torch.cat([batch["labels"] for batch in batches])
+        return float((logits.argmax(dim=1) == labels).double().mean())

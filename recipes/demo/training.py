@@ -1,4 +1,4 @@
-"""What both demos do in a run: an adapter of a small encoder's upper layers is trained on few texts of a task."""
+"""A run of the demo: an adapter of a small encoder's upper layers is trained on few texts of a task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -143,17 +143,9 @@ class Source(NamedTuple):
     read: Callable[[], Iterator[Example]]
 
 
-def _two_subjects(first: str, second: str) -> Source:
-    return Source((first, second), lambda: _questions((first, second)))
-
-
 TASKS: dict[str, Source] = {
     "sentiment": Source(("negative", "positive"), film_reviews),
     "subject": Source(_SUBJECTS, lambda: _questions(_SUBJECTS)),
     "all_subjects": Source(_ALL_SUBJECTS, lambda: _questions(_ALL_SUBJECTS)),
     "privacy": Source(("no answer", "answer"), _privacy),
-    "anatomy_surgery": _two_subjects("Anatomy", "Surgery"),
-    "physiology_biochemistry": _two_subjects("Physiology", "Biochemistry"),
-    "pathology_medicine": _two_subjects("Pathology", "Medicine"),
-    "gynaecology_pediatrics": _two_subjects("Gynaecology_Obstetrics", "Pediatrics"),
 }

@@ -98,6 +98,12 @@ def with_base_and_method(recipe: str, arguments: Sequence[str]) -> list[str]:
     return [*_as_options(configs), *(f"--method={name}" for name in methods[-1:]), *others]
 
 
+def names_method(recipe: str, arguments: Sequence[str]) -> bool:
+    """Whether arguments choose a method: by ``--method``, by its file, or among the callbacks."""
+    configs, others = split(with_base_and_method(recipe, arguments), "--config")
+    return option(others, "--method") is not None or any(map(is_method, _callbacks_given(configs, others)))
+
+
 def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bool) -> list[str]:
     """The arguments behind the settings of the run that has saved a checkpoint, if its ``config.yaml`` is there.
 

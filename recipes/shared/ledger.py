@@ -199,13 +199,14 @@ def each_once(values: Iterable[Value]) -> list[Value]:
     return list(dict.fromkeys(values))
 
 
-def keep_options(folder: Path, options: Sequence[str], written: Sequence[str]) -> None:
+def keep_options(folder: Path, options: Sequence[str], written: Sequence[str], runs: Sequence[str] = ()) -> None:
     """Refuse to mix runs of other options into a folder: their results would not be comparable.
 
     Args:
         folder: of the runs; the options are written into its ``options.json``.
         options: that all runs share.
         written: names of the files that the command replaces in its folder; those of others are set aside.
+        runs: names of the folders of its runs, which are set aside if other options have led to no result yet.
 
     Raises:
         MisconfigurationException: the folder holds runs with others.
@@ -216,9 +217,12 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str]) -
     # One process at a time, of several that share the runs and start together.
     with FileLock(claims / "options"):
         before = _options_in(path)
+        if runs and before not in (None, list(options)) and not any(map(read, folder.glob("*.jsonl"))):
+            path.unlink()  # options that have led to no result may have been a mistake
+            before = None
         if before is None:
             set_aside(path)  # a file of that name, but another program's
-            begin_folder(folder, path.name, written)
+            begin_folder(folder, path.name, [*written, *runs])
             write_whole(path, json.dumps(list(options)) + "\n")
     if before is not None and before != list(options):
         raise MisconfigurationException(
@@ -268,12 +272,15 @@ def run_process(command: Sequence[str]) -> None:
     """
     process = subprocess.Popen(command)
     status, is_stopped = None, False
+    # Ctrl-C reaches the command by itself, but a request to end this process would leave it running.
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while status is None:
         try:
             status = process.wait()
         except KeyboardInterrupt:
             # The command got it too, and saves a checkpoint before it ends; a second one ends it at once.
             is_stopped = True
+    signal.signal(signal.SIGTERM, before)
     if is_stopped:
         status = 130  # as a shell reports a command that Ctrl-C has ended
     if status:

@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A mean of some values and its standard error, nan where there is but one."""
+    """A mean of some values and its standard error: nan where there is but one, or where a run has diverged."""
 
     mean: float
     error: float
@@ -28,6 +28,8 @@ def estimate(values: Sequence[float]) -> Estimate:
         >>> estimate([1.0, 3.0])
         Estimate(mean=2.0, error=1.0, values=2)
     """
+    if not all(map(math.isfinite, values)):
+        return Estimate(math.nan, math.nan, len(values))
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(statistics.mean(values), error, len(values))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import rich.table
 from rich.console import Console
+from rich.markup import escape
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Table:
         for place, column in enumerate(self.columns):
             shown.add_column(column, justify="right" if place else "left")
         for row in self.rows:
-            shown.add_row(*row)
-        console.print(shown, *self.notes, "", sep="\n")
+            shown.add_row(*map(escape, row))  # a value such as [q_proj, v_proj] is no markup
+        console.print(shown, *map(escape, self.notes), "", sep="\n")
 
 
 def print_and_write(table: Table, path: Path) -> None:

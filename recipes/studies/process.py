@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes.shared.configs import RECIPES
 from recipes.shared.ledger import Row, run_process
 
 
@@ -12,7 +13,7 @@ def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool
     """Train, unless that has been done; a training that was stopped resumes from its last checkpoint.
 
     Args:
-        recipe: name of its folder, or a module, with a dot in its name, that is a LightningCLI.
+        recipe: name of its folder, or a module that is a LightningCLI.
         folder: of the run.
         arguments: of the recipe's ``fit``.
         needs_monitor: refuse a training that keeps no checkpoint by a metric, before it begins.
@@ -25,14 +26,16 @@ def fit(recipe: str, folder: Path, arguments: Sequence[str], needs_monitor: bool
         SystemExit: it has left nothing.
     """
     if not (folder / "fit.json").exists():
+        if module_of(recipe) == recipe:  # Lightning's command line refuses to write it again
+            (folder / "fit" / "config.yaml").unlink(missing_ok=True)
         of_result = ["--trainer.callbacks.needs_monitor=true"] if needs_monitor else []
         run_process([*command(recipe, "fit", folder, [*arguments, *resuming(folder / "fit")]), *of_result])
     return written(folder / "fit.json")
 
 
 def module_of(recipe: str) -> str:
-    """The module that a recipe's name stands for; one with a dot in its name is a LightningCLI itself."""
-    return recipe if "." in recipe else f"recipes.{recipe}"
+    """The module that a recipe's name stands for; any other name is that of a LightningCLI."""
+    return f"recipes.{recipe}" if (RECIPES / recipe / "__main__.py").exists() else recipe
 
 
 def command(recipe: str, name: str, folder: Path, arguments: Sequence[str]) -> list[str]:

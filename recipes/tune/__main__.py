@@ -7,6 +7,8 @@ the same command resumes after Ctrl-C. The end is a table, a picture, the settin
 """
 
 import argparse
+import importlib.util
+import math
 import subprocess
 import sys
 import time
@@ -16,18 +18,20 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.command_line import option
+from recipes.shared.command_line import names_method, option
 from recipes.shared.files import write_whole
 from recipes.shared.ledger import Row, StoppedError, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
-from recipes.studies.results import WAITING, Results, Shard, shard
+from recipes.studies.results import Results, Shard, shard
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import KEY, Run, Search
-from recipes.tune.space import SPACES, Space, pairs
+from recipes.tune.space import RHO, SPACES, Space, pairs, size
 
 _WAIT = 5.0  # seconds
+_OWN = ("--seed_everything", "--data.seed", "--data.shots_seed", "--trainer.logger")
+"""Options of `fit` that the search sets."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,27 +44,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = [f"--metric={options.metric}", f"--mode={options.mode}", f"--test={options.test}"]
     tried = [f"{name} {' '.join(values)}" for name, values in search.space.items()]
     given = [search.command, *asked, *tried, f"rho {' '.join(search.radii)}", *search.options]
-    keep_options(folder, given, written=["table.txt", "trials.png", "best.yaml"])
+    keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"], runs=["search", "final"])
+    perform = partial(_perform, search)
     try:
-        run = search.next_run()
-        while run is not None:
-            if not search.results.own.perform_first([run], search.perform, partial(_announce, search)):
-                time.sleep(_WAIT)  # another process does this run
-            search.results.reload()
+        while not search.is_finished:
             run = search.next_run()
-    except StoppedError as stop:
-        print(f"This run stopped. The same command resumes the search in {folder}")
-        return stop.status
+            if run is None:
+                print("\rThis share waits for the runs of the others; Ctrl-C loses nothing ", end="", flush=True)
+            if run is None or not search.results.own.perform_first([run], perform, partial(_announce, search)):
+                time.sleep(_WAIT)  # for another process
+            search.results.reload()
+    except (StoppedError, KeyboardInterrupt) as stop:
+        print(f"\nThis run stopped. The same command resumes the search in {folder}")
+        if isinstance(stop, StoppedError) and not stop.is_by_user:
+            print("It has failed. Mend the cause, or start again as it is: a run that fails twice counts as diverged")
+        return getattr(stop, "status", 130)
     found = answer(search)
-    if found is None:
-        print("This share waits for the runs of others. Start the same command again when they are done")
-        return WAITING
+    assert found is not None  # of a finished search
     print_and_write(table(search, found), folder / "table.txt")
+    print(found.verdict())
     draw(search).savefig(folder / "trials.png", dpi=130)
     _write_winner(search, found, folder / "best.yaml")
-    print(found.verdict())
     print(f"Runs, results, table.txt, trials.png and best.yaml, for fit --config, are in {folder}")
     return 0
+
+
+def _perform(search: Search, run: Run) -> Row:
+    """The row of a run; one that has failed twice counts as diverged, so that it does not end the search for good."""
+    try:
+        return search.perform(run)
+    except StoppedError as stop:
+        mark = search.results.folder / run.name / "failed"
+        if stop.is_by_user or not search.results.rows:
+            raise
+        if not mark.exists():
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            raise
+        print(f"{run} has failed twice and counts as diverged", flush=True)
+        return search.failed(run)
 
 
 def _announce(search: Search, run: Run) -> None:
@@ -82,14 +104,16 @@ def _write_winner(search: Search, found: Answer, path: Path) -> None:
 
 def _search(options: argparse.Namespace, more: list[str]) -> Search:
     is_recipe = options.command in SPACES
-    if not is_recipe and "." not in options.command:
+    if not is_recipe and not _is_module(options.command):
         raise MisconfigurationException(
-            f"{options.command} is no recipe: there are {', '.join(SPACES)}, or give the module of a LightningCLI, "
-            "such as my_project.train"
+            f"{options.command} is not a recipe: there are {', '.join(SPACES)}, or give the module of a LightningCLI, "
+            "such as my_project.train, or train for a train.py in this folder"
         )
-    space = _space(options)
+    space = _space(options, more)
     trials, hours = _budget(options.budget)
-    if is_recipe and option(more, "--method") is None and option(more, "--config") is None:
+    if trials // 2 > size(space):
+        print(f"Without rho there are {size(space)} settings, so each side has so many trials, not {trials // 2}")
+    if is_recipe and not names_method(options.command, more):
         more = ["--method=efmlora", *more]
     folder = options.folder or Path("runs/tune") / options.command
     return Search(
@@ -107,11 +131,40 @@ def _search(options: argparse.Namespace, more: list[str]) -> Search:
     )
 
 
-def _space(options: argparse.Namespace) -> Space:
-    given: dict[str, list[str]] = {}
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
+
+
+def _space(options: argparse.Namespace, more: Sequence[str]) -> Space:
+    given = {name: values for name, *values in options.tried or []}
+    problems = _mistakes(options)
+    space = dict(given or SPACES.get(options.command, {}))
+    for name in list(space):
+        fixed = [f"--{each}" for each in name.split("/") if option(more, f"--{each}") is not None]
+        if fixed and given:
+            problems.append(f"{fixed[0]} is given, and searched by --try too: leave out one of them")
+        elif fixed:
+            print(f"{fixed[0]} is given, so it is not searched")
+            del space[name]
+    for name in _OWN:
+        if option(more, name) is not None:
+            problems.append(f"{name} is set by the search: leave it out")
+    if not space:
+        problems.append("say what is searched, such as --try model.lr 1e-4 1e-3")
+    if problems:
+        raise MisconfigurationException("; ".join(problems))
+    return space
+
+
+def _mistakes(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the search's own options; the mode that follows from a metric's name is noted there."""
     problems = []
+    names: list[str] = []
     for name, *values in options.tried or []:
-        given[name] = values
+        names += name.split("/")
         try:
             for value in values:
                 pairs(name, value)
@@ -119,16 +172,23 @@ def _space(options: argparse.Namespace) -> Space:
             problems.append(f"--try {name}: each value must have {name.count('/') + 1} parts, got {' '.join(values)}")
         if len(set(values)) < len(values) or not values:
             problems.append(f"--try {name} must have values, each of them once, got {values}")
-    space = given or SPACES.get(options.command, {})
-    if not space:
-        problems.append("say what is searched, such as --try model.lr 1e-4 1e-3")
-    if any(not float(rho) > 0 for rho in options.rho) or len(set(options.rho)) < len(options.rho):
+    if len(set(names)) < len(names) or RHO in names:
+        problems.append("--try names an option once, and never rho, whose values are given by --rho")
+    try:
+        radii = {float(rho) for rho in options.rho}
+    except ValueError:
+        radii = set()
+    if len(radii) < len(options.rho) or not all(0 < rho < math.inf for rho in radii):
         problems.append(f"--rho must be different numbers above 0, got {' '.join(options.rho)}")
     if options.fresh < 2:
         problems.append(f"--fresh must be at least 2, got {options.fresh}")
-    if problems:
-        raise MisconfigurationException("; ".join(problems))
-    return space
+    if options.metric and options.mode is None:
+        for part, mode in (("loss", "min"), ("acc", "max")):
+            if part in options.metric:
+                options.mode = mode
+        if options.mode is None:
+            problems.append(f"--metric {options.metric}: add --mode min or --mode max")
+    return problems
 
 
 def _budget(text: str) -> tuple[int, float | None]:
@@ -173,9 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", type=int, default=5, help="seeds on which the winners are compared; default 5")
     parser.add_argument("--test", action="store_true", help="compare them on the test data, not on validation data")
     parser.add_argument("--metric", help="that validation logs; default: the one by which checkpoints are kept")
-    parser.add_argument("--mode", choices=["min", "max"], help="of the metric; default: as the configuration has it")
+    parser.add_argument(
+        "--mode", choices=["min", "max"], help="of the metric; default: as the configuration has it, or by its name"
+    )
     parser.add_argument("--shard", type=shard, default=Shard(), metavar="1/2", help="do the first of two shares")
-    parser.add_argument("--folder", type=Path, help="where everything lands; default runs/tune/RECIPE")
+    parser.add_argument("--folder", type=Path, help="output folder; default runs/tune/RECIPE")
     return parser
 
 

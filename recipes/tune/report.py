@@ -34,8 +34,7 @@ class Answer:
     @property
     def difference(self) -> Estimate:
         """With the perturbation minus without it, paired by seed."""
-        pairs = [self.values[WITH][seed] - value for seed, value in self.values[WITHOUT].items()]
-        return estimate(pairs) if all(map(math.isfinite, pairs)) else Estimate(math.nan, math.nan, len(pairs))
+        return estimate([self.values[WITH][seed] - value for seed, value in self.values[WITHOUT].items()])
 
     @property
     def gain(self) -> tuple[float, float]:
@@ -72,7 +71,7 @@ class Answer:
         width = deviation / math.sqrt(values) * stats.t.ppf(0.975, values - 1)
         return (
             f"One more hour buys {more} more seeds of both sides (--fresh {values}), and an interval of about "
-            f"± {width:.3g} in place of ± {found.interval:.3g}."
+            f"± {width:.3g} in place of ± {found.interval:.3g}. Decide once: looking again and again finds differences."
         )
 
 
@@ -110,8 +109,9 @@ def table(search: Search, found: Answer) -> Table:
     judged_on = "test" if search.tests else "validation"
     notes = [
         *(f"{_TITLES[side]}: {short(config)}" for side, config in found.configs.items()),
-        f"{metric}; mean and standard error over seeds {', '.join(map(str, SEARCH_SEEDS))} of the search, on "
-        f"validation data, and over {search.fresh} fresh seeds, on {judged_on} data",
+        f"{metric}, {'less' if found.less_is_better else 'more'} is better; mean and standard error over seeds "
+        f"{', '.join(map(str, SEARCH_SEEDS))} of the search, on validation data, and over {search.fresh} fresh seeds, "
+        f"on {judged_on} data; the interval is over seeds, and not over other data",
         f"Best of equally many trials; the difference is paired by seed. {found.one_more_hour()}",
     ]
     return Table("Is it worth it?", ("best", "trials", "in the search", "fresh seeds"), lines, notes)

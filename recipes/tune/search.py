@@ -1,6 +1,9 @@
 """The runs of a search, which of them come next, and one of them, in a process of its own."""
 
+import hashlib
+import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from typing import NamedTuple
 
 from recipes.shared.ledger import Row, commit, run_process
 from recipes.studies.choice import best
-from recipes.studies.process import command, fit, written
+from recipes.studies.process import command, fit, module_of, written
 from recipes.studies.results import Results
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestion
 
@@ -45,8 +48,10 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A path that no other run has."""
-        return f"{self.stage}/{short(self.config).replace(', ', '-').replace('/', '_')}/seed-{self.seed}"
+        """A path that no other run has, and that every system takes."""
+        settings = re.sub(r"[^\w.=+-]+", "_", short(self.config))[:100]
+        own = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.stage}/{settings}-{own}/seed-{self.seed}"
 
     def key(self) -> Row:
         """The entries of its row that make it this run."""
@@ -67,7 +72,7 @@ class Search:
         hours: of one process, from which the number of trials follows instead.
         fresh: seeds of the winners.
         metric: on validation; None is the one by which the configuration keeps its best checkpoint.
-        mode: "min" or "max"; None is the configuration's.
+        mode: "min" or "max" of the metric; None is the configuration's, for its own metric.
         tests: judge the winners on the test data, and not on the validation data.
     """
 
@@ -89,12 +94,13 @@ class Search:
         """The next run of this share; None if there is none, or if it waits for those of other shares."""
         places = list(product(range(self.trials_of_side()), SIDES))
         for place, (number, side) in enumerate(places):
-            if number not in self.tried(side) and self.results.shard.has(place):
+            # Both sides of a trial, and of a seed, are one share's: shares may be on different machines.
+            if number not in self.tried(side) and self.results.shard.has(place // len(SIDES)):
                 tried = [(row["config"], -judged(row)) for row in self.tried(side).values()]
                 config = suggestion(self.space_of(side), tried, number)
                 return Run(side, config, SEARCH_SEEDS[0], "search", number)
         for place, run in enumerate([*self._repeats(), *self._finals()]):
-            if self.results.find(run) is None and self.results.shard.has(place):
+            if self.results.find(run) is None and self.results.shard.has(place // len(SIDES)):
                 return run
         return None
 
@@ -188,12 +194,12 @@ class Search:
     def arguments(self, config: Config, seed: int) -> list[str]:
         """Of the command's ``fit``."""
         given = [*self.options, *arguments(config), f"--seed_everything={seed}"]
-        if "." in self.command:  # a LightningCLI, which has no --rho
+        if module_of(self.command) == self.command:  # a LightningCLI, which has no --rho
             return [*given, "--trainer.callbacks+=lightning_flatlora.EFMLoRA", f"--trainer.callbacks.rho={config[RHO]}"]
         return [*given, *(f"--{name}={seed}" for name in seeds_of(self.command)), f"--rho={config[RHO]}"]
 
     def perform(self, run: Run) -> Row:
-        """Train, and return the run's row, with its best ``value``, inf or -inf if it diverged.
+        """Train, and return the run's row, with the ``value`` of the weights that are kept, the worst if it diverged.
 
         Raises:
             StoppedError: the run has failed, or the user has stopped it.
@@ -204,28 +210,37 @@ class Search:
         given = self.arguments(run.config, run.seed)
         fitted = fit(self.command, folder, given, needs_monitor=self.metric is None)
         metric = self.metric or fitted["monitor"]
-        # The configuration's mode belongs to its own metric.
-        mode = self.mode or (fitted["mode"] if metric == fitted["monitor"] else None)
-        mode = mode or ("min" if "loss" in metric else "max")
-        values = [validation[metric] for validation in fitted["validations"] if metric in validation]
-        if not values:
+        mode = self.mode or fitted["mode"]
+        if not any(metric in validation for validation in fitted["validations"]):
             logged = sorted(set().union(*fitted["validations"]) - {"step"})
             raise SystemExit(
                 f"{run} has logged no {metric} on validation, only {', '.join(logged) or 'nothing'}. If it ended "
                 "before its first validation, make the epoch shorter with --trainer.limit_train_batches in place of "
                 "--trainer.max_steps"
             )
-        value, tested = best_of(values, mode), {}
-        if run.stage == "final" and self.tests:
-            tested = self._tested(folder, given, fitted)
-            value = _metric_of_test(tested, metric)
+        value, tested = value_of_kept(fitted, metric, mode), {}
+        is_first = (run.side, run.stage, run.trial, run.seed) == (WITHOUT, "search", 0, SEARCH_SEEDS[0])
+        # If there is nothing to test on, the search ends at its start, and not after its last trial.
+        if self.tests and (run.stage == "final" or is_first):
+            on_test = self._tested(folder, given, fitted)
+            value_on_test = _metric_of_test(on_test, metric)
+            if run.stage == "final":
+                value, tested = value_on_test, on_test
         if run.stage == "search":
             # With their optimizers, the checkpoints of all trials would fill a disk.
             for file in folder.glob("fit/checkpoints/*.ckpt"):
                 file.unlink()
-        seconds = time.perf_counter() - began
+        # A run that was stopped and has gone on took longer than this process.
+        seconds = max(time.perf_counter() - began, fitted["training_seconds"])
         judgement = {"metric": metric, "mode": mode, "value": value, "tested": tested}
         return {**run.key(), "trial": run.trial, **judgement, "seconds": seconds, "commit": commit()}
+
+    def failed(self, run: Run) -> Row:
+        """The row of a run that has failed, which counts as one that diverged; another one has shown the metric."""
+        shown = {name: self.results.rows[0][name] for name in ("metric", "mode")}
+        value = math.inf if shown["mode"] == "min" else -math.inf
+        judgement = {**shown, "value": value, "tested": {}, "seconds": 0.0}
+        return {**run.key(), "trial": run.trial, **judgement, "commit": commit()}
 
     def _tested(self, folder: Path, given: Sequence[str], fitted: Row) -> Row:
         """What a test of the kept checkpoint logs."""
@@ -236,7 +251,7 @@ class Search:
 
 
 def _metric_of_test(tested: Row, metric: str) -> float:
-    name = metric.replace("val", "test", 1)
+    name = re.sub("validation|valid|val", "test", metric, count=1)
     if name not in tested:
         raise SystemExit(f"the test has logged no {name}, only {', '.join(sorted(tested))}")
     return float(tested[name])
@@ -253,14 +268,23 @@ def judged(row: Row) -> float:
     return -value if row["mode"] == "min" else value
 
 
-def best_of(values: Sequence[float], mode: str) -> float:
-    """The best of the values that are finite, or the worst number there is.
+def value_of_kept(fitted: Row, metric: str, mode: str) -> float:
+    """The metric of the weights that a run keeps, the best ones by its monitor; the worst number if it diverged.
+
+    Without a monitor they are the last ones.
 
     Example:
-        >>> best_of([0.5, 0.25, float("nan")], "min"), best_of([float("nan")], "max")
-        (0.25, -inf)
+        >>> fitted = {"monitor": "val_loss", "mode": "min", "validations": [{"val_loss": 2.0}, {"val_loss": 3.0}]}
+        >>> value_of_kept(fitted, "val_loss", "min")
+        2.0
+        >>> value_of_kept({**fitted, "validations": [{"val_loss": float("nan")}]}, "val_loss", "min")
+        inf
     """
-    finite = [value for value in values if math.isfinite(value)]
-    if mode == "min":
-        return min(finite, default=math.inf)
-    return max(finite, default=-math.inf)
+    worst = math.inf if mode == "min" else -math.inf
+    monitor, kept = fitted["monitor"], fitted["validations"][-1]
+    if monitor is not None:
+        sign = 1 if fitted["mode"] == "min" else -1
+        finite = [each for each in fitted["validations"] if math.isfinite(each.get(monitor, math.nan))]
+        kept = min(finite, key=lambda each: sign * each[monitor], default={})
+    value = kept.get(metric, math.nan)
+    return value if math.isfinite(value) else worst

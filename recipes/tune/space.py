@@ -66,17 +66,15 @@ def pairs(name: str, value: str) -> list[tuple[str, str]]:
 
 
 def short(config: Config) -> str:
-    """For people, and for the name of a folder.
+    """For people.
 
     Example:
         >>> short({"model.learning_rate": "1e-3", "model.lora.r/model.lora.lora_alpha": "2/4", "rho": "0.5"})
-        'learning_rate=1e-3, r=2, rho=0.5'
+        'learning_rate=1e-3, r=2/4, rho=0.5'
     """
-    shown = []
-    for name, value in config.items():
-        option, first = pairs(name, value)[0]
-        shown.append(f"{option.rpartition('.')[2]}={first}")
-    return ", ".join(shown)
+    # Of options that change together, the first one's name and all values.
+    names = [name.partition("/")[0].rpartition(".")[2] for name in config]
+    return ", ".join(f"{name}={value}" for name, value in zip(names, config.values(), strict=True))
 
 
 def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> Config:

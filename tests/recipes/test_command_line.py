@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from one_command import ParsingCLI, one_command
 from recipe_runs import config_arguments
 
-from recipes.shared.configs import is_method
+from recipes.shared.command_line import names_method
+from recipes.shared.configs import is_method, method_file
 
 pytestmark = pytest.mark.usefixtures("command_line")
 
@@ -53,6 +54,15 @@ def test_a_method_is_laid_over_a_configuration_with_callbacks_of_its_own(tmp_pat
     other = parsed("fit", "--data.dataset=other.jsonl", "--config", mine)  # configurations go first
     assert other.data.init_args.dataset == "other.jsonl"
     assert [each.class_path for each in settings.trainer.callbacks[-1:]] == ["lightning_flatlora.EFMLoRA"]
+
+
+def test_a_method_is_named_by_its_option_its_file_or_a_callback(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("trainer:\n  callbacks+:\n    - class_path: lightning_flatlora.SAM\n")
+    for named in (["--method=lora"], [f"--config={method_file('vqa', 'fmlora')}"], [f"--config={mine}"]):
+        assert names_method("vqa", [*named, "--data.dataset=my.jsonl"])
+    mine.write_text("trainer:\n  callbacks+:\n    - class_path: lightning_flatlora.FlatnessMonitor\n")
+    assert not names_method("vqa", [f"--config={mine}", "--data.dataset=my.jsonl"])
 
 
 @pytest.fixture

@@ -1,24 +1,64 @@
 """The demo: its measurements on a tiny encoder, and what it reports, keeps and shares."""
 
+from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from demo_parts import cut_in_two, made_up, stopped_and_resumed
+import transformers
 
 from recipes.demo import run as running
 from recipes.demo.__main__ import main
-from recipes.demo.data import evaluation_batches
+from recipes.demo.data import evaluation_batches, packed
+from recipes.demo.encoder import CutEncoder, pooled
 from recipes.demo.module import TaskClassifier
 from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, Run, Settings, perform
 from recipes.language import texts
-from recipes.language.texts import Source
+from recipes.language.texts import Example, Source
+from recipes.shared import packaged
 from recipes.shared.ledger import Row
 
 # What a task consists of is kept in a process, for other tests too: so this is a name that no other test uses.
 TASK = "demo_test"
 SETTINGS = Settings(task=TASK, frozen_layers=1, shots=4, steps=2, batch_size=4, precision="32-true")
+
+
+def made_up() -> Iterator[Example]:
+    for label, words in enumerate((("heart", "blood", "vein"), ("tooth", "gum", "molar"))):
+        for number in range(60):
+            text = f"{words[number % 3]} {'and so on ' * (number % 4)}{number}"
+            yield Example(text, label, text)
+
+
+def bert(layers: int, dtype: torch.dtype = torch.float32) -> Any:
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertModel(config, add_pooling_layer=False).to(dtype)
+
+
+@cache
+def cut_in_two() -> CutEncoder:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packaged.minilm())
+    return CutEncoder(bert(2), tokenizer, frozen_layers=1, length=32)
+
+
+@pytest.mark.parametrize("frozen_layers", [1, 3])
+def test_kept_lower_layers_and_upper_ones_are_the_whole_model(frozen_layers: int) -> None:
+    wordpieces = transformers.AutoTokenizer.from_pretrained(packaged.minilm())
+    model = bert(4, torch.float64).eval()
+    cut = CutEncoder(model, wordpieces, frozen_layers, length=16)
+    examples = [Example("a heart", 0, ""), Example("one tooth and so on, and on, " * 5, 1, ""), Example("eye", 1, "")]
+    batch = packed(examples, cut.states)
+    found = pooled(cut.upper()(batch["hidden"], batch["owners"]), batch["owners"], len(examples))
+    for example, mean in zip(examples, found, strict=True):
+        inputs = wordpieces(example.text, truncation=True, max_length=16, return_tensors="pt")
+        torch.testing.assert_close(mean, model(**inputs).last_hidden_state[0].mean(dim=0), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -60,7 +100,11 @@ def test_the_demo_reports_resumes_and_shares(
         return {**run.key(), "validation_loss": loss, "validation_accuracy": 0.4, "losses_around": around}
 
     monkeypatch.setattr(running, "perform", invented)
-    shown = stopped_and_resumed(main, tmp_path, ["--processes", "1"], capsys)
+    command = ["--folder", str(tmp_path), "--precision", "32-true", "--processes", "1"]
+    assert main(command) == 130  # in the fifth run
+    assert "The same command resumes" in capsys.readouterr().out
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
     assert [(run.seed, run.rate, run.arm) for run in begun[5:]] == list(product(SEEDS, RATES, ARMS))[4:]
     assert "to LoRA: validation loss -0.80 [-0.80, -0.80], rise -25.60 [-25.60, -25.60]" in shown
     assert "to LoRA, dropout 0.9: validation loss -0.40 [-0.40, -0.40], rise -12.80" in shown

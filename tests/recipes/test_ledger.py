@@ -5,13 +5,14 @@ import os
 import signal
 import time
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any, NamedTuple
 
 import processes
 import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recipes.shared.ledger import Ledger, Row, StoppedError, entries, read, run_process
+from recipes.shared.ledger import Ledger, Row, StoppedError, entries, keep_options, read, run_process
 
 
 class Run(NamedTuple):
@@ -164,6 +165,29 @@ def test_a_command_that_is_stopped_has_time_to_save(tmp_path: Path) -> None:
     process.join(timeout=60)
     assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
     assert (tmp_path / "saved").exists()
+
+
+def test_a_request_to_end_reaches_the_command() -> None:
+    """Otherwise it would train on, beside the one that a new start begins in its folder."""
+    before = signal.getsignal(signal.SIGTERM)
+    Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(StoppedError) as stop:
+        run_process(["sleep", "60"])
+    assert stop.value.is_by_user
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_options_may_be_changed_until_there_is_a_result(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    keep_options(folder, ["--rate=1"], ["table.txt"], runs=["search"])
+    (folder / "search").mkdir()
+    keep_options(folder, ["--rate=1"], ["table.txt"], runs=["search"])
+    assert (folder / "search").exists()  # its runs go on
+    keep_options(folder, ["--rate=2"], ["table.txt"], runs=["search"])
+    assert sorted(path.name for path in folder.iterdir()) == ["claims", "options.json", "search-1"]
+    ledger(tmp_path).append(RUNS[0].key())
+    with pytest.raises(MisconfigurationException, match="name another folder"):
+        keep_options(folder, ["--rate=3"], ["table.txt"], runs=["search"])
 
 
 def test_a_process_that_fails_stops_the_ledger() -> None:

@@ -2,22 +2,26 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.configs import RECIPES
-from recipes.shared.ledger import Row, StoppedError
+from recipes.shared.ledger import Row, StoppedError, read
+from recipes.studies.process import fit
 from recipes.studies.results import Results, Shard
-from recipes.tune.__main__ import main
-from recipes.tune.report import Answer, draw
+from recipes.tune.__main__ import _parser, _perform, _space, main
+from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import KEY, SIDES, WITH, WITHOUT, Run, Search
-from recipes.tune.space import arguments, suggestion
+from recipes.tune.space import Config, arguments, suggestion
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -66,10 +70,12 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert main([*options, "--test"]) == 130
     assert "The same command resumes" in capsys.readouterr().out
     assert main([*options, "--test"]) == 0
-    # Four trials of one seed, each repeated with two more, two winners with two fresh seeds, four tests, and one stop.
+    # Four trials of one seed, each repeated with two more, two winners with two fresh seeds, four tests and one of the
+    # first trial, and one stop.
     rows = [json.loads(line) for line in (tmp_path / "search" / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 4 + 8 + 4
-    assert len(started) == len(rows) + 4 + 1
+    assert len(started) == len(rows) + 4 + 1 + 1
+    assert started[1][3] == "test"  # so that data without a test part end the search at its start
     assert list(started[2]) == list(started[3])
     assert {"--data.seed=101", "--data.shots_seed=101"} <= set(started[-1])
     for side in SIDES:
@@ -89,7 +95,7 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert not list(tmp_path.glob("search/search/**/*.ckpt"))
     # Nothing is run again, more seeds can be bought, and rows of other options can't be compared with those.
     assert main([*options, "--test"]) == 0
-    assert len(started) == 21
+    assert len(started) == 22
     with pytest.raises(MisconfigurationException, match="name another folder"):
         main(options)
 
@@ -130,13 +136,79 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
 
 def test_shares_do_the_same_runs_and_wait_for_each_other(tmp_path: Path) -> None:
     first, done = finished(tmp_path, Shard(1, 2), trials=8)
-    assert {run.side for run in done} == {WITHOUT}
+    assert [(run.trial, run.side) for run in done] == [(0, WITHOUT), (0, WITH), (2, WITHOUT), (2, WITH)]
     assert not first.is_finished
     second, _ = finished(tmp_path, Shard(2, 2), trials=8)
     assert not second.is_finished  # the first share has repeats and finals to do now
     for shard in (Shard(1, 2), Shard(2, 2), Shard(1, 2)):
         last, _ = finished(tmp_path, shard, trials=8)
     assert last.is_finished
+    of_shares = [read(tmp_path / f"results-{number}-of-2.jsonl") for number in (1, 2)]
+    for rows in of_shares:
+        finals = [(row["side"], row["seed"]) for row in rows if row["stage"] == "final"]
+        # A difference is between runs of one machine.
+        assert {seed for side, seed in finals if side == WITH} == {seed for side, seed in finals if side == WITHOUT}
+
+
+def test_a_run_has_a_folder_of_its_own() -> None:
+    configs: list[Config] = []
+    for alpha in ("8/8", "8/16"):
+        configs.append({"model.r/model.alpha": alpha, "model.targets": '["q", "v"]', "rho": "0"})
+    names = {Run(WITHOUT, config, 0, "search", 0).name for config in configs}
+    assert len(names) == 2
+    for name in names:
+        assert re.fullmatch(r"search/[\w.=+-]+/seed-0", name)
+
+
+def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
+    search, _ = finished(tmp_path, trials=4)
+    path = tmp_path / "results.jsonl"
+    *others, last = read(path)
+    path.write_text("\n".join(json.dumps(row) for row in [*others, {**last, "value": math.inf}]) + "\n")
+    search.results.reload()
+    found = answer(search)
+    assert found is not None
+    assert "nan" in table(search, found).markdown()
+    assert found.verdict().startswith("Not known yet: runs have diverged")
+
+
+def test_a_run_that_fails_twice_counts_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, _ = finished(tmp_path, trials=4)
+    status = 1
+
+    def fails(run: Run) -> Row:
+        raise StoppedError(status)
+
+    monkeypatch.setattr(search, "perform", fails)
+    run = Run(WITH, {"rho": "5"}, 7, "search", 3)
+    with pytest.raises(StoppedError):
+        _perform(search, run)
+    row = _perform(search, run)
+    assert (row["value"], row["metric"], row["seed"]) == (math.inf, "val_loss", 7)
+    status = 130  # Ctrl-C
+    with pytest.raises(StoppedError):
+        _perform(search, run)
+
+
+def test_a_command_line_of_lightnings_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_here(command: Sequence[str]) -> None:
+        assert command[2] == "json.tool"
+        LightningCLI(BoringModel, BoringDataModule, args=list(command[3:]))
+
+    monkeypatch.setattr("recipes.studies.process.run_process", run_here)
+    options = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=1"]
+    options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    stopped = tmp_path / "fit" / "config.yaml"
+    stopped.parent.mkdir()
+    stopped.touch()
+    assert fit("json.tool", tmp_path, options)["steps"] == 1
+    assert stopped.read_text()
+
+
+def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    options = _parser().parse_args(["vqa"])
+    assert "model.lora.r/model.lora.lora_alpha" not in _space(options, ["--model.lora.lora_alpha", "8"])
+    assert "--model.lora.lora_alpha is given, so it is not searched" in capsys.readouterr().out
 
 
 def test_a_budget_of_hours_becomes_trials_when_the_first_ones_are_done(tmp_path: Path) -> None:
@@ -179,8 +251,15 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
         (["vqa", "--budget", "2"], "at least 4, or hours, as in 2h: got 2"),
         (["vqa", "--fresh", "1"], "--fresh must be at least 2"),
         (["vqa", "--try", "a/b", "1/2", "3"], "each value must have 2 parts"),
-        (["no_recipe"], "no_recipe is no recipe: there are classification"),
-        (["my.cli"], "say what is searched"),
+        (["vqa", "--rho", "0.1,0.5"], "different numbers above 0, got 0.1,0.5"),
+        (["vqa", "--try", "a", "1", "--try", "b/a", "1/2"], "--try names an option once"),
+        (["vqa", "--try", "rho", "1", "2"], "never rho"),
+        (["vqa", "--try", "a", "1", "2", "--a=1"], "--a is given, and searched by --try too"),
+        (["vqa", "--data.seed", "1"], "--data.seed is set by the search"),
+        (["vqa", "--metric", "val_perplexity"], "add --mode min or --mode max"),
+        (["no_recipe"], "no_recipe is not a recipe: there are classification"),
+        (["no.module"], "no.module is not a recipe"),
+        (["json.tool"], "say what is searched"),
     ],
 )
 def test_wrong_options_are_refused_before_the_first_run(wrong: list[str], message: str, tmp_path: Path) -> None:
