@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 
 from lightning_flatlora.class_overlay import GATES, set_class
+from lightning_flatlora.pairs.lora_pair import LoRAPair
 from lightning_flatlora.perturbation import Perturbation
 from lightning_flatlora.perturbed_read import as_ref
 
@@ -35,7 +36,7 @@ class ForwardGate:
         self.uninstall()
         self._perturbation = perturbation
         for pair in perturbation.pairs:
-            self._layers.update(dict.fromkeys(pair.layers or [as_ref(reader).module for reader in pair.readers]))
+            self._layers.update(dict.fromkeys(_layers_of(pair)))
         for layer in self._layers:
             layer.__dict__.setdefault(GATES, []).append(self)
             set_class(layer)
@@ -46,6 +47,13 @@ class ForwardGate:
             layer.__dict__[GATES].remove(self)
             set_class(layer)
         self._layers = {}
+
+    def missed(self) -> list[str]:
+        """Name the pairs with a gradient that came from a layer in eval mode, which has read the clean B."""
+        if all(layer.training for layer in self._layers):
+            return []
+        with_gradient = [pair for pair in self._perturbation.pairs if pair.B.grad is not None]
+        return [pair.name for pair in with_gradient if not all(layer.training for layer in _layers_of(pair))]
 
     def opens(self, layer: nn.Module) -> bool:
         """Say whether a forward of a layer that begins now is one of training, and there is something to read."""
@@ -60,6 +68,10 @@ class ForwardGate:
             self._perturbation.on()
         else:
             self._perturbation.off()
+
+
+def _layers_of(pair: LoRAPair) -> list[nn.Module]:
+    return list(pair.layers) or [as_ref(reader).module for reader in pair.readers]
 
 
 def _in_reentrant_checkpoint() -> bool:

@@ -62,11 +62,11 @@ class EFMLoRA(LoopMethod):
     @override
     def _use_gradients(self) -> None:
         # Until there is an Ê both modes read the same, and nobody expects a call of layers that have no gradient.
-        if self.method.perturbs and not self._gate.has_opened and self.perturbation.has_gradient:
+        missed = self._gate.missed()
+        if self.method.perturbs and (missed or not self._gate.has_opened) and self.perturbation.has_gradient:
             raise RuntimeError(
-                "EFMLoRA: no LoRA layer was called in training mode since the last step, and otherwise they read the "
-                "clean weights, so the step would be plain LoRA: call model.train() before it, and switch single "
-                "layers, such as dropout, to eval mode by themselves"
+                f"EFMLoRA: {missed[0] if missed else 'each LoRA layer'} read the clean weights, since it was in eval "
+                "mode: call model.train() before each step, and set only other layers, such as dropout, to eval mode"
             )
         super()._use_gradients()
         self._gate.has_opened = False

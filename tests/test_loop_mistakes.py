@@ -185,7 +185,15 @@ def test_training_in_eval_mode_is_refused() -> None:
     run(flat, net, optimizer, batches()[:2])
     net.eval()
     backward(net)
-    with pytest.raises(RuntimeError, match=r"no LoRA layer was called in training mode .* call model.train\(\)"):
+    with pytest.raises(RuntimeError, match=r"read the clean weights, since it was in eval mode: call model.train\(\)"):
+        optimizer.step()
+    net.train()
+    # A part of the model, as a tower that was loaded in eval mode.
+    first = next(layer for layer in net.modules() if hasattr(layer, "lora_B"))
+    first.eval()
+    optimizer.zero_grad()
+    backward(net)
+    with pytest.raises(RuntimeError, match="was in eval mode"):
         optimizer.step()
     optimizer.zero_grad()
     # Single layers may be in eval mode, and so may all in evaluation between the steps.

@@ -51,7 +51,8 @@ class FlatnessMonitor(Callback):
         every_n_epochs: epochs between measurements, at their ends; None, without every_n_steps, means 1. A run that is
             too short for one measurement ends with a warning.
         batches: how many batches are kept on each rank: the first that pass by in an epoch. They are the same at every
-            measurement, except that one which comes before so many have passed by takes those that have.
+            measurement of a fit, except that one which comes before so many have passed by takes those that have. A
+            run that is resumed takes new ones.
         data: "train" or "val", which batches these are; a validation batch has to be of the form that training_step
             takes. With "val" nothing is measured before the first of them, which may be of the sanity check.
         measures: names in :data:`~lightning_flatlora.flatness.MEASURES`; None takes DEFAULT_MEASURES, and beside

@@ -144,17 +144,22 @@ class FMLoRAModuleCallback(MethodCallback):
                 with counting_windows(trainer):
                     original(trainer)
 
+            def clip(module: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+                # The hook, which a subclass may override as elsewhere; Lightning's own clips nothing for None.
+                value, algorithm = pl_module.gradient_clip_val, pl_module.gradient_clip_algorithm
+                pl_module.configure_gradient_clipping(optimizer, value, algorithm)
+
             self.patches.enter_context(put_on(trainer.strategy, {"setup_optimizers": setup_optimizers}))
+            # Called behind all hooks before a step, which see the gradient before clipping, as elsewhere.
+            self.patches.enter_context(put_on(trainer.precision_plugin, {"_clip_gradients": clip}))
 
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: Any) -> list[str]:
-        problems = super().configuration_problems(trainer, pl_module)
-        problems += pl_module._subclass_problems()
+        problems = super().configuration_problems(trainer, pl_module) + pl_module._subclass_problems()
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             problems.append(
-                "ReduceLROnPlateau waits for a metric, which FMLoRAModule does not give it: leave it out of "
-                "configure_optimizers and step it yourself, as in on_validation_epoch_end, or subclass "
-                "LightningModule and use the FMLoRA callback"
+                "ReduceLROnPlateau waits for a metric that FMLoRAModule does not give it: leave it out of "
+                "configure_optimizers and step it in on_validation_epoch_end, or use the FMLoRA callback"
             )
         if sum(isinstance(callback, EFMLoRA) for callback in callbacks_of(trainer)) > 1:
             problems.append("one EFMLoRA can schedule the module's passes: keep one")
@@ -166,15 +171,11 @@ class FMLoRAModuleCallback(MethodCallback):
         for name in ("rho", "estimator", "norm_scope", "adapter_name", "finder"):
             own, other = getattr(self, name), getattr(efmlora, name)
             if own != other:
-                problems.append(
-                    f"{name} must be equal in the module and in the EFMLoRA callback, got {own!r} and {other!r}"
-                )
+                problems.append(f"{name} must be equal in the module and in EFMLoRA, got {own!r} and {other!r}")
         if (self.start_step, self.every_n_steps) != (0, 1):
             problems.append("EFMLoRA schedules the module's passes: give start_step and every_n_steps to EFMLoRA")
         if not self.sync_ascent and trainer.world_size > 1:
-            problems.append(
-                "sync_ascent must be True next to the EFMLoRA callback, which keeps one average for all ranks"
-            )
+            problems.append("sync_ascent must be True next to EFMLoRA, which keeps one average for all ranks")
         return problems
 
     @override
@@ -192,13 +193,6 @@ class FMLoRAModuleCallback(MethodCallback):
         if self.scheduler is not None:
             self.scheduler.look_again(trainer, pl_module)
         super().look_again(trainer, pl_module)
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        # The gradient is complete and unscaled only now, and E, which clipping must not change, was taken before.
-        # The hook, which a subclass may override as in automatic optimization; Lightning's own clips nothing for None.
-        pl_module.configure_gradient_clipping(optimizer, pl_module.gradient_clip_val, pl_module.gradient_clip_algorithm)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -187,7 +187,9 @@ CASES: dict[str, Case] = {
     ),
     "automatic optimization": Case(("automatic_optimization must be False",), ("module",), prepare=automatic),
     "a plateau scheduler": Case(
-        ("ReduceLROnPlateau", "step it yourself"), ("module",), prepare=uses(SGD, lr_scheduler.ReduceLROnPlateau)
+        ("ReduceLROnPlateau", "on_validation_epoch_end"),
+        ("module",),
+        prepare=uses(SGD, lr_scheduler.ReduceLROnPlateau),
     ),
     # One message, one line each.
     "several at once": Case(
