@@ -155,7 +155,7 @@ class FMLoRAModuleCallback(MethodCallback):
 
     @override
     def configuration_problems(self, trainer: Trainer, pl_module: Any) -> list[str]:
-        problems = super().configuration_problems(trainer, pl_module) + pl_module._subclass_problems()
+        problems: list[str] = super().configuration_problems(trainer, pl_module) + pl_module._subclass_problems()
         if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
             problems.append(
                 "ReduceLROnPlateau waits for a metric that FMLoRAModule does not give it: leave it out of "

@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from recipes.classification.labels import class_labels, class_names, draw_shots, labelled, numbers
@@ -35,6 +35,7 @@ from recipes.shared.text_metrics import normalized
 
 _RESERVED = ("train", "validation", "val", "test")  # names of parts and metrics
 _MOST_SHOWN = 20  # classes by name
+_LARGE_NUMBERS = 10.0  # mean plus standard deviation; ratings up to 10 stay below
 _TEST_SEED = 42  # of the rows drawn for the test, so that all runs are tested on the same ones
 
 
@@ -156,6 +157,8 @@ class TextData(PartedData):
         labels: Sequence[Any]
         if self.regression:
             labels = numbers(table, self.label, source)
+            if split == self.split:
+                _note_scale([label for label in labels if label is not None], source)
         else:
             if split == self.split:
                 self.classes = class_names(table, self.label, source)
@@ -186,7 +189,11 @@ class TextData(PartedData):
 
     @override
     def encoded(self, part: str, rows: Any) -> Any:
-        return mapped(rows, self.encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
+        table = mapped(rows, self.encoder, remove_columns=["texts"], desc=f"Tokenizing {part}")
+        cut = sum(length >= self.max_length for length in table["length"])
+        if cut and self.template is None:
+            rank_zero_info(f"{part}: {cut} of {len(table)} texts are cut at max_length={self.max_length} tokens")
+        return table
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest text; none is written."""
@@ -278,6 +285,17 @@ class TextData(PartedData):
 
     def _tokenizer(self) -> Any:
         return cast("L.Trainer", self.trainer).lightning_module.tokenizer
+
+
+def _note_scale(labels: Sequence[float], source: str) -> None:
+    """Say what a regression learns, whose new head begins at 0 and moves by small steps."""
+    mean, deviation = float(np.mean(labels)), float(np.std(labels))
+    rank_zero_info(f"{source}: numbers with mean {mean:.4g} and standard deviation {deviation:.4g}")
+    if abs(mean) + deviation > _LARGE_NUMBERS:
+        rank_zero_warn(
+            f"{source}: the head would take many steps to such large numbers, and predict the mean meanwhile: scale "
+            "them to about 0 and 1, for example by subtracting the mean and dividing by the standard deviation"
+        )
 
 
 def _encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, Any]:

@@ -74,7 +74,9 @@ def class_labels(table: Any, column: str, classes: Sequence[str], source: str) -
 
 
 def _given(value: Any) -> Any:
-    """A label without the spaces around it; None for an empty one."""
+    """A label without the spaces around it; None for an empty one, and for nan."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     return value.strip() or None if isinstance(value, str) else value
 
 
@@ -123,7 +125,9 @@ def labelled(labels: Sequence[Any], column: str, source: str, skip: bool) -> lis
     rows = [row for row, label in enumerate(labels) if label is not None]
     missing = len(labels) - len(rows)
     if missing and not (skip and rows):
-        remedy = "set skip_unlabelled to true to leave them out" if rows else "choose another split"
+        remedy = "choose another split"
+        if rows:
+            remedy = "set skip_unlabelled to true to leave them out, or if -1 is a class, write a name for it"
         raise MisconfigurationException(
             f"{source}: the column {column!r} must hold numbers or names, and {missing} of {len(labels)} rows have no "
             f"label (nothing, or the Hub's -1, with which GLUE hides the labels of its test sets): {remedy}"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from recipes.classification.data import TextData
 from recipes.classification.prompts import is_masked, word_tokens
 from recipes.language.batches import padding_id
-from recipes.language.model import DType, add_adapter, load_pretrained
+from recipes.language.model import DType, add_adapter, is_head, load_pretrained
 
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -41,17 +41,21 @@ class NewHead:
                 "data.template to null for a new head"
             )
         names = data.classes or ["number"]
-        base = load_pretrained(
+        base, found = load_pretrained(
             AutoModelForSequenceClassification,
             model,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: label for label, name in enumerate(names)},
             dtype=dtype,
+            ignore_mismatched_sizes=True,  # the head of a checkpoint with other classes
+            output_loading_info=True,
         )
         base.config.pad_token_id = padding_id(tokenizer)  # a decoder's head reads the last token before these
         base.train()  # from_pretrained gives it in eval mode, where dropout would be off
-        return add_adapter(base, lora, task_type="SEQ_CLS")
+        # Besides the head, such as the pooler of DeBERTa, which its checkpoint leaves to be trained.
+        new = {name.rpartition(".")[0] for name in found["missing_keys"]} - {""}
+        return add_adapter(base, lora, task_type="SEQ_CLS", new=[name for name in sorted(new) if not is_head(name)])
 
     def logits(self, net: PeftModel, batch: Batch) -> Tensor:
         """Of the classes, or the number, float32, (rows, classes or 1)."""

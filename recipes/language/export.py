@@ -15,10 +15,11 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from recipes.language.conversation import Message, answer_end
 from recipes.language.joint_attention import join_attention, split_attention
-from recipes.language.model import DType, load_pretrained, load_tokenizer
+from recipes.language.model import DType, ending, load_pretrained, load_tokenizer
 from recipes.language.model_card import model_card
-from recipes.language.templates import read_template
+from recipes.language.templates import ASKED, RefusedConversationError, read_template, template_errors
 from recipes.shared.configs import settings_of_run
 from recipes.shared.files import refuse_unless_new
 
@@ -62,7 +63,6 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
     model = load_adapted(base, adapter, dtype, **fields)
     whole = merged(model, adapter)
     join_attention(whole)
-    whole.save_pretrained(to)
     data = run.get("data", {}).get("init_args", {})
     tokenizer = load_tokenizer(data.get("tokenizer") or base)
     if data.get("chat_template"):
@@ -72,8 +72,29 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
     # Programs load a vision-language model together with its image processor.
     if "image" in getattr(whole, "input_modalities", ()):
         load_pretrained(AutoProcessor, base).save_pretrained(to)
+    if isinstance(tokenizer.chat_template, str):
+        _end_answers(whole, tokenizer)
+    whole.save_pretrained(to)
     tokenizer.save_pretrained(to)
     model_card(base, model.peft_config["default"], run).save(to / "README.md")
+
+
+def _end_answers(model: Any, tokenizer: Any) -> None:
+    """Let programs that generate with the model stop where its chat template ends an answer."""
+
+    def render(messages: Sequence[Message], opens_answer: bool) -> str:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opens_answer))
+
+    try:
+        with template_errors():
+            end = answer_end(render, ASKED, tokenizer.eos_token)
+    except RefusedConversationError:  # a template for images, too
+        return
+    if end:  # it is not the tokenizer's end token
+        stops = ending(model, tokenizer, end)
+        model.generation_config.eos_token_id = stops["eos_token_id"]
+        if "stop_strings" in stops:
+            print(f"Answers end with {end!r}, which is not one token: give it as a stop string where you generate")
 
 
 def load_adapted(base: str, adapter: Path, dtype: DType, **fields: Any) -> PeftModel:

@@ -2,13 +2,15 @@
 
 import importlib.util
 import inspect
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -165,13 +167,26 @@ def load_pretrained(
         ) from error
 
 
-def add_adapter(base: nn.Module, lora: dict[str, Any], task_type: str | None = "CAUSAL_LM") -> PeftModel:
+def is_head(name: str) -> bool:
+    """Whether peft takes a module of a sequence classifier for its head, or for a part of it, and trains it.
+
+    Example:
+        >>> is_head("pre_classifier"), is_head("classifier.dense"), is_head("pooler.dense")
+        (True, True, False)
+    """
+    return any(part.endswith(("classifier", "score")) for part in name.split("."))
+
+
+def add_adapter(
+    base: nn.Module, lora: dict[str, Any], task_type: str | None = "CAUSAL_LM", new: Sequence[str] = ()
+) -> PeftModel:
     """The model with a LoRA adapter in float32, all else frozen, except for ``modules_to_save``, in float32 too.
 
     Args:
         base: the pretrained model.
         lora: fields of peft's LoraConfig.
         task_type: peft's; with "SEQ_CLS" the new head is trained too; None for masked models, of which peft has none.
+        new: names of modules that the checkpoint does not have, which are trained plainly and saved.
 
     Raises:
         MisconfigurationException: peft refuses ``lora`` for this model, or would pass over modules to save.
@@ -180,9 +195,15 @@ def add_adapter(base: nn.Module, lora: dict[str, Any], task_type: str | None = "
         if not any(name.endswith(saved) for name, _ in base.named_modules()):
             # peft would pass over it in silence.
             raise MisconfigurationException(f"lora: modules_to_save names {saved!r}, which the model does not have")
+    whole = [rf".*{re.escape(name)}" for name in new]
     if task_type == "SEQ_CLS" and lora.get("target_modules") == "all-linear":
         # The head is trained as a whole. DistilBERT's pre_classifier is a part of it to peft, which would adapt it too.
-        lora = {"exclude_modules": r".*(classifier|score)", **lora}
+        whole.append(".*(classifier|score)")
+    if whole:
+        lora = {"exclude_modules": "|".join(whole), **lora}
+    if new:
+        rank_zero_info(f"The checkpoint lacks {', '.join(new)}: new, and trained beside the adapter")
+        lora = {**lora, "modules_to_save": [*(lora.get("modules_to_save") or []), *new]}
     try:
         config = LoraConfig(task_type=task_type, **lora)
         with warnings.catch_warnings():

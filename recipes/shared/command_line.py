@@ -122,6 +122,10 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
     run = settings_of_run(checkpoint)
     if not run:
         return list(arguments)
+    for logger in run.get("trainer", {}).get("logger") or []:
+        arguments_of = logger.get("init_args", {})
+        if arguments_of.get("name") == run.get("run_name"):
+            arguments_of["name"] = None  # so that a --run_name given now takes its place
     configs, others = split(arguments, "--config")
     base = [config for config in configs if _is_file(config, base_file(recipe))]
     overlays = [str(method_file(recipe, name)) for name in methods_of(recipe)]

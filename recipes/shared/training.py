@@ -51,6 +51,16 @@ class RecipeModule(L.LightningModule):
         """The mean loss of a batch, shape (); logged as ``train_loss``."""
         raise NotImplementedError
 
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        steps = self.trainer.estimated_stepping_batches
+        if self.trainer.global_step > steps and not self.chosen_scheduler:
+            raise MisconfigurationException(
+                f"this run resumes at step {self.trainer.global_step}, but has {steps} steps with the batch size, "
+                "devices and accumulation given now, so its learning rate would be 0: resume with those of its start"
+            )
+
     def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:
         """The learning rate in time where none was chosen, which is stepped with every optimizer step."""
         steps = self.optimizer_steps()

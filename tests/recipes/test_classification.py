@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import transformers
 from hub_sets import prepared
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
 from recipe_runs import packaged_arguments, quick, trained
 
-from recipes.classification.labels import class_labels, class_names, numbers
+from recipes.classification.labels import class_labels, class_names, labelled, numbers
+from recipes.classification.readouts import NewHead
 from recipes.shared.cli import RecipeCLI
 from recipes.shared.data import read_table
 
@@ -185,3 +189,68 @@ def test_numbers_are_predicted_for_pairs(tiny: str, jsonl: Any, tmp_path: Path) 
     for name, message in wrong.items():
         with pytest.raises(MisconfigurationException, match=message):
             prepared(tiny, "predict", dataset=dataset, regression=True, text=["one", "other"], predict_file=name)
+
+
+@pytest.mark.parametrize("kind", ["deberta-v2", "xlnet", "bart"])
+def test_all_that_the_checkpoint_lacks_is_trained_and_saved(kind: str, tmp_path: Path) -> None:
+    """Their checkpoints are of a language model, without the pooler or the head."""
+    sizes = {
+        "deberta-v2": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "xlnet": {"d_model": 16, "d_inner": 16, "n_layer": 1, "n_head": 2},
+        "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    }
+    config = transformers.AutoConfig.for_model(kind, vocab_size=100, **sizes[kind])
+    model = transformers.AutoModel.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    data: Any = SimpleNamespace(template=None, classes=["a", "b"])
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=0)
+    lora = {"r": 2, "target_modules": "all-linear"}
+    net = NewHead().load(str(tmp_path / "base"), lora, "float32", data, tokenizer)
+    pretrained = set(model.state_dict())
+    for name, parameter in net.get_base_model().named_parameters():
+        plain = name.replace(".modules_to_save.default", "").replace(".base_layer", "")
+        if "lora_" not in name and "original_module" not in name:
+            is_known = plain in pretrained or plain.partition(".")[2] in pretrained
+            assert parameter.requires_grad == (not is_known), name
+    net.save_pretrained(str(tmp_path / "adapter"))
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 2]])  # BART reads the state of its end token, 2
+    assert torch.equal(net.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+
+
+def test_a_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=3
+    )
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    data: Any = SimpleNamespace(template=None, classes=["a", "b"])
+    lora = {"r": 2, "target_modules": ["query"]}
+    net = NewHead().load(str(tmp_path), lora, "float32", data, SimpleNamespace(pad_token_id=1, eos_token_id=2))
+    assert net(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2)
+
+
+def test_a_missing_number_and_a_class_of_minus_one_are_told_apart(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"label": [0.0, 1.0, float("nan")]})
+    assert class_labels(table, "label", class_names(table, "label", "d"), "d") == [0, 1, None]
+    with pytest.raises(MisconfigurationException, match="if -1 is a class, write a name for it"):
+        labelled([0, 1, None], "label", "d", skip=False)
+
+
+def test_large_numbers_and_cut_texts_are_said(tiny: str, jsonl: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"word {i} " + "runs " * (i % 5), "label": 40.0 + i} for i in range(40)]
+    options = ["--data.regression=true", "--model.metrics=[pearson]", "--trainer.max_steps=1"]
+    with pytest.warns(UserWarning, match="scale them to about 0 and 1"):
+        fit(tiny, jsonl(rows), *options, "--data.max_length=6")
+    assert "with mean 59.5 and standard deviation 11.54" in caplog.text
+    assert "texts are cut at max_length=6 tokens" in caplog.text
+
+
+def test_a_run_does_not_go_on_at_rate_zero(tiny: str, animals: str, tmp_path: Path) -> None:
+    """With larger batches it would have fewer steps than it has taken."""
+    cli = fit(tiny, animals, "--data.batch_size=4", "--trainer.max_epochs=2")
+    last = f"--ckpt_path={cli.trainer.checkpoint_callbacks[0].last_model_path}"
+    fit(tiny, animals, "--data.batch_size=4", "--trainer.max_epochs=3", last)
+    differs = pytest.warns(UserWarning, match="data.batch_size 4 there, 32 here")
+    with differs, pytest.raises(MisconfigurationException, match="resume with those of its start"):
+        fit(tiny, animals, "--data.batch_size=32", "--trainer.max_epochs=4", last)

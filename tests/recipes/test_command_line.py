@@ -104,6 +104,12 @@ def test_a_checkpoint_brings_its_runs_settings(
     assert [(each.class_path.split(".")[-1], each.init_args.rho) for each in chosen] == [method]
 
 
+def test_a_run_that_goes_on_may_have_another_name(checkpoint: str) -> None:
+    for given, name in (([], "efmlora"), (["--run_name=other"], "other")):
+        settings = parsed("fit", checkpoint, *given)
+        assert {logger.init_args.name for logger in settings.trainer.logger} == {name}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -64,6 +64,26 @@ def test_the_folder_is_a_plain_model_that_answers_alike(adapter: Path, tiny: str
     assert not list((tmp_path / "plain").glob("adapter*"))
 
 
+def test_programs_that_generate_stop_where_the_template_ends_an_answer(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, end in (("one token", "<file_sep>"), ("several", "END OF IT")):
+        run = {
+            **RUN,
+            "data": {"init_args": {"chat_template": "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"}},
+        }
+        (adapter.parents[1] / "config.yaml").write_text(yaml.safe_dump(run))
+        exporting.export(adapter, tmp_path / name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        ends = tokenizer(end, add_special_tokens=False)["input_ids"]
+        assert (len(ends) == 1) == (name == "one token")
+        if len(ends) == 1:
+            assert ends[0] in model.generation_config.eos_token_id
+        else:
+            assert f"Answers end with '{end}', which is not one token" in capsys.readouterr().out
+
+
 def test_the_card_says_how_it_was_made(adapter: Path, tmp_path: Path) -> None:
     exporting.export(adapter, tmp_path / "plain", dtype="bfloat16")
     card = ModelCard.load(tmp_path / "plain" / "README.md")
