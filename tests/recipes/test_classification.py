@@ -220,9 +220,8 @@ def test_all_that_the_checkpoint_lacks_is_trained_and_saved(kind: str, tmp_path:
 
 
 def test_a_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
-    config = transformers.RobertaConfig(
-        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=3
-    )
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.RobertaConfig(**sizes, intermediate_size=8, num_labels=3)
     transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     data: Any = SimpleNamespace(template=None, classes=["a", "b"])
     lora = {"r": 2, "target_modules": ["query"]}
@@ -230,7 +229,7 @@ def test_a_head_for_other_classes_is_replaced(tmp_path: Path) -> None:
     assert net(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2)
 
 
-def test_a_missing_number_and_a_class_of_minus_one_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_number_and_a_class_of_minus_one_are_told_apart() -> None:
     table = datasets.Dataset.from_dict({"label": [0.0, 1.0, float("nan")]})
     assert class_labels(table, "label", class_names(table, "label", "d"), "d") == [0, 1, None]
     with pytest.raises(MisconfigurationException, match="if -1 is a class, write a name for it"):

@@ -68,10 +68,8 @@ def test_programs_that_generate_stop_where_the_template_ends_an_answer(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, end in (("one token", "<file_sep>"), ("several", "END OF IT")):
-        run = {
-            **RUN,
-            "data": {"init_args": {"chat_template": "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"}},
-        }
+        template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+        run = {**RUN, "data": {"init_args": {"chat_template": template}}}
         (adapter.parents[1] / "config.yaml").write_text(yaml.safe_dump(run))
         exporting.export(adapter, tmp_path / name)
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)

@@ -21,7 +21,7 @@ from recipes.studies.results import Results, Shard
 from recipes.tune.__main__ import _parser, _perform, _space, main
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import KEY, SIDES, WITH, WITHOUT, Run, Search
-from recipes.tune.space import Config, arguments, suggestion
+from recipes.tune.space import arguments, suggestion
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -108,15 +108,8 @@ def finished(folder: Path, shard: Shard = ONE, **settings: Any) -> tuple[Search,
     while run is not None:
         rate, rank = run.config["model.lr"], run.config["model.r/model.alpha"]
         value = 1.0 - 10 * float(rate) + (rank == "8/16") - 0.1 * float(run.config["rho"]) + run.seed / 1000
-        row: Row = {
-            **run.key(),
-            "trial": run.trial,
-            "metric": "val_loss",
-            "mode": "min",
-            "value": value,
-            "seconds": 36.0,
-        }
-        search.results.own.append(row)
+        judgement = {"trial": run.trial, "metric": "val_loss", "mode": "min", "value": value, "seconds": 36.0}
+        search.results.own.append({**run.key(), **judgement})
         search.results.reload()
         runs.append(run)
         run = search.next_run()
@@ -151,13 +144,12 @@ def test_shares_do_the_same_runs_and_wait_for_each_other(tmp_path: Path) -> None
 
 
 def test_a_run_has_a_folder_of_its_own() -> None:
-    configs: list[Config] = []
+    names = set()
     for alpha in ("8/8", "8/16"):
-        configs.append({"model.r/model.alpha": alpha, "model.targets": '["q", "v"]', "rho": "0"})
-    names = {Run(WITHOUT, config, 0, "search", 0).name for config in configs}
+        config = {"model.r/model.alpha": alpha, "model.targets": '["q", "v"]', "rho": "0"}
+        names.add(Run(WITHOUT, config, 0, "search", 0).name)
+        assert all(re.fullmatch(r"search/[\w.=+-]+/seed-0", name) for name in names)
     assert len(names) == 2
-    for name in names:
-        assert re.fullmatch(r"search/[\w.=+-]+/seed-0", name)
 
 
 def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
