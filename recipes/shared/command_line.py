@@ -14,7 +14,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig
 
-from recipes.shared.configs import base_file, is_method, method_file, methods_of, methods_of_run, settings_of_run
+from recipes.shared.configs import (
+    base_file,
+    is_method,
+    listed,
+    method_file,
+    methods_of,
+    methods_of_run,
+    settings_of_run,
+)
 
 MANUAL = "fmlora_manual"
 """The method that is a module; all others are callbacks, which any module takes."""
@@ -122,10 +130,10 @@ def with_run(recipe: str, arguments: Sequence[str], checkpoint: Path, trains: bo
     run = settings_of_run(checkpoint)
     if not run:
         return list(arguments)
-    for logger in run.get("trainer", {}).get("logger") or []:
-        arguments_of = logger.get("init_args", {})
-        if arguments_of.get("name") == run.get("run_name"):
-            arguments_of["name"] = None  # so that a --run_name given now takes its place
+    for logger in listed(run.get("trainer", {}).get("logger")):
+        of_logger = logger.get("init_args", {}) if isinstance(logger, dict) else {}  # or true, or a class's name
+        if "name" in of_logger and of_logger["name"] == run.get("run_name"):
+            of_logger["name"] = None  # so that a --run_name given now takes its place
     configs, others = split(arguments, "--config")
     base = [config for config in configs if _is_file(config, base_file(recipe))]
     overlays = [str(method_file(recipe, name)) for name in methods_of(recipe)]
