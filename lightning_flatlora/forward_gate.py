@@ -49,11 +49,12 @@ class ForwardGate:
         self._layers = {}
 
     def missed(self) -> list[str]:
-        """Name the pairs with a gradient that came from a layer in eval mode, which has read the clean B."""
-        if all(layer.training for layer in self._layers):
+        """Name the pairs with a gradient whose layers are in eval mode, unlike others, and have read the clean B."""
+        resting = {layer for layer in self._layers if not layer.training}
+        if len(resting) in (0, len(self._layers)):  # all may rest in an evaluation since the backward pass
             return []
         with_gradient = [pair for pair in self._perturbation.pairs if pair.B.grad is not None]
-        return [pair.name for pair in with_gradient if not all(layer.training for layer in _layers_of(pair))]
+        return [pair.name for pair in with_gradient if not resting.isdisjoint(_layers_of(pair))]
 
     def opens(self, layer: nn.Module) -> bool:
         """Say whether a forward of a layer that begins now is one of training, and there is something to read."""

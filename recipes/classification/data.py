@@ -157,8 +157,6 @@ class TextData(PartedData):
         labels: Sequence[Any]
         if self.regression:
             labels = numbers(table, self.label, source)
-            if split == self.split:
-                _note_scale([label for label in labels if label is not None], source)
         else:
             if split == self.split:
                 self.classes = class_names(table, self.label, source)
@@ -168,9 +166,12 @@ class TextData(PartedData):
         rows = labelled(labels, self.label, source, self.skip_unlabelled)
         if len(rows) < len(labels):
             rank_zero_info(f"{source}: {len(labels) - len(rows)} of {len(labels)} rows have no label and are left out")
-        return datasets.Dataset.from_dict(
+        found = datasets.Dataset.from_dict(
             {"texts": [row_texts[row] for row in rows], "labels": [labels[row] for row in rows]}
         )
+        if self.regression and split == self.split:
+            _note_scale(found["labels"], source)
+        return found
 
     @override
     def keys(self, rows: Any) -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import get_args
 
 from recipes.demo.report import plot, sentences, table
-from recipes.demo.run import ARMS, RATES, SEEDS, Run, Settings, assist, ledger, perform, share
+from recipes.demo.run import ARMS, RATES, SEEDS, Run, assist, ledger, perform, share
+from recipes.demo.training import Settings
 from recipes.shared.files import begin_folder
 from recipes.shared.ledger import StoppedError
 from recipes.shared.mistakes import without_traceback

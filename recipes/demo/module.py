@@ -13,7 +13,7 @@ from recipes.demo.data import Batch
 from recipes.demo.encoder import CutEncoder, pooled
 from recipes.shared.training import AutomaticTraining
 
-_SCALING = 2.0  # s, alike at every rank, so that only the rank differs
+_RANK = 8
 
 
 class TaskClassifier(AutomaticTraining):
@@ -23,19 +23,16 @@ class TaskClassifier(AutomaticTraining):
         encoder: whose upper layers get LoRA.
         classes: their number.
         learning_rate: AdamW's at its highest.
-        rank: of the adapter.
         dropout: on the adapter's input.
     """
 
     warmup_share = 0.06
     weight_decay = 0.0
 
-    def __init__(
-        self, encoder: CutEncoder, classes: int, learning_rate: float, rank: int = 8, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, encoder: CutEncoder, classes: int, learning_rate: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.learning_rate = learning_rate
-        lora = LoraConfig(r=rank, lora_alpha=_SCALING * rank, lora_dropout=dropout, target_modules=["query", "value"])
+        lora = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, lora_dropout=dropout, target_modules=["query", "value"])
         self.net: Any = get_peft_model(encoder.upper(), lora)
         self.head = nn.Linear(encoder.width, classes)
 

@@ -4,7 +4,7 @@ import gc
 import platform
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from lightning_flatlora.flatness import (
 from recipes.demo.data import Batch, evaluation_batches
 from recipes.demo.encoder import CutEncoder
 from recipes.demo.module import TaskClassifier
-from recipes.demo.training import EFMLORA, LORA, Training, kept, on_one_thread, trained
+from recipes.demo.training import EFMLORA, LORA, Settings, kept, on_one_thread, trained
 from recipes.language import texts
 from recipes.shared.ledger import Ledger, Row, commit, entries
 from recipes.shared.mistakes import without_traceback
@@ -39,21 +39,6 @@ SEEDS = (40, 41, 42)
 
 DISTANCES = (0.0, 1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 20.0, 24.0, 28.0, 32.0)
 """From the weights, along the steepest direction that B can express, in the full weights' units."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(Training):
-    """Everything that decides a run beside its method, rate and seed.
-
-    Attributes:
-        task: of the packaged texts.
-    """
-
-    task: str = "all_subjects"
-    frozen_layers: int = 5
-    shots: int = 16
-    steps: int = 600
-    batch_size: int = 8
 
 
 class Run(NamedTuple):
@@ -116,7 +101,7 @@ def perform(run: Run) -> Row:
     settings = run.settings
     encoder = kept(settings.frozen_layers, settings.length)
     config = {**ARMS[run.arm], "learning_rate": run.rate}
-    module = trained(settings, encoder, settings.task, run.seed, run.arm, config)
+    module = trained(settings, encoder, run.seed, run.arm, config)
     seconds = time.perf_counter() - began
     module.eval()
     held_out = _held_out(encoder, settings.task)

@@ -24,10 +24,11 @@ kept = cache(load)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """What decides a training beside its method, its rate and its seed.
+class Settings:
+    """Everything that decides a run beside its method, rate and seed.
 
     Attributes:
+        task: of the packaged texts.
         frozen_layers: of the encoder.
         length: tokens kept of a text.
         shots: training examples of a class.
@@ -36,11 +37,12 @@ class Training:
         precision: of training.
     """
 
-    frozen_layers: int
+    task: str = "all_subjects"
+    frozen_layers: int = 5
     length: int = 32
-    shots: int
-    steps: int
-    batch_size: int
+    shots: int = 16
+    steps: int = 600
+    batch_size: int = 8
     precision: Precision = field(default_factory=fast_precision)
 
 
@@ -51,15 +53,12 @@ def on_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def trained(
-    training: Training, encoder: CutEncoder, task: str, seed: int, arm: str, config: Mapping[str, Any]
-) -> TaskClassifier:
+def trained(settings: Settings, encoder: CutEncoder, seed: int, arm: str, config: Mapping[str, Any]) -> TaskClassifier:
     """A new adapter and head, trained.
 
     Args:
-        training: how.
+        settings: of the run.
         encoder: whose upper layers get the adapter.
-        task: of the packaged texts.
         seed: of the examples, the adapter's start, the order of the batches, and dropout.
         arm: "EFMLoRA" adds its callback.
         config: of the module, and perhaps ``rho``.
@@ -68,16 +67,16 @@ def trained(
     callbacks = callbacks_of(arm, own.pop("rho", 0.0))
     # Anew for each training, so that all adapters of a seed begin with one A, and all heads alike.
     L.seed_everything(seed, verbose=False)
-    module = TaskClassifier(encoder, len(texts.TASKS[task].classes), **own)
-    examples = texts.shots(task, training.shots, seed)
+    module = TaskClassifier(encoder, len(texts.TASKS[settings.task].classes), **own)
+    examples = texts.shots(settings.task, settings.shots, seed)
     trainer = L.Trainer(
         # The kept states lie in the main memory, and steps are too small for a GPU to be faster.
         accelerator="cpu",
-        precision=training.precision,
+        precision=settings.precision,
         max_epochs=1,
         callbacks=callbacks,
         enable_progress_bar=False,
         **BARE,
     )
-    trainer.fit(module, training_batches(examples, encoder.states, training.batch_size, training.steps, seed))
+    trainer.fit(module, training_batches(examples, encoder.states, settings.batch_size, settings.steps, seed))
     return module

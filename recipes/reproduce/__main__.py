@@ -18,7 +18,10 @@ from recipes.reproduce.tables import TABLES
 from recipes.shared.ledger import StoppedError, each_once, keep_options
 from recipes.shared.mistakes import without_traceback
 from recipes.shared.precision import precision_of_runs
-from recipes.studies.results import WAITING, Results, Shard, shard
+from recipes.studies.results import Results, Shard, shard
+
+_WAITING = 75
+"""The exit status while runs of this share wait for those of other shares: the system's name is EX_TEMPFAIL."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"Not finished: {plan.waiting} runs of this share wait for choices, and {len(plan.open_runs())} are being "
             "done by another process. Start the same command again when the other shares have done their trials"
         )
-        return WAITING
+        return _WAITING
     return 0
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from recipes.shared.ledger import Ledger, Row, Run, entries
 
 _RESULTS = "results"
-WAITING = 75
-"""The exit status while runs of this share wait for those of other shares: the system's name is EX_TEMPFAIL."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     search = _search(options, more)
     folder = search.results.folder
     # More trials or seeds may be asked for later, all else would make the rows incomparable.
-    asked = [f"--metric={options.metric}", f"--mode={options.mode}", f"--test={options.test}"]
+    asked = [f"--metric={options.metric}", f"--mode={search.mode}", f"--test={options.test}"]
     tried = [f"{name} {' '.join(values)}" for name, values in search.space.items()]
     given = [search.command, *asked, *tried, f"rho {' '.join(search.radii)}", *search.options]
     keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"], runs=["search", "final"])
@@ -126,7 +126,7 @@ def _search(options: argparse.Namespace, more: list[str]) -> Search:
         hours,
         options.fresh,
         options.metric,
-        options.mode,
+        _mode(options),
         options.test,
     )
 
@@ -160,7 +160,7 @@ def _space(options: argparse.Namespace, more: Sequence[str]) -> Space:
 
 
 def _mistakes(options: argparse.Namespace) -> list[str]:
-    """What is wrong with the search's own options; the mode that follows from a metric's name is noted there."""
+    """What is wrong with the search's own options."""
     problems = []
     names: list[str] = []
     for name, *values in options.tried or []:
@@ -182,13 +182,19 @@ def _mistakes(options: argparse.Namespace) -> list[str]:
         problems.append(f"--rho must be different numbers above 0, got {' '.join(options.rho)}")
     if options.fresh < 2:
         problems.append(f"--fresh must be at least 2, got {options.fresh}")
-    if options.metric and options.mode is None:
-        for part, mode in (("loss", "min"), ("acc", "max")):
-            if part in options.metric:
-                options.mode = mode
-        if options.mode is None:
-            problems.append(f"--metric {options.metric}: add --mode min or --mode max")
+    if options.metric and _mode(options) is None:
+        problems.append(f"--metric {options.metric}: add --mode min or --mode max")
     return problems
+
+
+def _mode(options: argparse.Namespace) -> str | None:
+    """The mode that is given, or that the name of a given metric tells; None if neither does."""
+    given: str | None = options.mode
+    if given is not None or options.metric is None:
+        return given
+    if "loss" in options.metric:
+        return "min"
+    return "max" if "acc" in options.metric else None
 
 
 def _budget(text: str) -> tuple[int, float | None]:

@@ -15,7 +15,8 @@ from recipes.demo.__main__ import main
 from recipes.demo.data import evaluation_batches, packed
 from recipes.demo.encoder import CutEncoder, pooled
 from recipes.demo.module import TaskClassifier
-from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, Run, Settings, perform
+from recipes.demo.run import ARMS, DISTANCES, RATES, SEEDS, Run, perform
+from recipes.demo.training import Settings
 from recipes.language import texts
 from recipes.language.texts import Example, Source
 from recipes.shared import packaged
