@@ -1,7 +1,8 @@
 """P2 of protocol_p1_p2.md: how much general text the adapters of P1 have forgotten.
 
 From the root of a clone: ``python docs/results/p2.py FOLDER_OF_P1 ROWS``. Rows that are there are kept, so the same
-command goes on after it was stopped.
+command goes on after it was stopped, and several processes may share the runs. An adapter that is not in P1's folder is
+trained again, as P1 trained it.
 """
 
 import sys
@@ -16,10 +17,17 @@ from recipes.language.batches import padded, padding_id
 from recipes.language.model import PACKAGED, answer_log_likelihood, load_base, load_tokenizer
 from recipes.language.texts import parts
 from recipes.shared.ledger import Ledger, Row, commit, entries
-from recipes.studies.process import written
+from recipes.studies.process import fit
 from recipes.studies.results import Results
-from recipes.tune.search import KEY, SEARCH_SEEDS, Run
+from recipes.tune.search import KEY, SEARCH_SEEDS, Run, Search
 
+RECIPE = "instruction_tuning"
+OPTIONS = [
+    *("--config", "recipes/instruction_tuning/configs/packaged.yaml", "--method", "efmlora"),
+    *("--trainer.max_steps", "75", "--trainer.val_check_interval", "25", "--trainer.check_val_every_n_epoch", "null"),
+    *("--model.exact_match_examples", "0", "--model.attn_implementation", "eager", "--trainer.limit_val_batches", "6"),
+]
+"""What every run of P1 had, beside what its row says."""
 KINDS = ("privacy", "sentiment")
 TEXTS = 400  # of each kind
 BATCH = 16
@@ -29,8 +37,8 @@ MOST_TOKENS = 512
 class Forgetting:
     """The base model, the texts, and what the base model's loss on them is."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, search: Search) -> None:
+        self.search = search
         tokenizer = load_tokenizer(PACKAGED)
         self.padding = padding_id(tokenizer)
         self.texts = {}
@@ -42,15 +50,20 @@ class Forgetting:
         self.untuned = self.losses(self.base)
 
     def measure(self, run: Run) -> Row:
-        """The row of a run of P1."""
+        """The row of a run of P1; ``val_loss`` is that of the adapter which is measured."""
+        folder = self.search.results.folder / run.name
+        fitted = fit(RECIPE, folder, self.search.arguments(run.config, run.seed))
         # The folder of the adapter is named like the checkpoint beside it.
-        checkpoint = Path(written(self.folder / run.name / "fit.json")["best"])
-        adapter = self.folder / run.name / "fit" / "checkpoints" / checkpoint.stem
+        adapter = folder / "fit" / "checkpoints" / Path(fitted["best"]).stem
         net = PeftModel.from_pretrained(self.base, str(adapter))
         found = self.losses(net)
         self.base = net.unload()
+        for file in folder.glob("fit/checkpoints/*.ckpt"):
+            file.unlink()
         rise = sum(found[kind] - self.untuned[kind] for kind in KINDS) / len(KINDS)
-        return {**run.key(), "trial": run.trial, "losses": found, "untuned": self.untuned, "rise": rise}
+        val_loss = min(validation["val_loss"] for validation in fitted["validations"])
+        losses = {"val_loss": val_loss, "losses": found, "untuned": self.untuned, "rise": rise}
+        return {**run.key(), "trial": run.trial, **losses, "commit": commit()}
 
     @torch.no_grad()
     def losses(self, net: nn.Module) -> dict[str, float]:
@@ -71,16 +84,23 @@ class Forgetting:
 
 
 def main(folder: Path, path: Path) -> None:
-    """Measure the trials with the first seed and the final runs."""
-    forgetting = Forgetting(folder)
+    """Measure the final runs and the trials with the first seed."""
+    results = Results(folder, KEY)
+    forgetting = Forgetting(Search(RECIPE, OPTIONS, space={}, radii=[], results=results))
     print("The untuned model:", forgetting.untuned)
-    runs = []
-    for row in Results(folder, KEY).rows:
-        if row["seed"] == SEARCH_SEEDS[0] or row["stage"] == "final":
-            runs.append(Run(**{name: row[name] for name in Run._fields}))
+    final, trials = [], []
+    for row in results.rows:
+        run = Run(**{name: row[name] for name in Run._fields})
+        if row["stage"] == "final":
+            final.append(run)
+        elif row["seed"] == SEARCH_SEEDS[0]:
+            trials.append(run)
     rows = Ledger(path, entries(*KEY))
-    for row in rows.complete(runs, lambda run: {**forgetting.measure(run), "commit": commit()}):
-        print(f"{row['rise']:.4f}")
+    runs = [*final, *trials]
+    # Several processes may share them: each takes the first run that no other one does.
+    while rows.perform_first([run for run in runs if rows.find(run) is None], forgetting.measure, print):
+        print(f"{rows.rows[-1]['rise']:.4f}", flush=True)
+        rows.reload()
 
 
 if __name__ == "__main__":
