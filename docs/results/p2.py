@@ -58,8 +58,6 @@ class Forgetting:
         net = PeftModel.from_pretrained(self.base, str(adapter))
         found = self.losses(net)
         self.base = net.unload()
-        for file in folder.glob("fit/checkpoints/*.ckpt"):
-            file.unlink()
         rise = sum(found[kind] - self.untuned[kind] for kind in KINDS) / len(KINDS)
         val_loss = min(validation["val_loss"] for validation in fitted["validations"])
         losses = {"val_loss": val_loss, "losses": found, "untuned": self.untuned, "rise": rise}

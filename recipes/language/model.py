@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from recipes.language.batches import pad, padding_id
 from recipes.language.chat import IGNORED
@@ -82,7 +82,8 @@ def load_base(
         config: fields of the model's configuration that take the place of its own, such as ``{"attn_pdrop": 0.0}``.
 
     Raises:
-        MisconfigurationException: there is no such model or no such field, or bitsandbytes is missing.
+        MisconfigurationException: there is no such model or no such field, the model is not causal, or bitsandbytes is
+            missing.
     """
     options: dict[str, Any] = {"dtype": dtype, **(config or {})}
     if quantization is not None:
@@ -91,6 +92,12 @@ def load_base(
         model = load_pretrained(AutoModelForCausalLM, name, **options)
     except TypeError as error:  # transformers hands what is no field of the configuration to the model's class
         raise MisconfigurationException(f"model_config={config!r} can't be used for {name!r}: {error}") from error
+    # transformers only logs a line, and the loss falls to nearly 0.
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", True):
+        raise MisconfigurationException(
+            f"model={name!r} reads a text in both directions, and so sees the tokens that it is to predict: take a "
+            "causal language model, such as GPT-2"
+        )
     return trainable(model, quantization)
 
 

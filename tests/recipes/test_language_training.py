@@ -17,7 +17,7 @@ from lightning_flatlora import AdapterCheckpoint, EFMLoRA
 from recipes.instruction_tuning.data import InstructionData
 from recipes.instruction_tuning.module import InstructionTuning
 from recipes.language.batches import Collate
-from recipes.language.model import add_adapter, answer_log_likelihood, positions
+from recipes.language.model import add_adapter, answer_log_likelihood, load_base, positions
 from recipes.language.packing import check_packing, fill_rows, packed
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -160,6 +160,11 @@ def test_a_run_starts_from_another_ones_adapter(tiny: str, sums: str, tmp_path: 
             assert torch.equal(weight, before[name]), name
     with pytest.raises(MisconfigurationException, match=r"holds no adapter_config.json"):
         fitted(tiny, sums, tmp_path / "third", start_from=str(tmp_path))
+
+
+def test_a_model_that_sees_its_targets_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="'packaged:minilm' reads a text in both directions, and so"):
+        load_base("packaged:minilm", "float32", None)
 
 
 def test_attention_is_the_one_asked_for(tiny: str) -> None:
