@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from recipes.clip.images import image_files, is_hidden
 
@@ -24,7 +24,8 @@ def read(dataset: str) -> Found:
 
     Args:
         dataset: a folder with one folder for each class, or with folders train (or training), test (or testing) and
-            perhaps validation (or valid, val or dev) that hold these, in small letters or capitals.
+            perhaps validation (or valid, val or dev) that hold these, in small letters or capitals. Without test,
+            validation is it.
 
     Raises:
         MisconfigurationException: a part is missing, a class has no images, or parts differ in their classes.
@@ -38,6 +39,9 @@ def read(dataset: str) -> Found:
         found = [by_name[name] for name in names if name in by_name]
         if found:
             parts[part] = found[0]
+    if "train" in parts and "test" not in parts and "validation" in parts:  # as ImageNet comes
+        parts["test"] = parts.pop("validation")
+        rank_zero_info(f"{dataset} has no test part: {parts['test'].name} is it, and train gives validation's images")
     missing = [part for part in ("train", "test") if part not in parts]
     if len(missing) == 2:
         classes = class_folders(folder)

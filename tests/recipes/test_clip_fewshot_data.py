@@ -125,16 +125,16 @@ def test_fewer_shots_are_among_more(images: Path) -> None:
     assert few_shots(source, 2, 2, seed=4) != drawn[2]
 
 
-def test_without_a_validation_part_the_rest_of_train_serves(tmp_path: Path) -> None:
-    for part, number in (("train", 5), ("test", 2)):
+@pytest.mark.parametrize("tested", ["test", "val"])  # the second as in ImageNet
+def test_without_a_validation_part_the_rest_of_train_serves(tested: str, tmp_path: Path) -> None:
+    for part, number in (("train", 5), (tested, 2)):
         filled(tmp_path / part, number)
     source = sources.load(str(tmp_path))
+    assert [path.parts[-3] for path, _ in source.parts["test"]] == 6 * [tested]
     train, validation = few_shots(source, 3, 2, seed=0)
     assert len(set(train) | set(validation)) == 15
     assert few_shots(source, 1, 2, seed=0)[1] == validation
-    with pytest.raises(
-        MisconfigurationException, match=r"'blue_grey' has 1 images in train beside 4 .*lidation_shots=2"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"'blue_grey' has 1 images in train beside 4 .*shots=2"):
         few_shots(source, 4, 2, seed=0)
     assert [len(few_shots(source, shots, None, seed=0)[1]) for shots in (1, 2, 3, 4, 5)] == [3, 6, 6, 3, 0]
 
