@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -98,8 +99,15 @@ class TextClassifier(FittingModule, PretrainedModel):
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         head = [parameter for name, parameter in trained if ".modules_to_save." in name]
         adapter = [parameter for name, parameter in trained if ".modules_to_save." not in name]
-        rate = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
-        return [{"params": adapter}, {"params": head, "lr": rate}] if head else [{"params": adapter}]
+        if head:
+            rate = self.learning_rate if self.head_learning_rate is None else self.head_learning_rate
+            return [{"params": adapter}, {"params": head, "lr": rate}]
+        if self.head_learning_rate is not None:
+            raise MisconfigurationException(
+                f"head_learning_rate={self.head_learning_rate}, and nothing is trained beside the adapter: set it to "
+                "null, or name modules in lora.modules_to_save"
+            )
+        return [{"params": adapter}]
 
     def logits(self, batch: Batch) -> Tensor:
         """Of the classes, or the number, float32, (rows, classes or 1)."""

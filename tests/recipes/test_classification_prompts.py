@@ -249,10 +249,9 @@ def test_words_that_do_not_fit_are_refused(words: dict[str, str], message: str, 
     [
         ("--data.template=null", r"set data\.template"),
         ("--model.label_words=null", r"template=.* set model.label_words, or data.template to null for a new head"),
+        ("--model.head_learning_rate=0.1 --model.lora.modules_to_save=[]", "nothing is trained beside the adapter"),
     ],
 )
-def test_words_without_a_template_and_a_template_for_a_head_are_refused(
-    option: str, message: str, roberta: str, glue: str
-) -> None:
+def test_settings_of_a_head_and_of_words_are_not_mixed(option: str, message: str, roberta: str, glue: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
-        run("fit", roberta, glue, "sst2", option)
+        run("fit", roberta, glue, "sst2", *option.split())
