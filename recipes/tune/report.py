@@ -114,6 +114,12 @@ def table(search: Search, found: Answer) -> Table:
         f"on {judged_on} data; the interval is over seeds, and not over other data",
         f"Best of equally many trials; the difference is paired by seed. {found.one_more_hour()}",
     ]
+    others = {**found.configs[WITH], RHO: found.configs[WITHOUT][RHO]}
+    if others != found.configs[WITHOUT]:
+        notes.append(
+            "The difference is not the perturbation's alone, as the winners have other settings, too: its own part is "
+            f"that between {short(found.configs[WITH])} and the same with rho 0, on the same seeds"
+        )
     return Table("Is it worth it?", ("best", "trials", "in the search", "fresh seeds"), lines, notes)
 
 
