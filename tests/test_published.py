@@ -192,7 +192,7 @@ def test_the_comparison() -> None:
 
 
 def test_the_text_of_the_study() -> None:
-    """What it says about flatness, corrections and costs; the audit's own figures have no rows."""
+    """What it says about flatness and corrections; the audit's own figures have no rows."""
     text = re.sub(r"\s+", " ", STUDY)
 
     flatness: dict[str, dict[int, Row]] = defaultdict(dict)
@@ -235,15 +235,19 @@ def test_the_text_of_the_study() -> None:
     assert max(moved) <= 0.003
     expected.append("moved the validation loss by 0.003 nats at most")
 
-    study = [row for file in PUBLISHED.glob("evidence_*.jsonl") for row in read(file)]
-    # What was only judged has no processor time in its row.
-    hours = sum(row.get("processor_seconds", row["seconds"]) for row in study) / 3600
-    expected.append(f"{len(study):,} rows in `evidence_*.jsonl`, {hours:.0f} hours of processor time")
-    for file, unit in (("comparison", "hours of one thread"), ("radius_tasks", "hour")):
-        rows = read(PUBLISHED / f"{file}.jsonl")
-        hours = sum(row["seconds"] for row in rows) / 3600
-        expected.append(f"{len(rows):,} rows in `{file}.jsonl`, {hours:.1f} {unit}")
     assert [each for each in expected if each not in text] == []
+
+
+def test_the_rows_and_hours_of_the_study() -> None:
+    page = (PUBLISHED / "README.md").read_text(encoding="utf-8")
+    expected = []
+    for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control"):
+        rows = [row for file in PUBLISHED.glob(f"{files}.jsonl") for row in read(file)]
+        # What was only judged has no processor time in its row.
+        hours = sum(row.get("processor_seconds", row["seconds"]) for row in rows) / 3600
+        expected.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")
+    expected.append(f"{len(read(PUBLISHED / 'p2.jsonl'))} rows in `p2.jsonl` |")
+    assert [each for each in expected if each not in page] == []
 
 
 def test_the_separate_rates_of_the_study() -> None:
@@ -274,6 +278,39 @@ def test_the_separate_rates_of_the_study() -> None:
     assert [each for each in expected if each not in text] == []
     guide = re.sub(r"\s+", " ", (DOCS / "when_to_use.md").read_text(encoding="utf-8"))
     assert f"{accuracy(small):.1f} %; EFMLoRA with these {accuracy(efmlora):.1f} % ({len(small)} seeds)" in guide
+
+
+def test_the_task_that_needs_an_adapter() -> None:
+    """P1, its control, and P2: what the protocol tests, and what the study says."""
+    arms: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
+    for file in ("p1", "p1_control", "p2"):
+        for row in read(PUBLISHED / f"{file}.jsonl"):
+            if row["stage"] == "final":
+                rank = row["config"]["model.lora.r/model.lora.lora_alpha"].partition("/")[0]
+                name = "efmlora" if row["side"] == "with" else f"rank_{rank}"
+                found = arms[name].setdefault(row["seed"], {})
+                found |= {"rise": row["rise"]} if file == "p2" else row["tested"]
+    seeds = set(range(100, 120))
+    assert {name: set(found) for name, found in arms.items()} == dict.fromkeys(("efmlora", "rank_8", "rank_32"), seeds)
+
+    table = STUDY.split("| On 20 fresh seeds |")[1].split("\n\n")[0].splitlines()[2:]
+    measures = {"test_loss": (3, 1), "test_accuracy": (1, 100), "rise": (2, 1)}
+    p_values = []
+    for line, (measure, (digits, unit)) in zip(table, measures.items(), strict=True):
+        expected = []
+        for arm in ("rank_8", "rank_32", "efmlora"):
+            expected.append(f"{unit * statistics.mean(found[measure] for found in arms[arm].values()):.{digits}f}")
+        for arm in ("rank_8", "rank_32"):
+            values = [unit * (arms["efmlora"][seed][measure] - arms[arm][seed][measure]) for seed in sorted(seeds)]
+            found = estimate(values)
+            ends = (found.mean, found.mean - found.interval, found.mean + found.interval)
+            expected.append("{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*ends, n=digits))
+            if arm == "rank_8":
+                p_values.append(2 * stats.t.sf(abs(found.mean / found.error), found.values - 1))
+        assert figures(line.partition("|")[2].partition("|")[2]) == figures(" ".join(expected))
+    # P1's p is the larger one of the two, which Holm's method leaves as it is.
+    assert p_values[2] < p_values[0]
+    assert f"p {p_values[0]:.4f} by Holm's method" in STUDY
 
 
 def test_table_1_offline(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Draws ``frontiers.png``: learning against forgetting in P1's trials, from ``p2.jsonl``.
 
-Run it from the root of a clone.
+From the root of a clone: ``PYTHONPATH=. python docs/results/frontiers.py``. The trials have one seed, and so the same
+validation questions; those of the final runs differ by seed.
 """
 
 from pathlib import Path
@@ -13,31 +14,32 @@ ROWS = Path("docs/results/p2.jsonl")
 SIDES = {"without": ("LoRA", "tab:blue"), "with": ("EFMLoRA", "tab:orange")}
 
 
-def envelope(rows: list[Row]) -> list[Row]:
+def envelope(trials: list[Row]) -> list[Row]:
     """The trials than which no other one has learnt more and forgotten less, from the one that has learnt the most."""
     found: list[Row] = []
-    for row in sorted(rows, key=lambda row: row["val_loss"]):
+    for row in sorted(trials, key=lambda row: row["val_loss"]):
         if not found or row["rise"] < found[-1]["rise"]:
             found.append(row)
     return found
 
 
+def places(trials: list[Row]) -> tuple[list[float], list[float]]:
+    """Where they are in the picture."""
+    return [row["val_loss"] for row in trials], [row["rise"] for row in trials]
+
+
 def main() -> None:
-    """Trials as circles with each side's envelope, and the winners' final runs as small dots."""
+    """A circle for each trial, and a line through each side's envelope."""
     rows = read(ROWS)
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for side, (name, color) in SIDES.items():
         trials = [row for row in rows if row["side"] == side and row["stage"] == "search"]
-        finals = [row for row in rows if row["side"] == side and row["stage"] == "final"]
-        best = envelope(trials)
-        axes.plot([row["val_loss"] for row in best], [row["rise"] for row in best], color=color)
-        axes.scatter([row["val_loss"] for row in trials], [row["rise"] for row in trials], color=color, label=name)
-        axes.scatter([row["val_loss"] for row in finals], [row["rise"] for row in finals], s=6, color=color, alpha=0.6)
-    axes.set_xscale("log")
+        axes.scatter(*places(trials), color=color, label=name)
+        axes.plot(*places(envelope(trials)), color=color)
     axes.set_xlabel("validation loss of the new task (nats per token)")
-    axes.set_ylabel("rise of the loss on general text (nats per token)")
-    axes.legend(title="circles: trials; dots: final runs", frameon=False)
+    axes.set_ylabel("rise of the loss on other texts (nats per token)")
+    axes.legend(frameon=False)
     figure.savefig(ROWS.with_name("frontiers.png"), dpi=130)
 
 

@@ -1,7 +1,7 @@
 """The control of P1 in protocol_p1_p2.md: LoRA with the settings of the winner with EFMLoRA, and rho 0.
 
-From the root of a clone: ``python docs/results/p1_control.py FOLDER``. Its rows are ``FOLDER/results.jsonl``. The same
-command goes on after it was stopped, and several processes may share the runs.
+From the root of a clone: ``PYTHONPATH=. python docs/results/p1_control.py FOLDER``. Its rows are
+``FOLDER/results.jsonl``. The same command goes on after it was stopped, and several processes may share the runs.
 """
 
 import sys

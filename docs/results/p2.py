@@ -1,8 +1,8 @@
 """P2 of protocol_p1_p2.md: how much general text the adapters of P1 have forgotten.
 
-From the root of a clone: ``python docs/results/p2.py FOLDER_OF_P1 ROWS``. Rows that are there are kept, so the same
-command goes on after it was stopped, and several processes may share the runs. An adapter that is not in P1's folder is
-trained again, as P1 trained it.
+From the root of a clone: ``PYTHONPATH=. python docs/results/p2.py FOLDER_OF_P1 ROWS``. Rows that are there are kept, so
+the same command goes on after it was stopped, and several processes may share the runs. An adapter that is not in P1's
+folder is trained again, as P1 trained it.
 """
 
 import sys
@@ -94,7 +94,7 @@ def main(folder: Path, path: Path) -> None:
         elif row["seed"] == SEARCH_SEEDS[0]:
             trials.append(run)
     rows = Ledger(path, entries(*KEY))
-    runs = [*final, *trials]
+    runs = [*final, *sorted(trials, key=lambda run: run.trial)]
     # Several processes may share them: each takes the first run that no other one does.
     while rows.perform_first([run for run in runs if rows.find(run) is None], forgetting.measure, print):
         print(f"{rows.rows[-1]['rise']:.4f}", flush=True)
