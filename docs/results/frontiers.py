@@ -37,6 +37,9 @@ def main() -> None:
         trials = [row for row in rows if row["side"] == side and row["stage"] == "search"]
         axes.scatter(*places(trials), color=color, label=name)
         axes.plot(*places(envelope(trials)), color=color)
+    axes.set_xscale("log")
+    axes.set_xticks([3, 4, 5, 6, 8], ["3", "4", "5", "6", "8"])
+    axes.minorticks_off()
     axes.set_xlabel("validation loss of the new task (nats per token)")
     axes.set_ylabel("rise of the loss on other texts (nats per token)")
     axes.legend(frameon=False)
