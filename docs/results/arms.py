@@ -1,0 +1,151 @@
+"""The arms beside of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
+
+From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
+``ARMS``. Its rows are ``FOLDER/results.jsonl``, where ``rho`` is the arm's strength; P1's rows without a perturbation
+are put there first, so that the search is the one of P1 with another method in place of EFMLoRA. The same command goes
+on after it was stopped.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from p2 import OPTIONS, RECIPE  # beside this file
+from torch import Tensor
+
+from recipes.studies.results import Results
+from recipes.tune.search import KEY, WITHOUT, Search
+from recipes.tune.space import RHO, Config, arguments
+
+SPACE = {
+    "model.learning_rate": ["1e-4", "3e-4", "1e-3", "3e-3"],
+    "model.lora.lora_dropout": ["0", "0.1", "0.5", "0.9"],
+    "model.lora.r/model.lora.lora_alpha": ["2/4", "8/16", "32/64"],
+}
+"""As in P1's command."""
+TRIALS = 24  # of both sides; the half without a perturbation is P1's
+FRESH = 10  # final seeds, of P1's 20
+
+
+class RandomScaling(L.Callback):
+    """Multiply the adapter's scaling by 1 + spread * u in each step, with u uniform in [-1, 1].
+
+    Args:
+        spread: at least 0.
+        seed: of u.
+    """
+
+    def __init__(self, spread: float, seed: int = 0) -> None:
+        self.spread = spread
+        self.numbers = random.Random(seed)
+        self.stored: list[tuple[dict[str, float], dict[str, float]]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Scale, and remember what the scaling was."""
+        factor = 1 + self.spread * self.numbers.uniform(-1, 1)
+        for layer in pl_module.modules():
+            scaling = getattr(layer, "scaling", None)
+            if isinstance(scaling, dict) and hasattr(layer, "lora_B"):
+                self.stored.append((scaling, dict(scaling)))
+                for name in scaling:
+                    scaling[name] *= factor
+        if not self.stored:
+            raise ValueError("no layer has a LoRA adapter")
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Put the scaling back."""
+        for scaling, stored in self.stored:
+            scaling.update(stored)
+        self.stored.clear()
+
+
+class VariationalLoss(L.Callback):
+    """Add MonteCLoRA's variational loss, of peft's samplers, to that of the task."""
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Add its gradient; that of the sum of both losses is the sum of the gradients."""
+        terms: list[Tensor] = []
+        for layer in pl_module.modules():
+            if hasattr(layer, "get_variational_loss"):
+                divergence, entropy = layer.get_variational_loss()
+                terms.append(divergence + entropy)
+        if not terms:
+            raise ValueError("no layer has a sampler of MonteCLoRA")
+        torch.stack(terms).sum().backward(retain_graph=True)
+
+
+class Arm(NamedTuple):
+    """A change to LoRA.
+
+    Attributes:
+        options: of `fit`, with a strength and a seed.
+        strengths: that are tried.
+    """
+
+    options: Callable[[str, int], list[str]]
+    strengths: Sequence[str]
+
+
+def _of_callback(path: str, strength: str, *, seeded: bool = False) -> Callable[[str, int], list[str]]:
+    """The options that give the Trainer a callback."""
+
+    def options(value: str, seed: int) -> list[str]:
+        given = [f"--trainer.callbacks+={path}", f"--trainer.callbacks.{strength}={value}"]
+        return [*given, f"--trainer.callbacks.seed={seed}"] if seeded else given
+
+    return options
+
+
+def _of_monteclora(scaler: str, seed: int) -> list[str]:
+    # The buffer of draws that peft holds for each layer would take 22 GiB with its usual size.
+    fields = json.dumps({"sample_scaler": float(scaler), "buffer_size": 4})
+    return [f"--model.lora.monteclora_config={fields}", "--trainer.callbacks+=arms.VariationalLoss"]
+
+
+ARMS = {
+    "lora_sam": Arm(_of_callback("lightning_flatlora.baselines.LoRASAM", "rho"), ["0.05", "0.2", "0.8", "3.2"]),
+    "bi_lora": Arm(
+        _of_callback("lightning_flatlora.baselines.BiLoRA", "rho", seeded=True), ["0.05", "0.2", "0.8", "3.2"]
+    ),
+    "scaling": Arm(_of_callback("arms.RandomScaling", "spread", seeded=True), ["0.1", "0.2", "0.5", "1"]),
+    "monteclora": Arm(_of_monteclora, ["1e-4", "3e-4", "1e-3", "3e-3"]),
+}
+
+
+class ArmSearch(Search):
+    """The search of P1 with an arm in place of EFMLoRA."""
+
+    arm: Arm
+
+    def arguments(self, config: Config, seed: int) -> list[str]:
+        """Of the recipe's ``fit``."""
+        given = [*self.options, *arguments(config), f"--seed_everything={seed}", f"--data.seed={seed}"]
+        return [*given, *self.arm.options(config[RHO], seed)]
+
+
+def main(name: str, folder: Path) -> None:
+    """Search, and train and test the winner."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "results.jsonl"
+    if not rows.exists():
+        of_p1 = Path(__file__).with_name("p1.jsonl").read_text().splitlines()
+        rows.write_text("".join(f"{line}\n" for line in of_p1 if json.loads(line)["side"] == WITHOUT))
+    options = [option for option in OPTIONS if option not in ("--method", "efmlora")]
+    results = Results(folder, KEY)
+    search = ArmSearch(
+        RECIPE, options, SPACE, ARMS[name].strengths, results, TRIALS, fresh=FRESH, metric="val_loss", tests=True
+    )
+    search.arm = ARMS[name]
+    while (run := search.next_run()) is not None:
+        results.own.perform_first([run], search.perform, print)
+        print(f"{results.rows[-1]['value']:.4f}", flush=True)
+        results.reload()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
