@@ -1,9 +1,9 @@
 """The arms beside of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
-From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
-``ARMS``. Its rows are ``FOLDER/results.jsonl``, where ``rho`` is the arm's strength; P1's rows without a perturbation
-are put there first, so that the search is the one of P1 with another method in place of EFMLoRA. The same command goes
-on after it was stopped.
+From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER [1/2]``, where ARM is
+one of ``ARMS``, and 1/2 one of two shares, which may be left out. Its rows are ``FOLDER/results.jsonl``, where ``rho`` is the
+arm's strength. P1's rows without a perturbation are put there first, so that the search is the one of P1 with another
+method in place of EFMLoRA. The same command goes on after it was stopped.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from p2 import OPTIONS, RECIPE  # beside this file
 from torch import Tensor
 
-from recipes.studies.results import Results
+from recipes.studies.results import Results, Shard, shard
 from recipes.tune.search import KEY, WITHOUT, Search
 from recipes.tune.space import RHO, Config, arguments
 
@@ -128,7 +128,7 @@ class ArmSearch(Search):
         return [*given, *self.arm.options(config[RHO], seed)]
 
 
-def main(name: str, folder: Path) -> None:
+def main(name: str, folder: Path, share: Shard) -> None:
     """Search, and train and test the winner."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "results.jsonl"
@@ -136,7 +136,7 @@ def main(name: str, folder: Path) -> None:
         of_p1 = Path(__file__).with_name("p1.jsonl").read_text().splitlines()
         rows.write_text("".join(f"{line}\n" for line in of_p1 if json.loads(line)["side"] == WITHOUT))
     options = [option for option in OPTIONS if option not in ("--method", "efmlora")]
-    results = Results(folder, KEY)
+    results = Results(folder, KEY, share)
     search = ArmSearch(
         RECIPE, options, SPACE, ARMS[name].strengths, results, TRIALS, fresh=FRESH, metric="val_loss", tests=True
     )
@@ -148,4 +148,4 @@ def main(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), shard(sys.argv[3] if len(sys.argv) > 3 else "1/1"))
