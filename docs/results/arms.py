@@ -1,8 +1,8 @@
 """The arms beside of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER [1/2]``, where ARM is
-one of ``ARMS``, and 1/2 one of two shares, which may be left out. Its rows are ``FOLDER/results.jsonl``, where ``rho`` is the
-arm's strength. P1's rows without a perturbation are put there first, so that the search is the one of P1 with another
+one of ``ARMS``, and 1/2 one of two shares, which may be left out. Its rows are ``FOLDER/results.jsonl``, and ``rho`` in
+them is the arm's strength. P1's rows without a perturbation are put there first, so that the search is the one of P1 with another
 method in place of EFMLoRA. The same command goes on after it was stopped.
 """
 
@@ -108,9 +108,9 @@ def _of_monteclora(scaler: str, seed: int) -> list[str]:
 
 
 ARMS = {
-    "lora_sam": Arm(_of_callback("lightning_flatlora.baselines.LoRASAM", "rho"), ["0.05", "0.2", "0.8", "3.2"]),
+    "lora_sam": Arm(_of_callback("lightning_flatlora.baselines.LoRASAM", "rho"), ["0.0125", "0.05", "0.2", "0.8"]),
     "bi_lora": Arm(
-        _of_callback("lightning_flatlora.baselines.BiLoRA", "rho", seeded=True), ["0.05", "0.2", "0.8", "3.2"]
+        _of_callback("lightning_flatlora.baselines.BiLoRA", "rho", seeded=True), ["0.0125", "0.05", "0.2", "0.8"]
     ),
     "scaling": Arm(_of_callback("arms.RandomScaling", "spread", seeded=True), ["0.1", "0.2", "0.5", "1"]),
     "monteclora": Arm(_of_monteclora, ["1e-4", "3e-4", "1e-3", "3e-3"]),
