@@ -1,9 +1,9 @@
 """The arms beside of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER [1/2]``, where ARM is
-one of ``ARMS``, and 1/2 one of two shares, which may be left out. Its rows are ``FOLDER/results.jsonl``, and ``rho`` in
-them is the arm's strength. P1's rows without a perturbation are put there first, so that the search is the one of P1 with another
-method in place of EFMLoRA. The same command goes on after it was stopped.
+one of ``ARMS``, and 1/2 one of two shares, which may be left out. Its rows are ``FOLDER/results.jsonl``, and ``rho``
+in them is the arm's strength. P1's rows without a perturbation are put there first, so that the search is the one of
+P1 with another method in place of EFMLoRA. The same command goes on after it was stopped.
 """
 
 import json
