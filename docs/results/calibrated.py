@@ -1,0 +1,101 @@
+"""P1's losses after temperature scaling: one temperature for each adapter, fitted on validation.
+
+From the root of a clone: ``PYTHONPATH=. python docs/results/calibrated.py FOLDER_OF_P1 ROWS``. It measures the adapters
+that the folder has: those of the trials with the first seed, on validation alone, and those of the final runs. Rows
+that are there are kept.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from recipes.instruction_tuning.data import InstructionData
+from recipes.language.batches import pad, padded, padding_id
+from recipes.language.model import PACKAGED, load_base
+from recipes.shared.ledger import Ledger, Row, commit, entries
+from recipes.studies.process import written
+from recipes.studies.results import Results
+from recipes.tune.search import KEY, SEARCH_SEEDS, Run
+
+BATCH = 16
+LARGEST = 20.0  # temperature
+
+
+def logits_and_targets(net: nn.Module, rows: Any, padding: int) -> tuple[Tensor, Tensor]:
+    """Of every token of the right answers: logits (tokens, vocabulary), and which it is (tokens,)."""
+    right = [(row["input_ids"][row["gold"]], row["labels"][row["gold"]]) for row in rows]
+    right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch leave little padding
+    found, targets = [], []
+    for start in range(0, len(right), BATCH):
+        batch = right[start : start + BATCH]
+        inputs = padded([ids for ids, _ in batch], padding)
+        labels = pad([torch.tensor(each) for _, each in batch], -100)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = net(**inputs, use_cache=False).logits[:, :-1]
+        is_answer = labels[:, 1:] != -100
+        found.append(logits[is_answer].float())
+        targets.append(labels[:, 1:][is_answer])
+    return torch.cat(found), torch.cat(targets)
+
+
+def loss_at(temperature: float, logits: Tensor, targets: Tensor) -> float:
+    """Nats per token."""
+    return float(nn.functional.cross_entropy(logits / temperature, targets))
+
+
+class Calibration:
+    """The base model and the questions."""
+
+    def __init__(self) -> None:
+        # As in the recipe's packaged.yaml.
+        self.data = InstructionData(
+            dataset="packaged:commonsense_qa",
+            tokenizer=PACKAGED,
+            system_prompt="Answer briefly.",
+            validation_share=0.15,
+            test_share=0.25,
+        )
+        self.data.prepare_data()
+        self.data.setup("fit")
+        self.data.setup("test")
+        self.padding = padding_id(self.data.encoder.tokenizer)
+        self.base: Any = load_base(PACKAGED, "float32", None, {"attn_implementation": "eager"})
+
+    def measure(self, run: Run, folder: Path) -> Row:
+        """The row of a run: temperature, and the losses without and with it."""
+        adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
+        net = PeftModel.from_pretrained(self.base, str(adapter)).eval()
+        validation = logits_and_targets(net, self.data.parts["validation"], self.padding)
+        fit = minimize_scalar(lambda T: loss_at(T, *validation), bounds=(1 / LARGEST, LARGEST), method="bounded")
+        row = {"temperature": fit.x, "validation": [loss_at(1, *validation), fit.fun]}
+        if run.stage == "final":
+            test = logits_and_targets(net, self.data.parts["test"], self.padding)
+            row["test"] = [loss_at(1, *test), loss_at(fit.x, *test)]
+        self.base = net.unload()
+        return {**run.key(), "trial": run.trial, **row, "commit": commit()}
+
+
+def main(folder: Path, path: Path) -> None:
+    """Measure what the folder has."""
+    runs = []
+    results = Results(folder, KEY)
+    for row in results.rows:
+        run = Run(**{name: row[name] for name in Run._fields})
+        if (run.stage == "final" or run.seed == SEARCH_SEEDS[0]) and (folder / run.name / "fit.json").exists():
+            runs.append(run)
+    calibration = Calibration()
+    rows = Ledger(path, entries(*KEY))
+    while rows.perform_first(
+        [run for run in runs if rows.find(run) is None], lambda run: calibration.measure(run, folder / run.name), print
+    ):
+        print(rows.rows[-1]["temperature"], rows.rows[-1].get("test"), flush=True)
+        rows.reload()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

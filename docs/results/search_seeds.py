@@ -1,0 +1,66 @@
+"""P1's difference with an interval that covers the seeds of its search, too.
+
+From the root of a clone: ``PYTHONPATH=. python docs/results/search_seeds.py``. A bootstrap of ``p1.jsonl`` and
+``p1_control.jsonl``: each draw takes search seeds with replacement, chooses on them as P1 did, and compares the two
+winners on final seeds drawn with replacement. LoRA's winner is P1's or the control, so every winner has final runs.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from recipes.shared.ledger import read
+
+RESULTS = Path("docs/results")
+SIDES = ("with", "without")
+DRAWS = 10_000
+
+
+class Found(NamedTuple):
+    """What the draws say.
+
+    Attributes:
+        mean: of the differences, with minus without, in nats per token.
+        low: end of the 95 % interval.
+        high: the other end.
+        other: the share of draws in which LoRA's winner is the control's.
+    """
+
+    mean: float
+    low: float
+    high: float
+    other: float
+
+
+def bootstrap() -> Found:
+    """Draw, choose and compare."""
+    rows = [*read(RESULTS / "p1.jsonl"), *read(RESULTS / "p1_control.jsonl")]
+    searched: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    final: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        runs = searched if row["stage"] == "search" else final
+        runs[row["side"], json.dumps(row["config"])][row["seed"]] = row["value"]
+    # The trials that have all seeds.
+    repeated = {arm: np.array([losses[seed] for seed in (0, 1, 2)]) for arm, losses in searched.items() if 2 in losses}
+    tested = {arm: np.array([losses[seed] for seed in range(100, 120)]) for arm, losses in final.items()}
+    control = (SIDES[1], json.dumps(read(RESULTS / "p1_control.jsonl")[0]["config"]))
+    generator = np.random.default_rng(0)
+    differences, others = [], 0
+    for _ in range(DRAWS):
+        seeds = generator.integers(3, size=3)
+        winners = []
+        for side in SIDES:
+            losses = {arm: values[seeds].mean() for arm, values in repeated.items() if arm[0] == side}
+            winners.append(min(losses, key=lambda arm: losses[arm]))
+        others += winners[1] == control
+        paired = tested[winners[0]] - tested[winners[1]]
+        differences.append(paired[generator.integers(len(paired), size=len(paired))].mean())
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return Found(float(np.mean(differences)), float(low), float(high), others / DRAWS)
+
+
+if __name__ == "__main__":
+    print(bootstrap())
