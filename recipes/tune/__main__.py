@@ -2,8 +2,9 @@
 
 Give the recipe's name and the options of its `fit`. Both searches have as many trials of learning rate, dropout, rank
 and, in classification, the head's rate; one of them may also choose rho. The best third of the trials is run with two
-more seeds, and the winner of each side with fresh ones. Each run is a process of its own, what is finished is kept, and
-the same command resumes after Ctrl-C. The end is a table, a picture, the settings of the winner, and the answer.
+more seeds, and the winner of each side with fresh ones; if the winners differ in more than rho, so is LoRA with the
+other winner's settings. Each run is a process of its own, what is finished is kept, and the same command resumes after
+Ctrl-C. The end is a table, a picture, the settings of the winner, and the answer.
 """
 
 import argparse

@@ -6,21 +6,20 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from scipy import stats
 
-from recipes.shared.ledger import Row
 from recipes.shared.statistics import Estimate, estimate, with_error
 from recipes.shared.tables import Table
-from recipes.tune.search import SEARCH_SEEDS, SIDES, WITH, WITHOUT, Search
+from recipes.tune.search import CONTROL, SEARCH_SEEDS, WITH, WITHOUT, Search
 from recipes.tune.space import RHO, Config, short
 
-_TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation"}
+_TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation", CONTROL: "control (LoRA)"}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The winners of both sides on seeds that have chosen nothing.
+    """The winners of both sides, and the control if there is one, on seeds that have chosen nothing.
 
     Attributes:
-        configs: of the winners, by side.
+        configs: of these, by side.
         values: of the metric, by side and seed.
         less_is_better: of the metric.
         seconds: of a run.
@@ -32,45 +31,54 @@ class Answer:
     seconds: float
 
     @property
-    def difference(self) -> Estimate:
-        """With the perturbation minus without it, paired by seed."""
-        return estimate([self.values[WITH][seed] - value for seed, value in self.values[WITHOUT].items()])
+    def rival(self) -> str:
+        """LoRA's side, or the control if that is better."""
+        sign = 1 if self.less_is_better else -1
+        sums = {side: sign * sum(values.values()) for side, values in self.values.items() if side != WITH}
+        return min(sums, key=lambda side: sums[side])
+
+    def difference(self, side: str) -> Estimate:
+        """With the perturbation minus another side, paired by seed."""
+        return estimate([self.values[WITH][seed] - value for seed, value in self.values[side].items()])
 
     @property
     def gain(self) -> tuple[float, float]:
-        """The 95 % interval of the difference, in which more is better."""
-        found = self.difference
+        """The 95 % interval of the difference to the rival, in which more is better."""
+        found = self.difference(self.rival)
         mean = -found.mean if self.less_is_better else found.mean
         return mean - found.interval, mean + found.interval
 
     @property
     def winner(self) -> str:
         """The side whose settings to take: with the perturbation only if it is better for sure."""
-        return WITH if self.gain[0] > 0 else WITHOUT
+        return WITH if self.gain[0] > 0 else self.rival
 
     def verdict(self) -> str:
         """One sentence: use it, don't, or not known yet."""
         low, high = self.gain
         rho = self.configs[WITH][RHO]
+        than = "than LoRA with the same other settings" if self.rival == CONTROL else "than LoRA"
         if math.isnan(low):
             return "Not known yet: runs have diverged, or there is one seed. Lower the learning rates, or add seeds."
         if low > 0:
-            return f"Use it, with rho={rho}: it is better by {low:.3g} to {high:.3g} (95 % interval)."
+            return f"Use it, with rho={rho}: it is better {than}, by {low:.3g} to {high:.3g} (95 % interval)."
         if high < 0:
-            return f"Don't: without it the result is better by {-high:.3g} to {-low:.3g} (95 % interval)."
-        return f"Not known yet: between {abs(low):.3g} worse and {high:.3g} better (95 % interval). Until then, don't."
+            return f"Don't: it is worse {than}, by {-high:.3g} to {-low:.3g} (95 % interval)."
+        between = f"it is between {abs(low):.3g} worse and {high:.3g} better {than} (95 % interval)"
+        return f"Not known yet: {between}. Until then, don't."
 
     def one_more_hour(self) -> str:
         """What it would buy, if the spread of the seeds stays."""
-        found = self.difference
-        more = int(3600 / (2 * self.seconds))
+        found = self.difference(self.rival)
+        seconds = len(self.configs) * self.seconds  # of a seed
+        more = int(3600 / seconds)
         values = found.values + more
         if more == 0 or not math.isfinite(found.error):
-            return f"A seed of both sides takes {2 * self.seconds / 3600:.1f} hours."
+            return f"One more seed takes {seconds / 3600:.1f} hours."
         deviation = found.error * math.sqrt(found.values)
         width = deviation / math.sqrt(values) * stats.t.ppf(0.975, values - 1)
         return (
-            f"One more hour buys {more} more seeds of both sides (--fresh {values}), and an interval of about "
+            f"One more hour buys {more} more seeds (--fresh {values}), and an interval of about "
             f"± {width:.3g} in place of ± {found.interval:.3g}. Decide once: looking again and again finds differences."
         )
 
@@ -79,32 +87,31 @@ def answer(search: Search) -> Answer | None:
     """What a finished search has found; None while it is not finished."""
     if not search.is_finished:
         return None
-    configs: dict[str, Config] = {}
-    finals: dict[str, list[Row]] = {}
-    for side in SIDES:
-        config = search.chosen(side)
-        assert config is not None  # of a finished search
-        configs[side], finals[side] = config, search.rows(side, config, "final")
-    values = {}
-    for side, rows in finals.items():
+    configs = search.finalists()
+    values, every = {}, []
+    for side, config in configs.items():
+        rows = search.rows(side, config, "final")
         values[side] = {row["seed"]: row["value"] for row in rows}
-    every = [*finals[WITHOUT], *finals[WITH]]
+        every += rows
     seconds = sum(row["seconds"] for row in every) / len(every)
     return Answer(configs, values, every[0]["mode"] == "min", seconds)
 
 
 def table(search: Search, found: Answer) -> Table:
-    """A line for the winner of each side, and one for their difference."""
+    """A line for each side, and one for each difference to the one with the perturbation."""
     lines = []
-    for side in SIDES:
-        config = found.configs[side]
-        searched = estimate([row["value"] for row in search.rows(side, config, "search")])
+    for side, config in found.configs.items():
+        trials = searched = ""
+        if side != CONTROL:
+            trials = str(search.trials_of_side())
+            searched = with_error(estimate([row["value"] for row in search.rows(side, config, "search")]), ".4f")
         fresh = estimate(list(found.values[side].values()))
-        trials = str(search.trials_of_side())
-        lines.append([_TITLES[side], trials, with_error(searched, ".4f"), with_error(fresh, ".4f")])
-    difference = found.difference
-    interval = f"{difference.mean:+.4f} ± {difference.interval:.4f}"
-    lines.append(["difference, 95 % interval", "", "", interval])
+        lines.append([_TITLES[side], trials, searched, with_error(fresh, ".4f")])
+    for side in found.configs:
+        if side != WITH:
+            difference = found.difference(side)
+            interval = f"{difference.mean:+.4f} ± {difference.interval:.4f}"
+            lines.append([f"with - {side}, 95 % interval", "", "", interval])
     metric = next(iter(search.tried(WITH).values()))["metric"]
     judged_on = "test" if search.tests else "validation"
     notes = [
@@ -114,11 +121,10 @@ def table(search: Search, found: Answer) -> Table:
         f"on {judged_on} data; the interval is over seeds, and not over other data",
         f"Best of equally many trials; the difference is paired by seed. {found.one_more_hour()}",
     ]
-    others = {**found.configs[WITH], RHO: found.configs[WITHOUT][RHO]}
-    if others != found.configs[WITHOUT]:
+    if CONTROL in found.configs:
         notes.append(
-            "The difference is not the perturbation's alone, as the winners have other settings, too: its own part is "
-            f"that between {short(found.configs[WITH])} and the same with rho 0, on the same seeds"
+            "The winners differ in more than rho, so the control has the settings of the one with the perturbation and "
+            "rho 0: the difference to it is the perturbation's own part"
         )
     return Table("Is it worth it?", ("best", "trials", "in the search", "fresh seeds"), lines, notes)
 

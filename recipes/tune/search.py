@@ -17,21 +17,23 @@ from recipes.studies.process import command, fit, module_of, written
 from recipes.studies.results import Results
 from recipes.tune.space import RHO, Config, Space, arguments, seeds_of, short, size, suggestion
 
-WITHOUT, WITH = "without", "with"
+WITHOUT, WITH, CONTROL = "without", "with", "control"
 SIDES = (WITHOUT, WITH)
+"""The two searches; the control is LoRA with the settings that the one with the perturbation has chosen."""
 KEY = ("side", "config", "seed", "stage")
 SEARCH_SEEDS = (0, 1, 2)
 """All trials are run with the first one, and the best third of them with the others."""
 FIRST_FRESH_SEED = 100
 _LEAST_REPEATED = 2  # trials of a side that are run with all seeds
+_MOST_FINALISTS = 3
 
 
 class Run(NamedTuple):
     """A training.
 
     Attributes:
-        side: "with" the perturbation, or "without".
-        config: its settings; without the perturbation rho is 0.
+        side: "with" the perturbation, "without" it, or the "control".
+        config: its settings; rho is 0 except with the perturbation.
         seed: of ``--seed_everything`` and, in a recipe, of the data.
         stage: "search", or "final" for the winner of a side on seeds that have chosen nothing.
         trial: its configuration's number.
@@ -44,7 +46,8 @@ class Run(NamedTuple):
     trial: int
 
     def __str__(self) -> str:
-        return f"{self.side} the perturbation: {short(self.config)}, seed {self.seed}"
+        side = self.side if self.side == CONTROL else f"{self.side} the perturbation"
+        return f"{side}: {short(self.config)}, seed {self.seed}"
 
     @property
     def name(self) -> str:
@@ -60,7 +63,7 @@ class Run(NamedTuple):
 
 @dataclass
 class Search:
-    """A search on each side, with as many trials, and the winners of both on fresh seeds.
+    """A search on each side, with as many trials, and the winners of both on fresh seeds, beside a control.
 
     Attributes:
         command: the name of a recipe's folder, or a module that is a LightningCLI.
@@ -99,9 +102,11 @@ class Search:
                 tried = [(row["config"], -judged(row)) for row in self.tried(side).values()]
                 config = suggestion(self.space_of(side), tried, number)
                 return Run(side, config, SEARCH_SEEDS[0], "search", number)
-        for place, run in enumerate([*self._repeats(), *self._finals()]):
-            if self.results.find(run) is None and self.results.shard.has(place // len(SIDES)):
-                return run
+        # All seeds of a trial are one share's, and all final runs with a seed.
+        for runs, together in ((self._repeats(), len(SEARCH_SEEDS) - 1), (self._finals(), len(self.finalists()))):
+            for place, run in enumerate(runs):
+                if self.results.find(run) is None and self.results.shard.has(place // together):
+                    return run
         return None
 
     @property
@@ -111,11 +116,12 @@ class Search:
         return bool(finals) and all(self.results.find(run) is not None for run in finals)
 
     def runs(self) -> int:
-        """How many runs there are in all."""
-        return self._runs(self.trials_of_side())
+        """How many runs there are in all; with those of a control, while it is not known whether there is one."""
+        return self._runs(self.trials_of_side(), len(self.finalists()) or _MOST_FINALISTS)
 
-    def _runs(self, trials: int) -> int:
-        return 2 * (trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1) + self.fresh)
+    def _runs(self, trials: int, finalists: int = _MOST_FINALISTS) -> int:
+        searched = trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
+        return len(SIDES) * searched + finalists * self.fresh
 
     def trials_of_side(self) -> int:
         """The trials of each side; for a budget of hours one, until the first of both sides have shown their time."""
@@ -179,13 +185,27 @@ class Search:
     def _fresh_seeds(self) -> range:
         return range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + self.fresh)
 
+    def finalists(self) -> dict[str, Config]:
+        """The settings of the final runs; none while a side's winner is not known.
+
+        They are those of both winners and, if these differ in more than rho, of the control. Without it the difference
+        would not be the perturbation's alone.
+        """
+        found = {}
+        for side in SIDES:
+            config = self.chosen(side)
+            if config is None:
+                return {}
+            found[side] = config
+        control = {**found[WITH], RHO: found[WITHOUT][RHO]}
+        if control != found[WITHOUT]:
+            found[CONTROL] = control
+        return found
+
     def _finals(self) -> list[Run]:
-        """The winners of both sides, seed by seed; none while one of them is not known."""
-        chosen = {side: self.chosen(side) for side in SIDES}
+        """The final runs, seed by seed."""
         runs = []
-        for seed, (side, config) in product(self._fresh_seeds(), chosen.items()):
-            if None in chosen.values() or config is None:
-                return []
+        for seed, (side, config) in product(self._fresh_seeds(), self.finalists().items()):
             runs.append(Run(side, config, seed, "final", -1))
         return runs
 

@@ -20,7 +20,7 @@ from recipes.studies.process import fit
 from recipes.studies.results import Results, Shard
 from recipes.tune.__main__ import _parser, _perform, _space, main
 from recipes.tune.report import Answer, answer, draw, table
-from recipes.tune.search import KEY, SIDES, WITH, WITHOUT, Run, Search
+from recipes.tune.search import CONTROL, KEY, SIDES, WITH, WITHOUT, Run, Search
 from recipes.tune.space import arguments, suggestion
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
@@ -70,17 +70,18 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert main([*options, "--test"]) == 130
     assert "The same command resumes" in capsys.readouterr().out
     assert main([*options, "--test"]) == 0
-    # Four trials of one seed, each repeated with two more, two winners with two fresh seeds, four tests and one of the
-    # first trial, and one stop.
-    rows = [json.loads(line) for line in (tmp_path / "search" / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 + 8 + 4
-    assert len(started) == len(rows) + 4 + 1 + 1
+    # Four trials of one seed, each repeated with two more, the winners and maybe a control with two fresh seeds, their
+    # tests and one of the first trial, and one stop.
+    rows = read(tmp_path / "search" / "results.jsonl")
+    finals = [row for row in rows if row["stage"] == "final"]
+    assert len(rows) == 4 + 8 + len(finals)
+    assert len(started) == len(rows) + len(finals) + 1 + 1
     assert started[1][3] == "test"  # so that data without a test part end the search at its start
     assert list(started[2]) == list(started[3])
     assert {"--data.seed=101", "--data.shots_seed=101"} <= set(started[-1])
     for side in SIDES:
         of_side = [row for row in rows if row["side"] == side]
-        assert [row["seed"] for row in of_side if row["stage"] == "final"] == [100, 101]
+        assert [row["seed"] for row in finals if row["side"] == side] == [100, 101]
         assert {row["config"]["rho"] == "0" for row in of_side} == {side == WITHOUT}
     assert {(row["metric"], row["mode"]) for row in rows} == {("val_score", "max")}
     out = " ".join(capsys.readouterr().out.split())  # lines are wrapped
@@ -92,12 +93,12 @@ def test_a_search_is_run_once_resumed_and_answered(
     assert not list(tmp_path.glob("search/search/**/*.ckpt"))
     # Nothing is run again, more seeds can be bought, and rows of other options can't be compared with those.
     assert main([*options, "--test"]) == 0
-    assert len(started) == 22
+    assert len(started) == len(rows) + len(finals) + 2
     with pytest.raises(MisconfigurationException, match="name another folder"):
         main(options)
 
 
-def finished(folder: Path, shard: Shard = ONE, **settings: Any) -> tuple[Search, list[Run]]:
+def finished(folder: Path, shard: Shard = ONE, rank_8: bool = False, **settings: Any) -> tuple[Search, list[Run]]:
     """A search whose runs take no time: without the perturbation 1e-2 and rank 2 are best, with it rho 5."""
     search = Search("my.cli", [], SPACE, ["0.5", "5"], Results(folder, KEY, shard), **settings)
     runs = []
@@ -105,6 +106,7 @@ def finished(folder: Path, shard: Shard = ONE, **settings: Any) -> tuple[Search,
     while run is not None:
         rate, rank = run.config["model.lr"], run.config["model.r/model.alpha"]
         value = 1.0 - 10 * float(rate) + (rank == "8/16") - 0.1 * float(run.config["rho"]) + run.seed / 1000
+        value -= 2 * (rank_8 and rank == "8/16" and run.config["rho"] == "5")
         judgement = {"trial": run.trial, "metric": "val_loss", "mode": "min", "value": value, "seconds": 36.0}
         search.results.own.append({**run.key(), **judgement})
         search.results.reload()
@@ -119,13 +121,21 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     assert [len(rows) for rows in tried.values()] == [6, 6]
     assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that there are
     assert search.chosen(WITHOUT) == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
-    assert len(runs) == search.runs() == 12 + 2 * 2 * 2 + 2 * 5
+    assert len(runs) == search.runs() == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
     assert draw(search).axes[0].get_legend_handles_labels()[1][0] == "rho 0"
-    found = answer(search)
-    assert "perturbation's alone" not in table(search, found).markdown()
-    found.configs[WITH] = next(row["config"] for row in tried[WITH] if "8/16" in row["config"].values())
-    assert "not the perturbation's alone" in table(search, found).markdown()
     assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
+
+
+def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> None:
+    search, runs = finished(tmp_path, rank_8=True, trials=12)
+    found = answer(search)
+    assert found.configs[CONTROL] == {**found.configs[WITH], "rho": "0"} != found.configs[WITHOUT]
+    assert len(runs) == search.runs() == 12 + 2 * 2 * 2 + 3 * 5
+    assert found.rival == WITHOUT  # rank 8 alone is worse
+    found.values[CONTROL] = dict.fromkeys(found.values[WITH], -1.0)
+    assert found.rival == found.winner == CONTROL
+    assert found.verdict().startswith("Don't: it is worse than LoRA with the same other settings, by ")
+    assert "with - control, 95 % interval" in table(search, found).markdown()
 
 
 def test_shares_do_the_same_runs_and_wait_for_each_other(tmp_path: Path) -> None:
@@ -156,11 +166,11 @@ def test_a_run_has_a_folder_of_its_own() -> None:
 def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
     search, _ = finished(tmp_path, trials=4)
     path = tmp_path / "results.jsonl"
-    *others, last = read(path)
-    path.write_text("\n".join(json.dumps(row) for row in [*others, {**last, "value": math.inf}]) + "\n")
+    rows = read(path)
+    next(row for row in rows if row["stage"] == "final" and row["side"] == WITH)["value"] = math.inf
+    path.write_text("\n".join(map(json.dumps, rows)))
     search.results.reload()
     found = answer(search)
-    assert found is not None
     assert "nan" in table(search, found).markdown()
     assert found.verdict().startswith("Not known yet: runs have diverged")
 
@@ -189,8 +199,8 @@ def test_a_command_line_of_lightnings_goes_on_after_a_stop(tmp_path: Path, monke
         LightningCLI(BoringModel, BoringDataModule, args=list(command[3:]))
 
     monkeypatch.setattr("recipes.studies.process.run_process", run_here)
-    options = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=1"]
-    options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    options = ["--seed_everything=0", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
+    options += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
     stopped = tmp_path / "fit" / "config.yaml"
     stopped.parent.mkdir()
     stopped.touch()
@@ -205,9 +215,9 @@ def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[
 
 
 def test_a_budget_of_hours_becomes_trials_when_the_first_ones_are_done(tmp_path: Path) -> None:
-    search, runs = finished(tmp_path, hours=0.26)  # 26 runs of 36 seconds
+    search, runs = finished(tmp_path, hours=0.31)  # 31 runs of 36 seconds
     assert search.trials_of_side() == 4
-    assert len(runs) == 2 * (4 + 4 + 5)
+    assert len(runs) == search.runs() == 2 * (4 + 4) + 3 * 5
 
 
 def test_a_suggestion_is_new_and_the_same_again() -> None:
@@ -226,14 +236,13 @@ def answer_of(without: Sequence[float], perturbed: Sequence[float], less_is_bett
 
 def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     better = answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6])
-    assert better.verdict().startswith("Use it, with rho=5: it is better by 0.482 to 0.511 (95 %")
+    assert better.verdict().startswith("Use it, with rho=5: it is better than LoRA, by 0.482 to 0.511 (95 %")
     assert better.winner == WITH
-    assert answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6], less_is_better=False).verdict().startswith("Don't: without it")
+    assert answer_of([1.0, 1.2, 1.1], [0.5, 0.71, 0.6], less_is_better=False).verdict().startswith("Don't: it is worse")
     unknown = answer_of([1.0, 1.2, 1.1], [1.1, 1.0, 1.2])
-    assert unknown.verdict().startswith("Not known yet: between ")
+    assert unknown.verdict().startswith("Not known yet: it is between ")
     assert unknown.winner == WITHOUT
-    assert answer_of([1.0, 1.2], [0.5, math.inf]).verdict().startswith("Not known yet: runs have diverged")
-    assert better.one_more_hour().startswith("One more hour buys 10 more seeds of both sides (--fresh 13)")
+    assert better.one_more_hour().startswith("One more hour buys 10 more seeds (--fresh 13)")
 
 
 @pytest.mark.parametrize(
