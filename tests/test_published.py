@@ -3,6 +3,7 @@
 A change of the rows, of a figure or of a statistic would show.
 """
 
+import json
 import math
 import re
 import shutil
@@ -19,6 +20,9 @@ from scipy import stats
 from recipes.reproduce.__main__ import main as reproduce
 from recipes.shared.ledger import Row, read
 from recipes.shared.statistics import Estimate, estimate, with_interval
+from recipes.studies.results import Results
+from recipes.tune.report import answer
+from recipes.tune.search import CONTROL, KEY, Search
 
 DOCS = Path(__file__).parents[1] / "docs"
 PUBLISHED = DOCS / "results"
@@ -311,6 +315,22 @@ def test_the_task_that_needs_an_adapter() -> None:
     # P1's p is the larger one of the two, which Holm's method leaves as it is.
     assert p_values[2] < p_values[0]
     assert f"p {p_values[0]:.4f} by Holm's method" in STUDY
+
+
+def test_tune_does_not_take_the_ranks_gain_for_the_perturbations(tmp_path: Path) -> None:
+    """P1 and its control, as `recipes.tune` would have run them."""
+    rows = read(PUBLISHED / "p1.jsonl")
+    rows += [{**row, "side": CONTROL} for row in read(PUBLISHED / "p1_control.jsonl")]
+    (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    space = {name: ["any"] * 12 for name in rows[0]["config"] if name != "rho"}
+    search = Search("instruction_tuning", [], space, [], Results(tmp_path, KEY), 24, fresh=20, metric="val_loss")
+    assert search.next_run() is None
+    found = answer(search)
+    assert found is not None
+    difference = found.difference("without")
+    assert difference.mean + difference.interval < 0  # which would have been "use it"
+    assert found.winner == CONTROL
+    assert re.match(r"Not known yet: it is between 0\.0157 worse and .* than LoRA with the same other settings", found.verdict())
 
 
 def test_table_1_offline(tmp_path: Path) -> None:
