@@ -330,7 +330,7 @@ def test_tune_does_not_take_the_ranks_gain_for_the_perturbations(tmp_path: Path)
     difference = found.difference("without")
     assert difference.mean + difference.interval < 0  # which would have been "use it"
     assert found.winner == CONTROL
-    assert re.match(r"Not known yet: it is between 0\.0157 worse and .* than LoRA with the same other settings", found.verdict())
+    assert "between 0.0157 worse and 0.00148 better than LoRA with the same other settings" in found.verdict()
 
 
 def test_table_1_offline(tmp_path: Path) -> None:
