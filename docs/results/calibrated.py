@@ -1,8 +1,8 @@
 """P1's losses after temperature scaling: one temperature for each adapter, fitted on validation.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/calibrated.py FOLDER_OF_P1 ROWS``. It measures the adapters
-that the folder has: those of the trials with the first seed, on validation alone, and those of the final runs. Rows
-that are there are kept.
+that the folder has: those of the trials with the first seed, on validation alone, and those of the first ten final
+seeds. Rows that are there are kept.
 """
 
 import sys
@@ -23,6 +23,7 @@ from recipes.studies.results import Results
 from recipes.tune.search import KEY, SEARCH_SEEDS, Run
 
 BATCH = 16
+LAST_SEED = 110  # not included
 LARGEST = 20.0  # temperature
 
 
@@ -86,7 +87,8 @@ def main(folder: Path, path: Path) -> None:
     results = Results(folder, KEY)
     for row in results.rows:
         run = Run(**{name: row[name] for name in Run._fields})
-        if (run.stage == "final" or run.seed == SEARCH_SEEDS[0]) and (folder / run.name / "fit.json").exists():
+        is_wanted = run.seed < LAST_SEED if run.stage == "final" else run.seed == SEARCH_SEEDS[0]
+        if is_wanted and (folder / run.name / "fit.json").exists():
             runs.append(run)
     calibration = Calibration()
     rows = Ledger(path, entries(*KEY))
