@@ -1,14 +1,15 @@
-"""The arms beside of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
+"""The arms beside P1 of protocol_p1_p2.md: other changes to LoRA, searched as P1's sides were.
 
-From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER [1/2]``, where ARM is
-one of ``ARMS``, and 1/2 one of two shares, which may be left out. Its rows are ``FOLDER/results.jsonl``, and ``rho``
-in them is the arm's strength. P1's rows without a perturbation are put there first, so that the search is the one of
-P1 with another method in place of EFMLoRA. The same command goes on after it was stopped.
+From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
+``ARMS``. Its rows are ``FOLDER/results.jsonl``, and ``rho`` in them is the arm's strength. P1's rows without a
+perturbation are put there first, so that the search is the one of P1 with another method in place of EFMLoRA. The same
+command goes on after it was stopped, and several processes may share the runs.
 """
 
 import json
 import random
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ import torch
 from p2 import OPTIONS, RECIPE  # beside this file
 from torch import Tensor
 
-from recipes.studies.results import Results, Shard, shard
-from recipes.tune.search import KEY, WITHOUT, Search
+from recipes.studies.results import Results
+from recipes.tune.search import KEY, SEARCH_SEEDS, SIDES, WITHOUT, Run, Search
 from recipes.tune.space import RHO, Config, arguments
 
 SPACE = {
@@ -42,12 +43,14 @@ class RandomScaling(L.Callback):
 
     def __init__(self, spread: float, seed: int = 0) -> None:
         self.spread = spread
-        self.numbers = random.Random(seed)
+        self.seed = seed
         self.stored: list[tuple[dict[str, float], dict[str, float]]] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Scale, and remember what the scaling was."""
-        factor = 1 + self.spread * self.numbers.uniform(-1, 1)
+        # Of the step alone, so that a run that resumes has the same factors.
+        number = random.Random(f"{self.seed}, {trainer.global_step}").uniform(-1, 1)
+        factor = 1 + self.spread * number
         for layer in pl_module.modules():
             scaling = getattr(layer, "scaling", None)
             if isinstance(scaling, dict) and hasattr(layer, "lora_B"):
@@ -65,7 +68,7 @@ class RandomScaling(L.Callback):
 
 
 class VariationalLoss(L.Callback):
-    """Add MonteCLoRA's variational loss, of peft's samplers, to that of the task."""
+    """Add MonteCLoRA's variational loss to that of the task: the mean over peft's samplers, as in peft's trainer."""
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add its gradient; that of the sum of both losses is the sum of the gradients."""
@@ -76,7 +79,7 @@ class VariationalLoss(L.Callback):
                 terms.append(divergence + entropy)
         if not terms:
             raise ValueError("no layer has a sampler of MonteCLoRA")
-        torch.stack(terms).sum().backward(retain_graph=True)
+        torch.stack(terms).mean().backward(retain_graph=True)
 
 
 class Arm(NamedTuple):
@@ -102,7 +105,7 @@ def _of_callback(path: str, strength: str, *, seeded: bool = False) -> Callable[
 
 
 def _of_monteclora(scaler: str, seed: int) -> list[str]:
-    # The buffer of draws that peft holds for each layer would take 22 GiB with its usual size.
+    # With its usual size, the draws that peft holds for each layer would take 5 GiB at rank 32.
     fields = json.dumps({"sample_scaler": float(scaler), "buffer_size": 4})
     return [f"--model.lora.monteclora_config={fields}", "--trainer.callbacks+=arms.VariationalLoss"]
 
@@ -127,8 +130,19 @@ class ArmSearch(Search):
         given = [*self.options, *arguments(config), f"--seed_everything={seed}", f"--data.seed={seed}"]
         return [*given, *self.arm.options(config[RHO], seed)]
 
+    def finalists(self) -> dict[str, Config]:
+        """Without a control: `docs/results/p1_control.py` is one."""
+        return {side: config for side, config in super().finalists().items() if side in SIDES}
 
-def main(name: str, folder: Path, share: Shard) -> None:
+    def missing(self) -> list[Run]:
+        """What is to be done now: one trial, and when all are done, all repeats or all final runs."""
+        run = self.next_run()
+        if run is None or (run.stage == "search" and run.seed == SEARCH_SEEDS[0]):
+            return [run] if run else []
+        return [run for run in (*self._repeats(), *self._finals()) if self.results.find(run) is None]
+
+
+def main(name: str, folder: Path) -> None:
     """Search, and train and test the winner."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "results.jsonl"
@@ -136,16 +150,18 @@ def main(name: str, folder: Path, share: Shard) -> None:
         of_p1 = Path(__file__).with_name("p1.jsonl").read_text().splitlines()
         rows.write_text("".join(f"{line}\n" for line in of_p1 if json.loads(line)["side"] == WITHOUT))
     options = [option for option in OPTIONS if option not in ("--method", "efmlora")]
-    results = Results(folder, KEY, share)
+    results = Results(folder, KEY)
     search = ArmSearch(
         RECIPE, options, SPACE, ARMS[name].strengths, results, TRIALS, fresh=FRESH, metric="val_loss", tests=True
     )
     search.arm = ARMS[name]
-    while (run := search.next_run()) is not None:
-        results.own.perform_first([run], search.perform, print)
-        print(f"{results.rows[-1]['value']:.4f}", flush=True)
+    while missing := search.missing():
+        if results.own.perform_first(missing, search.perform, print):
+            print(f"{results.rows[-1]['value']:.4f}", flush=True)
+        else:
+            time.sleep(5)  # another process does them
         results.reload()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), shard(sys.argv[3] if len(sys.argv) > 3 else "1/1"))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,8 +1,9 @@
-"""P1's difference with an interval that covers the seeds of its search, too.
+"""P1's difference with an interval that covers the seeds of the search's last step, too.
 
 From the root of a clone: ``PYTHONPATH=. python docs/results/search_seeds.py``. A bootstrap of ``p1.jsonl`` and
-``p1_control.jsonl``: each draw takes search seeds with replacement, chooses on them as P1 did, and compares the two
-winners on final seeds drawn with replacement. LoRA's winner is P1's or the control, so every winner has final runs.
+``p1_control.jsonl``: each draw takes search seeds with replacement, chooses on them among the four trials of a side
+that the first seed has left, and compares the two winners on final seeds drawn with replacement. LoRA's winner is P1's
+or the control, so every winner has final runs. The doubt is larger still: what the first seed has left is given.
 """
 
 import json

@@ -88,12 +88,12 @@ def _perform(search: Search, run: Run) -> Row:
 
 def _announce(search: Search, run: Run) -> None:
     rows: list[Row] = search.results.rows
-    left = search.runs() - len(rows)
+    left = search.left()
     left_for = ""
     if rows:
         minutes = left * sum(row["seconds"] for row in rows) / len(rows) / 60 / search.results.shard.count
         left_for = f", about {minutes:.0f} minutes"
-    print(f"\n{left} of {search.runs()} runs are left{left_for}. Next: {run}", flush=True)
+    print(f"\nRuns left: {left}{left_for}. Next: {run}", flush=True)
 
 
 def _write_winner(search: Search, found: Answer, path: Path) -> None:

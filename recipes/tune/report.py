@@ -30,32 +30,38 @@ class Answer:
     less_is_better: bool
     seconds: float
 
-    @property
-    def rival(self) -> str:
-        """LoRA's side, or the control if that is better."""
-        sign = 1 if self.less_is_better else -1
-        sums = {side: sign * sum(values.values()) for side, values in self.values.items() if side != WITH}
-        return min(sums, key=lambda side: sums[side])
-
     def difference(self, side: str) -> Estimate:
         """With the perturbation minus another side, paired by seed."""
         return estimate([self.values[WITH][seed] - value for seed, value in self.values[side].items()])
 
-    @property
-    def gain(self) -> tuple[float, float]:
-        """The 95 % interval of the difference to the rival, in which more is better."""
-        found = self.difference(self.rival)
+    def gain(self, side: str) -> tuple[float, float]:
+        """The 95 % interval of the difference to another side, in which more is better."""
+        found = self.difference(side)
         mean = -found.mean if self.less_is_better else found.mean
         return mean - found.interval, mean + found.interval
 
     @property
+    def others(self) -> list[str]:
+        """The sides without the perturbation."""
+        return [side for side in self.configs if side != WITH]
+
+    @property
+    def rival(self) -> str:
+        """The one of them that is hardest to beat: by the low end of the gain, and one that has diverged first."""
+        lows = {side: self.gain(side)[0] for side in self.others}
+        return min(lows, key=lambda side: -math.inf if math.isnan(lows[side]) else lows[side])
+
+    @property
     def winner(self) -> str:
-        """The side whose settings to take: with the perturbation only if it is better for sure."""
-        return WITH if self.gain[0] > 0 else self.rival
+        """The side whose settings to take: with the perturbation if it is better for sure, else the better LoRA."""
+        if self.gain(self.rival)[0] > 0:
+            return WITH
+        sign = 1 if self.less_is_better else -1
+        return min(self.others, key=lambda side: sign * sum(self.values[side].values()))
 
     def verdict(self) -> str:
         """One sentence: use it, don't, or not known yet."""
-        low, high = self.gain
+        low, high = self.gain(self.rival)
         rho = self.configs[WITH][RHO]
         than = "than LoRA with the same other settings" if self.rival == CONTROL else "than LoRA"
         if math.isnan(low):
@@ -77,8 +83,9 @@ class Answer:
             return f"One more seed takes {seconds / 3600:.1f} hours."
         deviation = found.error * math.sqrt(found.values)
         width = deviation / math.sqrt(values) * stats.t.ppf(0.975, values - 1)
+        seeds = "seed" if more == 1 else "seeds"
         return (
-            f"One more hour buys {more} more seeds (--fresh {values}), and an interval of about "
+            f"One more hour buys {more} more {seeds} (--fresh {values}), and an interval of about "
             f"± {width:.3g} in place of ± {found.interval:.3g}. Decide once: looking again and again finds differences."
         )
 
@@ -119,12 +126,12 @@ def table(search: Search, found: Answer) -> Table:
         f"{metric}, {'less' if found.less_is_better else 'more'} is better; mean and standard error over seeds "
         f"{', '.join(map(str, SEARCH_SEEDS))} of the search, on validation data, and over {search.fresh} fresh seeds, "
         f"on {judged_on} data; the interval is over seeds, and not over other data",
-        f"Best of equally many trials; the difference is paired by seed. {found.one_more_hour()}",
+        f"Differences are paired by seed. {found.one_more_hour()}",
     ]
     if CONTROL in found.configs:
         notes.append(
             "The winners differ in more than rho, so the control has the settings of the one with the perturbation and "
-            "rho 0: the difference to it is the perturbation's own part"
+            "rho 0: the difference to it is the perturbation's own part. The answer below holds against both LoRAs"
         )
     return Table("Is it worth it?", ("best", "trials", "in the search", "fresh seeds"), lines, notes)
 

@@ -115,9 +115,13 @@ class Search:
         finals = self._finals()
         return bool(finals) and all(self.results.find(run) is not None for run in finals)
 
-    def runs(self) -> int:
-        """How many runs there are in all; with those of a control, while it is not known whether there is one."""
-        return self._runs(self.trials_of_side(), len(self.finalists()) or _MOST_FINALISTS)
+    def left(self) -> int:
+        """How many runs are to be done; with those of a control, while it is not known whether there is one."""
+        trials = self.trials_of_side()
+        searched = sum(min(trials, len(self.tried(side))) for side in SIDES)
+        repeats, finals = self._repeats(), self._finals()
+        left = self._runs(trials, len(self.finalists()) or _MOST_FINALISTS) - searched
+        return left - sum(self.results.find(run) is not None for run in (*repeats, *finals))
 
     def _runs(self, trials: int, finalists: int = _MOST_FINALISTS) -> int:
         searched = trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
@@ -132,7 +136,8 @@ class Search:
         if len(first) < len(SIDES):
             return 1
         affordable = 3600 * self.hours * self.results.shard.count / (sum(first) / len(first))
-        trials = _LEAST_REPEATED
+        # More seeds later take no finished trial away.
+        trials = max(_LEAST_REPEATED, min(len(self.tried(side)) for side in SIDES))
         while trials < most and self._runs(trials + 1) <= affordable:
             trials += 1
         return min(most, trials)

@@ -71,14 +71,8 @@ def test_the_head_may_have_a_rate_of_its_own(tiny: str, animals: str, rate: floa
     [
         ([{"sentence": "a", "label": 0}], r"has the columns \['label', 'sentence'\], and not \['text'\]"),
         ([{"text": "a", "label": 0}, {"text": "b", "label": 0}], "'label' must hold numbers or names of two classes"),
-        (
-            [{"text": "The" * i, "label": i % 2} for i in range(40)],
-            "makes no token of the text ..,",
-        ),
-        (
-            [{"text": "a", "label": [i % 2]} for i in range(9)],
-            r"two classes at least, got \[.\[0\]",
-        ),
+        ([{"text": "The" * i, "label": i % 2} for i in range(40)], "makes no token of the text ..,"),
+        ([{"text": "a", "label": [i % 2]} for i in range(9)], r"two classes at least, got \[.\[0\]"),
         (
             [{"text": "a", "label": 0}, {"text": "a", "label": 1}],
             r"nothing is left for .*texts \(1 different ones\).*a larger share",

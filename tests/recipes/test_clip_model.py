@@ -16,14 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from lightning_flatlora import find_pairs
-from recipes.clip.model import (
-    DEFAULT_LORA,
-    add_lora,
-    export_open_clip,
-    image_features,
-    load_clip,
-    text_features,
-)
+from recipes.clip.model import DEFAULT_LORA, add_lora, export_open_clip, image_features, load_clip, text_features
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +131,7 @@ def test_the_export_is_loaded_by_plain_open_clip_with_equal_features(name: str) 
     ("arguments", "words"),
     [
         (("ViT-B-33",), r"model='ViT-B-33' is not one of open_clip's, such as ViT-B-32"),
-        (
-            ("ViT-B-32", "opnai"),
-            r"pretrained='opnai' is neither a file nor a tag of ViT-B-32, whose.* are \['openai'",
-        ),
+        (("ViT-B-32", "opnai"), r"pretrained='opnai' is neither a file nor a tag of ViT-B-32, whose.* are \['openai'"),
         (("local-dir:missing", "openai"), "brings its own weights: set pretrained to null"),
         (("missing.json",), r"model: there is no file missing.json"),
     ],

@@ -14,11 +14,7 @@ from one_command import ParsingCLI
 from recipe_runs import STRATEGIES, config_arguments
 
 from recipes.shared.cli import RecipeCLI
-from recipes.shared.configs import (
-    RECIPES,
-    methods_of,
-    shipped_configs,
-)
+from recipes.shared.configs import RECIPES, methods_of, shipped_configs
 
 ROOT = RECIPES.parent
 FILES = sorted(RECIPES.rglob("*.yaml"))

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_search_is_run_once_resumed_and_answered(
     # tests and one of the first trial, and one stop.
     rows = read(tmp_path / "search" / "results.jsonl")
     finals = [row for row in rows if row["stage"] == "final"]
-    assert len(rows) == 4 + 8 + len(finals)
+    assert len(finals) == 2 * len({row["side"] for row in finals}) == len(rows) - 4 - 8
     assert len(started) == len(rows) + len(finals) + 1 + 1
     assert started[1][3] == "test"  # so that data without a test part end the search at its start
     assert list(started[2]) == list(started[3])
@@ -121,7 +122,7 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     assert [len(rows) for rows in tried.values()] == [6, 6]
     assert len({json.dumps(row["config"]) for row in tried[WITHOUT]}) == 6  # all that there are
     assert search.chosen(WITHOUT) == {"model.lr": "1e-2", "model.r/model.alpha": "2/4", "rho": "0"}
-    assert len(runs) == search.runs() == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
+    assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
     assert draw(search).axes[0].get_legend_handles_labels()[1][0] == "rho 0"
     assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
 
@@ -130,28 +131,31 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
     search, runs = finished(tmp_path, rank_8=True, trials=12)
     found = answer(search)
     assert found.configs[CONTROL] == {**found.configs[WITH], "rho": "0"} != found.configs[WITHOUT]
-    assert len(runs) == search.runs() == 12 + 2 * 2 * 2 + 3 * 5
-    assert found.rival == WITHOUT  # rank 8 alone is worse
-    found.values[CONTROL] = dict.fromkeys(found.values[WITH], -1.0)
-    assert found.rival == found.winner == CONTROL
-    assert found.verdict().startswith("Don't: it is worse than LoRA with the same other settings, by ")
+    assert (len(runs), search.left()) == (12 + 2 * 2 * 2 + 3 * 5, 0)
+    assert (found.rival, found.winner) == (WITHOUT, WITH)  # rank 8 alone is worse
+    for sign in (1, -1):
+        values = {side: {seed: sign * value for seed, value in of.items()} for side, of in found.values.items()}
+        values[CONTROL] = dict.fromkeys(values[WITH], -sign)
+        against = Answer(found.configs, values, sign == 1, seconds=36.0)
+        assert against.rival == against.winner == CONTROL
+        assert against.verdict().startswith("Don't: it is worse than LoRA with the same other settings, by ")
     assert "with - control, 95 % interval" in table(search, found).markdown()
 
 
 def test_shares_do_the_same_runs_and_wait_for_each_other(tmp_path: Path) -> None:
-    first, done = finished(tmp_path, Shard(1, 2), trials=8)
+    first, done = finished(tmp_path, Shard(1, 2), rank_8=True, trials=8)
     assert [(run.trial, run.side) for run in done] == [(0, WITHOUT), (0, WITH), (2, WITHOUT), (2, WITH)]
     assert not first.is_finished
-    second, _ = finished(tmp_path, Shard(2, 2), trials=8)
+    second, _ = finished(tmp_path, Shard(2, 2), rank_8=True, trials=8)
     assert not second.is_finished  # the first share has repeats and finals to do now
     for shard in (Shard(1, 2), Shard(2, 2), Shard(1, 2)):
-        last, _ = finished(tmp_path, shard, trials=8)
+        last, _ = finished(tmp_path, shard, rank_8=True, trials=8)
     assert last.is_finished
     of_shares = [read(tmp_path / f"results-{number}-of-2.jsonl") for number in (1, 2)]
     for rows in of_shares:
         finals = [(row["side"], row["seed"]) for row in rows if row["stage"] == "final"]
         # A difference is between runs of one machine.
-        assert {seed for side, seed in finals if side == WITH} == {seed for side, seed in finals if side == WITHOUT}
+        assert set(finals) == set(product((WITHOUT, WITH, CONTROL), {seed for _, seed in finals}))
 
 
 def test_a_run_has_a_folder_of_its_own() -> None:
@@ -217,7 +221,8 @@ def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[
 def test_a_budget_of_hours_becomes_trials_when_the_first_ones_are_done(tmp_path: Path) -> None:
     search, runs = finished(tmp_path, hours=0.31)  # 31 runs of 36 seconds
     assert search.trials_of_side() == 4
-    assert len(runs) == search.runs() == 2 * (4 + 4) + 3 * 5
+    assert len(runs) == 2 * (4 + 4) + 3 * 5
+    assert finished(tmp_path, hours=0.31, fresh=6)[0].trials_of_side() == 4
 
 
 def test_a_suggestion_is_new_and_the_same_again() -> None:
