@@ -6,6 +6,7 @@ A change of the rows, of a figure or of a statistic would show.
 import json
 import math
 import re
+import runpy
 import shutil
 import statistics
 from collections import defaultdict
@@ -245,12 +246,13 @@ def test_the_text_of_the_study() -> None:
 def test_the_rows_and_hours_of_the_study() -> None:
     page = (PUBLISHED / "README.md").read_text(encoding="utf-8")
     expected = []
-    for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control"):
+    for files in ("evidence_*", "comparison", "head_rate", "radius_tasks", "p1", "p1_control", "arms"):
         rows = [row for file in PUBLISHED.glob(f"{files}.jsonl") for row in read(file)]
         # What was only judged has no processor time in its row.
         hours = sum(row.get("processor_seconds", row["seconds"]) for row in rows) / 3600
         expected.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")
-    expected.append(f"{len(read(PUBLISHED / 'p2.jsonl'))} rows in `p2.jsonl` |")
+    for file in ("p2", "calibrated"):
+        expected.append(f"{len(read(PUBLISHED / f'{file}.jsonl'))} rows in `{file}.jsonl` |")
     assert [each for each in expected if each not in page] == []
 
 
@@ -307,14 +309,67 @@ def test_the_task_that_needs_an_adapter() -> None:
         for arm in ("rank_8", "rank_32"):
             values = [unit * (arms["efmlora"][seed][measure] - arms[arm][seed][measure]) for seed in sorted(seeds)]
             found = estimate(values)
-            ends = (found.mean, found.mean - found.interval, found.mean + found.interval)
-            expected.append("{:+.{n}f} [{:+.{n}f}, {:+.{n}f}]".format(*ends, n=digits))
+            expected.append(with_interval(found, digits))
             if arm == "rank_8":
                 p_values.append(2 * stats.t.sf(abs(found.mean / found.error), found.values - 1))
         assert figures(line.partition("|")[2].partition("|")[2]) == figures(" ".join(expected))
     # P1's p is the larger one of the two, which Holm's method leaves as it is.
     assert p_values[2] < p_values[0]
     assert f"p {p_values[0]:.4f} by Holm's method" in STUDY
+
+
+def test_other_methods_on_the_task_that_needs_an_adapter() -> None:
+    """The arms beside P1, each on the seeds that its winner has."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    configs: dict[str, dict[str, str]] = {}
+    for file in ("p1", "p1_control", "arms"):
+        for row in read(PUBLISHED / f"{file}.jsonl"):
+            if row["stage"] == "final":
+                name = row.get("arm") or ("efmlora" if row["side"] == "with" else "rank_8")
+                name = "rank_32" if file == "p1_control" else name
+                losses[name][row["seed"]] = row["tested"]["test_loss"]
+                configs[name] = row["config"]
+    table = STUDY.split("| On 10 of these seeds |")[1].split("\n\n")[0].splitlines()[2:]
+    names = {"Bi-LoRA": "bi_lora", "LoRA-SAM": "lora_sam", "random scaling": "scaling", "MonteCLoRA": "monteclora"}
+    for line in table:
+        _, title, settings, found = line.split("|", 3)
+        name = names[title.strip()]
+        config, of_arm = configs[name], losses[name]
+        assert set(of_arm) == set(range(100, 110))
+        rank = config["model.lora.r/model.lora.lora_alpha"].partition("/")[0]
+        chosen = [rank, config["model.lora.lora_dropout"], config["model.learning_rate"], config["rho"]]
+        assert settings.strip() == "rank {}, dropout {}, rate {}, strength {}".format(*chosen)
+        expected = [f"{statistics.mean(of_arm.values()):.3f}"]
+        for other in ("efmlora", "rank_32"):
+            expected.append(with_interval(estimate([losses[other][seed] - value for seed, value in of_arm.items()]), 3))
+        assert figures(found) == figures(" ".join(expected))
+
+
+def test_the_doubts_about_the_task_that_needs_an_adapter() -> None:
+    """P1 over the search's seeds, and after temperature scaling."""
+    found = runpy.run_path(str(PUBLISHED / "search_seeds.py"))["bootstrap"]()
+    expected = [f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]", f"{100 * found.other:.0f} % of the draws"]
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    trials: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    temperatures = []
+    for row in read(PUBLISHED / "calibrated.jsonl"):
+        if row["stage"] == "search":
+            trials[row["side"]][json.dumps(row["config"])] = tuple(row["validation"])
+        else:
+            losses[json.dumps(row["config"])][row["seed"]] = row["test"][1]
+            temperatures.append(row["temperature"])
+    expected.append(f"temperatures of {min(temperatures):.2f} to {max(temperatures):.2f}")
+    for of_side in trials.values():
+        assert len(of_side) == 12
+        first_four = [sorted(of_side, key=lambda config, i=i: of_side[config][i])[:4] for i in (0, 1)]
+        assert first_four[0] == first_four[1]
+    (efmlora,) = [config for config in losses if '"rho": "0.2"' in config]
+    for rank in ("8/16", "32/64"):
+        (lora,) = [config for config in losses if rank in config and config != efmlora]
+        values = [losses[efmlora][seed] - value for seed, value in losses[lora].items()]
+        expected.append(with_interval(estimate(values), 3))
+    text = re.sub(r"\s+", " ", STUDY)
+    assert [each for each in expected if each not in text] == []
 
 
 def test_tune_does_not_take_the_ranks_gain_for_the_perturbations(tmp_path: Path) -> None:

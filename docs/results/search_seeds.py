@@ -15,7 +15,7 @@ import numpy as np
 
 from recipes.shared.ledger import read
 
-RESULTS = Path("docs/results")
+RESULTS = Path(__file__).parent
 SIDES = ("with", "without")
 DRAWS = 10_000
 

@@ -45,16 +45,17 @@ def with_error(found: Estimate, form: str = ".1f") -> str:
     return f"{found.mean:{form}}{error}"
 
 
-def with_interval(found: Estimate) -> str:
+def with_interval(found: Estimate, digits: int = 2) -> str:
     """A difference and its 95 % interval; without the interval where there is one value.
 
     Example:
-        >>> with_interval(estimate([1.0, 2.0, 3.0])), with_interval(estimate([0.5]))
-        ('+2.00 [-0.48, +4.48]', '+0.50')
+        >>> with_interval(estimate([1.0, 2.0, 3.0])), with_interval(estimate([0.5]), digits=1)
+        ('+2.00 [-0.48, +4.48]', '+0.5')
     """
     if found.values < 2:
-        return f"{found.mean:+.2f}"
-    return f"{found.mean:+.2f} [{found.mean - found.interval:+.2f}, {found.mean + found.interval:+.2f}]"
+        return f"{found.mean:+.{digits}f}"
+    low, high = found.mean - found.interval, found.mean + found.interval
+    return f"{found.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def mean_cell(values: Sequence[float], digits: int = 1) -> str:
