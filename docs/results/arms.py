@@ -3,7 +3,8 @@
 From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/arms.py ARM FOLDER``, where ARM is one of
 ``ARMS``. Its rows are ``FOLDER/results.jsonl``, and ``rho`` in them is the arm's strength. P1's rows without a
 perturbation are put there first, so that the search is the one of P1 with another method in place of EFMLoRA. The same
-command goes on after it was stopped, and several processes may share the runs.
+command goes on after it was stopped, and several processes may share the runs. The rows of all arms, without P1's and
+each with the name of its arm, are ``arms.jsonl``.
 """
 
 import json

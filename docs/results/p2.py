@@ -65,7 +65,7 @@ class Forgetting:
 
     @torch.no_grad()
     def losses(self, net: nn.Module) -> dict[str, float]:
-        """Nats per token of each kind, without a text's first token, in the precision of P1's evaluations."""
+        """Nats per token of each kind, without a text's first token, under autocast to bfloat16."""
         net.eval()
         found = {}
         for kind, encoded in self.texts.items():

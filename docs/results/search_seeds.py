@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recipes.shared.ledger import read
+from recipes.tune.search import SEARCH_SEEDS
 
 RESULTS = Path(__file__).parent
 SIDES = ("with", "without")
@@ -44,18 +45,21 @@ def bootstrap() -> Found:
     for row in rows:
         runs = searched if row["stage"] == "search" else final
         runs[row["side"], json.dumps(row["config"])][row["seed"]] = row["value"]
-    # The trials that have all seeds.
-    repeated = {arm: np.array([losses[seed] for seed in (0, 1, 2)]) for arm, losses in searched.items() if 2 in losses}
-    tested = {arm: np.array([losses[seed] for seed in range(100, 120)]) for arm, losses in final.items()}
+    repeated, tested = {}, {}
+    for arm, losses in searched.items():
+        if len(losses) == len(SEARCH_SEEDS):
+            repeated[arm] = np.array([losses[seed] for seed in SEARCH_SEEDS])
+    for arm, losses in final.items():
+        tested[arm] = np.array([losses[seed] for seed in sorted(losses)])
     control = (SIDES[1], json.dumps(read(RESULTS / "p1_control.jsonl")[0]["config"]))
     generator = np.random.default_rng(0)
     differences, others = [], 0
     for _ in range(DRAWS):
-        seeds = generator.integers(3, size=3)
+        seeds = generator.integers(len(SEARCH_SEEDS), size=len(SEARCH_SEEDS))
         winners = []
         for side in SIDES:
-            losses = {arm: values[seeds].mean() for arm, values in repeated.items() if arm[0] == side}
-            winners.append(min(losses, key=lambda arm: losses[arm]))
+            means = {arm: values[seeds].mean() for arm, values in repeated.items() if arm[0] == side}
+            winners.append(min(means, key=lambda arm: means[arm]))
         others += winners[1] == control
         paired = tested[winners[0]] - tested[winners[1]]
         differences.append(paired[generator.integers(len(paired), size=len(paired))].mean())

@@ -131,7 +131,8 @@ def table(search: Search, found: Answer) -> Table:
     if CONTROL in found.configs:
         notes.append(
             "The winners differ in more than rho, so the control has the settings of the one with the perturbation and "
-            "rho 0: the difference to it is the perturbation's own part. The answer below holds against both LoRAs"
+            "rho 0: the difference to it is the perturbation's own part. The answer is against the LoRA that is harder "
+            "to beat"
         )
     return Table("Is it worth it?", ("best", "trials", "in the search", "fresh seeds"), lines, notes)
 

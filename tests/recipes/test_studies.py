@@ -31,6 +31,7 @@ def test_the_best_mean_is_chosen(trials: list[list[tuple[float, ...]]], place: i
 
 
 def test_a_run_goes_on_from_its_newest_last_checkpoint(tmp_path: Path) -> None:
+    """By time within a long epoch, or of an epoch's end."""
     assert resuming(tmp_path) == []
     (tmp_path / "checkpoints").mkdir()
     for age, name in enumerate(("last_by_time", "last", "epoch=9")):

@@ -134,8 +134,9 @@ def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> 
     assert (len(runs), search.left()) == (12 + 2 * 2 * 2 + 3 * 5, 0)
     assert (found.rival, found.winner) == (WITHOUT, WITH)  # rank 8 alone is worse
     for sign in (1, -1):
-        values = {side: {seed: sign * value for seed, value in of.items()} for side, of in found.values.items()}
-        values[CONTROL] = dict.fromkeys(values[WITH], -sign)
+        values = {CONTROL: dict.fromkeys(found.values[WITH], -sign * 1.0)}
+        for side in SIDES:
+            values[side] = {seed: sign * value for seed, value in found.values[side].items()}
         against = Answer(found.configs, values, sign == 1, seconds=36.0)
         assert against.rival == against.winner == CONTROL
         assert against.verdict().startswith("Don't: it is worse than LoRA with the same other settings, by ")
@@ -247,6 +248,7 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     unknown = answer_of([1.0, 1.2, 1.1], [1.1, 1.0, 1.2])
     assert unknown.verdict().startswith("Not known yet: it is between ")
     assert unknown.winner == WITHOUT
+    assert answer_of([1.0, 1.2], [0.5, math.inf]).verdict().startswith("Not known yet: runs have diverged")
     assert better.one_more_hour().startswith("One more hour buys 10 more seeds (--fresh 13)")
 
 
