@@ -118,6 +118,7 @@ ARMS = {
     ),
     "scaling": Arm(_of_callback("arms.RandomScaling", "spread", seeded=True), ["0.1", "0.2", "0.5", "1"]),
     "monteclora": Arm(_of_monteclora, ["1e-4", "3e-4", "1e-3", "3e-3"]),
+    "fmlora": Arm(lambda rho, seed: ["--method=fmlora", f"--rho={rho}"], ["0.05", "0.2", "0.8", "3.2"]),
 }
 
 
