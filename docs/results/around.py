@@ -1,0 +1,89 @@
+"""The loss around P1's winners and the control: rises of the loss, and critical sharpness.
+
+From the root of a clone: ``PYTHONPATH=.:docs/results python docs/results/around.py FOLDER_OF_P1 ROWS``. It measures the
+adapters of eight final seeds that are still those of P1's rows, on the first 32 questions of the test part, in float32.
+Rows that are there are kept.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from calibrated import Calibration  # beside this file
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lightning_flatlora import Perturbation, find_pairs
+from lightning_flatlora import flatness as flat
+from lightning_flatlora.pairs.lora_pair import trained_factors
+from lightning_flatlora.weight_noise import WeightNoise
+from recipes.language.batches import pad, padded
+from recipes.shared.ledger import Ledger, Row, commit, entries
+from recipes.studies.process import written
+from recipes.studies.results import Results
+from recipes.tune.search import KEY, Run
+
+SEEDS = range(103, 111)
+QUESTIONS = 32
+BATCH = 8
+RHO = 0.2  # of the winner with EFMLoRA
+SIGMA = 0.05  # as in `recipes.report`
+SAMPLES = 4
+
+
+def losses(net: nn.Module, rows: Any, padding: int) -> list[Callable[[], Tensor]]:
+    """Of each batch of right answers; the mean of them is in nats per token."""
+    right = [(row["input_ids"][row["gold"]], row["labels"][row["gold"]]) for row in rows]
+    right.sort(key=lambda each: len(each[0]))  # similar lengths in a batch leave little padding
+    batches = [right[start : start + BATCH] for start in range(0, len(right), BATCH)]
+    tokens = sum(label != -100 for _, labels in right for label in labels[1:])
+
+    def loss_of(batch: Any) -> Tensor:
+        inputs = padded([ids for ids, _ in batch], padding)
+        labels = pad([torch.tensor(each) for _, each in batch], -100)
+        logits = net(**inputs, use_cache=False).logits[:, :-1]
+        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return total * len(batches) / tokens
+
+    return [lambda batch=batch: loss_of(batch) for batch in batches]
+
+
+def measure(calibration: Calibration, run: Run, folder: Path) -> Row:
+    """The row of a run: loss, its rises in nats per token, and critical sharpness in nats per factor²."""
+    adapter = folder / "fit" / "checkpoints" / Path(written(folder / "fit.json")["best"]).stem
+    net = PeftModel.from_pretrained(calibration.base, str(adapter), is_trainable=True).eval()
+    pairs = find_pairs(net).pairs
+    loss = flat.MeanLoss(losses(net, calibration.data.parts["test"].select(range(QUESTIONS)), calibration.padding))
+    at = flat.loss_gradient(loss, trained_factors(pairs))
+    row = {
+        "loss": float(at.loss),
+        "sam": float(flat.sam_sharpness(loss, Perturbation(pairs), RHO, at).sharpness),
+        "lora": float(flat.lora_sharpness(loss, pairs, RHO, at).sharpness),
+        "expected": float(flat.expected_sharpness(loss, WeightNoise(net), SIGMA, SAMPLES).sharpness),
+        "critical": float(flat.critical_sharpness(loss, at)),
+    }
+    calibration.base = net.unload()
+    return {**run.key(), "trial": run.trial, **row, "commit": commit()}
+
+
+def main(folder: Path, path: Path) -> None:
+    """Measure the final runs, seed by seed."""
+    runs = []
+    for row in Results(folder, KEY).rows:
+        run = Run(**{name: row[name] for name in Run._fields})
+        if run.stage == "final" and run.seed in SEEDS:
+            runs.append(run)
+    runs.sort(key=lambda run: run.seed)
+    calibration = Calibration()
+    rows = Ledger(path, entries(*KEY))
+    while rows.perform_first(
+        [run for run in runs if rows.find(run) is None], lambda run: measure(calibration, run, folder / run.name), print
+    ):
+        print(rows.rows[-1], flush=True)
+        rows.reload()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
