@@ -251,7 +251,7 @@ def test_the_rows_and_hours_of_the_study() -> None:
         # What was only judged has no processor time in its row.
         hours = sum(row.get("processor_seconds", row["seconds"]) for row in rows) / 3600
         expected.append(f"{len(rows):,} rows in `{files}.jsonl` | {hours:.2g} |")
-    for file in ("p2", "calibrated"):
+    for file in ("p2", "calibrated", "around"):
         expected.append(f"{len(read(PUBLISHED / f'{file}.jsonl'))} rows in `{file}.jsonl` |")
     assert [each for each in expected if each not in page] == []
 
@@ -372,13 +372,30 @@ def test_the_doubts_about_the_task_that_needs_an_adapter() -> None:
     assert [each for each in expected if each not in text] == []
 
 
+def test_the_loss_around_the_adapters_of_the_task_that_needs_one() -> None:
+    arms: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in read(PUBLISHED / "around.jsonl"):
+        rank = row["config"]["model.lora.r/model.lora.lora_alpha"].partition("/")[0]
+        arms["efmlora" if row["side"] == "with" else f"rank_{rank}"][row["seed"]] = row
+    table = STUDY.split("| Nats | LoRA, rank 8 |")[1].split("\n\n")[0].splitlines()[2:]
+    for line, (measure, digits) in zip(table, {"sam": 3, "lora": 3, "expected": 3, "critical": 2}.items(), strict=True):
+        expected = []
+        for arm in ("rank_8", "rank_32", "efmlora"):
+            assert set(arms[arm]) == set(range(103, 111))
+            expected.append(f"{statistics.mean(row[measure] for row in arms[arm].values()):.{digits}f}")
+        for arm in ("rank_8", "rank_32"):
+            differences = [arms["efmlora"][seed][measure] - row[measure] for seed, row in sorted(arms[arm].items())]
+            expected.append(with_interval(estimate(differences), digits))
+        assert figures(line.partition("|")[2].partition("|")[2]) == figures(" ".join(expected))
+
+
 def test_tune_does_not_take_the_ranks_gain_for_the_perturbations(tmp_path: Path) -> None:
     """P1 and its control, as `recipes.tune` would have run them."""
     rows = read(PUBLISHED / "p1.jsonl")
     rows += [{**row, "side": CONTROL} for row in read(PUBLISHED / "p1_control.jsonl")]
     (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     space = {name: ["any"] * 12 for name in rows[0]["config"] if name != "rho"}
-    search = Search("instruction_tuning", [], space, [], Results(tmp_path, KEY), 24, fresh=20, metric="val_loss")
+    search = Search("instruction_tuning", [], space, ["0.2"], Results(tmp_path, KEY), 24, fresh=20)
     assert search.next_run() is None
     found = answer(search)
     assert found is not None
