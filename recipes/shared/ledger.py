@@ -206,7 +206,8 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str], r
         folder: of the runs; the options are written into its ``options.json``.
         options: that all runs share.
         written: names of the files that the command replaces in its folder; those of others are set aside.
-        runs: names of the folders of its runs, which are set aside if other options have led to no result yet.
+        runs: names of the folders of its runs, which are set aside if other options have led to no result yet, and no
+            other process is at it.
 
     Raises:
         MisconfigurationException: the folder holds runs with others.
@@ -217,7 +218,8 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str], r
     # One process at a time, of several that share the runs and start together.
     with FileLock(claims / "options"):
         before = _options_in(path)
-        if runs and before not in (None, list(options)) and not any(map(read, folder.glob("*.jsonl"))):
+        is_new = runs and not any(map(read, folder.glob("*.jsonl"))) and not _is_in_use(claims)
+        if is_new and before not in (None, list(options)):
             path.unlink()  # options that have led to no result may have been a mistake
             before = None
         if before is None:
@@ -229,6 +231,20 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str], r
             f"--folder={folder} holds runs with the options {before}, and now they are {list(options)}: name another "
             "folder"
         )
+
+
+def _is_in_use(claims: Path) -> bool:
+    """Whether a process is doing a run."""
+    for path in claims.iterdir():
+        if path.name == "options":
+            continue  # this process has it
+        lock = FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        lock.release()
+    return False
 
 
 def _options_in(path: Path) -> list[str] | None:
@@ -272,8 +288,15 @@ def run_process(command: Sequence[str]) -> None:
     """
     process = subprocess.Popen(command)
     status, is_stopped = None, False
+
+    def terminate(*_: Any) -> None:
+        # It may end with status 0, as a Trainer does.
+        nonlocal is_stopped
+        is_stopped = True
+        process.terminate()
+
     # Ctrl-C reaches the command by itself, but a request to end this process would leave it running.
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    before = signal.signal(signal.SIGTERM, terminate)
     while status is None:
         try:
             status = process.wait()

@@ -40,7 +40,7 @@ class RunResult(StepTimes):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.needs_monitor and _monitored(trainer)["monitor"] is None:
+        if self.needs_monitor and _saver(trainer) is None:
             raise MisconfigurationException(
                 "these options keep no checkpoint by a metric: name one that is logged on validation, such as "
                 "--metric val_loss"
@@ -49,11 +49,13 @@ class RunResult(StepTimes):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.validations.append({"step": trainer.global_step, **_logged(trainer, "val")})
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            self.validations.append({**place, **_logged(trainer)})
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        saver: Any = trainer.checkpoint_callback
+        monitored = _saver(trainer)
+        saver: Any = monitored or trainer.checkpoint_callback
         cuda = pl_module.device.type == "cuda"
         fitted = {
             "steps": trainer.global_step,
@@ -67,13 +69,14 @@ class RunResult(StepTimes):
             "validations": self.validations,
             "best": saver.best_model_path if saver else None,
             "last": saver.last_model_path if saver else None,
-            **_monitored(trainer),
+            "monitor": monitored.monitor if monitored else None,
+            "mode": monitored.mode if monitored else None,
         }
         self._write(trainer, "fit", fitted)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, "test", _logged(trainer, "test"))
+        self._write(trainer, "test", _logged(trainer))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -91,14 +94,13 @@ class RunResult(StepTimes):
         write_whole(self.folder / f"{name}.json", json.dumps(found, indent=2) + "\n")
 
 
-def _monitored(trainer: L.Trainer) -> Row:
-    """The metric by which the best checkpoint is kept, and whether less or more of it is better."""
+def _saver(trainer: L.Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the best checkpoint by a metric, which tells what a run is judged by."""
     for saver in trainer.checkpoint_callbacks:
         if isinstance(saver, ModelCheckpoint) and saver.monitor is not None:
-            return {"monitor": saver.monitor, "mode": saver.mode}
-    return {"monitor": None, "mode": None}
+            return saver
+    return None
 
 
-def _logged(trainer: L.Trainer, prefix: str) -> dict[str, float]:
-    metrics = trainer.callback_metrics.items()
-    return {name: float(value) for name, value in metrics if name.startswith(prefix)}
+def _logged(trainer: L.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

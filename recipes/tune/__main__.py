@@ -27,12 +27,10 @@ from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
 from recipes.studies.results import Results, Shard, shard
 from recipes.tune.report import Answer, answer, draw, table
-from recipes.tune.search import KEY, Run, Search
-from recipes.tune.space import RHO, SPACES, Space, pairs, size
+from recipes.tune.search import KEY, WITH, Run, Search
+from recipes.tune.space import RHO, SPACES, Space, pairs, seeds_of
 
 _WAIT = 5.0  # seconds
-_OWN = ("--seed_everything", "--data.seed", "--data.shots_seed", "--trainer.logger")
-"""Options of `fit` that the search sets."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,19 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tried = [f"{name} {' '.join(values)}" for name, values in search.space.items()]
     given = [search.command, *asked, *tried, f"rho {' '.join(search.radii)}", *search.options]
     keep_options(folder, given, ["table.txt", "trials.png", "best.yaml"], runs=["search", "final"])
-    perform = partial(_perform, search)
+    perform, announce = partial(_perform, search), partial(_announce, search)
+    waits = False
     try:
         while not search.is_finished:
             run = search.next_run()
-            if run is None:
-                print("\rThis share waits for the runs of the others; Ctrl-C loses nothing ", end="", flush=True)
-            if run is None or not search.results.own.perform_first([run], perform, partial(_announce, search)):
-                time.sleep(_WAIT)  # for another process
+            if run is not None and search.results.own.perform_first([run], perform, announce):
+                waits = False
+            else:
+                if not waits:
+                    print(
+                        "\nAnother process does what comes next, and this one waits; Ctrl-C loses nothing", flush=True
+                    )
+                waits = True
+                time.sleep(_WAIT)
             search.results.reload()
     except (StoppedError, KeyboardInterrupt) as stop:
         print(f"\nThis run stopped. The same command resumes the search in {folder}")
         if isinstance(stop, StoppedError) and not stop.is_by_user:
-            print("It has failed. Mend the cause, or start again as it is: a run that fails twice counts as diverged")
+            print("It has failed. Mend the cause, or start again as it is: a trial that fails twice counts as diverged")
         return getattr(stop, "status", 130)
     found = answer(search)
     assert found is not None  # of a finished search
@@ -66,17 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(found.verdict())
     draw(search).savefig(folder / "trials.png", dpi=130)
     _write_winner(search, found, folder / "best.yaml")
-    print(f"Runs, results, table.txt, trials.png and best.yaml, for fit --config, are in {folder}")
+    method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
+    print(f"Runs, results, table.txt, trials.png and best.yaml, which has {method} settings for fit --config: {folder}")
     return 0
 
 
 def _perform(search: Search, run: Run) -> Row:
-    """The row of a run; one that has failed twice counts as diverged, so that it does not end the search for good."""
+    """The row of a run; a trial that has failed twice counts as diverged, so that it does not end the search for good.
+
+    The settings of a final run have worked in the search.
+    """
     try:
         return search.perform(run)
     except StoppedError as stop:
         mark = search.results.folder / run.name / "failed"
-        if stop.is_by_user or not search.results.rows:
+        if stop.is_by_user or run.stage == "final" or not search.results.rows:
             raise
         if not mark.exists():
             mark.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +108,9 @@ def _write_winner(search: Search, found: Answer, path: Path) -> None:
     """All settings of the winner as one configuration."""
     given = search.arguments(found.configs[found.winner], seed=0)
     command = [sys.executable, "-m", module_of(search.command), "fit", *given, "--print_config"]
-    write_whole(path, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Behind what the module may print when it is imported.
+    write_whole(path, printed[printed.index("# lightning") :])
 
 
 def _search(options: argparse.Namespace, more: list[str]) -> Search:
@@ -112,8 +122,6 @@ def _search(options: argparse.Namespace, more: list[str]) -> Search:
         )
     space = _space(options, more)
     trials, hours = _budget(options.budget)
-    if trials // 2 > size(space):
-        print(f"Without rho there are {size(space)} settings, so each side has so many trials, not {trials // 2}")
     if is_recipe and not names_method(options.command, more):
         more = ["--method=efmlora", *more]
     folder = options.folder or Path("runs/tune") / options.command
@@ -142,22 +150,41 @@ def _is_module(name: str) -> bool:
 def _space(options: argparse.Namespace, more: Sequence[str]) -> Space:
     given = {name: values for name, *values in options.tried or []}
     problems = _mistakes(options)
+    is_recipe = options.command in SPACES
     space = dict(given or SPACES.get(options.command, {}))
+    more = [argument.replace(".init_args.", ".") for argument in more]
+    if is_recipe and not given and option(more, "--optimizer") is not None:
+        problems.append("--optimizer has a rate of its own: search it by --try optimizer.lr 1e-4 1e-3, say")
     for name in list(space):
-        fixed = [f"--{each}" for each in name.split("/") if option(more, f"--{each}") is not None]
+        fixed = next(filter(None, (_fixing(more, each) for each in name.split("/"))), None)
         if fixed and given:
-            problems.append(f"{fixed[0]} is given, and searched by --try too: leave out one of them")
+            problems.append(f"--{fixed} is given, and --try searches {name}: leave out one of them")
         elif fixed:
-            print(f"{fixed[0]} is given, so it is not searched")
+            print(f"--{fixed} is given, so {name} is not searched")
             del space[name]
-    for name in _OWN:
-        if option(more, name) is not None:
-            problems.append(f"{name} is set by the search: leave it out")
-    if not space:
+    of_data = seeds_of(options.command) if is_recipe else ["data.seed"]
+    for name in ("seed_everything", "trainer.logger", *of_data):
+        if option(more, f"--{name}") is not None:
+            problems.append(f"--{name} is set by the search: leave it out")
+    if not space and not is_recipe:
         problems.append("say what is searched, such as --try model.lr 1e-4 1e-3")
     if problems:
         raise MisconfigurationException("; ".join(problems))
     return space
+
+
+def _fixing(arguments: Sequence[str], name: str) -> str | None:
+    """The option that sets a setting, or a dict that it is in; None if none is given.
+
+    Example:
+        >>> _fixing(["--model.lora={r: 2}"], "model.lora.r")
+        'model.lora'
+    """
+    while option(arguments, f"--{name}") is None:
+        name = name.rpartition(".")[0]
+        if "." not in name:  # --model may name a class
+            return None
+    return name
 
 
 def _mistakes(options: argparse.Namespace) -> list[str]:

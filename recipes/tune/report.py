@@ -40,21 +40,26 @@ class Answer:
         mean = -found.mean if self.less_is_better else found.mean
         return mean - found.interval, mean + found.interval
 
+    def diverged(self, side: str) -> int:
+        """How many of a side's runs have."""
+        return sum(not math.isfinite(value) for value in self.values[side].values())
+
     @property
     def others(self) -> list[str]:
-        """The sides without the perturbation."""
-        return [side for side in self.configs if side != WITH]
+        """The sides without the perturbation; a control that has diverged has lost."""
+        return [side for side in self.configs if side == WITHOUT or (side == CONTROL and not self.diverged(side))]
 
     @property
     def rival(self) -> str:
-        """The one of them that is hardest to beat: by the low end of the gain, and one that has diverged first."""
-        lows = {side: self.gain(side)[0] for side in self.others}
-        return min(lows, key=lambda side: -math.inf if math.isnan(lows[side]) else lows[side])
+        """The one of them that is hardest to beat: one that is better for sure, or else by the low end of the gain."""
+        gains = {side: self.gain(side) for side in self.others}
+        better = [side for side in gains if gains[side][1] < 0]
+        return min(better or gains, key=lambda side: gains[side][0])
 
     @property
     def winner(self) -> str:
         """The side whose settings to take: with the perturbation if it is better for sure, else the better LoRA."""
-        if self.gain(self.rival)[0] > 0:
+        if not self.diverged(WITHOUT) and self.gain(self.rival)[0] > 0:
             return WITH
         sign = 1 if self.less_is_better else -1
         return min(self.others, key=lambda side: sign * sum(self.values[side].values()))
@@ -64,8 +69,10 @@ class Answer:
         low, high = self.gain(self.rival)
         rho = self.configs[WITH][RHO]
         than = "than LoRA with the same other settings" if self.rival == CONTROL else "than LoRA"
-        if math.isnan(low):
-            return "Not known yet: runs have diverged, or there is one seed. Lower the learning rates, or add seeds."
+        for side, word in ((WITH, "Don't"), (WITHOUT, "Not known yet")):
+            if self.diverged(side):
+                of_side = f"{self.diverged(side)} of its {len(self.values[side])} final runs have diverged"
+                return f"{word}: {_TITLES[side]}, {of_side}. Search lower learning rates, in another folder."
         if low > 0:
             return f"Use it, with rho={rho}: it is better {than}, by {low:.3g} to {high:.3g} (95 % interval)."
         if high < 0:
@@ -110,7 +117,7 @@ def table(search: Search, found: Answer) -> Table:
     for side, config in found.configs.items():
         trials = searched = ""
         if side != CONTROL:
-            trials = str(search.trials_of_side())
+            trials = str(search.trials_of(side))
             searched = with_error(estimate([row["value"] for row in search.rows(side, config, "search")]), ".4f")
         fresh = estimate(list(found.values[side].values()))
         lines.append([_TITLES[side], trials, searched, with_error(fresh, ".4f")])
@@ -125,7 +132,7 @@ def table(search: Search, found: Answer) -> Table:
         *(f"{_TITLES[side]}: {short(config)}" for side, config in found.configs.items()),
         f"{metric}, {'less' if found.less_is_better else 'more'} is better; mean and standard error over seeds "
         f"{', '.join(map(str, SEARCH_SEEDS))} of the search, on validation data, and over {search.fresh} fresh seeds, "
-        f"on {judged_on} data; the interval is over seeds, and not over other data",
+        f"on {judged_on} data; the interval is over seeds, and not over other {judged_on} data",
         f"Differences are paired by seed. {found.one_more_hour()}",
     ]
     if CONTROL in found.configs:
@@ -139,8 +146,8 @@ def table(search: Search, found: Answer) -> Table:
 
 def draw(search: Search) -> Figure:
     """The metric of all trials against the first setting, and for each rho a line through the best ones."""
-    name = next(iter(search.space))
-    values = list(search.space[name])
+    name = next(iter(search.space), RHO)
+    values = search.space.get(name, ["0", *search.radii])
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     rows = [*search.tried(WITHOUT).values(), *search.tried(WITH).values()]

@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from recipes.shared.ledger import Row, commit, run_process
 from recipes.studies.choice import best
 from recipes.studies.process import command, fit, module_of, written
@@ -95,10 +97,11 @@ class Search:
 
     def next_run(self) -> Run | None:
         """The next run of this share; None if there is none, or if it waits for those of other shares."""
-        places = list(product(range(self.trials_of_side()), SIDES))
-        for place, (number, side) in enumerate(places):
+        places = product(range(max(map(self.trials_of, SIDES))), SIDES)
+        for number, side in places:
+            is_wanted = number < self.trials_of(side) and number not in self.tried(side)
             # Both sides of a trial, and of a seed, are one share's: shares may be on different machines.
-            if number not in self.tried(side) and self.results.shard.has(place // len(SIDES)):
+            if is_wanted and self.results.shard.has(number):
                 tried = [(row["config"], -judged(row)) for row in self.tried(side).values()]
                 config = suggestion(self.space_of(side), tried, number)
                 return Run(side, config, SEARCH_SEEDS[0], "search", number)
@@ -117,30 +120,47 @@ class Search:
 
     def left(self) -> int:
         """How many runs are to be done; with those of a control, while it is not known whether there is one."""
-        trials = self.trials_of_side()
-        searched = sum(min(trials, len(self.tried(side))) for side in SIDES)
+        searched = sum(min(self.trials_of(side), len(self.tried(side))) for side in SIDES)
         repeats, finals = self._repeats(), self._finals()
-        left = self._runs(trials, len(self.finalists()) or _MOST_FINALISTS) - searched
+        left = self._runs(self._trials(), len(self.finalists()) or _MOST_FINALISTS) - searched
         return left - sum(self.results.find(run) is not None for run in (*repeats, *finals))
 
     def _runs(self, trials: int, finalists: int = _MOST_FINALISTS) -> int:
-        searched = trials + _repeated(trials) * (len(SEARCH_SEEDS) - 1)
-        return len(SIDES) * searched + finalists * self.fresh
+        runs = finalists * self.fresh
+        for side in SIDES:
+            of_side = min(trials, size(self.space_of(side)))
+            runs += of_side + _repeated(of_side) * (len(SEARCH_SEEDS) - 1)
+        return runs
 
-    def trials_of_side(self) -> int:
-        """The trials of each side; for a budget of hours one, until the first of both sides have shown their time."""
-        most = size(self.space)
+    def trials_of(self, side: str) -> int:
+        """The trials of a side: as many as the other has, or all settings that there are."""
+        return min(self._trials(), size(self.space_of(side)))
+
+    def _trials(self) -> int:
+        """The trials of a side; for a budget of hours one, until the first of both sides have shown their time.
+
+        Raises:
+            MisconfigurationException: the hours are too few for the least search.
+        """
         if self.hours is None:
-            return min(most, self.trials // 2)
+            return self.trials // 2
         first = [self.tried(side)[0]["seconds"] for side in SIDES if 0 in self.tried(side)]
-        if len(first) < len(SIDES):
+        shown = [seconds for seconds in first if seconds > 0]  # of a run that has failed they are not known
+        if len(first) < len(SIDES) or not shown:
             return 1
-        affordable = 3600 * self.hours * self.results.shard.count / (sum(first) / len(first))
+        seconds = sum(shown) / len(shown)
+        affordable = 3600 * self.hours * self.results.shard.count / seconds
         # More seeds later take no finished trial away.
         trials = max(_LEAST_REPEATED, min(len(self.tried(side)) for side in SIDES))
-        while trials < most and self._runs(trials + 1) <= affordable:
+        if trials == _LEAST_REPEATED and self._runs(trials) > affordable:
+            least = self._runs(trials) * seconds / 3600 / self.results.shard.count
+            raise MisconfigurationException(
+                f"--budget {self.hours:g}h is too little: a run takes {seconds / 60:.1f} minutes, and the smallest "
+                f"search {least:.2g} hours. What is done is kept for a larger budget, or for fewer --fresh seeds"
+            )
+        while trials < size(self.space_of(WITH)) and self._runs(trials + 1) <= affordable:
             trials += 1
-        return min(most, trials)
+        return trials
 
     def tried(self, side: str) -> dict[int, Row]:
         """The finished trials of a side with the first seed, by their numbers."""
@@ -164,11 +184,10 @@ class Search:
 
     def repeated(self, side: str) -> list[Row]:
         """The best third of a side's trials, which are run with all seeds; none while any side's trials are missing."""
-        wanted = self.trials_of_side()
-        if any(len(self.tried(each)) < wanted for each in SIDES):
+        if any(len(self.tried(each)) < self.trials_of(each) for each in SIDES):
             return []
-        rows = list(self.tried(side).values())[:wanted]
-        return sorted(rows, key=judged, reverse=True)[: _repeated(wanted)]
+        rows = list(self.tried(side).values())[: self.trials_of(side)]
+        return sorted(rows, key=judged, reverse=True)[: _repeated(len(rows))]
 
     def chosen(self, side: str) -> Config | None:
         """The settings with the best mean over the seeds; None while a run is missing."""
@@ -236,19 +255,20 @@ class Search:
         fitted = fit(self.command, folder, given, needs_monitor=self.metric is None)
         metric = self.metric or fitted["monitor"]
         mode = self.mode or fitted["mode"]
-        if not any(metric in validation for validation in fitted["validations"]):
-            logged = sorted(set().union(*fitted["validations"]) - {"step"})
-            raise SystemExit(
-                f"{run} has logged no {metric} on validation, only {', '.join(logged) or 'nothing'}. If it ended "
-                "before its first validation, make the epoch shorter with --trainer.limit_train_batches in place of "
-                "--trainer.max_steps"
-            )
+        logged = sorted(set().union(*fitted["validations"]))
+        for name in filter(None, (metric, fitted["monitor"])):
+            if name not in logged:
+                raise SystemExit(
+                    f"{run} has logged no {name} by the end of a validation, only {', '.join(logged) or 'nothing'}. If "
+                    "it ended before its first one, make the epoch shorter with --trainer.limit_train_batches in place "
+                    "of --trainer.max_steps"
+                )
         value, tested = value_of_kept(fitted, metric, mode), {}
         is_first = (run.side, run.stage, run.trial, run.seed) == (WITHOUT, "search", 0, SEARCH_SEEDS[0])
         # If there is nothing to test on, the search ends at its start, and not after its last trial.
         if self.tests and (run.stage == "final" or is_first):
             on_test = self._tested(folder, given, fitted)
-            value_on_test = _metric_of_test(on_test, metric)
+            value_on_test = finite_or_worst(_metric_of_test(on_test, metric), mode)
             if run.stage == "final":
                 value, tested = value_on_test, on_test
         if run.stage == "search":
@@ -263,8 +283,7 @@ class Search:
     def failed(self, run: Run) -> Row:
         """The row of a run that has failed, which counts as one that diverged; another one has shown the metric."""
         shown = {name: self.results.rows[0][name] for name in ("metric", "mode")}
-        value = math.inf if shown["mode"] == "min" else -math.inf
-        judgement = {**shown, "value": value, "tested": {}, "seconds": 0.0}
+        judgement = {**shown, "value": finite_or_worst(math.nan, shown["mode"]), "tested": {}, "seconds": 0.0}
         return {**run.key(), "trial": run.trial, **judgement, "commit": commit()}
 
     def _tested(self, folder: Path, given: Sequence[str], fitted: Row) -> Row:
@@ -276,7 +295,7 @@ class Search:
 
 
 def _metric_of_test(tested: Row, metric: str) -> float:
-    name = re.sub("validation|valid|val", "test", metric, count=1)
+    name = re.sub("(?<![a-z])(validation|valid|val|eval|dev)(?![a-z])", "test", metric, count=1)
     if name not in tested:
         raise SystemExit(f"the test has logged no {name}, only {', '.join(sorted(tested))}")
     return float(tested[name])
@@ -305,11 +324,15 @@ def value_of_kept(fitted: Row, metric: str, mode: str) -> float:
         >>> value_of_kept({**fitted, "validations": [{"val_loss": float("nan")}]}, "val_loss", "min")
         inf
     """
-    worst = math.inf if mode == "min" else -math.inf
     monitor, kept = fitted["monitor"], fitted["validations"][-1]
     if monitor is not None:
         sign = 1 if fitted["mode"] == "min" else -1
         finite = [each for each in fitted["validations"] if math.isfinite(each.get(monitor, math.nan))]
         kept = min(finite, key=lambda each: sign * each[monitor], default={})
-    value = kept.get(metric, math.nan)
+    return finite_or_worst(kept.get(metric, math.nan), mode)
+
+
+def finite_or_worst(value: float, mode: str) -> float:
+    """The value, or the worst number where the run has diverged."""
+    worst = math.inf if mode == "min" else -math.inf
     return value if math.isfinite(value) else worst

@@ -37,6 +37,8 @@ SPACES: Mapping[str, Space] = {
 
 def seeds_of(recipe: str) -> list[str]:
     """The options of a recipe that seed its data: the order of the batches, and which few examples are taken."""
+    if recipe == "clip_contrastive":
+        return []  # its seed also draws the parts, which all runs share
     return ["data.seed", "data.shots_seed"] if recipe == "classification" else ["data.seed"]
 
 
@@ -80,7 +82,8 @@ def short(config: Config) -> str:
 def suggestion(space: Space, tried: Sequence[tuple[Config, float]], number: int) -> Config:
     """A configuration that has not been tried, by Optuna's tree-structured Parzen estimator.
 
-    Equal arguments give equal suggestions, so that a run that was stopped is found again.
+    Equal arguments give equal suggestions, so that a run that was stopped is found again, unless another share has
+    finished a trial meanwhile.
 
     Args:
         space: to search.

@@ -149,7 +149,7 @@ def test_rows_of_other_programs_are_passed_over(tmp_path: Path) -> None:
 
 
 def _stopped(folder: Path) -> None:
-    save = f"trap 'sleep 1; touch {folder}/saved; exit 1' INT; touch {folder}/started; sleep 60 & wait"
+    save = f"trap 'sleep 1; touch {folder}/saved; exit 1' INT; touch {folder}/started; sleep 9 & wait"
     with pytest.raises(StoppedError) as stop:
         run_process(["sh", "-c", save])
     assert stop.value.status == 130
@@ -172,7 +172,7 @@ def test_a_request_to_end_reaches_the_command() -> None:
     before = signal.getsignal(signal.SIGTERM)
     Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(StoppedError) as stop:
-        run_process(["sleep", "60"])
+        run_process(["sh", "-c", "trap 'exit 0' TERM; sleep 9 & wait"])  # with status 0, as a Trainer ends
     assert stop.value.is_by_user
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -183,6 +183,8 @@ def test_options_may_be_changed_until_there_is_a_result(tmp_path: Path) -> None:
     (folder / "search").mkdir()
     keep_options(folder, ["--rate=1"], ["table.txt"], runs=["search"])
     assert (folder / "search").exists()  # its runs go on
+    with Ledger(folder / "results.jsonl", entries("seed")).claimed(RUNS[0]), pytest.raises(MisconfigurationException):
+        keep_options(folder, ["--rate=2"], ["table.txt"], runs=["search"])  # another process is at one
     keep_options(folder, ["--rate=2"], ["table.txt"], runs=["search"])
     assert sorted(path.name for path in folder.iterdir()) == ["claims", "options.json", "search-1"]
     ledger(tmp_path).append(RUNS[0].key())

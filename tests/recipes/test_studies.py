@@ -3,11 +3,18 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from recipes.studies.choice import best
-from recipes.studies.process import resuming
+from recipes.studies.process import resuming, written
+from recipes.studies.result import RunResult
+from recipes.tune.search import value_of_kept
 
 GOOD, EQUAL, WORSE = [(0.9, -3.0), (0.5, -3.0)], [(0.7, -2.0), (0.7, -2.0)], [(0.6, -0.1), (0.6, -0.1)]
 DIVERGED = [(0.9, 0.0), (math.nan, 0.0)]
@@ -39,3 +46,21 @@ def test_a_run_goes_on_from_its_newest_last_checkpoint(tmp_path: Path) -> None:
         path.touch()
         os.utime(path, (0, 1000 - age))
     assert resuming(tmp_path) == [f"--ckpt_path={tmp_path / 'checkpoints' / 'last_by_time.ckpt'}"]
+
+
+class Validated(BoringModel):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("loss/eval", super().validation_step(batch, batch_idx)["x"])
+
+
+def test_a_run_is_judged_by_the_weights_that_its_monitor_keeps(tmp_path: Path) -> None:
+    """Whatever they are called, and whatever else is kept."""
+    every, kept = ModelCheckpoint(tmp_path / "every", save_top_k=-1), ModelCheckpoint(tmp_path, monitor="epoch")
+    of_run: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    sizes = {"max_epochs": 2, "limit_train_batches": 1, "limit_val_batches": 1}
+    trainer = L.Trainer(accelerator="cpu", callbacks=[every, kept, RunResult(str(tmp_path))], **of_run, **sizes)
+    trainer.fit(Validated())
+    fitted = written(tmp_path / "fit.json")
+    assert (fitted["best"], fitted["monitor"]) == (kept.best_model_path, "epoch")
+    first, last = (validation["loss/eval"] for validation in fitted["validations"])
+    assert value_of_kept(fitted, "loss/eval", "max") == first != last

@@ -172,12 +172,14 @@ def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
     search, _ = finished(tmp_path, trials=4)
     path = tmp_path / "results.jsonl"
     rows = read(path)
-    next(row for row in rows if row["stage"] == "final" and row["side"] == WITH)["value"] = math.inf
-    path.write_text("\n".join(map(json.dumps, rows)))
-    search.results.reload()
-    found = answer(search)
-    assert "nan" in table(search, found).markdown()
-    assert found.verdict().startswith("Not known yet: runs have diverged")
+    for side, word in ((WITHOUT, "Not known yet: without (LoRA), 1 of"), (WITH, "Don't: with the perturbation, 1 of")):
+        next(row for row in rows if row["stage"] == "final" and row["side"] == side)["value"] = math.inf
+        path.write_text("\n".join(map(json.dumps, rows)))
+        search.results.reload()
+        found = answer(search)
+        assert "nan" in table(search, found).markdown()
+        assert found.verdict().startswith(f"{word} its 5 final runs have diverged")
+        assert found.winner == CONTROL  # the LoRA that has not
 
 
 def test_a_run_that_fails_twice_counts_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +191,10 @@ def test_a_run_that_fails_twice_counts_as_diverged(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(search, "perform", fails)
     run = Run(WITH, {"rho": "5"}, 7, "search", 3)
-    with pytest.raises(StoppedError):
-        _perform(search, run)
+    # Its settings have worked, so that a final run which fails does so for another reason.
+    for each in (run, run._replace(stage="final"), run._replace(stage="final")):
+        with pytest.raises(StoppedError):
+            _perform(search, each)
     row = _perform(search, run)
     assert (row["value"], row["metric"], row["seed"]) == (math.inf, "val_loss", 7)
     status = 130  # Ctrl-C
@@ -215,15 +219,23 @@ def test_a_command_line_of_lightnings_goes_on_after_a_stop(tmp_path: Path, monke
 
 def test_settings_that_are_given_are_not_searched(capsys: pytest.CaptureFixture[str]) -> None:
     options = _parser().parse_args(["vqa"])
-    assert "model.lora.r/model.lora.lora_alpha" not in _space(options, ["--model.lora.lora_alpha", "8"])
-    assert "--model.lora.lora_alpha is given, so it is not searched" in capsys.readouterr().out
+    for given in (["--model.lora.lora_alpha", "8"], ["--model.init_args.lora.r=8"], ["--model.lora={r: 8}"]):
+        assert "model.lora.r/model.lora.lora_alpha" not in _space(options, given)
+    assert "--model.lora.lora_alpha is given, so model.lora.r/model.lora.lora_alpha is" in capsys.readouterr().out
 
 
 def test_a_budget_of_hours_becomes_trials_when_the_first_ones_are_done(tmp_path: Path) -> None:
     search, runs = finished(tmp_path, hours=0.31)  # 31 runs of 36 seconds
-    assert search.trials_of_side() == 4
+    assert search.trials_of(WITH) == 4
     assert len(runs) == 2 * (4 + 4) + 3 * 5
-    assert finished(tmp_path, hours=0.31, fresh=6)[0].trials_of_side() == 4
+    assert finished(tmp_path, hours=0.31, fresh=6)[0].trials_of(WITH) == 4
+    with pytest.raises(MisconfigurationException, match=r"0.2h is too little: .* 0.6 minutes, .* search 0.27 hours"):
+        finished(tmp_path / "short", hours=0.2)
+
+
+def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
+    search = Search("vqa", [], {}, ["0.5", "2", "8"], Results(tmp_path, KEY), trials=20)
+    assert [search.trials_of(side) for side in SIDES] == [1, 3]
 
 
 def test_a_suggestion_is_new_and_the_same_again() -> None:
@@ -248,7 +260,12 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
     unknown = answer_of([1.0, 1.2, 1.1], [1.1, 1.0, 1.2])
     assert unknown.verdict().startswith("Not known yet: it is between ")
     assert unknown.winner == WITHOUT
-    assert answer_of([1.0, 1.2], [0.5, math.inf]).verdict().startswith("Not known yet: runs have diverged")
+    # What is surely worse than LoRA may be anything against the control.
+    control = {CONTROL: {0: 0.1, 1: 3.2, 2: 0.1}}
+    worse = Answer(
+        {**unknown.configs, CONTROL: {}}, {**answer_of([1.0, 1.2, 1.1], [1.2, 1.4, 1.31]).values, **control}, True, 1.0
+    )
+    assert worse.verdict().startswith("Don't: it is worse than LoRA, by ")
     assert better.one_more_hour().startswith("One more hour buys 10 more seeds (--fresh 13)")
 
 
@@ -263,7 +280,8 @@ def test_the_answer_is_one_sentence_with_its_doubt() -> None:
         (["vqa", "--rho", "0.1,0.5"], "different numbers above 0, got 0.1,0.5"),
         (["vqa", "--try", "a", "1", "--try", "b/a", "1/2"], "--try names an option once"),
         (["vqa", "--try", "rho", "1", "2"], "never rho"),
-        (["vqa", "--try", "a", "1", "2", "--a=1"], "--a is given, and searched by --try too"),
+        (["vqa", "--try", "a", "1", "2", "--a=1"], "--a is given, and --try searches a: leave out one"),
+        (["vqa", "--optimizer", "SGD"], "--optimizer has a rate of its own"),
         (["vqa", "--data.seed", "1"], "--data.seed is set by the search"),
         (["vqa", "--metric", "val_perplexity"], "add --mode min or --mode max"),
         (["no_recipe"], "no_recipe is not a recipe: there are classification"),
