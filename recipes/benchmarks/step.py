@@ -1,9 +1,9 @@
-"""What a step costs, by method, in turns in one run; and the engine against the dense computation.
+"""What a step costs, by method, in turns in one run.
 
 python -m recipes.benchmarks.step                                            # LoRA, EFMLoRA, FMLoRA
 python -m recipes.benchmarks.step --models roberta-large --methods all       # baselines and peers too
 python -m recipes.benchmarks.step --models minilm --vary rank 4 16 64 256    # how it grows; or layers, or batch
-python -m recipes.benchmarks.step --models small-layers --time processor --repeats 0
+python -m recipes.benchmarks.step --models small-layers --time processor
 """
 
 import gc
@@ -25,7 +25,6 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
-from recipes.benchmarks.engine import measure_engine
 from recipes.benchmarks.methods import METHODS, Method
 from recipes.benchmarks.workloads import WORKLOADS, Stack, Workload
 from recipes.shared.methods import OURS
@@ -47,8 +46,6 @@ class Options:
         vary: rank, layers or batch, and the values to try in its place.
         rounds: turns of each method.
         steps: measured steps in a turn.
-        repeats: measurements of the engine; 0 for none.
-        layers: the engine's shapes: how many, their rows and columns, the rank.
         accelerator: cpu or cuda.
         precision: Lightning's.
         time: the processor's time leaves out what else the machine does.
@@ -61,8 +58,6 @@ class Options:
     vary: list[str] | None = None
     rounds: int = 10
     steps: int = 8
-    repeats: int = 15
-    layers: list[int] = field(default_factory=lambda: [96, 768, 1024, 8])
     accelerator: Literal["cpu", "cuda"] = "cpu"
     precision: str = "32-true"
     time: Literal["wall", "processor"] = "wall"
@@ -162,10 +157,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    device = "cuda" if options.accelerator == "cuda" else "cpu"
     rows: list[Row] = []
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "device": torch.cuda.get_device_name() if options.accelerator == "cuda" else f"{platform.machine()} CPU",
         "threads": options.threads,
         "torch": torch.__version__,
         "precision": options.precision,
@@ -179,10 +173,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             sizes = {"model": model, "rank": work.rank, "batch": work.batch, "layers": work.layers}
             rows += [sizes | row for row in measure_steps(work, options.methods, options)]
             _write(result, options.output)  # what is measured so far stays, whatever happens to the rest
-    if not options.varied and options.repeats:
-        layers, n, m, rank = options.layers
-        shape = {"layers": layers, "n": n, "m": m, "rank": rank}
-        result["engine"] = shape | measure_engine(layers, n, m, rank, options.repeats, device)
     _print(result)
     _write(result, options.output)
     print(f"written to {options.output}")
@@ -208,8 +198,6 @@ def plot(rows: list[Row], varied: str, path: Path) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    for name, value in result.get("engine", {}).items():
-        print(f"E of all layers, {name}: {value:.4g}")
     frame = DataFrame(result["steps"])
     frame["lowest ratio"], frame["highest ratio"] = frame["ratios"].map(min), frame["ratios"].map(max)
     print(f"{result['device']}, medians")

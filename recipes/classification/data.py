@@ -186,6 +186,10 @@ class TextData(PartedData):
             return rows.select(np.random.default_rng(_TEST_SEED).permutation(len(rows))[: self.test_rows])
         pool = super().rows("train")
         train, others = draw_shots(self.keys(pool), pool["labels"][:], self.shots, self.shots_seed)
+        if part == "validation" and not others:
+            raise MisconfigurationException(
+                f"shots={self.shots} takes all rows for training: give more rows, fewer shots or a validation_split"
+            )
         return pool.select(train if part == "train" else others)
 
     @override

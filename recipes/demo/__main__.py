@@ -10,15 +10,14 @@ import multiprocessing
 import sys
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 from recipes.demo.report import plot, sentences, table
-from recipes.demo.run import ARMS, RATES, SEEDS, Run, assist, ledger, perform, share
+from recipes.demo.run import ARMS, RATES, SEEDS, Run, assist, share
 from recipes.demo.training import Settings
 from recipes.shared.files import begin_folder
 from recipes.shared.ledger import StoppedError
 from recipes.shared.mistakes import without_traceback
-from recipes.shared.precision import PRECISION_HELP, Precision, precision_of_runs
+from recipes.shared.precision import SETTING, precision_of_runs
 from recipes.shared.progress import quiet
 from recipes.shared.tables import print_and_write
 
@@ -30,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     quiet()
     begin_folder(options.folder, "results.jsonl", _WRITTEN)
-    options.precision = precision_of_runs(options.folder, options.precision)
-    print(f"Precision: {options.precision}; --precision sets another", flush=True)
+    precision = precision_of_runs(options.folder)
+    print(f"Precision: {precision}; the environment variable {SETTING} sets another", flush=True)
     try:
-        _work(options)
+        _work(options, Settings(precision=precision))
     except (KeyboardInterrupt, SystemExit, StoppedError) as stop:  # Lightning turns Ctrl-C into an exit
         print("Stopped. The same command resumes: what is finished is kept")
         return stop.status if isinstance(stop, StoppedError) else 130
@@ -41,16 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _work(options: argparse.Namespace) -> None:
+def _work(options: argparse.Namespace, settings: Settings) -> None:
     """Do what is missing, and report."""
     # The methods of a seed one after the other: whatever else the machine does slows them alike.
-    settings = Settings(precision=options.precision)
     runs = [Run(arm, rate, seed, settings) for seed, rate, arm in product(SEEDS, RATES, ARMS)]
     for _ in range(options.processes - 1):
         # It ends by itself, and with this one.
         multiprocessing.get_context("spawn").Process(target=assist, args=(options.folder, runs), daemon=True).start()
-    share(options.folder, runs)
-    rows = list(ledger(options.folder).complete(runs, perform))
+    rows = share(options.folder, runs)
     print_and_write(table(rows), options.folder / "table.txt")
     plot(rows, options.folder / "demo.png")
     print(sentences(rows))
@@ -61,7 +58,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m recipes.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="output folder")
-    parser.add_argument("--precision", choices=get_args(Precision), help=PRECISION_HELP)
     parser.add_argument("--processes", type=int, default=2, help="that share the runs, one thread each")
     return parser
 

@@ -69,8 +69,8 @@ def ledger(folder: Path) -> Ledger:
     return Ledger(folder / "results.jsonl", entries("arm", "rate", "seed", "settings"))
 
 
-def share(folder: Path, runs: list[Run]) -> None:
-    """Do runs until each is done, or another process does it."""
+def share(folder: Path, runs: list[Run]) -> list[Row]:
+    """Do runs until each is done, here or by another process; their rows."""
     quiet()
     on_one_thread()
     done = ledger(folder)
@@ -78,8 +78,11 @@ def share(folder: Path, runs: list[Run]) -> None:
     def report(run: Run) -> None:
         print(f"[{runs.index(run) + 1}/{len(runs)}] {run}", flush=True)
 
-    while done.perform_first([run for run in runs if done.find(run) is None], perform, report):
+    while missing := [run for run in runs if done.find(run) is None]:
+        if not done.perform_first(missing, perform, report):
+            time.sleep(1.0)  # for another process
         done.reload()
+    return [row for row in map(done.find, runs) if row is not None]
 
 
 def assist(folder: Path, runs: list[Run]) -> None:

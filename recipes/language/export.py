@@ -57,6 +57,10 @@ def export(adapter: Path, to: Path, dtype: DType = "auto", base: str | None = No
     """
     config = config_of(adapter)
     refuse_unless_new(to)
+    if config.layer_replication:
+        raise MisconfigurationException(
+            "the layers that layer_replication copies share their weights: nothing to merge"
+        )
     base = base or str(config.base_model_name_or_path)
     run = settings_of_run(adapter)
     fields = run.get("model", {}).get("init_args", {}).get("model_config") or {}

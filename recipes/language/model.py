@@ -198,10 +198,12 @@ def add_adapter(
     Raises:
         MisconfigurationException: peft refuses ``lora`` for this model, or would pass over modules to save.
     """
-    for saved in lora.get("modules_to_save") or []:
-        if not any(name.endswith(saved) for name, _ in base.named_modules()):
-            # peft would pass over it in silence.
-            raise MisconfigurationException(f"lora: modules_to_save names {saved!r}, which the model does not have")
+    for field in ("modules_to_save", "target_modules"):
+        names = lora.get(field)
+        for wanted in names if isinstance(names, list) else ():  # a text is a pattern
+            if not any(f".{name}".endswith(f".{wanted}") for name, _ in base.named_modules()):
+                # peft would pass over it in silence.
+                raise MisconfigurationException(f"lora: {field} names {wanted!r}, which the model does not have")
     whole = [rf".*{re.escape(name)}" for name in new]
     if task_type == "SEQ_CLS" and lora.get("target_modules") == "all-linear":
         # The head is trained as a whole. DistilBERT's pre_classifier is a part of it to peft, which would adapt it too.
@@ -217,7 +219,7 @@ def add_adapter(
             # peft sets it by itself for each layer, of which GPT-2 has both kinds.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set", UserWarning)
             net = get_peft_model(base, config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise MisconfigurationException(f"lora={lora!r} can't be used: {error}") from error
     for parameter in net.parameters():
         if parameter.requires_grad:

@@ -46,17 +46,17 @@ class RecipeParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
-        self.first_help = ""
+        self.recipe = ""
 
     @override
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        return f"{self.first_help}{super().format_help(*args, **kwargs)}\n{shipped_configs()}\n"
+        return f"{settings_help(self.recipe)}{super().format_help(*args, **kwargs)}\n{shipped_configs(self.recipe)}\n"
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse's own words, of a file that does not exist and of a command line without a model and data.
         if 'key "config"' in message or re.search(r"required: (\w+\.)?(data|model)", message):
-            message = f"{message}\n{shipped_configs()}"
+            message = f"{message}\n{shipped_configs(self.recipe)}"
         super().error(f"{message}{hint(message, self.get_defaults().keys())}", ex)
 
 
@@ -123,7 +123,7 @@ class RecipeCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # Among the Trainer's hundred options nobody would find them.
-        cast("RecipeParser", parser).first_help = settings_help(self._recipe)
+        cast("RecipeParser", parser).recipe = self._recipe
         methods = ", ".join(methods_of(self._recipe))
         parser.add_argument("--method", type=str | None, default=None, help=f"One of {methods}; lora if none is given.")
         rho = "Radius of the method's perturbation, in place of the one in its configuration."

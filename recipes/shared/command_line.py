@@ -215,10 +215,14 @@ def refuse_unknown_fields(lora: Any) -> None:
         lora: fields of peft's LoraConfig, and on CLIP models where the adapter goes; anything else is left alone.
 
     Raises:
-        MisconfigurationException: there is no such field.
+        MisconfigurationException: there is no such field, or a value that peft would misread.
     """
     known = [field.name for field in dataclasses.fields(LoraConfig)] + list(CLIP_FIELDS)
-    for name in lora if isinstance(lora, dict) else ():
+    for name, value in lora.items() if isinstance(lora, dict) else ():
+        if value == "None":  # which jsonargparse makes of a null that is given for a single field
+            raise MisconfigurationException(f"lora: leave {name} out, or write null for it in a file")
+        if name == "modules_to_save" and isinstance(value, str):
+            raise MisconfigurationException(f"lora: modules_to_save must be a list, such as [{value}]")
         if name not in known:
             raise MisconfigurationException(f"lora: peft's LoraConfig has no field {name!r}.{_nearest(name, known)}")
 

@@ -30,12 +30,13 @@ def methods_of(recipe: str) -> list[str]:
     return sorted(names)
 
 
-def shipped_configs() -> str:
-    """A text for users: each folder of configurations and what is in it, one folder a line."""
+def shipped_configs(recipe: str) -> str:
+    """A text for users: a recipe's folders of configurations, or all recipes', and what is in each, a folder a line."""
     by_folder: dict[Path, list[str]] = {}
     # Searched for and not listed by hand, so that a new file shows up by itself.
     for path in sorted(RECIPES.rglob("*.yaml")):
-        by_folder.setdefault(path.parent.relative_to(RECIPES.parent), []).append(path.name)
+        if not recipe or path.relative_to(RECIPES).parts[0] in (recipe, "configs"):
+            by_folder.setdefault(path.parent.relative_to(RECIPES.parent), []).append(path.name)
     lines = [f"  {folder}: {', '.join(names)}" for folder, names in by_folder.items()]
     rule = "A recipe's base.yaml is read first; later files override earlier ones. There are, in"
     return "\n".join([f"{rule} {RECIPES.parent}:", *lines])

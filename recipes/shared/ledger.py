@@ -76,28 +76,6 @@ class Ledger:
                 file.write(line.encode())
         self._rows[self._name(row)] = row
 
-    def complete(self, runs: Sequence[AnyRun], perform: Callable[[AnyRun], Row]) -> Iterator[Row]:
-        """The rows of all runs, in order; what is not done is announced, performed and appended first.
-
-        A run that another process is doing is waited for, and done here if that process stops.
-
-        Args:
-            runs: that are wanted.
-            perform: does a run and returns its row, key included.
-        """
-        for number, run in enumerate(runs, 1):
-            row = self.find(run)
-            if row is None:
-                with self.claimed(run, wait=True) as is_mine:
-                    if is_mine:
-                        print(f"\n[{number}/{len(runs)}] {run}", flush=True)
-                        row = perform(run)
-                        self.append(row)
-                    else:
-                        row = self.find(run)
-            assert row is not None  # either found or performed
-            yield row
-
     def perform_first(
         self, runs: Sequence[AnyRun], perform: Callable[[AnyRun], Row], report: Callable[[AnyRun], None]
     ) -> bool:
@@ -117,14 +95,10 @@ class Ledger:
         return False
 
     @contextmanager
-    def claimed(self, run: Run, wait: bool = False) -> Iterator[bool]:
+    def claimed(self, run: Run) -> Iterator[bool]:
         """Whether this process is the one to do a run, among several processes that share the file.
 
         The claim ends with the block, and with the process, however that ends.
-
-        Args:
-            run: that is not done.
-            wait: for the process that has claimed it, in place of leaving the run to it.
         """
         name = self._name(run.key())
         # Of the key itself, which is JSON, no file name can be made.
@@ -132,11 +106,8 @@ class Ledger:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            if not wait:
-                yield False
-                return
-            print(f"\nAnother process does this run, and this one waits for it: {run}", flush=True)
-            lock.acquire()
+            yield False
+            return
         try:
             self.reload()
             yield name not in self._rows  # another process may have finished it since this one last looked

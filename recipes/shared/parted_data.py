@@ -296,7 +296,8 @@ class PartedData(ResumableData):
         raise MisconfigurationException(
             f"dataset={self.dataset!r}: nothing is left for {part}. Its {len(table)} rows are divided by their "
             f"{self.kinds} ({len(set(self.keys(table)))} different ones), and equal ones stay together: give more "
-            "rows, a larger share, a validation_split or a test_split, or validation_share=0 to train without one"
+            "rows, a larger share, a validation_split or a test_split, or validation_share=0, which keeps the last "
+            "checkpoint and no best one"
         )
 
     def _warn_of_training_data(self, part: str) -> None:

@@ -15,7 +15,6 @@ from recipes.shared.files import write_whole
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 SETTING = "FLATLORA_PRECISION"
-PRECISION_HELP = "of all computation; by default what the folder began with, or what this device computes fast"
 _ROUNDS = 5
 _SIZE = 192  # rows and columns: two tenths of a second in all where bfloat16 is emulated at 0.6 GFLOP/s
 _GAIN = 1.3
@@ -61,28 +60,24 @@ def fast_precision(accelerator: str = "auto") -> Precision:
     return "bf16-mixed" if _has_fast_bfloat16() else "32-true"
 
 
-def precision_of_runs(folder: Path, chosen: Precision | None = None, keep: bool = True) -> Precision:
+def precision_of_runs(folder: Path) -> Precision:
     """One precision for all runs whose results land in a folder, which are compared with each other.
 
     Args:
         folder: of the runs; the precision is written into its ``precision.txt``.
-        chosen: by the user; None is what the folder began with, and at first :func:`fast_precision`. The environment
-            variable overrides what the folder began with, too.
-        keep: write it. False leaves the folder as it is, for a command that makes no runs.
 
     Returns:
-        The precision.
+        What the folder began with, and at first :func:`fast_precision`. The environment variable overrides both.
 
     Raises:
         MisconfigurationException: ``precision.txt`` or the environment variable holds something else.
     """
     path = folder / "precision.txt"
-    if chosen is None and not os.environ.get(SETTING) and path.exists():
+    if not os.environ.get(SETTING) and path.exists():
         return _checked(path.read_text().strip(), str(path))
-    precision = chosen or fast_precision()
-    if keep:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, f"{precision}\n")
+    precision = fast_precision()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, f"{precision}\n")
     return precision
 
 

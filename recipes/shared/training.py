@@ -9,6 +9,7 @@ from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -60,6 +61,11 @@ class RecipeModule(L.LightningModule):
                 f"this run resumes at step {self.trainer.global_step}, but has {steps} steps with the batch size, "
                 "devices and accumulation given now, so its learning rate would be 0: resume with those of its start"
             )
+        net = getattr(self, "net", None)
+        if isinstance(net, PeftModel):
+            lora = net.peft_config["default"]
+            settings = f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
+            rank_zero_info(f"LoRA of {settings} on {len(net.base_model.targeted_module_names)} layers")
 
     def recipe_schedule(self, optimizer: Optimizer) -> LRScheduler:
         """The learning rate in time where none was chosen, which is stepped with every optimizer step."""

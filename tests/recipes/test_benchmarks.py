@@ -21,8 +21,7 @@ MILLIONS = {"minilm": 23, "smollm2": 135, "roberta-large": 355, "gpt2-medium": 3
 
 def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "step.json"
-    sizes = ["--models", "tiny", "--rounds", "2", "--steps", "2", "--repeats", "2", "--layers", "3", "12", "16", "4"]
-    main([*sizes, "--output", str(output)])
+    main(["--models", "tiny", "--rounds", "2", "--steps", "2", "--output", str(output)])
     result = json.loads(output.read_text())
     methods = {row["method"]: row for row in result["steps"]}
     assert methods["LoRA"]["ratio_to_lora"] == 1.0
@@ -30,7 +29,6 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(row["median_seconds"] > 0 for row in methods.values())
     assert all(row["ratio_to_lora"] == median(row["ratios"]) for row in methods.values())
     assert [len(row["ratios"]) for row in methods.values()] == [2, 2, 2]
-    assert all(result["engine"][f"{name}_seconds"] > 0 for name in ("closed", "engine", "dense"))
     assert "EFMLoRA" in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 0
 

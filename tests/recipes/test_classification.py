@@ -82,6 +82,9 @@ def test_the_head_may_have_a_rate_of_its_own(tiny: str, animals: str, rate: floa
 def test_bad_data_is_refused_before_training(tiny: str, jsonl: Any, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         prepared(tiny, dataset=jsonl(rows))
+    few = jsonl([{"text": f"The {i}", "label": i % 2} for i in range(9)])
+    with pytest.raises(MisconfigurationException, match="shots=16 takes all rows for training"):
+        prepared(tiny, dataset=few, shots=16)
 
 
 def test_the_shipped_configuration_runs_with_its_own_model_and_data(tmp_path: Path) -> None:

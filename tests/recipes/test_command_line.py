@@ -171,9 +171,17 @@ def test_a_misspelt_option_is_answered_by_the_nearest_one(
     assert f"Did you mean {nearest}?\n" in capsys.readouterr().err
 
 
-def test_a_misspelt_field_of_lora_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(MisconfigurationException, match=r"no field 'lora_alfa'.\nDid you mean lora_alpha"):
-        parsed("fit", "--model.lora.lora_alfa=3")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("lora_alfa=3", r"no field 'lora_alfa'.\nDid you mean lora_alpha"),
+        ("r=null", "leave r out, or write null for it in a file"),
+        ("modules_to_save=lm_head", r"must be a list, such as \[lm_head\]"),
+    ],
+)
+def test_a_wrong_field_of_lora_is_refused_before_anything_is_loaded(wrong: str, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        parsed("fit", f"--model.lora.{wrong}")
     assert parsed("fit", "--model.lora.projections=[q]", recipe="clip_contrastive")
 
 

@@ -159,7 +159,8 @@ def test_help_and_errors_name_the_shipped_files(
         RecipeCLI(arguments)
     shown = "".join(capsys.readouterr())
     assert said in shown
-    assert shown.endswith(f"{shipped_configs()}\n")
+    assert shown.endswith(f"{shipped_configs('')}\n")
+    assert "recipes/nlg" not in shipped_configs("vqa")
     for path in FILES:
         assert path.name in shown
         assert str(path.parent.relative_to(ROOT)) in shown

@@ -101,7 +101,7 @@ def test_the_demo_reports_resumes_and_shares(
         return {**run.key(), "validation_loss": loss, "validation_accuracy": 0.4, "losses_around": around}
 
     monkeypatch.setattr(running, "perform", invented)
-    command = ["--folder", str(tmp_path), "--precision", "32-true", "--processes", "1"]
+    command = ["--folder", str(tmp_path), "--processes", "1"]
     assert main(command) == 130  # in the fifth run
     assert "The same command resumes" in capsys.readouterr().out
     assert main(command) == 0
@@ -114,5 +114,5 @@ def test_the_demo_reports_resumes_and_shares(
 
     # A second process finds everything done; without a stub, it would train.
     rows = (tmp_path / "results.jsonl").read_text()
-    assert main(["--folder", str(tmp_path), "--precision", "32-true"]) == 0
+    assert main(["--folder", str(tmp_path)]) == 0
     assert (tmp_path / "results.jsonl").read_text() == rows

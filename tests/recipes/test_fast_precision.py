@@ -85,8 +85,6 @@ def test_runs_of_a_folder_keep_their_precision(
     assert precision_of_runs(folder) == "bf16-mixed"
     monkeypatch.setattr(precision, "_has_fast_bfloat16", lambda: False)  # another machine goes on
     assert precision_of_runs(folder) == "bf16-mixed"
-    assert precision_of_runs(folder, "32-true") == "32-true"
-    assert precision_of_runs(folder) == "32-true"
     (folder / "precision.txt").write_text("float7")
     with pytest.raises(MisconfigurationException, match=r"precision\.txt must hold one of 32-true"):
         precision_of_runs(folder)

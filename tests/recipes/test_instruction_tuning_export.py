@@ -1,5 +1,6 @@
 """A run's adapter as a plain transformers folder with a model card."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,8 @@ def test_bad_folders_are_named(adapter: Path, tiny: str, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         exporting.main("export", [str(adapter), str(adapter)])
     assert "is not an empty folder" in capsys.readouterr().err
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"layer_replication": [[0, 1], [0, 1]]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        exporting.main("export", [str(tmp_path), str(tmp_path / "merged")])
+    assert "share their weights" in capsys.readouterr().err

@@ -33,22 +33,27 @@ def ledger(folder: Path) -> Ledger:
     return Ledger(folder / "new" / "results.jsonl", entries("method", "seed"))
 
 
-def test_what_is_done_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_done_is_not_done_again_nor_by_two(tmp_path: Path) -> None:
     done: list[Run] = []
 
     def perform(run: Run) -> Row:
         done.append(run)
-        if len(done) == 3:
+        if len(done) == 2:
             raise KeyboardInterrupt
         return {**run.key(), "accuracy": 0.5}
 
+    rows = ledger(tmp_path)
+    with ledger(tmp_path).claimed(RUNS[0]) as is_another:
+        assert is_another
+        assert rows.perform_first(RUNS, perform, print)
+        assert not rows.perform_first(RUNS[:1], perform, print)
     with pytest.raises(KeyboardInterrupt):
-        list(ledger(tmp_path).complete(RUNS, perform))
-    assert "[3/3] efmlora, seed 0" in capsys.readouterr().out
-    rows = list(ledger(tmp_path).complete(RUNS, perform))
-    assert done == [*RUNS, RUNS[2]]
-    assert [(row["method"], row["seed"]) for row in rows] == RUNS
-    assert rows == ledger(tmp_path).rows == read(tmp_path / "new" / "results.jsonl")
+        rows.perform_first(RUNS, perform, print)
+    # A process that has not seen the row asks the file, and the claim has ended with the interrupt.
+    while rows.perform_first([run for run in RUNS if rows.find(run) is None], perform, print):
+        pass
+    assert done == [RUNS[1], RUNS[0], RUNS[0], RUNS[2]]
+    assert rows.rows == ledger(tmp_path).rows == read(tmp_path / "new" / "results.jsonl")
 
 
 def test_a_line_that_was_cut_off_counts_for_nothing(tmp_path: Path) -> None:
@@ -67,63 +72,14 @@ def test_other_settings_are_another_run(tmp_path: Path) -> None:
     rows = Ledger(tmp_path / "results.jsonl", entries("method", "settings"))
     rows.append({"method": "lora", "settings": {"rho": 0.1, "steps": 2}})
 
-    class Other:
-        def __init__(self, settings: dict[str, Any]) -> None:
-            self.settings = settings
+    class Other(NamedTuple):
+        settings: dict[str, Any]
 
         def key(self) -> Row:
             return {"method": "lora", "settings": self.settings}
 
     assert rows.find(Other({"steps": 2, "rho": 0.1})) is not None  # the order of entries means nothing
     assert rows.find(Other({"rho": 0.2, "steps": 2})) is None
-
-
-def test_a_run_that_another_process_does_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = ledger(tmp_path), ledger(tmp_path)
-    done: list[Run] = []
-    found: list[Row] = []
-
-    def perform(run: Run) -> Row:
-        done.append(run)
-        return {**run.key(), "by": "second"}
-
-    thread = Thread(target=lambda: found.extend(second.complete(RUNS[:2], perform)))
-    with first.claimed(RUNS[0]) as is_first:
-        assert is_first
-        thread.start()
-        thread.join(timeout=0.3)
-        assert thread.is_alive()
-        assert done == []
-        first.append({**RUNS[0].key(), "by": "first"})
-    thread.join(timeout=60)
-    assert done == [RUNS[1]]
-    assert [row["by"] for row in found] == ["first", "second"]
-    assert "waits for it: lora, seed 0" in capsys.readouterr().out
-
-
-def test_a_run_whose_process_has_stopped_is_done_by_the_one_that_waited(tmp_path: Path) -> None:
-    found: list[Row] = []
-    thread = Thread(target=lambda: found.extend(ledger(tmp_path).complete(RUNS[:1], lambda run: run.key())))
-    with ledger(tmp_path).claimed(RUNS[0]):
-        thread.start()
-        thread.join(timeout=0.3)
-        assert thread.is_alive()
-    thread.join(timeout=60)
-    assert found == [RUNS[0].key()]
-
-
-def _append(path: Path, worker: int) -> None:
-    rows = Ledger(path, entries("worker", "number"))
-    for number in range(50):
-        rows.append({"worker": worker, "number": number, "text": "x" * 3000})
-
-
-def test_processes_append_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    workers = [processes.start(_append, path, worker, output=tmp_path / "output.txt") for worker in range(2)]
-    for worker in workers:
-        worker.join(timeout=60)
-    assert len(path.read_text().splitlines()) == len(read(path)) == 100
 
 
 def test_a_row_waits_until_another_process_has_written_its_own(tmp_path: Path) -> None:
@@ -174,6 +130,8 @@ def test_a_request_to_end_reaches_the_command() -> None:
     with pytest.raises(StoppedError) as stop:
         run_process(["sh", "-c", "trap 'exit 0' TERM; sleep 9 & wait"])  # with status 0, as a Trainer ends
     assert stop.value.is_by_user
+    with pytest.raises(StoppedError, match="exit status 3"):
+        run_process(["sh", "-c", "exit 3"])
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -190,10 +148,3 @@ def test_options_may_be_changed_until_there_is_a_result(tmp_path: Path) -> None:
     ledger(tmp_path).append(RUNS[0].key())
     with pytest.raises(MisconfigurationException, match="name another folder"):
         keep_options(folder, ["--rate=3"], ["table.txt"], runs=["search"])
-
-
-def test_a_process_that_fails_stops_the_ledger() -> None:
-    run_process(["true"])
-    with pytest.raises(StoppedError) as stop:
-        run_process(["sh", "-c", "exit 3"])
-    assert stop.value.status == 3

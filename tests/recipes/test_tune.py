@@ -125,6 +125,8 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
     assert draw(search).axes[0].get_legend_handles_labels()[1][0] == "rho 0"
     assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
+    of_rho = Search("vqa", [], {}, ["0.5", "2", "8"], search.results, trials=20)
+    assert [of_rho.trials_of(side) for side in SIDES] == [1, 3]
 
 
 def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> None:
@@ -231,11 +233,6 @@ def test_a_budget_of_hours_becomes_trials_when_the_first_ones_are_done(tmp_path:
     assert finished(tmp_path, hours=0.31, fresh=6)[0].trials_of(WITH) == 4
     with pytest.raises(MisconfigurationException, match=r"0.2h is too little: .* 0.6 minutes, .* search 0.27 hours"):
         finished(tmp_path / "short", hours=0.2)
-
-
-def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
-    search = Search("vqa", [], {}, ["0.5", "2", "8"], Results(tmp_path, KEY), trials=20)
-    assert [search.trials_of(side) for side in SIDES] == [1, 3]
 
 
 def test_a_suggestion_is_new_and_the_same_again() -> None:
