@@ -383,8 +383,8 @@ def test_the_loss_around_the_adapters_of_the_task_that_needs_one() -> None:
         for arm in ("rank_8", "rank_32", "efmlora"):
             assert set(arms[arm]) == set(range(103, 111))
             expected.append(f"{statistics.mean(row[measure] for row in arms[arm].values()):.{digits}f}")
-        for arm in ("rank_8", "rank_32"):
-            differences = [arms["efmlora"][seed][measure] - row[measure] for seed, row in sorted(arms[arm].items())]
+        for arm, other in (("rank_32", "rank_8"), ("efmlora", "rank_32")):
+            differences = [arms[arm][seed][measure] - row[measure] for seed, row in sorted(arms[other].items())]
             expected.append(with_interval(estimate(differences), digits))
         assert figures(line.partition("|")[2].partition("|")[2]) == figures(" ".join(expected))
 

@@ -196,12 +196,12 @@ def add_adapter(
         new: names of modules that the checkpoint does not have, which are trained plainly and saved.
 
     Raises:
-        MisconfigurationException: peft refuses ``lora`` for this model, or would pass over modules to save.
+        MisconfigurationException: peft refuses ``lora`` for this model, or would pass over a module that it names.
     """
-    for field in ("modules_to_save", "target_modules"):
+    for field, dot in (("modules_to_save", ""), ("target_modules", ".")):
         names = lora.get(field)
         for wanted in names if isinstance(names, list) else ():  # a text is a pattern
-            if not any(f".{name}".endswith(f".{wanted}") for name, _ in base.named_modules()):
+            if not any(f".{name}".endswith(f"{dot}{wanted}") for name, _ in base.named_modules()):
                 # peft would pass over it in silence.
                 raise MisconfigurationException(f"lora: {field} names {wanted!r}, which the model does not have")
     whole = [rf".*{re.escape(name)}" for name in new]

@@ -96,8 +96,8 @@ def perform(run: Run, place: Place) -> Row:
 
     Returns:
         The run's row: its key; with the part "validation" the ``score`` that the choice is by, of which more is better,
-        and the ``loss`` where the recipe logs one; ``metrics``, all that was logged in the validation of the kept
-        checkpoint or in the test; and what :class:`recipes.studies.result.RunResult` writes.
+        and the ``loss`` where the recipe logs one; ``metrics``, all that was logged by the end of the kept
+        checkpoint's validation or in the test; and what :class:`recipes.studies.result.RunResult` writes.
 
     Raises:
         StoppedError: a command has failed, or the user has stopped it.

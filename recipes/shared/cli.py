@@ -121,9 +121,14 @@ class RecipeCLI(LightningCLI):
         )
 
     @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
         # Among the Trainer's hundred options nobody would find them.
         cast("RecipeParser", parser).recipe = self._recipe
+        return parser
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         methods = ", ".join(methods_of(self._recipe))
         parser.add_argument("--method", type=str | None, default=None, help=f"One of {methods}; lora if none is given.")
         rho = "Radius of the method's perturbation, in place of the one in its configuration."

@@ -177,8 +177,8 @@ def keep_options(folder: Path, options: Sequence[str], written: Sequence[str], r
         folder: of the runs; the options are written into its ``options.json``.
         options: that all runs share.
         written: names of the files that the command replaces in its folder; those of others are set aside.
-        runs: names of the folders of its runs, which are set aside if other options have led to no result yet, and no
-            other process is at it.
+        runs: names of the folders of its runs, which are set aside if other options have led to no result yet and no
+            process is doing one.
 
     Raises:
         MisconfigurationException: the folder holds runs with others.

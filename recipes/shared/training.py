@@ -63,7 +63,7 @@ class RecipeModule(L.LightningModule):
             )
         net = getattr(self, "net", None)
         if isinstance(net, PeftModel):
-            lora = net.peft_config["default"]
+            lora = net.active_peft_config
             settings = f"rank {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}"
             rank_zero_info(f"LoRA of {settings} on {len(net.base_model.targeted_module_names)} layers")
 

@@ -27,7 +27,7 @@ from recipes.shared.tables import print_and_write
 from recipes.studies.process import module_of
 from recipes.studies.results import Results, Shard, shard
 from recipes.tune.report import Answer, answer, draw, table
-from recipes.tune.search import KEY, WITH, Run, Search
+from recipes.tune.search import CONTROL, KEY, WITH, Run, Search
 from recipes.tune.space import RHO, SPACES, Space, pairs, seeds_of
 
 _WAIT = 5.0  # seconds
@@ -53,16 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 waits = False
             else:
                 if not waits:
-                    print(
-                        "\nAnother process does what comes next, and this one waits; Ctrl-C loses nothing", flush=True
-                    )
+                    others = "the runs of the other shares" if run is None else "another process's run"
+                    print(f"\nThis process waits for {others}; Ctrl-C loses nothing", flush=True)
                 waits = True
                 time.sleep(_WAIT)
             search.results.reload()
     except (StoppedError, KeyboardInterrupt) as stop:
         print(f"\nThis run stopped. The same command resumes the search in {folder}")
         if isinstance(stop, StoppedError) and not stop.is_by_user:
-            print("It has failed. Mend the cause, or start again as it is: a trial that fails twice counts as diverged")
+            print("It has failed. Mend the cause, or start again: a trial or control that fails twice has diverged")
         return getattr(stop, "status", 130)
     found = answer(search)
     assert found is not None  # of a finished search
@@ -71,20 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(search).savefig(folder / "trials.png", dpi=130)
     _write_winner(search, found, folder / "best.yaml")
     method = "EFMLoRA's" if found.winner == WITH else "LoRA's"
-    print(f"Runs, results, table.txt, trials.png and best.yaml, which has {method} settings for fit --config: {folder}")
+    print(f"Everything is in {folder}: best.yaml, for fit --config, has {method} settings")
     return 0
 
 
 def _perform(search: Search, run: Run) -> Row:
-    """The row of a run; a trial that has failed twice counts as diverged, so that it does not end the search for good.
+    """The row of a run; one that has failed twice counts as diverged, so that it does not end the search for good.
 
-    The settings of a final run have worked in the search.
+    Not so for a winner on fresh seeds, whose settings have worked in the search.
     """
     try:
         return search.perform(run)
     except StoppedError as stop:
         mark = search.results.folder / run.name / "failed"
-        if stop.is_by_user or run.stage == "final" or not search.results.rows:
+        has_worked = run.stage == "final" and run.side != CONTROL
+        if stop.is_by_user or has_worked or not search.results.rows:
             raise
         if not mark.exists():
             mark.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _write_winner(search: Search, found: Answer, path: Path) -> None:
     command = [sys.executable, "-m", module_of(search.command), "fit", *given, "--print_config"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # Behind what the module may print when it is imported.
-    write_whole(path, printed[printed.index("# lightning") :])
+    write_whole(path, printed[max(0, printed.find("# lightning")) :])
 
 
 def _search(options: argparse.Namespace, more: list[str]) -> Search:
@@ -162,7 +162,7 @@ def _space(options: argparse.Namespace, more: Sequence[str]) -> Space:
         elif fixed:
             print(f"--{fixed} is given, so {name} is not searched")
             del space[name]
-    of_data = seeds_of(options.command) if is_recipe else ["data.seed"]
+    of_data = seeds_of(options.command) if is_recipe else []
     for name in ("seed_everything", "trainer.logger", *of_data):
         if option(more, f"--{name}") is not None:
             problems.append(f"--{name} is set by the search: leave it out")

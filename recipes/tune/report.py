@@ -11,6 +11,7 @@ from recipes.shared.tables import Table
 from recipes.tune.search import CONTROL, SEARCH_SEEDS, WITH, WITHOUT, Search
 from recipes.tune.space import RHO, Config, short
 
+_NAMES = {WITHOUT: "LoRA", CONTROL: "LoRA with the same other settings"}
 _TITLES = {WITHOUT: "without (LoRA)", WITH: "with the perturbation", CONTROL: "control (LoRA)"}
 
 
@@ -46,20 +47,21 @@ class Answer:
 
     @property
     def others(self) -> list[str]:
-        """The sides without the perturbation; a control that has diverged has lost."""
-        return [side for side in self.configs if side == WITHOUT or (side == CONTROL and not self.diverged(side))]
+        """The sides without the perturbation."""
+        return [side for side in self.configs if side != WITH]
 
     @property
     def rival(self) -> str:
         """The one of them that is hardest to beat: one that is better for sure, or else by the low end of the gain."""
-        gains = {side: self.gain(side) for side in self.others}
+        finite = [side for side in self.others if not self.diverged(side)] or self.others
+        gains = {side: self.gain(side) for side in finite}
         better = [side for side in gains if gains[side][1] < 0]
         return min(better or gains, key=lambda side: gains[side][0])
 
     @property
     def winner(self) -> str:
         """The side whose settings to take: with the perturbation if it is better for sure, else the better LoRA."""
-        if not self.diverged(WITHOUT) and self.gain(self.rival)[0] > 0:
+        if not any(map(self.diverged, self.configs)) and self.gain(self.rival)[0] > 0:
             return WITH
         sign = 1 if self.less_is_better else -1
         return min(self.others, key=lambda side: sign * sum(self.values[side].values()))
@@ -68,15 +70,17 @@ class Answer:
         """One sentence: use it, don't, or not known yet."""
         low, high = self.gain(self.rival)
         rho = self.configs[WITH][RHO]
-        than = "than LoRA with the same other settings" if self.rival == CONTROL else "than LoRA"
-        for side, word in ((WITH, "Don't"), (WITHOUT, "Not known yet")):
-            if self.diverged(side):
-                of_side = f"{self.diverged(side)} of its {len(self.values[side])} final runs have diverged"
-                return f"{word}: {_TITLES[side]}, {of_side}. Search lower learning rates, in another folder."
-        if low > 0:
-            return f"Use it, with rho={rho}: it is better {than}, by {low:.3g} to {high:.3g} (95 % interval)."
+        than = f"than {_NAMES[self.rival]}"
+        if self.diverged(WITH):
+            return f"Don't: it diverged in {self.diverged(WITH)} of its {len(self.values[WITH])} final runs."
         if high < 0:
             return f"Don't: it is worse {than}, by {-high:.3g} to {-low:.3g} (95 % interval)."
+        for side in self.others:
+            if self.diverged(side):
+                runs = f"{self.diverged(side)} of its {len(self.values[side])} final runs"
+                return f"Not known yet: {_NAMES[side]} diverged in {runs}. Search lower rates, in another folder."
+        if low > 0:
+            return f"Use it, with rho={rho}: it is better {than}, by {low:.3g} to {high:.3g} (95 % interval)."
         between = f"it is between {abs(low):.3g} worse and {high:.3g} better {than} (95 % interval)"
         return f"Not known yet: {between}. Until then, don't."
 

@@ -27,7 +27,6 @@ SEARCH_SEEDS = (0, 1, 2)
 """All trials are run with the first one, and the best third of them with the others."""
 FIRST_FRESH_SEED = 100
 _LEAST_REPEATED = 2  # trials of a side that are run with all seeds
-_MOST_FINALISTS = 3
 
 
 class Run(NamedTuple):
@@ -36,7 +35,7 @@ class Run(NamedTuple):
     Attributes:
         side: "with" the perturbation, "without" it, or the "control".
         config: its settings; rho is 0 except with the perturbation.
-        seed: of ``--seed_everything`` and, in a recipe, of the data.
+        seed: of ``--seed_everything`` and, in a recipe, of the data where it does not draw their parts.
         stage: "search", or "final" for the winner of a side on seeds that have chosen nothing.
         trial: its configuration's number.
     """
@@ -122,11 +121,13 @@ class Search:
         """How many runs are to be done; with those of a control, while it is not known whether there is one."""
         searched = sum(min(self.trials_of(side), len(self.tried(side))) for side in SIDES)
         repeats, finals = self._repeats(), self._finals()
-        left = self._runs(self._trials(), len(self.finalists()) or _MOST_FINALISTS) - searched
+        left = self._runs(self._trials(), len(self.finalists())) - searched
         return left - sum(self.results.find(run) is not None for run in (*repeats, *finals))
 
-    def _runs(self, trials: int, finalists: int = _MOST_FINALISTS) -> int:
-        runs = finalists * self.fresh
+    def _runs(self, trials: int, finalists: int = 0) -> int:
+        """All runs of a search; with those of a control if its finalists are not known yet, which is 0."""
+        most = len(SIDES) + 1 if self.space else len(SIDES)
+        runs = (finalists or most) * self.fresh
         for side in SIDES:
             of_side = min(trials, size(self.space_of(side)))
             runs += of_side + _repeated(of_side) * (len(SEARCH_SEEDS) - 1)
@@ -151,8 +152,8 @@ class Search:
         seconds = sum(shown) / len(shown)
         affordable = 3600 * self.hours * self.results.shard.count / seconds
         # More seeds later take no finished trial away.
-        trials = max(_LEAST_REPEATED, min(len(self.tried(side)) for side in SIDES))
-        if trials == _LEAST_REPEATED and self._runs(trials) > affordable:
+        trials = max(_LEAST_REPEATED, len(self.tried(WITH)))
+        if len(self.tried(WITH)) == 1 and self._runs(trials) > affordable:
             least = self._runs(trials) * seconds / 3600 / self.results.shard.count
             raise MisconfigurationException(
                 f"--budget {self.hours:g}h is too little: a run takes {seconds / 60:.1f} minutes, and the smallest "
@@ -255,11 +256,12 @@ class Search:
         fitted = fit(self.command, folder, given, needs_monitor=self.metric is None)
         metric = self.metric or fitted["monitor"]
         mode = self.mode or fitted["mode"]
-        logged = sorted(set().union(*fitted["validations"]))
+        logged = set().union(*fitted["validations"])
         for name in filter(None, (metric, fitted["monitor"])):
             if name not in logged:
+                known = ", ".join(sorted(logged - {"step", "epoch"})) or "nothing"
                 raise SystemExit(
-                    f"{run} has logged no {name} by the end of a validation, only {', '.join(logged) or 'nothing'}. If "
+                    f"{run} has logged no {name} by the end of a validation, only {known}. If "
                     "it ended before its first one, make the epoch shorter with --trainer.limit_train_batches in place "
                     "of --trainer.max_steps"
                 )
@@ -295,6 +297,12 @@ class Search:
 
 
 def _metric_of_test(tested: Row, metric: str) -> float:
+    """What a test has logged in place of a validation's metric.
+
+    Example:
+        >>> _metric_of_test({"loss/test": 0.5}, "loss/val"), _metric_of_test({"test_loss": 0.5}, "eval_loss")
+        (0.5, 0.5)
+    """
     name = re.sub("(?<![a-z])(validation|valid|val|eval|dev)(?![a-z])", "test", metric, count=1)
     if name not in tested:
         raise SystemExit(f"the test has logged no {name}, only {', '.join(sorted(tested))}")

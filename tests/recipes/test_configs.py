@@ -160,7 +160,10 @@ def test_help_and_errors_name_the_shipped_files(
     shown = "".join(capsys.readouterr())
     assert said in shown
     assert shown.endswith(f"{shipped_configs('')}\n")
-    assert "recipes/nlg" not in shipped_configs("vqa")
+    with pytest.raises(SystemExit):
+        RecipeCLI(["--help"], recipe="vqa")
+    assert "recipes/vqa/configs" in (own := capsys.readouterr().out)
+    assert "recipes/nlg" not in own
     for path in FILES:
         assert path.name in shown
         assert str(path.parent.relative_to(ROOT)) in shown

@@ -240,9 +240,9 @@ def test_all_linear_layers_of_a_classifier_leave_its_head_whole() -> None:
     """DistilBERT's head has two layers, of which peft counts one among the linear ones."""
     config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1, hidden_dim=8)
     base = transformers.DistilBertForSequenceClassification(config)
-    for field in ("modules_to_save", "target_modules"):  # one of which peft would pass over
-        with pytest.raises(MisconfigurationException, match=f"{field} names 'lin', which the model does not have"):
-            add_adapter(base, {"target_modules": ["q_lin"], field: ["q_lin", "lin"]})
+    for field, name in (("modules_to_save", "line"), ("target_modules", "lin")):  # peft would pass over it
+        with pytest.raises(MisconfigurationException, match=f"{field} names '{name}', which the model does not have"):
+            add_adapter(base, {"target_modules": ["q_lin"], field: ["q_lin", name]})
     net = add_adapter(base, {"r": 2, "target_modules": "all-linear"}, task_type="SEQ_CLS")
     layers = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
     assert {name.split(".")[-1] for name in net.targeted_module_names} == set(layers)

@@ -58,9 +58,13 @@ def test_a_run_is_judged_by_the_weights_that_its_monitor_keeps(tmp_path: Path) -
     every, kept = ModelCheckpoint(tmp_path / "every", save_top_k=-1), ModelCheckpoint(tmp_path, monitor="epoch")
     of_run: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     sizes = {"max_epochs": 2, "limit_train_batches": 1, "limit_val_batches": 1}
-    trainer = L.Trainer(accelerator="cpu", callbacks=[every, kept, RunResult(str(tmp_path))], **of_run, **sizes)
-    trainer.fit(Validated())
+    result, resumed = RunResult(str(tmp_path)), RunResult(str(tmp_path))
+    L.Trainer(accelerator="cpu", callbacks=[every, kept, result], **of_run, **sizes).fit(Validated())
     fitted = written(tmp_path / "fit.json")
     assert (fitted["best"], fitted["monitor"]) == (kept.best_model_path, "epoch")
     first, last = (validation["loss/eval"] for validation in fitted["validations"])
     assert value_of_kept(fitted, "loss/eval", "max") == first != last
+    resumed.load_state_dict(result.state_dict())
+    assert resumed.validations == fitted["validations"]
+    assert resumed.seconds == result.seconds
+    assert len(resumed.seconds) == 2

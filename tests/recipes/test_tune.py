@@ -22,7 +22,7 @@ from recipes.studies.results import Results, Shard
 from recipes.tune.__main__ import _parser, _perform, _space, main
 from recipes.tune.report import Answer, answer, draw, table
 from recipes.tune.search import CONTROL, KEY, SIDES, WITH, WITHOUT, Run, Search
-from recipes.tune.space import arguments, suggestion
+from recipes.tune.space import Space, arguments, suggestion
 
 pytestmark = pytest.mark.usefixtures("command_line", "own_datasets")
 
@@ -99,13 +99,15 @@ def test_a_search_is_run_once_resumed_and_answered(
         main(options)
 
 
-def finished(folder: Path, shard: Shard = ONE, rank_8: bool = False, **settings: Any) -> tuple[Search, list[Run]]:
+def finished(
+    folder: Path, shard: Shard = ONE, rank_8: bool = False, space: Space = SPACE, **settings: Any
+) -> tuple[Search, list[Run]]:
     """A search whose runs take no time: without the perturbation 1e-2 and rank 2 are best, with it rho 5."""
-    search = Search("my.cli", [], SPACE, ["0.5", "5"], Results(folder, KEY, shard), **settings)
+    search = Search("my.cli", [], space, ["0.5", "5"], Results(folder, KEY, shard), **settings)
     runs = []
     run = search.next_run()
     while run is not None:
-        rate, rank = run.config["model.lr"], run.config["model.r/model.alpha"]
+        rate, rank = run.config.get("model.lr", "0"), run.config.get("model.r/model.alpha")
         value = 1.0 - 10 * float(rate) + (rank == "8/16") - 0.1 * float(run.config["rho"]) + run.seed / 1000
         value -= 2 * (rank_8 and rank == "8/16" and run.config["rho"] == "5")
         judgement = {"trial": run.trial, "metric": "val_loss", "mode": "min", "value": value, "seconds": 36.0}
@@ -125,8 +127,14 @@ def test_both_sides_have_as_many_trials_and_the_best_are_chosen(tmp_path: Path) 
     assert len(runs) == 12 + 2 * 2 * 2 + 2 * 5  # both winners have rank 2, so there is no control
     assert draw(search).axes[0].get_legend_handles_labels()[1][0] == "rho 0"
     assert arguments(search.chosen(WITHOUT) or {}) == ["--model.lr=1e-2", "--model.r=2", "--model.alpha=4"]
-    of_rho = Search("vqa", [], {}, ["0.5", "2", "8"], search.results, trials=20)
-    assert [of_rho.trials_of(side) for side in SIDES] == [1, 3]
+
+
+def test_rho_alone_can_be_searched(tmp_path: Path) -> None:
+    search, runs = finished(tmp_path, space={}, hours=0.2)  # 20 runs of 36 seconds
+    assert [search.trials_of(side) for side in SIDES] == [1, 2]
+    assert len(runs) == 3 * 3 + 2 * 5
+    assert draw(search).axes[0].get_xlabel() == "rho"
+    assert finished(tmp_path, space={}, hours=0.2, fresh=9)[0].is_finished
 
 
 def test_winners_that_differ_in_more_than_rho_have_a_control(tmp_path: Path) -> None:
@@ -174,14 +182,17 @@ def test_runs_that_diverged_are_no_traceback(tmp_path: Path) -> None:
     search, _ = finished(tmp_path, trials=4)
     path = tmp_path / "results.jsonl"
     rows = read(path)
-    for side, word in ((WITHOUT, "Not known yet: without (LoRA), 1 of"), (WITH, "Don't: with the perturbation, 1 of")):
-        next(row for row in rows if row["stage"] == "final" and row["side"] == side)["value"] = math.inf
-        path.write_text("\n".join(map(json.dumps, rows)))
+    control, lora = "Not known yet: LoRA with the same other settings diverged", "Not known yet: LoRA diverged"
+    for side, verdict, winner in ((CONTROL, control, WITHOUT), (WITHOUT, lora, CONTROL), (WITH, "Don't: it", WITHOUT)):
+        now = [dict(row) for row in rows]
+        next(row for row in now if row["stage"] == "final" and row["side"] == side)["value"] = math.inf
+        path.write_text("\n".join(map(json.dumps, now)))
         search.results.reload()
         found = answer(search)
         assert "nan" in table(search, found).markdown()
-        assert found.verdict().startswith(f"{word} its 5 final runs have diverged")
-        assert found.winner == CONTROL  # the LoRA that has not
+        assert found.verdict().startswith(verdict)
+        assert "in 1 of its 5 final runs." in found.verdict()
+        assert found.winner == winner
 
 
 def test_a_run_that_fails_twice_counts_as_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +204,13 @@ def test_a_run_that_fails_twice_counts_as_diverged(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(search, "perform", fails)
     run = Run(WITH, {"rho": "5"}, 7, "search", 3)
-    # Its settings have worked, so that a final run which fails does so for another reason.
-    for each in (run, run._replace(stage="final"), run._replace(stage="final")):
+    control, final = Run(CONTROL, {"rho": "0"}, 7, "final", -1), run._replace(stage="final", seed=8)
+    # A winner's settings have worked, so that its final run which fails does so for another reason.
+    for each in (run, control, final, final):
         with pytest.raises(StoppedError):
             _perform(search, each)
-    row = _perform(search, run)
-    assert (row["value"], row["metric"], row["seed"]) == (math.inf, "val_loss", 7)
+    for row in (_perform(search, run), _perform(search, control)):
+        assert (row["value"], row["metric"], row["seed"]) == (math.inf, "val_loss", 7)
     status = 130  # Ctrl-C
     with pytest.raises(StoppedError):
         _perform(search, run)
