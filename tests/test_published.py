@@ -331,6 +331,8 @@ def test_other_methods_on_the_task_that_needs_an_adapter() -> None:
                 configs[name] = row["config"]
     table = STUDY.split("| On 10 of these seeds |")[1].split("\n\n")[0].splitlines()[2:]
     names = {"Bi-LoRA": "bi_lora", "LoRA-SAM": "lora_sam", "random scaling": "scaling", "MonteCLoRA": "monteclora"}
+    names |= {"FMLoRA": "fmlora"}
+    assert len(table) == len(names)
     for line in table:
         _, title, settings, found = line.split("|", 3)
         name = names[title.strip()]
