@@ -184,7 +184,7 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
     ("options", "message"),
     [
         (["--model.model_config={pdrop: 0.1}"], r"model_config=\{'pdrop': 0.1\} can't be used"),
-        (["--model.lora.target_modules=[query]"], r"Target modules \{'query'\} not found"),
+        (["--model.lora.target_modules=[query]"], "target_modules names 'query', which the model does not have"),
     ],
 )
 def test_bad_models_are_refused_before_training(options: list[str], message: str, model: str, e2e: str) -> None:
